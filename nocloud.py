@@ -1,0 +1,5267 @@
+#!/usr/bin/env -S python3 -IS
+# SPDX-License-Identifier: MIT
+"""nocloud: a mini-cloud on one Linux machine.
+
+One line, ``debian12:5:web:mem=1024;name=web``, becomes five virtual machines that run, have names
+and addresses, and answer ssh and ansible; one command later they are gone without a trace.
+
+The module is read top to bottom: each section uses only those above it.  Nothing happens at import.
+Modules that only some commands need are imported where they are used: a listing must start fast.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import stat
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+TYPE_CHECKING = False  # typing costs 7 ms at start-up and nothing here needs it at run time
+if TYPE_CHECKING:
+    import argparse
+    import socket
+    import subprocess
+    from typing import Any
+
+__version__ = "0.1.0"
+
+# Constants, errors, reporting ########################################################################
+#
+# Exit statuses, the one family of errors, and the only place that writes to stdout and stderr.
+# Errors are raised low and caught in main() alone.
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_TIMEOUT = 124  # as timeout(1)
+EXIT_MISSING = 127  # as the shell: unknown command, missing program
+EXIT_INTERRUPTED = 130  # as the shell: 128 + SIGINT
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+class Error(Exception):
+    """Something that could not be done, told in one line; `hint` is the one line that says what to do."""
+
+    status = EXIT_FAILED
+
+    def __init__(self, text: str, hint: str = "", status: int | None = None) -> None:
+        super().__init__(text)
+        self.hint = hint
+        if status is not None:
+            self.status = status
+
+
+class UsageError(Error):
+    """The command line, or a file the user wrote, isn't what it should be."""
+
+    status = EXIT_USAGE
+
+
+class NotFound(Error):
+    """No VM, group or template of that name."""
+
+
+class WrongState(Error):
+    """The thing is there, but not in the state that the command needs."""
+
+
+class MissingProgram(Error):
+    """A program that has to be there isn't."""
+
+    status = EXIT_MISSING
+
+
+class TimedOut(Error):
+    """A wait ran out."""
+
+    status = EXIT_TIMEOUT
+
+
+class CommandFailed(Error):
+    """An external program ended with a status other than 0; `output` is what it wrote."""
+
+    def __init__(self, argv: Sequence[str], returncode: int, output: str) -> None:
+        self.argv, self.returncode, self.output = list(argv), returncode, output
+        super().__init__(f"{os.path.basename(argv[0])}: {last_line(output) or describe_status(returncode)}")
+
+
+class QMPError(Error):
+    """qemu said no, or what it said is not QMP."""
+
+
+class QMPClosed(QMPError):
+    """qemu closed the connection: it ended."""
+
+
+def last_line(text: str) -> str:
+    """The last line of `text` that says something, cut to a length that fits an error message."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""
+
+
+def describe_status(returncode: int) -> str:
+    """`exit status 1`, or the name of the signal where subprocess reports one (a negative number)."""
+    if returncode >= 0:
+        return f"exit status {returncode}"
+    import signal
+
+    try:
+        return f"killed by {signal.Signals(-returncode).name}"
+    except ValueError:
+        return f"killed by signal {-returncode}"
+
+
+class Reporter:
+    """What the user reads: data on stdout, everything else on stderr, a line at a time."""
+
+    def __init__(self) -> None:
+        self.program = "nocloud"
+        self.debug = False
+        self._stage = ""
+        self._unfinished = False
+
+    def data(self, text: str) -> None:
+        """A line on stdout, flushed: scripts read it as it comes."""
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+    def say(self, text: str) -> None:
+        """A line on stderr, in one write so that parallel ones don't mix."""
+        try:
+            self._finish_line()
+            sys.stderr.write(printable(text) + "\n")
+            sys.stderr.flush()
+        except OSError:
+            pass  # nobody reads it any more; the work goes on
+
+    def warn(self, text: str) -> None:
+        self.say(f"{self.program}: warning: {text}")
+
+    def error(self, error: Error) -> None:
+        self.say(f"{self.program}: {error}")
+        if error.hint:
+            self.say(f"(hint: {error.hint})")
+
+    def progress(self, stage: str, detail: str = "") -> None:
+        """How far long work is: one line that is rewritten on a terminal; elsewhere a line for each stage."""
+        if sys.stderr.isatty():
+            width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+            sys.stderr.write("\r\x1b[K" + printable(f"{stage} {detail}".strip())[: width - 1])
+            sys.stderr.flush()
+            self._unfinished = True
+        elif stage != self._stage:
+            self.say(stage)
+        self._stage = stage
+
+    def _finish_line(self) -> None:
+        """Take a progress line off the terminal before another line comes."""
+        if self._unfinished:
+            self._unfinished = False
+            sys.stderr.write("\r\x1b[K")
+
+    def trace(self, argv: Sequence[str]) -> None:
+        """Under --debug, each external command before it runs."""
+        if self.debug:
+            import shlex
+
+            self.say("+ " + shlex.join(argv))
+
+
+report = Reporter()
+
+
+def printable(text: str) -> str:
+    """`text` in one line, without control characters: file names and guests' words are input."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\t" else f"\\x{ord(c):02x}" if ord(c) < 256 else "?" for c in text)
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def nearest(word: str, candidates: Iterable[str]) -> str:
+    """The candidate most like `word`, or ''."""
+    import difflib
+
+    lower = {candidate.lower(): candidate for candidate in candidates}
+    found = difflib.get_close_matches(word.lower(), lower, 1)
+    return lower[found[0]] if found else ""
+
+
+# Files, locks, waits #################################################################################
+#
+# Small pieces of the file system that every section uses.  Files land by rename; locks are flock on
+# a folder (a shared template that belongs to someone else can be locked too, and no lock file is left).
+
+
+def read_text(path: str) -> str:
+    """The text of a small file; OSError where it can't be read."""
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        return file.read()
+
+
+def read_tail(path: str, size: int = 4096) -> str:
+    """The end of a log, as text; '' where there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - size))
+            return file.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def write_file(path: str, content: str | bytes, mode: int = 0o600) -> None:
+    """Write `path` so that a reader, or a crash, sees the old file or the new one, never half of it."""
+    data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+    temporary = f"{path}.{os.getpid()}.{os.urandom(3).hex()}.tmp"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        with open(fd, "wb") as file:
+            os.fchmod(fd, mode)  # whatever the umask says
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        remove_file(temporary)
+        raise
+
+
+def remove_file(path: str) -> None:
+    """Remove a file that may be gone already."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def remove_empty(path: str) -> None:
+    """Remove a folder if nothing is in it."""
+    try:
+        os.rmdir(path)
+    except OSError:
+        pass
+
+
+def make_private_folder(path: str) -> None:
+    """A folder that only its owner enters: it holds keys or sockets."""
+    os.makedirs(path, 0o700, exist_ok=True)
+
+
+def untrusted(path: str, info: os.stat_result | None = None) -> str:
+    """Why a configuration file must not be used, or '': it has to be the caller's or root's, and only theirs to write.
+
+    A group that may write is accepted where it is the caller's own (user-private groups, Debian's default) or root's.
+    """
+    info = info or os.stat(path)
+    if info.st_uid not in (os.geteuid(), 0):
+        return "it belongs to another user"
+    if info.st_mode & stat.S_IWOTH or (info.st_mode & stat.S_IWGRP and info.st_gid not in (os.getegid(), 0)):
+        return "others may write to it"
+    return ""
+
+
+class FolderLock:
+    """A `flock` on a folder, kept until `release` or the end of the `with`.
+
+    Who waits longer than a second says so.  The folder may be removed or replaced by whoever holds the
+    lock before us, so what was locked is compared with what the path names now.
+    """
+
+    def __init__(self, path: str, shared: bool = False, wait: float = 600.0) -> None:
+        self.path = path
+        self._shared, self._wait = shared, wait
+        self._fd = -1
+
+    def __enter__(self) -> FolderLock:
+        deadline = time.monotonic() + self._wait
+        while True:
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                self._acquire(deadline)
+                if os.path.samestat(os.fstat(self._fd), os.stat(self.path)):
+                    return self
+            except FileNotFoundError:
+                self.release()
+                raise
+            except BaseException:
+                self.release()
+                raise
+            self.release()
+
+    def _acquire(self, deadline: float) -> None:
+        operation = (fcntl.LOCK_SH if self._shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
+        said = time.monotonic() + 1.0
+        while True:
+            try:
+                return fcntl.flock(self._fd, operation)
+            except BlockingIOError:
+                pass
+            now = time.monotonic()
+            if now >= deadline:
+                raise WrongState(f"{self.path}: another command is at work on it", "try again when it has ended")
+            if now >= said:
+                said = deadline
+                report.say(f"{report.program}: waiting for another command to finish with {self.path}")
+            time.sleep(0.02)
+
+    def release(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
+
+
+def is_locked(path: str) -> bool:
+    """Whether someone holds the folder's lock; a folder that is gone isn't locked."""
+    try:
+        with FolderLock(path, wait=0):
+            return False
+    except WrongState:
+        return True
+    except OSError:
+        return False
+
+
+# struct flock of Linux on 64-bit machines: l_type, l_whence, l_start, l_len, l_pid.
+_FLOCK = "hhqqi4x"
+
+
+def lock_holder(path: str) -> tuple[str, int]:
+    """Who holds the write lock on a pidfile: ("running", pid), ("stopped", 0) or ("unknown", 0).
+
+    qemu locks the file named by `-pidfile` for as long as it lives (util/oslib-posix.c), so the lock, and
+    not the number in the file, says whether it runs: a stale file or a reused pid can't deceive.
+    Unknown: the file may not be read, the holder is in another pid namespace (pid 0), or there is no lock service.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError):
+        return "stopped", 0
+    except OSError:
+        return "unknown", 0
+    try:
+        answer = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+    except OSError:
+        return "unknown", 0
+    finally:
+        os.close(fd)
+    kind, _, _, _, pid = struct.unpack(_FLOCK, answer)
+    if kind == fcntl.F_UNLCK:
+        return "stopped", 0
+    return ("running", pid) if pid > 1 else ("unknown", 0)
+
+
+class Cancellation:
+    """Set when the main thread is interrupted, so that the threads that wait give up instead of being waited for."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def check(self) -> None:
+        if self.requested:
+            raise Error("interrupted", status=EXIT_INTERRUPTED)
+
+
+cancellation = Cancellation()
+
+
+def wait_for(ready: Callable[[], bool], seconds: float, interval: float = 0.02) -> bool:
+    """Ask until `ready` says yes or the time is over; what it said last."""
+    deadline = time.monotonic() + seconds
+    while not ready():
+        cancellation.check()
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(interval)
+    return True
+
+
+def in_parallel(work: Callable[[Any], Any], items: Sequence[Any], workers: int = 0) -> list[Any]:
+    """`work(item)` for each item at once; the results in order, an Error as the result of the item that raised it.
+
+    Anything else that is raised is a defect and goes on to the caller.
+    """
+    if len(items) < 2:
+        return [_attempt(work, item) for item in items]
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(max_workers=workers or min(32, len(items))) as pool:
+        futures = [pool.submit(_attempt, work, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            cancellation.requested = True
+            for future in futures:
+                future.cancel()
+            raise
+
+
+def _attempt(work: Callable[[Any], Any], item: Any) -> Any:
+    try:
+        return work(item)
+    except Error as error:
+        return error
+    except OSError as error:
+        return error_from_os(error)
+
+
+def error_from_os(error: OSError) -> Error:
+    """An OSError as the one line that a user can act on."""
+    import errno
+
+    hints = {
+        errno.ENOSPC: "free some disk space, or put vmBaseDir on a larger file system",
+        errno.EDQUOT: "the disk quota is used up",
+        errno.EACCES: "check its owner and permissions",
+        errno.EROFS: "the file system is read-only",
+    }
+    name = f"{error.filename}: " if error.filename else ""
+    return Error(f"{name}{error.strerror or error}", hints.get(error.errno or 0, ""))
+
+
+# Settings ############################################################################################
+#
+# One row a key: the reader, the writer, --help and the README's table come from it.  Configuration files
+# were bash files once; here they are parsed, and nothing in them is ever executed.
+
+
+class Setting:
+    """A key: what its values must be, what it is without a file, and who reads it.
+
+    `check` raises ValueError, saying what was expected.  `where` is `config` (configuration files and the
+    environment), `vm` (a VM's own conf), `both`, or `unused` (read without a warning, for old files' sake).
+    """
+
+    __slots__ = ("key", "check", "default", "where", "help")
+
+    def __init__(self, key: str, check: Callable[[str], object], default: str, where: str, help: str) -> None:
+        self.key, self.check, self.default, self.where, self.help = key, check, default, where, help
+
+
+def any_text(text: str) -> str:
+    return text
+
+
+def whole_number(low: int, high: int, unit: str = "") -> Callable[[str], int]:
+    """A check for a plain decimal number in a range; `unit` is named in the error."""
+
+    def check(text: str) -> int:
+        if re.fullmatch(r"[0-9]{1,12}", text) and low <= int(text) <= high:
+            return int(text)
+        raise ValueError(f"a whole number from {low} to {high}{', in ' + unit if unit else ''}")
+
+    return check
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if text in words:
+            return text
+        raise ValueError("one of " + ", ".join(words))
+
+    return check
+
+
+def login_name(text: str) -> str:
+    """A Unix login: it ends up in ssh's arguments and in the guest's files."""
+    if re.fullmatch(r"[a-z_][a-z0-9_-]{0,31}", text):
+        return text
+    raise ValueError("a login name (lower case letters, digits, '_' and '-')")
+
+
+def mac_address(text: str) -> str:
+    if not text or re.fullmatch(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}", text):
+        return text.lower()
+    raise ValueError("six pairs of hexadecimal digits, as 00:50:56:12:34:56")
+
+
+def ipv4_address(text: str) -> str:
+    if not text or (re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,3}){3}", text) and all(int(n) < 256 for n in text.split("."))):
+        return text
+    raise ValueError("an IPv4 address")
+
+
+def uuid_text(text: str) -> str:
+    if not text or re.fullmatch(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", text):
+        return text.lower()
+    raise ValueError("a UUID")
+
+
+def machine_type(text: str) -> str:
+    if not text or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}", text):
+        return text
+    raise ValueError("a machine type of qemu, as pc-q35-7.2")
+
+
+MEMORY_MB = whole_number(16, 16 * 1024 * 1024, "MB")
+CPU_COUNT = whole_number(1, 512)
+DISK_GB = whole_number(1, 1024 * 1024, "GB")
+SECONDS = whole_number(0, 86400, "seconds")
+CLONE_COUNT = whole_number(1, 1000)
+INIT_KIND = one_of("auto", "systemd", "cloud-init", "ssh", "none")
+NETWORK_KIND = one_of("auto", "bridge", "private")
+
+SETTINGS = (
+    Setting("vmBaseDir", any_text, "", "config", "the VM tree"),
+    Setting("vmMem", MEMORY_MB, "512", "both", "memory in MB of new templates; a clone inherits its template's"),
+    Setting("vmCpu", CPU_COUNT, "2", "both", "processors, likewise"),
+    Setting("vmCreateDiskSize", DISK_GB, "10", "config", "disk size in GB of new templates"),
+    Setting("vmCount", CLONE_COUNT, "1", "config", "how many clones vminstantiate makes"),
+    Setting("vmGroup", any_text, "group", "config", "the group of new clones"),
+    Setting("vmSubGroup", any_text, "default", "config", "the type of new clones"),
+    Setting("vmDefaultGroup", any_text, "", "config", "the same as vmGroup"),
+    Setting("vmDefaultSubGroup", any_text, "", "config", "the same as vmSubGroup"),
+    Setting("vmCreateGroup", any_text, "templates", "config", "the group that vmcreate makes VMs in"),
+    Setting("isoDir", any_text, "~/Documents/distribs/linux", "config", "where ISO images are looked up by name"),
+    Setting("vmDiskExt", one_of("img", "qcow2"), "img", "config", "the extension of disk images"),
+    Setting("vmUser", login_name, "root", "both", "who vmssh and ansible log in as"),
+    Setting("vmAccel", one_of("auto", "kvm", "tcg"), "auto", "both", "hardware (kvm) or software (tcg) emulation"),
+    Setting("vmNetwork", NETWORK_KIND, "auto", "both", "bridge (the host's), private (no root), auto"),
+    Setting("vmStopTimeout", SECONDS, "30", "config", "seconds a guest has to shut down before it is switched off"),
+    Setting("vmWaitTimeout", SECONDS, "300", "config", "the longest wait, in seconds, for a VM to be ready"),
+    Setting("vmExtraOpts", any_text, "", "both", "more words for qemu's command line"),
+    Setting("vmQemu", any_text, "", "both", "the qemu program, by default qemu-system-ARCH or /usr/libexec/qemu-kvm"),
+    Setting("vmBridgeHelper", any_text, "", "config", "the qemu-bridge-helper program"),
+    Setting("bridgeInterface", machine_type, "nocloud", "config", "the host's bridge"),
+    Setting("bridgeAddress", any_text, "192.168.1.1/24", "config", "its address"),
+    Setting("bridgeNet", any_text, "192.168.1.0/24", "config", "its network"),
+    Setting("bridgeSubnet", any_text, "192.168.1", "config", "the first three numbers of that network"),
+    Setting("bridgeIpAddress", any_text, "192.168.1.1", "config", "the bridge's address without the mask"),
+    Setting("bridgeDhcpStart", any_text, "192.168.1.2", "config", "the first address that DHCP gives"),
+    Setting("bridgeDhcpStop", any_text, "192.168.1.254", "config", "the last one"),
+    Setting("bridgeLeases", any_text, "", "config", "the DHCP server's lease file"),
+    Setting("vmCpuCap", whole_number(0, 100), "", "both", "a limit in per cent of CPU time; kept, not enforced yet"),
+    Setting("vmName", any_text, "", "vm", "its name"),
+    Setting("vmDisk", any_text, "", "vm", "its system disk, relative to vmBaseDir"),
+    Setting("vmExtraDisk", any_text, "", "vm", "its other disks, comma-separated"),
+    Setting("vmUuid", uuid_text, "", "vm", "its UUID, made once and kept"),
+    Setting("vmMac", mac_address, "", "vm", "its network card's address"),
+    Setting("vmAddress", ipv4_address, "", "vm", "its IPv4 address"),
+    Setting("vmTemplate", any_text, "", "vm", "the template that it was cloned from"),
+    Setting("vmInit", INIT_KIND, "auto", "vm", "how hostname and keys get into it"),
+    Setting("vmMachine", machine_type, "", "vm", "qemu's machine type; none: pc, as the bash tools ran it"),
+    Setting("vmGui", one_of("", "0", "1"), "", "vm", "1: it has a screen"),
+    Setting("vmKernel", any_text, "", "vm", "a kernel to boot directly"),
+    Setting("vmInitrd", any_text, "", "vm", "its initial ramdisk"),
+    Setting("vmAppend", any_text, "", "vm", "its command line"),
+    Setting("vmSource", any_text, "", "vm", "where a template came from"),
+    Setting("vmChecksum", any_text, "", "vm", "the checksum of what it was made from"),
+    *(
+        Setting(key, any_text, "", "unused", "of old configuration files; not used")
+        for key in (
+            "netInterface", "vmMemVid", "vmSpicePassword", "vmBackend", "vmSystemType", "vmConfExt", "vmPidExt",
+            "vmDefaultContext", "vmDefaultType", "vmCreateContext", "vmCreateType",
+        )
+    ),
+)  # fmt: skip
+SETTING = {setting.key: setting for setting in SETTINGS}
+
+
+class Assignment:
+    """A KEY=VALUE line of a file: its line number, the value after expansion, and the variables it named."""
+
+    __slots__ = ("line", "key", "value", "used")
+
+    def __init__(self, line: int, key: str, value: str, used: set[str]) -> None:
+        self.line, self.key, self.value, self.used = line, key, value, used
+
+
+_PLAIN = re.compile(r"(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)=([A-Za-z0-9_./:,+@%-]*)(?:[ \t]+#.*|[ \t]*)$", re.ASCII)
+_START = re.compile(r"(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)=", re.ASCII)
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}`$\\\"']*))?\})", re.ASCII)
+
+
+def parse_assignments(text: str, name: str, known: Mapping[str, str]) -> list[Assignment]:
+    """The assignments of a file in the sh subset that the contract allows; `known` are the variables it may use.
+
+    Raises UsageError naming FILE:LINE for anything else: a command, a substitution, an open quote.
+    """
+    variables = dict(known)
+    found: list[Assignment] = []
+    for number, raw in enumerate(text.splitlines(), 1):
+        line = raw.strip(" \t\r")
+        if not line or line[0] == "#":
+            continue
+        plain = _PLAIN.match(line)
+        try:
+            if plain:
+                assignment = Assignment(number, plain.group(1), plain.group(2), set())
+            else:
+                assignment = _parse_line(number, line, variables)
+        except ValueError as error:
+            raise UsageError(
+                f"{name}:{number}: {error}", "only KEY=value lines with quotes, $VAR and comments are read, never run"
+            ) from None
+        variables[assignment.key] = assignment.value
+        found.append(assignment)
+    return found
+
+
+def _parse_line(number: int, line: str, variables: Mapping[str, str]) -> Assignment:
+    start = _START.match(line)
+    if not start:
+        raise ValueError(f"not a KEY=value line: {line[:60]!r}")
+    reader = _ValueReader(line, start.end(), variables)
+    return Assignment(number, start.group(1), reader.read(), reader.used)
+
+
+class _ValueReader:
+    """Reads one value from `position` on: bare words, '…' and "…" side by side, as sh joins them."""
+
+    def __init__(self, line: str, position: int, variables: Mapping[str, str]) -> None:
+        self.line, self.position, self.variables = line, position, variables
+        self.used: set[str] = set()
+
+    def read(self) -> str:
+        parts: list[str] = []
+        if re.match(r"~(?=[/\s]|$)", self.line[self.position :]):
+            parts.append(os.path.expanduser("~"))
+            self.position += 1
+        while self.position < len(self.line):
+            char = self.line[self.position]
+            if char in " \t":
+                self._expect_end()
+                break
+            parts.append(self._part(char))
+        return "".join(parts)
+
+    def _part(self, char: str) -> str:
+        if char == "'":
+            return self._single()
+        if char == '"':
+            return self._double()
+        if char == "$":
+            return self._variable()
+        if char == "\\":
+            self.position += 2
+            return self.line[self.position - 1 : self.position]
+        if char in "`;&|<>(){}":
+            raise ValueError(f"{char!r} outside quotes: commands are not run here")
+        self.position += 1
+        return char
+
+    def _expect_end(self) -> None:
+        rest = self.line[self.position :].lstrip(" \t")
+        if rest and rest[0] != "#":
+            raise ValueError(f"more than one word after '=': {rest[:40]!r} (quote the value)")
+
+    def _single(self) -> str:
+        end = self.line.find("'", self.position + 1)
+        if end < 0:
+            raise ValueError("a ' that is not closed")
+        value, self.position = self.line[self.position + 1 : end], end + 1
+        return value
+
+    def _double(self) -> str:
+        parts: list[str] = []
+        self.position += 1
+        while self.position < len(self.line):
+            char = self.line[self.position]
+            if char == '"':
+                self.position += 1
+                return "".join(parts)
+            if char == "`":
+                raise ValueError("a backtick: commands are not run here")
+            if char == "$":
+                parts.append(self._variable())
+                continue
+            if char == "\\" and self.line[self.position + 1 : self.position + 2] in ("$", "`", '"', "\\"):
+                self.position += 1
+                char = self.line[self.position]
+            parts.append(char)
+            self.position += 1
+        raise ValueError('a " that is not closed')
+
+    def _variable(self) -> str:
+        match = _VARIABLE.match(self.line, self.position)
+        if not match:
+            raise ValueError("a '$' that is neither $NAME, ${NAME} nor ${NAME:-word}: commands are not run here")
+        self.position = match.end()
+        key = match.group(1) or match.group(2)
+        self.used.add(key)
+        return self.variables.get(key, "") or (match.group(3) or "")
+
+
+def quote_value(value: str) -> str:
+    """`value` as bash and parse_assignments read it back."""
+    if re.fullmatch(r"[A-Za-z0-9_./:,+@%-]*", value):
+        return value
+    if "\n" in value or "\r" in value or "\0" in value:
+        raise UsageError(f"{value[:40]!r}: a value is one line")
+    return "'" + value.replace("'", "'\\''") + "'"
+
+
+def update_assignments(text: str, changes: Mapping[str, str]) -> str:
+    """`text` with these keys set: in their own lines where they have one, else at the end; all else is kept."""
+    left = dict(changes)
+    lines: list[str] = []
+    for line in text.splitlines():
+        start = _START.match(line.strip(" \t"))
+        key = start.group(1) if start else ""
+        if key in changes:
+            if key in left:
+                lines.append(f"{key}={quote_value(left.pop(key))}")
+        else:
+            lines.append(line)
+    lines += [f"{key}={quote_value(value)}" for key, value in left.items()]
+    return "\n".join(lines) + "\n"
+
+
+def check_setting(key: str, value: str, place: str) -> None:
+    """Raise UsageError, naming `place`, where the value isn't one that the key takes."""
+    setting = SETTING.get(key)
+    if setting is None or (value == "" and setting.default == ""):
+        return
+    try:
+        setting.check(value)
+    except ValueError as error:
+        raise UsageError(f"{place}: {key}={value}: expected {error}") from None
+
+
+class Config:
+    """The settings in force: the defaults, then each file, then the environment."""
+
+    def __init__(self, values: Mapping[str, str] | None = None) -> None:
+        self._values = {setting.key: setting.default for setting in SETTINGS if setting.where in ("config", "both")}
+        self._values.update(values or {})
+
+    def __getitem__(self, key: str) -> str:
+        return self._values[key]
+
+    def number(self, key: str) -> int:
+        return int(self._values[key])
+
+    def values(self) -> dict[str, str]:
+        return dict(self._values)
+
+    def set(self, key: str, value: str, place: str) -> None:
+        check_setting(key, value, place)
+        self._values[key] = value
+
+    def read(self, path: str) -> None:
+        """Take the settings of a file.  One that others could have written is skipped with a warning."""
+        reason = untrusted(path)
+        if reason:
+            report.warn(f"{path} is skipped: {reason}")
+            return
+        assignments = parse_assignments(read_text(path), path, {**os.environ, **self._values})
+        used = {name for assignment in assignments for name in assignment.used}
+        for assignment in assignments:
+            place = f"{path}:{assignment.line}"
+            if assignment.key in SETTING:
+                self.set(assignment.key, assignment.value, place)
+            elif assignment.key not in used:
+                near = nearest(assignment.key, SETTING)
+                report.warn(f"{place}: unknown key {assignment.key}" + (f", did you mean {near}?" if near else ""))
+
+
+def program_path() -> str:
+    """The real file of this program: the zipapp, or nocloud.py in a checkout."""
+    archive = getattr(globals().get("__loader__"), "archive", None)  # a zipimporter's
+    return os.path.realpath(archive or __file__)
+
+
+def config_home() -> str:
+    """nocloud's own configuration folder, where its key lies."""
+    return os.path.join(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "nocloud")
+
+
+def cache_home() -> str:
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nocloud")
+
+
+def config_files() -> list[str]:
+    """The files to read, in order: the installation's, then the first of the user's that exists."""
+    prefix = os.path.dirname(os.path.dirname(program_path()))
+    files = [path for path in [os.path.join(prefix, "etc", "nocloud_net.conf")] if os.path.isfile(path)]
+    own = (
+        "./.nocloud.conf",
+        os.path.expanduser("~/.nocloud.conf"),
+        os.path.join(config_home(), "nocloud.conf"),
+        "/etc/nocloud.conf",
+    )
+    return files + [path for path in own if os.path.isfile(path)][:1]
+
+
+def load_config() -> Config:
+    """The configuration in force.  Raises UsageError for a file or a variable that is wrong."""
+    config = Config()
+    for path in config_files():
+        config.read(path)
+    by_name = {f"NOCLOUD_{key}".upper(): key for key in SETTING}
+    for name, value in os.environ.items():
+        key = by_name.get(name.upper())
+        if key:
+            config.set(key, value, name)
+    if os.environ.get("NOCLOUD_NOKVM", "") not in ("", "0"):
+        config.set("vmAccel", "tcg", "NOCLOUD_NOKVM")
+    for old, key in (("vmDefaultGroup", "vmGroup"), ("vmDefaultSubGroup", "vmSubGroup")):
+        if config[old]:
+            config.set(key, config[old], old)
+    return config
+
+
+def base_folder(config: Config) -> str:
+    """vmBaseDir as an absolute path without symlinks; its default is the bash tools' place if that is there."""
+    path = os.path.expanduser(config["vmBaseDir"])
+    if not path:
+        old = os.path.expanduser("~/Documents/kvm/VMs")
+        data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+        path = old if os.path.isdir(old) else os.path.join(data, "nocloud", "kvm")
+    if not os.path.isabs(path) and path.startswith("~"):
+        raise UsageError(f"vmBaseDir={path}: no such user or no home folder", "set vmBaseDir to an absolute path")
+    return os.path.realpath(path)
+
+
+# Names and the VM tree ###############################################################################
+#
+# What things may be called, and where each file of a VM lies.  A VM is a folder; whether it runs is asked
+# of its pidfile each time and stored nowhere.
+
+TEMPLATES = "templates"
+RESERVED_GROUPS = ("all", "ungrouped")  # ansible's own
+MAKING, REMOVING = ".new-", ".del-"  # folders of VMs that aren't there yet, or any more
+
+_NAME_RULES = {
+    "VM": (re.compile(r"[A-Za-z0-9-]"), "letters, digits and '-'"),
+    "group": (re.compile(r"[A-Za-z0-9._-]"), "letters, digits, '.', '_' and '-'"),
+}
+
+
+def check_name(kind: str, name: str) -> str:
+    """`name` if something new may be called so, else UsageError naming the character.
+
+    A VM's name is a DNS label (RFC 1123); groups, types and templates may have dots and underscores.
+    """
+    allowed, words = _NAME_RULES["VM" if kind == "VM" else "group"]
+    if not name:
+        raise UsageError(f"the {kind} name is empty", f"use {words}")
+    for char in name:
+        if not allowed.match(char):
+            raise UsageError(f"{name!r}: {char!r} is not allowed in a {kind} name", f"use {words}")
+    if not name[0].isalnum():
+        raise UsageError(f"{name!r}: a {kind} name can't start with {name[0]!r}", "start with a letter or a digit")
+    if kind == "VM" and name[-1] == "-":
+        raise UsageError(f"{name!r}: a VM name can't end with '-'", "end with a letter or a digit")
+    if len(name) > 63:
+        raise UsageError(f"{name!r}: a {kind} name has at most 63 characters, this one has {len(name)}")
+    return name
+
+
+def check_group(name: str) -> str:
+    """A group that clones may be made in."""
+    check_name("group", name)
+    if name.lower() in (TEMPLATES, *RESERVED_GROUPS):
+        raise UsageError(f"{name!r} is reserved and can't be a group of clones", "choose another name")
+    return name
+
+
+class VM:
+    """A VM or a template: its place in the tree, and the name of each of its files, once."""
+
+    __slots__ = ("base", "group", "type", "name", "folder", "_conf")
+
+    def __init__(self, base: str, group: str, type: str, name: str, folder: str = "") -> None:
+        self.base, self.group, self.type, self.name = base, group, type, name
+        self.folder = folder or os.path.join(base, group, type, name)
+        self._conf: dict[str, str] | None = None
+
+    @property
+    def is_template(self) -> bool:
+        return self.group == TEMPLATES
+
+    @property
+    def function(self) -> str:
+        """GROUP/TYPE, or `templates`: the second column of every list."""
+        return f"{self.group}/{self.type}" if self.type else self.group
+
+    @property
+    def address_name(self) -> str:
+        """GROUP/TYPE/NAME: says which VM is meant even where names are the same."""
+        return f"{self.function}/{self.name}"
+
+    def file(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    @property
+    def conf_file(self) -> str:
+        return os.path.join(self.folder, f"{self.name}.conf")
+
+    @property
+    def pid_file(self) -> str:
+        return os.path.join(self.folder, f"{self.name}.pid")
+
+    @property
+    def log_file(self) -> str:
+        return self.file(f"{self.name}.log")
+
+    @property
+    def command_file(self) -> str:
+        return self.file(f"{self.name}.command")
+
+    @property
+    def console_log(self) -> str:
+        return self.file("console.log")
+
+    @property
+    def credentials_file(self) -> str:
+        """The SMBIOS string that hands keys and hostname to systemd (0600)."""
+        return self.file("credentials")
+
+    @property
+    def host_key(self) -> str:
+        """The guest's ssh host key, made on the host (0600), its public half beside it."""
+        return self.file("ssh_host_ed25519_key")
+
+    @property
+    def configured_file(self) -> str:
+        """There once the guest has been configured over ssh."""
+        return self.file("configured")
+
+    def disk_name(self, number: int, extension: str) -> str:
+        return f"{self.name}_{number}.{extension}"
+
+    def relative(self, name: str) -> str:
+        """A file of this VM, relative to vmBaseDir, as the conf names disks."""
+        return os.path.join(*(part for part in (self.group, self.type, self.name, name) if part))
+
+    def exists(self) -> bool:
+        return os.path.isfile(self.conf_file)
+
+    def is_readable(self) -> bool:
+        """Whether its conf can be used."""
+        try:
+            return bool(self.conf)
+        except Error:
+            return False
+
+    def state(self) -> tuple[str, int]:
+        """("running", pid of qemu), ("stopped", 0) or ("unknown", 0)."""
+        return lock_holder(self.pid_file)
+
+    def is_running(self) -> bool:
+        return self.state()[0] == "running"
+
+    @property
+    def conf(self) -> dict[str, str]:
+        """Its conf, read once.  Raises UsageError where it can't be trusted or understood."""
+        if self._conf is None:
+            self._conf = self._read_conf()
+        return self._conf
+
+    def _read_conf(self) -> dict[str, str]:
+        try:
+            with open(self.conf_file, encoding="utf-8", errors="surrogateescape") as file:
+                reason = untrusted(self.conf_file, os.fstat(file.fileno()))
+                text = file.read(1 << 20)
+        except FileNotFoundError:
+            raise NotFound(f"{self.name}: its conf is gone: {self.conf_file}") from None
+        if reason:
+            raise UsageError(
+                f"{self.conf_file} is not used: {reason}", f"chown it to you, and chmod go-w {self.conf_file}"
+            )
+        values: dict[str, str] = {}
+        for assignment in parse_assignments(text, self.conf_file, {**os.environ, "vmBaseDir": self.base}):
+            check_setting(assignment.key, assignment.value, f"{self.conf_file}:{assignment.line}")
+            values[assignment.key] = assignment.value
+        return values
+
+    def get(self, key: str) -> str:
+        """A setting of its conf, or the key's default where the conf doesn't say."""
+        value = self.conf.get(key, "")
+        return value or SETTING[key].default
+
+    def write_conf(self, changes: Mapping[str, str]) -> None:
+        """Set these keys in its conf; everything else in it, comments too, stays."""
+        try:
+            text = read_text(self.conf_file)
+        except FileNotFoundError:
+            text = ""
+        write_file(self.conf_file, update_assignments(text, changes), 0o644)
+        self._conf = None
+
+    def path(self, disk: str) -> str:
+        """Where a disk that a conf names lies: absolute, relative to vmBaseDir, or to the VM's own folder."""
+        if os.path.isabs(disk):
+            return disk
+        own = self.file(disk)
+        return own if "/" not in disk and os.path.exists(own) else os.path.join(self.base, disk)
+
+    def disks(self) -> list[str]:
+        """The paths of its disks: the system disk, then the others in order."""
+        names = [self.conf.get("vmDisk", ""), *self.conf.get("vmExtraDisk", "").split(",")]
+        return [self.path(name.strip()) for name in names if name.strip()]
+
+
+class Tree:
+    """vmBaseDir: finds what is in it."""
+
+    def __init__(self, base: str) -> None:
+        self.base = base
+
+    def prepare(self) -> None:
+        """Make the tree's folder, or say why that can't be."""
+        try:
+            os.makedirs(self.base, 0o755, exist_ok=True)
+        except OSError as error:
+            raise Error(f"vmBaseDir {self.base}: {error.strerror}", "set vmBaseDir to a folder of yours") from None
+        if not os.access(self.base, os.W_OK | os.X_OK):
+            raise Error(f"vmBaseDir {self.base}: you may not write there", "set vmBaseDir to a folder of yours")
+
+    def lock(self) -> FolderLock:
+        """The lock under which names, MACs and addresses are allotted."""
+        return FolderLock(self.base)
+
+    def groups(self) -> list[str]:
+        return [name for name in _folders(self.base) if name != TEMPLATES]
+
+    def types(self, group: str) -> list[str]:
+        return _folders(os.path.join(self.base, group))
+
+    def vms(self, group: str = "", type: str = "") -> Iterator[VM]:
+        """The VMs of the tree that have a conf, templates last, else by group, type and name."""
+        for each in [group] if group else [*self.groups(), TEMPLATES]:
+            if each == TEMPLATES:
+                if not type:
+                    yield from self.templates()
+                continue
+            for kind in [type] if type else self.types(each):
+                for name in _folders(os.path.join(self.base, each, kind)):
+                    vm = VM(self.base, each, kind, name)
+                    if vm.exists():
+                        yield vm
+
+    def running(self, group: str = "", type: str = "") -> Iterator[VM]:
+        return (vm for vm in self.vms(group, type) if vm.is_running())
+
+    def templates(self) -> Iterator[VM]:
+        for name in _folders(os.path.join(self.base, TEMPLATES)):
+            vm = self.template(name)
+            if vm.exists():
+                yield vm
+
+    def template(self, name: str) -> VM:
+        return VM(self.base, TEMPLATES, "", name)
+
+    def need_template(self, name: str) -> VM:
+        check_name("template", name)
+        template = self.template(name)
+        if not template.exists():
+            names = [each.name for each in self.templates()]
+            near = nearest(name, names)
+            hint = f"did you mean {near}?" if near else "vmtemplate --list shows what is there"
+            raise NotFound(f"{name}: no such template", hint)
+        return template
+
+    def unfinished(self) -> Iterator[VM]:
+        """VMs that are being made just now, or were when their maker was killed."""
+        for group in [*self.groups(), TEMPLATES]:
+            for type in [""] if group == TEMPLATES else self.types(group):
+                place = os.path.join(self.base, group, type)
+                for entry in _names(place):
+                    if entry.startswith(MAKING):
+                        yield VM(self.base, group, type, entry[len(MAKING) :], os.path.join(place, entry))
+
+    def find(self, words: str) -> list[VM]:
+        """All VMs that NAME, GROUP/NAME or GROUP/TYPE/NAME can mean; names are compared without case."""
+        parts = words.split("/")
+        if len(parts) > 3 or not all(parts) or any(part in (".", "..") for part in parts):
+            return []
+        name, group = parts[-1].lower(), parts[0] if len(parts) > 1 else ""
+        type = parts[1] if len(parts) == 3 else ""
+        return [vm for vm in self._named(name, group, type) if vm.exists()]
+
+    def _named(self, name: str, group: str, type: str) -> Iterator[VM]:
+        for each in [group] if group else [*self.groups(), TEMPLATES]:
+            for kind in [""] if each == TEMPLATES else [type] if type else self.types(each):
+                for entry in _folders(os.path.join(self.base, each, kind)):
+                    if entry.lower() == name:
+                        yield VM(self.base, each, kind, entry)
+
+    def need(self, words: str) -> VM:
+        """The one VM that `words` mean.  Raises NotFound where there is none, or several."""
+        found = self.find(words)
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(vm.address_name for vm in found)
+            raise NotFound(f"{words}: several VMs are called so: {names}", "name the group too: GROUP/NAME")
+        near = nearest(words, [vm.name for vm in self.vms()])
+        raise NotFound(f"{words}: no such VM", f"did you mean {near}?" if near else "vmrunning -a lists them")
+
+    def need_group(self, group: str) -> None:
+        """Raise NotFound, with the nearest name, where the group isn't there."""
+        if group != TEMPLATES and group not in self.groups():
+            near = nearest(group, self.groups())
+            raise NotFound(f"{group}: no such group", f"did you mean {near}?" if near else "vmrunning -a lists them")
+
+    def clones(self, template: VM) -> list[VM]:
+        """The VMs, finished or not, whose disk is an overlay on the template's."""
+        mine = {os.path.realpath(disk) for disk in template.disks()[:1]}
+        found = []
+        for vm in [*self.vms(), *self.unfinished()]:
+            try:
+                if vm.folder != template.folder and (
+                    vm.conf.get("vmTemplate") == template.name or mine & set(backing_chain(vm.disks()[:1]))
+                ):
+                    found.append(vm)
+            except (Error, OSError):
+                continue  # a conf that can't be read names no template
+        return found
+
+
+def _names(path: str) -> list[str]:
+    try:
+        return sorted(os.listdir(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _folders(path: str) -> list[str]:
+    """The names of the folders in `path`, sorted, without the hidden ones."""
+    try:
+        with os.scandir(path) as entries:
+            return sorted(entry.name for entry in entries if entry.name[0] != "." and entry.is_dir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def sweep(tree: Tree, group: str) -> None:
+    """Remove what commands that were killed left half-made or half-removed in a group.  Call it under the tree's lock.
+
+    A folder whose maker is alive is locked by it.
+    """
+    for type in tree.types(group) if group != TEMPLATES else [""]:
+        place = os.path.join(tree.base, group, type)
+        for name in _names(place):
+            folder = os.path.join(place, name)
+            if name.startswith((MAKING, REMOVING)) and not os.path.islink(folder) and not is_locked(folder):
+                remove_tree(folder)
+
+
+def remove_tree(folder: str) -> None:
+    """Remove a folder and what is in it; symlinks in it are removed, never followed."""
+    import shutil
+
+    if os.path.islink(folder):
+        raise Error(f"{folder}: is a symlink; it is not removed", "remove it yourself")
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
+
+
+def backing_chain(disks: Sequence[str]) -> list[str]:
+    """The real paths of the files under these qcow2 disks, read from their headers.
+
+    The header holds the backing file's offset and length, big-endian, at bytes 8 and 16
+    (QEMU docs/interop/qcow2.txt).  qemu-img would take 15 ms a file; a tree may have a thousand.
+    """
+    found: list[str] = []
+    for disk in disks:
+        path = os.path.realpath(disk)
+        for _ in range(64):  # a chain that names itself must end too
+            with open(path, "rb") as file:
+                header = file.read(20)
+                if len(header) < 20 or header[:4] != b"QFI\xfb":
+                    break
+                offset, length = struct.unpack_from(">QI", header, 8)
+                if not 0 < length <= 1023 or offset == 0:
+                    break
+                file.seek(offset)
+                name = os.fsdecode(file.read(length))
+            path = os.path.realpath(os.path.join(os.path.dirname(path), name))
+            found.append(path)
+            if not os.path.exists(path):
+                break
+    return found
+
+
+# Programs ############################################################################################
+#
+# The only place that starts processes: argv lists, never a shell, a fixed locale, nothing on stdin unless given.
+
+# Which package brings a program, where its name isn't the package's own: (Debian, Fedora, Arch).
+PACKAGES = {
+    "qemu-img": ("qemu-utils", "qemu-img", "qemu-img"),
+    "qemu-system-x86_64": ("qemu-system-x86", "qemu-system-x86-core", "qemu-system-x86"),
+    "ssh": ("openssh-client", "openssh-clients", "openssh"),
+    "ssh-keygen": ("openssh-client", "openssh-clients", "openssh"),
+    "ip": ("iproute2", "iproute", "iproute2"),
+    "dnsmasq": ("dnsmasq-base", "dnsmasq", "dnsmasq"),
+    "nsenter": ("util-linux", "util-linux", "util-linux"),
+    "unshare": ("util-linux", "util-linux", "util-linux"),
+    "pasta": ("passt", "passt", "passt"),
+    "mke2fs": ("e2fsprogs", "e2fsprogs", "e2fsprogs"),
+    "sfdisk": ("fdisk", "util-linux", "util-linux"),
+    "newuidmap": ("uidmap", "shadow-utils", "shadow"),
+}
+_INSTALLERS = (("apt-get", "apt install", 0), ("dnf", "dnf install", 1), ("pacman", "pacman -S", 2))
+
+
+def find_program(name: str) -> str:
+    """The path of a program, or ''; looked for in the sbin folders too, which an ordinary user's PATH lacks on Debian."""
+    if os.path.isabs(name):
+        return name if os.access(name, os.X_OK) else ""
+    places = [*os.environ.get("PATH", os.defpath).split(os.pathsep), "/usr/local/sbin", "/usr/sbin", "/sbin"]
+    for place in places:
+        path = os.path.join(place, name)
+        if place and os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    return ""
+
+
+def need_program(name: str) -> str:
+    """The path of a program; raises MissingProgram with the command that installs it here."""
+    path = find_program(name)
+    if path:
+        return path
+    base = os.path.basename(name)
+    for manager, words, column in _INSTALLERS:
+        if find_program(manager):
+            package = PACKAGES.get(base, (base, base, base))[column]
+            raise MissingProgram(f"{base}: not found; it is needed for this", f"sudo {words} {package}")
+    raise MissingProgram(f"{base}: not found; it is needed for this", f"install it, in the package that has {base}")
+
+
+def program_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of every program: messages in English, whatever the user's locale."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("LC_ALL", "LANGUAGE")}
+    environment["LC_ALL"] = "C.UTF-8"
+    environment.update(extra or {})
+    return environment
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    input: bytes | None = None,
+    check: bool = True,
+    timeout: float | None = 60,
+    cwd: str | None = None,
+    env: Mapping[str, str] | None = None,
+    fds: Sequence[int] = (),
+    merge: bool = True,
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end; its stdout as text, its stderr mixed in unless `merge` is off.
+
+    Raises MissingProgram, CommandFailed (unless `check` is off) and TimedOut after `timeout` seconds.
+    """
+    import subprocess
+
+    words = [need_program(argv[0]), *argv[1:]]
+    report.trace(words)
+    try:
+        done = subprocess.run(
+            words,
+            input=input,
+            stdin=None if input is not None else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT if merge else subprocess.PIPE,
+            timeout=timeout,
+            cwd=cwd,
+            env=program_environment(env),
+            pass_fds=fds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise TimedOut(f"{argv[0]}: no end after {timeout:.0f} s") from None
+    output = done.stdout.decode("utf-8", "replace")
+    errors = "" if merge else done.stderr.decode("utf-8", "replace")
+    if check and done.returncode:
+        raise CommandFailed(argv, done.returncode, output + errors)
+    return subprocess.CompletedProcess(words, done.returncode, output, errors)
+
+
+def run_watched(argv: Sequence[str], on_line: Callable[[str], None], env: Mapping[str, str] | None = None) -> int:
+    """Run a long program, giving each line that it writes to `on_line`; its exit status.
+
+    It has a session of its own, all of which ends when we are interrupted.
+    """
+    import signal
+    import subprocess
+
+    words = [need_program(argv[0]), *argv[1:]]
+    report.trace(words)
+    child = subprocess.Popen(
+        words,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=program_environment(env),
+        start_new_session=True,
+    )
+    assert child.stdout
+    try:
+        with child.stdout:
+            for line in child.stdout:
+                on_line(line.decode("utf-8", "replace").rstrip("\n"))
+        return child.wait()
+    except BaseException:
+        os.killpg(child.pid, signal.SIGTERM)
+        child.wait()
+        raise
+
+
+def spawn(
+    argv: Sequence[str],
+    *,
+    log: str | int,
+    cwd: str | None = None,
+    fds: Sequence[int] = (),
+    stdin: int | None = None,
+    env: Mapping[str, str] | None = None,
+) -> subprocess.Popen[bytes]:
+    """Start a program that outlives us: a session of its own, its output appended to the file `log` (0600).
+
+    Raises MissingProgram.
+    """
+    import subprocess
+
+    words = [need_program(argv[0]), *argv[1:]]
+    report.trace(words)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+    output = os.open(log, flags, 0o600) if isinstance(log, str) else os.dup(log)
+    try:
+        return subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL if stdin is None else stdin,
+            stdout=output,
+            stderr=output,
+            cwd=cwd,
+            env=program_environment(env),
+            pass_fds=fds,
+            start_new_session=True,
+        )
+    finally:
+        os.close(output)
+
+
+def become(argv: Sequence[str]) -> None:
+    """Replace this process by a program: stdin, terminal and exit status are then the program's own."""
+    words = [need_program(argv[0]), *argv[1:]]
+    report.trace(words)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(words[0], words)
+
+
+def own_command(*words: str) -> list[str]:
+    """The argv that calls this program again, with the same interpreter and the caller's PYTHON* variables unheeded."""
+    return [sys.executable or "python3", "-IS", program_path(), *words]
+
+
+def fork_child(work: Callable[[], None], keep: Sequence[int]) -> int:
+    """Do `work` in a child, a session of its own, that keeps nothing of ours but the descriptors `keep`; its pid.
+
+    A child that doesn't exec closes nothing by itself: our locks, and the pipe of a caller's `$(...)`, would live as
+    long as it does.  What `work` imports must have been imported before: another thread may hold the import lock.
+    """
+    import ctypes  # noqa: F401
+
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        for name in os.listdir("/proc/self/fd"):
+            if int(name) > 2 and int(name) not in keep:
+                try:
+                    os.close(int(name))
+                except OSError:
+                    pass  # the listing's own
+        work()
+    finally:
+        os._exit(EXIT_FAILED)
+
+
+class Process:
+    """A process that we may signal, held by a pidfd: its number can't become another's meanwhile."""
+
+    def __init__(self, pid: int) -> None:
+        if pid <= 1:
+            raise WrongState(f"process {pid} is none of ours")
+        self.pid = pid
+        try:
+            self._fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self._fd = -1
+
+    def signal(self, number: int) -> None:
+        import signal
+
+        if self._fd >= 0:
+            try:
+                signal.pidfd_send_signal(self._fd, number)
+            except ProcessLookupError:
+                pass
+            except PermissionError:
+                raise Error(
+                    f"process {self.pid} belongs to another user", "call this as that user, or as root"
+                ) from None
+
+    def ended(self, seconds: float = 0) -> bool:
+        """Whether it has ended, waiting for that up to `seconds`; a cancelled wait ends at once."""
+        if self._fd < 0:
+            return True
+        import select
+
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        deadline = time.monotonic() + seconds
+        while True:
+            left = deadline - time.monotonic()
+            if poll.poll(max(0.0, min(left, 0.25)) * 1000):
+                return True
+            if left <= 0:
+                return False
+            cancellation.check()
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+# Disks ###############################################################################################
+#
+# qemu-img.  An image's format is found out once, when it comes in, checked, and always named from then on.
+
+
+def image_info(path: str) -> dict[str, Any]:
+    """`qemu-img info` of an image; raises Error where it isn't one that can be read.
+
+    -U: a running VM holds the image's lock, and looking does no harm.
+    """
+    import json
+
+    try:
+        answer = run(["qemu-img", "info", "-U", "--output=json", path], merge=False)
+    except CommandFailed as failed:
+        raise Error(f"{path}: not a disk image that qemu-img can read: {last_line(failed.output)}") from None
+    info: dict[str, Any] = json.loads(answer.stdout)
+    return info
+
+
+def check_foreign_image(path: str) -> str:
+    """The format of an image from outside: qcow2 or raw, standing on no other file.  Raises Error otherwise.
+
+    An image may name any file of the host as its backing or data file, and a guest would read it.
+    """
+    info = image_info(path)
+    name = str(info.get("format", ""))
+    data_file = (info.get("format-specific") or {}).get("data", {}).get("data-file")
+    if info.get("backing-filename") or info.get("full-backing-filename"):
+        raise Error(f"{path}: refused: the image stands on another file, {info.get('backing-filename')}")
+    if data_file:
+        raise Error(f"{path}: refused: the image keeps its data in another file, {data_file}")
+    if name not in ("qcow2", "raw"):
+        raise Error(f"{path}: a {name} image; only qcow2 and raw are taken", f"qemu-img convert -O qcow2 {path} NEW")
+    return name
+
+
+def create_overlay(disk: str, backing: str) -> None:
+    """A qcow2 overlay: `backing` is relative to the overlay's folder; about 200 KB until the guest writes."""
+    run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", backing, disk])
+
+
+def create_disk(disk: str, gigabytes: int) -> None:
+    """An empty qcow2 disk that grows as it is written to."""
+    run(["qemu-img", "create", "-q", "-f", "qcow2", disk, f"{gigabytes}G"])
+
+
+def convert_image(source: str, format: str, target: str) -> None:
+    """A self-contained qcow2 copy of an image; unused space takes none."""
+    run(["qemu-img", "convert", "-f", format, "-O", "qcow2", source, target], timeout=None)
+
+
+def make_read_only(path: str) -> None:
+    """Take away everyone's right to write; a file of someone else's stays as it is."""
+    info = os.stat(path)
+    if info.st_mode & 0o222 and info.st_uid == os.geteuid():
+        os.chmod(path, stat.S_IMODE(info.st_mode) & ~0o222)
+
+
+def free_bytes(path: str) -> int:
+    info = os.statvfs(path)
+    return info.f_bavail * info.f_frsize
+
+
+def file_digest(path: str, algorithm: str = "sha256") -> str:
+    """The checksum of a file, in hexadecimal, read in pieces of 1 MB."""
+    import hashlib
+
+    digest = hashlib.new(algorithm)
+    with open(path, "rb") as file:
+        for piece in iter(lambda: file.read(MIB), b""):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+# qemu's command line #################################################################################
+#
+# Pure: settings and descriptors in, list of words out.  Every device has a PCI address of its own, so that
+# one disk more renames no network card in the guest.
+
+PCI_VGA, PCI_NIC, PCI_FIRST_DISK, PCI_LAST_DISK = 0x02, 0x03, 0x04, 0x1A
+PCI_SEED, PCI_ISO, PCI_RNG, PCI_BALLOON = 0x1B, 0x1C, 0x1D, 0x1E
+MAX_DISKS = PCI_LAST_DISK - PCI_FIRST_DISK + 1
+LEGACY_MACHINE = "pc"  # what the bash tools ran, and still run where a conf names no machine
+
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
+
+class Qemu:
+    """A qemu binary and what it can do, asked of the binary itself over QMP in one run."""
+
+    __slots__ = ("path", "version", "machine", "options")
+
+    def __init__(self, path: str, version: str, machine: str, options: frozenset[str]) -> None:
+        self.path, self.version, self.machine, self.options = path, version, machine, options
+
+
+def find_qemu(config: Config) -> str:
+    """The path of the qemu program for this machine; RHEL and kin keep theirs in /usr/libexec."""
+    if config["vmQemu"]:
+        return need_program(config["vmQemu"])
+    name = f"qemu-system-{os.uname().machine}"
+    return find_program(name) or find_program("/usr/libexec/qemu-kvm") or need_program(name)
+
+
+def probe_qemu(config: Config) -> Qemu:
+    """What the binary is and has: its version, the versioned name of its newest q35, the options it was built with."""
+    import json
+
+    path = find_qemu(config)
+    asked = ["qmp_capabilities", "query-version", "query-machines", "query-command-line-options", "quit"]
+    words = "".join(json.dumps({"execute": name, "id": name}) + "\n" for name in asked)
+    argv = [path, "-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-qmp", "stdio"]
+    answer = run(argv, input=words.encode(), merge=False)
+    replies: dict[str, Any] = {}
+    for line in answer.stdout.splitlines():
+        message = json.loads(line)
+        if "return" in message:
+            replies[message.get("id", "")] = message["return"]
+    if "query-machines" not in replies:
+        raise Error(f"{path}: it doesn't answer as qemu does: {last_line(answer.stderr + answer.stdout)}")
+    number = replies["query-version"]["qemu"]
+    version = f"{number['major']}.{number['minor']}.{number['micro']}"
+    if (number["major"], number["minor"]) < (6, 2):
+        raise Error(f"{path}: qemu {version} is too old: 6.2 or newer is needed")
+    machine = next((each["name"] for each in replies["query-machines"] if each.get("alias") == "q35"), "q35")
+    return Qemu(path, version, machine, frozenset(each["option"] for each in replies["query-command-line-options"]))
+
+
+def choose_accel(wanted: str) -> tuple[str, str]:
+    """("kvm" or "tcg", why it is tcg or '').
+
+    The CPU flags count as well as the device: where /dev/kvm opens but the CPU shows neither vmx nor svm, stock guests
+    hang.  Raises Error where kvm is asked for and isn't to be had.
+    """
+    if wanted == "tcg":
+        return "tcg", ""
+    reason = _kvm_missing()
+    if not reason:
+        return "kvm", ""
+    if wanted == "kvm":
+        raise Error(f"vmAccel=kvm: {reason}", "set vmAccel=auto or vmAccel=tcg to go on with slow software emulation")
+    return "tcg", reason
+
+
+def _kvm_missing() -> str:
+    if not os.path.exists("/dev/kvm"):
+        return "there is no /dev/kvm"
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return "you may not open /dev/kvm (sudo usermod -aG kvm $USER, then log in again)"
+    try:
+        flags = re.search(r"^(?:flags|Features)\s*:(.*)$", read_text("/proc/cpuinfo"), re.M)
+    except OSError:
+        return ""
+    words = flags.group(1).split() if flags else []
+    if os.uname().machine == "x86_64" and not {"vmx", "svm"} & set(words):
+        return "the processor shows neither vmx nor svm (no nested virtualization here)"
+    return ""
+
+
+def comma(text: str) -> str:
+    """A value inside a qemu option: its commas are doubled."""
+    return text.replace(",", ",,")
+
+
+class Machine:
+    """All that qemu's command line depends on, as plain values."""
+
+    __slots__ = (
+        "qemu", "accel", "name", "uuid", "type", "mem", "cpus", "disks", "mac", "pid_file", "credentials",
+        "kernel", "initrd", "append", "extra",
+    )  # fmt: skip
+
+    def __init__(
+        self, *, qemu: Qemu, accel: str, name: str, uuid: str, type: str, mem: int, cpus: int,
+        disks: list[tuple[str, str, str]],
+        mac: str, pid_file: str, credentials: str, kernel: str, initrd: str, append: str, extra: list[str],
+    ) -> None:  # fmt: skip
+        self.qemu, self.accel, self.name, self.uuid, self.type = qemu, accel, name, uuid, type
+        self.mem, self.cpus, self.disks, self.mac = mem, cpus, disks, mac
+        self.pid_file, self.credentials = pid_file, credentials
+        self.kernel, self.initrd, self.append, self.extra = kernel, initrd, append, extra
+
+
+def qemu_argv(machine: Machine, tap: int, vhost: int = -1) -> list[str]:
+    """The whole command line, given the descriptors of its tap and of vhost-net (-1: none).
+
+    Relative paths are relative to the VM's folder, qemu's working directory.
+    """
+    return [
+        machine.qemu.path,
+        *machine_args(machine),
+        *cpu_args(machine),
+        *firmware_args(machine),
+        *disk_args(machine),
+        *net_args(machine, tap, vhost),
+        *console_args(),
+        *monitor_args(machine),
+        *kernel_args(machine),
+        *machine.extra,
+    ]
+
+
+def machine_args(machine: Machine) -> list[str]:
+    """-name comes first: it is what one looks for in ps.
+
+    -vga std stays without a screen too: Debian's boot loader hangs without a VGA.
+    """
+    sandbox = ["-sandbox", SANDBOX] if "sandbox" in machine.qemu.options else []
+    return [
+        "-name", f"guest={comma(machine.name)}",
+        "-nodefaults", "-no-user-config",
+        "-machine", machine.type or LEGACY_MACHINE,
+        "-m", f"{machine.mem}M",
+        "-uuid", machine.uuid,
+        "-vga", "none", "-device", f"VGA,addr={PCI_VGA:#x}",
+        "-display", "none",
+        "-rtc", "base=utc",
+        *sandbox,
+    ]  # fmt: skip
+
+
+def cpu_args(machine: Machine) -> list[str]:
+    smp = ["-smp", f"{machine.cpus},sockets=1,cores={machine.cpus},threads=1"]
+    if machine.accel == "kvm":
+        return ["-accel", "kvm", "-cpu", "host", *smp]
+    return ["-accel", "tcg,thread=multi", "-cpu", "max", *smp]
+
+
+def firmware_args(machine: Machine) -> list[str]:
+    """Credentials go in by file: a `value=` would be read in /proc by every local user; the hostname is no secret."""
+    words = ["-boot", "menu=off,strict=on"]
+    if machine.credentials:
+        words += ["-smbios", f"type=11,path={comma(machine.credentials)}"]
+        words += ["-smbios", f"type=11,value=io.systemd.credential:system.hostname={machine.name}"]
+    return words
+
+
+def disk_args(machine: Machine) -> list[str]:
+    """vda, vdb … in order, each with a serial: /dev/disk/by-id/virtio-NAME_1 stays what it is.
+
+    -blockdev, not -drive: the format and the backing file's are named, nothing is guessed from content.
+    virtio-blk serials hold 20 bytes (VIRTIO_BLK_ID_BYTES), so a long name keeps its end, which tells disks apart.
+    """
+    words: list[str] = []
+    for number, (path, format, serial) in enumerate(machine.disks):
+        node = f"disk{number}"
+        words += [
+            "-blockdev",
+            f"driver={format},node-name={node},discard=unmap,detect-zeroes=unmap"
+            f",file.driver=file,file.filename={comma(path)},file.discard=unmap",
+            "-device",
+            f"virtio-blk-pci,drive={node},addr={PCI_FIRST_DISK + number:#x}"
+            f",bootindex={number},serial={comma(serial[-20:])}",
+        ]
+    return words
+
+
+def net_args(machine: Machine, tap: int, vhost: int) -> list[str]:
+    """The tap comes as an open descriptor and goes away with qemu.  romfile= leaves the PXE ROM out: quicker start."""
+    if tap < 0:
+        return []
+    kernel_side = f",vhost=on,vhostfd={vhost}" if vhost >= 0 else ""
+    return [
+        "-netdev", f"tap,id=net0,fd={tap}{kernel_side}",
+        "-device", f"virtio-net-pci,netdev=net0,mac={machine.mac},addr={PCI_NIC:#x},romfile=",
+    ]  # fmt: skip
+
+
+def console_args() -> list[str]:
+    """The serial line is a socket for vmconsole and a log at the same time; logappend=off: since this start."""
+    return [
+        "-chardev", "socket,id=serial0,path=serial.sock,server=on,wait=off,logfile=console.log,logappend=off",
+        "-serial", "chardev:serial0",
+        "-object", "rng-random,id=rng0,filename=/dev/urandom",
+        "-device", f"virtio-rng-pci,rng=rng0,addr={PCI_RNG:#x}",
+        "-device", f"virtio-balloon-pci,addr={PCI_BALLOON:#x},free-page-reporting=on",
+    ]  # fmt: skip
+
+
+def monitor_args(machine: Machine) -> list[str]:
+    return [
+        "-chardev", "socket,id=qmp0,path=qmp.sock,server=on,wait=off",
+        "-mon", "chardev=qmp0,mode=control",
+        "-pidfile", machine.pid_file,
+    ]  # fmt: skip
+
+
+def kernel_args(machine: Machine) -> list[str]:
+    words = ["-kernel", machine.kernel] if machine.kernel else []
+    if machine.initrd:
+        words += ["-initrd", machine.initrd]
+    if machine.append:
+        words += ["-append", machine.append]
+    return words
+
+
+# QMP #################################################################################################
+#
+# A blocking client with a deadline (QEMU docs/interop/qmp-spec.rst).  Replies are matched by id; events
+# that come before a reply are kept.
+
+
+class QMP:
+    """A connection to a VM's qmp.sock.
+
+    Raises QMPClosed where qemu ended, TimedOut at the deadline, QMPError for what the server refuses.
+    """
+
+    def __init__(self, folder: str, seconds: float = 5.0, name: str = "qmp.sock") -> None:
+        self.events: list[dict[str, Any]] = []
+        self._deadline = time.monotonic() + seconds
+        self._buffer = b""
+        self._serial = 0
+        self._socket = connect_unix(folder, name, seconds)
+        try:
+            self._next()  # the greeting
+            self.execute("qmp_capabilities")
+        except BaseException:
+            self.close()
+            raise
+
+    def execute(self, command: str, **arguments: Any) -> Any:
+        """What the command returns."""
+        import json
+
+        self._serial += 1
+        request = {"execute": command, "id": self._serial, **({"arguments": arguments} if arguments else {})}
+        try:
+            self._socket.sendall(json.dumps(request).encode() + b"\n")
+        except OSError:
+            raise QMPClosed("qemu closed its control socket") from None
+        while True:
+            message = self._next()
+            if message.get("id") == self._serial:
+                if "error" in message:
+                    raise QMPError(f"qemu: {command}: {message['error'].get('desc', 'refused')}")
+                return message.get("return")
+            if "event" in message:
+                self.events.append(message)
+
+    def _next(self) -> dict[str, Any]:
+        import json
+        import socket as sockets
+
+        while b"\n" not in self._buffer:
+            left = self._deadline - time.monotonic()
+            if left <= 0:
+                raise TimedOut("qemu: no answer on its control socket")
+            self._socket.settimeout(left)
+            try:
+                piece = self._socket.recv(65536)
+            except sockets.timeout:  # TimeoutError itself only since Python 3.10
+                continue
+            except OSError:
+                raise QMPClosed("qemu closed its control socket") from None
+            if not piece:
+                raise QMPClosed("qemu closed its control socket")
+            self._buffer += piece
+            if len(self._buffer) > 16 * MIB:
+                raise QMPError("qemu: an answer without an end")
+        line, self._buffer = self._buffer.split(b"\n", 1)
+        try:
+            message = json.loads(line)
+        except ValueError:
+            raise QMPError("qemu: what it said on its control socket is not QMP") from None
+        if not isinstance(message, dict):
+            raise QMPError("qemu: what it said on its control socket is not QMP")
+        return message
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def __enter__(self) -> QMP:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def connect_unix(folder: str, name: str, seconds: float) -> socket.socket:
+    """Connect to a socket in a folder whose path may be longer than the 107 bytes that sun_path holds."""
+    import socket as sockets
+
+    place = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    connection = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM)
+    try:
+        connection.settimeout(seconds)
+        connection.connect(f"/proc/self/fd/{place}/{name}")
+        return connection
+    except OSError as error:
+        connection.close()
+        raise QMPClosed(f"{name}: {error.strerror or error}") from None
+    finally:
+        os.close(place)
+
+
+# Network #############################################################################################
+#
+# How VMs reach each other: a private network in namespaces of our own, which needs no root, or the host's
+# bridge.  Both give a VM a tap as an open descriptor, and the commands a way to its ports.
+
+DOMAIN = "nocloud"
+BRIDGE = "nocloud"  # the bridge inside the private network
+
+
+class Network:
+    """What the lifecycle needs of a network."""
+
+    kind = ""
+
+    def in_use(self) -> Any:
+        """A context in which the network is up and stays up."""
+        raise NotImplementedError
+
+    def tap(self) -> tuple[int, int]:
+        """(tap, vhost-net or -1): descriptors for qemu; the tap is gone when the last one is closed."""
+        raise NotImplementedError
+
+    def socket(self) -> socket.socket:
+        """A TCP socket, not yet connected, that reaches the VMs."""
+        raise NotImplementedError
+
+    def enter(self, argv: Sequence[str]) -> tuple[list[str], list[int]]:
+        """(words, descriptors to pass on) that run `argv` where the network is."""
+        return list(argv), []
+
+    def by_hand(self) -> list[str]:
+        """The words before qemu's own that start it by hand, with the tap as descriptor 3."""
+        return own_command("net", "--tap", f"--{self.kind}", "exec")
+
+    def allot(self, taken: set[str]) -> str:
+        """A free address, added to `taken`; '' where the network's DHCP server decides."""
+        return ""
+
+    def address(self, vm: VM) -> str:
+        return vm.conf.get("vmAddress", "")
+
+    def publish(self, vm: VM) -> None:
+        """Make the VM's names resolve and its address its own."""
+
+    def withdraw(self, uuids: Sequence[str]) -> None:
+        """Forget VMs that are gone."""
+
+    def proxy_command(self) -> str:
+        """ssh's ProxyCommand that gets there; '' where the VMs are reached directly."""
+        return ""
+
+    def missing(self) -> str:
+        """Why this user can't use it here, or ''."""
+        return ""
+
+    def end_if_idle(self, even_kept: bool = True) -> None:
+        """End what only ran for the VMs, where the last of them is gone."""
+
+    def close(self) -> None:
+        """Close what this process holds of it; the network itself stays."""
+
+
+def vhost_net() -> int:
+    """/dev/vhost-net, which moves packets without leaving the kernel, or -1 where it can't be had."""
+    try:
+        return os.open("/dev/vhost-net", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return -1
+
+
+# -- namespaces, entered by descriptors
+
+CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000  # linux/sched.h
+
+
+def libc_call(name: str, *numbers: int) -> None:
+    """unshare(2) or setns(2) of libc; module os has them only from Python 3.12 on."""
+    import ctypes
+
+    if getattr(ctypes.CDLL(None, use_errno=True), name)(*numbers):
+        number = ctypes.get_errno()
+        raise OSError(number, f"{name}: {os.strerror(number)}")
+
+
+class Namespaces:
+    """A user and a network namespace, held open."""
+
+    __slots__ = ("user", "net")
+
+    def __init__(self, pid: int) -> None:
+        self.user, self.net = (
+            os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC) for kind in ("user", "net")
+        )
+
+    def enter(self) -> None:
+        """Put this process, of one thread, inside: the user namespace first, since it gives the right to the other."""
+        libc_call("setns", self.user, CLONE_NEWUSER)
+        libc_call("setns", self.net, CLONE_NEWNET)
+
+    def close(self) -> None:
+        os.close(self.user)
+        os.close(self.net)
+
+
+def new_namespaces() -> None:
+    """Enter namespaces of our own, root in both: what `unshare -Urn` does, but the errno of a refusal stays known."""
+    uid, gid = os.geteuid(), os.getegid()
+    libc_call("unshare", CLONE_NEWUSER | CLONE_NEWNET)
+    for name, content in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
+        fd = os.open(
+            f"/proc/self/{name}", os.O_WRONLY
+        )  # setgroups first: gid_map is refused to ordinary users otherwise
+        os.write(fd, content.encode())
+        os.close(fd)
+
+
+class Gate:
+    """A child inside that opens what belongs to its opener's namespace: sockets, and /dev/net/tun.
+
+    Only the opening must happen inside; a socket stays in its namespace wherever its descriptor goes.  The ioctls and
+    connect() are done outside: the maker of a user namespace has every right in it.
+    """
+
+    def __init__(self, spaces: Namespaces) -> None:
+        import socket as sockets
+        import threading
+
+        self._socket, its = sockets.socketpair(sockets.AF_UNIX, sockets.SOCK_SEQPACKET)
+        self._lock = threading.Lock()
+        self.pid = fork_child(lambda: serve_gate(spaces, its), keep=(its.fileno(), spaces.user, spaces.net))
+        its.close()
+
+    def open(self, kind: bytes) -> int:
+        """A descriptor: `tun`, `tcp` or `udp`."""
+        import socket as sockets
+
+        with self._lock:
+            self._socket.send(kind)
+            text, fds, _, _ = sockets.recv_fds(self._socket, 256, 1)
+        if not fds:
+            number, _, reason = text.decode("utf-8", "replace").partition(" ")
+            raise OSError(int(number or 32), reason or "the private network is gone")
+        os.set_inheritable(fds[0], False)
+        return fds[0]
+
+    def close(self) -> None:
+        self._socket.close()
+        os.waitpid(self.pid, 0)
+
+
+def serve_gate(spaces: Namespaces, asked: socket.socket) -> None:
+    """In the gate: answer each request with a descriptor, until the other end is gone."""
+    import socket as sockets
+
+    try:
+        spaces.enter()
+    except OSError as error:
+        asked.send(f"{error.errno} {error.strerror}".encode())
+        return
+    while True:
+        kind = asked.recv(16)
+        if not kind:
+            return
+        try:
+            if kind == b"tun":
+                fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+            else:
+                fd = sockets.socket(
+                    sockets.AF_INET, sockets.SOCK_STREAM if kind == b"tcp" else sockets.SOCK_DGRAM
+                ).detach()
+        except OSError as error:
+            asked.send(f"{error.errno} {error.filename}: {error.strerror}".encode())
+        else:
+            sockets.send_fds(asked, [b"+"], [fd])
+            os.close(fd)
+
+
+# linux/sockios.h, linux/if_tun.h, linux/if.h
+TUNSETIFF, SIOCSIFFLAGS, SIOCGIFINDEX, SIOCBRADDIF = 0x400454CA, 0x8914, 0x8933, 0x89A2
+IFF_UP, IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x1, 0x2, 0x1000, 0x4000
+
+
+def make_tap(gate: Gate) -> int:
+    """A tap on the private network's bridge, for `-netdev tap,fd=N`."""
+    tap = gate.open(b"tun")
+    control = -1
+    try:
+        control = gate.open(b"udp")  # the interface ioctls go to the namespace of their socket
+        name = fcntl.ioctl(tap, TUNSETIFF, struct.pack("16sH22x", b"tap%d", IFF_TAP | IFF_NO_PI | IFF_VNET_HDR))[:16]
+        index = struct.unpack_from("i", fcntl.ioctl(control, SIOCGIFINDEX, name + bytes(24)), 16)[0]
+        fcntl.ioctl(control, SIOCBRADDIF, struct.pack("16si20x", BRIDGE.encode(), index))
+        fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH22x", name, IFF_UP))
+    except BaseException:
+        os.close(tap)
+        raise
+    finally:
+        if control >= 0:
+            os.close(control)
+    return tap
+
+
+# -- daemons of the private network
+
+
+def daemon_pid(pid_file: str) -> int:
+    """The pid of the daemon that wrote the file, or 0.  It names the file on its command line: a reused pid doesn't."""
+    try:
+        pid = int(read_text(pid_file))
+        words = read_text(f"/proc/{pid}/cmdline").split("\0")
+    except (OSError, ValueError):
+        return 0
+    return pid if any(word.endswith(pid_file) for word in words) else 0
+
+
+def stop_daemon(pid_file: str) -> None:
+    """End the daemon and wait for that; the pidfd is opened before the check, so that no other process is hit."""
+    import signal
+
+    pid = daemon_pid(pid_file)
+    if pid:
+        with Process(pid) as process:
+            if daemon_pid(pid_file) == pid:
+                process.signal(signal.SIGTERM)
+                if not process.ended(3.0):
+                    process.signal(signal.SIGKILL)
+                    process.ended(3.0)
+    remove_file(pid_file)
+
+
+def start_daemon(argv: Sequence[str], fds: Sequence[int]) -> None:
+    """Start a daemon in its foreground form, and return when it is ready.  Raises Error with its own words.
+
+    Ready is the end of its standard error: dnsmasq turns that to /dev/null once it listens, as a daemon does when it
+    leaves the terminal.
+    """
+    mine, its = os.pipe()
+    try:
+        child = spawn(argv, log=its, cwd="/", fds=fds)
+    except BaseException:
+        os.close(mine)
+        raise
+    finally:
+        os.close(its)
+    with open(mine, "rb") as pipe:
+        said = pipe.read().decode("utf-8", "replace")
+    if wait_for(lambda: child.poll() is not None, 0.02, 0.005) and child.returncode:
+        raise Error(f"{argv_program(argv)}: {last_line(said) or describe_status(child.returncode)}")
+    child.returncode = 0  # it lives on: no warning about that
+
+
+def argv_program(argv: Sequence[str]) -> str:
+    """The program that nsenter's argv is about."""
+    return os.path.basename(argv[argv.index("--") + 1] if "--" in argv else argv[0])
+
+
+# pasta's end inside has addresses that are no one's: the block that RFC 7335 set apart for the inside ends of tunnels.
+# Copied from the host, as pasta does by default, they would hide the host's own network from here.
+OUT_INTERFACE, OUT_ADDRESS, OUT_GATEWAY, OUT_DNS = "out", "192.0.0.2", "192.0.0.1", "192.0.0.3"
+OUT_RULES = f"""\
+table ip {DOMAIN}
+delete table ip {DOMAIN}
+table ip {DOMAIN} {{
+    chain out {{
+        type nat hook postrouting priority 100; oifname {OUT_INTERFACE} masquerade;
+    }}
+}}
+"""
+
+
+class PrivateNetwork(Network):
+    """A bridge, dnsmasq and pasta in a user and a network namespace of our own; one for each VM tree.
+
+    Its state is in `.net/`.  The holder, which keeps the namespaces, is proved by the lock on its pidfile.  Changes are
+    made under the folder's lock, exclusive; who needs the network to stay holds it shared.
+    """
+
+    kind = "private"
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
+        self.folder = os.path.join(tree.base, ".net")
+        self._gate: Gate | None = None
+        self._spaces: Namespaces | None = None
+
+    def file(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    # addresses and names
+
+    def subnet(self) -> str:
+        """The first three numbers of its addresses, chosen once and kept: addresses stay what they are."""
+        try:
+            text = read_text(self.file("subnet")).strip()
+        except FileNotFoundError:
+            make_private_folder(self.folder)
+            text = free_subnet(host_networks(read_text("/proc/net/fib_trie")))
+            write_file(self.file("subnet"), text + "\n")
+        if not re.fullmatch(r"10\.[0-9]{1,3}\.[0-9]{1,3}", text):
+            raise Error(f"{self.file('subnet')}: {text!r} is not the beginning of an address", "10.88.0, for example")
+        return text
+
+    def allot(self, taken: set[str]) -> str:
+        subnet = self.subnet()
+        for number in range(2, 255):
+            address = f"{subnet}.{number}"
+            if address not in taken:
+                taken.add(address)
+                return address
+        raise Error(f"no address is free in {subnet}.0/24", "destroy VMs that are not needed, or use another vmBaseDir")
+
+    def publish(self, vm: VM) -> None:
+        """A file for DHCP and one for DNS, named by the VM's UUID; dnsmasq sees them at once (inotify)."""
+        for name in ("dhcp", "hosts"):
+            make_private_folder(self.file(name))
+        uuid, address = vm.get("vmUuid"), vm.get("vmAddress")
+        names = [f"{vm.name}.{vm.group}.{DOMAIN}", f"{vm.name}.{vm.group}"] if not vm.is_template else []
+        bare = [f"{vm.name}.{DOMAIN}", vm.name]
+        if self._owner_of(vm.name) in ("", uuid):  # where two groups have the name, the bare one is the older VM's
+            names += bare
+        self._write_once("hosts", uuid, f"{address} {' '.join(names)}\n".lower())
+        self._write_once("dhcp", uuid, f"{vm.get('vmMac')},{address},{vm.name},infinite\n")
+
+    def _write_once(self, kind: str, uuid: str, text: str) -> None:
+        """Through a name with a leading dot, which dnsmasq passes over."""
+        path = os.path.join(self.file(kind), uuid)
+        try:
+            if read_text(path) == text:
+                return
+        except FileNotFoundError:
+            pass
+        hidden = os.path.join(self.file(kind), "." + uuid)
+        write_file(hidden, text)
+        os.replace(hidden, path)
+
+    def _host_files(self) -> list[tuple[str, list[str]]]:
+        """(uuid, words) of each file of the DNS folder, the oldest first."""
+        found = []
+        for uuid in _names(self.file("hosts")):
+            path = os.path.join(self.file("hosts"), uuid)
+            try:
+                if uuid[0] != ".":
+                    found.append((os.stat(path).st_mtime_ns, uuid, read_text(path).split()))
+            except FileNotFoundError:
+                continue
+        return [(uuid, words) for _, uuid, words in sorted(found)]
+
+    def _owner_of(self, name: str) -> str:
+        """The UUID of the VM that the bare name belongs to, or ''."""
+        return next((uuid for uuid, words in self._host_files() if name.lower() in words), "")
+
+    def withdraw(self, uuids: Sequence[str]) -> None:
+        """Remove their files; the next oldest VM of a name gets the bare name.
+
+        dnsmasq forgets a DHCP host only on SIGHUP, and even then not the address that it had given to it; on SIGHUP
+        version 2.90 also crashes if hosts have tags.  So it is started anew, which takes 40 ms.
+        """
+        changed = False
+        files = dict(self._host_files())
+        for uuid in uuids:
+            for kind in ("dhcp", "hosts"):
+                path = os.path.join(self.file(kind), uuid)
+                changed = changed or os.path.exists(path)
+                remove_file(path)
+            words = files.pop(uuid, [])
+            bare = words[-1] if words else ""
+            heir = next((other for other, names in files.items() if bare and names[1].split(".")[0] == bare), "")
+            if heir and bare not in files[heir]:
+                self._write_once("hosts", heir, " ".join([*files[heir], f"{bare}.{DOMAIN}", bare]) + "\n")
+        if changed and self.holder():
+            with FolderLock(self.folder):
+                stop_daemon(self.file("dnsmasq.pid"))
+                self._complete()
+
+    # up and down
+
+    def holder(self) -> int:
+        """The pid of the process that keeps the namespaces, or 0."""
+        return lock_holder(self.file("holder.pid"))[1]
+
+    def in_use(self) -> InUse:
+        return InUse(self)
+
+    def is_complete(self) -> bool:
+        return bool(
+            self.holder()
+            and daemon_pid(self.file("dnsmasq.pid"))
+            and (daemon_pid(self.file("pasta.pid")) or not self._way_out())
+        )
+
+    @staticmethod
+    def _way_out() -> bool:
+        return bool(find_program("pasta") and (find_program("nft") or find_program("iptables")))
+
+    def up(self, keep: bool = False) -> None:
+        """Bring up what isn't up.  `keep`: it stays though no VM is on it yet, until the last one that comes has gone."""
+        make_private_folder(self.folder)
+        with FolderLock(self.folder):
+            self._complete()
+            if keep:
+                write_file(self.file("kept"), "")
+
+    def _complete(self) -> None:
+        """Start what is missing: the holder, dnsmasq, pasta.  Call it under the lock."""
+        for name in ("ip", "dnsmasq", "nsenter"):
+            need_program(name)
+        if not self.holder():
+            self._forget_spaces()
+            self._start_holder(self._surviving_namespaces())
+        spaces = self.namespaces()
+        way_out = self._way_out()
+        if way_out and not daemon_pid(self.file("pasta.pid")):
+            way_out = self._start_pasta()
+        elif not way_out:
+            report.say(f"{report.program}: the private network has no way out (pasta and nft would give it one)")
+        if not daemon_pid(self.file("dnsmasq.pid")):
+            for name in ("dhcp", "hosts"):
+                make_private_folder(self.file(name))
+            self._start(spaces, self._dnsmasq_argv(way_out))
+
+    def _start(self, spaces: Namespaces, argv: Sequence[str]) -> None:
+        start_daemon(inside(spaces, argv), [spaces.user, spaces.net])
+
+    def _start_holder(self, survivor: Namespaces | None) -> None:
+        """A child that makes the namespaces and the bridge, or enters a survivor's, locks its pidfile and becomes `sleep`.
+
+        It locks last: locked means whole, whoever is killed in between.
+        """
+        import subprocess  # noqa: F401
+
+        batch = self._bridge_batch()
+        mine, its = os.pipe()
+        keep = (its, survivor.user, survivor.net) if survivor else (its,)
+        pid = fork_child(lambda: self._hold(its, batch, survivor), keep)
+        os.close(its)
+        with open(mine, "rb") as pipe:
+            reason = pipe.read().decode("utf-8", "replace")
+        if survivor:
+            survivor.close()
+        if reason:
+            os.waitpid(pid, 0)
+            raise namespaces_denied(reason)
+
+    def _hold(self, talk: int, batch: str, survivor: Namespaces | None) -> None:
+        try:
+            if survivor:
+                survivor.enter()
+            else:
+                new_namespaces()
+                run(["ip", "-batch", "-"], input=batch.encode())
+                fd = os.open("/proc/sys/net/ipv4/ip_forward", os.O_WRONLY)
+                os.write(fd, b"1")
+                os.close(fd)
+            fd = os.open(self.file("holder.pid"), os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.set_inheritable(fd, True)
+            os.chdir("/")
+            os.execv(need_program("sleep"), ["sleep", "infinity"])
+        except (OSError, Error) as error:
+            os.write(talk, str(error).encode())
+
+    def _bridge_batch(self) -> str:
+        """ip's commands.  A bridge without a MAC of its own takes its lowest port's: guests would lose the gateway."""
+        subnet = self.subnet()
+        mac = "02:00:" + ":".join(f"{int(number):02x}" for number in f"{subnet}.1".split("."))
+        return (
+            f"link set lo up\nlink add {BRIDGE} address {mac} type bridge forward_delay 0\n"
+            f"addr add {subnet}.1/24 dev {BRIDGE}\nlink set {BRIDGE} up\n"
+        )
+
+    def _surviving_namespaces(self) -> Namespaces | None:
+        """The namespaces of a VM that runs on though the holder was killed."""
+        for vm in self.tree.running():
+            _, pid = vm.state()
+            if pid and vm.conf.get("vmNetwork") == "private":
+                spaces = Namespaces(pid)
+                if os.fstat(spaces.net).st_ino != os.stat("/proc/self/ns/net").st_ino:
+                    return spaces
+                spaces.close()
+        return None
+
+    def _dnsmasq_argv(self, way_out: bool) -> list[str]:
+        """dnsmasq(8), 2.90.
+
+        Not -d: in debug mode one idle TCP client of port 53 stops DNS and DHCP for all.  User and group empty: it can't
+        change to others in a namespace of one id.  No lease file: every address is fixed, and a lease of a VM that is
+        gone would keep its address from the next one.
+        """
+        return [
+            "dnsmasq", "--keep-in-foreground", "--user=", "--group=",
+            f"--pid-file={self.file('dnsmasq.pid')}", f"--log-facility={self.file('dnsmasq.log')}", "--quiet-dhcp",
+            "--conf-file=/dev/null", "--no-hosts", "--no-resolv", "--no-poll",
+            f"--interface={BRIDGE}", "--except-interface=lo", "--bind-interfaces",
+            f"--domain={DOMAIN}", f"--local=/{DOMAIN}/", "--domain-needed", "--bogus-priv",
+            f"--dhcp-range={self.subnet()}.0,static,255.255.255.0,infinite", "--leasefile-ro",
+            "--dhcp-authoritative", "--dhcp-rapid-commit", "--no-ping", "--dhcp-ignore-clid", "--dhcp-ignore-names",
+            f"--dhcp-hostsdir={self.file('dhcp')}", f"--hostsdir={self.file('hosts')}",
+            *([f"--server={OUT_DNS}"] if way_out else []),
+        ]  # fmt: skip
+
+    def _start_pasta(self) -> bool:
+        """The way out, pasta(1); a private network without one still serves, so a failure is said and no error.
+
+        By default pasta opens on the host's 0.0.0.0 what listens inside, and gives the gateway's address to the host's
+        loopback: all of that is turned off.  As root it would become nobody, who may not enter.
+        """
+        pid_file = self.file("pasta.pid")
+        remove_file(pid_file)
+        argv = [
+            "pasta", "--foreground", "--ipv4-only", "--pid", pid_file, "--log-file", self.file("pasta.log"),
+            *(["--runas", "0:0"] if os.geteuid() == 0 else []),
+            "-t", "none", "-u", "none", "-T", "none", "-U", "none", "--no-map-gw",
+            "--config-net", "--ns-ifname", OUT_INTERFACE, "--address", OUT_ADDRESS, "--netmask", "29",
+            "--gateway", OUT_GATEWAY, "--dns-forward", OUT_DNS, str(self.holder()),
+        ]  # fmt: skip
+        try:
+            child = spawn(argv, log=self.file("pasta.log"), cwd="/")
+            # In the foreground it keeps its standard error; its pidfile gets its content when its interface is there.
+            wait_for(lambda: bool(daemon_pid(pid_file)) or child.poll() is not None, 5.0, 0.005)
+            if not daemon_pid(pid_file):
+                child.kill()
+                child.wait()
+                raise Error(f"pasta: {last_line(read_tail(self.file('pasta.log')))}")
+            child.returncode = 0  # it lives on: no warning about that
+            self._masquerade()
+        except Error as error:
+            report.warn(f"the private network has no way out: {error}")
+            return False
+        return True
+
+    def _masquerade(self) -> None:
+        """pasta knows one address inside, so the VMs leave under that; by nft(8), or iptables where that is all."""
+        program, words = "nft", ["-f", "-"]
+        if not find_program(program):
+            program, words = "iptables", ["-t", "nat", "-A", "POSTROUTING", "-o", OUT_INTERFACE, "-j", "MASQUERADE"]
+        argv, fds = self.enter([program, *words])
+        run(argv, input=OUT_RULES.encode() if program == "nft" else None, fds=fds)
+
+    def down(self) -> None:
+        """End it: dnsmasq, pasta, the holder, and with them everything inside.  Call it under the lock."""
+        import signal
+
+        for name in ("dnsmasq.pid", "pasta.pid"):
+            stop_daemon(self.file(name))
+        pid = self.holder()
+        if pid:
+            with Process(pid) as process:
+                if self.holder() == pid:
+                    process.signal(signal.SIGKILL)
+                    process.ended(5.0)
+        for name in ("holder.pid", "dnsmasq.log", "pasta.log", "kept"):
+            remove_file(self.file(name))
+
+    def down_if_unused(self) -> None:
+        """`net down`: refused while VMs are on it.  Twice is harmless."""
+        if not os.path.isdir(self.folder):
+            return
+        with FolderLock(self.folder):
+            users = [vm.name for vm in self._users()]
+            if users:
+                raise WrongState(
+                    f"the private network is in use by {', '.join(users[:10])}", "vmstop -g GROUP stops a group"
+                )
+            self.down()
+        self._remove_folder()
+
+    def end_if_idle(self, even_kept: bool = True) -> None:
+        """End it where its last VM is gone; nothing happens while another command is at work on it."""
+        if not self.holder() or (not even_kept and os.path.exists(self.file("kept"))):
+            return
+        try:
+            with FolderLock(self.folder, wait=0):
+                if any(True for _ in self._users()):
+                    return
+                self.down()
+        except WrongState:
+            return
+        self._remove_folder()
+
+    def _users(self) -> Iterator[VM]:
+        """The VMs that are on it: running, or not known to have stopped."""
+        for vm in self.tree.vms():
+            if vm.state()[0] != "stopped" and (not vm.is_readable() or vm.conf.get("vmNetwork", "private") != "bridge"):
+                yield vm
+
+    def _remove_folder(self) -> None:
+        """Leave nothing behind where the tree has no VM any more; else the subnet and the names stay."""
+        for name in ("dhcp", "hosts"):
+            remove_empty(self.file(name))
+        if os.path.isdir(self.folder) and not {"dhcp", "hosts"} & set(_names(self.folder)):
+            remove_file(self.file("subnet"))
+            remove_empty(self.folder)
+
+    # what others use it for
+
+    def namespaces(self) -> Namespaces:
+        """Its namespaces, open; the holder is asked again after, so that a reused pid is never entered."""
+        if self._spaces is None:
+            pid = self.holder()
+            if not pid:
+                raise WrongState("the private network is not up", "nocloud net up")
+            spaces = Namespaces(pid)
+            if self.holder() != pid:
+                spaces.close()
+                raise WrongState("the private network has just gone down", "try again")
+            self._spaces = spaces
+        return self._spaces
+
+    def _forget_spaces(self) -> None:
+        if self._gate:
+            self._gate.close()
+        if self._spaces:
+            self._spaces.close()
+        self._gate = self._spaces = None
+
+    def close(self) -> None:
+        self._forget_spaces()
+
+    def gate(self) -> Gate:
+        """The gate; opened before threads are, since it forks."""
+        if self._gate is None:
+            self._gate = Gate(self.namespaces())
+        return self._gate
+
+    def tap(self) -> tuple[int, int]:
+        try:
+            return make_tap(self.gate()), vhost_net()
+        except OSError as error:
+            raise Error(
+                f"no tap for the private network: {error.strerror}",
+                "/dev/net/tun must be there and open for you: sudo chmod 666 /dev/net/tun",
+            ) from None
+
+    def socket(self) -> socket.socket:
+        import socket as sockets
+
+        return sockets.socket(fileno=self.gate().open(b"tcp"))
+
+    def enter(self, argv: Sequence[str]) -> tuple[list[str], list[int]]:
+        spaces = self.namespaces()
+        return inside(spaces, argv), [spaces.user, spaces.net]
+
+    def proxy_command(self) -> str:
+        """ssh runs outside: inside, root's files in ssh_config.d look foreign to it, and the home is root's."""
+        import shlex
+
+        words = ["env", f"NOCLOUD_vmBaseDir={self.tree.base}", *own_command("net", "--fdpass", "connect")]
+        way = shlex.join(words).replace("%", "%%")
+        return f"{way} %h %p"
+
+    def become_inside(self, words: Sequence[str]) -> None:
+        """Replace this process by a command inside."""
+        argv, fds = self.enter(words)
+        need_program(words[0])
+        for fd in fds:
+            os.set_inheritable(fd, True)
+        become(argv)
+
+    def connect(self, address: str, port: int, hand_over: bool = False) -> None:
+        """Join stdin and stdout to a port inside.  Raises Error where nothing answers there.
+
+        `hand_over`: give the connection itself to ssh, over the socket that is our stdout (ssh_config(5),
+        ProxyUseFdpass), and be done: no process stays for a session.
+        """
+        import socket as sockets
+
+        self.namespaces().enter()
+        connection = sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM)
+        try:
+            connection.connect((address, port))
+        except OSError as error:
+            raise Error(f"{address}:{port}: {error.strerror}") from None
+        connection.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_NODELAY, 1)
+        if not hand_over:
+            relay(connection)
+            return
+        with sockets.socket(fileno=os.dup(1)) as ssh:
+            sockets.send_fds(ssh, [b"\0"], [connection.fileno()])
+
+    def status(self) -> Iterator[str]:
+        if not self.holder():
+            yield "private network: down"
+            return
+        yield f"private network: up, {self.subnet()}.0/24, state in {self.folder}"
+        for name in ("dnsmasq", "pasta"):
+            pid = daemon_pid(self.file(f"{name}.pid"))
+            yield f"{name}: process {pid}" if pid else f"{name}: not running"
+        for vm in self._users():
+            if vm.is_readable():
+                yield f"{vm.name} {vm.function} {vm.conf.get('vmMac', '')} {vm.conf.get('vmAddress', '')}"
+
+
+def inside(spaces: Namespaces, argv: Sequence[str]) -> list[str]:
+    """`argv` run inside: nsenter keeps session, folder and descriptors, and becomes the program."""
+    ways = [f"--user=/proc/self/fd/{spaces.user}", f"--net=/proc/self/fd/{spaces.net}"]
+    program = find_program(argv[0]) or argv[0]
+    return ["nsenter", *ways, "--preserve-credentials", "--", program, *argv[1:]]
+
+
+class InUse:
+    """The private network is up and stays up while this lives: the folder's lock is held shared."""
+
+    def __init__(self, network: PrivateNetwork) -> None:
+        self.network = network
+
+    def __enter__(self) -> InUse:
+        network = self.network
+        make_private_folder(network.folder)
+        while True:
+            self._lock = FolderLock(network.folder, shared=True).__enter__()
+            if network.is_complete():
+                network.gate()
+                return self
+            self._lock.release()
+            network.up()
+            if not network.is_complete():  # no way out, say; up() has said so
+                self._lock = FolderLock(network.folder, shared=True).__enter__()
+                network.gate()
+                return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.release()
+
+
+# What forbids user namespaces, when it has this value, and the value that allows them.
+USERNS_SETTINGS = (
+    ("kernel/apparmor_restrict_unprivileged_userns", "1", "0"),
+    ("kernel/unprivileged_userns_clone", "0", "1"),
+    ("user/max_user_namespaces", "0", "65536"),
+    ("user/max_net_namespaces", "0", "65536"),
+)
+
+
+def namespaces_denied(reason: str) -> Error:
+    """Why there is no private network, with the command that mends it where that is known."""
+    for name, forbids, allows in USERNS_SETTINGS:
+        try:
+            if read_text(f"/proc/sys/{name}").strip() == forbids:
+                command = f"sudo sysctl -w {name.replace('/', '.')}={allows}"
+                return Error(
+                    f"the private network can't be made: this host grants no user namespaces ({reason})", command
+                )
+        except OSError:
+            continue
+    hint = "in a container, its seccomp profile must allow unshare; or use the host's bridge: vmNetwork=bridge"
+    return Error(f"the private network can't be made: {reason}", hint)
+
+
+def host_networks(fib: str) -> list[tuple[int, int]]:
+    """(network, prefix length) of each route and address in /proc/net/fib_trie, which lists all routing tables."""
+    found: list[tuple[int, int]] = []
+    network = ""
+    for line in fib.splitlines():
+        words = line.split()
+        if words and words[0] in ("|--", "+--"):
+            network = words[1].partition("/")[0]
+        elif words and words[0].startswith("/") and int(words[0][1:]):  # not the default route
+            found.append((ipv4_number(network), int(words[0][1:])))
+    return found
+
+
+def free_subnet(taken: Sequence[tuple[int, int]]) -> str:
+    """The first /24 of 10.88 to 10.127 that overlaps nothing that is taken, as `10.88.0`.
+
+    A VPN may claim all of 10.0.0.0/8, or half of everything: where nothing is left, only narrower networks count.
+    """
+    for widest in (1, 9, 17):
+        narrow = [(network, length) for network, length in taken if length >= widest]
+        for number in range(0x0A5800, 0x0A8000):
+            if all((number << 8 ^ network) >> (32 - min(24, length)) for network, length in narrow):
+                return f"10.{number >> 8 & 255}.{number & 255}"
+    raise Error(
+        "no subnet is free between 10.88.0.0 and 10.127.255.0: this host has routes to all of them", "vmNetwork=bridge"
+    )
+
+
+def ipv4_number(text: str) -> int:
+    number = 0
+    for part in text.split("."):
+        number = number << 8 | int(part)
+    return number
+
+
+RELAY_BYTES = 256 * 1024
+
+
+def relay(connection: socket.socket) -> None:
+    """Join stdin and stdout to the connection; each end of file is passed on, and both ends end it."""
+    import socket as sockets
+    import threading
+
+    def send() -> None:
+        pump(lambda: os.read(0, RELAY_BYTES), connection.sendall)
+        try:
+            connection.shutdown(sockets.SHUT_WR)
+        except OSError:
+            pass  # the other side is gone already
+
+    for fd in (0, 1):
+        os.set_blocking(fd, True)  # a terminal that another program shares may not be
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    pump(lambda: connection.recv(RELAY_BYTES), lambda data: write_all(1, data))
+    os.close(1)
+    sender.join()
+
+
+def pump(source: Callable[[], bytes], sink: Callable[[bytes], object]) -> None:
+    """From source to sink, until the one ends or the other is gone."""
+    try:
+        while True:
+            data = source()
+            if not data:
+                return
+            sink(data)
+    except OSError:
+        pass
+
+
+def write_all(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+class HostBridge(Network):
+    """The host's bridge: a tap from qemu-bridge-helper, addresses from the host's DHCP server."""
+
+    kind = "bridge"
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.interface = config["bridgeInterface"]
+
+    def helper(self) -> str:
+        """The path of qemu-bridge-helper, or ''."""
+        places = ("/usr/lib/qemu/qemu-bridge-helper", "/usr/libexec/qemu-bridge-helper", "/usr/lib/qemu-bridge-helper")
+        for place in [self.config["vmBridgeHelper"]] if self.config["vmBridgeHelper"] else places:
+            if find_program(place):
+                return place
+        return ""
+
+    def missing(self) -> str:
+        """Why this user can't put a VM on the bridge, or ''."""
+        if not os.path.isdir(f"/sys/class/net/{self.interface}/bridge"):
+            return f"there is no bridge {self.interface}"
+        helper = self.helper()
+        if not helper:
+            return "qemu-bridge-helper is not there"
+        if os.geteuid() != 0 and not os.stat(helper).st_mode & stat.S_ISUID:
+            return f"{helper} is not setuid root"
+        return ""
+
+    def in_use(self) -> HostBridge:
+        reason = self.missing()
+        if reason:
+            raise Error(f"the network {self.interface} is not to be had: {reason}",
+                        "make a group on the private network instead: NOCLOUD_vmNetwork=private")  # fmt: skip
+        return self
+
+    def __enter__(self) -> HostBridge:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def tap(self) -> tuple[int, int]:
+        """The helper makes the tap, puts it on the bridge and sends it over a socket pair (qemu-bridge-helper.c)."""
+        import socket as sockets
+
+        mine, its = sockets.socketpair(sockets.AF_UNIX, sockets.SOCK_STREAM)
+        with mine, its:
+            argv = [
+                self.helper() or "qemu-bridge-helper",
+                "--use-vnet",
+                f"--br={self.interface}",
+                f"--fd={its.fileno()}",
+            ]
+            run(argv, fds=[its.fileno()])
+            mine.settimeout(5)
+            _, fds, _, _ = sockets.recv_fds(mine, 16, 1)
+        if not fds:
+            raise Error(f"qemu-bridge-helper gave no tap on {self.interface}")
+        os.set_inheritable(fds[0], False)
+        return fds[0], vhost_net()
+
+    def socket(self) -> socket.socket:
+        import socket as sockets
+
+        return sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM)
+
+    def address(self, vm: VM) -> str:
+        """What the DHCP server gave to the VM's MAC, or ''."""
+        return vm.conf.get("vmAddress") or self.leases().get(vm.conf.get("vmMac", ""), "")
+
+    def leases(self) -> dict[str, str]:
+        """MAC → address of dnsmasq's lease file: `EXPIRY MAC ADDRESS NAME CLIENT-ID` a line."""
+        own = self.config["bridgeLeases"]
+        places = (
+            [own]
+            if own
+            else ["/var/lib/nocloud/dnsmasq.leases", "/var/lib/misc/dnsmasq.leases", "/var/lib/dnsmasq/dnsmasq.leases"]
+        )
+        for place in places:
+            try:
+                lines = [line.split() for line in read_text(place).splitlines()]
+            except OSError:
+                continue
+            return {words[1].lower(): ipv4_address(words[2]) for words in lines if len(words) >= 4 and "." in words[2]}
+        return {}
+
+
+# Identity ############################################################################################
+#
+# Who a VM is: UUID, MAC, host key, login keys, hostname; and how ssh is called so that it checks that.
+# Key material goes by files of mode 0600, never through arguments, messages or logs.
+
+MAC_PREFIX = "00:50:56"
+
+
+def new_identity(taken: set[str]) -> tuple[str, str]:
+    """A UUID (random, RFC 4122 version 4) and its MAC: 00:50:56 and the UUID's first three bytes, not among `taken`."""
+    while True:
+        raw = bytearray(os.urandom(16))
+        raw[6], raw[8] = raw[6] & 0x0F | 0x40, raw[8] & 0x3F | 0x80
+        text = raw.hex()
+        mac = mac_of_uuid(text)
+        if mac not in taken:
+            taken.add(mac)
+            return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:])), mac
+
+
+def mac_of_uuid(uuid: str) -> str:
+    digits = uuid.replace("-", "").lower()
+    return f"{MAC_PREFIX}:{digits[0:2]}:{digits[2:4]}:{digits[4:6]}"
+
+
+def own_key() -> str:
+    """nocloud's own login key, made at first need; the path of its private half (ed25519, no passphrase)."""
+    folder = config_home()
+    path = os.path.join(folder, "id_ed25519")
+    if not os.path.exists(path):
+        make_private_folder(folder)
+        with FolderLock(folder):
+            if not os.path.exists(path):
+                make_key(path, "nocloud")
+    return path
+
+
+def make_key(path: str, comment: str) -> None:
+    """An ed25519 key pair, landed by rename, the public half first: who sees the private one sees both."""
+    temporary = f"{path}.{os.urandom(3).hex()}.tmp"
+    try:
+        run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", temporary])
+        os.replace(temporary + ".pub", path + ".pub")
+        os.replace(temporary, path)
+    finally:
+        remove_file(temporary)
+        remove_file(temporary + ".pub")
+
+
+def user_keys(kind: str = "") -> list[str]:
+    """The user's own keys in ~/.ssh: the private ones' paths, or with kind=".pub" all public ones'."""
+    folder = os.path.expanduser("~/.ssh")
+    if kind:
+        return [os.path.join(folder, name) for name in _names(folder) if name.endswith(kind)]
+    names = ("id_ed25519", "id_ecdsa", "id_ecdsa_sk", "id_ed25519_sk", "id_rsa", "id_dsa")  # ssh's own defaults
+    return [path for path in (os.path.join(folder, name) for name in names) if os.path.exists(path)]
+
+
+def login_keys() -> list[str]:
+    """The public keys that may log in to a new VM, a line each: nocloud's and the user's."""
+    lines: list[str] = []
+    for path in [own_key() + ".pub", *user_keys(".pub")]:
+        try:
+            text = read_text(path)
+        except OSError as error:
+            report.warn(f"{path}: {error.strerror}; this key is not planted")
+            continue
+        lines += [line.strip() for line in text.splitlines() if re.match(r"(ssh|ecdsa|sk)-\S+ +\S", line.strip())]
+    return list(dict.fromkeys(lines))
+
+
+def make_host_key(vm: VM) -> None:
+    """The guest's ssh host key, made on the host: it is known from the first contact."""
+    make_key(vm.host_key, f"root@{vm.name}")
+
+
+class KnownHosts:
+    """The host keys of a tree's VMs: a known_hosts file of our own (sshd(8), SSH_KNOWN_HOSTS FILE FORMAT).
+
+    A line names the VM's UUID, for vmssh's HostKeyAlias, and its address, for ansible, whose hosts are addresses.
+    """
+
+    def __init__(self, tree: Tree) -> None:
+        self.path = os.path.join(tree.base, ".known_hosts")
+        self._tree = tree
+
+    def _lines(self) -> list[str]:
+        try:
+            return [line for line in read_text(self.path).splitlines() if line.strip()]
+        except FileNotFoundError:
+            return []
+
+    def knows(self, uuid: str) -> bool:
+        return any(uuid in line.split(" ", 1)[0].split(",") for line in self._lines())
+
+    def update(self, add: Mapping[str, tuple[str, str]], remove: Sequence[str] = ()) -> None:
+        """Set lines, uuid → (address, public key), and take those of `remove` away.  An address names one VM only."""
+        with self._tree.lock():
+            old = self._lines()
+            gone = {*remove, *add, *(address for address, _ in add.values() if address)}
+            lines = [line for line in old if not gone & set(line.split(" ", 1)[0].split(","))]
+            for uuid, (address, key) in add.items():
+                names = f"{uuid},{address}" if address else uuid
+                lines.append(f"{names} {' '.join(key.split()[:2])}")
+            if not lines:
+                remove_file(self.path)
+            elif lines != old:
+                write_file(self.path, "\n".join(lines) + "\n")
+
+
+def credentials(vm: VM, keys: Sequence[str]) -> bytes:
+    """The SMBIOS type 11 string with what systemd in the guest sets up before sshd starts.
+
+    See systemd.system-credentials(7).
+
+    tmpfiles.extra (systemd 252 and later, tmpfiles.d(5)) carries files: the host key, the login keys, /etc/hostname.
+    `ssh.authorized_keys.root` would only write where no file is.  The first boot's hostname comes by DHCP, or from
+    system.hostname (systemd 254), since PID 1 has set it by the time that /etc/hostname is written.
+    """
+    home = "/root" if vm.get("vmUser") == "root" else f"/home/{vm.get('vmUser')}"
+    owner = vm.get("vmUser")
+    lines = [
+        _tmpfile("/etc/ssh/ssh_host_ed25519_key", "0600", "root", read_text(vm.host_key)),
+        _tmpfile("/etc/ssh/ssh_host_ed25519_key.pub", "0644", "root", read_text(vm.host_key + ".pub")),
+        _tmpfile("/etc/hostname", "0644", "root", vm.name + "\n"),
+        f"d {home}/.ssh 0700 {owner} {owner} -",
+        _tmpfile(f"{home}/.ssh/authorized_keys", "0600", owner, "\n".join(keys) + "\n"),
+    ]
+    extra = _base64("\n".join(lines) + "\n")
+    return f"io.systemd.credential.binary:tmpfiles.extra={extra}".encode()
+
+
+def _tmpfile(path: str, mode: str, owner: str, content: str) -> str:
+    """A tmpfiles.d line that writes a file, over what is there (+), its content in base64 (~)."""
+    return f"f+~ {path} {mode} {owner} {owner} - {_base64(content)}"
+
+
+def _base64(text: str) -> str:
+    import binascii
+
+    return binascii.b2a_base64(text.encode(), newline=False).decode()
+
+
+def ssh_option(name: str, value: str) -> list[str]:
+    return ["-o", f"{name}={value}"]
+
+
+def ssh_path(path: str) -> str:
+    """A path as a value in ssh's configuration language: quoted, and % is not a token."""
+    return '"' + path.replace("%", "%%") + '"'
+
+
+def ssh_trust_options(known_hosts: str, strict: bool) -> list[str]:
+    """Our known_hosts and no other; unknown keys are refused, or pinned at the first contact where none was planted."""
+    return [
+        *ssh_option("UserKnownHostsFile", ssh_path(known_hosts)),
+        *ssh_option("GlobalKnownHostsFile", "/dev/null"),
+        *ssh_option("StrictHostKeyChecking", "yes" if strict else "accept-new"),
+        *ssh_option("UpdateHostKeys", "no"),
+        *ssh_option("HashKnownHosts", "no"),
+        *ssh_option("CheckHostIP", "no"),
+    ]
+
+
+def ssh_key_options(planted: bool) -> list[str]:
+    """Which keys ssh offers.  Where ours was planted, no others but the user's default ones: an agent full of keys
+    would use up the tries that a server grants (MaxAuthTries, 6)."""
+    words = ssh_option("IdentityFile", ssh_path(own_key()))
+    for path in user_keys():
+        words += ssh_option("IdentityFile", ssh_path(path))
+    return [*words, *ssh_option("IdentitiesOnly", "yes")] if planted else words
+
+
+def is_planted(vm: VM) -> bool:
+    """Whether keys and host key get into the guest before its first contact."""
+    return vm.get("vmInit") in ("systemd", "cloud-init")
+
+
+# Templates ###########################################################################################
+#
+# Getting and keeping them.  A template is made in a folder of its own (.new-NAME) and renamed in place last.
+
+
+class NewTemplate:
+    """A template that is being made: `with` leaves a whole template, or nothing."""
+
+    def __init__(self, cloud: Cloud, name: str) -> None:
+        self.cloud = cloud
+        self.final = cloud.tree.template(check_name("template", name))
+        place = os.path.dirname(self.final.folder)
+        self.vm = VM(cloud.tree.base, TEMPLATES, "", name, os.path.join(place, MAKING + name))
+        self._done = False
+
+    def __enter__(self) -> NewTemplate:
+        tree = self.cloud.tree
+        tree.prepare()
+        os.makedirs(os.path.dirname(self.final.folder), exist_ok=True)
+        with tree.lock():
+            sweep(tree, TEMPLATES)
+            if os.path.lexists(self.final.folder):
+                raise WrongState(
+                    f"{self.final.name}: there is such a template already", f"vmtemplate --delete {self.final.name}"
+                )
+            if os.path.lexists(self.vm.folder):
+                raise WrongState(f"{self.final.name}: another command is making it just now")
+            os.mkdir(self.vm.folder, 0o755)
+            self._lock = FolderLock(self.vm.folder, wait=0).__enter__()
+        return self
+
+    @property
+    def disk(self) -> str:
+        """Where its disk is to be made."""
+        return self.vm.file(self.vm.disk_name(0, self.cloud.config["vmDiskExt"]))
+
+    def finish(self, settings: Mapping[str, str]) -> VM:
+        """Write its conf and put it in its place."""
+        name = os.path.basename(self.disk)
+        uuid, _ = new_identity(set())
+        os.chmod(self.disk, 0o444)
+        self.vm.write_conf({"vmName": self.vm.name, "vmDisk": self.final.relative(name), "vmUuid": uuid, **settings})
+        os.rename(self.vm.folder, self.final.folder)
+        self._done = True
+        return self.final
+
+    def __exit__(self, *exc: object) -> None:
+        if not self._done:
+            remove_tree(self.vm.folder)
+            remove_empty(os.path.dirname(self.vm.folder))
+        self._lock.release()
+
+
+def template_from_image(cloud: Cloud, name: str, path: str, settings: Mapping[str, str]) -> VM:
+    """A template from a qcow2 or raw image on this machine; the image's own checksum is recorded."""
+    if not os.path.isfile(path):
+        raise NotFound(f"{path}: no such file", "--image takes a qcow2 or raw disk image")
+    with NewTemplate(cloud, name) as new:
+        format = check_foreign_image(path)
+        if format == "raw" and not looks_bootable(path):
+            raise Error(
+                f"{path}: neither a qcow2 image nor a raw disk with a boot sector", "is it a disk image at all?"
+            )
+        need, free = os.stat(path).st_blocks * 512, free_bytes(new.vm.folder)
+        if need > free:
+            raise Error(
+                f"{cloud.tree.base}: the image takes {need // MIB} MB, {free // MIB} MB are free",
+                "free some disk space",
+            )
+        report.say(f"{name}: copying {path}")
+        checksum = file_digest(path)
+        convert_image(path, format, new.disk)
+        return new.finish({**settings, "vmSource": os.path.abspath(path), "vmChecksum": f"sha256:{checksum}"})
+
+
+def looks_bootable(path: str) -> bool:
+    """Whether a raw image begins with a boot sector (55 AA at its end): any file at all is "raw" to qemu-img."""
+    with open(path, "rb") as file:
+        return file.read(512)[510:512] == b"\x55\xaa"
+
+
+def template_settings(cloud: Cloud, mem: int, cpu: int, user: str, init: str) -> dict[str, str]:
+    """What a new template's clones start with."""
+    return {
+        "vmMem": str(mem or cloud.config.number("vmMem")),
+        "vmCpu": str(cpu or cloud.config.number("vmCpu")),
+        "vmUser": user or cloud.config["vmUser"],
+        "vmInit": init or "auto",
+        "vmMachine": cloud.qemu().machine,
+    }
+
+
+# -- built from packages
+#
+# mmdebstrap installs the packages; all that follows works on plain files that belong to the caller, so that it needs
+# neither root nor a mount nor a boot.
+
+BUILD_TMP_MB = 1200  # mmdebstrap's own tree, in $TMPDIR
+BUILD_WORK_MB = 1700  # the tar, the tree, the raw disk and the qcow2, in the VM tree
+
+# python3-minimal lacks json and shutil, which ansible's modules import. grub-pc would ask for its disk at upgrades;
+# grub-pc-bin and grub2-common write grub.cfg for each new kernel and leave the boot sectors alone.
+BUILD_PACKAGES = (
+    "linux-image-cloud-amd64",
+    "initramfs-tools",
+    "lz4",
+    "systemd-sysv",
+    "dbus",
+    "udev",
+    "kmod",
+    "openssh-server",
+    "python3",
+    "python3-apt",
+    "iproute2",
+    "iputils-ping",
+    "procps",
+    "less",
+    "ca-certificates",
+    "grub-pc-bin",
+    "grub2-common",
+)
+DPKG_OPTIONS = (  # for this run only: BUILD_LITTER takes them out of the guest
+    "force-unsafe-io",
+    "path-exclude=/usr/share/man/*",
+    "path-exclude=/usr/share/info/*",
+    "path-exclude=/usr/share/locale/*/LC_MESSAGES/*",
+    "path-exclude=/usr/share/doc/*",
+    "path-include=/usr/share/doc/*/copyright",
+    "path-exclude=/usr/share/lintian/*",
+)
+GRUB_MODULES = (
+    "biosdisk part_msdos part_gpt ext2 normal configfile linux boot echo test search search_fs_uuid search_label"
+    " loadenv gzio minicmd ls cat reboot halt"
+)
+GRUB_LIB = "usr/lib/grub/i386-pc"
+
+# Runs once in the target, by mmdebstrap. INITRD=No keeps the kernel's package from making one before (6 s each).
+# Its two udev scripts replace the package's: the listed drivers are all it needs, and udev took 5 s there (emulated).
+# The prefix names a partition but no disk: the one that was booted from.
+TARGET_SCRIPT = f"""set -e
+mkdir -p "$1/etc/initramfs-tools/scripts/init-top" "$1/etc/initramfs-tools/scripts/init-bottom"
+printf 'MODULES=list\\nCOMPRESS=lz4\\nBUSYBOX=auto\\n' >"$1/etc/initramfs-tools/conf.d/nocloud"
+printf 'virtio_pci\\nvirtio_blk\\nvirtio_scsi\\nsd_mod\\next4\\n' >"$1/etc/initramfs-tools/modules"
+printf '#!/bin/sh\\n' >"$1/etc/initramfs-tools/scripts/init-top/udev"
+printf '#!/bin/sh\\n[ "$1" = prereqs ] || mount -n -o move /dev "$rootmnt/dev"\\n' >"$1/etc/initramfs-tools/scripts/init-bottom/udev"
+printf '#!/bin/sh\\n[ "$1" = prereqs ] || rm -rf "$DESTDIR"/usr/lib/udev "$DESTDIR"/usr/*bin/udevadm "$DESTDIR"/usr/*bin/dmsetup\\n' >"$1/etc/initramfs-tools/hooks/zz-nocloud"
+chmod 755 "$1"/etc/initramfs-tools/scripts/init-*/udev "$1/etc/initramfs-tools/hooks/zz-nocloud"
+env -u INITRD chroot "$1" update-initramfs -c -k all
+chroot "$1" systemctl --quiet enable systemd-networkd.service
+mkdir -p "$1/boot/grub"
+chroot "$1" grub-mkimage -O i386-pc -o /boot/grub/core.img -p '(,msdos1)/boot/grub' {GRUB_MODULES}
+"""
+
+KERNEL_OPTIONS = "rootfstype=ext4 rootflags=noatime fsck.mode=skip console=tty0 console=ttyS0,115200"
+# Only for the first boots: the first new kernel makes the guest's update-grub write a full one over it.
+GRUB_CFG = """set timeout=0
+menuentry 'Debian GNU/Linux' {{
+    search --no-floppy --fs-uuid --set=root {uuid}
+    linux /vmlinuz root=UUID={uuid} rw {options} quiet
+    initrd /initrd.img
+}}
+"""
+
+BUILD_FILES = {
+    "etc/default/grub": f"""GRUB_DEFAULT=0
+GRUB_TIMEOUT=0
+GRUB_TIMEOUT_STYLE=hidden
+GRUB_DISTRIBUTOR=Debian
+GRUB_TERMINAL=console
+GRUB_DISABLE_OS_PROBER=true
+GRUB_DISABLE_SUBMENU=y
+GRUB_CMDLINE_LINUX_DEFAULT="quiet"
+GRUB_CMDLINE_LINUX="rw {KERNEL_OPTIONS}"
+""",
+    # One address per MAC: clones of one template could share what a DUID is made from. No network name is matched, so any card works.
+    "etc/systemd/network/80-ethernet.network": """[Match]
+Type=ether
+Kind=!*
+
+[Network]
+DHCP=yes
+LLMNR=no
+MulticastDNS=no
+
+[DHCPv4]
+ClientIdentifier=mac
+SendHostname=yes
+UseHostname=no
+UseDNS=yes
+UseDomains=yes
+
+[IPv6AcceptRA]
+UseDomains=yes
+""",
+    # systemd-resolved would hold up each boot, everything else comes after it; libc can ask DHCP's name server itself.
+    "etc/systemd/system/nocloud-resolv.path": """[Unit]
+Description=Wait for the first DHCP lease
+
+[Path]
+PathExistsGlob=/run/systemd/netif/leases/[0-9]*
+
+[Install]
+WantedBy=paths.target
+""",
+    "etc/systemd/system/nocloud-resolv.service": """[Unit]
+Description=Take the name servers that DHCP brought
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/bin/sh /usr/lib/nocloud/resolv
+""",
+    "usr/lib/nocloud/resolv": """# What networkd writes of its leases, in the form that libc reads.
+for lease in /run/systemd/netif/leases/*; do
+    while IFS='=' read -r key value; do
+        case $key in
+            DNS) for address in $value; do echo "nameserver $address"; done ;;
+            DOMAINNAME) domains="$domains $value" ;;
+        esac
+    done <"$lease"
+done >/run/resolv.conf.new
+[ -z "$domains" ] || echo "search$domains" >>/run/resolv.conf.new
+mv /run/resolv.conf.new /run/resolv.conf
+""",
+    "etc/systemd/system/nocloud-hostname.service": """[Unit]
+Description=Take the hostname that a credential brought
+Documentation=man:systemd.system-credentials(7)
+DefaultDependencies=no
+ConditionPathExists=|/etc/hostname
+ConditionPathExists=|/run/credentials/@system/system.hostname
+After=systemd-tmpfiles-setup.service
+Before=systemd-networkd.service systemd-hostnamed.service sysinit.target
+
+[Service]
+Type=oneshot
+ExecStart=/bin/sh -c 'for f in /etc/hostname /run/credentials/@system/system.hostname; do [ ! -s $f ] || exec cat $f >/proc/sys/kernel/hostname; done'
+
+[Install]
+WantedBy=sysinit.target
+""",
+    "etc/systemd/system/nocloud-hostkey.service": """[Unit]
+Description=Make a host key where none was planted
+ConditionPathExistsGlob=!/etc/ssh/ssh_host_*_key
+Before=ssh.service ssh.socket
+
+[Service]
+Type=oneshot
+ExecStart=/usr/bin/ssh-keygen -q -t ed25519 -N "" -C "" -f /etc/ssh/ssh_host_ed25519_key
+
+[Install]
+WantedBy=multi-user.target
+""",
+    # Without libpam-systemd (slow logins) nothing ends ssh sessions before the network is gone, and clients would hang.
+    "etc/systemd/system/nocloud-ssh-sessions.service": """[Unit]
+Description=End ssh sessions before the network goes
+After=network.target
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStop=-/bin/systemctl kill ssh.service
+
+[Install]
+WantedBy=multi-user.target
+""",
+    "etc/systemd/system/ssh.service.d/nocloud.conf": "[Service]\nExecStartPre=\n",  # sshd -t: sshd itself says what is wrong
+    # Not before ssh: on few and emulated CPUs the first login waits for the last of what starts with it.
+    **{
+        f"etc/systemd/system/{unit}.service.d/nocloud.conf": "[Unit]\nAfter=ssh.service\n"
+        for unit in ("systemd-logind", "getty@", "serial-getty@")
+    },
+    "etc/systemd/journald.conf.d/nocloud.conf": "[Journal]\nStorage=volatile\n",  # each clone's overlay would grow by 8 MB at once
+    "etc/modprobe.d/nocloud.conf": "".join(
+        f"blacklist {name}\n"
+        for name in (  # udev loads and self-tests them for the CPU, 2 s emulated
+            "kvm_amd",
+            "kvm_intel",
+            "aesni_intel",
+            "ghash_clmulni_intel",
+            "polyval_clmulni",
+            "sha1_ssse3",
+            "sha256_ssse3",
+            "sha512_ssse3",
+            "crct10dif_pclmul",
+            "crc32_pclmul",
+            "serio_raw",
+            "qemu_fw_cfg",
+        )
+    ),
+    "etc/default/locale": "LANG=C.UTF-8\n",
+    "etc/hosts": "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\nff02::1 ip6-allnodes\nff02::2 ip6-allrouters\n",
+    "etc/machine-id": "",  # empty: made at each clone's first boot, without the first-boot presets that "uninitialized" brings
+    "etc/.updated": "",  # else systemd rebuilds hwdb, ld.so.cache and catalog at first boot (minutes, emulated)
+    "var/.updated": "",
+}
+BUILD_LINKS = {
+    "etc/resolv.conf": "../run/resolv.conf",
+    "etc/systemd/system/default.target": "/lib/systemd/system/multi-user.target",
+    "etc/localtime": "/usr/share/zoneinfo/Etc/UTC",
+    "var/lib/dbus/machine-id": "/etc/machine-id",
+}
+BUILD_MASKED = (
+    "apt-daily.timer",
+    "apt-daily-upgrade.timer",
+    "dpkg-db-backup.timer",
+    "e2scrub_all.timer",
+    "e2scrub_reap.service",
+    "systemd-networkd-wait-online.service",
+    "systemd-pstore.service",
+    "systemd-journal-flush.service",
+    "systemd-update-utmp-runlevel.service",
+    "systemd-network-generator.service",
+    "systemd-binfmt.service",
+    "proc-sys-fs-binfmt_misc.automount",
+    "sys-kernel-debug.mount",
+    "sys-kernel-tracing.mount",
+    "sys-kernel-config.mount",
+    "sys-fs-fuse-connections.mount",
+    "dev-hugepages.mount",
+    "modprobe@configfs.service",
+    "modprobe@dm_mod.service",
+    "modprobe@drm.service",
+    "modprobe@efi_pstore.service",
+    "modprobe@fuse.service",
+    "modprobe@loop.service",
+)
+# Each is a process, and all of them run before the first unit starts.
+BUILD_GENERATORS = (
+    "cryptsetup",
+    "gpt-auto",
+    "hibernate-resume",
+    "integritysetup",
+    "rc-local",
+    "system-update",
+    "sysv",
+    "veritysetup",
+    "bless-boot",
+    "tpm2",
+    "ssh",
+    "factory-reset",
+)
+BUILD_LITTER = (
+    "etc/hostname",
+    "etc/ssh/ssh_host_*",
+    "etc/dpkg/dpkg.cfg.d/99mmdebstrap",
+    "etc/apt/apt.conf.d/99mmdebstrap",
+    "etc/*-",
+    "var/lib/systemd/random-seed",
+    "var/lib/systemd/credential.secret",
+    "var/log/journal",
+    "var/log/*.log",
+    "var/log/apt/*",
+    "var/lib/apt/lists/*",
+    "var/cache/apt/*.bin",
+    "var/cache/apt/archives/*.deb",
+    "var/cache/debconf/*-old",
+    "var/lib/dpkg/*-old",
+    "boot/System.map*",
+    "vmlinuz.old",
+    "initrd.img.old",
+    "root/.bash_history",
+    "root/.ssh",
+    "tmp/*",
+    "run/*",
+)
+
+
+class BuildProgress:
+    """Turns what mmdebstrap and apt say into a progress line; keeps what a failure needs."""
+
+    COUNTED = (("Get:", "downloading"), ("Unpacking ", "unpacking"), ("Setting up ", "setting up"))
+    STAGES = (
+        ("I: extracting", "unpacking the base"),
+        ("update-initramfs: Generating", "making the initramfs"),
+        ("I: creating tarball", "collecting"),
+    )
+
+    def __init__(self, suite: str) -> None:
+        self.suite, self.total = suite, 0
+        self.counts: dict[str, int] = {}
+        self.errors: list[str] = []
+        self.started = time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        if line.startswith("E: "):
+            self.errors.append(line[3:].strip())
+        found = re.search(r"(\d+) newly installed", line)
+        if found:  # a new run of apt begins
+            self.total, self.counts = int(found.group(1)), {}
+        for start, word in self.COUNTED:
+            if self.total and line.startswith(start):
+                self.counts[word] = self.counts.get(word, 0) + 1
+                self.tell(f"{word} packages", f"{min(self.counts[word], self.total)}/{self.total}")
+        for start, word in self.STAGES:
+            if line.startswith(start):
+                self.tell(word)
+
+    def tell(self, stage: str, detail: str = "") -> None:
+        seconds = f"({time.monotonic() - self.started:.0f} s)"
+        report.progress(f"{self.suite}: {stage}", f"{detail} {seconds}".strip())
+
+
+# The packages come from where the host's own come from.
+
+
+class AptArchive:
+    """An archive of the host's apt: `release` is its codename where apt has read it, else as the source says;
+    `origin` is '' where apt has no lists yet; `entry` is FILE:N, N counting lines in .list, paragraphs in .sources."""
+
+    __slots__ = ("uri", "release", "component", "origin", "entry")
+
+    def __init__(self, uri: str, codename: str, release: str, component: str, origin: str, entry: str) -> None:
+        unknown = re.compile(r"\$\(.*\)")  # what apt doesn't know stays as it stands in the format
+        self.uri, self.component, self.entry = uri, component, entry
+        self.release = release if unknown.fullmatch(codename) else codename
+        self.origin = "" if unknown.fullmatch(origin) else origin
+
+
+APT_FORMAT = "$(REPO_URI)|$(CODENAME)|$(RELEASE)|$(COMPONENT)|$(ORIGIN)|$(SOURCESENTRY)"
+
+
+def host_archives() -> list[AptArchive]:
+    """What the host's apt is told to use; apt-get(8) reads both formats of its sources for us."""
+    if not find_program("apt-get"):
+        return []
+    query = ["apt-get", "indextargets", "--format", APT_FORMAT, "Created-By: Packages", "Target-Of: deb"]
+    text = run(query, check=False, merge=False).stdout
+    text = text or run([*query, "--no-release-info"], check=False, merge=False).stdout
+    return [AptArchive(*line.split("|")) for line in sorted(set(text.splitlines())) if line.count("|") == 5]
+
+
+def os_release() -> dict[str, str]:
+    """os-release(5) of the host; empty where there is none."""
+    try:
+        return dict(re.findall(r'^(\w+)="?([^"\n]*)"?$', read_text("/etc/os-release"), re.M))
+    except OSError:
+        return {}
+
+
+def signed_by(entry: str) -> str:
+    """The keyring file that a source names; '': apt's trusted ones."""
+    name, _, number = entry.rpartition(":")
+    try:
+        text = read_text(name)
+    except OSError:
+        return ""
+    parts = text.splitlines() if name.endswith(".list") else [p for p in re.split(r"\n\s*\n", text) if p.strip()]
+    part = parts[int(number) - 1] if number.isdigit() and 0 < int(number) <= len(parts) else ""
+    found = re.search(r"signed-by[=:]\s*(/[^\s\],]+)", part, re.I)
+    return found.group(1) if found else ""
+
+
+def package_sources(suite: str, archives: Sequence[AptArchive]) -> list[str]:
+    """apt source lines for the suite, from the host's own mirrors; none: mmdebstrap knows the public ones."""
+    host = os_release()
+    codename = host.get("VERSION_CODENAME", "") if host.get("ID") == "debian" else ""
+    pockets = ("",) if suite in ("sid", "unstable", "experimental") else ("", "-updates", "-security")
+    found: dict[str, set[str]] = {}
+    for archive in archives:
+        # others' archives serve suites of the same names
+        if codename and archive.origin in ("", "Debian") and archive.release in [codename + each for each in pockets]:
+            key = signed_by(archive.entry)
+            target = suite + archive.release[len(codename) :]
+            line = f"deb {f'[signed-by={key}] ' if key else ''}{archive.uri} {target}"
+            found.setdefault(line, set()).add(archive.component)
+    lines = [
+        f"{line} {' '.join(sorted(components)) if suite == codename else 'main'}"
+        for line, components in sorted(found.items())
+        if "main" in components
+    ]
+    return lines if any(f" {suite} " in line for line in lines) else []
+
+
+def check_build(suite: str) -> None:
+    """Raise for what can be known to be missing before the work starts."""
+    if not re.fullmatch(r"[a-z][a-z0-9.-]{0,62}", suite):
+        raise UsageError(f"{suite!r} is no name of a suite", "--build bookworm, for example")
+    for name in ("mmdebstrap", "mke2fs", "debugfs", "qemu-img"):
+        need_program(name)
+    if os.uname().machine != "x86_64":
+        raise Error("templates are built on x86-64 only", "vmtemplate NAME --image FILE takes an image")
+    if os.geteuid() != 0:
+        check_subordinate_ids()
+
+
+def check_subordinate_ids() -> None:
+    """mmdebstrap needs a range of uids to be root over, unless it is root."""
+    import pwd
+
+    need_program("newuidmap")
+    user = pwd.getpwuid(os.geteuid()).pw_name
+    for name in ("/etc/subuid", "/etc/subgid"):
+        lines = read_text(name).splitlines() if os.path.exists(name) else []
+        if not any(line.startswith((f"{user}:", f"{os.geteuid()}:")) for line in lines):
+            raise Error(
+                f"{user} has no range in {name}, and without it only root can build",
+                f"sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}",
+            )
+
+
+def build_tmpdir() -> str:
+    """Where mmdebstrap works: others must be able to enter it, so it can't be in the VM tree."""
+    for name in (os.environ.get("TMPDIR"), "/tmp", "/var/tmp"):
+        if (
+            name
+            and os.path.isdir(name)
+            and os.stat(name).st_mode & stat.S_IXOTH
+            and free_bytes(name) >= BUILD_TMP_MB * MIB
+        ):
+            return name
+    raise Error(f"no folder for temporary files has {BUILD_TMP_MB} MB free", "TMPDIR=FOLDER names another")
+
+
+def install_packages(suite: str, archive: str, sources: Sequence[str], progress: BuildProgress) -> None:
+    """A tar of the installed system (mmdebstrap(1), mode unshare: the same as root and as an ordinary user)."""
+    hooks = "/usr/share/mmdebstrap/hooks/maybe-merged-usr"  # spares usrmerge, and with it all of perl (bookworm)
+    argv = [
+        "mmdebstrap", "--verbose", "--mode=unshare", "--format=tar", "--variant=minbase", "--architectures=amd64",
+        "--skip=output/dev", *([f"--hook-dir={hooks}"] if os.path.isdir(hooks) else []),
+        *[f"--dpkgopt={option}" for option in DPKG_OPTIONS], "--include=" + ",".join(BUILD_PACKAGES),
+        "--customize-hook=" + TARGET_SCRIPT, suite, archive, *sources,
+    ]  # fmt: skip
+    env = {"TMPDIR": build_tmpdir(), "INITRD": "No", "DEBIAN_FRONTEND": "noninteractive", **apt_proxies()}
+    if run_watched(argv, progress, env):
+        raise build_error(suite, progress.errors)
+
+
+def apt_proxies() -> dict[str, str]:
+    """mmdebstrap's apt doesn't read the host's apt.conf, but takes a proxy from the environment."""
+    if not find_program("apt-config"):
+        return {}
+    words = [word for kind in ("http", "https") for word in (f"{kind}_proxy", f"Acquire::{kind}::Proxy")]
+    text = run(["apt-config", "shell", *words], check=False, merge=False).stdout
+    return {name: value for name, value in re.findall(r"^(\w+)='([^']+)'$", text, re.M) if name not in os.environ}
+
+
+def build_error(suite: str, said: Sequence[str]) -> Error:
+    """What apt or mmdebstrap said first is the cause, the rest follows from it."""
+    first = said[0] if said else "mmdebstrap failed"
+    missing = re.search(r"repository '(\S+) .*does not have a Release file", first)
+    if missing:
+        return Error(f"{suite}: no such suite on {missing.group(1)}", "--build bookworm, or --build trixie")
+    if "NO_PUBKEY" in first or "is not signed" in first:
+        return Error(f"{suite}: {first}", "sudo apt install debian-archive-keyring")
+    return Error(f"{suite}: {first}", "--debug shows the whole command")
+
+
+# From the tar to a tree that belongs to the caller, and from that to a disk: no mount, no loop device.
+
+
+def unpack_system(archive: str, tree: str) -> dict[str, tuple[int, int]]:
+    """Extract the tar as whoever we are; the owners, (uid, gid), that its members should have had."""
+    import tarfile
+
+    owners: dict[str, tuple[int, int]] = {}
+
+    def members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+        for member in tar:
+            if member.isdev() or ".." in member.name.split("/"):
+                continue
+            owners[os.path.normpath(member.name)] = (member.uid, member.gid)
+            member.uid, member.gid = os.geteuid(), os.getegid()
+            yield member
+
+    with tarfile.open(archive) as tar:
+        if hasattr(tarfile, "fully_trusted_filter"):  # the default of 3.14 would drop setuid bits
+            tar.extraction_filter = staticmethod(tarfile.fully_trusted_filter)
+        tar.extractall(tree, members=members(tar), numeric_owner=True)
+    return owners
+
+
+def put_file(tree: str, name: str, text: str = "", link: str = "") -> None:
+    """Write a file, or make a symlink, over what is there."""
+    path = os.path.join(tree, name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    remove_file(path)
+    if link:
+        os.symlink(link, path)
+    else:
+        write_file(path, text, 0o644)
+
+
+def clean_system(tree: str) -> None:
+    """Take out what must be each clone's own, and what only costs space."""
+    import glob
+
+    for pattern in BUILD_LITTER:
+        for path in glob.glob(os.path.join(glob.escape(tree), pattern)):
+            if os.path.isdir(path) and not os.path.islink(path):
+                remove_tree(path)
+            else:
+                os.unlink(path)
+
+
+def configure_system(tree: str, disk_uuid: str, sources: Sequence[str]) -> None:
+    """Make a bootable template of the installed system."""
+    import shutil
+
+    clean_system(tree)
+    os.makedirs(os.path.join(tree, "dev"), exist_ok=True)  # output/dev leaves the folder out as well
+    for name, text in BUILD_FILES.items():
+        put_file(tree, name, text)
+        wanted = re.search(r"^WantedBy=(.+)$", text, re.M)
+        if wanted:
+            put_file(tree, f"etc/systemd/system/{wanted.group(1)}.wants/{os.path.basename(name)}", link=f"/{name}")
+    for name, link in BUILD_LINKS.items():
+        put_file(tree, name, link=link)
+    for unit in BUILD_MASKED:
+        put_file(tree, f"etc/systemd/system/{unit}", link="/dev/null")
+    for key in set(re.findall(r"signed-by=([^\s\]]+)", " ".join(sources))):
+        target = os.path.join(tree, key.lstrip("/"))
+        if not os.path.exists(target):
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            shutil.copyfile(key, target)
+    kernel = os.readlink(os.path.join(tree, "vmlinuz"))
+    put_file(tree, "initrd.img", link=kernel.replace("vmlinuz", "initrd.img"))  # INITRD=No spared this link too
+    put_file(tree, "boot/grub/grub.cfg", GRUB_CFG.format(uuid=disk_uuid, options=KERNEL_OPTIONS))
+    copy_grub_modules(tree)
+
+
+def copy_grub_modules(tree: str) -> None:
+    """As grub-install does: the modules that belong to this core.img, whatever the package becomes later."""
+    import shutil
+
+    target = os.path.join(tree, "boot/grub/i386-pc")
+    os.makedirs(target, exist_ok=True)
+    for name in _names(os.path.join(tree, GRUB_LIB)):
+        if name.endswith((".mod", ".lst")):
+            shutil.copyfile(os.path.join(tree, GRUB_LIB, name), os.path.join(target, name))
+
+
+SECTOR = 512
+PARTITION_START = 2048  # in sectors: 1 MB, where everyone aligns; the boot loader lives in the gap before
+# Named one by one: hosts differ in their defaults, and boot loaders lag behind (orphan_file, metadata_csum_seed).
+EXT4_FEATURES = (
+    "none,has_journal,ext_attr,resize_inode,dir_index,filetype,extent,64bit,flex_bg,sparse_super,large_file,huge_file,"
+    "dir_nlink,extra_isize,metadata_csum"
+)
+
+
+def make_filesystem(tree: str, raw: str, size: int, disk_uuid: str) -> None:
+    """An ext4 that fills a disk of `size` bytes, at the partition's place (mke2fs(8)); what holds no data stays a hole."""
+    with open(raw, "wb") as file:
+        file.truncate(size)
+    # Not lazy: each clone would write out the inode tables in the background, 160 MB into its overlay.
+    options = f"offset={PARTITION_START * SECTOR},lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0"
+    blocks = (size - PARTITION_START * SECTOR) // 1024
+    argv = [
+        "mke2fs", "-q", "-F", "-t", "ext4", "-O", EXT4_FEATURES, "-I", "256", "-m", "1", "-L", "root",
+        "-U", disk_uuid, "-E", options, "-d", tree, raw, f"{blocks}k",
+    ]  # fmt: skip
+    run(argv, timeout=600)
+
+
+def owner_commands(tree: str, owners: Mapping[str, tuple[int, int]]) -> Iterator[str]:
+    """What debugfs(8) has to be told: mke2fs took the owners from the tree, where they are the caller's."""
+    for folder, folders, files in os.walk(tree):
+        for name in folders + files:
+            path = os.path.join(folder, name)
+            inside = os.path.relpath(path, tree)
+            info, (uid, gid) = os.lstat(path), owners.get(inside, (0, 0))
+            if info.st_uid != uid:
+                yield f'sif "/{inside}" uid {uid}'
+            if info.st_gid != gid:
+                yield f'sif "/{inside}" gid {gid}'
+
+
+def restore_owners(tree: str, raw: str, owners: Mapping[str, tuple[int, int]], script: str) -> None:
+    write_file(script, "\n".join(owner_commands(tree, owners)) + "\n")
+    done = run(["debugfs", "-w", "-f", script, f"{raw}?offset={PARTITION_START * SECTOR}"], timeout=600, merge=False)
+    said = [line for line in done.stderr.splitlines() if line and not line.startswith("debugfs ")]
+    if said:  # its exit status is 0 whatever happened
+        raise Error(f"debugfs: {said[0]}")
+
+
+def write_boot_loader(tree: str, raw: str, size: int) -> None:
+    """What grub-install does to a disk's first sectors: boot.img, a partition table, and core.img right behind it.
+
+    That is where both images expect it by default: boot.img loads sector 1, core.img's own first sector the rest from
+    sector 2 (GRUB 2.06, grub-core/boot/i386/pc).
+    """
+    with open(os.path.join(tree, GRUB_LIB, "boot.img"), "rb") as file:
+        boot = bytearray(file.read(440))
+    with open(os.path.join(tree, "boot/grub/core.img"), "rb") as file:
+        core = file.read()
+    if len(core) > (PARTITION_START - 1) * SECTOR:
+        raise Error("the boot loader doesn't fit before the first partition")
+    boot[0x66:0x68] = b"\x90\x90"  # take the drive from the BIOS: grub-install does so for hard disks
+    sectors = size // SECTOR - PARTITION_START
+    entry = struct.pack("<B3sB3sII", 0x80, b"\xfe\xff\xff", 0x83, b"\xfe\xff\xff", PARTITION_START, sectors)
+    table = bytes(boot) + os.urandom(4) + bytes(2) + entry + bytes(48) + b"\x55\xaa"
+    with open(raw, "r+b") as file:
+        file.write(table + core)
+
+
+def build_disk(suite: str, disk: str, gigabytes: int, work: str) -> None:
+    """Make `disk`, a bootable qcow2, from the suite's packages; `work` is an empty folder that the caller removes."""
+    size, tree, raw = gigabytes * GIB, os.path.join(work, "tree"), os.path.join(work, "disk.raw")
+    disk_uuid, _ = new_identity(set())
+    sources, progress = package_sources(suite, host_archives()), BuildProgress(suite)
+    progress.tell("fetching the list of packages")
+    install_packages(suite, os.path.join(work, "root.tar"), sources, progress)
+    progress.tell("configuring the system")
+    owners = unpack_system(os.path.join(work, "root.tar"), tree)
+    configure_system(tree, disk_uuid, sources)
+    progress.tell("making the file system")
+    make_filesystem(tree, raw, size, disk_uuid)
+    restore_owners(tree, raw, owners, os.path.join(work, "owners"))
+    write_boot_loader(tree, raw, size)
+    progress.tell("making the disk")
+    convert_image(raw, "raw", disk)
+    report.say(f"{suite}: built in {time.monotonic() - progress.started:.0f} s")
+
+
+def template_from_packages(cloud: Cloud, name: str, suite: str, settings: Mapping[str, str]) -> VM:
+    """A template from a Debian suite's packages: self-contained and bootable, with ssh, DHCP, python3 and no identity.
+
+    It takes keys, host key and hostname by systemd credentials.
+    """
+    check_build(suite)
+    with NewTemplate(cloud, name) as new:
+        free = free_bytes(new.vm.folder)
+        if free < BUILD_WORK_MB * MIB:
+            raise Error(f"{cloud.tree.base}: building takes {BUILD_WORK_MB} MB for a while, {free // MIB} MB are free")
+        work = new.vm.file("work")
+        os.mkdir(work, 0o700)
+        build_disk(suite, new.disk, cloud.config.number("vmCreateDiskSize"), work)
+        remove_tree(work)
+        return new.finish({**settings, "vmSource": f"packages of {suite}"})
+
+
+def delete_template(cloud: Cloud, name: str) -> None:
+    """Remove a template that no clone depends on; refused, naming the clones, otherwise."""
+    template = cloud.tree.need_template(name)
+    with FolderLock(template.folder):
+        clones = cloud.tree.clones(template)
+        if clones:
+            names = ", ".join(vm.address_name for vm in clones[:20]) + (" …" if len(clones) > 20 else "")
+            raise WrongState(
+                f"{name}: {plural(len(clones), 'clone')} would break: {names}", "vmstop -d destroys clones"
+            )
+        if template.state()[0] != "stopped":
+            raise WrongState(f"{name}: the template is running", f"vmstop -n {template.address_name}")
+        if os.path.islink(template.folder):
+            raise Error(f"{template.folder} is a symlink: nothing behind it is removed", "remove it yourself")
+        doomed = os.path.join(os.path.dirname(template.folder), REMOVING + name)
+        if os.path.isdir(doomed):
+            remove_tree(doomed)
+        os.rename(template.folder, doomed)
+        remove_tree(doomed)
+    remove_empty(os.path.dirname(template.folder))
+
+
+def template_rows(cloud: Cloud) -> list[tuple[str, str, str, str]]:
+    """(name, size on disk, number of clones, where from) of each template."""
+    rows = []
+    for template in cloud.tree.templates():
+        try:
+            size = sum(os.stat(disk).st_blocks * 512 for disk in template.disks())
+            source = template.conf.get("vmSource", "") or "-"
+        except (Error, OSError) as error:
+            report.warn(str(error))
+            continue
+        rows.append((template.name, f"{size / MIB:.0f} MB", plural(len(cloud.tree.clones(template)), "clone"), source))
+    return rows
+
+
+# Lifecycle ###########################################################################################
+#
+# Clone, start, wait until ready, stop, destroy.  What is done to a VM is done under its lock; who was killed
+# in the middle leaves a tree that the next command finds consistent.
+
+
+class Cloud:
+    """What the commands of one call work on: the configuration, the tree, the networks, the qemu binary."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.tree = Tree(base_folder(config))
+        self.known_hosts = KnownHosts(self.tree)
+        self._qemu: Qemu | None = None
+        self.private = PrivateNetwork(self.tree)
+        self._networks: dict[str, Network] = {"private": self.private, "bridge": HostBridge(config)}
+        self._accel: str | None = None
+
+    def qemu(self) -> Qemu:
+        """The qemu binary, probed once."""
+        if self._qemu is None:
+            self._qemu = probe_qemu(self.config)
+        return self._qemu
+
+    def accel(self) -> str:
+        """kvm or tcg; said once, with the reason, where it is tcg though nobody asked for it."""
+        if self._accel is None:
+            self._accel, reason = choose_accel(self.config["vmAccel"])
+            if reason:
+                report.warn(f"no hardware acceleration, guests will be slow: {reason}")
+        return self._accel
+
+    def network(self, kind: str) -> Network:
+        """The private network, or the host's bridge."""
+        return self._networks[kind]
+
+    def network_of(self, vm: VM) -> Network:
+        return self.network(self.network_kind(vm))
+
+    def network_kind(self, vm: VM) -> str:
+        """Which network a VM is on: its own conf says it, or else what this host has now."""
+        kind = vm.conf.get("vmNetwork", "auto")
+        return kind if kind in ("bridge", "private") else self.default_network()
+
+    def default_network(self) -> str:
+        wanted = self.config["vmNetwork"]
+        if wanted != "auto":
+            return wanted
+        return "private" if self.network("bridge").missing() else "bridge"
+
+    def close(self) -> None:
+        """Close what is held; a private network whose last VM has ended by itself ends now."""
+        self.private.end_if_idle(even_kept=False)
+        for network in self._networks.values():
+            network.close()
+
+    def __enter__(self) -> Cloud:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+# -- what is asked for
+
+
+class Wish:
+    """A set of equal clones: a line of a description file, or the command line's options."""
+
+    __slots__ = ("place", "template", "count", "type", "mem", "cpu", "disks", "prefix", "gui")
+
+    def __init__(self, place: str, template: str, count: int, type: str) -> None:
+        self.place, self.template, self.count, self.type = place, template, count, type
+        self.mem = self.cpu = 0
+        self.disks: list[int] = []
+        self.prefix, self.gui = "", False
+
+    def set_options(self, text: str) -> None:
+        """`mem=MB;cpu=N;dsk=GB,GB;name=PREFIX;gui`, in any order.  Raises UsageError naming the place."""
+        for option in text.split(";"):
+            key, separator, value = option.strip().partition("=")
+            key, value = key.strip(), value.strip()
+            if key:
+                self._set_option(key, value, bool(separator))
+
+    def _set_option(self, key: str, value: str, has_value: bool) -> None:
+        if key == "mem":
+            self.mem = self._number("mem", MEMORY_MB, value)
+        elif key == "cpu":
+            self.cpu = self._number("cpu", CPU_COUNT, value)
+        elif key == "dsk":
+            self.disks = [self._number("dsk", DISK_GB, each.strip()) for each in value.split(",")]
+            if len(self.disks) >= MAX_DISKS:
+                raise UsageError(f"{self.place}: dsk={value}: at most {MAX_DISKS - 1} extra disks")
+        elif key == "name":
+            self.prefix = self._name(value)
+        elif key == "gui":
+            if has_value:
+                raise UsageError(f"{self.place}: gui takes no value")
+            self.gui = True
+        else:
+            near = nearest(key, ("mem", "cpu", "dsk", "name", "gui"))
+            raise UsageError(
+                f"{self.place}: unknown option {key!r}" + (f", did you mean {near}?" if near else ""),
+                "options are mem=MB cpu=N dsk=GB,GB name=PREFIX gui, separated by ';'",
+            )
+
+    def _number(self, key: str, check: Callable[[str], int], value: str) -> int:
+        try:
+            return check(value)
+        except ValueError as error:
+            raise UsageError(f"{self.place}: {key}={value}: expected {error}") from None
+
+    def _name(self, prefix: str) -> str:
+        """The prefix, such that prefix + number is a name."""
+        if not prefix:
+            raise UsageError(f"{self.place}: name= is empty", "name=web makes web00, web01 …")
+        try:
+            check_name("VM", prefix + "00")
+        except UsageError as error:
+            raise UsageError(f"{self.place}: name={prefix}: {error}", error.hint) from None
+        return prefix
+
+
+def parse_description(text: str, name: str, default_type: str) -> list[Wish]:
+    """The lines of a description file, TEMPLATE:COUNT[:TYPE[:OPTIONS]].  Raises UsageError naming FILE:LINE."""
+    wishes = []
+    for number, raw in enumerate(text.splitlines(), 1):
+        line = raw.split("#", 1)[0].strip()
+        if line:
+            wishes.append(_parse_line_of_description(line, f"{name}:{number}", default_type))
+    if not wishes:
+        raise UsageError(f"{name}: no VM is described in it", "a line is TEMPLATE:COUNT[:TYPE[:OPTIONS]]")
+    return wishes
+
+
+def _parse_line_of_description(line: str, place: str, default_type: str) -> Wish:
+    fields = [field.strip() for field in line.split(":", 3)]
+    if len(fields) < 2:
+        raise UsageError(f"{place}: {line[:60]!r}: expected TEMPLATE:COUNT[:TYPE[:OPTIONS]]")
+    try:
+        check_name("template", fields[0])
+        type = check_name("type", (fields[2] if len(fields) > 2 else "") or default_type)
+    except UsageError as error:
+        raise UsageError(f"{place}: {error}", error.hint) from None
+    try:
+        count = CLONE_COUNT(fields[1])
+    except ValueError as error:
+        raise UsageError(f"{place}: COUNT {fields[1]!r}: expected {error}") from None
+    wish = Wish(place, fields[0], count, type)
+    wish.set_options(fields[3] if len(fields) > 3 else "")
+    return wish
+
+
+class Plan:
+    """A clone to be made: which template, how much of everything."""
+
+    __slots__ = ("vm", "template", "mem", "cpu", "disks", "gui")
+
+    def __init__(self, vm: VM, template: VM, wish: Wish) -> None:
+        self.vm, self.template = vm, template
+        self.mem = wish.mem or int(template.get("vmMem"))
+        self.cpu = wish.cpu or int(template.get("vmCpu"))
+        self.disks, self.gui = wish.disks, wish.gui
+
+
+def check_wishes(cloud: Cloud, group: str, wishes: Sequence[Wish], force: bool) -> None:
+    """Everything that can be known before the first VM is made; each error names its FILE:LINE."""
+    check_group(group)
+    for wish in wishes:
+        try:
+            template = cloud.tree.need_template(wish.template)
+            check_clonable(template)
+            check_collision(cloud.tree, group, wish.type)
+        except Error as error:
+            if not wish.place:
+                raise
+            raise type(error)(f"{wish.place}: {error}", error.hint) from None
+    asked = sum(wish.count * (wish.mem or int(cloud.tree.template(wish.template).get("vmMem"))) for wish in wishes)
+    check_memory(asked, force)
+    check_space(cloud.tree.base, sum(wish.count * (1 + len(wish.disks)) for wish in wishes))
+
+
+def check_clonable(template: VM) -> None:
+    """Raise where the template runs, or has no disk that can be read."""
+    state, _ = template.state()
+    if state == "running":
+        raise WrongState(
+            f"{template.name}: the template is running and can't be cloned", f"vmstop -n {template.address_name}"
+        )
+    if state == "unknown":
+        raise WrongState(f"{template.name}: can't tell whether the template is running ({template.pid_file})")
+    disks = template.disks()
+    if not disks:
+        raise Error(f"{template.name}: the template's conf names no disk", f"see vmDisk in {template.conf_file}")
+    try:
+        with open(disks[0], "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise Error(f"{template.name}: its disk can't be read: {disks[0]}: {error.strerror}") from None
+    if magic != b"QFI\xfb":
+        raise Error(
+            f"{template.name}: its disk is not a qcow2 image: {disks[0]}", "make it again: vmtemplate NAME --image FILE"
+        )
+
+
+def check_collision(tree: Tree, group: str, type: str) -> None:
+    """Ansible knows groups by GROUP and GROUP_TYPE: two things must not get one name."""
+    pairs = {f"{each}_{kind}": (each, kind) for each in tree.groups() for kind in tree.types(each)}
+    key = f"{group}_{type}"
+    if pairs.get(key, (group, type)) != (group, type):
+        raise UsageError(
+            f"{group}/{type}: ansible would mix it up with {'/'.join(pairs[key])}: both are {key}",
+            "choose another name",
+        )
+    if key in tree.groups() or key == group:
+        raise UsageError(f"{group}/{type}: ansible would mix it up with the group {key}", "choose another name")
+    if group in pairs:
+        raise UsageError(f"{group}: ansible would mix it up with {'/'.join(pairs[group])}", "choose another name")
+
+
+def memory_mb() -> tuple[int, int]:
+    """(all, available) memory of the host in MB; (0, 0) where /proc/meminfo doesn't say."""
+    try:
+        text = read_text("/proc/meminfo")
+    except OSError:
+        return 0, 0
+    found = [re.search(rf"^{name}:\s+(\d+) kB", text, re.M) for name in ("MemTotal", "MemAvailable")]
+    total, available = (int(match.group(1)) // 1024 if match else 0 for match in found)
+    return total, available
+
+
+def check_memory(asked: int, force: bool) -> None:
+    """Over what is available: a warning; over what the host has: an error, unless forced."""
+    total, available = memory_mb()
+    if total and asked > total and not force:
+        raise Error(f"{asked} MB of memory are asked for, the host has {total} MB", "ask for less, or say --force")
+    if available and asked > available:
+        report.warn(f"{asked} MB of memory are asked for, {available} MB are available now")
+
+
+CLONE_BYTES = 512 * 1024  # what an empty overlay, its keys and its logs take, rounded up
+
+
+def check_space(folder: str, images: int) -> None:
+    """Raise where the file system has no room for what is written at once (not for what the guests may write later)."""
+    free, need = free_bytes(folder), images * CLONE_BYTES
+    if free < need:
+        raise Error(
+            f"{folder}: {plural(images, 'image')} take {need // MIB + 1} MB, {free // MIB} MB are free",
+            "free some disk space, or put vmBaseDir on a larger file system",
+        )
+
+
+# -- making clones
+
+
+def reserve(cloud: Cloud, group: str, wishes: Sequence[Wish]) -> list[Plan]:
+    """Allot names, UUIDs, MACs and addresses, and hold each with a conf in a folder of its own (.new-NAME).
+
+    All under the tree's lock: two commands at once never get the same.  What a killed command left is swept here.
+    """
+    tree = cloud.tree
+    plans: list[Plan] = []
+    with tree.lock():
+        sweep(tree, group)
+        kind = group_network(cloud, group)
+        taken = Taken(tree)
+        names = {vm.name.lower() for vm in taken.vms if vm.group == group}
+        for wish in wishes:
+            check_collision(tree, group, wish.type)  # again, now that nobody else can make one
+            template = tree.need_template(wish.template)
+            for name in next_names(names, wish):
+                uuid, mac = new_identity(taken.macs)
+                plan = Plan(VM(tree.base, group, wish.type, name or uuid), template, wish)
+                plans.append(plan)
+                network = {"vmNetwork": kind, "vmMac": mac, "vmAddress": cloud.network(kind).allot(taken.addresses)}
+                _reserve_one(cloud, plan, {"vmUuid": uuid, **network})
+    return plans
+
+
+class Taken:
+    """The names, MACs and addresses that are in use in a tree, by finished and unfinished VMs."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.vms = [*tree.vms(), *tree.unfinished()]
+        self.macs: set[str] = set()
+        self.addresses: set[str] = set()
+        for vm in self.vms:
+            try:
+                self.macs.add(vm.conf.get("vmMac") or mac_of_uuid(vm.conf.get("vmUuid", "")))
+                self.addresses.add(vm.conf.get("vmAddress", ""))
+            except Error as error:
+                report.warn(str(error))
+
+
+def group_network(cloud: Cloud, group: str) -> str:
+    """All VMs of a group share a network: that of the VMs it has, or for a new group what is configured now."""
+    for vm in cloud.tree.vms(group):
+        kind = vm.conf.get("vmNetwork", "")
+        if kind in ("bridge", "private"):
+            return kind
+    return cloud.default_network()
+
+
+def next_names(names: set[str], wish: Wish) -> list[str]:
+    """The next names of a prefix: two digits from 00 (100 after 99), after the highest there is; '' for a UUID."""
+    if not wish.prefix:
+        return [""] * wish.count
+    pattern = re.compile(re.escape(wish.prefix.lower()) + r"([0-9]{2,})")
+    numbers = [int(match.group(1)) for match in map(pattern.fullmatch, names) if match]
+    first = max(numbers, default=-1) + 1
+    found = [f"{wish.prefix}{number:02d}" for number in range(first, first + wish.count)]
+    check_name("VM", found[-1])
+    names.update(name.lower() for name in found)
+    return found
+
+
+def _reserve_one(cloud: Cloud, plan: Plan, identity: Mapping[str, str]) -> None:
+    """Write the clone's conf in a folder that shows it is being made."""
+    vm, template = plan.vm, plan.template
+    os.makedirs(os.path.dirname(vm.folder), exist_ok=True)
+    vm.folder = os.path.join(os.path.dirname(vm.folder), MAKING + vm.name)
+    os.mkdir(vm.folder, 0o700)
+    settings = {
+        "vmName": vm.name, "vmMem": str(plan.mem), "vmCpu": str(plan.cpu), "vmDisk": "", "vmExtraDisk": "", **identity,
+        "vmTemplate": template.name, "vmInit": template.get("vmInit"),
+        "vmUser": template.conf.get("vmUser") or cloud.config["vmUser"],
+    }  # fmt: skip
+    for key in ("vmMachine", "vmAccel", "vmExtraOpts", "vmQemu", "vmCpuCap", "vmKernel", "vmInitrd", "vmAppend"):
+        if template.conf.get(key):
+            settings[key] = template.conf[key]
+    if plan.gui:
+        settings["vmGui"] = "1"
+    vm.write_conf(settings)
+
+
+class Making:
+    """The clones that this command makes: their folders are locked while it lives, and gone if it fails."""
+
+    def __init__(self, cloud: Cloud, plans: Sequence[Plan]) -> None:
+        self.cloud, self.plans = cloud, plans
+        self.locks = {plan.vm.folder: FolderLock(plan.vm.folder, wait=0).__enter__() for plan in plans}
+
+    def finish(self, plan: Plan) -> VM:
+        """Make the disks and keys, then put the folder in its place: from then on the VM is there."""
+        vm, template = plan.vm, plan.template
+        extension = self.cloud.config["vmDiskExt"]
+        system = vm.disk_name(0, extension)
+        backing = os.path.relpath(
+            os.path.realpath(template.disks()[0]), os.path.realpath(os.path.dirname(vm.folder) + "/x")
+        )
+        create_overlay(vm.file(system), backing)
+        extra = [vm.disk_name(number, extension) for number in range(1, len(plan.disks) + 1)]
+        for name, size in zip(extra, plan.disks):
+            create_disk(vm.file(name), size)
+        if is_planted(vm):
+            make_host_key(vm)
+        final = VM(vm.base, vm.group, vm.type, vm.name)
+        vm.write_conf({"vmDisk": final.relative(system), "vmExtraDisk": ",".join(map(final.relative, extra))})
+        os.rename(vm.folder, final.folder)
+        return final
+
+    def __enter__(self) -> Making:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for plan in self.plans:
+            if os.path.isdir(plan.vm.folder):
+                remove_tree(plan.vm.folder)
+            self.locks[plan.vm.folder].release()
+        with self.cloud.tree.lock():
+            for plan in self.plans:
+                remove_empty(os.path.dirname(plan.vm.folder))
+                remove_empty(os.path.join(self.cloud.tree.base, plan.vm.group))
+
+
+def make_clones(cloud: Cloud, group: str, wishes: Sequence[Wish]) -> list[VM | Error]:
+    """Make the clones that are wished for, in parallel; what could not be made is an Error in its place."""
+    cloud.tree.prepare()
+    names = sorted({wish.template for wish in wishes})
+    locks = [FolderLock(cloud.tree.need_template(name).folder, shared=True) for name in names]
+    try:
+        for name, lock in zip(names, locks):
+            lock.__enter__()
+            template = cloud.tree.need_template(name)
+            check_clonable(template)
+            make_read_only(template.disks()[0])
+        own_key()
+        with Making(cloud, reserve(cloud, group, wishes)) as making:
+            made = in_parallel(making.finish, making.plans, workers=2 * (os.cpu_count() or 1))
+            made = [name_error(plan.vm, result) for plan, result in zip(making.plans, made)]
+            publish(cloud, [vm for vm in made if isinstance(vm, VM)])
+            return made
+    finally:
+        for lock in locks:
+            lock.release()
+
+
+def name_error(vm: VM, result: Any) -> Any:
+    """An Error that begins with the VM's name; any other result as it is."""
+    if not isinstance(result, Error) or str(result).startswith(f"{vm.name}: "):
+        return result
+    return (
+        type(result)(f"{vm.name}: {result}", result.hint)
+        if type(result) is Error
+        else Error(f"{vm.name}: {result}", result.hint, result.status)
+    )
+
+
+def publish(cloud: Cloud, vms: Sequence[VM]) -> None:
+    """Make names resolve and host keys known, for these VMs."""
+    lines = {vm.get("vmUuid"): (vm.get("vmAddress"), read_text(vm.host_key + ".pub")) for vm in vms if is_planted(vm)}
+    if lines:
+        cloud.known_hosts.update(lines)
+    for vm in vms:
+        cloud.network_of(vm).publish(vm)
+
+
+# -- starting
+
+
+RUNTIME_FILES = ("qmp.sock", "serial.sock", "credentials")
+
+
+def start(cloud: Cloud, vm: VM, network: Network) -> None:
+    """Start a VM and return when its qemu answers.  Raises WrongState where it runs, Error with qemu's own words.
+
+    What it needs of the network comes up before: `network.up()`.
+    """
+    with FolderLock(vm.folder):
+        state, _ = vm.state()
+        if state == "running":
+            raise WrongState(f"{vm.name}: it is running already")
+        if state == "unknown":
+            raise WrongState(f"{vm.name}: can't tell whether it runs: {vm.pid_file}", "look as the user who started it")
+        remove_runtime_files(vm)
+        ensure_identity(cloud, vm)
+        tap, vhost = network.tap()
+        try:
+            network.publish(vm)
+            launch(vm, describe_machine(cloud, vm), network, tap, vhost)
+        finally:
+            for fd in (tap, vhost):
+                if fd >= 0:
+                    os.close(fd)
+
+
+def remove_runtime_files(vm: VM) -> None:
+    for name in (*RUNTIME_FILES, os.path.basename(vm.pid_file)):
+        remove_file(vm.file(name))
+
+
+def ensure_identity(cloud: Cloud, vm: VM) -> None:
+    """A VM that bash made may have no UUID or MAC: they are made now, and kept."""
+    changes: dict[str, str] = {}
+    if not vm.conf.get("vmUuid"):
+        changes["vmUuid"], changes["vmMac"] = new_identity(set())
+    elif not vm.conf.get("vmMac"):
+        changes["vmMac"] = mac_of_uuid(vm.conf["vmUuid"])
+    if not vm.conf.get("vmNetwork"):
+        changes["vmNetwork"] = cloud.default_network()
+    if not vm.conf.get("vmAddress"):
+        with cloud.tree.lock():
+            changes["vmAddress"] = cloud.network(changes.get("vmNetwork") or vm.conf["vmNetwork"]).allot(
+                Taken(cloud.tree).addresses
+            )
+            vm.write_conf(changes)
+    elif changes:
+        vm.write_conf(changes)
+
+
+def describe_machine(cloud: Cloud, vm: VM) -> Machine:
+    """The VM's conf as what qemu's command line is built from; writes the credentials that it hands over."""
+    accel, qemu = cloud.accel(), cloud.qemu()
+    if vm.conf.get("vmAccel") in ("kvm", "tcg"):
+        accel = choose_accel(vm.conf["vmAccel"])[0]
+    disks = []
+    for number, path in enumerate(vm.disks()):
+        if not os.path.exists(path):
+            raise Error(f"{vm.name}: its disk is gone: {path}", f"see vmDisk and vmExtraDisk in {vm.conf_file}")
+        disks.append((os.path.relpath(path, vm.folder), disk_format(path), f"{vm.name}_{number}"))
+    return Machine(
+        qemu=qemu, accel=accel, name=vm.name, uuid=vm.get("vmUuid"), type=vm.get("vmMachine"), mem=int(vm.get("vmMem")),
+        cpus=int(vm.get("vmCpu")), disks=disks, mac=vm.get("vmMac"),
+        pid_file=os.path.basename(vm.pid_file), credentials=write_credentials(vm), kernel=vm.get("vmKernel"),
+        initrd=vm.get("vmInitrd"), append=vm.get("vmAppend"),
+        extra=split_words(vm.get("vmExtraOpts") or cloud.config["vmExtraOpts"]),
+    )  # fmt: skip
+
+
+def split_words(text: str) -> list[str]:
+    import shlex
+
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"vmExtraOpts: {error}: {text!r}") from None
+
+
+def disk_format(path: str) -> str:
+    """qcow2 where the header says so, else raw: bash trees hold both, and their confs don't say which."""
+    with open(path, "rb") as file:
+        return "qcow2" if file.read(4) == b"QFI\xfb" else "raw"
+
+
+def write_credentials(vm: VM) -> str:
+    """The name of the credentials file, written anew for this start; '' where the guest takes none."""
+    if vm.get("vmInit") != "systemd" or not os.path.exists(vm.host_key):
+        return ""
+    write_file(vm.credentials_file, credentials(vm, login_keys()))
+    return os.path.basename(vm.credentials_file)
+
+
+def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int) -> None:
+    """Start qemu in the VM's folder and its network; done when its pidfile is locked and QMP answers."""
+    words, fds = network.enter(qemu_argv(machine, tap, vhost))
+    write_file(vm.command_file, command_script(vm, qemu_argv(machine, 3), network), 0o700)
+    for path in (vm.log_file, vm.console_log):
+        remove_file(path)
+    process = spawn(words, log=vm.log_file, cwd=vm.folder, fds=[fd for fd in (*fds, tap, vhost) if fd >= 0])
+    try:
+        deadline = time.monotonic() + 30
+        while not answers(vm, process.pid):
+            if process.poll() is not None:
+                raise Error(f"{vm.name}: qemu did not start: {last_line(read_tail(vm.log_file))}", f"see {vm.log_file}")
+            if time.monotonic() > deadline:
+                raise TimedOut(f"{vm.name}: qemu did not answer within 30 s", f"see {vm.log_file}")
+            cancellation.check()
+            time.sleep(0.01)
+    except BaseException:
+        process.kill()
+        process.wait()
+        remove_runtime_files(vm)
+        raise
+    finally:
+        process.returncode = (
+            0 if process.returncode is None else process.returncode
+        )  # it lives on: no warning about that
+
+
+def answers(vm: VM, pid: int) -> bool:
+    """Whether the qemu that we started holds its pidfile and answers over QMP."""
+    if vm.state() != ("running", pid):
+        return False
+    try:
+        with QMP(vm.folder) as qmp:
+            return bool(qmp.execute("query-status"))
+    except QMPClosed:
+        return False
+
+
+def command_script(vm: VM, argv: Sequence[str], network: Network) -> str:
+    """A shell script that starts the same VM by hand: qemu's very words, in the VM's folder and network."""
+    import shlex
+
+    lines: list[str] = []
+    for word in argv:
+        quoted = shlex.quote(word)
+        if word.startswith("-") and lines:
+            lines.append(quoted)
+        elif lines and lines[-1].startswith("-") and " " not in lines[-1]:
+            lines[-1] += " " + quoted
+        else:
+            lines.append(quoted)
+    before = shlex.join(network.by_hand())
+    start = f"#!/bin/sh\n# Starts {vm.name} by hand, as nocloud does.\ncd {shlex.quote(vm.folder)} &&\n"
+    return start + f"exec {before} " + " \\\n  ".join(lines) + "\n"
+
+
+# -- waiting until ready
+
+
+class Wait:
+    """A wait for one VM: which stage it is at, and until when.
+
+    The stages: `running`, `address` (the guest asked for it), `ssh` (the server says its banner), `configured`.
+    """
+
+    def __init__(self, cloud: Cloud, vm: VM, seconds: float, say: bool = False) -> None:
+        self.cloud, self.vm, self.network = cloud, vm, cloud.network_of(vm)
+        self.stage = "running"
+        self._started = time.monotonic()
+        self._deadline = self._started + seconds
+        self._say_at = self._started + 1.0 if say else float("inf")
+        self._checked = 0.0
+
+    def left(self) -> float:
+        return self._deadline - time.monotonic()
+
+    def check(self) -> None:
+        """Raise where the VM ended, the time is over or the user interrupts; say once what is waited for."""
+        cancellation.check()
+        now = time.monotonic()
+        if now - self._checked > 0.5:
+            self._checked = now
+            if not self.vm.is_running():
+                raise WrongState(
+                    f"{self.vm.name}: it stopped while it was waited for{self.console()}", f"see {self.vm.log_file}"
+                )
+            if self.stage == "running":
+                self.stage = "address"
+        if now >= self._say_at:
+            self._say_at = float("inf")
+            report.say(f"{report.program}: waiting for {self.vm.name}: {STAGES[self.stage]}")
+        if now >= self._deadline:
+            raise TimedOut(
+                f"{self.vm.name}: not ready after {now - self._started:.0f} s: waiting for {STAGES[self.stage]}{self.console()}",
+                f"vmWaitTimeout sets the longest wait; its console: {self.vm.console_log}",
+            )
+
+    def console(self) -> str:
+        """The last lines that the guest wrote on its console, for an error message."""
+        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]", "", read_tail(self.vm.console_log))
+        lines = [printable(line.strip())[:160] for line in text.splitlines() if line.strip()]
+        return f"; its console says: {' | '.join(lines[-3:])}" if lines else "; its console says nothing"
+
+
+STAGES = {
+    "running": "its qemu",
+    "address": "the guest to ask for its address",
+    "ssh": "ssh to answer",
+    "configured": "its configuration",
+}
+
+
+def wait_ssh(wait: Wait) -> None:
+    """Return when the guest's ssh server says its banner (RFC 4253, 4.2)."""
+    while True:
+        wait.check()
+        address = wait.network.address(wait.vm)
+        if address:
+            wait.stage = stage_of_port(wait.network, address, min(1.0, max(0.05, wait.left())))
+            if wait.stage == "configured":
+                return
+        time.sleep(0.1)
+
+
+def stage_of_port(network: Network, address: str, seconds: float, port: int = 22) -> str:
+    """The stage that a try to connect shows: silence (`address`), an answer (`ssh`), an SSH banner (`configured`)."""
+    import errno
+
+    connection = network.socket()
+    try:
+        connection.settimeout(seconds)
+        try:
+            connection.connect((address, port))
+        except OSError as error:
+            return "ssh" if error.errno in (errno.ECONNREFUSED, errno.ECONNRESET) else "address"
+        connection.settimeout(5.0)
+        return "configured" if connection.recv(4) == b"SSH-" else "ssh"
+    except OSError:
+        return "ssh"
+    finally:
+        connection.close()
+
+
+def wait_ready(wait: Wait) -> None:
+    """Return when the VM is ready: ssh answers, and the guest is configured as its vmInit says."""
+    wait_ssh(wait)
+    if wait.vm.get("vmInit") != "none":
+        configure(wait)
+
+
+def configure(wait: Wait) -> None:
+    """Log in with nocloud's own key, and set the hostname where it isn't what it should be.
+
+    Tried again until the wait is over: sshd answers before the guest lets users in (pam_nologin).
+    """
+    vm = wait.vm
+    if os.path.exists(vm.configured_file):
+        return
+    pin_host_key(wait)
+    while True:
+        wait.check()
+        done = ssh_batch(wait.cloud, vm, hostname_script(vm.name), timeout=max(5.0, min(60.0, wait.left())))
+        if done.returncode == 0:
+            write_file(vm.configured_file, "")
+            return
+        words = last_line(done.stdout)
+        if "REMOTE HOST IDENTIFICATION" in done.stdout or "Host key verification failed" in words:
+            raise Error(
+                f"{vm.name}: its host key is not the one that was planted or pinned",
+                "make it again if you can't explain that",
+            )
+        if "Permission denied" in words and not is_planted(vm):
+            raise Error(f"{vm.name}: none of your keys lets {vm.get('vmUser')} in, so its hostname can't be set",
+                        "vmInit=none, or a template that takes keys")  # fmt: skip
+        if done.returncode != 255:
+            raise Error(f"{vm.name}: its hostname can't be set: {words}")
+        time.sleep(0.2)
+
+
+def hostname_script(name: str) -> str:
+    """What the guest's shell is given: sets the hostname, now and for the next boot, where it is another."""
+    return (
+        f"h={name}; "
+        '[ "$(cat /proc/sys/kernel/hostname)" = $h ] && [ "$(cat /etc/hostname 2>/dev/null)" = $h ] && exit 0; '
+        's=; [ "$(id -u)" = 0 ] || s="sudo -n"; echo $h | $s tee /etc/hostname >/dev/null && '
+        "if command -v hostnamectl >/dev/null && [ -d /run/systemd/system ]; then $s hostnamectl set-hostname $h; "
+        "else $s hostname $h; fi"
+    )
+
+
+def pin_host_key(wait: Wait) -> None:
+    """Where no host key was planted, the one seen at the first contact is the VM's from now on."""
+    cloud, vm = wait.cloud, wait.vm
+    uuid = vm.get("vmUuid")
+    if cloud.known_hosts.knows(uuid):
+        return
+    place = vm.file(f"known_hosts.{os.urandom(3).hex()}")
+    try:
+        while not os.path.exists(place):
+            wait.check()
+            trust = ssh_trust_options(place, strict=False)
+            run([*ssh_argv(cloud, vm, trust, ssh_key_options(True), batch=True), "true"], check=False, timeout=60)
+        lines = read_text(place).splitlines()
+        cloud.known_hosts.update({uuid: (vm.get("vmAddress"), lines[0].split(" ", 1)[1])})
+    finally:
+        remove_file(place)
+
+
+def ssh_batch(cloud: Cloud, vm: VM, script: str, timeout: float) -> subprocess.CompletedProcess[str]:
+    """Run a command in the guest with nocloud's own key and no ssh configuration of the user's."""
+    trust = ssh_trust_options(cloud.known_hosts.path, strict=True)
+    argv = [*ssh_argv(cloud, vm, trust, ssh_key_options(is_planted(vm)), batch=True), script]
+    try:
+        return run(argv, check=False, timeout=timeout)
+    except TimedOut as error:
+        import subprocess
+
+        return subprocess.CompletedProcess(argv, 255, str(error))
+
+
+def ssh_way(network: Network) -> list[str]:
+    """The option that takes ssh into a private network."""
+    proxy = network.proxy_command()
+    return [*ssh_option("ProxyCommand", proxy), *ssh_option("ProxyUseFdpass", "yes")] if proxy else []
+
+
+def ssh_argv(cloud: Cloud, vm: VM, trust: Sequence[str], keys: Sequence[str], batch: bool = False) -> list[str]:
+    """ssh's argv up to the host: who is checked, with which keys, by which way.  `batch`: nobody is asked anything."""
+    network = cloud.network_of(vm)
+    quiet = ["-F", "none", *ssh_option("BatchMode", "yes"), *ssh_option("ConnectTimeout", "20")] if batch else []
+    return [
+        "ssh", *quiet, *ssh_option("HostKeyAlias", vm.get("vmUuid")), *trust, *keys,
+        *ssh_way(network), "-l", vm.get("vmUser"), network.address(vm),
+    ]  # fmt: skip
+
+
+# -- stopping, destroying
+
+
+def stop(cloud: Cloud, vm: VM, seconds: float) -> bool:
+    """Shut a VM down: the power button, and after `seconds` the plug (0: at once).  False where it had to be pulled.
+
+    Raises WrongState where it can't be told whether it runs.
+    """
+    with FolderLock(vm.folder):
+        state, pid = vm.state()
+        if state == "unknown":
+            raise WrongState(
+                f"{vm.name}: can't tell whether it runs: {vm.pid_file}", "stop it as the user who started it"
+            )
+        proper = True
+        if state == "running":
+            with Process(pid) as process:
+                if vm.state() == ("running", pid):  # the pidfd is of the process that holds the lock
+                    proper = seconds > 0 and press_power_button(vm, process, seconds)
+                    if not proper:
+                        pull_the_plug(vm, process)
+        remove_runtime_files(vm)
+        return proper
+
+
+def press_power_button(vm: VM, process: Process, seconds: float) -> bool:
+    """Whether the guest shut down in time.  The button is pressed every 3 s: a guest that is booting misses it."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with QMP(vm.folder) as qmp:
+                qmp.execute("system_powerdown")
+        except (QMPError, TimedOut):
+            pass  # it is ending, or its control socket is gone: the wait below tells
+        left = deadline - time.monotonic()
+        if process.ended(min(3.0, left)):
+            return True
+        if left <= 3.0:
+            return False
+
+
+def pull_the_plug(vm: VM, process: Process) -> None:
+    """End qemu: `quit` over QMP (it flushes its disks), then SIGTERM, then SIGKILL."""
+    import signal
+
+    try:
+        with QMP(vm.folder, 2.0) as qmp:
+            qmp.execute("quit")
+    except (QMPError, TimedOut):
+        pass
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.ended(2.0):
+            return
+        process.signal(number)
+    if not process.ended(10.0):
+        raise Error(f"{vm.name}: qemu, process {process.pid}, doesn't end")
+
+
+def destroy(cloud: Cloud, vm: VM) -> None:
+    """Switch a VM off at once and remove its folder, and nothing else; never through a symlink."""
+    for folder in (vm.folder, os.path.dirname(vm.folder), os.path.dirname(os.path.dirname(vm.folder))):
+        if os.path.islink(folder) and folder != cloud.tree.base:
+            raise Error(f"{vm.name}: {folder} is a symlink: nothing behind it is removed", "remove it yourself")
+    if vm.is_template or not vm.exists():
+        raise WrongState(f"{vm.folder}: that is no clone")
+    stop(cloud, vm, 0)
+    doomed = os.path.join(os.path.dirname(vm.folder), f"{REMOVING}{vm.name}")
+    with FolderLock(vm.folder):
+        if os.path.isdir(doomed):
+            remove_tree(doomed)
+        os.rename(vm.folder, doomed)
+        remove_tree(doomed)
+
+
+def destroy_all(cloud: Cloud, vms: Sequence[VM]) -> list[Error]:
+    """Destroy VMs in parallel, and what is known of them elsewhere; the errors."""
+    uuids = {vm.folder: vm.conf.get("vmUuid", "") for vm in vms if vm.is_readable()}
+    results = in_parallel(lambda vm: destroy(cloud, vm), vms)
+    gone = [vm for vm, result in zip(vms, results) if not isinstance(result, Error)]
+    forget = [uuids[vm.folder] for vm in gone if uuids.get(vm.folder)]
+    for kind in ("private", "bridge"):
+        cloud.network(kind).withdraw(forget)
+    cloud.known_hosts.update({}, forget)
+    with cloud.tree.lock():
+        for group in {vm.group for vm in vms}:
+            sweep(cloud.tree, group)
+            for type in cloud.tree.types(group):
+                remove_empty(os.path.join(cloud.tree.base, group, type))
+            remove_empty(os.path.join(cloud.tree.base, group))
+    return [result for result in results if isinstance(result, Error)]
+
+
+# -- what the commands do to many VMs at once
+
+
+def instantiate(cloud: Cloud, group: str, wishes: Sequence[Wish]) -> tuple[list[VM], list[Error]]:
+    """Make the clones and start them, in parallel; (those that run, the errors).  A clone that doesn't start goes."""
+    cloud.qemu()
+    cloud.accel()
+    made = make_clones(cloud, group, wishes)
+    errors = [result for result in made if isinstance(result, Error)]
+    vms = [result for result in made if isinstance(result, VM)]
+    started = start_all(cloud, vms)
+    failed = [vm for vm, error in zip(vms, started) if error]
+    errors += [error for error in started if error]
+    if failed:
+        errors += destroy_all(cloud, failed)
+        cloud.network("private").end_if_idle()
+    return [vm for vm in vms if vm not in failed], errors
+
+
+def start_all(cloud: Cloud, vms: Sequence[VM]) -> list[Error | None]:
+    """Start VMs in parallel, after the networks that they need; for each None, or why it doesn't run."""
+    kinds = {cloud.network_kind(vm) for vm in vms}
+    import contextlib
+
+    with contextlib.ExitStack() as stack:
+        for kind in sorted(kinds):
+            stack.enter_context(cloud.network(kind).in_use())
+        results = in_parallel(lambda vm: start(cloud, vm, cloud.network_of(vm)), vms, workers=4 * (os.cpu_count() or 1))
+    return [name_error(vm, result) for vm, result in zip(vms, results)]
+
+
+def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float) -> list[Error]:
+    """Stop VMs in parallel; one warning line names those whose plug had to be pulled."""
+    running = [vm for vm in vms if vm.state()[0] != "stopped"]
+    results = in_parallel(lambda vm: stop(cloud, vm, seconds), running)
+    pulled = [vm.name for vm, result in zip(running, results) if result is False]
+    if pulled and seconds:
+        report.warn(f"no shutdown within {seconds:.0f} s, switched off: {', '.join(pulled)}")
+    return [name_error(vm, result) for vm, result in zip(running, results) if isinstance(result, Error)]
+
+
+def wait_all(cloud: Cloud, vms: Sequence[VM], seconds: float) -> list[Error]:
+    """Wait for VMs in parallel until each is ready."""
+    results = in_parallel(lambda vm: wait_ready(Wait(cloud, vm, seconds)), vms, workers=len(vms) or 1)
+    return [result for result in results if isinstance(result, Error)]
+
+
+def configure_later(cloud: Cloud, vms: Sequence[VM]) -> None:
+    """A helper for each VM whose guest must be configured over ssh; it ends by itself, and writes to the VM's log."""
+    for vm in vms:
+        if vm.get("vmInit") in ("auto", "ssh"):
+            environment = {"NOCLOUD_vmBaseDir": cloud.tree.base}
+            spawn(own_command("configure", vm.address_name), log=vm.log_file, cwd="/", env=environment).returncode = 0
+
+
+# Inventory ###########################################################################################
+#
+# Rows for people, JSON for ansible.
+
+
+def running_rows(cloud: Cloud, group: str, type: str) -> Iterator[str]:
+    """A line per running VM: NAME GROUP/TYPE IP; the third field is missing where there is no address yet."""
+    for vm in cloud.tree.running(group, type):
+        address = address_of(cloud, vm)
+        yield " ".join(part for part in (vm.name, vm.function, address) if part)
+
+
+def all_rows(cloud: Cloud, group: str, type: str) -> Iterator[str]:
+    """A line per VM, running or not: NAME GROUP/TYPE STATE IP."""
+    for vm in cloud.tree.vms(group, type):
+        yield " ".join(part for part in (vm.name, vm.function, vm.state()[0], address_of(cloud, vm)) if part)
+
+
+def address_of(cloud: Cloud, vm: VM) -> str:
+    """A VM's address, or '' where it has none yet or its conf can't be used (which is said)."""
+    try:
+        return vm.conf.get("vmAddress") or cloud.network_of(vm).address(vm)
+    except Error as error:
+        report.warn(str(error))
+        return ""
+
+
+def inventory(cloud: Cloud) -> dict[str, Any]:
+    """ansible's script inventory of the running VMs that have an address."""
+    groups: dict[str, Any] = {}
+    hostvars: dict[str, Any] = {}
+    members: dict[str, list[VM]] = {}
+    for vm in cloud.tree.running():
+        address = address_of(cloud, vm)
+        if not address:
+            continue
+        key = f"{vm.group}_{vm.type or TEMPLATES}"
+        groups.setdefault(key, {"hosts": []})["hosts"].append(address)
+        parent = groups.setdefault(vm.group, {"children": [], "vars": {}})
+        if key not in parent["children"]:
+            parent["children"].append(key)
+        members.setdefault(vm.group, []).append(vm)
+        hostvars[address] = host_variables(vm)
+    for group, vms in members.items():
+        users = [vm.get("vmUser") for vm in vms]
+        user = max(users, key=users.count)
+        groups[group]["vars"] = {"ansible_user": user, "ansible_ssh_common_args": ansible_ssh_args(cloud, vms)}
+        for vm in vms:
+            if vm.get("vmUser") != user:
+                hostvars[address_of(cloud, vm)]["ansible_user"] = vm.get("vmUser")
+    return {**groups, "_meta": {"hostvars": hostvars}}
+
+
+def host_variables(vm: VM) -> dict[str, str]:
+    names = {"name": vm.name, "group": vm.group, "type": vm.type or TEMPLATES}
+    names.update(template=vm.conf.get("vmTemplate", ""), uuid=vm.conf.get("vmUuid", ""))
+    return {f"nocloud_{key}": value for key, value in names.items()}
+
+
+def ansible_ssh_args(cloud: Cloud, vms: Sequence[VM]) -> str:
+    """ssh's options for a group: our known_hosts, the keys, and the way into a private network."""
+    import shlex
+
+    strict = all(cloud.known_hosts.knows(vm.conf.get("vmUuid", "?")) for vm in vms)
+    planted = all(is_planted(vm) for vm in vms)
+    words = [*ssh_trust_options(cloud.known_hosts.path, strict), *ssh_key_options(planted)]
+    return shlex.join([*words, *ssh_way(cloud.network_of(vms[0]))])
+
+
+# Commands ############################################################################################
+#
+# What can be typed.  One declaration a command serves its vm* name, the subcommand and the help; the
+# function under it turns words into values and calls the sections above.
+
+
+class Option:
+    """An option of a command: its names, whether it takes a value, and what it means."""
+
+    __slots__ = ("names", "check", "metavar", "default", "help", "optional")
+
+    def __init__(
+        self, *names: str, help: str, metavar: str = "", check: Callable[[str], Any] = any_text, default: str = "",
+        optional: bool = False,
+    ) -> None:  # fmt: skip
+        """`metavar`: it takes a value; `default`: that of this setting; `optional`: the value may be left out."""
+        self.names, self.metavar, self.check = names, metavar, check
+        self.default, self.help, self.optional = default, help, optional
+
+
+class Command:
+    """A command: how it is called, its options, and what it does."""
+
+    __slots__ = ("name", "alias", "options", "operands", "function", "help", "hidden")
+
+    def __init__(
+        self, name: str, alias: str, options: tuple[Option, ...], operands: str, function: Any, help: str, hidden: bool
+    ) -> None:
+        self.name, self.alias, self.options, self.operands = name, alias, options, operands
+        self.function, self.help, self.hidden = function, help, hidden
+
+
+COMMANDS: dict[str, Command] = {}
+
+
+def command(
+    name: str, *options: Option, alias: str = "", operands: str = "", hidden: bool = False
+) -> Callable[[Any], Any]:
+    """Declare the command that the function under it does.  The first line of its docstring is its help."""
+
+    def declare(function: Any) -> Any:
+        if name in COMMANDS:
+            raise ValueError(f"{name}: declared twice")
+        COMMANDS[name] = Command(name, alias, options, operands, function, (function.__doc__ or "").strip(), hidden)
+        return function
+
+    return declare
+
+
+GROUP = Option("-g", "--group", metavar="GROUP", help="only this group")
+TYPE = Option("-t", "--type", metavar="TYPE", help="only this type")
+
+
+def _seconds(text: str) -> int:
+    return int(SECONDS(text))
+
+
+@command(
+    "template",
+    Option("-L", "--list", help="list the templates: name, size, clones, where from"),
+    Option("--image", metavar="FILE", help="make NAME from a qcow2 or raw image"),
+    Option("--build", metavar="SUITE", help="make NAME from a distribution's packages (bookworm)"),
+    Option("--delete", help="delete NAME; refused while clones depend on it"),
+    Option("--mem", metavar="MB", check=MEMORY_MB, default="vmMem", help="memory its clones start with"),
+    Option("--cpu", metavar="N", check=CPU_COUNT, default="vmCpu", help="processors its clones start with"),
+    Option("--user", metavar="LOGIN", check=login_name, default="vmUser", help="who logs in to its clones"),
+    Option(
+        "--init",
+        metavar="KIND",
+        check=INIT_KIND,
+        help="how hostname and keys get in: auto, systemd, cloud-init, ssh, none",
+    ),
+    alias="vmtemplate",
+    operands="[NAME]",
+)
+def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """get and keep templates"""
+    with Cloud(config) as cloud:
+        if args.list:
+            no_more(words)
+            rows = template_rows(cloud)
+            widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
+            for row in rows:
+                report.data("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]))
+            return EXIT_DONE
+        name = one_operand(words, "NAME")
+        chosen = [way for way in ("image", "build", "delete") if getattr(args, way)]
+        if len(chosen) > 1:
+            raise UsageError(f"--{chosen[0]} and --{chosen[1]} exclude each other")
+        if args.delete:
+            delete_template(cloud, name)
+        elif args.image:
+            settings = template_settings(cloud, args.mem, args.cpu, args.user, args.init)
+            template_from_image(cloud, name, args.image, settings)
+        elif args.build:
+            template_from_packages(
+                cloud, name, args.build, template_settings(cloud, args.mem, args.cpu, args.user, args.init or "systemd")
+            )
+        else:
+            check_name("template", name)
+            raise NotFound(
+                f"{name}: there is no catalogue to download it from yet",
+                "vmtemplate NAME --image FILE, or --build bookworm",
+            )
+    return EXIT_DONE
+
+
+@command(
+    "instantiate",
+    Option("-n", "--template", metavar="TEMPLATE", help="the template to clone"),
+    Option("-C", "--count", metavar="COUNT", check=CLONE_COUNT, default="vmCount", help="how many"),
+    Option("-g", "--group", metavar="GROUP", default="vmGroup", help="the group they belong to"),
+    Option("-t", "--type", metavar="TYPE", default="vmSubGroup", help="their type"),
+    Option("-f", "--file", metavar="FILE", help="make what a description file lists; the file's name is the group's"),
+    Option("-o", "--options", metavar="OPTIONS", help="mem=MB;cpu=N;dsk=GB,GB;name=PREFIX;gui"),
+    Option(
+        "-w",
+        "--wait",
+        metavar="SECONDS",
+        check=_seconds,
+        optional=True,
+        default="vmWaitTimeout",
+        help="return when all are ready",
+    ),
+    Option("--dry-run", help="check everything, say what would be made, make nothing"),
+    Option("--force", help="though it is more memory than the host has"),
+    alias="vminstantiate",
+)
+def cmd_instantiate(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """make clones of a template and start them"""
+    no_more(words)
+    with Cloud(config) as cloud:
+        group, wishes = wishes_of(config, args)
+        check_wishes(cloud, group, wishes, args.force)
+        if args.dry_run:
+            for wish in wishes:
+                report.data(f"{wish.template}: {plural(wish.count, 'clone')} in {group}/{wish.type}")
+            return EXIT_DONE
+        vms, errors = instantiate(cloud, group, wishes)
+        if args.wait is not None:
+            errors += wait_all(cloud, vms, args.wait if args.wait is not True else config.number("vmWaitTimeout"))
+        else:
+            configure_later(cloud, vms)
+        for vm in vms:
+            report.data(vm.name)
+        return report_errors(errors)
+
+
+def wishes_of(config: Config, args: argparse.Namespace) -> tuple[str, list[Wish]]:
+    """The group and the sets of clones that the command line asks for."""
+    if args.file:
+        for given, name in ((args.template, "-n"), (args.count, "-C"), (args.options, "-o")):
+            if given:
+                raise UsageError(f"-f and {name} exclude each other", "the description file says it all")
+        text, name = read_description(args.file)
+        return args.group or group_of_file(args.file), parse_description(text, name, args.type or config["vmSubGroup"])
+    if not args.template:
+        raise UsageError("which template? give -n TEMPLATE, or -f FILE", "vmtemplate --list shows what is there")
+    type = check_name("type", args.type or config["vmSubGroup"])
+    wish = Wish("", check_name("template", args.template), args.count or config.number("vmCount"), type)
+    wish.place = "-o"
+    wish.set_options(args.options or "")
+    wish.place = ""
+    return args.group or config["vmGroup"], [wish]
+
+
+def read_description(path: str) -> tuple[str, str]:
+    """The text of a description file, at most 1 MB, and its name in messages."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read(MIB), path
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: not a text file") from None
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}", "-f takes a description file") from None
+
+
+def group_of_file(path: str) -> str:
+    """A description file's name without its last extension is the group's name."""
+    return check_group(os.path.splitext(os.path.basename(path))[0])
+
+
+def report_errors(errors: Sequence[Error]) -> int:
+    """Say each error; the exit status that they amount to."""
+    for error in errors:
+        report.error(error)
+    statuses = {error.status for error in errors}
+    return statuses.pop() if len(statuses) == 1 else EXIT_FAILED if statuses else EXIT_DONE
+
+
+@command(
+    "running",
+    GROUP,
+    TYPE,
+    Option("-a", "--all", help="the stopped ones too, with their state"),
+    alias="vmrunning",
+)
+def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """list running VMs: NAME GROUP/TYPE IP"""
+    no_more(words)
+    with Cloud(config) as cloud:
+        if args.group:
+            cloud.tree.need_group(args.group)
+        rows = all_rows if args.all else running_rows
+        for row in rows(cloud, args.group or "", args.type or ""):
+            report.data(row)
+    return EXIT_DONE
+
+
+@command(
+    "stop",
+    Option("-g", "--group", metavar="GROUP", help="the group to stop"),
+    Option("-t", "--type", metavar="TYPE", help="only this type of it"),
+    Option("-n", "--name", metavar="NAME", help="stop one VM"),
+    Option("-d", "--destroy", help="destroy them too: disks, settings, everything"),
+    Option("--kill", help="switch off at once instead of shutting down"),
+    Option("--timeout", metavar="S", check=_seconds, default="vmStopTimeout", help="seconds before switching off"),
+    alias="vmstop",
+)
+def cmd_stop(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """stop a group, a type of it or one VM"""
+    no_more(words)
+    with Cloud(config) as cloud:
+        vms = vms_to_stop(cloud, args)
+        if args.destroy:
+            errors = destroy_all(cloud, vms)
+        else:
+            seconds = 0 if args.kill else config.number("vmStopTimeout") if args.timeout is None else args.timeout
+            errors = stop_all(cloud, vms, seconds)
+        cloud.network("private").end_if_idle()
+    return report_errors(errors)
+
+
+def vms_to_stop(cloud: Cloud, args: argparse.Namespace) -> list[VM]:
+    """What vmstop's options mean.  What is gone already is no error."""
+    if args.name:
+        if args.group or args.type:
+            found = [
+                vm
+                for vm in cloud.tree.find(args.name)
+                if args.group in (None, vm.group) and args.type in (None, vm.type)
+            ]
+            vms = found if len(found) == 1 else [cloud.tree.need(args.name)]
+        else:
+            vms = [cloud.tree.need(args.name)]
+    elif args.group:
+        if not (args.destroy and args.group not in (TEMPLATES, *cloud.tree.groups())):
+            cloud.tree.need_group(args.group)
+        vms = list(cloud.tree.vms(args.group, args.type or ""))
+    else:
+        raise UsageError("which group? give -g GROUP, or -n NAME for one VM", "vmrunning lists them")
+    if args.destroy and (args.group == TEMPLATES or any(vm.is_template for vm in vms)):
+        raise UsageError("templates are not destroyed with vmstop", "vmtemplate --delete NAME")
+    return vms
+
+
+@command("ssh", alias="vmssh", operands="VM [WORDS...]")
+def cmd_ssh(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """ssh into a VM, or run a command in it"""
+    if not words:
+        raise UsageError("which VM?", "vmssh VM|IP [WORDS...]; vmrunning lists the VMs")
+    with Cloud(config) as cloud:
+        vm = vm_by_name_or_address(cloud, words[0])
+        if not vm.is_running():
+            raise WrongState(f"{vm.name}: it is not running", f"vmrunning -a shows its state: {vm.state()[0]}")
+        wait = Wait(cloud, vm, config.number("vmWaitTimeout"), say=True)
+        wait_ssh(wait)
+        if not cloud.known_hosts.knows(vm.get("vmUuid")):
+            pin_host_key(wait)
+        if vm.get("vmInit") in ("ssh", "auto"):
+            try:
+                configure(wait)
+            except Error as error:
+                report.warn(str(error))
+        trust = ssh_trust_options(cloud.known_hosts.path, strict=True)
+        become([*ssh_argv(cloud, vm, trust, ssh_key_options(is_planted(vm))), *words[1:]])
+    return EXIT_FAILED  # not reached: become() doesn't come back
+
+
+def vm_by_name_or_address(cloud: Cloud, words: str) -> VM:
+    """The VM that a NAME, GROUP/NAME, GROUP/TYPE/NAME or an address means; running ones come first."""
+    if re.fullmatch(r"[0-9]+(\.[0-9]+){3}", words):
+        found = [vm for vm in cloud.tree.running() if address_of(cloud, vm) == words]
+    else:
+        found = [vm for vm in cloud.tree.find(words) if vm.is_running()]
+    if len(found) == 1:
+        return found[0]
+    return cloud.tree.need(words)
+
+
+@command(
+    "inventory",
+    Option("--list", help="the inventory as JSON, for ansible"),
+    Option("--host", metavar="HOST", help="the variables of one host as JSON"),
+    alias="vminventory",
+)
+def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """what runs, for ansible (--list) and for people"""
+    no_more(words)
+    with Cloud(config) as cloud:
+        if args.list or args.host is not None:
+            import json
+
+            known = inventory(cloud)
+            report.data(json.dumps(known if args.list else known["_meta"]["hostvars"].get(args.host, {}), indent=2))
+        else:
+            for row in running_rows(cloud, "", ""):
+                report.data(row)
+    return EXIT_DONE
+
+
+@command(
+    "net",
+    Option("--private", help="the user's own network, which needs no root (the default)"),
+    Option("--bridge", help="the host's bridge (with exec --tap only)"),
+    Option("--tap", help="exec: open a tap on the network as descriptor 3"),
+    Option("--fdpass", help="connect: hand the connection itself to ssh (ProxyUseFdpass)"),
+    operands="up | down | status | exec CMD... | connect ADDR PORT",
+)
+def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """the network between the VMs: up, down, status; exec and connect go into it"""
+    verb, rest = (words[0], words[1:]) if words else ("", [])
+    with Cloud(config) as cloud:
+        network = cloud.private
+        if verb == "up":
+            no_more(rest)
+            cloud.tree.prepare()
+            network.up(keep=True)
+        elif verb == "down":
+            no_more(rest)
+            network.down_if_unused()
+        elif verb == "status":
+            no_more(rest)
+            for line in network.status():
+                report.data(line)
+        elif verb == "exec":
+            if not rest:
+                raise UsageError("which command?", "nocloud net exec CMD...")
+            if args.tap:
+                open_tap(cloud.network("bridge" if args.bridge else "private"))
+            become(rest) if args.bridge else network.become_inside(rest)
+        elif verb == "connect":
+            address, port = address_and_port(rest)
+            network.connect(address, port, args.fdpass)
+        else:
+            raise UsageError(f"{verb or 'no verb'}: expected up, down, status, exec or connect")
+    return EXIT_DONE
+
+
+def open_tap(network: Network) -> None:
+    """A tap as descriptor 3, for the program that this process becomes."""
+    with network.in_use():
+        tap, vhost = network.tap()
+    if vhost >= 0:
+        os.close(vhost)
+    network.close()  # descriptor 3 may be one of its own
+    os.dup2(tap, 3, inheritable=True)
+    if tap != 3:
+        os.close(tap)
+
+
+def address_and_port(words: Sequence[str]) -> tuple[str, int]:
+    """connect's two operands, checked."""
+    if len(words) != 2:
+        raise UsageError("connect takes an address and a port", "nocloud net connect 10.88.0.2 22")
+    try:
+        return ipv4_address(words[0]), whole_number(1, 65535)(words[1])
+    except ValueError as error:
+        raise UsageError(f"{' '.join(words)}: expected {error}") from None
+
+
+@command("links", operands="DIR")
+def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """make the vm* commands in DIR, as symlinks to this program"""
+    folder = one_operand(words, "DIR")
+    if not os.path.isdir(folder):
+        raise NotFound(f"{folder}: no such folder", f"mkdir -p {folder}")
+    program = program_path()
+    names = [*(each.alias for each in COMMANDS.values() if each.alias), "nocloud"]
+    for name in names:
+        path = os.path.join(folder, name)
+        if os.path.islink(path):
+            os.unlink(path)
+        elif os.path.lexists(path):
+            raise WrongState(
+                f"{path}: is there and is no symlink; it is kept", "move it away, or choose another folder"
+            )
+        os.symlink(program, path)
+    return EXIT_DONE
+
+
+@command("configure", operands="VM...", hidden=True)
+def cmd_configure(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """do over ssh what can only be done there, for VMs that have just been started"""
+    with Cloud(config) as cloud:
+        vms = [cloud.tree.need(name) for name in words]
+        return report_errors(wait_all(cloud, vms, config.number("vmWaitTimeout")))
+
+
+def no_more(words: Sequence[str]) -> None:
+    if words:
+        raise UsageError(f"{words[0]!r}: one word too many", "-h shows how it is called")
+
+
+def one_operand(words: Sequence[str], name: str) -> str:
+    if not words:
+        raise UsageError(f"{name} is missing", "-h shows how it is called")
+    no_more(words[1:])
+    return words[0]
+
+
+# Dispatch ############################################################################################
+#
+# argv[0] or the first word says which command; only that command's parser is built.
+
+
+def find_command(argv: Sequence[str]) -> tuple[Command | None, str, list[str]]:
+    """(command, the name it was called by, its words); None for `nocloud` alone.
+
+    Raises UsageError (127) for a name that there isn't.
+    """
+    name, words = os.path.basename(argv[0]), list(argv[1:])
+    aliases = {each.alias: each for each in COMMANDS.values() if each.alias}
+    if name in aliases:
+        return aliases[name], name, words
+    program = "nocloud"
+    if words[:1] == ["--debug"]:
+        report.debug = True
+        words = words[1:]
+    if not words or words[0].startswith("-"):
+        return None, program, words
+    word = words[0]
+    found = COMMANDS.get(word) or aliases.get(word)
+    if not found:
+        near = nearest(word, [each.name for each in COMMANDS.values() if not each.hidden])
+        raise UsageError(
+            f"{word}: no such command", f"did you mean {near}?" if near else "nocloud -h lists them", EXIT_MISSING
+        )
+    return found, f"{program} {word}", words[1:]
+
+
+def build_parser(command: Command, program: str, config: Config) -> argparse.ArgumentParser:
+    """The parser of one command; its help shows the defaults in force."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:
+            raise UsageError(message, f"{program} -h shows how it is called")
+
+    options = "[options]" if command.options else ""
+    parser = Parser(
+        prog=program, usage=" ".join(part for part in ("%(prog)s", options, command.operands) if part),
+        description=command.help, allow_abbrev=False, add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    for option in command.options:
+        extra: dict[str, Any] = {"action": "store_true"}
+        text = option.help + (f" [{config[option.default]}]" if option.default else "")
+        if option.metavar:
+            extra = {"metavar": option.metavar, "type": _checked(option.check)}
+            if option.optional:
+                extra.update(nargs="?", const=True)
+        parser.add_argument(*option.names, help=text.replace("%", "%%"), **extra)
+    parser.add_argument("-h", "--help", action="store_true", help="show this help")
+    parser.add_argument("-v", "--version", action="store_true", help="show the version")
+    parser.add_argument("--debug", action="store_true", help="show each external command; tracebacks")
+    return parser
+
+
+def _checked(check: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A setting's check as argparse wants it."""
+    import argparse
+
+    def convert(text: str) -> Any:
+        try:
+            return check(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {error}") from None
+
+    return convert
+
+
+def split_operands(command: Command, words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(options, operands) as getopts parts them: options end at the first operand, or at `--`.
+
+    A command whose operands are not another program's words takes options after them too: vmtemplate NAME --image FILE.
+    """
+    takes = {name: option for option in command.options if option.metavar for name in option.names}
+    options: list[str] = []
+    operands: list[str] = []
+    index = 0
+    while index < len(words):
+        word = words[index]
+        index += 1
+        if word == "--":
+            return options, [*operands, *words[index:]]
+        if not word.startswith("-") or word == "-":
+            operands.append(word)
+            if "..." in command.operands:
+                return options, [*operands, *words[index:]]
+            continue
+        options.append(word)
+        option = _last_option(word, takes)
+        if option and index < len(words) and (not option.optional or re.fullmatch("[0-9]+", words[index])):
+            options.append(words[index])
+            index += 1
+    return options, operands
+
+
+def _last_option(word: str, takes: Mapping[str, Option]) -> Option | None:
+    """The option whose value is the next word, where there is one: `-C`, `-dg`, `--count`, but not `-C5`."""
+    if word.startswith("--"):
+        return takes.get(word)
+    for position, letter in enumerate(word[1:], 1):
+        option = takes.get("-" + letter)
+        if option:
+            return option if position == len(word) - 1 else None
+    return None
+
+
+def overview() -> str:
+    lines = [
+        "nocloud: a mini-cloud on one Linux machine",
+        "",
+        "usage: nocloud COMMAND [options], or by the command's own name",
+        "",
+    ]
+    for each in COMMANDS.values():
+        if not each.hidden:
+            lines.append(f"  {each.name:<12} {each.alias:<14} {each.help.splitlines()[0]}")
+    return "\n".join([*lines, "", "nocloud COMMAND -h shows a command's options."])
+
+
+def run_command(argv: Sequence[str]) -> int:
+    """Find the command, parse its words, do it; the exit status."""
+    command, program, words = find_command(argv)
+    report.program = program
+    if command is None:
+        return general_options(words)
+    options, operands = split_operands(command, words)
+    if {"-v", "--version"} & set(options):
+        report.data(f"nocloud {__version__}")
+        return EXIT_DONE
+    report.debug = report.debug or "--debug" in options
+    config = load_config()
+    parser = build_parser(command, program, config)
+    args = parser.parse_args(options)
+    if args.help:
+        report.data(parser.format_help().rstrip("\n"))
+        return EXIT_DONE
+    status: int = command.function(config, args, operands)
+    return status
+
+
+def general_options(words: Sequence[str]) -> int:
+    """`nocloud` alone, and with -h or -v."""
+    for word in words:
+        if word in ("-v", "--version"):
+            report.data(f"nocloud {__version__}")
+            return EXIT_DONE
+        if word not in ("-h", "--help", "--debug"):
+            raise UsageError(f"{word}: no such option", "nocloud -h lists the commands")
+    report.data(overview())
+    return EXIT_DONE
+
+
+def on_signal(number: int, frame: object) -> None:
+    """SIGTERM and SIGHUP end the command as ^C does: what is half-made is removed on the way out."""
+    raise SystemExit(128 + number)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns the exit status.  The only place that catches errors."""
+    import signal
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, on_signal)
+    try:
+        return run_command(sys.argv if argv is None else argv)
+    except Error as error:
+        report.error(error)
+        if report.debug:
+            raise
+        return error.status
+    except KeyboardInterrupt:
+        report.say(f"{report.program}: interrupted")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: no complaint at exit either
+        return EXIT_FAILED
+    except OSError as error:
+        if report.debug:
+            raise
+        report.error(error_from_os(error))
+        return EXIT_FAILED
+    except Exception as error:
+        if report.debug:
+            raise
+        text = f"{type(error).__name__}: {error}"
+        report.error(Error(f"a defect in nocloud: {text}", "run it again with --debug, and report what it shows"))
+        return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
