@@ -1869,9 +1869,9 @@ class Network:
         """(words, descriptors to pass on) that run `argv` where the network is."""
         return list(argv), []
 
-    def by_hand(self) -> list[str]:
+    def by_hand(self, tree: Tree) -> list[str]:
         """The words before qemu's own that start it by hand, with the tap as descriptor 3."""
-        return own_command("net", "--tap", f"--{self.kind}", "exec")
+        return ["env", f"NOCLOUD_vmBaseDir={tree.base}", *own_command("net", "--tap", f"--{self.kind}", "exec")]
 
     def allot(self, taken: set[str]) -> str:
         """A free address, added to `taken`; '' where the network's DHCP server decides."""
@@ -4116,7 +4116,7 @@ def publish(cloud: Cloud, vms: Sequence[VM]) -> None:
 # -- starting
 
 
-RUNTIME_FILES = ("qmp.sock", "serial.sock", "credentials")
+RUNTIME_FILES = ("qmp.sock", "serial.sock")  # and the pidfile; the credentials stay, for whoever starts it by hand
 
 
 def start(cloud: Cloud, vm: VM, network: Network) -> None:
@@ -4259,7 +4259,7 @@ def command_script(vm: VM, argv: Sequence[str], network: Network) -> str:
             lines[-1] += " " + quoted
         else:
             lines.append(quoted)
-    before = shlex.join(network.by_hand())
+    before = shlex.join(network.by_hand(Tree(vm.base)))
     start = f"#!/bin/sh\n# Starts {vm.name} by hand, as nocloud does.\ncd {shlex.quote(vm.folder)} &&\n"
     return start + f"exec {before} " + " \\\n  ".join(lines) + "\n"
 
