@@ -18,7 +18,8 @@ import stat
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 
 TYPE_CHECKING = False  # typing costs 7 ms at start-up and nothing here needs it at run time
 if TYPE_CHECKING:
@@ -581,14 +582,19 @@ _START = re.compile(r"(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)=", re.ASCII)
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}`$\\\"']*))?\})", re.ASCII)
 
 
-def parse_assignments(text: str, name: str, known: Mapping[str, str]) -> list[Assignment]:
+def split_lines(text: str) -> list[str]:
+    """The lines of a file.  str.splitlines() also splits at characters that bash takes as part of a value."""
+    return text.rstrip("\n").split("\n") if text.strip("\n") else []
+
+
+def parse_assignments(text: str, name: str, known: MutableMapping[str, str]) -> list[Assignment]:
     """The assignments of a file in the sh subset that the contract allows; `known` are the variables it may use.
 
     Raises UsageError naming FILE:LINE for anything else: a command, a substitution, an open quote.
     """
-    variables = dict(known)
+    variables = ChainMap[str, str]({}, known)
     found: list[Assignment] = []
-    for number, raw in enumerate(text.splitlines(), 1):
+    for number, raw in enumerate(split_lines(text), 1):
         line = raw.strip(" \t\r")
         if not line or line[0] == "#":
             continue
@@ -644,7 +650,9 @@ class _ValueReader:
             return self._variable()
         if char == "\\":
             self.position += 2
-            return self.line[self.position - 1 : self.position]
+            if self.position > len(self.line):
+                raise ValueError("a \\ at the end of the line: a value is one line")
+            return self.line[self.position - 1]
         if char in "`;&|<>(){}":
             raise ValueError(f"{char!r} outside quotes: commands are not run here")
         self.position += 1
@@ -705,7 +713,7 @@ def update_assignments(text: str, changes: Mapping[str, str]) -> str:
     """`text` with these keys set: in their own lines where they have one, else at the end; all else is kept."""
     left = dict(changes)
     lines: list[str] = []
-    for line in text.splitlines():
+    for line in split_lines(text):
         start = _START.match(line.strip(" \t"))
         key = start.group(1) if start else ""
         if key in changes:
@@ -754,7 +762,7 @@ class Config:
         if reason:
             report.warn(f"{path} is skipped: {reason}")
             return
-        assignments = parse_assignments(read_text(path), path, {**os.environ, **self._values})
+        assignments = parse_assignments(read_text(path), path, ChainMap(self._values, os.environ))
         used = {name for assignment in assignments for name in assignment.used}
         for assignment in assignments:
             place = f"{path}:{assignment.line}"
@@ -971,7 +979,7 @@ class VM:
                 f"{self.conf_file} is not used: {reason}", f"chown it to you, and chmod go-w {self.conf_file}"
             )
         values: dict[str, str] = {}
-        for assignment in parse_assignments(text, self.conf_file, {**os.environ, "vmBaseDir": self.base}):
+        for assignment in parse_assignments(text, self.conf_file, ChainMap({"vmBaseDir": self.base}, os.environ)):
             check_setting(assignment.key, assignment.value, f"{self.conf_file}:{assignment.line}")
             values[assignment.key] = assignment.value
         return values
@@ -1101,6 +1109,8 @@ class Tree:
 
     def need_group(self, group: str) -> None:
         """Raise NotFound, with the nearest name, where the group isn't there."""
+        if not group:
+            raise UsageError("the group name is empty", "vmrunning -a lists the groups")
         if group != TEMPLATES and group not in self.groups():
             near = nearest(group, self.groups())
             raise NotFound(f"{group}: no such group", f"did you mean {near}?" if near else "vmrunning -a lists them")
@@ -1210,7 +1220,7 @@ _INSTALLERS = (("apt-get", "apt install", 0), ("dnf", "dnf install", 1), ("pacma
 
 
 def find_program(name: str) -> str:
-    """The path of a program, or ''; looked for in the sbin folders too, which an ordinary user's PATH lacks on Debian."""
+    """The path of a program, or ''.  The sbin folders are looked in too: a Debian user's PATH lacks them."""
     if os.path.isabs(name):
         return name if os.access(name, os.X_OK) else ""
     places = [*os.environ.get("PATH", os.defpath).split(os.pathsep), "/usr/local/sbin", "/usr/sbin", "/sbin"]
@@ -1450,12 +1460,13 @@ class Process:
 def image_info(path: str) -> dict[str, Any]:
     """`qemu-img info` of an image; raises Error where it isn't one that can be read.
 
-    -U: a running VM holds the image's lock, and looking does no harm.
+    -U: a running VM holds the image's lock, and looking does no harm.  Absolute, here and below: a relative name with
+    a colon would be taken for a protocol (nbd:HOST:PORT, json:{…}).
     """
     import json
 
     try:
-        answer = run(["qemu-img", "info", "-U", "--output=json", path], merge=False)
+        answer = run(["qemu-img", "info", "-U", "--output=json", os.path.abspath(path)], merge=False)
     except CommandFailed as failed:
         raise Error(f"{path}: not a disk image that qemu-img can read: {last_line(failed.output)}") from None
     info: dict[str, Any] = json.loads(answer.stdout)
@@ -1476,22 +1487,31 @@ def check_foreign_image(path: str) -> str:
         raise Error(f"{path}: refused: the image keeps its data in another file, {data_file}")
     if name not in ("qcow2", "raw"):
         raise Error(f"{path}: a {name} image; only qcow2 and raw are taken", f"qemu-img convert -O qcow2 {path} NEW")
+    if name == "raw" and not looks_bootable(path):
+        raise Error(f"{path}: neither a qcow2 image nor a raw disk with a boot sector", "is it a disk image at all?")
     return name
+
+
+def looks_bootable(path: str) -> bool:
+    """Whether a raw image begins with a boot sector (55 AA at its end): any file at all is "raw" to qemu-img."""
+    with open(path, "rb") as file:
+        return file.read(512)[510:512] == b"\x55\xaa"
 
 
 def create_overlay(disk: str, backing: str) -> None:
     """A qcow2 overlay: `backing` is relative to the overlay's folder; about 200 KB until the guest writes."""
-    run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", backing, disk])
+    run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", backing, os.path.abspath(disk)])
 
 
 def create_disk(disk: str, gigabytes: int) -> None:
     """An empty qcow2 disk that grows as it is written to."""
-    run(["qemu-img", "create", "-q", "-f", "qcow2", disk, f"{gigabytes}G"])
+    run(["qemu-img", "create", "-q", "-f", "qcow2", os.path.abspath(disk), f"{gigabytes}G"])
 
 
 def convert_image(source: str, format: str, target: str) -> None:
     """A self-contained qcow2 copy of an image; unused space takes none."""
-    run(["qemu-img", "convert", "-f", format, "-O", "qcow2", source, target], timeout=None)
+    paths = [os.path.abspath(source), os.path.abspath(target)]
+    run(["qemu-img", "convert", "-f", format, "-O", "qcow2", *paths], timeout=None)
 
 
 def make_read_only(path: str) -> None:
@@ -1537,38 +1557,6 @@ class Qemu:
 
     def __init__(self, path: str, version: str, machine: str, options: frozenset[str]) -> None:
         self.path, self.version, self.machine, self.options = path, version, machine, options
-
-
-def find_qemu(config: Config) -> str:
-    """The path of the qemu program for this machine; RHEL and kin keep theirs in /usr/libexec."""
-    if config["vmQemu"]:
-        return need_program(config["vmQemu"])
-    name = f"qemu-system-{os.uname().machine}"
-    return find_program(name) or find_program("/usr/libexec/qemu-kvm") or need_program(name)
-
-
-def probe_qemu(config: Config) -> Qemu:
-    """What the binary is and has: its version, the versioned name of its newest q35, the options it was built with."""
-    import json
-
-    path = find_qemu(config)
-    asked = ["qmp_capabilities", "query-version", "query-machines", "query-command-line-options", "quit"]
-    words = "".join(json.dumps({"execute": name, "id": name}) + "\n" for name in asked)
-    argv = [path, "-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-qmp", "stdio"]
-    answer = run(argv, input=words.encode(), merge=False)
-    replies: dict[str, Any] = {}
-    for line in answer.stdout.splitlines():
-        message = json.loads(line)
-        if "return" in message:
-            replies[message.get("id", "")] = message["return"]
-    if "query-machines" not in replies:
-        raise Error(f"{path}: it doesn't answer as qemu does: {last_line(answer.stderr + answer.stdout)}")
-    number = replies["query-version"]["qemu"]
-    version = f"{number['major']}.{number['minor']}.{number['micro']}"
-    if (number["major"], number["minor"]) < (6, 2):
-        raise Error(f"{path}: qemu {version} is too old: 6.2 or newer is needed")
-    machine = next((each["name"] for each in replies["query-machines"] if each.get("alias") == "q35"), "q35")
-    return Qemu(path, version, machine, frozenset(each["option"] for each in replies["query-command-line-options"]))
 
 
 def choose_accel(wanted: str) -> tuple[str, str]:
@@ -1784,7 +1772,6 @@ class QMP:
                 self.events.append(message)
 
     def _next(self) -> dict[str, Any]:
-        import json
         import socket as sockets
 
         while b"\n" not in self._buffer:
@@ -1804,13 +1791,7 @@ class QMP:
             if len(self._buffer) > 16 * MIB:
                 raise QMPError("qemu: an answer without an end")
         line, self._buffer = self._buffer.split(b"\n", 1)
-        try:
-            message = json.loads(line)
-        except ValueError:
-            raise QMPError("qemu: what it said on its control socket is not QMP") from None
-        if not isinstance(message, dict):
-            raise QMPError("qemu: what it said on its control socket is not QMP")
-        return message
+        return parse_qmp(line)
 
     def close(self) -> None:
         self._socket.close()
@@ -1837,6 +1818,51 @@ def connect_unix(folder: str, name: str, seconds: float) -> socket.socket:
         raise QMPClosed(f"{name}: {error.strerror or error}") from None
     finally:
         os.close(place)
+
+
+def parse_qmp(line: bytes | str) -> dict[str, Any]:
+    """A QMP message; raises QMPError where it is none."""
+    import json
+
+    try:
+        message = json.loads(line)
+    except ValueError:
+        message = None
+    if not isinstance(message, dict):
+        raise QMPError("qemu: what it said on its control socket is not QMP")
+    return message
+
+
+def find_qemu(config: Config) -> str:
+    """The path of the qemu program for this machine; RHEL and kin keep theirs in /usr/libexec."""
+    if config["vmQemu"]:
+        return need_program(config["vmQemu"])
+    name = f"qemu-system-{os.uname().machine}"
+    return find_program(name) or find_program("/usr/libexec/qemu-kvm") or need_program(name)
+
+
+def probe_qemu(config: Config) -> Qemu:
+    """What the binary is and has: its version, the versioned name of its newest q35, the options it was built with."""
+    import json
+
+    path = find_qemu(config)
+    asked = ["qmp_capabilities", "query-version", "query-machines", "query-command-line-options", "quit"]
+    words = "".join(json.dumps({"execute": name, "id": name}) + "\n" for name in asked)
+    argv = [path, "-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-qmp", "stdio"]
+    answer = run(argv, input=words.encode(), merge=False, check=False)
+    try:
+        messages = [parse_qmp(line) for line in answer.stdout.splitlines()]
+        replies = {message.get("id"): message["return"] for message in messages if "return" in message}
+        number = replies["query-version"]["qemu"]
+        release = (number["major"], number["minor"], number["micro"])
+        machine = next((each["name"] for each in replies["query-machines"] if each.get("alias") == "q35"), "q35")
+        options = frozenset(each["option"] for each in replies["query-command-line-options"])
+    except (QMPError, KeyError, TypeError):
+        raise Error(f"{path}: it doesn't answer as qemu does: {last_line(answer.stderr + answer.stdout)}") from None
+    version = ".".join(map(str, release))
+    if release < (6, 2):
+        raise Error(f"{path}: qemu {version} is too old: 6.2 or newer is needed")
+    return Qemu(path, version, machine, options)
 
 
 # Network #############################################################################################
@@ -2173,6 +2199,11 @@ class PrivateNetwork(Network):
         write_file(hidden, text)
         os.replace(hidden, path)
 
+    def strangers(self, known: set[str]) -> list[str]:
+        """The UUIDs that have files here though no such VM is in the tree: its folder was removed by hand."""
+        ours = {vm.conf.get("vmUuid", "") for vm in self.tree.templates() if vm.is_readable()}
+        return [uuid for uuid in _names(self.file("dhcp")) if uuid[0] != "." and uuid not in known | ours]
+
     def _host_files(self) -> list[tuple[str, list[str]]]:
         """(uuid, words) of each file of the DNS folder, the oldest first."""
         found = []
@@ -2233,7 +2264,7 @@ class PrivateNetwork(Network):
         return bool(find_program("pasta") and (find_program("nft") or find_program("iptables")))
 
     def up(self, keep: bool = False) -> None:
-        """Bring up what isn't up.  `keep`: it stays though no VM is on it yet, until the last one that comes has gone."""
+        """Bring up what isn't up.  `keep`: it stays though no VM is on it yet, until the last that comes has gone."""
         make_private_folder(self.folder)
         with FolderLock(self.folder):
             self._complete()
@@ -2262,9 +2293,9 @@ class PrivateNetwork(Network):
         start_daemon(inside(spaces, argv), [spaces.user, spaces.net])
 
     def _start_holder(self, survivor: Namespaces | None) -> None:
-        """A child that makes the namespaces and the bridge, or enters a survivor's, locks its pidfile and becomes `sleep`.
+        """A child that makes the namespaces and the bridge, or enters a survivor's, and becomes `sleep`.
 
-        It locks last: locked means whole, whoever is killed in between.
+        It locks its pidfile last: locked means whole, whoever is killed in between.
         """
         import subprocess  # noqa: F401
 
@@ -2986,10 +3017,6 @@ def template_from_image(cloud: Cloud, name: str, path: str, settings: Mapping[st
         raise NotFound(f"{path}: no such file", "--image takes a qcow2 or raw disk image")
     with NewTemplate(cloud, name) as new:
         format = check_foreign_image(path)
-        if format == "raw" and not looks_bootable(path):
-            raise Error(
-                f"{path}: neither a qcow2 image nor a raw disk with a boot sector", "is it a disk image at all?"
-            )
         need, free = os.stat(path).st_blocks * 512, free_bytes(new.vm.folder)
         if need > free:
             raise Error(
@@ -3000,12 +3027,6 @@ def template_from_image(cloud: Cloud, name: str, path: str, settings: Mapping[st
         checksum = file_digest(path)
         convert_image(path, format, new.disk)
         return new.finish({**settings, "vmSource": os.path.abspath(path), "vmChecksum": f"sha256:{checksum}"})
-
-
-def looks_bootable(path: str) -> bool:
-    """Whether a raw image begins with a boot sector (55 AA at its end): any file at all is "raw" to qemu-img."""
-    with open(path, "rb") as file:
-        return file.read(512)[510:512] == b"\x55\xaa"
 
 
 def template_settings(cloud: Cloud, mem: int, cpu: int, user: str, init: str) -> dict[str, str]:
@@ -3064,23 +3085,17 @@ GRUB_MODULES = (
 GRUB_LIB = "usr/lib/grub/i386-pc"
 
 # Runs once in the target, by mmdebstrap. INITRD=No keeps the kernel's package from making one before (6 s each).
-# Its two udev scripts replace the package's: the listed drivers are all it needs, and udev took 5 s there (emulated).
 # The prefix names a partition but no disk: the one that was booted from.
 TARGET_SCRIPT = f"""set -e
-mkdir -p "$1/etc/initramfs-tools/scripts/init-top" "$1/etc/initramfs-tools/scripts/init-bottom"
 printf 'MODULES=list\\nCOMPRESS=lz4\\nBUSYBOX=auto\\n' >"$1/etc/initramfs-tools/conf.d/nocloud"
 printf 'virtio_pci\\nvirtio_blk\\nvirtio_scsi\\nsd_mod\\next4\\n' >"$1/etc/initramfs-tools/modules"
-printf '#!/bin/sh\\n' >"$1/etc/initramfs-tools/scripts/init-top/udev"
-printf '#!/bin/sh\\n[ "$1" = prereqs ] || mount -n -o move /dev "$rootmnt/dev"\\n' >"$1/etc/initramfs-tools/scripts/init-bottom/udev"
-printf '#!/bin/sh\\n[ "$1" = prereqs ] || rm -rf "$DESTDIR"/usr/lib/udev "$DESTDIR"/usr/*bin/udevadm "$DESTDIR"/usr/*bin/dmsetup\\n' >"$1/etc/initramfs-tools/hooks/zz-nocloud"
-chmod 755 "$1"/etc/initramfs-tools/scripts/init-*/udev "$1/etc/initramfs-tools/hooks/zz-nocloud"
 env -u INITRD chroot "$1" update-initramfs -c -k all
 chroot "$1" systemctl --quiet enable systemd-networkd.service
 mkdir -p "$1/boot/grub"
 chroot "$1" grub-mkimage -O i386-pc -o /boot/grub/core.img -p '(,msdos1)/boot/grub' {GRUB_MODULES}
 """
 
-KERNEL_OPTIONS = "rootfstype=ext4 rootflags=noatime fsck.mode=skip console=tty0 console=ttyS0,115200"
+KERNEL_OPTIONS = "rootfstype=ext4 rootflags=noatime console=tty0 console=ttyS0,115200"
 # Only for the first boots: the first new kernel makes the guest's update-grub write a full one over it.
 GRUB_CFG = """set timeout=0
 menuentry 'Debian GNU/Linux' {{
@@ -3101,7 +3116,7 @@ GRUB_DISABLE_SUBMENU=y
 GRUB_CMDLINE_LINUX_DEFAULT="quiet"
 GRUB_CMDLINE_LINUX="rw {KERNEL_OPTIONS}"
 """,
-    # One address per MAC: clones of one template could share what a DUID is made from. No network name is matched, so any card works.
+    # One address per MAC: clones of one template could share what a DUID is made from.  Any network card will do.
     "etc/systemd/network/80-ethernet.network": """[Match]
 Type=ether
 Kind=!*
@@ -3155,14 +3170,13 @@ mv /run/resolv.conf.new /run/resolv.conf
 Description=Take the hostname that a credential brought
 Documentation=man:systemd.system-credentials(7)
 DefaultDependencies=no
-ConditionPathExists=|/etc/hostname
-ConditionPathExists=|/run/credentials/@system/system.hostname
+ConditionFileNotEmpty=/etc/hostname
 After=systemd-tmpfiles-setup.service
 Before=systemd-networkd.service systemd-hostnamed.service sysinit.target
 
 [Service]
 Type=oneshot
-ExecStart=/bin/sh -c 'for f in /etc/hostname /run/credentials/@system/system.hostname; do [ ! -s $f ] || exec cat $f >/proc/sys/kernel/hostname; done'
+ExecStart=/bin/sh -c 'cat /etc/hostname >/proc/sys/kernel/hostname'
 
 [Install]
 WantedBy=sysinit.target
@@ -3192,34 +3206,12 @@ ExecStop=-/bin/systemctl kill ssh.service
 [Install]
 WantedBy=multi-user.target
 """,
-    "etc/systemd/system/ssh.service.d/nocloud.conf": "[Service]\nExecStartPre=\n",  # sshd -t: sshd itself says what is wrong
-    # Not before ssh: on few and emulated CPUs the first login waits for the last of what starts with it.
-    **{
-        f"etc/systemd/system/{unit}.service.d/nocloud.conf": "[Unit]\nAfter=ssh.service\n"
-        for unit in ("systemd-logind", "getty@", "serial-getty@")
-    },
-    "etc/systemd/journald.conf.d/nocloud.conf": "[Journal]\nStorage=volatile\n",  # each clone's overlay would grow by 8 MB at once
-    "etc/modprobe.d/nocloud.conf": "".join(
-        f"blacklist {name}\n"
-        for name in (  # udev loads and self-tests them for the CPU, 2 s emulated
-            "kvm_amd",
-            "kvm_intel",
-            "aesni_intel",
-            "ghash_clmulni_intel",
-            "polyval_clmulni",
-            "sha1_ssse3",
-            "sha256_ssse3",
-            "sha512_ssse3",
-            "crct10dif_pclmul",
-            "crc32_pclmul",
-            "serio_raw",
-            "qemu_fw_cfg",
-        )
-    ),
     "etc/default/locale": "LANG=C.UTF-8\n",
-    "etc/hosts": "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\nff02::1 ip6-allnodes\nff02::2 ip6-allrouters\n",
-    "etc/machine-id": "",  # empty: made at each clone's first boot, without the first-boot presets that "uninitialized" brings
-    "etc/.updated": "",  # else systemd rebuilds hwdb, ld.so.cache and catalog at first boot (minutes, emulated)
+    "etc/hosts": "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n",
+    # Empty: made at each clone's first boot, without the presets that "uninitialized" would apply (machine-id(5)).
+    "etc/machine-id": "",
+    # Else systemd rebuilds hwdb, ld.so.cache and the catalog at the first boot: minutes, emulated.
+    "etc/.updated": "",
     "var/.updated": "",
 }
 BUILD_LINKS = {
@@ -3228,6 +3220,7 @@ BUILD_LINKS = {
     "etc/localtime": "/usr/share/zoneinfo/Etc/UTC",
     "var/lib/dbus/machine-id": "/etc/machine-id",
 }
+# What a VM that lives for minutes or days doesn't need, or what would hold up its boot.
 BUILD_MASKED = (
     "apt-daily.timer",
     "apt-daily-upgrade.timer",
@@ -3236,37 +3229,6 @@ BUILD_MASKED = (
     "e2scrub_reap.service",
     "systemd-networkd-wait-online.service",
     "systemd-pstore.service",
-    "systemd-journal-flush.service",
-    "systemd-update-utmp-runlevel.service",
-    "systemd-network-generator.service",
-    "systemd-binfmt.service",
-    "proc-sys-fs-binfmt_misc.automount",
-    "sys-kernel-debug.mount",
-    "sys-kernel-tracing.mount",
-    "sys-kernel-config.mount",
-    "sys-fs-fuse-connections.mount",
-    "dev-hugepages.mount",
-    "modprobe@configfs.service",
-    "modprobe@dm_mod.service",
-    "modprobe@drm.service",
-    "modprobe@efi_pstore.service",
-    "modprobe@fuse.service",
-    "modprobe@loop.service",
-)
-# Each is a process, and all of them run before the first unit starts.
-BUILD_GENERATORS = (
-    "cryptsetup",
-    "gpt-auto",
-    "hibernate-resume",
-    "integritysetup",
-    "rc-local",
-    "system-update",
-    "sysv",
-    "veritysetup",
-    "bless-boot",
-    "tpm2",
-    "ssh",
-    "factory-reset",
 )
 BUILD_LITTER = (
     "etc/hostname",
@@ -3568,7 +3530,7 @@ EXT4_FEATURES = (
 
 
 def make_filesystem(tree: str, raw: str, size: int, disk_uuid: str) -> None:
-    """An ext4 that fills a disk of `size` bytes, at the partition's place (mke2fs(8)); what holds no data stays a hole."""
+    """An ext4 that fills a disk of `size` bytes, at the partition's place (mke2fs(8)); unused space stays a hole."""
     with open(raw, "wb") as file:
         file.truncate(size)
     # Not lazy: each clone would write out the inode tables in the background, 160 MB into its overlay.
@@ -3771,6 +3733,11 @@ class Wish:
         self.disks: list[int] = []
         self.prefix, self.gui = "", False
 
+    @property
+    def where(self) -> str:
+        """`FILE:LINE: ` before an error's words; nothing for the command line."""
+        return f"{self.place}: " if self.place else ""
+
     def set_options(self, text: str) -> None:
         """`mem=MB;cpu=N;dsk=GB,GB;name=PREFIX;gui`, in any order.  Raises UsageError naming the place."""
         for option in text.split(";"):
@@ -3821,7 +3788,7 @@ class Wish:
 def parse_description(text: str, name: str, default_type: str) -> list[Wish]:
     """The lines of a description file, TEMPLATE:COUNT[:TYPE[:OPTIONS]].  Raises UsageError naming FILE:LINE."""
     wishes = []
-    for number, raw in enumerate(text.splitlines(), 1):
+    for number, raw in enumerate(split_lines(text), 1):
         line = raw.split("#", 1)[0].strip()
         if line:
             wishes.append(_parse_line_of_description(line, f"{name}:{number}", default_type))
@@ -3869,12 +3836,9 @@ def check_wishes(cloud: Cloud, group: str, wishes: Sequence[Wish], force: bool) 
             check_clonable(template)
             check_collision(cloud.tree, group, wish.type)
         except Error as error:
-            if not wish.place:
-                raise
-            raise type(error)(f"{wish.place}: {error}", error.hint) from None
-    asked = sum(wish.count * (wish.mem or int(cloud.tree.template(wish.template).get("vmMem"))) for wish in wishes)
-    check_memory(asked, force)
-    check_space(cloud.tree.base, sum(wish.count * (1 + len(wish.disks)) for wish in wishes))
+            raise type(error)(f"{wish.where}{error}", error.hint) from None
+    check_memory(cloud.tree, wishes, force)
+    check_space(cloud.tree.base, wishes)
 
 
 def check_clonable(template: VM) -> None:
@@ -3926,11 +3890,17 @@ def memory_mb() -> tuple[int, int]:
     return total, available
 
 
-def check_memory(asked: int, force: bool) -> None:
+def check_memory(tree: Tree, wishes: Sequence[Wish], force: bool) -> None:
     """Over what is available: a warning; over what the host has: an error, unless forced."""
     total, available = memory_mb()
-    if total and asked > total and not force:
-        raise Error(f"{asked} MB of memory are asked for, the host has {total} MB", "ask for less, or say --force")
+    asked = 0
+    for wish in wishes:
+        asked += wish.count * (wish.mem or int(tree.template(wish.template).get("vmMem")))
+        if total and asked > total and not force:
+            raise Error(
+                f"{wish.where}{asked} MB of memory are asked for up to here, the host has {total} MB",
+                "ask for less, or say --force",
+            )
     if available and asked > available:
         report.warn(f"{asked} MB of memory are asked for, {available} MB are available now")
 
@@ -3938,14 +3908,24 @@ def check_memory(asked: int, force: bool) -> None:
 CLONE_BYTES = 512 * 1024  # what an empty overlay, its keys and its logs take, rounded up
 
 
-def check_space(folder: str, images: int) -> None:
+def check_space(folder: str, wishes: Sequence[Wish]) -> None:
     """Raise where the file system has no room for what is written at once (not for what the guests may write later)."""
-    free, need = free_bytes(folder), images * CLONE_BYTES
-    if free < need:
-        raise Error(
-            f"{folder}: {plural(images, 'image')} take {need // MIB + 1} MB, {free // MIB} MB are free",
-            "free some disk space, or put vmBaseDir on a larger file system",
-        )
+    free, images = free_bytes(existing_parent(folder)), 0
+    for wish in wishes:
+        images += wish.count * (1 + len(wish.disks))
+        if free < images * CLONE_BYTES:
+            raise Error(
+                f"{wish.where}{folder}: {plural(images, 'image')} up to here take "
+                f"{images * CLONE_BYTES // MIB + 1} MB, {free // MIB} MB are free",
+                "free some disk space, or put vmBaseDir on a larger file system",
+            )
+
+
+def existing_parent(folder: str) -> str:
+    """The folder itself, or the nearest one above it that is there."""
+    while not os.path.isdir(folder) and folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+    return folder
 
 
 # -- making clones
@@ -3963,6 +3943,7 @@ def reserve(cloud: Cloud, group: str, wishes: Sequence[Wish]) -> list[Plan]:
         kind = group_network(cloud, group)
         taken = Taken(tree)
         names = {vm.name.lower() for vm in taken.vms if vm.group == group}
+        strangers = cloud.private.strangers(taken.uuids)
         for wish in wishes:
             check_collision(tree, group, wish.type)  # again, now that nobody else can make one
             template = tree.need_template(wish.template)
@@ -3972,6 +3953,7 @@ def reserve(cloud: Cloud, group: str, wishes: Sequence[Wish]) -> list[Plan]:
                 plans.append(plan)
                 network = {"vmNetwork": kind, "vmMac": mac, "vmAddress": cloud.network(kind).allot(taken.addresses)}
                 _reserve_one(cloud, plan, {"vmUuid": uuid, **network})
+    cloud.private.withdraw(strangers)  # not under the lock: who starts VMs takes the network's first
     return plans
 
 
@@ -3980,10 +3962,12 @@ class Taken:
 
     def __init__(self, tree: Tree) -> None:
         self.vms = [*tree.vms(), *tree.unfinished()]
+        self.uuids: set[str] = set()
         self.macs: set[str] = set()
         self.addresses: set[str] = set()
         for vm in self.vms:
             try:
+                self.uuids.add(vm.conf.get("vmUuid", ""))
                 self.macs.add(vm.conf.get("vmMac") or mac_of_uuid(vm.conf.get("vmUuid", "")))
                 self.addresses.add(vm.conf.get("vmAddress", ""))
             except Error as error:
@@ -4301,7 +4285,8 @@ class Wait:
             report.say(f"{report.program}: waiting for {self.vm.name}: {STAGES[self.stage]}")
         if now >= self._deadline:
             raise TimedOut(
-                f"{self.vm.name}: not ready after {now - self._started:.0f} s: waiting for {STAGES[self.stage]}{self.console()}",
+                f"{self.vm.name}: not ready after {now - self._started:.0f} s: "
+                f"waiting for {STAGES[self.stage]}{self.console()}",
                 f"vmWaitTimeout sets the longest wait; its console: {self.vm.console_log}",
             )
 
@@ -4557,9 +4542,9 @@ def instantiate(cloud: Cloud, group: str, wishes: Sequence[Wish]) -> tuple[list[
 
 def start_all(cloud: Cloud, vms: Sequence[VM]) -> list[Error | None]:
     """Start VMs in parallel, after the networks that they need; for each None, or why it doesn't run."""
-    kinds = {cloud.network_kind(vm) for vm in vms}
     import contextlib
 
+    kinds = {cloud.network_kind(vm) for vm in vms if vm.is_readable()}
     with contextlib.ExitStack() as stack:
         for kind in sorted(kinds):
             stack.enter_context(cloud.network(kind).in_use())
@@ -4746,15 +4731,15 @@ def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> 
                 report.data("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]))
             return EXIT_DONE
         name = one_operand(words, "NAME")
-        chosen = [way for way in ("image", "build", "delete") if getattr(args, way)]
+        chosen = [way for way in ("image", "build", "delete") if getattr(args, way) not in (None, False)]
         if len(chosen) > 1:
             raise UsageError(f"--{chosen[0]} and --{chosen[1]} exclude each other")
         if args.delete:
             delete_template(cloud, name)
-        elif args.image:
+        elif args.image is not None:
             settings = template_settings(cloud, args.mem, args.cpu, args.user, args.init)
             template_from_image(cloud, name, args.image, settings)
-        elif args.build:
+        elif args.build is not None:
             template_from_packages(
                 cloud, name, args.build, template_settings(cloud, args.mem, args.cpu, args.user, args.init or "systemd")
             )
@@ -4810,20 +4795,21 @@ def cmd_instantiate(config: Config, args: argparse.Namespace, words: list[str]) 
 
 def wishes_of(config: Config, args: argparse.Namespace) -> tuple[str, list[Wish]]:
     """The group and the sets of clones that the command line asks for."""
-    if args.file:
+    type = check_name("type", config["vmSubGroup"] if args.type is None else args.type)
+    group = args.group
+    if args.file is not None:
         for given, name in ((args.template, "-n"), (args.count, "-C"), (args.options, "-o")):
-            if given:
+            if given is not None:
                 raise UsageError(f"-f and {name} exclude each other", "the description file says it all")
         text, name = read_description(args.file)
-        return args.group or group_of_file(args.file), parse_description(text, name, args.type or config["vmSubGroup"])
-    if not args.template:
+        return group_of_file(args.file) if group is None else group, parse_description(text, name, type)
+    if args.template is None:
         raise UsageError("which template? give -n TEMPLATE, or -f FILE", "vmtemplate --list shows what is there")
-    type = check_name("type", args.type or config["vmSubGroup"])
     wish = Wish("", check_name("template", args.template), args.count or config.number("vmCount"), type)
     wish.place = "-o"
     wish.set_options(args.options or "")
     wish.place = ""
-    return args.group or config["vmGroup"], [wish]
+    return config["vmGroup"] if group is None else group, [wish]
 
 
 def read_description(path: str) -> tuple[str, str]:
@@ -4861,7 +4847,7 @@ def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> i
     """list running VMs: NAME GROUP/TYPE IP"""
     no_more(words)
     with Cloud(config) as cloud:
-        if args.group:
+        if args.group is not None:
             cloud.tree.need_group(args.group)
         rows = all_rows if args.all else running_rows
         for row in rows(cloud, args.group or "", args.type or ""):
@@ -4895,7 +4881,7 @@ def cmd_stop(config: Config, args: argparse.Namespace, words: list[str]) -> int:
 
 def vms_to_stop(cloud: Cloud, args: argparse.Namespace) -> list[VM]:
     """What vmstop's options mean.  What is gone already is no error."""
-    if args.name:
+    if args.name is not None:
         if args.group or args.type:
             found = [
                 vm
@@ -4905,7 +4891,7 @@ def vms_to_stop(cloud: Cloud, args: argparse.Namespace) -> list[VM]:
             vms = found if len(found) == 1 else [cloud.tree.need(args.name)]
         else:
             vms = [cloud.tree.need(args.name)]
-    elif args.group:
+    elif args.group is not None:
         if not (args.destroy and args.group not in (TEMPLATES, *cloud.tree.groups())):
             cloud.tree.need_group(args.group)
         vms = list(cloud.tree.vms(args.group, args.type or ""))
@@ -5025,10 +5011,12 @@ def address_and_port(words: Sequence[str]) -> tuple[str, int]:
     """connect's two operands, checked."""
     if len(words) != 2:
         raise UsageError("connect takes an address and a port", "nocloud net connect 10.88.0.2 22")
-    try:
-        return ipv4_address(words[0]), whole_number(1, 65535)(words[1])
-    except ValueError as error:
-        raise UsageError(f"{' '.join(words)}: expected {error}") from None
+    for word, check in zip(words, (ipv4_address, whole_number(1, 65535))):
+        try:
+            check(word)
+        except ValueError as error:
+            raise UsageError(f"{word}: expected {error}") from None
+    return words[0], int(words[1])
 
 
 @command("links", operands="DIR")
@@ -5113,7 +5101,7 @@ def build_parser(command: Command, program: str, config: Config) -> argparse.Arg
     parser = Parser(
         prog=program, usage=" ".join(part for part in ("%(prog)s", options, command.operands) if part),
         description=command.help, allow_abbrev=False, add_help=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=terminal_width()),
     )  # fmt: skip
     for option in command.options:
         extra: dict[str, Any] = {"action": "store_true"}
@@ -5127,6 +5115,14 @@ def build_parser(command: Command, program: str, config: Config) -> argparse.Arg
     parser.add_argument("-v", "--version", action="store_true", help="show the version")
     parser.add_argument("--debug", action="store_true", help="show each external command; tracebacks")
     return parser
+
+
+def terminal_width() -> int:
+    """Columns for the help.  argparse's own way imports shutil, and with it bz2 and lzma, for each option declared."""
+    try:
+        return int(os.environ.get("COLUMNS") or os.get_terminal_size(1).columns) - 2
+    except (OSError, ValueError, AttributeError):
+        return 78
 
 
 def _checked(check: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -5164,7 +5160,8 @@ def split_operands(command: Command, words: Sequence[str]) -> tuple[list[str], l
         options.append(word)
         option = _last_option(word, takes)
         if option and index < len(words) and (not option.optional or re.fullmatch("[0-9]+", words[index])):
-            options.append(words[index])
+            # joined to its option: argparse would take a value that begins with a dash for an option
+            options[-1] += ("=" if word.startswith("--") else "") + words[index]
             index += 1
     return options, operands
 
