@@ -129,6 +129,7 @@ class Reporter:
 
     def data(self, text: str) -> None:
         """A line on stdout, flushed: scripts read it as it comes."""
+        self._finish_line()
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 
@@ -490,6 +491,14 @@ def ipv4_address(text: str) -> str:
     if not text or (re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,3}){3}", text) and all(int(n) < 256 for n in text.split("."))):
         return text
     raise ValueError("an IPv4 address")
+
+
+def is_ipv4(text: str) -> bool:
+    """Whether a word of a file that others write is an IPv4 address."""
+    try:
+        return bool(ipv4_address(text))
+    except ValueError:
+        return False
 
 
 def uuid_text(text: str) -> str:
@@ -1222,7 +1231,7 @@ _INSTALLERS = (("apt-get", "apt install", 0), ("dnf", "dnf install", 1), ("pacma
 def find_program(name: str) -> str:
     """The path of a program, or ''.  The sbin folders are looked in too: a Debian user's PATH lacks them."""
     if os.path.isabs(name):
-        return name if os.access(name, os.X_OK) else ""
+        return name if os.path.isfile(name) and os.access(name, os.X_OK) else ""
     places = [*os.environ.get("PATH", os.defpath).split(os.pathsep), "/usr/local/sbin", "/usr/sbin", "/sbin"]
     for place in places:
         path = os.path.join(place, name)
@@ -1920,7 +1929,7 @@ class Network:
         """Why this user can't use it here, or ''."""
         return ""
 
-    def end_if_idle(self, even_kept: bool = True) -> None:
+    def end_if_idle(self) -> None:
         """End what only ran for the VMs, where the last of them is gone."""
 
     def close(self) -> None:
@@ -2343,7 +2352,7 @@ class PrivateNetwork(Network):
         """The namespaces of a VM that runs on though the holder was killed."""
         for vm in self.tree.running():
             _, pid = vm.state()
-            if pid and vm.conf.get("vmNetwork") == "private":
+            if pid:
                 spaces = Namespaces(pid)
                 if os.fstat(spaces.net).st_ino != os.stat("/proc/self/ns/net").st_ino:
                     return spaces
@@ -2435,9 +2444,27 @@ class PrivateNetwork(Network):
             self.down()
         self._remove_folder()
 
-    def end_if_idle(self, even_kept: bool = True) -> None:
-        """End it where its last VM is gone; nothing happens while another command is at work on it."""
-        if not self.holder() or (not even_kept and os.path.exists(self.file("kept"))):
+    def tend(self) -> None:
+        """What each command does first: end the network where its last VM has ended by itself, mend it where a part of
+        it was killed.  Nothing happens while another command is at work on it."""
+        if os.path.exists(self.file("holder.pid")) and not self.is_complete():
+            self._mend()
+        elif self.holder() and not os.path.exists(self.file("kept")):
+            self.end_if_idle()
+
+    def _mend(self) -> None:
+        try:
+            with FolderLock(self.folder, wait=0):
+                if any(True for _ in self._users()):
+                    self._complete()
+                else:
+                    self.down()
+        except WrongState:
+            pass
+
+    def end_if_idle(self) -> None:
+        """End it where no VM is on it; nothing happens while another command is at work on it."""
+        if not self.holder():
             return
         try:
             with FolderLock(self.folder, wait=0):
@@ -2468,6 +2495,9 @@ class PrivateNetwork(Network):
         """Its namespaces, open; the holder is asked again after, so that a reused pid is never entered."""
         if self._spaces is None:
             pid = self.holder()
+            if not pid:
+                self.tend()  # it was killed, perhaps, and VMs run on
+                pid = self.holder()
             if not pid:
                 raise WrongState("the private network is not up", "nocloud net up")
             spaces = Namespaces(pid)
@@ -2776,7 +2806,7 @@ class HostBridge(Network):
                 lines = [line.split() for line in read_text(place).splitlines()]
             except OSError:
                 continue
-            return {words[1].lower(): ipv4_address(words[2]) for words in lines if len(words) >= 4 and "." in words[2]}
+            return {words[1].lower(): words[2] for words in lines if len(words) >= 4 and is_ipv4(words[2])}
         return {}
 
 
@@ -3707,12 +3737,12 @@ class Cloud:
         return "private" if self.network("bridge").missing() else "bridge"
 
     def close(self) -> None:
-        """Close what is held; a private network whose last VM has ended by itself ends now."""
-        self.private.end_if_idle(even_kept=False)
+        """Close what this process holds of the networks."""
         for network in self._networks.values():
             network.close()
 
     def __enter__(self) -> Cloud:
+        self.private.tend()
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -4506,6 +4536,8 @@ def destroy(cloud: Cloud, vm: VM) -> None:
 def destroy_all(cloud: Cloud, vms: Sequence[VM]) -> list[Error]:
     """Destroy VMs in parallel, and what is known of them elsewhere; the errors."""
     uuids = {vm.folder: vm.conf.get("vmUuid", "") for vm in vms if vm.is_readable()}
+    if not vms and not os.path.isdir(cloud.tree.base):
+        return []
     results = in_parallel(lambda vm: destroy(cloud, vm), vms)
     gone = [vm for vm, result in zip(vms, results) if not isinstance(result, Error)]
     forget = [uuids[vm.folder] for vm in gone if uuids.get(vm.folder)]
@@ -4967,8 +4999,12 @@ def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) ->
 )
 def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """the network between the VMs: up, down, status; exec and connect go into it"""
+    import contextlib
+
     verb, rest = (words[0], words[1:]) if words else ("", [])
-    with Cloud(config) as cloud:
+    with contextlib.closing(
+        Cloud(config)
+    ) as cloud:  # as it is: a ProxyCommand must be quick, and `down` is what it says
         network = cloud.private
         if verb == "up":
             no_more(rest)
@@ -5013,9 +5049,10 @@ def address_and_port(words: Sequence[str]) -> tuple[str, int]:
         raise UsageError("connect takes an address and a port", "nocloud net connect 10.88.0.2 22")
     for word, check in zip(words, (ipv4_address, whole_number(1, 65535))):
         try:
-            check(word)
+            if not check(word):
+                raise ValueError("an IPv4 address")
         except ValueError as error:
-            raise UsageError(f"{word}: expected {error}") from None
+            raise UsageError(f"{word!r}: expected {error}") from None
     return words[0], int(words[1])
 
 
