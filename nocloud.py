@@ -236,6 +236,15 @@ def write_file(path: str, content: str | bytes, mode: int = 0o600) -> None:
         raise
 
 
+def append_line(path: str, text: str) -> None:
+    """Add a line to a log that others write to as well."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(fd, (printable(text) + "\n").encode("utf-8", "replace"))
+    finally:
+        os.close(fd)
+
+
 def remove_file(path: str) -> None:
     """Remove a file that may be gone already."""
     try:
@@ -1302,6 +1311,15 @@ def run(
     return subprocess.CompletedProcess(words, done.returncode, output, errors)
 
 
+def attempt(argv: Sequence[str], timeout: float) -> tuple[int, str]:
+    """(exit status, output) of a program that may fail; (-1, why) where it doesn't end within `timeout` seconds."""
+    try:
+        done = run(argv, check=False, timeout=timeout)
+    except TimedOut as error:
+        return -1, str(error)
+    return done.returncode, done.stdout
+
+
 def run_watched(argv: Sequence[str], on_line: Callable[[str], None], env: Mapping[str, str] | None = None) -> int:
     """Run a long program, giving each line that it writes to `on_line`; its exit status.
 
@@ -1387,6 +1405,7 @@ def fork_child(work: Callable[[], None], keep: Sequence[int]) -> int:
     long as it does.  What `work` imports must have been imported before: another thread may hold the import lock.
     """
     import ctypes  # noqa: F401
+    import subprocess  # noqa: F401
 
     pid = os.fork()
     if pid:
@@ -2306,8 +2325,6 @@ class PrivateNetwork(Network):
 
         It locks its pidfile last: locked means whole, whoever is killed in between.
         """
-        import subprocess  # noqa: F401
-
         batch = self._bridge_batch()
         mine, its = os.pipe()
         keep = (its, survivor.user, survivor.net) if survivor else (its,)
@@ -2335,7 +2352,7 @@ class PrivateNetwork(Network):
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.set_inheritable(fd, True)
             os.chdir("/")
-            os.execv(need_program("sleep"), ["sleep", "infinity"])
+            become(["sleep", "infinity"])
         except (OSError, Error) as error:
             os.write(talk, str(error).encode())
 
@@ -2455,7 +2472,7 @@ class PrivateNetwork(Network):
     def _mend(self) -> None:
         try:
             with FolderLock(self.folder, wait=0):
-                if any(True for _ in self._users()):
+                if os.path.exists(self.file("kept")) or any(True for _ in self._users()):
                     self._complete()
                 else:
                     self.down()
@@ -4384,22 +4401,28 @@ def configure(wait: Wait) -> None:
     pin_host_key(wait)
     while True:
         wait.check()
-        done = ssh_batch(wait.cloud, vm, hostname_script(vm.name), timeout=max(5.0, min(60.0, wait.left())))
-        if done.returncode == 0:
+        status, output = ssh_batch(wait.cloud, vm, hostname_script(vm.name), max(5.0, min(60.0, wait.left())))
+        if status == 0:
             write_file(vm.configured_file, "")
             return
-        words = last_line(done.stdout)
-        if "REMOTE HOST IDENTIFICATION" in done.stdout or "Host key verification failed" in words:
-            raise Error(
-                f"{vm.name}: its host key is not the one that was planted or pinned",
-                "make it again if you can't explain that",
-            )
-        if "Permission denied" in words and not is_planted(vm):
-            raise Error(f"{vm.name}: none of your keys lets {vm.get('vmUser')} in, so its hostname can't be set",
-                        "vmInit=none, or a template that takes keys")  # fmt: skip
-        if done.returncode != 255:
-            raise Error(f"{vm.name}: its hostname can't be set: {words}")
+        check_login(vm, status, output)
         time.sleep(0.2)
+
+
+def check_login(vm: VM, status: int, output: str) -> None:
+    """Raise where another try would end the same; ssh's own failures have status 255 (ssh(1))."""
+    words = last_line(output)
+    if "REMOTE HOST IDENTIFICATION" in output or "Host key verification failed" in words:
+        raise Error(
+            f"{vm.name}: its host key is not the one that was planted or pinned", "destroy it if you can't explain that"
+        )
+    if "Permission denied" in words and not is_planted(vm):
+        raise Error(
+            f"{vm.name}: none of your keys lets {vm.get('vmUser')} in, so its hostname can't be set",
+            "put your key into the template, or set vmInit=none in its conf",
+        )
+    if status not in (255, -1):
+        raise Error(f"{vm.name}: its hostname can't be set: {words}")
 
 
 def hostname_script(name: str) -> str:
@@ -4431,16 +4454,10 @@ def pin_host_key(wait: Wait) -> None:
         remove_file(place)
 
 
-def ssh_batch(cloud: Cloud, vm: VM, script: str, timeout: float) -> subprocess.CompletedProcess[str]:
-    """Run a command in the guest with nocloud's own key and no ssh configuration of the user's."""
+def ssh_batch(cloud: Cloud, vm: VM, script: str, timeout: float) -> tuple[int, str]:
+    """Run a command in the guest with nocloud's own key and no ssh configuration of the user's; (status, output)."""
     trust = ssh_trust_options(cloud.known_hosts.path, strict=True)
-    argv = [*ssh_argv(cloud, vm, trust, ssh_key_options(is_planted(vm)), batch=True), script]
-    try:
-        return run(argv, check=False, timeout=timeout)
-    except TimedOut as error:
-        import subprocess
-
-        return subprocess.CompletedProcess(argv, 255, str(error))
+    return attempt([*ssh_argv(cloud, vm, trust, ssh_key_options(is_planted(vm)), batch=True), script], timeout)
 
 
 def ssh_way(network: Network) -> list[str]:
@@ -4601,11 +4618,23 @@ def wait_all(cloud: Cloud, vms: Sequence[VM], seconds: float) -> list[Error]:
 
 
 def configure_later(cloud: Cloud, vms: Sequence[VM]) -> None:
-    """A helper for each VM whose guest must be configured over ssh; it ends by itself, and writes to the VM's log."""
-    for vm in vms:
-        if vm.get("vmInit") in ("auto", "ssh"):
-            environment = {"NOCLOUD_vmBaseDir": cloud.tree.base}
-            spawn(own_command("configure", vm.address_name), log=vm.log_file, cwd="/", env=environment).returncode = 0
+    """A helper of its own for the VMs whose guest must be configured over ssh; it ends by itself.
+
+    It writes to the VMs' logs; what it could not finish, the next vmssh does.
+    """
+    names = [vm.address_name for vm in vms if vm.get("vmInit") in ("auto", "ssh")]
+    if names:
+        environment = {"NOCLOUD_vmBaseDir": cloud.tree.base}
+        child = spawn(own_command("configure", *names), log=os.devnull, cwd="/", env=environment)
+        child.returncode = 0  # it lives on: no warning about that
+
+
+def configure_now(cloud: Cloud, vms: Sequence[VM], seconds: float) -> None:
+    """Configure VMs over ssh; what fails is written to their logs."""
+    results = in_parallel(lambda vm: wait_ready(Wait(cloud, vm, seconds)), vms, workers=len(vms) or 1)
+    for vm, result in zip(vms, results):
+        if isinstance(result, Error):
+            append_line(vm.log_file, f"nocloud: not configured: {result}")
 
 
 # Inventory ###########################################################################################
@@ -5080,8 +5109,8 @@ def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> int
 def cmd_configure(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """do over ssh what can only be done there, for VMs that have just been started"""
     with Cloud(config) as cloud:
-        vms = [cloud.tree.need(name) for name in words]
-        return report_errors(wait_all(cloud, vms, config.number("vmWaitTimeout")))
+        configure_now(cloud, [cloud.tree.need(name) for name in words], config.number("vmWaitTimeout"))
+    return EXIT_DONE
 
 
 def no_more(words: Sequence[str]) -> None:
@@ -5270,7 +5299,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     import signal
 
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, on_signal)
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, on_signal)
     try:
         return run_command(sys.argv if argv is None else argv)
     except Error as error:
