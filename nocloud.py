@@ -1907,6 +1907,9 @@ class Network:
 
     kind = ""
 
+    def up(self, keep: bool = False) -> None:
+        """Bring up what isn't up, where that is ours to do.  Raises Error where the network can't be had."""
+
     def in_use(self) -> Any:
         """A context in which the network is up and stays up."""
         raise NotImplementedError
@@ -2303,6 +2306,10 @@ class PrivateNetwork(Network):
         """Start what is missing: the holder, dnsmasq, pasta.  Call it under the lock."""
         for name in ("ip", "dnsmasq", "nsenter"):
             need_program(name)
+        if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
+            raise Error(
+                "the private network can't be made: you may not open /dev/net/tun", "sudo chmod 666 /dev/net/tun"
+            )
         if not self.holder():
             self._forget_spaces()
             self._start_holder(self._surviving_namespaces())
@@ -2544,10 +2551,7 @@ class PrivateNetwork(Network):
         try:
             return make_tap(self.gate()), vhost_net()
         except OSError as error:
-            raise Error(
-                f"no tap for the private network: {error.strerror}",
-                "/dev/net/tun must be there and open for you: sudo chmod 666 /dev/net/tun",
-            ) from None
+            raise Error(f"no tap for the private network: {error.strerror}") from None
 
     def socket(self) -> socket.socket:
         import socket as sockets
@@ -4577,6 +4581,7 @@ def instantiate(cloud: Cloud, group: str, wishes: Sequence[Wish]) -> tuple[list[
     """Make the clones and start them, in parallel; (those that run, the errors).  A clone that doesn't start goes."""
     cloud.qemu()
     cloud.accel()
+    cloud.network(group_network(cloud, group)).up()  # where that can't be, nothing is made
     made = make_clones(cloud, group, wishes)
     errors = [result for result in made if isinstance(result, Error)]
     vms = [result for result in made if isinstance(result, VM)]
