@@ -2772,11 +2772,17 @@ class HostBridge(Network):
             return f"{helper} is not setuid root"
         return ""
 
-    def in_use(self) -> HostBridge:
+    def up(self, keep: bool = False) -> None:
+        """Raise where this user can't attach to it; setting it up is root's."""
         reason = self.missing()
         if reason:
-            raise Error(f"the network {self.interface} is not to be had: {reason}",
-                        "make a group on the private network instead: NOCLOUD_vmNetwork=private")  # fmt: skip
+            raise Error(
+                f"the network {self.interface} is not to be had: {reason}",
+                "make a group on the private network instead: NOCLOUD_vmNetwork=private",
+            )
+
+    def in_use(self) -> HostBridge:
+        self.up()
         return self
 
     def __enter__(self) -> HostBridge:
