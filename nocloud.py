@@ -1321,10 +1321,11 @@ def spawn(
     fds: Sequence[int] = (),
     stdin: int | None = None,
     env: Mapping[str, str] | None = None,
+    umask: int = -1,
 ) -> subprocess.Popen[bytes]:
     """Start a program that outlives us: a session of its own, its output appended to the file `log` (0600).
 
-    Raises MissingProgram.
+    `umask`: of the files that it makes; -1: the caller's.  Raises MissingProgram.
     """
     import subprocess
 
@@ -1342,6 +1343,7 @@ def spawn(
             env=program_environment(env),
             pass_fds=fds,
             start_new_session=True,
+            umask=umask,
         )
     finally:
         os.close(output)
@@ -4214,7 +4216,10 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int) -> 
     write_file(vm.command_file, command_script(vm, qemu_argv(machine, 3), network), 0o700)
     for path in (vm.log_file, vm.console_log):
         remove_file(path)
-    process = spawn(words, log=vm.log_file, cwd=vm.folder, fds=[fd for fd in (*fds, tap, vhost) if fd >= 0])
+    # A template's folder may be entered by others, and who may write to a socket of qemu's owns the guest.
+    process = spawn(
+        words, log=vm.log_file, cwd=vm.folder, fds=[fd for fd in (*fds, tap, vhost) if fd >= 0], umask=0o077
+    )
     try:
         deadline = time.monotonic() + 30
         while not answers(vm, process.pid):
