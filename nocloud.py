@@ -1525,7 +1525,7 @@ def file_digest(path: str, algorithm: str = "sha256") -> str:
 # one disk more renames no network card in the guest.
 
 PCI_VGA, PCI_NIC, PCI_FIRST_DISK, PCI_LAST_DISK = 0x02, 0x03, 0x04, 0x1A
-PCI_SEED, PCI_ISO, PCI_RNG, PCI_BALLOON = 0x1B, 0x1C, 0x1D, 0x1E
+PCI_SEED, PCI_USB, PCI_RNG, PCI_BALLOON = 0x1B, 0x1C, 0x1D, 0x1E
 MAX_DISKS = PCI_LAST_DISK - PCI_FIRST_DISK + 1
 LEGACY_MACHINE = "pc"  # what the bash tools ran, and still run where a conf names no machine
 
@@ -1614,18 +1614,21 @@ class Machine:
 
     __slots__ = (
         "qemu", "accel", "name", "uuid", "type", "mem", "cpus", "disks", "mac", "pid_file", "credentials",
-        "kernel", "initrd", "append", "extra",
+        "kernel", "initrd", "append", "extra", "iso", "screen",
     )  # fmt: skip
 
     def __init__(
         self, *, qemu: Qemu, accel: str, name: str, uuid: str, type: str, mem: int, cpus: int,
         disks: list[tuple[str, str, str]],
         mac: str, pid_file: str, credentials: str, kernel: str, initrd: str, append: str, extra: list[str],
+        iso: str = "", screen: str = "",
     ) -> None:  # fmt: skip
+        """`iso`: the path of an image to boot from; `screen`: one of SCREENS, or '' for none."""
         self.qemu, self.accel, self.name, self.uuid, self.type = qemu, accel, name, uuid, type
         self.mem, self.cpus, self.disks, self.mac = mem, cpus, disks, mac
         self.pid_file, self.credentials = pid_file, credentials
         self.kernel, self.initrd, self.append, self.extra = kernel, initrd, append, extra
+        self.iso, self.screen = iso, screen
 
 
 def qemu_argv(machine: Machine, tap: int, vhost: int = -1) -> list[str]:
@@ -1639,8 +1642,10 @@ def qemu_argv(machine: Machine, tap: int, vhost: int = -1) -> list[str]:
         *cpu_args(machine),
         *firmware_args(machine),
         *disk_args(machine),
+        *iso_args(machine),
         *net_args(machine, tap, vhost),
         *console_args(),
+        *screen_args(machine),
         *monitor_args(machine),
         *kernel_args(machine),
         *machine.extra,
@@ -1689,6 +1694,7 @@ def disk_args(machine: Machine) -> list[str]:
     virtio-blk serials hold 20 bytes (VIRTIO_BLK_ID_BYTES), so a long name keeps its end, which tells disks apart.
     """
     words: list[str] = []
+    first = 1 if machine.iso else 0
     for number, (path, format, serial) in enumerate(machine.disks):
         node = f"disk{number}"
         words += [
@@ -1697,9 +1703,24 @@ def disk_args(machine: Machine) -> list[str]:
             f",file.driver=file,file.filename={comma(path)},file.discard=unmap",
             "-device",
             f"virtio-blk-pci,drive={node},addr={PCI_FIRST_DISK + number:#x}"
-            f",bootindex={number},serial={comma(serial[-20:])}",
+            f",bootindex={first + number},serial={comma(serial[-20:])}",
         ]
     return words
+
+
+def iso_args(machine: Machine) -> list[str]:
+    """The ISO in a CD drive, and first in the boot order.
+
+    ide-cd on the controller that the machine has anyway (q35: AHCI, pc: PIIX3's IDE; both call its first bus ide.0):
+    SeaBIOS boots from it, and it is the one drive that every installer's kernel finds.  A scsi-cd needs virtio_scsi, which
+    older installers lack; on virtio-blk most look for no CD at all; and many refuse to install from a USB stick's image.
+    """
+    if not machine.iso:
+        return []
+    return [
+        "-blockdev", f"driver=raw,node-name=iso,read-only=on,file.driver=file,file.filename={comma(machine.iso)}",
+        "-device", "ide-cd,drive=iso,bus=ide.0,bootindex=0",
+    ]  # fmt: skip
 
 
 def net_args(machine: Machine, tap: int, vhost: int) -> list[str]:
@@ -1722,6 +1743,35 @@ def console_args() -> list[str]:
         "-device", f"virtio-rng-pci,rng=rng0,addr={PCI_RNG:#x}",
         "-device", f"virtio-balloon-pci,addr={PCI_BALLOON:#x},free-page-reporting=on",
     ]  # fmt: skip
+
+
+# The servers of a VM's screen, by what they speak; the first that the binary has is taken.
+SCREENS = {
+    "spice": ["-spice", "unix=on,addr=spice.sock,disable-ticketing=on"],
+    "vnc": ["-vnc", "unix:vnc.sock"],
+}
+
+
+def screen_args(machine: Machine) -> list[str]:
+    """A screen on a unix socket in the VM's folder: who may connect is who may open the socket, so no password.
+
+    The tablet makes the guest's pointer stay under the viewer's; USB, because every system has a driver for it.
+    """
+    if not machine.screen:
+        return []
+    tablet = ["-device", f"qemu-xhci,id=usb0,addr={PCI_USB:#x}", "-device", "usb-tablet,bus=usb0.0"]
+    return [*SCREENS[machine.screen], *tablet]
+
+
+def choose_screen(qemu: Qemu) -> str:
+    """What the binary can show a screen with: `spice`, `vnc` or ''.
+
+    `-spice help` says it truly: where SPICE is a module in a package of its own (Debian), the QMP schema names it though
+    the module isn't installed, and query-command-line-options leaves it out though it is.
+    """
+    if "disable-ticketing" in run([qemu.path, "-spice", "help"], check=False).stdout:
+        return "spice"
+    return "vnc" if "vnc" in qemu.options else ""
 
 
 def monitor_args(machine: Machine) -> list[str]:
@@ -3713,6 +3763,7 @@ class Cloud:
         self.private = PrivateNetwork(self.tree)
         self._networks: dict[str, Network] = {"private": self.private, "bridge": HostBridge(config)}
         self._accel: str | None = None
+        self._screen: str | None = None
 
     def qemu(self) -> Qemu:
         """The qemu binary, probed once."""
@@ -3727,6 +3778,14 @@ class Cloud:
             if reason:
                 report.warn(f"no hardware acceleration, guests will be slow: {reason}")
         return self._accel
+
+    def screen(self) -> str:
+        """What shows the screens, one of SCREENS; '', and said once, where the qemu binary has neither."""
+        if self._screen is None:
+            self._screen = choose_screen(self.qemu())
+            if not self._screen:
+                report.warn(f"{self.qemu().path} has neither SPICE nor VNC: VMs have no screen")
+        return self._screen
 
     def network(self, kind: str) -> Network:
         """The private network, or the host's bridge."""
@@ -4118,13 +4177,18 @@ def publish(cloud: Cloud, vms: Sequence[VM]) -> None:
 # -- starting
 
 
-RUNTIME_FILES = ("qmp.sock", "serial.sock")  # and the pidfile; the credentials stay, for whoever starts it by hand
+RUNTIME_FILES = (
+    "qmp.sock",
+    "serial.sock",
+    *(f"{screen}.sock" for screen in SCREENS),
+)  # and the pidfile; the credentials stay, for whoever starts it by hand
 
 
-def start(cloud: Cloud, vm: VM, network: Network) -> None:
+def start(cloud: Cloud, vm: VM, network: Network, *, iso: str = "", gui: bool = False) -> None:
     """Start a VM and return when its qemu answers.  Raises WrongState where it runs, Error with qemu's own words.
 
-    What it needs of the network comes up before: `network.up()`.
+    What it needs of the network comes up before: `network.up()`.  `iso`: boot from this image; `gui`: with a screen, this
+    time, though its conf asks for none.
     """
     with FolderLock(vm.folder):
         state, _ = vm.state()
@@ -4137,7 +4201,7 @@ def start(cloud: Cloud, vm: VM, network: Network) -> None:
         tap, vhost = network.tap()
         try:
             network.publish(vm)
-            launch(vm, describe_machine(cloud, vm), network, tap, vhost)
+            launch(vm, describe_machine(cloud, vm, iso, gui), network, tap, vhost)
         finally:
             for fd in (tap, vhost):
                 if fd >= 0:
@@ -4168,7 +4232,7 @@ def ensure_identity(cloud: Cloud, vm: VM) -> None:
         vm.write_conf(changes)
 
 
-def describe_machine(cloud: Cloud, vm: VM) -> Machine:
+def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> Machine:
     """The VM's conf as what qemu's command line is built from; writes the credentials that it hands over."""
     accel, qemu = cloud.accel(), cloud.qemu()
     if vm.conf.get("vmAccel") in ("kvm", "tcg"):
@@ -4184,6 +4248,7 @@ def describe_machine(cloud: Cloud, vm: VM) -> Machine:
         pid_file=os.path.basename(vm.pid_file), credentials=write_credentials(vm), kernel=vm.get("vmKernel"),
         initrd=vm.get("vmInitrd"), append=vm.get("vmAppend"),
         extra=split_words(vm.get("vmExtraOpts") or cloud.config["vmExtraOpts"]),
+        iso=iso, screen=cloud.screen() if gui or vm.get("vmGui") == "1" else "",
     )  # fmt: skip
 
 
@@ -4560,15 +4625,18 @@ def instantiate(cloud: Cloud, group: str, wishes: Sequence[Wish]) -> tuple[list[
     return [vm for vm in vms if vm not in failed], errors
 
 
-def start_all(cloud: Cloud, vms: Sequence[VM]) -> list[Error | None]:
+def start_all(cloud: Cloud, vms: Sequence[VM], *, iso: str = "", gui: bool = False) -> list[Error | None]:
     """Start VMs in parallel, after the networks that they need; for each None, or why it doesn't run."""
-    kinds = {cloud.network_kind(vm) for vm in vms}
     import contextlib
 
+    def start_one(vm: VM) -> None:
+        start(cloud, vm, cloud.network_of(vm), iso=iso, gui=gui)
+
+    kinds = {cloud.network_kind(vm) for vm in vms}
     with contextlib.ExitStack() as stack:
         for kind in sorted(kinds):
             stack.enter_context(cloud.network(kind).in_use())
-        results = in_parallel(lambda vm: start(cloud, vm, cloud.network_of(vm)), vms, workers=4 * (os.cpu_count() or 1))
+        results = in_parallel(start_one, vms, workers=4 * (os.cpu_count() or 1))
     return [name_error(vm, result) for vm, result in zip(vms, results)]
 
 
