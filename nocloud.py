@@ -1712,8 +1712,8 @@ def iso_args(machine: Machine) -> list[str]:
     """The ISO in a CD drive, and first in the boot order.
 
     ide-cd on the controller that the machine has anyway (q35: AHCI, pc: PIIX3's IDE; both call its first bus ide.0):
-    SeaBIOS boots from it, and it is the one drive that every installer's kernel finds.  A scsi-cd needs virtio_scsi, which
-    older installers lack; on virtio-blk most look for no CD at all; and many refuse to install from a USB stick's image.
+    SeaBIOS boots from it, and it is the one drive that every installer's kernel finds.  A scsi-cd needs virtio_scsi,
+    which older installers lack; on virtio-blk, or as a USB stick, many look for no CD at all.
     """
     if not machine.iso:
         return []
@@ -1766,8 +1766,8 @@ def screen_args(machine: Machine) -> list[str]:
 def choose_screen(qemu: Qemu) -> str:
     """What the binary can show a screen with: `spice`, `vnc` or ''.
 
-    `-spice help` says it truly: where SPICE is a module in a package of its own (Debian), the QMP schema names it though
-    the module isn't installed, and query-command-line-options leaves it out though it is.
+    `-spice help` says it truly: where SPICE is a module in a package of its own (Debian), the QMP schema names it
+    though the module isn't installed, and query-command-line-options leaves it out though it is.
     """
     if "disable-ticketing" in run([qemu.path, "-spice", "help"], check=False).stdout:
         return "spice"
@@ -1834,6 +1834,10 @@ class QMP:
                 return message.get("return")
             if "event" in message:
                 self.events.append(message)
+
+    def allow(self, seconds: float) -> None:
+        """Set the deadline anew, for a command that may take long."""
+        self._deadline = time.monotonic() + seconds
 
     def _next(self) -> dict[str, Any]:
         import json
@@ -4187,8 +4191,8 @@ RUNTIME_FILES = (
 def start(cloud: Cloud, vm: VM, network: Network, *, iso: str = "", gui: bool = False) -> None:
     """Start a VM and return when its qemu answers.  Raises WrongState where it runs, Error with qemu's own words.
 
-    What it needs of the network comes up before: `network.up()`.  `iso`: boot from this image; `gui`: with a screen, this
-    time, though its conf asks for none.
+    What it needs of the network comes up before: `network.up()`.  `iso`: boot from this image; `gui`: with a screen,
+    this time, though its conf asks for none.
     """
     with FolderLock(vm.folder):
         state, _ = vm.state()
@@ -4664,6 +4668,324 @@ def configure_later(cloud: Cloud, vms: Sequence[VM]) -> None:
             spawn(own_command("configure", vm.address_name), log=vm.log_file, cwd="/", env=environment).returncode = 0
 
 
+# Consoles ############################################################################################
+#
+# A VM's screen in a viewer, its serial line in this terminal, and qemu's monitor.  The terminal's modes are put
+# back however that ends.
+
+VIEWERS = {  # by what the screen speaks; TigerVNC's vncviewer takes a path, remote-viewer does VNC over TCP only
+    "spice": (("remote-viewer", "spice+unix://"), ("spicy", "--uri=spice+unix://")),
+    "vnc": (("vncviewer", ""),),
+}
+VIEWER_SECONDS = 5.0  # a viewer that runs for so long without a word is up, whether qemu says so or not
+
+
+def has_display() -> bool:
+    """Whether a window can be opened here."""
+    return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def screen_of(vm: VM) -> str:
+    """What a running VM's screen speaks, or '' where it has none."""
+    return next((screen for screen in SCREENS if os.path.exists(vm.file(f"{screen}.sock"))), "")
+
+
+def viewer_argv(screen: str, path: str) -> list[str]:
+    """The viewer that is there for a screen on a socket.  Raises MissingProgram."""
+    for program, before in VIEWERS[screen]:
+        if find_program(program):
+            return [program, before + path]
+    names = " or ".join(program for program, _ in VIEWERS[screen])
+    try:
+        need_program(VIEWERS[screen][0][0])
+    except MissingProgram as missing:
+        raise MissingProgram(f"no viewer for its screen: {names} is needed", missing.hint) from None
+    return []
+
+
+def open_screen(vm: VM) -> None:
+    """Open a running VM's screen in a window, and return when that is up; the viewer lives on.
+
+    Raises Error with the viewer's own words.
+    """
+    screen, place = screen_of(vm), os.open(vm.folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    path, log = vm.file(f"{screen}.sock"), vm.file("viewer.log")
+    # A socket's path has at most 107 bytes, and the viewers differ in how they read odd characters of a URI.
+    if len(os.fsencode(path)) > 107 or not re.fullmatch(r"[A-Za-z0-9/._-]+", path):
+        path = f"/proc/self/fd/{place}/{screen}.sock"
+    try:
+        argv = viewer_argv(screen, path)
+        remove_file(log)
+        child = spawn(argv, log=log, cwd="/", fds=[place])
+    finally:
+        os.close(place)
+    wait_for(lambda: child.poll() is not None or has_viewer(vm, screen), VIEWER_SECONDS, 0.1)
+    if child.returncode:
+        said = last_line(read_tail(log)) or describe_status(child.returncode)
+        raise Error(f"{vm.name}: {argv[0]}: {said}", f"its serial console: vmconsole -s -n {vm.address_name}")
+    child.returncode = 0  # it lives on: no warning about that
+
+
+def has_viewer(vm: VM, screen: str) -> bool:
+    """Whether a viewer is connected to the VM's screen."""
+    try:
+        with QMP(vm.folder, 1.0) as qmp:
+            answer = qmp.execute(f"query-{screen}")
+    except (QMPError, TimedOut):
+        return False
+    return bool(answer.get("channels") or answer.get("clients"))
+
+
+def open_screens(vms: Sequence[VM]) -> None:
+    """Open the screens of those that have one; without a display that is said, and they go on without a window."""
+    shown = [vm for vm in vms if screen_of(vm)]
+    if shown and not has_display():
+        names = ", ".join(vm.name for vm in shown[:10]) + (" …" if len(shown) > 10 else "")
+        report.say(
+            f"{report.program}: no display here, no window for {names}: "
+            f"vmconsole -s -n {shown[0].address_name} is its serial console"
+        )
+        return
+    for vm, result in zip(shown, in_parallel(open_screen, shown)):
+        if isinstance(result, Error):
+            report.warn(f"{name_error(vm, result)}")
+
+
+# -- the serial console
+
+LEAVE = b"\x1d"  # Ctrl-], as telnet's
+SERIAL_QUIET = 2.0  # where stdin is no terminal, the session ends when the guest has said nothing for so long after it
+SERIAL_BACKLOG = 64 * 1024  # no more is read from stdin while the guest takes nothing
+
+
+def connect_serial(vm: VM) -> socket.socket:
+    """The VM's serial line.  qemu serves one client, and the next would wait in silence: so that is asked before."""
+    with QMP(vm.folder) as qmp:
+        devices = {each["label"]: each["filename"] for each in qmp.execute("query-chardev")}
+    if "serial0" not in devices:
+        raise WrongState(f"{vm.name}: it has no serial console", "vmconsole without -s shows its screen")
+    if not devices["serial0"].startswith("disconnected:"):
+        raise WrongState(f"{vm.name}: its serial console is open elsewhere already", "only one at a time can have it")
+    return connect_unix(vm.folder, "serial.sock", 5.0)
+
+
+def serial_console(vm: VM) -> None:
+    """The serial line in this terminal, until the user leaves or the guest ends."""
+    with connect_serial(vm) as connection:
+        session = SerialSession(connection)
+        if not session.terminal:
+            ended = session.join()
+        else:
+            report.say(f"{report.program}: the serial console of {vm.name}; Ctrl-] leaves")
+            ended = in_raw_mode(session.join)
+            report.say("")
+    if ended:
+        report.say(f"{report.program}: {vm.name} has ended")
+
+
+def in_raw_mode(work: Callable[[], bool]) -> bool:
+    """Do `work` with the terminal in raw mode.  A signal's SystemExit passes through here, so its modes come back.
+
+    TCSANOW: the other ways wait until the terminal has shown everything, which a stopped one never has.
+    """
+    import termios
+    import tty
+
+    modes = termios.tcgetattr(0)
+    try:
+        tty.setraw(0, termios.TCSANOW)
+        return work()
+    finally:
+        termios.tcsetattr(0, termios.TCSANOW, modes)
+
+
+class SerialSession:
+    """Joins stdin and stdout to a serial line."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.terminal = os.isatty(0)
+        self._connection = connection
+        self._pending = b""  # typed, not yet taken by the guest
+        self._typing, self._left = True, False
+
+    def join(self) -> bool:
+        """Until Ctrl-], or silence after the end of stdin (False), or the end of the guest (True)."""
+        import select
+
+        self._connection.setblocking(False)
+        for fd in (0, 1):
+            os.set_blocking(fd, True)  # a terminal that another program shares may not be
+        while not self._left:
+            poll = select.poll()
+            poll.register(self._connection, select.POLLIN | (select.POLLOUT if self._pending else 0))
+            if self._typing and len(self._pending) < SERIAL_BACKLOG:
+                poll.register(0, select.POLLIN)
+            events = dict(poll.poll(None if self._typing else SERIAL_QUIET * 1000))
+            if not events:
+                return False
+            if 0 in events:
+                self._read_stdin()
+            if self._connection.fileno() in events and self._exchange():
+                return True
+        return False
+
+    def _read_stdin(self) -> None:
+        try:
+            data = os.read(0, 4096)
+        except OSError:
+            data = b""  # the terminal is gone
+        before, leave, _ = data.partition(LEAVE)
+        self._pending += before
+        if leave or not data:
+            self._typing = False
+            self._left = self.terminal
+
+    def _exchange(self) -> bool:
+        """Give the guest what it takes, show what it says; whether it has ended."""
+        try:
+            if self._pending:
+                self._pending = self._pending[self._connection.send(self._pending) :]
+        except BlockingIOError:
+            pass
+        except OSError:
+            return True
+        try:
+            data = self._connection.recv(65536)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        write_all(1, data)
+        return not data
+
+
+# -- qemu's monitor
+
+MONITOR_SECONDS = 3600.0  # a savevm or a backup takes its time
+
+
+def ask_monitor(vm: VM, line: str) -> str:
+    """What qemu's monitor answers to a command for humans.
+
+    A connection for each command: qemu serves one at a time, and a vmstop must get through while someone sits here.
+    """
+    with QMP(vm.folder) as qmp:
+        qmp.allow(MONITOR_SECONDS)
+        answer = qmp.execute("human-monitor-command", **{"command-line": line})
+    return str(answer).replace("\r\n", "\n").rstrip("\n")
+
+
+def is_refusal(answer: str) -> bool:
+    """Whether the monitor's answer is a complaint; only its words tell that (monitor/hmp.c, hmp_handle_error)."""
+    return answer.startswith(("unknown command:", "Error: ")) or answer.endswith("for more information")
+
+
+def monitor_command(vm: VM, line: str) -> None:
+    """One command.  Raises Error with the monitor's words where it refuses."""
+    try:
+        answer = ask_monitor(vm, line)
+    except QMPClosed:
+        if line.strip() in ("q", "quit"):
+            return
+        raise
+    if is_refusal(answer):
+        raise Error(f"{vm.name}: {' '.join(answer.split())}", f"vmmanage -n {vm.address_name} help")
+    if answer:
+        report.data(answer)
+
+
+def monitor_session(vm: VM) -> int:
+    """Commands from stdin, one a line; with line editing and a history on a terminal.  1 if one was refused."""
+    status = EXIT_DONE
+    terminal = os.isatty(0)
+    if terminal:
+        report.say(f"{report.program}: qemu's monitor of {vm.name}; Ctrl-D leaves, `quit` switches {vm.name} off")
+    with LineEditing(vm, terminal):
+        for line in monitor_lines("(qemu) " if terminal else ""):
+            try:
+                monitor_command(vm, line)
+            except QMPClosed:
+                report.say(f"{report.program}: {vm.name} has ended")
+                break
+            except Error as error:
+                status = EXIT_FAILED
+                report.say(str(error) if terminal else f"{report.program}: {error}")
+    return EXIT_DONE if terminal else status
+
+
+def monitor_lines(prompt: str) -> Iterator[str]:
+    """What is typed, up to Ctrl-D; Ctrl-C drops a line."""
+    while True:
+        try:
+            line = input(prompt)
+        except EOFError:
+            if prompt:
+                report.say("")
+            return
+        except KeyboardInterrupt:
+            if not prompt:
+                raise
+            report.say("")
+            continue
+        if line.strip():
+            yield line
+
+
+class LineEditing:
+    """readline while it lives: history, kept between calls, and completion of the monitor's commands."""
+
+    def __init__(self, vm: VM, wanted: bool) -> None:
+        self.vm = vm
+        self.history = os.path.join(cache_home(), "monitor_history")
+        self._words: dict[str, list[str]] = {}
+        self._readline: Any = None
+        if wanted:
+            try:
+                import readline
+
+                self._readline = readline
+            except ImportError:
+                pass  # a Python built without it: plain lines
+
+    def __enter__(self) -> LineEditing:
+        if self._readline:
+            self._readline.set_history_length(1000)
+            self._readline.set_completer(self.complete)
+            self._readline.set_completer_delims(" ")
+            self._readline.parse_and_bind("tab: complete")
+            try:
+                self._readline.read_history_file(self.history)
+            except OSError:
+                pass
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._readline:
+            try:
+                make_private_folder(os.path.dirname(self.history))
+                self._readline.write_history_file(self.history)
+            except OSError:
+                pass  # an unwritable home costs the history, nothing else
+
+    def complete(self, text: str, number: int) -> str | None:
+        """readline's completer: the first word from `help`, the one after `info` from `help info`."""
+        before = self._readline.get_line_buffer()[: self._readline.get_begidx()].split()
+        if before not in ([], ["info"]):
+            return None
+        try:
+            found = [word for word in self._known(" ".join(["help", *before])) if word.startswith(text)]
+        except Error:
+            return None
+        return found[number] + " " if number < len(found) else None
+
+    def _known(self, question: str) -> list[str]:
+        """The names in the monitor's help, asked for once: `info block [-n] …` a line, `stop|s` where there are two."""
+        if question not in self._words:
+            lines = re.findall(r"^(?:info )?([a-z][a-z0-9_|-]*)", ask_monitor(self.vm, question), re.M)
+            self._words[question] = sorted({name for names in lines for name in names.split("|")})
+        return self._words[question]
+
+
 # Inventory ###########################################################################################
 #
 # Rows for people, JSON for ansible.
@@ -4878,6 +5200,7 @@ def cmd_instantiate(config: Config, args: argparse.Namespace, words: list[str]) 
             configure_later(cloud, vms)
         for vm in vms:
             report.data(vm.name)
+        open_screens(vms)
         return report_errors(errors)
 
 
@@ -5102,6 +5425,60 @@ def address_and_port(words: Sequence[str]) -> tuple[str, int]:
         return ipv4_address(words[0]), whole_number(1, 65535)(words[1])
     except ValueError as error:
         raise UsageError(f"{' '.join(words)}: expected {error}") from None
+
+
+VM_OPTIONS = (
+    Option("-n", "--name", metavar="NAME", help="the VM: NAME, GROUP/NAME or GROUP/TYPE/NAME"),
+    Option("-g", "--group", metavar="GROUP", help="the group it is in"),
+    Option("-t", "--type", metavar="TYPE", help="the type it is of"),
+)
+
+
+def running_vm(cloud: Cloud, args: argparse.Namespace) -> VM:
+    """The running VM that -n, -g and -t mean."""
+    if args.name is None:
+        raise UsageError("which VM? give -n NAME", "vmrunning lists them")
+    found = [vm for vm in cloud.tree.find(args.name) if args.group in (None, vm.group) and args.type in (None, vm.type)]
+    found = [vm for vm in found if vm.is_running()] or found
+    if not found and cloud.tree.find(args.name):
+        raise NotFound(f"{args.name}: no such VM in {'/'.join(filter(None, (args.group, args.type)))}", "vmrunning -a")
+    vm = found[0] if len(found) == 1 else cloud.tree.need(args.name)
+    state, _ = vm.state()
+    if state != "running":
+        raise WrongState(f"{vm.name}: it is not running", f"vmrunning -a shows its state: {state}")
+    return vm
+
+
+@command(
+    "console",
+    *VM_OPTIONS,
+    Option("-s", "--serial", help="its serial console in this terminal; Ctrl-] leaves"),
+    alias="vmconsole",
+)
+def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """a VM's screen; with -s, or without a display, its serial console"""
+    no_more(words)
+    with Cloud(config) as cloud:
+        vm = running_vm(cloud, args)
+    missing = "no display here" if not has_display() else "" if screen_of(vm) else f"{vm.name} runs without a screen"
+    if not args.serial and not missing:
+        open_screen(vm)
+        return EXIT_DONE
+    if not args.serial:
+        report.say(f"{report.program}: {missing}: its serial console instead")
+    serial_console(vm)
+    return EXIT_DONE
+
+
+@command("manage", *VM_OPTIONS, alias="vmmanage", operands="[WORDS...]")
+def cmd_manage(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """qemu's monitor of a VM; with WORDS, just that command"""
+    with Cloud(config) as cloud:
+        vm = running_vm(cloud, args)
+    if words:
+        monitor_command(vm, " ".join(words))
+        return EXIT_DONE
+    return monitor_session(vm)
 
 
 @command("links", operands="DIR")
