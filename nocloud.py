@@ -505,6 +505,7 @@ def machine_type(text: str) -> str:
 
 MEMORY_MB = whole_number(16, 16 * 1024 * 1024, "MB")
 CPU_COUNT = whole_number(1, 512)
+CPU_CAP = whole_number(0, 100, "per cent")
 DISK_GB = whole_number(1, 1024 * 1024, "GB")
 SECONDS = whole_number(0, 86400, "seconds")
 CLONE_COUNT = whole_number(1, 1000)
@@ -540,7 +541,7 @@ SETTINGS = (
     Setting("bridgeDhcpStart", any_text, "192.168.1.2", "config", "the first address that DHCP gives"),
     Setting("bridgeDhcpStop", any_text, "192.168.1.254", "config", "the last one"),
     Setting("bridgeLeases", any_text, "", "config", "the DHCP server's lease file"),
-    Setting("vmCpuCap", whole_number(0, 100), "", "both", "a limit in per cent of CPU time; kept, not enforced yet"),
+    Setting("vmCpuCap", CPU_CAP, "", "both", "a limit in per cent of CPU time; kept, not enforced yet"),
     Setting("vmName", any_text, "", "vm", "its name"),
     Setting("vmDisk", any_text, "", "vm", "its system disk, relative to vmBaseDir"),
     Setting("vmExtraDisk", any_text, "", "vm", "its other disks, comma-separated"),
@@ -1491,6 +1492,20 @@ def create_disk(disk: str, gigabytes: int) -> None:
     run(["qemu-img", "create", "-q", "-f", "qcow2", disk, f"{gigabytes}G"])
 
 
+def resize_disk(disk: str, format: str, gigabytes: int) -> None:
+    """Make a disk larger; qemu-img refuses to make it smaller."""
+    run(["qemu-img", "resize", "-q", "-f", format, disk, f"{gigabytes}G"])
+
+
+def check_iso(path: str) -> str:
+    """`path` if it is an ISO 9660 image, which is all that a BIOS boots from a CD (ECMA-119, 8.4: CD001 in sector 16)."""
+    with open(path, "rb") as file:
+        file.seek(16 * 2048 + 1)
+        if file.read(5) != b"CD001":
+            raise Error(f"{path}: not an ISO image", "vmtemplate NAME --image FILE takes disk images")
+    return os.path.abspath(path)
+
+
 def convert_image(source: str, format: str, target: str) -> None:
     """A self-contained qcow2 copy of an image; unused space takes none."""
     run(["qemu-img", "convert", "-f", format, "-O", "qcow2", source, target], timeout=None)
@@ -1501,6 +1516,13 @@ def make_read_only(path: str) -> None:
     info = os.stat(path)
     if info.st_mode & 0o222 and info.st_uid == os.geteuid():
         os.chmod(path, stat.S_IMODE(info.st_mode) & ~0o222)
+
+
+def make_writable(path: str) -> None:
+    """Give the owner the right to write to his own file; someone else's stays as it is."""
+    info = os.stat(path)
+    if not info.st_mode & stat.S_IWUSR and info.st_uid == os.geteuid():
+        os.chmod(path, stat.S_IMODE(info.st_mode) | stat.S_IWUSR)
 
 
 def free_bytes(path: str) -> int:
@@ -2989,10 +3011,13 @@ def is_planted(vm: VM) -> bool:
 
 
 class NewTemplate:
-    """A template that is being made: `with` leaves a whole template, or nothing."""
+    """A template that is being made: `with` leaves a whole template, or nothing.
 
-    def __init__(self, cloud: Cloud, name: str) -> None:
-        self.cloud = cloud
+    `read_only`: its disk is complete; an installer is still to write the disk of one that isn't.
+    """
+
+    def __init__(self, cloud: Cloud, name: str, read_only: bool = True) -> None:
+        self.cloud, self._read_only = cloud, read_only
         self.final = cloud.tree.template(check_name("template", name))
         place = os.path.dirname(self.final.folder)
         self.vm = VM(cloud.tree.base, TEMPLATES, "", name, os.path.join(place, MAKING + name))
@@ -3023,7 +3048,7 @@ class NewTemplate:
         """Write its conf and put it in its place."""
         name = os.path.basename(self.disk)
         uuid, _ = new_identity(set())
-        os.chmod(self.disk, 0o444)
+        os.chmod(self.disk, 0o444 if self._read_only else 0o644)
         self.vm.write_conf({"vmName": self.vm.name, "vmDisk": self.final.relative(name), "vmUuid": uuid, **settings})
         os.rename(self.vm.folder, self.final.folder)
         self._done = True
@@ -3714,16 +3739,21 @@ def template_from_packages(cloud: Cloud, name: str, suite: str, settings: Mappin
         return new.finish({**settings, "vmSource": f"packages of {suite}"})
 
 
+def check_no_clones(cloud: Cloud, template: VM) -> None:
+    """Raise, naming them, where clones depend on the template's disk."""
+    clones = cloud.tree.clones(template)
+    if clones:
+        names = ", ".join(vm.address_name for vm in clones[:20]) + (" …" if len(clones) > 20 else "")
+        raise WrongState(
+            f"{template.name}: {plural(len(clones), 'clone')} would break: {names}", "vmstop -d destroys clones"
+        )
+
+
 def delete_template(cloud: Cloud, name: str) -> None:
     """Remove a template that no clone depends on; refused, naming the clones, otherwise."""
     template = cloud.tree.need_template(name)
     with FolderLock(template.folder):
-        clones = cloud.tree.clones(template)
-        if clones:
-            names = ", ".join(vm.address_name for vm in clones[:20]) + (" …" if len(clones) > 20 else "")
-            raise WrongState(
-                f"{name}: {plural(len(clones), 'clone')} would break: {names}", "vmstop -d destroys clones"
-            )
+        check_no_clones(cloud, template)
         if template.state()[0] != "stopped":
             raise WrongState(f"{name}: the template is running", f"vmstop -n {template.address_name}")
         if os.path.islink(template.folder):
@@ -3734,6 +3764,56 @@ def delete_template(cloud: Cloud, name: str) -> None:
         os.rename(template.folder, doomed)
         remove_tree(doomed)
     remove_empty(os.path.dirname(template.folder))
+
+
+# -- from an ISO, and changed later
+
+
+def find_iso(config: Config, name: str) -> str:
+    """The absolute path of an ISO image: `name` is a path, or a name in isoDir, `.iso` understood."""
+    folder = os.path.expanduser(config["isoDir"])
+    places = [name] if "/" in name else [name, os.path.join(folder, name), os.path.join(folder, name + ".iso")]
+    found = next((place for place in places if os.path.isfile(place)), "")
+    if found:
+        return check_iso(found)
+    near = "" if "/" in name else nearest(name, _names(folder))
+    hint = f"did you mean {near}?" if near else f"-i takes a path, or a name in isoDir, {folder}"
+    raise NotFound(f"{name}: no such ISO image", hint)
+
+
+def template_for_installer(cloud: Cloud, name: str, gigabytes: int, settings: Mapping[str, str]) -> VM:
+    """A template with an empty disk, which an installer is about to fill."""
+    with NewTemplate(cloud, name, read_only=False) as new:
+        create_disk(new.disk, gigabytes)
+        return new.finish(settings)
+
+
+def adjust(cloud: Cloud, vm: VM, changes: Mapping[str, str], gigabytes: int) -> None:
+    """Change settings of a VM or template that is stopped, and make its system disk larger (0: as it is)."""
+    with FolderLock(vm.folder):
+        state, _ = vm.state()
+        if state != "stopped":
+            why = "it is running" if state == "running" else f"can't tell whether it runs: {vm.pid_file}"
+            raise WrongState(f"{vm.name}: {why}", f"vmstop -n {vm.address_name}")
+        if gigabytes:
+            grow_disk(cloud, vm, gigabytes)
+        if changes:
+            vm.write_conf(changes)
+
+
+def grow_disk(cloud: Cloud, vm: VM, gigabytes: int) -> None:
+    """Make the system disk larger; never smaller, and never under the clones of a template."""
+    disk = vm.disks()[0] if vm.disks() else ""
+    if not os.path.exists(disk):
+        raise Error(f"{vm.name}: its disk is gone: {disk}", f"see vmDisk in {vm.conf_file}")
+    size = image_info(disk)["virtual-size"]
+    if gigabytes * GIB < size:
+        raise Error(f"{vm.name}: its disk has {size / GIB:g} GB and never shrinks", "-d takes a larger size, in GB")
+    if gigabytes * GIB > size:
+        if vm.is_template:
+            check_no_clones(cloud, vm)
+        make_writable(disk)
+        resize_disk(disk, disk_format(disk), gigabytes)
 
 
 def template_rows(cloud: Cloud) -> list[tuple[str, str, str, str]]:
@@ -4889,7 +4969,7 @@ def monitor_command(vm: VM, line: str) -> None:
             return
         raise
     if is_refusal(answer):
-        raise Error(f"{vm.name}: {' '.join(answer.split())}", f"vmmanage -n {vm.address_name} help")
+        raise Error(f"{vm.name}: {'; '.join(answer.splitlines())}", f"vmmanage -n {vm.address_name} help")
     if answer:
         report.data(answer)
 
@@ -5159,6 +5239,68 @@ def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> 
                 f"{name}: there is no catalogue to download it from yet",
                 "vmtemplate NAME --image FILE, or --build bookworm",
             )
+    return EXIT_DONE
+
+
+@command(
+    "create",
+    Option("-n", "--name", metavar="NAME", help="the template; with -a a template, or a VM (GROUP/NAME)"),
+    Option("-i", "--iso", metavar="ISO", help="boot from this ISO image: a path, or a name in isoDir"),
+    Option("-m", "--mem", metavar="MB", check=MEMORY_MB, default="vmMem", help="memory"),
+    Option("-c", "--cpu", metavar="CPUS", check=CPU_COUNT, default="vmCpu", help="processors"),
+    Option("-C", "--cpu-cap", metavar="PERCENT", check=CPU_CAP, help="a limit of CPU time; kept, not enforced yet"),
+    Option("-d", "--disk", metavar="GB", check=DISK_GB, default="vmCreateDiskSize", help="disk size; with -a: grow to"),
+    Option("-a", "--adjust", help="change an existing one: only what is given"),
+    alias="vmcreate",
+)
+def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """make a template from an ISO, or adjust one"""
+    no_more(words)
+    for value, name in ((args.name, "-n NAME"), (args.adjust or args.iso, "-i ISO")):
+        if not value:
+            raise UsageError(f"{name} is missing", "-h shows how it is called")
+    if args.cpu_cap is not None:
+        report.warn("the limit of CPU time (-C) is kept in the conf, but not enforced yet")
+    with Cloud(config) as cloud:
+        iso = find_iso(config, args.iso) if args.iso else ""
+        if args.adjust:
+            vm = adjust_as_asked(cloud, args, iso)
+        else:
+            settings = template_settings(cloud, args.mem, args.cpu, "", "")
+            if args.cpu_cap is not None:
+                settings["vmCpuCap"] = str(args.cpu_cap)
+            check_memory(int(settings["vmMem"]), force=True)
+            gigabytes = args.disk or config.number("vmCreateDiskSize")
+            vm = template_for_installer(cloud, args.name, gigabytes, settings)
+        return boot_iso(cloud, vm, iso, keep=args.adjust) if iso else EXIT_DONE
+
+
+def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, iso: str) -> VM:
+    """What vmcreate -a does; a NAME without a group is a template where there is one of that name."""
+    given = {"vmMem": args.mem, "vmCpu": args.cpu, "vmCpuCap": args.cpu_cap}
+    changes = {key: str(value) for key, value in given.items() if value is not None}
+    if not changes and not args.disk and not iso:
+        raise UsageError("nothing to adjust: give -m, -c, -C or -d", "-h shows how it is called")
+    template = cloud.tree.template(args.name)
+    vm = template if "/" not in args.name and template.exists() else cloud.tree.need(args.name)
+    if iso and vm.is_template:
+        check_no_clones(cloud, vm)  # what boots from the ISO may write to the disk
+    adjust(cloud, vm, changes, args.disk or 0)
+    return vm
+
+
+def boot_iso(cloud: Cloud, vm: VM, iso: str, keep: bool) -> int:
+    """Start a VM from an ISO, with a screen; one that doesn't start is removed, unless it is to be kept."""
+    if vm.is_template:
+        make_writable(vm.disks()[0])
+    error = start_all(cloud, [vm], iso=iso, gui=True)[0]
+    if error:
+        if not keep:
+            delete_template(cloud, vm.name)
+        cloud.private.end_if_idle()
+        raise error
+    report.say(f"{report.program}: {vm.name} boots {iso}; when it is done: vmstop -n {vm.address_name}")
+    open_screens([vm])
     return EXIT_DONE
 
 
