@@ -4900,8 +4900,9 @@ class SerialSession:
             poll.register(self._connection, select.POLLIN | (select.POLLOUT if self._pending else 0))
             if self._typing and len(self._pending) < SERIAL_BACKLOG:
                 poll.register(0, select.POLLIN)
-            events = dict(poll.poll(None if self._typing else SERIAL_QUIET * 1000))
-            if not events:
+            # Never without end: Python sees a signal that came just before the call only after it.
+            events = dict(poll.poll(SERIAL_QUIET * 1000))
+            if not events and not self._typing:
                 return False
             if 0 in events:
                 self._read_stdin()

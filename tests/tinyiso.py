@@ -1,6 +1,6 @@
 """A bootable ISO of the tiny guest: what an installer's CD is to a real machine, in 15 MB.
 
-isolinux starts the same kernel and initramfs as on the tiny guest's disk.  It runs from memory, with /dev/vda untouched.
+isolinux starts the same kernel and initramfs as on the tiny guest's disk; it runs from memory where /dev/vda is empty.
 The host needs isolinux, syslinux-common and xorriso besides what tinyguest.py needs.
 """
 
@@ -37,8 +37,8 @@ def _make(work: Path, parts: Path) -> Path:
     (tree / "variant").write_bytes(tinyguest._variant(None, settings))
     (tree / "isolinux.cfg").write_text(tinyguest.SYSLINUX_CFG)
     tinyguest._run(
-        "xorriso", "-as", "mkisofs", "-quiet", "-V", "TINYGUEST", "-J", "-R", "-o", image, "-b", "isolinux.bin", "-c", "boot.cat",
-        "-no-emul-boot", "-boot-load-size", "4", "-boot-info-table", tree,
+        "xorriso", "-as", "mkisofs", "-quiet", "-V", "TINYGUEST", "-J", "-R", "-o", image,
+        "-b", "isolinux.bin", "-c", "boot.cat", "-no-emul-boot", "-boot-load-size", "4", "-boot-info-table", tree,
     )  # fmt: skip
     return image
 
