@@ -524,6 +524,7 @@ def machine_type(text: str) -> str:
 
 MEMORY_MB = whole_number(16, 16 * 1024 * 1024, "MB")
 CPU_COUNT = whole_number(1, 512)
+CPU_CAP = whole_number(0, 100, "per cent")
 DISK_GB = whole_number(1, 1024 * 1024, "GB")
 SECONDS = whole_number(0, 86400, "seconds")
 CLONE_COUNT = whole_number(1, 1000)
@@ -559,7 +560,7 @@ SETTINGS = (
     Setting("bridgeDhcpStart", any_text, "192.168.1.2", "config", "the first address that DHCP gives"),
     Setting("bridgeDhcpStop", any_text, "192.168.1.254", "config", "the last one"),
     Setting("bridgeLeases", any_text, "", "config", "the DHCP server's lease file"),
-    Setting("vmCpuCap", whole_number(0, 100), "", "both", "a limit in per cent of CPU time; kept, not enforced yet"),
+    Setting("vmCpuCap", CPU_CAP, "", "both", "a limit in per cent of CPU time; kept, not enforced yet"),
     Setting("vmName", any_text, "", "vm", "its name"),
     Setting("vmDisk", any_text, "", "vm", "its system disk, relative to vmBaseDir"),
     Setting("vmExtraDisk", any_text, "", "vm", "its other disks, comma-separated"),
@@ -1358,10 +1359,11 @@ def spawn(
     fds: Sequence[int] = (),
     stdin: int | None = None,
     env: Mapping[str, str] | None = None,
+    umask: int = -1,
 ) -> subprocess.Popen[bytes]:
     """Start a program that outlives us: a session of its own, its output appended to the file `log` (0600).
 
-    Raises MissingProgram.
+    `umask`: of the files that it makes; -1: the caller's.  Raises MissingProgram.
     """
     import subprocess
 
@@ -1379,6 +1381,7 @@ def spawn(
             env=program_environment(env),
             pass_fds=fds,
             start_new_session=True,
+            umask=umask,
         )
     finally:
         os.close(output)
@@ -1536,6 +1539,20 @@ def create_disk(disk: str, gigabytes: int) -> None:
     run(["qemu-img", "create", "-q", "-f", "qcow2", os.path.abspath(disk), f"{gigabytes}G"])
 
 
+def resize_disk(disk: str, format: str, gigabytes: int) -> None:
+    """Make a disk larger; qemu-img refuses to make it smaller."""
+    run(["qemu-img", "resize", "-q", "-f", format, disk, f"{gigabytes}G"])
+
+
+def check_iso(path: str) -> str:
+    """`path` if it is an ISO 9660 image, all that a BIOS boots from a CD (ECMA-119, 8.4: CD001 in sector 16)."""
+    with open(path, "rb") as file:
+        file.seek(16 * 2048 + 1)
+        if file.read(5) != b"CD001":
+            raise Error(f"{path}: not an ISO image", "vmtemplate NAME --image FILE takes disk images")
+    return os.path.abspath(path)
+
+
 def convert_image(source: str, format: str, target: str) -> None:
     """A self-contained qcow2 copy of an image; unused space takes none."""
     paths = [os.path.abspath(source), os.path.abspath(target)]
@@ -1547,6 +1564,13 @@ def make_read_only(path: str) -> None:
     info = os.stat(path)
     if info.st_mode & 0o222 and info.st_uid == os.geteuid():
         os.chmod(path, stat.S_IMODE(info.st_mode) & ~0o222)
+
+
+def make_writable(path: str) -> None:
+    """Give the owner the right to write to his own file; someone else's stays as it is."""
+    info = os.stat(path)
+    if not info.st_mode & stat.S_IWUSR and info.st_uid == os.geteuid():
+        os.chmod(path, stat.S_IMODE(info.st_mode) | stat.S_IWUSR)
 
 
 def free_bytes(path: str) -> int:
@@ -1571,7 +1595,7 @@ def file_digest(path: str, algorithm: str = "sha256") -> str:
 # one disk more renames no network card in the guest.
 
 PCI_VGA, PCI_NIC, PCI_FIRST_DISK, PCI_LAST_DISK = 0x02, 0x03, 0x04, 0x1A
-PCI_SEED, PCI_ISO, PCI_RNG, PCI_BALLOON = 0x1B, 0x1C, 0x1D, 0x1E
+PCI_SEED, PCI_USB, PCI_RNG, PCI_BALLOON = 0x1B, 0x1C, 0x1D, 0x1E
 MAX_DISKS = PCI_LAST_DISK - PCI_FIRST_DISK + 1
 LEGACY_MACHINE = "pc"  # what the bash tools ran, and still run where a conf names no machine
 
@@ -1628,18 +1652,21 @@ class Machine:
 
     __slots__ = (
         "qemu", "accel", "name", "uuid", "type", "mem", "cpus", "disks", "mac", "pid_file", "credentials",
-        "kernel", "initrd", "append", "extra",
+        "kernel", "initrd", "append", "extra", "iso", "screen",
     )  # fmt: skip
 
     def __init__(
         self, *, qemu: Qemu, accel: str, name: str, uuid: str, type: str, mem: int, cpus: int,
         disks: list[tuple[str, str, str]],
         mac: str, pid_file: str, credentials: str, kernel: str, initrd: str, append: str, extra: list[str],
+        iso: str = "", screen: str = "",
     ) -> None:  # fmt: skip
+        """`iso`: the path of an image to boot from; `screen`: one of SCREENS, or '' for none."""
         self.qemu, self.accel, self.name, self.uuid, self.type = qemu, accel, name, uuid, type
         self.mem, self.cpus, self.disks, self.mac = mem, cpus, disks, mac
         self.pid_file, self.credentials = pid_file, credentials
         self.kernel, self.initrd, self.append, self.extra = kernel, initrd, append, extra
+        self.iso, self.screen = iso, screen
 
 
 def qemu_argv(machine: Machine, tap: int, vhost: int = -1) -> list[str]:
@@ -1653,8 +1680,10 @@ def qemu_argv(machine: Machine, tap: int, vhost: int = -1) -> list[str]:
         *cpu_args(machine),
         *firmware_args(machine),
         *disk_args(machine),
+        *iso_args(machine),
         *net_args(machine, tap, vhost),
         *console_args(),
+        *screen_args(machine),
         *monitor_args(machine),
         *kernel_args(machine),
         *machine.extra,
@@ -1703,6 +1732,7 @@ def disk_args(machine: Machine) -> list[str]:
     virtio-blk serials hold 20 bytes (VIRTIO_BLK_ID_BYTES), so a long name keeps its end, which tells disks apart.
     """
     words: list[str] = []
+    first = 1 if machine.iso else 0
     for number, (path, format, serial) in enumerate(machine.disks):
         node = f"disk{number}"
         words += [
@@ -1711,9 +1741,24 @@ def disk_args(machine: Machine) -> list[str]:
             f",file.driver=file,file.filename={comma(path)},file.discard=unmap",
             "-device",
             f"virtio-blk-pci,drive={node},addr={PCI_FIRST_DISK + number:#x}"
-            f",bootindex={number},serial={comma(serial[-20:])}",
+            f",bootindex={first + number},serial={comma(serial[-20:])}",
         ]
     return words
+
+
+def iso_args(machine: Machine) -> list[str]:
+    """The ISO in a CD drive, and first in the boot order.
+
+    ide-cd on the controller that the machine has anyway (q35: AHCI, pc: PIIX3's IDE; both call its first bus ide.0):
+    SeaBIOS boots from it, and it is the one drive that every installer's kernel finds.  A scsi-cd needs virtio_scsi,
+    which older installers lack; on virtio-blk, or as a USB stick, many look for no CD at all.
+    """
+    if not machine.iso:
+        return []
+    return [
+        "-blockdev", f"driver=raw,node-name=iso,read-only=on,file.driver=file,file.filename={comma(machine.iso)}",
+        "-device", "ide-cd,drive=iso,bus=ide.0,bootindex=0",
+    ]  # fmt: skip
 
 
 def net_args(machine: Machine, tap: int, vhost: int) -> list[str]:
@@ -1736,6 +1781,35 @@ def console_args() -> list[str]:
         "-device", f"virtio-rng-pci,rng=rng0,addr={PCI_RNG:#x}",
         "-device", f"virtio-balloon-pci,addr={PCI_BALLOON:#x},free-page-reporting=on",
     ]  # fmt: skip
+
+
+# The servers of a VM's screen, by what they speak; the first that the binary has is taken.
+SCREENS = {
+    "spice": ["-spice", "unix=on,addr=spice.sock,disable-ticketing=on"],
+    "vnc": ["-vnc", "unix:vnc.sock"],
+}
+
+
+def screen_args(machine: Machine) -> list[str]:
+    """A screen on a unix socket in the VM's folder: who may connect is who may open the socket, so no password.
+
+    The tablet makes the guest's pointer stay under the viewer's; USB, because every system has a driver for it.
+    """
+    if not machine.screen:
+        return []
+    tablet = ["-device", f"qemu-xhci,id=usb0,addr={PCI_USB:#x}", "-device", "usb-tablet,bus=usb0.0"]
+    return [*SCREENS[machine.screen], *tablet]
+
+
+def choose_screen(qemu: Qemu) -> str:
+    """What the binary can show a screen with: `spice`, `vnc` or ''.
+
+    `-spice help` says it truly: where SPICE is a module in a package of its own (Debian), the QMP schema names it
+    though the module isn't installed, and query-command-line-options leaves it out though it is.
+    """
+    if "disable-ticketing" in run([qemu.path, "-spice", "help"], check=False).stdout:
+        return "spice"
+    return "vnc" if "vnc" in qemu.options else ""
 
 
 def monitor_args(machine: Machine) -> list[str]:
@@ -1798,6 +1872,10 @@ class QMP:
                 return message.get("return")
             if "event" in message:
                 self.events.append(message)
+
+    def allow(self, seconds: float) -> None:
+        """Set the deadline anew, for a command that may take long."""
+        self._deadline = time.monotonic() + seconds
 
     def _next(self) -> dict[str, Any]:
         import socket as sockets
@@ -3021,10 +3099,13 @@ def is_planted(vm: VM) -> bool:
 
 
 class NewTemplate:
-    """A template that is being made: `with` leaves a whole template, or nothing."""
+    """A template that is being made: `with` leaves a whole template, or nothing.
 
-    def __init__(self, cloud: Cloud, name: str) -> None:
-        self.cloud = cloud
+    `read_only`: its disk is complete; an installer is still to write the disk of one that isn't.
+    """
+
+    def __init__(self, cloud: Cloud, name: str, read_only: bool = True) -> None:
+        self.cloud, self._read_only = cloud, read_only
         self.final = cloud.tree.template(check_name("template", name))
         place = os.path.dirname(self.final.folder)
         self.vm = VM(cloud.tree.base, TEMPLATES, "", name, os.path.join(place, MAKING + name))
@@ -3055,7 +3136,7 @@ class NewTemplate:
         """Write its conf and put it in its place."""
         name = os.path.basename(self.disk)
         uuid, _ = new_identity(set())
-        os.chmod(self.disk, 0o444)
+        os.chmod(self.disk, 0o444 if self._read_only else 0o644)
         self.vm.write_conf({"vmName": self.vm.name, "vmDisk": self.final.relative(name), "vmUuid": uuid, **settings})
         os.rename(self.vm.folder, self.final.folder)
         self._done = True
@@ -3677,16 +3758,21 @@ def template_from_packages(cloud: Cloud, name: str, suite: str, settings: Mappin
         return new.finish({**settings, "vmSource": f"packages of {suite}"})
 
 
+def check_no_clones(cloud: Cloud, template: VM) -> None:
+    """Raise, naming them, where clones depend on the template's disk."""
+    clones = cloud.tree.clones(template)
+    if clones:
+        names = ", ".join(vm.address_name for vm in clones[:20]) + (" …" if len(clones) > 20 else "")
+        raise WrongState(
+            f"{template.name}: {plural(len(clones), 'clone')} would break: {names}", "vmstop -d destroys clones"
+        )
+
+
 def delete_template(cloud: Cloud, name: str) -> None:
     """Remove a template that no clone depends on; refused, naming the clones, otherwise."""
     template = cloud.tree.need_template(name)
     with FolderLock(template.folder):
-        clones = cloud.tree.clones(template)
-        if clones:
-            names = ", ".join(vm.address_name for vm in clones[:20]) + (" …" if len(clones) > 20 else "")
-            raise WrongState(
-                f"{name}: {plural(len(clones), 'clone')} would break: {names}", "vmstop -d destroys clones"
-            )
+        check_no_clones(cloud, template)
         if template.state()[0] != "stopped":
             raise WrongState(f"{name}: the template is running", f"vmstop -n {template.address_name}")
         if os.path.islink(template.folder):
@@ -3697,6 +3783,56 @@ def delete_template(cloud: Cloud, name: str) -> None:
         os.rename(template.folder, doomed)
         remove_tree(doomed)
     remove_empty(os.path.dirname(template.folder))
+
+
+# -- from an ISO, and changed later
+
+
+def find_iso(config: Config, name: str) -> str:
+    """The absolute path of an ISO image: `name` is a path, or a name in isoDir, `.iso` understood."""
+    folder = os.path.expanduser(config["isoDir"])
+    places = [name] if "/" in name else [name, os.path.join(folder, name), os.path.join(folder, name + ".iso")]
+    found = next((place for place in places if os.path.isfile(place)), "")
+    if found:
+        return check_iso(found)
+    near = "" if "/" in name else nearest(name, _names(folder))
+    hint = f"did you mean {near}?" if near else f"-i takes a path, or a name in isoDir, {folder}"
+    raise NotFound(f"{name}: no such ISO image", hint)
+
+
+def template_for_installer(cloud: Cloud, name: str, gigabytes: int, settings: Mapping[str, str]) -> VM:
+    """A template with an empty disk, which an installer is about to fill."""
+    with NewTemplate(cloud, name, read_only=False) as new:
+        create_disk(new.disk, gigabytes)
+        return new.finish(settings)
+
+
+def adjust(cloud: Cloud, vm: VM, changes: Mapping[str, str], gigabytes: int) -> None:
+    """Change settings of a VM or template that is stopped, and make its system disk larger (0: as it is)."""
+    with FolderLock(vm.folder):
+        state, _ = vm.state()
+        if state != "stopped":
+            why = "it is running" if state == "running" else f"can't tell whether it runs: {vm.pid_file}"
+            raise WrongState(f"{vm.name}: {why}", f"vmstop -n {vm.address_name}")
+        if gigabytes:
+            grow_disk(cloud, vm, gigabytes)
+        if changes:
+            vm.write_conf(changes)
+
+
+def grow_disk(cloud: Cloud, vm: VM, gigabytes: int) -> None:
+    """Make the system disk larger; never smaller, and never under the clones of a template."""
+    disk = vm.disks()[0] if vm.disks() else ""
+    if not os.path.exists(disk):
+        raise Error(f"{vm.name}: its disk is gone: {disk}", f"see vmDisk in {vm.conf_file}")
+    size = image_info(disk)["virtual-size"]
+    if gigabytes * GIB < size:
+        raise Error(f"{vm.name}: its disk has {size / GIB:g} GB and never shrinks", "-d takes a larger size, in GB")
+    if gigabytes * GIB > size:
+        if vm.is_template:
+            check_no_clones(cloud, vm)
+        make_writable(disk)
+        resize_disk(disk, disk_format(disk), gigabytes)
 
 
 def template_rows(cloud: Cloud) -> list[tuple[str, str, str, str]]:
@@ -3730,6 +3866,7 @@ class Cloud:
         self.private = PrivateNetwork(self.tree)
         self._networks: dict[str, Network] = {"private": self.private, "bridge": HostBridge(config)}
         self._accel: str | None = None
+        self._screen: str | None = None
 
     def qemu(self) -> Qemu:
         """The qemu binary, probed once."""
@@ -3744,6 +3881,14 @@ class Cloud:
             if reason:
                 report.warn(f"no hardware acceleration, guests will be slow: {reason}")
         return self._accel
+
+    def screen(self) -> str:
+        """What shows the screens, one of SCREENS; '', and said once, where the qemu binary has neither."""
+        if self._screen is None:
+            self._screen = choose_screen(self.qemu())
+            if not self._screen:
+                report.warn(f"{self.qemu().path} has neither SPICE nor VNC: VMs have no screen")
+        return self._screen
 
     def network(self, kind: str) -> Network:
         """The private network, or the host's bridge."""
@@ -3949,7 +4094,7 @@ def memory_mb() -> tuple[int, int]:
 
 def check_memory(tree: Tree, wishes: Sequence[Wish], force: bool) -> None:
     """Over what is available: a warning; over what the host has: an error, unless forced."""
-    total, available = memory_mb()
+    total, _ = memory_mb()
     asked = 0
     for wish in wishes:
         asked += wish.count * (wish.mem or int(tree.template(wish.template).get("vmMem")))
@@ -3958,6 +4103,12 @@ def check_memory(tree: Tree, wishes: Sequence[Wish], force: bool) -> None:
                 f"{wish.where}{asked} MB of memory are asked for up to here, the host has {total} MB",
                 "ask for less, or say --force",
             )
+    warn_of_memory(asked)
+
+
+def warn_of_memory(asked: int) -> None:
+    """Say so where it is more than what is available now."""
+    _, available = memory_mb()
     if available and asked > available:
         report.warn(f"{asked} MB of memory are asked for, {available} MB are available now")
 
@@ -4157,13 +4308,18 @@ def publish(cloud: Cloud, vms: Sequence[VM]) -> None:
 # -- starting
 
 
-RUNTIME_FILES = ("qmp.sock", "serial.sock")  # and the pidfile; the credentials stay, for whoever starts it by hand
+RUNTIME_FILES = (
+    "qmp.sock",
+    "serial.sock",
+    *(f"{screen}.sock" for screen in SCREENS),
+)  # and the pidfile; the credentials stay, for whoever starts it by hand
 
 
-def start(cloud: Cloud, vm: VM, network: Network) -> None:
+def start(cloud: Cloud, vm: VM, network: Network, *, iso: str = "", gui: bool = False) -> None:
     """Start a VM and return when its qemu answers.  Raises WrongState where it runs, Error with qemu's own words.
 
-    What it needs of the network comes up before: `network.up()`.
+    What it needs of the network comes up before: `network.up()`.  `iso`: boot from this image; `gui`: with a screen,
+    this time, though its conf asks for none.
     """
     with FolderLock(vm.folder):
         state, _ = vm.state()
@@ -4176,7 +4332,7 @@ def start(cloud: Cloud, vm: VM, network: Network) -> None:
         tap, vhost = network.tap()
         try:
             network.publish(vm)
-            launch(vm, describe_machine(cloud, vm), network, tap, vhost)
+            launch(vm, describe_machine(cloud, vm, iso, gui), network, tap, vhost)
         finally:
             for fd in (tap, vhost):
                 if fd >= 0:
@@ -4207,7 +4363,7 @@ def ensure_identity(cloud: Cloud, vm: VM) -> None:
         vm.write_conf(changes)
 
 
-def describe_machine(cloud: Cloud, vm: VM) -> Machine:
+def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> Machine:
     """The VM's conf as what qemu's command line is built from; writes the credentials that it hands over."""
     accel, qemu = cloud.accel(), cloud.qemu()
     if vm.conf.get("vmAccel") in ("kvm", "tcg"):
@@ -4223,6 +4379,7 @@ def describe_machine(cloud: Cloud, vm: VM) -> Machine:
         pid_file=os.path.basename(vm.pid_file), credentials=write_credentials(vm), kernel=vm.get("vmKernel"),
         initrd=vm.get("vmInitrd"), append=vm.get("vmAppend"),
         extra=split_words(vm.get("vmExtraOpts") or cloud.config["vmExtraOpts"]),
+        iso=iso, screen=cloud.screen() if gui or vm.get("vmGui") == "1" else "",
     )  # fmt: skip
 
 
@@ -4255,7 +4412,10 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int) -> 
     write_file(vm.command_file, command_script(vm, qemu_argv(machine, 3), network), 0o700)
     for path in (vm.log_file, vm.console_log):
         remove_file(path)
-    process = spawn(words, log=vm.log_file, cwd=vm.folder, fds=[fd for fd in (*fds, tap, vhost) if fd >= 0])
+    # A template's folder may be entered by others, and who may write to a socket of qemu's owns the guest.
+    process = spawn(
+        words, log=vm.log_file, cwd=vm.folder, fds=[fd for fd in (*fds, tap, vhost) if fd >= 0], umask=0o077
+    )
     try:
         deadline = time.monotonic() + 30
         while not answers(vm, process.pid):
@@ -4600,15 +4760,18 @@ def instantiate(cloud: Cloud, group: str, wishes: Sequence[Wish]) -> tuple[list[
     return [vm for vm in vms if vm not in failed], errors
 
 
-def start_all(cloud: Cloud, vms: Sequence[VM]) -> list[Error | None]:
+def start_all(cloud: Cloud, vms: Sequence[VM], *, iso: str = "", gui: bool = False) -> list[Error | None]:
     """Start VMs in parallel, after the networks that they need; for each None, or why it doesn't run."""
     import contextlib
+
+    def start_one(vm: VM) -> None:
+        start(cloud, vm, cloud.network_of(vm), iso=iso, gui=gui)
 
     kinds = {cloud.network_kind(vm) for vm in vms if vm.is_readable()}
     with contextlib.ExitStack() as stack:
         for kind in sorted(kinds):
             stack.enter_context(cloud.network(kind).in_use())
-        results = in_parallel(lambda vm: start(cloud, vm, cloud.network_of(vm)), vms, workers=4 * (os.cpu_count() or 1))
+        results = in_parallel(start_one, vms, workers=4 * (os.cpu_count() or 1))
     return [name_error(vm, result) for vm, result in zip(vms, results)]
 
 
@@ -4646,6 +4809,325 @@ def configure_now(cloud: Cloud, vms: Sequence[VM], seconds: float) -> None:
     for vm, result in zip(vms, results):
         if isinstance(result, Error):
             append_line(vm.log_file, f"nocloud: not configured: {result}")
+
+
+# Consoles ############################################################################################
+#
+# A VM's screen in a viewer, its serial line in this terminal, and qemu's monitor.  The terminal's modes are put
+# back however that ends.
+
+VIEWERS = {  # by what the screen speaks; TigerVNC's vncviewer takes a path, remote-viewer does VNC over TCP only
+    "spice": (("remote-viewer", "spice+unix://"), ("spicy", "--uri=spice+unix://")),
+    "vnc": (("vncviewer", ""),),
+}
+VIEWER_SECONDS = 5.0  # a viewer that runs for so long without a word is up, whether qemu says so or not
+
+
+def has_display() -> bool:
+    """Whether a window can be opened here."""
+    return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def screen_of(vm: VM) -> str:
+    """What a running VM's screen speaks, or '' where it has none."""
+    return next((screen for screen in SCREENS if os.path.exists(vm.file(f"{screen}.sock"))), "")
+
+
+def viewer_argv(screen: str, path: str) -> list[str]:
+    """The viewer that is there for a screen on a socket.  Raises MissingProgram."""
+    for program, before in VIEWERS[screen]:
+        if find_program(program):
+            return [program, before + path]
+    names = " or ".join(program for program, _ in VIEWERS[screen])
+    try:
+        need_program(VIEWERS[screen][0][0])
+    except MissingProgram as missing:
+        raise MissingProgram(f"no viewer for its screen: {names} is needed", missing.hint) from None
+    return []
+
+
+def open_screen(vm: VM) -> None:
+    """Open a running VM's screen in a window, and return when that is up; the viewer lives on.
+
+    Raises Error with the viewer's own words.
+    """
+    screen, place = screen_of(vm), os.open(vm.folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    path, log = vm.file(f"{screen}.sock"), vm.file("viewer.log")
+    # A socket's path has at most 107 bytes, and the viewers differ in how they read odd characters of a URI.
+    if len(os.fsencode(path)) > 107 or not re.fullmatch(r"[A-Za-z0-9/._-]+", path):
+        path = f"/proc/self/fd/{place}/{screen}.sock"
+    try:
+        argv = viewer_argv(screen, path)
+        remove_file(log)
+        child = spawn(argv, log=log, cwd="/", fds=[place])
+    finally:
+        os.close(place)
+    wait_for(lambda: child.poll() is not None or has_viewer(vm, screen), VIEWER_SECONDS, 0.1)
+    if child.returncode:
+        said = last_line(read_tail(log)) or describe_status(child.returncode)
+        raise Error(f"{vm.name}: {argv[0]}: {said}", f"its serial console: vmconsole -s -n {vm.address_name}")
+    child.returncode = 0  # it lives on: no warning about that
+
+
+def has_viewer(vm: VM, screen: str) -> bool:
+    """Whether a viewer is connected to the VM's screen."""
+    try:
+        with QMP(vm.folder, 1.0) as qmp:
+            answer = qmp.execute(f"query-{screen}")
+    except (QMPError, TimedOut):
+        return False
+    return bool(answer.get("channels") or answer.get("clients"))
+
+
+def open_screens(vms: Sequence[VM]) -> None:
+    """Open the screens of those that have one; without a display that is said, and they go on without a window."""
+    shown = [vm for vm in vms if screen_of(vm)]
+    if shown and not has_display():
+        names = ", ".join(vm.name for vm in shown[:10]) + (" …" if len(shown) > 10 else "")
+        report.say(
+            f"{report.program}: no display here, no window for {names}: "
+            f"vmconsole -s -n {shown[0].address_name} is its serial console"
+        )
+        return
+    for vm, result in zip(shown, in_parallel(open_screen, shown)):
+        if isinstance(result, Error):
+            report.warn(f"{name_error(vm, result)}")
+
+
+# -- the serial console
+
+LEAVE = b"\x1d"  # Ctrl-], as telnet's
+SERIAL_QUIET = 2.0  # where stdin is no terminal, the session ends when the guest has said nothing for so long after it
+SERIAL_BACKLOG = 64 * 1024  # no more is read from stdin while the guest takes nothing
+
+
+def connect_serial(vm: VM) -> socket.socket:
+    """The VM's serial line.  qemu serves one client, and the next would wait in silence: so that is asked before."""
+    with QMP(vm.folder) as qmp:
+        devices = {each["label"]: each["filename"] for each in qmp.execute("query-chardev")}
+    if "serial0" not in devices:
+        raise WrongState(f"{vm.name}: it has no serial console", "vmconsole without -s shows its screen")
+    if not devices["serial0"].startswith("disconnected:"):
+        raise WrongState(f"{vm.name}: its serial console is open elsewhere already", "only one at a time can have it")
+    return connect_unix(vm.folder, "serial.sock", 5.0)
+
+
+def serial_console(vm: VM) -> None:
+    """The serial line in this terminal, until the user leaves or the guest ends."""
+    with connect_serial(vm) as connection:
+        session = SerialSession(connection)
+        if not session.terminal:
+            ended = session.join()
+        else:
+            report.say(f"{report.program}: the serial console of {vm.name}; Ctrl-] leaves")
+            ended = in_raw_mode(session.join)
+            report.say("")
+    if ended:
+        report.say(f"{report.program}: {vm.name} has ended")
+
+
+def in_raw_mode(work: Callable[[], bool]) -> bool:
+    """Do `work` with the terminal in raw mode.  A signal's SystemExit passes through here, so its modes come back.
+
+    TCSANOW: the other ways wait until the terminal has shown everything, which a stopped one never has.
+    """
+    import termios
+    import tty
+
+    modes = termios.tcgetattr(0)
+    try:
+        tty.setraw(0, termios.TCSANOW)
+        return work()
+    finally:
+        termios.tcsetattr(0, termios.TCSANOW, modes)
+
+
+class SerialSession:
+    """Joins stdin and stdout to a serial line."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.terminal = os.isatty(0)
+        self._connection = connection
+        self._pending = b""  # typed, not yet taken by the guest
+        self._typing, self._left = True, False
+
+    def join(self) -> bool:
+        """Until Ctrl-], or silence after the end of stdin (False), or the end of the guest (True)."""
+        import select
+
+        self._connection.setblocking(False)
+        for fd in (0, 1):
+            os.set_blocking(fd, True)  # a terminal that another program shares may not be
+        while not self._left:
+            poll = select.poll()
+            poll.register(self._connection, select.POLLIN | (select.POLLOUT if self._pending else 0))
+            if self._typing and len(self._pending) < SERIAL_BACKLOG:
+                poll.register(0, select.POLLIN)
+            # Never without end: Python sees a signal that came just before the call only after it.
+            events = dict(poll.poll(SERIAL_QUIET * 1000))
+            if not events and not self._typing:
+                return False
+            if 0 in events:
+                self._read_stdin()
+            if self._connection.fileno() in events and self._exchange():
+                return True
+        return False
+
+    def _read_stdin(self) -> None:
+        try:
+            data = os.read(0, 4096)
+        except OSError:
+            data = b""  # the terminal is gone
+        before, leave, _ = data.partition(LEAVE)
+        self._pending += before
+        if leave or not data:
+            self._typing = False
+            self._left = self.terminal
+
+    def _exchange(self) -> bool:
+        """Give the guest what it takes, show what it says; whether it has ended."""
+        try:
+            if self._pending:
+                self._pending = self._pending[self._connection.send(self._pending) :]
+        except BlockingIOError:
+            pass
+        except OSError:
+            return True
+        try:
+            data = self._connection.recv(65536)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        write_all(1, data)
+        return not data
+
+
+# -- qemu's monitor
+
+MONITOR_SECONDS = 3600.0  # a savevm or a backup takes its time
+
+
+def ask_monitor(vm: VM, line: str) -> str:
+    """What qemu's monitor answers to a command for humans.
+
+    A connection for each command: qemu serves one at a time, and a vmstop must get through while someone sits here.
+    """
+    with QMP(vm.folder) as qmp:
+        qmp.allow(MONITOR_SECONDS)
+        answer = qmp.execute("human-monitor-command", **{"command-line": line})
+    return str(answer).replace("\r\n", "\n").rstrip("\n")
+
+
+def is_refusal(answer: str) -> bool:
+    """Whether the monitor's answer is a complaint; only its words tell that (monitor/hmp.c, hmp_handle_error)."""
+    return answer.startswith(("unknown command:", "Error: ")) or answer.endswith("for more information")
+
+
+def monitor_command(vm: VM, line: str) -> None:
+    """One command.  Raises Error with the monitor's words where it refuses."""
+    try:
+        answer = ask_monitor(vm, line)
+    except QMPClosed:
+        if line.strip() in ("q", "quit"):
+            return
+        raise
+    if is_refusal(answer):
+        raise Error(f"{vm.name}: {'; '.join(answer.splitlines())}", f"vmmanage -n {vm.address_name} help")
+    if answer:
+        report.data(answer)
+
+
+def monitor_session(vm: VM) -> int:
+    """Commands from stdin, one a line; with line editing and a history on a terminal.  1 if one was refused."""
+    status = EXIT_DONE
+    terminal = os.isatty(0)
+    if terminal:
+        report.say(f"{report.program}: qemu's monitor of {vm.name}; Ctrl-D leaves, `quit` switches {vm.name} off")
+    with LineEditing(vm, terminal):
+        for line in monitor_lines("(qemu) " if terminal else ""):
+            try:
+                monitor_command(vm, line)
+            except QMPClosed:
+                report.say(f"{report.program}: {vm.name} has ended")
+                break
+            except Error as error:
+                status = EXIT_FAILED
+                report.say(str(error) if terminal else f"{report.program}: {error}")
+    return EXIT_DONE if terminal else status
+
+
+def monitor_lines(prompt: str) -> Iterator[str]:
+    """What is typed, up to Ctrl-D; Ctrl-C drops a line."""
+    while True:
+        try:
+            line = input(prompt)
+        except EOFError:
+            if prompt:
+                report.say("")
+            return
+        except KeyboardInterrupt:
+            if not prompt:
+                raise
+            report.say("")
+            continue
+        if line.strip():
+            yield line
+
+
+class LineEditing:
+    """readline while it lives: history, kept between calls, and completion of the monitor's commands."""
+
+    def __init__(self, vm: VM, wanted: bool) -> None:
+        self.vm = vm
+        self.history = os.path.join(cache_home(), "monitor_history")
+        self._words: dict[str, list[str]] = {}
+        self._readline: Any = None
+        if wanted:
+            try:
+                import readline
+
+                self._readline = readline
+            except ImportError:
+                pass  # a Python built without it: plain lines
+
+    def __enter__(self) -> LineEditing:
+        if self._readline:
+            self._readline.set_history_length(1000)
+            self._readline.set_completer(self.complete)
+            self._readline.set_completer_delims(" ")
+            self._readline.parse_and_bind("tab: complete")
+            try:
+                self._readline.read_history_file(self.history)
+            except OSError:
+                pass
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._readline:
+            try:
+                make_private_folder(os.path.dirname(self.history))
+                self._readline.write_history_file(self.history)
+            except OSError:
+                pass  # an unwritable home costs the history, nothing else
+
+    def complete(self, text: str, number: int) -> str | None:
+        """readline's completer: the first word from `help`, the one after `info` from `help info`."""
+        before = self._readline.get_line_buffer()[: self._readline.get_begidx()].split()
+        if before not in ([], ["info"]):
+            return None
+        try:
+            found = [word for word in self._known(" ".join(["help", *before])) if word.startswith(text)]
+        except Error:
+            return None
+        return found[number] + " " if number < len(found) else None
+
+    def _known(self, question: str) -> list[str]:
+        """The names in the monitor's help, asked for once: `info block [-n] …` a line, `stop|s` where there are two."""
+        if question not in self._words:
+            lines = re.findall(r"^(?:info )?([a-z][a-z0-9_|-]*)", ask_monitor(self.vm, question), re.M)
+            self._words[question] = sorted({name for names in lines for name in names.split("|")})
+        return self._words[question]
 
 
 # Inventory ###########################################################################################
@@ -4825,6 +5307,68 @@ def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> 
 
 
 @command(
+    "create",
+    Option("-n", "--name", metavar="NAME", help="the template; with -a a template, or a VM (GROUP/NAME)"),
+    Option("-i", "--iso", metavar="ISO", help="boot from this ISO image: a path, or a name in isoDir"),
+    Option("-m", "--mem", metavar="MB", check=MEMORY_MB, default="vmMem", help="memory"),
+    Option("-c", "--cpu", metavar="CPUS", check=CPU_COUNT, default="vmCpu", help="processors"),
+    Option("-C", "--cpu-cap", metavar="PERCENT", check=CPU_CAP, help="a limit of CPU time; kept, not enforced yet"),
+    Option("-d", "--disk", metavar="GB", check=DISK_GB, default="vmCreateDiskSize", help="disk size; with -a: grow to"),
+    Option("-a", "--adjust", help="change an existing one: only what is given"),
+    alias="vmcreate",
+)
+def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """make a template from an ISO, or adjust one"""
+    no_more(words)
+    for value, name in ((args.name, "-n NAME"), (args.adjust or args.iso, "-i ISO")):
+        if not value:
+            raise UsageError(f"{name} is missing", "-h shows how it is called")
+    if args.cpu_cap is not None:
+        report.warn("the limit of CPU time (-C) is kept in the conf, but not enforced yet")
+    with Cloud(config) as cloud:
+        iso = find_iso(config, args.iso) if args.iso else ""
+        if args.adjust:
+            vm = adjust_as_asked(cloud, args, iso)
+        else:
+            settings = template_settings(cloud, args.mem, args.cpu, "", "")
+            if args.cpu_cap is not None:
+                settings["vmCpuCap"] = str(args.cpu_cap)
+            warn_of_memory(int(settings["vmMem"]))
+            gigabytes = args.disk or config.number("vmCreateDiskSize")
+            vm = template_for_installer(cloud, args.name, gigabytes, settings)
+        return boot_iso(cloud, vm, iso, keep=args.adjust) if iso else EXIT_DONE
+
+
+def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, iso: str) -> VM:
+    """What vmcreate -a does; a NAME without a group is a template where there is one of that name."""
+    given = {"vmMem": args.mem, "vmCpu": args.cpu, "vmCpuCap": args.cpu_cap}
+    changes = {key: str(value) for key, value in given.items() if value is not None}
+    if not changes and not args.disk and not iso:
+        raise UsageError("nothing to adjust: give -m, -c, -C or -d", "-h shows how it is called")
+    template = cloud.tree.template(args.name)
+    vm = template if "/" not in args.name and template.exists() else cloud.tree.need(args.name)
+    if iso and vm.is_template:
+        check_no_clones(cloud, vm)  # what boots from the ISO may write to the disk
+    adjust(cloud, vm, changes, args.disk or 0)
+    return vm
+
+
+def boot_iso(cloud: Cloud, vm: VM, iso: str, keep: bool) -> int:
+    """Start a VM from an ISO, with a screen; one that doesn't start is removed, unless it is to be kept."""
+    if vm.is_template:
+        make_writable(vm.disks()[0])
+    error = start_all(cloud, [vm], iso=iso, gui=True)[0]
+    if error:
+        if not keep:
+            delete_template(cloud, vm.name)
+        cloud.private.end_if_idle()
+        raise error
+    report.say(f"{report.program}: {vm.name} boots {iso}; when it is done: vmstop -n {vm.address_name}")
+    open_screens([vm])
+    return EXIT_DONE
+
+
+@command(
     "instantiate",
     Option("-n", "--template", metavar="TEMPLATE", help="the template to clone"),
     Option("-C", "--count", metavar="COUNT", check=CLONE_COUNT, default="vmCount", help="how many"),
@@ -4862,6 +5406,7 @@ def cmd_instantiate(config: Config, args: argparse.Namespace, words: list[str]) 
             configure_later(cloud, vms)
         for vm in vms:
             report.data(vm.name)
+        open_screens(vms)
         return report_errors(errors)
 
 
@@ -5094,6 +5639,60 @@ def address_and_port(words: Sequence[str]) -> tuple[str, int]:
         except ValueError as error:
             raise UsageError(f"{word!r}: expected {error}") from None
     return words[0], int(words[1])
+
+
+VM_OPTIONS = (
+    Option("-n", "--name", metavar="NAME", help="the VM: NAME, GROUP/NAME or GROUP/TYPE/NAME"),
+    Option("-g", "--group", metavar="GROUP", help="the group it is in"),
+    Option("-t", "--type", metavar="TYPE", help="the type it is of"),
+)
+
+
+def running_vm(cloud: Cloud, args: argparse.Namespace) -> VM:
+    """The running VM that -n, -g and -t mean."""
+    if args.name is None:
+        raise UsageError("which VM? give -n NAME", "vmrunning lists them")
+    found = [vm for vm in cloud.tree.find(args.name) if args.group in (None, vm.group) and args.type in (None, vm.type)]
+    found = [vm for vm in found if vm.is_running()] or found
+    if not found and cloud.tree.find(args.name):
+        raise NotFound(f"{args.name}: no such VM in {'/'.join(filter(None, (args.group, args.type)))}", "vmrunning -a")
+    vm = found[0] if len(found) == 1 else cloud.tree.need(args.name)
+    state, _ = vm.state()
+    if state != "running":
+        raise WrongState(f"{vm.name}: it is not running", f"vmrunning -a shows its state: {state}")
+    return vm
+
+
+@command(
+    "console",
+    *VM_OPTIONS,
+    Option("-s", "--serial", help="its serial console in this terminal; Ctrl-] leaves"),
+    alias="vmconsole",
+)
+def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """a VM's screen; with -s, or without a display, its serial console"""
+    no_more(words)
+    with Cloud(config) as cloud:
+        vm = running_vm(cloud, args)
+    missing = "no display here" if not has_display() else "" if screen_of(vm) else f"{vm.name} runs without a screen"
+    if not args.serial and not missing:
+        open_screen(vm)
+        return EXIT_DONE
+    if not args.serial:
+        report.say(f"{report.program}: {missing}: its serial console instead")
+    serial_console(vm)
+    return EXIT_DONE
+
+
+@command("manage", *VM_OPTIONS, alias="vmmanage", operands="[WORDS...]")
+def cmd_manage(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """qemu's monitor of a VM; with WORDS, just that command"""
+    with Cloud(config) as cloud:
+        vm = running_vm(cloud, args)
+    if words:
+        monitor_command(vm, " ".join(words))
+        return EXIT_DONE
+    return monitor_session(vm)
 
 
 @command("links", operands="DIR")
