@@ -1975,6 +1975,16 @@ def vhost_net() -> int:
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000  # linux/sched.h
 
 
+def trim_memory() -> None:
+    """Give freed memory back to the system: to compile this module takes 12 MB, which a long run would keep."""
+    import ctypes
+
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except AttributeError:
+        pass  # a libc other than glibc
+
+
 def libc_call(name: str, *numbers: int) -> None:
     """unshare(2) or setns(2) of libc; module os has them only from Python 3.12 on."""
     import ctypes
@@ -4920,7 +4930,8 @@ class Supervisor:
         if self._members.get(member.vm.folder) is not member or cancellation.requested:
             return
         if result:
-            report.log(f"{member.vm.name} is not ready: {result}")
+            reason = str(result).partition(f"{member.vm.name}: ")[2] or result
+            report.log(f"{member.vm.name} is not ready: {reason}")
         else:
             member.ready = True
             report.log(f"{member.vm.name} is ready")
@@ -5001,6 +5012,7 @@ def supervise(
             errors = start_kept(cloud, old, spawned)
             return errors + (instantiate(cloud, group, wishes, spawned)[1] if wishes else [])
 
+        trim_memory()
         supervisor = Supervisor(cloud, group, wakeup, lambda status: settled(status, manager.log_file))
         return supervisor.run(begin)
 
