@@ -2279,9 +2279,13 @@ class PrivateNetwork(Network):
             if heir and bare not in files[heir]:
                 self._write_once("hosts", heir, " ".join([*files[heir], f"{bare}.{DOMAIN}", bare]) + "\n")
         if changed and self.holder():
-            with FolderLock(self.folder):
-                stop_daemon(self.file("dnsmasq.pid"))
-                self._complete()
+            try:
+                with FolderLock(self.folder):
+                    if self.holder():
+                        stop_daemon(self.file("dnsmasq.pid"))
+                        self._complete()
+            except FileNotFoundError:
+                pass  # the last VM is gone, and another command, the group's vmrun say, has ended the network
 
     # up and down
 
@@ -2484,7 +2488,7 @@ class PrivateNetwork(Network):
                 if any(True for _ in self._users()):
                     return
                 self.down()
-        except WrongState:
+        except (WrongState, FileNotFoundError):
             return
         self._remove_folder()
 
