@@ -133,6 +133,16 @@ class Reporter:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 
+    def log(self, text: str) -> None:
+        """A line of vmrun's log, with the time; who reads it may go away, the work goes on."""
+        now = time.time_ns()
+        stamp = time.strftime("%Y/%m/%d %H:%M:%S", time.localtime(now // 10**9))
+        try:
+            self._finish_line()
+            self.data(f"{stamp}.{now % 10**9:09d} {printable(text)}")
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
+
     def say(self, text: str) -> None:
         """A line on stderr, in one write so that parallel ones don't mix."""
         try:
@@ -373,14 +383,23 @@ def lock_holder(path: str) -> tuple[str, int]:
 
 
 class Cancellation:
-    """Set when the main thread is interrupted, so that the threads that wait give up instead of being waited for."""
+    """Set when the main thread is interrupted, so that the threads that wait give up instead of being waited for.
+
+    `children` are the programs that threads wait for just now.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self.children: set[subprocess.Popen[bytes]] = set()
 
     def check(self) -> None:
         if self.requested:
             raise Error("interrupted", status=EXIT_INTERRUPTED)
+
+    def end_children(self) -> None:
+        """SIGTERM: ssh takes its ProxyCommand with it, which SIGKILL would leave."""
+        for child in list(self.children):
+            child.terminate()
 
 
 cancellation = Cancellation()
@@ -858,6 +877,7 @@ def base_folder(config: Config) -> str:
 TEMPLATES = "templates"
 RESERVED_GROUPS = ("all", "ungrouped")  # ansible's own
 MAKING, REMOVING = ".new-", ".del-"  # folders of VMs that aren't there yet, or any more
+MANAGER_PID, MANAGER_LOG = ".vmrun.pid", ".vmrun.log"  # of the vmrun that manages a group, in the group's folder
 
 _NAME_RULES = {
     "VM": (re.compile(r"[A-Za-z0-9-]"), "letters, digits and '-'"),
@@ -1035,6 +1055,7 @@ class Tree:
 
     def __init__(self, base: str) -> None:
         self.base = base
+        self.managed = ""  # the group whose manager this process is
 
     def prepare(self) -> None:
         """Make the tree's folder, or say why that can't be."""
@@ -1176,6 +1197,17 @@ def sweep(tree: Tree, group: str) -> None:
             folder = os.path.join(place, name)
             if name.startswith((MAKING, REMOVING)) and not os.path.islink(folder) and not is_locked(folder):
                 remove_tree(folder)
+    if group != tree.managed and manager_of(tree, group)[0] == "stopped":
+        for name in (MANAGER_PID, MANAGER_LOG):
+            remove_file(os.path.join(tree.base, group, name))
+
+
+def manager_of(tree: Tree, group: str) -> tuple[str, int]:
+    """The vmrun that manages a group: ("running", pid), ("stopped", 0) or ("unknown", 0).
+
+    Not for the manager itself: closing the file would give up the lock that it holds on it (fcntl(2)).
+    """
+    return lock_holder(os.path.join(tree.base, group, MANAGER_PID))
 
 
 def remove_tree(folder: str) -> None:
@@ -1290,26 +1322,31 @@ def run(
 
     words = [need_program(argv[0]), *argv[1:]]
     report.trace(words)
-    try:
-        done = subprocess.run(
-            words,
-            input=input,
-            stdin=None if input is not None else subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT if merge else subprocess.PIPE,
-            timeout=timeout,
-            cwd=cwd,
-            env=program_environment(env),
-            pass_fds=fds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise TimedOut(f"{argv[0]}: no end after {timeout:.0f} s") from None
-    output = done.stdout.decode("utf-8", "replace")
-    errors = "" if merge else done.stderr.decode("utf-8", "replace")
-    if check and done.returncode:
-        raise CommandFailed(argv, done.returncode, output + errors)
-    return subprocess.CompletedProcess(words, done.returncode, output, errors)
+    child = subprocess.Popen(
+        words,
+        stdin=subprocess.DEVNULL if input is None else subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if merge else subprocess.PIPE,
+        cwd=cwd,
+        env=program_environment(env),
+        pass_fds=fds,
+    )
+    with child:
+        cancellation.children.add(child)
+        try:
+            said = child.communicate(input, timeout)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            raise TimedOut(f"{argv[0]}: no end after {timeout:.0f} s") from None
+        except BaseException:
+            child.kill()
+            raise
+        finally:
+            cancellation.children.discard(child)
+    output, errors = ((each or b"").decode("utf-8", "replace") for each in said)
+    if check and child.returncode:
+        raise CommandFailed(argv, child.returncode, output + errors)
+    return subprocess.CompletedProcess(words, child.returncode, output, errors)
 
 
 def attempt(argv: Sequence[str], timeout: float) -> tuple[int, str]:
@@ -1408,12 +1445,16 @@ def fork_child(work: Callable[[], None], keep: Sequence[int]) -> int:
     long as it does.  What `work` imports must have been imported before: another thread may hold the import lock.
     """
     import ctypes  # noqa: F401
+    import signal
     import subprocess  # noqa: F401
 
     pid = os.fork()
     if pid:
         return pid
     try:
+        signal.set_wakeup_fd(-1)  # a supervisor's, shared with us
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
         os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
@@ -1440,6 +1481,10 @@ class Process:
             self._fd = os.pidfd_open(pid)
         except ProcessLookupError:
             self._fd = -1
+
+    def fileno(self) -> int:
+        """The pidfd, which becomes readable when the process ends; -1 where it has ended before."""
+        return self._fd
 
     def signal(self, number: int) -> None:
         import signal
@@ -2032,6 +2077,9 @@ class Network:
     def end_if_idle(self) -> None:
         """End what only ran for the VMs, where the last of them is gone."""
 
+    def open(self) -> None:
+        """Open what threads will need: it can't be opened once there are threads."""
+
     def close(self) -> None:
         """Close what this process holds of it; the network itself stays."""
 
@@ -2047,6 +2095,16 @@ def vhost_net() -> int:
 # -- namespaces, entered by descriptors
 
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000  # linux/sched.h
+
+
+def trim_memory() -> None:
+    """Give freed memory back to the system: to compile this module takes 12 MB, which a long run would keep."""
+    import ctypes
+
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except AttributeError:
+        pass  # a libc other than glibc
 
 
 def libc_call(name: str, *numbers: int) -> None:
@@ -2348,9 +2406,13 @@ class PrivateNetwork(Network):
             if heir and bare not in files[heir]:
                 self._write_once("hosts", heir, " ".join([*files[heir], f"{bare}.{DOMAIN}", bare]) + "\n")
         if changed and self.holder():
-            with FolderLock(self.folder):
-                stop_daemon(self.file("dnsmasq.pid"))
-                self._complete()
+            try:
+                with FolderLock(self.folder):
+                    if self.holder():
+                        stop_daemon(self.file("dnsmasq.pid"))
+                        self._complete()
+            except FileNotFoundError:
+                pass  # the last VM is gone, and another command, the group's vmrun say, has ended the network
 
     # up and down
 
@@ -2573,7 +2635,7 @@ class PrivateNetwork(Network):
                 if any(True for _ in self._users()):
                     return
                 self.down()
-        except WrongState:
+        except (WrongState, FileNotFoundError):
             return
         self._remove_folder()
 
@@ -2615,6 +2677,9 @@ class PrivateNetwork(Network):
         if self._spaces:
             self._spaces.close()
         self._gate = self._spaces = None
+
+    def open(self) -> None:
+        self.gate()
 
     def close(self) -> None:
         self._forget_spaces()
@@ -4298,11 +4363,16 @@ def name_error(vm: VM, result: Any) -> Any:
 
 def publish(cloud: Cloud, vms: Sequence[VM]) -> None:
     """Make names resolve and host keys known, for these VMs."""
+    publish_keys(cloud, vms)
+    for vm in vms:
+        cloud.network_of(vm).publish(vm)
+
+
+def publish_keys(cloud: Cloud, vms: Sequence[VM]) -> None:
+    """Make the planted host keys of these VMs known."""
     lines = {vm.get("vmUuid"): (vm.get("vmAddress"), read_text(vm.host_key + ".pub")) for vm in vms if is_planted(vm)}
     if lines:
         cloud.known_hosts.update(lines)
-    for vm in vms:
-        cloud.network_of(vm).publish(vm)
 
 
 # -- starting
@@ -4321,6 +4391,7 @@ def start(cloud: Cloud, vm: VM, network: Network, *, iso: str = "", gui: bool = 
     What it needs of the network comes up before: `network.up()`.  `iso`: boot from this image; `gui`: with a screen,
     this time, though its conf asks for none.
     """
+    cancellation.check()
     with FolderLock(vm.folder):
         state, _ = vm.state()
         if state == "running":
@@ -4743,29 +4814,42 @@ def destroy_all(cloud: Cloud, vms: Sequence[VM]) -> list[Error]:
 # -- what the commands do to many VMs at once
 
 
-def instantiate(cloud: Cloud, group: str, wishes: Sequence[Wish]) -> tuple[list[VM], list[Error]]:
-    """Make the clones and start them, in parallel; (those that run, the errors).  A clone that doesn't start goes."""
+def instantiate(
+    cloud: Cloud, group: str, wishes: Sequence[Wish], started: Callable[[VM], None] = lambda vm: None
+) -> tuple[list[VM], list[Error]]:
+    """Make the clones and start them, in parallel; (those that run, the errors).  A clone that doesn't start goes.
+
+    `started` hears of each as soon as it runs.
+    """
     cloud.qemu()
     cloud.accel()
     cloud.network(group_network(cloud, group)).up()  # where that can't be, nothing is made
     made = make_clones(cloud, group, wishes)
     errors = [result for result in made if isinstance(result, Error)]
     vms = [result for result in made if isinstance(result, VM)]
-    started = start_all(cloud, vms)
-    failed = [vm for vm, error in zip(vms, started) if error]
-    errors += [error for error in started if error]
+    results = start_all(cloud, vms, started)
+    failed = [vm for vm, error in zip(vms, results) if error]
+    errors += [error for error in results if error]
     if failed:
         errors += destroy_all(cloud, failed)
         cloud.network("private").end_if_idle()
     return [vm for vm in vms if vm not in failed], errors
 
 
-def start_all(cloud: Cloud, vms: Sequence[VM], *, iso: str = "", gui: bool = False) -> list[Error | None]:
+def start_all(
+    cloud: Cloud,
+    vms: Sequence[VM],
+    started: Callable[[VM], None] = lambda vm: None,
+    *,
+    iso: str = "",
+    gui: bool = False,
+) -> list[Error | None]:
     """Start VMs in parallel, after the networks that they need; for each None, or why it doesn't run."""
     import contextlib
 
     def start_one(vm: VM) -> None:
         start(cloud, vm, cloud.network_of(vm), iso=iso, gui=gui)
+        started(vm)
 
     kinds = {cloud.network_kind(vm) for vm in vms if vm.is_readable()}
     with contextlib.ExitStack() as stack:
@@ -4896,7 +4980,7 @@ def open_screens(vms: Sequence[VM]) -> None:
 
 # -- the serial console
 
-LEAVE = b"\x1d"  # Ctrl-], as telnet's
+LEAVE_KEY = b"\x1d"  # Ctrl-], as telnet's
 SERIAL_QUIET = 2.0  # where stdin is no terminal, the session ends when the guest has said nothing for so long after it
 SERIAL_BACKLOG = 64 * 1024  # no more is read from stdin while the guest takes nothing
 
@@ -4978,7 +5062,7 @@ class SerialSession:
             data = os.read(0, 4096)
         except OSError:
             data = b""  # the terminal is gone
-        before, leave, _ = data.partition(LEAVE)
+        before, leave, _ = data.partition(LEAVE_KEY)
         self._pending += before
         if leave or not data:
             self._typing = False
@@ -5128,6 +5212,422 @@ class LineEditing:
             lines = re.findall(r"^(?:info )?([a-z][a-z0-9_|-]*)", ask_monitor(self.vm, question), re.M)
             self._words[question] = sorted({name for names in lines for name in names.split("|")})
         return self._words[question]
+
+
+# Supervisor ##########################################################################################
+#
+# vmrun.  One loop sleeps until a signal, the end of a qemu or a worker wakes it; it alone keeps the state and
+# writes the log.  Workers, threads that end, start, await and stop VMs; what they find out they post to the loop.
+
+
+class Manager:
+    """The claim of a vmrun on a group: a pidfile in the group's folder, locked as long as we live, as qemu's own are.
+
+    It is taken, given back and, after a SIGKILL, swept away under the tree's lock.
+    """
+
+    def __init__(self, tree: Tree, group: str) -> None:
+        self.tree, self.group = tree, group
+        self.folder = os.path.join(tree.base, group)
+        self.log_file = os.path.join(self.folder, MANAGER_LOG)
+        self._fd = -1
+
+    def take(self, new: bool) -> None:
+        """Raises WrongState where another vmrun has the group, or, if it has to be `new`, where it has VMs."""
+        self.tree.prepare()
+        with self.tree.lock():
+            state, pid = manager_of(self.tree, self.group)
+            if state != "stopped":
+                who = f"vmrun (process {pid})" if pid else "a vmrun of another user"
+                raise WrongState(f"{self.group}: {who} manages it already", f"vmrun -s {self.group} stops it")
+            if new and any(True for _ in self.tree.vms(self.group)):
+                raise WrongState(
+                    f"{self.group}: the group has VMs already",
+                    f"vmrun -r {self.group} runs them, vmstop -d -g {self.group} destroys them, --add adds to them",
+                )
+            os.makedirs(self.folder, exist_ok=True)
+            path = os.path.join(self.folder, MANAGER_PID)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.tree.managed = self.group
+
+    def __enter__(self) -> Manager:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with self.tree.lock():
+            for name in (MANAGER_PID, MANAGER_LOG):
+                remove_file(os.path.join(self.folder, name))
+            os.close(self._fd)
+            self.tree.managed = ""
+            for type in self.tree.types(self.group):
+                remove_empty(os.path.join(self.folder, type))
+            remove_empty(self.folder)
+
+
+class Wakeup:
+    """What ends the loop's sleep, as bytes on a socket: signals (their numbers) and workers' posts (0)."""
+
+    def __init__(self) -> None:
+        """Takes the signals over, for good: to the end of the process none of them interrupts it any more."""
+        import signal
+        import socket as sockets
+        from collections import deque
+
+        self._mine, self._its = sockets.socketpair()
+        for end in (self._mine, self._its):
+            end.setblocking(False)
+        self._posts: deque[Callable[[], None]] = deque()
+        signal.set_wakeup_fd(self._its.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                signal.signal(number, lambda number, frame: None)
+
+    def fileno(self) -> int:
+        return self._mine.fileno()
+
+    def post(self, call: Callable[[], None]) -> None:
+        """From any thread: have the loop call this."""
+        self._posts.append(call)
+        try:
+            self._its.send(b"\0")
+        except BlockingIOError:
+            pass  # it is full of others, so the loop wakes anyway
+
+    def take(self) -> tuple[list[int], list[Callable[[], None]]]:
+        """The signals and posts that came meanwhile."""
+        try:
+            numbers = [number for number in self._mine.recv(4096) if number]
+        except BlockingIOError:
+            numbers = []
+        return numbers, [self._posts.popleft() for _ in range(len(self._posts))]
+
+
+class Member:
+    """A running VM that the supervisor watches."""
+
+    __slots__ = ("vm", "process", "ready")
+
+    def __init__(self, vm: VM, process: Process) -> None:
+        self.vm, self.process, self.ready = vm, process, False
+
+
+# What the loop is about: the group runs; or vmrun ends, and its VMs are destroyed, stopped and kept, or left running.
+RUN, DESTROY, KEEP, LEAVE = "run", "destroy", "keep", "leave"
+LOOK_SECONDS = 2.0  # between looks at the tree for VMs that others started
+
+
+class Supervisor:
+    """The loop of one vmrun.  `settled` is called when all VMs are ready, or are known not to get ready."""
+
+    def __init__(self, cloud: Cloud, group: str, wakeup: Wakeup, settled: Callable[[int], None]) -> None:
+        import selectors
+        import threading
+
+        self.cloud, self.group, self._wakeup = cloud, group, wakeup
+        self.goal = RUN
+        self.status = EXIT_DONE
+        self._settled: Callable[[int], None] | None = settled
+        self._members: dict[str, Member] = {}
+        self._jobs: set[threading.Thread] = set()
+        self._starting, self._ending, self._finished = True, RUN, False
+        self._look_at = time.monotonic() + LOOK_SECONDS
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(wakeup, selectors.EVENT_READ, self._woken)
+
+    def run(self, begin: Callable[[Callable[[VM], None]], list[Error]]) -> int:
+        """Have `begin` start the VMs, telling each to its argument; watch the group to its end; the exit status."""
+        post = self._wakeup.post
+        self._job(lambda: begin(lambda vm: post(lambda: self._spawned(vm))), self._begun)
+        while not self._finished:
+            for key, _ in self._selector.select(self._timeout()):
+                key.data()
+            self._look()
+            self._advance()
+        return self.status
+
+    def _timeout(self) -> float | None:
+        if self.goal == RUN and not self._starting:
+            return max(0.0, self._look_at - time.monotonic())
+        return 0.25 if cancellation.requested else None
+
+    # what wakes it
+
+    def _woken(self) -> None:
+        import signal
+
+        numbers, posts = self._wakeup.take()
+        for call in posts:
+            call()
+        goals = {signal.SIGUSR1: KEEP, signal.SIGHUP: LEAVE}
+        for number in numbers:
+            self._ask(goals.get(signal.Signals(number), DESTROY))
+
+    def _ask(self, goal: str) -> None:
+        """A signal.  Who has asked to keep the VMs may still have them destroyed, but not the other way round."""
+        if self.goal in (DESTROY, goal) or (self.goal != RUN and goal != DESTROY):
+            return
+        words = {DESTROY: "destroying all VMs of", KEEP: "shutting down and keeping the VMs of"}
+        report.log(f"{words.get(goal, 'leaving; these go on running: the VMs of')} {self.group} group")
+        self.goal = goal
+
+    def _spawned(self, vm: VM) -> None:
+        report.log(f"{vm.name} of {vm.type} type has been spawned in {vm.group} group")
+        self._adopt(vm)
+
+    def _adopt(self, vm: VM) -> None:
+        """Watch a VM that runs, whoever started it, and wait until it is ready."""
+        import selectors
+
+        state, pid = vm.state()
+        process = Process(pid) if state == "running" else None
+        if not process or process.fileno() < 0 or vm.state() != (state, pid):
+            report.log(f"{vm.name} has vanished")
+            return
+        member = self._members[vm.folder] = Member(vm, process)
+        self._selector.register(process, selectors.EVENT_READ, lambda: self._gone(member))
+        report.log(f"{vm.name} has console vmconsole -n {vm.name} -g {vm.group} -t {vm.type}")
+        if self.goal == RUN:
+            result = _attempt(lambda vm: self.cloud.network_of(vm).open(), vm)
+            if isinstance(result, Error):
+                self._waited(member, result)
+            else:
+                self._job(lambda: self._wait(vm), lambda result: self._waited(member, result))
+
+    def _gone(self, member: Member) -> None:
+        """Its qemu has ended; if it is our child, nobody else takes its exit status."""
+        self._selector.unregister(member.process)
+        try:
+            os.waitpid(member.process.pid, os.WNOHANG)
+        except ChildProcessError:
+            pass
+        member.process.close()
+        del self._members[member.vm.folder]
+        words = {DESTROY: "has been switched off", KEEP: "has been stopped"}
+        report.log(f"{member.vm.name} {words.get(self._ending, 'has vanished')}")
+
+    def _look(self) -> None:
+        """Now and then: take over what others have started.  A VM that is watched is not looked at."""
+        if self.goal != RUN or self._starting or time.monotonic() < self._look_at:
+            return
+        self._look_at = time.monotonic() + LOOK_SECONDS
+        for vm in self.cloud.tree.vms(self.group):
+            if vm.folder not in self._members and vm.is_running():
+                report.log(f"{vm.name} has joined")
+                self._adopt(vm)
+
+    # workers
+
+    def _job(self, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
+        """Do `work` in a thread, then `done` with its result, or its Error, in the loop; a defect is raised there."""
+        import threading
+
+        def body() -> None:
+            try:
+                result = _attempt(lambda _: work(), None)
+            except Exception as error:
+                result = error
+            self._wakeup.post(lambda: finish(result))
+
+        def finish(result: Any) -> None:
+            self._jobs.discard(thread)
+            thread.join()
+            if isinstance(result, Exception) and not isinstance(result, Error):
+                raise result
+            done(result)
+
+        thread = threading.Thread(target=body, daemon=True)
+        self._jobs.add(thread)
+        thread.start()
+
+    def _begun(self, errors: list[Error] | Error) -> None:
+        self._starting = False
+        if cancellation.requested:  # what could not be started because of that is no failure
+            return
+        self._failed([errors] if isinstance(errors, Error) else errors)
+
+    def _failed(self, errors: Sequence[Error]) -> None:
+        for error in errors:
+            report.error(error)
+            self.status = EXIT_FAILED
+
+    def _wait(self, vm: VM) -> None:
+        wait = Wait(self.cloud, vm, self.cloud.config.number("vmWaitTimeout"))
+        while not wait.network.address(vm):
+            wait.check()
+            time.sleep(0.1)
+        address = wait.network.address(vm)
+        self._wakeup.post(lambda: report.log(f"{vm.name} has IP {address}"))
+        wait_ready(wait)
+
+    def _waited(self, member: Member, result: Error | None) -> None:
+        if self._members.get(member.vm.folder) is not member or cancellation.requested:
+            return
+        if result:
+            reason = str(result).partition(f"{member.vm.name}: ")[2] or result
+            report.log(f"{member.vm.name} is not ready: {reason}")
+        else:
+            member.ready = True
+            report.log(f"{member.vm.name} is ready")
+
+    # towards the end
+
+    def _advance(self) -> None:
+        """Once the workers have ended: rest, or do what the goal asks for, or finish."""
+        if self.goal == RUN and not self._starting:
+            if not self._members:
+                self.goal = LEAVE
+            elif not self._jobs:
+                return self._rest()
+        if self.goal == RUN:
+            return None
+        if self._jobs:
+            if self._ending != self.goal and (self.goal == DESTROY or not self._starting):
+                cancellation.requested = True
+                cancellation.end_children()
+            return None
+        cancellation.requested = False
+        self._finished = self._ending == self.goal
+        if not self._finished:
+            self._ending = self.goal
+            self._job({DESTROY: self._destroy, KEEP: self._keep, LEAVE: self._leave}[self.goal], self._ended)
+        return None
+
+    def _rest(self) -> None:
+        """All is quiet: hold nothing open that only waits need."""
+        for kind in ("private", "bridge"):
+            self.cloud.network(kind).close()
+        if self._settled:
+            late = not all(member.ready for member in self._members.values())
+            self._settled(self.status or (EXIT_TIMEOUT if late else EXIT_DONE))
+            self._settled = None
+
+    def _destroy(self) -> list[Error]:
+        errors = destroy_all(self.cloud, list(self.cloud.tree.vms(self.group)))
+        self.cloud.network("private").end_if_idle()
+        return errors
+
+    def _keep(self) -> list[Error]:
+        seconds = self.cloud.config.number("vmStopTimeout")
+        errors = stop_all(self.cloud, list(self.cloud.tree.vms(self.group)), seconds)
+        self.cloud.network("private").end_if_idle()
+        return errors
+
+    def _leave(self) -> list[Error]:
+        configure_later(self.cloud, [member.vm for member in self._members.values() if not member.ready])
+        return []
+
+    def _ended(self, errors: list[Error] | Error) -> None:
+        if not cancellation.requested:
+            self._failed([errors] if isinstance(errors, Error) else errors)
+
+
+def supervise(
+    cloud: Cloud, group: str, wishes: Sequence[Wish], *, new: bool, settled: Callable[[int, str], None]
+) -> int:
+    """Run a group: the VMs that it has and those that are wished for, until it ends; the exit status.
+
+    `new`: it must have none yet.  `settled` gets the status so far and the log that a vmrun in the background writes.
+    """
+    wakeup = Wakeup()
+    manager = Manager(cloud.tree, group)
+    manager.take(new)
+    with manager:
+        old = list(cloud.tree.vms(group))
+        if not old and not wishes:
+            raise NotFound(f"{group}: there are no VMs in it", "vmrun -f FILE makes them")
+        if group_network(cloud, group) == "private":
+            with cloud.private.in_use():
+                pass  # the network comes up, and is opened, while there are no threads yet
+        cloud.qemu()
+        cloud.accel()
+
+        def begin(spawned: Callable[[VM], None]) -> list[Error]:
+            errors = start_kept(cloud, old, spawned)
+            return errors + (instantiate(cloud, group, wishes, spawned)[1] if wishes else [])
+
+        trim_memory()
+        supervisor = Supervisor(cloud, group, wakeup, lambda status: settled(status, manager.log_file))
+        return supervisor.run(begin)
+
+
+def start_kept(cloud: Cloud, vms: Sequence[VM], spawned: Callable[[VM], None]) -> list[Error]:
+    """Start those that don't run; those that do are taken over as they are."""
+    for vm in vms:
+        if vm.is_running():
+            spawned(vm)
+    stopped = [vm for vm in vms if not vm.is_running()]
+    results = start_all(cloud, stopped, spawned)
+    return [error for vm, error in zip(stopped, results) if error and not vm.is_running()]
+
+
+def stop_managed(cloud: Cloud, group: str) -> None:
+    """Have the vmrun that manages a group shut its VMs down and keep them; returns when that is done."""
+    import signal
+
+    cloud.tree.need_group(group)
+    state, pid = manager_of(cloud.tree, group)
+    if state == "unknown":
+        raise WrongState(f"{group}: another user's vmrun manages it", "call this as that user, or as root")
+    if state == "stopped":
+        raise WrongState(f"{group}: no vmrun manages it", f"vmstop -g {group} stops its VMs")
+    with Process(pid) as process:
+        if manager_of(cloud.tree, group) == (state, pid):
+            process.signal(signal.SIGUSR1)
+        while not process.ended(3600.0):
+            pass
+    left = [vm.name for vm in cloud.tree.running(group)]
+    if left:
+        raise Error(f"{group}: these VMs still run: {', '.join(left)}", f"vmstop -g {group} stops them")
+
+
+class Background:
+    """A vmrun whose caller returns once all VMs are ready: what goes on is a child, in a session of its own."""
+
+    def __init__(self) -> None:
+        self._talk = -1
+
+    def start(self) -> int | None:
+        """None in the child, which goes on; in the caller the exit status, when the child has settled or ended."""
+        hear, talk = os.pipe()
+        pid = os.fork()
+        if not pid:
+            os.close(hear)
+            os.setsid()
+            self._talk = talk
+            return None
+        os.close(talk)
+        with open(hear, "rb") as pipe:
+            try:
+                said = pipe.read()
+            except (KeyboardInterrupt, SystemExit) as stopped:
+                self._pass_on(pid, stopped)
+                raise
+        return said[0] if said else os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    @staticmethod
+    def _pass_on(pid: int, stopped: BaseException) -> None:
+        """^C and SIGTERM are meant for the child too; when the terminal goes away, SIGHUP, it goes on."""
+        import signal
+
+        if not isinstance(stopped, SystemExit) or stopped.code == 128 + signal.SIGTERM:
+            os.kill(pid, signal.SIGTERM)
+            os.waitpid(pid, 0)
+
+    def settled(self, status: int, log_file: str) -> None:
+        """In the child: let the caller go, and write to a log from now on.  In the foreground: nothing."""
+        if self._talk < 0:
+            return
+        sys.stdout.flush()
+        log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        for fd, number in ((null, 0), (log, 1), (log, 2)):
+            os.dup2(fd, number)
+        os.close(log)
+        os.close(null)
+        os.write(self._talk, bytes([status]))
+        os.close(self._talk)
+        self._talk = -1
 
 
 # Inventory ###########################################################################################
@@ -5430,8 +5930,10 @@ def wishes_of(config: Config, args: argparse.Namespace) -> tuple[str, list[Wish]
 
 
 def read_description(path: str) -> tuple[str, str]:
-    """The text of a description file, at most 1 MB, and its name in messages."""
+    """The text of a description file, at most 1 MB, and its name in messages; `-` is stdin."""
     try:
+        if path == "-":
+            return sys.stdin.read(MIB), "stdin"
         with open(path, encoding="utf-8") as file:
             return file.read(MIB), path
     except UnicodeDecodeError:
@@ -5442,6 +5944,8 @@ def read_description(path: str) -> tuple[str, str]:
 
 def group_of_file(path: str) -> str:
     """A description file's name without its last extension is the group's name."""
+    if path == "-":
+        raise UsageError("which group? a description from stdin has no name", "give --group GROUP too")
     return check_group(os.path.splitext(os.path.basename(path))[0])
 
 
@@ -5451,6 +5955,53 @@ def report_errors(errors: Sequence[Error]) -> int:
         report.error(error)
     statuses = {error.status for error in errors}
     return statuses.pop() if len(statuses) == 1 else EXIT_FAILED if statuses else EXIT_DONE
+
+
+@command(
+    "run",
+    Option("-f", "--file", metavar="FILE", help="make what a description file lists, and run it; -: stdin"),
+    Option("-r", "--resume", metavar="GROUP", help="run the VMs of GROUP that were kept"),
+    Option("-s", "--stop", metavar="GROUP", help="tell the vmrun that manages GROUP to stop its VMs and keep them"),
+    Option("-g", "--gui", help="each VM has a screen"),
+    Option("--group", metavar="GROUP", help="with -f: the group's name, instead of the file's"),
+    Option("--add", help="with -f: though the group has VMs already; they are run too"),
+    Option("--background", help="return when all VMs are ready"),
+    Option("--force", help="though it is more memory than the host has"),
+    alias="vmrun",
+)
+def cmd_run(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """run a group in the foreground"""
+    no_more(words)
+    if sum(each is not None for each in (args.file, args.resume, args.stop)) != 1:
+        raise UsageError("give exactly one of -f FILE, -r GROUP and -s GROUP", "-h shows how it is called")
+    for given, name in ((args.group, "--group"), (args.add, "--add"), (args.force, "--force")):
+        if given and args.file is None:
+            raise UsageError(f"{name} goes with -f FILE only")
+    if args.stop is not None:
+        with Cloud(config) as cloud:
+            stop_managed(cloud, args.stop)
+        return EXIT_DONE
+    background = Background()
+    status = background.start() if args.background else None
+    return run_group(config, args, background) if status is None else status
+
+
+def run_group(config: Config, args: argparse.Namespace, background: Background) -> int:
+    """vmrun -f and -r, in the foreground or in the child that goes on in the background."""
+    with Cloud(config) as cloud:
+        group, wishes = args.resume, []
+        if args.file is not None:
+            group = args.group or group_of_file(args.file)
+            text, name = read_description(args.file)
+            wishes = parse_description(text, name, config["vmSubGroup"])
+            check_wishes(cloud, group, wishes, args.force)
+            for wish in wishes:
+                wish.gui = wish.gui or args.gui
+        elif group == TEMPLATES:
+            raise UsageError("templates are not run as a group", "vm -n NAME runs one")
+        else:
+            cloud.tree.need_group(group)
+        return supervise(cloud, group, wishes, new=bool(wishes) and not args.add, settled=background.settled)
 
 
 @command(
@@ -5528,18 +6079,23 @@ def cmd_ssh(config: Config, args: argparse.Namespace, words: list[str]) -> int:
         vm = vm_by_name_or_address(cloud, words[0])
         if not vm.is_running():
             raise WrongState(f"{vm.name}: it is not running", f"vmrunning -a shows its state: {vm.state()[0]}")
-        wait = Wait(cloud, vm, config.number("vmWaitTimeout"), say=True)
-        wait_ssh(wait)
-        if not cloud.known_hosts.knows(vm.get("vmUuid")):
-            pin_host_key(wait)
-        if vm.get("vmInit") in ("ssh", "auto"):
-            try:
-                configure(wait)
-            except Error as error:
-                report.warn(str(error))
-        trust = ssh_trust_options(cloud.known_hosts.path, strict=True)
-        become([*ssh_argv(cloud, vm, trust, ssh_key_options(is_planted(vm))), *words[1:]])
+        become_ssh(cloud, vm, words[1:])
     return EXIT_FAILED  # not reached: become() doesn't come back
+
+
+def become_ssh(cloud: Cloud, vm: VM, words: Sequence[str]) -> None:
+    """Wait for a running VM's ssh, then be ssh: stdin, terminal and exit status are its own."""
+    wait = Wait(cloud, vm, cloud.config.number("vmWaitTimeout"), say=True)
+    wait_ssh(wait)
+    if not cloud.known_hosts.knows(vm.get("vmUuid")):
+        pin_host_key(wait)
+    if vm.get("vmInit") in ("ssh", "auto"):
+        try:
+            configure(wait)
+        except Error as error:
+            report.warn(str(error))
+    trust = ssh_trust_options(cloud.known_hosts.path, strict=True)
+    become([*ssh_argv(cloud, vm, trust, ssh_key_options(is_planted(vm))), *words])
 
 
 def vm_by_name_or_address(cloud: Cloud, words: str) -> VM:
@@ -5551,6 +6107,70 @@ def vm_by_name_or_address(cloud: Cloud, words: str) -> VM:
     if len(found) == 1:
         return found[0]
     return cloud.tree.need(words)
+
+
+@command(
+    "vm",
+    Option("-n", "--name", metavar="NAME", help="the VM, or the template"),
+    Option("-g", "--group", metavar="GROUP", help="its group [templates]"),
+    Option("-t", "--type", metavar="TYPE", help="its type"),
+    Option("-i", "--iso", metavar="ISO", help="boot this ISO first: a path, a name in isoDir, or none"),
+    Option("-G", "--gui", help="start it with a screen, and don't connect"),
+    alias="vm",
+    operands="[WORDS...]",
+)
+def cmd_vm(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """run a VM and connect to it by ssh"""
+    if not args.name:
+        raise UsageError("which VM? give -n NAME", "vmrunning -a lists them, vmtemplate --list the templates")
+    iso = "" if args.iso in (None, "none") else find_iso(config, args.iso)
+    with Cloud(config) as cloud:
+        vm = vm_of_options(cloud, args.name, args.group, args.type)
+        if not vm.is_running():
+            start_alone(cloud, vm, iso, args.gui)
+        elif iso:
+            raise WrongState(f"{vm.name}: it runs already, without that ISO", f"vmstop -n {vm.address_name} stops it")
+        elif args.gui and not screen_of(vm):
+            raise WrongState(f"{vm.name}: it runs without a screen", f"vmconsole -s -n {vm.address_name}")
+        if not args.gui:
+            become_ssh(cloud, vm, words)
+    return EXIT_DONE
+
+
+def vm_of_options(cloud: Cloud, name: str, group: str | None, type: str | None) -> VM:
+    """What -n, -g and -t name.  Without -g it is a template, or else any VM of that name."""
+    tree = cloud.tree
+    if type:
+        found = [vm for vm in tree.find(name) if vm.type == type and group in (None, vm.group)]
+        return found[0] if len(found) == 1 else tree.need(f"{group}/{type}/{name}" if group else name)
+    if group == TEMPLATES:
+        return tree.need_template(name)
+    if group:
+        tree.need_group(group)
+        return tree.need(f"{group}/{name}")
+    return tree.need(name if "/" in name or not tree.template(name).exists() else f"{TEMPLATES}/{name}")
+
+
+def start_alone(cloud: Cloud, vm: VM, iso: str, gui: bool) -> None:
+    """Start a stopped VM; a template too, unless others' disks lie on its own."""
+    if vm.is_template:
+        clones = cloud.tree.clones(vm)
+        if clones:
+            raise WrongState(
+                f"{vm.name}: {plural(len(clones), 'clone')} depend on its disk, so it can't be run: "
+                + ", ".join(clone.address_name for clone in clones[:10]),
+                "run a clone of it instead, or destroy the clones first",
+            )
+        for disk in vm.disks():
+            os.chmod(disk, os.stat(disk).st_mode | stat.S_IWUSR)  # cloning made it read-only
+    with FolderLock(vm.folder):
+        ensure_identity(cloud, vm)
+        if is_planted(vm) and not os.path.exists(vm.host_key):
+            make_host_key(vm)
+    publish_keys(cloud, [vm])
+    network = cloud.network_of(vm)
+    with network.in_use():
+        start(cloud, vm, network, iso=iso, gui=gui)
 
 
 @command(
