@@ -3043,7 +3043,7 @@ class NewTemplate:
 
 
 def template_from_image(cloud: Cloud, name: str, path: str, settings: Mapping[str, str], expected: str = "") -> VM:
-    """A template from a qcow2 or raw image on this machine; its checksum is recorded, and compared if one is expected."""
+    """A template from a qcow2 or raw image on this machine; its checksum is recorded, and compared with `expected`."""
     if not os.path.isfile(path):
         raise NotFound(f"{path}: no such file", "--image takes a qcow2 or raw disk image")
     with NewTemplate(cloud, name) as new:
@@ -3411,7 +3411,7 @@ class Web:
         return answer  # type: ignore[no-any-return]
 
     def read(self, url: str, answer: http.client.HTTPResponse) -> bytes:
-        """What has arrived of the body, at most PIECE; b'' at its end.  (read() would wait for the whole of a piece.)"""
+        """What has arrived of the body, at most PIECE; b'' at its end.  (read() would wait for a whole PIECE.)"""
         import http.client
 
         try:
@@ -3812,7 +3812,7 @@ class Source:
         return self.urls[0]
 
     def fetch(self, web: Web, tree: Tree, folder: str, progress: Progress) -> None:
-        """Make `image` in the folder, going on with what is there.  Raises Altered where it isn't what was published."""
+        """Make `image` in the folder, going on with what is there.  Raises Altered for what wasn't published."""
         for url in self.urls:
             digest, part = Digest(self.algorithm, self.digest), os.path.join(folder, "image.part")
             transfer = Transfer(web, url, part, digest.update, progress)
