@@ -16,7 +16,7 @@ import stat
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -704,8 +704,10 @@ def test_bar_on_a_terminal(web: Cloud, site: Site, image: bytes) -> None:
     path, gate, reached = offer(web, site, image), threading.Event(), threading.Event()
     web.env["NOCLOUD_vmDownloadTimeout"] = "20"
     site.tricks[path] = hold(len(image) // 2, gate, reached)
-    threading.Timer(1.0, gate.set).start()
+    later = threading.Thread(target=lambda: (reached.wait(20), time.sleep(0.5), gate.set()))
+    later.start()
     shown = on_terminal(web, "x")
+    later.join()
     assert re.search(r"\r\x1b\[Kx: \[#+\.+\] \d+% \d+ of 3 MB, [\d.]+ MB/s, \d+:\d\d left", shown), repr(shown)
     assert re.search(r"\r\x1b\[Kx: downloaded 3\.\d MB in \d+ s\r\n", shown), repr(shown)
 
@@ -713,7 +715,7 @@ def test_bar_on_a_terminal(web: Cloud, site: Site, image: bytes) -> None:
 def test_lines_elsewhere(web: Cloud, site: Site, image: bytes) -> None:
     offer(web, site, image)
     told = template(web, "x").ok().stderr.splitlines()
-    assert [line for line in told if "warning" not in line] == ["x: downloaded 3.1 MB in 0 s"], told
+    assert re.fullmatch(r"x: downloaded 3\.\d MB in \d+ s", "\n".join(told)), told
 
 
 def test_proxy(web: Cloud, site: Site, image: bytes) -> None:
@@ -785,11 +787,17 @@ def test_file_with_a_checksum(web: Cloud, image: bytes, tmp_path: Path) -> None:
 # The classic kind ####################################################################################
 
 
+def pack(kind: str, data: bytes) -> bytes:
+    if kind == "xz":
+        return lzma.compress(data, preset=0)
+    return gzip.compress(data, 1) if kind == "gzip" else data
+
+
 def offer_classic(
     cloud: Cloud, site: Site, content: bytes, compression: str, algorithm: str = "sha256", pieces: int = 3
 ) -> list[str]:
     """The entry `old`, as a server of the bash tools has it; the paths of its pieces."""
-    packed = {"xz": lzma.compress, "gzip": gzip.compress}.get(compression, bytes)(content)
+    packed = pack(compression, content)
     extension = {"xz": ".xz", "gzip": ".gz"}.get(compression, "")
     size = -(-len(packed) // pieces)
     paths = [f"/t/old/old.img/old.img.{number:03d}{extension}" for number in range(pieces)]
@@ -902,10 +910,10 @@ def unpack(kind: str, data: bytes, size: int) -> bytes:
 
 
 @pytest.mark.parametrize("size", [1, 1000, 1 << 20])
-@pytest.mark.parametrize(("kind", "pack"), [("xz", lzma.compress), ("gzip", gzip.compress)])
-def test_streams(kind: str, pack: Callable[[bytes], bytes], size: int) -> None:
+@pytest.mark.parametrize("kind", ["xz", "gzip"])
+def test_streams(kind: str, size: int) -> None:
     data = random.Random(2).randbytes(20000) + (bytes(5 << 20) if size > 1 else b"")
-    packed = pack(data)
+    packed = pack(kind, data)
     assert unpack(kind, packed, size) == data
     assert unpack(kind, packed + bytes(8) + packed + bytes(4), size) == data * 2, "streams can be joined, and padded"
     with pytest.raises(nocloud.Altered):
