@@ -3047,11 +3047,11 @@ def template_from_image(cloud: Cloud, name: str, path: str, settings: Mapping[st
     if not os.path.isfile(path):
         raise NotFound(f"{path}: no such file", "--image takes a qcow2 or raw disk image")
     with NewTemplate(cloud, name) as new:
-        report.say(f"{name}: copying {path}")
         algorithm = expected.partition(":")[0] or "sha256"
         checksum = f"{algorithm}:{file_digest(path, algorithm)}"
         if expected not in ("", checksum):
             raise Error(f"{path}: its checksum is {checksum}", "it is not the image that the checksum was made of")
+        report.say(f"{name}: copying {path}")
         import_image(new, path)
         return new.finish({**settings, "vmSource": os.path.abspath(path), "vmChecksum": checksum})
 
