@@ -12,6 +12,7 @@ Modules that only some commands need are imported where they are used: a listing
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import re
 import stat
@@ -24,8 +25,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 TYPE_CHECKING = False  # typing costs 7 ms at start-up and nothing here needs it at run time
 if TYPE_CHECKING:
     import argparse
+    import http.client
     import socket
     import subprocess
+    import urllib.request
     from typing import Any
 
 __version__ = "0.1.0"
@@ -568,6 +571,7 @@ SETTINGS = (
     Setting("vmNetwork", NETWORK_KIND, "auto", "both", "bridge (the host's), private (no root), auto"),
     Setting("vmStopTimeout", SECONDS, "30", "config", "seconds a guest has to shut down before it is switched off"),
     Setting("vmWaitTimeout", SECONDS, "300", "config", "the longest wait, in seconds, for a VM to be ready"),
+    Setting("vmDownloadTimeout", whole_number(1, 3600, "seconds"), "30", "config", "seconds that a download may stall"),
     Setting("vmExtraOpts", any_text, "", "both", "more words for qemu's command line"),
     Setting("vmQemu", any_text, "", "both", "the qemu program, by default qemu-system-ARCH or /usr/libexec/qemu-kvm"),
     Setting("vmBridgeHelper", any_text, "", "config", "the qemu-bridge-helper program"),
@@ -815,6 +819,13 @@ def program_path() -> str:
     """The real file of this program: the zipapp, or nocloud.py in a checkout."""
     archive = getattr(globals().get("__loader__"), "archive", None)  # a zipimporter's
     return os.path.realpath(archive or __file__)
+
+
+def packaged(name: str) -> str:
+    """The text of a file of `etc/` as it came with the program: beside it in a checkout, inside it in a zipapp."""
+    loader = globals()["__loader__"]
+    data: bytes = loader.get_data(os.path.join(os.path.dirname(__file__), "etc", name))
+    return data.decode()
 
 
 def config_home() -> str:
@@ -1533,8 +1544,12 @@ class Process:
 # qemu-img.  An image's format is found out once, when it comes in, checked, and always named from then on.
 
 
+class WrongImage(Error):
+    """A file that can't be a VM's disk."""
+
+
 def image_info(path: str) -> dict[str, Any]:
-    """`qemu-img info` of an image; raises Error where it isn't one that can be read.
+    """`qemu-img info` of an image; raises WrongImage where it isn't one that can be read.
 
     -U: a running VM holds the image's lock, and looking does no harm.  Absolute, here and below: a relative name with
     a colon would be taken for a protocol (nbd:HOST:PORT, json:{…}).
@@ -1544,27 +1559,30 @@ def image_info(path: str) -> dict[str, Any]:
     try:
         answer = run(["qemu-img", "info", "-U", "--output=json", os.path.abspath(path)], merge=False)
     except CommandFailed as failed:
-        raise Error(f"{path}: not a disk image that qemu-img can read: {last_line(failed.output)}") from None
+        raise WrongImage(f"{path}: not a disk image that qemu-img can read: {last_line(failed.output)}") from None
     info: dict[str, Any] = json.loads(answer.stdout)
     return info
 
 
-def check_foreign_image(path: str) -> str:
-    """The format of an image from outside: qcow2 or raw, standing on no other file.  Raises Error otherwise.
+def check_foreign_image(path: str, shown: str = "") -> str:
+    """The format of an image from outside: qcow2 or raw, standing on no other file.  Raises WrongImage otherwise.
 
     An image may name any file of the host as its backing or data file, and a guest would read it.
+    `shown` is what messages call it, where that isn't its path.
     """
-    info = image_info(path)
+    shown, info = shown or path, image_info(path)
     name = str(info.get("format", ""))
     data_file = (info.get("format-specific") or {}).get("data", {}).get("data-file")
     if info.get("backing-filename") or info.get("full-backing-filename"):
-        raise Error(f"{path}: refused: the image stands on another file, {info.get('backing-filename')}")
+        raise WrongImage(f"{shown}: refused: the image stands on another file, {info.get('backing-filename')}")
     if data_file:
-        raise Error(f"{path}: refused: the image keeps its data in another file, {data_file}")
+        raise WrongImage(f"{shown}: refused: the image keeps its data in another file, {data_file}")
     if name not in ("qcow2", "raw"):
-        raise Error(f"{path}: a {name} image; only qcow2 and raw are taken", f"qemu-img convert -O qcow2 {path} NEW")
+        raise WrongImage(f"{shown}: a {name} image; only qcow2 and raw are taken", "qemu-img convert -O qcow2 OLD NEW")
     if name == "raw" and not looks_bootable(path):
-        raise Error(f"{path}: neither a qcow2 image nor a raw disk with a boot sector", "is it a disk image at all?")
+        raise WrongImage(
+            f"{shown}: neither a qcow2 image nor a raw disk with a boot sector", "is it a disk image at all?"
+        )
     return name
 
 
@@ -1616,6 +1634,16 @@ def make_writable(path: str) -> None:
     info = os.stat(path)
     if not info.st_mode & stat.S_IWUSR and info.st_uid == os.geteuid():
         os.chmod(path, stat.S_IMODE(info.st_mode) | stat.S_IWUSR)
+
+
+def converted_size(source: str, format: str) -> int:
+    """The bytes that convert_image's copy will take; more than the image itself where that is compressed."""
+    import json
+
+    answer = run(
+        ["qemu-img", "measure", "--output=json", "-f", format, "-O", "qcow2", os.path.abspath(source)], merge=False
+    )
+    return int(json.loads(answer.stdout)["required"])
 
 
 def free_bytes(path: str) -> int:
@@ -3163,6 +3191,12 @@ def is_planted(vm: VM) -> bool:
 # Getting and keeping them.  A template is made in a folder of its own (.new-NAME) and renamed in place last.
 
 
+def check_new_template(tree: Tree, name: str) -> None:
+    """Raise where there is a template of that name."""
+    if os.path.lexists(tree.template(check_name("template", name)).folder):
+        raise WrongState(f"{name}: there is such a template already", f"vmtemplate --delete {name}")
+
+
 class NewTemplate:
     """A template that is being made: `with` leaves a whole template, or nothing.
 
@@ -3182,10 +3216,7 @@ class NewTemplate:
         os.makedirs(os.path.dirname(self.final.folder), exist_ok=True)
         with tree.lock():
             sweep(tree, TEMPLATES)
-            if os.path.lexists(self.final.folder):
-                raise WrongState(
-                    f"{self.final.name}: there is such a template already", f"vmtemplate --delete {self.final.name}"
-                )
+            check_new_template(tree, self.final.name)
             if os.path.lexists(self.vm.folder):
                 raise WrongState(f"{self.final.name}: another command is making it just now")
             os.mkdir(self.vm.folder, 0o755)
@@ -3214,22 +3245,30 @@ class NewTemplate:
         self._lock.release()
 
 
-def template_from_image(cloud: Cloud, name: str, path: str, settings: Mapping[str, str]) -> VM:
-    """A template from a qcow2 or raw image on this machine; the image's own checksum is recorded."""
+def template_from_image(cloud: Cloud, name: str, path: str, settings: Mapping[str, str], expected: str = "") -> VM:
+    """A template from a qcow2 or raw image on this machine; its checksum is recorded, and compared with `expected`."""
     if not os.path.isfile(path):
         raise NotFound(f"{path}: no such file", "--image takes a qcow2 or raw disk image")
     with NewTemplate(cloud, name) as new:
-        format = check_foreign_image(path)
-        need, free = os.stat(path).st_blocks * 512, free_bytes(new.vm.folder)
-        if need > free:
-            raise Error(
-                f"{cloud.tree.base}: the image takes {need // MIB} MB, {free // MIB} MB are free",
-                "free some disk space",
-            )
+        algorithm = expected.partition(":")[0] or "sha256"
+        checksum = f"{algorithm}:{file_digest(path, algorithm)}"
+        if expected not in ("", checksum):
+            raise Error(f"{path}: its checksum is {checksum}", "it is not the image that the checksum was made of")
         report.say(f"{name}: copying {path}")
-        checksum = file_digest(path)
-        convert_image(path, format, new.disk)
-        return new.finish({**settings, "vmSource": os.path.abspath(path), "vmChecksum": f"sha256:{checksum}"})
+        import_image(new, path)
+        return new.finish({**settings, "vmSource": os.path.abspath(path), "vmChecksum": checksum})
+
+
+def import_image(new: NewTemplate, path: str, shown: str = "") -> None:
+    """Make the disk of a new template from an image of unknown origin, which messages call `shown`."""
+    format = check_foreign_image(path, shown)
+    need, free = converted_size(path, format), free_bytes(new.vm.folder)
+    if need > free:
+        raise Error(
+            f"{new.cloud.tree.base}: the image takes {need // MIB} MB, {free // MIB} MB are free",
+            "free some disk space",
+        )
+    convert_image(path, format, new.disk)
 
 
 def template_settings(cloud: Cloud, mem: int, cpu: int, user: str, init: str) -> dict[str, str]:
@@ -3241,6 +3280,952 @@ def template_settings(cloud: Cloud, mem: int, cpu: int, user: str, init: str) ->
         "vmInit": init or "auto",
         "vmMachine": cloud.qemu().machine,
     }
+
+
+# -- the catalogue
+#
+# What can be downloaded by name: data, in files that users extend.  A line of a later file wins over an earlier one.
+
+CATALOGUE = "nocloud_templates.conf"
+MIRRORS = "mirrors"  # the section that is no entry
+DIGEST_LENGTHS = {"sha512": 128, "sha256": 64, "md5": 32}
+
+
+def web_address(text: str) -> str:
+    """A URL that can be downloaded from; a password in it would end up in confs and messages."""
+    if re.fullmatch(r"https?://[!-?A-~]+", text):
+        return text
+    raise ValueError("an address that begins with http:// or https://, without spaces or a login")
+
+
+def web_addresses(text: str) -> list[str]:
+    if text.split():
+        return [web_address(word) for word in text.split()]
+    raise ValueError("an address that begins with http:// or https://")
+
+
+def checksum_text(text: str) -> str:
+    """ALGORITHM:HEX."""
+    algorithm, _, digest = text.lower().partition(":")
+    if re.fullmatch("[0-9a-f]+", digest) and len(digest) == DIGEST_LENGTHS.get(algorithm):
+        return f"{algorithm}:{digest}"
+    raise ValueError("sha512:HEX or sha256:HEX, with all digits")
+
+
+ENTRY_KEYS: dict[str, Callable[[str], object]] = {
+    "title": any_text,
+    "kind": one_of("cloud", "classic"),
+    "arch": one_of("x86_64"),
+    "image": web_addresses,
+    "checksums": any_text,
+    "algorithm": one_of("sha512", "sha256", "md5"),
+    "checksum": checksum_text,
+    "base": web_address,
+    "last": whole_number(0, 999),
+    "key": any_text,
+    "user": login_name,
+    "init": INIT_KIND,
+    "mem": MEMORY_MB,
+    "cpu": CPU_COUNT,
+}
+
+
+class Entry:
+    """A system that the catalogue names: the values of its lines, checked; '' where it has no such line."""
+
+    __slots__ = ("name", "place", "values")
+
+    def __init__(self, name: str, place: str) -> None:
+        self.name, self.place = name, place
+        self.values = {"kind": "cloud", "arch": "x86_64"}
+
+    def __getitem__(self, key: str) -> str:
+        return self.values.get(key, "")
+
+    def need(self, key: str) -> str:
+        if not self[key]:
+            raise UsageError(f"{self.place}: [{self.name}] has no line {key} =")
+        return self[key]
+
+    def number(self, key: str) -> int:
+        return int(self[key] or 0)
+
+
+class Catalogue:
+    """All entries, by name, and where downloads are sent instead of where the entries say."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Entry] = {}
+        self.mirrors: dict[str, str] = {}
+
+    def read(self, text: str, file: str) -> None:
+        """Take the lines of a file.  Raises UsageError naming FILE:LINE."""
+        section = ""
+        for number, raw in enumerate(text.splitlines(), 1):
+            line = re.split(r"(?:^|\s)#", raw, maxsplit=1)[0].strip()
+            place = f"{file}:{number}"
+            header = re.fullmatch(r"\[\s*(\S+)\s*\]", line)
+            key, equals, value = (part.strip() for part in line.partition("="))
+            if header:
+                section = self._open(header.group(1), place)
+            elif line and not (section and equals and key):
+                raise UsageError(f"{place}: expected [NAME] or KEY = VALUE, not {line[:60]!r}")
+            elif line:
+                self._set(section, key, value, place)
+
+    def _open(self, section: str, place: str) -> str:
+        if section != MIRRORS:
+            try:
+                check_name("template", section)
+            except UsageError as error:
+                raise UsageError(f"{place}: {error}", error.hint) from None
+            self.entries.setdefault(section, Entry(section, place))
+        return section
+
+    def _set(self, section: str, key: str, value: str, place: str) -> None:
+        check = web_address if section == MIRRORS else ENTRY_KEYS.get(key)
+        if check is None:
+            near = nearest(key, ENTRY_KEYS)
+            report.warn(f"{place}: unknown key {key}" + (f", did you mean {near}?" if near else ""))
+            return
+        try:
+            if section == MIRRORS:
+                self.mirrors[web_address(key)] = web_address(value)
+            elif check(value) is not None:
+                self.entries[section].values[key] = value
+        except ValueError as error:
+            raise UsageError(f"{place}: {key} = {value}: expected {error}") from None
+
+    def mirrored(self, url: str) -> str:
+        """Where to ask for a URL: the mirror of the longest beginning that has one."""
+        for start in sorted(self.mirrors, key=len, reverse=True):
+            if url.startswith(start):
+                return self.mirrors[start] + url[len(start) :]
+        return url
+
+    def need(self, name: str) -> Entry:
+        check_name("template", name)
+        if name not in self.entries:
+            near = nearest(name, self.entries)
+            hint = f"did you mean {near}?" if near else "vmtemplate --list --available shows what there is"
+            raise NotFound(f"{name}: not in the catalogue", hint)
+        entry = self.entries[name]
+        if entry["arch"] != os.uname().machine:
+            raise Error(f"{name}: is for {entry['arch']}, and this machine is {os.uname().machine}")
+        return entry
+
+
+def catalogue_files() -> list[str]:
+    """The files on disk that add to the packaged catalogue: the installation's, then the user's."""
+    prefix = os.path.dirname(os.path.dirname(program_path()))
+    places = [os.path.join(prefix, "etc", CATALOGUE), os.path.join(config_home(), "templates.conf")]
+    return [path for path in places if os.path.isfile(path)]
+
+
+def load_catalogue() -> Catalogue:
+    catalogue = Catalogue()
+    catalogue.read(packaged(CATALOGUE), CATALOGUE)
+    for path in catalogue_files():
+        reason = untrusted(path)
+        if reason:
+            report.warn(f"{path} is skipped: {reason}")
+        else:
+            catalogue.read(read_text(path), path)
+    return catalogue
+
+
+def catalogue_rows(tree: Tree) -> list[tuple[str, str, str, str]]:
+    """(name, "there" or "-", login, title) of all that can be downloaded."""
+    there = {template.name for template in tree.templates()}
+    return [
+        (entry.name, "there" if entry.name in there else "-", entry["user"] or "-", entry["title"] or "-")
+        for entry in load_catalogue().entries.values()
+    ]
+
+
+def catalogue_help() -> str:
+    """The end of vmtemplate's help."""
+    import textwrap
+
+    try:
+        names = " ".join(load_catalogue().entries)
+    except Error as error:
+        names = str(error)
+    indented = textwrap.fill(names, 78, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    return f"NAME alone downloads it. The catalogue has:\n{indented}"
+
+
+# -- download
+#
+# One connection at a time, and nothing that a server says is believed: lengths are counted, waits are bounded,
+# and only what hashes to the published checksum is used.
+
+PIECE = 256 * 1024
+TRIES = 4  # in a row without getting on
+WORTH_IT = MIB  # getting on by less doesn't count: an endless trickle has to end
+SLOWEST = 1024  # bytes a second
+TEXT_LIMIT = 4 * MIB  # of a checksum file
+
+
+class WebError(Error):
+    """A server didn't give what it was asked for."""
+
+
+class Absent(WebError):
+    """It says that there is no such file."""
+
+
+class Exhausted(WebError):
+    """It has no more bytes of the file than were there already."""
+
+
+class TryAgain(WebError):
+    """It may do so in a moment."""
+
+
+class Altered(WebError):
+    """What has arrived is not what was published."""
+
+
+class Metered(io.RawIOBase):
+    """What comes from a socket; raises TimeoutError where it comes too slowly to get anywhere.
+
+    A socket's own timeout starts anew with each byte, and http.client waits for whole lines and blocks.
+    """
+
+    def __init__(self, raw: Any, seconds: float) -> None:
+        self._raw, self._seconds = raw, seconds
+        self._since, self._count = time.monotonic(), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count: int = self._raw.readinto(buffer)
+        self._count += count
+        now = time.monotonic()
+        if count and now - self._since > self._seconds:
+            if self._count < SLOWEST * self._seconds:
+                raise TimeoutError(f"less than {SLOWEST} bytes a second")
+            self._since, self._count = now, 0
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def web_opener(seconds: float) -> urllib.request.OpenerDirector:
+    """urllib's opener for http and https alone, with proxies from the environment, and waits of at most `seconds`."""
+    import http.client
+    import ssl
+    import urllib.request
+
+    class Response(http.client.HTTPResponse):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.fp = io.BufferedReader(Metered(self.fp.detach(), seconds), PIECE)
+
+    class Plain(http.client.HTTPConnection):
+        response_class = Response
+
+    class Secure(http.client.HTTPSConnection):
+        response_class = Response
+
+    class PlainHandler(urllib.request.HTTPHandler):
+        def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+            return self.do_open(Plain, req)
+
+    class SecureHandler(urllib.request.HTTPSHandler):
+        def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+            return self.do_open(Secure, req, context=ssl.create_default_context())
+
+    class Redirects(urllib.request.HTTPRedirectHandler):
+        http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # Python 3.9 and 3.10 don't know it
+
+        def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+            check_redirect(req.full_url, newurl)
+            return super().redirect_request(req, fp, 302 if code == 308 else code, msg, headers, newurl)
+
+    opener = urllib.request.OpenerDirector()
+    for handler in (urllib.request.ProxyHandler, urllib.request.UnknownHandler, PlainHandler, SecureHandler, Redirects,
+                    urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor):  # fmt: skip
+        opener.add_handler(handler())
+    return opener
+
+
+def check_redirect(old: str, new: str) -> None:
+    """Raise where a server sends us from https to anything less, or to something that is no web server."""
+    if not new.startswith(("https://", "http://") if old.startswith("http://") else "https://"):
+        raise WebError(f"{old}: refused: the server sends us on to {new[:200]}, which isn't https")
+
+
+def status_error(url: str, code: int, reason: str) -> WebError:
+    """An HTTP status that is no success, as one line; TryAgain where another try makes sense."""
+    if code in (404, 410):
+        return Absent(f"{url}: the server has no such file ({code})", "the catalogue may be older than the server")
+    if code == 416:
+        return Exhausted(f"{url}: the server has no more of it")
+    if 300 <= code < 400:
+        where = "around in circles" if "infinite loop" in reason else "to something that is no web server"
+        return WebError(f"{url}: refused: the server sends us {where} ({code})")
+    kind = TryAgain if code >= 500 or code in (408, 425, 429) else WebError
+    return kind(f"{url}: the server says {code} {reason}")
+
+
+def web_error(url: str, error: Exception) -> WebError:
+    """What urllib and the layers under it raise, as one line; TryAgain where another try makes sense."""
+    import socket
+    import ssl
+
+    reason = getattr(error, "reason", "") or error
+    if hasattr(error, "code"):
+        return status_error(url, error.code, str(reason))
+    if isinstance(reason, ssl.SSLCertVerificationError):
+        return WebError(f"{url}: the server's certificate is refused: {reason.verify_message}")
+    if isinstance(reason, socket.gaierror):
+        return WebError(f"{url}: {reason.strerror}", "is this machine online? A proxy goes into https_proxy")
+    if isinstance(reason, (TimeoutError, socket.timeout)):
+        return TryAgain(f"{url}: too slow: {reason}")
+    return TryAgain(f"{url}: {reason}")
+
+
+class Web:
+    """Asks web servers; raises Error and nothing else when they don't answer well."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._opener: urllib.request.OpenerDirector | None = None
+
+    def open(self, url: str, start: int = 0) -> http.client.HTTPResponse:
+        """The answer to a request for the file, from byte `start` on if the server can (206), else whole (200)."""
+        import http.client
+        import urllib.request
+
+        self._opener = self._opener or web_opener(self.seconds)
+        headers = {"User-Agent": f"nocloud/{__version__}", "Accept-Encoding": "identity"}
+        if start:
+            headers["Range"] = f"bytes={start}-"
+        try:
+            answer = self._opener.open(urllib.request.Request(url, headers=headers), timeout=self.seconds)
+        except (OSError, http.client.HTTPException) as error:
+            raise web_error(url, error) from None
+        check_answer(url, answer)
+        return answer  # type: ignore[no-any-return]
+
+    def read(self, url: str, answer: http.client.HTTPResponse) -> bytes:
+        """What has arrived of the body, at most PIECE; b'' at its end.  (read() would wait for a whole PIECE.)"""
+        import http.client
+
+        try:
+            return answer.read1(PIECE)
+        except (OSError, http.client.HTTPException) as error:
+            raise web_error(url, error) from None
+
+    def text(self, url: str) -> str:
+        """A small text file."""
+        found: str = patiently(lambda: self._text(url))
+        return found
+
+    def _text(self, url: str) -> str:
+        data = bytearray()
+        with self.open(url) as answer:
+            while len(data) <= TEXT_LIMIT:
+                piece = self.read(url, answer)
+                data += piece
+                if not piece:
+                    if answer.length:
+                        raise TryAgain(f"{url}: the server broke off")
+                    return data.decode("utf-8", "replace")
+        raise WebError(f"{url}: longer than {TEXT_LIMIT // MIB} MB: not a text file")
+
+
+def check_answer(url: str, answer: http.client.HTTPResponse) -> None:
+    """Raise where it is a web page that came instead of a file."""
+    kind = answer.headers.get_content_type()
+    if answer.url.partition("?")[0].endswith("/"):
+        problem = "is a folder, not a file"
+    elif kind in ("text/html", "application/xhtml+xml"):
+        problem = "a web page came, not a file"
+    else:
+        return
+    answer.close()
+    raise WebError(f"{url}: {problem}", "open it in a browser: a proxy or a login may stand between")
+
+
+def patiently(work: Callable[[], Any], position: Callable[[], int] = lambda: 0) -> Any:
+    """The result of `work`, tried again after a pause as long as there is hope; `position` tells how far it is."""
+    tries = 0
+    while True:
+        before = position()
+        try:
+            return work()
+        except TryAgain as error:
+            tries = 1 if position() - before >= WORTH_IT else tries + 1
+            if tries == TRIES:
+                raise WebError(f"{error} ({TRIES} tries)", "the same command goes on where this one stopped") from None
+        time.sleep(0.5 * 2**tries)
+
+
+class Progress:
+    """How far a download is: a bar on a terminal, elsewhere a line now and then."""
+
+    LINE_EVERY, BAR_EVERY, WIDTH = 15.0, 0.1, 24
+
+    def __init__(self, name: str) -> None:
+        self.name, self.total, self.done, self.kept, self.resumed = name, 0, 0, 0, False
+        self.started = self._shown = time.monotonic()
+
+    def skip(self, count: int) -> None:
+        """Bytes that were here already."""
+        self.done += count
+        self.kept += count
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        now, terminal = time.monotonic(), sys.stderr.isatty()
+        if now - self._shown < (self.BAR_EVERY if terminal else self.LINE_EVERY):
+            return
+        self._shown = now
+        if terminal:
+            report.progress(f"{self.name}: {self.bar()}", self.numbers(now))
+        else:
+            report.progress(f"{self.name}: {self.numbers(now)}")
+
+    def bar(self) -> str:
+        if not self.total:
+            return "downloading"
+        filled = min(self.WIDTH, self.WIDTH * self.done // self.total)
+        return f"[{'#' * filled}{'.' * (self.WIDTH - filled)}] {min(100, 100 * self.done // self.total)}%"
+
+    def numbers(self, now: float) -> str:
+        rate = (self.done - self.kept) / max(now - self.started, 0.001)
+        text = f"{self.done // MIB}{f' of {self.total // MIB}' if self.total else ''} MB, {rate / MIB:.1f} MB/s"
+        left = (self.total - self.done) / rate if rate and self.total > self.done else 0
+        return text + (f", {left // 60:.0f}:{left % 60:02.0f} left" if left else "")
+
+    def finish(self) -> None:
+        seconds = time.monotonic() - self.started
+        kept = f", {self.kept // MIB} MB of them before" if self.kept else ""
+        report.say(f"{self.name}: downloaded {self.done / MIB:.1f} MB in {seconds:.0f} s{kept}")
+
+
+class Transfer:
+    """A file that comes into `path`, after what is in it already; each byte of it, the old ones too, goes to `sink`."""
+
+    def __init__(self, web: Web, url: str, path: str, sink: Callable[[bytes], object], progress: Progress) -> None:
+        self.web, self.url, self.path, self.sink, self.progress = web, url, path, sink, progress
+        self.done, self.total, self.tag = 0, -1, ""
+        self.strict = False  # tags differ between the mirrors that a redirector chooses from
+
+    def run(self, expect: Callable[[Transfer], object] = lambda transfer: None) -> None:
+        """Fetch it all.  `expect` is called when the first answer has come, before its first byte is written."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(self.path, flags, 0o600), "r+b", buffering=0) as file:
+            for piece in iter(lambda: file.read(PIECE), b""):
+                self.sink(piece)
+                self.done += len(piece)
+            self.progress.skip(self.done)
+            patiently(lambda: self._attempt(file, expect), lambda: self.done)
+
+    def _attempt(self, file: io.FileIO, expect: Callable[[Transfer], object]) -> None:
+        try:
+            answer = self.web.open(self.url, self.done)
+        except Exhausted:
+            if self.done < self.total:
+                raise
+            return  # it is all here, or another file: the checksum knows
+        with answer:
+            skip = self._align(answer)
+            expect(self)
+            while True:
+                piece = self.web.read(self.url, answer)
+                if not piece:
+                    break
+                new = piece[skip:]
+                skip -= len(piece) - len(new)
+                self._take(file, new)
+            if answer.length or (self.total >= 0 and self.done < self.total):
+                raise TryAgain(f"{self.url}: the server broke off after {self.done // MIB} MB")
+
+    def _take(self, file: io.FileIO, piece: bytes) -> None:
+        self.sink(piece)
+        write_all(file.fileno(), piece)
+        self.done += len(piece)
+        self.progress.advance(len(piece))
+
+    def _align(self, answer: http.client.HTTPResponse) -> int:
+        """How many bytes of this answer we have already.  Raises Altered where it is of another file than ours."""
+        total, skip = answer.length if answer.length is not None else -1, self.done
+        if answer.status == 206:
+            found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", "").strip())
+            if not found or int(found.group(1)) != self.done:
+                raise Altered(f"{self.url}: the server sent another part than it was asked for")
+            total, skip = int(found.group(2)) if found.group(2) != "*" else -1, 0
+        tag = answer.headers.get("ETag", "") or answer.headers.get("Last-Modified", "")
+        if 0 <= total < max(self.done, self.total) or (self.strict and self.tag not in ("", tag)):
+            raise Altered(f"{self.url}: the file on the server has changed meanwhile", "try again")
+        self.total, self.tag = max(total, self.total), tag
+        self.progress.resumed = self.progress.resumed or self.done > 0
+        return skip
+
+
+def check_download_room(transfer: Transfer, tree: Tree) -> None:
+    """Raise where the download and the template's disk, which is at least as large, don't fit."""
+    cache, base = os.path.dirname(transfer.path), tree.base
+    wanted = {cache: transfer.progress.total - transfer.progress.done, base: transfer.progress.total}
+    if os.stat(cache).st_dev == os.stat(base).st_dev:
+        wanted = {base: sum(wanted.values())}
+    for place, need in wanted.items():
+        if need > free_bytes(place):
+            raise Error(
+                f"{place}: the image takes {need // MIB} MB, {free_bytes(place) // MIB} MB are free",
+                "free some disk space, or put XDG_CACHE_HOME and vmBaseDir on larger file systems",
+            )
+
+
+# -- checksums, published and computed
+
+
+def parse_checksums(text: str, algorithm: str) -> list[tuple[str, str]]:
+    """(file name or '', digest) of each line that says one: `HASH  NAME`, `HASH *NAME`, `ALG (NAME) = HASH`, `HASH`."""
+    digest = f"([0-9a-f]{{{DIGEST_LENGTHS[algorithm]}}})"
+    plain = re.compile(rf"{digest}(?:\s+\*?(\S.*))?", re.I)
+    tagged = re.compile(rf"{algorithm}\s*\((.+)\)\s*=\s*{digest}", re.I)
+    found = []
+    for line in text.splitlines():
+        match = plain.fullmatch(line.strip())
+        if match:
+            found.append((os.path.basename(match.group(2) or ""), match.group(1).lower()))
+        match = tagged.fullmatch(line.strip())
+        if match:
+            found.append((os.path.basename(match.group(1)), match.group(2).lower()))
+    return found
+
+
+def choose_listed(listed: Sequence[tuple[str, str]], wanted: str) -> tuple[str, str]:
+    """The (name, digest) that a checksum file gives for the file `wanted`, whose name may hold `*`.
+
+    A file published for one image alone may name nothing, or the image's dated name; one for many may give the
+    same digest for `latest` and for a dated name, and then the dated one is taken: it doesn't move.
+    Raises ValueError where it gives none, or two.
+    """
+    import fnmatch
+
+    extension = os.path.splitext(wanted)[1]
+    fitting = [each for each in listed if fnmatch.fnmatchcase(each[0], wanted)]
+    if not fitting and len(listed) == 1 and listed[0][0].endswith(("", extension)[bool(listed[0][0])]):
+        fitting = [(listed[0][0] or wanted, listed[0][1])]
+    if not fitting:
+        raise ValueError("doesn't list")
+    name, digest = max(fitting, key=lambda each: _version_key(each[0]))
+    if any(each != digest for other, each in fitting if other == name):
+        raise ValueError("has two checksums for")
+    same = [other for other, each in listed if each == digest and other.endswith(extension) and other != name]
+    dated = [other for other in same if re.search("[0-9]{6}|Build[0-9]", other)]
+    return (dated or [name])[0], digest
+
+
+def _version_key(name: str) -> list[Any]:
+    """Orders names by the numbers in them: text and numbers alternate."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+class Digest:
+    """The checksum of what passes, compared with the expected one at the end."""
+
+    def __init__(self, algorithm: str, expected: str) -> None:
+        import hashlib
+
+        self.algorithm, self.expected = algorithm, expected
+        self._hash = hashlib.new(algorithm)
+
+    def update(self, piece: bytes) -> None:
+        self._hash.update(piece)
+
+    def text(self) -> str:
+        return f"{self.algorithm}:{self._hash.hexdigest()}"
+
+    def check(self, url: str) -> None:
+        if self._hash.hexdigest() != self.expected:
+            raise Altered(
+                f"{url}: refused: its {self.algorithm} checksum is not the published one",
+                "it was cut short, altered, or replaced just now; try again later",
+            )
+
+
+# -- the classic kind: a compressed image in pieces
+
+
+class Unpacker:
+    """Decompresses a stream as it comes, in bounded memory: `feed` gives what has come out, in pieces."""
+
+    MEMORY = 128 * MIB  # xz -9 takes 65: a stream can ask for 4 GB
+
+    def __init__(self, kind: str) -> None:
+        if kind not in ("", "xz", "gzip"):
+            raise ValueError(kind)
+        self.kind = kind
+        self._machine: Any = None  # of the stream that is being read; none between two
+
+    def feed(self, piece: bytes) -> Iterator[bytes]:
+        import lzma
+        import zlib
+
+        try:
+            yield from self._feed(piece) if self.kind else (piece,)
+        except (lzma.LZMAError, zlib.error) as error:
+            raise Altered(f"the compressed image is damaged: {error}") from None
+
+    def _feed(self, piece: bytes) -> Iterator[bytes]:
+        while True:
+            if self._machine is None:
+                piece = piece.lstrip(b"\0")  # streams may be padded
+                if not piece:
+                    return
+                self._machine = self._new()
+            out = self._machine.decompress(piece, MIB)
+            if out:
+                yield out
+            if self._machine.eof:
+                piece, self._machine = self._machine.unused_data, None
+                continue
+            piece = b"" if self.kind == "xz" else self._machine.unconsumed_tail
+            if self._machine.needs_input if self.kind == "xz" else not (piece or len(out) == MIB):
+                return
+
+    def _new(self) -> Any:
+        if self.kind == "xz":
+            import lzma
+
+            return lzma.LZMADecompressor(memlimit=self.MEMORY)
+        import zlib
+
+        return zlib.decompressobj(wbits=31)
+
+    def finish(self) -> None:
+        """Raise where the stream isn't at its end."""
+        if self._machine is not None:
+            raise Altered("the compressed image ends in the middle")
+
+
+class ImageFile:
+    """A disk image that is being written: what is zero takes no space."""
+
+    BLOCK = 64 * 1024
+
+    def __init__(self, path: str, digest: Digest) -> None:
+        self.path, self.digest, self.size = path, digest, 0
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by our own `with`)
+
+    def write(self, data: bytes) -> None:
+        self.digest.update(data)
+        zero = bytes(self.BLOCK)
+        view = memoryview(data)
+        for start in range(0, len(data), self.BLOCK):
+            block = view[start : start + self.BLOCK]
+            if block != zero[: len(block)]:
+                os.pwrite(self._file.fileno(), block, self.size + start)
+        self.size += len(data)
+
+    def __enter__(self) -> ImageFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        os.ftruncate(self._file.fileno(), self.size)
+        self._file.close()
+        if exc[0]:
+            os.unlink(self.path)  # the compressed pieces stay, and are less
+
+
+# -- images that came, and templates of them
+
+
+class CachedImage:
+    """The place of an image with a known checksum in the user's cache; `with` holds it, so that two commands that want
+    the same image download it once.
+
+    An interrupted download stays there and is gone on with; so do images, for some time after their last use.
+    """
+
+    KEPT = 30 * 86400.0
+
+    def __init__(self, algorithm: str, digest: str) -> None:
+        self.algorithm, self.digest = algorithm, digest
+        self.folder = os.path.join(cache_home(), "images", f"{algorithm}-{digest}")
+
+    @property
+    def image(self) -> str:
+        return os.path.join(self.folder, "image")
+
+    def __enter__(self) -> CachedImage:
+        images = os.path.dirname(self.folder)
+        make_private_folder(images)
+        for folder in (cache_home(), images):
+            info = os.stat(folder)
+            if info.st_uid != os.geteuid() or info.st_mode & 0o022:
+                raise Error(f"{folder}: others may write to it", "set XDG_CACHE_HOME to a folder of yours")
+        self._forget_old(images)
+        while True:
+            make_private_folder(self.folder)
+            try:
+                self._lock = FolderLock(self.folder, wait=86400).__enter__()
+                return self
+            except FileNotFoundError:
+                pass  # it was removed by who held it before
+
+    def _forget_old(self, images: str) -> None:
+        for name in _folders(images):
+            folder = os.path.join(images, name)
+            if time.time() - os.stat(folder).st_mtime > self.KEPT and not is_locked(folder):
+                remove_tree(folder)
+
+    def is_there(self) -> bool:
+        """Whether the image is there, whole: it is read again each time."""
+        if not os.path.isfile(self.image):
+            return False
+        if file_digest(self.image, self.algorithm) != self.digest:
+            report.warn(f"{self.image} is damaged, it is downloaded again")
+            self.clear()
+            return False
+        os.utime(self.folder)
+        return True
+
+    def clear(self) -> None:
+        for name in _names(self.folder):
+            os.unlink(os.path.join(self.folder, name))
+
+    def __exit__(self, *exc: object) -> None:
+        for name in _names(self.folder):
+            path = os.path.join(self.folder, name)
+            if os.path.getsize(path) == 0:
+                os.unlink(path)
+        remove_empty(self.folder)
+        self._lock.release()
+
+
+class Source:
+    """An image that a server has: its URLs, to be tried in turn, and what it must hash to."""
+
+    def __init__(self, urls: Sequence[str], algorithm: str, digest: str) -> None:
+        self.urls, self.algorithm, self.digest = urls, algorithm, digest
+
+    @property
+    def url(self) -> str:
+        return self.urls[0]
+
+    def fetch(self, web: Web, tree: Tree, folder: str, progress: Progress) -> None:
+        """Make `image` in the folder, going on with what is there.  Raises Altered for what wasn't published."""
+        for url in self.urls:
+            digest, part = Digest(self.algorithm, self.digest), os.path.join(folder, "image.part")
+            transfer = Transfer(web, url, part, digest.update, progress)
+            try:
+                transfer.run(lambda transfer: self.expect(transfer, tree))
+            except Absent:
+                if url == self.urls[-1]:
+                    raise
+                progress.done = progress.kept = 0
+                continue
+            digest.check(url)
+            os.rename(part, os.path.join(folder, "image"))
+            return
+
+    def expect(self, transfer: Transfer, tree: Tree) -> None:
+        if not transfer.progress.total:
+            transfer.progress.total = max(0, transfer.total)
+            check_download_room(transfer, tree)
+
+
+class ClassicSource(Source):
+    """An image that a server of the bash tools has: BASE/NAME.img/NAME.img.000… up to the piece number `last`."""
+
+    def __init__(self, base: str, name: str, last: int, algorithm: str, digest: str) -> None:
+        super().__init__([f"{base}/{name}.img/"], algorithm, digest)
+        self.base, self.name, self.last = base, name, last
+
+    def fetch(self, web: Web, tree: Tree, folder: str, progress: Progress) -> None:
+        unpacker = Unpacker(self._compression(web))
+        extension = {"xz": ".xz", "gzip": ".gz", "": ""}[unpacker.kind]
+        part = os.path.join(folder, "image.part")
+        pieces = [f"{self.name}.img.{number:03d}{extension}" for number in range(self.last + 1)]
+        with ImageFile(part, Digest(self.algorithm, self.digest)) as image:
+
+            def sink(data: bytes) -> None:
+                for out in unpacker.feed(data):
+                    image.write(out)
+
+            for name in pieces:
+                transfer = Transfer(web, self.url + name, os.path.join(folder, name), sink, progress)
+                transfer.run(lambda transfer: self._expect_piece(transfer, tree))
+            unpacker.finish()
+        image.digest.check(self.url)
+        for name in pieces:
+            os.unlink(os.path.join(folder, name))
+        os.rename(part, os.path.join(folder, "image"))
+
+    def _expect_piece(self, transfer: Transfer, tree: Tree) -> None:
+        """All pieces but the last are of one size."""
+        if not transfer.progress.total:
+            transfer.progress.total = max(0, transfer.total) * (self.last + 1)
+            check_download_room(transfer, tree)
+
+    def _compression(self, web: Web) -> str:
+        try:
+            word = web.text(f"{self.base}/compression").strip()
+        except Absent:
+            return ""
+        return word if word in ("xz", "gzip") else ""
+
+
+def fetch_verified(source: Source, web: Web, tree: Tree, name: str, cached: CachedImage) -> None:
+    """Have the image in the cache.  What was altered is thrown away; it is asked for once more where it was pieced
+    together, since the pieces may be of different files."""
+    if cached.is_there():
+        report.say(f"{name}: the image is in the cache: {cached.folder}")
+        return
+    while True:
+        progress = Progress(name)
+        try:
+            source.fetch(web, tree, cached.folder, progress)
+            progress.finish()
+            return
+        except Altered:
+            cached.clear()
+            if not progress.resumed and not progress.kept:
+                raise
+
+
+def template_from_source(cloud: Cloud, name: str, source: Source, web: Web, settings: Mapping[str, str]) -> None:
+    """Download, verify, make the template; or say that another command has made it while we waited for its download."""
+    cloud.tree.prepare()
+    with CachedImage(source.algorithm, source.digest) as cached:
+        if cloud.tree.template(name).exists():
+            report.say(f"{name}: it is there, another command has just made it")
+            return
+        fetch_verified(source, web, cloud.tree, name, cached)
+        with NewTemplate(cloud, name) as new:
+            try:
+                import_image(new, cached.image, source.url)
+            except WrongImage:
+                cached.clear()
+                raise
+            checksum = f"{source.algorithm}:{source.digest}"
+            new.finish({**settings, "vmSource": source.url, "vmChecksum": checksum})
+
+
+def template_from_url(
+    cloud: Cloud, name: str, url: str, settings: Mapping[str, str], expected: str, insecure: bool
+) -> None:
+    """A template from an image of the web, with the checksum that the user gives, or without any."""
+    check_new_template(cloud.tree, name)
+    web = Web(cloud.config.number("vmDownloadTimeout"))
+    algorithm, _, digest = expected.partition(":")
+    source = Source([url], algorithm, digest)
+    if expected:
+        template_from_source(cloud, name, source, web, settings)
+    elif insecure:
+        template_unverified(cloud, name, source, web, settings)
+    else:
+        raise UsageError(f"{url}: nothing says what it must be", "give --sha256 HEX or --sha512 HEX, or --insecure")
+
+
+def template_unverified(cloud: Cloud, name: str, source: Source, web: Web, settings: Mapping[str, str]) -> None:
+    """As the user said: --insecure.  Nothing of it goes into the cache, or is gone on with later."""
+    with NewTemplate(cloud, name) as new:
+        digest, path, progress = Digest("sha256", ""), new.vm.file("download"), Progress(name)
+        transfer = Transfer(web, source.url, path, digest.update, progress)
+        transfer.strict = True
+        transfer.run(lambda transfer: source.expect(transfer, cloud.tree))
+        progress.finish()
+        import_image(new, path, source.url)
+        os.unlink(path)
+        new.finish({**settings, "vmSource": source.url, "vmChecksum": digest.text()})
+
+
+def resolve(catalogue: Catalogue, entry: Entry, web: Web) -> Source:
+    """What an entry means just now: its checksum file is read first, and says which file is the image."""
+    import urllib.parse
+
+    classic = entry["kind"] == "classic"
+    images = [entry.need("base").rstrip("/") + f"/{entry.name}.img"] if classic else entry.need("image").split()
+    if entry["checksum"]:
+        algorithm, _, digest = checksum_text(entry["checksum"]).partition(":")
+        names = []
+    else:
+        algorithm, wanted = entry.need("algorithm"), images[0].rpartition("/")[2]
+        address = catalogue.mirrored(urllib.parse.urljoin(images[0], entry.need("checksums")))
+        listed, digest = read_checksums(web, address, algorithm, wanted)
+        names = [listed] if listed != wanted else []
+    check_algorithm(entry, algorithm)
+    if classic:
+        base = catalogue.mirrored(images[0]).rpartition("/")[0]
+        return ClassicSource(base, entry.name, int(entry.need("last")), algorithm, digest)
+    urls = [urllib.parse.urljoin(url, urllib.parse.quote(name)) for name in names for url in images]
+    return Source([catalogue.mirrored(url) for url in [*urls, *(u for u in images if "*" not in u)]], algorithm, digest)
+
+
+def read_checksums(web: Web, url: str, algorithm: str, wanted: str) -> tuple[str, str]:
+    """(name of the image, digest) as a published checksum file gives them."""
+    text = web.text(url)
+    listed = parse_checksums(text, algorithm)
+    if not listed:
+        what = "it is a web page" if text.lstrip().startswith("<") else f"it holds no {algorithm} checksums"
+        raise WebError(f"{url}: not the checksum file that was expected: {what}")
+    try:
+        return choose_listed(listed, wanted)
+    except ValueError as error:
+        raise WebError(f"{url}: the checksum file {error} {wanted}", "the catalogue is older than the server") from None
+
+
+def check_algorithm(entry: Entry, algorithm: str) -> None:
+    """md5 is what old servers publish: it shows a damaged download, and no more than that."""
+    if algorithm == "md5":
+        if entry["kind"] != "classic":
+            raise UsageError(f"{entry.place}: [{entry.name}]: md5 proves nothing: sha512 or sha256 is needed")
+        report.warn(f"{entry.name}: an md5 checksum shows damage, but not who made the image")
+
+
+def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, Any]) -> None:
+    """Download what the catalogue has under that name; `asked` are the settings of the command line."""
+    catalogue = load_catalogue()
+    entry = catalogue.need(name)
+    check_new_template(cloud.tree, name)
+    web = Web(cloud.config.number("vmDownloadTimeout"))
+    source = resolve(catalogue, entry, web)
+    settings = entry_settings(cloud, entry, asked, source, web)
+    try:
+        template_from_source(cloud, name, source, web, settings)
+    except Altered:
+        again = resolve(catalogue, entry, web)
+        if again.digest == source.digest:
+            raise
+        template_from_source(cloud, name, again, web, settings)  # a new release came while the old one was fetched
+
+
+def entry_settings(cloud: Cloud, entry: Entry, asked: Mapping[str, Any], source: Source, web: Web) -> dict[str, str]:
+    """What the clones start with: as the command line says, else the entry, else (classic) the publisher's conf."""
+    classic = isinstance(source, ClassicSource)
+    published = published_conf(web, source) if isinstance(source, ClassicSource) else {}
+    settings = template_settings(
+        cloud,
+        asked["mem"] or entry.number("mem") or int(published.get("vmMem", 0)),
+        asked["cpu"] or entry.number("cpu") or int(published.get("vmCpu", 0)),
+        asked["user"] or entry["user"],
+        asked["init"] or entry["init"] or ("ssh" if classic else "auto"),
+    )
+    if classic:
+        del settings["vmMachine"]  # without it a VM runs as the bash tools ran it, whose guests know their card's name
+    return settings
+
+
+def published_conf(web: Web, source: ClassicSource) -> dict[str, str]:
+    """Memory and processors as BASE/NAME.conf gives them; nothing else in it is heeded."""
+    url, found = f"{source.base}/{source.name}.conf", {}
+    for assignment in parse_assignments(web.text(url)[: 64 * 1024], url, {}):
+        if assignment.key in ("vmMem", "vmCpu"):
+            check_setting(assignment.key, assignment.value, f"{url}:{assignment.line}")
+            found[assignment.key] = assignment.value
+    return found
 
 
 # -- built from packages
@@ -5720,29 +6705,32 @@ class Option:
 
 
 class Command:
-    """A command: how it is called, its options, and what it does."""
+    """A command: how it is called, its options, and what it does; `more` makes the end of its help."""
 
-    __slots__ = ("name", "alias", "options", "operands", "function", "help", "hidden")
+    __slots__ = ("name", "alias", "options", "operands", "function", "help", "hidden", "more")
 
     def __init__(
-        self, name: str, alias: str, options: tuple[Option, ...], operands: str, function: Any, help: str, hidden: bool
-    ) -> None:
+        self, name: str, alias: str, options: tuple[Option, ...], operands: str, function: Any, help: str, hidden: bool,
+        more: Callable[[], str],
+    ) -> None:  # fmt: skip
         self.name, self.alias, self.options, self.operands = name, alias, options, operands
-        self.function, self.help, self.hidden = function, help, hidden
+        self.function, self.help, self.hidden, self.more = function, help, hidden, more
 
 
 COMMANDS: dict[str, Command] = {}
 
 
 def command(
-    name: str, *options: Option, alias: str = "", operands: str = "", hidden: bool = False
-) -> Callable[[Any], Any]:
+    name: str, *options: Option, alias: str = "", operands: str = "", hidden: bool = False,
+    more: Callable[[], str] = str,
+) -> Callable[[Any], Any]:  # fmt: skip
     """Declare the command that the function under it does.  The first line of its docstring is its help."""
 
     def declare(function: Any) -> Any:
         if name in COMMANDS:
             raise ValueError(f"{name}: declared twice")
-        COMMANDS[name] = Command(name, alias, options, operands, function, (function.__doc__ or "").strip(), hidden)
+        help = (function.__doc__ or "").strip()
+        COMMANDS[name] = Command(name, alias, options, operands, function, help, hidden, more)
         return function
 
     return declare
@@ -5756,10 +6744,18 @@ def _seconds(text: str) -> int:
     return int(SECONDS(text))
 
 
+def _digest(algorithm: str) -> Callable[[str], str]:
+    return lambda text: checksum_text(f"{algorithm}:{text}")
+
+
 @command(
     "template",
     Option("-L", "--list", help="list the templates: name, size, clones, where from"),
-    Option("--image", metavar="FILE", help="make NAME from a qcow2 or raw image"),
+    Option("--available", help="list what can be downloaded: name, whether it is there, login, system"),
+    Option("--image", metavar="FILE|URL", help="make NAME from a qcow2 or raw image"),
+    Option("--sha256", metavar="HEX", check=_digest("sha256"), help="the image's checksum; a URL needs one"),
+    Option("--sha512", metavar="HEX", check=_digest("sha512"), help="likewise"),
+    Option("--insecure", help="take the image at a URL without a checksum"),
     Option("--build", metavar="SUITE", help="make NAME from a distribution's packages (bookworm)"),
     Option("--delete", help="delete NAME; refused while clones depend on it"),
     Option("--mem", metavar="MB", check=MEMORY_MB, default="vmMem", help="memory its clones start with"),
@@ -5773,36 +6769,58 @@ def _seconds(text: str) -> int:
     ),
     alias="vmtemplate",
     operands="[NAME]",
+    more=catalogue_help,
 )
 def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """get and keep templates"""
     with Cloud(config) as cloud:
-        if args.list:
+        if args.list or args.available:
             no_more(words)
-            rows = template_rows(cloud)
-            widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
-            for row in rows:
-                report.data("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]))
-            return EXIT_DONE
+            return report_table(catalogue_rows(cloud.tree) if args.available else template_rows(cloud))
         name = one_operand(words, "NAME")
-        chosen = [way for way in ("image", "build", "delete") if getattr(args, way) not in (None, False)]
-        if len(chosen) > 1:
-            raise UsageError(f"--{chosen[0]} and --{chosen[1]} exclude each other")
-        if args.delete:
+        expected = exclusive(args, "sha256", "sha512", "insecure")
+        way = exclusive(args, "image", "build", "delete")
+        if expected and way != "image":
+            raise UsageError(f"--{expected} goes with --image")
+        if way == "delete":
             delete_template(cloud, name)
-        elif args.image is not None:
-            settings = template_settings(cloud, args.mem, args.cpu, args.user, args.init)
-            template_from_image(cloud, name, args.image, settings)
-        elif args.build is not None:
-            template_from_packages(
-                cloud, name, args.build, template_settings(cloud, args.mem, args.cpu, args.user, args.init or "systemd")
-            )
+        elif way == "build":
+            settings = template_settings(cloud, args.mem, args.cpu, args.user, args.init or "systemd")
+            template_from_packages(cloud, name, args.build, settings)
+        elif way == "image":
+            template_from_address(cloud, name, args)
         else:
-            check_name("template", name)
-            raise NotFound(
-                f"{name}: there is no catalogue to download it from yet",
-                "vmtemplate NAME --image FILE, or --build bookworm",
-            )
+            template_from_catalogue(cloud, name, vars(args))
+    return EXIT_DONE
+
+
+def template_from_address(cloud: Cloud, name: str, args: argparse.Namespace) -> None:
+    """--image: a path, or a URL."""
+    settings = template_settings(cloud, args.mem, args.cpu, args.user, args.init)
+    expected = args.sha256 or args.sha512 or ""
+    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", args.image):
+        template_from_image(cloud, name, args.image, settings, expected)
+        return
+    try:
+        web_address(args.image)
+    except ValueError as error:
+        raise UsageError(f"{args.image}: expected {error}, or a path") from None
+    template_from_url(cloud, name, args.image, settings, expected, args.insecure)
+
+
+def exclusive(args: argparse.Namespace, *names: str) -> str:
+    """The one of these options that is given, or ''."""
+    given = [name for name in names if getattr(args, name) not in (None, False)]
+    if len(given) > 1:
+        raise UsageError(f"--{given[0]} and --{given[1]} exclude each other")
+    return given[0] if given else ""
+
+
+def report_table(rows: Sequence[Sequence[str]]) -> int:
+    """Rows on stdout, their columns aligned."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)] if rows else []
+    for row in rows:
+        report.data("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[-1]]))
     return EXIT_DONE
 
 
@@ -6162,7 +7180,7 @@ def start_alone(cloud: Cloud, vm: VM, iso: str, gui: bool) -> None:
                 "run a clone of it instead, or destroy the clones first",
             )
         for disk in vm.disks():
-            os.chmod(disk, os.stat(disk).st_mode | stat.S_IWUSR)  # cloning made it read-only
+            make_writable(disk)  # cloning made it read-only
     with FolderLock(vm.folder):
         ensure_identity(cloud, vm)
         if is_planted(vm) and not os.path.exists(vm.host_key):
@@ -6501,7 +7519,7 @@ def run_command(argv: Sequence[str]) -> int:
     parser = build_parser(command, program, config)
     args = parser.parse_args(options)
     if args.help:
-        report.data(parser.format_help().rstrip("\n"))
+        report.data("\n\n".join(part.rstrip("\n") for part in (parser.format_help(), command.more()) if part))
         return EXIT_DONE
     status: int = command.function(config, args, operands)
     return status
