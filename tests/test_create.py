@@ -43,12 +43,10 @@ def test_an_installer_runs(cloud: Cloud, iso: Path, vms: None) -> None:
     assert cloud.run("vmrunning").ok().stdout.split()[:2] == ["fresh", "templates"]
     console = cloud.folder("templates/fresh") / "console.log"
     eventually(lambda: b"ready after" in console.read_bytes(), "the ISO has booted", 90)
-    assert b"iPXE" not in console.read_bytes()
-    seen = cloud.run(
-        "vmconsole", "-s", "-n", "fresh", input="cat /proc/partitions; nproc\ndd if=/etc/hosts of=/dev/vda\n"
-    )
-    assert f"{3 << 20} vda" in seen.ok().stdout  # in KB, and the installer may write to it
-    cloud.run("vmconsole", "-s", "-n", "fresh", input="sync; head -c 9 /dev/vda\n").ok()
+    words_for_guest = "cat /proc/partitions\necho written >/dev/vda; sync\nhead -n 1 /dev/vda\n"
+    seen = cloud.run("vmconsole", "-s", "-n", "fresh", input=words_for_guest).ok().stdout
+    assert f"{3 << 20} vda\n" in seen  # in KB
+    assert "\nwritten\n" in seen
     cloud.run("vmcreate", "-n", "fresh", "-a", "-m", 512).fails(1, "fresh", "running")
     cloud.run("vmcreate", *words).fails(1, "fresh", "already")
     cloud.run("vmstop", "-n", "fresh", "--kill").ok()
@@ -60,9 +58,8 @@ def test_the_disk_boots_where_no_iso_is_given(tiny: Cloud, iso: Path) -> None:
     tiny.run("vmcreate", "-n", "tiny", "-a", "-i", iso).ok()
     console = tiny.folder("templates/tiny") / "console.log"
     eventually(lambda: b"ready after" in console.read_bytes(), "the ISO has booted", 90)
-    # From the ISO nothing is read of the disk, so nobody has made its /data/etc.
-    seen = tiny.run("vmconsole", "-s", "-n", "tiny", input="mount | grep -c /dev/vda2; echo $READS.\n").ok().stdout
-    assert "\r\n." in seen
+    seen = tiny.run("vmconsole", "-s", "-n", "tiny", input=". /etc/tinyguest.conf; echo reads=$READS.\n").ok().stdout
+    assert "reads=." in seen  # what the ISO's variant says; the disk's says more
     tiny.run("vmstop", "-n", "tiny", "--kill").ok()
     command = tiny.folder("templates/tiny") / "tiny.command"
     assert "ide-cd" in command.read_text()
@@ -94,9 +91,6 @@ def test_wrong_words(blank: Cloud) -> None:
     ):  # fmt: skip
         blank.run("vmcreate", *words).fails(2)
     blank.run("vmcreate", "-a", "-n", "nothing", "-m", 64).fails(1, "nothing")
-    for name in ("../x", "a b", "a,b", ".x"):
-        blank.run("vmcreate", "-n", name, "-i", __file__).fails(1)
-        assert not (blank.base / "templates" / name).exists() or name == "../x"
 
 
 def test_bad_names_are_refused(cloud: Cloud, iso: Path) -> None:
