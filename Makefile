@@ -1,0 +1,72 @@
+# make help lists the targets. Each installs, through apt, what it needs and what isn't there, and says so.
+
+# Debian's own Python: the one that its python3-venv belongs to.
+PYTHON ?= $(or $(wildcard /usr/bin/python3),python3)
+VENV := build/test-venv
+BIN := build/bin
+SHELL := /bin/sh
+export PYTHON
+
+# Packages of Debian and Ubuntu; ? and !: see tests/install.sh.
+FOR_BUILD := python3 python3-venv
+FOR_VMS := qemu-system-x86 qemu-utils dnsmasq-base iproute2 openssh-client util-linux passt? nftables?
+FOR_TEMPLATES := mmdebstrap e2fsprogs uidmap debian-archive-keyring?
+FOR_TESTS := fdisk mtools syslinux isolinux syslinux-common xorriso zip unzip linux-image-cloud-amd64! busybox-static! dropbear-bin!
+SOURCES := nocloud.py build.sh pyproject.toml $(shell find etc -type f)
+
+.DEFAULT_GOAL := build
+.PHONY: build demo test test-all check check-catalogue bench clean help install-for-build install-for-vms install-for-templates install-for-tests
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+build: nocloud.pyz ## make nocloud.pyz, the one file that nocloud is (the default)
+
+demo: install-for-vms install-for-templates nocloud.pyz ## a template, three VMs, ssh, ansible; all gone at the end but the template
+	@mkdir -p $(BIN)
+	@./nocloud.pyz links $(BIN)
+	@$(PYTHON) tests/demo.py $(BIN)
+
+test: $(VENV)/done install-for-vms install-for-templates install-for-tests nocloud.pyz ## the tests, linters among them
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m pytest $(PYTEST)
+
+test-all: PYTEST += --long
+test-all: test ## the long tests too
+
+check: $(VENV)/done ## the linters only
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+check-catalogue: ## ask the catalogue's real servers (needs the Internet)
+	@$(PYTHON) tests/check_catalogue.py
+
+bench: install-for-vms nocloud.pyz ## measure the speed budgets; fails over one
+	@$(PYTHON) tests/bench.py nocloud.pyz
+
+clean: ## remove what was made here
+	rm -rf build dist nocloud.pyz nocloud.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf __pycache__ tests/__pycache__
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+
+nocloud.pyz: $(SOURCES) | install-for-build
+	./build.sh
+
+# The requirements are read from pyproject.toml: to install the project itself would need another build tool.
+$(VENV)/done: pyproject.toml | install-for-build
+	$(PYTHON) -m venv $(VENV)
+	sed -n '/^test = \[/ s/[^"]*"\([^"]*\)"[^"]*/\1\n/gp' pyproject.toml >$(VENV)/requirements.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $(VENV)/requirements.txt
+	@touch $@
+
+install-for-build:
+	@tests/install.sh $(FOR_BUILD)
+
+install-for-vms:
+	@tests/install.sh $(FOR_VMS)
+
+install-for-templates:
+	@tests/install.sh $(FOR_TEMPLATES)
+
+install-for-tests:
+	@tests/install.sh $(FOR_TESTS)
