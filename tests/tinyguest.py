@@ -295,7 +295,9 @@ def _run(*argv: str | pathlib.Path, cwd: pathlib.Path | None = None) -> str:
     program = shutil.which(argv[0], path=path)
     if program is None:
         raise RuntimeError(f"tinyguest: {argv[0]} is not installed")
-    done = subprocess.run([program, *argv[1:]], cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [program, *argv[1:]], cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"tinyguest: {' '.join(map(str, argv))}: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout
@@ -303,8 +305,11 @@ def _run(*argv: str | pathlib.Path, cwd: pathlib.Path | None = None) -> str:
 
 def _packages() -> list[str]:
     """busybox, the kernel that the metapackage points to, and dropbear with everything it depends on."""
-    kernel = [line.split()[-1] for line in _run("apt-cache", "depends", "-i", "linux-image-cloud-amd64").splitlines()
-              if "Depends: linux-image-" in line]
+    kernel = [
+        line.split()[-1]
+        for line in _run("apt-cache", "depends", "-i", "linux-image-cloud-amd64").splitlines()
+        if "Depends: linux-image-" in line
+    ]
     closure = _run("apt-cache", "depends", "-i", "--recurse", "dropbear-bin").splitlines()
     names = [line for line in closure if line[:1].isalnum() and ":" not in line]
     return ["busybox-static", *kernel[:1], *names]
@@ -383,7 +388,12 @@ def _initrd(tree: pathlib.Path) -> bytes:
     for folder in FOLDERS:
         cpio.folder(folder)
     cpio.folder("root", 0o700)
-    for name, target in (("sbin", "bin"), ("usr/bin", "../bin"), ("usr/sbin", "../bin"), ("etc/resolv.conf", "../run/resolv.conf")):
+    for name, target in (
+        ("sbin", "bin"),
+        ("usr/bin", "../bin"),
+        ("usr/sbin", "../bin"),
+        ("etc/resolv.conf", "../run/resolv.conf"),
+    ):
         cpio.link(name, target)
     cpio.device("dev/console", 5, 1)
     for name, script in SCRIPTS.items():
@@ -475,7 +485,14 @@ def _locked(cache: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def build(cache: pathlib.Path, key: str | None = None, *, ifname: str = "", client_id: str = "", reads: str = "systemd cloud-init") -> pathlib.Path:
+def build(
+    cache: pathlib.Path,
+    key: str | None = None,
+    *,
+    ifname: str = "",
+    client_id: str = "",
+    reads: str = "systemd cloud-init",
+) -> pathlib.Path:
     """The path of the image (qcow2), made at the first call for this variant.
 
     key: a public key that may log in as root. ifname: configure no network card but the one of this predictable name.

@@ -29,6 +29,8 @@ class Handler(BaseHTTPRequestHandler):
         except (BrokenPipeError, ConnectionResetError):
             pass  # the client has ended
 
+    do_HEAD = do_GET
+
     def serve(self, ranges: bool = True, count: int = -1, kind: str = "application/octet-stream") -> None:
         """The file; `count`: break off after so many bytes of it."""
         content = self.server.site.files.get(self.path)
@@ -43,7 +45,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         more = [("Content-Range", f"bytes {start}-{size - 1}/{size}")] if asked else []
         self.answer(206 if asked else 200, size - start, [("Content-Type", kind), *more])
-        end = size if count < 0 else min(size, start + count)
+        end = 0 if self.command == "HEAD" else size if count < 0 else min(size, start + count)
         if isinstance(content, bytes):
             self.wfile.write(content[start:end])
             return

@@ -1,0 +1,115 @@
+"""Fixtures: the tiny guest's image, clouds in temporary homes, and the check that no test leaves anything."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `import nocloud`
+
+import tinyguest
+from support import Cloud, add_blank, add_template, interfaces, kill_all, open_homes, processes_with
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the long tests too (make test-all)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.register_profile("nocloud", deadline=None)  # a busy machine is no failure
+    hypothesis.settings.load_profile("nocloud")
+    config.addinivalue_line("markers", "long: takes minutes; only make test-all runs it")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="long: make test-all runs it"))
+
+
+@pytest.fixture(scope="session")
+def guest_cache(request: pytest.FixtureRequest) -> Path:
+    """Where the tiny guest's images are kept from one run to the next: in pytest's cache, or NOCLOUD_TEST_CACHE."""
+    own = os.environ.get("NOCLOUD_TEST_CACHE")
+    return Path(own) if own else Path(str(request.config.cache.mkdir("tinyguest")))
+
+
+@pytest.fixture(scope="session")
+def tiny_image(guest_cache: Path) -> Path:
+    """The tiny guest's disk, built once."""
+    return tinyguest.build(guest_cache)
+
+
+@pytest.fixture(scope="session")
+def vms() -> None:
+    """Skips where this machine lets this user run no VM."""
+    if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
+        pytest.skip("/dev/net/tun isn't open for this user")
+    for program in ("qemu-system-x86_64", "qemu-img", "dnsmasq", "ip", "ssh", "nsenter"):
+        path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+        if not shutil.which(program, path=path):
+            pytest.fail(f"{program} is not installed: make test installs what the tests need")
+
+
+@pytest.fixture
+def cloud(tmp_path: Path) -> Iterator[Cloud]:
+    """A cloud of this test's own; empty."""
+    with Cloud(tmp_path / "home") as cloud:
+        yield cloud
+
+
+@pytest.fixture
+def tiny(cloud: Cloud, tiny_image: Path, vms: None) -> Cloud:
+    """A cloud of this test's own with the template `tiny`."""
+    add_template(cloud, tiny_image)
+    return cloud
+
+
+@pytest.fixture
+def blank(cloud: Cloud, vms: None) -> Cloud:
+    """A cloud of this test's own with the template `blank`, whose clones only run."""
+    add_blank(cloud)
+    return cloud
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, tiny_image: Path, vms: None) -> Iterator[Cloud]:
+    """A cloud with the template `tiny` that the tests of a module share."""
+    with Cloud(tmp_path_factory.mktemp("shared") / "home") as cloud:
+        add_template(cloud, tiny_image)
+        yield cloud
+
+
+def _own_places() -> set[str]:
+    """Where a program that didn't heed its environment would leave files."""
+    home = Path.home()
+    places = [home / ".config/nocloud", home / ".local/share/nocloud", home / ".ssh", Path("/var/lib/nocloud")]
+    found = {str(path) for path in Path("/dev/shm").glob("*nocloud*")}
+    for place in places:
+        if place.is_dir():
+            found |= {str(path) for path in place.iterdir()}
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No process, no network interface and no file outside the temporary folders survives a test.
+
+    A namespace lives as long as a process in it; processes are known by the home in their environment.
+    """
+    places, cards = _own_places(), interfaces()
+    yield
+    mine = processes_with(str(tmp_path_factory.getbasetemp()))
+    open_ones = {pid for home in open_homes for pid in processes_with(home)}
+    left = {pid: words for pid, words in mine.items() if pid not in open_ones}
+    kill_all(left)
+    assert not left, f"processes are left: {left}"
+    assert not {name for name in interfaces() - cards if name.startswith(("tap", "nocloud"))}
+    assert not _own_places() - places

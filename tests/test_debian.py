@@ -1,0 +1,114 @@
+"""A Debian template built from packages, and what users do with clones of it. Built once per test run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import Cloud, kill_hard
+from test_inventory import ansible
+
+WAIT = "280"
+
+
+@pytest.fixture(scope="session")
+def debian(tmp_path_factory: pytest.TempPathFactory, vms: None) -> Iterator[Cloud]:
+    """A cloud with the template `deb`."""
+    if not shutil.which("mmdebstrap"):
+        pytest.fail("mmdebstrap is not installed: make test installs what the tests need")
+    if os.geteuid() != 0 and not has_subordinate_ids():
+        pytest.skip("this user has no subordinate uids in /etc/subuid")
+    with Cloud(tmp_path_factory.mktemp("debian") / "home") as cloud:
+        done = cloud.run("vmtemplate", "deb", "--build", "bookworm", "--mem", 384, timeout=900).ok()
+        assert done.stderr, "progress is visible while it works"
+        yield cloud
+
+
+def has_subordinate_ids() -> bool:
+    import pwd
+
+    name = pwd.getpwuid(os.geteuid()).pw_name
+    return any(line.startswith(f"{name}:") for line in Path("/etc/subuid").read_text().splitlines())
+
+
+@pytest.fixture(scope="module")
+def clones(debian: Cloud) -> Cloud:
+    words = ("-g", "pf", "-t", "db", "-C", 2, "-o", "name=deb", "-w", WAIT)
+    assert debian.run("vminstantiate", "-n", "deb", *words, timeout=400).ok().lines == ["deb00", "deb01"]
+    return debian
+
+
+def test_the_template_is_clean(debian: Cloud) -> None:
+    conf = debian.conf("templates/deb")
+    assert (conf["vmInit"], conf["vmUser"], conf["vmMem"]) == ("systemd", "root", "384")
+    assert os.listdir(debian.base / "templates") == ["deb"]
+    row = debian.run("vmtemplate", "-L").ok().stdout
+    assert row.startswith("deb ") and "bookworm" in row
+    disk = debian.base / "templates/deb/deb_0.img"
+    assert disk.stat().st_mode & 0o222 == 0 and disk.stat().st_blocks * 512 < 1 << 30
+    debian.run("vmtemplate", "deb", "--build", "bookworm").fails(1, "already")
+
+
+def test_each_has_a_name_an_identity_and_keys_of_its_own(clones: Cloud) -> None:
+    ids = set()
+    for name in ("deb00", "deb01"):
+        script = "hostname; cat /etc/hostname /etc/machine-id; ls /etc/ssh/ssh_host_*_key; systemctl is-system-running"
+        words = clones.ssh(name, script).stdout.split()
+        assert words[:2] == [name, name]
+        ids.add(words[2])
+        assert words[3:-1] == ["/etc/ssh/ssh_host_ed25519_key"]
+        assert words[-1] in ("running", "degraded", "starting")
+        planted = (clones.folder(f"pf/db/{name}") / "ssh_host_ed25519_key.pub").read_text().split()[1]
+        assert planted in clones.ssh(name, "cat /etc/ssh/ssh_host_ed25519_key.pub").ok().stdout
+    assert len(ids) == 2
+    known = (clones.base / ".known_hosts").read_text()
+    assert known.count("\n") == 2 and "ecdsa" not in known
+
+
+def test_they_reach_each_other_by_name(clones: Cloud) -> None:
+    address = clones.conf("pf/db/deb01")["vmAddress"]
+    for name in ("deb01", "deb01.pf", "deb01.pf.nocloud"):
+        assert clones.ssh("deb00", f"getent ahostsv4 {name}").ok().stdout.startswith(address)
+    assert "SSH-2.0" in clones.ssh("deb00", "bash -c 'exec 3<>/dev/tcp/deb01/22; head -c 8 <&3'").ok().stdout
+
+
+def test_ansible_pings_all(clones: Cloud) -> None:
+    done = ansible(clones, "ansible", "all", "-m", "ping").ok()
+    assert done.stdout.count('"ping": "pong"') == 2 and done.stdout.count("SUCCESS") == 2
+
+
+def test_restarted_with_one_disk_more_it_is_the_same(clones: Cloud) -> None:
+    """Off and on again: address, MAC, host key and data are the same; so is the card's name, though a disk came."""
+    before = clones.conf("pf/db/deb01")
+    card = clones.ssh("deb01", "ls /sys/class/net | grep -v lo; ip -br link | grep -v ^lo").ok().stdout
+    assert before["vmMac"] in card
+    clones.ssh("deb01", "echo kept > /root/file").ok()
+    clones.run("vmstop", "-n", "deb01", "--timeout", 90, timeout=120).quiet()
+    disk = clones.folder("pf/db/deb01") / "deb01_1.img"
+    clones.execute(["qemu-img", "create", "-q", "-f", "qcow2", disk, "1G"]).ok()
+    conf = clones.folder("pf/db/deb01") / "deb01.conf"
+    text = re.sub(r"^vmExtraDisk=.*$", "vmExtraDisk=pf/db/deb01/deb01_1.img", conf.read_text(), flags=re.M)
+    conf.write_text(text)
+    clones.start("pf/db/deb01").ok()
+    assert clones.ssh("deb01", "cat /root/file; hostname", timeout=300).ok().stdout == "kept\ndeb01\n"
+    shown = clones.ssh("deb01", "ls /sys/class/net | grep -v lo; ip -br link | grep -v ^lo").ok().stdout
+    assert shown.split()[0] == card.split()[0] and before["vmMac"] in shown
+    assert clones.ssh("deb01", "lsblk -no SIZE /dev/vdb; ls /dev/disk/by-id").ok().stdout.split()[:1] == ["1G"]
+    after = clones.conf("pf/db/deb01")
+    assert {key: after[key] for key in ("vmUuid", "vmMac", "vmAddress")} == {
+        key: before[key] for key in ("vmUuid", "vmMac", "vmAddress")
+    }
+    journal = clones.ssh("deb01", "journalctl -b -1 -n 3 --no-pager 2>&1 || true").stdout
+    assert "corrupt" not in journal
+
+
+def test_the_ends_of_both(clones: Cloud) -> None:
+    """The last test of the module: one is killed, the group is destroyed; the template stays."""
+    kill_hard(clones.qemu("pf/db/deb00"))
+    clones.run("vmstop", "-d", "-g", "pf").quiet()
+    assert not clones.processes()
+    assert sorted(path.name for path in clones.base.iterdir()) == ["templates"]

@@ -1,0 +1,128 @@
+"""Disk images: what comes from outside is looked at before anything is made of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from support import Cloud
+
+import nocloud
+
+
+def create(path: Path, *words: object) -> Path:
+    argv = ["qemu-img", "create", "-q", "-f", "qcow2", *map(str, words), str(path)]
+    if "-b" not in words:
+        argv.append("1M")
+    subprocess.run(argv, cwd=path.parent, check=True)
+    return path
+
+
+def bootable(path: Path) -> Path:
+    path.write_bytes(bytes(510) + b"\x55\xaa" + bytes(1 << 20))
+    return path
+
+
+def test_formats_of_images_from_outside(tmp_path: Path) -> None:
+    assert nocloud.check_foreign_image(str(create(tmp_path / "a.qcow2"))) == "qcow2"
+    assert nocloud.check_foreign_image(str(bootable(tmp_path / "b.img"))) == "raw"
+
+
+def test_an_image_on_another_file_is_refused(tmp_path: Path) -> None:
+    create(tmp_path / "base")
+    image = create(tmp_path / "over", "-F", "qcow2", "-b", "base")
+    with pytest.raises(nocloud.Error, match=r"refused.*base"):
+        nocloud.check_foreign_image(str(image))
+    image = create(tmp_path / "secret", "-u", "-F", "raw", "-b", "/etc/shadow", "-o", "size=1M")
+    with pytest.raises(nocloud.Error, match=r"refused.*/etc/shadow"):
+        nocloud.check_foreign_image(str(image))
+
+
+def test_an_image_with_a_data_file_is_refused(tmp_path: Path) -> None:
+    image = create(tmp_path / "image", "-o", f"data_file={tmp_path}/data,data_file_raw=on")
+    with pytest.raises(nocloud.Error, match=r"refused.*data"):
+        nocloud.check_foreign_image(str(image))
+
+
+def test_a_header_that_says_json_is_refused(tmp_path: Path) -> None:
+    """`json:{…}` as the backing file's name opens anything that qemu can."""
+    name = json.dumps({"driver": "raw", "file": {"driver": "file", "filename": "/etc/passwd"}})
+    image = create(tmp_path / "image", "-u", "-F", "raw", "-b", f"json:{name}", "-o", "size=1M")
+    with pytest.raises(nocloud.Error):
+        nocloud.check_foreign_image(str(image))
+
+
+@pytest.mark.parametrize("format", ["vmdk", "vdi"])
+def test_other_formats_are_refused_with_the_way_out(tmp_path: Path, format: str) -> None:
+    image = tmp_path / "image"
+    subprocess.run(["qemu-img", "create", "-q", "-f", format, image, "1M"], check=True)
+    with pytest.raises(nocloud.Error, match=format) as raised:
+        nocloud.check_foreign_image(str(image))
+    assert "qemu-img convert" in raised.value.hint
+
+
+@pytest.mark.parametrize("content", [b"QFI\xfb" + b"\xff" * 2000, b"QFI\xfb\0\0\0\x63" + bytes(600)])
+def test_corrupt_images(tmp_path: Path, content: bytes) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(content)
+    with pytest.raises(nocloud.Error) as raised:
+        nocloud.check_foreign_image(str(image))
+    assert "image" in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["a b", "a,b", "a:b", "-a", "nbd:localhost:1", "json:{}", "ü"])
+def test_names_of_image_files_are_names_of_files(cloud: Cloud, name: str) -> None:
+    """Not options, protocols or lists for qemu-img."""
+    image = cloud.home / name
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "plain", "1M"], cwd=cloud.home, check=True)
+    (cloud.home / "plain").rename(image)
+    cloud.run("vmtemplate", "t", f"--image={name}").ok()
+    assert (cloud.base / "templates/t/t_0.img").exists()
+
+
+def test_overlay_and_disk(tmp_path: Path) -> None:
+    create(tmp_path / "base")
+    nocloud.create_overlay(str(tmp_path / "over"), "base")
+    nocloud.create_disk(str(tmp_path / "disk"), 3)
+    info = nocloud.image_info(str(tmp_path / "over"))
+    assert (info["backing-filename"], info["backing-filename-format"]) == ("base", "qcow2")
+    assert nocloud.image_info(str(tmp_path / "disk"))["virtual-size"] == 3 << 30
+    assert (tmp_path / "over").stat().st_blocks * 512 <= 256 * 1024
+
+
+def test_a_copy_stands_alone(tmp_path: Path) -> None:
+    bootable(tmp_path / "raw")
+    nocloud.convert_image(str(tmp_path / "raw"), "raw", str(tmp_path / "copy"))
+    info = nocloud.image_info(str(tmp_path / "copy"))
+    assert info["format"] == "qcow2" and "backing-filename" not in info
+    subprocess.run(["qemu-img", "compare", "-q", "-f", "raw", "-F", "qcow2", "raw", "copy"], cwd=tmp_path, check=True)
+
+
+def test_read_only(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch(0o664)
+    file.chmod(0o664)
+    nocloud.make_read_only(str(file))
+    nocloud.make_read_only(str(file))
+    assert file.stat().st_mode & 0o777 == 0o444
+    if os.geteuid() == 0:
+        file.chmod(0o664)
+        os.chown(file, 65534, 65534)
+        nocloud.make_read_only(str(file))
+        assert file.stat().st_mode & 0o777 == 0o664  # someone else's stays as it is
+
+
+def test_digest(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"abc")
+    assert nocloud.file_digest(str(file)) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_format_of_a_disk_by_its_header(tmp_path: Path) -> None:
+    assert nocloud.disk_format(str(create(tmp_path / "a"))) == "qcow2"
+    assert nocloud.disk_format(str(bootable(tmp_path / "b"))) == "raw"
+    (tmp_path / "c").touch()
+    assert nocloud.disk_format(str(tmp_path / "c")) == "raw"

@@ -1,0 +1,410 @@
+"""The private network: made by the first VM, gone with the last, closed to the host."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import READY, Cloud, interfaces, is_alive, kill_hard, open_ports
+
+import nocloud
+
+FIB = """\
+Main:
+  +-- 0.0.0.0/0 3 0 5
+     |-- 0.0.0.0
+        /0 universe UNICAST
+     +-- 10.88.0.0/16 2 0 2
+        |-- 10.88.0.0
+           /16 link UNICAST
+        |-- 10.88.0.1
+           /32 host LOCAL
+     |-- 127.0.0.0
+        /8 host LOCAL
+"""
+
+
+def test_the_hosts_networks_are_read() -> None:
+    found = nocloud.host_networks(FIB)
+    assert found == [
+        (number(network), length) for network, length in (("10.88.0.0", 16), ("10.88.0.1", 32), ("127.0.0.0", 8))
+    ]
+
+
+def number(address: str) -> int:
+    return int.from_bytes(socket.inet_aton(address), "big")
+
+
+@pytest.mark.parametrize(
+    ("networks", "subnet"),
+    [
+        ("", "10.88.0"),
+        ("192.168.1.0/24", "10.88.0"),
+        ("10.88.0.0/24", "10.88.1"),
+        ("10.88.0.128/25", "10.88.1"),
+        ("10.88.0.0/16", "10.89.0"),
+        ("10.88.0.0/15", "10.90.0"),
+        ("10.88.0.5/32", "10.88.1"),
+        ("10.88.0.1/32 10.88.1.255/32", "10.88.2"),
+        ("10.89.0.0/16", "10.88.0"),
+        # A VPN's two halves of the world are a default route in disguise; and where all is claimed, the narrower count.
+        ("0.0.0.0/1 128.0.0.0/1", "10.88.0"),
+        ("10.0.0.0/8 10.88.0.0/24", "10.88.1"),
+        (" ".join(f"10.{n}.0.0/18 10.{n}.64.0/18 10.{n}.128.0/17" for n in range(88, 128)), None),
+    ],
+)
+def test_free_subnet(networks: str, subnet: str | None) -> None:
+    taken = [(number(each.split("/")[0]), int(each.split("/")[1])) for each in networks.split()]
+    if subnet:
+        assert nocloud.free_subnet(taken) == subnet
+    else:
+        with pytest.raises(nocloud.Error, match="no subnet is free"):
+            nocloud.free_subnet([*taken, *((network, length + 1) for network, length in taken if length == 17)])
+
+
+def daemons(cloud: Cloud) -> dict[str, int]:
+    """The network's processes by the name of their program."""
+    found: dict[str, int] = {}
+    for pid, words in cloud.processes().items():
+        for name in ("dnsmasq", "pasta", "sleep"):
+            if words.split(" ", 1)[0].rpartition("/")[2] == name:
+                found[name] = pid
+    return found
+
+
+def lines(cloud: Cloud) -> list[str]:
+    return cloud.run("net", "status").ok().lines
+
+
+# Without VMs #########################################################################################
+
+
+def test_up_and_down_twice(cloud: Cloud, vms: None) -> None:
+    before = interfaces()
+    assert lines(cloud) == ["private network: down"]
+    cloud.run("net", "down").quiet()
+    cloud.run("net", "up").ok()
+    first = daemons(cloud)
+    cloud.run("net", "up").ok()
+    assert daemons(cloud) == first and {"dnsmasq", "sleep"} <= set(first)
+    assert re.match(r"private network: up, 10\.\d+\.\d+\.0/24", lines(cloud)[0])
+    assert open_ports(cloud) == set()
+    assert not {name for name in interfaces() - before if name.startswith(("tap", "nocloud", "out"))}
+    assert (cloud.base / ".net").stat().st_mode & 0o777 == 0o700
+    cloud.run("net", "down").quiet()
+    cloud.run("net", "down").quiet()
+    assert not cloud.processes()
+    assert lines(cloud) == ["private network: down"]
+    assert not (cloud.base / ".net").exists()
+
+
+def test_commands_need_it_up(cloud: Cloud) -> None:
+    cloud.run("net", "exec", "true").fails(1, "not up")
+    cloud.run("net", "connect", "10.88.0.2", "22").fails(1)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("left",),
+        ("up", "x"),
+        ("down", "x"),
+        ("status", "x"),
+        ("exec",),
+        ("connect",),
+        ("connect", "10.88.0.2"),
+        ("connect", "10.88.0.2", "0"),
+        ("connect", "10.88.0.2", "65536"),
+        ("connect", "web00", "22"),
+        ("connect", "", "22"),
+    ],
+)
+def test_wrong_words(cloud: Cloud, words: tuple[str, ...]) -> None:
+    cloud.run("net", *words).fails(2)
+    assert not cloud.processes()
+
+
+def test_two_commands_at_once_make_one_network(cloud: Cloud, vms: None) -> None:
+    children = [cloud.spawn("net", "up") for _ in range(4)]
+    for child in children:
+        _, stderr = child.communicate(timeout=60)
+        assert child.returncode == 0, stderr
+    running = [words.split(" ", 1)[0].rpartition("/")[2] for words in cloud.processes().values()]
+    assert sorted(set(running)) == sorted(running)
+    cloud.run("net", "down").quiet()
+
+
+def test_exec_goes_in_and_gives_the_status(cloud: Cloud, vms: None) -> None:
+    cloud.run("net", "up").ok()
+    assert cloud.run("net", "exec", "sh", "-c", "exit 7").status == 7
+    assert cloud.run("net", "exec", "cat", input="x").ok().stdout == "x"
+    shown = cloud.run("net", "exec", "ip", "-o", "-4", "addr").ok().stdout
+    assert re.search(r"\bnocloud +inet 10\.\d+\.\d+\.1/24", shown)
+    cloud.run("net", "exec", "no-such-program").fails(127, "no-such-program")
+    assert cloud.run("net", "exec", "echo", "-g", "-h").ok().stdout == "-g -h\n"
+    assert "uid=0" in cloud.run("net", "exec", "id").ok().stdout
+
+
+def test_it_is_another_network_for_each_tree(cloud: Cloud, tmp_path: Path, vms: None) -> None:
+    cloud.run("net", "up").ok()
+    with Cloud(tmp_path / "second") as other:
+        other.run("net", "up").ok()
+        names = [each.run("net", "exec", "readlink", "/proc/self/ns/net").ok().stdout for each in (cloud, other)]
+        assert names[0] != names[1] != os.readlink("/proc/self/ns/net")
+
+
+def test_the_subnet_is_kept_while_there_are_vms(cloud: Cloud, vms: None) -> None:
+    """Addresses stay what they are, though the host has got a route to them meanwhile."""
+    cloud.base.mkdir()
+    (cloud.base / ".net").mkdir(0o700)
+    (cloud.base / ".net/subnet").write_text("10.99.7\n")
+    cloud.run("net", "up").ok()
+    assert "10.99.7.0/24" in lines(cloud)[0]
+    cloud.run("net", "down").quiet()
+    (cloud.base / ".net").mkdir(0o700)
+    (cloud.base / ".net/subnet").write_text("10.99.7; x\n")
+    cloud.run("net", "up").fails(1, "subnet")
+
+
+def test_without_pasta_it_serves_and_says_so(cloud: Cloud, tmp_path: Path, vms: None) -> None:
+    from support import link_programs
+
+    done = cloud.run("net", "up", env={"PATH": link_programs(tmp_path / "bin", "pasta", "passt")}).ok()
+    assert "no way out" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert "pasta" not in daemons(cloud)
+
+
+def test_namespaces_denied_names_a_way_out(cloud: Cloud, vms: None) -> None:
+    """Where the kernel grants no user namespaces: inside one whose limit is 0."""
+    deny = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"'
+    argv = ["unshare", "-Ur", "sh", "-c", deny, "sh", *cloud.argv("net", "up")]
+    done = cloud.execute(argv)
+    if "max_user_namespaces" in done.stderr:
+        pytest.skip("this kernel has no such limit")
+    done.fails(1, "private network", "bridge")
+    assert not cloud.processes()
+
+
+# With VMs ############################################################################################
+
+
+@pytest.fixture(scope="module")
+def two(shared: Cloud) -> Iterator[Cloud]:
+    """web00 in the groups one and two."""
+    for group in ("one", "two"):
+        words = ("-g", group, "-o", "name=web", *(("-w", READY) if group == "one" else ()))
+        shared.run("vminstantiate", "-n", "tiny", *words).ok()
+    yield shared
+
+
+def resolve(cloud: Cloud, name: str) -> str:
+    """What the network's own DNS server says, asked from inside."""
+    server = ".".join(cloud.conf("one/default/web00")["vmAddress"].split(".")[:3]) + ".1"
+    code = (
+        "import socket, struct, sys\n"
+        "name, server = sys.argv[1:]\n"
+        "query = struct.pack('>6H', 1, 0x100, 1, 0, 0, 0)\n"
+        "query += b''.join(bytes([len(part)]) + part.encode() for part in name.split('.'))\n"
+        "query += b'\\0' + struct.pack('>2H', 1, 1)\n"
+        "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(5); s.sendto(query, (server, 53))\n"
+        "answer = s.recv(512)\n"
+        "print('.'.join(map(str, answer[-4:])) if struct.unpack_from('>H', answer, 6)[0] else 'nothing')\n"
+    )
+    return cloud.run("net", "exec", "python3", "-c", code, name, server).ok().stdout.strip()
+
+
+def test_names_resolve_for_both_groups(two: Cloud) -> None:
+    one, other = (two.conf(f"{group}/default/web00")["vmAddress"] for group in ("one", "two"))
+    assert one != other
+    assert resolve(two, "web00.one") == resolve(two, "web00.one.nocloud") == one
+    assert resolve(two, "web00.two") == resolve(two, "web00.two.nocloud") == other
+    assert resolve(two, "web00") == resolve(two, "web00.nocloud") == one  # the older one's
+    assert resolve(two, "nothere.nocloud") == "nothing"
+
+
+def test_both_are_reached_and_reach_each_other(two: Cloud) -> None:
+    other = two.conf("two/default/web00")["vmAddress"]
+    assert two.ssh("two/web00", "hostname").ok().stdout == "web00\n"
+    assert f"({other})" in two.ssh("one/web00", "ping -c 1 -W 5 web00.two").ok().stdout
+    two.ssh(other, "true").ok()
+
+
+def test_connect_joins_a_port(two: Cloud) -> None:
+    address = two.conf("one/default/web00")["vmAddress"]
+    child = two.spawn("net", "connect", address, "22")
+    assert child.stdout is not None and child.stdin is not None
+    assert os.read(child.stdout.fileno(), 8) == b"SSH-2.0-"
+    child.kill()
+    child.wait()
+    done = two.run("net", "connect", address, "22", input="SSH-2.0-x\r\n", timeout=30)
+    assert done.stdout.startswith("SSH-2.0-")  # its input ended, the server went away: so does it
+    two.run("net", "connect", address, "81").fails(1, f"{address}:81", "refused")
+
+
+def test_no_port_of_the_host_is_open(two: Cloud) -> None:
+    """Nothing of ours listens outside; what listens inside (dnsmasq, the guests' ssh) isn't seen out here."""
+    assert open_ports(two) == set()
+
+
+def test_a_guest_cannot_reach_the_hosts_loopback(two: Cloud) -> None:
+    """Not by the gateway's address, nor by pasta's."""
+    reached = threading.Event()
+    server = socket.create_server(("127.0.0.1", 0))
+    port = server.getsockname()[1]
+
+    def accept() -> None:
+        try:
+            server.accept()
+        except OSError:
+            return
+        reached.set()
+
+    thread = threading.Thread(target=accept)
+    thread.start()
+    try:
+        gateway = ".".join(two.conf("one/default/web00")["vmAddress"].split(".")[:3]) + ".1"
+        places = (gateway, "192.0.0.1", "192.0.0.2", "192.0.0.3", "127.0.0.1")
+        script = "; ".join(f"nc -w 2 {place} {port} < /dev/null && echo reached {place}" for place in places)
+        assert "reached" not in two.ssh("one/web00", script).stdout
+        for place in places:
+            code = f"import socket; socket.create_connection(('{place}', {port}), 2)"
+            assert two.run("net", "exec", "python3", "-c", code).status != 0
+        assert not reached.is_set()
+    finally:
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+        thread.join(5)
+
+
+def test_down_is_refused_while_vms_run(two: Cloud) -> None:
+    two.run("net", "down").fails(1, "web00", "vmstop")
+    assert "up" in lines(two)[0]
+
+
+def test_a_killed_dnsmasq_is_restarted_by_the_next_command(two: Cloud) -> None:
+    kill_hard(daemons(two)["dnsmasq"])
+    assert any("dnsmasq: not running" in line for line in lines(two))
+    two.run("net", "up").ok()
+    assert "dnsmasq" in daemons(two)
+    assert resolve(two, "web00.two") == two.conf("two/default/web00")["vmAddress"]
+
+
+def test_a_killed_pasta_is_restarted_by_the_next_start(two: Cloud) -> None:
+    if "pasta" not in daemons(two):
+        pytest.skip("pasta isn't installed")
+    kill_hard(daemons(two)["pasta"])
+    two.run("vminstantiate", "-n", "tiny", "-g", "more", "-o", "name=x").ok()
+    assert "pasta" in daemons(two)
+    two.run("vmstop", "-d", "-g", "more").quiet()
+
+
+def test_a_killed_holder_is_put_back_while_a_vm_runs(two: Cloud) -> None:
+    """The namespaces live in qemu; a new holder finds them there, and everything goes on."""
+    inside = two.run("net", "exec", "readlink", "/proc/self/ns/net").ok().stdout
+    kill_hard(daemons(two)["sleep"])
+    two.run("net", "up").ok()
+    assert two.run("net", "exec", "readlink", "/proc/self/ns/net").ok().stdout == inside
+    assert two.ssh("one/web00", "hostname").ok().stdout == "web00\n"
+    assert resolve(two, "web00.one") == two.conf("one/default/web00")["vmAddress"]
+
+
+def test_vmssh_heals_what_was_killed(two: Cloud) -> None:
+    """The next command, whichever it is, puts back what it needs."""
+    kill_hard(daemons(two)["sleep"])
+    done = two.ssh("one/web00", "hostname")
+    two.run("net", "up").ok()  # the tests below need it
+    assert done.ok().stdout == "web00\n"
+
+
+def test_a_destroyed_vms_names_go_and_the_heir_gets_the_bare_one(two: Cloud) -> None:
+    other = two.conf("two/default/web00")["vmAddress"]
+    two.run("vmstop", "-d", "-g", "one").quiet()
+    (two.base / "one/default/web00").mkdir(parents=True)  # resolve() reads the subnet from there
+    (two.base / "one/default/web00/web00.conf").write_text(f"vmAddress={other}\n")
+    try:
+        assert resolve(two, "web00.one") == "nothing"
+        assert resolve(two, "web00") == other
+    finally:
+        (two.base / "one/default/web00/web00.conf").unlink()
+        os.removedirs(two.base / "one/default/web00")
+
+
+def test_it_ends_with_its_last_vm_though_that_was_killed(two: Cloud) -> None:
+    """The last test with the two: qemu is killed; the next command that stops or lists by group ends the network."""
+    pid = two.qemu("two/default/web00")
+    kill_hard(pid)
+    two.run("vmstop", "-d", "-g", "two").quiet()
+    assert not two.processes() and not is_alive(pid)
+    assert not (two.base / ".net").exists()
+
+
+# The host's bridge ###################################################################################
+
+
+def test_a_bridge_that_is_not_there_is_an_error_with_a_way_out(cloud: Cloud, vms: None) -> None:
+    from support import add_blank, nothing_made
+
+    add_blank(cloud)
+    cloud.env["NOCLOUD_bridgeInterface"] = "nosuchbridge"
+    with nothing_made(cloud):
+        done = cloud.run("vminstantiate", "-n", "blank", env={"NOCLOUD_vmNetwork": "bridge"})
+        done.fails(1, "nosuchbridge", "NOCLOUD_vmNetwork=private")
+    cloud.run("vminstantiate", "-n", "blank", "-o", "name=x", env={"NOCLOUD_vmNetwork": "auto"}).ok()
+    assert cloud.conf("group/default/x00")["vmNetwork"] == "private"
+    cloud.run("vminstantiate", "-n", "blank", "-o", "name=x", env={"NOCLOUD_vmNetwork": "bridge"}).ok()
+    assert cloud.conf("group/default/x01")["vmNetwork"] == "private"  # a group's network is decided once
+
+
+def test_leases_of_dnsmasq(tmp_path: Path) -> None:
+    file = tmp_path / "leases"
+    file.write_text(
+        "1700000000 00:50:56:AB:cd:ef 192.168.1.7 web00 01:00\n"
+        "duid 00:01:00\n"
+        "1700000000 1234 fe80::1 x 00:01\n"
+        "\n"
+        "garbage\n"
+    )
+    config = nocloud.Config({"bridgeLeases": str(file)})
+    assert nocloud.HostBridge(config).leases() == {"00:50:56:ab:cd:ef": "192.168.1.7"}
+    assert nocloud.HostBridge(nocloud.Config({"bridgeLeases": str(tmp_path / "no")})).leases() == {}
+
+
+@pytest.mark.parametrize(
+    "line", ["1 00:50:56:ab:cd:ef 999.1.1.1 x *", "1 00:50:56:ab:cd:ef 1.2.3.4;x x *", "1 x 1.2.3 y *"]
+)
+def test_a_lease_file_is_input(tmp_path: Path, line: str) -> None:
+    """A line that is no lease is passed over, and the others count."""
+    file = tmp_path / "leases"
+    file.write_text(f"{line}\n1700000000 00:50:56:00:00:01 192.168.1.8 web01 *\n")
+    leases = nocloud.HostBridge(nocloud.Config({"bridgeLeases": str(file)})).leases()
+    assert leases == {"00:50:56:00:00:01": "192.168.1.8"}
+
+
+def test_a_tap_comes_from_the_bridge_helper(tmp_path: Path) -> None:
+    """A helper of ours in the place of qemu's, which sends a descriptor the same way."""
+    helper = tmp_path / "helper"
+    helper.write_text(
+        "#!/usr/bin/env python3\nimport os, socket, sys\n"
+        f"open({str(tmp_path / 'words')!r}, 'w').write(' '.join(sys.argv[1:]))\n"
+        "fd = int(sys.argv[-1].partition('=')[2])\n"
+        "socket.send_fds(socket.socket(fileno=os.dup(fd)), [b'+'], [os.open('/dev/null', os.O_RDWR)])\n"
+    )
+    helper.chmod(0o755)
+    bridge = nocloud.HostBridge(nocloud.Config({"vmBridgeHelper": str(helper), "bridgeInterface": "br7"}))
+    tap, vhost = bridge.tap()
+    assert os.readlink(f"/proc/self/fd/{tap}") == "/dev/null" and not os.get_inheritable(tap)
+    for fd in (tap, vhost):
+        if fd >= 0:
+            os.close(fd)
+    assert re.fullmatch(r"--use-vnet --br=br7 --fd=\d+", (tmp_path / "words").read_text())
+    helper.write_text("#!/bin/sh\necho 'access denied by acl file' >&2; exit 1\n")
+    with pytest.raises(nocloud.Error, match="access denied by acl file"):
+        bridge.tap()
+    assert subprocess.run(["true"], check=True).returncode == 0

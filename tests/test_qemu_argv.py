@@ -1,0 +1,206 @@
+"""qemu's command line: pure, so golden files say it all. UPDATE=1 rewrites them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import DATA, Cloud
+
+import nocloud
+
+GOLDEN = DATA / "argv"
+
+
+def qemu(*options: str) -> nocloud.Qemu:
+    return nocloud.Qemu(
+        "/usr/bin/qemu-system-x86_64", "7.2.0", "pc-q35-7.2", frozenset(options or ("sandbox", "spice"))
+    )
+
+
+def machine(**changes: Any) -> nocloud.Machine:
+    values: dict[str, Any] = {
+        "qemu": qemu(),
+        "accel": "tcg",
+        "name": "web00",
+        "uuid": "6ba7b810-9dad-41d1-80b4-00c04fd430c8",
+        "type": "pc-q35-7.2",
+        "mem": 512,
+        "cpus": 2,
+        "disks": [("web00_0.img", "qcow2", "web00_0")],
+        "mac": "00:50:56:6b:a7:b8",
+        "pid_file": "web00.pid",
+        "credentials": "",
+        "kernel": "",
+        "initrd": "",
+        "append": "",
+        "extra": [],
+    }
+    return nocloud.Machine(**{**values, **changes})
+
+
+DISKS = [(f"web00_{number}.img", "qcow2", f"web00_{number}") for number in range(4)]
+
+CASES: dict[str, tuple[nocloud.Machine, int, int]] = {
+    "plain": (machine(), 5, -1),
+    "kvm-vhost": (machine(accel="kvm", mem=4096, cpus=8), 5, 6),
+    "credentials": (machine(credentials="credentials"), 5, -1),
+    "data-disks": (machine(disks=DISKS), 5, -1),
+    "raw-disk": (machine(disks=[("web00_0.img", "raw", "web00_0")]), 5, -1),
+    "as-bash-ran-it": (machine(type=""), 5, -1),
+    "no-sandbox": (machine(qemu=qemu("spice")), 5, -1),
+    "no-network": (machine(), -1, -1),
+    "kernel": (machine(kernel="vmlinuz", initrd="initrd.img", append="console=ttyS0 root=/dev/vda"), 5, -1),
+    "extra": (machine(extra=["-s", "-global", "x=y"]), 5, -1),
+    "commas": (machine(name="a,b", disks=[("c,d/e,,f.img", "qcow2", "a,b_0")], credentials="g,h"), 5, -1),
+    "long-name": (machine(name="x" * 63, disks=[("x_0.img", "qcow2", "x" * 63 + "_0")]), 5, -1),
+}
+
+
+def one_a_line(argv: list[str]) -> str:
+    """An option and its value share a line."""
+    lines: list[str] = []
+    for word in argv:
+        if lines and re.fullmatch(r"-[a-z][a-z-]*", lines[-1]) and not word.startswith("-"):
+            lines[-1] += " " + word
+        else:
+            lines.append(word)
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden(name: str) -> None:
+    text = one_a_line(nocloud.qemu_argv(*CASES[name]))
+    file = GOLDEN / f"{name}.txt"
+    if os.environ.get("UPDATE") == "1":
+        GOLDEN.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    assert file.read_text() == text
+
+
+def test_every_golden_file_is_a_case() -> None:
+    assert {file.stem for file in GOLDEN.iterdir()} == set(CASES)
+
+
+def addresses(argv: list[str]) -> list[str]:
+    return [match.group(1) for word in argv for match in re.finditer(r"\baddr=(0x[0-9a-f]+)", word)]
+
+
+def devices(argv: list[str]) -> list[str]:
+    return [argv[number + 1] for number, word in enumerate(argv) if word == "-device"]
+
+
+@given(st.integers(1, nocloud.MAX_DISKS), st.booleans(), st.booleans())
+def test_every_device_has_a_pci_address_of_its_own(disks: int, credentials: bool, network: bool) -> None:
+    many = [(f"{number}.img", "qcow2", f"d_{number}") for number in range(disks)]
+    built = machine(disks=many, credentials="credentials" if credentials else "")
+    argv = nocloud.qemu_argv(built, 5 if network else -1)
+    used = addresses(argv)
+    assert len(used) == len(set(used)) == len(devices(argv))
+    assert all(1 <= int(address, 16) <= 0x1E for address in used)  # 0x1f: the chipset of q35
+
+
+def test_the_network_card_stays_where_it_is() -> None:
+    """One disk more renames no card in the guest; slot 3 is where the bash tools had it."""
+    for count in (1, 2, 4):
+        argv = nocloud.qemu_argv(machine(disks=DISKS[:count]), 5)
+        (card,) = (each for each in devices(argv) if "virtio-net" in each)
+        assert "addr=0x3," in card + ","
+
+
+def test_disks_are_in_order() -> None:
+    argv = nocloud.qemu_argv(machine(disks=DISKS), 5)
+    disks = [each for each in devices(argv) if "virtio-blk" in each]
+    assert [re.findall(r"drive=disk(\d+).*addr=(\w+).*bootindex=(\d+).*serial=(\w+)", each) for each in disks] == [
+        [(str(number), hex(4 + number), str(number), f"web00_{number}")] for number in range(4)
+    ]
+
+
+def test_no_format_is_left_to_guessing() -> None:
+    for case in CASES.values():
+        argv = nocloud.qemu_argv(*case)
+        assert "-drive" not in argv and "-hda" not in argv
+        for number, word in enumerate(argv):
+            if word == "-blockdev":
+                assert re.match(r"driver=(qcow2|raw),", argv[number + 1])
+                assert ",file.driver=file," in argv[number + 1]
+
+
+def test_nothing_listens_on_tcp_and_nothing_runs_as_a_daemon() -> None:
+    for case in CASES.values():
+        argv = nocloud.qemu_argv(*case)
+        assert not [word for word in argv if re.search(r"tcp:|\bhost=|\bport=", word)]
+        assert "-daemonize" not in argv and "-vnc" not in argv and "-spice" not in argv
+
+
+@given(st.text(min_size=1))
+def test_commas_are_doubled(text: str) -> None:
+    doubled = nocloud.comma(text)
+    assert doubled.replace(",,", "") == text.replace(",", "")
+    assert doubled.count(",") == 2 * text.count(",")
+
+
+def test_serials_fit_in_20_bytes_and_tell_disks_apart() -> None:
+    for name in ("web00", "x" * 63):
+        argv = nocloud.disk_args(machine(disks=[(f"{n}", "qcow2", f"{name}_{n}") for n in range(12)]))
+        serials = [match.group(1) for word in argv for match in re.finditer(r"serial=(\S+)$", word)]
+        assert len(set(serials)) == 12 and all(len(serial) <= 20 for serial in serials)
+
+
+def test_memory_and_processors() -> None:
+    argv = nocloud.qemu_argv(machine(mem=640, cpus=3), 5)
+    assert argv[argv.index("-m") + 1] == "640M"
+    assert argv[argv.index("-smp") + 1].startswith("3,")
+
+
+# The binary ##########################################################################################
+
+
+def test_the_real_binary_is_probed(cloud: Cloud, vms: None) -> None:
+    code = "q = nocloud.probe_qemu(nocloud.load_config()); print(q.path, q.version, q.machine, 'sandbox' in q.options)"
+    words = cloud.script(code).ok().stdout.split()
+    assert "qemu" in words[0] and re.fullmatch(r"\d+\.\d+\.\d+", words[1])
+    assert re.fullmatch(r"pc-q35-\d+\.\d+", words[2]) and words[3] in ("True", "False")
+
+
+def fake_qemu(cloud: Cloud, *replies: str) -> None:
+    path = cloud.home / "fake-qemu"
+    path.write_text("#!/bin/sh\ncat > /dev/null\n" + "".join(f"echo '{reply}'\n" for reply in replies))
+    path.chmod(0o755)
+    cloud.env["NOCLOUD_vmQemu"] = str(path)
+
+
+def test_a_qemu_that_is_too_old(cloud: Cloud) -> None:
+    fake_qemu(
+        cloud,
+        '{"return": {"qemu": {"major": 6, "minor": 1, "micro": 0}, "package": ""}, "id": "query-version"}',
+        '{"return": [], "id": "query-machines"}',
+        '{"return": [], "id": "query-command-line-options"}',
+    )
+    code = "try: nocloud.probe_qemu(nocloud.load_config())\nexcept nocloud.Error as error: print(error)"
+    assert "6.1.0" in cloud.script(code).ok().stdout
+
+
+@pytest.mark.parametrize("reply", ["this is no qemu", '{"QMP": {}}', "[1]", "null"])
+def test_a_program_that_is_no_qemu(cloud: Cloud, reply: str) -> None:
+    fake_qemu(cloud, reply)
+    image = cloud.home / "x.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1M"], check=True)
+    cloud.run("vmtemplate", "x", "--image", image).fails(1, "fake-qemu")
+
+
+# Acceleration ########################################################################################
+
+
+def test_tcg_is_said_only_where_it_was_not_asked_for() -> None:
+    assert nocloud.choose_accel("tcg") == ("tcg", "")
+    accel, reason = nocloud.choose_accel("auto")
+    assert (accel, bool(reason)) in (("kvm", False), ("tcg", True))
+    if accel == "tcg":
+        with pytest.raises(nocloud.Error, match="vmAccel=kvm"):
+            nocloud.choose_accel("kvm")

@@ -1,0 +1,504 @@
+"""Configuration files, which were bash once: parsed, never executed; and the other file a user writes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import Cloud, bash_values
+
+import nocloud
+
+HOME = os.path.expanduser("~")
+
+
+def parse(text: str, known: dict[str, str] | None = None) -> dict[str, str]:
+    return {each.key: each.value for each in nocloud.parse_assignments(text, "FILE", known or {})}
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("", {}),
+        ("#!/bin/bash\n# a comment\n\n   # another\n", {}),
+        ("a=1", {"a": "1"}),
+        ("a=1\r\nb=2\r\n", {"a": "1", "b": "2"}),
+        ("a=", {"a": ""}),
+        ("a=''", {"a": ""}),
+        ("  a=1  ", {"a": "1"}),
+        ("export a=1", {"a": "1"}),
+        ("export\ta=1 # why", {"a": "1"}),
+        ("a=1 # a comment", {"a": "1"}),
+        ("a=1#no_comment", {"a": "1#no_comment"}),
+        ("a='1 # 2' # 3", {"a": "1 # 2"}),
+        ('a="x y"', {"a": "x y"}),
+        ("a='$x `y`'", {"a": "$x `y`"}),
+        (r'a="\$x \`y\` \" \\ \z"', {"a": r'$x `y` " \ \z'}),
+        (r"a=x\ y\$z", {"a": "x y$z"}),
+        ("a='x'\"y\"z", {"a": "xyz"}),
+        ("a=1\na=2", {"a": "2"}),
+        ("a=1\nb=$a", {"a": "1", "b": "1"}),
+        (
+            "bridgeSubnet=10.1.2\nbridgeIpAddress=${bridgeSubnet}.1",
+            {"bridgeSubnet": "10.1.2", "bridgeIpAddress": "10.1.2.1"},
+        ),
+        ('a=x\nb="${a}y$a"', {"a": "x", "b": "xyx"}),
+        ("a=$nothing", {"a": ""}),
+        ("a=x${nothing}y", {"a": "xy"}),
+        ("a=${nothing:-word}", {"a": "word"}),
+        ('a="${nothing:-two words}"', {"a": "two words"}),
+        ("a=${OUTSIDE:-word}", {"a": "from outside"}),
+        ("a=\nb=${a:-word}", {"a": "", "b": "word"}),
+        ("a=~", {"a": HOME}),
+        ("a=~/x", {"a": f"{HOME}/x"}),
+        ("a='~/x'", {"a": "~/x"}),
+        ('a="~/x"', {"a": "~/x"}),
+        ("a=x~", {"a": "x~"}),
+        ("a=ü", {"a": "ü"}),
+        ("a=x=y", {"a": "x=y"}),
+    ],
+)
+def test_what_is_read(text: str, values: dict[str, str], tmp_path: Path) -> None:
+    """And bash reads the same."""
+    assert parse(text, {"OUTSIDE": "from outside"}) == values
+    file = tmp_path / "conf"
+    file.write_text(text.replace("\r", ""))
+    os.environ["OUTSIDE"] = "from outside"
+    try:
+        assert bash_values(file) == values
+    finally:
+        del os.environ["OUTSIDE"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "a=$(touch x)",
+        'a="$(touch x)"',
+        "a=`touch x`",
+        'a="`touch x`"',
+        "a=1; touch x",
+        "a=1;touch x",
+        "a=1 && touch x",
+        "a=1 | touch x",
+        "a=1 > x",
+        "a=<(touch x)",
+        "a=${x:=y}",
+        "a=${x:-$(touch x)}",
+        "a=${x:-`touch x`}",
+        "a=${x//a/b}",
+        "a=${x",
+        "a=${!x}",
+        "a=$((1+1))",
+        "a=$",
+        "a=$1",
+        "a=$'x'",
+        'a=$"x"',
+        "a='x",
+        'a="x',
+        "a=x y",
+        "a=x export b=1",
+        "a=(1 2)",
+        "a={1,2}",
+        "a+=1",
+        "a[0]=1",
+        "1a=1",
+        "a =1",
+        "=1",
+        "touch x",
+        "if true; then",
+        "fi",
+        "source x",
+        ". x",
+        "unset a",
+        "é=1",
+        "a-b=1",
+        "export",
+        "export a",
+        "a=1 &",
+        "a=1\\",
+    ],
+)
+def test_what_is_refused(line: str) -> None:
+    with pytest.raises(nocloud.UsageError) as raised:
+        parse(f"# first\nb=1\n{line}\n")
+    assert str(raised.value).startswith("FILE:3: ")
+    assert raised.value.status == 2
+
+
+def test_a_line_in_the_middle_of_an_open_quote_is_an_error() -> None:
+    """bash would go on to the next line; we say so instead of reading on."""
+    with pytest.raises(nocloud.UsageError, match=r"^FILE:1: "):
+        parse("a='x\ny'")
+
+
+ONE_LINE = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\n\r\0\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029")
+)
+
+
+@given(ONE_LINE)
+def test_quoted_values_come_back(value: str) -> None:
+    assert parse(f"key={nocloud.quote_value(value)}") == {"key": value}
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r\0")))
+def test_quoted_values_of_any_line_come_back(value: str) -> None:
+    """Also with the characters that only str.splitlines takes for an end of line."""
+    assert parse(f"key={nocloud.quote_value(value)}") == {"key": value}
+
+
+@settings(max_examples=25)
+@given(st.lists(ONE_LINE, max_size=8))
+def test_bash_reads_what_we_write(values: list[str]) -> None:
+    lines = [f"printf '%s\\0' \"$key{number}\"" for number in range(len(values))]
+    text = nocloud.update_assignments("", {f"key{number}": value for number, value in enumerate(values)})
+    done = subprocess.run(["bash"], input=(text + "\n".join(lines)).encode(), capture_output=True, check=True)
+    assert done.stdout.decode().split("\0")[:-1] == values
+    assert done.stderr == b""
+
+
+@given(st.text())
+def test_any_text_is_read_or_refused(text: str) -> None:
+    try:
+        parse(text)
+    except nocloud.UsageError as error:
+        assert str(error).startswith("FILE:") and "\n" not in nocloud.printable(str(error))
+
+
+@given(st.text("ab=$ {}'\"\\:-~`#;", max_size=30))
+def test_any_line_is_read_as_bash_reads_it_or_refused(value: str) -> None:
+    """Where the line is accepted and holds no variable, it runs nothing: what is read has no expansion left to do."""
+    try:
+        read = parse(f"key={value}")
+    except nocloud.UsageError:
+        return
+    again = parse(nocloud.update_assignments(f"key={value}\n", read))
+    assert again == read
+
+
+KEYS = st.sampled_from(["vmMem", "vmCpu", "vmUuid", "other", "x_1"])
+
+
+@given(st.lists(st.tuples(KEYS, ONE_LINE)), st.dictionaries(KEYS, ONE_LINE))
+def test_update_changes_what_it_is_told_and_nothing_else(
+    before: list[tuple[str, str]], changes: dict[str, str]
+) -> None:
+    text = "#!/bin/bash\n# kept\n" + "".join(f"{key}={nocloud.quote_value(value)} # why\n" for key, value in before)
+    after = nocloud.update_assignments(text, changes)
+    assert parse(after) == {**dict(before), **changes}
+    assert after.startswith("#!/bin/bash\n# kept\n")
+    kept = [line for line in text.splitlines() if line.split("=")[0] not in changes]
+    assert [line for line in after.splitlines() if line in kept] == kept
+
+
+def test_a_value_is_one_line() -> None:
+    for value in ("a\nb", "a\rb", "a\0b"):
+        with pytest.raises(nocloud.UsageError):
+            nocloud.quote_value(value)
+
+
+# Values ##############################################################################################
+
+
+@pytest.mark.parametrize(
+    ("key", "good", "bad"),
+    [
+        ("vmMem", ["16", "512", "65536"], ["", "0", "-1", "1G", "512M", " 512", "٣", "1e3", "99999999999"]),
+        ("vmCpu", ["1", "64"], ["0", "-1", "1.5", "two"]),
+        ("vmCount", ["1", "1000"], ["0", "-1", "abc", "1001"]),
+        ("vmAccel", ["auto", "kvm", "tcg"], ["", "KVM", "xen"]),
+        ("vmNetwork", ["auto", "bridge", "private"], ["nat", ""]),
+        ("vmInit", ["auto", "systemd", "cloud-init", "ssh", "none"], ["x"]),
+        ("vmUser", ["root", "_a-b1"], ["", "-oProxyCommand=x", "a b", "Root", "a" * 33, "a,b"]),
+        ("vmMac", ["", "00:50:56:ab:cd:ef"], ["00:50:56", "00:50:56:ab:cd:eg", "00:50:56:ab:cd:ef,id=x"]),
+        ("vmAddress", ["", "10.88.0.2"], ["10.88.0", "256.1.1.1", "::1", "x"]),
+        ("vmUuid", ["", "6ba7b810-9dad-41d1-80b4-00c04fd430c8"], ["6ba7b810", "x"]),
+        ("vmStopTimeout", ["0", "30"], ["-1", "1.5", "never"]),
+        ("vmMachine", ["", "pc", "pc-q35-7.2"], ["pc,accel=kvm", "-x", "a b"]),
+        ("bridgeInterface", ["nocloud", "br0"], ["br0,x", "-x"]),
+    ],
+)
+def test_values_are_checked(key: str, good: list[str], bad: list[str]) -> None:
+    for value in good:
+        nocloud.check_setting(key, value, "FILE:1")
+    for value in bad:
+        if value or nocloud.SETTING[key].default:
+            with pytest.raises(nocloud.UsageError, match=rf"^FILE:1: {key}="):
+                nocloud.check_setting(key, value, "FILE:1")
+
+
+def test_every_setting_of_the_contract_is_there_with_its_default() -> None:
+    defaults = {
+        "vmMem": "512",
+        "vmCpu": "2",
+        "vmCreateDiskSize": "10",
+        "vmCount": "1",
+        "vmGroup": "group",
+        "vmSubGroup": "default",
+        "vmCreateGroup": "templates",
+        "isoDir": "~/Documents/distribs/linux",
+        "vmDiskExt": "img",
+        "vmUser": "root",
+        "vmAccel": "auto",
+        "vmNetwork": "auto",
+        "vmStopTimeout": "30",
+        "vmWaitTimeout": "300",
+        "vmExtraOpts": "",
+        "vmQemu": "",
+        "vmBridgeHelper": "",
+        "bridgeInterface": "nocloud",
+        "bridgeAddress": "192.168.1.1/24",
+        "bridgeNet": "192.168.1.0/24",
+        "bridgeDhcpStart": "192.168.1.2",
+        "bridgeDhcpStop": "192.168.1.254",
+    }
+    config = nocloud.Config()
+    assert {key: config[key] for key in defaults} == defaults
+    unused = (
+        "netInterface vmMemVid vmSpicePassword vmBackend vmSystemType vmConfExt vmPidExt vmDefaultContext vmDefaultType"
+        " vmCreateContext vmCreateType"
+    )
+    for key in unused.split():
+        assert nocloud.SETTING[key].where == "unused"
+    in_vms = "vmName vmMem vmCpu vmDisk vmExtraDisk vmUuid vmMac vmAddress vmNetwork vmTemplate vmInit vmUser"
+    for key in f"{in_vms} vmMachine vmAccel vmGui vmKernel vmInitrd vmAppend vmCpuCap".split():
+        assert nocloud.SETTING[key].where in ("vm", "both"), key
+
+
+# Files and the environment, as a command reads them ##################################################
+
+
+def memory_in_force(cloud: Cloud, **env: str) -> str:
+    """The default that -h shows."""
+    import re
+
+    done = cloud.run("vmtemplate", "-h", env=env)
+    assert (done.status, done.stderr) == (0, ""), repr(done)
+    match = re.search(r"--mem MB[^[]*\[(\d+)\]", done.stdout)
+    assert match
+    return match.group(1)
+
+
+def test_the_first_own_file_counts_and_the_environment_overrides(cloud: Cloud) -> None:
+    files = [
+        cloud.home / ".nocloud.conf",
+        cloud.home / "config/nocloud/nocloud.conf",
+        Path("/etc/nocloud.conf"),
+    ]
+    files[1].parent.mkdir(parents=True)
+    files[1].write_text("vmMem=1001\n")
+    here = cloud.home / "here"
+    here.mkdir()
+    (here / ".nocloud.conf").write_text("vmMem=1003\n")
+    assert memory_in_force(cloud) == "512"  # ~/.nocloud.conf is there, and empty
+    files[0].write_text("vmMem=1002\nvmCpu=3\n")
+    assert memory_in_force(cloud) == "1002"
+    done = cloud.run("vmtemplate", "-h", cwd=here).ok()
+    assert "[1003]" in done.stdout and "[3]" not in done.stdout  # ./ is the first; no other is read
+    files[0].unlink()
+    assert memory_in_force(cloud) == "1001"
+    assert memory_in_force(cloud, NOCLOUD_vmMem="77") == "77"
+    assert memory_in_force(cloud, NOCLOUD_VMMEM="78") == "78"
+    if not files[2].exists():
+        files[1].unlink()
+        assert memory_in_force(cloud) == "512"
+
+
+def test_the_installations_own_file_comes_first(cloud: Cloud) -> None:
+    import shutil
+    import sys
+
+    from support import PROGRAM
+
+    prefix = cloud.home / "prefix"
+    (prefix / "bin").mkdir(parents=True)
+    (prefix / "etc").mkdir()
+    shutil.copy(PROGRAM, prefix / "bin/nocloud.py")
+    (prefix / "etc/nocloud_net.conf").write_text("vmMem=900\nvmGroup=ours\n")
+    (cloud.home / ".nocloud.conf").write_text("vmMem=901\n")
+    link = cloud.home / "vminstantiate"
+    link.symlink_to(prefix / "bin/nocloud.py")  # PREFIX is found through the link
+    shown = cloud.execute([sys.executable, "-IS", link, "-h"]).ok().stdout
+    assert "[ours]" in shown
+    shown = cloud.execute([sys.executable, "-IS", prefix / "bin/nocloud.py", "template", "-h"]).ok().stdout
+    assert "[901]" in shown
+
+
+def test_old_names_of_settings(cloud: Cloud) -> None:
+    (cloud.home / ".nocloud.conf").write_text(
+        "vmDefaultGroup=old\nvmDefaultSubGroup=kind\nvmSpicePassword=x\nvmBackend=y\n"
+    )
+    done = cloud.run("vminstantiate", "-h").ok()
+    assert "[old]" in done.stdout and "[kind]" in done.stdout and done.stderr == ""
+
+
+def test_unknown_key_is_a_warning_with_the_nearest(cloud: Cloud) -> None:
+    file = cloud.home / ".nocloud.conf"
+    file.write_text("vmMen=64\nprefix=10.0.0\nbridgeSubnet=$prefix\nzzz=1\n")
+    done = cloud.run("vmrunning").ok()
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2  # prefix is used by a later line
+    assert f"{file.name}:1: " in lines[0] and "vmMen" in lines[0] and "vmMem?" in lines[0]
+    assert f"{file.name}:4: " in lines[1] and "zzz" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("vmMem=1G", "MB"),
+        ("vmMem=$(touch x)", "$"),
+        ("vmMem=`touch x`", "`"),
+        ("vmMem=64; touch x", ";"),
+        ("touch x", "touch x"),
+        ("vmNetwork=nat", "private"),
+    ],
+)
+def test_a_wrong_line_is_an_error_with_its_place(cloud: Cloud, line: str, said: str) -> None:
+    file = cloud.home / ".nocloud.conf"
+    file.write_text(f"# mine\n{line}\n")
+    cloud.run("vmrunning").fails(2, f"{file.name}:2: ", said)
+    assert not (cloud.home / "x").exists()
+
+
+def test_a_wrong_variable_is_an_error(cloud: Cloud) -> None:
+    cloud.run("vmrunning", env={"NOCLOUD_vmMem": "1G"}).fails(2, "NOCLOUD_vmMem", "MB")
+
+
+def test_files_that_others_may_write_are_skipped(cloud: Cloud) -> None:
+    file = cloud.home / ".nocloud.conf"
+    file.write_text("vmMem=333\n")
+    file.chmod(0o666)
+    done = cloud.run("vmtemplate", "-h").ok()
+    assert "[333]" not in done.stdout and "[512]" in done.stdout
+    assert file.name in done.stderr and "warning" in done.stderr and len(done.stderr.splitlines()) == 1
+    file.chmod(0o644)
+    assert memory_in_force(cloud) == "333"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_files_of_other_users_are_skipped(cloud: Cloud) -> None:
+    file = cloud.home / ".nocloud.conf"
+    file.write_text("vmMem=333\n")
+    os.chown(file, 65534, 65534)
+    done = cloud.run("vmtemplate", "-h").ok()
+    assert "[512]" in done.stdout and "another user" in done.stderr
+
+
+def test_nokvm_means_tcg(cloud: Cloud) -> None:
+    code = "print(nocloud.load_config()['vmAccel'])"
+    assert cloud.script(code).ok().stdout == "tcg\n"
+    cloud.env["NOCLOUD_NOKVM"] = "0"
+    assert cloud.script(code).ok().stdout == "auto\n"
+
+
+def test_where_the_tree_lies_by_default(cloud: Cloud) -> None:
+    del cloud.env["NOCLOUD_vmBaseDir"]
+    code = "print(nocloud.base_folder(nocloud.load_config()))"
+    assert cloud.script(code).ok().stdout.strip() == str(cloud.home / "data/nocloud/kvm")
+    del cloud.env["XDG_DATA_HOME"]
+    assert cloud.script(code).ok().stdout.strip() == str(cloud.home / ".local/share/nocloud/kvm")
+    (cloud.home / "Documents/kvm/VMs").mkdir(parents=True)
+    assert cloud.script(code).ok().stdout.strip() == str(cloud.home / "Documents/kvm/VMs")
+    (cloud.home / ".nocloud.conf").write_text("vmBaseDir=~/tree\n")
+    assert cloud.script(code).ok().stdout.strip() == str(cloud.home / "tree")
+
+
+# Description files ###################################################################################
+
+
+def wishes(text: str) -> list[tuple[object, ...]]:
+    return [
+        (w.template, w.count, w.type, w.mem, w.cpu, w.disks, w.prefix, w.gui)
+        for w in nocloud.parse_description(text, "FILE", "default")
+    ]
+
+
+def test_description_lines() -> None:
+    text = (
+        "# comment\n\n"
+        "debian12:2\n"
+        " debian12 : 2 : web : mem=1024 ; cpu=4;dsk=10, 20 ;name=web;gui # why\r\n"
+        "alpine:1::name=db\n"
+        "x:1:t:"
+    )
+    assert wishes(text) == [
+        ("debian12", 2, "default", 0, 0, [], "", False),
+        ("debian12", 2, "web", 1024, 4, [10, 20], "web", True),
+        ("alpine", 1, "default", 0, 0, [], "db", False),
+        ("x", 1, "t", 0, 0, [], "", False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("debian12", "TEMPLATE:COUNT"),
+        (":1", "empty"),
+        ("debian12:", "1 to"),
+        ("debian12:0", "1 to"),
+        ("debian12:-1", "1 to"),
+        ("debian12:1.5", "1 to"),
+        ("debian12:abc", "abc"),
+        ("de,bian:1", "','"),
+        ("../x:1", "'.'"),
+        ("debian12:1:a/b", "'/'"),
+        ("debian12:1:web:mem=1G", "MB"),
+        ("debian12:1:web:mem=", "mem"),
+        ("debian12:1:web:mem", "mem"),
+        ("debian12:1:web:dsk=", "dsk"),
+        ("debian12:1:web:dsk=10G", "GB"),
+        ("debian12:1:web:cpu=0", "cpu"),
+        ("debian12:1:web:name=", "name="),
+        ("debian12:1:web:name=a b", "' '"),
+        ("debian12:1:web:name=é", "'é'"),
+        ("debian12:1:web:gui=1", "gui"),
+        ("debian12:1:web:mme=1024", "mem?"),
+        ("debian12:1:web:mem=1024:x", "1024:x"),
+        ("debian12:1:web:mem=1024,cpu=2", "mem"),
+        ("debian12:1:web:name=x;dsk=" + ",".join(["1"] * 30), "at most"),
+    ],
+)
+def test_description_lines_that_are_wrong(line: str, said: str) -> None:
+    with pytest.raises(nocloud.UsageError) as raised:
+        wishes(f"# first\nfine:1\n{line}\n")
+    assert str(raised.value).startswith("FILE:3: ") and said in str(raised.value) + raised.value.hint
+
+
+def test_an_empty_description_is_an_error() -> None:
+    for text in ("", "# nothing\n\n"):
+        with pytest.raises(nocloud.UsageError, match="FILE"):
+            wishes(text)
+
+
+@given(st.text())
+def test_any_description_is_read_or_refused(text: str) -> None:
+    try:
+        wishes(text)
+    except nocloud.UsageError as error:
+        assert str(error).startswith("FILE:")
+
+
+@given(
+    st.from_regex(
+        r"[a-z]{1,9} ?: ?[0-9]{1,5}(:[a-z]{0,5}(:((mem|cpu|dsk|name|gui|x)=?[0-9a-z,]{0,5};?){0,4})?)?", fullmatch=True
+    )
+)
+def test_lines_that_look_right_are_read_or_refused(line: str) -> None:
+    try:
+        (wish,) = wishes(line)
+    except nocloud.UsageError as error:
+        assert str(error).startswith("FILE:1: ")
+        return
+    assert 1 <= int(str(wish[1])) <= 1000
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"\x00" * 100])
+def test_a_description_that_is_no_text(cloud: Cloud, content: bytes) -> None:
+    file = cloud.home / "shop"
+    file.write_bytes(content)
+    cloud.run("vminstantiate", "-f", file).fails(2, str(file))

@@ -1,0 +1,347 @@
+"""Names, the VM tree, and states asked of locks."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import Cloud
+
+import nocloud
+
+LABEL = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@pytest.mark.parametrize("name", ["a", "web00", "Web-1", "0", "x" * 63, "a--b"])
+def test_good_names(name: str) -> None:
+    for kind in ("VM", "group", "type", "template"):
+        assert nocloud.check_name(kind, name) == name
+
+
+@pytest.mark.parametrize("name", ["a.b", "a_b", "shop.v2", "a-", "Debian_12.5"])
+def test_names_of_groups_only(name: str) -> None:
+    for kind in ("group", "type", "template"):
+        assert nocloud.check_name(kind, name) == name
+    with pytest.raises(nocloud.UsageError):
+        nocloud.check_name("VM", name)
+
+
+BAD = {
+    "": "empty",
+    "../x": "not allowed",
+    "..": "'.'",
+    ".": "'.'",
+    ".hidden": "'.'",
+    "-x": "'-'",
+    "_x": "'_'",
+    "a,b": "','",
+    "a/b": "'/'",
+    "a b": "' '",
+    "a=b": "'='",
+    "a:b": "':'",
+    "a;b": "';'",
+    "a$b": "'$'",
+    "a\nb": "'\\n'",
+    "a\0b": "'\\x00'",
+    "é": "'é'",
+    "１": "'１'",
+    "a*": "'*'",
+    "x" * 64: "63",
+    "a\\b": "'\\\\'",
+    "~": "'~'",
+    "%s": "'%'",
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_names_name_the_character(name: str) -> None:
+    for kind in ("VM", "group", "type", "template"):
+        with pytest.raises(nocloud.UsageError) as raised:
+            nocloud.check_name(kind, name)
+        assert BAD[name] in str(raised.value)
+        assert raised.value.status == 2
+
+
+@pytest.mark.parametrize("name", ["templates", "Templates", "all", "ungrouped", "ALL"])
+def test_reserved_groups(name: str) -> None:
+    with pytest.raises(nocloud.UsageError, match="reserved"):
+        nocloud.check_group(name)
+
+
+@given(st.text())
+def test_no_name_gets_a_path_an_option_or_a_comma_through(name: str) -> None:
+    for kind in ("VM", "group"):
+        try:
+            nocloud.check_name(kind, name)
+        except nocloud.UsageError:
+            continue
+        assert name[0] in LABEL and set(name) <= set(LABEL + "-" + ("" if kind == "VM" else "._"))
+        assert 1 <= len(name) <= 63
+
+
+# Finding #############################################################################################
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> nocloud.Tree:
+    for vm in (
+        "pf/web/web00",
+        "pf/web/web01",
+        "pf/sql/db00",
+        "two/web/web00",
+        "two/web/web",
+        "two/x/DB00",
+        "templates/debian12",
+    ):
+        add(tmp_path, vm)
+    (tmp_path / "pf/web/empty").mkdir()  # no conf: no VM
+    (tmp_path / "pf/web/.new-web02").mkdir()
+    (tmp_path / "pf/web/.new-web02/web02.conf").write_text("vmName=web02\n")
+    (tmp_path / ".net").mkdir()
+    (tmp_path / "notes.txt").write_text("x")
+    return nocloud.Tree(str(tmp_path))
+
+
+def add(base: Path, vm: str) -> None:
+    (base / vm).mkdir(parents=True)
+    name = vm.rpartition("/")[2]
+    (base / vm / f"{name}.conf").write_text(f"vmName={name}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("web01", ["pf/web/web01"]),
+        ("WEB01", ["pf/web/web01"]),
+        ("web00", ["pf/web/web00", "two/web/web00"]),
+        ("pf/web00", ["pf/web/web00"]),
+        ("two/web/web00", ["two/web/web00"]),
+        ("pf/sql/web00", []),
+        ("web", ["two/web/web"]),
+        ("web0", []),  # a prefix is not a name
+        ("db00", ["pf/sql/db00", "two/x/DB00"]),
+        ("debian12", ["templates/debian12"]),
+        ("templates/debian12", ["templates/debian12"]),
+        ("empty", []),
+        ("web02", []),
+        ("", []),
+        ("/", []),
+        ("pf/", []),
+        ("../pf/web00", []),
+        ("pf/../web00", []),
+        ("pf/web/..", []),
+        ("a/b/c/d", []),
+        ("*", []),
+    ],
+)
+def test_find(tree: nocloud.Tree, words: str, found: list[str]) -> None:
+    assert [vm.address_name for vm in tree.find(words)] == found
+
+
+def test_need_says_what_fits(tree: nocloud.Tree) -> None:
+    assert tree.need("web01").address_name == "pf/web/web01"
+    with pytest.raises(nocloud.NotFound) as raised:
+        tree.need("web00")
+    assert "pf/web/web00" in str(raised.value) and "two/web/web00" in str(raised.value)
+    with pytest.raises(nocloud.NotFound) as raised:
+        tree.need("web02")
+    assert "no such VM" in str(raised.value) and "web0" in raised.value.hint
+
+
+def test_lists_are_sorted_by_group_type_and_name(tree: nocloud.Tree) -> None:
+    names = [vm.address_name for vm in tree.vms()]
+    clones = ["pf/sql/db00", "pf/web/web00", "pf/web/web01", "two/web/web", "two/web/web00", "two/x/DB00"]
+    assert names == [*clones, "templates/debian12"]
+    assert [vm.name for vm in tree.vms("pf", "web")] == ["web00", "web01"]
+    assert [vm.name for vm in tree.vms("nothere")] == []
+    assert tree.groups() == ["pf", "two"]
+    assert [vm.name for vm in tree.unfinished()] == ["web02"]
+
+
+def test_an_empty_tree(tmp_path: Path) -> None:
+    tree = nocloud.Tree(str(tmp_path / "nothing"))
+    assert list(tree.vms()) == [] and tree.find("x") == [] and tree.groups() == []
+
+
+def test_disks_of_every_form_of_conf(tmp_path: Path) -> None:
+    """Relative to vmBaseDir, to the VM's own folder, or absolute."""
+    add(tmp_path, "pf/web/web00")
+    folder = tmp_path / "pf/web/web00"
+    (folder / "web00_1.img").write_text("")
+    vm = nocloud.VM(str(tmp_path), "pf", "web", "web00")
+    (folder / "web00.conf").write_text("vmDisk=pf/web/web00/web00_0.img\nvmExtraDisk='web00_1.img, /dev/null'\n")
+    assert vm.disks() == [f"{folder}/web00_0.img", f"{folder}/web00_1.img", "/dev/null"]
+
+
+def test_a_conf_keeps_what_we_do_not_know(tmp_path: Path) -> None:
+    add(tmp_path, "pf/web/web00")
+    vm = nocloud.VM(str(tmp_path), "pf", "web", "web00")
+    conf = Path(vm.conf_file)
+    conf.write_text('#!/bin/bash\nvmName=web00\n# mine\nmyOwn="a b"\nvmMem=64 # was 32\n')
+    vm.write_conf({"vmMem": "128", "vmTemplate": "x y"})
+    assert conf.read_text() == "#!/bin/bash\nvmName=web00\n# mine\nmyOwn=\"a b\"\nvmMem=128\nvmTemplate='x y'\n"
+    assert vm.conf["myOwn"] == "a b" and vm.get("vmMem") == "128" and vm.get("vmCpu") == "2"
+
+
+# States ##############################################################################################
+
+HOLD = """
+import fcntl, sys, time
+file = open(sys.argv[1], "r+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+time.sleep(300)
+"""
+
+
+def test_a_pidfile_that_nobody_locks_is_stale(tmp_path: Path) -> None:
+    path = tmp_path / "x.pid"
+    assert nocloud.lock_holder(str(path)) == ("stopped", 0)
+    for content in ("", "1\n", f"{os.getpid()}\n", "garbage", "-5"):
+        path.write_text(content)
+        assert nocloud.lock_holder(str(path)) == ("stopped", 0)
+    assert nocloud.lock_holder(str(path / "below")) == ("stopped", 0)
+
+
+def test_the_lock_tells_the_pid_whatever_the_file_says(tmp_path: Path) -> None:
+    path = tmp_path / "x.pid"
+    path.write_text("4711\n")
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "locked\n"
+        assert nocloud.lock_holder(str(path)) == ("running", holder.pid)
+        inside = "import os, sys, nocloud; print(nocloud.lock_holder(sys.argv[1]))"
+        seen = subprocess.run(
+            ["unshare", "-Urp", "--fork", sys.executable, "-c", inside, str(path)],
+            capture_output=True,
+            text=True,
+            cwd=Path(nocloud.__file__).parent,
+            check=True,
+        )
+        assert seen.stdout == "('unknown', 0)\n"
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert nocloud.lock_holder(str(path)) == ("stopped", 0)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_pidfile_that_may_not_be_read_is_unknown(tmp_path: Path) -> None:
+    path = tmp_path / "x.pid"
+    path.touch(0o000)
+    assert nocloud.lock_holder(str(path)) == ("unknown", 0)
+
+
+def test_a_pipe_in_the_pidfiles_place_blocks_nobody(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.pid")
+    assert nocloud.lock_holder(str(tmp_path / "x.pid"))[0] in ("stopped", "unknown")
+
+
+# Locks and files #####################################################################################
+
+
+def test_a_folders_lock_excludes_and_shares(tmp_path: Path) -> None:
+    path = str(tmp_path)
+    with nocloud.FolderLock(path, shared=True), nocloud.FolderLock(path, shared=True):
+        with pytest.raises(nocloud.WrongState), nocloud.FolderLock(path, wait=0):
+            pass
+        assert nocloud.is_locked(path)
+    assert not nocloud.is_locked(path)
+    with nocloud.FolderLock(path):
+        fd = os.open(path, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        os.close(fd)
+    with pytest.raises(FileNotFoundError), nocloud.FolderLock(str(tmp_path / "nothing")):
+        pass
+
+
+def test_a_lock_of_a_folder_that_was_replaced_is_no_lock(tmp_path: Path) -> None:
+    """Who waited for a folder that was removed and made again gets the new one's lock."""
+    path = tmp_path / "vm"
+    path.mkdir()
+    first = nocloud.FolderLock(str(path)).__enter__()
+    waiter = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"import nocloud\nwith nocloud.FolderLock({str(path)!r}): print(len(nocloud.os.listdir({str(path)!r})))",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(nocloud.__file__).parent,
+    )
+    path.rename(tmp_path / "gone")
+    path.mkdir()
+    (path / "new").touch()
+    first.release()
+    assert waiter.communicate(timeout=20)[0] == "1\n"
+
+
+def test_files_land_whole_with_their_mode(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    mask = os.umask(0o077)
+    try:
+        nocloud.write_file(str(path), "a\n", 0o644)
+        assert path.stat().st_mode & 0o777 == 0o644
+        nocloud.write_file(str(path), b"b", 0o600)
+        assert path.stat().st_mode & 0o777 == 0o600 and path.read_bytes() == b"b"
+    finally:
+        os.umask(mask)
+    assert os.listdir(tmp_path) == ["file"]
+    with pytest.raises(OSError):
+        nocloud.write_file(str(tmp_path / "no/file"), "x")
+
+
+def test_trees_are_removed_without_following_links(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").touch()
+    doomed = tmp_path / "doomed"
+    doomed.mkdir()
+    (doomed / "link").symlink_to(outside)
+    nocloud.remove_tree(str(doomed))
+    nocloud.remove_tree(str(doomed))
+    assert not doomed.exists() and (outside / "file").exists()
+    doomed.symlink_to(outside)
+    with pytest.raises(nocloud.Error, match="symlink"):
+        nocloud.remove_tree(str(doomed))
+    assert (outside / "file").exists()
+
+
+def test_backing_chains_are_read_from_headers(tmp_path: Path) -> None:
+    def create(*words: str) -> None:
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *words], cwd=tmp_path, check=True)
+
+    (tmp_path / "sub").mkdir()
+    create("a.img", "1M")
+    create("-F", "qcow2", "-b", "../a.img", "sub/b.img")
+    create("-F", "qcow2", "-b", "sub/b.img", "c.img")
+    base = str(tmp_path)
+    assert nocloud.backing_chain([f"{base}/c.img"]) == [f"{base}/sub/b.img", f"{base}/a.img"]
+    assert nocloud.backing_chain([f"{base}/a.img"]) == []
+    (tmp_path / "raw").write_bytes(b"QFI\xfb")
+    assert nocloud.backing_chain([f"{base}/raw"]) == []
+
+
+def test_a_killed_commands_leavings_are_swept(cloud: Cloud) -> None:
+    add(cloud.base, "pf/web/web00")
+    for name in (".new-web01", ".del-web02"):
+        (cloud.base / "pf/web" / name).mkdir()
+    keep = cloud.home / "keep"
+    keep.mkdir()
+    (cloud.base / "pf/web/.new-link").symlink_to(keep)
+    tree = nocloud.Tree(str(cloud.base))
+    with nocloud.FolderLock(str(cloud.base / "pf/web/.new-web01")):
+        nocloud.sweep(tree, "pf")
+        assert (cloud.base / "pf/web/.new-web01").exists()  # its maker lives
+        assert not (cloud.base / "pf/web/.del-web02").exists()
+    nocloud.sweep(tree, "pf")
+    assert not (cloud.base / "pf/web/.new-web01").exists()
+    assert keep.is_dir() and (cloud.base / "pf/web/web00").is_dir()
