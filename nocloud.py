@@ -1481,6 +1481,14 @@ def fork_child(work: Callable[[], None], keep: Sequence[int]) -> int:
         os._exit(EXIT_FAILED)
 
 
+def fork_session() -> int:
+    """fork(2): the child's pid, and 0 in the child, which goes on as we are, in a session of its own."""
+    pid = os.fork()
+    if not pid:
+        os.setsid()
+    return pid
+
+
 class Process:
     """A process that we may signal, held by a pidfd: its number can't become another's meanwhile."""
 
@@ -1590,6 +1598,12 @@ def looks_bootable(path: str) -> bool:
     """Whether a raw image begins with a boot sector (55 AA at its end): any file at all is "raw" to qemu-img."""
     with open(path, "rb") as file:
         return file.read(512)[510:512] == b"\x55\xaa"
+
+
+def disk_format(path: str) -> str:
+    """qcow2 where the header says so, else raw: bash trees hold both, and their confs don't say which."""
+    with open(path, "rb") as file:
+        return "qcow2" if file.read(4) == b"QFI\xfb" else "raw"
 
 
 def create_overlay(disk: str, backing: str) -> None:
@@ -5490,12 +5504,6 @@ def split_words(text: str) -> list[str]:
         raise UsageError(f"vmExtraOpts: {error}: {text!r}") from None
 
 
-def disk_format(path: str) -> str:
-    """qcow2 where the header says so, else raw: bash trees hold both, and their confs don't say which."""
-    with open(path, "rb") as file:
-        return "qcow2" if file.read(4) == b"QFI\xfb" else "raw"
-
-
 def write_credentials(vm: VM) -> str:
     """The name of the credentials file, written anew for this start; '' where the guest takes none."""
     if vm.get("vmInit") != "systemd" or not os.path.exists(vm.host_key):
@@ -6619,10 +6627,9 @@ class Background:
     def start(self) -> int | None:
         """None in the child, which goes on; in the caller the exit status, when the child has settled or ended."""
         hear, talk = os.pipe()
-        pid = os.fork()
+        pid = fork_session()
         if not pid:
             os.close(hear)
-            os.setsid()
             self._talk = talk
             return None
         os.close(talk)
