@@ -277,6 +277,9 @@ def remove_empty(path: str) -> None:
 def make_private_folder(path: str) -> None:
     """A folder that only its owner enters: it holds keys or sockets."""
     os.makedirs(path, 0o700, exist_ok=True)
+    info = os.stat(path)
+    if info.st_mode & 0o077 and info.st_uid == os.geteuid():
+        os.chmod(path, 0o700)
 
 
 def untrusted(path: str, info: os.stat_result | None = None) -> str:
@@ -299,22 +302,26 @@ class FolderLock:
     lock before us, so what was locked is compared with what the path names now.
     """
 
-    def __init__(self, path: str, shared: bool = False, wait: float = 600.0) -> None:
+    def __init__(self, path: str, shared: bool = False, wait: float = 600.0, make: bool = False) -> None:
+        """`make`: the folder is made where it isn't there, as often as someone else removes it meanwhile."""
         self.path = path
-        self._shared, self._wait = shared, wait
+        self._shared, self._wait, self._make = shared, wait, make
         self._fd = -1
 
     def __enter__(self) -> FolderLock:
         deadline = time.monotonic() + self._wait
         while True:
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            if self._make:
+                make_private_folder(self.path)
             try:
+                self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 self._acquire(deadline)
                 if os.path.samestat(os.fstat(self._fd), os.stat(self.path)):
                     return self
             except FileNotFoundError:
                 self.release()
-                raise
+                if not self._make:
+                    raise
             except BaseException:
                 self.release()
                 raise
@@ -434,6 +441,7 @@ def in_parallel(work: Callable[[Any], Any], items: Sequence[Any], workers: int =
             return [future.result() for future in futures]
         except BaseException:
             cancellation.requested = True
+            cancellation.end_children()
             for future in futures:
                 future.cancel()
             raise
@@ -797,14 +805,19 @@ class Config:
     def set(self, key: str, value: str, place: str) -> None:
         check_setting(key, value, place)
         self._values[key] = value
+        same = {"vmDefaultGroup": "vmGroup", "vmDefaultSubGroup": "vmSubGroup"}.get(key)
+        if same and value:
+            self._values[same] = value
 
     def read(self, path: str) -> None:
         """Take the settings of a file.  One that others could have written is skipped with a warning."""
-        reason = untrusted(path)
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            reason = untrusted(path, os.fstat(file.fileno()))  # of what is open: the name may be another file's by now
+            text = "" if reason else file.read()
         if reason:
             report.warn(f"{path} is skipped: {reason}")
             return
-        assignments = parse_assignments(read_text(path), path, ChainMap(self._values, os.environ))
+        assignments = parse_assignments(text, path, ChainMap(self._values, os.environ))
         used = {name for assignment in assignments for name in assignment.used}
         for assignment in assignments:
             place = f"{path}:{assignment.line}"
@@ -822,19 +835,31 @@ def program_path() -> str:
 
 
 def packaged(name: str) -> str:
-    """The text of a file of `etc/` as it came with the program: beside it in a checkout, inside it in a zipapp."""
-    loader = globals()["__loader__"]
-    data: bytes = loader.get_data(os.path.join(os.path.dirname(__file__), "etc", name))
+    """The text of a file of `etc/` as it came with the program: beside it in a checkout, inside it in a zipapp.
+
+    '' where there is none: nocloud.py copied alone works too.
+    """
+    try:
+        folder = os.path.dirname(os.path.realpath(__file__))
+        data: bytes = globals()["__loader__"].get_data(os.path.join(folder, "etc", name))
+    except OSError:
+        return ""
     return data.decode()
+
+
+def home_folder() -> str:
+    """The user's home; /nonexistent where there is none, so that nothing lands in the current folder, or in /."""
+    path = os.path.expanduser("~") if os.environ.get("HOME", "~") else ""
+    return path if os.path.isabs(path) else "/nonexistent"
 
 
 def config_home() -> str:
     """nocloud's own configuration folder, where its key lies."""
-    return os.path.join(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "nocloud")
+    return os.path.join(os.environ.get("XDG_CONFIG_HOME") or os.path.join(home_folder(), ".config"), "nocloud")
 
 
 def cache_home() -> str:
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nocloud")
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join(home_folder(), ".cache"), "nocloud")
 
 
 def config_files() -> list[str]:
@@ -862,9 +887,6 @@ def load_config() -> Config:
             config.set(key, value, name)
     if os.environ.get("NOCLOUD_NOKVM", "") not in ("", "0"):
         config.set("vmAccel", "tcg", "NOCLOUD_NOKVM")
-    for old, key in (("vmDefaultGroup", "vmGroup"), ("vmDefaultSubGroup", "vmSubGroup")):
-        if config[old]:
-            config.set(key, config[old], old)
     return config
 
 
@@ -1024,6 +1046,8 @@ class VM:
                 text = file.read(1 << 20)
         except FileNotFoundError:
             raise NotFound(f"{self.name}: its conf is gone: {self.conf_file}") from None
+        except OSError as error:
+            raise error_from_os(error) from None
         if reason:
             raise UsageError(
                 f"{self.conf_file} is not used: {reason}", f"chown it to you, and chmod go-w {self.conf_file}"
@@ -1043,9 +1067,10 @@ class VM:
         """Set these keys in its conf; everything else in it, comments too, stays."""
         try:
             text = read_text(self.conf_file)
+            mode = os.stat(self.conf_file).st_mode & 0o644  # never wider than it was: old ones hold a password
         except FileNotFoundError:
-            text = ""
-        write_file(self.conf_file, update_assignments(text, changes), 0o644)
+            text, mode = "", 0o644
+        write_file(self.conf_file, update_assignments(text, changes), mode)
         self._conf = None
 
     def path(self, disk: str) -> str:
@@ -1170,7 +1195,7 @@ class Tree:
         """The VMs, finished or not, whose disk is an overlay on the template's."""
         mine = {os.path.realpath(disk) for disk in template.disks()[:1]}
         found = []
-        for vm in [*self.vms(), *self.unfinished()]:
+        for vm in [*self.unfinished(), *self.vms()]:  # in this order: one may be finished between the looks
             try:
                 if vm.folder != template.folder and (
                     vm.conf.get("vmTemplate") == template.name or mine & set(backing_chain(vm.disks()[:1]))
@@ -1184,7 +1209,7 @@ class Tree:
 def _names(path: str) -> list[str]:
     try:
         return sorted(os.listdir(path))
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return []
 
 
@@ -1193,7 +1218,7 @@ def _folders(path: str) -> list[str]:
     try:
         with os.scandir(path) as entries:
             return sorted(entry.name for entry in entries if entry.name[0] != "." and entry.is_dir())
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return []
 
 
@@ -1437,10 +1462,14 @@ def spawn(
 
 def become(argv: Sequence[str]) -> None:
     """Replace this process by a program: stdin, terminal and exit status are then the program's own."""
+    import signal
+
     words = [need_program(argv[0]), *argv[1:]]
     report.trace(words)
     sys.stdout.flush()
     sys.stderr.flush()
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and exec hands that on
+        signal.signal(number, signal.SIG_DFL)
     os.execv(words[0], words)
 
 
@@ -1578,7 +1607,13 @@ def check_foreign_image(path: str, shown: str = "") -> str:
     An image may name any file of the host as its backing or data file, and a guest would read it.
     `shown` is what messages call it, where that isn't its path.
     """
-    shown, info = shown or path, image_info(path)
+    shown = shown or path
+    with open(path, "rb") as file:
+        header = file.read(80)
+    # Bit 2 of the incompatible features (QEMU docs/interop/qcow2.txt): `qemu-img info` would open that other file.
+    if header[:4] == b"QFI\xfb" and header[7:8] >= b"\x03" and len(header) == 80 and header[79] & 4:
+        raise WrongImage(f"{shown}: refused: the image keeps its data in another file")
+    info = image_info(path)
     name = str(info.get("format", ""))
     data_file = (info.get("format-specific") or {}).get("data", {}).get("data-file")
     if info.get("backing-filename") or info.get("full-backing-filename"):
@@ -2395,8 +2430,6 @@ class PrivateNetwork(Network):
 
     def publish(self, vm: VM) -> None:
         """A file for DHCP and one for DNS, named by the VM's UUID; dnsmasq sees them at once (inotify)."""
-        for name in ("dhcp", "hosts"):
-            make_private_folder(self.file(name))
         uuid, address = vm.get("vmUuid"), vm.get("vmAddress")
         names = [f"{vm.name}.{vm.group}.{DOMAIN}", f"{vm.name}.{vm.group}"] if not vm.is_template else []
         bare = [f"{vm.name}.{DOMAIN}", vm.name]
@@ -2408,6 +2441,7 @@ class PrivateNetwork(Network):
     def _write_once(self, kind: str, uuid: str, text: str) -> None:
         """Through a name with a leading dot, which dnsmasq passes over."""
         path = os.path.join(self.file(kind), uuid)
+        make_private_folder(self.file(kind))
         try:
             if read_text(path) == text:
                 return
@@ -2434,6 +2468,10 @@ class PrivateNetwork(Network):
                 continue
         return [(uuid, words) for _, uuid, words in sorted(found)]
 
+    def published(self) -> set[str]:
+        """The addresses that have names: also of VMs whose conf can't be read just now."""
+        return {words[0] for _, words in self._host_files() if words}
+
     def _owner_of(self, name: str) -> str:
         """The UUID of the VM that the bare name belongs to, or ''."""
         return next((uuid for uuid, words in self._host_files() if name.lower() in words), "")
@@ -2453,7 +2491,9 @@ class PrivateNetwork(Network):
                 remove_file(path)
             words = files.pop(uuid, [])
             bare = words[-1] if words else ""
-            heir = next((other for other, names in files.items() if bare and names[1].split(".")[0] == bare), "")
+            heir = next(
+                (other for other, names in files.items() if bare and names[1:] and names[1].split(".")[0] == bare), ""
+            )
             if heir and bare not in files[heir]:
                 self._write_once("hosts", heir, " ".join([*files[heir], f"{bare}.{DOMAIN}", bare]) + "\n")
         if changed and self.holder():
@@ -2478,7 +2518,8 @@ class PrivateNetwork(Network):
         return bool(
             self.holder()
             and daemon_pid(self.file("dnsmasq.pid"))
-            and (daemon_pid(self.file("pasta.pid")) or not self._way_out())
+            # without a pidfile it didn't start when the network came up: that isn't tried again by each command
+            and (daemon_pid(self.file("pasta.pid")) or not os.path.exists(self.file("pasta.pid")))
         )
 
     @staticmethod
@@ -2487,8 +2528,7 @@ class PrivateNetwork(Network):
 
     def up(self, keep: bool = False) -> None:
         """Bring up what isn't up.  `keep`: it stays though no VM is on it yet, until the last that comes has gone."""
-        make_private_folder(self.folder)
-        with FolderLock(self.folder):
+        with FolderLock(self.folder, make=True):
             self._complete()
             if keep:
                 write_file(self.file("kept"), "")
@@ -2619,6 +2659,8 @@ class PrivateNetwork(Network):
             child.returncode = 0  # it lives on: no warning about that
             self._masquerade()
         except Error as error:
+            if not daemon_pid(pid_file):
+                remove_file(pid_file)
             report.warn(f"the private network has no way out: {error}")
             return False
         return True
@@ -2657,7 +2699,7 @@ class PrivateNetwork(Network):
                     f"the private network is in use by {', '.join(users[:10])}", "vmstop -g GROUP stops a group"
                 )
             self.down()
-        self._remove_folder()
+            self._remove_folder()
 
     def tend(self) -> None:
         """What each command does first: end the network where its last VM has ended by itself, mend it where a part of
@@ -2674,8 +2716,10 @@ class PrivateNetwork(Network):
                     self._complete()
                 else:
                     self.down()
-        except WrongState:
+        except (WrongState, FileNotFoundError):
             pass
+        except Error as error:
+            report.warn(f"the private network is not whole: {error}")
 
     def end_if_idle(self) -> None:
         """End it where no VM is on it; nothing happens while another command is at work on it."""
@@ -2686,9 +2730,9 @@ class PrivateNetwork(Network):
                 if any(True for _ in self._users()):
                     return
                 self.down()
+                self._remove_folder()
         except (WrongState, FileNotFoundError):
-            return
-        self._remove_folder()
+            pass
 
     def _users(self) -> Iterator[VM]:
         """The VMs that are on it: running, or not known to have stopped."""
@@ -2721,6 +2765,12 @@ class PrivateNetwork(Network):
                 raise WrongState("the private network has just gone down", "try again")
             self._spaces = spaces
         return self._spaces
+
+    def renew(self) -> None:
+        """Forget namespaces that are no longer the network's: another command may have ended it and made it anew."""
+        pid = self.holder()
+        if pid and self._spaces and not os.path.samestat(os.fstat(self._spaces.net), os.stat(f"/proc/{pid}/ns/net")):
+            self._forget_spaces()
 
     def _forget_spaces(self) -> None:
         if self._gate:
@@ -2783,9 +2833,11 @@ class PrivateNetwork(Network):
         self.namespaces().enter()
         connection = sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM)
         try:
+            connection.settimeout(30)
             connection.connect((address, port))
+            connection.settimeout(None)
         except OSError as error:
-            raise Error(f"{address}:{port}: {error.strerror}") from None
+            raise Error(f"{address}:{port}: {error.strerror or 'no answer within 30 s'}") from None
         connection.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_NODELAY, 1)
         if not hand_over:
             relay(connection)
@@ -2820,19 +2872,15 @@ class InUse:
         self.network = network
 
     def __enter__(self) -> InUse:
-        network = self.network
-        make_private_folder(network.folder)
         while True:
-            self._lock = FolderLock(network.folder, shared=True).__enter__()
-            if network.is_complete():
-                network.gate()
-                return self
+            self._lock = FolderLock(self.network.folder, shared=True, make=True).__enter__()
+            if self.network.is_complete():
+                break
             self._lock.release()
-            network.up()
-            if not network.is_complete():  # no way out, say; up() has said so
-                self._lock = FolderLock(network.folder, shared=True).__enter__()
-                network.gate()
-                return self
+            self.network.up()
+        self.network.renew()
+        self.network.gate()
+        return self
 
     def __exit__(self, *exc: object) -> None:
         self._lock.release()
@@ -2959,6 +3007,8 @@ class HostBridge(Network):
         """Why this user can't put a VM on the bridge, or ''."""
         if not os.path.isdir(f"/sys/class/net/{self.interface}/bridge"):
             return f"there is no bridge {self.interface}"
+        if not int(read_text(f"/sys/class/net/{self.interface}/flags"), 16) & IFF_UP:
+            return f"the bridge {self.interface} is down"
         helper = self.helper()
         if not helper:
             return "qemu-bridge-helper is not there"
@@ -3123,8 +3173,12 @@ class KnownHosts:
         except FileNotFoundError:
             return []
 
+    def names(self) -> set[str]:
+        """What its lines name: UUIDs and addresses."""
+        return {name for line in self._lines() for name in line.split(" ", 1)[0].split(",")}
+
     def knows(self, uuid: str) -> bool:
-        return any(uuid in line.split(" ", 1)[0].split(",") for line in self._lines())
+        return uuid in self.names()
 
     def update(self, add: Mapping[str, tuple[str, str]], remove: Sequence[str] = ()) -> None:
         """Set lines, uuid → (address, public key), and take those of `remove` away.  An address names one VM only."""
@@ -3171,7 +3225,7 @@ def _tmpfile(path: str, mode: str, owner: str, content: str) -> str:
 def _base64(text: str) -> str:
     import binascii
 
-    return binascii.b2a_base64(text.encode(), newline=False).decode()
+    return binascii.b2a_base64(text.encode("utf-8", "surrogateescape"), newline=False).decode()
 
 
 def ssh_option(name: str, value: str) -> list[str]:
@@ -3277,7 +3331,6 @@ def template_from_image(cloud: Cloud, name: str, path: str, settings: Mapping[st
         checksum = f"{algorithm}:{file_digest(path, algorithm)}"
         if expected not in ("", checksum):
             raise Error(f"{path}: its checksum is {checksum}", "it is not the image that the checksum was made of")
-        report.say(f"{name}: copying {path}")
         import_image(new, path)
         return new.finish({**settings, "vmSource": os.path.abspath(path), "vmChecksum": checksum})
 
@@ -5126,13 +5179,14 @@ def _parse_line_of_description(line: str, place: str, default_type: str) -> Wish
 class Plan:
     """A clone to be made: which template, how much of everything."""
 
-    __slots__ = ("vm", "template", "mem", "cpu", "disks", "gui")
+    __slots__ = ("vm", "template", "mem", "cpu", "disks", "gui", "lock")
 
     def __init__(self, vm: VM, template: VM, wish: Wish) -> None:
         self.vm, self.template = vm, template
         self.mem = wish.mem or int(template.get("vmMem"))
         self.cpu = wish.cpu or int(template.get("vmCpu"))
         self.disks, self.gui = wish.disks, wish.gui
+        self.lock: FolderLock | None = None
 
 
 def check_wishes(cloud: Cloud, group: str, wishes: Sequence[Wish], force: bool) -> None:
@@ -5245,19 +5299,22 @@ def existing_parent(folder: str) -> str:
 # -- making clones
 
 
-def reserve(cloud: Cloud, group: str, wishes: Sequence[Wish]) -> list[Plan]:
-    """Allot names, UUIDs, MACs and addresses, and hold each with a conf in a folder of its own (.new-NAME).
+def reserve(cloud: Cloud, group: str, wishes: Sequence[Wish], plans: list[Plan]) -> list[str]:
+    """Allot names, UUIDs, MACs and addresses, and hold each with a conf in a locked folder of its own (.new-NAME).
 
-    All under the tree's lock: two commands at once never get the same.  What a killed command left is swept here.
+    All under the tree's lock: two commands at once never get the same.  What killed commands left is swept here.  Each
+    plan is added to `plans` as soon as there is something to clean up.  Returns the UUIDs of VMs that are gone, though
+    names and keys are kept of them.
     """
     tree = cloud.tree
-    plans: list[Plan] = []
     with tree.lock():
-        sweep(tree, group)
+        for each in {group, *tree.groups()}:
+            sweep(tree, each)
         kind = group_network(cloud, group)
         taken = Taken(tree)
         names = {vm.name.lower() for vm in taken.vms if vm.group == group}
-        strangers = cloud.private.strangers(taken.uuids)
+        strangers = cloud.private.strangers(taken.uuids) if taken.complete else []
+        taken.addresses |= cloud.private.published()
         for wish in wishes:
             check_collision(tree, group, wish.type)  # again, now that nobody else can make one
             template = tree.need_template(wish.template)
@@ -5267,31 +5324,34 @@ def reserve(cloud: Cloud, group: str, wishes: Sequence[Wish]) -> list[Plan]:
                 plans.append(plan)
                 network = {"vmNetwork": kind, "vmMac": mac, "vmAddress": cloud.network(kind).allot(taken.addresses)}
                 _reserve_one(cloud, plan, {"vmUuid": uuid, **network})
-    cloud.private.withdraw(strangers)  # not under the lock: who starts VMs takes the network's first
-    return plans
+    return strangers
 
 
 class Taken:
     """The names, MACs and addresses that are in use in a tree, by finished and unfinished VMs."""
 
     def __init__(self, tree: Tree) -> None:
-        self.vms = [*tree.vms(), *tree.unfinished()]
+        self.vms = [*tree.unfinished(), *tree.vms()]  # in this order: one may be finished between the looks
         self.uuids: set[str] = set()
         self.macs: set[str] = set()
         self.addresses: set[str] = set()
+        self.complete = True  # False: a VM whose conf can't be used has a name and an address, too
         for vm in self.vms:
             try:
                 self.uuids.add(vm.conf.get("vmUuid", ""))
                 self.macs.add(vm.conf.get("vmMac") or mac_of_uuid(vm.conf.get("vmUuid", "")))
                 self.addresses.add(vm.conf.get("vmAddress", ""))
+            except NotFound:
+                continue  # it has just been finished, or destroyed
             except Error as error:
+                self.complete = False
                 report.warn(str(error))
 
 
 def group_network(cloud: Cloud, group: str) -> str:
     """All VMs of a group share a network: that of the VMs it has, or for a new group what is configured now."""
     for vm in cloud.tree.vms(group):
-        kind = vm.conf.get("vmNetwork", "")
+        kind = vm.conf.get("vmNetwork", "") if vm.is_readable() else ""
         if kind in ("bridge", "private"):
             return kind
     return cloud.default_network()
@@ -5316,6 +5376,7 @@ def _reserve_one(cloud: Cloud, plan: Plan, identity: Mapping[str, str]) -> None:
     os.makedirs(os.path.dirname(vm.folder), exist_ok=True)
     vm.folder = os.path.join(os.path.dirname(vm.folder), MAKING + vm.name)
     os.mkdir(vm.folder, 0o700)
+    plan.lock = FolderLock(vm.folder, wait=0).__enter__()
     settings = {
         "vmName": vm.name, "vmMem": str(plan.mem), "vmCpu": str(plan.cpu), "vmDisk": "", "vmExtraDisk": "", **identity,
         "vmTemplate": template.name, "vmInit": template.get("vmInit"),
@@ -5332,9 +5393,14 @@ def _reserve_one(cloud: Cloud, plan: Plan, identity: Mapping[str, str]) -> None:
 class Making:
     """The clones that this command makes: their folders are locked while it lives, and gone if it fails."""
 
-    def __init__(self, cloud: Cloud, plans: Sequence[Plan]) -> None:
-        self.cloud, self.plans = cloud, plans
-        self.locks = {plan.vm.folder: FolderLock(plan.vm.folder, wait=0).__enter__() for plan in plans}
+    def __init__(self, cloud: Cloud, group: str, wishes: Sequence[Wish]) -> None:
+        self.cloud = cloud
+        self.plans: list[Plan] = []
+        try:
+            self.strangers = reserve(cloud, group, wishes, self.plans)
+        except BaseException:
+            self.__exit__()
+            raise
 
     def finish(self, plan: Plan) -> VM:
         """Make the disks and keys, then put the folder in its place: from then on the VM is there."""
@@ -5360,9 +5426,10 @@ class Making:
 
     def __exit__(self, *exc: object) -> None:
         for plan in self.plans:
-            if os.path.isdir(plan.vm.folder):
-                remove_tree(plan.vm.folder)
-            self.locks[plan.vm.folder].release()
+            if plan.lock:  # before it is taken, vm.folder may still be the final one
+                if os.path.isdir(plan.vm.folder):
+                    remove_tree(plan.vm.folder)
+                plan.lock.release()
         with self.cloud.tree.lock():
             for plan in self.plans:
                 remove_empty(os.path.dirname(plan.vm.folder))
@@ -5381,14 +5448,16 @@ def make_clones(cloud: Cloud, group: str, wishes: Sequence[Wish]) -> list[VM | E
             check_clonable(template)
             make_read_only(template.disks()[0])
         own_key()
-        with Making(cloud, reserve(cloud, group, wishes)) as making:
+        with Making(cloud, group, wishes) as making:
             made = in_parallel(making.finish, making.plans, workers=2 * (os.cpu_count() or 1))
             made = [name_error(plan.vm, result) for plan, result in zip(making.plans, made)]
             publish(cloud, [vm for vm in made if isinstance(vm, VM)])
-            return made
     finally:
         for lock in locks:
             lock.release()
+    cloud.private.withdraw(making.strangers)  # not under those locks: who starts a template takes the network's first
+    cloud.known_hosts.update({}, making.strangers)
+    return made
 
 
 def name_error(vm: VM, result: Any) -> Any:
@@ -5439,6 +5508,8 @@ def start(cloud: Cloud, vm: VM, network: Network, *, iso: str = "", gui: bool = 
             raise WrongState(f"{vm.name}: it is running already")
         if state == "unknown":
             raise WrongState(f"{vm.name}: can't tell whether it runs: {vm.pid_file}", "look as the user who started it")
+        if vm.is_template:
+            check_no_clones(cloud, vm)
         remove_runtime_files(vm)
         ensure_identity(cloud, vm)
         tap, vhost = network.tap()
@@ -5549,7 +5620,7 @@ def answers(vm: VM, pid: int) -> bool:
     try:
         with QMP(vm.folder) as qmp:
             return bool(qmp.execute("query-status"))
-    except QMPClosed:
+    except (QMPClosed, TimedOut):  # the host is busy, perhaps: launch has the deadline
         return False
 
 
@@ -5643,6 +5714,7 @@ def wait_ssh(wait: Wait) -> None:
 def stage_of_port(network: Network, address: str, seconds: float, port: int = 22) -> str:
     """The stage that a try to connect shows: silence (`address`), an answer (`ssh`), an SSH banner (`configured`)."""
     import errno
+    import select
 
     connection = network.socket()
     try:
@@ -5651,7 +5723,11 @@ def stage_of_port(network: Network, address: str, seconds: float, port: int = 22
             connection.connect((address, port))
         except OSError as error:
             return "ssh" if error.errno in (errno.ECONNREFUSED, errno.ECONNRESET) else "address"
-        connection.settimeout(15.0)  # an emulated guest takes its time, and each try that is given up costs it more
+        poll = select.poll()
+        poll.register(connection, select.POLLIN)
+        # An emulated guest takes its time, and each try that is given up costs it more.
+        if not wait_for(lambda: bool(poll.poll(250)), 15.0, 0):
+            return "ssh"
         return "configured" if connection.recv(4) == b"SSH-" else "ssh"
     except OSError:
         return "ssh"
@@ -5703,12 +5779,14 @@ def check_login(vm: VM, status: int, output: str) -> None:
 
 def hostname_script(name: str) -> str:
     """What the guest's shell is given: sets the hostname, now and for the next boot, where it is another."""
+    import shlex
+
     return (
-        f"h={name}; "
-        '[ "$(cat /proc/sys/kernel/hostname)" = $h ] && [ "$(cat /etc/hostname 2>/dev/null)" = $h ] && exit 0; '
-        's=; [ "$(id -u)" = 0 ] || s="sudo -n"; echo $h | $s tee /etc/hostname >/dev/null && '
-        "if command -v hostnamectl >/dev/null && [ -d /run/systemd/system ]; then $s hostnamectl set-hostname $h; "
-        "else $s hostname $h; fi"
+        f"h={shlex.quote(name)}; "
+        '[ "$(cat /proc/sys/kernel/hostname)" = "$h" ] && [ "$(cat /etc/hostname 2>/dev/null)" = "$h" ] && exit 0; '
+        's=; [ "$(id -u)" = 0 ] || s="sudo -n"; echo "$h" | $s tee /etc/hostname >/dev/null && '
+        'if command -v hostnamectl >/dev/null && [ -d /run/systemd/system ]; then $s hostnamectl set-hostname "$h"; '
+        'else $s hostname "$h"; fi'
     )
 
 
@@ -5723,7 +5801,8 @@ def pin_host_key(wait: Wait) -> None:
         while not os.path.exists(place):
             wait.check()
             trust = ssh_trust_options(place, strict=False)
-            run([*ssh_argv(cloud, vm, trust, ssh_key_options(True), batch=True), "true"], check=False, timeout=60)
+            argv = [*ssh_argv(cloud, vm, trust, ssh_key_options(True), batch=True), "true"]
+            attempt(argv, max(5.0, min(60.0, wait.left())))
         lines = read_text(place).splitlines()
         cloud.known_hosts.update({uuid: (vm.get("vmAddress"), lines[0].split(" ", 1)[1])})
     finally:
@@ -5747,7 +5826,7 @@ def ssh_argv(cloud: Cloud, vm: VM, trust: Sequence[str], keys: Sequence[str], ba
     network = cloud.network_of(vm)
     quiet = ["-F", "none", *ssh_option("BatchMode", "yes"), *ssh_option("ConnectTimeout", "20")] if batch else []
     return [
-        "ssh", *quiet, *ssh_option("HostKeyAlias", vm.get("vmUuid")), *trust, *keys,
+        "ssh", *quiet, *ssh_option("ControlPath", "none"), *ssh_option("HostKeyAlias", vm.get("vmUuid")), *trust, *keys,
         *ssh_way(network), "-l", vm.get("vmUser"), network.address(vm),
     ]  # fmt: skip
 
@@ -5761,20 +5840,23 @@ def stop(cloud: Cloud, vm: VM, seconds: float) -> bool:
     Raises WrongState where it can't be told whether it runs.
     """
     with FolderLock(vm.folder):
-        state, pid = vm.state()
-        if state == "unknown":
-            raise WrongState(
-                f"{vm.name}: can't tell whether it runs: {vm.pid_file}", "stop it as the user who started it"
-            )
-        proper = True
-        if state == "running":
-            with Process(pid) as process:
-                if vm.state() == ("running", pid):  # the pidfd is of the process that holds the lock
-                    proper = seconds > 0 and press_power_button(vm, process, seconds)
-                    if not proper:
-                        pull_the_plug(vm, process)
-        remove_runtime_files(vm)
-        return proper
+        return stop_locked(vm, seconds)
+
+
+def stop_locked(vm: VM, seconds: float) -> bool:
+    """What `stop` does, for who holds the VM's lock."""
+    state, pid = vm.state()
+    if state == "unknown":
+        raise WrongState(f"{vm.name}: can't tell whether it runs: {vm.pid_file}", "stop it as the user who started it")
+    proper = True
+    if state == "running":
+        with Process(pid) as process:
+            if vm.state() == ("running", pid):  # the pidfd is of the process that holds the lock
+                proper = seconds > 0 and press_power_button(vm, process, seconds)
+                if not proper:
+                    pull_the_plug(vm, process)
+    remove_runtime_files(vm)
+    return proper
 
 
 def press_power_button(vm: VM, process: Process, seconds: float) -> bool:
@@ -5812,22 +5894,32 @@ def pull_the_plug(vm: VM, process: Process) -> None:
 
 def destroy(cloud: Cloud, vm: VM) -> None:
     """Switch a VM off at once and remove its folder, and nothing else; never through a symlink."""
+    if not os.path.lexists(vm.folder):
+        return  # another command was faster
     for folder in (vm.folder, os.path.dirname(vm.folder), os.path.dirname(os.path.dirname(vm.folder))):
         if os.path.islink(folder) and folder != cloud.tree.base:
             raise Error(f"{vm.name}: {folder} is a symlink: nothing behind it is removed", "remove it yourself")
-    if vm.is_template or not vm.exists():
+    place = os.path.relpath(os.path.realpath(vm.folder), os.path.realpath(cloud.tree.base))
+    if vm.is_template or not vm.exists() or place != os.path.join(vm.group, vm.type, vm.name):
         raise WrongState(f"{vm.folder}: that is no clone")
-    stop(cloud, vm, 0)
     doomed = os.path.join(os.path.dirname(vm.folder), f"{REMOVING}{vm.name}")
-    with FolderLock(vm.folder):
-        if os.path.isdir(doomed):
+    try:
+        with FolderLock(vm.folder):
+            stop_locked(vm, 0)
+            if os.path.isdir(doomed):
+                remove_tree(doomed)
+            os.rename(vm.folder, doomed)
             remove_tree(doomed)
-        os.rename(vm.folder, doomed)
-        remove_tree(doomed)
+    except FileNotFoundError:
+        if os.path.lexists(vm.folder):
+            raise
 
 
-def destroy_all(cloud: Cloud, vms: Sequence[VM]) -> list[Error]:
-    """Destroy VMs in parallel, and what is known of them elsewhere; the errors."""
+def destroy_all(cloud: Cloud, vms: Sequence[VM], group: str = "") -> list[Error]:
+    """Destroy VMs in parallel, and what is known of them elsewhere; the errors.
+
+    `group`: what a killed command left in that one goes too.
+    """
     uuids = {vm.folder: vm.conf.get("vmUuid", "") for vm in vms if vm.is_readable()}
     if not vms and not os.path.isdir(cloud.tree.base):
         return []
@@ -5838,11 +5930,11 @@ def destroy_all(cloud: Cloud, vms: Sequence[VM]) -> list[Error]:
         cloud.network(kind).withdraw(forget)
     cloud.known_hosts.update({}, forget)
     with cloud.tree.lock():
-        for group in {vm.group for vm in vms}:
-            sweep(cloud.tree, group)
-            for type in cloud.tree.types(group):
-                remove_empty(os.path.join(cloud.tree.base, group, type))
-            remove_empty(os.path.join(cloud.tree.base, group))
+        for each in {vm.group for vm in vms} | ({group} & set(cloud.tree.groups())):
+            sweep(cloud.tree, each)
+            for type in cloud.tree.types(each):
+                remove_empty(os.path.join(cloud.tree.base, each, type))
+            remove_empty(os.path.join(cloud.tree.base, each))
     return [result for result in results if isinstance(result, Error)]
 
 
@@ -5864,8 +5956,8 @@ def instantiate(
         errors = [result for result in made if isinstance(result, Error)]
         vms = [result for result in made if isinstance(result, VM)]
         results = start_all(cloud, vms, started)
-        failed = [vm for vm, error in zip(vms, results) if error]
         errors += [error for error in results if error]
+        failed = [vm for vm, error in zip(vms, results) if error and not vm.is_running()]  # by another command, perhaps
         if failed:
             errors += destroy_all(cloud, failed)
         return [vm for vm in vms if vm not in failed], errors
@@ -5899,7 +5991,7 @@ def start_all(
 def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float) -> list[Error]:
     """Stop VMs in parallel; one warning line names those whose plug had to be pulled."""
     running = [vm for vm in vms if vm.state()[0] != "stopped"]
-    results = in_parallel(lambda vm: stop(cloud, vm, seconds), running)
+    results = in_parallel(lambda vm: stop(cloud, vm, seconds), running, workers=len(running) or 1)
     pulled = [vm.name for vm, result in zip(running, results) if result is False]
     if pulled and seconds:
         report.warn(f"no shutdown within {seconds:.0f} s, switched off: {', '.join(pulled)}")
@@ -5917,7 +6009,7 @@ def configure_later(cloud: Cloud, vms: Sequence[VM]) -> None:
 
     It writes to the VMs' logs; what it could not finish, the next vmssh does.
     """
-    names = [vm.address_name for vm in vms if vm.get("vmInit") in ("auto", "ssh")]
+    names = [vm.address_name for vm in vms if vm.is_readable() and vm.get("vmInit") in ("auto", "ssh")]
     if names:
         environment = {"NOCLOUD_vmBaseDir": cloud.tree.base}
         child = spawn(own_command("configure", *names), log=os.devnull, cwd="/", env=environment)
@@ -5928,7 +6020,7 @@ def configure_now(cloud: Cloud, vms: Sequence[VM], seconds: float) -> None:
     """Configure VMs over ssh; what fails is written to their logs."""
     results = in_parallel(lambda vm: wait_ready(Wait(cloud, vm, seconds)), vms, workers=len(vms) or 1)
     for vm, result in zip(vms, results):
-        if isinstance(result, Error):
+        if isinstance(result, Error) and vm.exists():
             append_line(vm.log_file, f"nocloud: not configured: {result}")
 
 
@@ -6585,7 +6677,10 @@ def supervise(
 
         trim_memory()
         supervisor = Supervisor(cloud, group, wakeup, lambda status: settled(status, manager.log_file))
-        return supervisor.run(begin)
+        try:
+            return supervisor.run(begin)
+        finally:
+            cloud.private.end_if_idle()
 
 
 def start_kept(cloud: Cloud, vms: Sequence[VM], spawned: Callable[[VM], None]) -> list[Error]:
@@ -6703,12 +6798,17 @@ def inventory(cloud: Cloud) -> dict[str, Any]:
         if not address:
             continue
         key = f"{vm.group}_{vm.type or TEMPLATES}"
-        groups.setdefault(key, {"hosts": []})["hosts"].append(address)
-        parent = groups.setdefault(vm.group, {"children": [], "vars": {}})
-        if key not in parent["children"]:
-            parent["children"].append(key)
+        groups.setdefault(key, {}).setdefault("hosts", []).append(address)
+        children = groups.setdefault(vm.group, {}).setdefault("children", [])
+        if key not in children:
+            children.append(key)
         members.setdefault(vm.group, []).append(vm)
         hostvars[address] = host_variables(vm)
+        # ansible's own is named by the address, which another VM had before, or has in another tree
+        hostvars[address]["ansible_control_path"] = f"%(directory)s/{vm.conf.get('vmUuid', '')}"
+        if not vm.conf.get("vmAddress"):  # known by its UUID only
+            for program in ("ssh", "sftp", "scp"):
+                hostvars[address][f"ansible_{program}_extra_args"] = f"-o HostKeyAlias={vm.conf.get('vmUuid', '')}"
     for group, vms in members.items():
         users = [vm.get("vmUser") for vm in vms]
         user = max(users, key=users.count)
@@ -6729,7 +6829,7 @@ def ansible_ssh_args(cloud: Cloud, vms: Sequence[VM]) -> str:
     """ssh's options for a group: our known_hosts, the keys, and the way into a private network."""
     import shlex
 
-    strict = all(cloud.known_hosts.knows(vm.conf.get("vmUuid", "?")) for vm in vms)
+    strict = {vm.conf.get("vmUuid", "?") for vm in vms} <= cloud.known_hosts.names()
     planted = all(is_planted(vm) for vm in vms)
     words = [*ssh_trust_options(cloud.known_hosts.path, strict), *ssh_key_options(planted)]
     return shlex.join([*words, *ssh_way(cloud.network_of(vms[0]))])
@@ -6989,7 +7089,7 @@ def wishes_of(config: Config, args: argparse.Namespace) -> tuple[str, list[Wish]
                 raise UsageError(f"-f and {name} exclude each other", "the description file says it all")
         text, name = read_description(args.file)
         return group_of_file(args.file) if group is None else group, parse_description(text, name, type)
-    if args.template is None:
+    if not args.template:
         raise UsageError("which template? give -n TEMPLATE, or -f FILE", "vmtemplate --list shows what is there")
     wish = Wish("", check_name("template", args.template), args.count or config.number("vmCount"), type)
     wish.place = "-o"
@@ -7108,7 +7208,7 @@ def cmd_stop(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     with Cloud(config) as cloud:
         vms = vms_to_stop(cloud, args)
         if args.destroy:
-            errors = destroy_all(cloud, vms)
+            errors = destroy_all(cloud, vms, args.group or "")
         else:
             seconds = 0 if args.kill else config.number("vmStopTimeout") if args.timeout is None else args.timeout
             errors = stop_all(cloud, vms, seconds)
@@ -7118,25 +7218,30 @@ def cmd_stop(config: Config, args: argparse.Namespace, words: list[str]) -> int:
 
 def vms_to_stop(cloud: Cloud, args: argparse.Namespace) -> list[VM]:
     """What vmstop's options mean.  What is gone already is no error."""
+    if args.name == "":
+        raise UsageError("the VM's name is empty", "vmrunning lists the VMs")
     if args.name is not None:
-        if args.group or args.type:
-            found = [
-                vm
-                for vm in cloud.tree.find(args.name)
-                if args.group in (None, vm.group) and args.type in (None, vm.type)
-            ]
-            vms = found if len(found) == 1 else [cloud.tree.need(args.name)]
-        else:
-            vms = [cloud.tree.need(args.name)]
+        vms = [vm_in(cloud, args.name, args.group, args.type)]
     elif args.group is not None:
-        if not (args.destroy and args.group not in (TEMPLATES, *cloud.tree.groups())):
-            cloud.tree.need_group(args.group)
-        vms = list(cloud.tree.vms(args.group, args.type or ""))
+        if args.group and args.destroy and args.group not in (TEMPLATES, *cloud.tree.groups()):
+            return []
+        cloud.tree.need_group(args.group)
+        vms = [vm for vm in cloud.tree.vms(args.group) if args.type in (None, vm.type)]
     else:
         raise UsageError("which group? give -g GROUP, or -n NAME for one VM", "vmrunning lists them")
     if args.destroy and (args.group == TEMPLATES or any(vm.is_template for vm in vms)):
         raise UsageError("templates are not destroyed with vmstop", "vmtemplate --delete NAME")
     return vms
+
+
+def vm_in(cloud: Cloud, name: str, group: str | None, type: str | None) -> VM:
+    """The one VM of that name, in that group and of that type where these are given."""
+    hits = cloud.tree.find(name)
+    found = [vm for vm in hits if group in (None, vm.group) and type in (None, vm.type)]
+    if hits and not found:
+        place = "/".join(part for part in (group, type) if part)
+        raise NotFound(f"{name}: no such VM in {place or 'that place'}", "vmrunning -a lists them")
+    return found[0] if len(found) == 1 else cloud.tree.need(name)
 
 
 @command("ssh", alias="vmssh", operands="VM [WORDS...]")
@@ -7201,7 +7306,9 @@ def cmd_vm(config: Config, args: argparse.Namespace, words: list[str]) -> int:
             raise WrongState(f"{vm.name}: it runs already, without that ISO", f"vmstop -n {vm.address_name} stops it")
         elif args.gui and not screen_of(vm):
             raise WrongState(f"{vm.name}: it runs without a screen", f"vmconsole -s -n {vm.address_name}")
-        if not args.gui:
+        if args.gui:
+            open_screens([vm])
+        else:
             become_ssh(cloud, vm, words)
     return EXIT_DONE
 
@@ -7211,6 +7318,8 @@ def vm_of_options(cloud: Cloud, name: str, group: str | None, type: str | None) 
     tree = cloud.tree
     if type:
         found = [vm for vm in tree.find(name) if vm.type == type and group in (None, vm.group)]
+        if not found:
+            raise NotFound(f"{name}: no such VM of type {type}", "vmrunning -a lists them")
         return found[0] if len(found) == 1 else tree.need(f"{group}/{type}/{name}" if group else name)
     if group == TEMPLATES:
         return tree.need_template(name)
@@ -7223,13 +7332,7 @@ def vm_of_options(cloud: Cloud, name: str, group: str | None, type: str | None) 
 def start_alone(cloud: Cloud, vm: VM, iso: str, gui: bool) -> None:
     """Start a stopped VM; a template too, unless others' disks lie on its own."""
     if vm.is_template:
-        clones = cloud.tree.clones(vm)
-        if clones:
-            raise WrongState(
-                f"{vm.name}: {plural(len(clones), 'clone')} depend on its disk, so it can't be run: "
-                + ", ".join(clone.address_name for clone in clones[:10]),
-                "run a clone of it instead, or destroy the clones first",
-            )
+        check_no_clones(cloud, vm)
         for disk in vm.disks():
             make_writable(disk)  # cloning made it read-only
     with FolderLock(vm.folder):
@@ -7238,8 +7341,11 @@ def start_alone(cloud: Cloud, vm: VM, iso: str, gui: bool) -> None:
             make_host_key(vm)
     publish_keys(cloud, [vm])
     network = cloud.network_of(vm)
-    with network.in_use():
-        start(cloud, vm, network, iso=iso, gui=gui)
+    try:
+        with network.in_use():
+            start(cloud, vm, network, iso=iso, gui=gui)
+    finally:
+        cloud.private.end_if_idle()
 
 
 @command(
@@ -7396,6 +7502,8 @@ def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> int
         path = os.path.join(folder, name)
         if os.path.islink(path):
             os.unlink(path)
+        elif os.path.realpath(path) == program:
+            continue
         elif os.path.lexists(path):
             raise WrongState(
                 f"{path}: is there and is no symlink; it is kept", "move it away, or choose another folder"
@@ -7408,7 +7516,10 @@ def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> int
 def cmd_configure(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """do over ssh what can only be done there, for VMs that have just been started"""
     with Cloud(config) as cloud:
-        configure_now(cloud, [cloud.tree.need(name) for name in words], config.number("vmWaitTimeout"))
+        vms = [vm for name in words for vm in cloud.tree.find(name) if vm.is_readable()]
+        for kind in {cloud.network_kind(vm) for vm in vms}:
+            cloud.network(kind).open()  # before there are threads
+        configure_now(cloud, vms, config.number("vmWaitTimeout"))
     return EXIT_DONE
 
 
@@ -7594,10 +7705,25 @@ def on_signal(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
+def open_standard_streams() -> None:
+    """Descriptors 0 to 2 are never another file's, whatever the caller closed; names go out as they came in."""
+    fd = os.open(os.devnull, os.O_RDWR)
+    while fd < 3:
+        fd = os.dup(fd)
+    os.close(fd)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure:
+        reconfigure(errors="surrogateescape")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns the exit status.  The only place that catches errors."""
     import signal
 
+    open_standard_streams()
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, on_signal)
@@ -7605,16 +7731,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_command(sys.argv if argv is None else argv)
     except Error as error:
         report.error(error)
-        if report.debug:
-            raise
         return error.status
     except KeyboardInterrupt:
         report.say(f"{report.program}: interrupted")
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: no complaint at exit either
-        return EXIT_FAILED
     except OSError as error:
+        if error.filename is None:  # stdout, perhaps: what is left in its buffer is not written, nor complained about
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if isinstance(error, BrokenPipeError):
+            return EXIT_FAILED
         if report.debug:
             raise
         report.error(error_from_os(error))

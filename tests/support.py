@@ -17,6 +17,7 @@ from types import TracebackType
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "nocloud.py"
+LAUNCHER = ROOT / "tests/launch.py"
 DATA = Path(__file__).resolve().parent / "data"
 NOBODY = 65534
 
@@ -92,7 +93,7 @@ class Cloud:
     def argv(self, name: str, *words: object) -> list[str]:
         """`vmX` or a subcommand, as a real call of the module."""
         sub = name[2:] if name.startswith("vm") and name != "vm" else name
-        return [sys.executable, "-IS", str(PROGRAM), *([sub] if sub else []), *map(str, words)]
+        return [sys.executable, "-IS", str(LAUNCHER), *([sub] if sub else []), *map(str, words)]
 
     def run(
         self,
