@@ -278,8 +278,10 @@ def make_private_folder(path: str) -> None:
     """A folder that only its owner enters: it holds keys or sockets."""
     os.makedirs(path, 0o700, exist_ok=True)
     info = os.stat(path)
-    if info.st_mode & 0o077 and info.st_uid == os.geteuid():
-        os.chmod(path, 0o700)
+    if info.st_mode & 0o077 and not info.st_mode & 0o022 and info.st_uid == os.geteuid():
+        os.chmod(
+            path, 0o700
+        )  # one that others could write to stays as it is: who relies on what is in it looks for that
 
 
 def untrusted(path: str, info: os.stat_result | None = None) -> str:

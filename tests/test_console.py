@@ -170,6 +170,7 @@ def test_console_ends_with_the_guest(still: Cloud) -> None:
         terminal.ends(0)
 
 
+@pytest.mark.long
 def test_console_without_a_display_is_the_serial_one(web: Cloud) -> None:
     done = web.run("vmconsole", "-n", "web00", input="echo s$((1+1))s\n").ok()
     assert "no display" in done.stderr
@@ -259,6 +260,7 @@ def network_sockets(pid: int) -> list[str]:
     return [line for line in rows if f"socket:[{line.split()[9]}]" in own]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("program", ["remote-viewer", "spicy"])
 def test_spice_in_a_viewer(blank: Cloud, viewers: dict[str, str], spice: None, program: str) -> None:
     assert "no display" in make_gui(blank)

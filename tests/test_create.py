@@ -53,6 +53,7 @@ def test_an_installer_runs(cloud: Cloud, iso: Path, vms: None) -> None:
     cloud.run("vminstantiate", "-n", "fresh", "-g", "pf", "--dry-run").ok()
 
 
+@pytest.mark.long
 def test_the_disk_boots_where_no_iso_is_given(tiny: Cloud, iso: Path) -> None:
     """An ISO comes first only when it is given, and is gone at the next start."""
     tiny.run("vmcreate", "-n", "tiny", "-a", "-i", iso).ok()
@@ -134,6 +135,7 @@ def test_adjust_grows_the_disk(blank: Cloud) -> None:
     blank.run("vmcreate", "-n", "blank", "-a", "-m", 64).quiet()  # a template's clones don't mind
 
 
+@pytest.mark.long
 def test_a_clone_sees_its_larger_disk(tiny: Cloud) -> None:
     tiny.run("vminstantiate", "-n", "tiny", "-g", "pf", "-o", "name=web", "-w", READY).ok()
     tiny.run("vmstop", "-g", "pf", "--kill").ok()

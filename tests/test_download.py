@@ -403,6 +403,7 @@ def test_broken_off_without_ranges(web: Cloud, site: Site, image: bytes) -> None
     same_disk(web, "x", image)
 
 
+@pytest.mark.long
 def test_broken_off_each_time(web: Cloud, site: Site, image: bytes) -> None:
     path = offer(web, site, image)
     site.tricks[path] = break_off(*[100] * 9)
@@ -414,6 +415,7 @@ def test_broken_off_each_time(web: Cloud, site: Site, image: bytes) -> None:
     same_disk(web, "x", image)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("length", [-1000, 1000])
 def test_wrong_length(web: Cloud, site: Site, image: bytes, length: int) -> None:
     path = offer(web, site, image)
@@ -483,6 +485,7 @@ def test_out_of_order_for_a_while(web: Cloud, site: Site, image: bytes) -> None:
     same_disk(web, "x", image)
 
 
+@pytest.mark.long
 def test_out_of_order(web: Cloud, site: Site, image: bytes) -> None:
     site.tricks[offer(web, site, image)] = status(500)
     template(web, "x").fails(1, "the server says 500", "4 tries")
@@ -539,6 +542,7 @@ def test_https(web: Cloud, site: Site, image: bytes, certificate: tuple[Path, Pa
         same_disk(web, "x", image)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("headers", [False, True])
 def test_endless_trickle(web: Cloud, site: Site, image: bytes, headers: bool) -> None:
     stop = threading.Event()
@@ -561,6 +565,7 @@ def test_silence(web: Cloud, site: Site, image: bytes) -> None:
     assert site.asked("/dir/x.qcow2") == ["", "bytes=10-"]
 
 
+@pytest.mark.long
 def test_nobody_listens(web: Cloud, site: Site, image: bytes) -> None:
     extend(web, f"[x]\nimage = http://127.0.0.1:9/x\nchecksum = sha256:{A}\n")
     template(web, "x").fails(1, "http://127.0.0.1:9/x", "Connection refused", "4 tries")
