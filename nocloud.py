@@ -2725,13 +2725,14 @@ class PrivateNetwork(Network):
 
     def end_if_idle(self) -> None:
         """End it where no VM is on it; nothing happens while another command is at work on it."""
-        if not self.holder():
+        if not os.path.isdir(self.folder):
             return
         try:
             with FolderLock(self.folder, wait=0):
-                if any(True for _ in self._users()):
-                    return
-                self.down()
+                if self.holder():
+                    if any(True for _ in self._users()):
+                        return
+                    self.down()
                 self._remove_folder()
         except (WrongState, FileNotFoundError):
             pass
