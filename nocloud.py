@@ -5604,7 +5604,7 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int) -> 
             if time.monotonic() > deadline:
                 raise TimedOut(f"{vm.name}: qemu did not answer within 30 s", f"see {vm.log_file}")
             cancellation.check()
-            time.sleep(0.01)
+            time.sleep(0.05)
     except BaseException:
         process.kill()
         process.wait()
@@ -5987,7 +5987,7 @@ def start_all(
     with contextlib.ExitStack() as stack:
         for kind in sorted(kinds):
             stack.enter_context(cloud.network(kind).in_use())
-        results = in_parallel(start_one, vms, workers=4 * (os.cpu_count() or 1))
+        results = in_parallel(start_one, vms)
     return [name_error(vm, result) for vm, result in zip(vms, results)]
 
 
