@@ -87,6 +87,41 @@ def shared(tmp_path_factory: pytest.TempPathFactory, tiny_image: Path, vms: None
         yield cloud
 
 
+@pytest.fixture(scope="session")
+def debian(tmp_path_factory: pytest.TempPathFactory, vms: None) -> Iterator[Cloud]:
+    """A cloud with the template `deb`."""
+    if not shutil.which("mmdebstrap"):
+        pytest.fail("mmdebstrap is not installed: make test installs what the tests need")
+    if os.geteuid() != 0 and not has_subordinate_ids():
+        pytest.skip("this user has no subordinate uids in /etc/subuid")
+    with Cloud(tmp_path_factory.mktemp("debian") / "home") as cloud:
+        done = cloud.run("vmtemplate", "deb", "--build", "bookworm", "--mem", 384, timeout=900).ok()
+        assert done.stderr, "progress is visible while it works"
+        yield cloud
+
+
+def has_subordinate_ids() -> bool:
+    import pwd
+
+    name = pwd.getpwuid(os.geteuid()).pw_name
+    return any(line.startswith(f"{name}:") for line in Path("/etc/subuid").read_text().splitlines())
+
+
+@pytest.fixture(scope="session")
+def debian_image(request: pytest.FixtureRequest) -> Path:
+    """The disk of a Debian template: of the one that the tests build, or, where NOCLOUD_TEST_CACHE is set, the last."""
+    own = os.environ.get("NOCLOUD_TEST_CACHE")
+    kept = Path(own) / "debian.qcow2" if own else None
+    if kept and kept.exists():
+        return kept
+    built: Cloud = request.getfixturevalue("debian")
+    disk = built.base / "templates/deb/deb_0.img"
+    if kept:
+        shutil.copyfile(disk, kept.with_suffix(".new"))
+        kept.with_suffix(".new").rename(kept)
+    return disk
+
+
 def _own_places() -> set[str]:
     """Where a program that didn't heed its environment would leave files."""
     home = Path.home()

@@ -4,35 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from support import Cloud, kill_hard
 from test_inventory import ansible
 
 WAIT = "280"
-
-
-@pytest.fixture(scope="session")
-def debian(tmp_path_factory: pytest.TempPathFactory, vms: None) -> Iterator[Cloud]:
-    """A cloud with the template `deb`."""
-    if not shutil.which("mmdebstrap"):
-        pytest.fail("mmdebstrap is not installed: make test installs what the tests need")
-    if os.geteuid() != 0 and not has_subordinate_ids():
-        pytest.skip("this user has no subordinate uids in /etc/subuid")
-    with Cloud(tmp_path_factory.mktemp("debian") / "home") as cloud:
-        done = cloud.run("vmtemplate", "deb", "--build", "bookworm", "--mem", 384, timeout=900).ok()
-        assert done.stderr, "progress is visible while it works"
-        yield cloud
-
-
-def has_subordinate_ids() -> bool:
-    import pwd
-
-    name = pwd.getpwuid(os.geteuid()).pw_name
-    return any(line.startswith(f"{name}:") for line in Path("/etc/subuid").read_text().splitlines())
 
 
 @pytest.fixture(scope="module")
