@@ -4347,6 +4347,7 @@ DPKG_OPTIONS = (  # for this run only: BUILD_LITTER takes them out of the guest
     "path-include=/usr/share/doc/*/copyright",
     "path-exclude=/usr/share/lintian/*",
 )
+APT_OPTION = 'APT::Cmd::Pattern-Only "true"'  # else a name with a dot that no package has is a regular expression
 GRUB_MODULES = (
     "biosdisk part_msdos part_gpt ext2 normal configfile linux boot echo test search search_fs_uuid search_label"
     " loadenv gzio minicmd ls cat reboot halt"
@@ -4657,6 +4658,15 @@ def package_sources(suite: str, archives: Sequence[AptArchive]) -> list[str]:
     return lines if any(f" {suite} " in line for line in lines) else []
 
 
+def package_names(text: str) -> list[str]:
+    """The names of a comma-separated list, spelt as Debian Policy 5.6.1 says: to apt, `ssh-` would take ssh away."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]*[a-z0-9+.]", name):
+            raise ValueError(f"package names with commas between them; {name!r} is none")
+    return list(dict.fromkeys(names))
+
+
 def check_build(suite: str) -> None:
     """Raise for what can be known to be missing before the work starts."""
     if not re.fullmatch(r"[a-z][a-z0-9.-]{0,62}", suite):
@@ -4697,14 +4707,17 @@ def build_tmpdir() -> str:
     raise Error(f"no folder for temporary files has {BUILD_TMP_MB} MB free", "TMPDIR=FOLDER names another")
 
 
-def install_packages(suite: str, archive: str, sources: Sequence[str], progress: BuildProgress) -> None:
+def install_packages(
+    suite: str, packages: Sequence[str], archive: str, sources: Sequence[str], progress: BuildProgress
+) -> None:
     """A tar of the installed system (mmdebstrap(1), mode unshare: the same as root and as an ordinary user)."""
     hooks = "/usr/share/mmdebstrap/hooks/maybe-merged-usr"  # spares usrmerge, and with it all of perl (bookworm)
     argv = [
         "mmdebstrap", "--verbose", "--mode=unshare", "--format=tar", "--variant=minbase", "--architectures=amd64",
         "--skip=output/dev", *(["--skip=check/signed-by"] if sources else []),
         *([f"--hook-dir={hooks}"] if os.path.isdir(hooks) else []),
-        *[f"--dpkgopt={option}" for option in DPKG_OPTIONS], "--include=" + ",".join(BUILD_PACKAGES),
+        *[f"--dpkgopt={option}" for option in DPKG_OPTIONS], "--aptopt=" + APT_OPTION,
+        "--include=" + ",".join([*BUILD_PACKAGES, *packages]),
         "--customize-hook=" + TARGET_SCRIPT, suite, archive, *sources,
     ]  # fmt: skip
     env = {"TMPDIR": build_tmpdir(), "INITRD": "No", "DEBIAN_FRONTEND": "noninteractive", **apt_proxies()}
@@ -4729,6 +4742,10 @@ def build_error(suite: str, said: Sequence[str]) -> Error:
         return Error(f"{suite}: no such suite on {missing.group(1)}", "--build bookworm, or --build trixie")
     if "NO_PUBKEY" in first or "is not signed" in first:
         return Error(f"{suite}: {first}", "sudo apt install debian-archive-keyring")
+    unknown = re.match(r"Unable to locate package (\S+)|Package '(\S+)' has no installation candidate", first)
+    if unknown:
+        name = unknown.group(1) or unknown.group(2)
+        return NotFound(f"{name}: no such package in {suite}", "apt-cache search finds names")
     return Error(f"{suite}: {first}", "--debug shows the whole command")
 
 
@@ -4884,13 +4901,13 @@ def write_boot_loader(tree: str, raw: str, size: int) -> None:
         file.write(table + core)
 
 
-def build_disk(suite: str, disk: str, gigabytes: int, work: str) -> None:
+def build_disk(suite: str, packages: Sequence[str], disk: str, gigabytes: int, work: str) -> None:
     """Make `disk`, a bootable qcow2, from the suite's packages; `work` is an empty folder that the caller removes."""
     size, tree, raw = gigabytes * GIB, os.path.join(work, "tree"), os.path.join(work, "disk.raw")
     disk_uuid, _ = new_identity(set())
     sources, progress = package_sources(suite, host_archives()), BuildProgress(suite)
     progress.tell("fetching the list of packages")
-    install_packages(suite, os.path.join(work, "root.tar"), sources, progress)
+    install_packages(suite, packages, os.path.join(work, "root.tar"), sources, progress)
     progress.tell("configuring the system")
     owners = unpack_system(os.path.join(work, "root.tar"), tree)
     configure_system(tree, disk_uuid, sources)
@@ -4903,10 +4920,12 @@ def build_disk(suite: str, disk: str, gigabytes: int, work: str) -> None:
     report.say(f"{suite}: built in {time.monotonic() - progress.started:.0f} s")
 
 
-def template_from_packages(cloud: Cloud, name: str, suite: str, settings: Mapping[str, str]) -> VM:
+def template_from_packages(
+    cloud: Cloud, name: str, suite: str, packages: Sequence[str], settings: Mapping[str, str]
+) -> VM:
     """A template from a Debian suite's packages: self-contained and bootable, with ssh, DHCP, python3 and no identity.
 
-    It takes keys, host key and hostname by systemd credentials.
+    It takes keys, host key and hostname by systemd credentials.  `packages`: more of them.
     """
     check_build(suite)
     with NewTemplate(cloud, name) as new:
@@ -4915,9 +4934,10 @@ def template_from_packages(cloud: Cloud, name: str, suite: str, settings: Mappin
             raise Error(f"{cloud.tree.base}: building takes {BUILD_WORK_MB} MB for a while, {free // MIB} MB are free")
         work = new.vm.file("work")
         os.mkdir(work, 0o700)
-        build_disk(suite, new.disk, cloud.config.number("vmCreateDiskSize"), work)
+        build_disk(suite, packages, new.disk, cloud.config.number("vmCreateDiskSize"), work)
         remove_tree(work)
-        return new.finish({**settings, "vmSource": f"packages of {suite}"})
+        source = f"packages of {suite}" + (f", with {', '.join(packages)}" if packages else "")
+        return new.finish({**settings, "vmSource": source})
 
 
 def check_no_clones(cloud: Cloud, template: VM) -> None:
@@ -6911,6 +6931,7 @@ def _digest(algorithm: str) -> Callable[[str], str]:
     Option("--sha512", metavar="HEX", check=_digest("sha512"), help="likewise"),
     Option("--insecure", help="take the image at a URL without a checksum"),
     Option("--build", metavar="SUITE", help="make NAME from a distribution's packages (bookworm)"),
+    Option("--include", metavar="PACKAGE,…", check=package_names, help="more packages for --build"),
     Option("--delete", help="delete NAME; refused while clones depend on it"),
     Option("--mem", metavar="MB", check=MEMORY_MB, default="vmMem", help="memory its clones start with"),
     Option("--cpu", metavar="N", check=CPU_COUNT, default="vmCpu", help="processors its clones start with"),
@@ -6936,11 +6957,13 @@ def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> 
         way = exclusive(args, "image", "build", "delete")
         if expected and way != "image":
             raise UsageError(f"--{expected} goes with --image")
+        if args.include and way != "build":
+            raise UsageError("--include goes with --build")
         if way == "delete":
             delete_template(cloud, name)
         elif way == "build":
             settings = template_settings(cloud, args.mem, args.cpu, args.user, args.init or "systemd")
-            template_from_packages(cloud, name, args.build, settings)
+            template_from_packages(cloud, name, args.build, args.include or [], settings)
         elif way == "image":
             template_from_address(cloud, name, args)
         else:

@@ -21,6 +21,7 @@ OPTIONS: dict[str, Options] = {
         "--list": False,
         "--image": True,
         "--build": True,
+        "--include": True,
         "--delete": False,
         "--mem": True,
         "--cpu": True,

@@ -127,6 +127,10 @@ def test_bad_names(cloud: Cloud, name: str) -> None:
     assert not cloud.base.exists() or not os.listdir(cloud.base)
 
 
+# What apt would take for something else than the name of a package: a pattern, a removal, a file, a release.
+NO_PACKAGES = ("", "jq,", "ssh-", "J", "j", "a b", "-o=x", "~nssh", "?all", "./x.deb", "jq/sid", "jq=1", "jq*", "é1")
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -139,6 +143,9 @@ def test_bad_names(cloud: Cloud, name: str) -> None:
         ("a", "--init", "magic"),
         ("a", "--image", "x", "--build", "bookworm"),
         ("a", "--delete", "--image", "x"),
+        ("a", "--include", "jq"),
+        ("a", "--image", "x", "--include", "jq"),
+        *[("a", "--build", "bookworm", "--include", packages) for packages in NO_PACKAGES],
         ("--delete",),
         ("-L", "a"),
     ],
@@ -241,6 +248,27 @@ def test_an_unknown_suite_leaves_nothing(cloud: Cloud) -> None:
     done = cloud.run("vmtemplate", "x", "--build", "nosuchsuite")
     assert done.status in (1, 2) and "nosuchsuite" in done.stderr and "Traceback" not in done.stderr, repr(done)
     assert not (cloud.base / "templates").exists()
+
+
+def test_more_packages_are_handed_to_mmdebstrap(cloud: Cloud) -> None:
+    """The program is replaced by one that shows its words and says what apt says of a package that isn't there."""
+    script = 'printf "%s\\n" "$@" >>"$HOME/words"; echo "E: Unable to locate package nosuch"; exit 1'
+    path = replace_program(cloud.home / "bin", "mmdebstrap", script)
+    done = cloud.run("vmtemplate", "x", "--build", "bookworm", "--include", "g++, jq,jq,lib.so", env={"PATH": path})
+    assert done.status == 1 and "nosuch: no such package in bookworm" in done.stderr, repr(done)
+    words = (cloud.home / "words").read_text().splitlines()
+    packages = next(word for word in words if word.startswith("--include=")).partition("=")[2].split(",")
+    assert packages[-3:] == ["g++", "jq", "lib.so"] and "openssh-server" in packages
+    assert not (cloud.base / "templates").exists()
+
+
+@pytest.mark.long
+def test_an_unknown_package_leaves_nothing(cloud: Cloud) -> None:
+    """The second name would be a regular expression to apt, which fits `jq`."""
+    for name in ("no-such-package", "j.+jq"):
+        done = cloud.run("vmtemplate", "x", "--build", "bookworm", "--include", name, timeout=600)
+        assert done.status == 1 and f"{name}: no such package in bookworm" in done.stderr, repr(done)
+        assert not (cloud.base / "templates").exists()
 
 
 def test_build_without_its_tool_names_it(cloud: Cloud, tmp_path: Path) -> None:
