@@ -1304,8 +1304,17 @@ PACKAGES = {
     "mke2fs": ("e2fsprogs", "e2fsprogs", "e2fsprogs"),
     "sfdisk": ("fdisk", "util-linux", "util-linux"),
     "newuidmap": ("uidmap", "shadow-utils", "shadow"),
+    "groupadd": ("passwd", "shadow-utils", "shadow"),
+    "modprobe": ("kmod", "kmod", "kmod"),
+    "nft": ("nftables", "nftables", "nftables"),
+    "qemu-bridge-helper": ("qemu-system-common", "qemu-common", "qemu-common"),
 }
-_INSTALLERS = (("apt-get", "apt install", 0), ("dnf", "dnf install", 1), ("pacman", "pacman -S", 2))
+# The package manager, how it installs, the column above, and the distributions that have it, as os-release names them.
+_INSTALLERS = (
+    ("apt-get", "apt install", 0, ("debian", "ubuntu")),
+    ("dnf", "dnf install", 1, ("fedora", "rhel")),
+    ("pacman", "pacman -S", 2, ("arch",)),
+)
 
 
 def find_program(name: str) -> str:
@@ -1326,11 +1335,44 @@ def need_program(name: str) -> str:
     if path:
         return path
     base = os.path.basename(name)
-    for manager, words, column in _INSTALLERS:
-        if find_program(manager):
-            package = PACKAGES.get(base, (base, base, base))[column]
-            raise MissingProgram(f"{base}: not found; it is needed for this", f"sudo {words} {package}")
-    raise MissingProgram(f"{base}: not found; it is needed for this", f"install it, in the package that has {base}")
+    hint = install_command([base]) or f"install it, in the package that has {base}"
+    raise MissingProgram(f"{base}: not found; it is needed for this", hint)
+
+
+def os_release() -> dict[str, str]:
+    """os-release(5) of the host; empty where there is none."""
+    try:
+        return dict(re.findall(r'^(\w+)="?([^"\n]*)"?$', read_text("/etc/os-release"), re.M))
+    except OSError:
+        return {}
+
+
+def choose_installer(release: Mapping[str, str], present: Sequence[str]) -> tuple[str, int]:
+    """(how packages are installed, column of PACKAGES) with the package managers that are there, or ("", 0).
+
+    The distribution decides between several: Debian has a game called pacman, and dnf as well.
+    """
+    family = [release.get("ID", ""), *release.get("ID_LIKE", "").split()]
+    rows = [row for row in _INSTALLERS if row[0] in present]
+    rows.sort(key=lambda row: not set(row[3]) & set(family))
+    return (rows[0][1], rows[0][2]) if rows else ("", 0)
+
+
+def package_of(program: str, column: int) -> str:
+    """The package that brings a program; the program's own name where the table has nothing else."""
+    return PACKAGES.get(program, (program,) * len(_INSTALLERS))[column]
+
+
+def host_installer() -> tuple[str, int]:
+    """choose_installer() of this host."""
+    return choose_installer(os_release(), [row[0] for row in _INSTALLERS if find_program(row[0])])
+
+
+def install_command(programs: Iterable[str]) -> str:
+    """The command that installs these programs here; '' where no package manager is known."""
+    words, column = host_installer()
+    packages = dict.fromkeys(package_of(program, column) for program in programs)
+    return f"sudo {words} {' '.join(packages)}" if words else ""
 
 
 def program_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -4614,14 +4656,6 @@ def host_archives() -> list[AptArchive]:
     text = run(query, check=False, merge=False).stdout
     text = text or run([*query, "--no-release-info"], check=False, merge=False).stdout
     return [AptArchive(*line.split("|")) for line in sorted(set(text.splitlines())) if line.count("|") == 5]
-
-
-def os_release() -> dict[str, str]:
-    """os-release(5) of the host; empty where there is none."""
-    try:
-        return dict(re.findall(r'^(\w+)="?([^"\n]*)"?$', read_text("/etc/os-release"), re.M))
-    except OSError:
-        return {}
 
 
 def signed_by(entry: str) -> str:

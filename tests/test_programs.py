@@ -78,6 +78,35 @@ def test_the_hint_names_this_systems_package(tmp_path: Path, monkeypatch: pytest
         assert raised.value.hint == f"sudo {words} no-such-program"
 
 
+@pytest.mark.parametrize(
+    ("release", "present", "chosen"),
+    [
+        ("ID=debian", "apt-get", ("apt install", 0)),
+        ("ID=debian", "pacman dnf apt-get", ("apt install", 0)),
+        ("ID=ubuntu\nID_LIKE=debian", "apt-get", ("apt install", 0)),
+        ('ID=linuxmint\nID_LIKE="ubuntu debian"', "dnf apt-get", ("apt install", 0)),
+        ("ID=fedora", "apt-get dnf", ("dnf install", 1)),
+        ('ID="rocky"\nID_LIKE="rhel centos fedora"', "dnf", ("dnf install", 1)),
+        ("ID=arch", "apt-get pacman", ("pacman -S", 2)),
+        ("ID=manjaro\nID_LIKE=arch", "pacman", ("pacman -S", 2)),
+        ("ID=something", "dnf", ("dnf install", 1)),
+        ("ID=alpine", "", ("", 0)),
+    ],
+)
+def test_the_distribution_says_how_packages_are_installed(
+    release: str, present: str, chosen: tuple[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = nocloud.read_text
+    monkeypatch.setattr(nocloud, "read_text", lambda path: release if path == "/etc/os-release" else read(path))
+    assert nocloud.choose_installer(nocloud.os_release(), present.split()) == chosen
+
+
+def test_each_distribution_has_its_own_packages() -> None:
+    names = {program: [nocloud.package_of(program, column) for column in range(3)] for program in ("qemu-img", "ip")}
+    assert names == {"qemu-img": ["qemu-utils", "qemu-img", "qemu-img"], "ip": ["iproute2", "iproute", "iproute2"]}
+    assert nocloud.package_of("no-such-program", 1) == "no-such-program"
+
+
 def test_sbin_is_looked_in_without_being_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     assert nocloud.find_program("ip") in ("/usr/sbin/ip", "/sbin/ip")
