@@ -437,16 +437,15 @@ def in_parallel(work: Callable[[Any], Any], items: Sequence[Any], workers: int =
         return [_attempt(work, item) for item in items]
     from concurrent.futures import ThreadPoolExecutor
 
-    with ThreadPoolExecutor(max_workers=workers or min(32, len(items))) as pool:
-        futures = [pool.submit(_attempt, work, item) for item in items]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            cancellation.requested = True
-            cancellation.end_children()
-            for future in futures:
-                future.cancel()
-            raise
+    pool = ThreadPoolExecutor(max_workers=workers or min(32, len(items)))
+    try:  # around the submits too: a signal may come between two of them, and the first thread would be waited for
+        return [future.result() for future in [pool.submit(_attempt, work, item) for item in items]]
+    except BaseException:
+        cancellation.requested = True
+        cancellation.end_children()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _attempt(work: Callable[[Any], Any], item: Any) -> Any:

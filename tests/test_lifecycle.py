@@ -35,6 +35,8 @@ from support import (
     until,
 )
 
+import nocloud
+
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a tmpfs")
 
 
@@ -712,7 +714,8 @@ def test_a_wait_that_runs_out_names_the_stage(blank: Cloud) -> None:
 def test_a_vm_that_ends_while_it_is_waited_for(blank: Cloud) -> None:
     child = blank.spawn("vminstantiate", "-n", "blank", "-g", "pf", "-o", "name=web", "-w", "60")
     eventually(partial(qemus, blank), "web00 runs")
-    eventually(lambda: rows(blank), "web00 is listed")
+    folder = blank.folder("pf/default/web00")
+    eventually(lambda: rows(blank) and not nocloud.is_locked(str(folder)), "its start, which holds its lock, is over")
     kill_hard(blank.qemu("pf/default/web00"))
     _, stderr = child.communicate(timeout=30)
     assert child.returncode == 1 and "web00" in stderr and "stopped" in stderr
