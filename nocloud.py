@@ -1000,13 +1000,18 @@ class VM:
         return self.file("credentials")
 
     @property
+    def seed_folder(self) -> str:
+        """What cloud-init in the guest reads (0700: the host key is in it)."""
+        return self.file("seed")
+
+    @property
     def host_key(self) -> str:
         """The guest's ssh host key, made on the host (0600), its public half beside it."""
         return self.file("ssh_host_ed25519_key")
 
     @property
     def configured_file(self) -> str:
-        """There once the guest has been configured over ssh."""
+        """There once the guest has been configured, over ssh or by its cloud-init."""
         return self.file("configured")
 
     def disk_name(self, number: int, extension: str) -> str:
@@ -1306,6 +1311,7 @@ PACKAGES = {
     "groupadd": ("passwd", "shadow-utils", "shadow"),
     "modprobe": ("kmod", "kmod", "kmod"),
     "nft": ("nftables", "nftables", "nftables"),
+    "xorriso": ("xorriso", "xorriso", "libisoburn"),
     "qemu-bridge-helper": ("qemu-system-common", "qemu-common", "qemu-common"),
 }
 # The package manager, how it installs, the column above, and the distributions that have it, as os-release names them.
@@ -1708,6 +1714,19 @@ def check_iso(path: str) -> str:
     return os.path.abspath(path)
 
 
+ISO_WRITERS = (["xorriso", "-as", "mkisofs"], ["genisoimage"], ["mkisofs"])  # all know mkisofs' options
+
+
+def find_iso_writer() -> list[str]:
+    """The words that call a program which writes ISO images; [] where there is none."""
+    return next((words for words in ISO_WRITERS if find_program(words[0])), [])
+
+
+def create_iso(path: str, label: str, files: Sequence[str]) -> None:
+    """An ISO image of these files, by their lower-case names (Rock Ridge, Joliet)."""
+    run([*find_iso_writer(), "-quiet", "-output", path, "-volid", label, "-joliet", "-rock", *files])
+
+
 def convert_image(source: str, format: str, target: str) -> None:
     """A self-contained qcow2 copy of an image; unused space takes none."""
     paths = [os.path.abspath(source), os.path.abspath(target)]
@@ -1826,21 +1845,21 @@ class Machine:
 
     __slots__ = (
         "qemu", "accel", "name", "uuid", "type", "mem", "cpus", "disks", "mac", "pid_file", "credentials",
-        "kernel", "initrd", "append", "extra", "iso", "screen",
+        "kernel", "initrd", "append", "extra", "iso", "screen", "seed",
     )  # fmt: skip
 
     def __init__(
         self, *, qemu: Qemu, accel: str, name: str, uuid: str, type: str, mem: int, cpus: int,
         disks: list[tuple[str, str, str]],
         mac: str, pid_file: str, credentials: str, kernel: str, initrd: str, append: str, extra: list[str],
-        iso: str = "", screen: str = "",
+        iso: str = "", screen: str = "", seed: str = "",
     ) -> None:  # fmt: skip
-        """`iso`: the path of an image to boot from; `screen`: one of SCREENS, or '' for none."""
+        """`iso`: an image to boot from; `screen`: one of SCREENS; `seed`: a folder, or an image of one; '' for none."""
         self.qemu, self.accel, self.name, self.uuid, self.type = qemu, accel, name, uuid, type
         self.mem, self.cpus, self.disks, self.mac = mem, cpus, disks, mac
         self.pid_file, self.credentials = pid_file, credentials
         self.kernel, self.initrd, self.append, self.extra = kernel, initrd, append, extra
-        self.iso, self.screen = iso, screen
+        self.iso, self.screen, self.seed = iso, screen, seed
 
 
 def qemu_argv(machine: Machine, tap: int, vhost: int = -1) -> list[str]:
@@ -1855,6 +1874,7 @@ def qemu_argv(machine: Machine, tap: int, vhost: int = -1) -> list[str]:
         *firmware_args(machine),
         *disk_args(machine),
         *iso_args(machine),
+        *seed_args(machine),
         *net_args(machine, tap, vhost),
         *console_args(),
         *screen_args(machine),
@@ -1933,6 +1953,46 @@ def iso_args(machine: Machine) -> list[str]:
         "-blockdev", f"driver=raw,node-name=iso,read-only=on,file.driver=file,file.filename={comma(machine.iso)}",
         "-device", "ide-cd,drive=iso,bus=ide.0,bootindex=0",
     ]  # fmt: skip
+
+
+SEED_ISO = "seed.iso"
+
+
+def seed_args(machine: Machine) -> list[str]:
+    """cloud-init's NoCloud volume, after all disks: read only, and there at each boot, since cloud-init looks at it.
+
+    On virtio-blk, for the kernels of Debian's cloud images have no driver of IDE and SATA drives; without a bootindex,
+    so it is never booted from.  The serial of SMBIOS type 1 says that there is a seed before any disk has been looked
+    at (cloud-init's ds-identify), so that one that shows up late is waited for.
+    """
+    if not machine.seed:
+        return []
+    if os.path.basename(machine.seed) == SEED_ISO:
+        node = f"driver=raw,node-name=seed,read-only=on,file.driver=file,file.filename={comma(machine.seed)}"
+    else:  # a FAT file system that qemu makes up of the folder's files
+        node = f"driver=vvfat,node-name=seed,read-only=on,dir={comma(machine.seed)},label=CIDATA"
+    return [
+        "-blockdev", node,
+        "-device", f"virtio-blk-pci,drive=seed,addr={PCI_SEED:#x},serial=seed",
+        "-smbios", "type=1,serial=ds=nocloud",
+    ]  # fmt: skip
+
+
+def choose_seed(qemu: Qemu) -> str:
+    """How a seed is attached: `vvfat`, or `iso` where the binary lacks that (RHEL's does).
+
+    `-drive format=help` says it truly: it heeds the binary's list of drivers that may be used, unlike the QMP schema.
+    Raises MissingProgram where no ISO image can be written either.
+    """
+    if "vvfat" in run([qemu.path, "-drive", "format=help"], check=False, merge=False).stdout.split():
+        return "vvfat"
+    if find_iso_writer():
+        return "iso"
+    raise MissingProgram(
+        f"{qemu.path} has no vvfat driver, and there is no program that writes ISO images: one of them has to make"
+        " cloud-init's seed",
+        install_command(["xorriso"]) or "install xorriso",
+    )
 
 
 def net_args(machine: Machine, tap: int, vhost: int) -> list[str]:
@@ -3270,6 +3330,71 @@ def _base64(text: str) -> str:
     import binascii
 
     return binascii.b2a_base64(text.encode("utf-8", "surrogateescape"), newline=False).decode()
+
+
+def takes_seed(vm: VM) -> bool:
+    """Whether a cloud-init seed is attached."""
+    return vm.conf.get("vmInit") == "cloud-init"
+
+
+def seed_files(vm: VM, keys: Sequence[str]) -> dict[str, str]:
+    """The files of the seed, by name (cloud-init, reference/datasources/nocloud).
+
+    JSON is YAML, and its writer quotes whatever comes: no name and no key becomes a line of its own.  The instance is
+    the VM's UUID: another one makes cloud-init begin anew, the same one leaves the guest as it is.
+    """
+    return {
+        "meta-data": _json({"instance-id": vm.get("vmUuid"), "local-hostname": vm.name}),
+        "network-config": _json(network_config(vm.get("vmMac"))),
+        "user-data": "#cloud-config\n" + _json(cloud_config(vm, keys)),
+    }
+
+
+def cloud_config(vm: VM, keys: Sequence[str]) -> dict[str, Any]:
+    """What cloud-init does in the guest: name, login, keys, host key, a root file system as large as the disk.
+
+    `user` renames the distribution's default user, who may use sudo, and the keys are that user's; root gets them too,
+    in force where disable_root is off.  prefer_fqdn_over_hostname: Fedora would take the whole name for the hostname.
+    The host key is the one made on the host: those of the image go, and no others are made.
+    """
+    user = vm.get("vmUser")
+    return {
+        "hostname": vm.name,
+        "fqdn": f"{vm.name}.{vm.group}.{DOMAIN}",
+        "preserve_hostname": False,
+        "prefer_fqdn_over_hostname": False,
+        **({"disable_root": False} if user == "root" else {"user": {"name": user}}),
+        "ssh_authorized_keys": [printable_ascii(key) for key in keys],
+        "ssh_deletekeys": True,
+        "ssh_keys": {
+            "ed25519_private": read_text(vm.host_key),
+            "ed25519_public": printable_ascii(read_text(vm.host_key + ".pub").strip()),
+        },
+        "growpart": {"mode": "auto", "devices": ["/"]},
+        "resize_rootfs": True,
+        "package_update": False,
+        "package_upgrade": False,
+    }
+
+
+def network_config(mac: str) -> dict[str, Any]:
+    """DHCP on the network card, which is found by its MAC whatever it is called (cloud-init's format, version 2).
+
+    It is renamed to eth0: what cloud-init writes for ifupdown or NetworkManager goes by the name alone.
+    """
+    card = {"match": {"macaddress": mac}, "set-name": "eth0", "dhcp4": True, "dhcp-identifier": "mac"}
+    return {"version": 2, "ethernets": {"eth0": card}}
+
+
+def printable_ascii(text: str) -> str:
+    """A line of a key file as every reader of YAML takes it: a key's comment may be in any encoding."""
+    return re.sub(r"[^ -~]", "?", text)
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    import json
+
+    return json.dumps(value, indent=1) + "\n"
 
 
 def ssh_option(name: str, value: str) -> list[str]:
@@ -5082,6 +5207,7 @@ class Cloud:
         self._networks: dict[str, Network] = {"private": self.private, "bridge": HostBridge(config)}
         self._accel: str | None = None
         self._screen: str | None = None
+        self._seed: str | None = None
 
     def qemu(self) -> Qemu:
         """The qemu binary, probed once."""
@@ -5104,6 +5230,12 @@ class Cloud:
             if not self._screen:
                 report.warn(f"{self.qemu().path} has neither SPICE nor VNC: VMs have no screen")
         return self._screen
+
+    def seed(self) -> str:
+        """How cloud-init's seeds are attached, `vvfat` or `iso`.  Raises MissingProgram where neither can be had."""
+        if self._seed is None:
+            self._seed = choose_seed(self.qemu())
+        return self._seed
 
     def network(self, kind: str) -> Network:
         """The private network, or the host's bridge."""
@@ -5253,6 +5385,8 @@ def check_wishes(cloud: Cloud, group: str, wishes: Sequence[Wish], force: bool) 
             template = cloud.tree.need_template(wish.template)
             check_clonable(template)
             check_collision(cloud.tree, group, wish.type)
+            if takes_seed(template):
+                cloud.seed()
         except Error as error:
             raise type(error)(f"{wish.where}{error}", error.hint) from None
     check_memory(cloud.tree, wishes, force)
@@ -5615,8 +5749,9 @@ def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> 
     return Machine(
         qemu=qemu, accel=accel, name=vm.name, uuid=vm.get("vmUuid"), type=vm.get("vmMachine"), mem=int(vm.get("vmMem")),
         cpus=int(vm.get("vmCpu")), disks=disks, mac=vm.get("vmMac"),
-        pid_file=os.path.basename(vm.pid_file), credentials=write_credentials(vm), kernel=vm.get("vmKernel"),
-        initrd=vm.get("vmInitrd"), append=vm.get("vmAppend"),
+        pid_file=os.path.basename(vm.pid_file), credentials=write_credentials(vm),
+        seed="" if iso else write_seed(cloud, vm),  # some installers take a seed for the answers to their questions
+        kernel=vm.get("vmKernel"), initrd=vm.get("vmInitrd"), append=vm.get("vmAppend"),
         extra=split_words(vm.get("vmExtraOpts") or cloud.config["vmExtraOpts"]),
         iso=iso, screen=cloud.screen() if gui or vm.get("vmGui") == "1" else "",
     )  # fmt: skip
@@ -5637,6 +5772,25 @@ def write_credentials(vm: VM) -> str:
         return ""
     write_file(vm.credentials_file, credentials(vm, login_keys()))
     return os.path.basename(vm.credentials_file)
+
+
+def write_seed(cloud: Cloud, vm: VM) -> str:
+    """The seed's folder, or the image of it, relative to the VM's own, written anew for this start; '' for none."""
+    if os.path.isdir(vm.seed_folder):
+        remove_tree(vm.seed_folder)
+    if not takes_seed(vm) or not os.path.exists(vm.host_key):
+        return ""
+    make_private_folder(vm.seed_folder)
+    files = {os.path.join(vm.seed_folder, name): text for name, text in seed_files(vm, login_keys()).items()}
+    for path, text in files.items():
+        write_file(path, text)
+    folder = os.path.basename(vm.seed_folder)
+    if cloud.seed() == "vvfat":
+        return folder
+    image = os.path.join(vm.seed_folder, SEED_ISO)
+    create_iso(image, "cidata", list(files))
+    os.chmod(image, 0o600)
+    return os.path.join(folder, SEED_ISO)
 
 
 def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int) -> None:
@@ -5704,7 +5858,8 @@ def command_script(vm: VM, argv: Sequence[str], network: Network) -> str:
 class Wait:
     """A wait for one VM: which stage it is at, and until when.
 
-    The stages: `running`, `address` (the guest asked for it), `ssh` (the server says its banner), `configured`.
+    The stages: `running`, `address` (the guest asked for it), `ssh` (the server says its banner), `configured`,
+    `cloud-init` (the guest lets us in, and its cloud-init is still at work).
     """
 
     def __init__(self, cloud: Cloud, vm: VM, seconds: float, say: bool = False) -> None:
@@ -5752,6 +5907,7 @@ STAGES = {
     "address": "the guest to ask for its address",
     "ssh": "ssh to answer",
     "configured": "its configuration",
+    "cloud-init": "cloud-init in the guest to finish",
 }
 
 
@@ -5794,7 +5950,9 @@ def stage_of_port(network: Network, address: str, seconds: float, port: int = 22
 def wait_ready(wait: Wait) -> None:
     """Return when the VM is ready: ssh answers, and the guest is configured as its vmInit says."""
     wait_ssh(wait)
-    if wait.vm.get("vmInit") != "none":
+    if wait.vm.get("vmInit") == "cloud-init":
+        wait_cloud_init(wait)
+    elif wait.vm.get("vmInit") != "none":
         configure(wait)
 
 
@@ -5817,6 +5975,47 @@ def configure(wait: Wait) -> None:
         time.sleep(0.2)
 
 
+# For the guest's shell.  result.json is there once all stages of this boot have ended.  `cloud-init status` takes a
+# slow guest seconds, so it is asked only where that file names errors, or doesn't come; its exit status is 0 for done,
+# 1 for failed, 2 (since 23.4) for done with warnings.
+NOT_YET = 75
+CLOUD_INIT_SCRIPT = f"""\
+command -v cloud-init >/dev/null || exit 0
+cd /run/cloud-init 2>/dev/null; n=0
+until [ -e result.json ] || [ -e disabled ] || [ $n -ge 20 ]; do n=$((n+1)); sleep 1; done
+[ -e disabled ] || grep -q '"errors": *\\[\\]' result.json 2>/dev/null && exit 0
+said=$(cloud-init status --long 2>&1); status=$?
+case $said in *"status: running"* | *"status: not "*) exit {NOT_YET};; esac
+[ $status = 1 ] || exit 0
+s=; [ "$(id -u)" = 0 ] || s="sudo -n"
+echo "$said"
+$s grep -E 'WARN|ERROR|CRITICAL' /var/log/cloud-init.log | tail -n 3
+$s tail -n 3 /var/log/cloud-init-output.log
+exit 1
+"""
+
+
+def wait_cloud_init(wait: Wait) -> None:
+    """Return when the guest's cloud-init has ended.  Raises Error, with its log's last lines, where that failed."""
+    vm = wait.vm
+    while True:
+        wait.check()
+        status, output = ssh_batch(wait.cloud, vm, CLOUD_INIT_SCRIPT, max(5.0, min(60.0, wait.left())))
+        if status == 0:
+            return write_file(vm.configured_file, "")
+        if status == 1:
+            lines = [printable(line.strip()) for line in output.splitlines() if line.strip()]
+            raise Error(
+                f"{vm.name}: cloud-init failed in it: {' | '.join(lines)[-800:]}",
+                f"vmssh {vm.address_name} gets in; see /var/log/cloud-init-output.log there",
+            )
+        if status == NOT_YET:
+            wait.stage = "cloud-init"
+        else:
+            check_login(vm, status, output)
+        time.sleep(0.2)
+
+
 def check_login(vm: VM, status: int, output: str) -> None:
     """Raise where another try would end the same; ssh's own failures have status 255 (ssh(1))."""
     words = last_line(output)
@@ -5830,7 +6029,7 @@ def check_login(vm: VM, status: int, output: str) -> None:
             "put your key into the template, or set vmInit=none in its conf",
         )
     if status not in (255, -1):
-        raise Error(f"{vm.name}: its hostname can't be set: {words}")
+        raise Error(f"{vm.name}: it can't be configured over ssh: {words}")
 
 
 def hostname_script(name: str) -> str:

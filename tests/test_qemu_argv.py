@@ -58,6 +58,8 @@ CASES: dict[str, tuple[nocloud.Machine, int, int]] = {
     "kernel": (machine(kernel="vmlinuz", initrd="initrd.img", append="console=ttyS0 root=/dev/vda"), 5, -1),
     "extra": (machine(extra=["-s", "-global", "x=y"]), 5, -1),
     "commas": (machine(name="a,b", disks=[("c,d/e,,f.img", "qcow2", "a,b_0")], credentials="g,h"), 5, -1),
+    "seed": (machine(disks=DISKS[:2], seed="seed"), 5, -1),
+    "seed-iso": (machine(credentials="credentials", seed="seed/seed.iso"), 5, -1),
     "long-name": (machine(name="x" * 63, disks=[("x_0.img", "qcow2", "x" * 63 + "_0")]), 5, -1),
 }
 
@@ -95,10 +97,10 @@ def devices(argv: list[str]) -> list[str]:
     return [argv[number + 1] for number, word in enumerate(argv) if word == "-device"]
 
 
-@given(st.integers(1, nocloud.MAX_DISKS), st.booleans(), st.booleans())
-def test_every_device_has_a_pci_address_of_its_own(disks: int, credentials: bool, network: bool) -> None:
+@given(st.integers(1, nocloud.MAX_DISKS), st.booleans(), st.booleans(), st.booleans())
+def test_every_device_has_a_pci_address_of_its_own(disks: int, credentials: bool, network: bool, seed: bool) -> None:
     many = [(f"{number}.img", "qcow2", f"d_{number}") for number in range(disks)]
-    built = machine(disks=many, credentials="credentials" if credentials else "")
+    built = machine(disks=many, credentials="credentials" if credentials else "", seed="seed" if seed else "")
     argv = nocloud.qemu_argv(built, 5 if network else -1)
     used = addresses(argv)
     assert len(used) == len(set(used)) == len(devices(argv))
@@ -121,12 +123,21 @@ def test_disks_are_in_order() -> None:
     ]
 
 
+def test_the_seed_is_the_last_disk_and_never_booted() -> None:
+    many = [(f"{number}.img", "qcow2", f"d_{number}") for number in range(nocloud.MAX_DISKS)]
+    for seed in ("seed", "seed/seed.iso"):
+        disks = [each for each in devices(nocloud.qemu_argv(machine(disks=many, seed=seed), 5)) if "virtio-blk" in each]
+        slots = [int(address, 16) for address in addresses(disks)]
+        assert slots == sorted(slots) and len(slots) == nocloud.MAX_DISKS + 1
+        assert "drive=seed" in disks[-1] and "bootindex" not in disks[-1]
+
+
 def test_no_format_is_left_to_guessing() -> None:
     for case in CASES.values():
         argv = nocloud.qemu_argv(*case)
         assert "-drive" not in argv and "-hda" not in argv
         for number, word in enumerate(argv):
-            if word == "-blockdev":
+            if word == "-blockdev" and not argv[number + 1].startswith("driver=vvfat,"):  # no image: a folder
                 assert re.match(r"driver=(qcow2|raw),", argv[number + 1])
                 assert ",file.driver=file," in argv[number + 1]
 

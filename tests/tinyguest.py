@@ -100,6 +100,7 @@ case " $READS " in *" cloud-init "*) read_seed;; *) rm /bin/cloud-init;; esac
 : > /run/named # network waits for this: the lease is asked for by name
 host_key
 while :; do dropbear -F -E -s -r /etc/dropbear/dropbear_ed25519_host_key; sleep 1; done &
+[ -e /bin/cloud-init ] && finish_seed &
 acpid -f -l /dev/null &
 say "ready after $(cut -d' ' -f1 /proc/uptime) s"
 while :; do setsid -c sh -l < /dev/ttyS0 > /dev/ttyS0 2>&1; sleep 1; done &
@@ -152,36 +153,71 @@ done
 """
 
 READ_SEED = r"""#!/bin/sh
-# What cloud-init does with a NoCloud seed, once per instance-id: the name, the login keys, the ed25519 host key.
-dev=$(findfs LABEL=CIDATA 2> /dev/null || findfs LABEL=cidata 2> /dev/null) || exit 0
+# What cloud-init does with a NoCloud seed, once per instance-id: the name, the login keys, the ed25519 host key; it
+# leaves what is to run later, in order, in /run/user-data. It reads JSON as nocloud writes it, a value a line.
+mkdir -p /run/cloud-init /run/user-data /var/log
 for m in $(cat /lib/modules/seed); do insmod "/lib/modules/$m.ko"; done
+dev=$(findfs LABEL=CIDATA 2> /dev/null || findfs LABEL=cidata 2> /dev/null) || { : > /run/cloud-init/disabled; exit; }
 mkdir -p /run/seed; mount -o ro -t vfat "$dev" /run/seed 2> /dev/null || mount -o ro -t iso9660 "$dev" /run/seed || exit
 cd /run/seed || exit
 
-meta() { sed -n "s/^$1: *//p" meta-data | tr -d "\"'\r"; }
+meta() { sed -n "s/^ *\"$1\": \"\(.*\)\",*$/\1/p" meta-data; }
+
+parts() { # user-data as files 1, 2 …: the parts of a MIME message, or all of it as one
+    cd /run/parts || exit
+    boundary=$(sed -n 's/^Content-Type: multipart.*boundary="\(.*\)".*/\1/p' ../seed/user-data)
+    [ "$boundary" ] || { cp ../seed/user-data 1; return; }
+    awk -v b="--$boundary" '$0 == b "--" { exit } $0 == b { n++; head = 1; next } !n { next }
+        head && tolower($0) ~ /^content-transfer-encoding: base64/ { print > (n ".base64") }
+        head { if ($0 == "") head = 0; next } { print > n }' ../seed/user-data
+    for f in *.base64; do [ -e "$f" ] && { base64 -d "${f%.*}" > "$f"; mv "$f" "${f%.*}"; }; done
+}
+
+cloud_config() { # the ed25519 host key, the login keys; runcmd in block style
+    key=$(sed -n 's/^ *"ed25519_private": "\(.*\)",*$/\1/p' "$1")
+    [ "$key" ] && printf %b "$key" > /etc/ssh/ssh_host_ed25519_key
+    awk '/^ "ssh_authorized_keys": / { on = 1; next } /^ \]/ { on = 0 } on { sub(/^ *"/, ""); sub(/",?$/, ""); print }' \
+        "$1" >> /root/.ssh/authorized_keys
+    awk '/^runcmd:/ { on = 1; next } on && sub(/^ *- +/, "") { print; next } { on = 0 }' "$1" > "/run/user-data/$1"
+}
+
 id="seed $(meta instance-id)"
 if [ "$id" != "seed " ] && [ "$(cat /etc/instance-id 2> /dev/null)" != "$id" ]; then
     umask 077
+    mkdir -p /run/parts /root/.ssh /etc/ssh
     rm -f /etc/dropbear/* /etc/ssh/ssh_host_*
     name=$(meta local-hostname); [ "$name" ] && echo "$name" > /etc/hostname
-    # Block style only; like the real one, it wants #cloud-config on the first line.
-    if head -n 1 user-data | grep -q '^#cloud-config'; then
-        mkdir -p /root/.ssh /etc/ssh
-        awk '/^ *ssh_authorized_keys: *$/ { on = 1; next } on && sub(/^ *- +/, "") { gsub(/^["\047]|["\047\r]+$/, ""); print; next } { on = 0 }' \
-            user-data >> /root/.ssh/authorized_keys
-        awk '/^ssh_keys: *$/ { keys = 1; next } /^[^ ]/ { keys = on = 0 } keys && /^ +ed25519_private: *\|/ { on = 1; next }
-            on { sub(/^ +/, ""); print } /-END / { on = 0 }' user-data > /run/host_key
-        [ -s /run/host_key ] && cp /run/host_key /etc/ssh/ssh_host_ed25519_key; rm /run/host_key
-    fi
+    parts
+    for f in $(ls | sort -n); do
+        case $(head -n 1 "$f") in
+        '#cloud-config'*) cloud_config "$f";;
+        '#!'*) cp "$f" "/run/user-data/$f";;
+        *) echo "tinyguest: no #cloud-config and no script: part $f";;
+        esac
+    done
     echo "$id" > /etc/instance-id
     echo "tinyguest: read $id from $dev"
 fi
 cd /; umount /run/seed
 """
 
-CLOUD_INIT = """#!/bin/sh
-# Done before sshd starts, so there is never anything to wait for.
-[ "$1" = status ] && echo "status: done"
+FINISH_SEED = r"""#!/bin/sh
+# cloud-init's last stage: what the user wants to be run, while ssh answers already.
+cd /run/user-data 2> /dev/null || exit
+errors=
+for f in $(ls | sort -n); do
+    sh -e "$f" >> /var/log/cloud-init-output.log 2>&1 || errors='"scripts-user failed"'
+done
+[ -z "$errors" ] || echo "WARNING: failed to run module scripts-user" >> /var/log/cloud-init.log
+printf '{\n "v1": {\n  "errors": [%s]\n }\n}\n' "$errors" > /run/cloud-init/new
+mv /run/cloud-init/new /run/cloud-init/result.json
+"""
+
+CLOUD_INIT = r"""#!/bin/sh
+[ "$1" = status ] || exit 2
+if [ ! -e /run/cloud-init/result.json ]; then echo "status: running"
+elif grep -q failed /run/cloud-init/result.json; then echo "status: error"; exit 1
+else echo "status: done"; fi
 """
 
 NETWORK = r"""#!/bin/sh
@@ -233,6 +269,7 @@ SCRIPTS = {
     "bin/read_credentials": READ_CREDENTIALS,
     "bin/tmpfiles": TMPFILES,
     "bin/read_seed": READ_SEED,
+    "bin/finish_seed": FINISH_SEED,
     "bin/cloud-init": CLOUD_INIT,
     "bin/network": NETWORK,
     "bin/udhcpc-hook": UDHCPC_HOOK,
