@@ -2252,6 +2252,14 @@ class Network:
     def publish(self, vm: VM) -> None:
         """Make the VM's names resolve and its address its own."""
 
+    def strangers(self, known: set[str]) -> list[str]:
+        """The UUIDs that it has of this tree's VMs though there are no such VMs any more."""
+        return []
+
+    def published(self) -> set[str]:
+        """The addresses that have names."""
+        return set()
+
     def withdraw(self, uuids: Sequence[str]) -> None:
         """Forget VMs that are gone."""
 
@@ -2476,6 +2484,91 @@ def argv_program(argv: Sequence[str]) -> str:
     return os.path.basename(argv[argv.index("--") + 1] if "--" in argv else argv[0])
 
 
+# -- what dnsmasq knows of the VMs
+
+
+class HostFiles:
+    """The VMs that have names and addresses: a file for DHCP and one for DNS each, named by the VM's UUID.
+
+    They lie in `dhcp/` and `hosts/` of `folder`, where dnsmasq sees a new one at once (inotify).
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def place(self, kind: str) -> str:
+        return os.path.join(self.folder, kind)
+
+    def prepare(self) -> None:
+        for kind in ("dhcp", "hosts"):
+            make_private_folder(self.place(kind))
+
+    def publish(self, vm: VM) -> None:
+        """Make the VM's names resolve, and its address its own."""
+        uuid, address = vm.get("vmUuid"), vm.get("vmAddress")
+        names = [f"{vm.name}.{vm.group}.{DOMAIN}", f"{vm.name}.{vm.group}"] if not vm.is_template else []
+        bare = [f"{vm.name}.{DOMAIN}", vm.name]
+        if self._owner_of(vm.name) in ("", uuid):  # where two groups have the name, the bare one is the older VM's
+            names += bare
+        self.prepare()
+        self._write_once("hosts", uuid, f"{address} {' '.join(names)}\n".lower())
+        self._write_once("dhcp", uuid, f"{vm.get('vmMac')},{address},{vm.name},infinite\n")
+
+    def _write_once(self, kind: str, uuid: str, text: str) -> None:
+        """Through a name with a leading dot, which dnsmasq passes over."""
+        path = os.path.join(self.place(kind), uuid)
+        try:
+            if read_text(path) == text:
+                return
+        except FileNotFoundError:
+            pass
+        hidden = os.path.join(self.place(kind), "." + uuid)
+        write_file(hidden, text)
+        os.replace(hidden, path)
+
+    def strangers(self, known: set[str]) -> list[str]:
+        """The UUIDs that have files here though no such VM is known: its folder was removed by hand."""
+        return [uuid for uuid in _names(self.place("dhcp")) if uuid[0] != "." and uuid not in known]
+
+    def _host_files(self) -> list[tuple[str, list[str]]]:
+        """(uuid, words) of each file of the DNS folder, the oldest first."""
+        found = []
+        for uuid in _names(self.place("hosts")):
+            path = os.path.join(self.place("hosts"), uuid)
+            try:
+                if uuid[0] != ".":
+                    found.append((os.stat(path).st_mtime_ns, uuid, read_text(path).split()))
+            except FileNotFoundError:
+                continue
+        return [(uuid, words) for _, uuid, words in sorted(found)]
+
+    def addresses(self) -> set[str]:
+        """The addresses that have names: also of VMs whose conf can't be read just now."""
+        return {words[0] for _, words in self._host_files() if words}
+
+    def _owner_of(self, name: str) -> str:
+        """The UUID of the VM that the bare name belongs to, or ''."""
+        return next((uuid for uuid, words in self._host_files() if name.lower() in words), "")
+
+    def withdraw(self, uuids: Sequence[str]) -> bool:
+        """Remove the files of VMs; the next oldest VM of a name gets the bare name.  Whether there were any."""
+        changed = False
+        files = dict(self._host_files())
+        for uuid in uuids:
+            for kind in ("dhcp", "hosts"):
+                path = os.path.join(self.place(kind), uuid)
+                changed = changed or os.path.exists(path)
+                remove_file(path)
+            words = files.pop(uuid, [])
+            bare = words[-1] if words else ""
+            heir = next(
+                (other for other, names in files.items() if bare and names[1:] and names[1].split(".")[0] == bare), ""
+            )
+            if heir and bare not in files[heir]:
+                self._write_once("hosts", heir, " ".join([*files[heir], f"{bare}.{DOMAIN}", bare]) + "\n")
+        return changed
+
+
 # pasta's end inside has addresses that are no one's: the block that RFC 7335 set apart for the inside ends of tunnels.
 # Copied from the host, as pasta does by default, they would hide the host's own network from here.
 OUT_INTERFACE, OUT_ADDRESS, OUT_GATEWAY, OUT_DNS = "out", "192.0.0.2", "192.0.0.1", "192.0.0.3"
@@ -2502,6 +2595,7 @@ class PrivateNetwork(Network):
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
         self.folder = os.path.join(tree.base, ".net")
+        self.hosts = HostFiles(self.folder)
         self._gate: Gate | None = None
         self._spaces: Namespaces | None = None
 
@@ -2532,74 +2626,22 @@ class PrivateNetwork(Network):
         raise Error(f"no address is free in {subnet}.0/24", "destroy VMs that are not needed, or use another vmBaseDir")
 
     def publish(self, vm: VM) -> None:
-        """A file for DHCP and one for DNS, named by the VM's UUID; dnsmasq sees them at once (inotify)."""
-        uuid, address = vm.get("vmUuid"), vm.get("vmAddress")
-        names = [f"{vm.name}.{vm.group}.{DOMAIN}", f"{vm.name}.{vm.group}"] if not vm.is_template else []
-        bare = [f"{vm.name}.{DOMAIN}", vm.name]
-        if self._owner_of(vm.name) in ("", uuid):  # where two groups have the name, the bare one is the older VM's
-            names += bare
-        self._write_once("hosts", uuid, f"{address} {' '.join(names)}\n".lower())
-        self._write_once("dhcp", uuid, f"{vm.get('vmMac')},{address},{vm.name},infinite\n")
-
-    def _write_once(self, kind: str, uuid: str, text: str) -> None:
-        """Through a name with a leading dot, which dnsmasq passes over."""
-        path = os.path.join(self.file(kind), uuid)
-        make_private_folder(self.file(kind))
-        try:
-            if read_text(path) == text:
-                return
-        except FileNotFoundError:
-            pass
-        hidden = os.path.join(self.file(kind), "." + uuid)
-        write_file(hidden, text)
-        os.replace(hidden, path)
+        self.hosts.publish(vm)
 
     def strangers(self, known: set[str]) -> list[str]:
-        """The UUIDs that have files here though no such VM is in the tree: its folder was removed by hand."""
         ours = {vm.conf.get("vmUuid", "") for vm in self.tree.templates() if vm.is_readable()}
-        return [uuid for uuid in _names(self.file("dhcp")) if uuid[0] != "." and uuid not in known | ours]
-
-    def _host_files(self) -> list[tuple[str, list[str]]]:
-        """(uuid, words) of each file of the DNS folder, the oldest first."""
-        found = []
-        for uuid in _names(self.file("hosts")):
-            path = os.path.join(self.file("hosts"), uuid)
-            try:
-                if uuid[0] != ".":
-                    found.append((os.stat(path).st_mtime_ns, uuid, read_text(path).split()))
-            except FileNotFoundError:
-                continue
-        return [(uuid, words) for _, uuid, words in sorted(found)]
+        return self.hosts.strangers(known | ours)
 
     def published(self) -> set[str]:
-        """The addresses that have names: also of VMs whose conf can't be read just now."""
-        return {words[0] for _, words in self._host_files() if words}
-
-    def _owner_of(self, name: str) -> str:
-        """The UUID of the VM that the bare name belongs to, or ''."""
-        return next((uuid for uuid, words in self._host_files() if name.lower() in words), "")
+        return self.hosts.addresses()
 
     def withdraw(self, uuids: Sequence[str]) -> None:
-        """Remove their files; the next oldest VM of a name gets the bare name.
+        """Remove their files.
 
         dnsmasq forgets a DHCP host only on SIGHUP, and even then not the address that it had given to it; on SIGHUP
         version 2.90 also crashes if hosts have tags.  So it is started anew, which takes 40 ms.
         """
-        changed = False
-        files = dict(self._host_files())
-        for uuid in uuids:
-            for kind in ("dhcp", "hosts"):
-                path = os.path.join(self.file(kind), uuid)
-                changed = changed or os.path.exists(path)
-                remove_file(path)
-            words = files.pop(uuid, [])
-            bare = words[-1] if words else ""
-            heir = next(
-                (other for other, names in files.items() if bare and names[1:] and names[1].split(".")[0] == bare), ""
-            )
-            if heir and bare not in files[heir]:
-                self._write_once("hosts", heir, " ".join([*files[heir], f"{bare}.{DOMAIN}", bare]) + "\n")
-        if changed and self.holder():
+        if self.hosts.withdraw(uuids) and self.holder():
             try:
                 with FolderLock(self.folder):
                     if self.holder():
@@ -2654,8 +2696,7 @@ class PrivateNetwork(Network):
         elif not way_out:
             report.say(f"{report.program}: the private network has no way out (pasta and nft would give it one)")
         if not daemon_pid(self.file("dnsmasq.pid")):
-            for name in ("dhcp", "hosts"):
-                make_private_folder(self.file(name))
+            self.hosts.prepare()
             self._start(spaces, self._dnsmasq_argv(way_out))
 
     def _start(self, spaces: Namespaces, argv: Sequence[str]) -> None:
