@@ -533,6 +533,19 @@ def ipv4_address(text: str) -> str:
     raise ValueError("an IPv4 address")
 
 
+def ipv4_prefix(text: str) -> str:
+    address, _, length = text.partition("/")
+    if address and re.fullmatch("[0-9]{1,2}", length) and 8 <= int(length) <= 30:
+        return f"{ipv4_address(address)}/{length}"
+    raise ValueError("an IPv4 address and the length of its network's prefix, as 192.168.1.1/24")
+
+
+def interface_name(text: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,14}", text):
+        return text
+    raise ValueError("a network interface's name: at most 15 letters, digits, '.', '_' and '-'")
+
+
 def is_ipv4(text: str) -> bool:
     """Whether a word of a file that others write is an IPv4 address."""
     try:
@@ -584,13 +597,13 @@ SETTINGS = (
     Setting("vmExtraOpts", any_text, "", "both", "more words for qemu's command line"),
     Setting("vmQemu", any_text, "", "both", "the qemu program, by default qemu-system-ARCH or /usr/libexec/qemu-kvm"),
     Setting("vmBridgeHelper", any_text, "", "config", "the qemu-bridge-helper program"),
-    Setting("bridgeInterface", machine_type, "nocloud", "config", "the host's bridge"),
-    Setting("bridgeAddress", any_text, "192.168.1.1/24", "config", "its address"),
-    Setting("bridgeNet", any_text, "192.168.1.0/24", "config", "its network"),
+    Setting("bridgeInterface", interface_name, "nocloud", "config", "the host's bridge"),
+    Setting("bridgeAddress", ipv4_prefix, "192.168.1.1/24", "config", "its address"),
+    Setting("bridgeNet", ipv4_prefix, "192.168.1.0/24", "config", "its network"),
     Setting("bridgeSubnet", any_text, "192.168.1", "config", "the first three numbers of that network"),
-    Setting("bridgeIpAddress", any_text, "192.168.1.1", "config", "the bridge's address without the mask"),
-    Setting("bridgeDhcpStart", any_text, "192.168.1.2", "config", "the first address that DHCP gives"),
-    Setting("bridgeDhcpStop", any_text, "192.168.1.254", "config", "the last one"),
+    Setting("bridgeIpAddress", ipv4_address, "192.168.1.1", "config", "the bridge's address without the mask"),
+    Setting("bridgeDhcpStart", ipv4_address, "192.168.1.2", "config", "the first address that DHCP gives"),
+    Setting("bridgeDhcpStop", ipv4_address, "192.168.1.254", "config", "the last one"),
     Setting("bridgeLeases", any_text, "", "config", "the DHCP server's lease file"),
     Setting("vmCpuCap", CPU_CAP, "", "both", "a limit in per cent of CPU time; kept, not enforced yet"),
     Setting("vmName", any_text, "", "vm", "its name"),
@@ -863,10 +876,14 @@ def cache_home() -> str:
     return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join(home_folder(), ".cache"), "nocloud")
 
 
+def installed_settings() -> str:
+    """The settings file of an installation: PREFIX/etc/nocloud_net.conf, beside PREFIX/bin."""
+    return os.path.join(os.path.dirname(os.path.dirname(program_path())), "etc", "nocloud_net.conf")
+
+
 def config_files() -> list[str]:
     """The files to read, in order: the installation's, then the first of the user's that exists."""
-    prefix = os.path.dirname(os.path.dirname(program_path()))
-    files = [path for path in [os.path.join(prefix, "etc", "nocloud_net.conf")] if os.path.isfile(path)]
+    files = [path for path in [installed_settings()] if os.path.isfile(path)]
     own = (
         "./.nocloud.conf",
         os.path.expanduser("~/.nocloud.conf"),
@@ -2274,6 +2291,10 @@ class Network:
     def end_if_idle(self) -> None:
         """End what only ran for the VMs, where the last of them is gone."""
 
+    def status(self) -> Iterator[str]:
+        """Lines for people: whether it is up, and who is on it."""
+        yield from ()
+
     def open(self) -> None:
         """Open what threads will need: it can't be opened once there are threads."""
 
@@ -2903,7 +2924,7 @@ class PrivateNetwork(Network):
                 self.tend()  # it was killed, perhaps, and VMs run on
                 pid = self.holder()
             if not pid:
-                raise WrongState("the private network is not up", "nocloud net up")
+                raise WrongState("the private network is not up", "nocloud net --private up")
             spaces = Namespaces(pid)
             if self.holder() != pid:
                 spaces.close()
@@ -3090,6 +3111,10 @@ def ipv4_number(text: str) -> int:
     return number
 
 
+def ipv4_text(number: int) -> str:
+    return ".".join(map(str, number.to_bytes(4, "big")))
+
+
 RELAY_BYTES = 256 * 1024
 
 
@@ -3129,6 +3154,642 @@ def pump(source: Callable[[], bytes], sink: Callable[[bytes], object]) -> None:
 def write_all(fd: int, data: bytes) -> None:
     while data:
         data = data[os.write(fd, data) :]
+
+
+# -- the host's bridge: what is wanted, and what is there
+
+STATE_FOLDER = "/var/lib/nocloud"  # the leases, and the folders in which users publish their VMs
+RUN_FOLDER = "/run/nocloud"  # what `up` switched on; gone with the next boot, as that is
+MADE_BY_US = "made by nocloud"  # the comment of each rule of ours
+OUR_MAC = "02:6e:63"  # a bridge whose MAC begins so is one of ours; locally administered
+SYSTEMD_UNITS = ("nocloud-bridge.service", "nocloud-dnsmasq.service", "nocloud-dnsmasq-reload.path")
+
+
+class BridgeSettings:
+    """The host's bridge as the settings want it.  Raises UsageError where they contradict each other."""
+
+    __slots__ = ("interface", "address", "length", "network", "first", "last")
+
+    def __init__(self, config: Config) -> None:
+        self.interface = config["bridgeInterface"]
+        self.address, _, length = config["bridgeAddress"].partition("/")
+        self.length = int(length)
+        self.network = ipv4_number(self.address) >> (32 - self.length) << (32 - self.length)
+        for key, fits in (
+            ("bridgeIpAddress", self.holds(config["bridgeIpAddress"])),
+            ("bridgeNet", config["bridgeNet"] == self.net),
+            ("bridgeDhcpStart", self.holds(config["bridgeDhcpStart"])),
+            ("bridgeDhcpStop", self.holds(config["bridgeDhcpStop"])),
+        ):
+            if not fits:
+                raise UsageError(
+                    f"{key}={config[key]} doesn't fit bridgeAddress={config['bridgeAddress']}",
+                    "see etc/nocloud_net.conf, where bridgeNet and what comes after it follow bridgeSubnet",
+                )
+        self.first, self.last = sorted(ipv4_number(config[key]) for key in ("bridgeDhcpStart", "bridgeDhcpStop"))
+
+    @property
+    def net(self) -> str:
+        return f"{ipv4_text(self.network)}/{self.length}"
+
+    @property
+    def mac(self) -> str:
+        """A MAC of its own: a bridge without one takes its lowest port's, and guests would lose the gateway."""
+        return OUR_MAC + "".join(f":{number:02x}" for number in ipv4_number(self.address).to_bytes(4, "big")[1:])
+
+    @property
+    def first_dynamic(self) -> int:
+        """Where the upper quarter begins, which DHCP gives to guests that nobody allotted an address to.
+
+        An address that is allotted to a VM must not be leased to another guest in the same moment.
+        """
+        return self.last - max(1, (self.last - self.first + 1) // 4) + 1
+
+    def holds(self, address: str) -> bool:
+        return is_ipv4(address) and bool(address) and overlap(ipv4_number(address), 32, self.network, self.length)
+
+
+def overlap(one: int, length: int, other: int, its_length: int) -> bool:
+    """Whether two IPv4 networks have addresses in common."""
+    return not (one ^ other) >> (32 - min(length, its_length))
+
+
+def ip_json(*words: str) -> list[dict[str, Any]]:
+    """What `ip -json` says (ip(8))."""
+    import json
+
+    answer = json.loads(run(["ip", "-json", "-4", *words]).stdout or "[]")
+    return [each for each in answer if each]
+
+
+def networks_in_use(without: str) -> Iterator[tuple[str, int, int]]:
+    """(who, network, prefix length) of each address and route of the host but those of the interface `without`.
+
+    Default routes don't count, nor the two halves of the world that a VPN has instead.
+    """
+    for card in ip_json("address"):
+        for each in card.get("addr_info", ()):
+            if card["ifname"] != without:
+                who = f"{card['ifname']} has {each['local']}/{each['prefixlen']}"
+                yield who, ipv4_number(each["local"]), each["prefixlen"]
+    for route in ip_json("route", "show", "table", "all"):
+        address, _, length = route["dst"].partition("/")
+        if not is_ipv4(address) or route.get("type") in ("local", "broadcast") or route.get("dev") == without:
+            continue
+        if int(length or 32) > 1 and route.get("protocol") != "kernel":  # the kernel's own is of an address above
+            who = f"there is a route to {route['dst']}" + (f" by {route['dev']}" if "dev" in route else "")
+            yield who, ipv4_number(address), int(length or 32)
+
+
+def overlapping(settings: BridgeSettings) -> str:
+    """Who has addresses of the bridge's network already, or ''."""
+    found = (
+        who
+        for who, network, length in networks_in_use(settings.interface)
+        if overlap(network, length, settings.network, settings.length)
+    )
+    return next(found, "")
+
+
+def free_bridge_subnet(config: Config, path: str) -> str:
+    """Make the settings file `path` name a subnet that nothing on this host overlaps; what was chosen, for the user.
+
+    The one that is configured stays where it is free.  Only the line bridgeSubnet is written.
+    """
+    settings = BridgeSettings(config)
+    taken = list(networks_in_use(settings.interface))
+    clash = overlapping(settings)
+    if not clash:
+        return f"the bridge's network is {settings.net}"
+    for number in (*range(200, 255), *range(2, 200)):  # homes and offices have the low ones
+        subnet = f"192.168.{number}"
+        network = ipv4_number(f"{subnet}.0")
+        if not any(overlap(network, 24, other, length) for _, other, length in taken):
+            write_subnet(path, subnet)
+            return f"the bridge's network is {subnet}.0/24, not {settings.net}: {clash} (written to {path})"
+    raise Error("no subnet is free in 192.168.0.0/16", f"set bridgeSubnet in {path} to one of 10.0.0.0/8")
+
+
+def write_subnet(path: str, subnet: str) -> None:
+    """Set bridgeSubnet in a settings file whose other lines follow it.  Raises Error where they don't."""
+    text = update_assignments(read_text(path), {"bridgeSubnet": subnet})
+    config = Config()
+    for line in parse_assignments(text, path, ChainMap({}, config.values(), os.environ)):
+        if line.key in SETTING:
+            config.set(line.key, line.value, f"{path}:{line.line}")
+    if not BridgeSettings(config).holds(f"{subnet}.0"):
+        raise Error(
+            f"{path}: bridgeNet and bridgeAddress don't follow bridgeSubnet", f"set them to {subnet}.0/24 by hand"
+        )
+    write_file(path, text, 0o644)
+
+
+def bridge_is_ours(interface: str) -> bool:
+    try:
+        return read_text(f"/sys/class/net/{interface}/address").startswith(OUR_MAC)
+    except OSError:
+        return False
+
+
+def need_root(what: str) -> None:
+    if os.geteuid() != 0:
+        raise Error(
+            f"{what} needs root; nothing was changed",
+            "sudo does it; or use a network of your own, which needs no root: nocloud net --private up",
+        )
+
+
+# -- the host's firewalls
+#
+# A packet passes only if every table lets it pass, so our own table can't undo what another one drops: where Docker,
+# ufw, firewalld or plain iptables rules are, they are told to accept the bridge.  Each rule carries a comment of ours.
+
+
+def nft_table(settings: BridgeSettings, forwarders: Sequence[str]) -> str:
+    """nft(8)'s input: addresses translated on the way out, no connection in from outside, nothing forwarded for others.
+
+    `forwarders` forward only since we made them: to and from the guests, not for everyone on those networks.  What
+    Docker publishes, and what it answers, passes.
+    """
+    name, table = f'"{settings.interface}"', f"ip {DOMAIN}"
+    guard = "".join(
+        f'\n        iifname "{each}" ct status dnat accept\n        iifname "{each}" ct state new,invalid drop'
+        for each in forwarders
+    )
+    return f"""\
+table {table} {{
+}}
+delete table {table}
+table {table} {{
+    comment "{MADE_BY_US}"
+    chain forward {{
+        type filter hook forward priority filter; policy accept;
+        iifname {name} accept comment "guests may go anywhere"
+        oifname {name} ct state established,related accept
+        oifname {name} ct status dnat accept
+        oifname {name} drop comment "nobody else begins a connection to them"{guard}
+    }}
+    chain postrouting {{
+        type nat hook postrouting priority srcnat; policy accept;
+        ip saddr {settings.net} ip daddr != {settings.net} oifname != {name} masquerade
+    }}
+}}
+"""
+
+
+def has_nft_table(table: str) -> bool:
+    return attempt(["nft", "list", "table", *table.split()], 30)[0] == 0
+
+
+def iptables_programs() -> list[str]:
+    """The iptables whose filter table is in use; those on nft and the old ones may both be.
+
+    Where it isn't in use no rule is needed, and the first one would leave a table behind.
+    """
+    found = []
+    if has_nft_table("ip filter"):
+        found.append(next(filter(find_program, ("iptables-nft", "iptables")), ""))
+    try:
+        if "filter" in read_text("/proc/net/ip_tables_names").split():
+            found.append(next(filter(find_program, ("iptables-legacy", "iptables")), ""))
+    except OSError:
+        pass  # the kernel has no such tables
+    return [program for program in found if program]
+
+
+def iptables_rules(program: str) -> list[list[str]]:
+    """The words of each line of `iptables -S`: -P CHAIN POLICY, -N CHAIN, -A CHAIN RULE."""
+    import shlex
+
+    return [shlex.split(line) for line in run([program, "-w", "10", "-S"]).stdout.splitlines() if line.startswith("-")]
+
+
+def accepting_rules(interface: str, forward: str) -> list[list[str]]:
+    """CHAIN and rule, in the words of `iptables -S`: DHCP and DNS for the guests, and what is forwarded for them."""
+    comment, accept = ["-m", "comment", "--comment", MADE_BY_US], ["-j", "ACCEPT"]
+    ports = (("udp", "67"), ("udp", "53"), ("tcp", "53"))
+    state = ["-m", "conntrack", "--ctstate", "RELATED,ESTABLISHED"]
+    return [
+        *(
+            ["INPUT", "-i", interface, "-p", kind, "-m", kind, "--dport", port, *comment, *accept]
+            for kind, port in ports
+        ),
+        [forward, "-i", interface, *comment, *accept],
+        [forward, "-o", interface, *state, *comment, *accept],
+    ]
+
+
+def open_iptables(program: str, interface: str) -> None:
+    """At the head of the chains that don't just accept: a rule in one that does would leave an empty chain behind.
+
+    Docker jumps to DOCKER-USER first, and leaves it to the host's owner.
+    """
+    rules = iptables_rules(program)
+    forward = "DOCKER-USER" if ["-N", "DOCKER-USER"] in rules else "FORWARD"
+    busy = {"DOCKER-USER", *(chain for action, chain, *rule in rules if action == "-A" or rule == ["DROP"])}
+    wanted = [rule for rule in accepting_rules(interface, forward) if rule[0] in busy]
+    there = [rule[1:] for rule in rules if MADE_BY_US in rule]
+    if sorted(wanted) != sorted(there):
+        close_iptables(program)
+        for chain, *rule in wanted:
+            run([program, "-w", "10", "-I", chain, *rule])
+
+
+def close_iptables(program: str) -> None:
+    for action, chain, *rule in iptables_rules(program):
+        if action == "-A" and MADE_BY_US in rule:
+            run([program, "-w", "10", "-D", chain, *rule])
+
+
+def ufw_rules(interface: str) -> list[list[str]]:
+    """In ufw(8)'s words, as `ufw show added` gives them back.  Answers to what guests ask for pass by themselves."""
+    place = ["in", "on", interface]
+    return [
+        ["allow", *place, "to", "any", "port", "67", "proto", "udp"],
+        ["allow", *place, "to", "any", "port", "53"],
+        ["route", "allow", *place],
+    ]
+
+
+def ufw_runs() -> bool:
+    return bool(find_program("ufw")) and "Status: active" in attempt(["ufw", "status"], 30)[1]
+
+
+def open_ufw(interface: str) -> None:
+    for words in ufw_rules(interface):
+        run(["ufw", *words, "comment", MADE_BY_US])
+
+
+def close_ufw() -> None:
+    """Its rules outlive a reboot and ufw's own end, so they are looked for wherever ufw is installed."""
+    import shlex
+
+    if find_program("ufw"):
+        for line in attempt(["ufw", "show", "added"], 30)[1].splitlines():
+            words = shlex.split(line)
+            if words[:1] == ["ufw"] and words[-2:] == ["comment", MADE_BY_US]:
+                rule = words[1:-2]
+                at = 1 if rule[0] == "route" else 0
+                run(["ufw", *rule[:at], "delete", *rule[at:]])
+
+
+def firewalld_zone(interface: str) -> str | None:
+    """The zone of firewalld that the interface is in, '' for none; None where firewalld doesn't run."""
+    if not find_program("firewall-cmd") or attempt(["firewall-cmd", "--state"], 30)[0]:
+        return None
+    status, said = attempt(["firewall-cmd", f"--get-zone-of-interface={interface}"], 30)
+    return said.strip() if status == 0 else ""
+
+
+def open_firewalls(interface: str) -> None:
+    """Have each firewall that runs here accept the guests' DHCP, DNS and what is forwarded for them."""
+    for program in iptables_programs():
+        open_iptables(program, interface)
+    if ufw_runs():
+        open_ufw(interface)
+    if firewalld_zone(interface) not in (None, "trusted"):
+        run(["firewall-cmd", "--zone=trusted", f"--change-interface={interface}"])
+
+
+def close_firewalls(interface: str) -> None:
+    """Take away exactly what open_firewalls added."""
+    for program in iptables_programs():
+        close_iptables(program)
+    close_ufw()
+    if firewalld_zone(interface) == "trusted":
+        run(["firewall-cmd", "--zone=trusted", f"--remove-interface={interface}"])
+
+
+def dropping_chains() -> list[str]:
+    """The chains of other nft tables that drop what they don't name, which nobody can undo but their owner.
+
+    Those of iptables, ufw and firewalld are told in their own way.
+    """
+    import json
+
+    status, said = attempt(["nft", "-j", "list", "chains"], 30)
+    chains = [each["chain"] for each in json.loads(said)["nftables"] if "chain" in each] if status == 0 else []
+    return [
+        f"{each['family']} {each['table']} {each['name']}"
+        for each in chains
+        if each.get("hook") in ("forward", "input")
+        and each.get("policy") == "drop"
+        and each["family"] in ("ip", "inet")
+        and each["table"] not in ("filter", "firewalld")
+    ]
+
+
+# -- the host's bridge: up and down
+
+
+def sysctl_file(interface: str, name: str, family: str = "ipv4") -> str:
+    return f"/proc/sys/net/{family}/conf/{interface}/{name}"
+
+
+def set_sysctl(path: str, value: str) -> None:
+    """Write a sysctl that isn't so already."""
+    if read_text(path).strip() != value:
+        with open(path, "w", encoding="ascii") as file:
+            file.write(value)
+
+
+class BridgeSetup:
+    """What root does to the host for the bridge; `down` takes away exactly what `up` did, half done or not.
+
+    It goes in order of what is there, not by a record: the bridge is known by its MAC, rules by their comments.  Only
+    which interfaces were made to forward is written down, before it is done.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.settings = BridgeSettings(config)
+        self.interface = self.settings.interface
+        self.forwarding = os.path.join(RUN_FOLDER, "forwarding")
+
+    def is_there(self) -> bool:
+        return os.path.exists(f"/sys/class/net/{self.interface}")
+
+    def ports(self) -> list[str]:
+        return _names(f"/sys/class/net/{self.interface}/brif")
+
+    def check(self) -> None:
+        """Raise where the bridge can't be: a program is missing, the name or the network is someone else's."""
+        for name in ("ip", "nft"):
+            need_program(name)
+        if self.is_there() and not bridge_is_ours(self.interface):
+            raise WrongState(
+                f"{self.interface} is there, and nocloud didn't make it; it is left alone",
+                "VMs use it as it is; bridgeInterface=NAME makes another one",
+            )
+        clash = overlapping(self.settings)
+        if clash:
+            raise WrongState(
+                f"the bridge's network {self.settings.net} is in use: {clash}",
+                "another one: bridgeSubnet in etc/nocloud_net.conf; `nocloud bridge subnet` writes one that is free",
+            )
+
+    def up(self) -> None:
+        """Make what isn't there.  Where that fails nothing stays."""
+        need_root("the host's bridge")
+        self.check()
+        with FolderLock(RUN_FOLDER, make=True):
+            new = not self.is_there()
+            try:
+                prepare_state_folder()
+                self._make_bridge()
+                forwarders = self._forward()
+                run(["nft", "-f", "-"], input=nft_table(self.settings, forwarders).encode())
+                open_firewalls(self.interface)
+            except BaseException:
+                if new:
+                    self._take_down()
+                    remove_empty(RUN_FOLDER)
+                raise
+            self._tell_resolver()
+        for chain in dropping_chains():
+            report.warn(f"nft chain {chain} drops what it doesn't name: guests need iifname {self.interface} accepted")
+
+    def _make_bridge(self) -> None:
+        """The bridge and its address.  Before it is up: the kernel would take a guest for its IPv6 router."""
+        name, wanted = self.interface, (self.settings.address, self.settings.length)
+        if not self.is_there():
+            run(
+                [
+                    "ip",
+                    "link",
+                    "add",
+                    "name",
+                    name,
+                    "address",
+                    self.settings.mac,
+                    "type",
+                    "bridge",
+                    "forward_delay",
+                    "0",
+                ]
+            )
+        if os.path.exists(sysctl_file(name, "accept_ra", "ipv6")):
+            set_sysctl(sysctl_file(name, "accept_ra", "ipv6"), "0")
+        there = [
+            (each["local"], each["prefixlen"])
+            for card in ip_json("address", "show", "dev", name)
+            for each in card.get("addr_info", ())
+        ]
+        if there != [wanted]:
+            run(["ip", "-4", "address", "flush", "dev", name])
+            run(["ip", "address", "add", f"{wanted[0]}/{wanted[1]}", "brd", "+", "dev", name])
+        run(["ip", "link", "set", name, "up"])
+
+    def _forward(self) -> list[str]:
+        """Let the kernel forward for the guests; the interfaces that forward only since we made them.
+
+        Whether a packet is forwarded is asked of the interface that it came in by: the bridge, and for the answers the
+        interfaces of the default routes.  net.ipv4.ip_forward, which Docker and libvirt set, would open all of them.
+        """
+        set_sysctl(sysctl_file(self.interface, "forwarding"), "1")
+        if read_text("/proc/sys/net/ipv4/ip_forward").strip() == "1":
+            return []
+        quiet = {each for each in outgoing_interfaces() if read_text(sysctl_file(each, "forwarding")).strip() == "0"}
+        ours = sorted(quiet | set(self._forwarders()))
+        write_file(self.forwarding, "".join(f"{each}\n" for each in ours))
+        for each in ours:
+            set_sysctl(sysctl_file(each, "forwarding"), "1")
+        return ours
+
+    def _forwarders(self) -> list[str]:
+        """The interfaces that `up` made forward, and that are still there."""
+        try:
+            names = read_text(self.forwarding).split()
+        except FileNotFoundError:
+            return []
+        return [name for name in names if os.path.exists(sysctl_file(name, "forwarding"))]
+
+    def _tell_resolver(self) -> None:
+        """Have systemd-resolved ask us for our names, and for nothing else; it forgets that with the interface."""
+        if not resolved_runs():
+            report.say(
+                f"{report.program}: VMs' names don't resolve on this host itself, which runs no systemd-resolved; "
+                f"have its resolver ask {self.settings.address} for {DOMAIN}, or use vmssh"
+            )
+            return
+        for words in (("dns", self.settings.address), ("domain", f"~{DOMAIN}"), ("dnssec", "no"), ("dnsovertls", "no")):
+            verb, value = words
+            status, said = attempt(["resolvectl", verb, self.interface, value], 30)
+            if status:
+                report.warn(f"VMs' names don't resolve on this host itself: resolvectl {verb}: {last_line(said)}")
+                return
+
+    def down(self) -> None:
+        """Take it away; refused while something is attached to it."""
+        need_root("the host's bridge")
+        with FolderLock(RUN_FOLDER, make=True):
+            self.check_unused()
+            self._take_down()
+        remove_empty(RUN_FOLDER)
+
+    def check_unused(self) -> None:
+        ports = self.ports() if bridge_is_ours(self.interface) else []
+        if ports:
+            raise WrongState(
+                f"the bridge {self.interface} is in use: {plural(len(ports), 'VM')} on it ({', '.join(ports[:5])})",
+                "vmrunning lists a user's VMs; vmstop -g GROUP stops a group",
+            )
+
+    def _take_down(self) -> None:
+        close_firewalls(self.interface)
+        if has_nft_table(f"ip {DOMAIN}"):
+            run(["nft", "delete", "table", "ip", DOMAIN])
+        if read_text("/proc/sys/net/ipv4/ip_forward").strip() == "0":  # else another one wants them to forward by now
+            for each in self._forwarders():
+                set_sysctl(sysctl_file(each, "forwarding"), "0")
+        remove_file(self.forwarding)
+        if bridge_is_ours(self.interface):
+            run(["ip", "link", "delete", self.interface])
+
+
+def outgoing_interfaces() -> set[str]:
+    """The interfaces of the default routes, among them the two halves of the world that a VPN has instead."""
+    found = set()
+    for route in ip_json("route", "show", "table", "all"):
+        if route["dst"] in ("default", "0.0.0.0/1", "128.0.0.0/1"):
+            found |= {each["dev"] for each in (route, *route.get("nexthops", ())) if "dev" in each}
+    return found
+
+
+def resolved_runs() -> bool:
+    return os.path.exists("/run/systemd/resolve") and bool(find_program("resolvectl"))
+
+
+# -- the bridge's dnsmasq
+
+
+def account(names: Sequence[str], group: bool = False) -> tuple[str, int]:
+    """(name, id) of the first user, or group, of these that there is; root where there is none."""
+    import grp
+    import pwd
+
+    for name in names:
+        try:
+            return name, grp.getgrnam(name).gr_gid if group else pwd.getpwnam(name).pw_uid
+        except KeyError:
+            continue
+    return "root", 0
+
+
+DNSMASQ_USERS = ("nocloud-dnsmasq", "dnsmasq", "nobody")
+LEASES, REMOVED = (os.path.join(STATE_FOLDER, name) for name in ("dnsmasq.leases", "removed"))
+
+
+def prepare_state_folder() -> None:
+    """The folders that members of kvm publish their VMs in, each removing only their own, and dnsmasq's lease file.
+
+    `removed` is a file that the same people write to: systemd has dnsmasq forget what is gone when that changes.
+    """
+    group = account(("kvm",), group=True)[1]
+    os.makedirs(STATE_FOLDER, 0o755, exist_ok=True)
+    for kind in ("dhcp", "hosts"):
+        path = os.path.join(STATE_FOLDER, kind)
+        os.makedirs(path, exist_ok=True)
+        os.chown(path, 0, group)
+        os.chmod(path, 0o3770)
+    for path, mode, owner in ((LEASES, 0o644, (account(DNSMASQ_USERS)[1], -1)), (REMOVED, 0o660, (0, group))):
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode))
+        os.chown(path, *owner)
+        os.chmod(path, mode)
+
+
+class BridgeServer:
+    """The bridge's dnsmasq: a unit of systemd where the units are installed, else a daemon of our own."""
+
+    def __init__(self, settings: BridgeSettings) -> None:
+        self.settings = settings
+        self.pid_file = os.path.join(RUN_FOLDER, "dnsmasq.pid")
+
+    def argv(self) -> list[str]:
+        """dnsmasq(8), 2.90, in the foreground.
+
+        As its own user, which systemd starts it as, it can't change to another.  The host's /etc/resolv.conf names
+        the servers that it asks.  A guest of its own name, that nobody published, is known by that.
+        """
+        settings = self.settings
+        dynamic = [ipv4_text(number) for number in (settings.first_dynamic, settings.last)]
+        mask = ipv4_text(0xFFFFFFFF << (32 - settings.length) & 0xFFFFFFFF)
+        return [
+            "dnsmasq", "--keep-in-foreground", *self._as_user(), "--quiet-dhcp", "--conf-file=/dev/null", "--no-hosts",
+            f"--interface={settings.interface}", "--except-interface=lo", "--bind-interfaces",
+            f"--domain={DOMAIN}", f"--local=/{DOMAIN}/", "--domain-needed", "--bogus-priv",
+            f"--dhcp-range={','.join(dynamic)},{mask},12h", f"--dhcp-leasefile={LEASES}",
+            "--dhcp-authoritative", "--dhcp-rapid-commit", "--no-ping", "--dhcp-ignore-clid",
+            f"--dhcp-hostsdir={STATE_FOLDER}/dhcp", f"--hostsdir={STATE_FOLDER}/hosts",
+        ]  # fmt: skip
+
+    def _as_user(self) -> list[str]:
+        if os.geteuid() != 0:
+            return ["--user=", "--group=", "--pid-file=", "--log-facility=-"]
+        group = account(("kvm",), group=True)[0]
+        log = os.path.join(RUN_FOLDER, "dnsmasq.log")
+        return [
+            f"--user={account(DNSMASQ_USERS)[0]}", f"--group={group}", f"--pid-file={self.pid_file}",
+            f"--log-facility={log}",
+        ]  # fmt: skip
+
+    def answers(self) -> bool:
+        """Whether something serves DNS at the bridge's address.  /proc/net/udp has that as memory does."""
+        place = f"{struct.unpack('=I', struct.pack('>I', ipv4_number(self.settings.address)))[0]:08X}:0035"
+        return any(place in line for line in read_text("/proc/net/udp").splitlines())
+
+    def start(self) -> None:
+        """As a daemon of our own, unless it runs."""
+        with FolderLock(RUN_FOLDER, make=True):
+            if not daemon_pid(self.pid_file):
+                start_daemon(self.argv(), ())
+
+    def stop(self) -> None:
+        with FolderLock(RUN_FOLDER, make=True):
+            stop_daemon(self.pid_file)
+            remove_file(os.path.join(RUN_FOLDER, "dnsmasq.log"))
+        remove_empty(RUN_FOLDER)
+
+
+def units_installed() -> bool:
+    """Whether systemd runs here and knows our units."""
+    return os.path.isdir("/run/systemd/system") and attempt(["systemctl", "cat", SYSTEMD_UNITS[0]], 30)[0] == 0
+
+
+def systemctl(verb: str, *units: str) -> None:
+    """Raises Error with the unit's own last words."""
+    status, said = attempt(["systemctl", verb, *units], 120)
+    if status:
+        words = [word for unit in units for word in ("--unit", unit)]
+        _, log = attempt(["journalctl", "--no-pager", "--output=cat", "--lines=20", *words], 30)
+        told = [line for line in log.splitlines() if line.startswith(("nocloud", "dnsmasq"))]
+        raise Error(told[-1] if told else last_line(said), f"journalctl -u {units[0]}")
+
+
+def bridge_up(config: Config) -> None:
+    """`nocloud net up` of root: the bridge with DHCP and DNS."""
+    setup = BridgeSetup(config)
+    need_root("the host's bridge")
+    setup.check()
+    server = BridgeServer(setup.settings)
+    if units_installed():
+        systemctl("start", *SYSTEMD_UNITS)
+    else:
+        need_program("dnsmasq")
+        setup.up()
+        server.start()
+    if not wait_for(server.answers, 10):
+        raise TimedOut(f"dnsmasq doesn't answer at {setup.settings.address}", "journalctl -u nocloud-dnsmasq")
+
+
+def bridge_down(config: Config) -> None:
+    """`nocloud net down` of root."""
+    setup = BridgeSetup(config)
+    need_root("the host's bridge")
+    setup.check_unused()
+    if units_installed():
+        systemctl("stop", *reversed(SYSTEMD_UNITS))
+    BridgeServer(setup.settings).stop()
+    setup.down()
 
 
 class HostBridge(Network):
@@ -3208,6 +3869,10 @@ class HostBridge(Network):
     def address(self, vm: VM) -> str:
         """What the DHCP server gave to the VM's MAC, or ''."""
         return vm.conf.get("vmAddress") or self.leases().get(vm.conf.get("vmMac", ""), "")
+
+    def status(self) -> Iterator[str]:
+        reason = self.missing()
+        yield f"bridge {self.interface}: {'down' if reason else 'up'}" + (f" ({reason})" if reason else "")
 
     def leases(self) -> dict[str, str]:
         """MAC → address of dnsmasq's lease file: `EXPIRY MAC ADDRESS NAME CLIENT-ID` a line."""
@@ -7670,33 +8335,22 @@ def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) ->
 
 @command(
     "net",
-    Option("--private", help="the user's own network, which needs no root (the default)"),
-    Option("--bridge", help="the host's bridge (with exec --tap only)"),
+    Option("--private", help="up, down, status: the user's own network, which needs no root"),
+    Option("--bridge", help="the host's bridge, which is root's"),
     Option("--tap", help="exec: open a tap on the network as descriptor 3"),
     Option("--fdpass", help="connect: hand the connection itself to ssh (ProxyUseFdpass)"),
     operands="up | down | status | exec CMD... | connect ADDR PORT",
 )
 def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> int:
-    """the network between the VMs: up, down, status; exec and connect go into it"""
+    """the network between the VMs: up, down, status; exec and connect go into the private one"""
     import contextlib
 
     verb, rest = (words[0], words[1:]) if words else ("", [])
-    with contextlib.closing(
-        Cloud(config)
-    ) as cloud:  # as it is: a ProxyCommand must be quick, and `down` is what it says
+    if verb in ("up", "down", "status"):
+        return net_verb(config, verb, kind_of_network(config, args, rest))
+    with contextlib.closing(Cloud(config)) as cloud:  # as it is: a ProxyCommand must be quick
         network = cloud.private
-        if verb == "up":
-            no_more(rest)
-            cloud.tree.prepare()
-            network.up(keep=True)
-        elif verb == "down":
-            no_more(rest)
-            network.down_if_unused()
-        elif verb == "status":
-            no_more(rest)
-            for line in network.status():
-                report.data(line)
-        elif verb == "exec":
+        if verb == "exec":
             if not rest:
                 raise UsageError("which command?", "nocloud net exec CMD...")
             if args.tap:
@@ -7707,6 +8361,60 @@ def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> int:
             network.connect(address, port, args.fdpass)
         else:
             raise UsageError(f"{verb or 'no verb'}: expected up, down, status, exec or connect")
+    return EXIT_DONE
+
+
+def kind_of_network(config: Config, args: argparse.Namespace, rest: Sequence[str]) -> str:
+    """Which network `net up` and its like are about, by the options, which may come after the verb too; else by
+    vmNetwork; else root means the host's bridge, and `auto` leaves it open."""
+    flags = {*(f"--{name}" for name in ("private", "bridge") if getattr(args, name)), *rest}
+    no_more(sorted(flags - {"--private", "--bridge"}))
+    if len(flags) > 1:
+        raise UsageError("--private and --bridge: one of them")
+    asked = flags.pop()[2:] if flags else config["vmNetwork"]
+    return "bridge" if asked == "auto" and os.geteuid() == 0 else asked
+
+
+def net_verb(config: Config, verb: str, kind: str) -> int:
+    """up, down, status.  An ordinary user who doesn't say which means the bridge, as root does, and both to look at."""
+    import contextlib
+
+    if kind != "private" and verb != "status":
+        bridge_up(config) if verb == "up" else bridge_down(config)
+        return EXIT_DONE
+    with contextlib.closing(Cloud(config)) as cloud:  # as it is: `down` is what it says
+        if verb == "up":
+            cloud.tree.prepare()
+            cloud.private.up(keep=True)
+        elif verb == "down":
+            cloud.private.down_if_unused()
+        else:
+            for line in (
+                *(cloud.network("bridge").status() if kind != "private" else ()),
+                *(cloud.private.status() if kind != "bridge" else ()),
+            ):
+                report.data(line)
+    return EXIT_DONE
+
+
+@command("bridge", alias="nocloud-bridge", operands="start | stop | dnsmasq | subnet [FILE]")
+def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """the host's bridge, for its units: start, stop; run its dnsmasq; have FILE name a subnet that is free"""
+    verb, rest = (words[0], words[1:]) if words else ("", [])
+    if verb == "subnet":
+        file = one_operand(rest, "FILE") if rest else installed_settings()
+        need_root("setting the bridge's network")
+        report.say(free_bridge_subnet(config, file))
+        return EXIT_DONE
+    no_more(rest)
+    if verb == "start":
+        BridgeSetup(config).up()
+    elif verb == "stop":
+        BridgeSetup(config).down()
+    elif verb == "dnsmasq":
+        become(BridgeServer(BridgeSettings(config)).argv())
+    else:
+        raise UsageError(f"{verb or 'no verb'}: expected start, stop, dnsmasq or subnet")
     return EXIT_DONE
 
 

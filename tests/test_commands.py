@@ -44,7 +44,8 @@ OPTIONS: dict[str, Options] = {
     "vmstop": {"-g": True, "-t": True, "-d": False, "-n": True, "--kill": False, "--timeout": True},
     "vmssh": {},
     "vminventory": {"--list": False, "--host": True},
-    "net": {"--private": False},
+    "net": {"--private": False, "--bridge": False},
+    "nocloud-bridge": {},
     "links": {},
 }
 EVERYWHERE: Options = {"-h": False, "--help": False, "-v": False, "--version": False, "--debug": False}
@@ -249,7 +250,7 @@ def test_things_that_are_not_there_are_1(cloud: Cloud) -> None:
 
 
 def test_links(cloud: Cloud, links: Path) -> None:
-    names = {name for name in OPTIONS if name.startswith("vm")} | {"nocloud"}
+    names = {name for name in OPTIONS if name.startswith("vm")} | {"nocloud", "nocloud-bridge"}
     assert names <= set(os.listdir(links))
     for name in os.listdir(links):
         assert (links / name).resolve() == PROGRAM

@@ -1,0 +1,377 @@
+"""The host's bridge, in namespaces that stand in for a host: never on the machine's own network."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import NOBODY, ROOT, Cloud, Result, replace_program
+
+import nocloud
+
+OUTSIDE = "203.0.113.2"
+
+
+class Host:
+    """A host of its own: eth0 leads to a router that knows nothing of VMs; /run, /var/lib and /etc are scratch."""
+
+    def __init__(self, cloud: Cloud, busybox: Path) -> None:
+        self.cloud, self.busybox = cloud, busybox
+        self.children: list[subprocess.Popen[str]] = []
+        self.cloud.env["NOCLOUD_vmNetwork"] = "auto"
+        etc = cloud.home / "etc"
+        shutil.copytree("/etc", etc, symlinks=True)
+        (etc / "qemu").mkdir(exist_ok=True)
+        (etc / "qemu/bridge.conf").write_text("allow nocloud\n")
+        (etc / "resolv.conf").unlink(missing_ok=True)
+        (etc / "resolv.conf").write_text("")
+        if not re.search("^kvm:", (etc / "group").read_text(), re.M):
+            with (etc / "group").open("a") as file:
+                file.write("kvm:x:998:\n")
+        mounts = "mount -t sysfs sysfs /sys && mount -t tmpfs run /run && mount -t tmpfs lib /var/lib"
+        self.pid = self.namespaces(f"{mounts} && mount --bind {etc} /etc && ip link set lo up")
+        self.router = self.namespaces("ip link set lo up", inside=self.pid)
+        self.shell(
+            f"ip link add eth0 type veth peer name eth0 netns {self.router}; ip addr add 203.0.113.1/24 dev eth0;"
+            f"ip link set eth0 up; ip route add default via {OUTSIDE}"
+        ).ok()
+        self.at(self.router, "sh", "-c", f"ip addr add {OUTSIDE}/24 dev eth0; ip link set eth0 up").ok()
+
+    def namespaces(self, script: str, inside: int = 0) -> int:
+        """The pid of a process that holds a network and a mount namespace, in which `script` was run."""
+        way = ["nsenter", "-t", str(inside), "-n", "-m", "--"] if inside else []
+        child = subprocess.Popen(
+            [*way, "unshare", "-n", "-m", "sh", "-c", f"{script}; echo ready; exec sleep infinity"],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=self.cloud.env,
+        )
+        self.children.append(child)
+        assert child.stdout and child.stdout.readline() == "ready\n"
+        return child.pid
+
+    def at(self, pid: int, *argv: object, env: dict[str, str] | None = None, timeout: float = 60) -> Result:
+        """A program in the namespaces of a process."""
+        words = ["nsenter", "-t", pid, "-n", "-m", f"--wd={self.cloud.home}", "--", *argv]
+        return self.cloud.execute(words, env=env, timeout=timeout)
+
+    def run(self, name: str, *words: object, env: dict[str, str] | None = None, timeout: float = 150) -> Result:
+        return self.at(self.pid, *self.cloud.argv(name, *words), env=env, timeout=timeout)
+
+    def shell(self, script: str, env: dict[str, str] | None = None) -> Result:
+        return self.at(self.pid, "sh", "-c", script, env=env)
+
+    def state(self) -> str:
+        """What `down` must leave as it was."""
+        said = self.shell(
+            "nft list ruleset; ip -br link; ip -br -4 address; ip -4 route show table all; ls /run;"
+            "grep -s . /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv4/conf/*/forwarding;"
+            "grep -qs filter /proc/net/ip_tables_names && iptables-legacy -S"
+        ).stdout
+        return re.sub(r"packets \d+ bytes \d+", "", said)
+
+    def guest(self, mac: str, name: str) -> tuple[int, dict[str, str]]:
+        """A namespace that stands in for a VM on the bridge, and what DHCP told it."""
+        pid = self.namespaces("ip link set lo up", inside=self.pid)
+        port = f"tap{pid}"
+        self.shell(
+            f"ip link add {port} type veth peer name ens3 address {mac} netns {pid} &&"
+            f"ip link set {port} master nocloud up"
+        ).ok()
+        told = self.cloud.home / f"lease{pid}"
+        hook = self.cloud.home / "hook"
+        hook.write_text(
+            '#!/bin/sh\n[ "$1" = bound ] || exit 0\n'
+            'ip addr add "$ip/$mask" dev ens3; ip route add default via "$router"\n'
+            f'printf "%s\\n" "$ip" "$router" "$dns" "$domain" > {self.cloud.home}/lease$GUEST\n'
+        )
+        hook.chmod(0o755)
+        words = ["-i", "ens3", "-f", "-n", "-q", "-t", "8", "-T", "2", "-s", hook, "-x", f"hostname:{name}"]
+        self.at(pid, "sh", "-c", "ip link set ens3 up").ok()
+        self.at(pid, self.busybox, "udhcpc", *words, env={"GUEST": str(pid)}).ok()
+        return pid, dict(zip(("address", "router", "dns", "domain"), told.read_text().splitlines()))
+
+    def resolve(self, pid: int, name: str, server: str = "192.168.1.1") -> str:
+        """What the bridge's DNS says to a guest, or to the host itself."""
+        said = self.at(pid, self.busybox, "nslookup", "-type=a", name, server).stdout
+        return "".join(re.findall(r"^Address: ([0-9.]+)$", said, re.M))
+
+    def reaches(self, pid: int, address: str) -> bool:
+        return self.at(pid, self.busybox, "ping", "-c", "1", "-W", "2", address).status == 0
+
+    def unplug(self) -> None:
+        """Take all guests off the bridge."""
+        self.shell("for port in $(ls /sys/class/net/nocloud/brif); do ip link delete $port; done")
+
+    def close(self) -> None:
+        self.unplug()
+        self.run("net", "down", "--bridge")
+        for child in self.children:
+            child.kill()
+            child.communicate()
+
+
+@pytest.fixture(scope="session")
+def busybox(guest_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """busybox, which has a DHCP client, unpacked: its package would drive others out."""
+    kept = guest_cache / "busybox"
+    if not kept.exists():
+        work = tmp_path_factory.mktemp("busybox")
+        subprocess.run(
+            ["apt-get", "download", "-q", "-o", "APT::Sandbox::User=root", "busybox-static"],
+            cwd=work, check=True, capture_output=True,
+        )  # fmt: skip
+        subprocess.run(["dpkg-deb", "-x", *work.glob("*.deb"), work / "tree"], check=True)
+        shutil.copyfile(next(work.rglob("bin/busybox")), kept.with_suffix(".new"))
+        kept.with_suffix(".new").chmod(0o755)
+        kept.with_suffix(".new").rename(kept)
+    return kept
+
+
+@pytest.fixture
+def host(cloud: Cloud, busybox: Path) -> Iterator[Host]:
+    if os.geteuid() != 0:
+        pytest.skip("the host's bridge is root's")
+    host = Host(cloud, busybox)
+    try:
+        yield host
+    finally:
+        host.close()
+
+
+DOCKER = "-P FORWARD DROP", "-N DOCKER-USER", "-A DOCKER-USER -j RETURN", "-A FORWARD -j DOCKER-USER"
+FIREWALLS = {
+    "none": "true",
+    "closed": "iptables-nft -A INPUT -i lo -j ACCEPT; iptables-nft -P INPUT DROP; iptables-nft -P FORWARD DROP",
+    "docker": "; ".join([*(f"iptables-nft {rule}" for rule in DOCKER), "echo 1 > /proc/sys/net/ipv4/ip_forward"]),
+    "legacy": "; ".join(f"iptables-legacy {rule}" for rule in DOCKER),
+}
+
+
+@pytest.mark.parametrize("firewall", FIREWALLS)
+def test_a_guest_gets_address_name_and_a_way_out(host: Host, firewall: str) -> None:
+    """Whatever else filters packets on this host; and `down` leaves that as it was."""
+    host.shell(FIREWALLS[firewall]).ok()
+    before = host.state()
+    host.run("net", "up").ok()
+    assert "made by nocloud" in host.state()
+    up = host.state()
+    host.run("net", "up").ok()
+    assert host.state() == up
+    guest, told = host.guest("00:50:56:00:00:01", "stand-in")
+    assert re.fullmatch(r"192\.168\.1\.\d+", told["address"]) and told["domain"] == "nocloud"
+    assert told["router"] == told["dns"] == "192.168.1.1"
+    assert host.resolve(guest, "stand-in.nocloud") == host.resolve(host.pid, "stand-in") == told["address"]
+    assert host.reaches(guest, OUTSIDE), host.state()
+    other, its = host.guest("00:50:56:00:00:02", "other")
+    assert its["address"] != told["address"] and host.reaches(other, told["address"])
+    # Nobody outside begins a connection, though he knows the way.
+    host.at(host.router, "ip", "route", "add", "192.168.1.0/24", "via", "203.0.113.1").ok()
+    assert not host.reaches(host.router, told["address"])
+    host.run("net", "down").fails(1, "in use", "2 VMs")
+    assert host.reaches(guest, OUTSIDE)
+    host.unplug()
+    host.run("net", "down").quiet()
+    assert host.state() == before
+    host.run("net", "down").quiet()
+    assert not host.cloud.processes().keys() - {child.pid for child in host.children}
+
+
+def test_the_host_becomes_no_router_for_others(host: Host) -> None:
+    """eth0 forwards so that answers reach the guests; what comes in by it for another network is dropped."""
+    other = host.namespaces("ip link set lo up", inside=host.pid)
+    host.shell(
+        f"ip link add side type veth peer name ens3 netns {other};"
+        "ip addr add 198.51.100.1/24 dev side; ip link set side up"
+    ).ok()
+    script = "ip addr add 198.51.100.2/24 dev ens3; ip link set ens3 up; ip route add default via 198.51.100.1"
+    host.at(other, "sh", "-c", script).ok()
+    host.at(host.router, "ip", "route", "add", "198.51.100.0/24", "via", "203.0.113.1").ok()
+    assert not host.reaches(host.router, "198.51.100.2")
+    host.run("net", "up").ok()
+    assert host.shell("cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv4/conf/*/forwarding").stdout.count("1") == 2
+    assert not host.reaches(host.router, "198.51.100.2")
+    host.shell("echo 1 > /proc/sys/net/ipv4/ip_forward").ok()  # somebody wants a router: the next `up` heeds that
+    host.run("net", "up").ok()
+    assert host.reaches(host.router, "198.51.100.2")
+    host.run("net", "down").quiet()
+    assert host.reaches(host.router, "198.51.100.2")
+
+
+@pytest.mark.parametrize(
+    ("script", "named"),
+    [
+        ("ip link add lan type bridge; ip addr add 192.168.1.7/24 dev lan", "lan has 192.168.1.7/24"),
+        (
+            "ip link add vpn type bridge; ip link set vpn up; ip route add 192.168.0.0/16 dev vpn",
+            "192.168.0.0/16 by vpn",
+        ),
+    ],
+)
+def test_an_overlap_is_named_and_another_subnet_found(host: Host, script: str, named: str) -> None:
+    host.shell(f"{script}; ip link add x type bridge; ip addr add 192.168.200.1/25 dev x").ok()
+    before = host.state()
+    host.run("net", "up").fails(1, "192.168.1.0/24 is in use", named, "nocloud bridge subnet")
+    host.run("bridge", "start").fails(1, named)
+    assert host.state() == before
+    file = host.cloud.home / "nocloud_net.conf"
+    shutil.copyfile(ROOT / "etc/nocloud_net.conf", file)
+    done = host.run("bridge", "subnet", file)
+    if "vpn" in script:
+        done.fails(1, "no subnet is free")
+        assert file.read_text() == (ROOT / "etc/nocloud_net.conf").read_text()
+        return
+    assert named in done.ok().stderr and "192.168.201.0/24" in done.stderr
+    changed = [
+        line for line in file.read_text().splitlines() if line not in (ROOT / "etc/nocloud_net.conf").read_text()
+    ]
+    assert changed == ["bridgeSubnet=192.168.201"]
+    shutil.copyfile(file, host.cloud.home / ".nocloud.conf")
+    assert "192.168.201.0/24" in host.run("bridge", "subnet", file).ok().stderr
+    host.run("net", "up").ok()
+    assert "192.168.201.1/24" in host.state()
+    _, told = host.guest("00:50:56:00:00:01", "x")
+    assert told["address"].startswith("192.168.201.")
+
+
+def test_a_subnet_is_not_written_where_the_other_lines_would_not_follow(host: Host) -> None:
+    host.shell("ip link add lan type bridge; ip addr add 192.168.1.7/24 dev lan").ok()
+    file = host.cloud.home / "x.conf"
+    file.write_text("bridgeNet=192.168.1.0/24\n")
+    host.run("bridge", "subnet", file).fails(1, str(file), "by hand")
+    assert file.read_text() == "bridgeNet=192.168.1.0/24\n"
+
+
+@pytest.mark.parametrize(
+    "setting", ["bridgeNet=10.0.0.0/24", "bridgeDhcpStop=192.168.2.9", "bridgeDhcpStart=", "bridgeAddress=192.168.1.1"]
+)
+def test_settings_that_contradict_each_other(cloud: Cloud, setting: str) -> None:
+    (cloud.home / ".nocloud.conf").write_text(f"{setting}\n")
+    cloud.run("bridge", "dnsmasq").fails(2, setting.partition("=")[0])
+
+
+def test_a_bridge_that_is_not_ours_is_left_alone(host: Host) -> None:
+    host.shell("ip link add nocloud type bridge; ip addr add 10.1.1.1/24 dev nocloud; ip link set nocloud up").ok()
+    before = host.state()
+    host.run("net", "up").fails(1, "nocloud didn't make it", "bridgeInterface")
+    host.run("net", "down").quiet()
+    assert host.state() == before
+
+
+def test_an_up_that_fails_leaves_nothing(host: Host) -> None:
+    """And what a killed one left, `down` takes away."""
+    before = host.state()
+    path = replace_program(host.cloud.home / "bin", "nft", 'case "$*" in "-f -") exit 1;; esac; exec "$REAL" "$@"')
+    host.run("net", "up", env={"PATH": path}).fails(1, "nft")
+    assert host.state() == before
+    path = replace_program(
+        host.cloud.home / "bin", "nft", 'case "$*" in "-f -") kill -9 $PPID;; esac; exec "$REAL" "$@"'
+    )
+    assert host.run("net", "up", env={"PATH": path}).status == -9
+    assert "nocloud" in host.state()
+    host.run("net", "down").quiet()
+    assert host.state() == before
+
+
+def test_systemd_resolved_is_told(host: Host) -> None:
+    path = replace_program(host.cloud.home / "bin", "resolvectl", f'echo "$@" >> {host.cloud.home}/said')
+    assert "don't resolve on this host" in host.run("net", "up").ok().stderr
+    host.shell("mkdir -p /run/systemd/resolve").ok()
+    assert host.run("net", "up", env={"PATH": path}).ok().stderr == ""
+    assert (host.cloud.home / "said").read_text().splitlines() == [
+        "dns nocloud 192.168.1.1",
+        "domain nocloud ~nocloud",
+        "dnssec nocloud no",
+        "dnsovertls nocloud no",
+    ]
+
+
+def test_firewalld_and_ufw_are_told_and_told_off(host: Host) -> None:
+    """Programs in their place that keep what they are told, as those do."""
+    home = host.cloud.home
+    firewalld = f'case "$*" in --get-zone*) cat {home}/zone;; *--change*) echo trusted > {home}/zone;;'
+    replace_program(home / "bin", "firewall-cmd", firewalld + f" *--remove*) : > {home}/zone;; esac")
+    ufw = f'case "$*" in status) echo "Status: active";; "show added") cat {home}/added;;'
+    ufw += f' *delete*) echo "$*" >> {home}/deleted;; *" comment made by nocloud")'
+    ufw += f""" echo "ufw ${{*%% comment*}} comment 'made by nocloud'" >> {home}/added;; *) exit 1;; esac"""
+    path = replace_program(home / "bin", "ufw", ufw)
+    (home / "zone").write_text("")
+    (home / "added").write_text("Added user rules (see 'ufw status' for running firewall):\nufw allow 22/tcp\n")
+    host.run("net", "up", env={"PATH": path}).ok()
+    assert (home / "zone").read_text() == "trusted\n"
+    assert "ufw route allow in on nocloud comment 'made by nocloud'\n" in (home / "added").read_text()
+    host.run("net", "down", env={"PATH": path}).quiet()
+    assert (home / "zone").read_text() == ""
+    deleted = (home / "deleted").read_text().splitlines()
+    assert len(deleted) == 3 and "route delete allow in on nocloud" in deleted
+    assert "delete allow in on nocloud to any port 67 proto udp" in deleted
+
+
+def test_a_foreign_table_that_drops_is_named(host: Host) -> None:
+    host.shell(
+        "nft add table inet mine &&"
+        "nft add chain inet mine passing '{ type filter hook forward priority 0; policy drop; }'"
+    )
+    assert "inet mine passing" in host.run("net", "up").ok().stderr
+
+
+def test_an_ordinary_user_is_told_and_nothing_changes(cloud: Cloud) -> None:
+    env = {"NOCLOUD_vmNetwork": "auto", "HOME": "/nonexistent"}
+    for words in (("net", "up"), ("net", "down"), ("net", "up", "--bridge"), ("bridge", "start"), ("bridge", "stop")):
+        argv = cloud.argv(*words)
+        if os.geteuid() == 0:
+            argv = ["setpriv", "--reuid", str(NOBODY), "--regid", str(NOBODY), "--clear-groups", *argv]
+        cloud.execute(argv, env=env, cwd=Path("/")).fails(1, "needs root; nothing was changed", "--private")
+    assert not os.path.exists("/sys/class/net/nocloud") and not cloud.processes()
+    cloud.run("net", "up", "--bridge", "--private").fails(2, "one of them")
+    cloud.run("net", "up", "--bridg").fails(2, "--bridg")
+
+
+# The units ###########################################################################################
+
+
+@pytest.fixture(scope="module")
+def units(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The units as an installation has them."""
+    folder = tmp_path_factory.mktemp("units")
+    program = folder / "nocloud"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    for path in (ROOT / "systemd").iterdir():
+        (folder / path.name).write_text(path.read_text().replace("@BINDIR@", str(folder)))
+    return folder
+
+
+def analyze(*words: object) -> subprocess.CompletedProcess[str]:
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("there is no systemd-analyze")
+    argv = ["systemd-analyze", *map(str, words)]
+    return subprocess.run(argv, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C.UTF-8"})
+
+
+def test_systemd_accepts_the_units(units: Path) -> None:
+    names = [path for path in sorted(units.iterdir()) if path.suffix in (".service", ".path")]
+    assert len(names) == 5
+    for path in names:
+        name = str(path).replace("@.", "@web.")
+        if name != str(path):
+            Path(name).write_text(path.read_text())
+        done = analyze("verify", "--man=no", name)
+        assert (done.returncode, done.stdout + done.stderr) == (0, ""), done
+
+
+def test_the_dnsmasq_unit_is_hardened(units: Path) -> None:
+    done = analyze("security", "--offline=true", "--no-pager", units / "nocloud-dnsmasq.service")
+    match = re.search(r"Overall exposure level for \S+: ([0-9.]+)", done.stdout)
+    assert match and float(match.group(1)) <= 2.5, done.stdout + done.stderr
+
+
+def test_every_unit_is_what_the_program_knows(units: Path) -> None:
+    for name in nocloud.SYSTEMD_UNITS:
+        assert (units / name).exists()
+    assert "KillSignal=SIGUSR1" in (units / "nocloud@.service").read_text()
