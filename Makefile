@@ -14,12 +14,30 @@ FOR_TEMPLATES := mmdebstrap e2fsprogs uidmap debian-archive-keyring?
 FOR_TESTS := fdisk iptables mtools syslinux isolinux syslinux-common xorriso zip unzip linux-image-cloud-amd64! busybox-static! dropbear-bin!
 SOURCES := nocloud.py build.sh pyproject.toml $(shell find etc -type f)
 
-.DEFAULT_GOAL := build
-.PHONY: build demo test test-all check check-catalogue bench clean help install-for-build install-for-vms install-for-templates install-for-tests
+# Where `make install` installs. DESTDIR is for packaging: only the files, below that folder; the host stays as it is.
+PREFIX ?= /usr/local
+DESTDIR ?=
+SETUP = setup --prefix='$(PREFIX)' $(if $(DESTDIR),--destdir='$(DESTDIR)')
+
+# What is made in a checkout belongs to whoever the checkout belongs to, under sudo too: root leaves nothing in it.
+ME := $(shell id -u)
+OWNER := $(shell stat -c %u .)
+AS_OWNER := $(if $(filter-out $(OWNER),$(ME)),$(if $(filter 0,$(ME)),setpriv --reuid=$(OWNER) --regid=$(shell stat -c %g .) \
+    --clear-groups env HOME="$$(getent passwd $(OWNER) | cut -d: -f6)"))
+
+.DEFAULT_GOAL := $(if $(filter 0,$(ME)),install,build)
+.PHONY: build install uninstall demo test test-all check check-catalogue bench clean help
+.PHONY: look-at-host install-for-build install-for-vms install-for-templates install-for-tests
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 build: nocloud.pyz ## make nocloud.pyz, the one file that nocloud is (the default)
+
+install: look-at-host nocloud.pyz ## put it on this host, as root (the default under sudo); PREFIX=/usr/local DESTDIR=
+	@$(PYTHON) -IBS nocloud.pyz $(SETUP)
+
+uninstall: ## take away what install put there
+	@$(PYTHON) -IBS nocloud.py $(SETUP) --undo
 
 demo: install-for-vms install-for-templates nocloud.pyz ## a template, three VMs, ssh, ansible; all gone at the end but the template
 	@mkdir -p $(BIN)
@@ -49,8 +67,9 @@ clean: ## remove what was made here
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
-nocloud.pyz: $(SOURCES) | install-for-build
-	./build.sh
+nocloud.pyz: $(SOURCES)
+	@tests/install.sh $(FOR_BUILD)
+	$(AS_OWNER) ./build.sh
 
 # The requirements are read from pyproject.toml: to install the project itself would need another build tool.
 $(VENV)/done: pyproject.toml | install-for-build
@@ -58,6 +77,10 @@ $(VENV)/done: pyproject.toml | install-for-build
 	sed -n '/^test = \[/ s/[^"]*"\([^"]*\)"[^"]*/\1\n/gp' pyproject.toml >$(VENV)/requirements.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $(VENV)/requirements.txt
 	@touch $@
+
+# Before anything is built or changed.
+look-at-host:
+	@$(PYTHON) -IBS nocloud.py $(SETUP) --check
 
 install-for-build:
 	@tests/install.sh $(FOR_BUILD)

@@ -872,6 +872,12 @@ def config_home() -> str:
     return os.path.join(os.environ.get("XDG_CONFIG_HOME") or os.path.join(home_folder(), ".config"), "nocloud")
 
 
+def own_prefix() -> str:
+    """PREFIX of this program where it is installed, else where installations go by default."""
+    folder, name = os.path.split(program_path())
+    return os.path.dirname(folder) if (os.path.basename(folder), name) == ("bin", "nocloud") else "/usr/local"
+
+
 def cache_home() -> str:
     return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join(home_folder(), ".cache"), "nocloud")
 
@@ -1361,10 +1367,10 @@ def need_program(name: str) -> str:
     raise MissingProgram(f"{base}: not found; it is needed for this", hint)
 
 
-def os_release() -> dict[str, str]:
+def os_release(path: str = "/etc/os-release") -> dict[str, str]:
     """os-release(5) of the host; empty where there is none."""
     try:
-        return dict(re.findall(r'^(\w+)="?([^"\n]*)"?$', read_text("/etc/os-release"), re.M))
+        return dict(re.findall(r'^(\w+)="?([^"\n]*)"?$', read_text(path), re.M))
     except OSError:
         return {}
 
@@ -7796,6 +7802,261 @@ def ansible_ssh_args(cloud: Cloud, vms: Sequence[VM]) -> str:
     return shlex.join([*words, *ssh_way(cloud.network_of(vms[0]))])
 
 
+# Installation ########################################################################################
+#
+# What `make install` puts on a host and `make uninstall` takes away.  All is looked at before anything is changed, and
+# each change is written down before it is made: one that was cut short is finished by the next call, or undone.
+
+INSTALL_RECORD = "share/nocloud/installed.json"  # below PREFIX
+INSTALLED_CONFS = ("nocloud_net.conf", "nocloud_templates.conf")
+
+
+class Placed:
+    """A file of an installation: where it goes, and its content, or where the link points.
+
+    `conf`: users change it, and what they changed is kept.
+    """
+
+    __slots__ = ("path", "content", "link", "mode", "conf")
+
+    def __init__(
+        self, path: str, content: str | bytes = b"", link: str = "", mode: int = 0o644, conf: bool = False
+    ) -> None:
+        self.path, self.link, self.mode, self.conf = path, link, mode, conf
+        self.content = content.encode() if isinstance(content, str) else content
+
+    def fingerprint(self) -> str:
+        """As Installation.fingerprint()."""
+        import hashlib
+
+        return f"link {self.link}" if self.link else f"sha256 {hashlib.sha256(self.content).hexdigest()}"
+
+
+def planned_files(
+    prefix: str, program: bytes, names: Iterable[str], documents: Mapping[str, str], links: Mapping[str, str]
+) -> list[Placed]:
+    """What an installation consists of.
+
+    `names`: what the program is called by, besides nocloud; `documents`: texts by their path below PREFIX, `links`
+    likewise by where they point.
+    """
+    found = [Placed(f"{prefix}/bin/nocloud", program, mode=0o755)]
+    found += [Placed(f"{prefix}/bin/{name}", link="nocloud") for name in names]
+    found += [Placed(f"{prefix}/etc/{name}", packaged(name), conf=True) for name in INSTALLED_CONFS]
+    found += [Placed(f"{prefix}/{path}", text) for path, text in documents.items()]
+    found += [Placed(f"{prefix}/{path}", link=target) for path, target in links.items()]
+    return found
+
+
+def checked_prefix(prefix: str) -> str:
+    """PREFIX without a slash at its end.  Raises UsageError where it can't stand in a unit file as it is."""
+    if not re.fullmatch(r"(/[A-Za-z0-9._+-]+)+/*", prefix) or {".", ".."} & set(prefix.split("/")):
+        raise UsageError(
+            f"PREFIX={prefix}: expected an absolute path of letters, digits and ._+-",
+            "PREFIX=/usr/local is the default",
+        )
+    return prefix.rstrip("/")
+
+
+class Installation:
+    """What is installed below one PREFIX, and the record of it; `root` is DESTDIR, '' for this host."""
+
+    def __init__(self, prefix: str, root: str = "") -> None:
+        """Raises Error where the record can't be relied on."""
+        self.prefix, self.root = checked_prefix(prefix), root.rstrip("/")
+        self.record = self.real(f"{self.prefix}/{INSTALL_RECORD}")
+        self.files: dict[str, list[str]] = {}  # path: the fingerprints that it had as we put it there, oldest first
+        self.folders: list[str] = []  # those that weren't there before
+        self.host: dict[str, Any] = {}  # what was changed on the host, and how it was before
+        self.exists = os.path.exists(self.record)
+        if self.exists:
+            self._load()
+
+    def real(self, path: str) -> str:
+        return self.root + path
+
+    def _load(self) -> None:
+        import json
+
+        reason = untrusted(self.record)
+        if reason:
+            raise Error(f"{self.record}: {reason}; it says what to remove, so it is not used", "chown root, chmod 644")
+        try:
+            known = json.loads(read_text(self.record))
+            parts = known["files"], known["folders"], known["host"]
+            if tuple(map(type, parts)) != (dict, list, dict):
+                raise ValueError("not of this form")
+            self.files, self.folders, self.host = parts
+        except (ValueError, KeyError, TypeError) as error:
+            raise Error(f"{self.record}: is damaged: {error!r}", "move it away, and install again") from None
+
+    def save(self) -> None:
+        import json
+
+        known = {"version": __version__, "files": self.files, "folders": self.folders, "host": self.host}
+        write_file(self.record, json.dumps(known, indent=1) + "\n", 0o644)
+        self.exists = True
+
+    def remember(self, **changes: Any) -> None:
+        """Write down a change of the host before it is made."""
+        self.host.update(changes)
+        self.save()
+
+    def fingerprint(self, path: str) -> str:
+        """What is there: `sha256 HEX`, `link TARGET`, `folder`, or ''."""
+        path = self.real(path)
+        if os.path.islink(path):
+            return f"link {os.readlink(path)}"
+        if os.path.isdir(path):
+            return "folder"
+        return f"sha256 {file_digest(path)}" if os.path.exists(path) else ""
+
+    # installing
+
+    def check(self, files: Sequence[Placed]) -> None:
+        """Raise where something is in the way that no installation of ours put there."""
+        strangers = [each.path for each in files if self._is_in_the_way(each)]
+        if strangers:
+            names = ", ".join(self.real(path) for path in strangers[:20])
+            raise WrongState(
+                f"in the way, and not installed by nocloud: {names}", "move them away, or set another PREFIX"
+            )
+
+    def _is_in_the_way(self, each: Placed) -> bool:
+        there = self.fingerprint(each.path)
+        if there in ("", each.fingerprint()) or (there != "folder" and (each.conf or each.path in self.files)):
+            return False
+        return not (each.link and there.startswith("link ") and self._is_own_link(each.path))  # of `nocloud links`
+
+    def _is_own_link(self, path: str) -> bool:
+        return os.path.basename(os.path.realpath(self.real(path))) in ("nocloud", "nocloud.pyz", "nocloud.py")
+
+    def place(self, files: Sequence[Placed]) -> list[str]:
+        """Put the files there, keeping the configuration that the user changed; what there is to say of that."""
+        writes, kept = [], []
+        for each in files:
+            write, is_kept = self._decide(each)
+            writes += [write] if write else []
+            kept += [self.real(each.path)] if is_kept else []
+        stale = [path for path in self.files if self._is_stale(path, files)]
+        self._make_folders([*files, *writes])
+        for each in [*files, *writes]:
+            prints = self.files.setdefault(each.path, [])
+            if each.fingerprint() not in prints:
+                prints.append(each.fingerprint())
+        self.save()
+        for each in writes:
+            self._write(each)
+        for path in stale:
+            self._remove(path)
+        self.save()
+        news = {self.real(each.path) for each in writes}
+        said = {path: f"; the new version is {path}.new" if f"{path}.new" in news else "" for path in kept}
+        return [f"kept: {path}, which was changed{new}" for path, new in said.items()]
+
+    def _decide(self, each: Placed) -> tuple[Placed | None, bool]:
+        """(what to write or None, whether the user's own configuration is kept)."""
+        there, known = self.fingerprint(each.path), self.files.get(each.path, [])
+        if there == each.fingerprint():
+            return None, False
+        if not each.conf or not there or there in known:
+            return each, False
+        # a version that was there or beside once is known to the user
+        return (None if each.fingerprint() in known else Placed(f"{each.path}.new", each.content)), True
+
+    @staticmethod
+    def _is_stale(path: str, files: Sequence[Placed]) -> bool:
+        """Whether it belongs to another version only."""
+        planned = {each.path for each in files}
+        return path not in planned and path[: -len(".new")] not in planned
+
+    def _make_folders(self, files: Sequence[Placed]) -> None:
+        """The folders of these files; the record's first, since it names the others."""
+        missing: list[str] = []
+        for path in [f"{self.prefix}/{INSTALL_RECORD}", *(each.path for each in files)]:
+            folder = os.path.dirname(path)
+            while not os.path.isdir(self.real(folder)) and folder not in missing:
+                missing.append(folder)
+                folder = os.path.dirname(folder)
+        for folder in sorted(missing, key=len):
+            self._make_folder(folder)
+
+    def _make_folder(self, folder: str) -> None:
+        if folder not in self.folders:
+            self.folders.append(folder)
+        if os.path.isdir(os.path.dirname(self.record)):
+            self.save()
+        os.makedirs(self.real(folder), 0o755)
+        os.chmod(self.real(folder), 0o755)  # whatever the umask says
+
+    def _write(self, each: Placed) -> None:
+        path = self.real(each.path)
+        self._sweep(path)
+        if each.link:
+            temporary = f"{path}.{os.getpid()}.tmp"
+            remove_file(temporary)
+            os.symlink(each.link, temporary)
+            os.replace(temporary, path)
+        else:
+            write_file(path, each.content, each.mode)
+
+    def _remove(self, path: str) -> None:
+        if self.fingerprint(path) != "folder":
+            self._sweep(self.real(path))
+            remove_file(self.real(path))
+        self.files.pop(path)
+
+    @staticmethod
+    def _sweep(path: str) -> None:
+        """Remove what a killed call left of a file that it was writing."""
+        import glob
+
+        for left in glob.glob(f"{glob.escape(path)}.*.tmp"):
+            remove_file(left)
+
+    # and away with it
+
+    def take_away(self) -> list[str]:
+        """Remove the files and the record of them; the paths of configuration that was changed, and is kept."""
+        kept = []
+        for path, prints in list(self.files.items()):
+            if self._was_changed(path, prints):
+                kept.append(self.real(path))
+            else:
+                self._remove(path)
+        remove_file(self.record)
+        for folder in sorted(self.folders, key=len, reverse=True):
+            remove_empty(self.real(folder))
+        return kept
+
+    def _was_changed(self, path: str, prints: Sequence[str]) -> bool:
+        is_conf = os.path.dirname(path) == f"{self.prefix}/etc" and path.endswith(".conf")
+        return is_conf and self.fingerprint(path) not in ("", *prints)
+
+
+def install(installation: Installation, files: Sequence[Placed], only_look: bool) -> None:
+    """Put it there, and say what was done."""
+    installation.check(files)
+    if only_look:
+        return
+    said = installation.place(files)
+    report.say(f"nocloud {__version__} is in {installation.real(installation.prefix)}")
+    for line in said:
+        report.say(line)
+
+
+def undo_installation(installation: Installation) -> None:
+    """Take it away, and say what stays.  Twice is harmless."""
+    place = installation.real(installation.prefix)
+    if not installation.exists:
+        report.say(f"nothing is installed in {place}")
+        return
+    kept = installation.take_away()
+    report.say(f"nocloud is no longer in {place}")
+    for path in kept:
+        report.say(f"kept: {path}, which was changed")
+
+
 # Commands ############################################################################################
 #
 # What can be typed.  One declaration a command serves its vm* name, the subcommand and the help; the
@@ -8517,6 +8778,41 @@ def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> int
             )
         os.symlink(program, path)
     return EXIT_DONE
+
+
+@command(
+    "setup",
+    Option("--prefix", metavar="FOLDER", help="where to; by default where this program is installed, else /usr/local"),
+    Option("--destdir", metavar="FOLDER", help="for packaging: only the files, and all of them below this folder"),
+    Option("--check", help="only look whether it could be done"),
+    Option("--undo", help="take away what was installed"),
+    hidden=True,
+)
+def cmd_setup(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """install this program on the host, as `make install` does"""
+    no_more(words)
+    exclusive(args, "check", "undo")
+    root = os.path.abspath(args.destdir) if args.destdir else ""
+    if not root and os.geteuid() != 0:
+        raise Error(
+            "this changes the host, so it needs root; nothing was changed",
+            "with sudo, or, for the files alone, DESTDIR=FOLDER",
+        )
+    installation = Installation(args.prefix or own_prefix(), root)
+    with FolderLock(existing_parent(installation.real(installation.prefix))):
+        if args.undo:
+            undo_installation(installation)
+        else:
+            install(installation, files_to_install(installation.prefix), args.check)
+    return EXIT_DONE
+
+
+def files_to_install(prefix: str) -> list[Placed]:
+    """This program, its names, and what comes with it."""
+    names = sorted({each.alias for each in COMMANDS.values() if each.alias})
+    with open(program_path(), "rb") as file:
+        program = file.read()
+    return planned_files(prefix, program, names, {}, {})
 
 
 @command("configure", operands="VM...", hidden=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,6 +57,15 @@ def vms() -> None:
         path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
         if not shutil.which(program, path=path):
             pytest.fail(f"{program} is not installed: make test installs what the tests need")
+
+
+@pytest.fixture
+def public_folder() -> Iterator[Path]:
+    """A folder that other users can reach, which tmp_path isn't."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ SECTIONS = [
     "Templates",
     "Lifecycle",
     "Inventory",
+    "Installation",
     "Commands",
     "Dispatch",
 ]

@@ -94,11 +94,10 @@ def test_the_hint_names_this_systems_package(tmp_path: Path, monkeypatch: pytest
     ],
 )
 def test_the_distribution_says_how_packages_are_installed(
-    release: str, present: str, chosen: tuple[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    release: str, present: str, chosen: tuple[str, int], tmp_path: Path
 ) -> None:
-    read = nocloud.read_text
-    monkeypatch.setattr(nocloud, "read_text", lambda path: release if path == "/etc/os-release" else read(path))
-    assert nocloud.choose_installer(nocloud.os_release(), present.split()) == chosen
+    (tmp_path / "os-release").write_text(f"{release}\nVERSION_ID=1\n")
+    assert nocloud.choose_installer(nocloud.os_release(str(tmp_path / "os-release")), present.split()) == chosen
 
 
 def test_each_distribution_has_its_own_packages() -> None:

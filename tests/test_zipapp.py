@@ -9,8 +9,6 @@ import signal
 import stat
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from importlib.util import source_hash
 from pathlib import Path
 from typing import Callable
@@ -141,15 +139,6 @@ def test_same_bytes_with_another_python(pyz: Path, tmp_path: Path, python: str) 
     out = tmp_path / "out.pyz"
     build(copy_sources(tmp_path / "tree"), out, PYTHON=str(venv / "bin/python"))
     assert out.read_bytes() == pyz.read_bytes()
-
-
-@pytest.fixture
-def public_folder() -> Iterator[Path]:
-    """A folder that other users can reach, which tmp_path isn't."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o755)
-    yield folder
-    shutil.rmtree(folder)
 
 
 # `env`, since what setpriv itself starts is still found with root's rights.
