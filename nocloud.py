@@ -4472,8 +4472,9 @@ class Metered(io.RawIOBase):
         super().close()
 
 
-def web_opener(seconds: float) -> urllib.request.OpenerDirector:
-    """urllib's opener for http and https alone, with proxies from the environment, and waits of at most `seconds`."""
+def web_opener(seconds: float, proxies: Mapping[str, str]) -> urllib.request.OpenerDirector:
+    """urllib's opener for http and https alone, with waits of at most `seconds`, and with proxies from the environment
+    and from `proxies`, which names them like the environment does."""
     import http.client
     import ssl
     import urllib.request
@@ -4505,7 +4506,9 @@ def web_opener(seconds: float) -> urllib.request.OpenerDirector:
             return super().redirect_request(req, fp, 302 if code == 308 else code, msg, headers, newurl)
 
     opener = urllib.request.OpenerDirector()
-    for handler in (urllib.request.ProxyHandler, urllib.request.UnknownHandler, PlainHandler, SecureHandler, Redirects,
+    more = {name.partition("_")[0]: value for name, value in proxies.items()}
+    opener.add_handler(urllib.request.ProxyHandler({**urllib.request.getproxies(), **more}))
+    for handler in (urllib.request.UnknownHandler, PlainHandler, SecureHandler, Redirects,
                     urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor):  # fmt: skip
         opener.add_handler(handler())
     return opener
@@ -4550,8 +4553,8 @@ def web_error(url: str, error: Exception) -> WebError:
 class Web:
     """Asks web servers; raises Error and nothing else when they don't answer well."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float, proxies: Mapping[str, str] | None = None) -> None:
+        self.seconds, self._proxies = seconds, proxies or {}
         self._opener: urllib.request.OpenerDirector | None = None
 
     def open(self, url: str, start: int = 0, method: str = "GET") -> http.client.HTTPResponse:
@@ -4559,7 +4562,7 @@ class Web:
         import http.client
         import urllib.request
 
-        self._opener = self._opener or web_opener(self.seconds)
+        self._opener = self._opener or web_opener(self.seconds, self._proxies)
         headers = {"User-Agent": f"nocloud/{__version__}", "Accept-Encoding": "identity"}
         if start:
             headers["Range"] = f"bytes={start}-"
@@ -4583,7 +4586,7 @@ class Web:
 
     def text(self, url: str) -> str:
         """A small text file."""
-        found: str = patiently(lambda: self._text(url))
+        found: str = self.patiently(lambda: self._text(url))
         return found
 
     def _text(self, url: str) -> str:
@@ -4598,6 +4601,23 @@ class Web:
                     return data.decode("utf-8", "replace")
         raise WebError(f"{url}: longer than {TEXT_LIMIT // MIB} MB: not a text file")
 
+    def patiently(self, work: Callable[[], Any], position: Callable[[], int] = lambda: 0) -> Any:
+        """The result of `work`, tried again after a pause as long as there is hope; `position` tells how far it is.
+
+        The pauses are 1, 2 and 4 seconds, or as much shorter as the setting is shorter than its default.
+        """
+        tries = 0
+        while True:
+            before = position()
+            try:
+                return work()
+            except TryAgain as error:
+                tries = 1 if position() - before >= WORTH_IT else tries + 1
+                if tries == TRIES:
+                    hint = "the same command goes on where this one stopped"
+                    raise WebError(f"{error} ({TRIES} tries)", hint) from None
+            time.sleep(min(1.0, self.seconds / 30) * 2 ** (tries - 1))
+
 
 def check_answer(url: str, answer: http.client.HTTPResponse) -> None:
     """Raise where it is a web page that came instead of a file."""
@@ -4610,20 +4630,6 @@ def check_answer(url: str, answer: http.client.HTTPResponse) -> None:
         return
     answer.close()
     raise WebError(f"{url}: {problem}", "open it in a browser: a proxy or a login may stand between")
-
-
-def patiently(work: Callable[[], Any], position: Callable[[], int] = lambda: 0) -> Any:
-    """The result of `work`, tried again after a pause as long as there is hope; `position` tells how far it is."""
-    tries = 0
-    while True:
-        before = position()
-        try:
-            return work()
-        except TryAgain as error:
-            tries = 1 if position() - before >= WORTH_IT else tries + 1
-            if tries == TRIES:
-                raise WebError(f"{error} ({TRIES} tries)", "the same command goes on where this one stopped") from None
-        time.sleep(0.5 * 2**tries)
 
 
 class Progress:
@@ -4685,7 +4691,7 @@ class Transfer:
                 self.sink(piece)
                 self.done += len(piece)
             self.progress.skip(self.done)
-            patiently(lambda: self._attempt(file, expect), lambda: self.done)
+            self.web.patiently(lambda: self._attempt(file, expect), lambda: self.done)
 
     def _attempt(self, file: io.FileIO, expect: Callable[[Transfer], object]) -> None:
         try:
@@ -4908,10 +4914,12 @@ class CachedImage:
     """
 
     KEPT = 30 * 86400.0
+    AGAIN = "downloaded"
 
-    def __init__(self, algorithm: str, digest: str) -> None:
+    def __init__(self, algorithm: str, digest: str, name: str = "") -> None:
+        """`name`: of its folder, where that isn't its checksum."""
         self.algorithm, self.digest = algorithm, digest
-        self.folder = os.path.join(cache_home(), "images", f"{algorithm}-{digest}")
+        self.folder = os.path.join(cache_home(), "images", name or f"{algorithm}-{digest}")
 
     @property
     def image(self) -> str:
@@ -4944,7 +4952,7 @@ class CachedImage:
         if not os.path.isfile(self.image):
             return False
         if file_digest(self.image, self.algorithm) != self.digest:
-            report.warn(f"{self.image} is damaged, it is downloaded again")
+            report.warn(f"{self.image} is damaged, it is {self.AGAIN} again")
             self.clear()
             return False
         os.utime(self.folder)
@@ -5198,7 +5206,6 @@ BUILD_WORK_MB = 1700  # the tar, the tree, the raw disk and the qcow2, in the VM
 # python3-minimal lacks json and shutil, which ansible's modules import. grub-pc would ask for its disk at upgrades;
 # grub-pc-bin and grub2-common write grub.cfg for each new kernel and leave the boot sectors alone.
 BUILD_PACKAGES = (
-    "linux-image-cloud-amd64",
     "initramfs-tools",
     "lz4",
     "systemd-sysv",
@@ -5246,24 +5253,24 @@ chroot "$1" grub-mkimage -O i386-pc -o /boot/grub/core.img -p '(,msdos1)/boot/gr
 KERNEL_OPTIONS = "rootfstype=ext4 rootflags=noatime console=tty0 console=ttyS0,115200"
 # Only for the first boots: the first new kernel makes the guest's update-grub write a full one over it.
 GRUB_CFG = """set timeout=0
-menuentry 'Debian GNU/Linux' {{
+menuentry '{distribution}' {{
     search --no-floppy --fs-uuid --set=root {uuid}
-    linux /vmlinuz root=UUID={uuid} rw {options} quiet
-    initrd /initrd.img
+    linux /{kernel} root=UUID={uuid} rw {options} quiet
+    initrd /{initrd}
 }}
 """
-
-BUILD_FILES = {
-    "etc/default/grub": f"""GRUB_DEFAULT=0
+GRUB_DEFAULTS = """GRUB_DEFAULT=0
 GRUB_TIMEOUT=0
 GRUB_TIMEOUT_STYLE=hidden
-GRUB_DISTRIBUTOR=Debian
+GRUB_DISTRIBUTOR={distribution}
 GRUB_TERMINAL=console
 GRUB_DISABLE_OS_PROBER=true
 GRUB_DISABLE_SUBMENU=y
 GRUB_CMDLINE_LINUX_DEFAULT="quiet"
-GRUB_CMDLINE_LINUX="rw {KERNEL_OPTIONS}"
-""",
+GRUB_CMDLINE_LINUX="rw {options}"
+"""
+
+BUILD_FILES = {
     # One address per MAC: clones of one template could share what a DUID is made from.  Any network card will do.
     "etc/systemd/network/80-ethernet.network": """[Match]
 Type=ether
@@ -5332,7 +5339,7 @@ WantedBy=sysinit.target
     "etc/systemd/system/nocloud-hostkey.service": """[Unit]
 Description=Make a host key where none was planted
 ConditionPathExistsGlob=!/etc/ssh/ssh_host_*_key
-Before=ssh.service ssh.socket
+Before=ssh.service
 
 [Service]
 Type=oneshot
@@ -5401,6 +5408,7 @@ BUILD_GENERATORS = (
     "gpt-auto",
     "hibernate-resume",
     "integritysetup",
+    "ssh",  # systemd 256: sshd on a vsock, which isn't there
     "tpm2",
     "veritysetup",
 )
@@ -5423,6 +5431,8 @@ BUILD_LITTER = (
     "boot/System.map*",
     "vmlinuz.old",
     "initrd.img.old",
+    "boot/vmlinuz.old",
+    "boot/initrd.img.old",
     "root/.bash_history",
     "root/.ssh",
     "tmp/*",
@@ -5465,7 +5475,57 @@ class BuildProgress:
         report.progress(f"{self.suite}: {stage}", f"{detail} {seconds}".strip())
 
 
-# The packages come from where the host's own come from.
+# What is built, and where its packages come from: the host's own mirrors, where the host is of that distribution.
+
+
+class Distribution:
+    """What all suites of a distribution have in common: `keyring` is the package that its archive's keys are in,
+    `components` what is used of that archive, `kernel` the package of its kernel for virtual machines."""
+
+    __slots__ = ("id", "name", "keyring", "archive", "security", "components", "kernel")
+
+    def __init__(
+        self, id: str, name: str, keyring: str, archive: str, security: str, components: str, kernel: str
+    ) -> None:
+        self.id, self.name, self.keyring, self.archive, self.security = id, name, keyring, archive, security
+        self.components, self.kernel = components, kernel
+
+    @property
+    def keys(self) -> str:
+        """The file that the keyring's package has the keys in, on Debian, Ubuntu and Fedora."""
+        return f"/usr/share/keyrings/{self.id}-archive-keyring.gpg"
+
+
+DEBIAN = Distribution(
+    "debian", "Debian", "debian-archive-keyring", "http://deb.example.org/debian",
+    "http://deb.example.org/debian-security", "main", "linux-image-cloud-amd64",
+)  # fmt: skip
+UBUNTU = Distribution(
+    "ubuntu", "Ubuntu", "ubuntu-keyring", "http://archive.example.org/ubuntu",
+    "http://security.example.org/ubuntu", "main universe", "linux-image-virtual",
+)  # fmt: skip
+UBUNTU_SUITES = ("jammy", "noble")  # every other name is looked for in Debian's archive
+WITHOUT_CREDENTIALS = ("bullseye", "jammy")  # systemd 247 and 249: credentials over SMBIOS came with 252
+BUILD_HINT = "--build bookworm, trixie, jammy or noble"
+
+
+class Build:
+    """What a template is built from.  `init`: how its clones get hostname and keys; `more`: packages that were asked
+    for besides ours; `sources`: lines for apt; `gigabytes`: the size of its disk."""
+
+    __slots__ = ("suite", "distribution", "init", "more", "packages", "sources", "gigabytes")
+
+    def __init__(self, suite: str, more: Sequence[str], gigabytes: int) -> None:
+        self.suite, self.more, self.gigabytes = suite, more, gigabytes
+        self.distribution = UBUNTU if suite in UBUNTU_SUITES else DEBIAN
+        self.init = "cloud-init" if suite in WITHOUT_CREDENTIALS else "systemd"
+        seeded = ("cloud-init", "cloud-guest-utils") if self.init == "cloud-init" else ()
+        self.packages = [self.distribution.kernel, *BUILD_PACKAGES, *seeded, *more]
+        self.sources: list[str] = []
+
+    @property
+    def title(self) -> str:
+        return f"packages of {self.suite}" + (f", with {', '.join(self.more)}" if self.more else "")
 
 
 class AptArchive:
@@ -5507,25 +5567,48 @@ def signed_by(entry: str) -> str:
     return found.group(1) if found else ""
 
 
-def package_sources(suite: str, archives: Sequence[AptArchive]) -> list[str]:
-    """apt source lines for the suite, from the host's own mirrors; none: mmdebstrap knows the public ones."""
-    host = os_release()
-    codename = host.get("VERSION_CODENAME", "") if host.get("ID") == "debian" else ""
-    pockets = ("",) if suite in ("sid", "unstable", "experimental") else ("", "-updates", "-security")
+def pockets(suite: str) -> tuple[str, ...]:
+    """What is appended to a suite's name for its updates; Debian's unstable has none."""
+    return ("",) if suite in ("sid", "unstable", "experimental") else ("", "-updates", "-security")
+
+
+def package_sources(
+    suite: str, distribution: Distribution, archives: Sequence[AptArchive], host: Mapping[str, str]
+) -> list[str]:
+    """apt source lines for the suite: from the host's own mirrors, else those of the public archive.
+
+    `host`: what os-release says of it.
+    """
+    codename = host.get("VERSION_CODENAME", "") if host.get("ID") == distribution.id else ""
+    wanted = [codename + pocket for pocket in pockets(suite)] if codename else []
     found: dict[str, set[str]] = {}
     for archive in archives:
         # others' archives serve suites of the same names
-        if codename and archive.origin in ("", "Debian") and archive.release in [codename + each for each in pockets]:
+        if archive.release in wanted and archive.origin in ("", distribution.name):
             key = signed_by(archive.entry)
             target = suite + archive.release[len(codename) :]
             line = f"deb {f'[signed-by={key}] ' if key else ''}{archive.uri} {target}"
             found.setdefault(line, set()).add(archive.component)
     lines = [
-        f"{line} {' '.join(sorted(components)) if suite == codename else 'main'}"
+        f"{line} {' '.join(sorted(components)) if suite == codename else distribution.components}"
         for line, components in sorted(found.items())
         if "main" in components
     ]
-    return lines if any(f" {suite} " in line for line in lines) else []
+    return lines if any(f" {suite} " in line for line in lines) else public_sources(suite, distribution)
+
+
+def public_sources(suite: str, distribution: Distribution) -> list[str]:
+    """apt source lines for a suite of a distribution that isn't the host's."""
+    if not os.path.isfile(distribution.keys):
+        raise Error(
+            f"{suite}: {distribution.keys} is missing: no package of {distribution.name} can be verified without it",
+            f"sudo apt install {distribution.keyring}",
+        )
+    options, archives = f"[signed-by={distribution.keys}]", {"-security": distribution.security}
+    return [
+        f"deb {options} {archives.get(pocket, distribution.archive)} {suite}{pocket} {distribution.components}"
+        for pocket in pockets(suite)
+    ]
 
 
 def package_names(text: str) -> list[str]:
@@ -5537,10 +5620,18 @@ def package_names(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def check_build(suite: str) -> None:
-    """Raise for what can be known to be missing before the work starts."""
+def plan_build(suite: str, more: Sequence[str], gigabytes: int) -> Build:
+    """What is to be built; raises for what can be known to be missing before the work starts."""
     if not re.fullmatch(r"[a-z][a-z0-9.-]{0,62}", suite):
-        raise UsageError(f"{suite!r} is no name of a suite", "--build bookworm, for example")
+        raise UsageError(f"{suite!r} is no name of a suite", BUILD_HINT)
+    check_builder()
+    build = Build(suite, more, gigabytes)
+    build.sources = package_sources(suite, build.distribution, host_archives(), os_release())
+    return build
+
+
+def check_builder() -> None:
+    """Raise where this machine, or this user, can't build."""
     for name in ("mmdebstrap", "mke2fs", "debugfs", "qemu-img"):
         need_program(name)
     if os.uname().machine != "x86_64":
@@ -5577,22 +5668,19 @@ def build_tmpdir() -> str:
     raise Error(f"no folder for temporary files has {BUILD_TMP_MB} MB free", "TMPDIR=FOLDER names another")
 
 
-def install_packages(
-    suite: str, packages: Sequence[str], archive: str, sources: Sequence[str], progress: BuildProgress
-) -> None:
+def install_packages(build: Build, archive: str, progress: BuildProgress) -> None:
     """A tar of the installed system (mmdebstrap(1), mode unshare: the same as root and as an ordinary user)."""
     hooks = "/usr/share/mmdebstrap/hooks/maybe-merged-usr"  # spares usrmerge, and with it all of perl (bookworm)
     argv = [
         "mmdebstrap", "--verbose", "--mode=unshare", "--format=tar", "--variant=minbase", "--architectures=amd64",
-        "--skip=output/dev", *(["--skip=check/signed-by"] if sources else []),
-        *([f"--hook-dir={hooks}"] if os.path.isdir(hooks) else []),
+        "--skip=output/dev", "--skip=check/signed-by", *([f"--hook-dir={hooks}"] if os.path.isdir(hooks) else []),
         *[f"--dpkgopt={option}" for option in DPKG_OPTIONS], "--aptopt=" + APT_OPTION,
-        "--include=" + ",".join([*BUILD_PACKAGES, *packages]),
-        "--customize-hook=" + TARGET_SCRIPT, suite, archive, *sources,
+        "--include=" + ",".join(build.packages), "--customize-hook=" + TARGET_SCRIPT,
+        build.suite, archive, *build.sources,
     ]  # fmt: skip
     env = {"TMPDIR": build_tmpdir(), "INITRD": "No", "DEBIAN_FRONTEND": "noninteractive", **apt_proxies()}
     if run_watched(argv, progress, env):
-        raise build_error(suite, progress.errors)
+        raise build_error(build, progress.errors)
 
 
 def apt_proxies() -> dict[str, str]:
@@ -5601,22 +5689,27 @@ def apt_proxies() -> dict[str, str]:
         return {}
     words = [word for kind in ("http", "https") for word in (f"{kind}_proxy", f"Acquire::{kind}::Proxy")]
     text = run(["apt-config", "shell", *words], check=False, merge=False).stdout
-    return {name: value for name, value in re.findall(r"^(\w+)='([^']+)'$", text, re.M) if name not in os.environ}
+    found = re.findall(r"^(\w+)='([^']+://[^']+)'$", text, re.M)  # there is also DIRECT
+    return {name: value for name, value in found if name not in os.environ}
 
 
-def build_error(suite: str, said: Sequence[str]) -> Error:
+def no_such_suite(suite: str, archive: str) -> Error:
+    return NotFound(f"{suite}: no such suite on {archive}", BUILD_HINT)
+
+
+def build_error(build: Build, said: Sequence[str]) -> Error:
     """What apt or mmdebstrap said first is the cause, the rest follows from it."""
     first = said[0] if said else "mmdebstrap failed"
     missing = re.search(r"repository '(\S+) .*does not have a Release file", first)
     if missing:
-        return Error(f"{suite}: no such suite on {missing.group(1)}", "--build bookworm, or --build trixie")
+        return no_such_suite(build.suite, missing.group(1))
     if "NO_PUBKEY" in first or "is not signed" in first:
-        return Error(f"{suite}: {first}", "sudo apt install debian-archive-keyring")
+        return Error(f"{build.suite}: {first}", f"sudo apt install {build.distribution.keyring}")
     unknown = re.match(r"Unable to locate package (\S+)|Package '(\S+)' has no installation candidate", first)
     if unknown:
         name = unknown.group(1) or unknown.group(2)
-        return NotFound(f"{name}: no such package in {suite}", "apt-cache search finds names")
-    return Error(f"{suite}: {first}", "--debug shows the whole command")
+        return NotFound(f"{name}: no such package in {build.suite}", "apt-cache search finds names")
+    return Error(f"{build.suite}: {first}", "--debug shows the whole command")
 
 
 # From the tar to a tree that belongs to the caller, and from that to a disk: no mount, no loop device.
@@ -5666,10 +5759,8 @@ def clean_system(tree: str) -> None:
                 os.unlink(path)
 
 
-def configure_system(tree: str, disk_uuid: str, sources: Sequence[str]) -> None:
+def configure_system(tree: str, disk_uuid: str, build: Build) -> None:
     """Make a bootable template of the installed system."""
-    import shutil
-
     clean_system(tree)
     os.makedirs(os.path.join(tree, "dev"), exist_ok=True)  # output/dev leaves the folder out as well
     for name, text in BUILD_FILES.items():
@@ -5683,17 +5774,36 @@ def configure_system(tree: str, disk_uuid: str, sources: Sequence[str]) -> None:
         put_file(tree, f"etc/systemd/system/{unit}", link="/dev/null")
     for generator in BUILD_GENERATORS:
         put_file(tree, f"etc/systemd/system-generators/systemd-{generator}-generator", link="/dev/null")
-    if sources:
-        put_file(tree, "etc/apt/sources.list", "\n".join(sources) + "\n")
+    put_sources(tree, build.sources)
+    kernel, initrd = boot_links(tree)
+    names = {"distribution": build.distribution.name, "options": KERNEL_OPTIONS}
+    put_file(tree, "etc/default/grub", GRUB_DEFAULTS.format(**names))
+    put_file(tree, "boot/grub/grub.cfg", GRUB_CFG.format(uuid=disk_uuid, kernel=kernel, initrd=initrd, **names))
+    copy_grub_modules(tree)
+
+
+def put_sources(tree: str, sources: Sequence[str]) -> None:
+    """Let the guest's apt have its packages from where they came from, with the same keys."""
+    import shutil
+
+    put_file(tree, "etc/apt/sources.list", "\n".join(sources) + "\n")
     for key in set(re.findall(r"signed-by=([^\s\]]+)", " ".join(sources))):
         target = os.path.join(tree, key.lstrip("/"))
         if not os.path.exists(target):
             os.makedirs(os.path.dirname(target), exist_ok=True)
             shutil.copyfile(key, target)
-    kernel = os.readlink(os.path.join(tree, "vmlinuz"))
-    put_file(tree, "initrd.img", link=kernel.replace("vmlinuz", "initrd.img"))  # INITRD=No spared this link too
-    put_file(tree, "boot/grub/grub.cfg", GRUB_CFG.format(uuid=disk_uuid, options=KERNEL_OPTIONS))
-    copy_grub_modules(tree)
+
+
+def boot_links(tree: str) -> tuple[str, str]:
+    """The links that the kernel's packages keep pointing to the newest kernel and initramfs: in / (Debian), or in /boot
+    (Ubuntu's linux-base)."""
+    for kernel in ("vmlinuz", "boot/vmlinuz"):
+        if os.path.islink(os.path.join(tree, kernel)):
+            initrd = kernel.replace("vmlinuz", "initrd.img")
+            target = os.readlink(os.path.join(tree, kernel)).replace("vmlinuz", "initrd.img")
+            put_file(tree, initrd, link=target)  # INITRD=No spared this link too
+            return kernel, initrd
+    raise Error("the kernel's package has left no link vmlinuz")
 
 
 def copy_grub_modules(tree: str) -> None:
@@ -5771,43 +5881,133 @@ def write_boot_loader(tree: str, raw: str, size: int) -> None:
         file.write(table + core)
 
 
-def build_disk(suite: str, packages: Sequence[str], disk: str, gigabytes: int, work: str) -> None:
-    """Make `disk`, a bootable qcow2, from the suite's packages; `work` is an empty folder that the caller removes."""
-    size, tree, raw = gigabytes * GIB, os.path.join(work, "tree"), os.path.join(work, "disk.raw")
+def build_disk(build: Build, disk: str, work: str) -> None:
+    """Make `disk`, a bootable qcow2; `work` is an empty folder that the caller removes."""
+    size, tree, raw = build.gigabytes * GIB, os.path.join(work, "tree"), os.path.join(work, "disk.raw")
     disk_uuid, _ = new_identity(set())
-    sources, progress = package_sources(suite, host_archives()), BuildProgress(suite)
+    progress = BuildProgress(build.suite)
     progress.tell("fetching the list of packages")
-    install_packages(suite, packages, os.path.join(work, "root.tar"), sources, progress)
+    install_packages(build, os.path.join(work, "root.tar"), progress)
     progress.tell("configuring the system")
     owners = unpack_system(os.path.join(work, "root.tar"), tree)
-    configure_system(tree, disk_uuid, sources)
+    configure_system(tree, disk_uuid, build)
     progress.tell("making the file system")
     make_filesystem(tree, raw, size, disk_uuid)
     restore_owners(tree, raw, owners, os.path.join(work, "owners"))
     write_boot_loader(tree, raw, size)
     progress.tell("making the disk")
     compress_image(raw, disk)
-    report.say(f"{suite}: built in {time.monotonic() - progress.started:.0f} s")
+    report.say(f"{build.suite}: built in {time.monotonic() - progress.started:.0f} s")
 
 
-def template_from_packages(
-    cloud: Cloud, name: str, suite: str, packages: Sequence[str], settings: Mapping[str, str]
-) -> VM:
-    """A template from a Debian suite's packages: self-contained and bootable, with ssh, DHCP, python3 and no identity.
+# What was built is kept for the next template of the same: under what went into it, nocloud's own code included.
 
-    It takes keys, host key and hostname by systemd credentials.  `packages`: more of them.
+
+def build_recipe(build: Build) -> str:
+    """A short name for all that decides about the result but the packages' versions."""
+    import hashlib
+
+    parts = [file_digest(program_path()), build.suite, *build.packages, *build.sources, str(build.gigabytes)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def archive_state(build: Build, web: Web) -> str:
+    """A short name for what the archives hold just now: which versions, by the checksums of their indices.
+
+    The archives are asked, since what the host's apt knows may be old.  Where one can't be asked, because it is no
+    web server, wants a login or doesn't answer, it is the date.  Raises NotFound where there is no such suite.
     """
-    check_build(suite)
-    with NewTemplate(cloud, name) as new:
-        free = free_bytes(new.vm.folder)
-        if free < BUILD_WORK_MB * MIB:
-            raise Error(f"{cloud.tree.base}: building takes {BUILD_WORK_MB} MB for a while, {free // MIB} MB are free")
-        work = new.vm.file("work")
-        os.mkdir(work, 0o700)
-        build_disk(suite, packages, new.disk, cloud.config.number("vmCreateDiskSize"), work)
-        remove_tree(work)
-        source = f"packages of {suite}" + (f", with {', '.join(packages)}" if packages else "")
-        return new.finish({**settings, "vmSource": source})
+    import hashlib
+
+    seen: list[str] = []
+    for line in build.sources:
+        _, archive, suite, *components = re.sub(r"\[.*?\]", "", line).split()
+        index = rf"^ ([0-9a-f]{{64}}) +\d+ (?:{'|'.join(map(re.escape, components))})/binary-(?:amd64|all)/Packages$"
+        try:
+            text = web.text(f"{web_address(archive).rstrip('/')}/dists/{suite}/InRelease")
+        except Absent:
+            raise no_such_suite(suite, archive) from None
+        except (WebError, ValueError):
+            return time.strftime("%Y%m%d")
+        seen += [line, *(re.findall(index, text, re.M) or [text])]
+    return hashlib.sha256("\n".join(seen).encode()).hexdigest()[:16]
+
+
+class CachedBuild(CachedImage):
+    """The place in the user's cache of what was built from `recipe` when the archives were in `state`.
+
+    Its checksum is in a file beside it.  A new state takes the place of the older ones.
+    """
+
+    AGAIN = "built"
+
+    def __init__(self, recipe: str, state: str) -> None:
+        super().__init__("sha256", "", f"build-{recipe}-{state}")
+        self._others = f"build-{recipe}-"
+
+    @property
+    def _checksum(self) -> str:
+        return os.path.join(self.folder, "sha256")
+
+    def is_there(self) -> bool:
+        if not os.path.isfile(self._checksum):
+            self.clear()
+            return False
+        self.digest = read_text(self._checksum).strip()
+        return super().is_there()
+
+    def keep(self, disk: str) -> None:
+        """Take a copy of a disk.  Without it the next build takes longer, and no more than that."""
+        import shutil
+
+        part = self.image + ".part"
+        try:
+            shutil.copyfile(disk, part)
+            write_file(self._checksum, file_digest(part) + "\n")
+            os.rename(part, self.image)
+        except OSError as error:
+            report.warn(f"the build isn't kept in the cache: {error_from_os(error)}")
+            self.clear()
+        images, own = os.path.split(self.folder)
+        for name in _folders(images):
+            if name.startswith(self._others) and name != own and not is_locked(os.path.join(images, name)):
+                remove_tree(os.path.join(images, name))
+
+
+def template_from_packages(cloud: Cloud, name: str, build: Build, settings: Mapping[str, str], again: bool) -> None:
+    """A template from a suite's packages: self-contained and bootable, with ssh, DHCP, python3 and no identity.
+
+    What was built before from the same packages is used, unless `again`.
+    """
+    import shutil
+
+    web = Web(min(10, cloud.config.number("vmDownloadTimeout")), apt_proxies())
+    cached = CachedBuild(build_recipe(build), archive_state(build, web))
+    cloud.tree.prepare()
+    with cached:
+        if cloud.tree.template(name).exists():
+            report.say(f"{name}: it is there, another command has just made it")
+            return
+        with NewTemplate(cloud, name) as new:
+            if not again and cached.is_there():
+                report.say(f"{name}: the build is in the cache: {cached.folder}")
+                shutil.copyfile(cached.image, new.disk)
+            else:
+                build_afresh(build, new)
+                cached.clear()
+                cached.keep(new.disk)
+            new.finish({**settings, "vmSource": build.title})
+
+
+def build_afresh(build: Build, new: NewTemplate) -> None:
+    """Make a new template's disk."""
+    free = free_bytes(new.vm.folder)
+    if free < BUILD_WORK_MB * MIB:
+        raise Error(f"{new.cloud.tree.base}: building takes {BUILD_WORK_MB} MB for a while, {free // MIB} MB are free")
+    work = new.vm.file("work")
+    os.mkdir(work, 0o700)
+    build_disk(build, new.disk, work)
+    remove_tree(work)
 
 
 def check_no_clones(cloud: Cloud, template: VM) -> None:
@@ -8129,8 +8329,11 @@ def _digest(algorithm: str) -> Callable[[str], str]:
     Option("--sha256", metavar="HEX", check=_digest("sha256"), help="the image's checksum; a URL needs one"),
     Option("--sha512", metavar="HEX", check=_digest("sha512"), help="likewise"),
     Option("--insecure", help="take the image at a URL without a checksum"),
-    Option("--build", metavar="SUITE", help="make NAME from a distribution's packages (bookworm)"),
+    Option(
+        "--build", metavar="SUITE", help="make NAME from packages: bookworm, trixie (Debian), jammy, noble (Ubuntu)"
+    ),
     Option("--include", metavar="PACKAGE,…", check=package_names, help="more packages for --build"),
+    Option("--rebuild", help="--build anew, though the cache has one of the same packages"),
     Option("--delete", help="delete NAME; refused while clones depend on it"),
     Option("--mem", metavar="MB", check=MEMORY_MB, default="vmMem", help="memory its clones start with"),
     Option("--cpu", metavar="N", check=CPU_COUNT, default="vmCpu", help="processors its clones start with"),
@@ -8156,13 +8359,16 @@ def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> 
         way = exclusive(args, "image", "build", "delete")
         if expected and way != "image":
             raise UsageError(f"--{expected} goes with --image")
-        if args.include and way != "build":
-            raise UsageError("--include goes with --build")
+        stray = exclusive(args, "include") or exclusive(args, "rebuild")
+        if stray and way != "build":
+            raise UsageError(f"--{stray} goes with --build")
         if way == "delete":
             delete_template(cloud, name)
         elif way == "build":
-            settings = template_settings(cloud, args.mem, args.cpu, args.user, args.init or "systemd")
-            template_from_packages(cloud, name, args.build, args.include or [], settings)
+            check_new_template(cloud.tree, name)
+            build = plan_build(args.build, args.include or [], cloud.config.number("vmCreateDiskSize"))
+            settings = template_settings(cloud, args.mem, args.cpu, args.user, args.init or build.init)
+            template_from_packages(cloud, name, build, settings, args.rebuild)
         elif way == "image":
             template_from_address(cloud, name, args)
         else:

@@ -22,6 +22,7 @@ OPTIONS: dict[str, Options] = {
         "--image": True,
         "--build": True,
         "--include": True,
+        "--rebuild": False,
         "--delete": False,
         "--mem": True,
         "--cpu": True,

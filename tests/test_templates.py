@@ -144,6 +144,8 @@ NO_PACKAGES = ("", "jq,", "ssh-", "J", "j", "a b", "-o=x", "~nssh", "?all", "./x
         ("a", "--image", "x", "--build", "bookworm"),
         ("a", "--delete", "--image", "x"),
         ("a", "--include", "jq"),
+        ("a", "--rebuild"),
+        ("a", "--delete", "--rebuild"),
         ("a", "--image", "x", "--include", "jq"),
         *[("a", "--build", "bookworm", "--include", packages) for packages in NO_PACKAGES],
         ("--delete",),

@@ -1,0 +1,303 @@
+"""Templates from packages: what is asked of which archive, the cache of builds, and Debian 13 for real (long).
+
+Where mmdebstrap is replaced, its stand-in makes a tar of just what the steps after it need; they run for real.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import has_subordinate_ids
+from support import Cloud, eventually, replace_program
+from webserver import Site
+
+import nocloud
+
+KEY = "/usr/share/keyrings/debian-archive-keyring.gpg"
+DEBIAN_HOST = {"ID": "debian", "VERSION_CODENAME": "bookworm"}
+UBUNTU_HOST = {"ID": "ubuntu", "VERSION_CODENAME": "noble", "ID_LIKE": "debian"}
+
+
+def archives(uri: str, origin: str, *suites: str, components: str = "main") -> list[nocloud.AptArchive]:
+    return [
+        nocloud.AptArchive(uri, suite, suite, component, origin, "/nonexistent:1")
+        for suite in suites
+        for component in components.split()
+    ]
+
+
+MIRROR = archives("http://mirror/debian/", "Debian", "bookworm", "bookworm-updates", "bookworm-backports")
+SECURITY = archives("http://mirror/security/", "Debian", "bookworm-security")
+OTHERS = archives("http://others/", "Docker", "bookworm") + archives("http://own/", "", "bookworm", components="extra")
+NOBLE = archives("http://mirror/ubuntu/", "Ubuntu", "noble", "noble-security", components="main universe restricted")
+
+
+@pytest.mark.parametrize(
+    ("suite", "found", "host", "expected"),
+    [
+        (
+            "bookworm", MIRROR + SECURITY + OTHERS, DEBIAN_HOST,
+            ["http://mirror/debian/ bookworm main", "http://mirror/debian/ bookworm-updates main",
+             "http://mirror/security/ bookworm-security main"],
+        ),
+        (
+            "trixie", MIRROR + SECURITY, DEBIAN_HOST,
+            ["http://mirror/debian/ trixie main", "http://mirror/debian/ trixie-updates main",
+             "http://mirror/security/ trixie-security main"],
+        ),
+        ("sid", MIRROR + SECURITY, DEBIAN_HOST, ["http://mirror/debian/ sid main"]),
+        (
+            "bookworm", archives("http://m/", "Debian", "bookworm", components="main contrib"), DEBIAN_HOST,
+            ["http://m/ bookworm contrib main"],
+        ),
+        (
+            "trixie", archives("http://m/", "Debian", "bookworm", components="main contrib"), DEBIAN_HOST,
+            ["http://m/ trixie main"],
+        ),
+        (
+            "noble", NOBLE, UBUNTU_HOST,
+            ["http://mirror/ubuntu/ noble main restricted universe",
+             "http://mirror/ubuntu/ noble-security main restricted universe"],
+        ),
+        (
+            "jammy", NOBLE, UBUNTU_HOST,
+            ["http://mirror/ubuntu/ jammy main universe", "http://mirror/ubuntu/ jammy-security main universe"],
+        ),
+    ],
+)  # fmt: skip
+def test_the_hosts_own_mirrors(
+    suite: str, found: list[nocloud.AptArchive], host: dict[str, str], expected: list[str]
+) -> None:
+    build = nocloud.Build(suite, [], 10)
+    assert nocloud.package_sources(suite, build.distribution, found, host) == [f"deb {line}" for line in expected]
+
+
+@pytest.mark.skipif(not os.path.exists(KEY), reason="debian-archive-keyring is not installed")
+@pytest.mark.parametrize("host", [UBUNTU_HOST, {"ID": "fedora"}, {}])
+def test_the_public_archive_for_other_hosts(host: dict[str, str]) -> None:
+    assert nocloud.package_sources("trixie", nocloud.DEBIAN, NOBLE, host) == [
+        f"deb [signed-by={KEY}] http://deb.example.org/debian trixie main",
+        f"deb [signed-by={KEY}] http://deb.example.org/debian trixie-updates main",
+        f"deb [signed-by={KEY}] http://deb.example.org/debian-security trixie-security main",
+    ]
+    assert len(nocloud.package_sources("sid", nocloud.DEBIAN, [], host)) == 1
+
+
+def test_without_a_keyring_nothing_is_trusted() -> None:
+    other = nocloud.Distribution("nosuch", "Nosuch", "nosuch-keyring", "http://x", "http://x", "main", "linux")
+    with pytest.raises(nocloud.Error, match="nosuch-archive-keyring") as caught:
+        nocloud.package_sources("one", other, MIRROR, DEBIAN_HOST)
+    assert caught.value.hint == "sudo apt install nosuch-keyring"
+
+
+@pytest.mark.parametrize(
+    ("suite", "distribution", "kernel", "init", "more"),
+    [
+        ("bookworm", "Debian", "linux-image-cloud-amd64", "systemd", []),
+        ("trixie", "Debian", "linux-image-cloud-amd64", "systemd", []),
+        ("noble", "Ubuntu", "linux-image-virtual", "systemd", []),
+        ("jammy", "Ubuntu", "linux-image-virtual", "cloud-init", ["cloud-init", "cloud-guest-utils"]),
+    ],
+)
+def test_what_is_installed(suite: str, distribution: str, kernel: str, init: str, more: list[str]) -> None:
+    build = nocloud.Build(suite, ["jq"], 10)
+    assert (build.distribution.name, build.packages[0], build.init) == (distribution, kernel, init)
+    assert build.packages[-len(more) - 1 :] == [*more, "jq"] and "openssh-server" in build.packages
+    assert build.title == f"packages of {suite}, with jq"
+
+
+def test_public_sources_of_ubuntu(cloud: Cloud) -> None:
+    """Ubuntu's archive can't be had here: what would be asked of it, and what is said without its keys."""
+    if os.path.exists(nocloud.UBUNTU.keys):
+        lines = nocloud.public_sources("noble", nocloud.UBUNTU)
+        assert [line.split()[2:] for line in lines] == [
+            ["http://archive.example.org/ubuntu", "noble", "main", "universe"],
+            ["http://archive.example.org/ubuntu", "noble-updates", "main", "universe"],
+            ["http://security.example.org/ubuntu", "noble-security", "main", "universe"],
+        ]
+    else:
+        cloud.run("vmtemplate", "x", "--build", "noble").fails(1, nocloud.UBUNTU.keys, "apt install ubuntu-keyring")
+        assert not cloud.base.exists()
+
+
+@pytest.mark.parametrize("folder", ["", "boot/"])
+def test_the_kernel_is_found_where_the_distribution_links_it(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "boot").mkdir()
+    target = "vmlinuz-6.8.0-31-generic" if folder else "boot/vmlinuz-6.8.0-31-generic"
+    (tmp_path / folder / "vmlinuz").symlink_to(target)
+    assert nocloud.boot_links(str(tmp_path)) == (f"{folder}vmlinuz", f"{folder}initrd.img")
+    assert os.readlink(tmp_path / folder / "initrd.img") == target.replace("vmlinuz", "initrd.img")
+    (tmp_path / folder / "vmlinuz").unlink()
+    with pytest.raises(nocloud.Error, match="no link vmlinuz"):
+        nocloud.boot_links(str(tmp_path))
+
+
+# The cache of builds #################################################################################
+
+PACKAGES = "aa" * 32
+
+
+class Builder:
+    """A cloud whose apt-get names an archive on 127.0.0.1, and whose mmdebstrap makes a tar of hardly anything."""
+
+    def __init__(self, cloud: Cloud, site: Site) -> None:
+        self.cloud, self.site = cloud, site
+        host = nocloud.os_release()
+        self.suite = host["VERSION_CODENAME"]
+        self.index = f"/debian/dists/{self.suite}/InRelease"
+        line = f"{site.base}/debian/|{self.suite}|{self.suite}|main|{host['ID'].title()}|/nonexistent:1"
+        programs = cloud.home / "bin"
+        replace_program(programs, "apt-get", f"echo '{line}'")
+        replace_program(programs, "apt-config", "exit 0")
+        path = replace_program(
+            programs,
+            "mmdebstrap",
+            'echo run >>"$HOME/runs"\nwhile [ -e "$HOME/gate" ]; do sleep 0.05; done\n'
+            'for word; do case $word in *root.tar) tar -C "$HOME/system" -cf "$word" . ;; esac; done',
+        )
+        cloud.env |= {"PATH": path, "NOCLOUD_vmCreateDiskSize": "1", "NOCLOUD_vmDownloadTimeout": "1"}
+        system = cloud.home / "system"
+        for folder in ("boot/grub", "usr/lib/grub/i386-pc", "etc"):
+            (system / folder).mkdir(parents=True)
+        (system / "boot/vmlinuz-1").write_bytes(b"kernel")
+        (system / "vmlinuz").symlink_to("boot/vmlinuz-1")
+        (system / "boot/grub/core.img").write_bytes(b"core")
+        (system / "usr/lib/grub/i386-pc/boot.img").write_bytes(bytes(512))
+        self.publish(PACKAGES, "Mon")
+
+    def publish(self, digest: str, date: str) -> None:
+        other = f" {'bb' * 32} 99 contrib/binary-amd64/Packages\n {'cc' * 32} 9 main/binary-arm64/Packages"
+        text = f"Origin: Debian\nDate: {date}\nSHA256:\n {digest} 1234 main/binary-amd64/Packages\n{other}{date}\n"
+        self.site.files[self.index] = text.encode()
+
+    def argv(self, name: str, *words: str) -> tuple[str, ...]:
+        return ("vmtemplate", name, "--build", self.suite, *words)
+
+    def build(self, name: str, *words: str) -> str:
+        return self.cloud.run(*self.argv(name, *words)).ok().stderr
+
+    @property
+    def runs(self) -> int:
+        file = self.cloud.home / "runs"
+        return len(file.read_text().splitlines()) if file.exists() else 0
+
+    @property
+    def kept(self) -> list[Path]:
+        return sorted((self.cloud.home / "cache/nocloud/images").glob("*"))
+
+    def disk(self, name: str) -> Path:
+        return self.cloud.base / f"templates/{name}/{name}_0.img"
+
+
+@pytest.fixture
+def builder(cloud: Cloud, vms: None) -> Iterator[Builder]:
+    if os.geteuid() != 0 and not has_subordinate_ids():
+        pytest.skip("this user has no subordinate uids in /etc/subuid")
+    if nocloud.os_release().get("ID") not in ("debian", "ubuntu"):
+        pytest.skip("the host's apt is asked for its mirrors on Debian and Ubuntu only")
+    with Site() as site:
+        yield Builder(cloud, site)
+
+
+def test_the_same_is_built_once(builder: Builder) -> None:
+    assert "built in" in builder.build("one")
+    assert "the build is in the cache" in builder.build("two") and builder.runs == 1
+    subprocess.run(["qemu-img", "compare", "-q", builder.disk("one"), builder.disk("two")], check=True)
+    one, two = builder.cloud.conf("templates/one"), builder.cloud.conf("templates/two")
+    assert one["vmUuid"] != two["vmUuid"] and one["vmSource"] == two["vmSource"] == f"packages of {builder.suite}"
+    assert builder.disk("two").stat().st_mode & 0o222 == 0
+    builder.publish(PACKAGES, "Tue")
+    assert "in the cache" in builder.build("three"), "only the packages count, not when their list was signed"
+    builder.build("four", "--rebuild")
+    assert builder.runs == 2 and len(builder.kept) == 1
+    names = {path.name for path in (builder.cloud.base / "templates/four").iterdir()}
+    assert names == {"four.conf", "four_0.img"}
+
+
+def test_what_differs_is_built_again(builder: Builder) -> None:
+    builder.build("one")
+    first = builder.kept
+    builder.publish("dd" * 32, "Tue")
+    assert "built in" in builder.build("two") and builder.runs == 2
+    assert len(builder.kept) == 1 and builder.kept != first, "the old one can't be asked for any more"
+    assert "built in" in builder.build("three", "--include", "jq") and len(builder.kept) == 2
+    builder.cloud.env["NOCLOUD_vmCreateDiskSize"] = "2"
+    assert "built in" in builder.build("four") and builder.runs == 4 and len(builder.kept) == 3
+
+
+def test_a_damaged_build_is_not_used(builder: Builder) -> None:
+    builder.build("one")
+    image = builder.kept[0] / "image"
+    image.write_bytes(b"x" + image.read_bytes()[1:])
+    assert "is damaged, it is built again" in builder.build("two") and builder.runs == 2
+    (builder.kept[0] / "sha256").unlink()
+    builder.build("three")
+    assert builder.runs == 3
+    assert "in the cache" in builder.build("four")
+
+
+def test_an_archive_that_does_not_answer(builder: Builder) -> None:
+    """mmdebstrap may know ways that we don't: it is tried, and its work counts for the day."""
+    del builder.site.files[builder.index]
+    builder.cloud.run(*builder.argv("x")).fails(1, f"{builder.suite}: no such suite on {builder.site.base}/debian/")
+    assert builder.runs == 0
+    from webserver import status
+
+    builder.site.tricks[builder.index] = status(403)
+    builder.build("one")
+    assert "in the cache" in builder.build("two") and builder.runs == 1
+
+
+@pytest.mark.parametrize("names", [("one", "two"), ("one", "one")])
+def test_two_builds_at_once(builder: Builder, names: tuple[str, str]) -> None:
+    gate = builder.cloud.home / "gate"
+    gate.touch()
+    first = builder.cloud.spawn(*builder.argv(names[0]))
+    eventually(lambda: builder.runs, "the first one builds")
+    second = builder.cloud.spawn(*builder.argv(names[1]))
+    eventually(lambda: len(builder.site.asked(builder.index)) == 2, "the second one has asked the archive")
+    gate.unlink()
+    told = [child.communicate(timeout=60)[1] for child in (first, second)]
+    assert (first.returncode, second.returncode, builder.runs) == (0, 0, 1), told
+    assert ("is in the cache" if names[0] != names[1] else "it is there") in told[1], told
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_builds(builder: Builder, number: signal.Signals) -> None:
+    gate = builder.cloud.home / "gate"
+    gate.touch()
+    child = builder.cloud.spawn(*builder.argv("x"))
+    eventually(lambda: builder.runs, "it builds")
+    os.kill(child.pid, number)
+    child.communicate(timeout=20)
+    assert child.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(number, -9)
+    gate.unlink()
+    if number != signal.SIGKILL:
+        assert not builder.kept and not (builder.cloud.base / "templates").exists()
+    builder.build("x")
+    assert os.listdir(builder.cloud.base / "templates") == ["x"] and len(builder.kept) == 1
+
+
+# Debian 13 ###########################################################################################
+
+
+@pytest.mark.long
+def test_debian_13(cloud: Cloud, vms: None) -> None:
+    """Built, cloned, asked for its name; shut down properly, and started again."""
+    cloud.run("vmtemplate", "deb", "--build", "trixie", "--include", "jq", "--mem", 384, timeout=900).ok()
+    assert cloud.run("vminstantiate", "-n", "deb", "-g", "pf", "-o", "name=web", "-w", "400", timeout=500).ok().lines
+    script = "hostname; cat /etc/hostname; . /etc/os-release; echo $VERSION_CODENAME; jq --version; ls /etc/ssh/*key"
+    words = cloud.ssh("web00", script).ok().lines
+    assert words[:3] == ["web00", "web00", "trixie"] and words[3].startswith("jq-")
+    assert words[4:] == ["/etc/ssh/ssh_host_ed25519_key"]
+    assert cloud.ssh("web00", "systemctl is-system-running --wait; systemctl --failed -q").ok().stdout == "running\n"
+    assert cloud.ssh("web00", "grep -h . /etc/default/grub /boot/grub/grub.cfg").ok().stdout.count("Debian") == 2
+    done = cloud.run("vmstop", "-n", "web00", "--timeout", 90, timeout=120).quiet()
+    assert done.seconds < 60
+    cloud.start("pf/default/web00").ok()
+    assert cloud.ssh("web00", "hostname; ls /var/log/journal 2>&1", timeout=300).stdout.startswith("web00\n")
