@@ -1092,6 +1092,10 @@ class VM:
         value = self.conf.get(key, "")
         return value or SETTING[key].default
 
+    def reread(self) -> None:
+        """Forget what its conf said: another command may have changed it while its lock was waited for."""
+        self._conf = None
+
     def write_conf(self, changes: Mapping[str, str]) -> None:
         """Set these keys in its conf; everything else in it, comments too, stays."""
         try:
@@ -1221,13 +1225,15 @@ class Tree:
             raise NotFound(f"{group}: no such group", f"did you mean {near}?" if near else "vmrunning -a lists them")
 
     def clones(self, template: VM) -> list[VM]:
-        """The VMs, finished or not, whose disk is an overlay on the template's."""
+        """The VMs and templates, finished or not, whose disk stands on one in the template's folder, old or new."""
+        folder = os.path.realpath(template.folder)
         mine = {os.path.realpath(disk) for disk in template.disks()[:1]}
         found = []
         for vm in [*self.unfinished(), *self.vms()]:  # in this order: one may be finished between the looks
             try:
                 if vm.folder != template.folder and (
-                    vm.conf.get("vmTemplate") == template.name or mine & set(backing_chain(vm.disks()[:1]))
+                    vm.conf.get("vmTemplate") == template.name
+                    or any(path in mine or os.path.dirname(path) == folder for path in backing_chain(vm.disks()[:1]))
                 ):
                     found.append(vm)
             except (Error, OSError):
@@ -1713,9 +1719,9 @@ def disk_format(path: str) -> str:
         return "qcow2" if file.read(4) == b"QFI\xfb" else "raw"
 
 
-def create_overlay(disk: str, backing: str) -> None:
+def create_overlay(disk: str, backing: str, format: str = "qcow2") -> None:
     """A qcow2 overlay: `backing` is relative to the overlay's folder; about 200 KB until the guest writes."""
-    run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", backing, os.path.abspath(disk)])
+    run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", format, "-b", backing, os.path.abspath(disk)])
 
 
 def create_disk(disk: str, gigabytes: int) -> None:
@@ -1726,6 +1732,16 @@ def create_disk(disk: str, gigabytes: int) -> None:
 def resize_disk(disk: str, format: str, gigabytes: int) -> None:
     """Make a disk larger; qemu-img refuses to make it smaller."""
     run(["qemu-img", "resize", "-q", "-f", format, disk, f"{gigabytes}G"])
+
+
+def is_written(disk: str) -> bool:
+    """Whether a qemu may be writing to the disk: its lock on the image keeps other readers out."""
+    return run(["qemu-img", "info", os.path.abspath(disk)], check=False).returncode != 0
+
+
+def is_sound(disk: str) -> bool:
+    """Whether a qcow2 image's own tables are consistent; clusters that are only lost (status 3) do no harm."""
+    return run(["qemu-img", "check", "-q", "-f", "qcow2", os.path.abspath(disk)], check=False).returncode in (0, 3)
 
 
 def check_iso(path: str) -> str:
@@ -1868,21 +1884,22 @@ class Machine:
 
     __slots__ = (
         "qemu", "accel", "name", "uuid", "type", "mem", "cpus", "disks", "mac", "pid_file", "credentials",
-        "kernel", "initrd", "append", "extra", "iso", "screen", "seed",
+        "kernel", "initrd", "append", "extra", "iso", "screen", "seed", "record",
     )  # fmt: skip
 
     def __init__(
         self, *, qemu: Qemu, accel: str, name: str, uuid: str, type: str, mem: int, cpus: int,
         disks: list[tuple[str, str, str]],
         mac: str, pid_file: str, credentials: str, kernel: str, initrd: str, append: str, extra: list[str],
-        iso: str = "", screen: str = "", seed: str = "",
+        iso: str = "", screen: str = "", seed: str = "", record: str = "",
     ) -> None:  # fmt: skip
-        """`iso`: an image to boot from; `screen`: one of SCREENS; `seed`: a folder, or an image of one; '' for none."""
+        """`iso`: an image to boot from; `screen`: one of SCREENS; `seed`: a folder, or an image of one; `record`: where
+        qemu's events are written to; '' for none."""
         self.qemu, self.accel, self.name, self.uuid, self.type = qemu, accel, name, uuid, type
         self.mem, self.cpus, self.disks, self.mac = mem, cpus, disks, mac
         self.pid_file, self.credentials = pid_file, credentials
         self.kernel, self.initrd, self.append, self.extra = kernel, initrd, append, extra
-        self.iso, self.screen, self.seed = iso, screen, seed
+        self.iso, self.screen, self.seed, self.record = iso, screen, seed, record
 
 
 def qemu_argv(machine: Machine, tap: int, vhost: int = -1) -> list[str]:
@@ -1902,6 +1919,7 @@ def qemu_argv(machine: Machine, tap: int, vhost: int = -1) -> list[str]:
         *console_args(),
         *screen_args(machine),
         *monitor_args(machine),
+        *record_args(machine),
         *kernel_args(machine),
         *machine.extra,
     ]
@@ -2075,6 +2093,17 @@ def monitor_args(machine: Machine) -> list[str]:
         "-mon", "chardev=qmp0,mode=control",
         "-pidfile", machine.pid_file,
     ]  # fmt: skip
+
+
+RECORD_SOCKET = "record.sock"
+
+
+def record_args(machine: Machine) -> list[str]:
+    """A second monitor whose log is the record: qemu writes its events there whether or not a client is connected."""
+    if not machine.record:
+        return []
+    place = f"path={RECORD_SOCKET},server=on,wait=off,logfile={comma(machine.record)},logappend=off"
+    return ["-chardev", f"socket,id=record0,{place}", "-mon", "chardev=record0,mode=control"]
 
 
 def kernel_args(machine: Machine) -> list[str]:
@@ -6015,9 +6044,184 @@ def check_no_clones(cloud: Cloud, template: VM) -> None:
     clones = cloud.tree.clones(template)
     if clones:
         names = ", ".join(vm.address_name for vm in clones[:20]) + (" …" if len(clones) > 20 else "")
-        raise WrongState(
-            f"{template.name}: {plural(len(clones), 'clone')} would break: {names}", "vmstop -d destroys clones"
-        )
+        raise WrongState(f"{template.name}: {dependents(clones)} would break: {names}", "vmstop -d destroys clones")
+
+
+# -- layers
+#
+# The disk of a template that has clones is never written.  A change goes to a layer, a new overlay in the template's
+# folder.  The conf names the old disk until the change ended well; until then, and if it never does, the template is
+# what it was.  Nothing is stored of that: qemu's own record says how the guest ended, the disks' headers say what
+# stands on what.
+
+
+class Layer:
+    """A new top for a template's disk, while a guest writes to it; `record`: qemu's account of how that ended.
+
+    The record counts once it is armed, by a greeting in it: not while nocloud itself is at work in the guest.
+    """
+
+    def __init__(self, template: VM, name: str) -> None:
+        self.template, self.name = template, name
+        self.path = template.file(name)
+        self.record = template.file(name + RECORD)
+
+    def arm(self) -> None:
+        """From now on the guest's own end, and nothing else, makes this the template's disk."""
+        QMP(self.template.folder, name=RECORD_SOCKET).close()
+
+    def ended_well(self) -> bool:
+        """Whether the guest shut down, by itself or by the power button, and the image is whole.
+
+        `reason` tells that from a qemu that was told to quit, or got a signal (QEMU qapi/run-state.json,
+        ShutdownCause); one that was killed or crashed leaves no such event.
+        """
+        armed, cause = False, ""
+        with open(self.record, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if ('"QMP"' in line or '"SHUTDOWN"' in line) and line.endswith("\n"):
+                    message = parse_qmp(line)
+                    armed = armed or "QMP" in message
+                    if message.get("event") == "SHUTDOWN":
+                        cause = str(message.get("data", {}).get("reason"))
+        return armed and cause == "guest-shutdown" and is_sound(self.path)
+
+    def adopt(self) -> None:
+        """Make it the template's disk, in the form in which the conf names disks."""
+        make_read_only(self.path)
+        folder, disk = os.path.realpath(self.template.folder), self.template.disks()[0]
+        if os.path.realpath(os.path.dirname(disk)) == folder:
+            name = os.path.join(os.path.dirname(self.template.conf["vmDisk"]), self.name)
+        else:
+            name = self.template.relative(self.name)
+        self.template.write_conf({"vmDisk": name})
+        remove_file(self.record)
+
+    def remove(self) -> None:
+        """The record goes last: while it is there, the next command knows that a change was lost."""
+        remove_file(self.path)
+        remove_file(self.record)
+
+
+RECORD = ".record"
+
+
+def layer_number(template: VM, name: str) -> int:
+    """N of NAME.lN.img, the name of a template's layer; 0 for any other file's."""
+    match = re.fullmatch(re.escape(template.name) + r"\.l([0-9]{1,6})\.(?:img|qcow2)", name)
+    return int(match.group(1)) if match else 0
+
+
+def own_disks(template: VM) -> list[str]:
+    """The names of the system disks in the template's folder: its layers, and where its conf names one of those, the
+    disk that they began with."""
+    names = _names(template.folder)
+    found = [name for name in names if layer_number(template, name)]
+    if any(layer_number(template, os.path.basename(disk)) for disk in template.disks()[:1]):
+        found += [name for name in names if name in (template.disk_name(0, "img"), template.disk_name(0, "qcow2"))]
+    return found
+
+
+def unused_by_itself(template: VM) -> list[str]:
+    """Those of its own disks that its present disk doesn't stand on."""
+    own = own_disks(template)
+    if not own:
+        return []
+    disk = template.disks()[:1]
+    chain = {*map(os.path.realpath, disk), *backing_chain(disk)}
+    return [name for name in own if os.path.realpath(template.file(name)) not in chain]
+
+
+def disks_in_use(tree: Tree, template: VM) -> set[str] | None:
+    """The files that all others' disks stand on; None where that can't be known, so that nothing may be removed."""
+    found: set[str] = set()
+    for vm in [*tree.unfinished(), *tree.vms()]:  # in this order: one may be finished between the looks
+        if vm.folder != template.folder:
+            try:
+                found.update(backing_chain(vm.disks()))
+            except (NotFound, FileNotFoundError):
+                continue  # it has just been finished or destroyed, or it has lost its disk
+            except (Error, OSError):
+                return None
+    return found
+
+
+def new_layer(template: VM) -> Layer:
+    """An empty layer on the template's present disk.  Call it under the template's lock, when it has been settled."""
+    number = 1 + max((layer_number(template, name) for name in _names(template.folder)), default=0)
+    disk = template.disks()[0]
+    extension = "qcow2" if disk.endswith(".qcow2") else "img"
+    layer = Layer(template, f"{template.name}.l{number}.{extension}")
+    folder = os.path.realpath(template.folder)
+    create_overlay(layer.path, os.path.relpath(os.path.realpath(disk), folder), disk_format(disk))
+    return layer
+
+
+def settle(cloud: Cloud, template: VM) -> list[str]:
+    """Let a change that ended well be the template's, drop one that didn't, and remove what nothing stands on any more.
+
+    Nothing happens while it runs.  Call it under the template's lock, exclusive.  Returns the layers that are lost.
+    """
+    template.reread()
+    if template.state()[0] != "stopped" or not template.disks():
+        return []
+    lost = []
+    for name in unused_by_itself(template):
+        layer = Layer(template, name)
+        if not os.path.exists(layer.record):
+            continue
+        base = [os.path.realpath(disk) for disk in template.disks()[:1]]
+        if backing_chain([layer.path])[:1] == base and layer.ended_well():
+            layer.adopt()
+        else:
+            lost.append(name)
+            layer.remove()
+        remove_file(template.command_file)  # it would write to a disk that clones may stand on now
+    for name in _names(template.folder):
+        if name.endswith(RECORD) and layer_number(template, name[: -len(RECORD)]):
+            remove_file(template.file(name))  # of one that was adopted just before a crash
+    remove_unused(cloud.tree, template)
+    if lost and not is_planted(template):  # the host key that was pinned may be of the guest that is lost
+        cloud.known_hosts.update({}, [template.conf.get("vmUuid", "")])
+    return lost
+
+
+def remove_unused(tree: Tree, template: VM) -> None:
+    """Remove the template's own disks that neither it nor any other VM or template stands on."""
+    unused = unused_by_itself(template)
+    used = disks_in_use(tree, template) if unused else None
+    for name in unused if used is not None else []:
+        if os.path.realpath(template.file(name)) not in (used or ()):
+            remove_file(template.file(name))
+
+
+def settle_stopped(cloud: Cloud, templates: Iterable[VM], wait: float = 600.0) -> None:
+    """Settle those templates that have something to settle, and say what is lost; `wait`: for the lock of each."""
+    for template in templates:
+        try:
+            if unused_by_itself(template) and template.state()[0] == "stopped":
+                with FolderLock(template.folder, wait=wait):
+                    warn_lost(template, settle(cloud, template))
+        except (Error, OSError):
+            continue  # at work elsewhere, someone else's, or just gone: whoever changes it settles it
+
+
+def warn_lost(template: VM, lost: Sequence[str]) -> None:
+    if lost:
+        report.warn(f"{template.name}: it was not shut down properly: what was changed is lost, it is as it was before")
+
+
+def runs_on_layer(template: VM) -> bool:
+    """Whether a template that runs leaves its own disk alone, so that it can be cloned meanwhile."""
+    layers = [name for name in unused_by_itself(template) if os.path.exists(Layer(template, name).record)]
+    return bool(layers) and not is_written(template.disks()[0])
+
+
+def dependents(vms: Sequence[VM]) -> str:
+    """`2 clones and 1 template`."""
+    templates = sum(vm.is_template for vm in vms)
+    counts = [(len(vms) - templates, "clone"), (templates, "template")]
+    return " and ".join(plural(count, noun) for count, noun in counts if count)
 
 
 def delete_template(cloud: Cloud, name: str) -> None:
@@ -6066,6 +6270,8 @@ def adjust(cloud: Cloud, vm: VM, changes: Mapping[str, str], gigabytes: int) -> 
         if state != "stopped":
             why = "it is running" if state == "running" else f"can't tell whether it runs: {vm.pid_file}"
             raise WrongState(f"{vm.name}: {why}", f"vmstop -n {vm.address_name}")
+        if vm.is_template:
+            warn_lost(vm, settle(cloud, vm))
         if gigabytes:
             grow_disk(cloud, vm, gigabytes)
         if changes:
@@ -6092,12 +6298,15 @@ def template_rows(cloud: Cloud) -> list[tuple[str, str, str, str]]:
     rows = []
     for template in cloud.tree.templates():
         try:
-            size = sum(os.stat(disk).st_blocks * 512 for disk in template.disks())
+            disks = {*template.disks(), *map(template.file, own_disks(template))}
+            size = sum(os.stat(disk).st_blocks * 512 for disk in disks)
             source = template.conf.get("vmSource", "") or "-"
         except (Error, OSError) as error:
             report.warn(str(error))
             continue
-        rows.append((template.name, f"{size / MIB:.0f} MB", plural(len(cloud.tree.clones(template)), "clone"), source))
+        rows.append(
+            (template.name, f"{size / MIB:.0f} MB", dependents(cloud.tree.clones(template)) or "0 clones", source)
+        )
     return rows
 
 
@@ -6306,9 +6515,9 @@ def check_wishes(cloud: Cloud, group: str, wishes: Sequence[Wish], force: bool) 
 
 
 def check_clonable(template: VM) -> None:
-    """Raise where the template runs, or has no disk that can be read."""
+    """Raise where the template runs on its own disk, or has no disk that can be read."""
     state, _ = template.state()
-    if state == "running":
+    if state == "running" and not runs_on_layer(template):
         raise WrongState(
             f"{template.name}: the template is running and can't be cloned", f"vmstop -n {template.address_name}"
         )
@@ -6543,6 +6752,7 @@ def make_clones(cloud: Cloud, group: str, wishes: Sequence[Wish]) -> list[VM | E
     cloud.tree.prepare()
     names = sorted({wish.template for wish in wishes})
     locks = [FolderLock(cloud.tree.need_template(name).folder, shared=True) for name in names]
+    settle_stopped(cloud, map(cloud.tree.need_template, names))
     try:
         for name, lock in zip(names, locks):
             lock.__enter__()
@@ -6593,6 +6803,7 @@ def publish_keys(cloud: Cloud, vms: Sequence[VM]) -> None:
 RUNTIME_FILES = (
     "qmp.sock",
     "serial.sock",
+    RECORD_SOCKET,
     *(f"{screen}.sock" for screen in SCREENS),
 )  # and the pidfile; the credentials stay, for whoever starts it by hand
 
@@ -6610,18 +6821,43 @@ def start(cloud: Cloud, vm: VM, network: Network, *, iso: str = "", gui: bool = 
             raise WrongState(f"{vm.name}: it is running already")
         if state == "unknown":
             raise WrongState(f"{vm.name}: can't tell whether it runs: {vm.pid_file}", "look as the user who started it")
-        if vm.is_template:
-            check_no_clones(cloud, vm)
-        remove_runtime_files(vm)
-        ensure_identity(cloud, vm)
-        tap, vhost = network.tap()
+        layer = prepare_disks(cloud, vm) if vm.is_template else None
         try:
-            network.publish(vm)
-            launch(vm, describe_machine(cloud, vm, iso, gui), network, tap, vhost)
-        finally:
-            for fd in (tap, vhost):
-                if fd >= 0:
-                    os.close(fd)
+            start_locked(cloud, vm, network, layer, iso, gui)
+            if layer:
+                layer.arm()
+                report.say(
+                    f"{report.program}: {vm.name} has clones: what changes becomes a new layer when it shuts down"
+                )
+        except BaseException:
+            if layer:
+                stop_locked(vm, 0)
+                layer.remove()
+            raise
+
+
+def start_locked(cloud: Cloud, vm: VM, network: Network, layer: Layer | None, iso: str = "", gui: bool = False) -> None:
+    """What `start` does, for who holds the lock of a VM that is stopped."""
+    remove_runtime_files(vm)
+    ensure_identity(cloud, vm)
+    tap, vhost = network.tap()
+    try:
+        network.publish(vm)
+        launch(vm, describe_machine(cloud, vm, iso, gui, layer), network, tap, vhost)
+    finally:
+        for fd in (tap, vhost):
+            if fd >= 0:
+                os.close(fd)
+
+
+def prepare_disks(cloud: Cloud, template: VM) -> Layer | None:
+    """A layer for a template that others stand on; the right to write to its own disks for one that is alone."""
+    warn_lost(template, settle(cloud, template))
+    if cloud.tree.clones(template):
+        return new_layer(template)
+    for disk in template.disks():
+        make_writable(disk)  # cloning made it read-only
+    return None
 
 
 def remove_runtime_files(vm: VM) -> None:
@@ -6648,13 +6884,16 @@ def ensure_identity(cloud: Cloud, vm: VM) -> None:
         vm.write_conf(changes)
 
 
-def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> Machine:
-    """The VM's conf as what qemu's command line is built from; writes the credentials that it hands over."""
+def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False, layer: Layer | None = None) -> Machine:
+    """The VM's conf as what qemu's command line is built from; writes the credentials that it hands over.
+
+    `layer`: instead of its system disk.
+    """
     accel, qemu = cloud.accel(), cloud.qemu()
     if vm.conf.get("vmAccel") in ("kvm", "tcg"):
         accel = choose_accel(vm.conf["vmAccel"])[0]
     disks = []
-    for number, path in enumerate(vm.disks()):
+    for number, path in enumerate([layer.path, *vm.disks()[1:]] if layer else vm.disks()):
         if not os.path.exists(path):
             raise Error(f"{vm.name}: its disk is gone: {path}", f"see vmDisk and vmExtraDisk in {vm.conf_file}")
         disks.append((os.path.relpath(path, vm.folder), disk_format(path), f"{vm.name}_{number}"))
@@ -6666,6 +6905,7 @@ def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> 
         kernel=vm.get("vmKernel"), initrd=vm.get("vmInitrd"), append=vm.get("vmAppend"),
         extra=split_words(vm.get("vmExtraOpts") or cloud.config["vmExtraOpts"]),
         iso=iso, screen=cloud.screen() if gui or vm.get("vmGui") == "1" else "",
+        record=os.path.basename(layer.record) if layer else "",
     )  # fmt: skip
 
 
@@ -7007,7 +7247,10 @@ def stop(cloud: Cloud, vm: VM, seconds: float) -> bool:
     Raises WrongState where it can't be told whether it runs.
     """
     with FolderLock(vm.folder):
-        return stop_locked(vm, seconds)
+        proper = stop_locked(vm, seconds)
+        if vm.is_template:
+            warn_lost(vm, settle(cloud, vm))
+        return proper
 
 
 def stop_locked(vm: VM, seconds: float) -> bool:
@@ -7102,6 +7345,7 @@ def destroy_all(cloud: Cloud, vms: Sequence[VM], group: str = "") -> list[Error]
             for type in cloud.tree.types(each):
                 remove_empty(os.path.join(cloud.tree.base, each, type))
             remove_empty(os.path.join(cloud.tree.base, each))
+    settle_stopped(cloud, cloud.tree.templates(), wait=0)  # the last clone on an old layer is gone, perhaps
     return [result for result in results if isinstance(result, Error)]
 
 
@@ -7157,6 +7401,7 @@ def start_all(
 
 def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float) -> list[Error]:
     """Stop VMs in parallel; one warning line names those whose plug had to be pulled."""
+    settle_stopped(cloud, (vm for vm in vms if vm.is_template))
     running = [vm for vm in vms if vm.state()[0] != "stopped"]
     results = in_parallel(lambda vm: stop(cloud, vm, seconds), running, workers=len(running) or 1)
     pulled = [vm.name for vm, result in zip(running, results) if result is False]
@@ -8455,8 +8700,6 @@ def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, iso: str) -> VM:
 
 def boot_iso(cloud: Cloud, vm: VM, iso: str, keep: bool) -> int:
     """Start a VM from an ISO, with a screen; one that doesn't start is removed, unless it is to be kept."""
-    if vm.is_template:
-        make_writable(vm.disks()[0])
     error = start_all(cloud, [vm], iso=iso, gui=True)[0]
     if error:
         if not keep:
@@ -8761,11 +9004,7 @@ def vm_of_options(cloud: Cloud, name: str, group: str | None, type: str | None) 
 
 
 def start_alone(cloud: Cloud, vm: VM, iso: str, gui: bool) -> None:
-    """Start a stopped VM; a template too, unless others' disks lie on its own."""
-    if vm.is_template:
-        check_no_clones(cloud, vm)
-        for disk in vm.disks():
-            make_writable(disk)  # cloning made it read-only
+    """Start a stopped VM, or a template: on a layer of its own where other disks stand on its disk."""
     with FolderLock(vm.folder):
         ensure_identity(cloud, vm)
         if is_planted(vm) and not os.path.exists(vm.host_key):

@@ -138,7 +138,7 @@ def test_vm_starts_and_connects(tiny: Cloud) -> None:
     tiny.run("vminstantiate", "-n", "tiny", "-g", "pf", "-t", "web", "-o", "name=web").ok()
     tiny.run("vmstop", "-g", "pf", "--kill").quiet()
     assert tiny.run("vm", "-n", "web00", "-g", "pf", "-t", "web", "hostname").ok().stdout == "web00\n"
-    tiny.run("vm", "-n", "tiny", "true").fails(1, "clone", "pf/web/web00")
+    assert "tiny has clones" in tiny.run("vm", "-n", "tiny", "true").ok().stderr
 
 
 # Signals #############################################################################################
