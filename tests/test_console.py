@@ -2,78 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import pty
 import re
-import select
 import signal
 import subprocess
-import termios
 import time
 from pathlib import Path
 
 import pytest
-from support import READY, Cloud, add_blank, eventually, link_programs
+from support import READY, Cloud, Terminal, add_blank, eventually, link_programs
 
 UP, TAB, CTRL_C, CTRL_D, LEAVE = "\x1b[A", "\t", "\x03", "\x04", "\x1d"
-
-
-class Terminal:
-    """A command in a terminal of its own, as a user sits before it."""
-
-    def __init__(self, cloud: Cloud, name: str, *words: object, env: dict[str, str] | None = None) -> None:
-        self.master, self.slave = pty.openpty()
-        self.modes = termios.tcgetattr(self.slave)
-        self.shown = ""
-        self.process = subprocess.Popen(
-            cloud.argv(name, *words),
-            stdin=self.slave, stdout=self.slave, stderr=self.slave, start_new_session=True, cwd=cloud.home,
-            env=cloud.env | {"TERM": "xterm"} | (env or {}),
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 (no threads here)
-        )  # fmt: skip
-
-    def see(self, text: str, seconds: float = 30) -> str:
-        """What was shown up to `text`, which must come."""
-        deadline = time.monotonic() + seconds
-        while text not in self.shown:
-            assert time.monotonic() < deadline, f"no {text!r} in {self.shown!r}"
-            if select.select([self.master], [], [], 0.2)[0]:
-                self.shown += os.read(self.master, 65536).decode(errors="replace")
-        before, _, self.shown = self.shown.partition(text)
-        return before
-
-    def type(self, text: str) -> None:
-        os.write(self.master, text.encode())
-
-    def raw(self) -> None:
-        """Wait until the terminal is in raw mode."""
-        eventually(lambda: not termios.tcgetattr(self.slave)[3] & termios.ICANON, "raw mode")
-
-    def restored(self) -> bool:
-        return termios.tcgetattr(self.slave) == self.modes
-
-    def ends(self, status: int) -> None:
-        """The command ended with this status, and the terminal is as it was."""
-        deadline = time.monotonic() + 30
-        while self.process.poll() is None and time.monotonic() < deadline:
-            if select.select([self.master], [], [], 0.05)[0]:
-                self.shown += os.read(self.master, 65536).decode(errors="replace")
-        assert self.process.poll() == status, repr(self.shown)
-        assert self.restored()
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-        os.close(self.master)
-        os.close(self.slave)
-
-    def __enter__(self) -> Terminal:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 @pytest.fixture(scope="module")
