@@ -19,7 +19,7 @@ import stat
 import struct
 import sys
 import time
-from collections import ChainMap
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 
 TYPE_CHECKING = False  # typing costs 7 ms at start-up and nothing here needs it at run time
@@ -572,7 +572,8 @@ CPU_CAP = whole_number(0, 100, "per cent")
 DISK_GB = whole_number(1, 1024 * 1024, "GB")
 SECONDS = whole_number(0, 86400, "seconds")
 CLONE_COUNT = whole_number(1, 1000)
-INIT_KIND = one_of("auto", "systemd", "cloud-init", "ssh", "none")
+INIT_KINDS = ("auto", "systemd", "cloud-init", "ssh", "none")
+INIT_KIND = one_of(*INIT_KINDS)
 NETWORK_KIND = one_of("auto", "bridge", "private")
 
 SETTINGS = (
@@ -8511,28 +8512,41 @@ def undo_installation(installation: Installation) -> None:
 class Option:
     """An option of a command: its names, whether it takes a value, and what it means."""
 
-    __slots__ = ("names", "check", "metavar", "default", "help", "optional")
+    __slots__ = ("names", "check", "metavar", "default", "help", "optional", "complete")
 
     def __init__(
         self, *names: str, help: str, metavar: str = "", check: Callable[[str], Any] = any_text, default: str = "",
-        optional: bool = False,
+        optional: bool = False, complete: str | tuple[str, ...] = "",
     ) -> None:  # fmt: skip
-        """`metavar`: it takes a value; `default`: that of this setting; `optional`: the value may be left out."""
+        """`metavar`: it takes a value; `default`: that of this setting; `optional`: the value may be left out.
+
+        `complete`: what a shell offers for the value, a kind of WORD_KINDS or SHELL_KINDS, several joined by `+`, or
+        the words themselves.
+        """
         self.names, self.metavar, self.check = names, metavar, check
-        self.default, self.help, self.optional = default, help, optional
+        self.default, self.help, self.optional, self.complete = default, help, optional, complete
 
 
 class Command:
-    """A command: how it is called, its options, and what it does; `more` makes the end of its help."""
+    """A command: how it is called, its options, and what it does; `more` makes the end of its help.
 
-    __slots__ = ("name", "alias", "options", "operands", "function", "help", "hidden", "more")
+    `complete`: what a shell offers for each operand, as of an Option.
+    """
+
+    __slots__ = ("name", "alias", "options", "operands", "function", "help", "hidden", "more", "complete")
 
     def __init__(
         self, name: str, alias: str, options: tuple[Option, ...], operands: str, function: Any, help: str, hidden: bool,
-        more: Callable[[], str],
+        more: Callable[[], str], complete: tuple[str | tuple[str, ...], ...],
     ) -> None:  # fmt: skip
         self.name, self.alias, self.options, self.operands = name, alias, options, operands
         self.function, self.help, self.hidden, self.more = function, help, hidden, more
+        self.complete = complete
+
+    @property
+    def takes_words(self) -> bool:
+        """Whether its operands are another program's words: options end at the first one."""
+        return "..." in self.operands
 
 
 COMMANDS: dict[str, Command] = {}
@@ -8540,7 +8554,7 @@ COMMANDS: dict[str, Command] = {}
 
 def command(
     name: str, *options: Option, alias: str = "", operands: str = "", hidden: bool = False,
-    more: Callable[[], str] = str,
+    more: Callable[[], str] = str, complete: tuple[str | tuple[str, ...], ...] = (),
 ) -> Callable[[Any], Any]:  # fmt: skip
     """Declare the command that the function under it does.  The first line of its docstring is its help."""
 
@@ -8548,14 +8562,21 @@ def command(
         if name in COMMANDS:
             raise ValueError(f"{name}: declared twice")
         help = (function.__doc__ or "").strip()
-        COMMANDS[name] = Command(name, alias, options, operands, function, help, hidden, more)
+        COMMANDS[name] = Command(name, alias, options, operands, function, help, hidden, more, complete)
         return function
 
     return declare
 
 
-GROUP = Option("-g", "--group", metavar="GROUP", help="only this group")
-TYPE = Option("-t", "--type", metavar="TYPE", help="only this type")
+GROUP = Option("-g", "--group", metavar="GROUP", help="only this group", complete="any-group")
+TYPE = Option("-t", "--type", metavar="TYPE", help="only this type", complete="type")
+
+
+GENERAL_OPTIONS = (  # every command has them
+    Option("-h", "--help", help="show this help"),
+    Option("-v", "--version", help="show the version"),
+    Option("--debug", help="show each external command; tracebacks"),
+)
 
 
 def _seconds(text: str) -> int:
@@ -8570,12 +8591,15 @@ def _digest(algorithm: str) -> Callable[[str], str]:
     "template",
     Option("-L", "--list", help="list the templates: name, size, clones, where from"),
     Option("--available", help="list what can be downloaded: name, whether it is there, login, system"),
-    Option("--image", metavar="FILE|URL", help="make NAME from a qcow2 or raw image"),
+    Option("--image", metavar="FILE|URL", help="make NAME from a qcow2 or raw image", complete="file"),
     Option("--sha256", metavar="HEX", check=_digest("sha256"), help="the image's checksum; a URL needs one"),
     Option("--sha512", metavar="HEX", check=_digest("sha512"), help="likewise"),
     Option("--insecure", help="take the image at a URL without a checksum"),
     Option(
-        "--build", metavar="SUITE", help="make NAME from packages: bookworm, trixie (Debian), jammy, noble (Ubuntu)"
+        "--build",
+        metavar="SUITE",
+        help="make NAME from packages: bookworm, trixie (Debian), jammy, noble (Ubuntu)",
+        complete=("bookworm", "trixie", *UBUNTU_SUITES),
     ),
     Option("--include", metavar="PACKAGE,…", check=package_names, help="more packages for --build"),
     Option("--rebuild", help="--build anew, though the cache has one of the same packages"),
@@ -8587,11 +8611,13 @@ def _digest(algorithm: str) -> Callable[[str], str]:
         "--init",
         metavar="KIND",
         check=INIT_KIND,
-        help="how hostname and keys get in: auto, systemd, cloud-init, ssh, none",
+        help="how hostname and keys get in: " + ", ".join(INIT_KINDS),
+        complete=INIT_KINDS,
     ),
     alias="vmtemplate",
     operands="[NAME]",
     more=catalogue_help,
+    complete=("template-name",),
 )
 def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """get and keep templates"""
@@ -8653,8 +8679,14 @@ def report_table(rows: Sequence[Sequence[str]]) -> int:
 
 @command(
     "create",
-    Option("-n", "--name", metavar="NAME", help="the template; with -a a template, or a VM (GROUP/NAME)"),
-    Option("-i", "--iso", metavar="ISO", help="boot from this ISO image: a path, or a name in isoDir"),
+    Option(
+        "-n",
+        "--name",
+        metavar="NAME",
+        help="the template; with -a a template, or a VM (GROUP/NAME)",
+        complete="adjusted",
+    ),
+    Option("-i", "--iso", metavar="ISO", help="boot from this ISO: a path, or a name in isoDir", complete="iso+file"),
     Option("-m", "--mem", metavar="MB", check=MEMORY_MB, default="vmMem", help="memory"),
     Option("-c", "--cpu", metavar="CPUS", check=CPU_COUNT, default="vmCpu", help="processors"),
     Option("-C", "--cpu-cap", metavar="PERCENT", check=CPU_CAP, help="a limit of CPU time; kept, not enforced yet"),
@@ -8713,11 +8745,17 @@ def boot_iso(cloud: Cloud, vm: VM, iso: str, keep: bool) -> int:
 
 @command(
     "instantiate",
-    Option("-n", "--template", metavar="TEMPLATE", help="the template to clone"),
+    Option("-n", "--template", metavar="TEMPLATE", help="the template to clone", complete="template"),
     Option("-C", "--count", metavar="COUNT", check=CLONE_COUNT, default="vmCount", help="how many"),
-    Option("-g", "--group", metavar="GROUP", default="vmGroup", help="the group they belong to"),
-    Option("-t", "--type", metavar="TYPE", default="vmSubGroup", help="their type"),
-    Option("-f", "--file", metavar="FILE", help="make what a description file lists; the file's name is the group's"),
+    Option("-g", "--group", metavar="GROUP", default="vmGroup", help="the group they belong to", complete="group"),
+    Option("-t", "--type", metavar="TYPE", default="vmSubGroup", help="their type", complete="type"),
+    Option(
+        "-f",
+        "--file",
+        metavar="FILE",
+        help="make what a description file lists; the file's name is the group's",
+        complete="file",
+    ),
     Option("-o", "--options", metavar="OPTIONS", help="mem=MB;cpu=N;dsk=GB,GB;name=PREFIX;gui"),
     Option(
         "-w",
@@ -8802,11 +8840,23 @@ def report_errors(errors: Sequence[Error]) -> int:
 
 @command(
     "run",
-    Option("-f", "--file", metavar="FILE", help="make what a description file lists, and run it; -: stdin"),
-    Option("-r", "--resume", metavar="GROUP", help="run the VMs of GROUP that were kept"),
-    Option("-s", "--stop", metavar="GROUP", help="tell the vmrun that manages GROUP to stop its VMs and keep them"),
+    Option(
+        "-f",
+        "--file",
+        metavar="FILE",
+        help="make what a description file lists, and run it; -: stdin",
+        complete="file",
+    ),
+    Option("-r", "--resume", metavar="GROUP", help="run the VMs of GROUP that were kept", complete="group"),
+    Option(
+        "-s",
+        "--stop",
+        metavar="GROUP",
+        help="tell the vmrun that manages GROUP to stop its VMs and keep them",
+        complete="managed-group",
+    ),
     Option("-g", "--gui", help="each VM has a screen"),
-    Option("--group", metavar="GROUP", help="with -f: the group's name, instead of the file's"),
+    Option("--group", metavar="GROUP", help="with -f: the group's name, instead of the file's", complete="group"),
     Option("--add", help="with -f: though the group has VMs already; they are run too"),
     Option("--background", help="return when all VMs are ready"),
     Option("--force", help="though it is more memory than the host has"),
@@ -8868,9 +8918,9 @@ def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> i
 
 @command(
     "stop",
-    Option("-g", "--group", metavar="GROUP", help="the group to stop"),
-    Option("-t", "--type", metavar="TYPE", help="only this type of it"),
-    Option("-n", "--name", metavar="NAME", help="stop one VM"),
+    Option("-g", "--group", metavar="GROUP", help="the group to stop", complete="any-group"),
+    Option("-t", "--type", metavar="TYPE", help="only this type of it", complete="type"),
+    Option("-n", "--name", metavar="NAME", help="stop one VM", complete="vm"),
     Option("-d", "--destroy", help="destroy them too: disks, settings, everything"),
     Option("--kill", help="switch off at once instead of shutting down"),
     Option("--timeout", metavar="S", check=_seconds, default="vmStopTimeout", help="seconds before switching off"),
@@ -8918,7 +8968,7 @@ def vm_in(cloud: Cloud, name: str, group: str | None, type: str | None) -> VM:
     return found[0] if len(found) == 1 else cloud.tree.need(name)
 
 
-@command("ssh", alias="vmssh", operands="VM [WORDS...]")
+@command("ssh", alias="vmssh", operands="VM [WORDS...]", complete=("running-vm",))
 def cmd_ssh(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """ssh into a VM, or run a command in it"""
     if not words:
@@ -8959,10 +9009,16 @@ def vm_by_name_or_address(cloud: Cloud, words: str) -> VM:
 
 @command(
     "vm",
-    Option("-n", "--name", metavar="NAME", help="the VM, or the template"),
-    Option("-g", "--group", metavar="GROUP", help="its group [templates]"),
-    Option("-t", "--type", metavar="TYPE", help="its type"),
-    Option("-i", "--iso", metavar="ISO", help="boot this ISO first: a path, a name in isoDir, or none"),
+    Option("-n", "--name", metavar="NAME", help="the VM, or the template", complete="vm"),
+    Option("-g", "--group", metavar="GROUP", help="its group [templates]", complete="any-group"),
+    Option("-t", "--type", metavar="TYPE", help="its type", complete="type"),
+    Option(
+        "-i",
+        "--iso",
+        metavar="ISO",
+        help="boot this ISO first: a path, a name in isoDir, or none",
+        complete="iso+file",
+    ),
     Option("-G", "--gui", help="start it with a screen, and don't connect"),
     alias="vm",
     operands="[WORDS...]",
@@ -9021,7 +9077,7 @@ def start_alone(cloud: Cloud, vm: VM, iso: str, gui: bool) -> None:
 @command(
     "inventory",
     Option("--list", help="the inventory as JSON, for ansible"),
-    Option("--host", metavar="HOST", help="the variables of one host as JSON"),
+    Option("--host", metavar="HOST", help="the variables of one host as JSON", complete="address"),
     alias="vminventory",
 )
 def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) -> int:
@@ -9046,6 +9102,7 @@ def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) ->
     Option("--tap", help="exec: open a tap on the network as descriptor 3"),
     Option("--fdpass", help="connect: hand the connection itself to ssh (ProxyUseFdpass)"),
     operands="up | down | status | exec CMD... | connect ADDR PORT",
+    complete=(("up", "down", "status", "exec", "connect"),),
 )
 def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """the network between the VMs: up, down, status; exec and connect go into the private one"""
@@ -9103,7 +9160,12 @@ def net_verb(config: Config, verb: str, kind: str) -> int:
     return EXIT_DONE
 
 
-@command("bridge", alias="nocloud-bridge", operands="start | stop | dnsmasq | subnet [FILE]")
+@command(
+    "bridge",
+    alias="nocloud-bridge",
+    operands="start | stop | dnsmasq | subnet [FILE]",
+    complete=(("start", "stop", "dnsmasq", "subnet"), "file"),
+)
 def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """the host's bridge, for its units: start, stop; run its dnsmasq; have FILE name a subnet that is free"""
     verb, rest = (words[0], words[1:]) if words else ("", [])
@@ -9150,9 +9212,9 @@ def address_and_port(words: Sequence[str]) -> tuple[str, int]:
 
 
 VM_OPTIONS = (
-    Option("-n", "--name", metavar="NAME", help="the VM: NAME, GROUP/NAME or GROUP/TYPE/NAME"),
-    Option("-g", "--group", metavar="GROUP", help="the group it is in"),
-    Option("-t", "--type", metavar="TYPE", help="the type it is of"),
+    Option("-n", "--name", metavar="NAME", help="the VM: NAME, GROUP/NAME or GROUP/TYPE/NAME", complete="running-vm"),
+    Option("-g", "--group", metavar="GROUP", help="the group it is in", complete="any-group"),
+    Option("-t", "--type", metavar="TYPE", help="the type it is of", complete="type"),
 )
 
 
@@ -9203,7 +9265,7 @@ def cmd_manage(config: Config, args: argparse.Namespace, words: list[str]) -> in
     return monitor_session(vm)
 
 
-@command("links", operands="DIR")
+@command("links", operands="DIR", complete=("folder",))
 def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """make the vm* commands in DIR, as symlinks to this program"""
     folder = one_operand(words, "DIR")
@@ -9283,6 +9345,759 @@ def one_operand(words: Sequence[str], name: str) -> str:
     return words[0]
 
 
+# Completion and manual ###############################################################################
+#
+# What is printed from the declarations above: the shells' completion scripts, the words that these ask for
+# while one types, and the manual page.  A command or an option that is declared appears in all of them.
+
+SHELL_KINDS = ("file", "folder")  # which the shells complete by themselves
+
+
+class Typed:
+    """A command line that is being typed: its words after the command, of which the last one is to be completed."""
+
+    def __init__(self, config: Config, words: Sequence[str]) -> None:
+        self.config, self.words = config, words
+        self.tree = Tree(base_folder(config))
+
+    @property
+    def current(self) -> str:
+        return self.words[-1] if self.words else ""
+
+    def value(self, *names: str) -> str:
+        """The value that an option has so far, or ''."""
+        for word, following in zip(self.words, self.words[1:]):
+            if word in names:
+                return following
+            for name in names:
+                rest = word[len(name) :]
+                if word.startswith(name) and (name[:2] != "--" or rest[0] == "="):
+                    return rest.lstrip("=")
+        return ""
+
+    def vms(self, wanted: Callable[[VM], bool] = VM.exists) -> list[str]:
+        """What the wanted VMs, in the group and of the type that are named, can be called: NAME where that is enough.
+
+        GROUP/NAME, or GROUP/TYPE/NAME, where a group is being typed, and where several have the name.
+        """
+        left = [vm for vm in self.tree.vms(self.value("-g", "--group"), self.value("-t", "--type")) if wanted(vm)]
+        names: list[str] = []
+        ways: list[Callable[[VM], str]] = [lambda vm: vm.name, lambda vm: f"{vm.group}/{vm.name}"]
+        for way in ways[min(2, self.current.count("/")) :]:
+            count = Counter(map(way, left))
+            names += [way(vm) for vm in left if count[way(vm)] == 1]
+            left = [vm for vm in left if count[way(vm)] > 1]
+        return names + [vm.address_name for vm in left]
+
+    def types(self) -> list[str]:
+        group = self.value("-g", "--group")
+        return [type for each in ([group] if group else self.tree.groups()) for type in self.tree.types(each)]
+
+    def isos(self) -> list[str]:
+        folder = os.path.expanduser(self.config["isoDir"])
+        return [name for name in _names(folder) if name.lower().endswith(".iso")]
+
+    def addresses(self) -> list[str]:
+        """Those in the confs: to read the bridge's leases is not worth it."""
+        return [vm.conf.get("vmAddress", "") for vm in self.tree.running() if vm.is_readable()]
+
+
+WORD_KINDS: dict[str, Callable[[Typed], Iterable[str]]] = {
+    "vm": Typed.vms,
+    "running-vm": lambda typed: typed.vms(VM.is_running),
+    "adjusted": lambda typed: typed.vms() if {"-a", "--adjust"} & set(typed.words) else [],
+    "group": lambda typed: typed.tree.groups(),
+    "any-group": lambda typed: [*typed.tree.groups(), TEMPLATES],
+    "managed-group": lambda typed: [
+        group for group in typed.tree.groups() if manager_of(typed.tree, group)[0] == "running"
+    ],
+    "type": Typed.types,
+    "template": lambda typed: [vm.name for vm in typed.tree.templates()],
+    "catalogue": lambda typed: load_catalogue().entries,
+    "template-name": lambda typed: WORD_KINDS["template" if "--delete" in typed.words else "catalogue"](typed),
+    "iso": Typed.isos,
+    "address": Typed.addresses,
+    "command": lambda typed: visible_commands(),
+}
+
+
+@command("complete", operands="KIND [WORDS...]", hidden=True)
+def cmd_complete(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """the words that a shell offers, one a line; nothing is started, mended or written for that"""
+    if not words or words[0] not in WORD_KINDS:
+        raise UsageError(f"which kind of words? one of {', '.join(WORD_KINDS)}")
+    found = dict.fromkeys(word for word in WORD_KINDS[words[0]](Typed(config, words[1:])) if word.isprintable())
+    if found:
+        report.data("\n".join(found))
+    return EXIT_DONE
+
+
+def documents() -> dict[str, str]:
+    """What an installation has of these, by its path below PREFIX."""
+    return {
+        "share/man/man1/nocloud.1": manual() + "\n",
+        "share/bash-completion/completions/nocloud": bash_completion(),
+        "share/zsh/site-functions/_nocloud": zsh_completion(),
+        "share/fish/vendor_completions.d/nocloud.fish": fish_completion(),
+    }
+
+
+def document_links() -> dict[str, str]:
+    """bash and fish look for a command's completion, and man for its page, under the command's own name."""
+    return {
+        path.replace("/nocloud", f"/{each.alias}"): os.path.basename(path)
+        for path in documents()
+        for each in visible_commands().values()
+        if each.alias and "/zsh/" not in path
+    }
+
+
+def visible_commands() -> dict[str, Command]:
+    return {name: each for name, each in COMMANDS.items() if not each.hidden}
+
+
+def shell_names() -> list[str]:
+    """The names that the scripts complete for."""
+    return ["nocloud", "nocloud.pyz", *(each.alias for each in visible_commands().values() if each.alias)]
+
+
+def all_options(command: Command) -> list[Option]:
+    return [*command.options, *GENERAL_OPTIONS]
+
+
+def kind_text(complete: str | tuple[str, ...]) -> str:
+    """An Option's `complete` as the scripts hold it: a kind, `=` and the words themselves, or `-` for none."""
+    return "=" + " ".join(complete) if isinstance(complete, tuple) else complete or "-"
+
+
+def takes_value(option: Option) -> bool:
+    """Whether the next word is its value whatever it is."""
+    return bool(option.metavar) and not option.optional
+
+
+def completed_values(command: Command) -> Iterator[tuple[str, str]]:
+    """(each name of an option that takes a value, or the number of an operand; its kind_text)."""
+    for option in command.options:
+        if takes_value(option):
+            for name in option.names:
+                yield name, kind_text(option.complete)
+    for number, kind in enumerate(command.complete, 1):
+        yield str(number), kind_text(kind)
+
+
+BASH_COMPLETION = r"""
+# bash completion of nocloud, as `nocloud completion bash` prints it.  In bash-completion's folder it has the name
+# of each command.
+
+_nocloud_command() { # NAME: the command that it is a name of
+    case $1 in
+@COMMANDS@
+        *) REPLY= ;;
+    esac
+}
+
+_nocloud_options() { # COMMAND: its options
+    case $1 in
+@OPTIONS@
+        *) REPLY= ;;
+    esac
+}
+
+_nocloud_kind() { # COMMAND OPTION|NUMBER: what that option's value, or that operand, is; nothing if there is none
+    case "$1 $2" in
+@KINDS@
+        *) REPLY= ;;
+    esac
+}
+
+_nocloud_takes_words() { # COMMAND: its options end at the first operand
+    case $1 in
+        @TAKERS@) return 0 ;;
+    esac
+    return 1
+}
+
+# TEXT: parted as bash will read it, and nothing in it run: unquoted into words; the last word as it is typed is raw,
+# the quote that is open in it quote.
+_nocloud_split() {
+    local rest=$1 char
+    words=('') raw='' quote=''
+    while [[ $rest ]]; do
+        char=${rest:0:1} rest=${rest:1}
+        if [[ ! $quote && $char == [[:space:]] ]]; then
+            if [[ $raw ]]; then words+=('') raw=''; fi
+            continue
+        fi
+        raw+=$char
+        case $quote$char in
+            "''" | '""') quote= ;;
+            \' | \") quote=$char ;;
+            \\ | '"\')
+                if [[ ! $quote || ${rest:0:1} == [\$\`\"\\] ]]; then
+                    char=${rest:0:1} raw+=${rest:0:1} rest=${rest:1}
+                fi
+                words[-1]+=$char
+                ;;
+            *) words[-1]+=$char ;;
+        esac
+    done
+}
+
+# COMMAND WORD: the option in WORD that takes a value into option, WORD up to that value into prefix.
+_nocloud_option() {
+    local position
+    option='' prefix=''
+    case $2 in
+        --*=*) option=${2%%=*} prefix=${2%%=*}= ;;
+        --*) option=$2 prefix=$2 ;;
+        *)
+            for ((position = 1; position < ${#2}; position++)); do
+                option=-${2:position:1} prefix=${2:0:position + 1}
+                _nocloud_kind "$1" "$option"
+                if [[ $REPLY ]]; then return; fi
+            done
+            ;;
+    esac
+    _nocloud_kind "$1" "$option"
+    if [[ ! $REPLY ]]; then option=; fi
+}
+
+# KINDS PREFIX: what begins as the current word does, PREFIX before each.
+_nocloud_offer() {
+    local kind word found=() files= current=${words[-1]} kept=
+    case $1 in
+        =*) for word in ${1#=}; do found+=("$2$word"); done ;;
+        *)
+            for kind in ${1//+/ }; do
+                case $kind in
+                    -) ;;
+                    file | folder)
+                        files=yes
+                        while IFS= read -r word; do found+=("$2$word"); done < <(
+                            compgen -A "${kind/folder/directory}" -- "${current#"$2"}"
+                        )
+                        ;;
+                    *)
+                        while IFS= read -r word; do found+=("$2$word"); done < <(
+                            "$program" complete "$kind" "${words[@]:first}" 2>/dev/null
+                        )
+                        ;;
+                esac
+            done
+            ;;
+    esac
+    # readline replaces what follows the last of COMP_WORDBREAKS, and not the quote that is open
+    if [[ $raw == *"$typed" ]]; then kept=${raw%"$typed"}; fi
+    local words raw quote
+    _nocloud_split "$kept"
+    if [[ $files ]]; then compopt -o filenames; fi # readline quotes then
+    for word in "${found[@]}"; do
+        if [[ $word != "$current"* ]]; then continue; fi
+        word=${word:${#words[-1]}}
+        case $files$quote in
+            '') printf -v word %q "$word" ;;
+            \") word=${word//\\/\\\\} word=${word//\"/\\\"} word=${word//\$/\\\$} word=${word//\`/\\\`} ;;
+        esac
+        COMPREPLY+=("$word")
+    done
+}
+
+_nocloud() {
+    local IFS=$' \t\n' REPLY words raw quote typed=$2 program=nocloud command index first=1
+    local option= prefix= ended= operands=0
+    COMPREPLY=()
+    _nocloud_split "${COMP_LINE:0:COMP_POINT}"
+    command=${words[0]##*/}
+    if [[ $command == nocloud || $command == nocloud.* ]]; then
+        program=${words[0]/#\~\//$HOME/}
+        if [[ ${words[1]} == --debug && ${#words[@]} -gt 2 ]]; then first=2; fi
+        if ((${#words[@]} == first + 1)); then
+            if [[ ${words[first]} == -* ]]; then _nocloud_offer '=@GENERAL@'; else _nocloud_offer '=@NAMES@'; fi
+            return
+        fi
+        command=${words[first]} first=$((first + 1))
+    fi
+    _nocloud_command "$command"
+    command=$REPLY
+    if [[ ! $command ]]; then return; fi
+    for ((index = first; index < ${#words[@]} - 1; index++)); do
+        if [[ $option ]]; then
+            option= # this was its value
+        elif [[ $ended || ${words[index]} != -?* ]]; then
+            operands=$((operands + 1))
+            if _nocloud_takes_words "$command"; then ended=yes; fi
+        elif [[ ${words[index]} == -- ]]; then
+            ended=yes
+        else
+            _nocloud_option "$command" "${words[index]}"
+            if [[ $prefix != "${words[index]}" || $prefix == *= ]]; then option=; fi
+        fi
+    done
+    if [[ $option ]]; then
+        prefix=
+    elif [[ ! $ended && ${words[-1]} == -* ]]; then
+        _nocloud_option "$command" "${words[-1]}"
+        if [[ ! $option || ($prefix == "${words[-1]}" && $prefix != *=) ]]; then
+            _nocloud_options "$command"
+            _nocloud_offer "=$REPLY"
+            return
+        fi
+    else
+        option=$((operands + 1)) prefix=
+    fi
+    _nocloud_kind "$command" "$option"
+    _nocloud_offer "$REPLY" "$prefix"
+}
+
+complete -F _nocloud @SHELL_NAMES@
+"""
+
+
+def bash_completion() -> str:
+    commands, options, kinds = [], [], []
+    for name, each in visible_commands().items():
+        names = " | ".join(dict.fromkeys(filter(None, (name, each.alias))))
+        commands.append(f"        {names}) REPLY={name} ;;")
+        words = " ".join(word for option in all_options(each) for word in option.names)
+        options.append(f"        {name}) REPLY='{words}' ;;")
+        kinds += [f"        '{name} {what}') REPLY='{kind}' ;;" for what, kind in completed_values(each)]
+    return fill(
+        BASH_COMPLETION,
+        COMMANDS="\n".join(commands),
+        OPTIONS="\n".join(options),
+        KINDS="\n".join(kinds),
+        TAKERS=" | ".join(name for name, each in visible_commands().items() if each.takes_words),
+        GENERAL=" ".join(word for option in GENERAL_OPTIONS for word in option.names),
+        NAMES=" ".join(visible_commands()),
+        SHELL_NAMES=" ".join(shell_names()),
+    )
+
+
+def fill(text: str, **values: str) -> str:
+    """`text` with each @NAME@ replaced."""
+    return re.sub("@([A-Z_]+)@", lambda match: values[match.group(1)], text.lstrip("\n"))
+
+
+ZSH_COMPLETION = r"""
+#compdef @SHELL_NAMES@
+# zsh completion of nocloud, as `nocloud completion zsh` prints it.
+
+_nocloud_words() { # [compadd's options] KINDS
+    local kind
+    local -a found
+    for kind in ${(s:+:)@[-1]}; do
+        case $kind in
+            file) _files "${(@)@[1,-2]}" ;;
+            folder) _files "${(@)@[1,-2]}" -/ ;;
+            *)
+                found=("${(@f)$("$nocloud_program" complete $kind "${(@Q)words[2,CURRENT]}" 2>/dev/null)}")
+                compadd "${(@)@[1,-2]}" -- ${found:#}
+                ;;
+        esac
+    done
+}
+
+_nocloud() {
+    local nocloud_program=nocloud name=${service:t}
+    local -a commands
+    if [[ $name == nocloud(|.*) ]]; then
+        nocloud_program=${~${(Q)words[1]}}
+        if [[ $words[2] == --debug && CURRENT -gt 2 ]]; then shift words; ((CURRENT--)); fi
+        if ((CURRENT == 2)); then
+            commands=(
+@COMMANDS@
+            )
+            if [[ $words[2] == -* ]]; then
+                _arguments -s -S : @GENERAL@
+            else
+                _describe -t commands command commands
+            fi
+            return
+        fi
+        shift words
+        ((CURRENT--))
+        name=$words[1]
+    fi
+    case $name in
+@CASES@
+    esac
+}
+
+if [[ $funcstack[1] == _nocloud ]]; then
+    _nocloud "$@"
+else
+    compdef _nocloud @SHELL_NAMES@
+fi
+"""
+
+
+def zsh_quote(text: str, special: str = "") -> str:
+    """`text` in single quotes, with a backslash before each of `special`."""
+    escaped = re.sub(f"([\\\\{re.escape(special)}])" if special else r"(\\)", r"\\\1", text)
+    return "'" + escaped.replace("'", "'\\''") + "'"
+
+
+def zsh_action(complete: str | tuple[str, ...]) -> str:
+    """_arguments' action (zshcompsys(1)) for an Option's `complete`; a space: there is nothing to offer."""
+    if isinstance(complete, tuple):
+        return f"({' '.join(complete)})"
+    return f"_nocloud_words {complete}" if complete else " "
+
+
+def zsh_option(option: Option) -> list[str]:
+    """_arguments' specifications of an option: one for each of its names, each ruling out the others."""
+    specs = []
+    for name in option.names:
+        after = "" if not takes_value(option) else "=" if name.startswith("--") else "+"
+        others = f"({' '.join(option.names)})" if len(option.names) > 1 else ""
+        help = zsh_quote(option.help, "[]:")[1:-1]
+        value = f":{option.metavar}:{zsh_action(option.complete)}" if after else ""
+        specs.append(f"'{others}{name}{after}[{help}]{value}'")
+    return specs
+
+
+def zsh_completion() -> str:
+    cases, commands = [], []
+    for name, each in visible_commands().items():
+        commands.append(f"                {zsh_quote(f'{name}:{each.help}')}")
+        specs = [spec for option in all_options(each) for spec in zsh_option(option)]
+        specs += [f"'{number}:{name}:{zsh_action(kind)}'" for number, kind in enumerate(each.complete, 1)]
+        names = "|".join(dict.fromkeys(filter(None, (name, each.alias))))
+        order = "-A '-*' " if each.takes_words else ""
+        joined = " \\\n                ".join(specs)
+        cases.append(
+            f"        ({names})\n            _arguments -s -S {order}: \\\n                {joined}\n            ;;"
+        )
+    return fill(
+        ZSH_COMPLETION,
+        COMMANDS="\n".join(commands),
+        CASES="\n".join(cases),
+        GENERAL=" ".join(spec for option in GENERAL_OPTIONS for spec in zsh_option(option)),
+        SHELL_NAMES=" ".join(shell_names()),
+    )
+
+
+FISH_COMPLETION = r"""
+# fish completion of nocloud, as `nocloud completion fish` prints it.  In fish's folders it has each command's name.
+
+function __nocloud_typed # the words before the current one, from the command on
+    set -l words (commandline -opc)
+    set words[1] (string replace -r '.*/' '' -- $words[1])
+    if string match -qr -- '^nocloud(\.|$)' $words[1]
+        set -e words[1]
+        if test "$words[1]" = --debug
+            set -e words[1]
+        end
+    end
+    string join -- \n $words
+end
+
+function __nocloud_words # KIND
+    set -l program (commandline -opc)[1]
+    if not string match -qr -- '(^|/)nocloud(\.[^/]*)?$' $program
+        set program nocloud
+    end
+    set -l words (__nocloud_typed)
+    command $program complete $argv[1] $words[2..-1] (commandline -ct | string unescape) 2>/dev/null
+end
+
+function __nocloud_is # NAMES: the command is called so
+    set -l words (__nocloud_typed)
+    contains -- "$words[1]" $argv
+end
+
+function __nocloud_operands # OPTIONS, which take a value: how many operands come before the current word
+    set -l words (__nocloud_typed)
+    set -l count 0
+    set -l skip no
+    for word in $words[2..-1]
+        if test $skip = yes
+            set skip no
+        else if string match -q -- '-?*' $word
+            if contains -- (string replace -r -- '^-[^-]*(?=[^-]$)' - $word) $argv
+                set skip yes
+            end
+        else
+            set count (math $count + 1)
+        end
+    end
+    echo $count
+end
+
+@COMPLETIONS@
+"""
+
+
+def fish_quote(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def fish_words(complete: str | tuple[str, ...]) -> str:
+    """complete's options (fish's complete(1)) for an Option's `complete`; files are fish's own way."""
+    if isinstance(complete, tuple):
+        return f" -f -a {fish_quote(' '.join(complete))}"
+    kinds = complete.split("+") if complete else []
+    words = "".join(f" -a '(__nocloud_words {kind})'" for kind in kinds if kind not in SHELL_KINDS)
+    if "folder" in kinds:
+        return f"{words} -f -a '(__fish_complete_directories)'"
+    return words if "file" in kinds else f"{words} -f"
+
+
+def fish_option(option: Option) -> str:
+    names = "".join(f" {'-l' if name.startswith('--') else '-s'} {name.lstrip('-')}" for name in option.names)
+    value = f" -r{fish_words(option.complete)}" if takes_value(option) else " -f"
+    return f"{names}{value} -d {fish_quote(option.help)}"
+
+
+def fish_completion() -> str:
+    lines = []
+    general = [fish_option(option) for option in GENERAL_OPTIONS]
+    for program in shell_names():
+        if program == "nocloud.pyz":
+            lines.append(f"complete -c {program} -w nocloud")
+            continue
+        lines.append(f"complete -c {program} -f")
+        if program == "nocloud":
+            lines += [f"complete -c {program} -n 'not count (__nocloud_typed)'{option}" for option in general]
+            for name, each in visible_commands().items():
+                help = fish_quote(each.help)
+                lines.append(f"complete -c {program} -n 'not count (__nocloud_typed)' -a {name} -d {help}")
+        for each in visible_commands().values():
+            if program in ("nocloud", each.alias):
+                lines += [f"complete -c {program}{line}" for line in fish_command(each)]
+    return fill(FISH_COMPLETION, COMPLETIONS="\n".join(lines))
+
+
+def fish_command(command: Command) -> Iterator[str]:
+    """The options and operands of a command, by either name."""
+    names = " ".join(dict.fromkeys(filter(None, (command.name, command.alias))))
+    takers = " ".join(name for option in command.options if takes_value(option) for name in option.names)
+    before = f"test (__nocloud_operands {takers})"
+    open = f"; and {before} -eq 0" if command.takes_words else ""
+    for option in all_options(command):
+        yield f" -n '__nocloud_is {names}{open}'{fish_option(option)}"
+    for number, kind in enumerate(command.complete):
+        yield f" -n '__nocloud_is {names}; and {before} -eq {number}'{fish_words(kind)}"
+
+
+COMPLETIONS = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion}
+
+
+@command("completion", operands="bash | zsh | fish", complete=(tuple(COMPLETIONS),))
+def cmd_completion(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """print a shell's completion of all commands, as in: source <(nocloud completion bash)"""
+    shell = one_operand(words, "the shell")
+    if shell not in COMPLETIONS:
+        raise UsageError(f"{shell}: no completion for that shell", f"one of {', '.join(COMPLETIONS)}")
+    report.data(COMPLETIONS[shell]().rstrip("\n"))
+    return EXIT_DONE
+
+
+# -- the manual page, in the man(7) macros of roff
+
+ROFF = {  # what roff would take for something else: a hyphen, an accent, a typographic quote
+    "\\": "\\e",
+    "-": "\\-",
+    "'": "\\(aq",
+    "`": "\\(ga",
+    '"': "\\(dq",
+    "^": "\\(ha",
+    "~": "\\(ti",
+    "…": "...",
+    "×": "\\(mu",
+    "–": "\\(en",
+}
+
+
+def roff(text: str) -> str:
+    """`text` for the page, as it is; a dot at its beginning is no request."""
+    escaped = "".join(ROFF.get(char, char) for char in text)
+    return "\\&" + escaped if escaped.startswith(".") else escaped
+
+
+def bold(text: str) -> str:
+    return f"\\fB{roff(text)}\\fP"
+
+
+def item(term: str, text: str) -> str:
+    """An entry of a list: a term that is roff already, and what it means."""
+    return f".TP\n{term}\n{wrapped(text)}"
+
+
+def wrapped(text: str) -> str:
+    """A paragraph of running text, in lines that stay under 80 bytes."""
+    import textwrap
+
+    return "\n".join(map(roff, textwrap.wrap(text, 60, break_long_words=False, break_on_hyphens=False)))
+
+
+def paragraphs(text: str) -> str:
+    """Hand-written text: paragraphs are parted by empty lines, indented ones are shown as they are."""
+    parts = []
+    for part in text.strip("\n").split("\n\n"):
+        verbatim = "\n".join(roff(line.strip()) for line in part.split("\n"))
+        parts.append(f".RS 4\n.nf\n{verbatim}\n.fi\n.RE" if part[0] == " " else wrapped(part))
+    return "\n.PP\n".join(parts)
+
+
+MAN_DATE = "2026-11-25"  # of the texts below
+
+MAN_DESCRIPTION = """\
+nocloud makes virtual machines by the dozen on one Linux machine: copy-on-write clones of templates, in groups, with
+names and addresses, reached by ssh and ansible. It needs no root, no daemon and no open port.
+
+Every command has two names, vmssh and nocloud ssh. A VM is called NAME, GROUP/NAME or GROUP/TYPE/NAME. Data is written
+to standard output, everything else to standard error. An error is one line, and at most one more, with a hint.
+
+A description file has a line for each set of equal VMs, TEMPLATE:COUNT[:TYPE[:OPTIONS]]. OPTIONS are parted by ';':
+mem=MB, cpu=N, dsk=GB,GB (extra disks), name=PREFIX and gui. The name of the file, without its last extension, is the
+group's name.
+"""
+
+MAN_CONFIGURATION = """\
+Read in this order, the later one wins: PREFIX/etc/nocloud_net.conf of an installation; the first that exists of
+./.nocloud.conf, ~/.nocloud.conf, ~/.config/nocloud/nocloud.conf and /etc/nocloud.conf; the environment
+(NOCLOUD_vmMem=1024).
+
+The files look like shell files and are parsed, never run: KEY=value, quotes, $VAR, ${VAR}, ${VAR:-word} and comments.
+A file that others may write is not used.
+"""
+
+MAN_FILES = (
+    ("vmBaseDir/templates/NAME/", "a template"),
+    ("vmBaseDir/GROUP/TYPE/NAME/", "a VM:"),
+    ("NAME.conf", "its settings"),
+    ("NAME_0.img, NAME_1.img", "its disks; the first one is an overlay on the template's"),
+    ("NAME.log, console.log", "what qemu said; what the guest said on its serial line"),
+    ("NAME.command", "a script that starts the same VM by hand"),
+    ("NAME.pid", "locked by qemu while it runs"),
+    ("vmBaseDir/.net/", "the private network's state"),
+    ("vmBaseDir/.known_hosts", "the host keys of the VMs"),
+    ("~/.config/nocloud/", "nocloud's ssh key; nocloud.conf; templates.conf, which adds to the catalogue"),
+    ("~/.cache/nocloud/", "what can be made again"),
+)
+
+MAN_STATUSES = (
+    (EXIT_DONE, "done"),
+    (EXIT_FAILED, "it could not be done, or one of the VMs failed"),
+    (EXIT_USAGE, "wrong usage, or a mistake in a file"),
+    (EXIT_TIMEOUT, "a wait ran out"),
+    (EXIT_MISSING, "unknown command, or a program is missing"),
+    (EXIT_INTERRUPTED, "interrupted"),
+)
+
+MAN_ENVIRONMENT = (
+    ("NOCLOUD_KEY", "the setting KEY, whatever the files say"),
+    ("NOCLOUD_NOKVM", "1: the same as NOCLOUD_vmAccel=tcg"),
+    ("XDG_CONFIG_HOME, XDG_DATA_HOME, XDG_CACHE_HOME", "instead of ~/.config, ~/.local/share and ~/.cache"),
+    ("DISPLAY, WAYLAND_DISPLAY", "whether there is a display for a VM's screen"),
+    ("TMPDIR", "where the system of vmtemplate --build is put together"),
+)
+
+MAN_SIGNALS = (
+    ("SIGINT, SIGTERM", "all VMs of the group are switched off and destroyed"),
+    ("SIGUSR1", "all VMs are shut down properly and kept; vmrun -s GROUP sends it, and vmrun -r GROUP runs them again"),
+    ("SIGHUP", "vmrun ends, the VMs run on"),
+)
+
+MAN_EXAMPLES = """\
+A template from Debian's packages, five clones of it, a command in one of them:
+
+    vmtemplate debian12 --build bookworm
+    vminstantiate -n debian12 -C 5 -g shop -o 'name=web' --wait
+    vmssh web00 'uname -a'
+
+What a description file lists, until ^C:
+
+    echo 'debian12:2:web:name=web' >shop
+    vmrun -f shop
+
+All running VMs, for ansible:
+
+    ansible -i "$(command -v vminventory)" all -m ping
+"""
+
+
+def man_usage(command: Command, name: str) -> str:
+    options = "[options]" if command.options else ""
+    return " ".join([bold(name), *map(roff, filter(None, (options, command.operands)))])
+
+
+def man_option(option: Option) -> str:
+    value = f" {option.metavar}" if option.metavar else ""
+    value = f" [{option.metavar}]" if option.optional else value
+    names = ", ".join(bold(name) + roff(value) for name in option.names)
+    default = f" (default: {option.default})" if option.default else ""
+    return item(names, option.help + default)
+
+
+def man_header(name: str) -> str:
+    """Title and first section; words are not hyphenated: many are paths or typed."""
+    title = f'.TH {roff(name.upper())} 1 {MAN_DATE} "nocloud {roff(__version__)}" "nocloud"'
+    return f"{title}\n.nh\n.ad l\n.SH NAME\n"
+
+
+def man_names(command: Command) -> list[str]:
+    return [name for name in (command.alias, f"nocloud {command.name}") if name]
+
+
+def manual() -> str:
+    """The page nocloud(1)."""
+    commands = visible_commands().values()
+    parts = [man_header("nocloud") + "nocloud \\- a mini\\-cloud on one Linux machine", ".SH SYNOPSIS"]
+    parts += [f".B nocloud\n{roff('COMMAND [options] [operands]')}", ".SH DESCRIPTION", paragraphs(MAN_DESCRIPTION)]
+    parts += [".SH COMMANDS", "All commands have these options:", *map(man_option, GENERAL_OPTIONS)]
+    for each in commands:
+        usage = "\n.br\n".join(man_usage(each, name) for name in man_names(each))
+        help = each.help[0].upper() + each.help[1:]
+        parts += [
+            f".SS {bold(each.alias or each.name)}",
+            usage,
+            f".PP\n{wrapped(help)}.",
+            *map(man_option, each.options),
+        ]
+    parts += [".SH CONFIGURATION", paragraphs(MAN_CONFIGURATION)]
+    parts += [man_setting(each) for each in SETTINGS if each.where in ("config", "both")]
+    parts += [".PP\nIn a VM's own conf are also:".replace("'", "\\(aq")]
+    parts += [man_setting(each) for each in SETTINGS if each.where == "vm"]
+    parts += [".PP\nRead, and not used any more:"]
+    parts += [wrapped(", ".join(each.key for each in SETTINGS if each.where == "unused") + ".")]
+    for title, rows in (("FILES", MAN_FILES), ("EXIT STATUS", MAN_STATUSES), ("ENVIRONMENT", MAN_ENVIRONMENT)):
+        parts += [f".SH {title}", *(item(bold(str(term)), text) for term, text in rows)]
+    parts += [".SH SIGNALS", paragraphs("While vmrun runs a group:"), *(item(bold(n), t) for n, t in MAN_SIGNALS)]
+    parts += [".SH EXAMPLES", paragraphs(MAN_EXAMPLES), ".SH SEE ALSO"]
+    return "\n".join([*parts, see_also("qemu(1)", "dnsmasq(8)", "pasta(1)", "ssh(1)", "ansible(1)")])
+
+
+def man_setting(setting: Setting) -> str:
+    return item(bold(setting.key), setting.help + (f" [{setting.default}]" if setting.default else ""))
+
+
+def see_also(*pages: str) -> str:
+    return ",\n".join(f".BR {roff(page[:-3])} {page[-3:]}" for page in pages).replace(",\n", " ,\n")
+
+
+def manual_of(command: Command) -> str:
+    """The page of one command."""
+    name = command.alias or f"nocloud-{command.name}"
+    parts = [man_header(name) + f"{roff(name)} \\-\n{wrapped(command.help)}", ".SH SYNOPSIS"]
+    parts += ["\n.br\n".join(man_usage(command, each) for each in man_names(command)), ".SH OPTIONS"]
+    parts += [man_option(option) for option in all_options(command)]
+    parts += [".SH SEE ALSO", see_also("nocloud(1)")]
+    return "\n".join(parts)
+
+
+@command("man", operands="[COMMAND]", complete=("command",))
+def cmd_man(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """print the manual page, or that of one command, as in: nocloud man >nocloud.1"""
+    no_more(words[1:])
+    names = {name: each for each in visible_commands().values() for name in (each.name, each.alias) if name}
+    if words and words[0] not in names:
+        raise UsageError(f"{words[0]}: no such command", "nocloud -h lists them")
+    report.data(manual_of(names[words[0]]) if words else manual())
+    return EXIT_DONE
+
+
 # Dispatch ############################################################################################
 #
 # argv[0] or the first word says which command; only that command's parser is built.
@@ -9327,7 +10142,7 @@ def build_parser(command: Command, program: str, config: Config) -> argparse.Arg
         description=command.help, allow_abbrev=False, add_help=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, width=terminal_width()),
     )  # fmt: skip
-    for option in command.options:
+    for option in (*command.options, *GENERAL_OPTIONS):
         extra: dict[str, Any] = {"action": "store_true"}
         text = option.help + (f" [{config[option.default]}]" if option.default else "")
         if option.metavar:
@@ -9335,9 +10150,6 @@ def build_parser(command: Command, program: str, config: Config) -> argparse.Arg
             if option.optional:
                 extra.update(nargs="?", const=True)
         parser.add_argument(*option.names, help=text.replace("%", "%%"), **extra)
-    parser.add_argument("-h", "--help", action="store_true", help="show this help")
-    parser.add_argument("-v", "--version", action="store_true", help="show the version")
-    parser.add_argument("--debug", action="store_true", help="show each external command; tracebacks")
     return parser
 
 
@@ -9378,7 +10190,7 @@ def split_operands(command: Command, words: Sequence[str]) -> tuple[list[str], l
             return options, [*operands, *words[index:]]
         if not word.startswith("-") or word == "-":
             operands.append(word)
-            if "..." in command.operands:
+            if command.takes_words:
                 return options, [*operands, *words[index:]]
             continue
         options.append(word)
@@ -9427,6 +10239,9 @@ def run_command(argv: Sequence[str]) -> int:
         return EXIT_DONE
     report.debug = report.debug or "--debug" in options
     config = load_config()
+    if not options and not command.options:  # nothing to parse: argparse costs 17 ms, and a TAB has to be quick
+        done: int = command.function(config, None, operands)
+        return done
     parser = build_parser(command, program, config)
     args = parser.parse_args(options)
     if args.help:

@@ -48,6 +48,8 @@ OPTIONS: dict[str, Options] = {
     "net": {"--private": False, "--bridge": False},
     "nocloud-bridge": {},
     "links": {},
+    "completion": {},
+    "man": {},
 }
 EVERYWHERE: Options = {"-h": False, "--help": False, "-v": False, "--version": False, "--debug": False}
 
@@ -133,7 +135,7 @@ def test_nocloud_alone_lists_the_commands(cloud: Cloud) -> None:
     assert shown.stderr == ""
     for name in OPTIONS:
         assert re.search(rf"^  .*\b{name}\b.* \S", shown.stdout, re.M), name
-    assert "configure" not in shown.stdout
+    assert "configure" not in shown.stdout and "  complete " not in shown.stdout
     for word in ("-h", "--help"):
         assert cloud.execute([sys.executable, "-IS", PROGRAM, word]).ok().stdout == shown.stdout
     for word in ("-v", "--version"):
@@ -226,6 +228,13 @@ def test_words_go_to_ssh_untouched(blank: Cloud) -> None:
         (("links",), "DIR"),
         (("links", "a", "b"), "b"),
         (("net",), "up"),
+        (("completion",), "shell"),
+        (("completion", "tcsh"), "tcsh"),
+        (("completion", "bash", "zsh"), "zsh"),
+        (("man", "vmnothing"), "vmnothing"),
+        (("man", "vmssh", "vmrun"), "vmrun"),
+        (("complete",), "kind"),
+        (("complete", "nothing"), "kind"),
     ],
 )
 def test_wrong_usage_is_2(cloud: Cloud, words: tuple[str, ...], said: str) -> None:

@@ -1,0 +1,103 @@
+"""The manual page, as the programs that show it read it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from support import Cloud
+
+import nocloud
+
+
+def page(cloud: Cloud, *words: str) -> str:
+    """A page as a reader sees it."""
+    return shown(cloud, cloud.run("man", *words).ok().stdout)
+
+
+def shown(cloud: Cloud, text: str) -> str:
+    """What man shows of it on a wide terminal."""
+    need("man")
+    (cloud.home / "x").write_text(text)
+    done = cloud.execute(["man", "./x"], env={"MANWIDTH": "200", "LC_ALL": "C.UTF-8", "MANPAGER": "cat"}).ok()
+    return re.sub(".\b", "", done.stdout)
+
+
+def need(program: str) -> str:
+    path = shutil.which(program)
+    if not path:
+        if os.environ.get("CI"):
+            pytest.fail(f"{program} is not installed: make test installs it")
+        pytest.skip(f"{program} is not installed; make test installs it")
+    return path
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """nocloud.1, and the page of each command."""
+    folder = tmp_path_factory.mktemp("pages")
+    with Cloud(folder / "home") as cloud:
+        for name in ["", *(each.alias or each.name for each in nocloud.COMMANDS.values() if not each.hidden)]:
+            (folder / f"{name or 'nocloud'}.1").write_text(cloud.run("man", *filter(None, [name])).ok().stdout)
+    return sorted(folder.glob("*.1"))
+
+
+@pytest.mark.parametrize(
+    "checker",
+    [
+        ("man", "-l", "--warnings", "-Tutf8"),
+        ("groff", "-ww", "-man", "-Tutf8"),
+        ("groff", "-ww", "-man", "-Tascii"),
+        ("mandoc", "-Tlint", "-Wstyle"),
+    ],
+    ids=" ".join,
+)
+def test_no_program_complains_of_it(cloud: Cloud, checker: tuple[str, ...], pages: list[Path]) -> None:
+    done = cloud.execute([need(checker[0]), *checker[1:], *pages])
+    assert (done.status, done.stderr) == (0, "") and (checker[0] != "mandoc" or done.stdout == ""), repr(done)
+
+
+def test_every_command_option_and_setting_is_named(cloud: Cloud) -> None:
+    text = page(cloud)
+    for command in nocloud.COMMANDS.values():
+        if command.hidden:
+            assert f"nocloud {command.name}" not in text
+            continue
+        own = text.partition(f"nocloud {command.name}")[2].partition("\n\n   ")[0]
+        assert own and (command.alias in text), command.name
+        for option in command.options:
+            for name in option.names:
+                assert re.search(rf"{name}(?![\w-])", text), (command.name, name)
+    for setting in nocloud.SETTINGS:
+        assert re.search(rf"\b{setting.key}\b", text), setting.key
+    for title in (
+        "NAME", "SYNOPSIS", "DESCRIPTION", "COMMANDS", "CONFIGURATION", "FILES", "EXIT STATUS", "ENVIRONMENT",
+        "SIGNALS", "EXAMPLES", "SEE ALSO",
+    ):  # fmt: skip
+        assert f"\n{title}\n" in text, title
+    for status in (0, 1, 2, 124, 127, 130):
+        assert re.search(rf"^ +{status} ", text, re.M)
+
+
+def test_a_page_of_one_command(cloud: Cloud) -> None:
+    text = page(cloud, "vmstop")
+    assert "vmstop [options]" in text and "nocloud stop [options]" in text and "--destroy" in text
+    assert "--build" not in text
+    assert cloud.run("man", "stop").ok().stdout == cloud.run("man", "vmstop").ok().stdout
+
+
+def test_what_roff_would_take_for_something_else(cloud: Cloud) -> None:
+    """Each of these comes out as it went in, so that it can be copied from the page and typed."""
+    hard = r"""'a' "b" `c` ^d ~e -f --g \h \\fBi \e .j 'k"""
+    done = cloud.script(
+        "nocloud.SETTING['vmMem'].help = sys.argv[1]\n"
+        "nocloud.SETTING['vmCpu'].help = '.dot'\nnocloud.SETTING['vmUser'].help = \"'quote\"\n"
+        "sys.exit(nocloud.main(['nocloud', 'man']))\n",
+        hard,
+    ).ok()  # fmt: skip
+    text = shown(cloud, done.stdout)
+    assert hard in text and " .dot " in text and " 'quote " in text
+    assert cloud.execute([need("groff"), "-ww", "-man", "-Tutf8", cloud.home / "x"]).ok().stderr == ""
