@@ -12,6 +12,7 @@ FOR_BUILD := python3 python3-venv
 FOR_VMS := qemu-system-x86 qemu-utils dnsmasq-base iproute2 openssh-client util-linux passt? nftables?
 FOR_TEMPLATES := mmdebstrap e2fsprogs uidmap debian-archive-keyring?
 FOR_TESTS := fdisk iptables mtools syslinux isolinux syslinux-common xorriso zip unzip zsh fish mandoc man-db groff-base linux-image-cloud-amd64! busybox-static! dropbear-bin!
+FOR_BENCH := curl xz-utils
 SOURCES := nocloud.py build.sh pyproject.toml $(shell find etc -type f)
 
 # Where `make install` installs. DESTDIR is for packaging: only the files, below that folder; the host stays as it is.
@@ -27,7 +28,7 @@ AS_OWNER := $(if $(filter-out $(OWNER),$(ME)),$(if $(filter 0,$(ME)),setpriv --r
 
 .DEFAULT_GOAL := $(if $(filter 0,$(ME)),install,build)
 .PHONY: build install uninstall demo test test-all check check-catalogue bench clean help
-.PHONY: look-at-host install-for-build install-for-vms install-for-templates install-for-tests
+.PHONY: look-at-host install-for-build install-for-vms install-for-templates install-for-tests install-for-bench
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -57,7 +58,7 @@ check: $(VENV)/done ## the linters only
 check-catalogue: ## ask the catalogue's real servers (needs the Internet)
 	@$(PYTHON) tests/check_catalogue.py
 
-bench: install-for-vms nocloud.pyz ## measure the speed budgets; fails over one
+bench: install-for-vms install-for-bench nocloud.pyz ## measure the speed budgets; fails over one
 	@$(PYTHON) tests/bench.py nocloud.pyz
 
 clean: ## remove what was made here
@@ -93,3 +94,6 @@ install-for-templates:
 
 install-for-tests:
 	@tests/install.sh $(FOR_TESTS)
+
+install-for-bench:
+	@tests/install.sh $(FOR_BENCH)

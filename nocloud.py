@@ -4236,7 +4236,8 @@ class NewTemplate:
 def template_from_image(cloud: Cloud, name: str, path: str, settings: Mapping[str, str], expected: str = "") -> VM:
     """A template from a qcow2 or raw image on this machine; its checksum is recorded, and compared with `expected`."""
     if not os.path.isfile(path):
-        raise NotFound(f"{path}: no such file", "--image takes a qcow2 or raw disk image")
+        problem = "a folder, not a file" if os.path.isdir(path) else "no such file"
+        raise NotFound(f"{path}: {problem}", "--image takes a qcow2 or raw disk image")
     with NewTemplate(cloud, name) as new:
         algorithm = expected.partition(":")[0] or "sha256"
         checksum = f"{algorithm}:{file_digest(path, algorithm)}"
@@ -4957,7 +4958,11 @@ class CachedImage:
 
     def __enter__(self) -> CachedImage:
         images = os.path.dirname(self.folder)
-        make_private_folder(images)
+        try:
+            make_private_folder(images)
+        except OSError as error:
+            hint = "what is downloaded or built is kept there: set XDG_CACHE_HOME to a folder of yours"
+            raise Error(f"{images}: {error.strerror}", hint) from None
         for folder in (cache_home(), images):
             info = os.stat(folder)
             if info.st_uid != os.geteuid() or info.st_mode & 0o022:

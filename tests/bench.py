@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import functools
+import hashlib
 import os
 import re
 import resource
@@ -21,9 +23,11 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -294,6 +298,66 @@ def thousand(bench: Bench, table: Table, runs: int) -> None:
         table.pairs("  the same, their pidfiles locked as if they ran", in_turn(full, none, runs), 5.0)
 
 
+def download(bench: Bench, table: Table, runs: int) -> None:
+    """A template from a compressed image, to the disk that clones stand on; bare: only its checksum is kept."""
+    name, site = "packed", bench.folder / "site"
+    pieces = site / f"{name}/{name}.img"
+    pieces.mkdir(parents=True)
+    (site / f"{name}/compression").write_text("xz")
+    (site / f"{name}/{name}.conf").write_text("vmMem=64\n")
+    checksum = make_packed(pieces / f"{name}.img.000.xz")
+    with served(site) as url:
+        catalogue = bench.folder / ".config/nocloud/templates.conf"
+        catalogue.parent.mkdir(parents=True, exist_ok=True)
+        lines = [f"[{name}]", "kind = classic", f"base = {url}/{name}", "last = 0", f"checksum = sha512:{checksum}"]
+        catalogue.write_text("\n".join(lines) + "\n")
+        pipe = f"curl -s {url}/{name}/{name}.img/{name}.img.000.xz | xz -d | sha512sum"
+
+        def ours() -> float:
+            took = bench.call(bench.empty, "vmtemplate", name)
+            bench.call(bench.empty, "vmtemplate", "--delete", name)
+            shutil.rmtree(bench.folder / ".cache/nocloud/images")
+            return took
+
+        pairs = in_turn(ours, lambda: timed(["sh", "-c", pipe], bench.env), runs)
+    table.pairs("vmtemplate, xz; bare: curl | xz -d | sha512sum", pairs, 2.0)
+
+
+def make_packed(target: Path, size: int = 128 << 20) -> str:
+    """A disk of programs and libraries, and as much again of zeros, compressed; the checksum of the disk."""
+    disk = target.with_suffix("")
+    with disk.open("wb") as file:
+        file.write(bytes(510) + b"\x55\xaa")
+        for path in sorted(Path("/usr").rglob("*")):
+            if file.tell() >= size:
+                break
+            if path.is_file() and not path.is_symlink() and os.access(path, os.R_OK):
+                file.write(path.read_bytes()[:size])
+        file.truncate(2 * size)
+    checksum = hashlib.sha512(disk.read_bytes()).hexdigest()
+    timed(["xz", "-1", "-T0", disk], dict(os.environ))
+    return checksum
+
+
+class Silent(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """A web server on 127.0.0.1; its address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Silent, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
 @contextmanager
 def locked(files: Sequence[Path]) -> Iterator[None]:
     """A process that locks pidfiles as that many qemus would."""
@@ -331,6 +395,7 @@ def measure(program: Path, runs: int, rounds: int) -> Table:
             thousand(bench, table, runs)
             twenty(bench, table, runs)
             clones(bench, table, rounds)
+            download(bench, table, rounds)
         finally:
             bench.stop_everything()
     return table

@@ -14,6 +14,7 @@ import select
 import signal
 import stat
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -403,7 +404,6 @@ def test_broken_off_without_ranges(web: Cloud, site: Site, image: bytes) -> None
     same_disk(web, "x", image)
 
 
-@pytest.mark.long
 def test_broken_off_each_time(web: Cloud, site: Site, image: bytes) -> None:
     path = offer(web, site, image)
     site.tricks[path] = break_off(*[100] * 9)
@@ -415,7 +415,6 @@ def test_broken_off_each_time(web: Cloud, site: Site, image: bytes) -> None:
     same_disk(web, "x", image)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("length", [-1000, 1000])
 def test_wrong_length(web: Cloud, site: Site, image: bytes, length: int) -> None:
     path = offer(web, site, image)
@@ -485,7 +484,6 @@ def test_out_of_order_for_a_while(web: Cloud, site: Site, image: bytes) -> None:
     same_disk(web, "x", image)
 
 
-@pytest.mark.long
 def test_out_of_order(web: Cloud, site: Site, image: bytes) -> None:
     site.tricks[offer(web, site, image)] = status(500)
     template(web, "x").fails(1, "the server says 500", "4 tries")
@@ -565,7 +563,6 @@ def test_silence(web: Cloud, site: Site, image: bytes) -> None:
     assert site.asked("/dir/x.qcow2") == ["", "bytes=10-"]
 
 
-@pytest.mark.long
 def test_nobody_listens(web: Cloud, site: Site, image: bytes) -> None:
     extend(web, f"[x]\nimage = http://127.0.0.1:9/x\nchecksum = sha256:{A}\n")
     template(web, "x").fails(1, "http://127.0.0.1:9/x", "Connection refused", "4 tries")
@@ -655,6 +652,24 @@ def test_cache_of_others(web: Cloud, site: Site, image: bytes) -> None:
     images.mkdir(parents=True)
     images.chmod(0o777)
     template(web, "x").fails(1, "others may write to it", "XDG_CACHE_HOME")
+
+
+def test_cache_that_can_not_be_made(web: Cloud, site: Site, image: bytes) -> None:
+    path = offer(web, site, image)
+    done = template(web, "x", env={"XDG_CACHE_HOME": "/dev/null/cache"})
+    done.fails(1, "/dev/null/cache/nocloud/images: Not a directory", "set XDG_CACHE_HOME")
+    assert not site.asked(path)
+    nothing_came(web)
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no second file system")
+def test_cache_on_another_file_system(web: Cloud, site: Site, image: bytes) -> None:
+    offer(web, site, image)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        assert os.stat(folder).st_dev != os.stat(web.home).st_dev
+        template(web, "x", env={"XDG_CACHE_HOME": folder}).ok()
+        assert [path.name for path in Path(folder).rglob("*") if path.is_file()] == ["image"]
+    same_disk(web, "x", image)
 
 
 def test_cache_forgets(web: Cloud, site: Site, image: bytes) -> None:
@@ -748,6 +763,17 @@ def test_proxy(web: Cloud, site: Site, image: bytes) -> None:
     same_disk(web, "x", image)
 
 
+def test_proxy_for_https(web: Cloud, site: Site, image: bytes, certificate: tuple[Path, Path]) -> None:
+    """The proxy is asked for a tunnel, and sees no more than the name; the certificate is the server's."""
+    with Site(certificate) as safe:
+        safe.files["/x.qcow2"] = image
+        extend(web, f"[x]\nimage = {safe.base}/x.qcow2\nchecksum = sha256:{digest(image)}\n")
+        env = {"https_proxy": site.base, "no_proxy": "", "SSL_CERT_FILE": str(certificate[0])}
+        template(web, "x", env=env).ok()
+        assert site.requests == [(safe.base.partition("://")[2], "")] and safe.asked("/x.qcow2") == [""]
+        same_disk(web, "x", image)
+
+
 # --image #############################################################################################
 
 
@@ -796,6 +822,11 @@ def test_insecure_is_checked_too(web: Cloud, site: Site, content: bytes) -> None
 )
 def test_wrong_words(web: Cloud, words: list[str], told: str) -> None:
     template(web, "x", *words).fails(2, told)
+    nothing_came(web)
+
+
+def test_folder_instead_of_a_file(web: Cloud, tmp_path: Path) -> None:
+    template(web, "x", "--image", tmp_path).fails(1, f"{tmp_path}: a folder, not a file")
     nothing_came(web)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import socket
 import ssl
 import subprocess
 import threading
@@ -30,6 +32,18 @@ class Handler(BaseHTTPRequestHandler):
             pass  # the client has ended
 
     do_HEAD = do_GET
+
+    def do_CONNECT(self) -> None:
+        """As a proxy for https: bytes to and fro, to whichever host was named on 127.0.0.1."""
+        self.server.site.requests.append((self.path, ""))
+        with socket.create_connection(("127.0.0.1", int(self.path.rpartition(":")[2]))) as far:
+            self.send_response(200)
+            self.end_headers()
+            back = threading.Thread(target=pump, args=(far, self.connection))
+            back.start()
+            pump(self.connection, far)
+            back.join()
+        self.close_connection = True
 
     def serve(self, ranges: bool = True, count: int = -1, kind: str = "application/octet-stream") -> None:
         """The file; `count`: break off after so many bytes of it."""
@@ -62,6 +76,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         pass
+
+
+def pump(source: socket.socket, sink: socket.socket) -> None:
+    """All that comes from one socket goes to the other, until the end of either."""
+    with contextlib.suppress(OSError):
+        for piece in iter(lambda: source.recv(65536), b""):
+            sink.sendall(piece)
+    with contextlib.suppress(OSError):
+        sink.shutdown(socket.SHUT_WR)
 
 
 class Server(ThreadingHTTPServer):
