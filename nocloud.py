@@ -5693,14 +5693,16 @@ def check_subordinate_ids() -> None:
 def build_tmpdir() -> str:
     """Where mmdebstrap works: others must be able to enter it, so it can't be in the VM tree."""
     for name in (os.environ.get("TMPDIR"), "/tmp", "/var/tmp"):
-        if (
-            name
-            and os.path.isdir(name)
-            and os.stat(name).st_mode & stat.S_IXOTH
-            and free_bytes(name) >= BUILD_TMP_MB * MIB
-        ):
+        if name and os.path.isdir(name) and others_may_enter(name) and free_bytes(name) >= BUILD_TMP_MB * MIB:
             return name
     raise Error(f"no folder for temporary files has {BUILD_TMP_MB} MB free", "TMPDIR=FOLDER names another")
+
+
+def others_may_enter(folder: str) -> bool:
+    """Whether any user gets to a folder: root of a user namespace, who isn't the caller, is any user."""
+    folder = os.path.realpath(folder)
+    above = os.path.dirname(folder)
+    return bool(os.stat(folder).st_mode & stat.S_IXOTH) and (above == folder or others_may_enter(above))
 
 
 def install_packages(build: Build, archive: str, progress: BuildProgress) -> None:
