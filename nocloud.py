@@ -560,6 +560,12 @@ def uuid_text(text: str) -> str:
     raise ValueError("a UUID")
 
 
+def image_formats(text: str) -> str:
+    if re.fullmatch("(qcow2|raw)(,(qcow2|raw))*", text):
+        return text
+    raise ValueError("qcow2 or raw for each disk, comma-separated")
+
+
 def machine_type(text: str) -> str:
     if not text or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}", text):
         return text
@@ -610,6 +616,7 @@ SETTINGS = (
     Setting("vmName", any_text, "", "vm", "its name"),
     Setting("vmDisk", any_text, "", "vm", "its system disk, relative to vmBaseDir"),
     Setting("vmExtraDisk", any_text, "", "vm", "its other disks, comma-separated"),
+    Setting("vmDiskFormat", image_formats, "", "vm", "the format of each disk, found out once and kept"),
     Setting("vmUuid", uuid_text, "", "vm", "its UUID, made once and kept"),
     Setting("vmMac", mac_address, "", "vm", "its network card's address"),
     Setting("vmAddress", ipv4_address, "", "vm", "its IPv4 address"),
@@ -991,6 +998,11 @@ class VM:
         return f"{self.group}/{self.type}" if self.type else self.group
 
     @property
+    def host_name(self) -> str:
+        """What it is called on the network: its name; a '-' stands for what the bash tools allowed and DNS doesn't."""
+        return re.sub(r"[^A-Za-z0-9_-]", "-", self.name)[:63].strip("-") or "vm"
+
+    @property
     def address_name(self) -> str:
         """GROUP/TYPE/NAME: says which VM is meant even where names are the same."""
         return f"{self.function}/{self.name}"
@@ -1057,7 +1069,17 @@ class VM:
 
     def state(self) -> tuple[str, int]:
         """("running", pid of qemu), ("stopped", 0) or ("unknown", 0)."""
-        return lock_holder(self.pid_file)
+        state, pid = lock_holder(self.pid_file)
+        unlocked = strangers.find(self) if state == "stopped" else None
+        return ("running", unlocked.pid) if unlocked else (state, pid)
+
+    def stranger(self) -> QemuProcess | None:
+        """The qemu that runs it, where that was started by the bash tools, or by hand; None where nocloud did it."""
+        state, pid = lock_holder(self.pid_file)
+        if state == "unknown" or (state == "running" and os.path.exists(self.file("qmp.sock"))):
+            return None
+        process = strangers.find(self) if state == "stopped" else strangers.process(pid)
+        return process if process and process.words and not process.is_ours else None
 
     def is_running(self) -> bool:
         return self.state()[0] == "running"
@@ -1118,6 +1140,151 @@ class VM:
         """The paths of its disks: the system disk, then the others in order."""
         names = [self.conf.get("vmDisk", ""), *self.conf.get("vmExtraDisk", "").split(",")]
         return [self.path(name.strip()) for name in names if name.strip()]
+
+
+# -- VMs that something else started
+
+
+def process_file(pid: int, name: str) -> str:
+    """A file of /proc/PID; '' where the process has ended or is not ours to look at."""
+    try:
+        return read_text(f"/proc/{pid}/{name}")
+    except OSError:
+        return ""
+
+
+def start_time(pid: int) -> str:
+    """When a process started, in ticks since boot (proc(5), stat, field 22): with it a pid names one process only."""
+    return (process_file(pid, "stat").rpartition(")")[2].split() or [""] * 20)[19]
+
+
+def file_key(path: str) -> tuple[int, int] | None:
+    """What makes two names the same file, whatever links are between; None where there is none."""
+    try:
+        info = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return (info.st_dev, info.st_ino) if stat.S_ISREG(info.st_mode) else None
+
+
+def suboptions(text: str) -> dict[str, str]:
+    """The `key=value` pairs of a qemu option; a doubled comma belongs to the value."""
+    parts = text.replace(",,", "\0").split(",")
+    return {key: value for key, _, value in (part.replace("\0", ",").partition("=") for part in parts)}
+
+
+class QemuProcess:
+    """A running qemu, as its command line in /proc shows it."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._started = start_time(pid)
+        self.words = process_file(pid, "cmdline").rstrip("\0").split("\0")
+        self.is_ours = any(word.endswith(",path=qmp.sock,server=on,wait=off") for word in self.words)
+        try:
+            self.folder = os.readlink(f"/proc/{pid}/cwd")
+        except OSError:
+            self.folder = ""
+
+    def is_alive(self) -> bool:
+        return bool(self._started) and start_time(self.pid) == self._started
+
+    def values(self, *names: str) -> list[str]:
+        """The values of these options, in their order; qemu takes one dash and two."""
+        return [
+            value for name, value in zip(self.words, self.words[1:]) if name[:1] == "-" and name.lstrip("-") in names
+        ]
+
+    @property
+    def mac(self) -> str:
+        """The address of its network card, or ''."""
+        for options in map(suboptions, self.values("device", "net", "nic", "netdev")):
+            found = options.get("mac") or options.get("macaddr") or ""
+            if re.fullmatch(r"[0-9a-fA-F]{1,2}(:[0-9a-fA-F]{1,2}){5}", found):
+                return ":".join(f"{int(each, 16):02x}" for each in found.split(":"))
+        return ""
+
+    def disks(self) -> list[str]:
+        """The names of disk images in its words: -hda FILE, file=FILE, file.filename=FILE, or FILE alone."""
+        found = self.values("hda", "hdb", "hdc", "hdd")
+        for before, word in zip(self.words, self.words[1:]):
+            options = suboptions(word)
+            if word[:1] != "-" and before[:1] != "-":
+                found.append(word)
+            elif options.get("media") != "cdrom":
+                found += [options[key] for key in ("file", "file.filename", "filename") if options.get(key)]
+        return found
+
+    def places(self, name: str, vm: VM) -> list[str]:
+        """What a name in its words can mean: with -daemonize qemu has left the folder that it was started in."""
+        return [os.path.join(folder, name) for folder in (self.folder, vm.base, vm.folder) if folder]
+
+    def writes(self, key: tuple[int, int]) -> bool:
+        """Whether it has a file open to write to it; True where we may not look.  -snapshot writes to another file."""
+        try:
+            names = os.listdir(f"/proc/{self.pid}/fd")
+        except OSError:
+            return True
+        held = [name for name in names if file_key(f"/proc/{self.pid}/fd/{name}") == key]
+        flags = [re.search("^flags:.*([0-7])$", process_file(self.pid, f"fdinfo/{name}"), re.M) for name in held]
+        return any(found and int(found[1]) & os.O_ACCMODE != os.O_RDONLY for found in flags) or (
+            bool(held) and "snapshot" in (word.lstrip("-") for word in self.words)
+        )
+
+    def runs(self, vm: VM) -> bool:
+        """Whether a VM's system disk is one of its disks.
+
+        Its words alone would also fit a VM of the same name in another group, its open files a disk below its own.
+        """
+        if self.is_ours:
+            return self.folder == vm.folder
+        disk = vm.disks()[:1]
+        key = file_key(disk[0]) if disk else None
+        named = key and any(file_key(place) == key for name in self.disks() for place in self.places(name, vm))
+        return bool(key and named and self.writes(key))
+
+
+class Strangers:
+    """The qemus that hold no pidfile: started by the bash tools, or left by who removed the file.
+
+    /proc is read once in a process's life, when a VM of the tree has no locked pidfile.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, QemuProcess] = {}
+        self._looked: list[QemuProcess] | None = None
+
+    def process(self, pid: int) -> QemuProcess:
+        """What is known of a process."""
+        if pid not in self._known or not self._known[pid].is_alive():
+            self._known[pid] = QemuProcess(pid)
+        return self._known[pid]
+
+    def find(self, vm: VM) -> QemuProcess | None:
+        """The qemu that runs a VM."""
+        if self._looked is None:
+            self._looked = [self.process(pid) for pid in self._qemus()]
+        for process in self._looked:
+            try:
+                if process.runs(vm) and process.is_alive():
+                    return process
+            except Error:
+                continue  # its conf can't be read
+        return None
+
+    @staticmethod
+    def _qemus() -> Iterator[int]:
+        """The qemus of this user and root, whom a conf may belong to as well."""
+        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        for pid in [pid for pid in pids if process_file(pid, "comm").startswith(("qemu", "kvm\n"))]:
+            try:
+                if os.stat(f"/proc/{pid}").st_uid in (os.geteuid(), 0):
+                    yield pid
+            except FileNotFoundError:
+                continue  # it has ended
+
+
+strangers = Strangers()
 
 
 class Tree:
@@ -1664,8 +1831,8 @@ class WrongImage(Error):
     """A file that can't be a VM's disk."""
 
 
-def image_info(path: str) -> dict[str, Any]:
-    """`qemu-img info` of an image; raises WrongImage where it isn't one that can be read.
+def image_info(path: str, format: str = "") -> dict[str, Any]:
+    """`qemu-img info` of an image, of this format where it is known; raises WrongImage where it can't be read.
 
     -U: a running VM holds the image's lock, and looking does no harm.  Absolute, here and below: a relative name with
     a colon would be taken for a protocol (nbd:HOST:PORT, json:{…}).
@@ -1673,7 +1840,8 @@ def image_info(path: str) -> dict[str, Any]:
     import json
 
     try:
-        answer = run(["qemu-img", "info", "-U", "--output=json", os.path.abspath(path)], merge=False)
+        known = ["-f", format] if format else []
+        answer = run(["qemu-img", "info", "-U", "--output=json", *known, os.path.abspath(path)], merge=False)
     except CommandFailed as failed:
         raise WrongImage(f"{path}: not a disk image that qemu-img can read: {last_line(failed.output)}") from None
     info: dict[str, Any] = json.loads(answer.stdout)
@@ -1687,10 +1855,7 @@ def check_foreign_image(path: str, shown: str = "") -> str:
     `shown` is what messages call it, where that isn't its path.
     """
     shown = shown or path
-    with open(path, "rb") as file:
-        header = file.read(80)
-    # Bit 2 of the incompatible features (QEMU docs/interop/qcow2.txt): `qemu-img info` would open that other file.
-    if header[:4] == b"QFI\xfb" and header[7:8] >= b"\x03" and len(header) == 80 and header[79] & 4:
+    if has_data_file(path):  # `qemu-img info` would open it
         raise WrongImage(f"{shown}: refused: the image keeps its data in another file")
     info = image_info(path)
     name = str(info.get("format", ""))
@@ -1708,6 +1873,14 @@ def check_foreign_image(path: str, shown: str = "") -> str:
     return name
 
 
+def has_data_file(path: str) -> bool:
+    """Whether a qcow2 image keeps its data in another file: bit 2 of the incompatible features of version 3
+    (QEMU docs/interop/qcow2.txt)."""
+    with open(path, "rb") as file:
+        header = file.read(80)
+    return header[:4] == b"QFI\xfb" and header[7:8] >= b"\x03" and len(header) == 80 and bool(header[79] & 4)
+
+
 def looks_bootable(path: str) -> bool:
     """Whether a raw image begins with a boot sector (55 AA at its end): any file at all is "raw" to qemu-img."""
     with open(path, "rb") as file:
@@ -1715,13 +1888,16 @@ def looks_bootable(path: str) -> bool:
 
 
 def disk_format(path: str) -> str:
-    """qcow2 where the header says so, else raw: bash trees hold both, and their confs don't say which."""
+    """qcow2 where the header says so, else raw: bash trees hold both, and their confs don't say which.
+
+    A guest writes what it likes into a raw disk, such a header too: what is found out is kept, see known_formats.
+    """
     with open(path, "rb") as file:
         return "qcow2" if file.read(4) == b"QFI\xfb" else "raw"
 
 
 def create_overlay(disk: str, backing: str, format: str = "qcow2") -> None:
-    """A qcow2 overlay: `backing` is relative to the overlay's folder; about 200 KB until the guest writes."""
+    """A qcow2 overlay: `backing`, of this format, is relative to its folder; about 200 KB until the guest writes."""
     run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", format, "-b", backing, os.path.abspath(disk)])
 
 
@@ -2122,35 +2298,93 @@ def kernel_args(machine: Machine) -> list[str]:
 # that come before a reply are kept.
 
 
-class QMP:
-    """A connection to a VM's qmp.sock.
+class ControlSocket:
+    """A connection to qemu with a deadline.
 
     Raises QMPClosed where qemu ended, TimedOut at the deadline, QMPError for what the server refuses.
     """
 
-    def __init__(self, folder: str, seconds: float = 5.0, name: str = "qmp.sock") -> None:
-        self.events: list[dict[str, Any]] = []
+    def __init__(self, connection: socket.socket, seconds: float) -> None:
         self._deadline = time.monotonic() + seconds
         self._buffer = b""
-        self._serial = 0
-        self._socket = connect_unix(folder, name, seconds)
+        self._socket = connection
         try:
-            self._next()  # the greeting
-            self.execute("qmp_capabilities")
+            self._greet()
         except BaseException:
             self.close()
             raise
 
+    def _greet(self) -> None:
+        """What comes before the first command."""
+
     def execute(self, command: str, **arguments: Any) -> Any:
         """What the command returns."""
+        raise NotImplementedError
+
+    def monitor(self, line: str) -> str:
+        """What the monitor for humans answers."""
+        raise NotImplementedError
+
+    def allow(self, seconds: float) -> None:
+        """Set the deadline anew, for a command that may take long."""
+        self._deadline = time.monotonic() + seconds
+
+    def _send(self, data: bytes) -> None:
+        try:
+            self._socket.sendall(data)
+        except OSError:
+            raise QMPClosed("qemu closed its control socket") from None
+
+    def _receive(self) -> None:
+        """Add what comes next to the buffer."""
+        import socket as sockets
+
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimedOut("qemu: no answer on its control socket")
+        self._socket.settimeout(left)
+        try:
+            piece = self._socket.recv(65536)
+        except sockets.timeout:  # TimeoutError itself only since Python 3.10
+            return
+        except OSError:
+            raise QMPClosed("qemu closed its control socket") from None
+        if not piece:
+            raise QMPClosed("qemu closed its control socket")
+        self._buffer += piece
+        if len(self._buffer) > 16 * MIB:
+            raise QMPError("qemu: an answer without an end")
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class QMP(ControlSocket):
+    """A connection to a VM's qmp.sock, or the QMP socket of that name in a folder, or to `connection`."""
+
+    def __init__(
+        self, folder: str, seconds: float = 5.0, name: str = "qmp.sock", connection: socket.socket | None = None
+    ) -> None:
+        self.events: list[dict[str, Any]] = []
+        self._serial = 0
+        super().__init__(connection or connect_unix(folder, name, seconds), seconds)
+
+    def _greet(self) -> None:
+        self._next()
+        self.execute("qmp_capabilities")
+
+    def execute(self, command: str, **arguments: Any) -> Any:
         import json
 
         self._serial += 1
         request = {"execute": command, "id": self._serial, **({"arguments": arguments} if arguments else {})}
-        try:
-            self._socket.sendall(json.dumps(request).encode() + b"\n")
-        except OSError:
-            raise QMPClosed("qemu closed its control socket") from None
+        self._send(json.dumps(request).encode() + b"\n")
         while True:
             message = self._next()
             if message.get("id") == self._serial:
@@ -2160,40 +2394,103 @@ class QMP:
             if "event" in message:
                 self.events.append(message)
 
-    def allow(self, seconds: float) -> None:
-        """Set the deadline anew, for a command that may take long."""
-        self._deadline = time.monotonic() + seconds
+    def monitor(self, line: str) -> str:
+        return str(self.execute("human-monitor-command", **{"command-line": line}))
 
     def _next(self) -> dict[str, Any]:
-        import socket as sockets
-
         while b"\n" not in self._buffer:
-            left = self._deadline - time.monotonic()
-            if left <= 0:
-                raise TimedOut("qemu: no answer on its control socket")
-            self._socket.settimeout(left)
-            try:
-                piece = self._socket.recv(65536)
-            except sockets.timeout:  # TimeoutError itself only since Python 3.10
-                continue
-            except OSError:
-                raise QMPClosed("qemu closed its control socket") from None
-            if not piece:
-                raise QMPClosed("qemu closed its control socket")
-            self._buffer += piece
-            if len(self._buffer) > 16 * MIB:
-                raise QMPError("qemu: an answer without an end")
+            self._receive()
         line, self._buffer = self._buffer.split(b"\n", 1)
         return parse_qmp(line)
 
-    def close(self) -> None:
-        self._socket.close()
 
-    def __enter__(self) -> QMP:
-        return self
+class HMP(ControlSocket):
+    """qemu's monitor for humans as the bash tools opened it, on telnet or on a plain socket.
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    It says its version and a prompt.  What is typed comes back with the escape sequences of a line editor
+    (util/readline.c), then the answer, then the prompt again.
+    """
+
+    PROMPT = b"(qemu) "
+    # Telnet's negotiation (RFC 854: IAC, WILL to DONT, option) and a terminal's control sequences
+    NOISE = re.compile(rb"\xff[\xfb-\xfe].|\x1b\[[0-9;]*[A-Za-z]", re.S)
+
+    def _greet(self) -> None:
+        if not self._answer().startswith("QEMU "):
+            raise QMPError("qemu: what answers in its monitor's place is no monitor")
+
+    def execute(self, command: str, **arguments: Any) -> Any:
+        """For commands that QMP calls the same: system_powerdown, quit."""
+        self.monitor(command)
+
+    def monitor(self, line: str) -> str:
+        self._send(line.encode("utf-8", "surrogateescape") + b"\n")
+        return self._answer().partition("\n")[2]
+
+    def _answer(self) -> str:
+        while not self._buffer.endswith(self.PROMPT):
+            self._receive()
+        text, self._buffer = self.NOISE.sub(b"", self._buffer[: -len(self.PROMPT)]), b""
+        return text.decode("utf-8", "replace").replace("\r\n", "\n")
+
+
+def connect_qemu(vm: VM, seconds: float = 5.0) -> ControlSocket:
+    """A connection to the qemu of a running VM: our socket in its folder, or a monitor that the bash tools gave it."""
+    try:
+        return QMP(vm.folder, seconds)
+    except QMPClosed:
+        stranger = vm.stranger()
+        if not stranger:
+            raise
+        for kind, address in monitors(stranger):
+            connection = connect_monitor(stranger, vm, address, seconds)
+            if connection:
+                return QMP("", seconds, connection=connection) if kind == "control" else HMP(connection, seconds)
+        raise QMPClosed(f"{vm.name}: nocloud didn't start it, and its qemu has no monitor to talk to") from None
+
+
+def monitors(process: QemuProcess) -> Iterator[tuple[str, dict[str, str]]]:
+    """The monitors in a qemu's words, as (`control` for QMP or `readline`, options of a socket chardev).
+
+    `-monitor telnet:HOST:PORT,server,nowait`, `unix:PATH,server`, `-qmp …` likewise, `-mon chardev=ID,mode=…`.
+    """
+    chardevs = {options.get("id", ""): options for options in map(suboptions, process.values("chardev"))}
+    for kind, names in (("control", ("qmp", "qmp-pretty")), ("readline", ("monitor",))):
+        for value in process.values(*names):
+            options = suboptions(value)
+            way, _, rest = next(iter(options)).partition(":")
+            if way == "unix":
+                yield kind, {**options, "path": rest}
+            elif way in ("telnet", "tcp"):
+                host, _, port = rest.rpartition(":")
+                yield kind, {**options, "host": host, "port": port}
+            elif way == "chardev":
+                yield kind, chardevs.get(rest, {})
+    for options in map(suboptions, process.values("mon")):
+        yield options.get("mode", "readline"), chardevs.get(options.get("chardev") or next(iter(options)), {})
+
+
+def connect_monitor(
+    process: QemuProcess, vm: VM, address: Mapping[str, str], seconds: float
+) -> socket.socket | None:  # fmt: skip
+    """A connection to one of them; None where that can't be.
+
+    A port is only taken for qemu's where it listens on this host's loopback, in the network namespace that we are in.
+    """
+    import socket as sockets
+
+    if address.get("server", "off") not in ("", "on"):
+        return None
+    try:
+        if "path" in address:
+            place = next(filter(os.path.exists, process.places(address["path"], vm)), "")
+            return connect_unix(os.path.dirname(place), os.path.basename(place), seconds) if place else None
+        here = os.path.samefile(f"/proc/{process.pid}/ns/net", "/proc/self/ns/net")
+        if here and address.get("host") in ("", "localhost", "127.0.0.1", "0.0.0.0"):
+            return sockets.create_connection(("127.0.0.1", int(address.get("port", ""))), seconds)
+    except (QMPClosed, OSError, ValueError, OverflowError):
+        pass  # another one, perhaps
+    return None
 
 
 def connect_unix(folder: str, name: str, seconds: float) -> socket.socket:
@@ -2563,13 +2860,14 @@ class HostFiles:
     def publish(self, vm: VM) -> None:
         """Make the VM's names resolve, and its address its own."""
         uuid, address = vm.get("vmUuid"), vm.get("vmAddress")
-        names = [f"{vm.name}.{vm.group}.{DOMAIN}", f"{vm.name}.{vm.group}"] if not vm.is_template else []
-        bare = [f"{vm.name}.{DOMAIN}", vm.name]
-        if self._owner_of(vm.name) in ("", uuid):  # where two groups have the name, the bare one is the older VM's
+        name, group = vm.host_name, re.sub(r"[^A-Za-z0-9._-]", "-", vm.group)
+        names = [f"{name}.{group}.{DOMAIN}", f"{name}.{group}"] if not vm.is_template else []
+        bare = [f"{name}.{DOMAIN}", name]
+        if self._owner_of(name) in ("", uuid):  # where two groups have the name, the bare one is the older VM's
             names += bare
         self.prepare()
         self._write_once("hosts", uuid, f"{address} {' '.join(names)}\n".lower())
-        self._write_once("dhcp", uuid, f"{vm.get('vmMac')},{address},{vm.name},infinite\n")
+        self._write_once("dhcp", uuid, f"{vm.get('vmMac')},{address},{name},infinite\n")
 
     def _write_once(self, kind: str, uuid: str, text: str) -> None:
         """Through a name with a leading dot, which dnsmasq passes over."""
@@ -2808,7 +3106,7 @@ class PrivateNetwork(Network):
         """The namespaces of a VM that runs on though the holder was killed."""
         for vm in self.tree.running():
             _, pid = vm.state()
-            if pid:
+            if pid and not vm.stranger():
                 spaces = Namespaces(pid)
                 if os.fstat(spaces.net).st_ino != os.stat("/proc/self/ns/net").st_ino:
                     return spaces
@@ -2939,7 +3237,9 @@ class PrivateNetwork(Network):
     def _users(self) -> Iterator[VM]:
         """The VMs that are on it: running, or not known to have stopped."""
         for vm in self.tree.vms():
-            if vm.state()[0] != "stopped" and (not vm.is_readable() or vm.conf.get("vmNetwork", "private") != "bridge"):
+            if vm.state()[0] == "stopped" or vm.stranger():
+                continue
+            if not vm.is_readable() or vm.conf.get("vmNetwork", "private") != "bridge":
                 yield vm
 
     def _remove_folder(self) -> None:
@@ -3903,7 +4203,10 @@ class HostBridge(Network):
         return sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM)
 
     def address(self, vm: VM) -> str:
-        """What the DHCP server gave to the VM's MAC, or ''."""
+        """What the DHCP server gave to the VM's MAC, or ''.  The bash tools drew another MAC at each start."""
+        stranger = vm.stranger()
+        if stranger:
+            return self.leases().get(stranger.mac, "")
         return vm.conf.get("vmAddress") or self.leases().get(vm.conf.get("vmMac", ""), "")
 
     def status(self) -> Iterator[str]:
@@ -4221,7 +4524,8 @@ class NewTemplate:
         name = os.path.basename(self.disk)
         uuid, _ = new_identity(set())
         os.chmod(self.disk, 0o444 if self._read_only else 0o644)
-        self.vm.write_conf({"vmName": self.vm.name, "vmDisk": self.final.relative(name), "vmUuid": uuid, **settings})
+        disk = {"vmDisk": self.final.relative(name), "vmDiskFormat": "qcow2"}
+        self.vm.write_conf({"vmName": self.vm.name, **disk, "vmUuid": uuid, **settings})
         os.rename(self.vm.folder, self.final.folder)
         self._done = True
         return self.final
@@ -6047,6 +6351,44 @@ def build_afresh(build: Build, new: NewTemplate) -> None:
     remove_tree(work)
 
 
+def known_formats(vm: VM) -> list[str]:
+    """The format of each disk of a VM: what its conf says, and for disks that it doesn't tell of what they look like
+    now, which its conf says from then on.
+
+    Asked of the disk at each start, a guest with a raw one could write the header of a qcow2 image into it, and read
+    any file of the host from the next start on.
+    """
+    disks, known = vm.disks(), [each for each in vm.conf.get("vmDiskFormat", "").split(",") if each]
+    if len(known) > len(disks):
+        raise UsageError(
+            f"{vm.name}: vmDiskFormat names {plural(len(known), 'format')} for {plural(len(disks), 'disk')}",
+            f"mend it in {vm.conf_file}: as many formats as there are disks in vmDisk and vmExtraDisk",
+        )
+    formats = [*known, *(first_format(vm, disk) for disk in disks[len(known) :])]
+    if formats != known and os.access(vm.folder, os.W_OK):  # a template may be someone else's
+        vm.write_conf({"vmDiskFormat": ",".join(formats)})
+    return formats
+
+
+def first_format(vm: VM, disk: str) -> str:
+    """The format of a disk that came from the bash tools, or was added by hand.
+
+    A header that leads out of the tree may be the guest's own work: whose it is, only the user knows.
+    """
+    format = disk_format(disk)
+    if format == "qcow2":
+        inside = os.path.realpath(vm.base) + os.sep
+        templates = [each for each in Tree(vm.base).templates() if each.is_readable()]
+        theirs = {os.path.realpath(path) for each in templates for path in each.disks()}
+        strays = [path for path in backing_chain([disk]) if not path.startswith(inside) and path not in theirs]
+        if strays or has_data_file(disk):
+            raise WrongImage(
+                f"{vm.name}: its disk {disk} needs a file outside the tree: {strays[0] if strays else 'its data file'}",
+                f"the guest may have written that itself; if not, set vmDiskFormat=qcow2 in {vm.conf_file}",
+            )
+    return format
+
+
 def check_no_clones(cloud: Cloud, template: VM) -> None:
     """Raise, naming them, where clones depend on the template's disk."""
     clones = cloud.tree.clones(template)
@@ -6102,7 +6444,8 @@ class Layer:
             name = os.path.join(os.path.dirname(self.template.conf["vmDisk"]), self.name)
         else:
             name = self.template.relative(self.name)
-        self.template.write_conf({"vmDisk": name})
+        formats = ["qcow2", *known_formats(self.template)[1:]]
+        self.template.write_conf({"vmDisk": name, "vmDiskFormat": ",".join(formats)})
         remove_file(self.record)
 
     def remove(self) -> None:
@@ -6161,7 +6504,7 @@ def new_layer(template: VM) -> Layer:
     extension = "qcow2" if disk.endswith(".qcow2") else "img"
     layer = Layer(template, f"{template.name}.l{number}.{extension}")
     folder = os.path.realpath(template.folder)
-    create_overlay(layer.path, os.path.relpath(os.path.realpath(disk), folder), disk_format(disk))
+    create_overlay(layer.path, os.path.relpath(os.path.realpath(disk), folder), known_formats(template)[0])
     return layer
 
 
@@ -6291,14 +6634,15 @@ def grow_disk(cloud: Cloud, vm: VM, gigabytes: int) -> None:
     disk = vm.disks()[0] if vm.disks() else ""
     if not os.path.exists(disk):
         raise Error(f"{vm.name}: its disk is gone: {disk}", f"see vmDisk in {vm.conf_file}")
-    size = image_info(disk)["virtual-size"]
+    format = known_formats(vm)[0]
+    size = image_info(disk, format)["virtual-size"]
     if gigabytes * GIB < size:
         raise Error(f"{vm.name}: its disk has {size / GIB:g} GB and never shrinks", "-d takes a larger size, in GB")
     if gigabytes * GIB > size:
         if vm.is_template:
             check_no_clones(cloud, vm)
         make_writable(disk)
-        resize_disk(disk, disk_format(disk), gigabytes)
+        resize_disk(disk, format, gigabytes)
 
 
 def template_rows(cloud: Cloud) -> list[tuple[str, str, str, str]]:
@@ -6374,8 +6718,11 @@ class Cloud:
         return self.network(self.network_kind(vm))
 
     def network_kind(self, vm: VM) -> str:
-        """Which network a VM is on: its own conf says it, or else what this host has now."""
-        kind = vm.conf.get("vmNetwork", "auto")
+        """Which network a VM is on: its own conf says it, or else what this host has now.
+
+        The bash tools knew the host's bridge only.
+        """
+        kind = "bridge" if vm.stranger() else vm.conf.get("vmNetwork", "auto")
         return kind if kind in ("bridge", "private") else self.default_network()
 
     def default_network(self) -> str:
@@ -6496,10 +6843,10 @@ def _parse_line_of_description(line: str, place: str, default_type: str) -> Wish
 class Plan:
     """A clone to be made: which template, how much of everything."""
 
-    __slots__ = ("vm", "template", "mem", "cpu", "disks", "gui", "lock")
+    __slots__ = ("vm", "template", "format", "mem", "cpu", "disks", "gui", "lock")
 
     def __init__(self, vm: VM, template: VM, wish: Wish) -> None:
-        self.vm, self.template = vm, template
+        self.vm, self.template, self.format = vm, template, known_formats(template)[0]
         self.mem = wish.mem or int(template.get("vmMem"))
         self.cpu = wish.cpu or int(template.get("vmCpu"))
         self.disks, self.gui = wish.disks, wish.gui
@@ -6534,14 +6881,16 @@ def check_clonable(template: VM) -> None:
     disks = template.disks()
     if not disks:
         raise Error(f"{template.name}: the template's conf names no disk", f"see vmDisk in {template.conf_file}")
+    known = template.conf.get("vmDiskFormat", "").partition(",")[0]
     try:
-        with open(disks[0], "rb") as file:
-            magic = file.read(4)
+        format = disk_format(disks[0]) if known else first_format(template, disks[0])
+        bootable = known == "raw" or format == "qcow2" or looks_bootable(disks[0])
     except OSError as error:
         raise Error(f"{template.name}: its disk can't be read: {disks[0]}: {error.strerror}") from None
-    if magic != b"QFI\xfb":
+    if not bootable or (known == "qcow2" and format == "raw"):
         raise Error(
-            f"{template.name}: its disk is not a qcow2 image: {disks[0]}", "make it again: vmtemplate NAME --image FILE"
+            f"{template.name}: its disk is not a {known or 'qcow2 or raw'} image: {disks[0]}",
+            "make it again: vmtemplate NAME --image FILE",
         )
 
 
@@ -6729,14 +7078,16 @@ class Making:
         backing = os.path.relpath(
             os.path.realpath(template.disks()[0]), os.path.realpath(os.path.dirname(vm.folder) + "/x")
         )
-        create_overlay(vm.file(system), backing)
+        create_overlay(vm.file(system), backing, plan.format)
         extra = [vm.disk_name(number, extension) for number in range(1, len(plan.disks) + 1)]
         for name, size in zip(extra, plan.disks):
             create_disk(vm.file(name), size)
         if is_planted(vm):
             make_host_key(vm)
         final = VM(vm.base, vm.group, vm.type, vm.name)
-        vm.write_conf({"vmDisk": final.relative(system), "vmExtraDisk": ",".join(map(final.relative, extra))})
+        formats = ",".join(["qcow2"] * (1 + len(extra)))
+        disks = {"vmDisk": final.relative(system), "vmExtraDisk": ",".join(map(final.relative, extra))}
+        vm.write_conf({**disks, "vmDiskFormat": formats})
         os.rename(vm.folder, final.folder)
         return final
 
@@ -6900,11 +7251,15 @@ def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False, lay
     accel, qemu = cloud.accel(), cloud.qemu()
     if vm.conf.get("vmAccel") in ("kvm", "tcg"):
         accel = choose_accel(vm.conf["vmAccel"])[0]
-    disks = []
-    for number, path in enumerate([layer.path, *vm.disks()[1:]] if layer else vm.disks()):
+    paths = [layer.path, *vm.disks()[1:]] if layer else vm.disks()
+    for path in paths:
         if not os.path.exists(path):
             raise Error(f"{vm.name}: its disk is gone: {path}", f"see vmDisk and vmExtraDisk in {vm.conf_file}")
-        disks.append((os.path.relpath(path, vm.folder), disk_format(path), f"{vm.name}_{number}"))
+    formats = ["qcow2", *known_formats(vm)[1:]] if layer else known_formats(vm)
+    disks = [
+        (os.path.relpath(path, vm.folder), format, f"{vm.name}_{number}")
+        for number, (path, format) in enumerate(zip(paths, formats))
+    ]
     return Machine(
         qemu=qemu, accel=accel, name=vm.name, uuid=vm.get("vmUuid"), type=vm.get("vmMachine"), mem=int(vm.get("vmMem")),
         cpus=int(vm.get("vmCpu")), disks=disks, mac=vm.get("vmMac"),
@@ -7127,7 +7482,7 @@ def configure(wait: Wait) -> None:
     pin_host_key(wait)
     while True:
         wait.check()
-        status, output = ssh_batch(wait.cloud, vm, hostname_script(vm.name), max(5.0, min(60.0, wait.left())))
+        status, output = ssh_batch(wait.cloud, vm, hostname_script(vm.host_name), max(5.0, min(60.0, wait.left())))
         if status == 0:
             write_file(vm.configured_file, "")
             return
@@ -7282,8 +7637,8 @@ def press_power_button(vm: VM, process: Process, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while True:
         try:
-            with QMP(vm.folder) as qmp:
-                qmp.execute("system_powerdown")
+            with connect_qemu(vm) as qemu:
+                qemu.execute("system_powerdown")
         except (QMPError, TimedOut):
             pass  # it is ending, or its control socket is gone: the wait below tells
         left = deadline - time.monotonic()
@@ -7294,12 +7649,12 @@ def press_power_button(vm: VM, process: Process, seconds: float) -> bool:
 
 
 def pull_the_plug(vm: VM, process: Process) -> None:
-    """End qemu: `quit` over QMP (it flushes its disks), then SIGTERM, then SIGKILL."""
+    """End qemu: `quit` (it flushes its disks), then SIGTERM, then SIGKILL."""
     import signal
 
     try:
-        with QMP(vm.folder, 2.0) as qmp:
-            qmp.execute("quit")
+        with connect_qemu(vm, 2.0) as qemu:
+            qemu.execute("quit")
     except (QMPError, TimedOut):
         pass
     for number in (signal.SIGTERM, signal.SIGKILL):
@@ -7399,7 +7754,7 @@ def start_all(
         start(cloud, vm, cloud.network_of(vm), iso=iso, gui=gui)
         started(vm)
 
-    kinds = {cloud.network_kind(vm) for vm in vms if vm.is_readable()}
+    kinds = {cloud.network_kind(vm) for vm in vms if vm.is_readable() and not vm.stranger()}
     with contextlib.ExitStack() as stack:
         for kind in sorted(kinds):
             stack.enter_context(cloud.network(kind).in_use())
@@ -7536,6 +7891,11 @@ SERIAL_BACKLOG = 64 * 1024  # no more is read from stdin while the guest takes n
 
 def connect_serial(vm: VM) -> socket.socket:
     """The VM's serial line.  qemu serves one client, and the next would wait in silence: so that is asked before."""
+    if vm.stranger():
+        raise WrongState(
+            f"{vm.name}: nocloud didn't start it, so its serial console isn't at hand",
+            f"vmmanage -n {vm.address_name} is its monitor; started anew, by vm or vmrun -r, it has one",
+        )
     with QMP(vm.folder) as qmp:
         devices = {each["label"]: each["filename"] for each in qmp.execute("query-chardev")}
     if "serial0" not in devices:
@@ -7646,10 +8006,10 @@ def ask_monitor(vm: VM, line: str) -> str:
 
     A connection for each command: qemu serves one at a time, and a vmstop must get through while someone sits here.
     """
-    with QMP(vm.folder) as qmp:
-        qmp.allow(MONITOR_SECONDS)
-        answer = qmp.execute("human-monitor-command", **{"command-line": line})
-    return str(answer).replace("\r\n", "\n").rstrip("\n")
+    with connect_qemu(vm) as qemu:
+        qemu.allow(MONITOR_SECONDS)
+        answer: str = qemu.monitor(line)
+    return answer.replace("\r\n", "\n").rstrip("\n")
 
 
 def is_refusal(answer: str) -> bool:
@@ -8202,7 +8562,7 @@ def all_rows(cloud: Cloud, group: str, type: str) -> Iterator[str]:
 def address_of(cloud: Cloud, vm: VM) -> str:
     """A VM's address, or '' where it has none yet or its conf can't be used (which is said)."""
     try:
-        return vm.conf.get("vmAddress") or cloud.network_of(vm).address(vm)
+        return cloud.network_of(vm).address(vm)
     except Error as error:
         report.warn(str(error))
         return ""
@@ -8224,11 +8584,12 @@ def inventory(cloud: Cloud) -> dict[str, Any]:
             children.append(key)
         members.setdefault(vm.group, []).append(vm)
         hostvars[address] = host_variables(vm)
+        uuid = vm.conf.get("vmUuid", "")
         # ansible's own is named by the address, which another VM had before, or has in another tree
-        hostvars[address]["ansible_control_path"] = f"%(directory)s/{vm.conf.get('vmUuid', '')}"
-        if not vm.conf.get("vmAddress"):  # known by its UUID only
+        hostvars[address]["ansible_control_path"] = f"%(directory)s/{uuid or vm.address_name.replace('/', '-')}"
+        if uuid and not vm.conf.get("vmAddress"):  # known by its UUID only
             for program in ("ssh", "sftp", "scp"):
-                hostvars[address][f"ansible_{program}_extra_args"] = f"-o HostKeyAlias={vm.conf.get('vmUuid', '')}"
+                hostvars[address][f"ansible_{program}_extra_args"] = f"-o HostKeyAlias={uuid}"
     for group, vms in members.items():
         users = [vm.get("vmUser") for vm in vms]
         user = max(users, key=users.count)
@@ -8990,6 +9351,9 @@ def cmd_ssh(config: Config, args: argparse.Namespace, words: list[str]) -> int:
 
 def become_ssh(cloud: Cloud, vm: VM, words: Sequence[str]) -> None:
     """Wait for a running VM's ssh, then be ssh: stdin, terminal and exit status are its own."""
+    if not vm.conf.get("vmUuid"):  # bash started it: its host key is pinned under a UUID all the same
+        with FolderLock(vm.folder):
+            vm.write_conf({"vmUuid": new_identity(set())[0]})
     wait = Wait(cloud, vm, cloud.config.number("vmWaitTimeout"), say=True)
     wait_ssh(wait)
     if not cloud.known_hosts.knows(vm.get("vmUuid")):

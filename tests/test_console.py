@@ -304,6 +304,7 @@ def test_monitor_in_a_terminal(web: Cloud) -> None:
         terminal.see("(qemu) ")
         terminal.type(UP + UP + "\r")
         terminal.see("serial0: filename=")
+        terminal.see("(qemu) ")
         terminal.type(CTRL_D)
         terminal.ends(0)
 
