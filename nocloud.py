@@ -1079,7 +1079,7 @@ class VM:
         if state == "unknown" or (state == "running" and os.path.exists(self.file("qmp.sock"))):
             return None
         process = strangers.find(self) if state == "stopped" else strangers.process(pid)
-        return process if process and process.words and not process.is_ours else None
+        return process if process and is_qemu(process.pid) and not process.is_ours else None
 
     def is_running(self) -> bool:
         return self.state()[0] == "running"
@@ -1154,8 +1154,12 @@ def process_file(pid: int, name: str) -> str:
 
 
 def start_time(pid: int) -> str:
-    """When a process started, in ticks since boot (proc(5), stat, field 22): with it a pid names one process only."""
-    return (process_file(pid, "stat").rpartition(")")[2].split() or [""] * 20)[19]
+    """When a process started, in ticks since boot (proc(5), stat, field 22): with it a pid names one process only.
+
+    '' where it has ended: also where nobody has waited for it yet (Z, X), as some containers' pid 1 never does.
+    """
+    fields = process_file(pid, "stat").rpartition(")")[2].split()
+    return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else ""
 
 
 def file_key(path: str) -> tuple[int, int] | None:
@@ -1171,6 +1175,11 @@ def suboptions(text: str) -> dict[str, str]:
     """The `key=value` pairs of a qemu option; a doubled comma belongs to the value."""
     parts = text.replace(",,", "\0").split(",")
     return {key: value for key, _, value in (part.replace("\0", ",").partition("=") for part in parts)}
+
+
+def is_qemu(pid: int) -> bool:
+    """Whether a process is a qemu by its name: qemu-system-ARCH, qemu-kvm, or Debian's old kvm."""
+    return process_file(pid, "comm").startswith(("qemu", "kvm\n"))
 
 
 class QemuProcess:
@@ -1276,7 +1285,7 @@ class Strangers:
     def _qemus() -> Iterator[int]:
         """The qemus of this user and root, whom a conf may belong to as well."""
         pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-        for pid in [pid for pid in pids if process_file(pid, "comm").startswith(("qemu", "kvm\n"))]:
+        for pid in filter(is_qemu, pids):
             try:
                 if os.stat(f"/proc/{pid}").st_uid in (os.geteuid(), 0):
                     yield pid
@@ -7850,15 +7859,18 @@ def open_screen(vm: VM) -> None:
         child = spawn(argv, log=log, cwd="/", fds=[place])
     finally:
         os.close(place)
-    wait_for(lambda: child.poll() is not None or has_viewer(vm, screen), VIEWER_SECONDS, 0.1)
+    wait_for(lambda: child.poll() is not None or has_viewer(vm), VIEWER_SECONDS, 0.1)
     if child.returncode:
         said = last_line(read_tail(log)) or describe_status(child.returncode)
         raise Error(f"{vm.name}: {argv[0]}: {said}", f"its serial console: vmconsole -s -n {vm.address_name}")
     child.returncode = 0  # it lives on: no warning about that
 
 
-def has_viewer(vm: VM, screen: str) -> bool:
+def has_viewer(vm: VM) -> bool:
     """Whether a viewer is connected to the VM's screen."""
+    screen = screen_of(vm)
+    if not screen:
+        return False
     try:
         with QMP(vm.folder, 1.0) as qmp:
             answer = qmp.execute(f"query-{screen}")
@@ -8354,6 +8366,9 @@ class Supervisor:
         if cancellation.requested:  # what could not be started because of that is no failure
             return
         self._failed([errors] if isinstance(errors, Error) else errors)
+        if self.goal == RUN:
+            vms = [member.vm for member in self._members.values()]
+            self._job(lambda: open_screens([vm for vm in vms if not has_viewer(vm)]), lambda _: None)
 
     def _failed(self, errors: Sequence[Error]) -> None:
         for error in errors:
@@ -8432,11 +8447,12 @@ class Supervisor:
 
 
 def supervise(
-    cloud: Cloud, group: str, wishes: Sequence[Wish], *, new: bool, settled: Callable[[int, str], None]
+    cloud: Cloud, group: str, wishes: Sequence[Wish], *, new: bool, gui: bool, settled: Callable[[int, str], None]
 ) -> int:
     """Run a group: the VMs that it has and those that are wished for, until it ends; the exit status.
 
-    `new`: it must have none yet.  `settled` gets the status so far and the log that a vmrun in the background writes.
+    `new`: it must have none yet; `gui`: those that it has get a screen, this time.  `settled` gets the status so far
+    and the log that a vmrun in the background writes.
     """
     wakeup = Wakeup()
     manager = Manager(cloud.tree, group)
@@ -8452,7 +8468,7 @@ def supervise(
         cloud.accel()
 
         def begin(spawned: Callable[[VM], None]) -> list[Error]:
-            errors = start_kept(cloud, old, spawned)
+            errors = start_kept(cloud, old, spawned, gui)
             return errors + (instantiate(cloud, group, wishes, spawned)[1] if wishes else [])
 
         trim_memory()
@@ -8463,13 +8479,13 @@ def supervise(
             cloud.private.end_if_idle()
 
 
-def start_kept(cloud: Cloud, vms: Sequence[VM], spawned: Callable[[VM], None]) -> list[Error]:
-    """Start those that don't run; those that do are taken over as they are."""
+def start_kept(cloud: Cloud, vms: Sequence[VM], spawned: Callable[[VM], None], gui: bool) -> list[Error]:
+    """Start those that don't run, with a screen this time if `gui`; those that do are taken over as they are."""
     for vm in vms:
         if vm.is_running():
             spawned(vm)
     stopped = [vm for vm in vms if not vm.is_running()]
-    results = start_all(cloud, stopped, spawned)
+    results = start_all(cloud, stopped, spawned, gui=gui)
     return [error for vm, error in zip(stopped, results) if error and not vm.is_running()]
 
 
@@ -9238,6 +9254,8 @@ def cmd_run(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     for given, name in ((args.group, "--group"), (args.add, "--add"), (args.force, "--force")):
         if given and args.file is None:
             raise UsageError(f"{name} goes with -f FILE only")
+    if args.gui and args.stop is not None:
+        raise UsageError("-g goes with -f FILE and -r GROUP")
     if args.stop is not None:
         with Cloud(config) as cloud:
             stop_managed(cloud, args.stop)
@@ -9262,7 +9280,9 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
             raise UsageError("templates are not run as a group", "vm -n NAME runs one")
         else:
             cloud.tree.need_group(group)
-        return supervise(cloud, group, wishes, new=bool(wishes) and not args.add, settled=background.settled)
+        return supervise(
+            cloud, group, wishes, new=bool(wishes) and not args.add, gui=args.gui, settled=background.settled
+        )
 
 
 @command(
