@@ -5280,20 +5280,20 @@ class CachedImage:
             info = os.stat(folder)
             if info.st_uid != os.geteuid() or info.st_mode & 0o022:
                 raise Error(f"{folder}: others may write to it", "set XDG_CACHE_HOME to a folder of yours")
-        self._forget_old(images)
-        while True:
-            make_private_folder(self.folder)
-            try:
-                self._lock = FolderLock(self.folder, wait=86400).__enter__()
-                return self
-            except FileNotFoundError:
-                pass  # it was removed by who held it before
+        self._forget(lambda folder: time.time() - os.stat(folder).st_mtime > self.KEPT)
+        self._lock = FolderLock(self.folder, wait=86400, make=True).__enter__()
+        return self
 
-    def _forget_old(self, images: str) -> None:
-        for name in _folders(images):
-            folder = os.path.join(images, name)
-            if time.time() - os.stat(folder).st_mtime > self.KEPT and not is_locked(folder):
-                remove_tree(folder)
+    def _forget(self, useless: Callable[[str], bool]) -> None:
+        """Remove those others that are useless, and that no command is at work on."""
+        images = os.path.dirname(self.folder)
+        for folder in [os.path.join(images, name) for name in _folders(images)]:
+            try:
+                if folder != self.folder and useless(folder):
+                    with FolderLock(folder, wait=0):
+                        remove_tree(folder)
+            except (WrongState, FileNotFoundError):
+                pass  # someone uses it, or has just removed it
 
     def is_there(self) -> bool:
         """Whether the image is there, whole: it is read again each time."""
@@ -6318,10 +6318,7 @@ class CachedBuild(CachedImage):
         except OSError as error:
             report.warn(f"the build isn't kept in the cache: {error_from_os(error)}")
             self.clear()
-        images, own = os.path.split(self.folder)
-        for name in _folders(images):
-            if name.startswith(self._others) and name != own and not is_locked(os.path.join(images, name)):
-                remove_tree(os.path.join(images, name))
+        self._forget(lambda folder: os.path.basename(folder).startswith(self._others))
 
 
 def template_from_packages(cloud: Cloud, name: str, build: Build, settings: Mapping[str, str], again: bool) -> None:

@@ -290,6 +290,7 @@ def test_interrupted_builds(builder: Builder, number: signal.Signals) -> None:
 def test_debian_13(cloud: Cloud, vms: None) -> None:
     """Built, cloned, asked for its name; shut down properly, and started again."""
     cloud.run("vmtemplate", "deb", "--build", "trixie", "--include", "jq", "--mem", 384, timeout=900).ok()
+    assert "in the cache" in cloud.run("vmtemplate", "again", "--build", "trixie", "--include", "jq").ok().stderr
     assert cloud.run("vminstantiate", "-n", "deb", "-g", "pf", "-o", "name=web", "-w", "400", timeout=500).ok().lines
     script = "hostname; cat /etc/hostname; . /etc/os-release; echo $VERSION_CODENAME; jq --version; ls /etc/ssh/*key"
     words = cloud.ssh("web00", script).ok().lines
