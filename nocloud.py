@@ -609,7 +609,7 @@ SETTINGS = (
     Setting("bridgeNet", ipv4_prefix, "192.168.1.0/24", "config", "its network"),
     Setting("bridgeSubnet", any_text, "192.168.1", "config", "the first three numbers of that network"),
     Setting("bridgeIpAddress", ipv4_address, "192.168.1.1", "config", "the bridge's address without the mask"),
-    Setting("bridgeDhcpStart", ipv4_address, "192.168.1.2", "config", "the first address that DHCP gives"),
+    Setting("bridgeDhcpStart", ipv4_address, "192.168.1.2", "config", "the first address that VMs get"),
     Setting("bridgeDhcpStop", ipv4_address, "192.168.1.254", "config", "the last one"),
     Setting("bridgeLeases", any_text, "", "config", "the DHCP server's lease file"),
     Setting("vmCpuCap", CPU_CAP, "", "both", "a limit in per cent of CPU time; kept, not enforced yet"),
@@ -2601,9 +2601,13 @@ class Network:
         """The words before qemu's own that start it by hand, with the tap as descriptor 3."""
         return ["env", f"NOCLOUD_vmBaseDir={tree.base}", *own_command("net", "--tap", f"--{self.kind}", "exec")]
 
-    def allot(self, taken: set[str]) -> str:
-        """A free address, added to `taken`; '' where the network's DHCP server decides."""
+    def allot(self, taken: set[str], uuid: str) -> str:
+        """A free address for the VM, added to `taken`; '' where the network's DHCP server decides."""
         return ""
+
+    def fits(self, address: str) -> bool:
+        """Whether a VM can keep the address that it was allotted."""
+        return bool(address)
 
     def address(self, vm: VM) -> str:
         return vm.conf.get("vmAddress", "")
@@ -2612,7 +2616,7 @@ class Network:
         """Make the VM's names resolve and its address its own."""
 
     def strangers(self, known: set[str]) -> list[str]:
-        """The UUIDs that it has of this tree's VMs though there are no such VMs any more."""
+        """The UUIDs that it has of this tree's VMs though no such VM is known: its folder was removed by hand."""
         return []
 
     def published(self) -> set[str]:
@@ -2853,11 +2857,15 @@ def argv_program(argv: Sequence[str]) -> str:
 class HostFiles:
     """The VMs that have names and addresses: a file for DHCP and one for DNS each, named by the VM's UUID.
 
-    They lie in `dhcp/` and `hosts/` of `folder`, where dnsmasq sees a new one at once (inotify).
+    They lie in `dhcp/` and `hosts/` of `folder`, where dnsmasq sees a new one at once (inotify).  Where several users
+    share them, a comment says of which tree a VM is, and what others wrote is read with care and left alone.
     """
 
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
+    MOST_BYTES = 4096  # of a file: two lines
+
+    def __init__(self, folder: str, tree: str = "") -> None:
+        """`tree`: the folders are shared; which tree this is."""
+        self.folder, self.tree = folder, tree
 
     def place(self, kind: str) -> str:
         return os.path.join(self.folder, kind)
@@ -2867,69 +2875,93 @@ class HostFiles:
             make_private_folder(self.place(kind))
 
     def publish(self, vm: VM) -> None:
-        """Make the VM's names resolve, and its address its own."""
+        """Make the VM's names resolve, and its address its own.  A name that another VM has stays the other's."""
         uuid, address = vm.get("vmUuid"), vm.get("vmAddress")
         name, group = vm.host_name, re.sub(r"[^A-Za-z0-9._-]", "-", vm.group)
+        taken = {word for other, _, words in self._hosts() if other != uuid for word in words[1:]}
         names = [f"{name}.{group}.{DOMAIN}", f"{name}.{group}"] if not vm.is_template else []
-        bare = [f"{name}.{DOMAIN}", name]
-        if self._owner_of(name) in ("", uuid):  # where two groups have the name, the bare one is the older VM's
-            names += bare
-        self.prepare()
-        self._write_once("hosts", uuid, f"{address} {' '.join(names)}\n".lower())
-        self._write_once("dhcp", uuid, f"{vm.get('vmMac')},{address},{name},infinite\n")
+        names = [each.lower() for each in (*names, f"{name}.{DOMAIN}", name)]
+        names = [each for each in names if each not in taken]
+        self._write_once("hosts", uuid, " ".join([address, *names]) if names else "")
+        lease = "1h" if self.tree else "infinite"  # a private network remembers no leases
+        self._write_once("dhcp", uuid, f"{vm.get('vmMac')},{address},{name},{lease}")
 
-    def _write_once(self, kind: str, uuid: str, text: str) -> None:
+    def reserve(self, uuid: str, address: str) -> None:
+        """Hold an address for a VM that is being made: a comment, which dnsmasq passes over."""
+        self._write_once("dhcp", uuid, f"# {address}")
+
+    def _write_once(self, kind: str, uuid: str, line: str) -> None:
         """Through a name with a leading dot, which dnsmasq passes over."""
         path = os.path.join(self.place(kind), uuid)
+        text = line + "\n" + (f"# tree {self.tree}\n" if self.tree else "")
         try:
             if read_text(path) == text:
                 return
         except FileNotFoundError:
             pass
         hidden = os.path.join(self.place(kind), "." + uuid)
-        write_file(hidden, text)
+        write_file(hidden, text, 0o640 if self.tree else 0o600)
         os.replace(hidden, path)
+
+    def _files(self, kind: str) -> list[tuple[str, os.stat_result, str]]:
+        """(uuid, whose and how old, text) of each file, the oldest first."""
+        found = []
+        for uuid in _names(self.place(kind)):
+            path = os.path.join(self.place(kind), uuid)
+            try:
+                info = os.lstat(path)
+                if uuid[0] != "." and stat.S_ISREG(info.st_mode) and info.st_size <= self.MOST_BYTES:
+                    found.append((uuid, info, read_text(path)))
+            except (FileNotFoundError, PermissionError):
+                continue
+        return sorted(found, key=lambda each: (each[1].st_mtime_ns, each[0]))
+
+    def _hosts(self) -> list[tuple[str, os.stat_result, list[str]]]:
+        """(uuid, whose and how old, address and names) of each VM that has names, the oldest first."""
+        return [(uuid, info, text.partition("\n")[0].split()) for uuid, info, text in self._files("hosts")]
 
     def strangers(self, known: set[str]) -> list[str]:
         """The UUIDs that have files here though no such VM is known: its folder was removed by hand."""
-        return [uuid for uuid in _names(self.place("dhcp")) if uuid[0] != "." and uuid not in known]
+        mark = f"# tree {self.tree}\n" if self.tree else ""
+        files = self._files("dhcp")
+        return [uuid for uuid, info, text in files if uuid not in known and mark in text and self._is_mine(info)]
 
-    def _host_files(self) -> list[tuple[str, list[str]]]:
-        """(uuid, words) of each file of the DNS folder, the oldest first."""
-        found = []
-        for uuid in _names(self.place("hosts")):
-            path = os.path.join(self.place("hosts"), uuid)
-            try:
-                if uuid[0] != ".":
-                    found.append((os.stat(path).st_mtime_ns, uuid, read_text(path).split()))
-            except FileNotFoundError:
-                continue
-        return [(uuid, words) for _, uuid, words in sorted(found)]
+    def _is_mine(self, info: os.stat_result) -> bool:
+        return not self.tree or info.st_uid == os.geteuid()
 
     def addresses(self) -> set[str]:
-        """The addresses that have names: also of VMs whose conf can't be read just now."""
-        return {words[0] for _, words in self._host_files() if words}
+        """The addresses that VMs have: also those whose conf can't be read just now."""
+        return {
+            word for _, _, text in self._files("dhcp") for word in re.split(r"[,\s]", text) if word and is_ipv4(word)
+        }
 
-    def _owner_of(self, name: str) -> str:
-        """The UUID of the VM that the bare name belongs to, or ''."""
-        return next((uuid for uuid, words in self._host_files() if name.lower() in words), "")
+    def members(self) -> Iterator[tuple[str, str, str]]:
+        """(name, MAC, address) of each VM; the name in full."""
+        names = {uuid: words[1] for uuid, _, words in self._hosts() if len(words) > 1}
+        for uuid, _, text in self._files("dhcp"):
+            words = text.partition("\n")[0].split(",")
+            if len(words) == 4 and is_ipv4(words[1]):
+                yield names.get(uuid, words[2]), words[0].lower(), words[1]
 
     def withdraw(self, uuids: Sequence[str]) -> bool:
         """Remove the files of VMs; the next oldest VM of a name gets the bare name.  Whether there were any."""
         changed = False
-        files = dict(self._host_files())
+        there = self._hosts() if uuids else []
         for uuid in uuids:
             for kind in ("dhcp", "hosts"):
                 path = os.path.join(self.place(kind), uuid)
                 changed = changed or os.path.exists(path)
-                remove_file(path)
-            words = files.pop(uuid, [])
-            bare = words[-1] if words else ""
-            heir = next(
-                (other for other, names in files.items() if bare and names[1:] and names[1].split(".")[0] == bare), ""
-            )
-            if heir and bare not in files[heir]:
-                self._write_once("hosts", heir, " ".join([*files[heir], f"{bare}.{DOMAIN}", bare]) + "\n")
+                try:
+                    remove_file(path)
+                except PermissionError:
+                    report.warn(f"{path} stays: it is another user's")
+        bares = {words[-1] for uuid, _, words in there if uuid in uuids and len(words) > 1}
+        for uuid, info, words in there:
+            bare = words[1].split(".")[0] if len(words) > 1 else ""
+            if uuid not in uuids and bare in bares:
+                bares.discard(bare)
+                if bare not in words and self._is_mine(info):
+                    self._write_once("hosts", uuid, " ".join([*words, f"{bare}.{DOMAIN}", bare]))
         return changed
 
 
@@ -2980,7 +3012,7 @@ class PrivateNetwork(Network):
             raise Error(f"{self.file('subnet')}: {text!r} is not the beginning of an address", "10.88.0, for example")
         return text
 
-    def allot(self, taken: set[str]) -> str:
+    def allot(self, taken: set[str], uuid: str) -> str:
         subnet = self.subnet()
         for number in range(2, 255):
             address = f"{subnet}.{number}"
@@ -2990,11 +3022,11 @@ class PrivateNetwork(Network):
         raise Error(f"no address is free in {subnet}.0/24", "destroy VMs that are not needed, or use another vmBaseDir")
 
     def publish(self, vm: VM) -> None:
+        self.hosts.prepare()
         self.hosts.publish(vm)
 
     def strangers(self, known: set[str]) -> list[str]:
-        ours = {vm.conf.get("vmUuid", "") for vm in self.tree.templates() if vm.is_readable()}
-        return self.hosts.strangers(known | ours)
+        return self.hosts.strangers(known)
 
     def published(self) -> set[str]:
         return self.hosts.addresses()
@@ -3724,17 +3756,25 @@ def accepting_rules(interface: str, forward: str) -> list[list[str]]:
     ]
 
 
-def open_iptables(program: str, interface: str) -> None:
-    """At the head of the chains that don't just accept: a rule in one that does would leave an empty chain behind.
+def missing_rules(program: str, interface: str) -> list[list[str]]:
+    """The rules that are needed, where they aren't just those that are there.
 
-    Docker jumps to DOCKER-USER first, and leaves it to the host's owner.
+    They go into chains that don't just accept: a rule in one that does would leave an empty chain behind.  Docker jumps
+    to DOCKER-USER first, and leaves it to the host's owner.
     """
     rules = iptables_rules(program)
-    forward = "DOCKER-USER" if ["-N", "DOCKER-USER"] in rules else "FORWARD"
-    busy = {"DOCKER-USER", *(chain for action, chain, *rule in rules if action == "-A" or rule == ["DROP"])}
-    wanted = [rule for rule in accepting_rules(interface, forward) if rule[0] in busy]
     there = [rule[1:] for rule in rules if MADE_BY_US in rule]
-    if sorted(wanted) != sorted(there):
+    others = [rule for rule in rules if MADE_BY_US not in rule]
+    forward = "DOCKER-USER" if ["-N", "DOCKER-USER"] in rules else "FORWARD"
+    busy = {"DOCKER-USER", *(chain for action, chain, *rule in others if action == "-A" or rule == ["DROP"])}
+    wanted = [rule for rule in accepting_rules(interface, forward) if rule[0] in busy]
+    return wanted if sorted(wanted) != sorted(there) else []
+
+
+def open_iptables(program: str, interface: str) -> None:
+    """At the head of their chains."""
+    wanted = missing_rules(program, interface)
+    if wanted:
         close_iptables(program)
         for chain, *rule in wanted:
             run([program, "-w", "10", "-I", chain, *rule])
@@ -3991,6 +4031,32 @@ class BridgeSetup:
             run(["ip", "link", "delete", self.interface])
 
 
+def bridge_faults(settings: BridgeSettings, ours: bool) -> Iterator[str]:
+    """What keeps guests from the outside or from names, a line each, with the command that mends it where there is one.
+
+    Rules are only shown to root; a bridge that isn't `ours` is its maker's.
+    """
+    clash = overlapping(settings)
+    if clash:
+        yield f"the bridge's network {settings.net} is in use elsewhere: {clash}"
+    if not ours:
+        return
+    mend = "(nocloud net up mends it)"
+    for name in (settings.interface, *sorted(outgoing_interfaces())):
+        if read_text(sysctl_file(name, "forwarding")).strip() == "0":
+            yield f"{name} doesn't forward {mend}"
+    if not BridgeServer(settings).answers():
+        yield f"no DNS at {settings.address}: dnsmasq doesn't run {mend}"
+    if os.geteuid() == 0:
+        if not has_nft_table(f"ip {DOMAIN}"):
+            yield f"the nft table ip {DOMAIN} is gone: no address is translated {mend}"
+        for program in iptables_programs():
+            if missing_rules(program, settings.interface):
+                yield f"{program} has rules, and doesn't accept the bridge {mend}"
+        for chain in dropping_chains():
+            yield f"nft chain {chain} drops what it doesn't name: guests need iifname {settings.interface} accepted"
+
+
 def outgoing_interfaces() -> set[str]:
     """The interfaces of the default routes, among them the two halves of the world that a VPN has instead."""
     found = set()
@@ -4082,11 +4148,37 @@ class BridgeServer:
         place = f"{struct.unpack('=I', struct.pack('>I', ipv4_number(self.settings.address)))[0]:08X}:0035"
         return any(place in line for line in read_text("/proc/net/udp").splitlines())
 
+    def forget(self) -> None:
+        """Take the leases of VMs that are gone out of the file, while dnsmasq doesn't run."""
+        first, dynamic = self.settings.first, self.settings.first_dynamic
+        members = {(mac, address) for _, mac, address in HostFiles(STATE_FOLDER, "?").members()}
+        try:
+            text = read_text(LEASES)
+            kept = []
+            for line in text.splitlines(True):
+                words = line.split()
+                allotted = len(words) > 2 and is_ipv4(words[2]) and first <= ipv4_number(words[2]) < dynamic
+                if not allotted or (words[1].lower(), words[2]) in members:
+                    kept.append(line)
+            if "".join(kept) != text:
+                with open(LEASES, "r+", encoding="utf-8", errors="surrogateescape") as file:  # the folder is root's
+                    file.write("".join(kept))
+                    file.truncate()
+        except FileNotFoundError:
+            pass
+
     def start(self) -> None:
         """As a daemon of our own, unless it runs."""
         with FolderLock(RUN_FOLDER, make=True):
             if not daemon_pid(self.pid_file):
+                self.forget()
                 start_daemon(self.argv(), ())
+
+    def restart(self) -> None:
+        """Start a daemon of our own anew."""
+        if daemon_pid(self.pid_file):
+            self.stop()
+            self.start()
 
     def stop(self) -> None:
         with FolderLock(RUN_FOLDER, make=True):
@@ -4138,13 +4230,77 @@ def bridge_down(config: Config) -> None:
 
 
 class HostBridge(Network):
-    """The host's bridge: a tap from qemu-bridge-helper, addresses from the host's DHCP server."""
+    """The host's bridge: a tap from qemu-bridge-helper.
+
+    Where nocloud made the bridge and the user may write to its folders, addresses are allotted and names published as
+    in a private network.  Elsewhere the DHCP server decides, and its lease file tells.
+    """
 
     kind = "bridge"
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, tree: Tree | None = None) -> None:
         self.config = config
         self.interface = config["bridgeInterface"]
+        self.hosts = HostFiles(STATE_FOLDER, tree_mark(tree.base) if tree else "?")
+        self._publishes: bool | None = None
+
+    # addresses and names
+
+    def publishes(self) -> bool:
+        """Whether this user allots addresses here; said once where the rights for it are missing."""
+        if self._publishes is None:
+            self._publishes = bridge_is_ours(self.interface) and os.path.isdir(STATE_FOLDER) and self._may_publish()
+        return self._publishes
+
+    def _may_publish(self) -> bool:
+        why = ""
+        if not all(os.access(self.hosts.place(kind), os.R_OK | os.W_OK | os.X_OK) for kind in ("dhcp", "hosts")):
+            why = f"you may not write to {STATE_FOLDER}; who is in the group kvm may"
+        elif connected_network(self.interface) != BridgeSettings(self.config).net:
+            why = f"{self.interface} is not the bridge of your settings, where bridgeNet={self.config['bridgeNet']}"
+        if why:
+            report.warn(f"addresses and names on {self.interface} are left to DHCP: {why}")
+        return not why
+
+    def allot(self, taken: set[str], uuid: str) -> str:
+        """An address below those that DHCP gives to others, held by a file.  The folder's lock is for all users."""
+        if not self.publishes():
+            return ""
+        settings = BridgeSettings(self.config)
+        with FolderLock(self.hosts.place("dhcp")):
+            taken |= {settings.address, *self.hosts.addresses(), *self.leases().values()}
+            for number in range(settings.first, settings.first_dynamic):
+                address = ipv4_text(number)
+                if address not in taken:
+                    taken.add(address)
+                    self.hosts.reserve(uuid, address)
+                    return address
+        raise Error(f"no address is free on {self.interface}, {settings.net}", "destroy VMs that are not needed")
+
+    def fits(self, address: str) -> bool:
+        """Not after the bridge has got another network."""
+        return bool(address) and (not self.publishes() or BridgeSettings(self.config).holds(address))
+
+    def publish(self, vm: VM) -> None:
+        if vm.get("vmAddress") and self.publishes():
+            self.hosts.publish(vm)
+
+    def strangers(self, known: set[str]) -> list[str]:
+        return self.hosts.strangers(known)
+
+    def withdraw(self, uuids: Sequence[str]) -> None:
+        """dnsmasq forgets none by itself: a unit that watches this file starts it anew, or we do where it is ours."""
+        if not uuids or not self.hosts.withdraw(uuids):
+            return
+        try:
+            with open(REMOVED, "r+", encoding="ascii") as file:
+                file.write(f"{time.time_ns()}\n")
+        except OSError:
+            pass  # it isn't there: nobody watches it
+        if os.geteuid() == 0:
+            BridgeServer(BridgeSettings(self.config)).restart()
+
+    # attaching to it
 
     def helper(self) -> str:
         """The path of qemu-bridge-helper, or ''."""
@@ -4165,6 +4321,9 @@ class HostBridge(Network):
             return "qemu-bridge-helper is not there"
         if os.geteuid() != 0 and not os.stat(helper).st_mode & stat.S_ISUID:
             return f"{helper} is not setuid root"
+        lists = [path for path in HELPER_LISTS if os.path.exists(path)] or HELPER_LISTS
+        if not helper_allows(lists[0], self.interface):
+            return f"{lists[0]} has no line: allow {self.interface}"
         return ""
 
     def up(self, keep: bool = False) -> None:
@@ -4173,7 +4332,7 @@ class HostBridge(Network):
         if reason:
             raise Error(
                 f"the network {self.interface} is not to be had: {reason}",
-                "make a group on the private network instead: NOCLOUD_vmNetwork=private",
+                "root makes it: nocloud net up; a new group can be on the private network: NOCLOUD_vmNetwork=private",
             )
 
     def in_use(self) -> HostBridge:
@@ -4219,24 +4378,91 @@ class HostBridge(Network):
         return vm.conf.get("vmAddress") or self.leases().get(vm.conf.get("vmMac", ""), "")
 
     def status(self) -> Iterator[str]:
+        """Whether it is up, who is on it, and what is wrong.  Some of that only root sees."""
+        there = os.path.exists(f"/sys/class/net/{self.interface}")
+        net = connected_network(self.interface)
+        yield f"bridge {self.interface}: " + (f"up, {net}" if net else "down, without an address" if there else "down")
+        if not there:
+            return
+        ours = bridge_is_ours(self.interface)
+        settings = BridgeSettings(self.config)
+        if ours:
+            yield "dnsmasq: " + (
+                f"answers at {settings.address}" if BridgeServer(settings).answers() else "not running"
+            )
+        leased = {mac: (address, name, until) for mac, address, name, until in self.lease_lines()}
+        for name, mac, address in self.hosts.members():
+            has = leased.pop(mac, ("", "", 0))
+            yield f"{name} {mac} {address} " + (lease_text(has[2]) if has[0] == address else "no lease")
+        for mac, (address, name, until) in leased.items():
+            yield f"{name} {mac} {address} {lease_text(until)}"
         reason = self.missing()
-        yield f"bridge {self.interface}: {'down' if reason else 'up'}" + (f" ({reason})" if reason else "")
+        for wrong in (*bridge_faults(settings, ours), *([f"you can't put VMs on it: {reason}"] if reason else ())):
+            yield f"wrong: {wrong}"
 
     def leases(self) -> dict[str, str]:
-        """MAC → address of dnsmasq's lease file: `EXPIRY MAC ADDRESS NAME CLIENT-ID` a line."""
+        """MAC → address of dnsmasq's lease file."""
+        return {mac: address for mac, address, _, _ in self.lease_lines()}
+
+    def lease_lines(self) -> Iterator[tuple[str, str, str, int]]:
+        """(MAC, address, name, end) of dnsmasq's lease file: `EXPIRY MAC ADDRESS NAME CLIENT-ID` a line."""
         own = self.config["bridgeLeases"]
-        places = (
-            [own]
-            if own
-            else ["/var/lib/nocloud/dnsmasq.leases", "/var/lib/misc/dnsmasq.leases", "/var/lib/dnsmasq/dnsmasq.leases"]
-        )
-        for place in places:
+        for place in [own] if own else LEASE_FILES:
             try:
                 lines = [line.split() for line in read_text(place).splitlines()]
             except OSError:
                 continue
-            return {words[1].lower(): words[2] for words in lines if len(words) >= 4 and is_ipv4(words[2])}
-        return {}
+            for words in lines:
+                if len(words) >= 4 and is_ipv4(words[2]):
+                    yield words[1].lower(), words[2], words[3], int(words[0]) if words[0].isdecimal() else 0
+            return
+
+
+LEASE_FILES = (LEASES, "/var/lib/misc/dnsmasq.leases", "/var/lib/dnsmasq/dnsmasq.leases")
+HELPER_LISTS = ("/etc/qemu/bridge.conf", "/etc/qemu-kvm/bridge.conf")  # the second one in RHEL and its kin
+
+
+def tree_mark(base: str) -> str:
+    """Which tree a file is of that users of the host share: not its path, which tells others too much."""
+    import hashlib
+
+    return hashlib.sha256(base.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def lease_text(until: int) -> str:
+    return "leased until " + time.strftime("%Y-%m-%d %H:%M", time.localtime(until)) if until else "leased for ever"
+
+
+def connected_network(interface: str) -> str:
+    """The network that the interface has an address in, as 192.168.1.0/24, or ''.
+
+    /proc/net/route has the numbers in the order of the machine's memory.
+    """
+    for line in read_text("/proc/net/route").splitlines()[1:]:
+        words = line.split()
+        if words[0] == interface and words[2] == "00000000":
+            network, mask = (struct.unpack(">I", struct.pack("=I", int(words[at], 16)))[0] for at in (1, 7))
+            return f"{ipv4_text(network)}/{bin(mask).count('1')}"
+    return ""
+
+
+def helper_allows(path: str, interface: str, depth: int = 8) -> bool:
+    """Whether qemu-bridge-helper's list allows the bridge: by an allow line, and no deny line; both may say `all`.
+
+    What this user can't read is taken to allow it: the helper will tell.
+    """
+    allowed = denied = False
+    try:
+        lines = [line.split() for line in read_text(path).splitlines() if not line.strip().startswith("#")]
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    for words in lines:
+        allowed |= words[:1] == ["allow"] and words[1:2] in (["all"], [interface])
+        denied |= words[:1] == ["deny"] and words[1:2] in (["all"], [interface])
+        allowed |= words[:1] == ["include"] and depth > 0 and helper_allows("".join(words[1:2]), interface, depth - 1)
+    return allowed and not denied
 
 
 # Identity ############################################################################################
@@ -6683,7 +6909,7 @@ class Cloud:
         self.known_hosts = KnownHosts(self.tree)
         self._qemu: Qemu | None = None
         self.private = PrivateNetwork(self.tree)
-        self._networks: dict[str, Network] = {"private": self.private, "bridge": HostBridge(config)}
+        self._networks: dict[str, Network] = {"private": self.private, "bridge": HostBridge(config, self.tree)}
         self._accel: str | None = None
         self._screen: str | None = None
         self._seed: str | None = None
@@ -6720,6 +6946,9 @@ class Cloud:
         """The private network, or the host's bridge."""
         return self._networks[kind]
 
+    def networks(self) -> Iterable[Network]:
+        return self._networks.values()
+
     def network_of(self, vm: VM) -> Network:
         return self.network(self.network_kind(vm))
 
@@ -6739,7 +6968,7 @@ class Cloud:
 
     def close(self) -> None:
         """Close what this process holds of the networks."""
-        for network in self._networks.values():
+        for network in self.networks():
             network.close()
 
     def __enter__(self) -> Cloud:
@@ -6849,10 +7078,10 @@ def _parse_line_of_description(line: str, place: str, default_type: str) -> Wish
 class Plan:
     """A clone to be made: which template, how much of everything."""
 
-    __slots__ = ("vm", "template", "format", "mem", "cpu", "disks", "gui", "lock")
+    __slots__ = ("vm", "template", "uuid", "format", "mem", "cpu", "disks", "gui", "lock")
 
-    def __init__(self, vm: VM, template: VM, wish: Wish) -> None:
-        self.vm, self.template, self.format = vm, template, known_formats(template)[0]
+    def __init__(self, vm: VM, template: VM, wish: Wish, uuid: str) -> None:
+        self.vm, self.template, self.uuid, self.format = vm, template, uuid, known_formats(template)[0]
         self.mem = wish.mem or int(template.get("vmMem"))
         self.cpu = wish.cpu or int(template.get("vmCpu"))
         self.disks, self.gui = wish.disks, wish.gui
@@ -6987,16 +7216,18 @@ def reserve(cloud: Cloud, group: str, wishes: Sequence[Wish], plans: list[Plan])
         kind = group_network(cloud, group)
         taken = Taken(tree)
         names = {vm.name.lower() for vm in taken.vms if vm.group == group}
-        strangers = cloud.private.strangers(taken.uuids) if taken.complete else []
+        known = taken.uuids | {vm.conf.get("vmUuid", "") for vm in tree.templates() if vm.is_readable()}
+        strangers = [uuid for each in cloud.networks() for uuid in each.strangers(known)] if taken.complete else []
         taken.addresses |= cloud.private.published()
         for wish in wishes:
             check_collision(tree, group, wish.type)  # again, now that nobody else can make one
             template = tree.need_template(wish.template)
             for name in next_names(names, wish):
                 uuid, mac = new_identity(taken.macs)
-                plan = Plan(VM(tree.base, group, wish.type, name or uuid), template, wish)
+                plan = Plan(VM(tree.base, group, wish.type, name or uuid), template, wish, uuid)
                 plans.append(plan)
-                network = {"vmNetwork": kind, "vmMac": mac, "vmAddress": cloud.network(kind).allot(taken.addresses)}
+                address = cloud.network(kind).allot(taken.addresses, uuid)
+                network = {"vmNetwork": kind, "vmMac": mac, "vmAddress": address}
                 _reserve_one(cloud, plan, {"vmUuid": uuid, **network})
     return strangers
 
@@ -7101,11 +7332,13 @@ class Making:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        failed = [plan for plan in self.plans if not plan.lock or os.path.isdir(plan.vm.folder)]
         for plan in self.plans:
             if plan.lock:  # before it is taken, vm.folder may still be the final one
                 if os.path.isdir(plan.vm.folder):
                     remove_tree(plan.vm.folder)
                 plan.lock.release()
+        self.cloud.network("bridge").withdraw([plan.uuid for plan in failed])  # an address was held for each
         with self.cloud.tree.lock():
             for plan in self.plans:
                 remove_empty(os.path.dirname(plan.vm.folder))
@@ -7132,7 +7365,8 @@ def make_clones(cloud: Cloud, group: str, wishes: Sequence[Wish]) -> list[VM | E
     finally:
         for lock in locks:
             lock.release()
-    cloud.private.withdraw(making.strangers)  # not under those locks: who starts a template takes the network's first
+    for network in cloud.networks():  # not under those locks: who starts a template takes the network's first
+        network.withdraw(making.strangers)
     cloud.known_hosts.update({}, making.strangers)
     return made
 
@@ -7239,11 +7473,11 @@ def ensure_identity(cloud: Cloud, vm: VM) -> None:
         changes["vmMac"] = mac_of_uuid(vm.conf["vmUuid"])
     if not vm.conf.get("vmNetwork"):
         changes["vmNetwork"] = cloud.default_network()
-    if not vm.conf.get("vmAddress"):
+    network = cloud.network(changes.get("vmNetwork") or vm.conf["vmNetwork"])
+    if not network.fits(vm.conf.get("vmAddress", "")):
+        uuid = changes.get("vmUuid") or vm.conf["vmUuid"]
         with cloud.tree.lock():
-            changes["vmAddress"] = cloud.network(changes.get("vmNetwork") or vm.conf["vmNetwork"]).allot(
-                Taken(cloud.tree).addresses
-            )
+            changes["vmAddress"] = network.allot(Taken(cloud.tree).addresses, uuid)
             vm.write_conf(changes)
     elif changes:
         vm.write_conf(changes)
@@ -7705,8 +7939,8 @@ def destroy_all(cloud: Cloud, vms: Sequence[VM], group: str = "") -> list[Error]
     results = in_parallel(lambda vm: destroy(cloud, vm), vms)
     gone = [vm for vm, result in zip(vms, results) if not isinstance(result, Error)]
     forget = [uuids[vm.folder] for vm in gone if uuids.get(vm.folder)]
-    for kind in ("private", "bridge"):
-        cloud.network(kind).withdraw(forget)
+    for network in cloud.networks():
+        network.withdraw(forget)
     cloud.known_hosts.update({}, forget)
     with cloud.tree.lock():
         for each in {vm.group for vm in vms} | ({group} & set(cloud.tree.groups())):
@@ -9568,7 +9802,9 @@ def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> in
     elif verb == "stop":
         BridgeSetup(config).down()
     elif verb == "dnsmasq":
-        become(BridgeServer(BridgeSettings(config)).argv())
+        server = BridgeServer(BridgeSettings(config))
+        server.forget()
+        become(server.argv())
     else:
         raise UsageError(f"{verb or 'no verb'}: expected start, stop, dnsmasq or subnet")
     return EXIT_DONE

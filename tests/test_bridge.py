@@ -6,15 +6,17 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import NOBODY, ROOT, Cloud, Result, replace_program
+from support import NOBODY, PROGRAM, ROOT, Cloud, Result, add_template, eventually, replace_program
 
 import nocloud
 
 OUTSIDE = "203.0.113.2"
+DNSMASQ = 64999  # the uid of nocloud-dnsmasq
 
 
 class Host:
@@ -33,6 +35,8 @@ class Host:
         if not re.search("^kvm:", (etc / "group").read_text(), re.M):
             with (etc / "group").open("a") as file:
                 file.write("kvm:x:998:\n")
+        with (etc / "passwd").open("a") as file:
+            file.write(f"nocloud-dnsmasq:x:{DNSMASQ}:{DNSMASQ}::/:/usr/sbin/nologin\n")
         mounts = "mount -t sysfs sysfs /sys && mount -t tmpfs run /run && mount -t tmpfs lib /var/lib"
         self.pid = self.namespaces(f"{mounts} && mount --bind {etc} /etc && ip link set lo up")
         self.router = self.namespaces("ip link set lo up", inside=self.pid)
@@ -102,11 +106,19 @@ class Host:
         return "".join(re.findall(r"^Address: ([0-9.]+)$", said, re.M))
 
     def reaches(self, pid: int, address: str) -> bool:
-        return self.at(pid, self.busybox, "ping", "-c", "1", "-W", "2", address).status == 0
+        return self.at(pid, self.busybox, "ping", "-c", "1", "-W", "1", address).status == 0
 
     def unplug(self) -> None:
         """Take all guests off the bridge."""
         self.shell("for port in $(ls /sys/class/net/nocloud/brif); do ip link delete $port; done")
+
+    def spawn(self, *argv: object) -> subprocess.Popen[str]:
+        """A program on the host that goes on; its output is thrown away."""
+        words = ["nsenter", "-t", str(self.pid), "-n", "-m", "--", *map(str, argv)]
+        null = subprocess.DEVNULL
+        child = subprocess.Popen(words, stdin=null, stdout=null, stderr=null, text=True, env=self.cloud.env, cwd="/")
+        self.children.append(child)
+        return child
 
     def close(self) -> None:
         self.unplug()
@@ -153,7 +165,12 @@ FIREWALLS = {
 }
 
 
-@pytest.mark.parametrize("firewall", FIREWALLS)
+LONG = {"closed", "legacy"}
+
+
+@pytest.mark.parametrize(
+    "firewall", [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in FIREWALLS]
+)
 def test_a_guest_gets_address_name_and_a_way_out(host: Host, firewall: str) -> None:
     """Whatever else filters packets on this host; and `down` leaves that as it was."""
     host.shell(FIREWALLS[firewall]).ok()
@@ -330,6 +347,153 @@ def test_an_ordinary_user_is_told_and_nothing_changes(cloud: Cloud) -> None:
     assert not os.path.exists("/sys/class/net/nocloud") and not cloud.processes()
     cloud.run("net", "up", "--bridge", "--private").fails(2, "one of them")
     cloud.run("net", "up", "--bridg").fails(2, "--bridg")
+
+
+def capabilities() -> list[str]:
+    """setpriv's words for what the unit grants."""
+    text = (ROOT / "systemd/nocloud-dnsmasq.service").read_text()
+    match = re.search(r"^AmbientCapabilities=(.*)$", text, re.M)
+    assert match
+    names = match.group(1).lower().replace("cap_", "+").replace(" ", ",")
+    return [
+        f"--inh-caps=-all,{names}",
+        f"--ambient-caps=-all,{names}",
+        f"--bounding-set=-all,{names}",
+        "--no-new-privs",
+    ]
+
+
+def test_dnsmasq_runs_as_the_unit_starts_it(host: Host) -> None:
+    """In the foreground as a user of its own, who has the unit's capabilities and its group, and no more."""
+    host.run("bridge", "start").ok()
+    host.run("bridge", "start").ok()
+    ids = ["--reuid", DNSMASQ, "--regid", DNSMASQ, "--groups", host.shell("getent group kvm").stdout.split(":")[2]]
+    argv = ["env", "HOME=/nonexistent", "setpriv", *ids, *capabilities(), sys.executable, "-IS", PROGRAM]
+    server = host.spawn(*argv, "bridge", "dnsmasq")
+    eventually(lambda: "0101A8C0:0035" in host.shell("cat /proc/net/udp").stdout, "dnsmasq answers")
+    assert f"Uid:\t{DNSMASQ}\t{DNSMASQ}\t" in Path(f"/proc/{server.pid}/status").read_text()
+    publish(host, "/one", "pf/web00").ok()
+    eventually(lambda: host.resolve(host.pid, "web00.pf.nocloud") == "192.168.1.2", "it sees what is published")
+    guest, told = host.guest("00:50:56:00:00:01", "stand-in")
+    assert host.resolve(guest, "stand-in") == told["address"]
+    host.shell("echo 1 00:50:56:00:00:09 192.168.1.9 gone '*' >> /var/lib/nocloud/dnsmasq.leases").ok()
+    server.terminate()
+    assert server.wait(10) == 0
+    server = host.spawn(*argv, "bridge", "dnsmasq")  # what a unit does where VMs are gone
+    eventually(lambda: "0101A8C0:0035" in host.shell("cat /proc/net/udp").stdout, "dnsmasq answers")
+    leases = host.shell("cat /var/lib/nocloud/dnsmasq.leases").stdout
+    assert told["address"] in leases and "gone" not in leases
+    assert host.resolve(guest, "stand-in") == told["address"]
+    server.terminate()
+    server.wait(10)
+    host.unplug()
+    host.run("bridge", "stop").quiet()
+    host.run("bridge", "stop").quiet()
+
+
+# VMs on it ###########################################################################################
+
+
+def register() -> str:
+    """The folders in which users publish their VMs, for a shell on the host."""
+    return "grep -s '' /var/lib/nocloud/dhcp/* /var/lib/nocloud/hosts/*; true"
+
+
+def test_a_vm_has_its_address_and_name_at_once(host: Host, tiny_image: Path, vms: None) -> None:
+    """By qemu's own bridge helper; and both go with it, also what dnsmasq remembers."""
+    cloud = host.cloud
+    add_template(cloud, tiny_image)
+    cloud.env["NOCLOUD_vmNetwork"] = "bridge"
+    host.run("vminstantiate", "-n", "tiny").fails(
+        1, "there is no bridge nocloud", "nocloud net up", "vmNetwork=private"
+    )
+    cloud.env["NOCLOUD_vmNetwork"] = "auto"
+    host.run("net", "up").ok()
+    host.run("vminstantiate", "-n", "tiny", "-g", "pf", "-o", "name=web").ok()
+    assert host.resolve(host.pid, "web00.pf.nocloud") == host.resolve(host.pid, "web00") == "192.168.1.2"
+    conf = cloud.conf("pf/default/web00")
+    assert (conf["vmNetwork"], conf["vmAddress"]) == ("bridge", "192.168.1.2")
+    assert host.run("vmssh", "web00", "hostname; ip -4 -o addr", timeout=120).ok().stdout.startswith("web00\n")
+    assert "192.168.1.2/24" in host.run("vmssh", "web00", "ip -4 -o addr").ok().stdout
+    assert host.run("vmrunning").ok().lines == ["web00 pf/default 192.168.1.2"]
+    shown = host.run("net", "status").ok().stdout
+    assert f"web00.pf.nocloud {conf['vmMac']} 192.168.1.2 leased until " in shown and "wrong:" not in shown, shown
+    host.run("net", "down").fails(1, "in use", "1 VM")
+    watched = host.shell("stat -c %y /var/lib/nocloud/removed").stdout
+    host.run("vmstop", "-d", "-g", "pf").quiet()
+    assert host.resolve(host.pid, "web00.pf.nocloud") == ""
+    assert host.shell(register()).stdout == host.shell("cat /var/lib/nocloud/dnsmasq.leases").stdout == ""
+    assert host.shell("stat -c %y /var/lib/nocloud/removed").stdout != watched
+    host.run("net", "down").quiet()
+    host.shell("ip link add nocloud type bridge; ip link set nocloud up; echo > /etc/qemu/bridge.conf").ok()
+    host.run("vm", "-n", "tiny", env={"NOCLOUD_vmNetwork": "bridge"}).fails(1, "no line: allow nocloud")
+
+
+def publish(host: Host, base: str, *vms: str, then: str = "") -> Result:
+    """VMs GROUP/NAME get an address and are published from a tree of their own; no clone is made."""
+    script = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r}); import nocloud
+bridge = nocloud.HostBridge(nocloud.load_config(), nocloud.Tree({base!r}))
+for word in sys.argv[1:]:
+    group, name = word.split('/')
+    uuid, mac = nocloud.new_identity(set())
+    vm = nocloud.VM({base!r}, group, 'default', name)
+    vm.get = {{'vmUuid': uuid, 'vmMac': mac, 'vmAddress': bridge.allot(set(), uuid)}}.get
+    {then or "bridge.publish(vm)"}
+    print(vm.get('vmAddress'))
+"""
+    script = script.replace("vm = nocloud.VM(", "vm = type('V', (nocloud.VM,), {})(")
+    return host.at(host.pid, sys.executable, "-IS", "-c", script, *vms)
+
+
+def test_addresses_and_names_are_shared_out_among_all_trees(host: Host) -> None:
+    host.run("net", "up", env={"NOCLOUD_bridgeDhcpStop": "192.168.1.9"}).ok()
+    host.cloud.env["NOCLOUD_bridgeDhcpStop"] = "192.168.1.9"
+    assert publish(host, "/one", "pf/web00", "pf/web01").ok().lines == ["192.168.1.2", "192.168.1.3"]
+    assert publish(host, "/two", "pf/web00", "q/web01").ok().lines == ["192.168.1.4", "192.168.1.5"]
+    names = {name: host.resolve(host.pid, name) for name in ("web00.pf.nocloud", "web00", "web01", "web01.q.nocloud")}
+    assert list(names.values()) == ["192.168.1.2", "192.168.1.2", "192.168.1.3", "192.168.1.5"]
+    # The upper quarter of the range is DHCP's own: there is one address left, held though its VM was never made.
+    assert publish(host, "/one", "pf/x00", then="pass").ok().lines == ["192.168.1.6"]
+    assert publish(host, "/one", "pf/y00", then="pass").ok().lines == ["192.168.1.7"]
+    assert "no address is free" in publish(host, "/two", "pf/z00").stderr
+    assert "web00" not in host.shell("cat /var/lib/nocloud/hosts/* | grep 192.168.1.4").stdout
+    known = "nocloud.HostBridge(nocloud.load_config(), nocloud.Tree(sys.argv[1])).strangers(set())"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import nocloud\nprint(*{known})"
+    for base, count in (("/one", 4), ("/two", 2), ("/three", 0)):
+        assert len(host.at(host.pid, sys.executable, "-IS", "-c", code, base).ok().stdout.split()) == count
+
+
+def test_what_others_put_into_the_folders_is_input(host: Host) -> None:
+    host.run("net", "up").ok()
+    host.shell(
+        "cd /var/lib/nocloud/dhcp; mkfifo fifo; ln -s /dev/zero zero; head -c 9999 /dev/urandom > noise; mkdir folder;"
+        "printf '\\377,192.168.1.2,\\n' > bytes; cp bytes ../hosts; mkfifo ../hosts/fifo"
+    ).ok()
+    assert publish(host, "/one", "pf/web00").ok().lines == ["192.168.1.3"]
+    assert "web00.pf.nocloud" in host.run("net", "status").ok().stdout
+
+
+def test_status_tells_what_is_wrong(host: Host) -> None:
+    assert host.run("net", "status").ok().lines == ["bridge nocloud: down"]
+    both = host.run("net", "status", env={"NOCLOUD_vmNetwork": "private"}).ok().lines
+    assert both == ["private network: down"]
+    host.shell("iptables-nft -P FORWARD DROP").ok()
+    host.run("net", "up").ok()
+    assert host.run("net", "status").ok().lines == [
+        "bridge nocloud: up, 192.168.1.0/24", "dnsmasq: answers at 192.168.1.1",
+    ]  # fmt: skip
+    host.shell(
+        "nft delete table ip nocloud; iptables-nft -F FORWARD; echo 0 > /proc/sys/net/ipv4/conf/eth0/forwarding;"
+        "kill $(cat /run/nocloud/dnsmasq.pid); ip link add lan type bridge; ip addr add 192.168.1.9/30 dev lan"
+    ).ok()
+    eventually(lambda: "not running" in host.run("net", "status").ok().stdout, "dnsmasq has ended")
+    wrong = [line for line in host.run("net", "status").ok().lines if line.startswith("wrong: ")]
+    for words in ("lan has 192.168.1.9/30", "eth0 doesn't forward", "no DNS", "nft table", "doesn't accept the bridge"):
+        assert sum(words in line for line in wrong) == 1, wrong
+    host.shell("ip link delete lan").ok()
+    host.run("net", "up").ok()
+    assert "wrong" not in host.run("net", "status").ok().stdout
 
 
 # The units ###########################################################################################
