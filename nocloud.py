@@ -3811,9 +3811,8 @@ def close_ufw() -> None:
 
     if find_program("ufw"):
         for line in attempt(["ufw", "show", "added"], 30)[1].splitlines():
-            words = shlex.split(line)
-            if words[:1] == ["ufw"] and words[-2:] == ["comment", MADE_BY_US]:
-                rule = words[1:-2]
+            if line.startswith("ufw ") and line.endswith(f"comment '{MADE_BY_US}'"):
+                rule = shlex.split(line)[1:-2]
                 at = 1 if rule[0] == "route" else 0
                 run(["ufw", *rule[:at], "delete", *rule[at:]])
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import NOBODY, PROGRAM, ROOT, Cloud, Result, add_template, eventually, replace_program
+from support import NOBODY, PROGRAM, ROOT, Cloud, Result, add_template, eventually, kill_all, pids, replace_program
 
 import nocloud
 
@@ -108,6 +108,13 @@ class Host:
     def reaches(self, pid: int, address: str) -> bool:
         return self.at(pid, self.busybox, "ping", "-c", "1", "-W", "1", address).status == 0
 
+    def is_here(self, pid: int) -> bool:
+        """Whether a process is in this host's network namespace."""
+        try:
+            return os.readlink(f"/proc/{pid}/ns/net") == os.readlink(f"/proc/{self.pid}/ns/net")
+        except OSError:
+            return False
+
     def unplug(self) -> None:
         """Take all guests off the bridge."""
         self.shell("for port in $(ls /sys/class/net/nocloud/brif); do ip link delete $port; done")
@@ -123,6 +130,7 @@ class Host:
     def close(self) -> None:
         self.unplug()
         self.run("net", "down", "--bridge")
+        kill_all(pid for pid in pids() if pid != self.pid and self.is_here(pid))
         for child in self.children:
             child.kill()
             child.communicate()
@@ -472,6 +480,46 @@ def test_what_others_put_into_the_folders_is_input(host: Host) -> None:
     ).ok()
     assert publish(host, "/one", "pf/web00").ok().lines == ["192.168.1.3"]
     assert "web00.pf.nocloud" in host.run("net", "status").ok().stdout
+
+
+@pytest.mark.long
+def test_ordinary_users_share_the_bridge(host: Host, vms: None) -> None:
+    """By the setuid helper: who is in the group kvm allots and publishes, others are served by DHCP."""
+    host.run("net", "up").ok()
+    host.shell("cp /usr/lib/qemu/qemu-bridge-helper /run/helper && chmod 4755 /run/helper").ok()
+    host.shell(f"cp {PROGRAM} /run/nocloud.py && chmod 644 /run/nocloud.py").ok()
+    kvm = host.shell("getent group kvm").stdout.split(":")[2]
+
+    def call(uid: int, *words: object) -> Result:
+        home = f"/run/u{uid}"
+        groups = ["--groups", kvm] if uid == 64001 else ["--clear-groups"]
+        variables = [f"HOME={home}", "NOCLOUD_vmBridgeHelper=/run/helper", "NOCLOUD_NOKVM=1", "NOCLOUD_vmNetwork=auto"]
+        user = ["setpriv", "--reuid", uid, "--regid", uid, *groups, "--inh-caps=-all", "env", "-i", *variables]
+        return host.at(host.pid, *user, "PATH=/usr/bin:/usr/sbin", f"--chdir={home}", *words)
+
+    for uid in (64001, 64002):
+        host.shell(f"mkdir /run/u{uid} && chown {uid}:{uid} /run/u{uid}").ok()
+        nocloud_py = ("python3", "-IS", "/run/nocloud.py")
+        call(uid, "qemu-img", "create", "-q", "-f", "qcow2", "blank.qcow2", "8M").ok()
+        words = ("--image", "blank.qcow2", "--mem", 32, "--cpu", 1, "--init", "none")
+        call(uid, *nocloud_py, "template", "blank", *words).ok()
+        done = call(uid, *nocloud_py, "instantiate", "-n", "blank", "-g", "pf", "-o", "name=web").ok()
+        assert done.stdout == "web00\n"
+        assert ("left to DHCP" in done.stderr and "kvm" in done.stderr) == (uid == 64002), done
+        conf = call(uid, "sh", "-c", "cat .local/share/nocloud/kvm/pf/default/web00/web00.conf").ok().stdout
+        assert "vmNetwork=bridge\n" in conf
+        assert ("vmAddress=192.168.1.2\n" in conf) == (uid == 64001)
+    assert host.resolve(host.pid, "web00.pf.nocloud") == "192.168.1.2"
+    host.run("net", "down").fails(1, "2 VMs")
+    modes = host.shell("stat -c '%u %G %a' /var/lib/nocloud/hosts/*").ok().stdout
+    assert modes == "64001 kvm 640\n"
+    assert "web00.pf.nocloud" in call(64001, *nocloud_py, "net", "status").ok().stdout
+    for uid in (64001, 64002):
+        call(uid, *nocloud_py, "net", "up").fails(1, "needs root; nothing was changed")
+        call(uid, *nocloud_py, "stop", "-d", "-g", "pf").ok()
+    assert host.resolve(host.pid, "web00.pf.nocloud") == ""
+    assert host.shell(register()).stdout == ""
+    host.run("net", "down").quiet()
 
 
 def test_status_tells_what_is_wrong(host: Host) -> None:
