@@ -2864,8 +2864,15 @@ class HostFiles:
     MOST_BYTES = 4096  # of a file: two lines
 
     def __init__(self, folder: str, tree: str = "") -> None:
-        """`tree`: the folders are shared; which tree this is."""
+        """`tree`: the folders are shared; the path of this tree."""
         self.folder, self.tree = folder, tree
+
+    def mark(self) -> str:
+        """The comment that says which tree a file is of: not by its path, which tells others too much."""
+        import hashlib
+
+        name = hashlib.sha256(self.tree.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        return f"# tree {name}\n" if self.tree else ""
 
     def place(self, kind: str) -> str:
         return os.path.join(self.folder, kind)
@@ -2893,9 +2900,9 @@ class HostFiles:
     def _write_once(self, kind: str, uuid: str, line: str) -> None:
         """Through a name with a leading dot, which dnsmasq passes over."""
         path = os.path.join(self.place(kind), uuid)
-        text = line + "\n" + (f"# tree {self.tree}\n" if self.tree else "")
+        text = f"{line}\n{self.mark()}"
         try:
-            if read_text(path) == text:
+            if self._read(path)[1] == text:
                 return
         except FileNotFoundError:
             pass
@@ -2907,14 +2914,22 @@ class HostFiles:
         """(uuid, whose and how old, text) of each file, the oldest first."""
         found = []
         for uuid in _names(self.place(kind)):
-            path = os.path.join(self.place(kind), uuid)
             try:
-                info = os.lstat(path)
-                if uuid[0] != "." and stat.S_ISREG(info.st_mode) and info.st_size <= self.MOST_BYTES:
-                    found.append((uuid, info, read_text(path)))
-            except (FileNotFoundError, PermissionError):
-                continue
+                if uuid[0] != ".":
+                    found.append((uuid, *self._read(os.path.join(self.place(kind), uuid))))
+            except OSError:
+                continue  # gone meanwhile, or none of ours
         return sorted(found, key=lambda each: (each[1].st_mtime_ns, each[0]))
+
+    def _read(self, path: str) -> tuple[os.stat_result, str]:
+        """(whose and how old, text); a link, a pipe and what isn't small count for nothing.  Raises OSError."""
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            info = os.fstat(fd)
+            small = stat.S_ISREG(info.st_mode) and info.st_size <= self.MOST_BYTES
+            return info, os.read(fd, self.MOST_BYTES).decode("utf-8", "surrogateescape") if small else ""
+        finally:
+            os.close(fd)
 
     def _hosts(self) -> list[tuple[str, os.stat_result, list[str]]]:
         """(uuid, whose and how old, address and names) of each VM that has names, the oldest first."""
@@ -2922,8 +2937,7 @@ class HostFiles:
 
     def strangers(self, known: set[str]) -> list[str]:
         """The UUIDs that have files here though no such VM is known: its folder was removed by hand."""
-        mark = f"# tree {self.tree}\n" if self.tree else ""
-        files = self._files("dhcp")
+        mark, files = self.mark(), self._files("dhcp")
         return [uuid for uuid, info, text in files if uuid not in known and mark in text and self._is_mine(info)]
 
     def _is_mine(self, info: os.stat_result) -> bool:
@@ -3474,7 +3488,7 @@ def free_subnet(taken: Sequence[tuple[int, int]]) -> str:
     for widest in (1, 9, 17):
         narrow = [(network, length) for network, length in taken if length >= widest]
         for number in range(0x0A5800, 0x0A8000):
-            if all((number << 8 ^ network) >> (32 - min(24, length)) for network, length in narrow):
+            if not any(overlap(number << 8, 24, network, length) for network, length in narrow):
                 return f"10.{number >> 8 & 255}.{number & 255}"
     raise Error(
         "no subnet is free between 10.88.0.0 and 10.127.255.0: this host has routes to all of them", "vmNetwork=bridge"
@@ -4240,7 +4254,7 @@ class HostBridge(Network):
     def __init__(self, config: Config, tree: Tree | None = None) -> None:
         self.config = config
         self.interface = config["bridgeInterface"]
-        self.hosts = HostFiles(STATE_FOLDER, tree_mark(tree.base) if tree else "?")
+        self.hosts = HostFiles(STATE_FOLDER, tree.base if tree else "?")
         self._publishes: bool | None = None
 
     # addresses and names
@@ -4392,9 +4406,9 @@ class HostBridge(Network):
         leased = {mac: (address, name, until) for mac, address, name, until in self.lease_lines()}
         for name, mac, address in self.hosts.members():
             has = leased.pop(mac, ("", "", 0))
-            yield f"{name} {mac} {address} " + (lease_text(has[2]) if has[0] == address else "no lease")
+            yield printable(f"{name} {mac} {address} " + (lease_text(has[2]) if has[0] == address else "no lease"))
         for mac, (address, name, until) in leased.items():
-            yield f"{name} {mac} {address} {lease_text(until)}"
+            yield printable(f"{name} {mac} {address} {lease_text(until)}")
         reason = self.missing()
         for wrong in (*bridge_faults(settings, ours), *([f"you can't put VMs on it: {reason}"] if reason else ())):
             yield f"wrong: {wrong}"
@@ -4419,13 +4433,6 @@ class HostBridge(Network):
 
 LEASE_FILES = (LEASES, "/var/lib/misc/dnsmasq.leases", "/var/lib/dnsmasq/dnsmasq.leases")
 HELPER_LISTS = ("/etc/qemu/bridge.conf", "/etc/qemu-kvm/bridge.conf")  # the second one in RHEL and its kin
-
-
-def tree_mark(base: str) -> str:
-    """Which tree a file is of that users of the host share: not its path, which tells others too much."""
-    import hashlib
-
-    return hashlib.sha256(base.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def lease_text(until: int) -> str:
