@@ -494,8 +494,8 @@ def test_ordinary_users_share_the_bridge(host: Host, vms: None) -> None:
         home = f"/run/u{uid}"
         groups = ["--groups", kvm] if uid == 64001 else ["--clear-groups"]
         variables = [f"HOME={home}", "NOCLOUD_vmBridgeHelper=/run/helper", "NOCLOUD_NOKVM=1", "NOCLOUD_vmNetwork=auto"]
-        user = ["setpriv", "--reuid", uid, "--regid", uid, *groups, "--inh-caps=-all", "env", "-i", *variables]
-        return host.at(host.pid, *user, "PATH=/usr/bin:/usr/sbin", f"--chdir={home}", *words)
+        user = ["setpriv", "--reuid", uid, "--regid", uid, *groups, "--inh-caps=-all", "env", "-i", f"--chdir={home}"]
+        return host.at(host.pid, *user, *variables, "PATH=/usr/bin:/usr/sbin", *words)
 
     for uid in (64001, 64002):
         host.shell(f"mkdir /run/u{uid} && chown {uid}:{uid} /run/u{uid}").ok()
