@@ -13,7 +13,7 @@ FOR_VMS := qemu-system-x86 qemu-utils dnsmasq-base iproute2 openssh-client util-
 FOR_TEMPLATES := mmdebstrap e2fsprogs uidmap debian-archive-keyring?
 FOR_TESTS := fdisk iptables mtools syslinux isolinux syslinux-common xorriso zip unzip zsh fish mandoc man-db groff-base linux-image-cloud-amd64! busybox-static! dropbear-bin!
 FOR_BENCH := curl xz-utils
-SOURCES := nocloud.py build.sh pyproject.toml $(shell find etc -type f)
+SOURCES := nocloud.py build.sh pyproject.toml $(shell find etc systemd -type f)
 
 # Where `make install` installs. DESTDIR is for packaging: only the files, below that folder; the host stays as it is.
 PREFIX ?= /usr/local

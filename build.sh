@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes nocloud.pyz (or $1) from nocloud.py and etc/: one file that runs wherever there is Python 3.9.
+# Makes nocloud.pyz (or $1) from nocloud.py, etc/ and systemd/: one file that runs wherever there is Python 3.9.
 # The same sources give the same bytes, whoever builds them, where, when and with which Python.
 #
 # shiv gathers the archive, and what it adds for the start is then replaced by the text at the end of this
@@ -45,7 +45,7 @@ fi
 
 mkdir "$tmp/files"
 cp "$here/nocloud.py" "$tmp/files/"
-cp -RL "$here/etc" "$tmp/files/"
+cp -RL "$here/etc" "$here/systemd" "$tmp/files/"
 cat >"$tmp/main.py" <<'END'
 """Runs the nocloud.py of this archive and keeps its bytecode: compiling takes longer than most commands."""
 

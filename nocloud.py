@@ -856,14 +856,14 @@ def program_path() -> str:
     return os.path.realpath(archive or __file__)
 
 
-def packaged(name: str) -> str:
-    """The text of a file of `etc/` as it came with the program: beside it in a checkout, inside it in a zipapp.
+def packaged(name: str, place: str = "etc") -> str:
+    """The text of a file of `etc/` (or `systemd/`) as it came with the program: beside it, in the zipapp inside it.
 
     '' where there is none: nocloud.py copied alone works too.
     """
     try:
         folder = os.path.dirname(os.path.realpath(__file__))
-        data: bytes = globals()["__loader__"].get_data(os.path.join(folder, "etc", name))
+        data: bytes = globals()["__loader__"].get_data(os.path.join(folder, place, name))
     except OSError:
         return ""
     return data.decode()
@@ -3642,23 +3642,31 @@ def overlapping(settings: BridgeSettings) -> str:
     return next(found, "")
 
 
+def choose_bridge_subnet(config: Config) -> tuple[str, str]:
+    """(a subnet that nothing on this host overlaps, why it isn't the configured one or '')."""
+    settings = BridgeSettings(config)
+    clash = overlapping(settings)
+    if not clash:
+        return config["bridgeSubnet"], ""
+    taken = list(networks_in_use(settings.interface))
+    for number in (*range(200, 255), *range(2, 200)):  # homes and offices have the low ones
+        network = ipv4_number(f"192.168.{number}.0")
+        if not any(overlap(network, 24, other, length) for _, other, length in taken):
+            return f"192.168.{number}", clash
+    raise Error("no subnet is free in 192.168.0.0/16", "set bridgeSubnet to one of 10.0.0.0/8 in etc/nocloud_net.conf")
+
+
 def free_bridge_subnet(config: Config, path: str) -> str:
     """Make the settings file `path` name a subnet that nothing on this host overlaps; what was chosen, for the user.
 
     The one that is configured stays where it is free.  Only the line bridgeSubnet is written.
     """
-    settings = BridgeSettings(config)
-    taken = list(networks_in_use(settings.interface))
-    clash = overlapping(settings)
+    net = BridgeSettings(config).net
+    subnet, clash = choose_bridge_subnet(config)
     if not clash:
-        return f"the bridge's network is {settings.net}"
-    for number in (*range(200, 255), *range(2, 200)):  # homes and offices have the low ones
-        subnet = f"192.168.{number}"
-        network = ipv4_number(f"{subnet}.0")
-        if not any(overlap(network, 24, other, length) for _, other, length in taken):
-            write_subnet(path, subnet)
-            return f"the bridge's network is {subnet}.0/24, not {settings.net}: {clash} (written to {path})"
-    raise Error("no subnet is free in 192.168.0.0/16", f"set bridgeSubnet in {path} to one of 10.0.0.0/8")
+        return f"the bridge's network is {net}"
+    write_subnet(path, subnet)
+    return f"the bridge's network is {subnet}.0/24, not {net}: {clash} (written to {path})"
 
 
 def write_subnet(path: str, subnet: str) -> None:
@@ -9100,28 +9108,388 @@ class Installation:
         is_conf = os.path.dirname(path) == f"{self.prefix}/etc" and path.endswith(".conf")
         return is_conf and self.fingerprint(path) not in ("", *prints)
 
+    def was_changed(self, each: Placed) -> bool:
+        """Whether the user's own is there, and will be kept."""
+        return self.fingerprint(each.path) not in ("", each.fingerprint(), *self.files.get(each.path, ()))
+
+
+# -- the host
+
+BRIDGE_CONF = "/etc/qemu/bridge.conf"  # which bridges qemu-bridge-helper may put VMs on
+KVM_GROUP = "kvm"  # whose members run VMs on the host's bridge, with hardware acceleration
+NEEDED_PROGRAMS = ("qemu-img", "ip", "dnsmasq", "nft", "ssh", "ssh-keygen", "nsenter")
+GROUP_UNIT = "nocloud@.service"
+UNITS = (*SYSTEMD_UNITS, "nocloud-dnsmasq-reload.service", GROUP_UNIT)
+SYSUSERS = "nocloud-sysusers.conf"
+
+
+def missing_programs(config: Config) -> list[str]:
+    """What has to be there before an installation is of use, and isn't."""
+    qemu = f"qemu-system-{os.uname().machine}"
+    found = [] if find_program(qemu) or find_program("/usr/libexec/qemu-kvm") else [qemu]
+    found += [name for name in NEEDED_PROGRAMS if not find_program(name)]
+    return found if HostBridge(config).helper() else [*found, "qemu-bridge-helper"]
+
+
+def check_programs(missing: Sequence[str]) -> None:
+    """Raises MissingProgram, naming each with its package, and one command for all of them."""
+    if missing:
+        _, column = host_installer()
+        names = [f"{name} (package {package_of(name, column)})" for name in missing]
+        raise MissingProgram(f"not here yet: {', '.join(names)}; nothing was changed", install_command(missing))
+
+
+def acl_rules(text: str) -> list[tuple[str, str]]:
+    """(verb, name) of each line of a bridge.conf: allow, deny, include (qemu-bridge-helper.c)."""
+    lines = [line.split(None, 1) for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
+    return [(words[0], words[1].strip() if words[1:] else "") for words in lines]
+
+
+def with_rule(text: str, interface: str) -> str:
+    """`text` with a line that allows the bridge; all others are kept, though one may still forbid it."""
+    if ("allow", interface) in acl_rules(text):
+        return text
+    return text + ("\n" if text and not text.endswith("\n") else "") + f"allow {interface}\n"
+
+
+def without_rule(text: str, interface: str) -> str:
+    return "".join(line for line in text.splitlines(True) if line.split() != ["allow", interface])
+
+
+def acl_warnings(text: str, interface: str) -> Iterator[str]:
+    """What others' lines do: the helper heeds all of them, and one that denies wins."""
+    rules = acl_rules(text)
+    for name in ("all", interface):
+        if ("deny", name) in rules:
+            yield f"{BRIDGE_CONF}: the line `deny {name}` keeps VMs off the bridge {interface}; remove it"
+    if ("allow", "all") in rules:
+        yield f"{BRIDGE_CONF}: with the line `allow all` users may put VMs on every bridge of this host; remove it"
+
+
+def modules_for(cpuinfo: str, is_there: Callable[[str], bool]) -> list[str]:
+    """The kernel modules that VMs want, of those that this kernel has: a missing one would fail the boot's unit."""
+    flags = {flag for line in re.findall(r"^flags\s*: (.*)$", cpuinfo, re.M) for flag in line.split()}
+    wanted = [module for flag, module in (("vmx", "kvm_intel"), ("svm", "kvm_amd")) if flag in flags]
+    return [module for module in (*wanted, "vhost_net", "tun") if is_there(module)]
+
+
+def module_is_there(name: str) -> bool:
+    """Whether it can be loaded, or is part of the kernel; never in a container, which has no modprobe(8)."""
+    return bool(find_program("modprobe")) and attempt(["modprobe", "--dry-run", "--quiet", name], 30)[0] == 0
+
+
+def systemd_folder(prefix: str, name: str) -> str:
+    """Where systemd reads `system`, `sysusers.d` and their like for this PREFIX (systemd.unit(5), sysusers.d(5))."""
+    if prefix in ("/usr", "/usr/local"):
+        return f"{prefix}/lib/{'systemd/' if name in ('system', 'user') else ''}{name}"
+    return f"/etc/{'systemd/' if name in ('system', 'user') else ''}{name}"
+
+
+def planned_units(prefix: str) -> list[Placed]:
+    """The units, and who they run as."""
+    places = [(name, "system", name) for name in UNITS]
+    places += [(GROUP_UNIT, "user", GROUP_UNIT), (SYSUSERS, "sysusers.d", "nocloud.conf")]
+    return [
+        Placed(
+            f"{systemd_folder(prefix, kind)}/{name}", packaged(source, "systemd").replace("@BINDIR@", f"{prefix}/bin")
+        )
+        for source, kind, name in places
+    ]
+
+
+def running_vms() -> list[str]:
+    """The VMs that run on this host, whoever's they are: `GROUP/TYPE/NAME of USER`."""
+    import pwd
+
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            words = read_text(f"/proc/{pid}/cmdline").split("\0")
+            folder, uid = os.readlink(f"/proc/{pid}/cwd"), os.stat(f"/proc/{pid}").st_uid
+        except OSError:
+            continue  # it has ended
+        name = os.path.basename(folder)
+        if "-pidfile" in words and words[words.index("-pidfile") + 1] == f"{name}.pid":
+            try:
+                user = pwd.getpwuid(uid).pw_name
+            except KeyError:
+                user = str(uid)
+            found.append(f"{'/'.join(folder.split('/')[-3:])} of {user}")
+    return sorted(found)
+
+
+class HostSetup:
+    """What an installation changes on this host beside its own files; each part is harmless the second time.
+
+    How it was before is remembered in the installation's record, so that `undo` brings that back and no more.
+    """
+
+    def __init__(self, installation: Installation, config: Config) -> None:
+        self.installation, self.config = installation, config
+        self.interface = config["bridgeInterface"]
+
+    def _done_before(self, key: str, default: Any) -> Any:
+        return self.installation.host.get(key, default)
+
+    def make_accounts(self) -> None:
+        """The group kvm and the user that dnsmasq runs as; systemd-sysusers(8) has the list in a file of ours."""
+        import grp
+        import pwd
+
+        users = {each.pw_name for each in pwd.getpwall()}
+        groups = {each.gr_name for each in grp.getgrall()}
+        new_users = sorted({DNSMASQ_USERS[0]} - users | set(self._done_before("users", ())))
+        new_groups = sorted({KVM_GROUP} - groups | set(self._done_before("groups", ())))
+        self.installation.remember(users=new_users, groups=new_groups)
+        if find_program("systemd-sysusers"):
+            run(["systemd-sysusers", f"{systemd_folder(self.installation.prefix, 'sysusers.d')}/nocloud.conf"])
+        elif KVM_GROUP not in groups:
+            run(["groupadd", "--system", KVM_GROUP])
+
+    def remove_accounts(self) -> None:
+        for program, names in (("userdel", "users"), ("groupdel", "groups")):
+            for name in self._done_before(names, ()):
+                status, said = attempt([program, name], 30)
+                if status and "does not exist" not in said:
+                    report.warn(f"{program} {name}: {last_line(said)}")
+
+    # qemu's bridge helper
+
+    def allow_helper(self) -> str:
+        """Let members of kvm use it, where it is nobody's yet; what was done."""
+        import grp
+
+        path = os.path.realpath(HostBridge(self.config).helper())
+        info = os.stat(path)
+        if info.st_mode & stat.S_ISUID:
+            return ""
+        override = find_program("dpkg-statoverride")
+        if override and attempt([override, "--list", path], 30)[0] == 0:
+            report.warn(
+                f"{path}: dpkg-statoverride has another's entry for it, which is kept; only root has VMs on the bridge"
+            )
+            return ""
+        before = {"path": path, "mode": stat.S_IMODE(info.st_mode), "group": info.st_gid, "override": bool(override)}
+        self.installation.remember(helper=before)
+        if override:
+            run([override, "--update", "--add", "root", KVM_GROUP, "4750", path])
+        else:
+            os.chown(path, 0, grp.getgrnam(KVM_GROUP).gr_gid)
+            os.chmod(path, 0o4750)
+        return f"{path}: members of {KVM_GROUP} may use it (root:{KVM_GROUP} 4750)"
+
+    def take_back_helper(self) -> None:
+        before = self._done_before("helper", None)
+        if not before:
+            return
+        path = before["path"]
+        if before["override"]:
+            attempt(["dpkg-statoverride", "--remove", path], 30)
+        if os.path.exists(path) and stat.S_IMODE(os.stat(path).st_mode) == 0o4750:
+            os.chown(path, 0, before["group"])
+            os.chmod(path, before["mode"])
+
+    def allow_bridge(self) -> str:
+        """Have the helper put VMs on our bridge; what was done."""
+        text = read_text(BRIDGE_CONF) if os.path.exists(BRIDGE_CONF) else None
+        for warning in acl_warnings(text or "", self.interface):
+            report.warn(warning)
+        new = with_rule(text or "", self.interface)
+        if new == text:
+            return ""
+        allowed = dict.fromkeys([*self._done_before("allowed", ()), self.interface])
+        made = self._done_before("made", []) + ([BRIDGE_CONF] if text is None else [])
+        folder = os.path.dirname(BRIDGE_CONF)
+        if not os.path.isdir(folder):
+            made.append(folder)
+        self.installation.remember(allowed=list(allowed), made=made)
+        os.makedirs(folder, 0o755, exist_ok=True)
+        rewrite(BRIDGE_CONF, new)
+        return f"{BRIDGE_CONF}: allow {self.interface}"
+
+    def forbid_bridge(self) -> None:
+        if os.path.exists(BRIDGE_CONF):
+            old = new = read_text(BRIDGE_CONF)
+            for interface in self._done_before("allowed", ()):
+                new = without_rule(new, interface)
+            if new != old:
+                rewrite(BRIDGE_CONF, new)
+            if not new and BRIDGE_CONF in self._done_before("made", ()):
+                remove_file(BRIDGE_CONF)
+        if os.path.dirname(BRIDGE_CONF) in self._done_before("made", ()):
+            remove_empty(os.path.dirname(BRIDGE_CONF))
+
+    # modules, units
+
+    def load_modules(self, modules: Sequence[str]) -> str:
+        loaded = []
+        for module in modules:
+            status, said = attempt(["modprobe", module], 60)
+            if status:
+                report.warn(f"modprobe {module}: {last_line(said)}")
+            else:
+                loaded.append(module)
+        return f"kernel modules, now and at each boot: {', '.join(loaded)}" if loaded else ""
+
+    def start_units(self) -> str:
+        if not os.path.isdir("/run/systemd/system"):
+            return "no systemd runs here, so nothing starts with the host: nocloud net up sets the bridge up"
+        run(["systemctl", "daemon-reload"])
+        run(["systemctl", "enable", *SYSTEMD_UNITS])
+        bridge_up(self.config)
+        return f"{', '.join(SYSTEMD_UNITS)}: run, now and from each boot on"
+
+    def stop_units(self) -> None:
+        if os.path.isdir("/run/systemd/system"):
+            attempt(["systemctl", "disable", *SYSTEMD_UNITS, *group_units("enabled")], 60)
+        if bridge_is_ours(self.interface):
+            bridge_down(self.config)
+
+    def forget_units(self) -> None:
+        if os.path.isdir("/run/systemd/system"):
+            attempt(["systemctl", "daemon-reload"], 60)
+
+    def membership(self) -> str:
+        """What who called sudo has to do to have VMs on the bridge, or ''."""
+        import grp
+        import pwd
+
+        user, helper = os.environ.get("SUDO_USER", "root"), os.stat(HostBridge(self.config).helper())
+        if user == "root" or helper.st_mode & stat.S_IXOTH:
+            return ""
+        group = grp.getgrgid(helper.st_gid)
+        if user in group.gr_mem or pwd.getpwnam(user).pw_gid == group.gr_gid:
+            return ""
+        return f"for VMs on the bridge {user} has to be in the group {group.gr_name}: " + (
+            f"sudo usermod -aG {group.gr_name} {user}, and log in again"
+        )
+
+    def remove_state(self) -> None:
+        """The leases, the published names, and what `up` keeps while it is up."""
+        for folder in (STATE_FOLDER, RUN_FOLDER):
+            remove_tree(folder)
+
+
+def rewrite(path: str, text: str) -> None:
+    """Change a file of the host's, keeping its owner and mode, and through a symlink."""
+    path = os.path.realpath(path)
+    info = os.stat(path) if os.path.exists(path) else None
+    write_file(path, text, stat.S_IMODE(info.st_mode) if info else 0o644)
+    if info:
+        os.chown(path, info.st_uid, info.st_gid)
+
+
+def group_units(state: str) -> list[str]:
+    """The nocloud@GROUP units that are `active` or `enabled`."""
+    verb = "list-units" if state == "active" else "list-unit-files"
+    states = "active,activating,reloading,deactivating" if state == "active" else state
+    words = ["systemctl", verb, "--plain", "--no-legend", f"--state={states}", "nocloud@*.service"]
+    status, said = attempt(words, 30)
+    names = [line.split()[0] for line in said.splitlines() if line.strip()] if status == 0 else []
+    return [name for name in names if name != GROUP_UNIT]
+
+
+# -- all of it
+
+
+def installed_config(installation: Installation) -> Config:
+    """The settings that the host's bridge goes by: the installation's, then those of /etc."""
+    config = Config()
+    for path in (installation.real(f"{installation.prefix}/etc/{INSTALLED_CONFS[0]}"), "/etc/nocloud.conf"):
+        if os.path.isfile(path):
+            config.read(path)
+    return config
+
+
+def settle_subnet(installation: Installation, files: Sequence[Placed]) -> str:
+    """Have the settings that are going to be installed name a subnet that is free on this host; what was chosen.
+
+    It stays what it is while the bridge is up, and where the user has changed the file.  Raises WrongState then.
+    """
+    settings = next(each for each in files if os.path.basename(each.path) == INSTALLED_CONFS[0])
+    config = installed_config(installation)
+    is_up = bridge_is_ours(config["bridgeInterface"])
+    if installation.was_changed(settings):
+        if not is_up:
+            BridgeSetup(config).check()
+        return ""
+    subnet, why = config["bridgeSubnet"], ""
+    if not is_up:
+        subnet, why = choose_bridge_subnet(config)
+    if subnet != Config()["bridgeSubnet"]:
+        settings.content = update_assignments(settings.content.decode(), {"bridgeSubnet": subnet}).encode()
+    return f"the bridge's network is {subnet}.0/24" + (
+        f", since {why} (bridgeSubnet in {settings.path})" if why else ""
+    )
+
+
+def planned_modules(prefix: str) -> tuple[list[str], list[Placed]]:
+    """The kernel modules, and the file that has systemd load them at boot; none where there are none."""
+    modules = modules_for(read_text("/proc/cpuinfo"), module_is_there)
+    text = "".join(f"{module}\n" for module in ("# of nocloud: what its VMs want", *modules))
+    place = f"{systemd_folder(prefix, 'modules-load.d')}/nocloud.conf"
+    return modules, [Placed(place, text)] if modules else []
+
 
 def install(installation: Installation, files: Sequence[Placed], only_look: bool) -> None:
-    """Put it there, and say what was done."""
+    """Put it there, set the host up for it, and say what was done."""
+    if installation.root:
+        installation.check(files)
+        said = [] if only_look else installation.place(files)
+    else:
+        said = install_on_host(installation, files, only_look)
+    if not only_look:
+        report.say(f"nocloud {__version__} is in {installation.real(installation.prefix)}")
+        for line in filter(None, said):
+            report.say(line)
+
+
+def install_on_host(installation: Installation, files: Sequence[Placed], only_look: bool) -> list[str]:
+    """All that can be in the way is looked at before the first change; what was done."""
+    check_programs(missing_programs(installed_config(installation)))
+    modules, modules_files = planned_modules(installation.prefix)
+    files = [*files, *modules_files]
     installation.check(files)
+    subnet = settle_subnet(installation, files)
     if only_look:
-        return
+        return []
     said = installation.place(files)
-    report.say(f"nocloud {__version__} is in {installation.real(installation.prefix)}")
-    for line in said:
-        report.say(line)
+    setup = HostSetup(installation, installed_config(installation))
+    setup.make_accounts()
+    said += [setup.allow_helper(), setup.allow_bridge(), setup.load_modules(modules), subnet, setup.start_units()]
+    return [*said, setup.membership()]
 
 
 def undo_installation(installation: Installation) -> None:
-    """Take it away, and say what stays.  Twice is harmless."""
+    """Take it away, and say what stays.  Twice is harmless.  Raises WrongState where VMs run."""
     place = installation.real(installation.prefix)
     if not installation.exists:
         report.say(f"nothing is installed in {place}")
         return
+    if not installation.root:
+        check_nothing_runs()
+        setup = HostSetup(installation, installed_config(installation))
+        setup.stop_units()
+        setup.forbid_bridge()
+        setup.take_back_helper()
+        setup.remove_state()
+        setup.remove_accounts()
     kept = installation.take_away()
+    if not installation.root:
+        setup.forget_units()
     report.say(f"nocloud is no longer in {place}")
     for path in kept:
         report.say(f"kept: {path}, which was changed")
+
+
+def check_nothing_runs() -> None:
+    """Raise WrongState, naming them, where VMs or groups run, whoever's they are."""
+    units = group_units("active")
+    running = running_vms()
+    if units or running:
+        names = ", ".join([*units, *running[:20]]) + (f" and {len(running) - 20} more" if running[20:] else "")
+        stop = f"systemctl stop {' '.join(units)}" if units else "vmstop -g GROUP stops a group and keeps it"
+        raise WrongState(f"VMs are running: {names}; nothing was changed", stop)
 
 
 # Commands ############################################################################################
@@ -9949,7 +10317,7 @@ def files_to_install(prefix: str) -> list[Placed]:
     names = sorted({each.alias for each in COMMANDS.values() if each.alias})
     with open(program_path(), "rb") as file:
         program = file.read()
-    return planned_files(prefix, program, names, {}, {})
+    return [*planned_files(prefix, program, names, {}, {}), *planned_units(prefix)]
 
 
 @command("configure", operands="VM...", hidden=True)

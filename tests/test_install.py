@@ -19,8 +19,8 @@ from test_zipapp import as_nobody, builder, needs_root
 import nocloud
 
 COMMANDS = {
-    "vm", "vmconsole", "vmcreate", "vminstantiate", "vminventory", "vmmanage", "vmrun", "vmrunning", "vmssh", "vmstop",
-    "vmtemplate",
+    "nocloud-bridge", "vm", "vmconsole", "vmcreate", "vminstantiate", "vminventory", "vmmanage", "vmrun", "vmrunning",
+    "vmssh", "vmstop", "vmtemplate",
 }  # fmt: skip
 NET_CONF, CATALOGUE = "etc/nocloud_net.conf", "etc/nocloud_templates.conf"
 
@@ -70,6 +70,12 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "root"
 
 
+SYSTEM_UNITS = {
+    "nocloud-bridge.service", "nocloud-dnsmasq.service", "nocloud-dnsmasq-reload.path",
+    "nocloud-dnsmasq-reload.service", "nocloud@.service",
+}  # fmt: skip
+
+
 def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")} if folder.exists() else set()
 
@@ -85,6 +91,13 @@ def test_what_is_installed(built: Checkout, root: Path) -> None:
     assert (prefix / "bin/nocloud").read_bytes() == (built.folder / "nocloud.pyz").read_bytes()
     for name in (NET_CONF, CATALOGUE):
         assert (prefix / name).read_bytes() == (built.folder / name).read_bytes()
+    units = prefix / "lib/systemd"
+    assert {path.name for path in (units / "system").iterdir()} == SYSTEM_UNITS
+    assert {path.name for path in (units / "user").iterdir()} == {"nocloud@.service"}
+    assert "\nExecStart=/usr/local/bin/nocloud run -r %i\n" in (units / "user/nocloud@.service").read_text()
+    assert not [path for path in units.rglob("*.*") if "@BINDIR@" in path.read_text()]
+    assert "nocloud-dnsmasq" in (prefix / "lib/sysusers.d/nocloud.conf").read_text()
+    assert {path.name for path in (ROOT / "systemd").iterdir()} == {*SYSTEM_UNITS, "nocloud-sysusers.conf"}
     assert set(json.loads((prefix / nocloud.INSTALL_RECORD).read_text())["files"]) == {
         f"/{path}" for path in files(root) if not (root / path).is_dir() and not path.endswith("installed.json")
     }
@@ -93,6 +106,7 @@ def test_what_is_installed(built: Checkout, root: Path) -> None:
 def test_the_commands_run_with_the_settings_of_the_installation(built: Checkout, root: Path, tmp_path: Path) -> None:
     built.make("install", f"DESTDIR={root}", "PREFIX=/opt/nocloud").ok()
     prefix = root / "opt/nocloud"
+    assert {path.name for path in (root / "etc/systemd/system").iterdir()} == SYSTEM_UNITS
     for name in ("nocloud", *COMMANDS):
         assert os.readlink(prefix / "bin" / name) == "nocloud" if name in COMMANDS else True
         shown = subprocess.run([prefix / "bin" / name, "-v"], capture_output=True, text=True, check=False)

@@ -56,7 +56,8 @@ def copy_sources(tree: Path) -> Path:
     tree.mkdir(parents=True)
     for name in ("build.sh", "pyproject.toml", "nocloud.py"):
         shutil.copy(ROOT / name, tree)
-    shutil.copytree(ROOT / "etc", tree / "etc")
+    for name in ("etc", "systemd"):
+        shutil.copytree(ROOT / name, tree / name)
     return tree
 
 
@@ -99,7 +100,7 @@ def pythons() -> list[str]:
 def test_archive_is_readable_and_complete(pyz: Path) -> None:
     names = run(sys.executable, "-m", "zipfile", "-l", pyz).stdout
     assert {"nocloud.py", "__main__.py"} <= set(names.split())
-    for file in filter(Path.is_file, (ROOT / "etc").rglob("*")):
+    for file in filter(Path.is_file, [*(ROOT / "etc").rglob("*"), *(ROOT / "systemd").rglob("*")]):
         assert str(file.relative_to(ROOT)) in names
     assert pyz.read_bytes().startswith(b"#!/usr/bin/env -S python3 -IS\n")
     assert stat.S_IMODE(pyz.stat().st_mode) == 0o755
