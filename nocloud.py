@@ -9202,19 +9202,16 @@ def running_vms() -> list[str]:
     import pwd
 
     found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
+    for process in (QemuProcess(int(name)) for name in os.listdir("/proc") if name.isdigit()):
+        if not process.is_ours:
+            continue
         try:
-            words = read_text(f"/proc/{pid}/cmdline").split("\0")
-            folder, uid = os.readlink(f"/proc/{pid}/cwd"), os.stat(f"/proc/{pid}").st_uid
-        except OSError:
+            user = pwd.getpwuid(os.stat(f"/proc/{process.pid}").st_uid).pw_name
+        except KeyError:
+            user = "another user"
+        except FileNotFoundError:
             continue  # it has ended
-        name = os.path.basename(folder)
-        if "-pidfile" in words and words[words.index("-pidfile") + 1] == f"{name}.pid":
-            try:
-                user = pwd.getpwuid(uid).pw_name
-            except KeyError:
-                user = str(uid)
-            found.append(f"{'/'.join(folder.split('/')[-3:])} of {user}")
+        found.append(f"{'/'.join(process.folder.split('/')[-3:])} of {user}")
     return sorted(found)
 
 
@@ -10285,41 +10282,6 @@ def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> int
     return EXIT_DONE
 
 
-@command(
-    "setup",
-    Option("--prefix", metavar="FOLDER", help="where to; by default where this program is installed, else /usr/local"),
-    Option("--destdir", metavar="FOLDER", help="for packaging: only the files, and all of them below this folder"),
-    Option("--check", help="only look whether it could be done"),
-    Option("--undo", help="take away what was installed"),
-    hidden=True,
-)
-def cmd_setup(config: Config, args: argparse.Namespace, words: list[str]) -> int:
-    """install this program on the host, as `make install` does"""
-    no_more(words)
-    exclusive(args, "check", "undo")
-    root = os.path.abspath(args.destdir) if args.destdir else ""
-    if not root and os.geteuid() != 0:
-        raise Error(
-            "this changes the host, so it needs root; nothing was changed",
-            "with sudo, or, for the files alone, DESTDIR=FOLDER",
-        )
-    installation = Installation(args.prefix or own_prefix(), root)
-    with FolderLock(existing_parent(installation.real(installation.prefix))):
-        if args.undo:
-            undo_installation(installation)
-        else:
-            install(installation, files_to_install(installation.prefix), args.check)
-    return EXIT_DONE
-
-
-def files_to_install(prefix: str) -> list[Placed]:
-    """This program, its names, and what comes with it."""
-    names = sorted({each.alias for each in COMMANDS.values() if each.alias})
-    with open(program_path(), "rb") as file:
-        program = file.read()
-    return [*planned_files(prefix, program, names, {}, {}), *planned_units(prefix)]
-
-
 @command("configure", operands="VM...", hidden=True)
 def cmd_configure(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """do over ssh what can only be done there, for VMs that have just been started"""
@@ -11094,6 +11056,41 @@ def cmd_man(config: Config, args: argparse.Namespace, words: list[str]) -> int:
         raise UsageError(f"{words[0]}: no such command", "nocloud -h lists them")
     report.data(manual_of(names[words[0]]) if words else manual())
     return EXIT_DONE
+
+
+@command(
+    "setup",
+    Option("--prefix", metavar="FOLDER", help="where to; by default where this program is installed, else /usr/local"),
+    Option("--destdir", metavar="FOLDER", help="for packaging: only the files, and all of them below this folder"),
+    Option("--check", help="only look whether it could be done"),
+    Option("--undo", help="take away what was installed"),
+    hidden=True,
+)
+def cmd_setup(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """install this program on the host, as `make install` does"""
+    no_more(words)
+    exclusive(args, "check", "undo")
+    root = os.path.abspath(args.destdir) if args.destdir else ""
+    if not root and os.geteuid() != 0:
+        raise Error(
+            "this changes the host, so it needs root; nothing was changed",
+            "with sudo, or, for the files alone, DESTDIR=FOLDER",
+        )
+    installation = Installation(args.prefix or own_prefix(), root)
+    with FolderLock(existing_parent(installation.real(installation.prefix))):
+        if args.undo:
+            undo_installation(installation)
+        else:
+            install(installation, files_to_install(installation.prefix), args.check)
+    return EXIT_DONE
+
+
+def files_to_install(prefix: str) -> list[Placed]:
+    """This program, its names, and what comes with it."""
+    names = sorted({each.alias for each in COMMANDS.values() if each.alias})
+    with open(program_path(), "rb") as file:
+        program = file.read()
+    return [*planned_files(prefix, program, names, documents(), document_links()), *planned_units(prefix)]
 
 
 # Dispatch ############################################################################################

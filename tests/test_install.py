@@ -91,6 +91,11 @@ def test_what_is_installed(built: Checkout, root: Path) -> None:
     assert (prefix / "bin/nocloud").read_bytes() == (built.folder / "nocloud.pyz").read_bytes()
     for name in (NET_CONF, CATALOGUE):
         assert (prefix / name).read_bytes() == (built.folder / name).read_bytes()
+    named = {"man/man1": ".1", "bash-completion/completions": "", "fish/vendor_completions.d": ".fish"}
+    for folder, end in [(prefix / "share" / name, end) for name, end in named.items()]:
+        assert {path.name for path in folder.iterdir()} == {f"{name}{end}" for name in ("nocloud", *COMMANDS)}
+        assert all(path.resolve().name == f"nocloud{end}" for path in folder.iterdir())
+    assert (prefix / "share/zsh/site-functions/_nocloud").read_text().startswith("#compdef nocloud ")
     units = prefix / "lib/systemd"
     assert {path.name for path in (units / "system").iterdir()} == SYSTEM_UNITS
     assert {path.name for path in (units / "user").iterdir()} == {"nocloud@.service"}

@@ -316,6 +316,7 @@ def test_it_is_refused_while_vms_run(host: Host) -> None:
     host.make("install").ok()
     installed = host.changes()
     vm = "setpriv --reuid=daemon --clear-groups qemu-system-x86_64 -nodefaults -display none -S -pidfile web00.pid"
+    vm += " -chardev socket,id=qmp,path=qmp.sock,server=on,wait=off"
     host.run(f"install -d -o daemon /run/pf/web/web00; cd /run/pf/web/web00; {vm} >/dev/null 2>&1 &").ok()
     eventually(lambda: host.file("/run/pf/web/web00/web00.pid").exists(), "qemu runs", 20)
     done = host.make("uninstall")
