@@ -444,7 +444,8 @@ def main():
 def stand_in(pyz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert pyz.exists()  # so that shiv is there
     tree = tmp_path_factory.mktemp("stand-in") / "tree"
-    (tree / "etc").mkdir(parents=True)
+    for name in ("etc", "systemd"):
+        (tree / name).mkdir(parents=True)
     for name in ("build.sh", "pyproject.toml"):
         shutil.copy(ROOT / name, tree)
     (tree / "nocloud.py").write_text(STAND_IN)
