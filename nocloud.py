@@ -1041,6 +1041,11 @@ class VM:
         return self.file("seed")
 
     @property
+    def user_data_file(self) -> str:
+        """What the user adds to the seed, as it was when the VM was made (0600)."""
+        return self.file("user-data")
+
+    @property
     def host_key(self) -> str:
         """The guest's ssh host key, made on the host (0600), its public half beside it."""
         return self.file("ssh_host_ed25519_key")
@@ -1905,9 +1910,14 @@ def disk_format(path: str) -> str:
         return "qcow2" if file.read(4) == b"QFI\xfb" else "raw"
 
 
-def create_overlay(disk: str, backing: str, format: str = "qcow2") -> None:
-    """A qcow2 overlay: `backing`, of this format, is relative to its folder; about 200 KB until the guest writes."""
-    run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", format, "-b", backing, os.path.abspath(disk)])
+def create_overlay(disk: str, backing: str, format: str = "qcow2", gigabytes: int = 0) -> None:
+    """A qcow2 overlay, about 200 KB until the guest writes.
+
+    `backing`, of this format, is relative to the overlay's folder; `gigabytes` is the overlay's size, by default that
+    of the backing file.
+    """
+    size = [f"{gigabytes}G"] if gigabytes else []
+    run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", format, "-b", backing, os.path.abspath(disk), *size])
 
 
 def create_disk(disk: str, gigabytes: int) -> None:
@@ -4631,8 +4641,45 @@ def takes_seed(vm: VM) -> bool:
     return vm.conf.get("vmInit") == "cloud-init"
 
 
-def seed_files(vm: VM, keys: Sequence[str]) -> dict[str, str]:
-    """The files of the seed, by name (cloud-init, reference/datasources/nocloud).
+# How user-data begins that cloud-init knows (its explanation/format); a MIME message is known by its header.
+USER_DATA_STARTS = ("#!", "#cloud-config", "#include", "#cloud-boothook", "#part-handler", "## template: jinja")
+
+
+def read_user_data(path: str) -> bytes:
+    """A file of the user's own additions, at most 1 MB.  Raises UsageError where cloud-init would pass over it."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MIB + 1)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}", "user-data=FILE is what cloud-init is given besides") from None
+    if len(data) > MIB:
+        raise UsageError(f"{path}: more than 1 MB", "let the guest fetch the rest: #include, or a script")
+    if not is_mime(data) and not data.lstrip().lower().startswith(tuple(start.encode() for start in USER_DATA_STARTS)):
+        raise UsageError(
+            f"{path}: cloud-init would not know what to do with it",
+            f"it begins with one of {', '.join(USER_DATA_STARTS)}, or is a MIME message",
+        )
+    return data
+
+
+def is_mime(user_data: bytes) -> bool:
+    """As cloud-init finds it out (cloudinit/user_data.py, convert_string)."""
+    return b"mime-version:" in user_data[:4096].lower()
+
+
+def default_user_data() -> bytes:
+    """What all clones are given that are given nothing else; b"" for none.  Guests obey it as root."""
+    path = os.path.join(config_home(), "user-data")
+    if not os.path.exists(path):
+        return b""
+    reason = untrusted(path)
+    if reason:
+        raise UsageError(f"{path} is not used: {reason}", f"chown it to you, and chmod go-w {path}")
+    return read_user_data(path)
+
+
+def seed_files(vm: VM, keys: Sequence[str], added: bytes = b"") -> dict[str, bytes]:
+    """The files of the seed, by name (cloud-init, reference/datasources/nocloud); `added` is the user's user-data.
 
     JSON is YAML, and its writer quotes whatever comes: no name and no key becomes a line of its own.  The instance is
     the VM's UUID: another one makes cloud-init begin anew, the same one leaves the guest as it is.
@@ -4640,8 +4687,41 @@ def seed_files(vm: VM, keys: Sequence[str]) -> dict[str, str]:
     return {
         "meta-data": _json({"instance-id": vm.get("vmUuid"), "local-hostname": vm.name}),
         "network-config": _json(network_config(vm.get("vmMac"))),
-        "user-data": "#cloud-config\n" + _json(cloud_config(vm, keys)),
+        "user-data": user_data(vm, keys, added),
     }
+
+
+def user_data(vm: VM, keys: Sequence[str], added: bytes) -> bytes:
+    """Our cloud-config; with the user's additions a MIME message of both, whose parts cloud-init merges in order.
+
+    A key of a later part takes the place of an earlier one's.  So the user's part comes after our defaults, and wins;
+    what vmssh stands on, login and host key, comes after the user's; and the last part's list of login keys is put at
+    the end of the user's (Merge-Type).  Were ours vendor-data, a list of keys in the user's would take its place.
+    """
+    config, start = cloud_config(vm, keys), b"#cloud-config\n"
+    if not added:
+        return start + _json(config)
+    import base64
+
+    binding: dict[str, Any] = {name: config.pop(name) for name in BINDING if name in config}
+    last = {"ssh_authorized_keys": config.pop("ssh_authorized_keys")}
+    if not is_mime(added):
+        added = b"Content-Type: text/plain\nContent-Transfer-Encoding: base64\n\n" + base64.encodebytes(added)
+    kind = b"Content-Type: text/cloud-config\n"
+    merge = b"Merge-Type: list(append)+dict(no_replace,recurse_list)+str()\n"
+    parts = [
+        kind + b"\n" + start + _json(config),
+        added.lstrip(),
+        kind + b"\n" + start + _json(binding),
+        kind + merge + b"\n" + start + _json(last),
+    ]
+    boundary = f"nocloud-{vm.get('vmUuid')}"
+    head = f'MIME-Version: 1.0\nContent-Type: multipart/mixed; boundary="{boundary}"\n'.encode()
+    line = f"\n--{boundary}".encode()
+    return head + b"".join(line + b"\n" + part for part in parts) + line + b"--\n"
+
+
+BINDING = ("disable_root", "user", "ssh_deletekeys", "ssh_keys")  # what the user's own can't replace
 
 
 def cloud_config(vm: VM, keys: Sequence[str]) -> dict[str, Any]:
@@ -4685,10 +4765,10 @@ def printable_ascii(text: str) -> str:
     return re.sub(r"[^ -~]", "?", text)
 
 
-def _json(value: Mapping[str, Any]) -> str:
+def _json(value: Mapping[str, Any]) -> bytes:
     import json
 
-    return json.dumps(value, indent=1) + "\n"
+    return json.dumps(value, indent=1).encode() + b"\n"
 
 
 def ssh_option(name: str, value: str) -> list[str]:
@@ -5936,6 +6016,38 @@ ExecStart=/usr/bin/ssh-keygen -q -t ed25519 -N "" -C "" -f /etc/ssh/ssh_host_ed2
 [Install]
 WantedBy=multi-user.target
 """,
+    "etc/systemd/system/nocloud-grow.service": """[Unit]
+Description=Let the root file system fill its disk
+DefaultDependencies=no
+Before=cloud-init-local.service sysinit.target
+
+[Service]
+Type=oneshot
+ExecStart=/bin/sh /usr/lib/nocloud/grow
+
+[Install]
+WantedBy=sysinit.target
+""",
+    # fdisk and growpart aren't in a minimal system. The table is an MBR with one entry, at byte 446, whose size in
+    # sectors is its last four bytes, little-endian. `growing` is there while the file system may be behind.
+    "usr/lib/nocloud/grow": """# Make the root partition and its file system as large as the disk, where that is larger.
+while read -r id parent device root place rest; do [ "$place" = / ] && break; done </proc/self/mountinfo
+cd -P "/sys/dev/block/$device" || exit
+disk=${PWD%/*} growing=/usr/lib/nocloud/growing
+read -r number <partition && read -r start <start && read -r size <size && read -r all <../size || exit
+set -- ../*/partition
+[ "$# $number" = "1 1" ] || exit 0
+new=$((all - start))
+[ $new -le 4294967295 ] || new=4294967295
+if [ $new -gt "$size" ]; then
+    : >$growing
+    for shift in 0 8 16 24; do
+        printf "\\\\$(printf %03o $((new >> shift & 255)))"
+    done | dd of="/dev/${disk##*/}" bs=1 seek=458 conv=notrunc,fsync status=none || exit
+    resizepart "/dev/${disk##*/}" 1 $new || exit
+fi
+[ ! -e $growing ] || { /lib/systemd/systemd-growfs / && rm $growing; }
+""",
     # Without libpam-systemd (slow logins) nothing ends ssh sessions before the network is gone, and clients would hang.
     "etc/systemd/system/nocloud-ssh-sessions.service": """[Unit]
 Description=End ssh sessions before the network goes
@@ -6996,14 +7108,18 @@ class Cloud:
 # -- what is asked for
 
 
+WISH_OPTIONS = ("mem=MB", "cpu=N", "disk=GB", "dsk=GB,GB", "name=PREFIX", "user-data=FILE", "gui")
+
+
 class Wish:
     """A set of equal clones: a line of a description file, or the command line's options."""
 
-    __slots__ = ("place", "template", "count", "type", "mem", "cpu", "disks", "prefix", "gui")
+    __slots__ = ("place", "template", "count", "type", "mem", "cpu", "disk", "disks", "user_data", "prefix", "gui")
 
     def __init__(self, place: str, template: str, count: int, type: str) -> None:
         self.place, self.template, self.count, self.type = place, template, count, type
-        self.mem = self.cpu = 0
+        self.mem = self.cpu = self.disk = 0
+        self.user_data = b""
         self.disks: list[int] = []
         self.prefix, self.gui = "", False
 
@@ -7013,7 +7129,7 @@ class Wish:
         return f"{self.place}: " if self.place else ""
 
     def set_options(self, text: str) -> None:
-        """`mem=MB;cpu=N;dsk=GB,GB;name=PREFIX;gui`, in any order.  Raises UsageError naming the place."""
+        """WISH_OPTIONS, in any order, separated by `;`.  Raises UsageError naming the place."""
         for option in text.split(";"):
             key, separator, value = option.strip().partition("=")
             key, value = key.strip(), value.strip()
@@ -7025,21 +7141,25 @@ class Wish:
             self.mem = self._number("mem", MEMORY_MB, value)
         elif key == "cpu":
             self.cpu = self._number("cpu", CPU_COUNT, value)
+        elif key == "disk":
+            self.disk = self._number("disk", DISK_GB, value)
         elif key == "dsk":
             self.disks = [self._number("dsk", DISK_GB, each.strip()) for each in value.split(",")]
             if len(self.disks) >= MAX_DISKS:
                 raise UsageError(f"{self.place}: dsk={value}: at most {MAX_DISKS - 1} extra disks")
         elif key == "name":
             self.prefix = self._name(value)
+        elif key == "user-data":
+            self.user_data = self._user_data(value)
         elif key == "gui":
             if has_value:
                 raise UsageError(f"{self.place}: gui takes no value")
             self.gui = True
         else:
-            near = nearest(key, ("mem", "cpu", "dsk", "name", "gui"))
+            near = nearest(key, (option.partition("=")[0] for option in WISH_OPTIONS))
             raise UsageError(
                 f"{self.place}: unknown option {key!r}" + (f", did you mean {near}?" if near else ""),
-                "options are mem=MB cpu=N dsk=GB,GB name=PREFIX gui, separated by ';'",
+                f"options are {' '.join(WISH_OPTIONS)}, separated by ';'",
             )
 
     def _number(self, key: str, check: Callable[[str], int], value: str) -> int:
@@ -7047,6 +7167,14 @@ class Wish:
             return check(value)
         except ValueError as error:
             raise UsageError(f"{self.place}: {key}={value}: expected {error}") from None
+
+    def _user_data(self, name: str) -> bytes:
+        """The file's content; a relative name in a description file is looked for beside that."""
+        folder = os.path.dirname(self.place.rpartition(":")[0])
+        try:
+            return read_user_data(os.path.join(folder, os.path.expanduser(name)))
+        except UsageError as error:
+            raise UsageError(f"{self.place}: user-data={error}", error.hint) from None
 
     def _name(self, prefix: str) -> str:
         """The prefix, such that prefix + number is a name."""
@@ -7092,13 +7220,15 @@ def _parse_line_of_description(line: str, place: str, default_type: str) -> Wish
 class Plan:
     """A clone to be made: which template, how much of everything."""
 
-    __slots__ = ("vm", "template", "uuid", "format", "mem", "cpu", "disks", "gui", "lock")
+    __slots__ = (
+        "vm", "template", "uuid", "format", "mem", "cpu", "disk", "disks", "user_data", "gui", "lock",
+    )  # fmt: skip
 
     def __init__(self, vm: VM, template: VM, wish: Wish, uuid: str) -> None:
         self.vm, self.template, self.uuid, self.format = vm, template, uuid, known_formats(template)[0]
         self.mem = wish.mem or int(template.get("vmMem"))
         self.cpu = wish.cpu or int(template.get("vmCpu"))
-        self.disks, self.gui = wish.disks, wish.gui
+        self.disk, self.disks, self.user_data, self.gui = wish.disk, wish.disks, wish.user_data, wish.gui
         self.lock: FolderLock | None = None
 
 
@@ -7110,8 +7240,12 @@ def check_wishes(cloud: Cloud, group: str, wishes: Sequence[Wish], force: bool) 
             template = cloud.tree.need_template(wish.template)
             check_clonable(template)
             check_collision(cloud.tree, group, wish.type)
+            check_disk_size(template, wish.disk)
             if takes_seed(template):
                 cloud.seed()
+                wish.user_data = wish.user_data or default_user_data()
+            elif wish.user_data:
+                raise UsageError(f"user-data=: {template.name} takes no seed, its vmInit is {template.get('vmInit')}")
         except Error as error:
             raise type(error)(f"{wish.where}{error}", error.hint) from None
     check_memory(cloud.tree, wishes, force)
@@ -7140,6 +7274,20 @@ def check_clonable(template: VM) -> None:
         raise Error(
             f"{template.name}: its disk is not a {known or 'qcow2 or raw'} image: {disks[0]}",
             "make it again: vmtemplate NAME --image FILE",
+        )
+
+
+def check_disk_size(template: VM, gigabytes: int) -> None:
+    """Raise UsageError where a clone's system disk would be smaller than the template's (0: as large)."""
+    if not gigabytes:
+        return
+    disk = template.disks()[0]
+    known = template.conf.get("vmDiskFormat", "").partition(",")[0]
+    size = image_info(disk, known or first_format(template, disk))["virtual-size"]
+    if gigabytes * GIB < size:
+        raise UsageError(
+            f"disk={gigabytes}: the disk of {template.name} has {size / GIB:g} GB, and a clone's is never smaller",
+            "disk=GB makes the system disk larger, dsk=GB,GB adds disks",
         )
 
 
@@ -7329,12 +7477,14 @@ class Making:
         backing = os.path.relpath(
             os.path.realpath(template.disks()[0]), os.path.realpath(os.path.dirname(vm.folder) + "/x")
         )
-        create_overlay(vm.file(system), backing, plan.format)
+        create_overlay(vm.file(system), backing, plan.format, plan.disk)
         extra = [vm.disk_name(number, extension) for number in range(1, len(plan.disks) + 1)]
         for name, size in zip(extra, plan.disks):
             create_disk(vm.file(name), size)
         if is_planted(vm):
             make_host_key(vm)
+        if plan.user_data:
+            write_file(vm.user_data_file, plan.user_data)
         final = VM(vm.base, vm.group, vm.type, vm.name)
         formats = ",".join(["qcow2"] * (1 + len(extra)))
         disks = {"vmDisk": final.relative(system), "vmExtraDisk": ",".join(map(final.relative, extra))}
@@ -7549,10 +7699,14 @@ def write_seed(cloud: Cloud, vm: VM) -> str:
         remove_tree(vm.seed_folder)
     if not takes_seed(vm) or not os.path.exists(vm.host_key):
         return ""
+    added = b""
+    if os.path.exists(vm.user_data_file):
+        with open(vm.user_data_file, "rb") as file:
+            added = file.read()
     make_private_folder(vm.seed_folder)
-    files = {os.path.join(vm.seed_folder, name): text for name, text in seed_files(vm, login_keys()).items()}
-    for path, text in files.items():
-        write_file(path, text)
+    files = {os.path.join(vm.seed_folder, name): data for name, data in seed_files(vm, login_keys(), added).items()}
+    for path, data in files.items():
+        write_file(path, data)
     folder = os.path.basename(vm.seed_folder)
     if cloud.seed() == "vvfat":
         return folder
@@ -7744,15 +7898,22 @@ def configure(wait: Wait) -> None:
         time.sleep(0.2)
 
 
-# For the guest's shell.  result.json is there once all stages of this boot have ended.  `cloud-init status` takes a
-# slow guest seconds, so it is asked only where that file names errors, or doesn't come; its exit status is 0 for done,
-# 1 for failed, 2 (since 23.4) for done with warnings.
-NOT_YET = 75
-CLOUD_INIT_SCRIPT = f"""\
+NOT_YET = 75  # as sysexits.h: try again
+
+
+def cloud_init_script(seconds: int) -> str:
+    """For the guest's shell: 0 where its cloud-init has ended well, 1 where it failed, NOT_YET where it is at work.
+
+    result.json is there once all stages of this boot have ended.  `cloud-init status` takes a slow guest seconds, so it
+    is asked only where that file names errors, or doesn't come within `seconds` (0: not then either); its exit status
+    is 0 for done, 1 for failed, 2 (since 23.4) for done with warnings.
+    """
+    return f"""\
 command -v cloud-init >/dev/null || exit 0
 cd /run/cloud-init 2>/dev/null; n=0
-until [ -e result.json ] || [ -e disabled ] || [ $n -ge 20 ]; do n=$((n+1)); sleep 1; done
+until [ -e result.json ] || [ -e disabled ] || [ $n -ge {seconds} ]; do n=$((n+1)); sleep 1; done
 [ -e disabled ] || grep -q '"errors": *\\[\\]' result.json 2>/dev/null && exit 0
+[ -e result.json ] || [ {seconds} -gt 0 ] || exit {NOT_YET}
 said=$(cloud-init status --long 2>&1); status=$?
 case $said in *"status: running"* | *"status: not "*) exit {NOT_YET};; esac
 [ $status = 1 ] || exit 0
@@ -7766,10 +7927,10 @@ exit 1
 
 def wait_cloud_init(wait: Wait) -> None:
     """Return when the guest's cloud-init has ended.  Raises Error, with its log's last lines, where that failed."""
-    vm = wait.vm
+    vm, script = wait.vm, cloud_init_script(0)
     while True:
         wait.check()
-        status, output = ssh_batch(wait.cloud, vm, CLOUD_INIT_SCRIPT, max(5.0, min(60.0, wait.left())))
+        status, output = ssh_batch(wait.cloud, vm, script, max(5.0, min(60.0, wait.left())))
         if status == 0:
             return write_file(vm.configured_file, "")
         if status == 1:
@@ -7779,7 +7940,7 @@ def wait_cloud_init(wait: Wait) -> None:
                 f"vmssh {vm.address_name} gets in; see /var/log/cloud-init-output.log there",
             )
         if status == NOT_YET:
-            wait.stage = "cloud-init"
+            wait.stage, script = "cloud-init", cloud_init_script(20)
         else:
             check_login(vm, status, output)
         time.sleep(0.2)
@@ -9742,7 +9903,7 @@ def boot_iso(cloud: Cloud, vm: VM, iso: str, keep: bool) -> int:
         help="make what a description file lists; the file's name is the group's",
         complete="file",
     ),
-    Option("-o", "--options", metavar="OPTIONS", help="mem=MB;cpu=N;dsk=GB,GB;name=PREFIX;gui"),
+    Option("-o", "--options", metavar="OPTIONS", help=";".join(WISH_OPTIONS)),
     Option(
         "-w",
         "--wait",
@@ -10910,8 +11071,8 @@ Every command has two names, vmssh and nocloud ssh. A VM is called NAME, GROUP/N
 to standard output, everything else to standard error. An error is one line, and at most one more, with a hint.
 
 A description file has a line for each set of equal VMs, TEMPLATE:COUNT[:TYPE[:OPTIONS]]. OPTIONS are parted by ';':
-mem=MB, cpu=N, dsk=GB,GB (extra disks), name=PREFIX and gui. The name of the file, without its last extension, is the
-group's name.
+mem=MB, cpu=N, disk=GB (the system disk), dsk=GB,GB (extra disks), name=PREFIX, user-data=FILE (for cloud-init) and gui.
+The name of the file, without its last extension, is the group's name.
 """
 
 MAN_CONFIGURATION = """\
@@ -10933,7 +11094,7 @@ MAN_FILES = (
     ("NAME.pid", "locked by qemu while it runs"),
     ("vmBaseDir/.net/", "the private network's state"),
     ("vmBaseDir/.known_hosts", "the host keys of the VMs"),
-    ("~/.config/nocloud/", "nocloud's ssh key; nocloud.conf; templates.conf, which adds to the catalogue"),
+    ("~/.config/nocloud/", "nocloud's ssh key; nocloud.conf; templates.conf adds to the catalogue; user-data to seeds"),
     ("~/.cache/nocloud/", "what can be made again"),
 )
 

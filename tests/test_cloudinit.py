@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import email
 import importlib
 import json
 import re
 import stat
 import string
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from email.message import Message
+from email.mime.multipart import MIMEMultipart
+from email.mime.text import MIMEText
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import READY, Cloud, add_template, eventually, link_programs, nothing_made, pids, proc_words
+from support import READY, Cloud, Result, add_template, eventually, link_programs, nothing_made, pids, proc_words
 from test_lifecycle import secrets
 
 import nocloud
 
 yaml: Any = importlib.import_module("yaml")  # ansible has it; it brings no types
 
+MIB = 1 << 20
 UUID = "6ba7b810-9dad-41d1-80b4-00c04fd430c8"
 PRIVATE = "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNz\n-----END OPENSSH PRIVATE KEY-----\n"
 
@@ -36,9 +41,9 @@ def fake_clone(base: Path, name: str = "web00", user: str = "root", comment: str
     return vm
 
 
-def cloud_config(files: dict[str, str]) -> dict[str, Any]:
-    first, _, rest = files["user-data"].partition("\n")
-    assert first == "#cloud-config"
+def cloud_config(files: dict[str, bytes]) -> dict[str, Any]:
+    first, _, rest = files["user-data"].partition(b"\n")
+    assert first == b"#cloud-config"
     found = yaml.safe_load(files["user-data"])
     assert found == json.loads(rest)
     assert isinstance(found, dict)
@@ -97,7 +102,7 @@ def test_nothing_in_a_name_or_a_key_is_more_than_text(
     vm = fake_clone(base, name, comment=printable)
     keys = [f"ssh-ed25519 AAAA{number} {comment}" for number, comment in enumerate(comments)]
     files = nocloud.seed_files(vm, keys)
-    assert all(set(text) <= set(string.printable) for text in files.values())
+    assert all(set(text.decode()) <= set(string.printable) for text in files.values())
     config = cloud_config(files)
     assert config["hostname"] == name == yaml.safe_load(files["meta-data"])["local-hostname"]
     assert [key.split(" ")[:2] for key in config["ssh_authorized_keys"]] == [key.split(" ")[:2] for key in keys]
@@ -112,6 +117,163 @@ def test_old_vms_get_no_seed(tmp_path: Path) -> None:
     conf = Path(vm.conf_file)
     conf.write_text(conf.read_text().replace("vmInit=cloud-init\n", ""))
     assert not nocloud.takes_seed(nocloud.VM(vm.base, vm.group, vm.type, vm.name))
+
+
+# What the user adds ##################################################################################
+
+SCRIPT = b"#!/bin/sh\necho \xff\n"
+
+
+def parts(data: bytes) -> list[Message]:
+    """The leaves of a MIME message, as an independent reader finds them, in the order that cloud-init walks them."""
+    message = email.message_from_bytes(data)
+    assert message.get_content_type() == "multipart/mixed" and not message.defects
+    return [part for part in message.walk() if not part.is_multipart()]
+
+
+def merged(found: Sequence[Message]) -> dict[str, Any]:
+    """Cloud-configs as cloud-init merges them: a later key replaces, unless Merge-Type has lists put together."""
+    result: dict[str, Any] = {}
+    for part in found:
+        data = part.get_payload(decode=True)
+        assert isinstance(data, bytes)
+        if data.startswith(b"#cloud-config"):
+            config = yaml.safe_load(data)
+            if part["Merge-Type"]:
+                assert part["Merge-Type"] == "list(append)+dict(no_replace,recurse_list)+str()"
+                config = {key: [*result.get(key, []), *value] for key, value in config.items()}
+            result.update(config)
+    return result
+
+
+def test_the_users_win_but_never_lock_us_out(tmp_path: Path) -> None:
+    vm = fake_clone(tmp_path, user="debian")
+    alone = cloud_config(nocloud.seed_files(vm, ["ssh-rsa OURS"]))
+    theirs = {
+        "hostname": "mine",
+        "package_update": True,
+        "packages": ["tmux"],
+        "ssh_authorized_keys": ["ssh-rsa THEIRS"],
+        "ssh_deletekeys": False,
+        "ssh_keys": {"ed25519_private": "another"},
+        "user": {"name": "bob"},
+        "users": [{"name": "bob"}],
+    }
+    added = b"#cloud-config\n" + json.dumps(theirs).encode()
+    result = merged(parts(nocloud.seed_files(vm, ["ssh-rsa OURS"], added)["user-data"]))
+    won = ("hostname", "package_update", "packages", "users")
+    assert result == {
+        **alone,
+        **{key: theirs[key] for key in won},
+        "ssh_authorized_keys": ["ssh-rsa THEIRS", "ssh-rsa OURS"],
+    }
+    assert merged(parts(nocloud.seed_files(vm, ["ssh-rsa OURS"], SCRIPT)["user-data"])) == alone
+
+
+@given(st.binary(max_size=300))
+def test_additions_arrive_as_they_are(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    vm = fake_clone(tmp_path_factory.getbasetemp() / "added")
+    added = b"#!" + data
+    if not nocloud.is_mime(added):
+        found = parts(nocloud.seed_files(vm, [], added)["user-data"])
+        assert [part.get_content_type() for part in found] == ["text/cloud-config", "text/plain"] + 2 * [
+            "text/cloud-config"
+        ]
+        assert found[1].get_payload(decode=True) == added
+
+
+def test_a_message_of_many_parts_keeps_them(tmp_path: Path) -> None:
+    message = MIMEMultipart()
+    message.attach(MIMEText("#cloud-config\nhostname: a\n", "cloud-config"))
+    message.attach(MIMEText("#!/bin/sh\necho ä\n", "x-shellscript", "utf-8"))
+    found = parts(nocloud.seed_files(fake_clone(tmp_path), ["ssh-rsa OURS"], message.as_bytes())["user-data"])
+    kinds = ["text/cloud-config", "text/cloud-config", "text/x-shellscript", "text/cloud-config", "text/cloud-config"]
+    assert [part.get_content_type() for part in found] == kinds
+    assert merged(found)["hostname"] == "a" and merged(found)["ssh_authorized_keys"] == ["ssh-rsa OURS"]
+    assert found[2].get_payload(decode=True) == "#!/bin/sh\necho ä\n".encode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "#!/bin/sh\n",
+        "#cloud-config\n{}",
+        "\n #Cloud-Config\n",
+        "#include\nhttp://x",
+        "## template: jinja\n#cloud-config",
+    ],
+)
+def test_what_cloud_init_knows_is_taken(tmp_path: Path, text: str) -> None:
+    (tmp_path / "file").write_text(text)
+    assert nocloud.read_user_data(str(tmp_path / "file")) == text.encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "word"), [(None, "No such file"), (b"", "begins"), (b"packages: [a]", "begins"), (b"#!" * MIB, "1 MB")]
+)
+def test_what_cloud_init_would_pass_over_is_told(tmp_path: Path, content: bytes | None, word: str) -> None:
+    path = tmp_path / "file"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(nocloud.UsageError) as caught:
+        nocloud.read_user_data(str(path))
+    assert word in f"{caught.value} {caught.value.hint}" and str(path) in str(caught.value)
+    with pytest.raises(nocloud.UsageError, match="directory"):
+        nocloud.read_user_data(str(tmp_path))
+
+
+def test_additions_and_disks_are_checked_first(blank: Cloud) -> None:
+    """Each error names its line; nothing is made."""
+    image = blank.base / "templates/blank/blank_0.img"
+    add_template(blank, image, "seeded", "--mem", 32, "--init", "cloud-init")
+    blank.execute(["qemu-img", "create", "-q", "-f", "qcow2", blank.home / "large", "3G"]).ok()
+    add_template(blank, blank.home / "large", "large", "--mem", 32, "--init", "none")
+    (blank.home / "known").write_text("#!/bin/sh\n")
+    (blank.home / "unknown").write_text("echo\n")
+    lines = {
+        "blank:1::user-data=known": ["takes no seed"],
+        "seeded:1::user-data=unknown": ["user-data=", "#cloud-config"],
+        "seeded:1::user-data=nowhere": ["nowhere", "No such file"],
+        "large:1::disk=2": ["disk=2", "3 GB"],
+        "blank:1::disk=1G": ["disk=1G", "GB"],
+        "blank:1::disks=1": ["did you mean"],
+    }
+    file = blank.home / "group"
+    with nothing_made(blank):
+        for line, words in lines.items():
+            file.write_text(f"# one\n{line}\n")
+            # Names are of files beside the description, wherever it is read from.
+            blank.run("vminstantiate", "-f", file, cwd=blank.base).fails(2, f"{file}:2", *words)
+        default = blank.home / "config/nocloud/user-data"
+        default.parent.mkdir(parents=True, exist_ok=True)
+        default.write_text("nothing known\n")
+        blank.run("vminstantiate", "-n", "seeded", "-g", "x").fails(2, str(default), "#cloud-config")
+        default.write_text("#!/bin/sh\n")
+        default.chmod(0o666)
+        blank.run("vminstantiate", "-n", "seeded", "-g", "x").fails(2, str(default), "others may write")
+
+
+def test_additions_are_kept_with_the_clone(blank: Cloud) -> None:
+    """The default ones, or those of the line; a later start needs neither file. The disk is as large as asked for."""
+    add_template(blank, blank.base / "templates/blank/blank_0.img", "seeded", "--mem", 32, "--init", "cloud-init")
+    default = blank.home / "config/nocloud/user-data"
+    default.parent.mkdir(parents=True, exist_ok=True)
+    default.write_text("#!/bin/sh\necho default\n")
+    (blank.home / "own").write_text("#!/bin/sh\necho own\n")
+    (blank.home / "group").write_text("seeded:1::name=d\nseeded:1::name=o;user-data=own;disk=2;dsk=1\n")
+    blank.run("vminstantiate", "-f", blank.home / "group").ok()
+    for path in (default, blank.home / "own"):
+        path.unlink()
+    blank.run("vmstop", "-g", "group", "--kill").quiet()
+    blank.start("d00", "o00").ok()
+    for name, text in (("d00", b"default"), ("o00", b"own")):
+        folder = blank.folder(f"group/default/{name}")
+        assert modes(folder)["user-data"] == 0o600
+        assert text in (parts((folder / "seed/user-data").read_bytes())[1].get_payload(decode=True) or b"")
+    for disk, size in (("d00_0", 8 << 20), ("o00_0", 2 << 30), ("o00_1", 1 << 30)):
+        image = blank.folder(f"group/default/{disk[:3]}") / f"{disk}.img"
+        info = json.loads(blank.execute(["qemu-img", "info", "-U", "--output=json", image]).ok().stdout)
+        assert info["virtual-size"] == size
 
 
 # How it is attached ##################################################################################
@@ -224,3 +386,30 @@ def test_without_vvfat_the_seed_is_an_iso(seeded: Cloud) -> None:
     finally:
         seeded.env = before
     seeded.run("vmstop", "-d", "-g", "iso").quiet()
+
+
+def wait_for_it(cloud: Cloud, name: str, seconds: int) -> Result:
+    """What -w does, for a VM that runs already."""
+    return cloud.script(
+        "with nocloud.Cloud(nocloud.load_config()) as cloud:\n"
+        f"    errors = nocloud.wait_all(cloud, [cloud.tree.need({name!r})], {seconds})\n"
+        "sys.exit(nocloud.report_errors(errors))"
+    )
+
+
+def test_ready_means_that_cloud_init_is_done(seeded: Cloud) -> None:
+    """Late: it is waited for, and ssh answers meanwhile. Failed: its own words are shown. On a disk of another size."""
+    (seeded.home / "late").write_text(
+        "#cloud-config\nruncmd:\n - until [ -e /root/go ]; do sleep 0.2; done\n - touch /root/gone\n"
+    )
+    (seeded.home / "broken").write_text("#!/bin/sh\necho broken on purpose\nexit 3\n")
+    lines = "seeded:1::name=late;user-data=late;disk=1\nseeded:1::name=broken;user-data=broken\n"
+    (seeded.home / "two").write_text(lines)
+    seeded.run("vminstantiate", "-f", seeded.home / "two").ok()
+    assert seeded.ssh("late00", "cat /sys/block/vda/size").ok().stdout == f"{(1 << 30) // 512}\n"
+    wait_for_it(seeded, "late00", 3).fails(124, "late00: not ready", "cloud-init")
+    seeded.ssh("late00", "touch /root/go").ok()
+    wait_for_it(seeded, "late00", int(READY)).quiet()
+    assert "gone" in seeded.ssh("late00", "ls /root").ok().stdout
+    wait_for_it(seeded, "broken00", int(READY)).fails(1, "broken00: cloud-init failed", "broken on purpose", "vmssh")
+    seeded.run("vmstop", "-d", "-g", "two").quiet()

@@ -14,7 +14,7 @@ WAIT = "280"
 
 @pytest.fixture(scope="module")
 def clones(debian: Cloud) -> Cloud:
-    words = ("-g", "pf", "-t", "db", "-C", 2, "-o", "name=deb", "-w", WAIT)
+    words = ("-g", "pf", "-t", "db", "-C", 2, "-o", "name=deb;disk=12", "-w", WAIT)
     assert debian.run("vminstantiate", "-n", "deb", *words, timeout=400).ok().lines == ["deb00", "deb01"]
     return debian
 
@@ -44,6 +44,14 @@ def test_each_has_a_name_an_identity_and_keys_of_its_own(clones: Cloud) -> None:
     assert len(ids) == 2
     known = (clones.base / ".known_hosts").read_text()
     assert known.count("\n") == 2 and "ecdsa" not in known
+
+
+def test_the_root_file_system_fills_a_larger_disk(clones: Cloud) -> None:
+    """The template has 10 GB, the clones 12: at the first boot the partition and what is in it have grown."""
+    script = "cd /sys/block/vda; cat size vda1/size; df -B512 --output=size / | tail -n 1; ls /usr/lib/nocloud"
+    disk, partition, size, *files = clones.ssh("deb00", script).ok().stdout.split()
+    assert int(disk) == 12 << 21 and int(partition) == (12 << 21) - 2048
+    assert int(size) > 0.97 * int(disk) and files == ["grow", "resolv"]
 
 
 def test_they_reach_each_other_by_name(clones: Cloud) -> None:
