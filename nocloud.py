@@ -4588,6 +4588,11 @@ class KnownHosts:
     def knows(self, uuid: str) -> bool:
         return uuid in self.names()
 
+    def key(self, uuid: str) -> str:
+        """The host key of a VM, `ssh-ed25519 AAAA…`; '' where none is known."""
+        found = (line.split(" ", 1) for line in self._lines())
+        return next((key for names, key in found if uuid in names.split(",")), "")
+
     def update(self, add: Mapping[str, tuple[str, str]], remove: Sequence[str] = ()) -> None:
         """Set lines, uuid → (address, public key), and take those of `remove` away.  An address names one VM only."""
         with self._tree.lock():
@@ -4637,8 +4642,11 @@ def _base64(text: str) -> str:
 
 
 def takes_seed(vm: VM) -> bool:
-    """Whether a cloud-init seed is attached."""
-    return vm.conf.get("vmInit") == "cloud-init"
+    """Whether a cloud-init seed is attached.
+
+    Not to VMs whose conf doesn't say so, as those of the bash tools: to a cloud-init in them it would be a new machine.
+    """
+    return vm.conf.get("vmInit") in ("cloud-init", "auto")
 
 
 # How user-data begins that cloud-init knows (its explanation/format); a MIME message is known by its header.
@@ -4802,8 +4810,13 @@ def ssh_key_options(planted: bool) -> list[str]:
 
 
 def is_planted(vm: VM) -> bool:
-    """Whether keys and host key get into the guest before its first contact."""
+    """Whether keys and host key are sure to get into the guest before its first contact."""
     return vm.get("vmInit") in ("systemd", "cloud-init")
+
+
+def takes_host_key(vm: VM) -> bool:
+    """Whether the guest is offered a host key made on the host; with `auto` it may have no cloud-init to take it."""
+    return is_planted(vm) or takes_seed(vm)
 
 
 # Templates ###########################################################################################
@@ -7481,7 +7494,7 @@ class Making:
         extra = [vm.disk_name(number, extension) for number in range(1, len(plan.disks) + 1)]
         for name, size in zip(extra, plan.disks):
             create_disk(vm.file(name), size)
-        if is_planted(vm):
+        if takes_host_key(vm):
             make_host_key(vm)
         if plan.user_data:
             write_file(vm.user_data_file, plan.user_data)
@@ -7668,7 +7681,7 @@ def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False, lay
         qemu=qemu, accel=accel, name=vm.name, uuid=vm.get("vmUuid"), type=vm.get("vmMachine"), mem=int(vm.get("vmMem")),
         cpus=int(vm.get("vmCpu")), disks=disks, mac=vm.get("vmMac"),
         pid_file=os.path.basename(vm.pid_file), credentials=write_credentials(vm),
-        seed="" if iso else write_seed(cloud, vm),  # some installers take a seed for the answers to their questions
+        seed=write_seed(cloud, vm, takes_seed(vm) and not iso),  # an installer would take it for its users' answers
         kernel=vm.get("vmKernel"), initrd=vm.get("vmInitrd"), append=vm.get("vmAppend"),
         extra=split_words(vm.get("vmExtraOpts") or cloud.config["vmExtraOpts"]),
         iso=iso, screen=cloud.screen() if gui or vm.get("vmGui") == "1" else "",
@@ -7693,11 +7706,14 @@ def write_credentials(vm: VM) -> str:
     return os.path.basename(vm.credentials_file)
 
 
-def write_seed(cloud: Cloud, vm: VM) -> str:
-    """The seed's folder, or the image of it, relative to the VM's own, written anew for this start; '' for none."""
+def write_seed(cloud: Cloud, vm: VM, wanted: bool) -> str:
+    """The seed's folder, or the image of it, relative to the VM's own, written anew for this start; '' for none.
+
+    The folder is there if, and only if, the VM was started with a seed.
+    """
     if os.path.isdir(vm.seed_folder):
         remove_tree(vm.seed_folder)
-    if not takes_seed(vm) or not os.path.exists(vm.host_key):
+    if not wanted or not os.path.exists(vm.host_key):
         return ""
     added = b""
     if os.path.exists(vm.user_data_file):
@@ -7873,10 +7889,31 @@ def stage_of_port(network: Network, address: str, seconds: float, port: int = 22
 def wait_ready(wait: Wait) -> None:
     """Return when the VM is ready: ssh answers, and the guest is configured as its vmInit says."""
     wait_ssh(wait)
+    settle_init(wait)
     if wait.vm.get("vmInit") == "cloud-init":
         wait_cloud_init(wait)
     elif wait.vm.get("vmInit") != "none":
         configure(wait)
+
+
+def settle_init(wait: Wait) -> None:
+    """Where vmInit is `auto`, find out at the first contact whether the guest took its seed, and put that in its conf.
+
+    A guest that shows the host key from the seed has a cloud-init: nobody else has that key.  One that shows another
+    has none, and is configured over ssh; its key is pinned.  (cloud-init ends with host keys before sshd is started.)
+    Either key is the only one accepted from then on.
+    """
+    vm, known = wait.vm, wait.cloud.known_hosts
+    if vm.conf.get("vmInit") != "auto" or not os.path.isdir(vm.seed_folder):
+        return
+    pin_host_key(wait)
+    planted = read_text(vm.host_key + ".pub").split()[:2]
+    kind = "cloud-init" if known.key(vm.get("vmUuid")).split() == planted else "ssh"
+    try:
+        with FolderLock(vm.folder):
+            vm.write_conf({"vmInit": kind})
+    except FileNotFoundError:
+        raise NotFound(f"{vm.name}: it is gone") from None
 
 
 def configure(wait: Wait) -> None:
@@ -7951,7 +7988,8 @@ def check_login(vm: VM, status: int, output: str) -> None:
     words = last_line(output)
     if "REMOTE HOST IDENTIFICATION" in output or "Host key verification failed" in words:
         raise Error(
-            f"{vm.name}: its host key is not the one that was planted or pinned", "destroy it if you can't explain that"
+            f"{vm.name}: its host key is not the one that was planted or pinned",
+            "destroy it if you can't explain that; --init auto is for templates that may have no cloud-init",
         )
     if "Permission denied" in words and not is_planted(vm):
         raise Error(
@@ -10139,6 +10177,7 @@ def become_ssh(cloud: Cloud, vm: VM, words: Sequence[str]) -> None:
             vm.write_conf({"vmUuid": new_identity(set())[0]})
     wait = Wait(cloud, vm, cloud.config.number("vmWaitTimeout"), say=True)
     wait_ssh(wait)
+    settle_init(wait)
     if not cloud.known_hosts.knows(vm.get("vmUuid")):
         pin_host_key(wait)
     if vm.get("vmInit") in ("ssh", "auto"):
@@ -10217,7 +10256,7 @@ def start_alone(cloud: Cloud, vm: VM, iso: str, gui: bool) -> None:
     """Start a stopped VM, or a template: on a layer of its own where other disks stand on its disk."""
     with FolderLock(vm.folder):
         ensure_identity(cloud, vm)
-        if is_planted(vm) and not os.path.exists(vm.host_key):
+        if takes_host_key(vm) and not os.path.exists(vm.host_key):
             make_host_key(vm)
     publish_keys(cloud, [vm])
     network = cloud.network_of(vm)

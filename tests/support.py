@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
+import tinyguest
+
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "nocloud.py"
 LAUNCHER = ROOT / "tests/launch.py"
@@ -463,6 +465,19 @@ def add_template(cloud: Cloud, image: Path, name: str = "tiny", *words: object) 
     """A template for 96 MB and one processor."""
     settings = words or ("--mem", 96, "--cpu", 1, "--init", "systemd")
     cloud.run("vmtemplate", name, "--image", image, *settings).ok()
+
+
+def keyed_image(cloud: Cloud, cache: Path) -> Path:
+    """The disk of a tiny guest that takes nothing from nocloud and knows one key, which becomes the user's own."""
+    key = cache / "id_ed25519"
+    if not key.exists():
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "tests", "-f", key], check=True)
+    (cloud.home / ".ssh").mkdir(0o700, exist_ok=True)
+    for suffix in ("", ".pub"):
+        target = cloud.home / f".ssh/id_ed25519{suffix}"
+        target.write_text(key.with_suffix(suffix).read_text())
+        target.chmod(0o600)
+    return tinyguest.build(cache, key.with_suffix(".pub").read_text(), reads="")
 
 
 def add_blank(cloud: Cloud, name: str = "blank") -> Path:

@@ -19,7 +19,18 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import READY, Cloud, Result, add_template, eventually, link_programs, nothing_made, pids, proc_words
+from support import (
+    READY,
+    Cloud,
+    Result,
+    add_template,
+    eventually,
+    keyed_image,
+    link_programs,
+    nothing_made,
+    pids,
+    proc_words,
+)
 from test_lifecycle import secrets
 
 import nocloud
@@ -113,9 +124,11 @@ def test_nothing_in_a_name_or_a_key_is_more_than_text(
 def test_old_vms_get_no_seed(tmp_path: Path) -> None:
     """A VM that bash made has no vmInit: what its cloud-init would do to it now is not wanted."""
     vm = fake_clone(tmp_path)
-    assert nocloud.takes_seed(vm)
+    for kind, takes in {"cloud-init": True, "auto": True, "ssh": False, "systemd": False, "none": False}.items():
+        vm.write_conf({"vmInit": kind})
+        assert nocloud.takes_seed(vm) == takes
     conf = Path(vm.conf_file)
-    conf.write_text(conf.read_text().replace("vmInit=cloud-init\n", ""))
+    conf.write_text(conf.read_text().replace("vmInit=none\n", ""))
     assert not nocloud.takes_seed(nocloud.VM(vm.base, vm.group, vm.type, vm.name))
 
 
@@ -373,21 +386,6 @@ def test_started_again_it_is_the_same(seeded: Cloud) -> None:
         child.wait()
 
 
-def test_without_vvfat_the_seed_is_an_iso(seeded: Cloud) -> None:
-    before = dict(seeded.env)
-    without_vvfat(seeded)
-    try:
-        seeded.run("vminstantiate", "-n", "seeded", "-g", "iso", "-o", "name=i", "-w", READY).ok()
-        folder = seeded.folder("iso/default/i00")
-        assert modes(folder / "seed")["seed.iso"] == 0o600
-        assert re.search(r"driver=raw,node-name=seed,.*filename=seed/seed.iso", (folder / "i00.command").read_text())
-        said = seeded.ssh("i00", "hostname; findfs LABEL=cidata").ok().stdout
-        assert said == "i00\n/dev/vdb\n"
-    finally:
-        seeded.env = before
-    seeded.run("vmstop", "-d", "-g", "iso").quiet()
-
-
 def wait_for_it(cloud: Cloud, name: str, seconds: int) -> Result:
     """What -w does, for a VM that runs already."""
     return cloud.script(
@@ -413,3 +411,48 @@ def test_ready_means_that_cloud_init_is_done(seeded: Cloud) -> None:
     assert "gone" in seeded.ssh("late00", "ls /root").ok().stdout
     wait_for_it(seeded, "broken00", int(READY)).fails(1, "broken00: cloud-init failed", "broken on purpose", "vmssh")
     seeded.run("vmstop", "-d", "-g", "two").quiet()
+
+
+def init_of(cloud: Cloud, vm: str) -> str:
+    return cloud.conf(vm)["vmInit"]
+
+
+@pytest.fixture
+def without_a_vvfat(seeded: Cloud) -> Iterator[Cloud]:
+    """The same cloud, for a while with a qemu as RHEL has it."""
+    before = dict(seeded.env)
+    without_vvfat(seeded)
+    yield seeded
+    seeded.env = before
+
+
+def test_auto_is_settled_at_the_first_contact(without_a_vvfat: Cloud, tiny_image: Path, guest_cache: Path) -> None:
+    """A guest that took the seed, an ISO here, is held to the planted host key; one that didn't, to its own."""
+    cloud = without_a_vvfat
+    add_template(cloud, tiny_image, "with", "--mem", 96, "--cpu", 1)
+    add_template(cloud, keyed_image(cloud, guest_cache), "without", "--mem", 96, "--cpu", 1)
+    assert init_of(cloud, "templates/with") == init_of(cloud, "templates/without") == "auto"
+    (cloud.home / "auto").write_text("with:1::name=a\nwithout:1::name=b\n")
+    cloud.run("vminstantiate", "-f", cloud.home / "auto").ok()
+    for name, kind in {"a00": "cloud-init", "b00": "ssh"}.items():
+        folder, conf = cloud.folder(f"auto/default/{name}"), f"auto/default/{name}"
+        assert modes(folder / "seed")["seed.iso"] == 0o600
+        assert re.search(r"driver=raw,node-name=seed,.*=seed/seed.iso", (folder / f"{name}.command").read_text())
+        assert cloud.ssh(name, "hostname").ok().stdout == f"{name}\n"
+        eventually((folder / "configured").exists, "it has been configured, by vmssh or the helper", 60)
+        assert init_of(cloud, conf) == kind
+        (line,) = [line for line in known_hosts(cloud) if cloud.conf(conf)["vmUuid"] in line]
+        planted = (folder / "ssh_host_ed25519_key.pub").read_text().split()[1]
+        assert (planted in line) == (kind == "cloud-init")
+    assert cloud.ssh("a00", "findfs LABEL=cidata").ok().stdout == "/dev/vdb\n"
+    # As if it had been killed after the key was pinned: the pinned key tells.
+    conf_file = cloud.folder("auto/default/a00") / "a00.conf"
+    conf_file.write_text(conf_file.read_text().replace("vmInit=cloud-init", "vmInit=auto"))
+    before = known_hosts(cloud)
+    assert cloud.ssh("a00", "hostname").ok().stdout == "a00\n"
+    assert init_of(cloud, "auto/default/a00") == "cloud-init" and known_hosts(cloud) == before
+    cloud.run("vmstop", "-d", "-g", "auto").quiet()
+
+
+def known_hosts(cloud: Cloud) -> list[str]:
+    return sorted((cloud.base / ".known_hosts").read_text().splitlines())

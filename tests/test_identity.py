@@ -9,8 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import tinyguest
-from support import READY, Cloud, add_template, eventually
+from support import READY, Cloud, add_template, eventually, keyed_image
 
 import nocloud
 
@@ -168,15 +167,7 @@ def test_the_key_goes_with_the_vm(shared: Cloud) -> None:
 @pytest.fixture(scope="module")
 def keyed(guest_cache: Path, shared: Cloud) -> Cloud:
     """The template `keyed`: it knows one key of the user's and takes nothing from nocloud."""
-    key = guest_cache / "id_ed25519"
-    if not key.exists():
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "tests", "-f", key], check=True)
-    image = tinyguest.build(guest_cache, key.with_suffix(".pub").read_text(), reads="")
-    (shared.home / ".ssh").mkdir(0o700, exist_ok=True)
-    for suffix in ("", ".pub"):
-        target = shared.home / f".ssh/id_ed25519{suffix}"
-        target.write_text(key.with_suffix(suffix).read_text())
-        target.chmod(0o600)
+    image = keyed_image(shared, guest_cache)
     add_template(shared, image, "keyed", "--mem", 96, "--cpu", 1, "--init", "ssh")
     add_template(shared, image, "plain", "--mem", 96, "--cpu", 1, "--init", "none")
     return shared
