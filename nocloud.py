@@ -7977,7 +7977,7 @@ def wait_cloud_init(wait: Wait) -> None:
                 f"vmssh {vm.address_name} gets in; see /var/log/cloud-init-output.log there",
             )
         if status == NOT_YET:
-            wait.stage, script = "cloud-init", cloud_init_script(20)
+            wait.stage, script = "cloud-init", cloud_init_script(15)
         else:
             check_login(vm, status, output)
         time.sleep(0.2)

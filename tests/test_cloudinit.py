@@ -6,6 +6,7 @@ import email
 import importlib
 import json
 import re
+import shutil
 import stat
 import string
 import subprocess
@@ -318,6 +319,52 @@ def test_neither_vvfat_nor_an_iso_writer(cloud: Cloud, tiny_image: Path, vms: No
     with nothing_made(cloud):
         cloud.run("vminstantiate", "-n", "tiny", "-g", "x").fails(127, "vvfat", "xorriso")
         cloud.run("vminstantiate", "-n", "tiny", "-g", "x", "--dry-run").fails(127, "vvfat", "xorriso")
+
+
+# When it is done #####################################################################################
+
+DONE, FAILED = 'echo \'{"v1": {"errors": []}}\'', 'echo \'{"v1": {"errors": ["no"]}}\''
+
+
+@pytest.mark.parametrize(
+    ("result", "said", "code", "status"),
+    [
+        (DONE, "must not be asked", 1, 0),
+        (FAILED, "status: error", 1, 1),
+        (FAILED, "status: done", 0, 0),  # an old one, that doesn't count what went wrong
+        (FAILED, "status: degraded done", 2, 0),  # warnings, since 23.4
+        ("", "status: running", 0, nocloud.NOT_YET),
+        ("", "status: not started", 0, nocloud.NOT_YET),
+        ("", "status: not run", 0, nocloud.NOT_YET),
+        ("", "status: error", 1, 1),  # it crashed before it wrote a result
+        ("disabled", "must not be asked", 1, 0),
+        ("none", "", 1, 0),  # no cloud-init at all
+    ],
+)
+def test_what_the_guest_is_asked(tmp_path: Path, result: str, said: str, code: int, status: int) -> None:
+    """The script as a guest's shell runs it, with a cloud-init that says what is to be understood."""
+    state, programs = tmp_path / "run", tmp_path / "bin"
+    state.mkdir()
+    programs.mkdir()
+    for name in ("sh", "grep", "tail", "id", "env"):
+        (programs / name).symlink_to(shutil.which(name) or name)
+    (programs / "sleep").symlink_to(shutil.which("true") or "true")
+    if result == "disabled":
+        (state / "disabled").touch()
+    elif result.startswith("echo"):
+        (state / "result.json").write_bytes(subprocess.check_output(["sh", "-c", result]))
+    if result != "none":
+        (programs / "cloud-init").write_text(f"#!/bin/sh\necho '{said}'\nexit {code}\n")
+        (programs / "cloud-init").chmod(0o755)
+    (tmp_path / "cloud-init-output.log").write_text("the last words\n")
+    for seconds in (0, 1):
+        script = nocloud.cloud_init_script(seconds).replace("/run/cloud-init", str(state))
+        script = script.replace("/var/log", str(tmp_path)).replace("sudo -n", "env")
+        words = [str(programs / "sh"), "-c", script]
+        done = subprocess.run(words, env={"PATH": str(programs)}, capture_output=True, text=True, check=False)
+        early = seconds == 0 and not result  # not even asked
+        assert done.returncode == (nocloud.NOT_YET if early else status), done
+        assert ("the last words" in done.stdout) == (done.returncode == 1)
 
 
 # Guests ##############################################################################################
