@@ -7914,6 +7914,10 @@ def settle_init(wait: Wait) -> None:
             vm.write_conf({"vmInit": kind})
     except FileNotFoundError:
         raise NotFound(f"{vm.name}: it is gone") from None
+    if kind == "ssh" and os.path.exists(vm.user_data_file):
+        said = f"{vm.name}: it has no cloud-init, so the user-data that it was given does nothing"
+        append_line(vm.log_file, said)
+        report.warn(said)
 
 
 def configure(wait: Wait) -> None:

@@ -479,7 +479,8 @@ def test_auto_is_settled_at_the_first_contact(without_a_vvfat: Cloud, tiny_image
     add_template(cloud, tiny_image, "with", "--mem", 96, "--cpu", 1)
     add_template(cloud, keyed_image(cloud, guest_cache), "without", "--mem", 96, "--cpu", 1)
     assert init_of(cloud, "templates/with") == init_of(cloud, "templates/without") == "auto"
-    (cloud.home / "auto").write_text("with:1::name=a\nwithout:1::name=b\n")
+    (cloud.home / "script").write_text("#!/bin/sh\n")
+    (cloud.home / "auto").write_text("with:1::name=a\nwithout:1::name=b;user-data=script\n")
     cloud.run("vminstantiate", "-f", cloud.home / "auto").ok()
     for name, kind in {"a00": "cloud-init", "b00": "ssh"}.items():
         folder, conf = cloud.folder(f"auto/default/{name}"), f"auto/default/{name}"
@@ -492,6 +493,8 @@ def test_auto_is_settled_at_the_first_contact(without_a_vvfat: Cloud, tiny_image
         planted = (folder / "ssh_host_ed25519_key.pub").read_text().split()[1]
         assert (planted in line) == (kind == "cloud-init")
     assert cloud.ssh("a00", "findfs LABEL=cidata").ok().stdout == "/dev/vdb\n"
+    assert "no cloud-init" in (cloud.folder("auto/default/b00") / "b00.log").read_text()
+    assert "no cloud-init" not in (cloud.folder("auto/default/a00") / "a00.log").read_text()
     # As if it had been killed after the key was pinned: the pinned key tells.
     conf_file = cloud.folder("auto/default/a00") / "a00.conf"
     conf_file.write_text(conf_file.read_text().replace("vmInit=cloud-init", "vmInit=auto"))
