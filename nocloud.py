@@ -831,13 +831,17 @@ class Config:
         if same and value:
             self._values[same] = value
 
-    def read(self, path: str) -> None:
-        """Take the settings of a file.  One that others could have written is skipped with a warning."""
+    def read(self, path: str, warn: Callable[[str], None] | None = None) -> None:
+        """Take the settings of a file.  One that others could have written is skipped with a warning.
+
+        `warn` is told of that, and of unknown keys; by default the user is.
+        """
+        warn = warn or report.warn
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             reason = untrusted(path, os.fstat(file.fileno()))  # of what is open: the name may be another file's by now
             text = "" if reason else file.read()
         if reason:
-            report.warn(f"{path} is skipped: {reason}")
+            warn(f"{path} is skipped: {reason}")
             return
         assignments = parse_assignments(text, path, ChainMap(self._values, os.environ))
         used = {name for assignment in assignments for name in assignment.used}
@@ -847,7 +851,17 @@ class Config:
                 self.set(assignment.key, assignment.value, place)
             elif assignment.key not in used:
                 near = nearest(assignment.key, SETTING)
-                report.warn(f"{place}: unknown key {assignment.key}" + (f", did you mean {near}?" if near else ""))
+                warn(f"{place}: unknown key {assignment.key}" + (f", did you mean {near}?" if near else ""))
+
+    def read_environment(self) -> None:
+        """Take the settings of the environment's variables."""
+        by_name = {f"NOCLOUD_{key}".upper(): key for key in SETTING}
+        for name, value in os.environ.items():
+            key = by_name.get(name.upper())
+            if key:
+                self.set(key, value, name)
+        if os.environ.get("NOCLOUD_NOKVM", "") not in ("", "0"):
+            self.set("vmAccel", "tcg", "NOCLOUD_NOKVM")
 
 
 def program_path() -> str:
@@ -912,13 +926,7 @@ def load_config() -> Config:
     config = Config()
     for path in config_files():
         config.read(path)
-    by_name = {f"NOCLOUD_{key}".upper(): key for key in SETTING}
-    for name, value in os.environ.items():
-        key = by_name.get(name.upper())
-        if key:
-            config.set(key, value, name)
-    if os.environ.get("NOCLOUD_NOKVM", "") not in ("", "0"):
-        config.set("vmAccel", "tcg", "NOCLOUD_NOKVM")
+    config.read_environment()
     return config
 
 
@@ -1439,8 +1447,8 @@ def _folders(path: str) -> list[str]:
         return []
 
 
-def sweep(tree: Tree, group: str) -> None:
-    """Remove what commands that were killed left half-made or half-removed in a group.  Call it under the tree's lock.
+def left_over(tree: Tree, group: str) -> Iterator[str]:
+    """The folders that commands which were killed left half-made or half-removed in a group.
 
     A folder whose maker is alive is locked by it.
     """
@@ -1449,7 +1457,13 @@ def sweep(tree: Tree, group: str) -> None:
         for name in _names(place):
             folder = os.path.join(place, name)
             if name.startswith((MAKING, REMOVING)) and not os.path.islink(folder) and not is_locked(folder):
-                remove_tree(folder)
+                yield folder
+
+
+def sweep(tree: Tree, group: str) -> None:
+    """Remove what commands that were killed left of a group.  Call it under the tree's lock."""
+    for folder in left_over(tree, group):
+        remove_tree(folder)
     if group != tree.managed and manager_of(tree, group)[0] == "stopped":
         for name in (MANAGER_PID, MANAGER_LOG):
             remove_file(os.path.join(tree.base, group, name))
@@ -1523,6 +1537,7 @@ PACKAGES = {
     "modprobe": ("kmod", "kmod", "kmod"),
     "nft": ("nftables", "nftables", "nftables"),
     "xorriso": ("xorriso", "xorriso", "libisoburn"),
+    "resolvectl": ("systemd-resolved", "systemd-resolved", "systemd"),
     "qemu-bridge-helper": ("qemu-system-common", "qemu-common", "qemu-common"),
 }
 # The package manager, how it installs, the column above, and the distributions that have it, as os-release names them.
@@ -1731,6 +1746,16 @@ def become(argv: Sequence[str]) -> None:
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and exec hands that on
         signal.signal(number, signal.SIG_DFL)
     os.execv(words[0], words)
+
+
+def user_name() -> str:
+    """The login of whoever calls this; his number where he has none, as in some containers."""
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
 
 
 def own_command(*words: str) -> list[str]:
@@ -2047,27 +2072,80 @@ def choose_accel(wanted: str) -> tuple[str, str]:
     """
     if wanted == "tcg":
         return "tcg", ""
-    reason = _kvm_missing()
+    reason, mend = kvm_missing()
     if not reason:
         return "kvm", ""
+    if mend.startswith("sudo"):
+        reason = f"{reason} ({mend})"
     if wanted == "kvm":
         raise Error(f"vmAccel=kvm: {reason}", "set vmAccel=auto or vmAccel=tcg to go on with slow software emulation")
     return "tcg", reason
 
 
-def _kvm_missing() -> str:
+def kvm_missing() -> tuple[str, str]:
+    """(why there is no hardware acceleration, what mends that); ('', '') where there is."""
+    flags = cpu_flags()
     if not os.path.exists("/dev/kvm"):
-        return "there is no /dev/kvm"
-    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        return "you may not open /dev/kvm (sudo usermod -aG kvm $USER, then log in again)"
+        module = next((name for flag, name in (("vmx", "kvm_intel"), ("svm", "kvm_amd")) if flag in flags), "")
+        if module:
+            return "there is no /dev/kvm", f"sudo modprobe {module}"
+        return "there is no /dev/kvm", virtualization_hint(flags)
+    reason = device_denied("/dev/kvm")
+    if reason:
+        return f"you may not open /dev/kvm ({reason})", device_command("/dev/kvm", "kvm")
+    if flags and os.uname().machine == "x86_64" and not {"vmx", "svm"} & flags:
+        reason = "the processor shows neither vmx nor svm (no nested virtualization here)"
+        return reason, virtualization_hint(flags)
+    return "", ""
+
+
+def cpu_flags() -> set[str]:
+    """The processor's features; empty where the kernel doesn't list them."""
     try:
         flags = re.search(r"^(?:flags|Features)\s*:(.*)$", read_text("/proc/cpuinfo"), re.M)
     except OSError:
-        return ""
-    words = flags.group(1).split() if flags else []
-    if os.uname().machine == "x86_64" and not {"vmx", "svm"} & set(words):
-        return "the processor shows neither vmx nor svm (no nested virtualization here)"
+        return set()
+    return set(flags.group(1).split()) if flags else set()
+
+
+def virtualization_hint(flags: set[str]) -> str:
+    """How the processor comes to show vmx or svm; no command of this system does that."""
+    if "hypervisor" in flags:
+        return "this is a VM: turn on nested virtualization on its host, and give it the host's CPU"
+    return "turn on VT-x (Intel) or SVM (AMD) in the machine's firmware setup"
+
+
+def device_denied(path: str) -> str:
+    """Why this user can't open a device for reading and writing, or ''.
+
+    Opened, not asked for with access(2): in a container root has every right but the device itself.
+    """
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
+    except OSError as error:
+        return error.strerror or str(error)
     return ""
+
+
+def device_command(path: str, group: str) -> str:
+    """The command that lets this user open a device: through the group that it belongs to, or that it ought to."""
+    import grp
+
+    info, user = os.stat(path), user_name()
+    if os.geteuid() == 0:
+        return f"in a container: give it the device {path}"
+    mend = ""
+    if not info.st_gid or info.st_mode & 0o060 != 0o060:
+        mend = f"sudo chgrp {group} {path} && sudo chmod 660 {path} && "
+    else:
+        group = grp.getgrgid(info.st_gid).gr_name
+    try:
+        is_member = user in grp.getgrnam(group).gr_mem
+    except KeyError:
+        is_member, mend = False, f"sudo groupadd --system {group} && {mend}"
+    if is_member and not mend:
+        return f"newgrp {group}  # or log in again: {user} was made a member of it since"
+    return f"{mend}sudo usermod -aG {group} {user}  # and log in again"
 
 
 def comma(text: str) -> str:
@@ -2570,7 +2648,9 @@ def probe_qemu(config: Config) -> Qemu:
         raise Error(f"{path}: it doesn't answer as qemu does: {last_line(answer.stderr + answer.stdout)}") from None
     version = ".".join(map(str, release))
     if release < (6, 2):
-        raise Error(f"{path}: qemu {version} is too old: 6.2 or newer is needed")
+        newest = install_command([os.path.basename(path)])
+        hint = newest or "set vmQemu to a newer one"
+        raise Error(f"{path}: qemu {version} is too old: 6.2 or newer is needed", hint)
     return Qemu(path, version, machine, options)
 
 
@@ -2720,6 +2800,42 @@ def new_namespaces() -> None:
         )  # setgroups first: gid_map is refused to ordinary users otherwise
         os.write(fd, content.encode())
         os.close(fd)
+
+
+def make_namespaces(batch: str) -> None:
+    """Enter namespaces of our own that have the private network's bridge, made by `ip -batch`, and that forward."""
+    new_namespaces()
+    run(["ip", "-batch", "-"], input=batch.encode())
+    fd = os.open("/proc/sys/net/ipv4/ip_forward", os.O_WRONLY)
+    os.write(fd, b"1")
+    os.close(fd)
+
+
+def bridge_batch(subnet: str) -> str:
+    """ip's commands.  A bridge without a MAC of its own takes its lowest port's: guests would lose the gateway."""
+    mac = "02:00:" + ":".join(f"{int(number):02x}" for number in f"{subnet}.1".split("."))
+    return (
+        f"link set lo up\nlink add {BRIDGE} address {mac} type bridge forward_delay 0\n"
+        f"addr add {subnet}.1/24 dev {BRIDGE}\nlink set {BRIDGE} up\n"
+    )
+
+
+def try_namespaces() -> str:
+    """Why a private network's namespaces can't be made here, or ''.  They go with the child that makes them."""
+
+    def attempt_it(talk: int) -> None:
+        try:
+            make_namespaces(bridge_batch("10.88.0"))
+        except (OSError, Error) as error:
+            os.write(talk, str(error).encode())
+
+    mine, its = os.pipe()
+    pid = fork_child(lambda: attempt_it(its), (its,))
+    os.close(its)
+    with open(mine, "rb") as pipe:
+        reason = pipe.read().decode("utf-8", "replace")
+    os.waitpid(pid, 0)
+    return reason
 
 
 class Gate:
@@ -3145,11 +3261,7 @@ class PrivateNetwork(Network):
             if survivor:
                 survivor.enter()
             else:
-                new_namespaces()
-                run(["ip", "-batch", "-"], input=batch.encode())
-                fd = os.open("/proc/sys/net/ipv4/ip_forward", os.O_WRONLY)
-                os.write(fd, b"1")
-                os.close(fd)
+                make_namespaces(batch)
             fd = os.open(self.file("holder.pid"), os.O_RDWR | os.O_CREAT, 0o600)
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.set_inheritable(fd, True)
@@ -3159,13 +3271,7 @@ class PrivateNetwork(Network):
             os.write(talk, str(error).encode())
 
     def _bridge_batch(self) -> str:
-        """ip's commands.  A bridge without a MAC of its own takes its lowest port's: guests would lose the gateway."""
-        subnet = self.subnet()
-        mac = "02:00:" + ":".join(f"{int(number):02x}" for number in f"{subnet}.1".split("."))
-        return (
-            f"link set lo up\nlink add {BRIDGE} address {mac} type bridge forward_delay 0\n"
-            f"addr add {subnet}.1/24 dev {BRIDGE}\nlink set {BRIDGE} up\n"
-        )
+        return bridge_batch(self.subnet())
 
     def _surviving_namespaces(self) -> Namespaces | None:
         """The namespaces of a VM that runs on though the holder was killed."""
@@ -4104,6 +4210,37 @@ def resolved_runs() -> bool:
 # -- the bridge's dnsmasq
 
 
+def bound_sockets(kind: str, port: int) -> Iterator[tuple[str, str]]:
+    """(address, inode) of the sockets of `udp` or `tcp` that wait at a port; nothing where /proc doesn't say.
+
+    /proc/net/udp has addresses as memory has them.  A socket of IPv6 that is bound to none takes IPv4's too: 0.0.0.0.
+    """
+    for name in (kind, f"{kind}6"):
+        try:
+            lines = read_text(f"/proc/net/{name}").splitlines()[1:]
+        except OSError:
+            continue
+        for fields in map(str.split, lines):
+            address, _, number = fields[1].partition(":")
+            if int(number, 16) == port and fields[3] in ("07", "0A"):  # unconnected, listening (net/tcp_states.h)
+                if len(address) == 8:
+                    yield ipv4_text(struct.unpack(">I", struct.pack("=I", int(address, 16)))[0]), fields[9]
+                elif not int(address, 16):
+                    yield "0.0.0.0", fields[9]
+
+
+def owner_of_socket(inode: str) -> int:
+    """The pid of a process that has a socket open, or 0: an ordinary user sees only his own processes' sockets."""
+    for pid in filter(str.isdigit, _names("/proc")):
+        for fd in _names(f"/proc/{pid}/fd"):
+            try:
+                if os.readlink(f"/proc/{pid}/fd/{fd}") == f"socket:[{inode}]":
+                    return int(pid)
+            except OSError:
+                continue
+    return 0
+
+
 def account(names: Sequence[str], group: bool = False) -> tuple[str, int]:
     """(name, id) of the first user, or group, of these that there is; root where there is none."""
     import grp
@@ -4175,9 +4312,8 @@ class BridgeServer:
         ]  # fmt: skip
 
     def answers(self) -> bool:
-        """Whether something serves DNS at the bridge's address.  /proc/net/udp has that as memory does."""
-        place = f"{struct.unpack('=I', struct.pack('>I', ipv4_number(self.settings.address)))[0]:08X}:0035"
-        return any(place in line for line in read_text("/proc/net/udp").splitlines())
+        """Whether something serves DNS at the bridge's address."""
+        return any(address == self.settings.address for address, _ in bound_sockets("udp", 53))
 
     def forget(self) -> None:
         """Take the leases of VMs that are gone out of the file, while dnsmasq doesn't run."""
@@ -4268,6 +4404,7 @@ class HostBridge(Network):
     """
 
     kind = "bridge"
+    HELPERS = ("/usr/lib/qemu/qemu-bridge-helper", "/usr/libexec/qemu-bridge-helper", "/usr/lib/qemu-bridge-helper")
 
     def __init__(self, config: Config, tree: Tree | None = None) -> None:
         self.config = config
@@ -4333,13 +4470,16 @@ class HostBridge(Network):
 
     # attaching to it
 
+    def helper_places(self) -> Sequence[str]:
+        """Where qemu-bridge-helper is looked for."""
+        return [self.config["vmBridgeHelper"]] if self.config["vmBridgeHelper"] else self.HELPERS
+
     def helper(self) -> str:
         """The path of qemu-bridge-helper, or ''."""
-        places = ("/usr/lib/qemu/qemu-bridge-helper", "/usr/libexec/qemu-bridge-helper", "/usr/lib/qemu-bridge-helper")
-        for place in [self.config["vmBridgeHelper"]] if self.config["vmBridgeHelper"] else places:
-            if find_program(place):
-                return place
-        return ""
+        return next(filter(find_program, self.helper_places()), "")
+
+    def lease_places(self) -> Sequence[str]:
+        return [self.config["bridgeLeases"]] if self.config["bridgeLeases"] else LEASE_FILES
 
     def missing(self) -> str:
         """Why this user can't put a VM on the bridge, or ''."""
@@ -4437,8 +4577,7 @@ class HostBridge(Network):
 
     def lease_lines(self) -> Iterator[tuple[str, str, str, int]]:
         """(MAC, address, name, end) of dnsmasq's lease file: `EXPIRY MAC ADDRESS NAME CLIENT-ID` a line."""
-        own = self.config["bridgeLeases"]
-        for place in [own] if own else LEASE_FILES:
+        for place in self.lease_places():
             try:
                 lines = [line.split() for line in read_text(place).splitlines()]
             except OSError:
@@ -9719,18 +9858,21 @@ class Option:
 class Command:
     """A command: how it is called, its options, and what it does; `more` makes the end of its help.
 
-    `complete`: what a shell offers for each operand, as of an Option.
+    `complete`: what a shell offers for each operand, as of an Option.  `unconfigured`: it gets the defaults, and finds
+    the configuration by itself.
     """
 
-    __slots__ = ("name", "alias", "options", "operands", "function", "help", "hidden", "more", "complete")
+    __slots__ = (
+        "name", "alias", "options", "operands", "function", "help", "hidden", "more", "complete", "unconfigured",
+    )  # fmt: skip
 
     def __init__(
         self, name: str, alias: str, options: tuple[Option, ...], operands: str, function: Any, help: str, hidden: bool,
-        more: Callable[[], str], complete: tuple[str | tuple[str, ...], ...],
+        more: Callable[[], str], complete: tuple[str | tuple[str, ...], ...], unconfigured: bool,
     ) -> None:  # fmt: skip
         self.name, self.alias, self.options, self.operands = name, alias, options, operands
         self.function, self.help, self.hidden, self.more = function, help, hidden, more
-        self.complete = complete
+        self.complete, self.unconfigured = complete, unconfigured
 
     @property
     def takes_words(self) -> bool:
@@ -9743,7 +9885,7 @@ COMMANDS: dict[str, Command] = {}
 
 def command(
     name: str, *options: Option, alias: str = "", operands: str = "", hidden: bool = False,
-    more: Callable[[], str] = str, complete: tuple[str | tuple[str, ...], ...] = (),
+    more: Callable[[], str] = str, complete: tuple[str | tuple[str, ...], ...] = (), unconfigured: bool = False,
 ) -> Callable[[Any], Any]:  # fmt: skip
     """Declare the command that the function under it does.  The first line of its docstring is its help."""
 
@@ -9751,7 +9893,7 @@ def command(
         if name in COMMANDS:
             raise ValueError(f"{name}: declared twice")
         help = (function.__doc__ or "").strip()
-        COMMANDS[name] = Command(name, alias, options, operands, function, help, hidden, more, complete)
+        COMMANDS[name] = Command(name, alias, options, operands, function, help, hidden, more, complete, unconfigured)
         return function
 
     return declare
@@ -11437,7 +11579,7 @@ def run_command(argv: Sequence[str]) -> int:
         report.data(f"nocloud {__version__}")
         return EXIT_DONE
     report.debug = report.debug or "--debug" in options
-    config = load_config()
+    config = Config() if command.unconfigured else load_config()
     if not options and not command.options:  # nothing to parse: argparse costs 17 ms, and a TAB has to be quick
         done: int = command.function(config, None, operands)
         return done
