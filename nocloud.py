@@ -9831,6 +9831,736 @@ def check_nothing_runs() -> None:
         raise WrongState(f"VMs are running: {names}; nothing was changed", stop)
 
 
+# Doctor ##############################################################################################
+#
+# What VMs need of this host: a check a row, and for what isn't well the command that mends it.  It only looks: nothing
+# is started, mended or written, and no finding keeps another check from its turn.
+
+OK, WARNING, WRONG = "ok", "warning", "wrong"  # wrong: as it is, no VM starts
+PLENTY_OF_SPACE = 2 * GIB
+SMALLEST_TIME = 1764028800  # 2025-11-25: no clock that is right shows less
+
+
+class Finding:
+    """What a check found: its state, in words, and the command that mends it, '' where it is well."""
+
+    __slots__ = ("name", "state", "text", "mend")
+
+    def __init__(self, state: str, text: str, mend: str = "", name: str = "") -> None:
+        self.name, self.state, self.text = name, state, printable(text)
+        self.mend = mend if os.geteuid() else re.sub(r"\bsudo ", "", mend)
+
+
+class Patient:
+    """What the checks look at: the configuration as far as it can be read, and the cloud that it describes."""
+
+    def __init__(self) -> None:
+        self.config = Config()
+        self.config_findings = list(self._read_config())
+        try:
+            self.cloud = Cloud(self.config)
+        except Error as error:
+            self.config_findings.append(Finding(WRONG, str(error), f"export NOCLOUD_vmBaseDir={home_folder()}/vms"))
+            self.config.set("vmBaseDir", os.path.join(home_folder(), "vms"), "")
+            self.cloud = Cloud(self.config)
+        self.tree = self.cloud.tree
+        self.bridge = HostBridge(self.config, self.tree)
+        self.has_bridge = os.path.exists(f"/sys/class/net/{self.bridge.interface}")
+        try:
+            self.network = self.cloud.default_network()
+        except (Error, OSError):
+            self.network = "private"
+
+    def _read_config(self) -> Iterator[Finding]:
+        for path in config_files():
+            said: list[str] = []
+            try:
+                self.config.read(path, said.append)
+            except UsageError as error:
+                yield Finding(WRONG, str(error), line_command(str(error), path))
+            except OSError as error:
+                yield Finding(WRONG, f"{path}: {error.strerror}", by_owner(path, f"chmod a+r {quoted(path)}"))
+            for text in said:
+                yield Finding(WARNING, text, line_command(text, path) or trust_command(path))
+        try:
+            self.config.read_environment()
+        except UsageError as error:
+            yield Finding(WRONG, str(error), f"unset {str(error).partition(':')[0]}")
+
+    def needs(self, network: str) -> str:
+        """How bad it is if something of that network is missing."""
+        return WRONG if network == self.network else WARNING
+
+
+# -- commands that mend
+
+
+def quoted(*paths: str) -> str:
+    import shlex
+
+    return shlex.join(paths)
+
+
+def by_owner(path: str, command: str) -> str:
+    """`command`, with sudo where what it changes is another user's."""
+    try:
+        return command if os.stat(path).st_uid == os.geteuid() else f"sudo {command}"
+    except OSError:
+        return f"sudo {command}"
+
+
+def trust_command(path: str) -> str:
+    """What makes a file, or a folder, one that only its user or root writes to."""
+    if os.stat(path).st_uid not in (os.geteuid(), 0):
+        return f"sudo chown {user_name()} {quoted(path)} && chmod go-w {quoted(path)}"
+    return by_owner(path, f"chmod go-w {quoted(path)}")
+
+
+def line_command(text: str, path: str) -> str:
+    """What makes a comment of the line that a message names, FILE:LINE; '' where it names none."""
+    found = re.match(rf"{re.escape(path)}:(\d+):", text)
+    return by_owner(path, f"sed -i '{found.group(1)}s/^/# /' {quoted(path)}") if found else ""
+
+
+def mount_point(path: str) -> str:
+    """Where the file system that a path is on is mounted (proc(5), mountinfo); ismount() misses bind mounts."""
+    path, found = os.path.realpath(path), "/"
+    try:
+        lines = read_text("/proc/self/mountinfo").splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        place = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), line.split(" ")[4])
+        if len(place) >= len(found) and (path + "/").startswith(place.rstrip("/") + "/"):
+            found = place
+    return found
+
+
+# -- the configuration and the tree
+
+
+def check_configuration(patient: Patient) -> Iterator[Finding]:
+    yield from patient.config_findings
+    if not patient.config_findings:
+        yield Finding(OK, ", ".join(config_files()) or "the defaults")
+
+
+def check_catalogue(patient: Patient) -> Iterator[Finding]:
+    """A wrong line of the user's own keeps only downloads from working."""
+    catalogue = Catalogue()
+    catalogue.read(packaged(CATALOGUE), CATALOGUE)
+    well = True
+    for path in catalogue_files():
+        reason = untrusted(path)
+        try:
+            if not reason:
+                catalogue.read(read_text(path), path)
+        except UsageError as error:
+            well = False
+            yield Finding(WARNING, str(error), line_command(str(error), path))
+        if reason:
+            well = False
+            yield Finding(WARNING, f"{path} is skipped: {reason}", trust_command(path))
+    if well:
+        yield Finding(OK, plural(len(catalogue.entries), "system"))
+
+
+def check_tree(patient: Patient) -> Iterator[Finding]:
+    base = patient.tree.base
+    place = existing_parent(base)
+    if os.path.lexists(base) and not os.path.isdir(base):
+        yield Finding(WRONG, f"{base}: is no folder", by_owner(base, f"mv {quoted(base, base + '.old')}"))
+    elif os.statvfs(place).f_flag & os.ST_RDONLY:
+        mend = f"sudo mount -o remount,rw {quoted(mount_point(place))}"
+        yield Finding(WRONG, f"{place}: the file system is read-only", mend)
+    elif not os.access(place, os.W_OK | os.X_OK):
+        yield Finding(WRONG, f"{place}: you may not write there", f"sudo install -d -o {user_name()} {quoted(base)}")
+    elif place == base and untrusted(base):
+        yield Finding(WARNING, f"{base}: {untrusted(base)}", trust_command(base))
+    else:
+        yield Finding(OK, base if place == base else f"{base}, made with the first VM")
+
+
+def check_disk_space(patient: Patient) -> Iterator[Finding]:
+    place = existing_parent(patient.tree.base)
+    free, cache = free_bytes(place), cache_home()
+    text = f"{free // MIB} MB are free in {place}"
+    if free >= PLENTY_OF_SPACE:
+        yield Finding(OK, text)
+        return
+    mend = "vmBaseDir=FOLDER in ~/.nocloud.conf, on a larger file system"
+    if os.path.isdir(cache) and os.stat(cache).st_dev == os.stat(place).st_dev:
+        mend = f"rm -rf {quoted(cache)}"  # all of it can be made again
+    yield Finding(WRONG if free < 4 * CLONE_BYTES else WARNING, text, mend)
+
+
+def check_vms(patient: Patient) -> Iterator[Finding]:
+    """What killed commands and vanished files left in the tree."""
+    tree, well = patient.tree, True
+    vms = list(tree.vms())
+    for finding in (
+        unfinished_finding(tree),
+        sockets_finding(vms),
+        *(conf_finding(vm) for vm in vms),
+        *(disk_finding(vm) for vm in vms if vm.is_readable()),
+    ):
+        if finding:
+            well = False
+            yield finding
+    if well:
+        templates = sum(vm.is_template for vm in vms)
+        yield Finding(OK, f"{plural(len(vms) - templates, 'VM')}, {plural(templates, 'template')}, nothing left over")
+
+
+def unfinished_finding(tree: Tree) -> Finding | None:
+    folders = [folder for group in [*tree.groups(), TEMPLATES] for folder in left_over(tree, group)]
+    if not folders:
+        return None
+    return Finding(
+        WARNING, f"{plural(len(folders), 'folder')} of commands that were killed", f"rm -rf {quoted(*folders)}"
+    )
+
+
+def sockets_finding(vms: Sequence[VM]) -> Finding | None:
+    stopped = [vm for vm in vms if vm.state()[0] == "stopped"]
+    dead = [vm.file(name) for vm in stopped for name in RUNTIME_FILES if os.path.lexists(vm.file(name))]
+    return (
+        Finding(WARNING, f"{plural(len(dead), 'socket')} of VMs that are stopped", f"rm -f {quoted(*dead)}")
+        if dead
+        else None
+    )
+
+
+def conf_finding(vm: VM) -> Finding | None:
+    try:
+        return Finding(WARNING, f"{vm.conf_file}: is empty", destroy_command(vm)) if not vm.conf else None
+    except Error as error:
+        mend = line_command(str(error), vm.conf_file)
+        if not mend and os.access(vm.conf_file, os.R_OK):
+            mend = trust_command(vm.conf_file)
+        return Finding(WARNING, str(error), mend or by_owner(vm.conf_file, f"chmod u+r {quoted(vm.conf_file)}"))
+
+
+def disk_finding(vm: VM) -> Finding | None:
+    """A VM whose disk, or what that lies on, is gone."""
+    try:
+        needed = [*vm.disks(), *backing_chain(vm.disks())]
+    except FileNotFoundError:
+        needed = vm.disks()
+    except OSError as error:
+        return Finding(
+            WARNING, f"{vm.address_name}: {error.filename}: {error.strerror}", f"sudo chmod a+r {error.filename}"
+        )
+    gone = [path for path in needed if not os.path.exists(path)]
+    if not gone:
+        return None
+    return Finding(WARNING, f"{vm.address_name} can't start: {gone[0]} is gone", destroy_command(vm))
+
+
+def destroy_command(vm: VM) -> str:
+    return f"vmtemplate --delete {quoted(vm.name)}" if vm.is_template else f"vmstop -d -n {quoted(vm.address_name)}"
+
+
+# -- what runs the VMs
+
+
+def check_qemu(patient: Patient) -> Iterator[Finding]:
+    qemu = patient.cloud.qemu()
+    package = install_command([f"qemu-system-{os.uname().machine}"])
+    yield Finding(OK, f"{qemu.path}, version {qemu.version}")
+    if "sandbox" not in qemu.options:
+        yield Finding(WARNING, f"{qemu.path} was built without -sandbox: it runs unconfined", package)
+    if not choose_screen(qemu):
+        yield Finding(WARNING, f"{qemu.path} has neither SPICE nor VNC: VMs have no screen", package)
+    try:
+        choose_seed(qemu)
+    except MissingProgram as error:
+        yield Finding(WARNING, str(error), error.hint)
+
+
+def check_qemu_img(patient: Patient) -> Iterator[Finding]:
+    yield Finding(OK, need_program("qemu-img"))
+
+
+def check_acceleration(patient: Patient) -> Iterator[Finding]:
+    reason, mend = kvm_missing()
+    wanted = patient.config["vmAccel"]
+    if wanted == "tcg":
+        yield Finding(OK, "software emulation, as vmAccel=tcg asks for")
+    elif not reason:
+        yield Finding(OK, "hardware acceleration (KVM)")
+    else:
+        text = f"no hardware acceleration, guests will be slow: {reason}"
+        yield Finding(WRONG if wanted == "kvm" else WARNING, text, mend)
+
+
+def check_ssh(patient: Patient) -> Iterator[Finding]:
+    yield Finding(OK, ", ".join(need_program(name) for name in ("ssh", "ssh-keygen")))
+
+
+def check_keys(patient: Patient) -> Iterator[Finding]:
+    """nocloud's key and the user's: without a key of his own he has nocloud's to log in with."""
+    findings = [*own_key_findings(os.path.join(config_home(), "id_ed25519"))]
+    for path in user_keys():
+        if os.stat(path).st_mode & 0o077:
+            findings.append(
+                Finding(WARNING, f"{path}: others may read it; ssh won't use it", f"chmod 600 {quoted(path)}")
+            )
+    if not user_keys(".pub"):
+        findings.append(Finding(WARNING, "no key of yours, ~/.ssh/*.pub, to plant in VMs", "ssh-keygen -t ed25519"))
+    yield from findings
+    if not findings:
+        yield Finding(OK, f"{plural(len(user_keys('.pub')), 'key')} of yours, and nocloud's own")
+
+
+def own_key_findings(path: str) -> Iterator[Finding]:
+    """nocloud's own key is made at first need; one that is there must be whole, and the user's alone."""
+    folder = existing_parent(os.path.dirname(path))
+    if not os.path.exists(path):
+        if not os.access(folder, os.W_OK | os.X_OK):
+            yield Finding(
+                WRONG, f"{folder}: you may not write there, for nocloud's key", "export XDG_CONFIG_HOME=FOLDER"
+            )
+        return
+    if os.stat(path).st_mode & 0o077:
+        yield Finding(
+            WRONG, f"{path}: others may read it; ssh won't use it", by_owner(path, f"chmod 600 {quoted(path)}")
+        )
+    if not os.access(path, os.R_OK):
+        yield Finding(WRONG, f"{path}: you may not read it", f"sudo chown {user_name()} {quoted(path)}")
+    elif not os.path.exists(path + ".pub"):
+        yield Finding(WRONG, f"{path}.pub is gone", f"ssh-keygen -y -f {quoted(path)} >{quoted(path + '.pub')}")
+
+
+# -- the private network
+
+
+def check_namespaces(patient: Patient) -> Iterator[Finding]:
+    need_program("ip")
+    reason = try_namespaces()
+    if reason:
+        error = namespaces_denied(reason)
+        yield Finding(patient.needs("private"), str(error), error.hint)
+    else:
+        yield Finding(OK, "this user may make namespaces")
+
+
+def check_tun(patient: Patient) -> Iterator[Finding]:
+    path = "/dev/net/tun"
+    if not os.path.exists(path):
+        mend = "sudo modprobe tun"
+        if os.path.isdir("/sys/class/misc/tun"):
+            mend = f"sudo mkdir -p /dev/net && sudo mknod {path} c 10 200 && sudo chmod 666 {path}"
+        elif not os.path.exists(f"/lib/modules/{os.uname().release}"):
+            mend = f"in a container: give it the device {path}"
+        yield Finding(patient.needs("private"), f"there is no {path}", mend)
+        return
+    reason = device_denied(path)
+    if reason:
+        yield Finding(patient.needs("private"), f"you may not open {path} ({reason})", f"sudo chmod 666 {path}")
+    else:
+        yield Finding(OK, path)
+
+
+def check_private_programs(patient: Patient) -> Iterator[Finding]:
+    missing = [name for name in ("ip", "dnsmasq", "nsenter") if not find_program(name)]
+    if missing:
+        text = f"not found, and the private network needs it: {', '.join(missing)}"
+        yield Finding(patient.needs("private"), text, install_command(missing))
+    else:
+        yield Finding(OK, "ip, dnsmasq and nsenter")
+
+
+def check_way_out(patient: Patient) -> Iterator[Finding]:
+    missing = [] if find_program("pasta") else ["pasta"]
+    if not find_program("nft") and not find_program("iptables"):
+        missing.append("nft")
+    if missing:
+        text = f"VMs on the private network don't reach the Internet: {' and '.join(missing)} not found"
+        yield Finding(WARNING, text, install_command(missing))
+    else:
+        yield Finding(OK, "pasta")
+
+
+def check_private_subnet(patient: Patient) -> Iterator[Finding]:
+    """Once it is chosen it is kept; a VPN that came later may have it as well."""
+    network = patient.cloud.private
+    try:
+        subnet = read_text(network.file("subnet")).strip()
+        taken = host_networks(read_text("/proc/net/fib_trie"))
+    except OSError:
+        yield Finding(OK, "a free one is chosen with the first VM")
+        return
+    clash = [pair for pair in taken if pair[1] > 8 and overlap(*pair, ipv4_number(f"{subnet}.0"), 24)]
+    if not clash:
+        yield Finding(OK, f"{subnet}.0/24")
+        return
+    text = f"this host has {ipv4_text(clash[0][0])}/{clash[0][1]} too: VMs don't reach that, on {subnet}.0/24"
+    groups = [f"vmstop -d -g {quoted(group)}" for group in patient.tree.groups()]
+    mend = " && ".join([*groups, "nocloud net --private down", f"rm -f {quoted(network.file('subnet'))}"])
+    yield Finding(WARNING, text, mend)
+
+
+def check_inotify(patient: Patient) -> Iterator[Finding]:
+    """dnsmasq waits for changed files by inotify(7), and doesn't start without one."""
+    import ctypes
+
+    fd = ctypes.CDLL(None, use_errno=True).inotify_init1(os.O_CLOEXEC)
+    if fd >= 0:
+        os.close(fd)
+        yield Finding(OK, "instances are to be had")
+        return
+    reason = os.strerror(ctypes.get_errno())
+    mend = "sudo sysctl -w user.max_inotify_instances=1024"
+    yield Finding(WRONG, f"no inotify instance is to be had: {reason}", mend)
+
+
+# -- the host's bridge
+
+
+def check_bridge(patient: Patient) -> Iterator[Finding]:
+    bridge, asked = patient.bridge, patient.config["vmNetwork"]
+    if not patient.has_bridge and asked != "bridge":
+        yield Finding(OK, f"there is none called {bridge.interface}: VMs are on the private network")
+        return
+    place = f"/sys/class/net/{bridge.interface}"
+    if not os.path.isdir(f"{place}/bridge") or not int(read_text(f"{place}/flags"), 16) & IFF_UP:
+        foreign = patient.has_bridge and not bridge_is_ours(bridge.interface)
+        mend = f"sudo ip link set {bridge.interface} up" if foreign else "sudo nocloud net up"
+        yield Finding(patient.needs("bridge"), bridge.missing(), mend)
+    else:
+        yield Finding(OK, f"{bridge.interface} is up")
+
+
+def check_helper(patient: Patient) -> Iterator[Finding]:
+    """qemu-bridge-helper: only root, or a program that becomes root, may put a tap on a bridge."""
+    bridge, bad = patient.bridge, patient.needs("bridge")
+    places = [place for place in bridge.helper_places() if os.path.isfile(place)]
+    if not places:
+        yield Finding(bad, "qemu-bridge-helper is not there", install_command(["qemu-bridge-helper"]))
+        return
+    place, info = places[0], os.stat(places[0])
+    if os.geteuid() == 0:
+        yield Finding(OK, place)
+    elif info.st_uid or not info.st_mode & stat.S_ISUID:
+        mend = f"sudo chown root {place} && sudo chmod u+s {place}"
+        yield Finding(bad, f"{place} is not setuid root", mend)
+    elif not os.access(place, os.X_OK):
+        yield Finding(bad, f"you may not run {place}", group_command(info.st_gid))
+    elif os.statvfs(place).f_flag & os.ST_NOSUID:
+        mend = f"sudo mount -o remount,suid {mount_point(place)}"
+        yield Finding(bad, f"{place} is on a file system where setuid counts for nothing", mend)
+    else:
+        yield Finding(OK, place)
+
+
+def group_command(gid: int) -> str:
+    """What makes this user a member of a group."""
+    import grp
+
+    return f"sudo usermod -aG {grp.getgrgid(gid).gr_name} {user_name()}  # and log in again"
+
+
+def check_bridge_conf(patient: Patient) -> Iterator[Finding]:
+    """The helper's list, which it reads as the user that calls it: `deny` wins, what isn't named is denied."""
+    name, bad = patient.bridge.interface, patient.needs("bridge")
+    conf = next(filter(os.path.exists, HELPER_LISTS), HELPER_LISTS[0])
+    allow = f"echo 'allow {name}' | sudo tee -a {conf}"
+    try:
+        rules = acl_rules(read_text(conf))
+    except FileNotFoundError:
+        yield Finding(bad, f"there is no {conf}", f"sudo mkdir -p {os.path.dirname(conf)} && {allow}")
+        return
+    except PermissionError:
+        yield Finding(bad, f"{conf}: you may not read it", f"sudo chmod a+rX {os.path.dirname(conf)} {conf}")
+        return
+    denied = [target for target in (name, "all") if ("deny", target) in rules]
+    if denied:
+        mend = f"sudo sed -i '/^[[:space:]]*deny[[:space:]]*{denied[0]}/d' {conf}"
+        yield Finding(bad, f"{conf} has a line `deny {denied[0]}`, which wins over all others", mend)
+    if ("allow", "all") in rules:
+        mend = f"sudo sed -i 's/^[[:space:]]*allow[[:space:]]*all/allow {name}/' {conf}"
+        yield Finding(WARNING, f"{conf} allows all: every user may put taps on any bridge", mend)
+    elif not helper_allows(conf, name) and not denied:
+        yield Finding(bad, f"{conf} doesn't allow {name}", allow)
+    elif not denied:
+        yield Finding(OK, f"{conf} allows {name}")
+
+
+def check_dnsmasq(patient: Patient) -> Iterator[Finding]:
+    """Whether the bridge's dnsmasq serves there, and if not, who has its ports."""
+    settings = BridgeSettings(patient.config)
+    at_bridge = [inode for address, inode in bound_sockets("udp", 53) if address == settings.address]
+    holders = {owner_of_socket(inode) for inode in at_bridge}
+    if at_bridge and (0 in holders or any(is_our_dnsmasq(pid) for pid in holders)):
+        yield Finding(OK, f"DHCP and DNS are served at {settings.address}")
+        return
+    for kind, port in (("udp", 53), ("tcp", 53), ("udp", 67)):
+        for address, inode in bound_sockets(kind, port):
+            if address in ("0.0.0.0", settings.address):
+                pid = owner_of_socket(inode)
+                who = f"{process_name(pid)}, process {pid}" if pid else "another user's process"
+                text = f"no DHCP and DNS at {settings.address}: port {port} ({kind}) is taken by {who}"
+                yield Finding(patient.needs("bridge"), text, stop_command(pid))
+                return
+    if not find_program("dnsmasq"):
+        yield Finding(patient.needs("bridge"), "dnsmasq is not found", install_command(["dnsmasq"]))
+        return
+    yield Finding(patient.needs("bridge"), f"no DHCP and DNS at {settings.address}", "sudo nocloud net up")
+
+
+def is_our_dnsmasq(pid: int) -> bool:
+    try:
+        return STATE_FOLDER in read_text(f"/proc/{pid}/cmdline")
+    except OSError:
+        return False
+
+
+def process_name(pid: int) -> str:
+    try:
+        return read_text(f"/proc/{pid}/comm").strip()
+    except OSError:
+        return "a process"
+
+
+def stop_command(pid: int) -> str:
+    """What ends a process: its unit where it is one of systemd's, which would start it again."""
+    if not pid:
+        return "sudo nocloud doctor  # says which"
+    try:
+        unit = re.search(r"/([^/\n]+\.service)$", read_text(f"/proc/{pid}/cgroup"), re.M)
+    except OSError:
+        unit = None
+    return f"sudo systemctl disable --now {unit.group(1)}" if unit else f"sudo kill {pid}"
+
+
+def check_leases(patient: Patient) -> Iterator[Finding]:
+    """Who may not read them doesn't learn the addresses of guests that have none of their own."""
+    place = next((path for path in patient.bridge.lease_places() if reachable(path) != ""), "")
+    if not place:
+        yield Finding(OK, "there are none yet")
+    elif reachable(place) == place and os.access(place, os.R_OK):
+        yield Finding(OK, place)
+    elif reachable(place) == place:
+        yield Finding(WARNING, f"{place}: you may not read it", f"sudo chmod a+r {quoted(place)}")
+    else:
+        yield Finding(WARNING, f"{place}: you may not enter its folder", f"sudo chmod a+x {quoted(reachable(place))}")
+
+
+def reachable(path: str) -> str:
+    """The path itself where it is there, the folder above it that may not be entered, or ''."""
+    try:
+        os.stat(path)
+        return path
+    except PermissionError:
+        folder = os.path.dirname(path)
+        while not os.path.isdir(folder):
+            folder = os.path.dirname(folder)
+        return folder
+    except OSError:
+        return ""
+
+
+FORWARDERS = {
+    "DOCKER": "Docker",
+    "ufw-": "ufw",
+    "FWD": "firewalld",
+    "FORWARD_direct": "firewalld",
+    "LIBVIRT": "libvirt",
+}
+
+
+def check_forwarding(patient: Patient) -> Iterator[Finding]:
+    """Whether the host's packet filters let the guests' packets pass; only root sees them."""
+    name, again = patient.bridge.interface, "sudo nocloud net up"
+    if os.geteuid() != 0:
+        yield Finding(OK, "only root sees the packet filters: sudo nocloud doctor")
+        return
+    if not bridge_is_ours(name):
+        yield Finding(OK, f"{name} was not made by nocloud: what its owner set holds")
+        return
+    findings = []
+    for each in (name, *sorted(outgoing_interfaces())):
+        if read_text(sysctl_file(each, "forwarding")).strip() == "0":
+            findings.append(Finding(WARNING, f"guests have no way out: {each} doesn't forward", again))
+    if not find_program("nft"):
+        findings.append(Finding(WARNING, "nft is not found", install_command(["nft"])))
+    elif not has_nft_table(f"ip {DOMAIN}"):
+        findings.append(Finding(WARNING, "guests have no way out: nocloud's own rules are gone", again))
+    findings += [rules_finding(program) for program in iptables_programs() if missing_rules(program, name)]
+    findings += [chain_finding(chain, name) for chain in dropping_chains() if not lets_pass(chain, name)]
+    yield from findings
+    if not findings:
+        yield Finding(OK, "the packet filters let guests pass")
+
+
+def rules_finding(program: str) -> Finding:
+    """iptables rules that don't let guests pass, and who set them up, as the names of their chains tell."""
+    rules = iptables_rules(program)
+    who = next((who for start, who in FORWARDERS.items() for rule in rules if rule[1].startswith(start)), "another")
+    does = "drops" if ["-P", "FORWARD", "DROP"] in rules else "may drop"
+    text = f"the chain FORWARD of {program} {does} what guests send ({who} set it up)"
+    return Finding(WARNING, text, "sudo nocloud net up")
+
+
+def lets_pass(chain: str, name: str) -> bool:
+    return f'iifname "{name}" accept' in attempt(["nft", "list", "chain", *chain.split()], 5)[1]
+
+
+def chain_finding(chain: str, name: str) -> Finding:
+    family, table, _ = chain.split()
+    rules = (f"iifname {name} accept", f"oifname {name} ct state established,related accept")
+    mend = " && ".join(f"sudo nft insert rule {chain} {rule}" for rule in rules)
+    return Finding(WARNING, f"the chain {chain} of nft's table {family} {table} drops what guests send", mend)
+
+
+def check_firewalld(patient: Patient) -> Iterator[Finding]:
+    name, zone = patient.bridge.interface, firewalld_zone(patient.bridge.interface)
+    if zone is None or zone == "trusted":
+        yield Finding(OK, "it doesn't run" if zone is None else f"{name} is in its zone trusted")
+    else:
+        where = f"in its zone {zone}" if zone else "in none of its zones"
+        mend = f"sudo firewall-cmd --zone=trusted --change-interface={name}"
+        yield Finding(WARNING, f"it runs, and {name} is {where}: guests get no address", mend)
+
+
+def check_ufw(patient: Patient) -> Iterator[Finding]:
+    if os.geteuid() != 0 or not ufw_runs():
+        yield Finding(OK, "it doesn't run" if os.geteuid() == 0 or not find_program("ufw") else "only root may ask it")
+        return
+    added = attempt(["ufw", "show", "added"], 5)[1]
+    if added.count(MADE_BY_US) < len(ufw_rules(patient.bridge.interface)):
+        yield Finding(WARNING, "it runs, and doesn't let guests pass", "sudo nocloud net up")
+    else:
+        yield Finding(OK, "it lets guests pass")
+
+
+def check_network_manager(patient: Patient) -> Iterator[Finding]:
+    """NetworkManager leaves a bridge alone that it calls unmanaged, or connected externally."""
+    name = patient.bridge.interface
+    status, said = -1, ""
+    if find_program("nmcli"):
+        status, said = attempt(["nmcli", "-g", "GENERAL.STATE", "device", "show", name], 5)
+    if status or "unmanaged" in said or "external" in said:
+        yield Finding(OK, "it doesn't run" if status else f"it leaves {name} alone")
+    else:
+        mend = f"sudo nmcli device set {name} managed no"
+        yield Finding(WARNING, f"it manages {name} ({said.strip()}), and may take its address away", mend)
+
+
+def check_bridge_subnet(patient: Patient) -> Iterator[Finding]:
+    settings = BridgeSettings(patient.config)
+    clash = overlapping(settings)
+    if clash:
+        mend = "sudo nocloud bridge subnet && sudo nocloud net down && sudo nocloud net up"
+        yield Finding(WARNING, f"{settings.net} is in use: {clash}", mend)
+    else:
+        yield Finding(OK, settings.net)
+
+
+def check_names(patient: Patient) -> Iterator[Finding]:
+    """Whether this host itself resolves the guests' names."""
+    name, address = patient.bridge.interface, patient.config["bridgeIpAddress"]
+    if resolved_runs():
+        if f"~{DOMAIN}" in attempt(["resolvectl", "domain", name], 5)[1]:
+            yield Finding(OK, f"systemd-resolved asks {address} for them")
+            return
+        mend = f"sudo resolvectl dns {name} {address} && sudo resolvectl domain {name} '~{DOMAIN}'"
+        yield Finding(WARNING, "VMs' names don't resolve on this host", mend)
+        return
+    try:
+        servers = re.findall(r"^nameserver\s+(\S+)", read_text("/etc/resolv.conf"), re.M)
+    except OSError:
+        servers = []
+    if address in servers[:1]:
+        yield Finding(OK, f"/etc/resolv.conf names {address}")
+    else:
+        text = "VMs' names don't resolve on this host, which runs no systemd-resolved; vmssh needs none"
+        yield Finding(WARNING, text, f"{install_command(['resolvectl'])} && sudo nocloud net up")
+
+
+# -- the rest, and all of it
+
+
+def check_clock(patient: Patient) -> Iterator[Finding]:
+    """Certificates aren't valid yet where the clock is behind."""
+    now = time.time()
+    oldest = max(SMALLEST_TIME, os.stat(program_path()).st_mtime)
+    text = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now))
+    if now < oldest - 86400:
+        yield Finding(WARNING, f"it shows {text}, and is behind: downloads will fail", "sudo timedatectl set-ntp true")
+    else:
+        yield Finding(OK, text)
+
+
+Check = tuple[str, Callable[[Patient], Iterator[Finding]]]
+
+CHECKS: tuple[Check, ...] = (
+    ("configuration", check_configuration),
+    ("catalogue", check_catalogue),
+    ("tree", check_tree),
+    ("space", check_disk_space),
+    ("vms", check_vms),
+    ("qemu", check_qemu),
+    ("qemu-img", check_qemu_img),
+    ("acceleration", check_acceleration),
+    ("ssh", check_ssh),
+    ("keys", check_keys),
+    ("namespaces", check_namespaces),
+    ("tun", check_tun),
+    ("private-network", check_private_programs),
+    ("private-subnet", check_private_subnet),
+    ("way-out", check_way_out),
+    ("inotify", check_inotify),
+    ("clock", check_clock),
+    ("bridge", check_bridge),
+)
+BRIDGE_CHECKS: tuple[Check, ...] = (  # where there is one, or where there ought to be
+    ("bridge-helper", check_helper),
+    ("bridge-conf", check_bridge_conf),
+    ("bridge-subnet", check_bridge_subnet),
+    ("dnsmasq", check_dnsmasq),
+    ("leases", check_leases),
+    ("forwarding", check_forwarding),
+    ("firewalld", check_firewalld),
+    ("ufw", check_ufw),
+    ("networkmanager", check_network_manager),
+    ("names", check_names),
+)
+
+
+def examine(names: Sequence[str]) -> Iterator[Finding]:
+    """All findings, or those of the checks that are named, as they are found."""
+    known = [name for name, _ in (*CHECKS, *BRIDGE_CHECKS)]
+    for name in names:
+        if name not in known:
+            near = nearest(name, known)
+            raise UsageError(
+                f"{name}: no such check", f"did you mean {near}?" if near else f"one of {', '.join(known)}"
+            )
+    patient = Patient()
+    bridged = patient.has_bridge or patient.config["vmNetwork"] == "bridge"
+    for name, check in (*CHECKS, *(BRIDGE_CHECKS if bridged or names else ())):
+        if names and name not in names:
+            continue
+        for finding in examine_one(name, check, patient):
+            finding.name = name
+            yield finding
+
+
+def examine_one(name: str, check: Callable[[Patient], Iterator[Finding]], patient: Patient) -> Iterator[Finding]:
+    """A check's findings; one that fails by itself tells why, whatever this host did to it."""
+    try:
+        yield from check(patient)
+    except Error as error:
+        network = "bridge" if (name, check) in BRIDGE_CHECKS else "private" if name == "namespaces" else ""
+        yield Finding(patient.needs(network) if network else WRONG, str(error), error.hint)
+    except Exception as error:
+        if report.debug:
+            raise
+        yield Finding(WARNING, f"it can't be looked at: {type(error).__name__}: {error}", "nocloud doctor --debug")
+
+
 # Commands ############################################################################################
 #
 # What can be typed.  One declaration a command serves its vm* name, the subcommand and the help; the
@@ -10604,6 +11334,29 @@ def cmd_manage(config: Config, args: argparse.Namespace, words: list[str]) -> in
         monitor_command(vm, " ".join(words))
         return EXIT_DONE
     return monitor_session(vm)
+
+
+@command(
+    "doctor",
+    Option("--json", help="a JSON list: name, state, text, mend"),
+    operands="[CHECKS]",
+    complete=(tuple(name for name, _ in (*CHECKS, *BRIDGE_CHECKS)),),
+    unconfigured=True,
+)
+def cmd_doctor(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """look at this host, and say what isn't well and which command mends it"""
+    findings = []
+    for finding in examine(words):
+        findings.append(finding)
+        if not args.json:
+            report.data(f"{finding.state:<9}{finding.name}: {finding.text}")
+            if finding.mend:
+                report.data(f"{'':9}{printable(finding.mend)}")
+    if args.json:
+        import json
+
+        report.data(json.dumps([{key: getattr(each, key) for key in each.__slots__} for each in findings], indent=2))
+    return EXIT_FAILED if any(finding.state == WRONG for finding in findings) else EXIT_DONE
 
 
 @command("links", operands="DIR", complete=("folder",))

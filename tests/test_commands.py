@@ -66,6 +66,7 @@ OPTIONS: dict[str, Options] = {
     "net": {"--private": False, "--bridge": False},
     "nocloud-bridge": {},
     "links": {},
+    "doctor": {"--json": False},
     "completion": {},
     "man": {},
 }
