@@ -1001,6 +1001,11 @@ class VM:
         return self.group == TEMPLATES
 
     @property
+    def is_in_making(self) -> bool:
+        """Whether its folder is not yet where it will be; whoever makes it holds the folder's lock."""
+        return os.path.basename(self.folder).startswith(MAKING)
+
+    @property
     def function(self) -> str:
         """GROUP/TYPE, or `templates`: the second column of every list."""
         return f"{self.group}/{self.type}" if self.type else self.group
@@ -1528,6 +1533,7 @@ PACKAGES = {
     "ip": ("iproute2", "iproute", "iproute2"),
     "dnsmasq": ("dnsmasq-base", "dnsmasq", "dnsmasq"),
     "nsenter": ("util-linux", "util-linux", "util-linux"),
+    "setpriv": ("util-linux", "util-linux", "util-linux"),
     "unshare": ("util-linux", "util-linux", "util-linux"),
     "pasta": ("passt", "passt", "passt"),
     "mke2fs": ("e2fsprogs", "e2fsprogs", "e2fsprogs"),
@@ -1573,9 +1579,13 @@ def need_program(name: str) -> str:
 def os_release(path: str = "/etc/os-release") -> dict[str, str]:
     """os-release(5) of the host; empty where there is none."""
     try:
-        return dict(re.findall(r'^(\w+)="?([^"\n]*)"?$', read_text(path), re.M))
+        return parse_os_release(read_text(path))
     except OSError:
         return {}
+
+
+def parse_os_release(text: str) -> dict[str, str]:
+    return dict(re.findall(r"""^(\w+)=["']?([^"'\n]*)["']?$""", text, re.M))
 
 
 def choose_installer(release: Mapping[str, str], present: Sequence[str]) -> tuple[str, int]:
@@ -1669,13 +1679,21 @@ def attempt(argv: Sequence[str], timeout: float) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def run_watched(argv: Sequence[str], on_line: Callable[[str], None], env: Mapping[str, str] | None = None) -> int:
+def run_watched(
+    argv: Sequence[str],
+    on_line: Callable[[str], None],
+    env: Mapping[str, str] | None = None,
+    timeout: float = 0,
+    host: Process | None = None,
+) -> int:
     """Run a long program, giving each line that it writes to `on_line`; its exit status.
 
-    It has a session of its own, all of which ends when we are interrupted.
+    It has a session of its own, all of which ends when we are interrupted, with TimedOut after `timeout` seconds
+    (0: never), and as soon as `host` has ended, the qemu that it talks to.
     """
     import signal
     import subprocess
+    import threading
 
     words = [need_program(argv[0]), *argv[1:]]
     report.trace(words)
@@ -1688,15 +1706,37 @@ def run_watched(argv: Sequence[str], on_line: Callable[[str], None], env: Mappin
         start_new_session=True,
     )
     assert child.stdout
+    over, late = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        deadline = time.monotonic() + (timeout or float("inf"))
+        while not over.wait(0.25):
+            if time.monotonic() > deadline:
+                late.set()
+            if late.is_set() or (host and host.ended()):
+                try:
+                    os.killpg(child.pid, signal.SIGTERM)
+                except ProcessLookupError:
+                    pass  # it has just ended by itself
+                return
+
+    if timeout or host:
+        threading.Thread(target=watch, daemon=True).start()
     try:
         with child.stdout:
             for line in child.stdout:
                 on_line(line.decode("utf-8", "replace").rstrip("\n"))
-        return child.wait()
+        over.set()
+        status = child.wait()
     except BaseException:
         os.killpg(child.pid, signal.SIGTERM)
         child.wait()
         raise
+    finally:
+        over.set()
+    if late.is_set():
+        raise TimedOut(f"{argv[0]}: no end after {timeout:.0f} s")
+    return status
 
 
 def spawn(
@@ -1993,13 +2033,21 @@ def convert_image(source: str, format: str, target: str) -> None:
     run(["qemu-img", "convert", "-f", format, "-O", "qcow2", *paths], timeout=None)
 
 
-def compress_image(source: str, target: str) -> None:
-    """A compressed qcow2 of a raw image: a third of the size for 3 s; zlib, where qemu lacks zstd, would take 20 s."""
+def copy_overlay(source: str, target: str, backing: str, format: str) -> None:
+    """A copy of a qcow2 overlay that stands on the same file, of that format; `backing` is relative to the copy."""
+    paths = [os.path.abspath(source), os.path.abspath(target)]
+    run(["qemu-img", "convert", "-f", "qcow2", "-O", "qcow2", "-B", backing, "-F", format, *paths], timeout=None)
+
+
+def compress_image(source: str, target: str, format: str = "raw") -> None:
+    """A compressed, self-contained qcow2 of an image: a third of the size for 3 s; zlib, where qemu lacks zstd, would
+    take 20 s."""
     options = ["-c", "-W", "-m", "8", "-o", "compression_type=zstd"]
+    paths = [os.path.abspath(source), os.path.abspath(target)]
     try:
-        run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", *options, source, target], timeout=None)
+        run(["qemu-img", "convert", "-f", format, "-O", "qcow2", *options, *paths], timeout=None)
     except CommandFailed:
-        convert_image(source, "raw", target)
+        convert_image(source, format, target)
 
 
 def make_read_only(path: str) -> None:
@@ -3406,8 +3454,8 @@ class PrivateNetwork(Network):
             pass
 
     def _users(self) -> Iterator[VM]:
-        """The VMs that are on it: running, or not known to have stopped."""
-        for vm in self.tree.vms():
+        """The VMs that are on it: running, or not known to have stopped; a template in the making may be booted too."""
+        for vm in [*self.tree.unfinished(), *self.tree.vms()]:
             if vm.state()[0] == "stopped" or vm.stranger():
                 continue
             if not vm.is_readable() or vm.conf.get("vmNetwork", "private") != "bridge":
@@ -5000,13 +5048,19 @@ class NewTemplate:
         """Where its disk is to be made."""
         return self.vm.file(self.vm.disk_name(0, self.cloud.config["vmDiskExt"]))
 
+    def write_draft(self, settings: Mapping[str, str]) -> None:
+        """A conf that it can be started with where it is being made."""
+        disk = {"vmDisk": os.path.basename(self.disk), "vmDiskFormat": "qcow2"}
+        self.vm.write_conf({"vmName": self.vm.name, **disk, **settings})
+
     def finish(self, settings: Mapping[str, str]) -> VM:
         """Write its conf and put it in its place."""
         name = os.path.basename(self.disk)
         uuid, _ = new_identity(set())
         os.chmod(self.disk, 0o444 if self._read_only else 0o644)
         disk = {"vmDisk": self.final.relative(name), "vmDiskFormat": "qcow2"}
-        self.vm.write_conf({"vmName": self.vm.name, **disk, "vmUuid": uuid, **settings})
+        conf = {"vmName": self.vm.name, **disk, "vmUuid": uuid, **settings}
+        write_file(self.vm.conf_file, update_assignments("", conf), 0o644)  # nothing stays of a first start
         os.rename(self.vm.folder, self.final.folder)
         self._done = True
         return self.final
@@ -5035,13 +5089,18 @@ def template_from_image(cloud: Cloud, name: str, path: str, settings: Mapping[st
 def import_image(new: NewTemplate, path: str, shown: str = "") -> None:
     """Make the disk of a new template from an image of unknown origin, which messages call `shown`."""
     format = check_foreign_image(path, shown)
+    check_image_room(new, path, format)
+    convert_image(path, format, new.disk)
+
+
+def check_image_room(new: NewTemplate, path: str, format: str) -> None:
+    """Raise where a copy of the image has no room."""
     need, free = converted_size(path, format), free_bytes(new.vm.folder)
     if need > free:
         raise Error(
             f"{new.cloud.tree.base}: the image takes {need // MIB} MB, {free // MIB} MB are free",
             "free some disk space",
         )
-    convert_image(path, format, new.disk)
 
 
 def template_settings(cloud: Cloud, mem: int, cpu: int, user: str, init: str) -> dict[str, str]:
@@ -5882,8 +5941,18 @@ def fetch_verified(source: Source, web: Web, tree: Tree, name: str, cached: Cach
                 raise
 
 
-def template_from_source(cloud: Cloud, name: str, source: Source, web: Web, settings: Mapping[str, str]) -> None:
-    """Download, verify, make the template; or say that another command has made it while we waited for its download."""
+def template_from_source(
+    cloud: Cloud,
+    name: str,
+    source: Source,
+    web: Web,
+    settings: Mapping[str, str],
+    first_start: Callable[[NewTemplate], None] | None = None,
+) -> None:
+    """Download, verify, make the template; or say that another command has made it while we waited for its download.
+
+    `first_start`: what is to be done in its guest before it is a template.
+    """
     cloud.tree.prepare()
     with CachedImage(source.algorithm, source.digest) as cached:
         if cloud.tree.template(name).exists():
@@ -5896,6 +5965,9 @@ def template_from_source(cloud: Cloud, name: str, source: Source, web: Web, sett
             except WrongImage:
                 cached.clear()
                 raise
+            if first_start:
+                new.write_draft(settings)
+                first_start(new)
             checksum = f"{source.algorithm}:{source.digest}"
             new.finish({**settings, "vmSource": source.url, "vmChecksum": checksum})
 
@@ -5972,21 +6044,57 @@ def check_algorithm(entry: Entry, algorithm: str) -> None:
         report.warn(f"{entry.name}: an md5 checksum shows damage, but not who made the image")
 
 
-def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, Any]) -> None:
-    """Download what the catalogue has under that name; `asked` are the settings of the command line."""
+class PublishersKey:
+    """The private ssh key that a classic entry names: it opens the image at its first start.  Raises Error where it
+    can't be used, before anything is downloaded."""
+
+    def __init__(self, entry: Entry) -> None:
+        file = entry.place.rpartition(":")[0]
+        self.path = os.path.join(os.path.dirname(os.path.abspath(file)), os.path.expanduser(entry["key"]))
+        if not os.path.isfile(self.path):
+            raise NotFound(f"{entry.name}: the key of its publisher isn't there: {self.path}", f"see {entry.place}")
+        try:
+            words = run(["ssh-keygen", "-y", "-P", "", "-f", self.path]).stdout.split()
+        except CommandFailed as failed:
+            reason = next(
+                (line for line in failed.output.splitlines() if "ermissions" in line), last_line(failed.output)
+            )
+            raise Error(
+                f"{self.path}: ssh can't use this key: {reason}", "chmod 600 it; it must have no passphrase"
+            ) from None
+        self.public = words[1]
+
+
+def template_from_catalogue(
+    cloud: Cloud, name: str, asked: Mapping[str, Any], take_over: Callable[[NewTemplate, PublishersKey], None]
+) -> None:
+    """Download what the catalogue has under that name; `asked` are the settings of the command line.
+
+    `take_over` plants the user's keys in a classic image, which its publisher's key opens.
+    """
     catalogue = load_catalogue()
     entry = catalogue.need(name)
     check_new_template(cloud.tree, name)
     web = Web(cloud.config.number("vmDownloadTimeout"))
     source = resolve(catalogue, entry, web)
     settings = entry_settings(cloud, entry, asked, source, web)
+    first_start = None
+    if isinstance(source, ClassicSource) and entry["key"]:
+        key = PublishersKey(entry)
+        first_start = lambda new: take_over(new, key)  # noqa: E731
+    elif isinstance(source, ClassicSource):
+        report.say(
+            f"{name}: the catalogue names no key of its publisher: only keys that are in it already will open it"
+        )
     try:
-        template_from_source(cloud, name, source, web, settings)
+        template_from_source(cloud, name, source, web, settings, first_start)
     except Altered:
         again = resolve(catalogue, entry, web)
         if again.digest == source.digest:
             raise
-        template_from_source(cloud, name, again, web, settings)  # a new release came while the old one was fetched
+        template_from_source(
+            cloud, name, again, web, settings, first_start
+        )  # a new release came while the old one was fetched
 
 
 def entry_settings(cloud: Cloud, entry: Entry, asked: Mapping[str, Any], source: Source, web: Web) -> dict[str, str]:
@@ -6996,23 +7104,32 @@ def unused_by_itself(template: VM) -> list[str]:
 def disks_in_use(tree: Tree, template: VM) -> set[str] | None:
     """The files that all others' disks stand on; None where that can't be known, so that nothing may be removed."""
     found: set[str] = set()
-    for vm in [*tree.unfinished(), *tree.vms()]:  # in this order: one may be finished between the looks
-        if vm.folder != template.folder:
-            try:
-                found.update(backing_chain(vm.disks()))
-            except (NotFound, FileNotFoundError):
-                continue  # it has just been finished or destroyed, or it has lost its disk
-            except (Error, OSError):
-                return None
+    disks: list[str] = []
+    for vm in tree.unfinished():  # first: one may be finished between the looks; its conf may name no disk yet
+        disks += [vm.file(name) for name in _names(vm.folder) if name.endswith((".img", ".qcow2"))]
+    try:
+        for vm in tree.vms():
+            disks += vm.disks() if vm.folder != template.folder and vm.exists() else []
+        for disk in disks:
+            if os.path.exists(disk):
+                found.update(backing_chain([disk]))
+    except FileNotFoundError:
+        return None  # it has just been finished or destroyed: the next command looks again
+    except (Error, OSError):
+        return None
     return found
+
+
+def next_layer(template: VM) -> Layer:
+    """The next layer's names; nothing is made."""
+    number = 1 + max((layer_number(template, name) for name in _names(template.folder)), default=0)
+    extension = "qcow2" if template.disks()[0].endswith(".qcow2") else "img"
+    return Layer(template, f"{template.name}.l{number}.{extension}")
 
 
 def new_layer(template: VM) -> Layer:
     """An empty layer on the template's present disk.  Call it under the template's lock, when it has been settled."""
-    number = 1 + max((layer_number(template, name) for name in _names(template.folder)), default=0)
-    disk = template.disks()[0]
-    extension = "qcow2" if disk.endswith(".qcow2") else "img"
-    layer = Layer(template, f"{template.name}.l{number}.{extension}")
+    layer, disk = next_layer(template), template.disks()[0]
     folder = os.path.realpath(template.folder)
     create_overlay(layer.path, os.path.relpath(os.path.realpath(disk), folder), known_formats(template)[0])
     return layer
@@ -7047,6 +7164,29 @@ def settle(cloud: Cloud, template: VM) -> list[str]:
     return lost
 
 
+def flatten(cloud: Cloud, template: VM) -> None:
+    """Give a template that nobody stands on a disk that stands on nothing itself, where there is room for one.
+
+    Call it under its lock, when it has been settled.  The new disk is complete before the conf names it; one that isn't
+    is unused, and swept.
+    """
+    template.reread()
+    disk = template.disks()[0]
+    if not backing_chain([disk]) or cloud.tree.clones(template):
+        return
+    if converted_size(disk, "qcow2") > free_bytes(template.folder):
+        report.warn(f"{template.name}: no room to make one disk of its layers; it stays as it is")
+        return
+    whole = next_layer(template)
+    try:
+        compress_image(disk, whole.path, "qcow2")
+    except BaseException:
+        whole.remove()
+        raise
+    whole.adopt()
+    remove_unused(cloud.tree, template)
+
+
 def remove_unused(tree: Tree, template: VM) -> None:
     """Remove the template's own disks that neither it nor any other VM or template stands on."""
     unused = unused_by_itself(template)
@@ -7065,6 +7205,17 @@ def settle_stopped(cloud: Cloud, templates: Iterable[VM], wait: float = 600.0) -
                     warn_lost(template, settle(cloud, template))
         except (Error, OSError):
             continue  # at work elsewhere, someone else's, or just gone: whoever changes it settles it
+
+
+def need_stopped(cloud: Cloud, vm: VM) -> None:
+    """Raise where a VM isn't known to be stopped; a template's last change is settled.  Call it under its lock."""
+    vm.reread()
+    state, _ = vm.state()
+    if state != "stopped":
+        why = "it is running" if state == "running" else f"can't tell whether it runs: {vm.pid_file}"
+        raise WrongState(f"{vm.name}: {why}", f"vmstop -n {vm.address_name}")
+    if vm.is_template:
+        warn_lost(vm, settle(cloud, vm))
 
 
 def warn_lost(template: VM, lost: Sequence[str]) -> None:
@@ -7127,12 +7278,7 @@ def template_for_installer(cloud: Cloud, name: str, gigabytes: int, settings: Ma
 def adjust(cloud: Cloud, vm: VM, changes: Mapping[str, str], gigabytes: int) -> None:
     """Change settings of a VM or template that is stopped, and make its system disk larger (0: as it is)."""
     with FolderLock(vm.folder):
-        state, _ = vm.state()
-        if state != "stopped":
-            why = "it is running" if state == "running" else f"can't tell whether it runs: {vm.pid_file}"
-            raise WrongState(f"{vm.name}: {why}", f"vmstop -n {vm.address_name}")
-        if vm.is_template:
-            warn_lost(vm, settle(cloud, vm))
+        need_stopped(cloud, vm)
         if gigabytes:
             grow_disk(cloud, vm, gigabytes)
         if changes:
@@ -7589,6 +7735,9 @@ def next_names(names: set[str], wish: Wish) -> list[str]:
     return found
 
 
+INHERITED = ("vmMachine", "vmAccel", "vmExtraOpts", "vmQemu", "vmCpuCap", "vmKernel", "vmInitrd", "vmAppend")
+
+
 def _reserve_one(cloud: Cloud, plan: Plan, identity: Mapping[str, str]) -> None:
     """Write the clone's conf in a folder that shows it is being made."""
     vm, template = plan.vm, plan.template
@@ -7601,9 +7750,7 @@ def _reserve_one(cloud: Cloud, plan: Plan, identity: Mapping[str, str]) -> None:
         "vmTemplate": template.name, "vmInit": template.get("vmInit"),
         "vmUser": template.conf.get("vmUser") or cloud.config["vmUser"],
     }  # fmt: skip
-    for key in ("vmMachine", "vmAccel", "vmExtraOpts", "vmQemu", "vmCpuCap", "vmKernel", "vmInitrd", "vmAppend"):
-        if template.conf.get(key):
-            settings[key] = template.conf[key]
+    settings.update({key: template.conf[key] for key in INHERITED if template.conf.get(key)})
     if plan.gui:
         settings["vmGui"] = "1"
     vm.write_conf(settings)
@@ -7751,14 +7898,22 @@ def start(cloud: Cloud, vm: VM, network: Network, *, iso: str = "", gui: bool = 
             raise
 
 
-def start_locked(cloud: Cloud, vm: VM, network: Network, layer: Layer | None, iso: str = "", gui: bool = False) -> None:
-    """What `start` does, for who holds the lock of a VM that is stopped."""
+def start_locked(
+    cloud: Cloud,
+    vm: VM,
+    network: Network,
+    layer: Layer | None,
+    iso: str = "",
+    gui: bool = False,
+    tied: bool = False,
+) -> None:
+    """What `start` does, for who holds the lock of a VM that is stopped.  `tied`: it ends when this process does."""
     remove_runtime_files(vm)
     ensure_identity(cloud, vm)
     tap, vhost = network.tap()
     try:
         network.publish(vm)
-        launch(vm, describe_machine(cloud, vm, iso, gui, layer), network, tap, vhost)
+        launch(vm, describe_machine(cloud, vm, iso, gui, layer), network, tap, vhost, tied)
     finally:
         for fd in (tap, vhost):
             if fd >= 0:
@@ -7871,9 +8026,15 @@ def write_seed(cloud: Cloud, vm: VM, wanted: bool) -> str:
     return os.path.join(folder, SEED_ISO)
 
 
-def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int) -> None:
+# prctl(2), PR_SET_PDEATHSIG: set where nothing but the exec of qemu follows, for entering a namespace would clear it.
+TIE = ("setpriv", "--pdeathsig", "KILL", "--")
+
+
+def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, tied: bool = False) -> None:
     """Start qemu in the VM's folder and its network; done when its pidfile is locked and QMP answers."""
-    words, fds = network.enter(qemu_argv(machine, tap, vhost))
+    if tied:
+        need_program(TIE[0])
+    words, fds = network.enter([*(TIE if tied else ()), *qemu_argv(machine, tap, vhost)])
     write_file(vm.command_file, command_script(vm, qemu_argv(machine, 3), network), 0o700)
     for path in (vm.log_file, vm.console_log):
         remove_file(path)
@@ -8042,6 +8203,8 @@ def settle_init(wait: Wait) -> None:
     has none, and is configured over ssh; its key is pinned.  (cloud-init ends with host keys before sshd is started.)
     Either key is the only one accepted from then on.
     """
+    import contextlib
+
     vm, known = wait.vm, wait.cloud.known_hosts
     if vm.conf.get("vmInit") != "auto" or not os.path.isdir(vm.seed_folder):
         return
@@ -8049,7 +8212,7 @@ def settle_init(wait: Wait) -> None:
     planted = read_text(vm.host_key + ".pub").split()[:2]
     kind = "cloud-init" if known.key(vm.get("vmUuid")).split() == planted else "ssh"
     try:
-        with FolderLock(vm.folder):
+        with contextlib.nullcontext() if vm.is_in_making else FolderLock(vm.folder):  # who makes it holds its lock
             vm.write_conf({"vmInit": kind})
     except FileNotFoundError:
         raise NotFound(f"{vm.name}: it is gone") from None
@@ -8206,6 +8369,8 @@ def stop(cloud: Cloud, vm: VM, seconds: float) -> bool:
     Raises WrongState where it can't be told whether it runs.
     """
     with FolderLock(vm.folder):
+        if vm.is_template and seconds > 0:
+            clean_running(cloud, vm)
         proper = stop_locked(vm, seconds)
         if vm.is_template:
             warn_lost(vm, settle(cloud, vm))
@@ -8284,6 +8449,13 @@ def destroy(cloud: Cloud, vm: VM) -> None:
             raise
 
 
+def forget_identity(cloud: Cloud, uuids: Sequence[str]) -> None:
+    """Take VMs that are gone out of what is known of them outside their folders."""
+    for network in cloud.networks():
+        network.withdraw(uuids)
+    cloud.known_hosts.update({}, uuids)
+
+
 def destroy_all(cloud: Cloud, vms: Sequence[VM], group: str = "") -> list[Error]:
     """Destroy VMs in parallel, and what is known of them elsewhere; the errors.
 
@@ -8295,9 +8467,7 @@ def destroy_all(cloud: Cloud, vms: Sequence[VM], group: str = "") -> list[Error]
     results = in_parallel(lambda vm: destroy(cloud, vm), vms)
     gone = [vm for vm, result in zip(vms, results) if not isinstance(result, Error)]
     forget = [uuids[vm.folder] for vm in gone if uuids.get(vm.folder)]
-    for network in cloud.networks():
-        network.withdraw(forget)
-    cloud.known_hosts.update({}, forget)
+    forget_identity(cloud, forget)
     with cloud.tree.lock():
         for each in {vm.group for vm in vms} | ({group} & set(cloud.tree.groups())):
             sweep(cloud.tree, each)
@@ -8306,6 +8476,485 @@ def destroy_all(cloud: Cloud, vms: Sequence[VM], group: str = "") -> list[Error]
             remove_empty(os.path.join(cloud.tree.base, each))
     settle_stopped(cloud, cloud.tree.templates(), wait=0)  # the last clone on an old layer is gone, perhaps
     return [result for result in results if isinstance(result, Error)]
+
+
+# -- work in a template's guest
+#
+# A template, or one that is being made, is booted for a while and shut down properly.  Its qemu ends with this command,
+# however that ends; a layer counts only once the work is done.
+
+
+class OwnGuest:
+    """A guest that runs for nocloud's own work in it.  The end of `with` leaves it switched off.
+
+    `layer`: what it writes to instead of the template's disk.
+    """
+
+    def __init__(self, cloud: Cloud, vm: VM, layer: Layer | None = None) -> None:
+        self.cloud, self.vm, self.layer = cloud, vm, layer
+        self.keys = ssh_key_options(is_planted(vm))
+        self._process: Process | None = None
+
+    def start(self) -> OwnGuest:
+        """Boot it.  The caller holds the VM's lock, and has seen that it is stopped."""
+        cloud, vm = self.cloud, self.vm
+        give_identity(cloud, vm)
+        network = cloud.network_of(vm)
+        with network.in_use():
+            start_locked(cloud, vm, network, self.layer, tied=True)
+        self._process = Process(vm.state()[1])
+        return self
+
+    def wait(self) -> None:
+        """Until it is ready for what is to be done in it."""
+        wait = Wait(self.cloud, self.vm, self.cloud.config.number("vmWaitTimeout"), say=True)
+        wait_ready(wait)
+        pin_host_key(wait)
+
+    def wait_login(self) -> None:
+        """Until one can log in to it with `keys`, which may be others than ours."""
+        wait = Wait(self.cloud, self.vm, self.cloud.config.number("vmWaitTimeout"), say=True)
+        wait_ssh(wait)
+        pin_host_key(wait)
+        said: list[str] = []
+        while self.run("true", said.append, max(5.0, min(60.0, wait.left()))):
+            if any("Permission denied" in line for line in said):
+                raise Error(f"{self.vm.name}: no key lets {self.vm.get('vmUser')} in: {last_line(chr(10).join(said))}")
+            wait.check()
+            time.sleep(0.2)
+
+    def run(self, script: str, on_line: Callable[[str], None], seconds: float) -> int:
+        """Run a script in it, giving each line that it writes to `on_line`; its status, 255 where ssh failed.
+
+        Raises TimedOut after `seconds`.
+        """
+        trust = ssh_trust_options(self.cloud.known_hosts.path, strict=True)
+        words = ssh_argv(self.cloud, self.vm, trust, self.keys, batch=True)
+        tied = [*TIE, need_program(words[0]), *words[1:], script]
+        status = run_watched(tied, on_line, timeout=seconds, host=self._process)
+        if status and not self.vm.is_running():
+            raise WrongState(f"{self.vm.name}: its guest ended in the middle of the work", f"see {self.vm.console_log}")
+        return status
+
+    def output(self, script: str, seconds: float = 120) -> str:
+        """What a script says in it.  Raises Error where its status isn't 0."""
+        lines: list[str] = []
+        status = self.run(script, lines.append, seconds)
+        if status:
+            raise Error(f"{self.vm.name}: {last_line(chr(10).join(lines)) or describe_status(status)}")
+        return "\n".join(lines)
+
+    def clean(self) -> None:
+        """Take out what a clone must not inherit."""
+        self.output(cleaning_script(self.vm))
+        forget_guest(self.cloud, self.vm)
+
+    def shut_down(self) -> None:
+        """End it properly; from now on that makes its layer count.  Raises Error where it doesn't end in time."""
+        assert self._process
+        if self.layer:
+            self.layer.arm()
+        seconds = max(SHUTDOWN_SECONDS, self.cloud.config.number("vmStopTimeout"))
+        if not press_power_button(self.vm, self._process, seconds):
+            raise Error(f"{self.vm.name}: its guest did not shut down within {seconds} s", f"see {self.vm.console_log}")
+
+    def __enter__(self) -> OwnGuest:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._process:
+            with self._process as process:
+                if not process.ended():
+                    pull_the_plug(self.vm, process)
+        remove_runtime_files(self.vm)
+
+
+SHUTDOWN_SECONDS = 120  # what is to be kept has more time than vmstop gives a VM
+
+
+def give_identity(cloud: Cloud, vm: VM) -> None:
+    """What a VM needs before its first start, for who holds its lock."""
+    ensure_identity(cloud, vm)
+    if takes_host_key(vm) and not os.path.exists(vm.host_key):
+        make_host_key(vm)
+    publish_keys(cloud, [vm])
+
+
+def forget_guest(cloud: Cloud, vm: VM) -> None:
+    """What is known of a guest that has been cleaned: its name is to be set again, its host key may be another."""
+    remove_file(vm.configured_file)
+    if not is_planted(vm):
+        cloud.known_hosts.update({}, [vm.conf.get("vmUuid", "")])
+
+
+def as_root(script: str) -> str:
+    """A script for the guest's shell, run by root, or by a login that may become it without a password."""
+    import shlex
+
+    return f's=; [ "$(id -u)" = 0 ] || s="sudo -n"; exec $s sh -c {shlex.quote(script)}'
+
+
+# What the first boot of a clone makes anew, and what is of no use in one.  A host key stays where nothing would make
+# another: sshd would not start.  systemd-random-seed would write its file again at shutdown.
+CLEANING = r"""
+if [ -e /etc/machine-id ]; then : >/etc/machine-id; fi
+if [ -f /var/lib/dbus/machine-id ] && [ ! -L /var/lib/dbus/machine-id ]; then rm -f /var/lib/dbus/machine-id; fi
+for maker in /usr/lib/systemd/system/sshd-keygen.target /usr/lib/systemd/system/sshdgenkeys.service \
+    /usr/sbin/sshd-gen-keys-start /etc/systemd/system/nocloud-hostkey.service /etc/alpine-release; do
+    if [ -e "$maker" ]; then planted=yes; fi
+done
+if [ "$planted" ]; then rm -f /etc/ssh/ssh_host_*_key /etc/ssh/ssh_host_*_key.pub /etc/dropbear/*_host_key; fi
+if [ -d /run/systemd/system ]; then
+    systemctl stop systemd-random-seed.service
+    journalctl --relinquish-var
+fi
+if command -v cloud-init >/dev/null; then cloud-init clean --logs; fi
+rm -rf /var/lib/cloud/instance /var/lib/cloud/instances /var/log/journal/*
+rm -f /var/lib/systemd/random-seed /var/lib/systemd/credential.secret /etc/udev/rules.d/70-persistent-net.rules \
+    /var/lib/dhcp/*.lease* /var/lib/dhclient/* /var/lib/NetworkManager/*.lease /var/lib/NetworkManager/secret_key \
+    /root/.*_history /home/*/.*_history /root/.lesshst /home/*/.lesshst
+find /var/log -type f \( -name '*.gz' -o -name '*.[0-9]' -o -name '*.old' \) -exec rm -f {} +
+find /var/log -type f -exec sh -c 'for log; do : >"$log"; done' sh {} +
+for mark in /etc/.updated /var/.updated; do if [ -e $mark ]; then touch $mark; fi; done
+sync
+"""
+CLEANING_KEYS = r"""
+for file in /root/.ssh/authorized_keys /home/*/.ssh/authorized_keys; do
+    [ -f "$file" ] || continue
+    grep -vF "$planted_keys" "$file" >"$file.kept"
+    if [ -s "$file.kept" ]; then cat "$file.kept" >"$file"; else rm -f "$file"; fi
+    rm -f "$file.kept"
+done
+"""
+
+
+def cleaning_script(vm: VM) -> str:
+    """Takes out of a guest what makes it this one: a clone must make, or be given, its own.
+
+    Login keys and the host key go where each clone gets them planted; elsewhere the clones need what is there.
+    """
+    import shlex
+
+    script = "exec 2>/dev/null\nplanted=\n" + CLEANING
+    if is_planted(vm):
+        keys = "\n".join(line.split()[1] for line in login_keys())
+        script = script.replace("planted=\n", "planted=yes\n", 1)
+        script += f"planted_keys={shlex.quote(keys)}\n" + CLEANING_KEYS
+    if vm.get("vmInit") == "systemd":
+        script += "rm -f /etc/hostname\n"  # else it would win over the name that DHCP brings at the first boot
+    return as_root(script + "exit 0\n")
+
+
+# A unit that is only in memory: it is gone with this boot, and as it is stopped it has cleaned.
+AT_SHUTDOWN = """[Unit]
+Description=Take out what clones must not share
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/bin/true
+ExecStop=/bin/sh /run/nocloud-clean
+"""
+
+
+def clean_at_shutdown(cloud: Cloud, template: VM) -> None:
+    """Have a guest with systemd clean itself when it shuts down, since that may be without us.  Others are cleaned by
+    vmstop only."""
+    import shlex
+
+    script = "[ -d /run/systemd/system ] || exit 0\numask 077\n"
+    for path, text in (
+        ("/run/nocloud-clean", cleaning_script(template)),
+        ("/run/systemd/system/nocloud-clean.service", AT_SHUTDOWN),
+    ):
+        script += f"printf %s {shlex.quote(text)} >{path}\n"
+    ssh_batch(cloud, template, as_root(script + "systemctl start nocloud-clean.service"), 60)
+
+
+def clean_running(cloud: Cloud, template: VM) -> None:
+    """Clean a template that is about to be shut down, where its guest lets us in."""
+    if not template.is_running():
+        return
+    network = cloud.network_of(template)
+    address = network.address(template)
+    try:
+        reached = bool(address) and stage_of_port(network, address, 1.0) == "configured"
+        if reached and cloud.known_hosts.knows(template.get("vmUuid")):
+            status, output = ssh_batch(cloud, template, cleaning_script(template), 60)
+            if status and is_planted(template):
+                report.warn(f"{template.name}: it keeps what tells it from others: {last_line(output)}")
+            forget_guest(cloud, template)
+    except Error as error:
+        report.warn(f"{template.name}: it keeps what tells it from others: {error}")
+
+
+# -- upgrades
+
+# By the ID, or else an ID_LIKE, of os-release(5).  Nobody is there to be asked: changed configuration files stay as
+# they are.  What was downloaded goes: it would only make the layer larger.
+UPGRADES = (
+    (("debian", "ubuntu"), r"""
+export DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1 APT_LISTCHANGES_FRONTEND=none UCF_FORCE_CONFFOLD=1
+set -- -q -y -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=300 \
+    -o Dpkg::Options::=--force-confdef -o Dpkg::Options::=--force-confold
+apt-get "$@" -o APT::Update::Error-Mode=any update
+apt-get "$@" dist-upgrade
+apt-get "$@" --purge autoremove
+apt-get "$@" clean
+rm -rf /var/lib/apt/lists/*
+"""),
+    (("arch",), r"""
+pacman -Sy --noconfirm --needed archlinux-keyring
+pacman -Su --noconfirm
+rm -rf /var/cache/pacman/pkg/*
+"""),
+    (("fedora", "rhel", "centos"), r"""
+if command -v dnf; then dnf -y --refresh upgrade; dnf -q clean all; else yum -y update; yum -q clean all; fi
+"""),
+    (("suse", "opensuse"), r"""
+zypper="zypper --non-interactive --no-color"
+$zypper refresh
+case $ID in *tumbleweed*) how="dup --auto-agree-with-licenses";; *) how="update --auto-agree-with-licenses";; esac
+status=0; $zypper $how || status=$?
+if [ $status = 103 ]; then status=0; $zypper $how || status=$?; fi # 103: zypper itself is new, and has to go on
+case $status in 0 | 10[0-3]) ;; *) exit $status;; esac # zypper(8), EXIT CODES: 100 to 103 only inform
+$zypper clean --all
+"""),
+    (("alpine",), r"""
+apk update
+apk upgrade
+rm -rf /var/cache/apk/*
+"""),
+)  # fmt: skip
+UPGRADE_SECONDS = 3 * 3600  # emulated guests are slow
+OS_RELEASE = "cat /etc/os-release 2>/dev/null || cat /usr/lib/os-release"
+
+
+def upgrade_script(name: str, release: Mapping[str, str]) -> str:
+    """What upgrades a guest of that os-release.  Raises Error where nobody has said how that is done."""
+    import shlex
+
+    for word in (release.get("ID", ""), *release.get("ID_LIKE", "").split()):
+        for words, script in UPGRADES:
+            if word in words:
+                return as_root(f"set -e\nID={shlex.quote(release.get('ID', ''))}\n{script}")
+    shown = release.get("PRETTY_NAME") or release.get("ID") or "without /etc/os-release"
+    raise Error(
+        f"{name}: its system is {printable(shown)}: nocloud doesn't know how to upgrade that",
+        f"upgrade it by hand: vm -n {name}, then vmstop -n {TEMPLATES}/{name}",
+    )
+
+
+def start_on_layer(cloud: Cloud, template: VM) -> OwnGuest:
+    """Boot a template that is stopped for our own work, on a new layer."""
+    with FolderLock(template.folder):
+        need_stopped(cloud, template)
+        layer = new_layer(template)
+        try:
+            return OwnGuest(cloud, template, layer).start()
+        except BaseException:
+            layer.remove()
+            raise
+
+
+def upgrade(cloud: Cloud, name: str, seconds: float) -> None:
+    """Upgrade a template's system on a layer, which becomes its disk when all went well; else it is as it was.
+
+    What the guest's package manager says is shown as it comes.
+    """
+    template = cloud.tree.need_template(name)
+    try:
+        guest = start_on_layer(cloud, template)
+        try:
+            with guest:
+                upgrade_guest(guest, seconds)
+        except Error as error:
+            raise Error(f"{error}; the template is as it was", error.hint, error.status) from None
+        finally:
+            adopted = end_layer(cloud, guest)
+    finally:
+        cloud.private.end_if_idle()
+    if not adopted:
+        raise Error(f"{name}: its guest did not end well; the template is as it was", f"see {template.console_log}")
+
+
+def upgrade_guest(guest: OwnGuest, seconds: float) -> None:
+    """Find out what it is, upgrade it, and shut it down."""
+    name = guest.vm.name
+    guest.wait()
+    release = parse_os_release(guest.output(OS_RELEASE))
+    script = upgrade_script(name, release)
+    report.say(f"{report.program}: {name}: upgrading {release.get('PRETTY_NAME') or release['ID']}")
+    try:
+        status = guest.run(script, lambda line: report.say(line.rstrip("\r").rpartition("\r")[2]), seconds)
+    except TimedOut:
+        raise TimedOut(f"{name}: no end of the upgrade after {seconds:.0f} s") from None
+    if status:
+        raise Error(f"{name}: the upgrade failed: {describe_status(status)}")
+    guest.clean()
+    guest.shut_down()
+
+
+def end_layer(cloud: Cloud, guest: OwnGuest) -> bool:
+    """Whether what was done in a guest is the template's now; what isn't is gone."""
+    template = guest.vm
+    with FolderLock(template.folder):
+        settle(cloud, template)
+        if not guest.layer or os.path.basename(template.disks()[0]) != guest.layer.name:
+            return False
+        flatten(cloud, template)
+        return True
+
+
+# -- templates of VMs
+
+
+def template_from_vm(
+    cloud: Cloud, name: str, words: str, asked: Mapping[str, str], layered: bool = False, clean: bool = True
+) -> VM:
+    """A template of a VM, or a template, that is stopped and is not touched: of its system disk and its settings.
+
+    `asked`: settings that it is to have instead; `layered`: it stands on what the VM's disk stands on; `clean`: it is
+    booted once, as itself and on no one's disk, to take out what clones must not inherit.
+    """
+    source = cloud.tree.need(words)
+    check_new_template(cloud.tree, name)
+    with NewTemplate(cloud, name) as new:
+        with FolderLock(source.folder):
+            need_stopped(cloud, source)
+            copy_disk(source, new, layered)
+            settings = {key: source.conf[key] for key in ("vmMem", "vmCpu", "vmUser", *INHERITED) if key in source.conf}
+            settings.update({"vmInit": source.get("vmInit"), **asked})
+            new.write_draft(settings)
+        if len(source.disks()) > 1:
+            left = ", ".join(map(os.path.basename, source.disks()[1:]))
+            report.warn(f"{name}: a template has a system disk only, these are left out: {left}")
+        if clean:
+            in_new_guest(cloud, new, clean_and_end, "--no-clean takes it as it is")
+        return new.finish({**settings, "vmSource": source.address_name})
+
+
+def copy_disk(source: VM, new: NewTemplate, layered: bool) -> None:
+    """The system disk of a VM as that of a new template: one file, or an overlay on what the VM's disk stands on."""
+    disk = source.disks()[0] if source.disks() else ""
+    if not os.path.exists(disk):
+        raise Error(f"{source.name}: its disk is gone: {disk}", f"see vmDisk in {source.conf_file}")
+    if not layered:
+        format = known_formats(source)[0]
+        check_image_room(new, disk, format)
+        compress_image(disk, new.disk, format)
+        return
+    below = backing_chain([disk])
+    if not below:
+        raise WrongState(f"{source.name}: its disk stands on no other, there is nothing to share", "leave out --layer")
+    backing = os.path.relpath(below[0], os.path.realpath(new.vm.folder))  # as deep in the tree as where it will lie
+    copy_overlay(disk, new.disk, backing, image_info(disk).get("backing-filename-format") or "qcow2")
+
+
+def clean_and_end(guest: OwnGuest) -> None:
+    guest.wait()
+    guest.clean()
+    guest.shut_down()
+
+
+def in_new_guest(cloud: Cloud, new: NewTemplate, work: Callable[[OwnGuest], None], hint: str) -> None:
+    """Boot a template that is being made, on an identity that is thrown away after it, and do `work` in its guest.
+
+    Nothing is left of that in its folder but the disk and the conf.
+    """
+    vm = new.vm
+    vm.write_conf({"vmUuid": new_identity(set())[0]})
+    try:
+        with OwnGuest(cloud, vm).start() as guest:
+            work(guest)
+    except Error as error:
+        raise Error(str(name_error(vm, error)), error.hint or hint, error.status) from None
+    finally:
+        forget_identity(cloud, [vm.get("vmUuid")])
+        cloud.private.end_if_idle()
+        for name in _names(vm.folder):
+            path = vm.file(name)
+            if os.path.isdir(path):
+                remove_tree(path)
+            elif path not in (new.disk, vm.conf_file):
+                remove_file(path)
+
+
+def take_over(cloud: Cloud, new: NewTemplate, key: PublishersKey) -> None:
+    """Plant the user's keys and ours in a classic image, and take its publisher's out, as the bash tools did."""
+    import shlex
+
+    def work(guest: OwnGuest) -> None:
+        guest.keys = [*ssh_option("IdentityFile", ssh_path(key.path)), *ssh_option("IdentitiesOnly", "yes")]
+        guest.wait_login()
+        guest.output(f"PLANTED={shlex.quote(chr(10).join(login_keys()))}\n{PLANTING}")
+        guest.keys = ssh_key_options(True)  # from here on ours opens it, which proves that it can
+        guest.output(as_root(f"OLD={shlex.quote(key.public)}\n{UNPLANTING}"))
+        guest.clean()
+        guest.shut_down()
+
+    in_new_guest(cloud, new, work, f"is {key.path} the key of its publisher?")
+
+
+PLANTING = """umask 077
+mkdir -p ~/.ssh
+printf '%s\\n' "$PLANTED" >>~/.ssh/authorized_keys
+"""
+UNPLANTING = """for file in /root/.ssh/authorized_keys /home/*/.ssh/authorized_keys /etc/dropbear/authorized_keys; do
+    [ -f "$file" ] || continue
+    grep -vF "$OLD" "$file" >"$file.kept" || [ $? = 1 ] || exit 1
+    cat "$file.kept" >"$file" && rm "$file.kept" || exit 1
+done
+"""
+
+
+# -- what stands on what
+
+
+class DiskTree:
+    """The system disks of a tree, by the file that each stands on."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.above: dict[str, set[str]] = {}
+        self.owners: dict[str, VM] = {}
+        for vm in tree.vms():
+            try:
+                own = [*vm.disks()[:1], *map(vm.file, own_disks(vm) if vm.is_template else ())]
+                for disk in own:
+                    files = [os.path.realpath(disk), *backing_chain([disk])]
+                    self.owners[files[0]] = vm
+                    for upper, lower in zip(files, files[1:]):
+                        self.above.setdefault(lower, set()).add(upper)
+            except (Error, OSError) as error:
+                report.warn(str(error))
+
+    def rows(self) -> Iterator[str]:
+        """Each template with its disks, under each of these what stands on it, indented, with sizes on disk."""
+        below = {upper for uppers in self.above.values() for upper in uppers}
+        roots = [path for path, vm in self.owners.items() if vm.is_template and path not in below]
+        for path in sorted(roots):
+            yield from self._template(path, 0)
+
+    def _template(self, path: str, depth: int) -> Iterator[str]:
+        template = self.owners[path]
+        mine = [each for each, vm in self.owners.items() if vm is template]
+        yield self._row(depth, template.name, mine)
+        yield from self._disk(path, depth + 1)
+
+    def _disk(self, path: str, depth: int) -> Iterator[str]:
+        owner = self.owners[path]
+        if owner.is_template:
+            present = path == os.path.realpath(owner.disks()[0])
+            yield self._row(depth, os.path.basename(path), [path]) + ("  new clones stand on this" if present else "")
+        else:
+            yield self._row(depth, owner.address_name, [path])
+        for upper in sorted(self.above.get(path, ()), key=lambda each: (self.owners[each] is owner, each)):
+            inside = self.owners[upper] is owner or not self.owners[upper].is_template
+            yield from self._disk(upper, depth + 1) if inside else self._template(upper, depth + 1)
+
+    @staticmethod
+    def _row(depth: int, name: str, paths: Iterable[str]) -> str:
+        size = sum(os.stat(path).st_blocks * 512 for path in paths if os.path.exists(path))
+        return f"{'  ' * depth}{name}  {size / MIB:.1f} MB"
 
 
 # -- what the commands do to many VMs at once
@@ -8362,6 +9011,8 @@ def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float) -> list[Error]:
     """Stop VMs in parallel; one warning line names those whose plug had to be pulled."""
     settle_stopped(cloud, (vm for vm in vms if vm.is_template))
     running = [vm for vm in vms if vm.state()[0] != "stopped"]
+    for kind in {cloud.network_kind(vm) for vm in running if vm.is_template and vm.is_readable()}:
+        cloud.network(kind).open()  # before there are threads
     results = in_parallel(lambda vm: stop(cloud, vm, seconds), running, workers=len(running) or 1)
     pulled = [vm.name for vm, result in zip(running, results) if result is False]
     if pulled and seconds:
@@ -10664,6 +11315,10 @@ def _digest(algorithm: str) -> Callable[[str], str]:
     ),
     Option("--include", metavar="PACKAGE,…", check=package_names, help="more packages for --build"),
     Option("--rebuild", help="--build anew, though the cache has one of the same packages"),
+    Option("--from", metavar="VM", help="make NAME of a VM that is stopped (GROUP/TYPE/NAME)", complete="vm"),
+    Option("--layer", help="with --from: share what the VM's disk stands on, instead of copying it"),
+    Option("--no-clean", help="with --from: keep machine-id, host keys, logs"),
+    Option("--tree", help="show templates, their layers and what stands on them"),
     Option("--delete", help="delete NAME; refused while clones depend on it"),
     Option("--mem", metavar="MB", check=MEMORY_MB, default="vmMem", help="memory its clones start with"),
     Option("--cpu", metavar="N", check=CPU_COUNT, default="vmCpu", help="processors its clones start with"),
@@ -10686,16 +11341,25 @@ def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> 
         if args.list or args.available:
             no_more(words)
             return report_table(catalogue_rows(cloud.tree) if args.available else template_rows(cloud))
+        if args.tree:
+            no_more(words)
+            return report_table([[row] for row in DiskTree(cloud.tree).rows()])
         name = one_operand(words, "NAME")
         expected = exclusive(args, "sha256", "sha512", "insecure")
-        way = exclusive(args, "image", "build", "delete")
+        way = exclusive(args, "image", "build", "from", "delete")
         if expected and way != "image":
             raise UsageError(f"--{expected} goes with --image")
         stray = exclusive(args, "include") or exclusive(args, "rebuild")
         if stray and way != "build":
             raise UsageError(f"--{stray} goes with --build")
+        if (args.layer or args.no_clean) and way != "from":
+            raise UsageError(f"--{'layer' if args.layer else 'no-clean'} goes with --from")
         if way == "delete":
             delete_template(cloud, name)
+        elif way == "from":
+            given = {"vmMem": args.mem, "vmCpu": args.cpu, "vmUser": args.user, "vmInit": args.init}
+            asked = {key: str(value) for key, value in given.items() if value}
+            template_from_vm(cloud, name, getattr(args, "from"), asked, args.layer, not args.no_clean)
         elif way == "build":
             check_new_template(cloud.tree, name)
             build = plan_build(args.build, args.include or [], cloud.config.number("vmCreateDiskSize"))
@@ -10704,7 +11368,7 @@ def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> 
         elif way == "image":
             template_from_address(cloud, name, args)
         else:
-            template_from_catalogue(cloud, name, vars(args))
+            template_from_catalogue(cloud, name, vars(args), lambda new, key: take_over(cloud, new, key))
     return EXIT_DONE
 
 
@@ -11046,8 +11710,11 @@ def cmd_ssh(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     return EXIT_FAILED  # not reached: become() doesn't come back
 
 
-def become_ssh(cloud: Cloud, vm: VM, words: Sequence[str]) -> None:
-    """Wait for a running VM's ssh, then be ssh: stdin, terminal and exit status are its own."""
+def become_ssh(cloud: Cloud, vm: VM, words: Sequence[str], fresh: bool = False) -> None:
+    """Wait for a running VM's ssh, then be ssh: stdin, terminal and exit status are its own.
+
+    `fresh`: it has just been started.
+    """
     if not vm.conf.get("vmUuid"):  # bash started it: its host key is pinned under a UUID all the same
         with FolderLock(vm.folder):
             vm.write_conf({"vmUuid": new_identity(set())[0]})
@@ -11056,9 +11723,12 @@ def become_ssh(cloud: Cloud, vm: VM, words: Sequence[str]) -> None:
     settle_init(wait)
     if not cloud.known_hosts.knows(vm.get("vmUuid")):
         pin_host_key(wait)
-    if vm.get("vmInit") in ("ssh", "auto"):
+    template = fresh and vm.is_template and vm.get("vmInit") != "none"
+    if template or vm.get("vmInit") in ("ssh", "auto"):
         try:
             configure(wait)
+            if template:
+                clean_at_shutdown(cloud, vm)
         except Error as error:
             report.warn(str(error))
     trust = ssh_trust_options(cloud.known_hosts.path, strict=True)
@@ -11099,7 +11769,8 @@ def cmd_vm(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     iso = "" if args.iso in (None, "none") else find_iso(config, args.iso)
     with Cloud(config) as cloud:
         vm = vm_of_options(cloud, args.name, args.group, args.type)
-        if not vm.is_running():
+        fresh = not vm.is_running()
+        if fresh:
             start_alone(cloud, vm, iso, args.gui)
         elif iso:
             raise WrongState(f"{vm.name}: it runs already, without that ISO", f"vmstop -n {vm.address_name} stops it")
@@ -11108,7 +11779,7 @@ def cmd_vm(config: Config, args: argparse.Namespace, words: list[str]) -> int:
         if args.gui:
             open_screens([vm])
         else:
-            become_ssh(cloud, vm, words)
+            become_ssh(cloud, vm, words, fresh)
     return EXIT_DONE
 
 
@@ -11131,16 +11802,30 @@ def vm_of_options(cloud: Cloud, name: str, group: str | None, type: str | None) 
 def start_alone(cloud: Cloud, vm: VM, iso: str, gui: bool) -> None:
     """Start a stopped VM, or a template: on a layer of its own where other disks stand on its disk."""
     with FolderLock(vm.folder):
-        ensure_identity(cloud, vm)
-        if takes_host_key(vm) and not os.path.exists(vm.host_key):
-            make_host_key(vm)
-    publish_keys(cloud, [vm])
+        give_identity(cloud, vm)
     network = cloud.network_of(vm)
     try:
         with network.in_use():
             start(cloud, vm, network, iso=iso, gui=gui)
     finally:
         cloud.private.end_if_idle()
+
+
+@command(
+    "upgrade",
+    Option(
+        "--timeout", metavar="S", check=_seconds, help=f"the longest that it may take, in seconds [{UPGRADE_SECONDS}]"
+    ),
+    alias="vmupgrade",
+    operands="TEMPLATE",
+    complete=("template",),
+)
+def cmd_upgrade(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """upgrade the system of a template; its clones stay as they are"""
+    name = one_operand(words, "TEMPLATE")
+    with Cloud(config) as cloud:
+        upgrade(cloud, name.removeprefix(f"{TEMPLATES}/"), UPGRADE_SECONDS if args.timeout is None else args.timeout)
+    return EXIT_DONE
 
 
 @command(

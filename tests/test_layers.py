@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,17 +27,20 @@ def long(value: str) -> object:
     return pytest.param(value, marks=pytest.mark.long)
 
 
-def add_stub(cloud: Cloud, name: str = "stub") -> Path:
-    """A template of that guest, and a clone of it, kept/x/old00, that doesn't run; the template's disk."""
-    image = cloud.home / f"{name}.raw"
+def stub_image(cloud: Cloud) -> Path:
+    image = cloud.home / "stub.raw"
     image.write_bytes(STUB.ljust(510, b"\0") + b"\x55\xaa" + bytes(1 << 20))
-    add_template(cloud, image, name, "--mem", 32, "--cpu", 1, "--init", "none")
-    add_clone(cloud, "old", name)
-    return cloud.base / "templates" / name / f"{name}_0.img"
+    return image
+
+
+def add_stub(cloud: Cloud) -> None:
+    """The template `stub` of that guest, and a clone of it, kept/x/old00, that doesn't run."""
+    add_template(cloud, stub_image(cloud), "stub", "--mem", 32, "--cpu", 1, "--init", "none")
+    add_clone(cloud, "old")
 
 
 def add_clone(cloud: Cloud, prefix: str, template: str = "stub") -> str:
-    """A clone that has been switched off; its place in the tree."""
+    """A clone that has been switched off as soon as it ran; its place in the tree."""
     done = cloud.run("vminstantiate", "-n", template, "-g", "kept", "-t", "x", "-o", f"name={prefix}").ok()
     cloud.run("vmstop", "-g", "kept", "--kill").ok()
     return f"kept/x/{done.lines[0]}"
@@ -88,11 +95,15 @@ def start_stub(cloud: Cloud) -> None:
     eventually(lambda: "wr_operations=1" in cloud.run(*shown).ok().stdout, "the guest has written")
 
 
+def wait_ended(pid: int, seconds: float = 30) -> None:
+    eventually(lambda: not Path(f"/proc/{pid}").exists(), f"process {pid} has ended", seconds)
+
+
 def press_key(cloud: Cloud) -> None:
     """The guest switches itself off; nothing of nocloud's is there to see it."""
     pid = cloud.qemu("templates/stub")
     cloud.run("vmmanage", "-n", "templates/stub", "sendkey ret").ok()
-    eventually(lambda: not Path(f"/proc/{pid}").exists(), "the guest switched itself off")
+    wait_ended(pid)
 
 
 def test_a_guest_that_shuts_down_by_itself_makes_the_layer_the_templates(stub: Cloud) -> None:
@@ -119,7 +130,7 @@ def test_a_guest_that_shuts_down_by_itself_makes_the_layer_the_templates(stub: C
     stub.run("vmtemplate", "stub", "--delete").fails(1, "3 clones", "kept/x/old00", "kept/x/during00", after)
 
 
-@pytest.mark.parametrize("how", ["kill", "button", "SIGKILL", long("SIGTERM"), long("quit")])
+@pytest.mark.parametrize("how", ["kill", long("button"), "SIGKILL", long("SIGTERM"), long("quit")])
 def test_any_other_end_leaves_the_template_as_it_was(stub: Cloud, how: str) -> None:
     conf = stub.conf("templates/stub")
     start_stub(stub)
@@ -133,7 +144,7 @@ def test_any_other_end_leaves_the_template_as_it_was(stub: Cloud, how: str) -> N
             stub.run("vmmanage", "-n", "templates/stub", "quit")
         else:
             os.kill(pid, getattr(signal, how))
-        eventually(lambda: not Path(f"/proc/{pid}").exists(), "qemu has ended")
+        wait_ended(pid)
         done = stub.run("vminstantiate", "-n", "stub", "-g", "kept", "-t", "x", "-o", "name=after").ok()
     assert "is lost" in done.stderr
     assert files(stub) == {"stub_0.img"}
@@ -142,6 +153,7 @@ def test_any_other_end_leaves_the_template_as_it_was(stub: Cloud, how: str) -> N
     assert "is lost" not in stub.run("vmstop", "-g", "templates").quiet().stderr
 
 
+@pytest.mark.long
 def test_changed_twice(stub: Cloud) -> None:
     for number in (1, 2):
         start_stub(stub)
@@ -182,7 +194,7 @@ def test_what_someone_still_stands_on_is_kept(stub: Cloud) -> None:
     assert chain(disk_of(stub, new)) == ["new00_0.img", "stub.l1.img"]
 
 
-@pytest.mark.parametrize("form", ["own", long("absolute")])
+@pytest.mark.parametrize("form", [long("own"), long("absolute")])
 def test_the_conf_keeps_the_form_it_has(stub: Cloud, form: str) -> None:
     folder = stub.folder("templates/stub")
     conf = folder / "stub.conf"
@@ -194,18 +206,222 @@ def test_the_conf_keeps_the_form_it_has(stub: Cloud, form: str) -> None:
     assert stub.conf("templates/stub")["vmDisk"] == name.replace("stub_0.img", "stub.l1.img")
 
 
-def test_a_clone_runs_while_its_template_is_changed(tiny: Cloud) -> None:
-    tiny.run("vminstantiate", "-n", "tiny", "-g", "pf", "-t", "web", "-o", "name=web", "-w", READY).ok()
-    base = tiny.folder("templates/tiny") / "tiny_0.img"
-    before = digest(base)
-    done = tiny.run("vm", "-n", "tiny", "echo changed > /root/change; hostname")
+# Upgrades ############################################################################################################
+
+# The tiny guest reads this file at each boot: it gets a package manager, and says that it is a distribution.
+PRETEND = r"""
+mkdir -p /etc/fake
+cat >/etc/fake/apk <<'END'
+#!/bin/sh
+printf 'apk %s\r\n' "$*"
+[ "$1" = upgrade ] || exit 0
+[ ! -e /etc/slow ] || sleep 600
+[ ! -e /etc/fails ] || exit 7
+echo "$(cat /etc/upgraded)x" >/etc/upgraded
+END
+chmod 755 /etc/fake/apk
+echo 'ln -sf /etc/fake/apk /bin/apk' >>/etc/tinyguest.conf
+printf 'ID=alpine\nPRETTY_NAME="Alpine Linux, more or less"\n' >/etc/os-release
+echo 0123456789abcdef0123456789abcdef >/etc/machine-id
+echo secret >/root/.ash_history
+"""
+
+
+def test_changed_and_upgraded(tiny: Cloud) -> None:
+    disk, base = disk_of(tiny, add_clone(tiny, "old", "tiny")), disk_of(tiny, "templates/tiny")
+    before = digest(disk), digest(base)
+    done = tiny.run("vm", "-n", "tiny", PRETEND + "hostname")
     assert done.ok().stdout == "tiny\n" and "tiny has clones" in done.stderr
     tiny.run("vmstop", "-n", "templates/tiny").quiet()
     assert present(tiny, "tiny") == "tiny.l1.img"
-    tiny.run("vminstantiate", "-n", "tiny", "-g", "pf", "-t", "web", "-o", "name=web", "-w", READY).ok()
-    assert tiny.ssh("web01", "cat /root/change; hostname").ok().stdout == "changed\nweb01\n"
-    assert tiny.ssh("web00", "ls /root/change; hostname").stdout == "web00\n"
+    done = tiny.run("vmupgrade", "tiny").ok()
+    assert done.stdout == ""
+    assert "Alpine Linux, more or less" in done.stderr and "apk update\napk upgrade\n" in done.stderr
+    assert files(tiny, "tiny") == {"tiny_0.img", "tiny.l1.img", "tiny.l2.img"}
+    assert chain(disk_of(tiny, "templates/tiny")) == ["tiny.l2.img", "tiny.l1.img", "tiny_0.img"]
+    assert (digest(disk), digest(base)) == before
+    tiny.run("vmstop", "-d", "-g", "kept").quiet()
+    assert not tiny.processes()
+
+
+@pytest.mark.long
+def test_a_clone_runs_while_its_template_is_changed_and_upgraded(tiny: Cloud) -> None:
+    new = ("vminstantiate", "-n", "tiny", "-g", "pf", "-t", "web", "-o", "name=web", "-w", READY)
+    tiny.run(*new).ok()
+    base = tiny.folder("templates/tiny") / "tiny_0.img"
+    before = digest(base)
+    done = tiny.run("vm", "-n", "tiny", PRETEND + "hostname")
+    assert done.ok().stdout == "tiny\n" and "tiny has clones" in done.stderr
+    tiny.run("vmstop", "-n", "templates/tiny").quiet()
+    assert present(tiny, "tiny") == "tiny.l1.img"
+    tiny.run("vmupgrade", "tiny").ok()
+    assert present(tiny, "tiny") == "tiny.l2.img"
+    tiny.run(*new).ok()
+    shown = tiny.ssh("web01", "cat /etc/upgraded; hostname; wc -c </etc/machine-id; ls -a /root").ok().stdout.split()
+    assert shown[:3] == ["x", "web01", "0"] and ".ash_history" not in shown
+    assert tiny.ssh("web00", "ls /etc/upgraded; hostname").stdout == "web00\n"
     assert digest(base) == before
+
+
+@pytest.fixture(scope="module")
+def alpine(shared: Cloud) -> Cloud:
+    """A cloud whose template `tiny` can be upgraded; it has no clones."""
+    shared.run("vm", "-n", "tiny", PRETEND).ok()
+    shared.run("vmstop", "-n", "templates/tiny").quiet()
+    return shared
+
+
+@pytest.mark.long
+def test_without_clones_an_upgrade_leaves_one_disk(alpine: Cloud) -> None:
+    for number, found in ((2, "x"), (4, "xx")):
+        alpine.run("vmupgrade", "tiny").ok()
+        assert present(alpine, "tiny") == f"tiny.l{number}.img" and files(alpine, "tiny") == {f"tiny.l{number}.img"}
+        assert chain(disk_of(alpine, "templates/tiny")) == [f"tiny.l{number}.img"]
+        assert alpine.run("vm", "-n", "tiny", "cat /etc/upgraded; hostname").ok().stdout == f"{found}\ntiny\n"
+        alpine.run("vmstop", "-n", "templates/tiny").quiet()
+
+
+@contextlib.contextmanager
+def unchanged(cloud: Cloud) -> Iterator[None]:
+    """What goes on meanwhile leaves the template tiny as it is, and nothing running."""
+    conf, disk, kept = cloud.conf("templates/tiny"), disk_of(cloud, "templates/tiny"), files(cloud, "tiny")
+    before = digest(disk)
+    yield
+    assert (disk_of(cloud, "templates/tiny"), files(cloud, "tiny"), digest(disk)) == (disk, kept, before)
+    assert {key: cloud.conf("templates/tiny")[key] for key in conf} == conf
+    eventually(lambda: not cloud.processes(), "nothing runs any more")
+
+
+@pytest.mark.long
+def test_an_unknown_distribution(tiny: Cloud) -> None:
+    with unchanged(tiny):
+        done = tiny.run("vmupgrade", "tiny")
+        assert done.status == 1 and "Tiny guest: nocloud doesn't know" in done.stderr, repr(done)
+    assert files(tiny, "tiny") == {"tiny_0.img"}
+
+
+@pytest.mark.long
+def test_an_upgrade_that_fails(alpine: Cloud) -> None:
+    change(alpine, "touch /etc/fails")
+    with unchanged(alpine):
+        done = alpine.run("vmupgrade", "tiny")
+        assert done.status == 1 and "exit status 7" in done.stderr and "as it was" in done.stderr, repr(done)
+    change(alpine, "rm /etc/fails")
+
+
+def change(cloud: Cloud, script: str) -> None:
+    cloud.run("vm", "-n", "tiny", script).ok()
+    cloud.run("vmstop", "-n", "templates/tiny").quiet()
+
+
+@pytest.mark.long
+def test_an_upgrade_that_is_broken_off(alpine: Cloud) -> None:
+    """By the user, a time limit, SIGKILL, another shell's vmstop, the guest's death: it is the old template."""
+    change(alpine, "touch /etc/slow")
+    with unchanged(alpine):
+        done = alpine.run("vmupgrade", "tiny", "--timeout", 3)
+        assert done.status == 124 and "no end of the upgrade after 3 s; the template is as it was" in done.stderr, repr(
+            done
+        )
+    for number, status in ((signal.SIGINT, 130), (signal.SIGKILL, -9), (signal.SIGTERM, 143)):
+        with unchanged(alpine):
+            child, pid = upgrading(alpine), alpine.qemu("templates/tiny")
+            alpine.run("vmupgrade", "tiny").fails(1, "running")
+            child.send_signal(number)
+            assert child.wait(60) == status
+            if status == -9:
+                wait_ended(pid)
+                alpine.run("vmstop", "-n", "templates/tiny").ok()
+    for how in ("stop", "kill"):
+        with unchanged(alpine):
+            child = upgrading(alpine)
+            if how == "stop":
+                alpine.run("vmstop", "-n", "templates/tiny").ok()
+            else:
+                kill_hard(alpine.qemu("templates/tiny"))
+            assert child.wait(60) == 1
+            assert child.stderr and "as it was" in child.stderr.read()
+    change(alpine, "rm /etc/slow")
+
+
+def upgrading(cloud: Cloud) -> subprocess.Popen[str]:
+    """A vmupgrade that is in the middle of it; what the package manager says has come already."""
+    child = cloud.spawn("vmupgrade", "tiny")
+    assert child.stderr
+    for line in child.stderr:
+        if line == "apk upgrade\n":
+            return child
+    raise AssertionError("it ended before")
+
+
+def package(folder: Path, version: int) -> bytes:
+    """A Debian package that consists of its version."""
+    tree = folder / f"probe-{version}"
+    (tree / "DEBIAN").mkdir(parents=True)
+    control = (
+        f"Package: probe\nVersion: {version}\nArchitecture: all\nMaintainer: me <me@example.org>\nDescription: probe\n"
+    )
+    (tree / "DEBIAN/control").write_text(control)
+    target = folder / f"probe_{version}_all.deb"
+    subprocess.run(["dpkg-deb", "--root-owner-group", "--build", tree, target], check=True, capture_output=True)
+    return target.read_bytes()
+
+
+def repository(folder: Path) -> str:
+    """A script for a Debian guest: it has the package probe 1, and knows an archive, in a folder, that has 2."""
+    old, new = package(folder, 1), package(folder, 2)
+    index = (folder / "probe-2/DEBIAN/control").read_text()
+    index += f"Filename: ./probe.deb\nSize: {len(new)}\nSHA256: {hashlib.sha256(new).hexdigest()}\n"
+    lines = ["set -e", "mkdir -p /opt/repository", "cd /opt/repository", ": >/etc/apt/sources.list"]
+    for name, data in (("old.deb", old), ("probe.deb", new), ("Packages", index.encode())):
+        lines.append(f"echo {base64.b64encode(data).decode()} | base64 -d >{name}")
+    lines += ["dpkg -i old.deb", "echo 'deb [trusted=yes] file:/opt/repository ./' >/etc/apt/sources.list.d/local.list"]
+    return "\n".join([*lines, "dpkg-query -W probe"])
+
+
+def identity(disk: Path) -> dict[str, str]:
+    """What a Debian disk has of the files that tell a machine from others."""
+    raw = disk.parent / "disk.raw"
+    subprocess.run(["qemu-img", "convert", "-O", "raw", disk, raw], check=True)
+    names = ["/etc/debian_version", "/etc/machine-id", "/etc/hostname"]
+    names += ["/etc/ssh/ssh_host_ed25519_key", "/root/.ssh/authorized_keys"]
+    debugfs = shutil.which("debugfs", path="/usr/sbin:/sbin") or "debugfs"
+    found = {}
+    for name in names:
+        words = [debugfs, "-R", f"cat {name}", f"{raw}?offset=1048576"]
+        found[name] = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    raw.unlink()
+    assert found.pop("/etc/debian_version")  # it can be read
+    return found
+
+
+@pytest.mark.long
+def test_a_debian_template_is_upgraded_while_a_clone_runs(cloud: Cloud, debian_image: Path, vms: None) -> None:
+    add_template(cloud, debian_image, "deb", "--mem", 384, "--init", "systemd")
+    new = ("vminstantiate", "-n", "deb", "-g", "pf", "-t", "web", "-o", "name=web", "-w", "400")
+    cloud.run(*new, timeout=500).ok()
+    base = disk_of(cloud, "templates/deb")
+    before = digest(base)
+    env = {"NOCLOUD_vmWaitTimeout": "400"}
+    done = cloud.run("vm", "-n", "deb", repository(cloud.home), env=env, timeout=500).ok()
+    assert done.stdout.endswith("probe\t1\n")
+    pid = cloud.qemu("templates/deb")
+    cloud.ssh("templates/deb", "test -s /etc/machine-id && test -s /root/.ssh/authorized_keys").ok()
+    cloud.ssh("templates/deb", "systemctl poweroff")
+    wait_ended(pid, 120)
+    cloud.run("vmstop", "-n", "templates/deb").quiet()
+    assert present(cloud, "deb") == "deb.l1.img"
+    assert not any(identity(disk_of(cloud, "templates/deb")).values()), "it cleaned itself"
+    kept = {path: digest(path) for path in (base, disk_of(cloud, "templates/deb"))}
+    done = cloud.run("vmupgrade", "deb", env=env, timeout=900).ok()
+    assert "upgrading Debian GNU/Linux" in done.stderr and "Setting up probe (2)" in done.stderr
+    assert {path: digest(path) for path in kept} == kept and kept[base] == before
+    cloud.run(*new, timeout=500).ok()
+    script = "dpkg-query -W probe; hostname; cat /etc/machine-id; ls /var/lib/apt/lists"
+    shown = cloud.ssh("web01", script).ok().stdout.split()
+    assert shown[:3] == ["probe", "2", "web01"] and re.fullmatch("[0-9a-f]{32}", shown[3]) and len(shown) == 4
+    old = cloud.ssh("web00", "dpkg-query -W probe; hostname; cat /etc/machine-id").stdout.split()
+    assert old[0] == "web00" and old[1] != shown[3]
 
 
 @pytest.mark.long
