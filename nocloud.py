@@ -10108,7 +10108,6 @@ class Installation:
 
 # -- the host
 
-BRIDGE_CONF = "/etc/qemu/bridge.conf"  # which bridges qemu-bridge-helper may put VMs on
 KVM_GROUP = "kvm"  # whose members run VMs on the host's bridge, with hardware acceleration
 NEEDED_PROGRAMS = ("qemu-img", "ip", "dnsmasq", "nft", "ssh", "ssh-keygen", "nsenter")
 GROUP_UNIT = "nocloud@.service"
@@ -10150,13 +10149,13 @@ def without_rule(text: str, interface: str) -> str:
 
 
 def acl_warnings(text: str, interface: str) -> Iterator[str]:
-    """What others' lines do: the helper heeds all of them, and one that denies wins."""
+    """What others' lines do, as the end of a message: the helper heeds all of them, and one that denies wins."""
     rules = acl_rules(text)
     for name in ("all", interface):
         if ("deny", name) in rules:
-            yield f"{BRIDGE_CONF}: the line `deny {name}` keeps VMs off the bridge {interface}; remove it"
+            yield f"the line `deny {name}` keeps VMs off the bridge {interface}; remove it"
     if ("allow", "all") in rules:
-        yield f"{BRIDGE_CONF}: with the line `allow all` users may put VMs on every bridge of this host; remove it"
+        yield "with the line `allow all` users may put VMs on every bridge of this host; remove it"
 
 
 def modules_for(cpuinfo: str, is_there: Callable[[str], bool]) -> list[str]:
@@ -10217,6 +10216,8 @@ class HostSetup:
     def __init__(self, installation: Installation, config: Config) -> None:
         self.installation, self.config = installation, config
         self.interface = config["bridgeInterface"]
+        # which bridges qemu-bridge-helper may put VMs on
+        self.acl: str = installation.host.get("acl") or next(filter(os.path.exists, HELPER_LISTS), HELPER_LISTS[0])
 
     def _done_before(self, key: str, default: Any) -> Any:
         return self.installation.host.get(key, default)
@@ -10281,33 +10282,33 @@ class HostSetup:
 
     def allow_bridge(self) -> str:
         """Have the helper put VMs on our bridge; what was done."""
-        text = read_text(BRIDGE_CONF) if os.path.exists(BRIDGE_CONF) else None
-        for warning in acl_warnings(text or "", self.interface):
-            report.warn(warning)
-        new = with_rule(text or "", self.interface)
+        folder = os.path.dirname(self.acl)
+        made = [path for path in (self.acl, folder) if not os.path.exists(path)]
+        text = "" if self.acl in made else read_text(self.acl)
+        for warning in acl_warnings(text, self.interface):
+            report.warn(f"{self.acl}: {warning}")
+        new = with_rule(text, self.interface)
         if new == text:
             return ""
         allowed = dict.fromkeys([*self._done_before("allowed", ()), self.interface])
-        made = self._done_before("made", []) + ([BRIDGE_CONF] if text is None else [])
-        folder = os.path.dirname(BRIDGE_CONF)
-        if not os.path.isdir(folder):
-            made.append(folder)
-        self.installation.remember(allowed=list(allowed), made=made)
+        made = list(dict.fromkeys([*self._done_before("made", ()), *made]))
+        self.installation.remember(acl=self.acl, allowed=list(allowed), made=made)
         os.makedirs(folder, 0o755, exist_ok=True)
-        rewrite(BRIDGE_CONF, new)
-        return f"{BRIDGE_CONF}: allow {self.interface}"
+        rewrite(self.acl, new)
+        return f"{self.acl}: allow {self.interface}"
 
     def forbid_bridge(self) -> None:
-        if os.path.exists(BRIDGE_CONF):
-            old = new = read_text(BRIDGE_CONF)
+        made = self._done_before("made", ())
+        if os.path.exists(self.acl):
+            old = new = read_text(self.acl)
             for interface in self._done_before("allowed", ()):
                 new = without_rule(new, interface)
-            if new != old:
-                rewrite(BRIDGE_CONF, new)
-            if not new and BRIDGE_CONF in self._done_before("made", ()):
-                remove_file(BRIDGE_CONF)
-        if os.path.dirname(BRIDGE_CONF) in self._done_before("made", ()):
-            remove_empty(os.path.dirname(BRIDGE_CONF))
+            if not new and self.acl in made:
+                remove_file(self.acl)
+            elif new != old:
+                rewrite(self.acl, new)
+        if os.path.dirname(self.acl) in made:
+            remove_empty(os.path.dirname(self.acl))
 
     # modules, units
 
@@ -10326,12 +10327,17 @@ class HostSetup:
             return "no systemd runs here, so nothing starts with the host: nocloud net up sets the bridge up"
         run(["systemctl", "daemon-reload"])
         run(["systemctl", "enable", *SYSTEMD_UNITS])
+        if (
+            attempt(["systemctl", "is-active", "--quiet", *SYSTEMD_UNITS[:2]], 30)[0] == 0
+        ):  # of another version, perhaps
+            BridgeSetup(self.config).up()
+            systemctl("restart", SYSTEMD_UNITS[1])
         bridge_up(self.config)
         return f"{', '.join(SYSTEMD_UNITS)}: run, now and from each boot on"
 
     def stop_units(self) -> None:
         if os.path.isdir("/run/systemd/system"):
-            attempt(["systemctl", "disable", *SYSTEMD_UNITS, *group_units("enabled")], 60)
+            attempt(["systemctl", "disable", *SYSTEMD_UNITS, *enabled_groups()], 60)
         if bridge_is_ours(self.interface):
             bridge_down(self.config)
 
@@ -10369,14 +10375,18 @@ def rewrite(path: str, text: str) -> None:
         os.chown(path, info.st_uid, info.st_gid)
 
 
-def group_units(state: str) -> list[str]:
-    """The nocloud@GROUP units that are `active` or `enabled`."""
-    verb = "list-units" if state == "active" else "list-unit-files"
-    states = "active,activating,reloading,deactivating" if state == "active" else state
-    words = ["systemctl", verb, "--plain", "--no-legend", f"--state={states}", "nocloud@*.service"]
-    status, said = attempt(words, 30)
-    names = [line.split()[0] for line in said.splitlines() if line.strip()] if status == 0 else []
-    return [name for name in names if name != GROUP_UNIT]
+def active_groups() -> list[str]:
+    """The nocloud@GROUP units of the system that are not stopped."""
+    states = "--state=active,activating,reloading,deactivating"
+    status, said = attempt(["systemctl", "list-units", "--plain", "--no-legend", states, "nocloud@*.service"], 30)
+    return [line.split()[0] for line in said.splitlines() if line.strip()] if status == 0 else []
+
+
+def enabled_groups() -> list[str]:
+    """Those that start with the system; systemctl lists only the template that they are instances of."""
+    import glob
+
+    return sorted({os.path.basename(path) for path in glob.glob("/etc/systemd/system/*.wants/nocloud@*.service")})
 
 
 # -- all of it
@@ -10447,7 +10457,7 @@ def install_on_host(installation: Installation, files: Sequence[Placed], only_lo
     setup = HostSetup(installation, installed_config(installation))
     setup.make_accounts()
     said += [setup.allow_helper(), setup.allow_bridge(), setup.load_modules(modules), subnet, setup.start_units()]
-    return [*said, setup.membership()]
+    return [*said, setup.membership(), "nocloud doctor looks whether all is well"]
 
 
 def undo_installation(installation: Installation) -> None:
@@ -10474,7 +10484,7 @@ def undo_installation(installation: Installation) -> None:
 
 def check_nothing_runs() -> None:
     """Raise WrongState, naming them, where VMs or groups run, whoever's they are."""
-    units = group_units("active")
+    units = active_groups() if os.path.isdir("/run/systemd/system") else []
     running = running_vms()
     if units or running:
         names = ", ".join([*units, *running[:20]]) + (f" and {len(running) - 20} more" if running[20:] else "")

@@ -45,6 +45,8 @@ case $1 in
 start) nocloud bridge start && nocloud bridge dnsmasq >/dev/null 2>&1 & sleep 0.1 ;;
 stop) pkill -x dnsmasq; nocloud bridge stop ;;
 list-units) cat /run/groups 2>/dev/null ;;
+is-active) pgrep -r R,S,D dnsmasq >/dev/null; exit ;;
+restart) pkill -x dnsmasq; nocloud bridge dnsmasq >/dev/null 2>&1 & sleep 0.1 ;;
 esac
 exit 0
 """
@@ -286,6 +288,7 @@ esac""",
 def test_the_units_are_enabled_started_stopped_and_disabled(host: Host) -> None:
     host.program("systemctl", SYSTEMCTL)
     host.run("mkdir -p /run/systemd/system").ok()
+    host.run("mkdir -p /etc/systemd/system/default.target.wants").ok()
     before = host.changes()
     done = host.make("install").ok()
     units = "nocloud-bridge.service nocloud-dnsmasq.service nocloud-dnsmasq-reload.path"
@@ -293,7 +296,9 @@ def test_the_units_are_enabled_started_stopped_and_disabled(host: Host) -> None:
     words = asked.read_text().splitlines()
     assert words.index("daemon-reload") < words.index(f"enable {units}") < words.index(f"start {units}")
     assert f"{units.replace(' ', ', ')}: run" in done.stderr
-    assert host.run("pgrep dnsmasq").status == 0
+    assert host.run("pgrep -r R,S,D dnsmasq").status == 0
+    host.make("install").ok()
+    assert "restart nocloud-dnsmasq.service" in asked.read_text()  # of another version it may be
     # not while a group's unit is active
     host.file("/run/groups").write_text("nocloud@shop.service loaded active running nocloud's group shop\n")
     installed = host.changes()
@@ -302,11 +307,17 @@ def test_the_units_are_enabled_started_stopped_and_disabled(host: Host) -> None:
     assert "systemctl stop nocloud@shop.service" in refused.stderr and host.changes() == installed
     host.file("/run/groups").unlink()
     asked.unlink()
+    wants = host.file("/etc/systemd/system/default.target.wants/nocloud@shop.service")
+    wants.parent.mkdir(parents=True, exist_ok=True)
+    wants.symlink_to("/usr/local/lib/systemd/system/nocloud@.service")
     host.make("uninstall").ok()
     words = asked.read_text().splitlines()
     assert (
-        f"disable {units}" in words and words[-1] == "daemon-reload" and any(word.startswith("stop ") for word in words)
+        f"disable {units} nocloud@shop.service" in words
+        and words[-1] == "daemon-reload"
+        and any(word.startswith("stop ") for word in words)
     )
+    wants.unlink()  # which systemctl does
     assert host.changes() == before
     assert not host.file("/sys/class/net/nocloud").exists()
 

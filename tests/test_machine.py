@@ -1,0 +1,228 @@
+"""`sudo make` on a real machine: a Debian guest with systemd, from a template of our own, over ssh; and a reboot."""
+
+from __future__ import annotations
+
+import base64
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import has_subordinate_ids
+from support import Cloud, until
+from test_install import Checkout
+
+pytestmark = pytest.mark.long
+
+PACKAGES = (
+    "make", "sudo", "qemu-system-x86", "qemu-utils", "dnsmasq-base", "nftables", "iptables", "passt", "openssh-client",
+    "systemd-resolved", "udhcpc", "bind9-dnsutils",
+)  # fmt: skip
+VM = "real/host/m00"
+
+# Rules as Docker makes them, at each boot before ours.
+DOCKER = """[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=iptables -N DOCKER-USER
+ExecStart=iptables -A DOCKER-USER -j RETURN
+ExecStart=iptables -A FORWARD -j DOCKER-USER
+ExecStart=iptables -P FORWARD DROP
+[Install]
+WantedBy=multi-user.target
+"""
+
+# An ordinary user: alice, who may use sudo, and bob, who may have VMs on the bridge.
+PREPARE = f"""set -e
+cat >/etc/systemd/system/docker.service <<'END'
+{DOCKER}END
+systemctl enable --now docker.service
+for user in alice bob; do useradd --create-home --shell /bin/bash $user; done
+echo 'alice ALL=(ALL) NOPASSWD: ALL' >/etc/sudoers.d/alice
+install -d -o alice -g alice /home/alice/nocloud
+base64 -d | tar xz -C /home/alice/nocloud
+chown -R alice:alice /home/alice/nocloud
+ip link show | grep -v lo
+"""
+
+# All that isn't a log, a cache or a home: what an uninstalled nocloud must not have changed.
+SURVEY = """
+find /boot /etc /lib /opt /srv /usr /var -xdev \\
+    \\( -path /var/log -o -path /var/cache -o -path /var/tmp -o -path /var/lib/systemd \\) -prune \\
+    -o ! -name '*-' ! -name .pwd.lock ! -name statoverride-old ! -name 'sub[ug]id' -printf '%p %y %m %u:%g %l\\n' | sort
+getent passwd | grep -v ^bob; getent group | sed 's/:[^:]*$//'; dpkg-statoverride --list
+cat /etc/qemu/bridge.conf 2>/dev/null || :
+nft list ruleset; iptables -S; ip -o link | cut -d: -f2; ls -A /run/nocloud /var/lib/nocloud 2>/dev/null || :
+"""
+
+# A namespace that stands in for a VM: what asks for an address there, and is known by the name that it gave.
+STAND_IN = """set -e
+cat >/tmp/udhcpc <<'END'
+#!/bin/sh
+[ "$1" != bound ] || { ip address replace $ip/$mask dev $interface; ip route replace default via $router; }
+END
+chmod 755 /tmp/udhcpc
+ip netns add guest
+trap 'ip netns delete guest' EXIT
+ip link add standin type veth peer name eth0 netns guest
+ip link set standin master nocloud up
+ip -n guest link set eth0 up
+ip netns exec guest udhcpc -q -n -t 20 -i eth0 -x hostname:standin -s /tmp/udhcpc
+ip -n -4 -br address show eth0
+dig +short @192.168.1.1 standin.nocloud
+getent ahostsv4 standin.nocloud
+outside=$(ip -4 route show default | sed 's/.*via \\([^ ]*\\).*/\\1/;q')
+ip netns exec guest ping -c 3 -W 5 $outside
+"""
+
+
+class Machine:
+    """The guest; what is done in it says what it said where it fails."""
+
+    def __init__(self, cloud: Cloud) -> None:
+        self.cloud = cloud
+
+    def root(self, script: str, input: str = "", timeout: float = 240) -> str:
+        argv = self.cloud.argv("ssh", VM, "bash", "-c", f"'{quoted(script)}'")
+        done = self.cloud.execute(argv, input=input, timeout=timeout)
+        assert done.status == 0, f"in the guest:\n{script}\n-> {done.status}\n{done.stdout}\n{done.stderr}"
+        return done.stdout + done.stderr
+
+    def fails(self, script: str) -> str:
+        return self.root(f"! {{ {script}; }} 2>&1")
+
+    def user(self, name: str, script: str, timeout: float = 240) -> str:
+        return self.root(f'su - {name} -c "$(cat)"', script, timeout)
+
+    def eventually(self, script: str, seconds: float = 90) -> None:
+        self.root(f"for i in $(seq {seconds:.0f}); do {{ {script}; }} >/dev/null 2>&1 && exit; sleep 1; done; {script}")
+
+
+def quoted(script: str) -> str:
+    return script.replace("'", "'\\''")
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory, vms: None) -> Iterator[Machine]:
+    if not shutil.which("mmdebstrap"):
+        pytest.fail("mmdebstrap is not installed: make test installs what the tests need")
+    if os.geteuid() != 0 and not has_subordinate_ids():
+        pytest.skip("this user has no subordinate uids in /etc/subuid")
+    kept = Path(os.environ.get("NOCLOUD_TEST_CACHE", "/nonexistent"), "machine.qcow2")
+    with Cloud(tmp_path_factory.mktemp("machine") / "home") as cloud:
+        if kept.exists():
+            cloud.run("vmtemplate", "machine", "--image", kept, "--init", "systemd", "--mem", 1536, timeout=300).ok()
+        else:
+            words = ("--build", "bookworm", "--include", ",".join(PACKAGES), "--mem", 1536)
+            cloud.run("vmtemplate", "machine", *words, timeout=1500).ok()
+            if kept.parent.is_dir():
+                shutil.copyfile(cloud.base / "templates/machine/machine_0.img", kept)
+        clone = ("-n", "machine", "-g", "real", "-t", "host", "-o", "name=m;cpu=2", "-w", 600)
+        cloud.run("vminstantiate", *clone, timeout=700).ok()
+        yield Machine(cloud)
+
+
+def test_sudo_make_on_a_real_machine(machine: Machine, tmp_path: Path) -> None:
+    checkout = Checkout(tmp_path / "nocloud")
+    checkout.make("build").ok()
+    archive = subprocess.run(["tar", "cz", "-C", checkout.folder, "."], capture_output=True, check=True).stdout
+    machine.root(PREPARE, base64.b64encode(archive).decode())
+    before = machine.root(SURVEY)
+
+    said = machine.user("alice", "cd nocloud && sudo make")
+    for words in (
+        "is in /usr/local",
+        "members of kvm",
+        "allow nocloud",
+        "192.168.1.0/24",
+        "sudo usermod -aG kvm alice",
+    ):
+        assert words in said, said
+    assert "build.sh" not in said  # what was there was up to date
+    assert machine.root("find /home/alice/nocloud -user root") == ""
+    machine.root("usermod -aG kvm bob")
+    check_the_bridge(machine)
+    check_the_units(machine)
+    check_a_members_vm(machine)
+    machine.root(STAND_IN)
+    check_a_kept_group(machine)
+
+    reboot(machine)
+    check_the_bridge(machine)
+    machine.eventually("systemctl is-active nocloud@shop")
+    machine.eventually("getent ahostsv4 web00.shop.nocloud | grep ^192.168.1.")
+    machine.user("bob", "qemu-io -U -r -c 'read -P 0x5a 0 4096' vms/shop/web/web00/web00_0.img | grep -v failed")
+    machine.root(STAND_IN)
+
+    refused = machine.fails("make -C /home/alice/nocloud uninstall")
+    assert "nocloud@shop.service, shop/web/web00 of bob; nothing was changed" in refused, refused
+    machine.root("systemctl stop nocloud@shop")
+    machine.user("alice", "cd nocloud && sudo make uninstall")
+    machine.root("rm -r /etc/systemd/system/nocloud@shop.service.d")  # bob's own
+    after = machine.root(SURVEY)
+    assert set(after.splitlines()) ^ set(before.splitlines()) == set()
+    assert machine.root("find /home/alice/nocloud -user root") == ""
+
+
+def check_the_bridge(machine: Machine) -> None:
+    """Both services are active, the bridge is up, and dnsmasq is no root's."""
+    machine.eventually("systemctl is-active nocloud-bridge nocloud-dnsmasq nocloud-dnsmasq-reload.path")
+    assert "192.168.1.1/24" in machine.root("ip -br address show nocloud")
+    assert machine.root("ps -o user:20= -C dnsmasq").split() == ["nocloud-dnsmasq"]
+    assert "failed" not in machine.root("systemctl list-units --failed --plain --no-legend 'nocloud*'")
+
+
+def check_the_units(machine: Machine) -> None:
+    machine.root("systemd-analyze verify /usr/local/lib/systemd/system/nocloud*")
+    machine.root("systemd-analyze verify nocloud@shop.service")
+    level = machine.root("systemd-analyze security --no-pager nocloud-dnsmasq.service | tail -1")
+    assert " OK " in level or " SAFE " in level or " PERFECT " in level, level
+
+
+def check_a_members_vm(machine: Machine) -> None:
+    """A VM of an ordinary member of kvm is on the bridge, and its name is in DNS at once."""
+    machine.user(
+        "bob",
+        "printf 'vmBaseDir=~/vms\\nvmStopTimeout=2\\nvmAccel=tcg\\n' >.nocloud.conf\n"
+        "qemu-img create -q -f qcow2 blank.qcow2 8M\n"
+        "vmtemplate blank --image blank.qcow2 --init none --mem 32 --cpu 1",
+    )
+    said = machine.user(
+        "bob",
+        "vminstantiate -n blank -g shop -t web -o name=web && "
+        "dig +short @192.168.1.1 web00.shop.nocloud && getent ahostsv4 web00.shop.nocloud && vmrunning",
+    )
+    assert "web00 shop/web 192.168.1." in said, said
+    assert machine.root("ls /sys/class/net/nocloud/brif").strip()
+    assert "nobody else's" not in machine.fails(
+        "su - nobody -s /bin/sh -c '/usr/lib/qemu/qemu-bridge-helper --br=nocloud --fd=3'"
+    )
+
+
+def check_a_kept_group(machine: Machine) -> None:
+    """`systemctl stop` keeps a group with its data; enabled, it starts with the machine."""
+    machine.user("bob", "vmstop -g shop && qemu-io -c 'write -P 0x5a 0 4096' vms/shop/web/web00/web00_0.img")
+    machine.root(
+        "set -e; mkdir /etc/systemd/system/nocloud@shop.service.d\n"
+        "printf '[Service]\\nUser=bob\\n' >/etc/systemd/system/nocloud@shop.service.d/user.conf\n"
+        "systemctl daemon-reload; systemctl enable --now nocloud@shop"
+    )
+    machine.eventually("su - bob -c vmrunning | grep web00")
+    machine.root("systemctl stop nocloud@shop")
+    assert "web00 shop/web stopped" in machine.user("bob", "vmrunning -a")
+    assert "failed" not in machine.root("systemctl is-failed nocloud@shop || :")
+    machine.root("systemctl start nocloud@shop")
+    machine.eventually("su - bob -c vmrunning | grep web00")
+
+
+def reboot(machine: Machine) -> None:
+    boot = machine.root("cat /proc/sys/kernel/random/boot_id")
+    machine.cloud.ssh(VM, "systemctl reboot")
+
+    def is_back() -> bool:
+        done = machine.cloud.ssh(VM, "cat /proc/sys/kernel/random/boot_id", timeout=300)
+        return done.status == 0 and done.stdout.strip() not in ("", boot.strip())
+
+    assert until(is_back, 400, 2), machine.cloud.folder(VM).joinpath("console.log").read_text(errors="replace")[-3000:]
