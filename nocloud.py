@@ -4114,7 +4114,7 @@ class BridgeSetup:
                     self._take_down()
                     remove_empty(RUN_FOLDER)
                 raise
-            self._tell_resolver()
+            self.tell_resolver()
         for chain in dropping_chains():
             report.warn(f"nft chain {chain} drops what it doesn't name: guests need iifname {self.interface} accepted")
 
@@ -4173,7 +4173,7 @@ class BridgeSetup:
             return []
         return [name for name in names if os.path.exists(sysctl_file(name, "forwarding"))]
 
-    def _tell_resolver(self) -> None:
+    def tell_resolver(self) -> None:
         """Have systemd-resolved ask us for our names, and for nothing else; it forgets that with the interface."""
         if not resolved_runs():
             report.say(
@@ -4424,7 +4424,9 @@ def bridge_up(config: Config) -> None:
     setup.check()
     server = BridgeServer(setup.settings)
     if units_installed():
-        systemctl("start", *SYSTEMD_UNITS)
+        systemctl("reload-or-restart", SYSTEMD_UNITS[0])  # also where it is up: somebody may have flushed the rules
+        systemctl("start", *SYSTEMD_UNITS[1:])
+        setup.tell_resolver()
     else:
         need_program("dnsmasq")
         setup.up()
@@ -4535,11 +4537,17 @@ class HostBridge(Network):
             return f"there is no bridge {self.interface}"
         if not int(read_text(f"/sys/class/net/{self.interface}/flags"), 16) & IFF_UP:
             return f"the bridge {self.interface} is down"
+        return self._helper_fails()
+
+    def _helper_fails(self) -> str:
+        """Why qemu-bridge-helper would give this user no tap, or ''."""
         helper = self.helper()
         if not helper:
             return "qemu-bridge-helper is not there"
         if os.geteuid() != 0 and not os.stat(helper).st_mode & stat.S_ISUID:
             return f"{helper} is not setuid root"
+        if not os.access("/dev/net/tun", os.R_OK | os.W_OK):  # the helper gives up root's rights before it opens that
+            return "you may not open /dev/net/tun"
         lists = [path for path in HELPER_LISTS if os.path.exists(path)] or HELPER_LISTS
         if not helper_allows(lists[0], self.interface):
             return f"{lists[0]} has no line: allow {self.interface}"
@@ -4549,9 +4557,11 @@ class HostBridge(Network):
         """Raise where this user can't attach to it; setting it up is root's."""
         reason = self.missing()
         if reason:
+            absent = not os.path.isdir(f"/sys/class/net/{self.interface}/bridge")
+            mend = "root makes it: nocloud net up" if absent else "nocloud doctor says what mends it"
             raise Error(
                 f"the network {self.interface} is not to be had: {reason}",
-                "root makes it: nocloud net up; a new group can be on the private network: NOCLOUD_vmNetwork=private",
+                f"{mend}; a new group can be on the private network: NOCLOUD_vmNetwork=private",
             )
 
     def in_use(self) -> HostBridge:
@@ -7950,6 +7960,7 @@ def ensure_identity(cloud: Cloud, vm: VM) -> None:
         with cloud.tree.lock():
             changes["vmAddress"] = network.allot(Taken(cloud.tree).addresses, uuid)
             vm.write_conf(changes)
+        publish_keys(cloud, [vm])
     elif changes:
         vm.write_conf(changes)
 

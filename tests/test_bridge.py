@@ -11,12 +11,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import NOBODY, PROGRAM, ROOT, Cloud, Result, add_template, eventually, kill_all, pids, replace_program
+from support import (
+    NOBODY,
+    PROGRAM,
+    ROOT,
+    Cloud,
+    Result,
+    add_blank,
+    add_template,
+    eventually,
+    kill_all,
+    pids,
+    replace_program,
+)
 
 import nocloud
 
 OUTSIDE = "203.0.113.2"
 DNSMASQ = 64999  # the uid of nocloud-dnsmasq
+USERS = 64001, 64002  # the first one is in the group kvm
 
 
 class Host:
@@ -36,7 +49,8 @@ class Host:
             with (etc / "group").open("a") as file:
                 file.write("kvm:x:998:\n")
         with (etc / "passwd").open("a") as file:
-            file.write(f"nocloud-dnsmasq:x:{DNSMASQ}:{DNSMASQ}::/:/usr/sbin/nologin\n")
+            for name, uid in (("nocloud-dnsmasq", DNSMASQ), *((f"u{uid}", uid) for uid in USERS)):
+                file.write(f"{name}:x:{uid}:{uid}::/run/{name}:/bin/sh\n")
         mounts = "mount -t sysfs sysfs /sys && mount -t tmpfs run /run && mount -t tmpfs lib /var/lib"
         self.pid = self.namespaces(f"{mounts} && mount --bind {etc} /etc && ip link set lo up")
         self.router = self.namespaces("ip link set lo up", inside=self.pid)
@@ -472,6 +486,27 @@ def test_addresses_and_names_are_shared_out_among_all_trees(host: Host) -> None:
         assert len(host.at(host.pid, sys.executable, "-IS", "-c", code, base).ok().stdout.split()) == count
 
 
+def test_an_address_is_given_back_and_changed_with_the_network(host: Host, vms: None) -> None:
+    """A clone that can't be made holds none; a kept VM gets another one where the bridge has another network."""
+    cloud = host.cloud
+    add_blank(cloud)
+    host.run("net", "up").ok()
+    path = replace_program(cloud.home / "bin", "qemu-img", 'case "$1" in create) exit 1;; esac; exec "$REAL" "$@"')
+    host.run("vminstantiate", "-n", "blank", "-g", "pf", "-o", "name=x", env={"PATH": path}).fails(1, "x00")
+    assert host.shell(register()).stdout == ""
+    host.run("vminstantiate", "-n", "blank", "-g", "pf", "-o", "name=x").ok()
+    assert cloud.conf("pf/default/x00")["vmAddress"] == "192.168.1.2"
+    host.run("vmstop", "-g", "pf", "--kill").ok()
+    host.run("net", "down").quiet()
+    text = (ROOT / "etc/nocloud_net.conf").read_text()
+    (cloud.home / ".nocloud.conf").write_text(text.replace("bridgeSubnet=192.168.1\n", "bridgeSubnet=10.7.7\n"))
+    host.run("net", "up").ok()
+    host.run("vm", "-n", "x00", "-g", "pf", "-G").ok()
+    assert cloud.conf("pf/default/x00")["vmAddress"] == "10.7.7.2"
+    assert host.resolve(host.pid, "x00.pf", "10.7.7.1") == "10.7.7.2"
+    host.run("vmstop", "-d", "-g", "pf").quiet()
+
+
 def test_what_others_put_into_the_folders_is_input(host: Host) -> None:
     host.run("net", "up").ok()
     host.shell(
@@ -488,16 +523,18 @@ def test_ordinary_users_share_the_bridge(host: Host, vms: None) -> None:
     host.run("net", "up").ok()
     host.shell("cp /usr/lib/qemu/qemu-bridge-helper /run/helper && chmod 4755 /run/helper").ok()
     host.shell(f"cp {PROGRAM} /run/nocloud.py && chmod 644 /run/nocloud.py").ok()
+    # The helper opens this as its caller, who may on every distribution.
+    host.shell("mknod /run/tun c 10 200 && chmod 666 /run/tun && mount --bind /run/tun /dev/net/tun").ok()
     kvm = host.shell("getent group kvm").stdout.split(":")[2]
 
     def call(uid: int, *words: object) -> Result:
         home = f"/run/u{uid}"
-        groups = ["--groups", kvm] if uid == 64001 else ["--clear-groups"]
+        groups = ["--groups", kvm] if uid == USERS[0] else ["--clear-groups"]
         variables = [f"HOME={home}", "NOCLOUD_vmBridgeHelper=/run/helper", "NOCLOUD_NOKVM=1", "NOCLOUD_vmNetwork=auto"]
         user = ["setpriv", "--reuid", uid, "--regid", uid, *groups, "--inh-caps=-all", "env", "-i", f"--chdir={home}"]
         return host.at(host.pid, *user, *variables, "PATH=/usr/bin:/usr/sbin", *words)
 
-    for uid in (64001, 64002):
+    for uid in USERS:
         host.shell(f"mkdir /run/u{uid} && chown {uid}:{uid} /run/u{uid}").ok()
         nocloud_py = ("python3", "-IS", "/run/nocloud.py")
         call(uid, "qemu-img", "create", "-q", "-f", "qcow2", "blank.qcow2", "8M").ok()
@@ -505,16 +542,16 @@ def test_ordinary_users_share_the_bridge(host: Host, vms: None) -> None:
         call(uid, *nocloud_py, "template", "blank", *words).ok()
         done = call(uid, *nocloud_py, "instantiate", "-n", "blank", "-g", "pf", "-o", "name=web").ok()
         assert done.stdout == "web00\n"
-        assert ("left to DHCP" in done.stderr and "kvm" in done.stderr) == (uid == 64002), done
+        assert ("left to DHCP" in done.stderr and "kvm" in done.stderr) == (uid == USERS[1]), done
         conf = call(uid, "sh", "-c", "cat .local/share/nocloud/kvm/pf/default/web00/web00.conf").ok().stdout
         assert "vmNetwork=bridge\n" in conf
-        assert ("vmAddress=192.168.1.2\n" in conf) == (uid == 64001)
+        assert ("vmAddress=192.168.1.2\n" in conf) == (uid == USERS[0])
     assert host.resolve(host.pid, "web00.pf.nocloud") == "192.168.1.2"
     host.run("net", "down").fails(1, "2 VMs")
     modes = host.shell("stat -c '%u %G %a' /var/lib/nocloud/hosts/*").ok().stdout
     assert modes == "64001 kvm 640\n"
-    assert "web00.pf.nocloud" in call(64001, *nocloud_py, "net", "status").ok().stdout
-    for uid in (64001, 64002):
+    assert "web00.pf.nocloud" in call(USERS[0], *nocloud_py, "net", "status").ok().stdout
+    for uid in USERS:
         call(uid, *nocloud_py, "net", "up").fails(1, "needs root; nothing was changed")
         call(uid, *nocloud_py, "stop", "-d", "-g", "pf").ok()
     assert host.resolve(host.pid, "web00.pf.nocloud") == ""
