@@ -221,7 +221,7 @@ class Cloud:
             if any(self.base.glob("templates/*/*.pid")):  # each command costs a tenth of a second, in each test
                 self.run("vmstop", "-g", "templates", "--kill")
             if (self.base / ".net").exists():
-                self.run("net", "down")
+                self.run("net", "--private", "down")
         if not until(lambda: not self.processes(), 10):
             left = self.processes()
             told += [f"process {pid} is left: {words}" for pid, words in left.items()]

@@ -38,7 +38,8 @@ class Host:
     def __init__(self, cloud: Cloud, busybox: Path) -> None:
         self.cloud, self.busybox = cloud, busybox
         self.children: list[subprocess.Popen[str]] = []
-        self.cloud.env["NOCLOUD_vmNetwork"] = "auto"
+        # Only in here: outside, root's `net down` would mean the bridge of the machine.
+        self.variables = {"NOCLOUD_vmNetwork": "auto"}
         etc = cloud.home / "etc"
         shutil.copytree("/etc", etc, symlinks=True)
         (etc / "qemu").mkdir(exist_ok=True)
@@ -76,7 +77,7 @@ class Host:
     def at(self, pid: int, *argv: object, env: dict[str, str] | None = None, timeout: float = 60) -> Result:
         """A program in the namespaces of a process."""
         words = ["nsenter", "-t", pid, "-n", "-m", f"--wd={self.cloud.home}", "--", *argv]
-        return self.cloud.execute(words, env=env, timeout=timeout)
+        return self.cloud.execute(words, env=self.variables | (env or {}), timeout=timeout)
 
     def run(self, name: str, *words: object, env: dict[str, str] | None = None, timeout: float = 150) -> Result:
         return self.at(self.pid, *self.cloud.argv(name, *words), env=env, timeout=timeout)
@@ -136,8 +137,8 @@ class Host:
     def spawn(self, *argv: object) -> subprocess.Popen[str]:
         """A program on the host that goes on; its output is thrown away."""
         words = ["nsenter", "-t", str(self.pid), "-n", "-m", "--", *map(str, argv)]
-        null = subprocess.DEVNULL
-        child = subprocess.Popen(words, stdin=null, stdout=null, stderr=null, text=True, env=self.cloud.env, cwd="/")
+        null, env = subprocess.DEVNULL, self.cloud.env | self.variables
+        child = subprocess.Popen(words, stdin=null, stdout=null, stderr=null, text=True, env=env, cwd="/")
         self.children.append(child)
         return child
 
@@ -425,11 +426,11 @@ def test_a_vm_has_its_address_and_name_at_once(host: Host, tiny_image: Path, vms
     """By qemu's own bridge helper; and both go with it, also what dnsmasq remembers."""
     cloud = host.cloud
     add_template(cloud, tiny_image)
-    cloud.env["NOCLOUD_vmNetwork"] = "bridge"
+    host.variables["NOCLOUD_vmNetwork"] = "bridge"
     host.run("vminstantiate", "-n", "tiny").fails(
         1, "there is no bridge nocloud", "nocloud net up", "vmNetwork=private"
     )
-    cloud.env["NOCLOUD_vmNetwork"] = "auto"
+    host.variables["NOCLOUD_vmNetwork"] = "auto"
     host.run("net", "up").ok()
     host.run("vminstantiate", "-n", "tiny", "-g", "pf", "-o", "name=web").ok()
     assert host.resolve(host.pid, "web00.pf.nocloud") == host.resolve(host.pid, "web00") == "192.168.1.2"
@@ -470,7 +471,7 @@ for word in sys.argv[1:]:
 
 def test_addresses_and_names_are_shared_out_among_all_trees(host: Host) -> None:
     host.run("net", "up", env={"NOCLOUD_bridgeDhcpStop": "192.168.1.9"}).ok()
-    host.cloud.env["NOCLOUD_bridgeDhcpStop"] = "192.168.1.9"
+    host.variables["NOCLOUD_bridgeDhcpStop"] = "192.168.1.9"
     assert publish(host, "/one", "pf/web00", "pf/web01").ok().lines == ["192.168.1.2", "192.168.1.3"]
     assert publish(host, "/two", "pf/web00", "q/web01").ok().lines == ["192.168.1.4", "192.168.1.5"]
     names = {name: host.resolve(host.pid, name) for name in ("web00.pf.nocloud", "web00", "web01", "web01.q.nocloud")}
