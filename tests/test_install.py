@@ -18,10 +18,7 @@ from test_zipapp import as_nobody, builder, needs_root
 
 import nocloud
 
-COMMANDS = {
-    "nocloud-bridge", "vm", "vmconsole", "vmcreate", "vminstantiate", "vminventory", "vmmanage", "vmrun", "vmrunning",
-    "vmssh", "vmstop", "vmtemplate",
-}  # fmt: skip
+COMMANDS = {each.alias for each in nocloud.COMMANDS.values() if each.alias}
 NET_CONF, CATALOGUE = "etc/nocloud_net.conf", "etc/nocloud_templates.conf"
 
 
