@@ -364,9 +364,8 @@ def test_it_changes_and_starts_nothing(installed: Cloud) -> None:
     installed.run("complete", "running-vm")
     before = state(installed.home)
     for kind in nocloud.WORD_KINDS:
-        for words in ((), ("",), ("-a", "-n", "x"), ("-g", "pf", "-t", "")):
-            done = installed.execute(["nocloud", "--debug", "complete", kind, *words]).ok()
-            assert done.stderr == ""
+        done = installed.execute(["nocloud", "--debug", "complete", kind, "-a", "-g", "pf", "-t", ""]).ok()
+        assert done.stderr == ""
     assert state(installed.home) == before
     shutil.rmtree(net)
 
