@@ -3197,7 +3197,8 @@ class PrivateNetwork(Network):
             text = free_subnet(host_networks(read_text("/proc/net/fib_trie")))
             write_file(self.file("subnet"), text + "\n")
         if not re.fullmatch(r"10\.[0-9]{1,3}\.[0-9]{1,3}", text):
-            raise Error(f"{self.file('subnet')}: {text!r} is not the beginning of an address", "10.88.0, for example")
+            path = self.file("subnet")
+            raise Error(f"{path}: {text!r} is not the beginning of an address", f"echo 10.88.0 >{path}")
         return text
 
     def allot(self, taken: set[str], uuid: str) -> str:
@@ -5196,9 +5197,11 @@ class Entry:
 class Catalogue:
     """All entries, by name, and where downloads are sent instead of where the entries say."""
 
-    def __init__(self) -> None:
+    def __init__(self, warn: Callable[[str], None] | None = None) -> None:
+        """`warn` is told of unknown keys; by default the user is."""
         self.entries: dict[str, Entry] = {}
         self.mirrors: dict[str, str] = {}
+        self._warn = warn or report.warn
 
     def read(self, text: str, file: str) -> None:
         """Take the lines of a file.  Raises UsageError naming FILE:LINE."""
@@ -5228,7 +5231,7 @@ class Catalogue:
         check = web_address if section == MIRRORS else ENTRY_KEYS.get(key)
         if check is None:
             near = nearest(key, ENTRY_KEYS)
-            report.warn(f"{place}: unknown key {key}" + (f", did you mean {near}?" if near else ""))
+            self._warn(f"{place}: unknown key {key}" + (f", did you mean {near}?" if near else ""))
             return
         try:
             if section == MIRRORS:
@@ -10573,6 +10576,20 @@ def quoted(*paths: str) -> str:
     return shlex.join(paths)
 
 
+def installs(*programs: str) -> str:
+    return install_command(programs) or f"install {' and '.join(programs)}"
+
+
+def own_call(words: str) -> str:
+    """A call of this program by root.  sudo looks for it in the system's folders only (sudoers(5), secure_path)."""
+    ours = program_path()
+    if any(os.path.realpath(f"{place}/nocloud") == ours for place in ("/usr/local/bin", "/usr/bin")):
+        return f"sudo nocloud {words}"
+    if find_program("nocloud"):
+        return f"nocloud {words}" if os.geteuid() == 0 else f'sudo "$(command -v nocloud)" {words}'
+    return f"sudo {quoted(ours)} {words}"
+
+
 def by_owner(path: str, command: str) -> str:
     """`command`, with sudo where what it changes is another user's."""
     try:
@@ -10619,21 +10636,22 @@ def check_configuration(patient: Patient) -> Iterator[Finding]:
 
 def check_catalogue(patient: Patient) -> Iterator[Finding]:
     """A wrong line of the user's own keeps only downloads from working."""
-    catalogue = Catalogue()
+    said: list[str] = []
+    catalogue, findings = Catalogue(said.append), []
     catalogue.read(packaged(CATALOGUE), CATALOGUE)
-    well = True
     for path in catalogue_files():
         reason = untrusted(path)
         try:
-            if not reason:
+            if reason:
+                findings.append(Finding(WARNING, f"{path} is skipped: {reason}", trust_command(path)))
+            else:
                 catalogue.read(read_text(path), path)
         except UsageError as error:
-            well = False
-            yield Finding(WARNING, str(error), line_command(str(error), path))
-        if reason:
-            well = False
-            yield Finding(WARNING, f"{path} is skipped: {reason}", trust_command(path))
-    if well:
+            said.append(str(error))
+        findings += [Finding(WARNING, text, line_command(text, path)) for text in said]
+        said.clear()
+    yield from findings
+    if not findings:
         yield Finding(OK, plural(len(catalogue.entries), "system"))
 
 
@@ -10738,7 +10756,7 @@ def destroy_command(vm: VM) -> str:
 
 def check_qemu(patient: Patient) -> Iterator[Finding]:
     qemu = patient.cloud.qemu()
-    package = install_command([f"qemu-system-{os.uname().machine}"])
+    package = installs(f"qemu-system-{os.uname().machine}")
     yield Finding(OK, f"{qemu.path}, version {qemu.version}")
     if "sandbox" not in qemu.options:
         yield Finding(WARNING, f"{qemu.path} was built without -sandbox: it runs unconfined", package)
@@ -10838,7 +10856,7 @@ def check_private_programs(patient: Patient) -> Iterator[Finding]:
     missing = [name for name in ("ip", "dnsmasq", "nsenter") if not find_program(name)]
     if missing:
         text = f"not found, and the private network needs it: {', '.join(missing)}"
-        yield Finding(patient.needs("private"), text, install_command(missing))
+        yield Finding(patient.needs("private"), text, installs(*missing))
     else:
         yield Finding(OK, "ip, dnsmasq and nsenter")
 
@@ -10849,7 +10867,7 @@ def check_way_out(patient: Patient) -> Iterator[Finding]:
         missing.append("nft")
     if missing:
         text = f"VMs on the private network don't reach the Internet: {' and '.join(missing)} not found"
-        yield Finding(WARNING, text, install_command(missing))
+        yield Finding(WARNING, text, installs(*missing))
     else:
         yield Finding(OK, "pasta")
 
@@ -10857,12 +10875,14 @@ def check_way_out(patient: Patient) -> Iterator[Finding]:
 def check_private_subnet(patient: Patient) -> Iterator[Finding]:
     """Once it is chosen it is kept; a VPN that came later may have it as well."""
     network = patient.cloud.private
-    try:
-        subnet = read_text(network.file("subnet")).strip()
-        taken = host_networks(read_text("/proc/net/fib_trie"))
-    except OSError:
+    if not os.path.exists(network.file("subnet")):
         yield Finding(OK, "a free one is chosen with the first VM")
         return
+    subnet = network.subnet()
+    try:
+        taken = host_networks(read_text("/proc/net/fib_trie"))
+    except OSError:
+        taken = []
     clash = [pair for pair in taken if pair[1] > 8 and overlap(*pair, ipv4_number(f"{subnet}.0"), 24)]
     if not clash:
         yield Finding(OK, f"{subnet}.0/24")
@@ -10884,7 +10904,7 @@ def check_inotify(patient: Patient) -> Iterator[Finding]:
         return
     reason = os.strerror(ctypes.get_errno())
     mend = "sudo sysctl -w user.max_inotify_instances=1024"
-    yield Finding(WRONG, f"no inotify instance is to be had: {reason}", mend)
+    yield Finding(patient.needs("private"), f"no inotify instance is to be had: {reason}", mend)
 
 
 # -- the host's bridge
@@ -10898,7 +10918,7 @@ def check_bridge(patient: Patient) -> Iterator[Finding]:
     place = f"/sys/class/net/{bridge.interface}"
     if not os.path.isdir(f"{place}/bridge") or not int(read_text(f"{place}/flags"), 16) & IFF_UP:
         foreign = patient.has_bridge and not bridge_is_ours(bridge.interface)
-        mend = f"sudo ip link set {bridge.interface} up" if foreign else "sudo nocloud net up"
+        mend = f"sudo ip link set {bridge.interface} up" if foreign else own_call("net up")
         yield Finding(patient.needs("bridge"), bridge.missing(), mend)
     else:
         yield Finding(OK, f"{bridge.interface} is up")
@@ -10909,7 +10929,7 @@ def check_helper(patient: Patient) -> Iterator[Finding]:
     bridge, bad = patient.bridge, patient.needs("bridge")
     places = [place for place in bridge.helper_places() if os.path.isfile(place)]
     if not places:
-        yield Finding(bad, "qemu-bridge-helper is not there", install_command(["qemu-bridge-helper"]))
+        yield Finding(bad, "qemu-bridge-helper is not there", installs("qemu-bridge-helper"))
         return
     place, info = places[0], os.stat(places[0])
     if os.geteuid() == 0:
@@ -10976,9 +10996,9 @@ def check_dnsmasq(patient: Patient) -> Iterator[Finding]:
                 yield Finding(patient.needs("bridge"), text, stop_command(pid))
                 return
     if not find_program("dnsmasq"):
-        yield Finding(patient.needs("bridge"), "dnsmasq is not found", install_command(["dnsmasq"]))
+        yield Finding(patient.needs("bridge"), "dnsmasq is not found", installs("dnsmasq"))
         return
-    yield Finding(patient.needs("bridge"), f"no DHCP and DNS at {settings.address}", "sudo nocloud net up")
+    yield Finding(patient.needs("bridge"), f"no DHCP and DNS at {settings.address}", own_call("net up"))
 
 
 def is_our_dnsmasq(pid: int) -> bool:
@@ -10998,7 +11018,7 @@ def process_name(pid: int) -> str:
 def stop_command(pid: int) -> str:
     """What ends a process: its unit where it is one of systemd's, which would start it again."""
     if not pid:
-        return "sudo nocloud doctor  # says which"
+        return own_call("doctor")
     try:
         unit = re.search(r"/([^/\n]+\.service)$", read_text(f"/proc/{pid}/cgroup"), re.M)
     except OSError:
@@ -11044,9 +11064,9 @@ FORWARDERS = {
 
 def check_forwarding(patient: Patient) -> Iterator[Finding]:
     """Whether the host's packet filters let the guests' packets pass; only root sees them."""
-    name, again = patient.bridge.interface, "sudo nocloud net up"
+    name, again = patient.bridge.interface, own_call("net up")
     if os.geteuid() != 0:
-        yield Finding(OK, "only root sees the packet filters: sudo nocloud doctor")
+        yield Finding(OK, f"only root sees the packet filters: {own_call('doctor')}")
         return
     if not bridge_is_ours(name):
         yield Finding(OK, f"{name} was not made by nocloud: what its owner set holds")
@@ -11056,7 +11076,7 @@ def check_forwarding(patient: Patient) -> Iterator[Finding]:
         if read_text(sysctl_file(each, "forwarding")).strip() == "0":
             findings.append(Finding(WARNING, f"guests have no way out: {each} doesn't forward", again))
     if not find_program("nft"):
-        findings.append(Finding(WARNING, "nft is not found", install_command(["nft"])))
+        findings.append(Finding(WARNING, "nft is not found", installs("nft")))
     elif not has_nft_table(f"ip {DOMAIN}"):
         findings.append(Finding(WARNING, "guests have no way out: nocloud's own rules are gone", again))
     findings += [rules_finding(program) for program in iptables_programs() if missing_rules(program, name)]
@@ -11069,10 +11089,12 @@ def check_forwarding(patient: Patient) -> Iterator[Finding]:
 def rules_finding(program: str) -> Finding:
     """iptables rules that don't let guests pass, and who set them up, as the names of their chains tell."""
     rules = iptables_rules(program)
-    who = next((who for start, who in FORWARDERS.items() for rule in rules if rule[1].startswith(start)), "another")
+    who = next(
+        (who for start, who in FORWARDERS.items() for rule in rules if rule[1].startswith(start)), "something else"
+    )
     does = "drops" if ["-P", "FORWARD", "DROP"] in rules else "may drop"
     text = f"the chain FORWARD of {program} {does} what guests send ({who} set it up)"
-    return Finding(WARNING, text, "sudo nocloud net up")
+    return Finding(WARNING, text, own_call("net up"))
 
 
 def lets_pass(chain: str, name: str) -> bool:
@@ -11102,7 +11124,7 @@ def check_ufw(patient: Patient) -> Iterator[Finding]:
         return
     added = attempt(["ufw", "show", "added"], 5)[1]
     if added.count(MADE_BY_US) < len(ufw_rules(patient.bridge.interface)):
-        yield Finding(WARNING, "it runs, and doesn't let guests pass", "sudo nocloud net up")
+        yield Finding(WARNING, "it runs, and doesn't let guests pass", own_call("net up"))
     else:
         yield Finding(OK, "it lets guests pass")
 
@@ -11124,7 +11146,7 @@ def check_bridge_subnet(patient: Patient) -> Iterator[Finding]:
     settings = BridgeSettings(patient.config)
     clash = overlapping(settings)
     if clash:
-        mend = "sudo nocloud bridge subnet && sudo nocloud net down && sudo nocloud net up"
+        mend = " && ".join(map(own_call, ("bridge subnet", "net down", "net up")))
         yield Finding(WARNING, f"{settings.net} is in use: {clash}", mend)
     else:
         yield Finding(OK, settings.net)
@@ -11148,7 +11170,7 @@ def check_names(patient: Patient) -> Iterator[Finding]:
         yield Finding(OK, f"/etc/resolv.conf names {address}")
     else:
         text = "VMs' names don't resolve on this host, which runs no systemd-resolved; vmssh needs none"
-        yield Finding(WARNING, text, f"{install_command(['resolvectl'])} && sudo nocloud net up")
+        yield Finding(WARNING, text, f"{installs('resolvectl')} && {own_call('net up')}")
 
 
 # -- the rest, and all of it
@@ -11201,6 +11223,14 @@ BRIDGE_CHECKS: tuple[Check, ...] = (  # where there is one, or where there ought
 )
 
 
+def doctor_help() -> str:
+    """The end of doctor's help."""
+    import textwrap
+
+    names = ", ".join(name for name, _ in (*CHECKS, *BRIDGE_CHECKS))
+    return textwrap.fill(f"CHECKS, all by default: {names}.", 78, break_on_hyphens=False)
+
+
 def examine(names: Sequence[str]) -> Iterator[Finding]:
     """All findings, or those of the checks that are named, as they are found."""
     known = [name for name, _ in (*CHECKS, *BRIDGE_CHECKS)]
@@ -11225,7 +11255,13 @@ def examine_one(name: str, check: Callable[[Patient], Iterator[Finding]], patien
     try:
         yield from check(patient)
     except Error as error:
-        network = "bridge" if (name, check) in BRIDGE_CHECKS else "private" if name == "namespaces" else ""
+        network = (
+            "bridge"
+            if (name, check) in BRIDGE_CHECKS
+            else "private"
+            if name in ("namespaces", "private-subnet")
+            else ""
+        )
         yield Finding(patient.needs(network) if network else WRONG, str(error), error.hint)
     except Exception as error:
         if report.debug:
@@ -12046,6 +12082,7 @@ def cmd_manage(config: Config, args: argparse.Namespace, words: list[str]) -> in
     "doctor",
     Option("--json", help="a JSON list: name, state, text, mend"),
     operands="[CHECKS]",
+    more=doctor_help,
     complete=(tuple(name for name, _ in (*CHECKS, *BRIDGE_CHECKS)),),
     unconfigured=True,
 )

@@ -192,6 +192,9 @@ def test_a_catalogue_of_ones_own(cloud: Cloud, programs: Path) -> None:
     own.write_text("[mine]\nkind = wrong\n")
     mend(cloud, ill(cloud.run, "catalogue", "warning", f"{own}:2"))
     well(cloud.run, "catalogue")
+    own.write_text("[mine]\nkinds = cloud\n")
+    mend(cloud, ill(cloud.run, "catalogue", "warning", f"{own}:2", "kind?"))
+    well(cloud.run, "catalogue")
     own.chmod(0o666)
     mend(cloud, ill(cloud.run, "catalogue", "warning", "others may write"))
     well(cloud.run, "catalogue")
@@ -712,6 +715,9 @@ def test_a_private_subnet_that_a_vpn_has_too(room: Room) -> None:
     (cloud.base / ".net").mkdir(parents=True)
     (cloud.base / ".net/subnet").write_text("10.88.0\n")
     well(room.run, "private-subnet")
+    (cloud.base / ".net/subnet").write_text("10.88\n")
+    room.root(ill(room.run, "private-subnet", "wrong", "beginning of an address"))
+    well(room.run, "private-subnet")
     room.root("ip link add vpn type bridge; ip link set vpn up; ip addr add 10.88.0.9/20 dev vpn")
     room.root(ill(room.run, "private-subnet", "warning", "10.88.0.0/20"))
     well(room.run, "private-subnet")
@@ -803,11 +809,11 @@ JUMP = (
 DROPPING = {
     "Docker": JUMP.format("DOCKER-USER"),
     "ufw": JUMP.format("ufw-before-forward"),
-    "another": "iptables-legacy -P FORWARD DROP",
+    "something else": "iptables-legacy -P FORWARD DROP",
 }
 
 
-@pytest.mark.parametrize("who", ["Docker", pytest.param("ufw", marks=long), pytest.param("another", marks=long)])
+@pytest.mark.parametrize("who", ["Docker", pytest.param("ufw", marks=long), pytest.param("something else", marks=long)])
 def test_forwarding_that_others_forbid(host: Host, who: str) -> None:
     run = look(host)
     host.shell(DROPPING[who]).ok()
