@@ -6078,13 +6078,13 @@ class PublishersKey:
         self.public = words[1]
 
 
-def template_from_catalogue(
-    cloud: Cloud, name: str, asked: Mapping[str, Any], take_over: Callable[[NewTemplate, PublishersKey], None]
-) -> None:
+def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, Any], take_over: Callable[..., None]) -> None:
     """Download what the catalogue has under that name; `asked` are the settings of the command line.
 
-    `take_over` plants the user's keys in a classic image, which its publisher's key opens.
+    `take_over`, given a NewTemplate and a `key`, plants the user's keys in a classic image, which that key opens.
     """
+    import functools
+
     catalogue = load_catalogue()
     entry = catalogue.need(name)
     check_new_template(cloud.tree, name)
@@ -6093,21 +6093,17 @@ def template_from_catalogue(
     settings = entry_settings(cloud, entry, asked, source, web)
     first_start = None
     if isinstance(source, ClassicSource) and entry["key"]:
-        key = PublishersKey(entry)
-        first_start = lambda new: take_over(new, key)  # noqa: E731
-    elif isinstance(source, ClassicSource):
-        report.say(
-            f"{name}: the catalogue names no key of its publisher: only keys that are in it already will open it"
-        )
+        first_start = functools.partial(take_over, key=PublishersKey(entry))
     try:
         template_from_source(cloud, name, source, web, settings, first_start)
     except Altered:
         again = resolve(catalogue, entry, web)
         if again.digest == source.digest:
             raise
-        template_from_source(
-            cloud, name, again, web, settings, first_start
-        )  # a new release came while the old one was fetched
+        # A new release came while the old one was fetched.
+        template_from_source(cloud, name, again, web, settings, first_start)
+    if isinstance(source, ClassicSource) and not first_start:
+        report.say(f"{name}: the catalogue names no key of its publisher; only keys that are in the image will open it")
 
 
 def entry_settings(cloud: Cloud, entry: Entry, asked: Mapping[str, Any], source: Source, web: Web) -> dict[str, str]:
@@ -7025,7 +7021,9 @@ def check_no_clones(cloud: Cloud, template: VM) -> None:
     clones = cloud.tree.clones(template)
     if clones:
         names = ", ".join(vm.address_name for vm in clones[:20]) + (" …" if len(clones) > 20 else "")
-        raise WrongState(f"{template.name}: {dependents(clones)} would break: {names}", "vmstop -d destroys clones")
+        ways = {True: "vmtemplate --delete deletes templates", False: "vmstop -d destroys clones"}
+        hint = ", ".join(dict.fromkeys(ways[each.is_template] for each in clones))
+        raise WrongState(f"{template.name}: {dependents(clones)} would break: {names}", hint)
 
 
 # -- layers
@@ -7061,7 +7059,10 @@ class Layer:
         with open(self.record, encoding="utf-8", errors="replace") as file:
             for line in file:
                 if ('"QMP"' in line or '"SHUTDOWN"' in line) and line.endswith("\n"):
-                    message = parse_qmp(line)
+                    try:
+                        message = parse_qmp(line)
+                    except QMPError:
+                        continue  # a crash of the host may leave anything
                     armed = armed or "QMP" in message
                     if message.get("event") == "SHUTDOWN":
                         cause = str(message.get("data", {}).get("reason"))
@@ -7080,7 +7081,7 @@ class Layer:
         remove_file(self.record)
 
     def remove(self) -> None:
-        """The record goes last: while it is there, the next command knows that a change was lost."""
+        """Remove it, and the record with it."""
         remove_file(self.path)
         remove_file(self.record)
 
@@ -8712,7 +8713,7 @@ set -- -q -y -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=300 \
     -o Dpkg::Options::=--force-confdef -o Dpkg::Options::=--force-confold
 apt-get "$@" -o APT::Update::Error-Mode=any update
 apt-get "$@" dist-upgrade
-apt-get "$@" --purge autoremove
+apt-get "$@" autoremove
 apt-get "$@" clean
 rm -rf /var/lib/apt/lists/*
 """),
@@ -11394,6 +11395,8 @@ def _digest(algorithm: str) -> Callable[[str], str]:
 )
 def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """get and keep templates"""
+    import functools
+
     with Cloud(config) as cloud:
         if args.list or args.available:
             no_more(words)
@@ -11425,7 +11428,7 @@ def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> 
         elif way == "image":
             template_from_address(cloud, name, args)
         else:
-            template_from_catalogue(cloud, name, vars(args), lambda new, key: take_over(cloud, new, key))
+            template_from_catalogue(cloud, name, vars(args), functools.partial(take_over, cloud))
     return EXIT_DONE
 
 
