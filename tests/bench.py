@@ -48,6 +48,17 @@ vmAddress=10.127.{2}.{3}
 vmTemplate=empty
 vmInit=systemd
 """
+IDLE_SECONDS = 30
+# Servers for the guests' addresses, on the bridge of the private network: each opens in its turn, and says when.
+BANNERS = """
+import socket, subprocess, sys, time
+for address in sys.argv[1:]:
+    subprocess.run(["ip", "addr", "add", address + "/32", "dev", "nocloud"], check=True)
+    time.sleep(0.73)
+    server = socket.create_server((address, 22))
+    print(time.time(), flush=True)
+    server.accept()[0].sendall(b"SSH-2.0-bench\\r\\n")
+"""
 # A job that waited for its qemu would make the bare commands slower, and ours look better than they are.
 BARE = """cd "$1" || exit
 qemu-img create -q -f qcow2 -F qcow2 -b ../template.img "$1_0.img" || exit
@@ -66,11 +77,11 @@ class Table:
         self.over = self.rows = 0
         print(f"{'what':<49} {'it took':>10} {'bare':>10} {'ratio':>7} {'budget':>7}", flush=True)
 
-    def row(self, what: str, took: str, bare: str, value: float, budget: float, unit: str = "") -> None:
+    def row(self, what: str, took: str, bare: str, value: float, budget: float, unit: str = "×") -> None:
         verdict = "ok" if value <= budget else "OVER"
         self.rows += 1
         self.over += verdict != "ok"
-        figures = f"{value:>6.{0 if unit else 2}f}{unit or '×'} {budget:>6g}{unit or '×'}"
+        figures = f"{value:>6.{0 if unit != '×' else 2}f}{unit} {budget:>6g}{unit}"
         print(f"{what:<49} {took:>10} {bare:>10} {figures} {verdict}", flush=True)
 
     def pairs(self, what: str, pairs: Sequence[tuple[float, float]], budget: float) -> None:
@@ -154,7 +165,9 @@ class Bench:
         disk = folder / "empty.qcow2"
         timed(["qemu-img", "create", "-q", "-f", "qcow2", disk, "1T"], self.env)
         # systemd: the kind that has most to prepare, a host key and credentials.
-        self.call(self.tree, "vmtemplate", "empty", "--image", disk, "--mem", 64, "--cpu", 1, "--init", "systemd")
+        words = ("--image", disk, "--mem", 64, "--cpu", 1, "--init")
+        self.call(self.tree, "vmtemplate", "empty", *words, "systemd")
+        self.call(self.tree, "vmtemplate", "plain", *words, "none")
 
     def call(self, tree: Path, *words: object) -> float:
         return timed(words, {**self.env, "NOCLOUD_vmBaseDir": str(tree)}, self.folder)
@@ -267,7 +280,83 @@ def twenty(bench: Bench, table: Table, runs: int) -> None:
     settle([lock_holder(path) for path in bench.pid_files("many")])
     pairs = in_turn(lambda: bench.list_time(bench.tree), lambda: bench.list_time(bench.empty), runs)
     table.pairs(f"vminventory --list, {VMS} VMs run; bare: no VM", pairs, 1.3)
+    idle(bench, table)
     bench.stop("many")
+
+
+class Supervisor:
+    """A vmrun in the foreground, its log in a file; in the end it goes, and its VMs stay."""
+
+    def __init__(self, bench: Bench, *words: object, wait: int) -> None:
+        self.log = bench.folder / "vmrun.log"
+        env = {**bench.env, "NOCLOUD_vmBaseDir": str(bench.tree), "NOCLOUD_vmWaitTimeout": str(wait)}
+        with self.log.open("w") as out:
+            argv = ["vmrun", *map(str, words)]
+            self.child = subprocess.Popen(
+                argv, env=env, cwd=bench.folder, stdin=subprocess.DEVNULL, stdout=out, stderr=out
+            )
+
+    def said(self, words: str) -> list[str]:
+        return [line for line in self.log.read_text().splitlines() if words in line]
+
+    def status(self, key: str) -> int:
+        """A number of /proc/PID/status."""
+        found = re.search(rf"^{key}:\s+(\d+)", Path(f"/proc/{self.child.pid}/status").read_text(), re.M)
+        if not found:
+            raise Failed(f"vmrun: no {key} in its status")
+        return int(found.group(1))
+
+    def cpu_milliseconds(self) -> float:
+        """proc(5), schedstat: nanoseconds on a processor. It has one thread then."""
+        return int(Path(f"/proc/{self.child.pid}/schedstat").read_text().split()[0]) / 1e6
+
+    def __enter__(self) -> Supervisor:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.child.send_signal(signal.SIGHUP)
+        try:
+            self.child.wait(30)
+        finally:
+            self.child.kill()
+
+
+def idle(bench: Bench, table: Table) -> None:
+    """What vmrun costs while nothing happens: it has taken over VMs that run, and has given up waiting for them."""
+    with Supervisor(bench, "-r", "many", wait=1) as vmrun:
+        wait_until(lambda: len(vmrun.said("is not ready")) == VMS, 60, "the end of vmrun's waits", 0.1)
+        wait_until(lambda: vmrun.status("Threads") == 1, 30, "the end of vmrun's threads", 0.1)
+        cpu, wakeups = vmrun.cpu_milliseconds(), vmrun.status("voluntary_ctxt_switches")
+        time.sleep(IDLE_SECONDS)
+        cpu, wakeups = vmrun.cpu_milliseconds() - cpu, vmrun.status("voluntary_ctxt_switches") - wakeups
+        resident = vmrun.status("VmRSS") / 1024
+    what = f"idle vmrun, {VMS} VMs, {IDLE_SECONDS} s"
+    table.row(f"{what}: CPU time", f"{cpu:.0f} ms", "", cpu, 100, " ms")
+    table.row(f"{what}: wake-ups", str(wakeups), "", wakeups, IDLE_SECONDS, "")
+    table.row(f"{what}: resident", f"{resident:.1f} MB", "", resident, 25, " MB")
+
+
+def banners(bench: Bench, table: Table) -> None:
+    """From the instant that a guest's port 22 opens to vmrun's line. No guest is up: a server stands in for each."""
+    (bench.folder / "ssh").write_text("plain:5:default:name=ssh\n")
+    with Supervisor(bench, "-f", "ssh", wait=120) as vmrun:
+        wait_until(lambda: len(vmrun.said("has IP")) == 5, 60, "five VMs", 0.1)
+        names, addresses = zip(*((line.split()[2], line.split()[-1]) for line in vmrun.said("has IP")))
+        argv = ["nocloud", "net", "exec", sys.executable, "-IS", "-c", BANNERS, *addresses]
+        env = {**bench.env, "NOCLOUD_vmBaseDir": str(bench.tree)}
+        servers = subprocess.run(argv, env=env, stdout=subprocess.PIPE, text=True, timeout=60, check=True)
+        wait_until(lambda: len(vmrun.said("is ready")) == 5, 30, "five that are ready", 0.1)
+        opened = dict(zip(names, map(float, servers.stdout.split())))
+        late = [log_time(line) - opened[line.split()[2]] for line in vmrun.said("is ready")]
+    bench.stop("ssh")
+    table.row("from ssh banner to vmrun saying so", milliseconds(max(late)), "", 1000 * max(late), 300, " ms")
+
+
+def log_time(line: str) -> float:
+    """The time at the beginning of a line of vmrun's log."""
+    day, clock, *_ = line.split()
+    whole, _, fraction = clock.partition(".")
+    return time.mktime(time.strptime(f"{day} {whole}", "%Y/%m/%d %H:%M:%S")) + float(f"0.{fraction}")
 
 
 def folder_size(folder: Path) -> int:
@@ -394,6 +483,7 @@ def measure(program: Path, runs: int, rounds: int) -> Table:
             start_up(bench, table, runs)
             thousand(bench, table, runs)
             twenty(bench, table, runs)
+            banners(bench, table)
             clones(bench, table, rounds)
             download(bench, table, rounds)
         finally:
