@@ -592,7 +592,7 @@ SETTINGS = (
     Setting("vmSubGroup", any_text, "default", "config", "the type of new clones"),
     Setting("vmDefaultGroup", any_text, "", "config", "the same as vmGroup"),
     Setting("vmDefaultSubGroup", any_text, "", "config", "the same as vmSubGroup"),
-    Setting("vmCreateGroup", any_text, "templates", "config", "the group that vmcreate makes VMs in"),
+    Setting("vmCreateGroup", any_text, "templates", "config", "the group that vmcreate makes VMs in; no other yet"),
     Setting("isoDir", any_text, "~/Documents/distribs/linux", "config", "where ISO images are looked up by name"),
     Setting("vmDiskExt", one_of("img", "qcow2"), "img", "config", "the extension of disk images"),
     Setting("vmUser", login_name, "root", "both", "who vmssh and ansible log in as"),
@@ -1196,8 +1196,8 @@ def suboptions(text: str) -> dict[str, str]:
 
 
 def is_qemu(pid: int) -> bool:
-    """Whether a process is a qemu by its name: qemu-system-ARCH, qemu-kvm, or Debian's old kvm."""
-    return process_file(pid, "comm").startswith(("qemu", "kvm\n"))
+    """Whether a process is an emulator by its name, which the kernel cuts: no qemu-img that works on a disk."""
+    return process_file(pid, "comm").startswith(("qemu-system", "qemu-kvm", "qemu\n", "kvm\n"))
 
 
 class QemuProcess:
@@ -1207,6 +1207,7 @@ class QemuProcess:
         self.pid = pid
         self._started = start_time(pid)
         self.words = process_file(pid, "cmdline").rstrip("\0").split("\0")
+        self._disk_names: list[str] | None = None
         self.is_ours = any(word.endswith(",path=qmp.sock,server=on,wait=off") for word in self.words)
         try:
             self.folder = os.readlink(f"/proc/{pid}/cwd")
@@ -1231,16 +1232,18 @@ class QemuProcess:
                 return ":".join(f"{int(each, 16):02x}" for each in found.split(":"))
         return ""
 
-    def disks(self) -> list[str]:
-        """The names of disk images in its words: -hda FILE, file=FILE, file.filename=FILE, or FILE alone."""
-        found = self.values("hda", "hdb", "hdc", "hdd")
-        for before, word in zip(self.words, self.words[1:]):
-            options = suboptions(word)
-            if word[:1] != "-" and before[:1] != "-":
-                found.append(word)
-            elif options.get("media") != "cdrom":
-                found += [options[key] for key in ("file", "file.filename", "filename") if options.get(key)]
-        return found
+    def disk_names(self) -> list[str]:
+        """The disk images in its words: -hda FILE, file=FILE, file.filename=FILE, or FILE alone."""
+        if self._disk_names is None:
+            self._disk_names = self.values("hda", "hdb", "hdc", "hdd")
+            for before, word in zip(self.words, self.words[1:]):
+                options = suboptions(word)
+                if word[:1] != "-" and before[:1] != "-":
+                    self._disk_names.append(word)
+                elif options.get("media") != "cdrom":
+                    names = (options.get(key, "") for key in ("file", "file.filename", "filename"))
+                    self._disk_names += filter(None, names)
+        return self._disk_names
 
     def places(self, name: str, vm: VM) -> list[str]:
         """What a name in its words can mean: with -daemonize qemu has left the folder that it was started in."""
@@ -1267,7 +1270,7 @@ class QemuProcess:
             return self.folder == vm.folder
         disk = vm.disks()[:1]
         key = file_key(disk[0]) if disk else None
-        named = key and any(file_key(place) == key for name in self.disks() for place in self.places(name, vm))
+        named = key and any(file_key(place) == key for name in self.disk_names() for place in self.places(name, vm))
         return bool(key and named and self.writes(key))
 
 
@@ -1366,9 +1369,9 @@ class Tree:
         return VM(self.base, TEMPLATES, "", name)
 
     def need_template(self, name: str) -> VM:
-        check_name("template", name)
         template = self.template(name)
-        if not template.exists():
+        if name not in _folders(os.path.join(self.base, TEMPLATES)) or not template.exists():
+            check_name("template", name)  # one that bash made is called as it is
             names = [each.name for each in self.templates()]
             near = nearest(name, names)
             hint = f"did you mean {near}?" if near else "vmtemplate --list shows what is there"
@@ -2615,9 +2618,7 @@ def monitors(process: QemuProcess) -> Iterator[tuple[str, dict[str, str]]]:
         yield options.get("mode", "readline"), chardevs.get(options.get("chardev") or next(iter(options)), {})
 
 
-def connect_monitor(
-    process: QemuProcess, vm: VM, address: Mapping[str, str], seconds: float
-) -> socket.socket | None:  # fmt: skip
+def connect_monitor(process: QemuProcess, vm: VM, address: Mapping[str, str], seconds: float) -> socket.socket | None:
     """A connection to one of them; None where that can't be.
 
     A port is only taken for qemu's where it listens on this host's loopback, in the network namespace that we are in.
@@ -7950,23 +7951,20 @@ def remove_runtime_files(vm: VM) -> None:
 
 
 def ensure_identity(cloud: Cloud, vm: VM) -> None:
-    """A VM that bash made may have no UUID or MAC: they are made now, and kept."""
-    changes: dict[str, str] = {}
-    if not vm.conf.get("vmUuid"):
-        changes["vmUuid"], changes["vmMac"] = new_identity(set())
-    elif not vm.conf.get("vmMac"):
-        changes["vmMac"] = mac_of_uuid(vm.conf["vmUuid"])
-    if not vm.conf.get("vmNetwork"):
-        changes["vmNetwork"] = cloud.default_network()
-    network = cloud.network(changes.get("vmNetwork") or vm.conf["vmNetwork"])
-    if not network.fits(vm.conf.get("vmAddress", "")):
-        uuid = changes.get("vmUuid") or vm.conf["vmUuid"]
-        with cloud.tree.lock():
-            changes["vmAddress"] = network.allot(Taken(cloud.tree).addresses, uuid)
-            vm.write_conf(changes)
+    """A VM that bash made may have no UUID, MAC or address: they are made now, and kept."""
+    kind = vm.conf.get("vmNetwork") or cloud.default_network()
+    fits = cloud.network(kind).fits(vm.conf.get("vmAddress", ""))
+    if fits and vm.conf.get("vmUuid") and vm.conf.get("vmMac") and vm.conf.get("vmNetwork"):
+        return
+    with cloud.tree.lock():
+        taken = Taken(cloud.tree)
+        uuid = vm.conf.get("vmUuid") or new_identity(taken.macs)[0]
+        changes = {"vmUuid": uuid, "vmMac": vm.conf.get("vmMac") or mac_of_uuid(uuid), "vmNetwork": kind}
+        if not fits:
+            changes["vmAddress"] = cloud.network(kind).allot(taken.addresses, uuid)
+        vm.write_conf({key: value for key, value in changes.items() if value != vm.conf.get(key)})
+    if not fits:
         publish_keys(cloud, [vm])
-    elif changes:
-        vm.write_conf(changes)
 
 
 def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False, layer: Layer | None = None) -> Machine:
@@ -11487,6 +11485,8 @@ def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> in
             raise UsageError(f"{name} is missing", "-h shows how it is called")
     if args.cpu_cap is not None:
         report.warn("the limit of CPU time (-C) is kept in the conf, but not enforced yet")
+    if config["vmCreateGroup"] != TEMPLATES and not args.adjust:
+        report.warn(f"vmCreateGroup={config['vmCreateGroup']}: not used, what vmcreate makes is a template")
     with Cloud(config) as cloud:
         iso = find_iso(config, args.iso) if args.iso else ""
         if args.adjust:
@@ -11588,7 +11588,7 @@ def wishes_of(config: Config, args: argparse.Namespace) -> tuple[str, list[Wish]
         return group_of_file(args.file) if group is None else group, parse_description(text, name, type)
     if not args.template:
         raise UsageError("which template? give -n TEMPLATE, or -f FILE", "vmtemplate --list shows what is there")
-    wish = Wish("", check_name("template", args.template), args.count or config.number("vmCount"), type)
+    wish = Wish("", args.template, args.count or config.number("vmCount"), type)
     wish.place = "-o"
     wish.set_options(args.options or "")
     wish.place = ""
