@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import READY, Cloud, Terminal, add_blank, eventually, link_programs
+from support import READY, Cloud, Terminal, add_blank, eventually, kill_hard, link_programs
 
 UP, TAB, CTRL_C, CTRL_D, LEAVE = "\x1b[A", "\t", "\x03", "\x04", "\x1d"
 
@@ -228,6 +228,23 @@ def test_gui_opens_a_window(blank: Cloud, viewers: dict[str, str]) -> None:
     assert (blank.home / "vncviewer").exists()
     blank.run("vmstop", "-n", "b00", "--kill").ok()
     assert not (blank.folder("pf/default/b00") / "vnc.sock").exists()
+
+
+def test_vmrun_opens_windows(blank: Cloud, viewers: dict[str, str]) -> None:
+    """Once: who is there already is not joined by another viewer."""
+    env = viewers | without_spice(blank) | {"NOCLOUD_vmWaitTimeout": "1"}
+    put_viewer(env, "vncviewer")
+    blank.run("vminstantiate", "-n", "blank", "-g", "pf", "-o", "name=b").ok()
+    blank.run("vmstop", "-g", "pf", "--kill").ok()
+    assert blank.run("vmrun", "-r", "pf", "-g", "--background", env=env).status == 124
+    told = blank.home / "vncviewer"
+    assert told.read_text().endswith("/b00/vnc.sock")
+    (manager,) = (pid for pid, words in blank.processes().items() if "-r pf" in words)
+    kill_hard(manager)
+    told.unlink()
+    assert blank.run("vmrun", "-r", "pf", "--background", env=env).status == 124
+    assert not told.exists()
+    blank.run("vmstop", "-d", "-g", "pf").ok()
 
 
 def test_a_viewer_that_fails(blank: Cloud, viewers: dict[str, str]) -> None:

@@ -10,9 +10,10 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
-from support import ROOT, Cloud, Result, eventually, is_alive, kill_hard, nothing_made
+from support import ROOT, Cloud, Result, add_template, eventually, is_alive, kill_hard, nothing_made
 
 STAMP = re.compile(r"\d{4}/\d\d/\d\d \d\d:\d\d:\d\d\.\d{9} (\S.*)")
 QUICK = {"NOCLOUD_vmStopTimeout": "1", "NOCLOUD_vmWaitTimeout": "600"}  # blank disks hear no power button
@@ -103,7 +104,9 @@ def destroyed(cloud: Cloud, group: str = "pf") -> None:
 
 
 def test_ready_kept_and_run_again(tiny: Cloud) -> None:
-    """Spawned, IP, ready, in this order; vmrun -s keeps all; -r brings the same names, MACs and addresses back."""
+    """Spawned, IP, ready, in this order; vmrun -s keeps all; -r brings back names, MACs, addresses and data."""
+    template = tiny.base / "templates/tiny/tiny_0.img"
+    untouched = template.read_bytes()
     description = describe(tiny, "tiny:1:web:name=web # one\n\n tiny : 1 : sql : name=db;mem=112", "pf.conf")
     run = Run(tiny, "-f", description, env={})
     for name, type in (("web00", "web"), ("db00", "sql")):
@@ -114,7 +117,7 @@ def test_ready_kept_and_run_again(tiny: Cloud) -> None:
         assert mine[1].startswith(f"{name} has console ")
         assert mine[2:] == [f"{name} has IP {address}", f"{name} is ready"]
     before = {vm: tiny.conf(vm) for vm in ("pf/web/web00", "pf/sql/db00")}
-    tiny.ssh("web00", "hostname").ok()
+    tiny.ssh("web00", "echo kept >/data/mine").ok()
     tiny.run("vmrun", "-s", "pf").quiet()
     run.ends(0, 5)
     assert "switched off" not in run.err.read_text()
@@ -123,9 +126,26 @@ def test_ready_kept_and_run_again(tiny: Cloud) -> None:
     again.says("web00 is ready", 120)
     again.says("db00 is ready", 120)
     assert {vm: tiny.conf(vm) for vm in before} == before
-    assert tiny.ssh("web00", "hostname").ok().stdout == "web00\n"
+    assert tiny.ssh("web00", "hostname; cat /data/mine").ok().stdout == "web00\nkept\n"
     again.stops(signal.SIGINT)
     destroyed(tiny)
+    assert template.read_bytes() == untouched
+
+
+@pytest.mark.long
+def test_the_readmes_description_makes_those_machines(cloud: Cloud, tiny_image: Path, vms: None) -> None:
+    """Memory, processors and disks as the guests themselves see them; what isn't said is the template's."""
+    add_template(cloud, tiny_image, "archlinux", "--mem", 128, "--cpu", 2, "--init", "systemd")
+    lines = "archlinux:1:sql:mem=1024;cpu=4;dsk=5,5", "archlinux:2:web:mem=512;name=web"
+    assert all(f"`{line}`" in (ROOT / "README.md").read_text() for line in lines)
+    done = cloud.run("vminstantiate", "-f", describe(cloud, "\n".join(lines)), "-w", 240, timeout=300).ok()
+    look = "nproc; awk '/MemTotal/ { print $2 }' /proc/meminfo; cat /sys/block/vd?/size"
+    sql, *webs = done.lines
+    assert re.fullmatch("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", sql) and webs == ["web00", "web01"]
+    for place, mem, cpus, disks in ((f"sql/{sql}", 1024, 4, 3), ("web/web00", 512, 2, 1), ("web/web01", 512, 2, 1)):
+        processors, memory, _, *extra = map(int, cloud.ssh(f"pf/{place}", look).ok().lines)
+        assert processors == cpus and 0.85 * mem < memory / 1024 <= mem
+        assert extra == [5 << 21] * (disks - 1)  # in sectors
 
 
 @pytest.mark.long
@@ -319,6 +339,27 @@ def test_refused(blank: Cloud, words: tuple[str, ...], status: int, said: str) -
         blank.run("vmrun", *words).fails(status, said)
 
 
+# Screens #############################################################################################
+
+
+def test_kept_vms_with_a_screen(blank: Cloud) -> None:
+    """-r -g: this time; without a display that is said once, and they go on."""
+    blank.run("vminstantiate", "-f", describe(blank, "blank:2:web:name=web\n")).ok()
+    blank.run("vmstop", "-g", "pf", "--kill").quiet()
+    conf = blank.conf("pf/web/web00")
+    for words, count in ((("-g",), 2), ((), 0)):
+        run = Run(blank, "-r", "pf", *words)
+        run.spawned("web00", "web01")
+        said = "no display here, no window for web00, web01"
+        if words:
+            eventually(lambda: said in run.err.read_text(), said)  # noqa: B023
+        assert len([*blank.folder("pf/web").glob("*/spice.sock"), *blank.folder("pf/web").glob("*/vnc.sock")]) == count
+        run.stops(signal.SIGUSR1)
+        assert (said in run.err.read_text()) == bool(words)
+    assert blank.conf("pf/web/web00") == conf
+    blank.run("vmrun", "-s", "pf", "-g").fails(2, "-g goes with")
+
+
 # -f -, --background, vm ##############################################################################
 
 
@@ -390,3 +431,41 @@ def test_help_names_the_program(cloud: Cloud) -> None:
     shown: Result = cloud.run("vmrun", "-h").ok()
     for letter in ("-f", "-r", "-s", "-g"):
         assert f" {letter}" in shown.stdout
+
+
+# Long ################################################################################################
+
+
+@pytest.mark.long
+def test_killed_at_any_instant(blank: Cloud) -> None:
+    """A storm of SIGKILL: each time the tree is consistent, and each of the ways to go on works."""
+    seed = int(os.environ.get("SEED") or time.time_ns() % 10**9)
+    print(f"SEED={seed}")
+    random = Random(seed)
+    before, description = blank.files(), describe(blank, "blank:3:web:name=web;dsk=1\n")
+    for number in range(24):
+        run = Run(blank, "-f", description)
+        time.sleep(random.uniform(0.1, 2.5))
+        os.killpg(run.child.pid, signal.SIGKILL)
+        run.child.wait(10)
+        listed = [line.split() for line in blank.run("vmrunning", "-a").ok().lines]
+        assert all(row[2] in ("running", "stopped") and len(row) == 4 for row in listed if row[0] != "blank"), listed
+        here = [row[0] for row in listed if row[0] != "blank"]
+        qemus = {name: blank.qemu(f"pf/web/{name}") for name, _, state, *_ in listed if state == "running"}
+        if here and number % 3 == 0:
+            again = Run(blank, "-r", "pf")
+            again.spawned(*here)
+            assert all(blank.qemu(f"pf/web/{name}") == pid for name, pid in qemus.items())  # none was started anew
+            again.stops(signal.SIGINT)
+        elif here and number % 3 == 1:
+            again = Run(blank, "-f", description, "--add")
+            again.spawned(*here)
+            eventually(lambda: len(rows(blank)) == len(here) + 3, "all run")  # noqa: B023
+            again.stops(signal.SIGTERM)
+        else:
+            blank.run("vmstop", "-d", "-g", "pf").ok()
+        run = Run(blank, "-f", description)
+        run.spawned("web00", "web01", "web02")
+        run.stops(signal.SIGINT)
+        assert blank.files() == before
+        assert not blank.processes()
