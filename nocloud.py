@@ -6427,6 +6427,8 @@ class BuildProgress:
         self.started = time.monotonic()
 
     def __call__(self, line: str) -> None:
+        if report.debug:
+            report.say(line)
         if line.startswith("E: "):
             self.errors.append(line[3:].strip())
         found = re.search(r"(\d+) newly installed", line)
@@ -6642,7 +6644,8 @@ def others_may_enter(folder: str) -> bool:
 
 def install_packages(build: Build, archive: str, progress: BuildProgress) -> None:
     """A tar of the installed system (mmdebstrap(1), mode unshare: the same as root and as an ordinary user)."""
-    hooks = "/usr/share/mmdebstrap/hooks/maybe-merged-usr"  # spares usrmerge, and with it all of perl (bookworm)
+    # Spares bookworm usrmerge, and with it all of perl. It fails for noble.
+    hooks = "/usr/share/mmdebstrap/hooks/maybe-merged-usr" if build.distribution is DEBIAN else ""
     argv = [
         "mmdebstrap", "--verbose", "--mode=unshare", "--format=tar", "--variant=minbase", "--architectures=amd64",
         "--skip=output/dev", "--skip=check/signed-by", *([f"--hook-dir={hooks}"] if os.path.isdir(hooks) else []),
@@ -6681,7 +6684,7 @@ def build_error(build: Build, said: Sequence[str]) -> Error:
     if unknown:
         name = unknown.group(1) or unknown.group(2)
         return NotFound(f"{name}: no such package in {build.suite}", "apt-cache search finds names")
-    return Error(f"{build.suite}: {first}", "--debug shows the whole command")
+    return Error(f"{build.suite}: {first}", "--debug shows the whole command, and what it says")
 
 
 # From the tar to a tree that belongs to the caller, and from that to a disk: no mount, no loop device.
