@@ -4229,6 +4229,8 @@ def bridge_faults(settings: BridgeSettings, ours: bool) -> Iterator[str]:
     if not ours:
         return
     mend = "(nocloud net up mends it)"
+    if connected_network(settings.interface) not in ("", settings.net):
+        yield f"the bridge has {connected_network(settings.interface)}, and the settings say {settings.net} {mend}"
     for name in (settings.interface, *sorted(outgoing_interfaces())):
         if read_text(sysctl_file(name, "forwarding")).strip() == "0":
             yield f"{name} doesn't forward {mend}"
@@ -4385,9 +4387,10 @@ class BridgeServer:
             pass
 
     def start(self) -> None:
-        """As a daemon of our own, unless it runs."""
+        """As a daemon of our own, unless it runs; anew where the bridge has another address by now."""
         with FolderLock(RUN_FOLDER, make=True):
-            if not daemon_pid(self.pid_file):
+            if not daemon_pid(self.pid_file) or not self.answers():
+                stop_daemon(self.pid_file)
                 self.forget()
                 start_daemon(self.argv(), ())
 
@@ -4427,7 +4430,7 @@ def bridge_up(config: Config) -> None:
     server = BridgeServer(setup.settings)
     if units_installed():
         systemctl("reload-or-restart", SYSTEMD_UNITS[0])  # also where it is up: somebody may have flushed the rules
-        systemctl("start", *SYSTEMD_UNITS[1:])
+        systemctl("start" if server.answers() else "restart", *SYSTEMD_UNITS[1:])
         setup.tell_resolver()
     else:
         need_program("dnsmasq")
@@ -7966,7 +7969,7 @@ def ensure_identity(cloud: Cloud, vm: VM) -> None:
         if not fits:
             changes["vmAddress"] = cloud.network(kind).allot(taken.addresses, uuid)
         vm.write_conf({key: value for key, value in changes.items() if value != vm.conf.get(key)})
-    if not fits:
+    if not fits and os.path.exists(vm.host_key + ".pub"):  # planted, and the address was another one
         publish_keys(cloud, [vm])
 
 

@@ -48,7 +48,7 @@ class Host:
         (etc / "resolv.conf").write_text("")
         if not re.search("^kvm:", (etc / "group").read_text(), re.M):
             with (etc / "group").open("a") as file:
-                file.write("kvm:x:998:\n")
+                file.write("kvm:x:64998:\n")
         with (etc / "passwd").open("a") as file:
             for name, uid in (("nocloud-dnsmasq", DNSMASQ), *((f"u{uid}", uid) for uid in USERS)):
                 file.write(f"{name}:x:{uid}:{uid}::/run/{name}:/bin/sh\n")
@@ -293,6 +293,20 @@ def test_a_subnet_is_not_written_where_the_other_lines_would_not_follow(host: Ho
 def test_settings_that_contradict_each_other(cloud: Cloud, setting: str) -> None:
     (cloud.home / ".nocloud.conf").write_text(f"{setting}\n")
     cloud.run("bridge", "dnsmasq").fails(2, setting.partition("=")[0])
+
+
+def test_a_bridge_that_is_up_follows_its_settings(host: Host) -> None:
+    host.run("net", "up").ok()
+    text = (ROOT / "etc/nocloud_net.conf").read_text()
+    (host.cloud.home / ".nocloud.conf").write_text(text.replace("bridgeSubnet=192.168.1\n", "bridgeSubnet=10.7.7\n"))
+    assert any(line.startswith("wrong: the bridge has") for line in host.run("net", "status").ok().lines)
+    host.run("net", "up").ok()
+    assert host.run("net", "status").ok().lines[:2] == [
+        "bridge nocloud: up, 10.7.7.0/24", "dnsmasq: answers at 10.7.7.1",
+    ]  # fmt: skip
+    assert "192.168.1." not in host.state()
+    _, told = host.guest("00:50:56:00:00:01", "x")
+    assert told["address"].startswith("10.7.7.") and told["dns"] == "10.7.7.1"
 
 
 def test_a_bridge_that_is_not_ours_is_left_alone(host: Host) -> None:
