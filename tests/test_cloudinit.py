@@ -452,7 +452,7 @@ def test_ready_means_that_cloud_init_is_done(seeded: Cloud) -> None:
     (seeded.home / "two").write_text(lines)
     seeded.run("vminstantiate", "-f", seeded.home / "two").ok()
     assert seeded.ssh("late00", "cat /sys/block/vda/size").ok().stdout == f"{(1 << 30) // 512}\n"
-    wait_for_it(seeded, "late00", 3).fails(124, "late00: not ready", "cloud-init")
+    wait_for_it(seeded, "late00", 1).fails(124, "late00: not ready", "cloud-init")
     seeded.ssh("late00", "touch /root/go").ok()
     wait_for_it(seeded, "late00", int(READY)).quiet()
     assert "gone" in seeded.ssh("late00", "ls /root").ok().stdout
