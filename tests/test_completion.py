@@ -400,3 +400,27 @@ def test_a_thousand_vms(installed: Cloud) -> None:
     done = installed.execute(["nocloud", "complete", "vm", "a/web49"], env=env).ok()
     assert len(done.lines) == 1000 and "a/web499" in done.lines
     assert "a/web/web007" in installed.execute(["nocloud", "complete", "vm", "a/web/"], env=env).ok().lines
+
+
+def test_bash_completion_loads_it(installed: Cloud) -> None:
+    """The package of that name, where it is installed: it finds the file, and completes behind other commands too."""
+    package = "/usr/share/bash-completion/bash_completion"
+    if not os.path.exists(package):
+        pytest.skip("bash-completion is not installed")
+    load = (
+        "args() { printf '{%s}' \"$@\"; echo; };"
+        f" export XDG_DATA_DIRS={installed.home}/prefix/share:/usr/share; . {package}"
+    )
+    with Shell(installed, "bash", load) as shell:
+        assert shell.words("vmssh wes") == ["vmssh", "west"]
+        assert shell.words("nohup vmssh wes") == ["nohup", "vmssh", "west"]
+        assert shell.words("nohup nocloud stop --group=o") == ["nohup", "nocloud", "stop", "--group=old ones"]
+
+
+def test_every_kind_that_is_declared_is_known() -> None:
+    for command in nocloud.COMMANDS.values():
+        for complete in (*command.complete, *(option.complete for option in command.options)):
+            kinds = [] if isinstance(complete, tuple) else [kind for kind in complete.split("+") if kind]
+            assert set(kinds) <= {*nocloud.WORD_KINDS, *nocloud.SHELL_KINDS}, (command.name, kinds)
+            words = complete if isinstance(complete, tuple) else ()
+            assert all(re.fullmatch(r"[A-Za-z0-9.-]+", word) for word in words), (command.name, words)
