@@ -10841,6 +10841,7 @@ def check_namespaces(patient: Patient) -> Iterator[Finding]:
 
 
 def check_tun(patient: Patient) -> Iterator[Finding]:
+    """For both networks: qemu-bridge-helper opens it as the user that calls it."""
     path = "/dev/net/tun"
     if not os.path.exists(path):
         mend = "sudo modprobe tun"
@@ -10848,11 +10849,11 @@ def check_tun(patient: Patient) -> Iterator[Finding]:
             mend = f"sudo mkdir -p /dev/net && sudo mknod {path} c 10 200 && sudo chmod 666 {path}"
         elif not os.path.exists(f"/lib/modules/{os.uname().release}"):
             mend = f"in a container: give it the device {path}"
-        yield Finding(patient.needs("private"), f"there is no {path}", mend)
+        yield Finding(WRONG, f"there is no {path}", mend)
         return
     reason = device_denied(path)
     if reason:
-        yield Finding(patient.needs("private"), f"you may not open {path} ({reason})", f"sudo chmod 666 {path}")
+        yield Finding(WRONG, f"you may not open {path} ({reason})", f"sudo chmod 666 {path}")
     else:
         yield Finding(OK, path)
 
@@ -11044,6 +11045,22 @@ def check_leases(patient: Patient) -> Iterator[Finding]:
         yield Finding(WARNING, f"{place}: you may not enter its folder", f"sudo chmod a+x {quoted(reachable(place))}")
 
 
+def check_publishing(patient: Patient) -> Iterator[Finding]:
+    """Whether this user's VMs get addresses and names of their own on the bridge."""
+    places = [patient.bridge.hosts.place(kind) for kind in ("dhcp", "hosts")]
+    if not bridge_is_ours(patient.bridge.interface):
+        yield Finding(OK, f"{patient.bridge.interface} was not made by nocloud: its DHCP server decides")
+        return
+    denied = [place for place in places if not os.access(place, os.R_OK | os.W_OK | os.X_OK)]
+    if not denied:
+        yield Finding(OK, f"names and addresses go to {STATE_FOLDER}")
+    elif not os.path.isdir(denied[0]):
+        yield Finding(WARNING, f"{denied[0]} is gone: DHCP decides on addresses and names", own_call("net up"))
+    else:
+        text = f"you may not write to {denied[0]}: DHCP decides on your VMs' addresses and names"
+        yield Finding(WARNING, text, group_command(os.stat(denied[0]).st_gid))
+
+
 def reachable(path: str) -> str:
     """The path itself where it is there, the folder above it that may not be entered, or ''."""
     try:
@@ -11220,6 +11237,7 @@ BRIDGE_CHECKS: tuple[Check, ...] = (  # where there is one, or where there ought
     ("bridge-subnet", check_bridge_subnet),
     ("dnsmasq", check_dnsmasq),
     ("leases", check_leases),
+    ("publishing", check_publishing),
     ("forwarding", check_forwarding),
     ("firewalld", check_firewalld),
     ("ufw", check_ufw),

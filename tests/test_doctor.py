@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import LAUNCHER, PROGRAM, Cloud, Result, eventually
+from support import LAUNCHER, PROGRAM, Cloud, Result, eventually, link_programs
 from test_bridge import Host, busybox  # noqa: F401 (a fixture)
 
 import nocloud
@@ -706,6 +706,20 @@ def test_leases_that_may_not_be_read(room: Room) -> None:
     well(room.run, "leases", env=env)
 
 
+def test_who_may_publish_on_the_bridge(room: Room) -> None:
+    """The folders are root's and the group's, as `net up` makes them."""
+    room.root(
+        "mount -t sysfs sysfs /sys; mount -t tmpfs lib /var/lib;"
+        "ip link add nocloud address 02:6e:63:00:00:01 type bridge;"
+        "mkdir -p /var/lib/nocloud/dhcp /var/lib/nocloud/hosts;"
+        "chgrp kvm /var/lib/nocloud/*; chmod 3770 /var/lib/nocloud/*"
+    )
+    command = ill(room.run, "publishing", "warning", "may not write")
+    assert command.startswith("sudo usermod -aG kvm nobody")
+    room.root(command)
+    well(room.run, "publishing")
+
+
 def test_a_private_subnet_that_a_vpn_has_too(room: Room) -> None:
     cloud = room.cloud
     cloud.env["NOCLOUD_vmBaseDir"] = str(cloud.base)
@@ -784,6 +798,24 @@ def test_a_bridge_that_is_down_or_gone(host: Host) -> None:
     well(run, "bridge", env=env)
 
 
+def test_either_network_will_do(host: Host) -> None:
+    """What only the private network lacks is wrong where VMs would be on that one."""
+    home = host.cloud.home
+    path = f"{home}/prefix/bin:{link_programs(home / 'farm', 'nsenter')}"
+
+    def run(name: str, *words: object, env: dict[str, str] | None = None) -> Result:
+        return host.at(host.pid, "/usr/bin/env", f"PATH={path}", "nocloud", name, *words, env=env)
+
+    ill(run, "private-network", "warning", "nsenter")
+    assert not [each for each in findings(run) if each["state"] == "wrong"]
+    ill(run, "private-network", "wrong", "nsenter", env={"NOCLOUD_vmNetwork": "private"})
+    host.shell("ip link set nocloud down").ok()
+    ill(run, "private-network", "wrong", "nsenter")
+    assert run("doctor").status == 1
+    (home / "farm/nsenter").symlink_to("/usr/bin/nsenter")
+    assert run("doctor").status == 0
+
+
 def test_a_port_that_another_program_has(host: Host) -> None:
     run, env = look(host), {"NOCLOUD_vmNetwork": "bridge"}
     pid = int(host.shell("cat /run/nocloud/dnsmasq.pid").stdout)
@@ -821,6 +853,12 @@ def test_forwarding_that_others_forbid(host: Host, who: str) -> None:
     mend_at(host, ill(run, "forwarding", "warning", "FORWARD", program, "drops", who))
     well(run, "forwarding")
     host.shell(f"{program} -P FORWARD ACCEPT; {program} -F; {program} -X").ok()
+
+
+def test_folders_that_are_gone(host: Host) -> None:
+    host.shell("rm -rf /var/lib/nocloud/dhcp").ok()
+    mend_at(host, ill(look(host), "publishing", "warning", "is gone"))
+    well(look(host), "publishing")
 
 
 def test_rules_that_are_gone_and_a_table_that_drops(host: Host) -> None:
