@@ -7246,7 +7246,10 @@ def warn_lost(template: VM, lost: Sequence[str]) -> None:
 
 def runs_on_layer(template: VM) -> bool:
     """Whether a template that runs leaves its own disk alone, so that it can be cloned meanwhile."""
-    layers = [name for name in unused_by_itself(template) if os.path.exists(Layer(template, name).record)]
+    try:
+        layers = [name for name in unused_by_itself(template) if os.path.exists(Layer(template, name).record)]
+    except OSError:
+        return False  # a disk is gone
     return bool(layers) and not is_written(template.disks()[0])
 
 
@@ -9026,16 +9029,25 @@ def start_all(
     return [name_error(vm, result) for vm, result in zip(vms, results)]
 
 
-def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float) -> list[Error]:
-    """Stop VMs in parallel; one warning line names those whose plug had to be pulled."""
+def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float, patient: bool = False) -> list[Error]:
+    """Stop VMs in parallel; one warning line names those whose plug had to be pulled.
+
+    `patient`: a template on a layer, which would be lost, has longer than `seconds`.
+    """
     settle_stopped(cloud, (vm for vm in vms if vm.is_template))
     running = [vm for vm in vms if vm.state()[0] != "stopped"]
-    for kind in {cloud.network_kind(vm) for vm in running if vm.is_template and vm.is_readable()}:
-        cloud.network(kind).open()  # before there are threads
-    results = in_parallel(lambda vm: stop(cloud, vm, seconds), running, workers=len(running) or 1)
-    pulled = [vm.name for vm, result in zip(running, results) if result is False]
-    if pulled and seconds:
-        report.warn(f"no shutdown within {seconds:.0f} s, switched off: {', '.join(pulled)}")
+    try:
+        for kind in {cloud.network_kind(vm) for vm in running if vm.is_template and vm.is_readable()}:
+            cloud.network(kind).open()  # before there are threads
+    except Error:
+        pass  # a guest that can't be reached isn't cleaned, but stopped all the same
+    longer = patient and 0 < seconds < SHUTDOWN_SECONDS
+    graces = [SHUTDOWN_SECONDS if longer and vm.is_template and runs_on_layer(vm) else seconds for vm in running]
+    results = in_parallel(lambda pair: stop(cloud, *pair), list(zip(running, graces)), workers=len(running) or 1)
+    for grace in dict.fromkeys(graces):
+        pulled = [vm.name for vm, each, result in zip(running, graces, results) if each == grace and result is False]
+        if pulled and grace:
+            report.warn(f"no shutdown within {grace:.0f} s, switched off: {', '.join(pulled)}")
     return [name_error(vm, result) for vm, result in zip(running, results) if isinstance(result, Error)]
 
 
@@ -11748,7 +11760,7 @@ def cmd_stop(config: Config, args: argparse.Namespace, words: list[str]) -> int:
             errors = destroy_all(cloud, vms, args.group or "")
         else:
             seconds = 0 if args.kill else config.number("vmStopTimeout") if args.timeout is None else args.timeout
-            errors = stop_all(cloud, vms, seconds)
+            errors = stop_all(cloud, vms, seconds, patient=args.timeout is None)
         cloud.network("private").end_if_idle()
     return report_errors(errors)
 
