@@ -8889,7 +8889,7 @@ def in_new_guest(cloud: Cloud, new: NewTemplate, work: Callable[[OwnGuest], None
         with OwnGuest(cloud, vm).start() as guest:
             work(guest)
     except Error as error:
-        raise Error(str(name_error(vm, error)), error.hint or hint, error.status) from None
+        raise Error(str(name_error(vm, error)), "; ".join(filter(None, (error.hint, hint))), error.status) from None
     finally:
         forget_identity(cloud, [vm.get("vmUuid")])
         cloud.private.end_if_idle()

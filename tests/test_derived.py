@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import tinyguest
-from support import READY, Cloud, nothing_made
+from support import READY, Cloud, add_template, nothing_made
 from test_download import offer_classic
 from test_layers import (
     add_clone,
@@ -99,7 +99,7 @@ def test_what_cannot_be_cleaned_is_no_template(stub: Cloud) -> None:
     with nothing_made(stub):
         env = {"NOCLOUD_vmWaitTimeout": "1"}
         done = stub.run("vmtemplate", "new", "--from", "old00", env=env)
-        assert done.status == 124 and "new: not ready after" in done.stderr
+        assert done.status == 124 and "new: not ready after" in done.stderr and "--no-clean" in done.stderr
     assert not (stub.base / ".known_hosts").exists()
 
 
@@ -142,6 +142,16 @@ def test_a_template_of_a_vm_is_cleaned(tiny: Cloud) -> None:
     assert shown[:3] == ["kept", "new00", "0"] and ".ash_history" not in shown
     keys = {(tiny.folder(f"pf/{each}") / "ssh_host_ed25519_key.pub").read_text() for each in ("web/web00", "new/new00")}
     assert len(keys) == 2
+
+
+@pytest.mark.long
+def test_a_vm_that_was_never_asked_whether_it_has_cloud_init(cloud: Cloud, tiny_image: Path, vms: None) -> None:
+    add_template(cloud, tiny_image, "tiny", "--mem", 96, "--cpu", 1, "--init", "auto")
+    cloud.run("vmtemplate", "new", "--from", add_clone(cloud, "old", "tiny")).ok()
+    assert sorted(os.listdir(cloud.folder("templates/new"))) == ["new.conf", "new_0.img"]
+    assert cloud.conf("templates/new")["vmInit"] == "auto"
+    cloud.run("vminstantiate", "-n", "new", "-g", "pf", "-t", "web", "-o", "name=web", "-w", READY).ok()
+    assert cloud.ssh("web00", "hostname").ok().stdout == "web00\n"
 
 
 # The classic kind ####################################################################################################
