@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 from support import READY, Cloud, add_template, eventually, kill_hard, nothing_made
 
+import nocloud
+
 # A boot sector that copies itself to the next one, waits for a key, and switches the machine off (ACPI's PM1a control
 # register; SeaBIOS puts it to 0x604 on a q35): a guest that writes, and shuts down by itself, in 32 MB and a second.
 STUB = bytes.fromhex("31c0 8ed8 8ec0 b80103 bb007c b90200 b600 cd13 b400 cd16 ba0406 b80020 ef f4 ebfd")
@@ -261,6 +263,57 @@ def test_a_clone_runs_while_its_template_is_changed_and_upgraded(tiny: Cloud) ->
     assert shown[:3] == ["x", "web01", "0"] and ".ash_history" not in shown
     assert tiny.ssh("web00", "ls /etc/upgraded; hostname").stdout == "web00\n"
     assert digest(base) == before
+
+
+APT = ["apt-get update", "apt-get dist-upgrade", "apt-get autoremove", "apt-get clean", "rm"]
+DNF = ["dnf upgrade", "dnf all"]
+SYSTEMS = {
+    "debian": ('ID=debian\nPRETTY_NAME="Debian GNU/Linux 12 (bookworm)"\n', "", APT),
+    "mint": ('ID=linuxmint\nID_LIKE="ubuntu debian"\n', "", APT),
+    "a failure": ("ID=ubuntu\n", "apt-get\\ *dist-upgrade) exit 100", APT[:2]),
+    "no archive": ("ID=debian\n", "apt-get\\ *update) exit 100", APT[:1]),
+    "arch": ("ID=arch\n", "", ["pacman archlinux-keyring", "pacman --noconfirm", "rm"]),
+    "fedora": ("NAME='Fedora Linux'\nID=fedora\n", "", DNF),
+    "alma": ('ID="almalinux"\nID_LIKE="rhel centos fedora"\n', "", DNF),
+    "leap": (
+        'ID="opensuse-leap"\nID_LIKE="suse opensuse"\n',
+        "zypper\\ *update*) exit 102",
+        ["zypper refresh", "zypper --auto-agree-with-licenses", "zypper --all"],
+    ),
+    "zypper is new": (
+        'ID="opensuse-tumbleweed"\nID_LIKE="opensuse suse"\n',
+        "zypper\\ *dup*) [ -e again ] || { : >again; exit 103; }",
+        ["zypper refresh", "zypper --auto-agree-with-licenses", "zypper --auto-agree-with-licenses", "zypper --all"],
+    ),
+    "alpine": ("ID=alpine\n", "", ["apk update", "apk upgrade", "rm"]),
+}
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_each_system_is_upgraded_in_its_way(tmp_path: Path, name: str) -> None:
+    """The script is run by a real shell that has nothing but stand-ins, which write down how they were called."""
+    text, answer, wanted = SYSTEMS[name]
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/sh").symlink_to("/bin/sh")
+    stand_in = f'#!/bin/sh\necho "${{0##*/}} $*" >>called\ncase "${{0##*/}} $*" in {answer or "x) :"};; esac\n'
+    for program in ("apt-get", "pacman", "dnf", "zypper", "apk", "rm"):
+        (tmp_path / "bin" / program).write_text(stand_in)
+        (tmp_path / "bin" / program).chmod(0o755)
+    (tmp_path / "bin/id").write_text("#!/bin/sh\necho 1000\n")
+    (tmp_path / "bin/sudo").write_text('#!/bin/sh\n[ "$1" = -n ] && shift && exec "$@"\n')
+    for program in ("id", "sudo"):
+        (tmp_path / "bin" / program).chmod(0o755)
+    script = nocloud.upgrade_script("x", nocloud.parse_os_release(text))
+    done = subprocess.run(["/bin/sh", "-c", script], cwd=tmp_path, env={"PATH": str(tmp_path / "bin")}, check=False)
+    assert done.returncode == (100 if "exit 100" in answer else 0)
+    called = (tmp_path / "called").read_text().splitlines()
+    assert [" ".join([line.split()[0], line.split()[-1]]) if line[:2] != "rm" else "rm" for line in called] == wanted
+
+
+@pytest.mark.parametrize("text", ["", "ID=slackware\n", "ID=\nID_LIKE=\n", "ID='debian; reboot'\n"])
+def test_a_system_that_is_not_known(text: str) -> None:
+    with pytest.raises(nocloud.Error, match="doesn't know how to upgrade"):
+        nocloud.upgrade_script("x", nocloud.parse_os_release(text))
 
 
 @pytest.fixture(scope="module")
