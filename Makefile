@@ -28,17 +28,18 @@ AS_OWNER := $(if $(filter-out $(OWNER),$(ME)),$(if $(filter 0,$(ME)),setpriv --r
 
 .DEFAULT_GOAL := $(if $(filter 0,$(ME)),install,build)
 .PHONY: build install uninstall demo test test-all check check-catalogue bench clean help
-.PHONY: look-at-host install-for-build install-for-vms install-for-templates install-for-tests install-for-bench
+.PHONY: install-for-build install-for-vms install-for-templates install-for-tests install-for-bench
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 build: nocloud.pyz ## make nocloud.pyz, the one file that nocloud is (the default)
 
-install: look-at-host nocloud.pyz ## put it on this host, as root (the default under sudo); PREFIX=/usr/local DESTDIR=
-	@$(PYTHON) -IBS nocloud.pyz $(SETUP)
+install: LOOK = $(PYTHON) -IBS nocloud.py $(SETUP) --check # before anything is built
+install: nocloud.pyz ## put it on this host, as root (the default under sudo); PREFIX=/usr/local DESTDIR=
+	@$(PYTHON) -IS nocloud.pyz $(SETUP)
 
 uninstall: ## take away what install put there
-	@$(PYTHON) -IBS nocloud.py $(SETUP) --undo
+	@$(PYTHON) -IBS $(or $(wildcard nocloud.pyz),nocloud.py) $(SETUP) --undo
 
 demo: install-for-vms install-for-templates nocloud.pyz ## a template, three VMs, ssh, ansible; all gone at the end but the template
 	@mkdir -p $(BIN)
@@ -69,6 +70,7 @@ help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 nocloud.pyz: $(SOURCES)
+	@$(LOOK)
 	@tests/install.sh $(FOR_BUILD)
 	$(AS_OWNER) ./build.sh
 
@@ -78,10 +80,6 @@ $(VENV)/done: pyproject.toml | install-for-build
 	sed -n '/^test = \[/ s/[^"]*"\([^"]*\)"[^"]*/\1\n/gp' pyproject.toml >$(VENV)/requirements.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $(VENV)/requirements.txt
 	@touch $@
-
-# Before anything is built or changed.
-look-at-host:
-	@$(PYTHON) -IBS nocloud.py $(SETUP) --check
 
 install-for-build:
 	@tests/install.sh $(FOR_BUILD)

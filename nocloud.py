@@ -10286,18 +10286,17 @@ class HostSetup:
         if info.st_mode & stat.S_ISUID:
             return ""
         override = find_program("dpkg-statoverride")
-        if override and attempt([override, "--list", path], 30)[0] == 0:
-            report.warn(
-                f"{path}: dpkg-statoverride has another's entry for it, which is kept; only root has VMs on the bridge"
-            )
+        known = attempt([override, "--list", path], 30)[1].split()[:3] if override else []
+        if known and known != ["root", KVM_GROUP, "4750"]:
+            report.warn(f"{path}: dpkg-statoverride has another's entry for it, which is kept; so only root may use it")
             return ""
         before = {"path": path, "mode": stat.S_IMODE(info.st_mode), "group": info.st_gid, "override": bool(override)}
-        self.installation.remember(helper=before)
-        if override:
-            run([override, "--update", "--add", "root", KVM_GROUP, "4750", path])
-        else:
-            os.chown(path, 0, grp.getgrnam(KVM_GROUP).gr_gid)
-            os.chmod(path, 0o4750)
+        if not known:  # else it was made by a call that was killed, or the mode was changed after
+            self.installation.remember(helper=before)
+        if override and not known:
+            run([override, "--add", "root", KVM_GROUP, "4750", path])
+        os.chown(path, 0, grp.getgrnam(KVM_GROUP).gr_gid)
+        os.chmod(path, 0o4750)
         return f"{path}: members of {KVM_GROUP} may use it (root:{KVM_GROUP} 4750)"
 
     def take_back_helper(self) -> None:
@@ -10358,12 +10357,10 @@ class HostSetup:
             return "no systemd runs here, so nothing starts with the host: nocloud net up sets the bridge up"
         run(["systemctl", "daemon-reload"])
         run(["systemctl", "enable", *SYSTEMD_UNITS])
-        if (
-            attempt(["systemctl", "is-active", "--quiet", *SYSTEMD_UNITS[:2]], 30)[0] == 0
-        ):  # of another version, perhaps
-            BridgeSetup(self.config).up()
-            systemctl("restart", SYSTEMD_UNITS[1])
+        ran = attempt(["systemctl", "is-active", "--quiet", SYSTEMD_UNITS[1]], 30)[0] == 0
         bridge_up(self.config)
+        if ran:
+            systemctl("restart", SYSTEMD_UNITS[1])  # it may be another version's
         return f"{', '.join(SYSTEMD_UNITS)}: run, now and from each boot on"
 
     def stop_units(self) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 import pytest
-from support import Result, clean_environment, eventually
+from support import Result, clean_environment, eventually, is_alive
 from test_install import Checkout
 from test_zipapp import builder
 
@@ -42,11 +42,12 @@ exec sleep infinity
 SYSTEMCTL = """#!/bin/sh
 echo "$*" >>/run/asked
 case $1 in
-start) nocloud bridge start && nocloud bridge dnsmasq >/dev/null 2>&1 & sleep 0.1 ;;
+reload-or-restart) nocloud bridge start ;;
+start) nocloud bridge dnsmasq >/dev/null 2>&1 & ;;
 stop) pkill -x dnsmasq; nocloud bridge stop ;;
 list-units) cat /run/groups 2>/dev/null ;;
 is-active) pgrep -r R,S,D dnsmasq >/dev/null; exit ;;
-restart) pkill -x dnsmasq; nocloud bridge dnsmasq >/dev/null 2>&1 & sleep 0.1 ;;
+restart) pkill -x dnsmasq; nocloud bridge dnsmasq >/dev/null 2>&1 & ;;
 esac
 exit 0
 """
@@ -75,7 +76,12 @@ class Host:
         argv = [*enter, "sh", "-c", f"cd {self.checkout.folder}\n{script}"]
         done = subprocess.run(
             argv,
-            env={**clean_environment(), "PATH": f"{self.folder}/bin:/usr/local/bin:{os.environ['PATH']}", **env},
+            env={
+                **clean_environment(),
+                "PATH": f"{self.folder}/bin:/usr/local/bin:{os.environ['PATH']}",
+                "XDG_CACHE_HOME": str(self.checkout.cache),
+                **env,
+            },
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -116,6 +122,7 @@ class Host:
     ) -> None:
         self._holder.kill()  # and with it, by --kill-child, everything in the namespace
         self._holder.communicate()
+        eventually(lambda: not is_alive(int(self.pid)), "the namespace is gone")
 
 
 def describe(path: Path) -> str:
@@ -159,6 +166,8 @@ def test_a_host_is_set_up_and_all_is_taken_back(host: Host) -> None:
     assert "nocloud-dnsmasq:" in host.run("getent passwd").stdout
     again = host.make("install").ok()
     assert "allow" not in again.stderr and HELPER not in again.stderr and "usermod" not in again.stderr
+    helper.chmod(0o755)
+    assert HELPER in host.make("install").ok().stderr and helper.stat().st_mode & 0o7777 == 0o4750
     host.run("nocloud net up").ok()
     assert "192.168.1.1/24" in host.run("ip -br address show nocloud").stdout
     assert "nocloud" in host.run("nft list tables").stdout
@@ -292,9 +301,11 @@ def test_the_units_are_enabled_started_stopped_and_disabled(host: Host) -> None:
     before = host.changes()
     done = host.make("install").ok()
     units = "nocloud-bridge.service nocloud-dnsmasq.service nocloud-dnsmasq-reload.path"
+    bridge, others = units.split(" ", 1)
     asked = host.file("/run/asked")
     words = asked.read_text().splitlines()
-    assert words.index("daemon-reload") < words.index(f"enable {units}") < words.index(f"start {units}")
+    asked_for = ["daemon-reload", f"enable {units}", f"reload-or-restart {bridge}", f"start {others}"]
+    assert [word for word in words if word in asked_for] == asked_for
     assert f"{units.replace(' ', ', ')}: run" in done.stderr
     assert host.run("pgrep -r R,S,D dnsmasq").status == 0
     host.make("install").ok()
@@ -343,13 +354,13 @@ def test_a_host_that_was_left_half_set_up(host: Host) -> None:
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     instants = random.Random(seed)
-    setup = f"{builder()} -IBS nocloud.pyz setup --prefix=/usr/local"
+    setup = f"{builder()} -IS nocloud.pyz setup --prefix=/usr/local"
     before = host.changes()
     for _ in range(3):
-        host.run(f"timeout -s KILL {instants.uniform(0.1, 0.8):.2f} {setup}")
-        host.run(f"timeout -s KILL {instants.uniform(0.1, 0.5):.2f} {setup} --undo")
+        host.run(f"timeout -s KILL {instants.uniform(0.1, 0.5):.2f} {setup}")
+        host.run(f"timeout -s KILL {instants.uniform(0.05, 0.3):.2f} {setup} --undo")
     host.run(setup).ok()
     assert host.file(HELPER).stat().st_mode & 0o7777 == 0o4750
-    host.run(f"timeout -s KILL {instants.uniform(0.1, 0.5):.2f} {setup} --undo")
+    host.run(f"timeout -s KILL {instants.uniform(0.05, 0.3):.2f} {setup} --undo")
     host.run(f"{setup} --undo").ok()
     assert host.changes() == before

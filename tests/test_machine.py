@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import os
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.long
 
 PACKAGES = (
     "make", "sudo", "qemu-system-x86", "qemu-utils", "dnsmasq-base", "nftables", "iptables", "passt", "openssh-client",
-    "systemd-resolved", "udhcpc", "bind9-dnsutils",
+    "libpam-systemd", "systemd-resolved", "udhcpc", "bind9-dnsutils",
 )  # fmt: skip
 VM = "real/host/m00"
 
@@ -40,11 +41,11 @@ cat >/etc/systemd/system/docker.service <<'END'
 {DOCKER}END
 systemctl enable --now docker.service
 for user in alice bob; do useradd --create-home --shell /bin/bash $user; done
+ln -sf /run/systemd/resolve/stub-resolv.conf /etc/resolv.conf
 echo 'alice ALL=(ALL) NOPASSWD: ALL' >/etc/sudoers.d/alice
 install -d -o alice -g alice /home/alice/nocloud
 base64 -d | tar xz -C /home/alice/nocloud
 chown -R alice:alice /home/alice/nocloud
-ip link show | grep -v lo
 """
 
 # All that isn't a log, a cache or a home: what an uninstalled nocloud must not have changed.
@@ -54,7 +55,8 @@ find /boot /etc /lib /opt /srv /usr /var -xdev \\
     -o ! -name '*-' ! -name .pwd.lock ! -name statoverride-old ! -name 'sub[ug]id' -printf '%p %y %m %u:%g %l\\n' | sort
 getent passwd | grep -v ^bob; getent group | sed 's/:[^:]*$//'; dpkg-statoverride --list
 cat /etc/qemu/bridge.conf 2>/dev/null || :
-nft list ruleset; iptables -S; ip -o link | cut -d: -f2; ls -A /run/nocloud /var/lib/nocloud 2>/dev/null || :
+nft --stateless list ruleset; iptables -S; ip -o link | cut -d: -f2
+ls -A /run/nocloud /var/lib/nocloud 2>/dev/null || :
 """
 
 # A namespace that stands in for a VM: what asks for an address there, and is known by the name that it gave.
@@ -70,7 +72,7 @@ ip link add standin type veth peer name eth0 netns guest
 ip link set standin master nocloud up
 ip -n guest link set eth0 up
 ip netns exec guest udhcpc -q -n -t 20 -i eth0 -x hostname:standin -s /tmp/udhcpc
-ip -n -4 -br address show eth0
+ip -4 -n guest -br address show eth0
 dig +short @192.168.1.1 standin.nocloud
 getent ahostsv4 standin.nocloud
 outside=$(ip -4 route show default | sed 's/.*via \\([^ ]*\\).*/\\1/;q')
@@ -110,7 +112,8 @@ def machine(tmp_path_factory: pytest.TempPathFactory, vms: None) -> Iterator[Mac
         pytest.fail("mmdebstrap is not installed: make test installs what the tests need")
     if os.geteuid() != 0 and not has_subordinate_ids():
         pytest.skip("this user has no subordinate uids in /etc/subuid")
-    kept = Path(os.environ.get("NOCLOUD_TEST_CACHE", "/nonexistent"), "machine.qcow2")
+    key = hashlib.sha256(" ".join(PACKAGES).encode()).hexdigest()[:12]
+    kept = Path(os.environ.get("NOCLOUD_TEST_CACHE", "/nonexistent"), f"machine-{key}.qcow2")
     with Cloud(tmp_path_factory.mktemp("machine") / "home") as cloud:
         if kept.exists():
             cloud.run("vmtemplate", "machine", "--image", kept, "--init", "systemd", "--mem", 1536, timeout=300).ok()
@@ -156,9 +159,13 @@ def test_sudo_make_on_a_real_machine(machine: Machine, tmp_path: Path) -> None:
     machine.user("bob", "qemu-io -U -r -c 'read -P 0x5a 0 4096' vms/shop/web/web00/web00_0.img | grep -v failed")
     machine.root(STAND_IN)
 
+    again = machine.root("make -C /home/alice/nocloud install; ls -A /sys/class/net/nocloud/brif")
+    assert "kept" not in again and "tap0" in again  # a VM that is on the bridge stays there
+    machine.root("nocloud doctor")
     refused = machine.fails("make -C /home/alice/nocloud uninstall")
     assert "nocloud@shop.service, shop/web/web00 of bob; nothing was changed" in refused, refused
     machine.root("systemctl stop nocloud@shop")
+    check_a_users_own_unit(machine)
     machine.user("alice", "cd nocloud && sudo make uninstall")
     machine.root("rm -r /etc/systemd/system/nocloud@shop.service.d")  # bob's own
     after = machine.root(SURVEY)
@@ -175,8 +182,8 @@ def check_the_bridge(machine: Machine) -> None:
 
 
 def check_the_units(machine: Machine) -> None:
-    machine.root("systemd-analyze verify /usr/local/lib/systemd/system/nocloud*")
-    machine.root("systemd-analyze verify nocloud@shop.service")
+    machine.root("systemd-analyze verify --man=no /usr/local/lib/systemd/system/nocloud*")
+    machine.root("systemd-analyze verify --man=no nocloud@shop.service")
     level = machine.root("systemd-analyze security --no-pager nocloud-dnsmasq.service | tail -1")
     assert " OK " in level or " SAFE " in level or " PERFECT " in level, level
 
@@ -196,9 +203,8 @@ def check_a_members_vm(machine: Machine) -> None:
     )
     assert "web00 shop/web 192.168.1." in said, said
     assert machine.root("ls /sys/class/net/nocloud/brif").strip()
-    assert "nobody else's" not in machine.fails(
-        "su - nobody -s /bin/sh -c '/usr/lib/qemu/qemu-bridge-helper --br=nocloud --fd=3'"
-    )
+    outsider = "su - nobody -s /bin/sh -c '/usr/lib/qemu/qemu-bridge-helper --br=nocloud --fd=3'"
+    assert "Permission denied" in machine.fails(outsider)
 
 
 def check_a_kept_group(machine: Machine) -> None:
@@ -215,6 +221,19 @@ def check_a_kept_group(machine: Machine) -> None:
     assert "failed" not in machine.root("systemctl is-failed nocloud@shop || :")
     machine.root("systemctl start nocloud@shop")
     machine.eventually("su - bob -c vmrunning | grep web00")
+
+
+def check_a_users_own_unit(machine: Machine) -> None:
+    """The same by `systemctl --user`."""
+    machine.root("loginctl enable-linger bob")
+    machine.eventually("systemctl is-active user@$(id -u bob)")
+    systemctl = "XDG_RUNTIME_DIR=/run/user/$(id -u) systemctl --user"
+    machine.user("bob", f"{systemctl} enable --now nocloud@shop")
+    machine.eventually("su - bob -c vmrunning | grep web00")
+    refused = machine.fails("make -C /home/alice/nocloud uninstall")
+    assert "VMs are running: shop/web/web00 of bob; nothing was changed" in refused, refused
+    machine.user("bob", f"{systemctl} disable --now nocloud@shop && ! {systemctl} is-failed nocloud@shop")
+    assert "web00 shop/web stopped" in machine.user("bob", "vmrunning -a")
 
 
 def reboot(machine: Machine) -> None:
