@@ -166,6 +166,16 @@ def test_beside_vms_of_the_private_network(tree: Cloud) -> None:
         assert not is_alive(qemu.pid) and not tree.folder("pf").exists()
 
 
+def test_vmrun_takes_it_over(tree: Cloud) -> None:
+    """As it takes over what runs: without a restart, until it destroys or keeps it."""
+    with bash_runs(tree, tree.base, "-hda", "pf/web/web00/web00_0.img", "-monitor", "none") as qemu:
+        told = tree.run("vmrun", "-r", "pf", "--background", env={"NOCLOUD_vmWaitTimeout": "1"})
+        assert told.status == 124 and f"web00 has IP {ADDRESS}" in told.stdout, told
+        assert is_alive(qemu.pid)
+        tree.run("vmrun", "-s", "pf").ok()
+        assert not is_alive(qemu.pid) and tree.folder("pf/web/web00").exists()
+
+
 def test_a_template_that_bash_runs_is_not_cloned(cloud: Cloud, vms: None) -> None:
     folder = add(cloud, "templates/old", "{tree}")
     with bash_runs(cloud, folder, "-hda", "old_0.img", "-monitor", "none"):

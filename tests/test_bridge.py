@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tinyguest
 from support import (
     NOBODY,
     PROGRAM,
@@ -464,6 +465,37 @@ def test_a_vm_has_its_address_and_name_at_once(host: Host, tiny_image: Path, vms
     host.run("net", "down").quiet()
     host.shell("ip link add nocloud type bridge; ip link set nocloud up; echo > /etc/qemu/bridge.conf").ok()
     host.run("vm", "-n", "tiny", env={"NOCLOUD_vmNetwork": "bridge"}).fails(1, "no line: allow nocloud")
+
+
+@pytest.mark.long
+def test_a_vm_that_bash_started_is_reached(host: Host, guest_cache: Path, vms: None) -> None:
+    """Its address is what DHCP gave to the MAC on its command line; from then on it is a VM like any other."""
+    cloud, mac = host.cloud, "52:54:00:12:34:ab"
+    key, folder = cloud.home / ".ssh/id_ed25519", cloud.folder("pf/web/web00")
+    for place in (key.parent, folder):
+        place.mkdir(0o700, parents=True)
+    cloud.execute(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key]).ok()
+    disk, conf = folder / "web00_0.img", folder / "web00.conf"
+    shutil.copyfile(tinyguest.build(guest_cache, key.with_suffix(".pub").read_text(), ifname="ens3", reads=""), disk)
+    conf.write_text("vmName=web00\nvmMem=96\nvmCpu=1\nvmDisk=pf/web/web00/web00_0.img\n")
+    host.run("net", "up").ok()
+    qemu = host.spawn(
+        "qemu-system-x86_64", "-m", 96, "-display", "none", "-drive", f"file={disk},if=virtio",
+        "-netdev", "bridge,id=net0,br=nocloud", "-device", f"virtio-net-pci,netdev=net0,mac={mac},addr=3",
+        "-monitor", "telnet:127.0.0.1:4444,server,nowait",
+    )  # fmt: skip
+    eventually(lambda: len(host.run("vmrunning").ok().stdout.split()) == 3, "it has an address", 90)
+    _, _, address = host.run("vmrunning").ok().stdout.split()
+    assert host.run("vmssh", "web00", "cat /sys/class/net/ens3/address; hostname").ok().lines == [mac, "web00"]
+    known = host.run("vminventory", "--host", address).ok().stdout
+    assert f"HostKeyAlias={cloud.conf('pf/web/web00')['vmUuid']}" in known
+    assert host.run("vmmanage", "-n", "web00", "info status").ok().stdout == "VM status: running\n"
+    host.run("vmstop", "-g", "pf", "--timeout", 60).quiet()
+    assert qemu.wait(5) == 0
+    # Started by us, it has a MAC and an address of its own, for good.
+    host.run("vm", "-n", "web00", "-g", "pf", "hostname").ok()
+    assert host.run("vmrunning").ok().stdout.split()[2] == cloud.conf("pf/web/web00")["vmAddress"] != address
+    host.run("vmstop", "-d", "-g", "pf").quiet()
 
 
 def publish(host: Host, base: str, *vms: str, then: str = "") -> Result:
