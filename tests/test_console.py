@@ -230,6 +230,7 @@ def test_gui_opens_a_window(blank: Cloud, viewers: dict[str, str]) -> None:
     assert not (blank.folder("pf/default/b00") / "vnc.sock").exists()
 
 
+@pytest.mark.long
 def test_vmrun_opens_windows(blank: Cloud, viewers: dict[str, str]) -> None:
     """Once: who is there already is not joined by another viewer."""
     env = viewers | without_spice(blank) | {"NOCLOUD_vmWaitTimeout": "1"}
