@@ -1208,6 +1208,7 @@ class QemuProcess:
         self._started = start_time(pid)
         self.words = process_file(pid, "cmdline").rstrip("\0").split("\0")
         self._disk_names: list[str] | None = None
+        self._disks: dict[str, set[tuple[int, int] | None]] = {}
         self.is_ours = any(word.endswith(",path=qmp.sock,server=on,wait=off") for word in self.words)
         try:
             self.folder = os.readlink(f"/proc/{pid}/cwd")
@@ -1245,16 +1246,26 @@ class QemuProcess:
                     self._disk_names += filter(None, names)
         return self._disk_names
 
-    def places(self, name: str, vm: VM) -> list[str]:
-        """What a name in its words can mean: with -daemonize qemu has left the folder that it was started in."""
-        return [os.path.join(folder, name) for folder in (self.folder, vm.base, vm.folder) if folder]
+    def names(self, disk: str, vm: VM) -> bool:
+        """Whether its words name a disk of a VM: with -daemonize qemu has left the folder that it was started in.
 
-    def writes(self, key: tuple[int, int]) -> bool:
+        What doesn't depend on the VM is found out once: there may be many VMs, and many qemus that are none of ours.
+        """
+        if vm.base not in self._disks:
+            folders = [folder for folder in (self.folder, vm.base) if folder]
+            places = [os.path.join(folder, name) for name in self.disk_names() for folder in folders]
+            self._disks[vm.base] = set(map(file_key, places))
+        key, last = file_key(disk), os.path.basename(disk)
+        same = (name for name in self.disk_names() if name.endswith(last) and not os.path.isabs(name))
+        return key is not None and (key in self._disks[vm.base] or any(file_key(vm.file(name)) == key for name in same))
+
+    def writes(self, disk: str) -> bool:
         """Whether it has a file open to write to it; True where we may not look.  -snapshot writes to another file."""
         try:
             names = os.listdir(f"/proc/{self.pid}/fd")
         except OSError:
             return True
+        key = file_key(disk)
         held = [name for name in names if file_key(f"/proc/{self.pid}/fd/{name}") == key]
         flags = [re.search("^flags:.*([0-7])$", process_file(self.pid, f"fdinfo/{name}"), re.M) for name in held]
         return any(found and int(found[1]) & os.O_ACCMODE != os.O_RDONLY for found in flags) or (
@@ -1268,10 +1279,7 @@ class QemuProcess:
         """
         if self.is_ours:
             return self.folder == vm.folder
-        disk = vm.disks()[:1]
-        key = file_key(disk[0]) if disk else None
-        named = key and any(file_key(place) == key for name in self.disk_names() for place in self.places(name, vm))
-        return bool(key and named and self.writes(key))
+        return any(self.names(disk, vm) and self.writes(disk) for disk in vm.disks()[:1])
 
 
 class Strangers:
@@ -2629,7 +2637,8 @@ def connect_monitor(process: QemuProcess, vm: VM, address: Mapping[str, str], se
         return None
     try:
         if "path" in address:
-            place = next(filter(os.path.exists, process.places(address["path"], vm)), "")
+            places = [os.path.join(folder, address["path"]) for folder in (process.folder or "/", vm.base, vm.folder)]
+            place = next(filter(os.path.exists, places), "")
             return connect_unix(os.path.dirname(place), os.path.basename(place), seconds) if place else None
         here = os.path.samefile(f"/proc/{process.pid}/ns/net", "/proc/self/ns/net")
         if here and address.get("host") in ("", "localhost", "127.0.0.1", "0.0.0.0"):

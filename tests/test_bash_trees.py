@@ -325,7 +325,8 @@ def inherited(cloud: Cloud, guest_cache: Path, vms: None) -> Cloud:
         cloud.execute(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", base, over]).ok()
         if folder.name == "Db three":  # as qemu-img made them before version 6.1: the backing file's format isn't named
             header = over.read_bytes()[: 1 << 16]
-            over.open("r+b").write(header.replace(b"\xe2\x79\x2a\xca", b"\x12\x34\x56\x78", 1))
+            with over.open("r+b") as file:
+                file.write(header.replace(b"\xe2\x79\x2a\xca", b"\x12\x34\x56\x78", 1))
             assert "backing file format" not in cloud.execute(["qemu-img", "info", over]).ok().stdout
         conf = folder / f"{folder.name}.conf"
         conf.write_text(conf.read_text().replace("vmMem=32", "vmMem=96"))
