@@ -9645,7 +9645,7 @@ class Supervisor:
             return
         self._failed([errors] if isinstance(errors, Error) else errors)
         if self.goal == RUN:
-            vms = [member.vm for member in self._members.values()]
+            vms = sorted((member.vm for member in self._members.values()), key=lambda vm: vm.address_name)
             self._job(lambda: open_screens([vm for vm in vms if not has_viewer(vm)]), lambda _: None)
 
     def _failed(self, errors: Sequence[Error]) -> None:
