@@ -8498,13 +8498,13 @@ def destroy_all(cloud: Cloud, vms: Sequence[VM], group: str = "") -> list[Error]
     results = in_parallel(lambda vm: destroy(cloud, vm), vms)
     gone = [vm for vm, result in zip(vms, results) if not isinstance(result, Error)]
     forget = [uuids[vm.folder] for vm in gone if uuids.get(vm.folder)]
-    forget_identity(cloud, forget)
     with cloud.tree.lock():
         for each in {vm.group for vm in vms} | ({group} & set(cloud.tree.groups())):
             sweep(cloud.tree, each)
             for type in cloud.tree.types(each):
                 remove_empty(os.path.join(cloud.tree.base, each, type))
             remove_empty(os.path.join(cloud.tree.base, each))
+    forget_identity(cloud, forget)  # after what mustn't be left: this may fail, on a full disk say
     settle_stopped(cloud, cloud.tree.templates(), wait=0)  # the last clone on an old layer is gone, perhaps
     return [result for result in results if isinstance(result, Error)]
 
@@ -8869,16 +8869,18 @@ def copy_disk(source: VM, new: NewTemplate, layered: bool) -> None:
     disk = source.disks()[0] if source.disks() else ""
     if not os.path.exists(disk):
         raise Error(f"{source.name}: its disk is gone: {disk}", f"see vmDisk in {source.conf_file}")
+    format = known_formats(source)[0]
     if not layered:
-        format = known_formats(source)[0]
         check_image_room(new, disk, format)
         compress_image(disk, new.disk, format)
         return
-    below = backing_chain([disk])
+    below = backing_chain([disk]) if format == "qcow2" else []  # what a guest wrote into a raw disk isn't asked
     if not below:
         raise WrongState(f"{source.name}: its disk stands on no other, there is nothing to share", "leave out --layer")
     backing = os.path.relpath(below[0], os.path.realpath(new.vm.folder))  # as deep in the tree as where it will lie
-    copy_overlay(disk, new.disk, backing, image_info(disk).get("backing-filename-format") or "qcow2")
+    copy_overlay(
+        disk, new.disk, backing, image_info(disk, format).get("backing-filename-format") or disk_format(below[0])
+    )
 
 
 def clean_and_end(guest: OwnGuest) -> None:

@@ -239,6 +239,7 @@ def test_a_format_is_found_out_once(cloud: Cloud, vms: None) -> None:
     cloud.execute(["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", "/etc/passwd", evil, "8M"]).ok()
     with disk.open("r+b") as file:
         file.write(evil.read_bytes()[: 1 << 16])
+    cloud.run("vmtemplate", "thief", "--from", "pf/web/web00", "--layer", "--no-clean").fails(1, "stands on no other")
     cloud.start("web00").ok()
     assert driver(cloud, "pf/web/web00") == ["raw"]
     assert "/etc/passwd" not in cloud.run("vmmanage", "-n", "web00", "info", "block").ok().stdout
