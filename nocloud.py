@@ -10443,14 +10443,16 @@ def installed_config(installation: Installation) -> Config:
 def settle_subnet(installation: Installation, files: Sequence[Placed]) -> str:
     """Have the settings that are going to be installed name a subnet that is free on this host; what was chosen.
 
-    It stays what it is while the bridge is up, and where the user has changed the file.  Raises WrongState then.
+    It stays what it is while the bridge is up, and where the user has changed the file.  Raises WrongState where that
+    can't be, or where a bridge of that name is somebody else's.
     """
     settings = next(each for each in files if os.path.basename(each.path) == INSTALLED_CONFS[0])
     config = installed_config(installation)
     is_up = bridge_is_ours(config["bridgeInterface"])
-    if installation.was_changed(settings):
-        if not is_up:
-            BridgeSetup(config).check()
+    changed, bridge = installation.was_changed(settings), BridgeSetup(config)
+    if not is_up and (changed or bridge.is_there()):
+        bridge.check()
+    if changed:
         return ""
     subnet, why = config["bridgeSubnet"], ""
     if not is_up:

@@ -272,6 +272,19 @@ def test_a_subnet_that_the_user_set_is_not_changed(host: Host) -> None:
     assert f"kept: {conf.relative_to(host.file('/')).name}"[6:] in host.make("install").ok().stderr
 
 
+def test_a_bridge_of_somebody_else_is_left_alone(host: Host) -> None:
+    host.run("ip link add nocloud type bridge").ok()
+    before = host.changes()
+    done = host.make("install")
+    assert done.status != 0 and "nocloud is there, and nocloud didn't make it" in done.stderr
+    assert host.changes() == before
+    host.run("echo bridgeInterface=vms >/etc/nocloud.conf").ok()
+    assert "bridge.conf: allow vms" in host.make("install").ok().stderr
+    host.make("uninstall").ok()
+    host.file("/etc/nocloud.conf").unlink()
+    assert host.changes() == before
+
+
 def test_modules_are_loaded_now_and_at_each_boot(host: Host) -> None:
     host.program(
         "modprobe",

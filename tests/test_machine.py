@@ -242,6 +242,6 @@ def reboot(machine: Machine) -> None:
 
     def is_back() -> bool:
         done = machine.cloud.ssh(VM, "cat /proc/sys/kernel/random/boot_id", timeout=300)
-        return done.status == 0 and done.stdout.strip() not in ("", boot.strip())
+        return done.status == 0 and bool(done.stdout.strip()) and done.stdout.strip() not in boot
 
     assert until(is_back, 400, 2), machine.cloud.folder(VM).joinpath("console.log").read_text(errors="replace")[-3000:]
