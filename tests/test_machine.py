@@ -154,6 +154,7 @@ def test_sudo_make_on_a_real_machine(machine: Machine, tmp_path: Path) -> None:
 
     reboot(machine)
     check_the_bridge(machine)
+    assert machine.root("journalctl --boot --no-pager _PID=1 | grep cycle || :") == ""
     machine.eventually("systemctl is-active nocloud@shop")
     machine.eventually("getent ahostsv4 web00.shop.nocloud | grep ^192.168.1.")
     machine.user("bob", "qemu-io -U -r -c 'read -P 0x5a 0 4096' vms/shop/web/web00/web00_0.img | grep -v failed")
