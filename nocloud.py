@@ -7857,7 +7857,6 @@ def make_clones(cloud: Cloud, group: str, wishes: Sequence[Wish]) -> list[VM | E
         with Making(cloud, group, wishes) as making:
             made = in_parallel(making.finish, making.plans, workers=2 * (os.cpu_count() or 1))
             made = [name_error(plan.vm, result) for plan, result in zip(making.plans, made)]
-            publish(cloud, [vm for vm in made if isinstance(vm, VM)])
     finally:
         for lock in locks:
             lock.release()
@@ -7878,11 +7877,10 @@ def name_error(vm: VM, result: Any) -> Any:
     )
 
 
-def publish(cloud: Cloud, vms: Sequence[VM]) -> None:
-    """Make names resolve and host keys known, for these VMs."""
-    publish_keys(cloud, vms)
-    for vm in vms:
-        cloud.network_of(vm).publish(vm)
+def publish(cloud: Cloud, vms: Sequence[VM]) -> list[Error | None]:
+    """Make names resolve and host keys known, for these VMs; for each None, or why that can't be."""
+    problem = _attempt(lambda vms: publish_keys(cloud, vms), vms)  # one file has the keys of all
+    return [name_error(vm, problem or _attempt(lambda vm: cloud.network_of(vm).publish(vm), vm)) for vm in vms]
 
 
 def publish_keys(cloud: Cloud, vms: Sequence[VM]) -> None:
@@ -8504,7 +8502,8 @@ def destroy_all(cloud: Cloud, vms: Sequence[VM], group: str = "") -> list[Error]
             for type in cloud.tree.types(each):
                 remove_empty(os.path.join(cloud.tree.base, each, type))
             remove_empty(os.path.join(cloud.tree.base, each))
-    forget_identity(cloud, forget)  # after what mustn't be left: this may fail, on a full disk say
+    # After what mustn't be left: this may fail, on a full disk say.
+    results.append(_attempt(lambda uuids: forget_identity(cloud, uuids), forget))
     settle_stopped(cloud, cloud.tree.templates(), wait=0)  # the last clone on an old layer is gone, perhaps
     return [result for result in results if isinstance(result, Error)]
 
@@ -9007,9 +9006,11 @@ def instantiate(
         made = make_clones(cloud, group, wishes)
         errors = [result for result in made if isinstance(result, Error)]
         vms = [result for result in made if isinstance(result, VM)]
-        results = start_all(cloud, vms, started)
-        errors += [error for error in results if error]
-        failed = [vm for vm, error in zip(vms, results) if error and not vm.is_running()]  # by another command, perhaps
+        problems = dict(zip(vms, publish(cloud, vms)))
+        sound = [vm for vm in vms if not problems[vm]]
+        problems.update(zip(sound, start_all(cloud, sound, started)))
+        errors += [error for error in problems.values() if error]
+        failed = [vm for vm, error in problems.items() if error and not vm.is_running()]  # by another command, perhaps
         if failed:
             errors += destroy_all(cloud, failed)
         return [vm for vm in vms if vm not in failed], errors
@@ -9361,10 +9362,16 @@ def monitor_lines(prompt: str) -> Iterator[str]:
 
 
 class LineEditing:
-    """readline while it lives: history, kept between calls, and completion of the monitor's commands."""
+    """readline while it lives: history, kept between calls, and completion of the monitor's commands.
+
+    CPython's input() looks for signals, then waits for a key without end: one that comes between the two would be
+    heeded at the next key only.  A timer's own signal wakes it now and then.
+    """
+
+    WAKE = 0.5  # seconds
 
     def __init__(self, vm: VM, wanted: bool) -> None:
-        self.vm = vm
+        self.vm, self._wanted = vm, wanted
         self.history = os.path.join(cache_home(), "monitor_history")
         self._words: dict[str, list[str]] = {}
         self._readline: Any = None
@@ -9377,6 +9384,7 @@ class LineEditing:
                 pass  # a Python built without it: plain lines
 
     def __enter__(self) -> LineEditing:
+        self._wake(self.WAKE)
         if self._readline:
             self._readline.set_history_length(1000)
             self._readline.set_completer(self.complete)
@@ -9389,12 +9397,20 @@ class LineEditing:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._wake(0)
         if self._readline:
             try:
                 make_private_folder(os.path.dirname(self.history))
                 self._readline.write_history_file(self.history)
             except OSError:
                 pass  # an unwritable home costs the history, nothing else
+
+    def _wake(self, every: float) -> None:
+        import signal
+
+        if self._wanted:
+            signal.signal(signal.SIGALRM, lambda number, frame: None)
+            signal.setitimer(signal.ITIMER_REAL, every, every)
 
     def complete(self, text: str, number: int) -> str | None:
         """readline's completer: the first word from `help`, the one after `info` from `help info`."""
