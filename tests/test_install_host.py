@@ -317,7 +317,7 @@ def test_the_units_are_enabled_started_stopped_and_disabled(host: Host) -> None:
     bridge, others = units.split(" ", 1)
     asked = host.file("/run/asked")
     words = asked.read_text().splitlines()
-    asked_for = ["daemon-reload", f"enable {units}", f"reload-or-restart {bridge}", f"start {others}"]
+    asked_for = ["daemon-reload", f"enable {units}", f"reload-or-restart {bridge}", f"restart {others}"]
     assert [word for word in words if word in asked_for] == asked_for
     assert f"{units.replace(' ', ', ')}: run" in done.stderr
     assert host.run("pgrep -r R,S,D dnsmasq").status == 0
