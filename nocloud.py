@@ -4376,6 +4376,12 @@ class BridgeServer:
         """Whether something serves DNS at the bridge's address."""
         return any(address == self.settings.address for address, _ in bound_sockets("udp", 53))
 
+    def wait(self, seconds: float, pid: str = "") -> None:
+        """Return when it serves.  Raises TimedOut after `seconds`, or when the process `pid` has ended before."""
+        wait_for(lambda: self.answers() or bool(pid and not os.path.exists(f"/proc/{pid}")), seconds, 0.1)
+        if not self.answers():
+            raise TimedOut(f"dnsmasq doesn't answer at {self.settings.address}", "journalctl -u nocloud-dnsmasq")
+
     def forget(self) -> None:
         """Take the leases of VMs that are gone out of the file, while dnsmasq doesn't run."""
         first, dynamic = self.settings.first, self.settings.first_dynamic
@@ -4445,8 +4451,7 @@ def bridge_up(config: Config) -> None:
         need_program("dnsmasq")
         setup.up()
         server.start()
-    if not wait_for(server.answers, 10):
-        raise TimedOut(f"dnsmasq doesn't answer at {setup.settings.address}", "journalctl -u nocloud-dnsmasq")
+    server.wait(10)
 
 
 def bridge_down(config: Config) -> None:
@@ -12039,11 +12044,11 @@ def net_verb(config: Config, verb: str, kind: str) -> int:
 @command(
     "bridge",
     alias="nocloud-bridge",
-    operands="start | stop | dnsmasq | subnet [FILE]",
-    complete=(("start", "stop", "dnsmasq", "subnet"), "file"),
+    operands="start | stop | dnsmasq | ready | subnet [FILE]",
+    complete=(("start", "stop", "dnsmasq", "ready", "subnet"), "file"),
 )
 def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> int:
-    """the host's bridge, for its units: start, stop; run its dnsmasq; have FILE name a subnet that is free"""
+    """the host's bridge, for its units: start, stop; run its dnsmasq, or wait for it; name a free subnet in FILE"""
     verb, rest = (words[0], words[1:]) if words else ("", [])
     if verb == "subnet":
         file = one_operand(rest, "FILE") if rest else installed_settings()
@@ -12059,8 +12064,10 @@ def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> in
         server = BridgeServer(BridgeSettings(config))
         server.forget()
         become(server.argv())
+    elif verb == "ready":
+        BridgeServer(BridgeSettings(config)).wait(60, os.environ.get("MAINPID", ""))  # systemd.exec(5)
     else:
-        raise UsageError(f"{verb or 'no verb'}: expected start, stop, dnsmasq or subnet")
+        raise UsageError(f"{verb or 'no verb'}: expected start, stop, dnsmasq, ready or subnet")
     return EXIT_DONE
 
 
