@@ -6471,13 +6471,10 @@ class Distribution:
     """What all suites of a distribution have in common: `keyring` is the package that its archive's keys are in,
     `components` what is used of that archive, `kernel` the package of its kernel for virtual machines."""
 
-    __slots__ = ("id", "name", "keyring", "archive", "security", "components", "kernel")
+    __slots__ = ("id", "name", "keyring", "components", "kernel")
 
-    def __init__(
-        self, id: str, name: str, keyring: str, archive: str, security: str, components: str, kernel: str
-    ) -> None:
-        self.id, self.name, self.keyring, self.archive, self.security = id, name, keyring, archive, security
-        self.components, self.kernel = components, kernel
+    def __init__(self, id: str, name: str, keyring: str, components: str, kernel: str) -> None:
+        self.id, self.name, self.keyring, self.components, self.kernel = id, name, keyring, components, kernel
 
     @property
     def keys(self) -> str:
@@ -6485,14 +6482,8 @@ class Distribution:
         return f"/usr/share/keyrings/{self.id}-archive-keyring.gpg"
 
 
-DEBIAN = Distribution(
-    "debian", "Debian", "debian-archive-keyring", "http://deb.example.org/debian",
-    "http://deb.example.org/debian-security", "main", "linux-image-cloud-amd64",
-)  # fmt: skip
-UBUNTU = Distribution(
-    "ubuntu", "Ubuntu", "ubuntu-keyring", "http://archive.example.org/ubuntu",
-    "http://security.example.org/ubuntu", "main universe", "linux-image-virtual",
-)  # fmt: skip
+DEBIAN = Distribution("debian", "Debian", "debian-archive-keyring", "main", "linux-image-cloud-amd64")
+UBUNTU = Distribution("ubuntu", "Ubuntu", "ubuntu-keyring", "main universe", "linux-image-virtual")
 UBUNTU_SUITES = ("jammy", "noble")  # every other name is looked for in Debian's archive
 WITHOUT_CREDENTIALS = ("bullseye", "jammy")  # systemd 247 and 249: credentials over SMBIOS came with 252
 BUILD_HINT = "--build bookworm, trixie, jammy or noble"
@@ -6564,7 +6555,7 @@ def pockets(suite: str) -> tuple[str, ...]:
 def package_sources(
     suite: str, distribution: Distribution, archives: Sequence[AptArchive], host: Mapping[str, str]
 ) -> list[str]:
-    """apt source lines for the suite: from the host's own mirrors, else those of the public archive.
+    """apt source lines for the suite, from the host's own mirrors; none: mmdebstrap knows the public ones.
 
     `host`: what os-release says of it.
     """
@@ -6583,21 +6574,19 @@ def package_sources(
         for line, components in sorted(found.items())
         if "main" in components
     ]
-    return lines if any(f" {suite} " in line for line in lines) else public_sources(suite, distribution)
+    if any(f" {suite} " in line for line in lines):
+        return lines
+    check_archive_keys(suite, distribution)
+    return []
 
 
-def public_sources(suite: str, distribution: Distribution) -> list[str]:
-    """apt source lines for a suite of a distribution that isn't the host's."""
+def check_archive_keys(suite: str, distribution: Distribution) -> None:
+    """Raise where what comes from a distribution's public archive can't be verified."""
     if not os.path.isfile(distribution.keys):
         raise Error(
             f"{suite}: {distribution.keys} is missing: no package of {distribution.name} can be verified without it",
             f"sudo apt install {distribution.keyring}",
         )
-    options, archives = f"[signed-by={distribution.keys}]", {"-security": distribution.security}
-    return [
-        f"deb {options} {archives.get(pocket, distribution.archive)} {suite}{pocket} {distribution.components}"
-        for pocket in pockets(suite)
-    ]
 
 
 def package_names(text: str) -> list[str]:
@@ -6667,6 +6656,7 @@ def install_packages(build: Build, archive: str, progress: BuildProgress) -> Non
         "mmdebstrap", "--verbose", "--mode=unshare", "--format=tar", "--variant=minbase", "--architectures=amd64",
         "--skip=output/dev", "--skip=check/signed-by", *([f"--hook-dir={hooks}"] if os.path.isdir(hooks) else []),
         *[f"--dpkgopt={option}" for option in DPKG_OPTIONS], "--aptopt=" + APT_OPTION,
+        "--components=" + build.distribution.components.replace(" ", ","),  # for its own sources, where we give none
         "--include=" + ",".join(build.packages), "--customize-hook=" + TARGET_SCRIPT,
         build.suite, archive, *build.sources,
     ]  # fmt: skip
@@ -6775,9 +6765,12 @@ def configure_system(tree: str, disk_uuid: str, build: Build) -> None:
 
 
 def put_sources(tree: str, sources: Sequence[str]) -> None:
-    """Let the guest's apt have its packages from where they came from, with the same keys."""
+    """Let the guest's apt have its packages from where they came from, with the same keys; mmdebstrap does so itself
+    where it chose them."""
     import shutil
 
+    if not sources:
+        return
     put_file(tree, "etc/apt/sources.list", "\n".join(sources) + "\n")
     for key in set(re.findall(r"signed-by=([^\s\]]+)", " ".join(sources))):
         target = os.path.join(tree, key.lstrip("/"))
@@ -6907,10 +6900,13 @@ def archive_state(build: Build, web: Web) -> str:
     """A short name for what the archives hold just now: which versions, by the checksums of their indices.
 
     The archives are asked, since what the host's apt knows may be old.  Where one can't be asked, because it is no
-    web server, wants a login or doesn't answer, it is the date.  Raises NotFound where there is no such suite.
+    web server, wants a login or doesn't answer, or where mmdebstrap chooses them, it is the date.  Raises NotFound
+    where there is no such suite.
     """
     import hashlib
 
+    if not build.sources:
+        return time.strftime("%Y%m%d")
     seen: list[str] = []
     for line in build.sources:
         _, archive, suite, *components = re.sub(r"\[.*?\]", "", line).split()
