@@ -6652,9 +6652,11 @@ def install_packages(build: Build, archive: str, progress: BuildProgress) -> Non
     """A tar of the installed system (mmdebstrap(1), mode unshare: the same as root and as an ordinary user)."""
     # Spares bookworm usrmerge, and with it all of perl. It fails for noble.
     hooks = "/usr/share/mmdebstrap/hooks/maybe-merged-usr" if build.distribution is DEBIAN else ""
+    # The keys of its own sources mmdebstrap has to find: the host's apt doesn't trust another distribution.
+    given = ["--skip=check/signed-by"] if build.sources else []
     argv = [
         "mmdebstrap", "--verbose", "--mode=unshare", "--format=tar", "--variant=minbase", "--architectures=amd64",
-        "--skip=output/dev", "--skip=check/signed-by", *([f"--hook-dir={hooks}"] if os.path.isdir(hooks) else []),
+        "--skip=output/dev", *given, *([f"--hook-dir={hooks}"] if os.path.isdir(hooks) else []),
         *[f"--dpkgopt={option}" for option in DPKG_OPTIONS], "--aptopt=" + APT_OPTION,
         "--components=" + build.distribution.components.replace(" ", ","),  # for its own sources, where we give none
         "--include=" + ",".join(build.packages), "--customize-hook=" + TARGET_SCRIPT,

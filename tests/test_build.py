@@ -148,7 +148,8 @@ class Builder:
         path = replace_program(
             programs,
             "mmdebstrap",
-            'echo run >>"$HOME/runs"\nwhile [ -e "$HOME/gate" ]; do sleep 0.05; done\n'
+            'echo run >>"$HOME/runs"; printf "%s\\n" "$@" >"$HOME/words"\n'
+            'while [ -e "$HOME/gate" ]; do sleep 0.05; done\n'
             'for word; do case $word in *root.tar) tar -C "$HOME/system" -cf "$word" . ;; esac; done',
         )
         cloud.env |= {"PATH": path, "NOCLOUD_vmCreateDiskSize": "1", "NOCLOUD_vmDownloadTimeout": "1"}
@@ -240,6 +241,19 @@ def test_an_archive_that_does_not_answer(builder: Builder) -> None:
     builder.site.tricks[builder.index] = status(403)
     builder.build("one")
     assert "in the cache" in builder.build("two") and builder.runs == 1
+
+
+@pytest.mark.skipif(not os.path.exists(KEY), reason="debian-archive-keyring is not installed")
+def test_mmdebstrap_finds_the_keys_of_its_own_sources(builder: Builder) -> None:
+    """The host's apt doesn't trust another distribution: without a signed-by, its archive would be refused."""
+    builder.build("one")
+    words = (builder.cloud.home / "words").read_text().splitlines()
+    assert "--skip=check/signed-by" in words and any(word.startswith("deb ") for word in words)
+    replace_program(builder.cloud.home / "bin", "apt-get", "exit 0")
+    builder.cloud.run("vmtemplate", "two", "--build", "trixie").ok()
+    words = (builder.cloud.home / "words").read_text().splitlines()
+    assert "--skip=check/signed-by" not in words and not any(word.startswith("deb ") for word in words)
+    assert "--components=main" in words
 
 
 def test_the_archive_is_asked_through_apts_own_proxy(builder: Builder) -> None:
