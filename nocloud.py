@@ -649,9 +649,10 @@ class Assignment:
         self.line, self.key, self.value, self.used = line, key, value, used
 
 
-_PLAIN = re.compile(r"(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)=([A-Za-z0-9_./:,+@%-]*)(?:[ \t]+#.*|[ \t]*)$", re.ASCII)
-_START = re.compile(r"(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)=", re.ASCII)
-_VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}`$\\\"']*))?\})", re.ASCII)
+# Compiled at first use: most commands of a user without a configuration file read none.
+_PLAIN = r"(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)=([A-Za-z0-9_./:,+@%-]*)(?:[ \t]+#.*|[ \t]*)$"
+_START = r"(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)="
+_VARIABLE = r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}`$\\\"']*))?\})"
 
 
 def split_lines(text: str) -> list[str]:
@@ -666,11 +667,12 @@ def parse_assignments(text: str, name: str, known: MutableMapping[str, str]) -> 
     """
     variables = ChainMap[str, str]({}, known)
     found: list[Assignment] = []
+    match = re.compile(_PLAIN, re.ASCII).match
     for number, raw in enumerate(split_lines(text), 1):
         line = raw.strip(" \t\r")
         if not line or line[0] == "#":
             continue
-        plain = _PLAIN.match(line)
+        plain = match(line)
         try:
             if plain:
                 assignment = Assignment(number, plain.group(1), plain.group(2), set())
@@ -686,7 +688,7 @@ def parse_assignments(text: str, name: str, known: MutableMapping[str, str]) -> 
 
 
 def _parse_line(number: int, line: str, variables: Mapping[str, str]) -> Assignment:
-    start = _START.match(line)
+    start = re.compile(_START, re.ASCII).match(line)
     if not start:
         raise ValueError(f"not a KEY=value line: {line[:60]!r}")
     reader = _ValueReader(line, start.end(), variables)
@@ -763,7 +765,7 @@ class _ValueReader:
         raise ValueError('a " that is not closed')
 
     def _variable(self) -> str:
-        match = _VARIABLE.match(self.line, self.position)
+        match = re.compile(_VARIABLE, re.ASCII).match(self.line, self.position)
         if not match:
             raise ValueError("a '$' that is neither $NAME, ${NAME} nor ${NAME:-word}: commands are not run here")
         self.position = match.end()
@@ -786,7 +788,7 @@ def update_assignments(text: str, changes: Mapping[str, str]) -> str:
     left = dict(changes)
     lines: list[str] = []
     for line in split_lines(text):
-        start = _START.match(line.strip(" \t"))
+        start = re.compile(_START, re.ASCII).match(line.strip(" \t"))
         key = start.group(1) if start else ""
         if key in changes:
             if key in left:
