@@ -10770,8 +10770,16 @@ def sockets_finding(vms: Sequence[VM]) -> Finding | None:
 
 
 def conf_finding(vm: VM) -> Finding | None:
+    """A VM whose settings can't be used.  One that lost them keeps its disk: its conf is begun anew."""
     try:
-        return Finding(WARNING, f"{vm.conf_file}: is empty", destroy_command(vm)) if not vm.conf else None
+        if vm.conf:
+            return None
+        disks = [name for name in _names(vm.folder) if re.fullmatch(rf"{re.escape(vm.name)}_0\.(img|qcow2)", name)]
+        if not disks:
+            return Finding(WARNING, f"{vm.conf_file} is empty, and there is no disk", destroy_command(vm, "a disk"))
+        lines = quoted(f"vmName={vm.name}", f"vmDisk={vm.relative(disks[0])}")
+        mend = f"printf '%s\\n' {lines} | {by_owner(vm.conf_file, f'tee -a {quoted(vm.conf_file)}')}"
+        return Finding(WARNING, f"{vm.conf_file} is empty", mend)
     except Error as error:
         mend = line_command(str(error), vm.conf_file)
         if not mend and os.access(vm.conf_file, os.R_OK):
@@ -10792,11 +10800,15 @@ def disk_finding(vm: VM) -> Finding | None:
     gone = [path for path in needed if not os.path.exists(path)]
     if not gone:
         return None
-    return Finding(WARNING, f"{vm.address_name} can't start: {gone[0]} is gone", destroy_command(vm))
+    return Finding(WARNING, f"{vm.address_name} can't start: {gone[0]} is gone", destroy_command(vm, gone[0]))
 
 
-def destroy_command(vm: VM) -> str:
-    return f"vmtemplate --delete {quoted(vm.name)}" if vm.is_template else f"vmstop -d -n {quoted(vm.address_name)}"
+def destroy_command(vm: VM, lost: str) -> str:
+    """The last resort: what is lost may be on a disk that isn't mounted just now."""
+    command = f"vmtemplate --delete {quoted(vm.name)}"
+    if not vm.is_template:
+        command = f"vmstop -d -n {quoted(vm.address_name)}"
+    return f"{command}  # destroys it; do so only if {printable(lost)} can't be brought back"
 
 
 # -- what runs the VMs
@@ -10937,8 +10949,9 @@ def check_private_subnet(patient: Patient) -> Iterator[Finding]:
         yield Finding(OK, f"{subnet}.0/24")
         return
     text = f"this host has {ipv4_text(clash[0][0])}/{clash[0][1]} too: VMs don't reach that, on {subnet}.0/24"
-    groups = [f"vmstop -d -g {quoted(group)}" for group in patient.tree.groups()]
-    mend = " && ".join([*groups, "nocloud net --private down", f"rm -f {quoted(network.file('subnet'))}"])
+    mend = f"nocloud net --private down && rm -f {quoted(network.file('subnet'))}"
+    if any(True for _ in patient.tree.vms()):
+        mend = "VMs keep their addresses for life: end that network while they are in use, or use another vmBaseDir"
     yield Finding(WARNING, text, mend)
 
 

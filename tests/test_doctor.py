@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from support import LAUNCHER, PROGRAM, Cloud, Result, eventually, link_programs
 from test_bridge import Host, busybox  # noqa: F401 (a fixture)
+from test_completion import add_vm
 
 import nocloud
 
@@ -52,7 +53,7 @@ def well(run: Run, *checks: str, env: dict[str, str] | None = None) -> None:
 # What doctor looks for, what the commands that it tells consist of, and what this test's own programs need.
 USED = (
     "qemu-system-x86_64 qemu-img ssh ssh-keygen ip dnsmasq nsenter pasta nft iptables"
-    " xorriso genisoimage mkisofs xorrisofs bash sh env sed cat rm mv mkdir chmod chown mount sysctl sleep unshare"
+    " xorriso genisoimage mkisofs xorrisofs bash sh env sed tee cat rm mv mkdir chmod chown mount sysctl sleep unshare"
 )
 
 
@@ -266,7 +267,7 @@ def test_a_vm_whose_disk_is_gone(cloud: Cloud, programs: Path) -> None:
     found = [each for each in findings(cloud.run, "vms") if each["state"] == "warning"]
     assert [each["text"].partition(" ")[0] for each in found] == ["two/default/sql00", "templates/other"]
     for each in found:
-        assert "other_0.img is gone" in each["text"]
+        assert "other_0.img is gone" in each["text"] and "only if" in each["mend"]
         mend(cloud, each["mend"])
     well(cloud.run, "vms")
     assert (cloud.base / "pf/default/web00").is_dir()
@@ -279,6 +280,10 @@ def test_a_conf_that_can_not_be_used(cloud: Cloud, programs: Path) -> None:
     conf.chmod(0o666)
     mend(cloud, ill(cloud.run, "vms", "warning", "others may write"))
     well(cloud.run, "vms")
+    conf.write_text("")
+    mend(cloud, ill(cloud.run, "vms", "warning", "is empty"))
+    well(cloud.run, "vms")
+    assert conf.read_text() == "vmName=web00\nvmDisk=pf/default/web00/web00_0.img\n"
     conf.write_text(text + "vmMem=a lot\n")
     mend(cloud, ill(cloud.run, "vms", "warning", f"{conf}:"))
     well(cloud.run, "vms")
@@ -733,7 +738,12 @@ def test_a_private_subnet_that_a_vpn_has_too(room: Room) -> None:
     room.root(ill(room.run, "private-subnet", "wrong", "beginning of an address"))
     well(room.run, "private-subnet")
     room.root("ip link add vpn type bridge; ip link set vpn up; ip addr add 10.88.0.9/20 dev vpn")
-    room.root(ill(room.run, "private-subnet", "warning", "10.88.0.0/20"))
+    command = ill(room.run, "private-subnet", "warning", "10.88.0.0/20")
+    add_vm(cloud.base, "pf/default/web00")
+    # Nothing mends it for VMs that have addresses already, and nothing is told that would cost them.
+    assert "vmstop" not in ill(room.run, "private-subnet", "warning", "10.88.0.0/20")
+    shutil.rmtree(cloud.base / "pf")
+    room.root(command)
     well(room.run, "private-subnet")
 
 
