@@ -11030,10 +11030,11 @@ def check_bridge_conf(patient: Patient) -> Iterator[Finding]:
         return
     denied = [target for target in (name, "all") if ("deny", target) in rules]
     if denied:
-        mend = f"sudo sed -i '/^[[:space:]]*deny[[:space:]]*{denied[0]}/d' {conf}"
+        pattern = denied[0].replace(".", r"\.")
+        mend = f"sudo sed -i '/^[[:space:]]*deny[[:space:]]\\+{pattern}[[:space:]]*$/d' {conf}"
         yield Finding(bad, f"{conf} has a line `deny {denied[0]}`, which wins over all others", mend)
     if ("allow", "all") in rules:
-        mend = f"sudo sed -i 's/^[[:space:]]*allow[[:space:]]*all/allow {name}/' {conf}"
+        mend = f"sudo sed -i 's/^[[:space:]]*allow[[:space:]]\\+all[[:space:]]*$/allow {name}/' {conf}"
         yield Finding(WARNING, f"{conf} allows all: every user may put taps on any bridge", mend)
     elif not helper_allows(conf, name) and not denied:
         yield Finding(bad, f"{conf} doesn't allow {name}", allow)
