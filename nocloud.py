@@ -2130,9 +2130,19 @@ def file_digest(path: str, algorithm: str = "sha256") -> str:
 # Pure: settings and descriptors in, list of words out.  Every device has a PCI address of its own, so that
 # one disk more renames no network card in the guest.
 
-PCI_VGA, PCI_NIC, PCI_FIRST_DISK, PCI_LAST_DISK = 0x02, 0x03, 0x04, 0x1A
-PCI_SEED, PCI_USB, PCI_RNG, PCI_BALLOON = 0x1B, 0x1C, 0x1D, 0x1E
-MAX_DISKS = PCI_LAST_DISK - PCI_FIRST_DISK + 1
+# The slot of each device on PCI bus 0; whoever is in one stays there, or a guest's network card gets another name.
+# 0x00 and 0x1f are the chipset's; 0x01 is free with q35, but pc has its ISA bridge and IDE there.  So a device for both
+# takes its slot from the disks, from their end, where MAX_DISKS ends too; a device for q35 alone may take 0x01.
+PCI_SLOTS = {
+    "vga": 0x02,
+    "nic": 0x03,
+    **{f"disk{number}": 0x04 + number for number in range(23)},
+    "seed": 0x1B,
+    "usb": 0x1C,
+    "rng": 0x1D,
+    "balloon": 0x1E,
+}
+MAX_DISKS = sum(name.startswith("disk") for name in PCI_SLOTS)
 LEGACY_MACHINE = "pc"  # what the bash tools ran, and still run where a conf names no machine
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
@@ -2297,7 +2307,7 @@ def machine_args(machine: Machine) -> list[str]:
         "-machine", machine.type or LEGACY_MACHINE,
         "-m", f"{machine.mem}M",
         "-uuid", machine.uuid,
-        "-vga", "none", "-device", f"VGA,addr={PCI_VGA:#x}",
+        "-vga", "none", "-device", f"VGA,addr={PCI_SLOTS['vga']:#x}",
         "-display", "none",
         "-rtc", "base=utc",
         *sandbox,
@@ -2335,7 +2345,7 @@ def disk_args(machine: Machine) -> list[str]:
             f"driver={format},node-name={node},discard=unmap,detect-zeroes=unmap"
             f",file.driver=file,file.filename={comma(path)},file.discard=unmap",
             "-device",
-            f"virtio-blk-pci,drive={node},addr={PCI_FIRST_DISK + number:#x}"
+            f"virtio-blk-pci,drive={node},addr={PCI_SLOTS[node]:#x}"
             f",bootindex={first + number},serial={comma(serial[-20:])}",
         ]
     return words
@@ -2374,7 +2384,7 @@ def seed_args(machine: Machine) -> list[str]:
         node = f"driver=vvfat,node-name=seed,read-only=on,dir={comma(machine.seed)},label=CIDATA"
     return [
         "-blockdev", node,
-        "-device", f"virtio-blk-pci,drive=seed,addr={PCI_SEED:#x},serial=seed",
+        "-device", f"virtio-blk-pci,drive=seed,addr={PCI_SLOTS['seed']:#x},serial=seed",
         "-smbios", "type=1,serial=ds=nocloud",
     ]  # fmt: skip
 
@@ -2403,7 +2413,7 @@ def net_args(machine: Machine, tap: int, vhost: int) -> list[str]:
     kernel_side = f",vhost=on,vhostfd={vhost}" if vhost >= 0 else ""
     return [
         "-netdev", f"tap,id=net0,fd={tap}{kernel_side}",
-        "-device", f"virtio-net-pci,netdev=net0,mac={machine.mac},addr={PCI_NIC:#x},romfile=",
+        "-device", f"virtio-net-pci,netdev=net0,mac={machine.mac},addr={PCI_SLOTS['nic']:#x},romfile=",
     ]  # fmt: skip
 
 
@@ -2413,8 +2423,8 @@ def console_args() -> list[str]:
         "-chardev", "socket,id=serial0,path=serial.sock,server=on,wait=off,logfile=console.log,logappend=off",
         "-serial", "chardev:serial0",
         "-object", "rng-random,id=rng0,filename=/dev/urandom",
-        "-device", f"virtio-rng-pci,rng=rng0,addr={PCI_RNG:#x}",
-        "-device", f"virtio-balloon-pci,addr={PCI_BALLOON:#x},free-page-reporting=on",
+        "-device", f"virtio-rng-pci,rng=rng0,addr={PCI_SLOTS['rng']:#x}",
+        "-device", f"virtio-balloon-pci,addr={PCI_SLOTS['balloon']:#x},free-page-reporting=on",
     ]  # fmt: skip
 
 
@@ -2432,7 +2442,7 @@ def screen_args(machine: Machine) -> list[str]:
     """
     if not machine.screen:
         return []
-    tablet = ["-device", f"qemu-xhci,id=usb0,addr={PCI_USB:#x}", "-device", "usb-tablet,bus=usb0.0"]
+    tablet = ["-device", f"qemu-xhci,id=usb0,addr={PCI_SLOTS['usb']:#x}", "-device", "usb-tablet,bus=usb0.0"]
     return [*SCREENS[machine.screen], *tablet]
 
 
