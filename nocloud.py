@@ -1010,10 +1010,31 @@ def check_group(name: str) -> str:
     return name
 
 
+class FileOf:
+    """The path of a file in a VM's folder; {} in its name is the VM's name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, vm: VM, owner: object) -> str:
+        return os.path.join(vm.folder, self.name.format(vm.name))
+
+
 class VM:
     """A VM or a template: its place in the tree, and the name of each of its files, once."""
 
     __slots__ = ("base", "group", "type", "name", "folder", "_conf")
+
+    conf_file = FileOf("{}.conf")
+    pid_file = FileOf("{}.pid")
+    log_file = FileOf("{}.log")
+    command_file = FileOf("{}.command")
+    console_log = FileOf("console.log")
+    credentials_file = FileOf("credentials")  # the SMBIOS string that hands keys and hostname to systemd (0600)
+    seed_folder = FileOf("seed")  # what cloud-init in the guest reads (0700: the host key is in it)
+    user_data_file = FileOf("user-data")  # what the user adds to the seed, as it was when the VM was made (0600)
+    host_key = FileOf("ssh_host_ed25519_key")  # made on the host (0600), its public half beside it
+    configured_file = FileOf("configured")  # there once the guest has been configured, over ssh or by its cloud-init
 
     def __init__(self, base: str, group: str, type: str, name: str, folder: str = "") -> None:
         self.base, self.group, self.type, self.name = base, group, type, name
@@ -1046,51 +1067,6 @@ class VM:
 
     def file(self, name: str) -> str:
         return os.path.join(self.folder, name)
-
-    @property
-    def conf_file(self) -> str:
-        return os.path.join(self.folder, f"{self.name}.conf")
-
-    @property
-    def pid_file(self) -> str:
-        return os.path.join(self.folder, f"{self.name}.pid")
-
-    @property
-    def log_file(self) -> str:
-        return self.file(f"{self.name}.log")
-
-    @property
-    def command_file(self) -> str:
-        return self.file(f"{self.name}.command")
-
-    @property
-    def console_log(self) -> str:
-        return self.file("console.log")
-
-    @property
-    def credentials_file(self) -> str:
-        """The SMBIOS string that hands keys and hostname to systemd (0600)."""
-        return self.file("credentials")
-
-    @property
-    def seed_folder(self) -> str:
-        """What cloud-init in the guest reads (0700: the host key is in it)."""
-        return self.file("seed")
-
-    @property
-    def user_data_file(self) -> str:
-        """What the user adds to the seed, as it was when the VM was made (0600)."""
-        return self.file("user-data")
-
-    @property
-    def host_key(self) -> str:
-        """The guest's ssh host key, made on the host (0600), its public half beside it."""
-        return self.file("ssh_host_ed25519_key")
-
-    @property
-    def configured_file(self) -> str:
-        """There once the guest has been configured, over ssh or by its cloud-init."""
-        return self.file("configured")
 
     def disk_name(self, number: int, extension: str) -> str:
         return f"{self.name}_{number}.{extension}"
