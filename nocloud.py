@@ -1635,6 +1635,13 @@ def program_environment(extra: Mapping[str, str] | None = None) -> dict[str, str
     return environment
 
 
+def traced(argv: Sequence[str]) -> list[str]:
+    """`argv` with the program's path, as it is about to run: shown under --debug.  Raises MissingProgram."""
+    words = [need_program(argv[0]), *argv[1:]]
+    report.trace(words)
+    return words
+
+
 def run(
     argv: Sequence[str],
     *,
@@ -1652,8 +1659,7 @@ def run(
     """
     import subprocess
 
-    words = [need_program(argv[0]), *argv[1:]]
-    report.trace(words)
+    words = traced(argv)
     child = subprocess.Popen(
         words,
         stdin=subprocess.DEVNULL if input is None else subprocess.PIPE,
@@ -1706,8 +1712,7 @@ def run_watched(
     import subprocess
     import threading
 
-    words = [need_program(argv[0]), *argv[1:]]
-    report.trace(words)
+    words = traced(argv)
     child = subprocess.Popen(
         words,
         stdin=subprocess.DEVNULL,
@@ -1766,8 +1771,7 @@ def spawn(
     """
     import subprocess
 
-    words = [need_program(argv[0]), *argv[1:]]
-    report.trace(words)
+    words = traced(argv)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
     output = os.open(log, flags, 0o600) if isinstance(log, str) else os.dup(log)
     try:
@@ -1790,8 +1794,7 @@ def become(argv: Sequence[str]) -> None:
     """Replace this process by a program: stdin, terminal and exit status are then the program's own."""
     import signal
 
-    words = [need_program(argv[0]), *argv[1:]]
-    report.trace(words)
+    words = traced(argv)
     sys.stdout.flush()
     sys.stderr.flush()
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and exec hands that on
