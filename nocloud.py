@@ -907,6 +907,28 @@ def packaged(name: str, place: str = "etc") -> str:
     return data.decode()
 
 
+def need_packaged(name: str) -> str:
+    """packaged() of a file that the work can't be done without.  Raises Error where it isn't there."""
+    text = packaged(name)
+    if not text:
+        raise Error(f"etc/{name} is missing: {program_path()} was copied without it", "nocloud.pyz is all in one file")
+    return text
+
+
+def packaged_files(folder: str) -> list[str]:
+    """The paths, relative to it and sorted, of all files below a folder of `etc/`; packaged() reads them."""
+    origin, start = os.path.dirname(os.path.realpath(__file__)), os.path.join("etc", folder, "")
+    if os.path.isfile(origin):
+        import zipfile
+
+        with zipfile.ZipFile(origin) as archive:
+            names = archive.namelist()
+    else:
+        walk = os.walk(os.path.join(origin, start))
+        names = [os.path.relpath(os.path.join(place, name), origin) for place, _, files in walk for name in files]
+    return sorted(name[len(start) :] for name in names if name.startswith(start))
+
+
 def home_folder() -> str:
     """The user's home; /nonexistent where there is none, so that nothing lands in the current folder, or in /."""
     path = os.path.expanduser("~") if os.environ.get("HOME", "~") else ""
