@@ -915,6 +915,11 @@ def need_packaged(name: str) -> str:
     return text
 
 
+def packaged_list(name: str) -> list[str]:
+    """The lines of a packaged file but for comments and empty ones."""
+    return [line for line in packaged(name).splitlines() if line and not line.startswith("#")]
+
+
 def packaged_files(folder: str) -> list[str]:
     """The paths, relative to it and sorted, of all files below a folder of `etc/`; packaged() reads them."""
     origin, start = os.path.dirname(os.path.realpath(__file__)), os.path.join("etc", folder, "")
@@ -1581,29 +1586,8 @@ def backing_chain(disks: Sequence[str]) -> list[str]:
 #
 # The only place that starts processes: argv lists, never a shell, a fixed locale, nothing on stdin unless given.
 
-# Which package brings a program, where its name isn't the package's own: (Debian, Fedora, Arch).
-PACKAGES = {
-    "qemu-img": ("qemu-utils", "qemu-img", "qemu-img"),
-    "qemu-system-x86_64": ("qemu-system-x86", "qemu-system-x86-core", "qemu-system-x86"),
-    "ssh": ("openssh-client", "openssh-clients", "openssh"),
-    "ssh-keygen": ("openssh-client", "openssh-clients", "openssh"),
-    "ip": ("iproute2", "iproute", "iproute2"),
-    "dnsmasq": ("dnsmasq-base", "dnsmasq", "dnsmasq"),
-    "nsenter": ("util-linux", "util-linux", "util-linux"),
-    "setpriv": ("util-linux", "util-linux", "util-linux"),
-    "unshare": ("util-linux", "util-linux", "util-linux"),
-    "pasta": ("passt", "passt", "passt"),
-    "mke2fs": ("e2fsprogs", "e2fsprogs", "e2fsprogs"),
-    "sfdisk": ("fdisk", "util-linux", "util-linux"),
-    "newuidmap": ("uidmap", "shadow-utils", "shadow"),
-    "groupadd": ("passwd", "shadow-utils", "shadow"),
-    "modprobe": ("kmod", "kmod", "kmod"),
-    "nft": ("nftables", "nftables", "nftables"),
-    "xorriso": ("xorriso", "xorriso", "libisoburn"),
-    "resolvectl": ("systemd-resolved", "systemd-resolved", "systemd"),
-    "qemu-bridge-helper": ("qemu-system-common", "qemu-common", "qemu-common"),
-}
-# The package manager, how it installs, the column above, and the distributions that have it, as os-release names them.
+# The package manager, how it installs, its column of etc/packages, counted after the program's, and the distributions
+# that have it, as os-release names them.
 _INSTALLERS = (
     ("apt-get", "apt install", 0, ("debian", "ubuntu")),
     ("dnf", "dnf install", 1, ("fedora", "rhel")),
@@ -1646,7 +1630,7 @@ def parse_os_release(text: str) -> dict[str, str]:
 
 
 def choose_installer(release: Mapping[str, str], present: Sequence[str]) -> tuple[str, int]:
-    """(how packages are installed, column of PACKAGES) with the package managers that are there, or ("", 0).
+    """(how packages are installed, column of etc/packages) with the package managers that are there, or ("", 0).
 
     The distribution decides between several: Debian has a game called pacman, and dnf as well.
     """
@@ -1658,7 +1642,8 @@ def choose_installer(release: Mapping[str, str], present: Sequence[str]) -> tupl
 
 def package_of(program: str, column: int) -> str:
     """The package that brings a program; the program's own name where the table has nothing else."""
-    return PACKAGES.get(program, (program,) * len(_INSTALLERS))[column]
+    rows = (line.split() for line in packaged_list("packages"))
+    return next((packages[column] for name, *packages in rows if name == program), program)
 
 
 def host_installer() -> tuple[str, int]:
@@ -6207,273 +6192,10 @@ def published_conf(web: Web, source: ClassicSource) -> dict[str, str]:
 BUILD_TMP_MB = 1200  # mmdebstrap's own tree, in $TMPDIR
 BUILD_WORK_MB = 1700  # the tar, the tree, the raw disk and the qcow2, in the VM tree
 
-# python3-minimal lacks json and shutil, which ansible's modules import. grub-pc would ask for its disk at upgrades;
-# grub-pc-bin and grub2-common write grub.cfg for each new kernel and leave the boot sectors alone.
-BUILD_PACKAGES = (
-    "initramfs-tools",
-    "lz4",
-    "systemd-sysv",
-    "dbus",
-    "udev",
-    "kmod",
-    "openssh-server",
-    "python3",
-    "python3-apt",
-    "iproute2",
-    "iputils-ping",
-    "procps",
-    "less",
-    "ca-certificates",
-    "grub-pc-bin",
-    "grub2-common",
-)
-DPKG_OPTIONS = (  # for this run only: BUILD_LITTER takes them out of the guest
-    "force-unsafe-io",
-    "path-exclude=/usr/share/man/*",
-    "path-exclude=/usr/share/info/*",
-    "path-exclude=/usr/share/locale/*/LC_MESSAGES/*",
-    "path-exclude=/usr/share/doc/*",
-    "path-include=/usr/share/doc/*/copyright",
-    "path-exclude=/usr/share/lintian/*",
-)
 APT_OPTION = 'APT::Cmd::Pattern-Only "true"'  # else a name with a dot that no package has is a regular expression
-GRUB_MODULES = (
-    "biosdisk part_msdos part_gpt ext2 normal configfile linux boot echo test search search_fs_uuid search_label"
-    " loadenv gzio minicmd ls cat reboot halt"
-)
 GRUB_LIB = "usr/lib/grub/i386-pc"
 
-# Runs once in the target, by mmdebstrap. INITRD=No keeps the kernel's package from making one before (6 s each).
-# The prefix names a partition but no disk: the one that was booted from.
-TARGET_SCRIPT = f"""set -e
-printf 'MODULES=list\\nCOMPRESS=lz4\\nBUSYBOX=auto\\n' >"$1/etc/initramfs-tools/conf.d/nocloud"
-printf 'virtio_pci\\nvirtio_blk\\nvirtio_scsi\\nsd_mod\\next4\\n' >"$1/etc/initramfs-tools/modules"
-env -u INITRD chroot "$1" update-initramfs -c -k all
-chroot "$1" systemctl --quiet enable systemd-networkd.service
-mkdir -p "$1/boot/grub"
-chroot "$1" grub-mkimage -O i386-pc -o /boot/grub/core.img -p '(,msdos1)/boot/grub' {GRUB_MODULES}
-"""
-
 KERNEL_OPTIONS = "rootfstype=ext4 rootflags=noatime console=tty0 console=ttyS0,115200"
-# Only for the first boots: the first new kernel makes the guest's update-grub write a full one over it.
-GRUB_CFG = """set timeout=0
-menuentry '{distribution}' {{
-    search --no-floppy --fs-uuid --set=root {uuid}
-    linux /{kernel} root=UUID={uuid} rw {options} quiet
-    initrd /{initrd}
-}}
-"""
-GRUB_DEFAULTS = """GRUB_DEFAULT=0
-GRUB_TIMEOUT=0
-GRUB_TIMEOUT_STYLE=hidden
-GRUB_DISTRIBUTOR={distribution}
-GRUB_TERMINAL=console
-GRUB_DISABLE_OS_PROBER=true
-GRUB_DISABLE_SUBMENU=y
-GRUB_CMDLINE_LINUX_DEFAULT="quiet"
-GRUB_CMDLINE_LINUX="rw {options}"
-"""
-
-BUILD_FILES = {
-    # One address per MAC: clones of one template could share what a DUID is made from.  Any network card will do.
-    "etc/systemd/network/80-ethernet.network": """[Match]
-Type=ether
-Kind=!*
-
-[Network]
-DHCP=yes
-LLMNR=no
-MulticastDNS=no
-
-[DHCPv4]
-ClientIdentifier=mac
-SendHostname=yes
-UseHostname=no
-UseDNS=yes
-UseDomains=yes
-
-[IPv6AcceptRA]
-UseDomains=yes
-""",
-    # systemd-resolved would hold up each boot, everything else comes after it; libc can ask DHCP's name server itself.
-    "etc/systemd/system/nocloud-resolv.path": """[Unit]
-Description=Wait for the first DHCP lease
-
-[Path]
-PathExistsGlob=/run/systemd/netif/leases/[0-9]*
-
-[Install]
-WantedBy=paths.target
-""",
-    "etc/systemd/system/nocloud-resolv.service": """[Unit]
-Description=Take the name servers that DHCP brought
-
-[Service]
-Type=oneshot
-RemainAfterExit=yes
-ExecStart=/bin/sh /usr/lib/nocloud/resolv
-""",
-    "usr/lib/nocloud/resolv": """# What networkd writes of its leases, in the form that libc reads.
-for lease in /run/systemd/netif/leases/*; do
-    while IFS='=' read -r key value; do
-        case $key in
-            DNS) for address in $value; do echo "nameserver $address"; done ;;
-            DOMAINNAME) domains="$domains $value" ;;
-        esac
-    done <"$lease"
-done >/run/resolv.conf.new
-[ -z "$domains" ] || echo "search$domains" >>/run/resolv.conf.new
-mv /run/resolv.conf.new /run/resolv.conf
-""",
-    "etc/systemd/system/nocloud-hostname.service": """[Unit]
-Description=Take the hostname that a credential brought
-Documentation=man:systemd.system-credentials(7)
-DefaultDependencies=no
-ConditionFileNotEmpty=/etc/hostname
-After=systemd-tmpfiles-setup.service
-Before=systemd-networkd.service systemd-hostnamed.service sysinit.target
-
-[Service]
-Type=oneshot
-ExecStart=/bin/sh -c 'cat /etc/hostname >/proc/sys/kernel/hostname'
-
-[Install]
-WantedBy=sysinit.target
-""",
-    "etc/systemd/system/nocloud-hostkey.service": """[Unit]
-Description=Make a host key where none was planted
-ConditionPathExistsGlob=!/etc/ssh/ssh_host_*_key
-Before=ssh.service
-
-[Service]
-Type=oneshot
-ExecStart=/usr/bin/ssh-keygen -q -t ed25519 -N "" -C "" -f /etc/ssh/ssh_host_ed25519_key
-
-[Install]
-WantedBy=multi-user.target
-""",
-    "etc/systemd/system/nocloud-grow.service": """[Unit]
-Description=Let the root file system fill its disk
-DefaultDependencies=no
-Before=cloud-init-local.service sysinit.target
-
-[Service]
-Type=oneshot
-ExecStart=/bin/sh /usr/lib/nocloud/grow
-
-[Install]
-WantedBy=sysinit.target
-""",
-    # fdisk and growpart aren't in a minimal system. The table is an MBR with one entry, at byte 446, whose size in
-    # sectors is its last four bytes, little-endian. `growing` is there while the file system may be behind.
-    "usr/lib/nocloud/grow": """# Make the root partition and its file system as large as the disk, where that is larger.
-while read -r id parent device root place rest; do [ "$place" = / ] && break; done </proc/self/mountinfo
-cd -P "/sys/dev/block/$device" || exit
-disk=${PWD%/*} growing=/usr/lib/nocloud/growing
-read -r number <partition && read -r start <start && read -r size <size && read -r all <../size || exit
-set -- ../*/partition
-[ "$# $number" = "1 1" ] || exit 0
-new=$((all - start))
-[ $new -le 4294967295 ] || new=4294967295
-if [ $new -gt "$size" ]; then
-    : >$growing
-    for shift in 0 8 16 24; do
-        printf "\\\\$(printf %03o $((new >> shift & 255)))"
-    done | dd of="/dev/${disk##*/}" bs=1 seek=458 conv=notrunc,fsync status=none || exit
-    resizepart "/dev/${disk##*/}" 1 $new || exit
-fi
-[ ! -e $growing ] || { /lib/systemd/systemd-growfs / && rm $growing; }
-""",
-    # Without libpam-systemd (slow logins) nothing ends ssh sessions before the network is gone, and clients would hang.
-    "etc/systemd/system/nocloud-ssh-sessions.service": """[Unit]
-Description=End ssh sessions before the network goes
-After=network.target
-
-[Service]
-Type=oneshot
-RemainAfterExit=yes
-ExecStop=-/bin/systemctl kill ssh.service
-
-[Install]
-WantedBy=multi-user.target
-""",
-    # On few and emulated processors the first login would wait for what else starts with ssh.
-    **{
-        f"etc/systemd/system/{unit}.service.d/nocloud.conf": "[Unit]\nAfter=ssh.service\n"
-        for unit in ("systemd-logind", "getty@", "serial-getty@")
-    },
-    # Each clone's overlay would grow by 8 MB at once.
-    "etc/systemd/journald.conf.d/nocloud.conf": "[Journal]\nStorage=volatile\n",
-    "etc/default/locale": "LANG=C.UTF-8\n",
-    "etc/locale.conf": "LANG=C.UTF-8\n",
-    "etc/hosts": "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n",
-    # Empty: made at each clone's first boot, without the presets that "uninitialized" would apply (machine-id(5)).
-    "etc/machine-id": "",
-    # Else systemd rebuilds hwdb, ld.so.cache and the catalog at the first boot: minutes, emulated.
-    "etc/.updated": "",
-    "var/.updated": "",
-}
-BUILD_LINKS = {
-    "etc/resolv.conf": "../run/resolv.conf",
-    "etc/systemd/system/default.target": "/lib/systemd/system/multi-user.target",
-    "etc/localtime": "/usr/share/zoneinfo/Etc/UTC",
-    "var/lib/dbus/machine-id": "/etc/machine-id",
-}
-# What a VM that lives for minutes or days doesn't need, or what would hold up its boot.  modprobe@.service loads what
-# few use; who does use it loads it on demand.
-BUILD_MASKED = (
-    "apt-daily.timer",
-    "apt-daily-upgrade.timer",
-    "dpkg-db-backup.timer",
-    "e2scrub_all.timer",
-    "e2scrub_reap.service",
-    "grub-common.service",
-    "systemd-networkd-wait-online.service",
-    "systemd-networkd-persistent-storage.service",
-    "systemd-pstore.service",
-    "modprobe@configfs.service",
-    "modprobe@dm_mod.service",
-    "modprobe@drm.service",
-    "modprobe@efi_pstore.service",
-    "modprobe@loop.service",
-)
-# For disks and firmware that such a VM hasn't got.  Each is a process, and all run before the first unit starts.
-BUILD_GENERATORS = (
-    "bless-boot",
-    "cryptsetup",
-    "gpt-auto",
-    "hibernate-resume",
-    "integritysetup",
-    "ssh",  # systemd 256: sshd on a vsock, which isn't there
-    "tpm2",
-    "veritysetup",
-)
-BUILD_LITTER = (
-    "etc/hostname",
-    "etc/ssh/ssh_host_*",
-    "etc/dpkg/dpkg.cfg.d/99mmdebstrap",
-    "etc/apt/apt.conf.d/99mmdebstrap",
-    "etc/*-",
-    "var/lib/systemd/random-seed",
-    "var/lib/systemd/credential.secret",
-    "var/log/journal",
-    "var/log/*.log",
-    "var/log/apt/*",
-    "var/lib/apt/lists/*",
-    "var/cache/apt/*.bin",
-    "var/cache/apt/archives/*.deb",
-    "var/cache/debconf/*-old",
-    "var/lib/dpkg/*-old",
-    "boot/System.map*",
-    "vmlinuz.old",
-    "initrd.img.old",
-    "boot/vmlinuz.old",
-    "boot/initrd.img.old",
-    "root/.bash_history",
-    "root/.ssh",
-    "tmp/*",
-    "run/*",
-)
 
 
 class BuildProgress:
@@ -6549,7 +6271,7 @@ class Build:
         self.distribution = UBUNTU if suite in UBUNTU_SUITES else DEBIAN
         self.init = "cloud-init" if suite in WITHOUT_CREDENTIALS else "systemd"
         seeded = ("cloud-init", "cloud-guest-utils") if self.init == "cloud-init" else ()
-        self.packages = [self.distribution.kernel, *BUILD_PACKAGES, *seeded, *more]
+        self.packages = [self.distribution.kernel, *packaged_list("build/packages"), *seeded, *more]
         self.sources: list[str] = []
 
     @property
@@ -6706,9 +6428,9 @@ def install_packages(build: Build, archive: str, progress: BuildProgress) -> Non
     argv = [
         "mmdebstrap", "--verbose", "--mode=unshare", "--format=tar", "--variant=minbase", "--architectures=amd64",
         "--skip=output/dev", *given, *([f"--hook-dir={hooks}"] if os.path.isdir(hooks) else []),
-        *[f"--dpkgopt={option}" for option in DPKG_OPTIONS], "--aptopt=" + APT_OPTION,
+        *[f"--dpkgopt={option}" for option in packaged_list("build/dpkg.cfg")], "--aptopt=" + APT_OPTION,
         "--components=" + build.distribution.components.replace(" ", ","),  # for its own sources, where we give none
-        "--include=" + ",".join(build.packages), "--customize-hook=" + TARGET_SCRIPT,
+        "--include=" + ",".join(build.packages), "--customize-hook=" + need_packaged("build/target.sh"),
         build.suite, archive, *build.sources,
     ]  # fmt: skip
     env = {"TMPDIR": build_tmpdir(), "INITRD": "No", "DEBIAN_FRONTEND": "noninteractive", **apt_proxies()}
@@ -6784,7 +6506,7 @@ def clean_system(tree: str) -> None:
     """Take out what must be each clone's own, and what only costs space."""
     import glob
 
-    for pattern in BUILD_LITTER:
+    for pattern in packaged_list("build/litter"):
         for path in glob.glob(os.path.join(glob.escape(tree), pattern)):
             if os.path.isdir(path) and not os.path.islink(path):
                 remove_tree(path)
@@ -6796,22 +6518,19 @@ def configure_system(tree: str, disk_uuid: str, build: Build) -> None:
     """Make a bootable template of the installed system."""
     clean_system(tree)
     os.makedirs(os.path.join(tree, "dev"), exist_ok=True)  # output/dev leaves the folder out as well
-    for name, text in BUILD_FILES.items():
+    kernel, initrd = boot_links(tree)
+    words = {"DISTRIBUTION": build.distribution.name, "OPTIONS": KERNEL_OPTIONS}
+    words.update({"UUID": disk_uuid, "KERNEL": kernel, "INITRD": initrd})
+    for name in packaged_files("build/tree"):
+        text = re.sub("@([A-Z]+)@", lambda found: words[found.group(1)], packaged(f"build/tree/{name}"))
         put_file(tree, name, text)
         wanted = re.search(r"^WantedBy=(.+)$", text, re.M)
         if wanted:
             put_file(tree, f"etc/systemd/system/{wanted.group(1)}.wants/{os.path.basename(name)}", link=f"/{name}")
-    for name, link in BUILD_LINKS.items():
-        put_file(tree, name, link=link)
-    for unit in BUILD_MASKED:
-        put_file(tree, f"etc/systemd/system/{unit}", link="/dev/null")
-    for generator in BUILD_GENERATORS:
-        put_file(tree, f"etc/systemd/system-generators/systemd-{generator}-generator", link="/dev/null")
+    for line in packaged_list("build/links"):
+        name, target = line.split()
+        put_file(tree, name, link=target)
     put_sources(tree, build.sources)
-    kernel, initrd = boot_links(tree)
-    names = {"distribution": build.distribution.name, "options": KERNEL_OPTIONS}
-    put_file(tree, "etc/default/grub", GRUB_DEFAULTS.format(**names))
-    put_file(tree, "boot/grub/grub.cfg", GRUB_CFG.format(uuid=disk_uuid, kernel=kernel, initrd=initrd, **names))
     copy_grub_modules(tree)
 
 
@@ -8312,9 +8031,10 @@ def configure(wait: Wait) -> None:
     if os.path.exists(vm.configured_file):
         return
     pin_host_key(wait)
+    script = guest_script("hostname.sh", NAME=vm.host_name)
     while True:
         wait.check()
-        status, output = ssh_batch(wait.cloud, vm, hostname_script(vm.host_name), max(5.0, min(60.0, wait.left())))
+        status, output = ssh_batch(wait.cloud, vm, script, max(5.0, min(60.0, wait.left())))
         if status == 0:
             write_file(vm.configured_file, "")
             return
@@ -8326,27 +8046,9 @@ NOT_YET = 75  # as sysexits.h: try again
 
 
 def cloud_init_script(seconds: int) -> str:
-    """For the guest's shell: 0 where its cloud-init has ended well, 1 where it failed, NOT_YET where it is at work.
-
-    result.json is there once all stages of this boot have ended.  `cloud-init status` takes a slow guest seconds, so it
-    is asked only where that file names errors, or doesn't come within `seconds` (0: not then either); its exit status
-    is 0 for done, 1 for failed, 2 (since 23.4) for done with warnings.
-    """
-    return f"""\
-command -v cloud-init >/dev/null || exit 0
-cd /run/cloud-init 2>/dev/null; n=0
-until [ -e result.json ] || [ -e disabled ] || [ $n -ge {seconds} ]; do n=$((n+1)); sleep 1; done
-[ -e disabled ] || grep -q '"errors": *\\[\\]' result.json 2>/dev/null && exit 0
-[ -e result.json ] || [ {seconds} -gt 0 ] || exit {NOT_YET}
-said=$(cloud-init status --long 2>&1); status=$?
-case $said in *"status: running"* | *"status: not "*) exit {NOT_YET};; esac
-[ $status = 1 ] || exit 0
-s=; [ "$(id -u)" = 0 ] || s="sudo -n"
-echo "$said"
-$s grep -E 'WARN|ERROR|CRITICAL' /var/log/cloud-init.log | tail -n 3
-$s tail -n 3 /var/log/cloud-init-output.log
-exit 1
-"""
+    """For the guest's shell: 0 where its cloud-init has ended well, 1 where it failed, NOT_YET where it is at work, and
+    still is after `seconds`."""
+    return guest_script("cloud-init.sh", PATIENCE=seconds, NOT_YET=NOT_YET)
 
 
 def wait_cloud_init(wait: Wait) -> None:
@@ -8385,19 +8087,6 @@ def check_login(vm: VM, status: int, output: str) -> None:
         )
     if status not in (255, -1):
         raise Error(f"{vm.name}: it can't be configured over ssh: {words}")
-
-
-def hostname_script(name: str) -> str:
-    """What the guest's shell is given: sets the hostname, now and for the next boot, where it is another."""
-    import shlex
-
-    return (
-        f"h={shlex.quote(name)}; "
-        '[ "$(cat /proc/sys/kernel/hostname)" = "$h" ] && [ "$(cat /etc/hostname 2>/dev/null)" = "$h" ] && exit 0; '
-        's=; [ "$(id -u)" = 0 ] || s="sudo -n"; echo "$h" | $s tee /etc/hostname >/dev/null && '
-        'if command -v hostnamectl >/dev/null && [ -d /run/systemd/system ]; then $s hostnamectl set-hostname "$h"; '
-        'else $s hostname "$h"; fi'
-    )
 
 
 def pin_host_key(wait: Wait) -> None:
@@ -8669,45 +8358,16 @@ def forget_guest(cloud: Cloud, vm: VM) -> None:
         cloud.known_hosts.update({}, [vm.conf.get("vmUuid", "")])
 
 
-def as_root(script: str) -> str:
-    """A script for the guest's shell, run by root, or by a login that may become it without a password."""
+def guest_script(name: str, root: bool = False, **given: object) -> str:
+    """A script of etc/guest for a guest's shell, after assignments of what it is given.
+
+    `root`: it is run by root, or by a login that may become root without a password.
+    """
     import shlex
 
-    return f's=; [ "$(id -u)" = 0 ] || s="sudo -n"; exec $s sh -c {shlex.quote(script)}'
-
-
-# What the first boot of a clone makes anew, and what is of no use in one.  A host key stays where nothing would make
-# another: sshd would not start.  systemd-random-seed would write its file again at shutdown.
-CLEANING = r"""
-if [ -e /etc/machine-id ]; then : >/etc/machine-id; fi
-if [ -f /var/lib/dbus/machine-id ] && [ ! -L /var/lib/dbus/machine-id ]; then rm -f /var/lib/dbus/machine-id; fi
-for maker in /usr/lib/systemd/system/sshd-keygen.target /usr/lib/systemd/system/sshdgenkeys.service \
-    /usr/sbin/sshd-gen-keys-start /etc/systemd/system/nocloud-hostkey.service /etc/alpine-release; do
-    if [ -e "$maker" ]; then planted=yes; fi
-done
-if [ "$planted" ]; then rm -f /etc/ssh/ssh_host_*_key /etc/ssh/ssh_host_*_key.pub /etc/dropbear/*_host_key; fi
-if [ -d /run/systemd/system ]; then
-    systemctl stop systemd-random-seed.service
-    journalctl --relinquish-var
-fi
-if command -v cloud-init >/dev/null; then cloud-init clean --logs; fi
-rm -rf /var/lib/cloud/instance /var/lib/cloud/instances /var/log/journal/*
-rm -f /var/lib/systemd/random-seed /var/lib/systemd/credential.secret /etc/udev/rules.d/70-persistent-net.rules \
-    /var/lib/dhcp/*.lease* /var/lib/dhclient/* /var/lib/NetworkManager/*.lease /var/lib/NetworkManager/secret_key \
-    /root/.*_history /home/*/.*_history /root/.lesshst /home/*/.lesshst
-find /var/log -type f \( -name '*.gz' -o -name '*.[0-9]' -o -name '*.old' \) -exec rm -f {} +
-find /var/log -type f -exec sh -c 'for log; do : >"$log"; done' sh {} +
-for mark in /etc/.updated /var/.updated; do if [ -e $mark ]; then touch $mark; fi; done
-sync
-"""
-CLEANING_KEYS = r"""
-for file in /root/.ssh/authorized_keys /home/*/.ssh/authorized_keys; do
-    [ -f "$file" ] || continue
-    grep -vF "$planted_keys" "$file" >"$file.kept"
-    if [ -s "$file.kept" ]; then cat "$file.kept" >"$file"; else rm -f "$file"; fi
-    rm -f "$file.kept"
-done
-"""
+    values = "".join(f"{key}={shlex.quote(str(value))}\n" for key, value in given.items())
+    script = values + need_packaged(f"guest/{name}")
+    return f's=; [ "$(id -u)" = 0 ] || s="sudo -n"; exec $s sh -c {shlex.quote(script)}' if root else script
 
 
 def cleaning_script(vm: VM) -> str:
@@ -8715,41 +8375,17 @@ def cleaning_script(vm: VM) -> str:
 
     Login keys and the host key go where each clone gets them planted; elsewhere the clones need what is there.
     """
-    import shlex
-
-    script = "exec 2>/dev/null\nplanted=\n" + CLEANING
-    if is_planted(vm):
-        keys = "\n".join(line.split()[1] for line in login_keys())
-        script = script.replace("planted=\n", "planted=yes\n", 1)
-        script += f"planted_keys={shlex.quote(keys)}\n" + CLEANING_KEYS
-    if vm.get("vmInit") == "systemd":
-        script += "rm -f /etc/hostname\n"  # else it would win over the name that DHCP brings at the first boot
-    return as_root(script + "exit 0\n")
-
-
-# A unit that is only in memory: it is gone with this boot, and as it is stopped it has cleaned.
-AT_SHUTDOWN = """[Unit]
-Description=Take out what clones must not share
-[Service]
-Type=oneshot
-RemainAfterExit=yes
-ExecStart=/bin/true
-ExecStop=/bin/sh /run/nocloud-clean
-"""
+    planted = is_planted(vm)
+    keys = "\n".join(line.split()[1] for line in login_keys()) if planted else ""
+    return guest_script("clean.sh", True, PLANTED="yes" if planted else "", KEYS=keys, INIT=vm.get("vmInit"))
 
 
 def clean_at_shutdown(cloud: Cloud, template: VM) -> None:
     """Have a guest with systemd clean itself when it shuts down, since that may be without us.  Others are cleaned by
     vmstop only."""
-    import shlex
-
-    script = "[ -d /run/systemd/system ] || exit 0\numask 077\n"
-    for path, text in (
-        ("/run/nocloud-clean", cleaning_script(template)),
-        ("/run/systemd/system/nocloud-clean.service", AT_SHUTDOWN),
-    ):
-        script += f"printf %s {shlex.quote(text)} >{path}\n"
-    ssh_batch(cloud, template, as_root(script + "systemctl start nocloud-clean.service"), 60)
+    unit = need_packaged("guest/nocloud-clean.service")
+    script = guest_script("clean-at-shutdown.sh", True, SCRIPT=cleaning_script(template), UNIT=unit)
+    ssh_batch(cloud, template, script, 60)
 
 
 def clean_running(cloud: Cloud, template: VM) -> None:
@@ -8771,54 +8407,20 @@ def clean_running(cloud: Cloud, template: VM) -> None:
 
 # -- upgrades
 
-# By the ID, or else an ID_LIKE, of os-release(5).  Nobody is there to be asked: changed configuration files stay as
-# they are.  What was downloaded goes: it would only make the layer larger.
-UPGRADES = (
-    (("debian", "ubuntu"), r"""
-export DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1 APT_LISTCHANGES_FRONTEND=none UCF_FORCE_CONFFOLD=1
-set -- -q -y -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=300 \
-    -o Dpkg::Options::=--force-confdef -o Dpkg::Options::=--force-confold
-apt-get "$@" -o APT::Update::Error-Mode=any update
-apt-get "$@" dist-upgrade
-apt-get "$@" autoremove
-apt-get "$@" clean
-rm -rf /var/lib/apt/lists/*
-"""),
-    (("arch",), r"""
-pacman -Sy --noconfirm --needed archlinux-keyring
-pacman -Su --noconfirm
-rm -rf /var/cache/pacman/pkg/*
-"""),
-    (("fedora", "rhel", "centos"), r"""
-if command -v dnf; then dnf -y --refresh upgrade; dnf -q clean all; else yum -y update; yum -q clean all; fi
-"""),
-    (("suse", "opensuse"), r"""
-zypper="zypper --non-interactive --no-color"
-$zypper refresh
-case $ID in *tumbleweed*) how="dup --auto-agree-with-licenses";; *) how="update --auto-agree-with-licenses";; esac
-status=0; $zypper $how || status=$?
-if [ $status = 103 ]; then status=0; $zypper $how || status=$?; fi # 103: zypper itself is new, and has to go on
-case $status in 0 | 10[0-3]) ;; *) exit $status;; esac # zypper(8), EXIT CODES: 100 to 103 only inform
-$zypper clean --all
-"""),
-    (("alpine",), r"""
-apk update
-apk upgrade
-rm -rf /var/cache/apk/*
-"""),
-)  # fmt: skip
+# The script of etc/guest/upgrade for a system, by the ID, or else an ID_LIKE, of its os-release(5).
+UPGRADES = {
+    "debian": "debian", "ubuntu": "debian", "arch": "arch", "fedora": "fedora", "rhel": "fedora", "centos": "fedora",
+    "suse": "suse", "opensuse": "suse", "alpine": "alpine",
+}  # fmt: skip
 UPGRADE_SECONDS = 3 * 3600  # emulated guests are slow
-OS_RELEASE = "cat /etc/os-release 2>/dev/null || cat /usr/lib/os-release"
 
 
 def upgrade_script(name: str, release: Mapping[str, str]) -> str:
     """What upgrades a guest of that os-release.  Raises Error where nobody has said how that is done."""
-    import shlex
-
-    for word in (release.get("ID", ""), *release.get("ID_LIKE", "").split()):
-        for words, script in UPGRADES:
-            if word in words:
-                return as_root(f"set -e\nID={shlex.quote(release.get('ID', ''))}\n{script}")
+    id = release.get("ID", "")
+    for word in (id, *release.get("ID_LIKE", "").split()):
+        if word in UPGRADES:
+            return guest_script(f"upgrade/{UPGRADES[word]}.sh", True, ID=id)
     shown = release.get("PRETTY_NAME") or release.get("ID") or "without /etc/os-release"
     raise Error(
         f"{name}: its system is {printable(shown)}: nocloud doesn't know how to upgrade that",
@@ -8863,7 +8465,7 @@ def upgrade_guest(guest: OwnGuest, seconds: float) -> None:
     """Find out what it is, upgrade it, and shut it down."""
     name = guest.vm.name
     guest.wait()
-    release = parse_os_release(guest.output(OS_RELEASE))
+    release = parse_os_release(guest.output(guest_script("os-release.sh")))
     script = upgrade_script(name, release)
     report.say(f"{report.program}: {name}: upgrading {release.get('PRETTY_NAME') or release['ID']}")
     try:
@@ -8965,30 +8567,17 @@ def in_new_guest(cloud: Cloud, new: NewTemplate, work: Callable[[OwnGuest], None
 
 def take_over(cloud: Cloud, new: NewTemplate, key: PublishersKey) -> None:
     """Plant the user's keys and ours in a classic image, and take its publisher's out, as the bash tools did."""
-    import shlex
 
     def work(guest: OwnGuest) -> None:
         guest.keys = [*ssh_option("IdentityFile", ssh_path(key.path)), *ssh_option("IdentitiesOnly", "yes")]
         guest.wait_login()
-        guest.output(f"PLANTED={shlex.quote(chr(10).join(login_keys()))}\n{PLANTING}")
+        guest.output(guest_script("plant-keys.sh", KEYS="\n".join(login_keys())))
         guest.keys = ssh_key_options(True)  # from here on ours opens it, which proves that it can
-        guest.output(as_root(f"OLD={shlex.quote(key.public)}\n{UNPLANTING}"))
+        guest.output(guest_script("remove-key.sh", True, KEY=key.public))
         guest.clean()
         guest.shut_down()
 
     in_new_guest(cloud, new, work, f"is {key.path} the key of its publisher?")
-
-
-PLANTING = """umask 077
-mkdir -p ~/.ssh
-printf '%s\\n' "$PLANTED" >>~/.ssh/authorized_keys
-"""
-UNPLANTING = """for file in /root/.ssh/authorized_keys /home/*/.ssh/authorized_keys /etc/dropbear/authorized_keys; do
-    [ -f "$file" ] || continue
-    grep -vF "$OLD" "$file" >"$file.kept" || [ $? = 1 ] || exit 1
-    cat "$file.kept" >"$file" && rm "$file.kept" || exit 1
-done
-"""
 
 
 # -- what stands on what

@@ -93,8 +93,9 @@ def add_own_names(folder: Path, cloud: Cloud) -> None:
 
 def packages_of_programs() -> dict[str, str]:
     found: dict[str, list[str]] = {}
-    for program, packages in nocloud.PACKAGES.items():
-        found.setdefault(packages[0], []).append(program)
+    for line in nocloud.packaged_list("packages"):
+        program, package, *_ = line.split()
+        found.setdefault(package, []).append(program)
     return {package: " ".join(names) for package, names in found.items()}
 
 
