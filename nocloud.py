@@ -6655,14 +6655,16 @@ def build_disk(build: Build, disk: str, work: str) -> None:
     report.say(f"{build.suite}: built in {time.monotonic() - progress.started:.0f} s")
 
 
-# What was built is kept for the next template of the same: under what went into it, nocloud's own code included.
+# What was built is kept for the next template of the same: under what went into it, nocloud's own code and files
+# included.
 
 
 def build_recipe(build: Build) -> str:
     """A short name for all that decides about the result but the packages' versions."""
     import hashlib
 
-    parts = [file_digest(program_path()), build.suite, *build.packages, *build.sources, str(build.gigabytes)]
+    parts = [file_digest(program_path()), *(name + packaged(f"build/{name}") for name in packaged_files("build"))]
+    parts += [build.suite, *build.packages, *build.sources, str(build.gigabytes)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
