@@ -5156,14 +5156,16 @@ def import_image(new: NewTemplate, path: str, shown: str = "") -> None:
     convert_image(path, format, new.disk)
 
 
+def check_room(place: str, need: int, shown: str = "", what: str = "the image takes {} MB", hint: str = "") -> None:
+    """Raise where a folder, which messages call `shown`, has less than `need` bytes free."""
+    free = free_bytes(place)
+    if need > free:
+        raise Error(f"{shown or place}: {what.format(need // MIB)}, {free // MIB} MB are free", hint)
+
+
 def check_image_room(new: NewTemplate, path: str, format: str) -> None:
     """Raise where a copy of the image has no room."""
-    need, free = converted_size(path, format), free_bytes(new.vm.folder)
-    if need > free:
-        raise Error(
-            f"{new.cloud.tree.base}: the image takes {need // MIB} MB, {free // MIB} MB are free",
-            "free some disk space",
-        )
+    check_room(new.vm.folder, converted_size(path, format), new.cloud.tree.base, hint="free some disk space")
 
 
 def template_settings(cloud: Cloud, mem: int, cpu: int, user: str, init: str) -> dict[str, str]:
@@ -5225,14 +5227,13 @@ ENTRY_KEYS: dict[str, Callable[[str], object]] = {
 }
 
 
+@record
 class Entry:
     """A system that the catalogue names: the values of its lines, checked; '' where it has no such line."""
 
-    __slots__ = ("name", "place", "values")
-
-    def __init__(self, name: str, place: str) -> None:
-        self.name, self.place = name, place
-        self.values = {"kind": "cloud", "arch": "x86_64"}
+    name: str
+    place: str
+    values: dict[str, str]
 
     def __getitem__(self, key: str) -> str:
         return self.values.get(key, "")
@@ -5276,7 +5277,7 @@ class Catalogue:
                 check_name("template", section)
             except UsageError as error:
                 raise UsageError(f"{place}: {error}", error.hint) from None
-            self.entries.setdefault(section, Entry(section, place))
+            self.entries.setdefault(section, Entry(section, place, {"kind": "cloud", "arch": "x86_64"}))
         return section
 
     def _set(self, section: str, key: str, value: str, place: str) -> None:
@@ -5430,13 +5431,14 @@ def web_opener(seconds: float, proxies: Mapping[str, str]) -> urllib.request.Ope
     class Secure(http.client.HTTPSConnection):
         response_class = Response
 
-    class PlainHandler(urllib.request.HTTPHandler):
+    class Handler(urllib.request.HTTPSHandler):
         def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
             return self.do_open(Plain, req)
 
-    class SecureHandler(urllib.request.HTTPSHandler):
         def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
             return self.do_open(Secure, req, context=ssl.create_default_context())
+
+        http_request = urllib.request.HTTPSHandler.https_request
 
     class Redirects(urllib.request.HTTPRedirectHandler):
         http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # Python 3.9 and 3.10 don't know it
@@ -5448,8 +5450,8 @@ def web_opener(seconds: float, proxies: Mapping[str, str]) -> urllib.request.Ope
     opener = urllib.request.OpenerDirector()
     more = {name.partition("_")[0]: value for name, value in proxies.items()}
     opener.add_handler(urllib.request.ProxyHandler({**urllib.request.getproxies(), **more}))
-    for handler in (urllib.request.UnknownHandler, PlainHandler, SecureHandler, Redirects,
-                    urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor):  # fmt: skip
+    others = (urllib.request.UnknownHandler, urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor)
+    for handler in (Handler, Redirects, *others):
         opener.add_handler(handler())
     return opener
 
@@ -5649,15 +5651,12 @@ class Transfer:
                     break
                 new = piece[skip:]
                 skip -= len(piece) - len(new)
-                self._take(file, new)
+                self.sink(new)
+                write_all(file.fileno(), new)
+                self.done += len(new)
+                self.progress.advance(len(new))
             if answer.length or (self.total >= 0 and self.done < self.total):
                 raise TryAgain(f"{self.url}: the server broke off after {self.done // MIB} MB")
-
-    def _take(self, file: io.FileIO, piece: bytes) -> None:
-        self.sink(piece)
-        write_all(file.fileno(), piece)
-        self.done += len(piece)
-        self.progress.advance(len(piece))
 
     def _align(self, answer: http.client.HTTPResponse) -> int:
         """How many bytes of this answer we have already.  Raises Altered where it is of another file than ours."""
@@ -5681,12 +5680,9 @@ def check_download_room(transfer: Transfer, tree: Tree) -> None:
     wanted = {cache: transfer.progress.total - transfer.progress.done, base: transfer.progress.total}
     if os.stat(cache).st_dev == os.stat(base).st_dev:
         wanted = {base: sum(wanted.values())}
+    hint = "free some disk space, or put XDG_CACHE_HOME and vmBaseDir on larger file systems"
     for place, need in wanted.items():
-        if need > free_bytes(place):
-            raise Error(
-                f"{place}: the image takes {need // MIB} MB, {free_bytes(place) // MIB} MB are free",
-                "free some disk space, or put XDG_CACHE_HOME and vmBaseDir on larger file systems",
-            )
+        check_room(place, need, hint=hint)
 
 
 # -- checksums, published and computed
@@ -5723,17 +5719,14 @@ def choose_listed(listed: Sequence[tuple[str, str]], wanted: str) -> tuple[str, 
         fitting = [(listed[0][0] or wanted, listed[0][1])]
     if not fitting:
         raise ValueError("doesn't list")
-    name, digest = max(fitting, key=lambda each: _version_key(each[0]))
+    # Ordered by the numbers in the names: text and numbers alternate.
+    parts = [[int(part) if part.isdigit() else part for part in re.split(r"(\d+)", each[0])] for each in fitting]
+    name, digest = fitting[parts.index(max(parts))]
     if any(each != digest for other, each in fitting if other == name):
         raise ValueError("has two checksums for")
     same = [other for other, each in listed if each == digest and other.endswith(extension) and other != name]
     dated = [other for other in same if re.search("[0-9]{6}|Build[0-9]", other)]
     return (dated or [name])[0], digest
-
-
-def _version_key(name: str) -> list[Any]:
-    """Orders names by the numbers in them: text and numbers alternate."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 class Digest:
@@ -5918,6 +5911,8 @@ class CachedImage:
 class Source:
     """An image that a server has: its URLs, to be tried in turn, and what it must hash to."""
 
+    pieces = 1
+
     def __init__(self, urls: Sequence[str], algorithm: str, digest: str) -> None:
         self.urls, self.algorithm, self.digest = urls, algorithm, digest
 
@@ -5942,8 +5937,9 @@ class Source:
             return
 
     def expect(self, transfer: Transfer, tree: Tree) -> None:
+        """Know how much will come from the first answer: all pieces but the last are of one size."""
         if not transfer.progress.total:
-            transfer.progress.total = max(0, transfer.total)
+            transfer.progress.total = max(0, transfer.total) * self.pieces
             check_download_room(transfer, tree)
 
 
@@ -5952,13 +5948,13 @@ class ClassicSource(Source):
 
     def __init__(self, base: str, name: str, last: int, algorithm: str, digest: str) -> None:
         super().__init__([f"{base}/{name}.img/"], algorithm, digest)
-        self.base, self.name, self.last = base, name, last
+        self.base, self.name, self.pieces = base, name, last + 1
 
     def fetch(self, web: Web, tree: Tree, folder: str, progress: Progress) -> None:
         unpacker = Unpacker(self._compression(web))
         extension = {"xz": ".xz", "gzip": ".gz", "": ""}[unpacker.kind]
         part = os.path.join(folder, "image.part")
-        pieces = [f"{self.name}.img.{number:03d}{extension}" for number in range(self.last + 1)]
+        pieces = [f"{self.name}.img.{number:03d}{extension}" for number in range(self.pieces)]
         with ImageFile(part, Digest(self.algorithm, self.digest)) as image:
 
             def sink(data: bytes) -> None:
@@ -5967,18 +5963,12 @@ class ClassicSource(Source):
 
             for name in pieces:
                 transfer = Transfer(web, self.url + name, os.path.join(folder, name), sink, progress)
-                transfer.run(lambda transfer: self._expect_piece(transfer, tree))
+                transfer.run(lambda transfer: self.expect(transfer, tree))
             unpacker.finish()
         image.digest.check(self.url)
         for name in pieces:
             os.unlink(os.path.join(folder, name))
         os.rename(part, os.path.join(folder, "image"))
-
-    def _expect_piece(self, transfer: Transfer, tree: Tree) -> None:
-        """All pieces but the last are of one size."""
-        if not transfer.progress.total:
-            transfer.progress.total = max(0, transfer.total) * (self.last + 1)
-            check_download_room(transfer, tree)
 
     def _compression(self, web: Web) -> str:
         try:
@@ -6047,23 +6037,18 @@ def template_from_url(
     source = Source([url], algorithm, digest)
     if expected:
         template_from_source(cloud, name, source, web, settings)
-    elif insecure:
-        template_unverified(cloud, name, source, web, settings)
-    else:
+        return
+    if not insecure:
         raise UsageError(f"{url}: nothing says what it must be", "give --sha256 HEX or --sha512 HEX, or --insecure")
-
-
-def template_unverified(cloud: Cloud, name: str, source: Source, web: Web, settings: Mapping[str, str]) -> None:
-    """As the user said: --insecure.  Nothing of it goes into the cache, or is gone on with later."""
-    with NewTemplate(cloud, name) as new:
-        digest, path, progress = Digest("sha256", ""), new.vm.file("download"), Progress(name)
-        transfer = Transfer(web, source.url, path, digest.update, progress)
+    with NewTemplate(cloud, name) as new:  # nothing of it goes into the cache, or is gone on with later
+        found, path, progress = Digest("sha256", ""), new.vm.file("download"), Progress(name)
+        transfer = Transfer(web, url, path, found.update, progress)
         transfer.strict = True
         transfer.run(lambda transfer: source.expect(transfer, cloud.tree))
         progress.finish()
-        import_image(new, path, source.url)
+        import_image(new, path, url)
         os.unlink(path)
-        new.finish({**settings, "vmSource": source.url, "vmChecksum": digest.text()})
+        new.finish({**settings, "vmSource": url, "vmChecksum": found.text()})
 
 
 def resolve(catalogue: Catalogue, entry: Entry, web: Web) -> Source:
@@ -6080,7 +6065,10 @@ def resolve(catalogue: Catalogue, entry: Entry, web: Web) -> Source:
         address = catalogue.mirrored(urllib.parse.urljoin(images[0], entry.need("checksums")))
         listed, digest = read_checksums(web, address, algorithm, wanted)
         names = [listed] if listed != wanted else []
-    check_algorithm(entry, algorithm)
+    if algorithm == "md5":  # what old servers publish: it shows a damaged download, and no more than that
+        if not classic:
+            raise UsageError(f"{entry.place}: [{entry.name}]: md5 proves nothing: sha512 or sha256 is needed")
+        report.warn(f"{entry.name}: an md5 checksum shows damage, but not who made the image")
     if classic:
         base = catalogue.mirrored(images[0]).rpartition("/")[0]
         return ClassicSource(base, entry.name, int(entry.need("last")), algorithm, digest)
@@ -6099,14 +6087,6 @@ def read_checksums(web: Web, url: str, algorithm: str, wanted: str) -> tuple[str
         return choose_listed(listed, wanted)
     except ValueError as error:
         raise WebError(f"{url}: the checksum file {error} {wanted}", "the catalogue is older than the server") from None
-
-
-def check_algorithm(entry: Entry, algorithm: str) -> None:
-    """md5 is what old servers publish: it shows a damaged download, and no more than that."""
-    if algorithm == "md5":
-        if entry["kind"] != "classic":
-            raise UsageError(f"{entry.place}: [{entry.name}]: md5 proves nothing: sha512 or sha256 is needed")
-        report.warn(f"{entry.name}: an md5 checksum shows damage, but not who made the image")
 
 
 class PublishersKey:
@@ -6238,14 +6218,16 @@ class BuildProgress:
 # What is built, and where its packages come from: the host's own mirrors, where the host is of that distribution.
 
 
+@record
 class Distribution:
     """What all suites of a distribution have in common: `keyring` is the package that its archive's keys are in,
     `components` what is used of that archive, `kernel` the package of its kernel for virtual machines."""
 
-    __slots__ = ("id", "name", "keyring", "components", "kernel")
-
-    def __init__(self, id: str, name: str, keyring: str, components: str, kernel: str) -> None:
-        self.id, self.name, self.keyring, self.components, self.kernel = id, name, keyring, components, kernel
+    id: str
+    name: str
+    keyring: str
+    components: str
+    kernel: str
 
     @property
     def keys(self) -> str:
@@ -6279,17 +6261,17 @@ class Build:
         return f"packages of {self.suite}" + (f", with {', '.join(self.more)}" if self.more else "")
 
 
+@record
 class AptArchive:
-    """An archive of the host's apt: `release` is its codename where apt has read it, else as the source says;
-    `origin` is '' where apt has no lists yet; `entry` is FILE:N, N counting lines in .list, paragraphs in .sources."""
+    """An archive of the host's apt: `codename` and `origin` are what apt has read of it, '' where it has no lists yet,
+    `release` is what its source says; `entry` is FILE:N, N counting lines in .list, paragraphs in .sources."""
 
-    __slots__ = ("uri", "release", "component", "origin", "entry")
-
-    def __init__(self, uri: str, codename: str, release: str, component: str, origin: str, entry: str) -> None:
-        unknown = re.compile(r"\$\(.*\)")  # what apt doesn't know stays as it stands in the format
-        self.uri, self.component, self.entry = uri, component, entry
-        self.release = release if unknown.fullmatch(codename) else codename
-        self.origin = "" if unknown.fullmatch(origin) else origin
+    uri: str
+    codename: str
+    release: str
+    component: str
+    origin: str
+    entry: str
 
 
 APT_FORMAT = "$(REPO_URI)|$(CODENAME)|$(RELEASE)|$(COMPONENT)|$(ORIGIN)|$(SOURCESENTRY)"
@@ -6302,6 +6284,7 @@ def host_archives() -> list[AptArchive]:
     query = ["apt-get", "indextargets", "--format", APT_FORMAT, "Created-By: Packages", "Target-Of: deb"]
     text = run(query, check=False, merge=False).stdout
     text = text or run([*query, "--no-release-info"], check=False, merge=False).stdout
+    text = re.sub(r"\$\([A-Z]+\)(?=[|\n])", "", text)  # what apt doesn't know stays as it stands in the format
     return [AptArchive(*line.split("|")) for line in sorted(set(text.splitlines())) if line.count("|") == 5]
 
 
@@ -6318,26 +6301,23 @@ def signed_by(entry: str) -> str:
     return found.group(1) if found else ""
 
 
-def pockets(suite: str) -> tuple[str, ...]:
-    """What is appended to a suite's name for its updates; Debian's unstable has none."""
-    return ("",) if suite in ("sid", "unstable", "experimental") else ("", "-updates", "-security")
-
-
 def package_sources(
     suite: str, distribution: Distribution, archives: Sequence[AptArchive], host: Mapping[str, str]
 ) -> list[str]:
-    """apt source lines for the suite, from the host's own mirrors; none: mmdebstrap knows the public ones.
-
-    `host`: what os-release says of it.
+    """apt source lines for the suite, from the host's own mirrors; none: mmdebstrap knows the public ones, and can
+    verify what comes from there, else Error is raised.  `host`: what os-release says of it.
     """
     codename = host.get("VERSION_CODENAME", "") if host.get("ID") == distribution.id else ""
-    wanted = [codename + pocket for pocket in pockets(suite)] if codename else []
+    # Debian's unstable has no updates of its own.
+    pockets = ("",) if suite in ("sid", "unstable", "experimental") else ("", "-updates", "-security")
+    wanted = [codename + pocket for pocket in pockets] if codename else []
     found: dict[str, set[str]] = {}
     for archive in archives:
+        release = archive.codename or archive.release
         # others' archives serve suites of the same names
-        if archive.release in wanted and archive.origin in ("", distribution.name):
+        if release in wanted and archive.origin in ("", distribution.name):
             key = signed_by(archive.entry)
-            target = suite + archive.release[len(codename) :]
+            target = suite + release[len(codename) :]
             line = f"deb {f'[signed-by={key}] ' if key else ''}{archive.uri} {target}"
             found.setdefault(line, set()).add(archive.component)
     lines = [
@@ -6347,17 +6327,12 @@ def package_sources(
     ]
     if any(f" {suite} " in line for line in lines):
         return lines
-    check_archive_keys(suite, distribution)
-    return []
-
-
-def check_archive_keys(suite: str, distribution: Distribution) -> None:
-    """Raise where what comes from a distribution's public archive can't be verified."""
     if not os.path.isfile(distribution.keys):
         raise Error(
             f"{suite}: {distribution.keys} is missing: no package of {distribution.name} can be verified without it",
             f"sudo apt install {distribution.keyring}",
         )
+    return []
 
 
 def package_names(text: str) -> list[str]:
@@ -6636,23 +6611,27 @@ def write_boot_loader(tree: str, raw: str, size: int) -> None:
         file.write(table + core)
 
 
-def build_disk(build: Build, disk: str, work: str) -> None:
-    """Make `disk`, a bootable qcow2; `work` is an empty folder that the caller removes."""
-    size, tree, raw = build.gigabytes * GIB, os.path.join(work, "tree"), os.path.join(work, "disk.raw")
-    disk_uuid, _ = new_identity(set())
+def build_disk(build: Build, new: NewTemplate) -> None:
+    """Make a new template's disk: a bootable qcow2."""
+    check_room(new.vm.folder, BUILD_WORK_MB * MIB, new.cloud.tree.base, "building takes {} MB for a while")
+    work = new.vm.file("work")
+    os.mkdir(work, 0o700)
+    archive, tree, raw = (os.path.join(work, name) for name in ("root.tar", "tree", "disk.raw"))
+    size, (disk_uuid, _) = build.gigabytes * GIB, new_identity(set())
     progress = BuildProgress(build.suite)
     progress.tell("fetching the list of packages")
-    install_packages(build, os.path.join(work, "root.tar"), progress)
+    install_packages(build, archive, progress)
     progress.tell("configuring the system")
-    owners = unpack_system(os.path.join(work, "root.tar"), tree)
+    owners = unpack_system(archive, tree)
     configure_system(tree, disk_uuid, build)
     progress.tell("making the file system")
     make_filesystem(tree, raw, size, disk_uuid)
     restore_owners(tree, raw, owners, os.path.join(work, "owners"))
     write_boot_loader(tree, raw, size)
     progress.tell("making the disk")
-    compress_image(raw, disk)
+    compress_image(raw, new.disk)
     report.say(f"{build.suite}: built in {time.monotonic() - progress.started:.0f} s")
+    remove_tree(work)
 
 
 # What was built is kept for the next template of the same: under what went into it, nocloud's own code and files
@@ -6750,21 +6729,10 @@ def template_from_packages(cloud: Cloud, name: str, build: Build, settings: Mapp
                 report.say(f"{name}: the build is in the cache: {cached.folder}")
                 shutil.copyfile(cached.image, new.disk)
             else:
-                build_afresh(build, new)
+                build_disk(build, new)
                 cached.clear()
                 cached.keep(new.disk)
             new.finish({**settings, "vmSource": build.title})
-
-
-def build_afresh(build: Build, new: NewTemplate) -> None:
-    """Make a new template's disk."""
-    free = free_bytes(new.vm.folder)
-    if free < BUILD_WORK_MB * MIB:
-        raise Error(f"{new.cloud.tree.base}: building takes {BUILD_WORK_MB} MB for a while, {free // MIB} MB are free")
-    work = new.vm.file("work")
-    os.mkdir(work, 0o700)
-    build_disk(build, new.disk, work)
-    remove_tree(work)
 
 
 def known_formats(vm: VM) -> list[str]:
@@ -6916,10 +6884,8 @@ def disks_in_use(tree: Tree, template: VM) -> set[str] | None:
         for disk in disks:
             if os.path.exists(disk):
                 found.update(backing_chain([disk]))
-    except FileNotFoundError:
-        return None  # it has just been finished or destroyed: the next command looks again
     except (Error, OSError):
-        return None
+        return None  # one has just been finished or destroyed, perhaps: the next command looks again
     return found
 
 
