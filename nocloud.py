@@ -5583,11 +5583,6 @@ class Progress:
         self.name, self.total, self.done, self.kept, self.resumed = name, 0, 0, 0, False
         self.started = self._shown = time.monotonic()
 
-    def skip(self, count: int) -> None:
-        """Bytes that were here already."""
-        self.done += count
-        self.kept += count
-
     def advance(self, count: int) -> None:
         self.done += count
         now, terminal = time.monotonic(), sys.stderr.isatty()
@@ -5632,7 +5627,8 @@ class Transfer:
             for piece in iter(lambda: file.read(PIECE), b""):
                 self.sink(piece)
                 self.done += len(piece)
-            self.progress.skip(self.done)
+            self.progress.done += self.done
+            self.progress.kept += self.done
             self.web.patiently(lambda: self._attempt(file, expect), lambda: self.done)
 
     def _attempt(self, file: io.FileIO, expect: Callable[[Transfer], object]) -> None:
@@ -6089,25 +6085,21 @@ def read_checksums(web: Web, url: str, algorithm: str, wanted: str) -> tuple[str
         raise WebError(f"{url}: the checksum file {error} {wanted}", "the catalogue is older than the server") from None
 
 
-class PublishersKey:
-    """The private ssh key that a classic entry names: it opens the image at its first start.  Raises Error where it
-    can't be used, before anything is downloaded."""
+def publishers_key(entry: Entry) -> tuple[str, str]:
+    """(path, public half) of the private ssh key that a classic entry names: it opens the image at its first start.
 
-    def __init__(self, entry: Entry) -> None:
-        file = entry.place.rpartition(":")[0]
-        self.path = os.path.join(os.path.dirname(os.path.abspath(file)), os.path.expanduser(entry["key"]))
-        if not os.path.isfile(self.path):
-            raise NotFound(f"{entry.name}: the key of its publisher isn't there: {self.path}", f"see {entry.place}")
-        try:
-            words = run(["ssh-keygen", "-y", "-P", "", "-f", self.path]).stdout.split()
-        except CommandFailed as failed:
-            reason = next(
-                (line for line in failed.output.splitlines() if "ermissions" in line), last_line(failed.output)
-            )
-            raise Error(
-                f"{self.path}: ssh can't use this key: {reason}", "chmod 600 it; it must have no passphrase"
-            ) from None
-        self.public = words[1]
+    Raises Error where it can't be used, before anything is downloaded.
+    """
+    file = entry.place.rpartition(":")[0]
+    path = os.path.join(os.path.dirname(os.path.abspath(file)), os.path.expanduser(entry["key"]))
+    if not os.path.isfile(path):
+        raise NotFound(f"{entry.name}: the key of its publisher isn't there: {path}", f"see {entry.place}")
+    try:
+        return path, run(["ssh-keygen", "-y", "-P", "", "-f", path]).stdout.split()[1]
+    except CommandFailed as failed:
+        lines = [line for line in failed.output.splitlines() if "ermissions" in line]
+        reason = lines[0] if lines else last_line(failed.output)
+        raise Error(f"{path}: ssh can't use this key: {reason}", "chmod 600 it; it must have no passphrase") from None
 
 
 def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, Any], take_over: Callable[..., None]) -> None:
@@ -6125,7 +6117,7 @@ def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, Any], t
     settings = entry_settings(cloud, entry, asked, source, web)
     first_start = None
     if isinstance(source, ClassicSource) and entry["key"]:
-        first_start = functools.partial(take_over, key=PublishersKey(entry))
+        first_start = functools.partial(take_over, key=publishers_key(entry))
     try:
         template_from_source(cloud, name, source, web, settings, first_start)
     except Altered:
@@ -6173,7 +6165,6 @@ BUILD_TMP_MB = 1200  # mmdebstrap's own tree, in $TMPDIR
 BUILD_WORK_MB = 1700  # the tar, the tree, the raw disk and the qcow2, in the VM tree
 
 APT_OPTION = 'APT::Cmd::Pattern-Only "true"'  # else a name with a dot that no package has is a regular expression
-GRUB_LIB = "usr/lib/grub/i386-pc"
 
 KERNEL_OPTIONS = "rootfstype=ext4 rootflags=noatime console=tty0 console=ttyS0,115200"
 
@@ -6181,16 +6172,18 @@ KERNEL_OPTIONS = "rootfstype=ext4 rootflags=noatime console=tty0 console=ttyS0,1
 class BuildProgress:
     """Turns what mmdebstrap and apt say into a progress line; keeps what a failure needs."""
 
-    COUNTED = (("Get:", "downloading"), ("Unpacking ", "unpacking"), ("Setting up ", "setting up"))
-    STAGES = (
-        ("I: extracting", "unpacking the base"),
-        ("update-initramfs: Generating", "making the initramfs"),
-        ("I: creating tarball", "collecting"),
-    )
+    STAGES = {
+        "I: extracting": "unpacking the base",
+        "Get:": "downloading packages",
+        "Unpacking ": "unpacking packages",
+        "Setting up ": "setting up packages",
+        "update-initramfs: Generating": "making the initramfs",
+        "I: creating tarball": "collecting",
+    }
 
     def __init__(self, suite: str) -> None:
         self.suite, self.total = suite, 0
-        self.counts: dict[str, int] = {}
+        self.counts: Counter[str] = Counter()
         self.errors: list[str] = []
         self.started = time.monotonic()
 
@@ -6201,14 +6194,12 @@ class BuildProgress:
             self.errors.append(line[3:].strip())
         found = re.search(r"(\d+) newly installed", line)
         if found:  # a new run of apt begins
-            self.total, self.counts = int(found.group(1)), {}
-        for start, word in self.COUNTED:
-            if self.total and line.startswith(start):
-                self.counts[word] = self.counts.get(word, 0) + 1
-                self.tell(f"{word} packages", f"{min(self.counts[word], self.total)}/{self.total}")
-        for start, word in self.STAGES:
-            if line.startswith(start):
-                self.tell(word)
+            self.total, self.counts = int(found.group(1)), Counter()
+        for start, stage in self.STAGES.items():
+            if line.startswith(start) and (self.total or not stage.endswith(" packages")):
+                self.counts[stage] += 1
+                of = f"{min(self.counts[stage], self.total)}/{self.total}" if stage.endswith(" packages") else ""
+                self.tell(stage, of)
 
     def tell(self, stage: str, detail: str = "") -> None:
         seconds = f"({time.monotonic() - self.started:.0f} s)"
@@ -6506,7 +6497,6 @@ def configure_system(tree: str, disk_uuid: str, build: Build) -> None:
         name, target = line.split()
         put_file(tree, name, link=target)
     put_sources(tree, build.sources)
-    copy_grub_modules(tree)
 
 
 def put_sources(tree: str, sources: Sequence[str]) -> None:
@@ -6534,17 +6524,6 @@ def boot_links(tree: str) -> tuple[str, str]:
             put_file(tree, initrd, link=target)  # INITRD=No spared this link too
             return kernel, initrd
     raise Error("the kernel's package has left no link vmlinuz")
-
-
-def copy_grub_modules(tree: str) -> None:
-    """As grub-install does: the modules that belong to this core.img, whatever the package becomes later."""
-    import shutil
-
-    target = os.path.join(tree, "boot/grub/i386-pc")
-    os.makedirs(target, exist_ok=True)
-    for name in _names(os.path.join(tree, GRUB_LIB)):
-        if name.endswith((".mod", ".lst")):
-            shutil.copyfile(os.path.join(tree, GRUB_LIB, name), os.path.join(target, name))
 
 
 SECTOR = 512
@@ -6597,7 +6576,7 @@ def write_boot_loader(tree: str, raw: str, size: int) -> None:
     That is where both images expect it by default: boot.img loads sector 1, core.img's own first sector the rest from
     sector 2 (GRUB 2.06, grub-core/boot/i386/pc).
     """
-    with open(os.path.join(tree, GRUB_LIB, "boot.img"), "rb") as file:
+    with open(os.path.join(tree, "usr/lib/grub/i386-pc/boot.img"), "rb") as file:
         boot = bytearray(file.read(440))
     with open(os.path.join(tree, "boot/grub/core.img"), "rb") as file:
         core = file.read()
@@ -8533,19 +8512,23 @@ def in_new_guest(cloud: Cloud, new: NewTemplate, work: Callable[[OwnGuest], None
                 remove_file(path)
 
 
-def take_over(cloud: Cloud, new: NewTemplate, key: PublishersKey) -> None:
-    """Plant the user's keys and ours in a classic image, and take its publisher's out, as the bash tools did."""
+def take_over(cloud: Cloud, new: NewTemplate, key: tuple[str, str]) -> None:
+    """Plant the user's keys and ours in a classic image, and take its publisher's out, as the bash tools did.
+
+    `key`: as publishers_key() gives it.
+    """
+    path, public = key
 
     def work(guest: OwnGuest) -> None:
-        guest.keys = [*ssh_option("IdentityFile", ssh_path(key.path)), *ssh_option("IdentitiesOnly", "yes")]
+        guest.keys = [*ssh_option("IdentityFile", ssh_path(path)), *ssh_option("IdentitiesOnly", "yes")]
         guest.wait_login()
         guest.output(guest_script("plant-keys.sh", KEYS="\n".join(login_keys())))
         guest.keys = ssh_key_options(True)  # from here on ours opens it, which proves that it can
-        guest.output(guest_script("remove-key.sh", True, KEY=key.public))
+        guest.output(guest_script("remove-key.sh", True, KEY=public))
         guest.clean()
         guest.shut_down()
 
-    in_new_guest(cloud, new, work, f"is {key.path} the key of its publisher?")
+    in_new_guest(cloud, new, work, f"is {path} the key of its publisher?")
 
 
 # -- what stands on what
