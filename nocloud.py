@@ -5281,16 +5281,15 @@ class Catalogue:
         return section
 
     def _set(self, section: str, key: str, value: str, place: str) -> None:
-        check = web_address if section == MIRRORS else ENTRY_KEYS.get(key)
-        if check is None:
-            near = nearest(key, ENTRY_KEYS)
-            self._warn(f"{place}: unknown key {key}" + (f", did you mean {near}?" if near else ""))
-            return
         try:
             if section == MIRRORS:
                 self.mirrors[web_address(key)] = web_address(value)
-            elif check(value) is not None:
+            elif key in ENTRY_KEYS:
+                ENTRY_KEYS[key](value)
                 self.entries[section].values[key] = value
+            else:
+                near = nearest(key, ENTRY_KEYS)
+                self._warn(f"{place}: unknown key {key}" + (f", did you mean {near}?" if near else ""))
         except ValueError as error:
             raise UsageError(f"{place}: {key} = {value}: expected {error}") from None
 
@@ -5444,7 +5443,10 @@ def web_opener(seconds: float, proxies: Mapping[str, str]) -> urllib.request.Ope
         http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # Python 3.9 and 3.10 don't know it
 
         def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-            check_redirect(req.full_url, newurl)
+            # From https to anything less, or to something that is no web server.
+            if not newurl.startswith(("https://", "http://") if req.full_url.startswith("http://") else "https://"):
+                refused = f"{req.full_url}: refused: the server sends us on to {newurl[:200]}, which isn't https"
+                raise WebError(refused)
             return super().redirect_request(req, fp, 302 if code == 308 else code, msg, headers, newurl)
 
     opener = urllib.request.OpenerDirector()
@@ -5454,12 +5456,6 @@ def web_opener(seconds: float, proxies: Mapping[str, str]) -> urllib.request.Ope
     for handler in (Handler, Redirects, *others):
         opener.add_handler(handler())
     return opener
-
-
-def check_redirect(old: str, new: str) -> None:
-    """Raise where a server sends us from https to anything less, or to something that is no web server."""
-    if not new.startswith(("https://", "http://") if old.startswith("http://") else "https://"):
-        raise WebError(f"{old}: refused: the server sends us on to {new[:200]}, which isn't https")
 
 
 def status_error(url: str, code: int, reason: str) -> WebError:
@@ -5514,7 +5510,14 @@ class Web:
             )
         except (OSError, http.client.HTTPException) as error:
             raise web_error(url, error) from None
-        check_answer(url, answer)
+        problem = ""
+        if answer.url.partition("?")[0].endswith("/"):
+            problem = "is a folder, not a file"
+        elif answer.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
+            problem = "a web page came, not a file"
+        if problem:
+            answer.close()
+            raise WebError(f"{url}: {problem}", "open it in a browser: a proxy or a login may stand between")
         return answer  # type: ignore[no-any-return]
 
     def read(self, url: str, answer: http.client.HTTPResponse) -> bytes:
@@ -5559,19 +5562,6 @@ class Web:
                     hint = "the same command goes on where this one stopped"
                     raise WebError(f"{error} ({TRIES} tries)", hint) from None
             time.sleep(min(1.0, self.seconds / 30) * 2 ** (tries - 1))
-
-
-def check_answer(url: str, answer: http.client.HTTPResponse) -> None:
-    """Raise where it is a web page that came instead of a file."""
-    kind = answer.headers.get_content_type()
-    if answer.url.partition("?")[0].endswith("/"):
-        problem = "is a folder, not a file"
-    elif kind in ("text/html", "application/xhtml+xml"):
-        problem = "a web page came, not a file"
-    else:
-        return
-    answer.close()
-    raise WebError(f"{url}: {problem}", "open it in a browser: a proxy or a login may stand between")
 
 
 class Progress:
@@ -6339,20 +6329,15 @@ def plan_build(suite: str, more: Sequence[str], gigabytes: int) -> Build:
     """What is to be built; raises for what can be known to be missing before the work starts."""
     if not re.fullmatch(r"[a-z][a-z0-9.-]{0,62}", suite):
         raise UsageError(f"{suite!r} is no name of a suite", BUILD_HINT)
-    check_builder()
-    build = Build(suite, more, gigabytes)
-    build.sources = package_sources(suite, build.distribution, host_archives(), os_release())
-    return build
-
-
-def check_builder() -> None:
-    """Raise where this machine, or this user, can't build."""
     for name in ("mmdebstrap", "mke2fs", "debugfs", "qemu-img"):
         need_program(name)
     if os.uname().machine != "x86_64":
         raise Error("templates are built on x86-64 only", "vmtemplate NAME --image FILE takes an image")
     if os.geteuid() != 0:
         check_subordinate_ids()
+    build = Build(suite, more, gigabytes)
+    build.sources = package_sources(suite, build.distribution, host_archives(), os_release())
+    return build
 
 
 def check_subordinate_ids() -> None:
