@@ -5793,35 +5793,6 @@ class Unpacker:
             raise Altered("the compressed image ends in the middle")
 
 
-class ImageFile:
-    """A disk image that is being written: what is zero takes no space."""
-
-    BLOCK = 64 * 1024
-
-    def __init__(self, path: str, digest: Digest) -> None:
-        self.path, self.digest, self.size = path, digest, 0
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by our own `with`)
-
-    def write(self, data: bytes) -> None:
-        self.digest.update(data)
-        zero = bytes(self.BLOCK)
-        view = memoryview(data)
-        for start in range(0, len(data), self.BLOCK):
-            block = view[start : start + self.BLOCK]
-            if block != zero[: len(block)]:
-                os.pwrite(self._file.fileno(), block, self.size + start)
-        self.size += len(data)
-
-    def __enter__(self) -> ImageFile:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        os.ftruncate(self._file.fileno(), self.size)
-        self._file.close()
-        if exc[0]:
-            os.unlink(self.path)  # the compressed pieces stay, and are less
-
-
 # -- images that came, and templates of them
 
 
@@ -5932,6 +5903,8 @@ class Source:
 class ClassicSource(Source):
     """An image that a server of the bash tools has: BASE/NAME.img/NAME.img.000… up to the piece number `last`."""
 
+    BLOCK = 64 * 1024
+
     def __init__(self, base: str, name: str, last: int, algorithm: str, digest: str) -> None:
         super().__init__([f"{base}/{name}.img/"], algorithm, digest)
         self.base, self.name, self.pieces = base, name, last + 1
@@ -5941,17 +5914,28 @@ class ClassicSource(Source):
         extension = {"xz": ".xz", "gzip": ".gz", "": ""}[unpacker.kind]
         part = os.path.join(folder, "image.part")
         pieces = [f"{self.name}.img.{number:03d}{extension}" for number in range(self.pieces)]
-        with ImageFile(part, Digest(self.algorithm, self.digest)) as image:
+        digest = Digest(self.algorithm, self.digest)
+        try:
+            with open(part, "wb") as image:
 
-            def sink(data: bytes) -> None:
-                for out in unpacker.feed(data):
-                    image.write(out)
+                def sink(data: bytes) -> None:
+                    for out in unpacker.feed(data):
+                        digest.update(out)
+                        for block in (out[start : start + self.BLOCK] for start in range(0, len(out), self.BLOCK)):
+                            if block.count(0) == len(block):
+                                image.seek(len(block), os.SEEK_CUR)  # takes no space
+                            else:
+                                image.write(block)
 
-            for name in pieces:
-                transfer = Transfer(web, self.url + name, os.path.join(folder, name), sink, progress)
-                transfer.run(lambda transfer: self.expect(transfer, tree))
-            unpacker.finish()
-        image.digest.check(self.url)
+                for name in pieces:
+                    transfer = Transfer(web, self.url + name, os.path.join(folder, name), sink, progress)
+                    transfer.run(lambda transfer: self.expect(transfer, tree))
+                unpacker.finish()
+                image.truncate()
+        except BaseException:
+            remove_file(part)  # the compressed pieces stay, and are less
+            raise
+        digest.check(self.url)
         for name in pieces:
             os.unlink(os.path.join(folder, name))
         os.rename(part, os.path.join(folder, "image"))
