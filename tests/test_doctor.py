@@ -761,6 +761,7 @@ def bridged(tmp_path_factory: pytest.TempPathFactory, busybox: Path) -> Iterator
         for folder in ("bin", "etc", "fakes"):
             (prefix / folder).mkdir(parents=True)
         shutil.copy(PROGRAM, prefix / "bin/nocloud.py")
+        shutil.copytree(PROGRAM.parent / "etc", prefix / "bin/etc")  # which the zipapp has inside
         shutil.copy(PROGRAM.parent / "etc/nocloud_net.conf", prefix / "etc")
         code = "sys.path.insert(0, sys.argv[1]); import nocloud; sys.exit(nocloud.main(['nocloud', *sys.argv[2:]]))"
         words = f'{sys.executable} -ISc "import sys; {code}" {prefix}/bin'
