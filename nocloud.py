@@ -5660,18 +5660,7 @@ class Transfer:
         return skip
 
 
-def check_download_room(transfer: Transfer, tree: Tree) -> None:
-    """Raise where the download and the template's disk, which is at least as large, don't fit."""
-    cache, base = os.path.dirname(transfer.path), tree.base
-    wanted = {cache: transfer.progress.total - transfer.progress.done, base: transfer.progress.total}
-    if os.stat(cache).st_dev == os.stat(base).st_dev:
-        wanted = {base: sum(wanted.values())}
-    hint = "free some disk space, or put XDG_CACHE_HOME and vmBaseDir on larger file systems"
-    for place, need in wanted.items():
-        check_room(place, need, hint=hint)
-
-
-# -- checksums, published and computed
+# -- published checksums
 
 
 def parse_checksums(text: str, algorithm: str) -> list[tuple[str, str]]:
@@ -5713,29 +5702,6 @@ def choose_listed(listed: Sequence[tuple[str, str]], wanted: str) -> tuple[str, 
     same = [other for other, each in listed if each == digest and other.endswith(extension) and other != name]
     dated = [other for other in same if re.search("[0-9]{6}|Build[0-9]", other)]
     return (dated or [name])[0], digest
-
-
-class Digest:
-    """The checksum of what passes, compared with the expected one at the end."""
-
-    def __init__(self, algorithm: str, expected: str) -> None:
-        import hashlib
-
-        self.algorithm, self.expected = algorithm, expected
-        self._hash = hashlib.new(algorithm)
-
-    def update(self, piece: bytes) -> None:
-        self._hash.update(piece)
-
-    def text(self) -> str:
-        return f"{self.algorithm}:{self._hash.hexdigest()}"
-
-    def check(self, url: str) -> None:
-        if self._hash.hexdigest() != self.expected:
-            raise Altered(
-                f"{url}: refused: its {self.algorithm} checksum is not the published one",
-                "it was cut short, altered, or replaced just now; try again later",
-            )
 
 
 # -- the classic kind: a compressed image in pieces
@@ -5879,8 +5845,10 @@ class Source:
 
     def fetch(self, web: Web, tree: Tree, folder: str, progress: Progress) -> None:
         """Make `image` in the folder, going on with what is there.  Raises Altered for what wasn't published."""
+        import hashlib
+
         for url in self.urls:
-            digest, part = Digest(self.algorithm, self.digest), os.path.join(folder, "image.part")
+            digest, part = hashlib.new(self.algorithm), os.path.join(folder, "image.part")
             transfer = Transfer(web, url, part, digest.update, progress)
             try:
                 transfer.run(lambda transfer: self.expect(transfer, tree))
@@ -5889,15 +5857,31 @@ class Source:
                     raise
                 progress.done = progress.kept = 0
                 continue
-            digest.check(url)
+            self.check(url, digest.hexdigest())
             os.rename(part, os.path.join(folder, "image"))
             return
 
     def expect(self, transfer: Transfer, tree: Tree) -> None:
-        """Know how much will come from the first answer: all pieces but the last are of one size."""
-        if not transfer.progress.total:
-            transfer.progress.total = max(0, transfer.total) * self.pieces
-            check_download_room(transfer, tree)
+        """Know from the first answer how much will come: all pieces but the last are of one size.  Raises Error where
+        that and the template's disk, which is at least as large, don't fit."""
+        progress, cache = transfer.progress, os.path.dirname(transfer.path)
+        if progress.total:
+            return
+        progress.total = max(0, transfer.total) * self.pieces
+        wanted = {cache: progress.total - progress.done, tree.base: progress.total}
+        if os.stat(cache).st_dev == os.stat(tree.base).st_dev:
+            wanted = {tree.base: sum(wanted.values())}
+        hint = "free some disk space, or put XDG_CACHE_HOME and vmBaseDir on larger file systems"
+        for place, need in wanted.items():
+            check_room(place, need, hint=hint)
+
+    def check(self, url: str, found: str) -> None:
+        """Raise where what came has another checksum."""
+        if found != self.digest:
+            raise Altered(
+                f"{url}: refused: its {self.algorithm} checksum is not the published one",
+                "it was cut short, altered, or replaced just now; try again later",
+            )
 
 
 class ClassicSource(Source):
@@ -5910,11 +5894,13 @@ class ClassicSource(Source):
         self.base, self.name, self.pieces = base, name, last + 1
 
     def fetch(self, web: Web, tree: Tree, folder: str, progress: Progress) -> None:
+        import hashlib
+
         unpacker = Unpacker(self._compression(web))
         extension = {"xz": ".xz", "gzip": ".gz", "": ""}[unpacker.kind]
         part = os.path.join(folder, "image.part")
         pieces = [f"{self.name}.img.{number:03d}{extension}" for number in range(self.pieces)]
-        digest = Digest(self.algorithm, self.digest)
+        digest = hashlib.new(self.algorithm)
         try:
             with open(part, "wb") as image:
 
@@ -5935,7 +5921,7 @@ class ClassicSource(Source):
         except BaseException:
             remove_file(part)  # the compressed pieces stay, and are less
             raise
-        digest.check(self.url)
+        self.check(self.url, digest.hexdigest())
         for name in pieces:
             os.unlink(os.path.join(folder, name))
         os.rename(part, os.path.join(folder, "image"))
@@ -6001,6 +5987,8 @@ def template_from_url(
     cloud: Cloud, name: str, url: str, settings: Mapping[str, str], expected: str, insecure: bool
 ) -> None:
     """A template from an image of the web, with the checksum that the user gives, or without any."""
+    import hashlib
+
     check_new_template(cloud.tree, name)
     web = Web(cloud.config.number("vmDownloadTimeout"))
     algorithm, _, digest = expected.partition(":")
@@ -6011,14 +5999,14 @@ def template_from_url(
     if not insecure:
         raise UsageError(f"{url}: nothing says what it must be", "give --sha256 HEX or --sha512 HEX, or --insecure")
     with NewTemplate(cloud, name) as new:  # nothing of it goes into the cache, or is gone on with later
-        found, path, progress = Digest("sha256", ""), new.vm.file("download"), Progress(name)
+        found, path, progress = hashlib.sha256(), new.vm.file("download"), Progress(name)
         transfer = Transfer(web, url, path, found.update, progress)
         transfer.strict = True
         transfer.run(lambda transfer: source.expect(transfer, cloud.tree))
         progress.finish()
         import_image(new, path, url)
         os.unlink(path)
-        new.finish({**settings, "vmSource": url, "vmChecksum": found.text()})
+        new.finish({**settings, "vmSource": url, "vmChecksum": f"sha256:{found.hexdigest()}"})
 
 
 def resolve(catalogue: Catalogue, entry: Entry, web: Web) -> Source:
@@ -6210,8 +6198,6 @@ BUILD_HINT = "--build bookworm, trixie, jammy or noble"
 class Build:
     """What a template is built from.  `init`: how its clones get hostname and keys; `more`: packages that were asked
     for besides ours; `sources`: lines for apt; `gigabytes`: the size of its disk."""
-
-    __slots__ = ("suite", "distribution", "init", "more", "packages", "sources", "gigabytes")
 
     def __init__(self, suite: str, more: Sequence[str], gigabytes: int) -> None:
         self.suite, self.more, self.gigabytes = suite, more, gigabytes

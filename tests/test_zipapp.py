@@ -212,6 +212,22 @@ def test_files_are_found_everywhere(pyz: Path, tmp_path: Path, place: str) -> No
     assert (done.stdout, done.stderr) == (f"{texts}\n{below} []\n", "")
 
 
+def test_copied_without_its_files_it_says_so(tmp_path: Path) -> None:
+    """Where the work can't be done without one; a table that is missing costs a hint its precision."""
+    shutil.copy(ROOT / "nocloud.py", tmp_path)
+    script = """if True:
+        import nocloud
+        print(nocloud.packaged("packages"), nocloud.packaged_files("build"), nocloud.package_of("ip", 0))
+        try:
+            nocloud.guest_script("hostname.sh", NAME="web00")
+        except nocloud.Error as error:
+            print(error, error.hint)
+    """
+    done = run(sys.executable, "-BS", "-c", script, cwd=tmp_path)
+    missing = f"etc/guest/hostname.sh is missing: {tmp_path}/nocloud.py was copied without it"
+    assert done.stdout == f" [] ip\n{missing} nocloud.pyz is all in one file\n", done.stderr
+
+
 # --- what it runs ---
 
 
