@@ -11,7 +11,8 @@ export PYTHON
 FOR_BUILD := python3 python3-venv
 FOR_VMS := qemu-system-x86 qemu-utils dnsmasq-base iproute2 openssh-client util-linux passt? nftables?
 FOR_TEMPLATES := mmdebstrap e2fsprogs uidmap debian-archive-keyring?
-FOR_TESTS := fdisk iptables mtools syslinux isolinux syslinux-common xorriso zip unzip bash-completion zsh fish mandoc man-db groff-base linux-image-cloud-amd64! busybox-static! dropbear-bin!
+FOR_CHECKS := shellcheck systemd bash zsh fish mandoc
+FOR_TESTS := fdisk iptables mtools syslinux isolinux syslinux-common xorriso zip unzip bash-completion man-db groff-base linux-image-cloud-amd64! busybox-static! dropbear-bin!
 FOR_BENCH := curl xz-utils
 SOURCES := nocloud.py build.sh pyproject.toml $(shell find etc systemd -type f)
 
@@ -28,7 +29,7 @@ AS_OWNER := $(if $(filter-out $(OWNER),$(ME)),$(if $(filter 0,$(ME)),setpriv --r
 
 .DEFAULT_GOAL := $(if $(filter 0,$(ME)),install,build)
 .PHONY: build install uninstall demo test test-all check check-catalogue bench clean help
-.PHONY: install-for-build install-for-vms install-for-templates install-for-tests install-for-bench
+.PHONY: install-for-build install-for-vms install-for-templates install-for-checks install-for-tests install-for-bench
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -46,15 +47,14 @@ demo: install-for-vms install-for-templates nocloud.pyz ## a template, three VMs
 	@./nocloud.pyz links $(BIN)
 	@$(PYTHON) tests/demo.py $(BIN)
 
-test: $(VENV)/done install-for-vms install-for-templates install-for-tests nocloud.pyz ## the tests, linters among them
+test: $(VENV)/done install-for-vms install-for-templates install-for-checks install-for-tests nocloud.pyz ## the tests, linters among them
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m pytest $(PYTEST)
 
 test-all: PYTEST += --long
 test-all: test ## the long tests too
 
-check: $(VENV)/done ## the linters only
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/mypy
+check: $(VENV)/done install-for-checks ## the linters only, each language's own
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m pytest tests/test_lint.py
 
 check-catalogue: ## ask the catalogue's real servers (needs the Internet)
 	@$(PYTHON) tests/check_catalogue.py
@@ -89,6 +89,9 @@ install-for-vms:
 
 install-for-templates:
 	@tests/install.sh $(FOR_TEMPLATES)
+
+install-for-checks:
+	@tests/install.sh $(FOR_CHECKS)
 
 install-for-tests:
 	@tests/install.sh $(FOR_TESTS)

@@ -907,6 +907,33 @@ def packaged(name: str, place: str = "etc") -> str:
     return data.decode()
 
 
+def need_packaged(name: str) -> str:
+    """packaged() of a file that the work can't be done without.  Raises Error where it isn't there."""
+    text = packaged(name)
+    if not text:
+        raise Error(f"etc/{name} is missing: {program_path()} was copied without it", "nocloud.pyz is all in one file")
+    return text
+
+
+def packaged_list(name: str) -> list[str]:
+    """The lines of a packaged file but for comments and empty ones."""
+    return [line for line in packaged(name).splitlines() if line and not line.startswith("#")]
+
+
+def packaged_files(folder: str) -> list[str]:
+    """The paths, relative to it and sorted, of all files below a folder of `etc/`; packaged() reads them."""
+    origin, start = os.path.dirname(os.path.realpath(__file__)), os.path.join("etc", folder, "")
+    if os.path.isfile(origin):
+        import zipfile
+
+        with zipfile.ZipFile(origin) as archive:
+            names = archive.namelist()
+    else:
+        walk = os.walk(os.path.join(origin, start))
+        names = [os.path.relpath(os.path.join(place, name), origin) for place, _, files in walk for name in files]
+    return sorted(name[len(start) :] for name in names if name.startswith(start))
+
+
 def home_folder() -> str:
     """The user's home; /nonexistent where there is none, so that nothing lands in the current folder, or in /."""
     path = os.path.expanduser("~") if os.environ.get("HOME", "~") else ""
@@ -1535,29 +1562,8 @@ def backing_chain(disks: Sequence[str]) -> list[str]:
 #
 # The only place that starts processes: argv lists, never a shell, a fixed locale, nothing on stdin unless given.
 
-# Which package brings a program, where its name isn't the package's own: (Debian, Fedora, Arch).
-PACKAGES = {
-    "qemu-img": ("qemu-utils", "qemu-img", "qemu-img"),
-    "qemu-system-x86_64": ("qemu-system-x86", "qemu-system-x86-core", "qemu-system-x86"),
-    "ssh": ("openssh-client", "openssh-clients", "openssh"),
-    "ssh-keygen": ("openssh-client", "openssh-clients", "openssh"),
-    "ip": ("iproute2", "iproute", "iproute2"),
-    "dnsmasq": ("dnsmasq-base", "dnsmasq", "dnsmasq"),
-    "nsenter": ("util-linux", "util-linux", "util-linux"),
-    "setpriv": ("util-linux", "util-linux", "util-linux"),
-    "unshare": ("util-linux", "util-linux", "util-linux"),
-    "pasta": ("passt", "passt", "passt"),
-    "mke2fs": ("e2fsprogs", "e2fsprogs", "e2fsprogs"),
-    "sfdisk": ("fdisk", "util-linux", "util-linux"),
-    "newuidmap": ("uidmap", "shadow-utils", "shadow"),
-    "groupadd": ("passwd", "shadow-utils", "shadow"),
-    "modprobe": ("kmod", "kmod", "kmod"),
-    "nft": ("nftables", "nftables", "nftables"),
-    "xorriso": ("xorriso", "xorriso", "libisoburn"),
-    "resolvectl": ("systemd-resolved", "systemd-resolved", "systemd"),
-    "qemu-bridge-helper": ("qemu-system-common", "qemu-common", "qemu-common"),
-}
-# The package manager, how it installs, the column above, and the distributions that have it, as os-release names them.
+# The package manager, how it installs, its column of etc/packages, counted after the program's, and the distributions
+# that have it, as os-release names them.
 _INSTALLERS = (
     ("apt-get", "apt install", 0, ("debian", "ubuntu")),
     ("dnf", "dnf install", 1, ("fedora", "rhel")),
@@ -1600,7 +1606,7 @@ def parse_os_release(text: str) -> dict[str, str]:
 
 
 def choose_installer(release: Mapping[str, str], present: Sequence[str]) -> tuple[str, int]:
-    """(how packages are installed, column of PACKAGES) with the package managers that are there, or ("", 0).
+    """(how packages are installed, column of etc/packages) with the package managers that are there, or ("", 0).
 
     The distribution decides between several: Debian has a game called pacman, and dnf as well.
     """
@@ -1612,7 +1618,8 @@ def choose_installer(release: Mapping[str, str], present: Sequence[str]) -> tupl
 
 def package_of(program: str, column: int) -> str:
     """The package that brings a program; the program's own name where the table has nothing else."""
-    return PACKAGES.get(program, (program,) * len(_INSTALLERS))[column]
+    rows = (line.split() for line in packaged_list("packages"))
+    return next((packages[column] for name, *packages in rows if name == program), program)
 
 
 def host_installer() -> tuple[str, int]:
@@ -5138,14 +5145,16 @@ def import_image(new: NewTemplate, path: str, shown: str = "") -> None:
     convert_image(path, format, new.disk)
 
 
+def check_room(place: str, need: int, shown: str = "", what: str = "the image takes {} MB", hint: str = "") -> None:
+    """Raise where a folder, which messages call `shown`, has less than `need` bytes free."""
+    free = free_bytes(place)
+    if need > free:
+        raise Error(f"{shown or place}: {what.format(need // MIB)}, {free // MIB} MB are free", hint)
+
+
 def check_image_room(new: NewTemplate, path: str, format: str) -> None:
     """Raise where a copy of the image has no room."""
-    need, free = converted_size(path, format), free_bytes(new.vm.folder)
-    if need > free:
-        raise Error(
-            f"{new.cloud.tree.base}: the image takes {need // MIB} MB, {free // MIB} MB are free",
-            "free some disk space",
-        )
+    check_room(new.vm.folder, converted_size(path, format), new.cloud.tree.base, hint="free some disk space")
 
 
 def template_settings(cloud: Cloud, mem: int, cpu: int, user: str, init: str) -> dict[str, str]:
@@ -5207,14 +5216,13 @@ ENTRY_KEYS: dict[str, Callable[[str], object]] = {
 }
 
 
+@record
 class Entry:
     """A system that the catalogue names: the values of its lines, checked; '' where it has no such line."""
 
-    __slots__ = ("name", "place", "values")
-
-    def __init__(self, name: str, place: str) -> None:
-        self.name, self.place = name, place
-        self.values = {"kind": "cloud", "arch": "x86_64"}
+    name: str
+    place: str
+    values: dict[str, str]
 
     def __getitem__(self, key: str) -> str:
         return self.values.get(key, "")
@@ -5258,20 +5266,19 @@ class Catalogue:
                 check_name("template", section)
             except UsageError as error:
                 raise UsageError(f"{place}: {error}", error.hint) from None
-            self.entries.setdefault(section, Entry(section, place))
+            self.entries.setdefault(section, Entry(section, place, {"kind": "cloud", "arch": "x86_64"}))
         return section
 
     def _set(self, section: str, key: str, value: str, place: str) -> None:
-        check = web_address if section == MIRRORS else ENTRY_KEYS.get(key)
-        if check is None:
-            near = nearest(key, ENTRY_KEYS)
-            self._warn(f"{place}: unknown key {key}" + (f", did you mean {near}?" if near else ""))
-            return
         try:
             if section == MIRRORS:
                 self.mirrors[web_address(key)] = web_address(value)
-            elif check(value) is not None:
+            elif key in ENTRY_KEYS:
+                ENTRY_KEYS[key](value)
                 self.entries[section].values[key] = value
+            else:
+                near = nearest(key, ENTRY_KEYS)
+                self._warn(f"{place}: unknown key {key}" + (f", did you mean {near}?" if near else ""))
         except ValueError as error:
             raise UsageError(f"{place}: {key} = {value}: expected {error}") from None
 
@@ -5412,34 +5419,32 @@ def web_opener(seconds: float, proxies: Mapping[str, str]) -> urllib.request.Ope
     class Secure(http.client.HTTPSConnection):
         response_class = Response
 
-    class PlainHandler(urllib.request.HTTPHandler):
+    class Handler(urllib.request.HTTPSHandler):
         def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
             return self.do_open(Plain, req)
 
-    class SecureHandler(urllib.request.HTTPSHandler):
         def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
             return self.do_open(Secure, req, context=ssl.create_default_context())
+
+        http_request = urllib.request.HTTPSHandler.https_request
 
     class Redirects(urllib.request.HTTPRedirectHandler):
         http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # Python 3.9 and 3.10 don't know it
 
         def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-            check_redirect(req.full_url, newurl)
+            # From https to anything less, or to something that is no web server.
+            if not newurl.startswith(("https://", "http://") if req.full_url.startswith("http://") else "https://"):
+                refused = f"{req.full_url}: refused: the server sends us on to {newurl[:200]}, which isn't https"
+                raise WebError(refused)
             return super().redirect_request(req, fp, 302 if code == 308 else code, msg, headers, newurl)
 
     opener = urllib.request.OpenerDirector()
     more = {name.partition("_")[0]: value for name, value in proxies.items()}
     opener.add_handler(urllib.request.ProxyHandler({**urllib.request.getproxies(), **more}))
-    for handler in (urllib.request.UnknownHandler, PlainHandler, SecureHandler, Redirects,
-                    urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor):  # fmt: skip
+    others = (urllib.request.UnknownHandler, urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor)
+    for handler in (Handler, Redirects, *others):
         opener.add_handler(handler())
     return opener
-
-
-def check_redirect(old: str, new: str) -> None:
-    """Raise where a server sends us from https to anything less, or to something that is no web server."""
-    if not new.startswith(("https://", "http://") if old.startswith("http://") else "https://"):
-        raise WebError(f"{old}: refused: the server sends us on to {new[:200]}, which isn't https")
 
 
 def status_error(url: str, code: int, reason: str) -> WebError:
@@ -5494,7 +5499,14 @@ class Web:
             )
         except (OSError, http.client.HTTPException) as error:
             raise web_error(url, error) from None
-        check_answer(url, answer)
+        problem = ""
+        if answer.url.partition("?")[0].endswith("/"):
+            problem = "is a folder, not a file"
+        elif answer.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
+            problem = "a web page came, not a file"
+        if problem:
+            answer.close()
+            raise WebError(f"{url}: {problem}", "open it in a browser: a proxy or a login may stand between")
         return answer  # type: ignore[no-any-return]
 
     def read(self, url: str, answer: http.client.HTTPResponse) -> bytes:
@@ -5541,19 +5553,6 @@ class Web:
             time.sleep(min(1.0, self.seconds / 30) * 2 ** (tries - 1))
 
 
-def check_answer(url: str, answer: http.client.HTTPResponse) -> None:
-    """Raise where it is a web page that came instead of a file."""
-    kind = answer.headers.get_content_type()
-    if answer.url.partition("?")[0].endswith("/"):
-        problem = "is a folder, not a file"
-    elif kind in ("text/html", "application/xhtml+xml"):
-        problem = "a web page came, not a file"
-    else:
-        return
-    answer.close()
-    raise WebError(f"{url}: {problem}", "open it in a browser: a proxy or a login may stand between")
-
-
 class Progress:
     """How far a download is: a bar on a terminal, elsewhere a line now and then."""
 
@@ -5562,11 +5561,6 @@ class Progress:
     def __init__(self, name: str) -> None:
         self.name, self.total, self.done, self.kept, self.resumed = name, 0, 0, 0, False
         self.started = self._shown = time.monotonic()
-
-    def skip(self, count: int) -> None:
-        """Bytes that were here already."""
-        self.done += count
-        self.kept += count
 
     def advance(self, count: int) -> None:
         self.done += count
@@ -5612,7 +5606,8 @@ class Transfer:
             for piece in iter(lambda: file.read(PIECE), b""):
                 self.sink(piece)
                 self.done += len(piece)
-            self.progress.skip(self.done)
+            self.progress.done += self.done
+            self.progress.kept += self.done
             self.web.patiently(lambda: self._attempt(file, expect), lambda: self.done)
 
     def _attempt(self, file: io.FileIO, expect: Callable[[Transfer], object]) -> None:
@@ -5631,15 +5626,12 @@ class Transfer:
                     break
                 new = piece[skip:]
                 skip -= len(piece) - len(new)
-                self._take(file, new)
+                self.sink(new)
+                write_all(file.fileno(), new)
+                self.done += len(new)
+                self.progress.advance(len(new))
             if answer.length or (self.total >= 0 and self.done < self.total):
                 raise TryAgain(f"{self.url}: the server broke off after {self.done // MIB} MB")
-
-    def _take(self, file: io.FileIO, piece: bytes) -> None:
-        self.sink(piece)
-        write_all(file.fileno(), piece)
-        self.done += len(piece)
-        self.progress.advance(len(piece))
 
     def _align(self, answer: http.client.HTTPResponse) -> int:
         """How many bytes of this answer we have already.  Raises Altered where it is of another file than ours."""
@@ -5657,21 +5649,7 @@ class Transfer:
         return skip
 
 
-def check_download_room(transfer: Transfer, tree: Tree) -> None:
-    """Raise where the download and the template's disk, which is at least as large, don't fit."""
-    cache, base = os.path.dirname(transfer.path), tree.base
-    wanted = {cache: transfer.progress.total - transfer.progress.done, base: transfer.progress.total}
-    if os.stat(cache).st_dev == os.stat(base).st_dev:
-        wanted = {base: sum(wanted.values())}
-    for place, need in wanted.items():
-        if need > free_bytes(place):
-            raise Error(
-                f"{place}: the image takes {need // MIB} MB, {free_bytes(place) // MIB} MB are free",
-                "free some disk space, or put XDG_CACHE_HOME and vmBaseDir on larger file systems",
-            )
-
-
-# -- checksums, published and computed
+# -- published checksums
 
 
 def parse_checksums(text: str, algorithm: str) -> list[tuple[str, str]]:
@@ -5705,40 +5683,14 @@ def choose_listed(listed: Sequence[tuple[str, str]], wanted: str) -> tuple[str, 
         fitting = [(listed[0][0] or wanted, listed[0][1])]
     if not fitting:
         raise ValueError("doesn't list")
-    name, digest = max(fitting, key=lambda each: _version_key(each[0]))
+    # Ordered by the numbers in the names: text and numbers alternate.
+    parts = [[int(part) if part.isdigit() else part for part in re.split(r"(\d+)", each[0])] for each in fitting]
+    name, digest = fitting[parts.index(max(parts))]
     if any(each != digest for other, each in fitting if other == name):
         raise ValueError("has two checksums for")
     same = [other for other, each in listed if each == digest and other.endswith(extension) and other != name]
     dated = [other for other in same if re.search("[0-9]{6}|Build[0-9]", other)]
     return (dated or [name])[0], digest
-
-
-def _version_key(name: str) -> list[Any]:
-    """Orders names by the numbers in them: text and numbers alternate."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-
-
-class Digest:
-    """The checksum of what passes, compared with the expected one at the end."""
-
-    def __init__(self, algorithm: str, expected: str) -> None:
-        import hashlib
-
-        self.algorithm, self.expected = algorithm, expected
-        self._hash = hashlib.new(algorithm)
-
-    def update(self, piece: bytes) -> None:
-        self._hash.update(piece)
-
-    def text(self) -> str:
-        return f"{self.algorithm}:{self._hash.hexdigest()}"
-
-    def check(self, url: str) -> None:
-        if self._hash.hexdigest() != self.expected:
-            raise Altered(
-                f"{url}: refused: its {self.algorithm} checksum is not the published one",
-                "it was cut short, altered, or replaced just now; try again later",
-            )
 
 
 # -- the classic kind: a compressed image in pieces
@@ -5794,35 +5746,6 @@ class Unpacker:
         """Raise where the stream isn't at its end."""
         if self._machine is not None:
             raise Altered("the compressed image ends in the middle")
-
-
-class ImageFile:
-    """A disk image that is being written: what is zero takes no space."""
-
-    BLOCK = 64 * 1024
-
-    def __init__(self, path: str, digest: Digest) -> None:
-        self.path, self.digest, self.size = path, digest, 0
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by our own `with`)
-
-    def write(self, data: bytes) -> None:
-        self.digest.update(data)
-        zero = bytes(self.BLOCK)
-        view = memoryview(data)
-        for start in range(0, len(data), self.BLOCK):
-            block = view[start : start + self.BLOCK]
-            if block != zero[: len(block)]:
-                os.pwrite(self._file.fileno(), block, self.size + start)
-        self.size += len(data)
-
-    def __enter__(self) -> ImageFile:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        os.ftruncate(self._file.fileno(), self.size)
-        self._file.close()
-        if exc[0]:
-            os.unlink(self.path)  # the compressed pieces stay, and are less
 
 
 # -- images that came, and templates of them
@@ -5900,6 +5823,8 @@ class CachedImage:
 class Source:
     """An image that a server has: its URLs, to be tried in turn, and what it must hash to."""
 
+    pieces = 1
+
     def __init__(self, urls: Sequence[str], algorithm: str, digest: str) -> None:
         self.urls, self.algorithm, self.digest = urls, algorithm, digest
 
@@ -5909,8 +5834,10 @@ class Source:
 
     def fetch(self, web: Web, tree: Tree, folder: str, progress: Progress) -> None:
         """Make `image` in the folder, going on with what is there.  Raises Altered for what wasn't published."""
+        import hashlib
+
         for url in self.urls:
-            digest, part = Digest(self.algorithm, self.digest), os.path.join(folder, "image.part")
+            digest, part = hashlib.new(self.algorithm), os.path.join(folder, "image.part")
             transfer = Transfer(web, url, part, digest.update, progress)
             try:
                 transfer.run(lambda transfer: self.expect(transfer, tree))
@@ -5919,48 +5846,74 @@ class Source:
                     raise
                 progress.done = progress.kept = 0
                 continue
-            digest.check(url)
+            self.check(url, digest.hexdigest())
             os.rename(part, os.path.join(folder, "image"))
             return
 
     def expect(self, transfer: Transfer, tree: Tree) -> None:
-        if not transfer.progress.total:
-            transfer.progress.total = max(0, transfer.total)
-            check_download_room(transfer, tree)
+        """Know from the first answer how much will come: all pieces but the last are of one size.  Raises Error where
+        that and the template's disk, which is at least as large, don't fit."""
+        progress, cache = transfer.progress, os.path.dirname(transfer.path)
+        if progress.total:
+            return
+        progress.total = max(0, transfer.total) * self.pieces
+        wanted = {cache: progress.total - progress.done, tree.base: progress.total}
+        if os.stat(cache).st_dev == os.stat(tree.base).st_dev:
+            wanted = {tree.base: sum(wanted.values())}
+        hint = "free some disk space, or put XDG_CACHE_HOME and vmBaseDir on larger file systems"
+        for place, need in wanted.items():
+            check_room(place, need, hint=hint)
+
+    def check(self, url: str, found: str) -> None:
+        """Raise where what came has another checksum."""
+        if found != self.digest:
+            raise Altered(
+                f"{url}: refused: its {self.algorithm} checksum is not the published one",
+                "it was cut short, altered, or replaced just now; try again later",
+            )
 
 
 class ClassicSource(Source):
     """An image that a server of the bash tools has: BASE/NAME.img/NAME.img.000… up to the piece number `last`."""
 
+    BLOCK = 64 * 1024
+
     def __init__(self, base: str, name: str, last: int, algorithm: str, digest: str) -> None:
         super().__init__([f"{base}/{name}.img/"], algorithm, digest)
-        self.base, self.name, self.last = base, name, last
+        self.base, self.name, self.pieces = base, name, last + 1
 
     def fetch(self, web: Web, tree: Tree, folder: str, progress: Progress) -> None:
+        import hashlib
+
         unpacker = Unpacker(self._compression(web))
         extension = {"xz": ".xz", "gzip": ".gz", "": ""}[unpacker.kind]
         part = os.path.join(folder, "image.part")
-        pieces = [f"{self.name}.img.{number:03d}{extension}" for number in range(self.last + 1)]
-        with ImageFile(part, Digest(self.algorithm, self.digest)) as image:
+        pieces = [f"{self.name}.img.{number:03d}{extension}" for number in range(self.pieces)]
+        digest = hashlib.new(self.algorithm)
+        try:
+            with open(part, "wb") as image:
 
-            def sink(data: bytes) -> None:
-                for out in unpacker.feed(data):
-                    image.write(out)
+                def sink(data: bytes) -> None:
+                    for out in unpacker.feed(data):
+                        digest.update(out)
+                        for block in (out[start : start + self.BLOCK] for start in range(0, len(out), self.BLOCK)):
+                            if block.count(0) == len(block):
+                                image.seek(len(block), os.SEEK_CUR)  # takes no space
+                            else:
+                                image.write(block)
 
-            for name in pieces:
-                transfer = Transfer(web, self.url + name, os.path.join(folder, name), sink, progress)
-                transfer.run(lambda transfer: self._expect_piece(transfer, tree))
-            unpacker.finish()
-        image.digest.check(self.url)
+                for name in pieces:
+                    transfer = Transfer(web, self.url + name, os.path.join(folder, name), sink, progress)
+                    transfer.run(lambda transfer: self.expect(transfer, tree))
+                unpacker.finish()
+                image.truncate()
+        except BaseException:
+            remove_file(part)  # the compressed pieces stay, and are less
+            raise
+        self.check(self.url, digest.hexdigest())
         for name in pieces:
             os.unlink(os.path.join(folder, name))
         os.rename(part, os.path.join(folder, "image"))
-
-    def _expect_piece(self, transfer: Transfer, tree: Tree) -> None:
-        """All pieces but the last are of one size."""
-        if not transfer.progress.total:
-            transfer.progress.total = max(0, transfer.total) * (self.last + 1)
-            check_download_room(transfer, tree)
 
     def _compression(self, web: Web) -> str:
         try:
@@ -6023,29 +5976,26 @@ def template_from_url(
     cloud: Cloud, name: str, url: str, settings: Mapping[str, str], expected: str, insecure: bool
 ) -> None:
     """A template from an image of the web, with the checksum that the user gives, or without any."""
+    import hashlib
+
     check_new_template(cloud.tree, name)
     web = Web(cloud.config.number("vmDownloadTimeout"))
     algorithm, _, digest = expected.partition(":")
     source = Source([url], algorithm, digest)
     if expected:
         template_from_source(cloud, name, source, web, settings)
-    elif insecure:
-        template_unverified(cloud, name, source, web, settings)
-    else:
+        return
+    if not insecure:
         raise UsageError(f"{url}: nothing says what it must be", "give --sha256 HEX or --sha512 HEX, or --insecure")
-
-
-def template_unverified(cloud: Cloud, name: str, source: Source, web: Web, settings: Mapping[str, str]) -> None:
-    """As the user said: --insecure.  Nothing of it goes into the cache, or is gone on with later."""
-    with NewTemplate(cloud, name) as new:
-        digest, path, progress = Digest("sha256", ""), new.vm.file("download"), Progress(name)
-        transfer = Transfer(web, source.url, path, digest.update, progress)
+    with NewTemplate(cloud, name) as new:  # nothing of it goes into the cache, or is gone on with later
+        found, path, progress = hashlib.sha256(), new.vm.file("download"), Progress(name)
+        transfer = Transfer(web, url, path, found.update, progress)
         transfer.strict = True
         transfer.run(lambda transfer: source.expect(transfer, cloud.tree))
         progress.finish()
-        import_image(new, path, source.url)
+        import_image(new, path, url)
         os.unlink(path)
-        new.finish({**settings, "vmSource": source.url, "vmChecksum": digest.text()})
+        new.finish({**settings, "vmSource": url, "vmChecksum": f"sha256:{found.hexdigest()}"})
 
 
 def resolve(catalogue: Catalogue, entry: Entry, web: Web) -> Source:
@@ -6062,7 +6012,10 @@ def resolve(catalogue: Catalogue, entry: Entry, web: Web) -> Source:
         address = catalogue.mirrored(urllib.parse.urljoin(images[0], entry.need("checksums")))
         listed, digest = read_checksums(web, address, algorithm, wanted)
         names = [listed] if listed != wanted else []
-    check_algorithm(entry, algorithm)
+    if algorithm == "md5":  # what old servers publish: it shows a damaged download, and no more than that
+        if not classic:
+            raise UsageError(f"{entry.place}: [{entry.name}]: md5 proves nothing: sha512 or sha256 is needed")
+        report.warn(f"{entry.name}: an md5 checksum shows damage, but not who made the image")
     if classic:
         base = catalogue.mirrored(images[0]).rpartition("/")[0]
         return ClassicSource(base, entry.name, int(entry.need("last")), algorithm, digest)
@@ -6083,33 +6036,21 @@ def read_checksums(web: Web, url: str, algorithm: str, wanted: str) -> tuple[str
         raise WebError(f"{url}: the checksum file {error} {wanted}", "the catalogue is older than the server") from None
 
 
-def check_algorithm(entry: Entry, algorithm: str) -> None:
-    """md5 is what old servers publish: it shows a damaged download, and no more than that."""
-    if algorithm == "md5":
-        if entry["kind"] != "classic":
-            raise UsageError(f"{entry.place}: [{entry.name}]: md5 proves nothing: sha512 or sha256 is needed")
-        report.warn(f"{entry.name}: an md5 checksum shows damage, but not who made the image")
+def publishers_key(entry: Entry) -> tuple[str, str]:
+    """(path, public half) of the private ssh key that a classic entry names: it opens the image at its first start.
 
-
-class PublishersKey:
-    """The private ssh key that a classic entry names: it opens the image at its first start.  Raises Error where it
-    can't be used, before anything is downloaded."""
-
-    def __init__(self, entry: Entry) -> None:
-        file = entry.place.rpartition(":")[0]
-        self.path = os.path.join(os.path.dirname(os.path.abspath(file)), os.path.expanduser(entry["key"]))
-        if not os.path.isfile(self.path):
-            raise NotFound(f"{entry.name}: the key of its publisher isn't there: {self.path}", f"see {entry.place}")
-        try:
-            words = run(["ssh-keygen", "-y", "-P", "", "-f", self.path]).stdout.split()
-        except CommandFailed as failed:
-            reason = next(
-                (line for line in failed.output.splitlines() if "ermissions" in line), last_line(failed.output)
-            )
-            raise Error(
-                f"{self.path}: ssh can't use this key: {reason}", "chmod 600 it; it must have no passphrase"
-            ) from None
-        self.public = words[1]
+    Raises Error where it can't be used, before anything is downloaded.
+    """
+    file = entry.place.rpartition(":")[0]
+    path = os.path.join(os.path.dirname(os.path.abspath(file)), os.path.expanduser(entry["key"]))
+    if not os.path.isfile(path):
+        raise NotFound(f"{entry.name}: the key of its publisher isn't there: {path}", f"see {entry.place}")
+    try:
+        return path, run(["ssh-keygen", "-y", "-P", "", "-f", path]).stdout.split()[1]
+    except CommandFailed as failed:
+        lines = [line for line in failed.output.splitlines() if "ermissions" in line]
+        reason = lines[0] if lines else last_line(failed.output)
+        raise Error(f"{path}: ssh can't use this key: {reason}", "chmod 600 it; it must have no passphrase") from None
 
 
 def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, Any], take_over: Callable[..., None]) -> None:
@@ -6127,7 +6068,7 @@ def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, Any], t
     settings = entry_settings(cloud, entry, asked, source, web)
     first_start = None
     if isinstance(source, ClassicSource) and entry["key"]:
-        first_start = functools.partial(take_over, key=PublishersKey(entry))
+        first_start = functools.partial(take_over, key=publishers_key(entry))
     try:
         template_from_source(cloud, name, source, web, settings, first_start)
     except Altered:
@@ -6174,288 +6115,26 @@ def published_conf(web: Web, source: ClassicSource) -> dict[str, str]:
 BUILD_TMP_MB = 1200  # mmdebstrap's own tree, in $TMPDIR
 BUILD_WORK_MB = 1700  # the tar, the tree, the raw disk and the qcow2, in the VM tree
 
-# python3-minimal lacks json and shutil, which ansible's modules import. grub-pc would ask for its disk at upgrades;
-# grub-pc-bin and grub2-common write grub.cfg for each new kernel and leave the boot sectors alone.
-BUILD_PACKAGES = (
-    "initramfs-tools",
-    "lz4",
-    "systemd-sysv",
-    "dbus",
-    "udev",
-    "kmod",
-    "openssh-server",
-    "python3",
-    "python3-apt",
-    "iproute2",
-    "iputils-ping",
-    "procps",
-    "less",
-    "ca-certificates",
-    "grub-pc-bin",
-    "grub2-common",
-)
-DPKG_OPTIONS = (  # for this run only: BUILD_LITTER takes them out of the guest
-    "force-unsafe-io",
-    "path-exclude=/usr/share/man/*",
-    "path-exclude=/usr/share/info/*",
-    "path-exclude=/usr/share/locale/*/LC_MESSAGES/*",
-    "path-exclude=/usr/share/doc/*",
-    "path-include=/usr/share/doc/*/copyright",
-    "path-exclude=/usr/share/lintian/*",
-)
 APT_OPTION = 'APT::Cmd::Pattern-Only "true"'  # else a name with a dot that no package has is a regular expression
-GRUB_MODULES = (
-    "biosdisk part_msdos part_gpt ext2 normal configfile linux boot echo test search search_fs_uuid search_label"
-    " loadenv gzio minicmd ls cat reboot halt"
-)
-GRUB_LIB = "usr/lib/grub/i386-pc"
-
-# Runs once in the target, by mmdebstrap. INITRD=No keeps the kernel's package from making one before (6 s each).
-# The prefix names a partition but no disk: the one that was booted from.
-TARGET_SCRIPT = f"""set -e
-printf 'MODULES=list\\nCOMPRESS=lz4\\nBUSYBOX=auto\\n' >"$1/etc/initramfs-tools/conf.d/nocloud"
-printf 'virtio_pci\\nvirtio_blk\\nvirtio_scsi\\nsd_mod\\next4\\n' >"$1/etc/initramfs-tools/modules"
-env -u INITRD chroot "$1" update-initramfs -c -k all
-chroot "$1" systemctl --quiet enable systemd-networkd.service
-mkdir -p "$1/boot/grub"
-chroot "$1" grub-mkimage -O i386-pc -o /boot/grub/core.img -p '(,msdos1)/boot/grub' {GRUB_MODULES}
-"""
 
 KERNEL_OPTIONS = "rootfstype=ext4 rootflags=noatime console=tty0 console=ttyS0,115200"
-# Only for the first boots: the first new kernel makes the guest's update-grub write a full one over it.
-GRUB_CFG = """set timeout=0
-menuentry '{distribution}' {{
-    search --no-floppy --fs-uuid --set=root {uuid}
-    linux /{kernel} root=UUID={uuid} rw {options} quiet
-    initrd /{initrd}
-}}
-"""
-GRUB_DEFAULTS = """GRUB_DEFAULT=0
-GRUB_TIMEOUT=0
-GRUB_TIMEOUT_STYLE=hidden
-GRUB_DISTRIBUTOR={distribution}
-GRUB_TERMINAL=console
-GRUB_DISABLE_OS_PROBER=true
-GRUB_DISABLE_SUBMENU=y
-GRUB_CMDLINE_LINUX_DEFAULT="quiet"
-GRUB_CMDLINE_LINUX="rw {options}"
-"""
-
-BUILD_FILES = {
-    # One address per MAC: clones of one template could share what a DUID is made from.  Any network card will do.
-    "etc/systemd/network/80-ethernet.network": """[Match]
-Type=ether
-Kind=!*
-
-[Network]
-DHCP=yes
-LLMNR=no
-MulticastDNS=no
-
-[DHCPv4]
-ClientIdentifier=mac
-SendHostname=yes
-UseHostname=no
-UseDNS=yes
-UseDomains=yes
-
-[IPv6AcceptRA]
-UseDomains=yes
-""",
-    # systemd-resolved would hold up each boot, everything else comes after it; libc can ask DHCP's name server itself.
-    "etc/systemd/system/nocloud-resolv.path": """[Unit]
-Description=Wait for the first DHCP lease
-
-[Path]
-PathExistsGlob=/run/systemd/netif/leases/[0-9]*
-
-[Install]
-WantedBy=paths.target
-""",
-    "etc/systemd/system/nocloud-resolv.service": """[Unit]
-Description=Take the name servers that DHCP brought
-
-[Service]
-Type=oneshot
-RemainAfterExit=yes
-ExecStart=/bin/sh /usr/lib/nocloud/resolv
-""",
-    "usr/lib/nocloud/resolv": """# What networkd writes of its leases, in the form that libc reads.
-for lease in /run/systemd/netif/leases/*; do
-    while IFS='=' read -r key value; do
-        case $key in
-            DNS) for address in $value; do echo "nameserver $address"; done ;;
-            DOMAINNAME) domains="$domains $value" ;;
-        esac
-    done <"$lease"
-done >/run/resolv.conf.new
-[ -z "$domains" ] || echo "search$domains" >>/run/resolv.conf.new
-mv /run/resolv.conf.new /run/resolv.conf
-""",
-    "etc/systemd/system/nocloud-hostname.service": """[Unit]
-Description=Take the hostname that a credential brought
-Documentation=man:systemd.system-credentials(7)
-DefaultDependencies=no
-ConditionFileNotEmpty=/etc/hostname
-After=systemd-tmpfiles-setup.service
-Before=systemd-networkd.service systemd-hostnamed.service sysinit.target
-
-[Service]
-Type=oneshot
-ExecStart=/bin/sh -c 'cat /etc/hostname >/proc/sys/kernel/hostname'
-
-[Install]
-WantedBy=sysinit.target
-""",
-    "etc/systemd/system/nocloud-hostkey.service": """[Unit]
-Description=Make a host key where none was planted
-ConditionPathExistsGlob=!/etc/ssh/ssh_host_*_key
-Before=ssh.service
-
-[Service]
-Type=oneshot
-ExecStart=/usr/bin/ssh-keygen -q -t ed25519 -N "" -C "" -f /etc/ssh/ssh_host_ed25519_key
-
-[Install]
-WantedBy=multi-user.target
-""",
-    "etc/systemd/system/nocloud-grow.service": """[Unit]
-Description=Let the root file system fill its disk
-DefaultDependencies=no
-Before=cloud-init-local.service sysinit.target
-
-[Service]
-Type=oneshot
-ExecStart=/bin/sh /usr/lib/nocloud/grow
-
-[Install]
-WantedBy=sysinit.target
-""",
-    # fdisk and growpart aren't in a minimal system. The table is an MBR with one entry, at byte 446, whose size in
-    # sectors is its last four bytes, little-endian. `growing` is there while the file system may be behind.
-    "usr/lib/nocloud/grow": """# Make the root partition and its file system as large as the disk, where that is larger.
-while read -r id parent device root place rest; do [ "$place" = / ] && break; done </proc/self/mountinfo
-cd -P "/sys/dev/block/$device" || exit
-disk=${PWD%/*} growing=/usr/lib/nocloud/growing
-read -r number <partition && read -r start <start && read -r size <size && read -r all <../size || exit
-set -- ../*/partition
-[ "$# $number" = "1 1" ] || exit 0
-new=$((all - start))
-[ $new -le 4294967295 ] || new=4294967295
-if [ $new -gt "$size" ]; then
-    : >$growing
-    for shift in 0 8 16 24; do
-        printf "\\\\$(printf %03o $((new >> shift & 255)))"
-    done | dd of="/dev/${disk##*/}" bs=1 seek=458 conv=notrunc,fsync status=none || exit
-    resizepart "/dev/${disk##*/}" 1 $new || exit
-fi
-[ ! -e $growing ] || { /lib/systemd/systemd-growfs / && rm $growing; }
-""",
-    # Without libpam-systemd (slow logins) nothing ends ssh sessions before the network is gone, and clients would hang.
-    "etc/systemd/system/nocloud-ssh-sessions.service": """[Unit]
-Description=End ssh sessions before the network goes
-After=network.target
-
-[Service]
-Type=oneshot
-RemainAfterExit=yes
-ExecStop=-/bin/systemctl kill ssh.service
-
-[Install]
-WantedBy=multi-user.target
-""",
-    # On few and emulated processors the first login would wait for what else starts with ssh.
-    **{
-        f"etc/systemd/system/{unit}.service.d/nocloud.conf": "[Unit]\nAfter=ssh.service\n"
-        for unit in ("systemd-logind", "getty@", "serial-getty@")
-    },
-    # Each clone's overlay would grow by 8 MB at once.
-    "etc/systemd/journald.conf.d/nocloud.conf": "[Journal]\nStorage=volatile\n",
-    "etc/default/locale": "LANG=C.UTF-8\n",
-    "etc/locale.conf": "LANG=C.UTF-8\n",
-    "etc/hosts": "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n",
-    # Empty: made at each clone's first boot, without the presets that "uninitialized" would apply (machine-id(5)).
-    "etc/machine-id": "",
-    # Else systemd rebuilds hwdb, ld.so.cache and the catalog at the first boot: minutes, emulated.
-    "etc/.updated": "",
-    "var/.updated": "",
-}
-BUILD_LINKS = {
-    "etc/resolv.conf": "../run/resolv.conf",
-    "etc/systemd/system/default.target": "/lib/systemd/system/multi-user.target",
-    "etc/localtime": "/usr/share/zoneinfo/Etc/UTC",
-    "var/lib/dbus/machine-id": "/etc/machine-id",
-}
-# What a VM that lives for minutes or days doesn't need, or what would hold up its boot.  modprobe@.service loads what
-# few use; who does use it loads it on demand.
-BUILD_MASKED = (
-    "apt-daily.timer",
-    "apt-daily-upgrade.timer",
-    "dpkg-db-backup.timer",
-    "e2scrub_all.timer",
-    "e2scrub_reap.service",
-    "grub-common.service",
-    "systemd-networkd-wait-online.service",
-    "systemd-networkd-persistent-storage.service",
-    "systemd-pstore.service",
-    "modprobe@configfs.service",
-    "modprobe@dm_mod.service",
-    "modprobe@drm.service",
-    "modprobe@efi_pstore.service",
-    "modprobe@loop.service",
-)
-# For disks and firmware that such a VM hasn't got.  Each is a process, and all run before the first unit starts.
-BUILD_GENERATORS = (
-    "bless-boot",
-    "cryptsetup",
-    "gpt-auto",
-    "hibernate-resume",
-    "integritysetup",
-    "ssh",  # systemd 256: sshd on a vsock, which isn't there
-    "tpm2",
-    "veritysetup",
-)
-BUILD_LITTER = (
-    "etc/hostname",
-    "etc/ssh/ssh_host_*",
-    "etc/dpkg/dpkg.cfg.d/99mmdebstrap",
-    "etc/apt/apt.conf.d/99mmdebstrap",
-    "etc/*-",
-    "var/lib/systemd/random-seed",
-    "var/lib/systemd/credential.secret",
-    "var/log/journal",
-    "var/log/*.log",
-    "var/log/apt/*",
-    "var/lib/apt/lists/*",
-    "var/cache/apt/*.bin",
-    "var/cache/apt/archives/*.deb",
-    "var/cache/debconf/*-old",
-    "var/lib/dpkg/*-old",
-    "boot/System.map*",
-    "vmlinuz.old",
-    "initrd.img.old",
-    "boot/vmlinuz.old",
-    "boot/initrd.img.old",
-    "root/.bash_history",
-    "root/.ssh",
-    "tmp/*",
-    "run/*",
-)
 
 
 class BuildProgress:
     """Turns what mmdebstrap and apt say into a progress line; keeps what a failure needs."""
 
-    COUNTED = (("Get:", "downloading"), ("Unpacking ", "unpacking"), ("Setting up ", "setting up"))
-    STAGES = (
-        ("I: extracting", "unpacking the base"),
-        ("update-initramfs: Generating", "making the initramfs"),
-        ("I: creating tarball", "collecting"),
-    )
+    STAGES = {
+        "I: extracting": "unpacking the base",
+        "Get:": "downloading packages",
+        "Unpacking ": "unpacking packages",
+        "Setting up ": "setting up packages",
+        "update-initramfs: Generating": "making the initramfs",
+        "I: creating tarball": "collecting",
+    }
 
     def __init__(self, suite: str) -> None:
         self.suite, self.total = suite, 0
-        self.counts: dict[str, int] = {}
+        self.counts: Counter[str] = Counter()
         self.errors: list[str] = []
         self.started = time.monotonic()
 
@@ -6466,14 +6145,12 @@ class BuildProgress:
             self.errors.append(line[3:].strip())
         found = re.search(r"(\d+) newly installed", line)
         if found:  # a new run of apt begins
-            self.total, self.counts = int(found.group(1)), {}
-        for start, word in self.COUNTED:
-            if self.total and line.startswith(start):
-                self.counts[word] = self.counts.get(word, 0) + 1
-                self.tell(f"{word} packages", f"{min(self.counts[word], self.total)}/{self.total}")
-        for start, word in self.STAGES:
-            if line.startswith(start):
-                self.tell(word)
+            self.total, self.counts = int(found.group(1)), Counter()
+        for start, stage in self.STAGES.items():
+            if line.startswith(start) and (self.total or not stage.endswith(" packages")):
+                self.counts[stage] += 1
+                of = f"{min(self.counts[stage], self.total)}/{self.total}" if stage.endswith(" packages") else ""
+                self.tell(stage, of)
 
     def tell(self, stage: str, detail: str = "") -> None:
         seconds = f"({time.monotonic() - self.started:.0f} s)"
@@ -6483,14 +6160,16 @@ class BuildProgress:
 # What is built, and where its packages come from: the host's own mirrors, where the host is of that distribution.
 
 
+@record
 class Distribution:
     """What all suites of a distribution have in common: `keyring` is the package that its archive's keys are in,
     `components` what is used of that archive, `kernel` the package of its kernel for virtual machines."""
 
-    __slots__ = ("id", "name", "keyring", "components", "kernel")
-
-    def __init__(self, id: str, name: str, keyring: str, components: str, kernel: str) -> None:
-        self.id, self.name, self.keyring, self.components, self.kernel = id, name, keyring, components, kernel
+    id: str
+    name: str
+    keyring: str
+    components: str
+    kernel: str
 
     @property
     def keys(self) -> str:
@@ -6509,14 +6188,12 @@ class Build:
     """What a template is built from.  `init`: how its clones get hostname and keys; `more`: packages that were asked
     for besides ours; `sources`: lines for apt; `gigabytes`: the size of its disk."""
 
-    __slots__ = ("suite", "distribution", "init", "more", "packages", "sources", "gigabytes")
-
     def __init__(self, suite: str, more: Sequence[str], gigabytes: int) -> None:
         self.suite, self.more, self.gigabytes = suite, more, gigabytes
         self.distribution = UBUNTU if suite in UBUNTU_SUITES else DEBIAN
         self.init = "cloud-init" if suite in WITHOUT_CREDENTIALS else "systemd"
         seeded = ("cloud-init", "cloud-guest-utils") if self.init == "cloud-init" else ()
-        self.packages = [self.distribution.kernel, *BUILD_PACKAGES, *seeded, *more]
+        self.packages = [self.distribution.kernel, *packaged_list("build/packages"), *seeded, *more]
         self.sources: list[str] = []
 
     @property
@@ -6524,17 +6201,17 @@ class Build:
         return f"packages of {self.suite}" + (f", with {', '.join(self.more)}" if self.more else "")
 
 
+@record
 class AptArchive:
-    """An archive of the host's apt: `release` is its codename where apt has read it, else as the source says;
-    `origin` is '' where apt has no lists yet; `entry` is FILE:N, N counting lines in .list, paragraphs in .sources."""
+    """An archive of the host's apt: `codename` and `origin` are what apt has read of it, '' where it has no lists yet,
+    `release` is what its source says; `entry` is FILE:N, N counting lines in .list, paragraphs in .sources."""
 
-    __slots__ = ("uri", "release", "component", "origin", "entry")
-
-    def __init__(self, uri: str, codename: str, release: str, component: str, origin: str, entry: str) -> None:
-        unknown = re.compile(r"\$\(.*\)")  # what apt doesn't know stays as it stands in the format
-        self.uri, self.component, self.entry = uri, component, entry
-        self.release = release if unknown.fullmatch(codename) else codename
-        self.origin = "" if unknown.fullmatch(origin) else origin
+    uri: str
+    codename: str
+    release: str
+    component: str
+    origin: str
+    entry: str
 
 
 APT_FORMAT = "$(REPO_URI)|$(CODENAME)|$(RELEASE)|$(COMPONENT)|$(ORIGIN)|$(SOURCESENTRY)"
@@ -6547,6 +6224,7 @@ def host_archives() -> list[AptArchive]:
     query = ["apt-get", "indextargets", "--format", APT_FORMAT, "Created-By: Packages", "Target-Of: deb"]
     text = run(query, check=False, merge=False).stdout
     text = text or run([*query, "--no-release-info"], check=False, merge=False).stdout
+    text = re.sub(r"\$\([A-Z]+\)(?=[|\n])", "", text)  # what apt doesn't know stays as it stands in the format
     return [AptArchive(*line.split("|")) for line in sorted(set(text.splitlines())) if line.count("|") == 5]
 
 
@@ -6563,26 +6241,23 @@ def signed_by(entry: str) -> str:
     return found.group(1) if found else ""
 
 
-def pockets(suite: str) -> tuple[str, ...]:
-    """What is appended to a suite's name for its updates; Debian's unstable has none."""
-    return ("",) if suite in ("sid", "unstable", "experimental") else ("", "-updates", "-security")
-
-
 def package_sources(
     suite: str, distribution: Distribution, archives: Sequence[AptArchive], host: Mapping[str, str]
 ) -> list[str]:
-    """apt source lines for the suite, from the host's own mirrors; none: mmdebstrap knows the public ones.
-
-    `host`: what os-release says of it.
+    """apt source lines for the suite, from the host's own mirrors; none: mmdebstrap knows the public ones, and can
+    verify what comes from there, else Error is raised.  `host`: what os-release says of it.
     """
     codename = host.get("VERSION_CODENAME", "") if host.get("ID") == distribution.id else ""
-    wanted = [codename + pocket for pocket in pockets(suite)] if codename else []
+    # Debian's unstable has no updates of its own.
+    pockets = ("",) if suite in ("sid", "unstable", "experimental") else ("", "-updates", "-security")
+    wanted = [codename + pocket for pocket in pockets] if codename else []
     found: dict[str, set[str]] = {}
     for archive in archives:
+        release = archive.codename or archive.release
         # others' archives serve suites of the same names
-        if archive.release in wanted and archive.origin in ("", distribution.name):
+        if release in wanted and archive.origin in ("", distribution.name):
             key = signed_by(archive.entry)
-            target = suite + archive.release[len(codename) :]
+            target = suite + release[len(codename) :]
             line = f"deb {f'[signed-by={key}] ' if key else ''}{archive.uri} {target}"
             found.setdefault(line, set()).add(archive.component)
     lines = [
@@ -6592,17 +6267,12 @@ def package_sources(
     ]
     if any(f" {suite} " in line for line in lines):
         return lines
-    check_archive_keys(suite, distribution)
-    return []
-
-
-def check_archive_keys(suite: str, distribution: Distribution) -> None:
-    """Raise where what comes from a distribution's public archive can't be verified."""
     if not os.path.isfile(distribution.keys):
         raise Error(
             f"{suite}: {distribution.keys} is missing: no package of {distribution.name} can be verified without it",
             f"sudo apt install {distribution.keyring}",
         )
+    return []
 
 
 def package_names(text: str) -> list[str]:
@@ -6618,20 +6288,15 @@ def plan_build(suite: str, more: Sequence[str], gigabytes: int) -> Build:
     """What is to be built; raises for what can be known to be missing before the work starts."""
     if not re.fullmatch(r"[a-z][a-z0-9.-]{0,62}", suite):
         raise UsageError(f"{suite!r} is no name of a suite", BUILD_HINT)
-    check_builder()
-    build = Build(suite, more, gigabytes)
-    build.sources = package_sources(suite, build.distribution, host_archives(), os_release())
-    return build
-
-
-def check_builder() -> None:
-    """Raise where this machine, or this user, can't build."""
     for name in ("mmdebstrap", "mke2fs", "debugfs", "qemu-img"):
         need_program(name)
     if os.uname().machine != "x86_64":
         raise Error("templates are built on x86-64 only", "vmtemplate NAME --image FILE takes an image")
     if os.geteuid() != 0:
         check_subordinate_ids()
+    build = Build(suite, more, gigabytes)
+    build.sources = package_sources(suite, build.distribution, host_archives(), os_release())
+    return build
 
 
 def check_subordinate_ids() -> None:
@@ -6673,9 +6338,9 @@ def install_packages(build: Build, archive: str, progress: BuildProgress) -> Non
     argv = [
         "mmdebstrap", "--verbose", "--mode=unshare", "--format=tar", "--variant=minbase", "--architectures=amd64",
         "--skip=output/dev", *given, *([f"--hook-dir={hooks}"] if os.path.isdir(hooks) else []),
-        *[f"--dpkgopt={option}" for option in DPKG_OPTIONS], "--aptopt=" + APT_OPTION,
+        *[f"--dpkgopt={option}" for option in packaged_list("build/dpkg.cfg")], "--aptopt=" + APT_OPTION,
         "--components=" + build.distribution.components.replace(" ", ","),  # for its own sources, where we give none
-        "--include=" + ",".join(build.packages), "--customize-hook=" + TARGET_SCRIPT,
+        "--include=" + ",".join(build.packages), "--customize-hook=" + need_packaged("build/target.sh"),
         build.suite, archive, *build.sources,
     ]  # fmt: skip
     env = {"TMPDIR": build_tmpdir(), "INITRD": "No", "DEBIAN_FRONTEND": "noninteractive", **apt_proxies()}
@@ -6751,7 +6416,7 @@ def clean_system(tree: str) -> None:
     """Take out what must be each clone's own, and what only costs space."""
     import glob
 
-    for pattern in BUILD_LITTER:
+    for pattern in packaged_list("build/litter"):
         for path in glob.glob(os.path.join(glob.escape(tree), pattern)):
             if os.path.isdir(path) and not os.path.islink(path):
                 remove_tree(path)
@@ -6763,23 +6428,19 @@ def configure_system(tree: str, disk_uuid: str, build: Build) -> None:
     """Make a bootable template of the installed system."""
     clean_system(tree)
     os.makedirs(os.path.join(tree, "dev"), exist_ok=True)  # output/dev leaves the folder out as well
-    for name, text in BUILD_FILES.items():
+    kernel, initrd = boot_links(tree)
+    words = {"DISTRIBUTION": build.distribution.name, "OPTIONS": KERNEL_OPTIONS}
+    words.update({"UUID": disk_uuid, "KERNEL": kernel, "INITRD": initrd})
+    for name in packaged_files("build/tree"):
+        text = re.sub("@([A-Z]+)@", lambda found: words[found.group(1)], packaged(f"build/tree/{name}"))
         put_file(tree, name, text)
         wanted = re.search(r"^WantedBy=(.+)$", text, re.M)
         if wanted:
             put_file(tree, f"etc/systemd/system/{wanted.group(1)}.wants/{os.path.basename(name)}", link=f"/{name}")
-    for name, link in BUILD_LINKS.items():
-        put_file(tree, name, link=link)
-    for unit in BUILD_MASKED:
-        put_file(tree, f"etc/systemd/system/{unit}", link="/dev/null")
-    for generator in BUILD_GENERATORS:
-        put_file(tree, f"etc/systemd/system-generators/systemd-{generator}-generator", link="/dev/null")
+    for line in packaged_list("build/links"):
+        name, target = line.split()
+        put_file(tree, name, link=target)
     put_sources(tree, build.sources)
-    kernel, initrd = boot_links(tree)
-    names = {"distribution": build.distribution.name, "options": KERNEL_OPTIONS}
-    put_file(tree, "etc/default/grub", GRUB_DEFAULTS.format(**names))
-    put_file(tree, "boot/grub/grub.cfg", GRUB_CFG.format(uuid=disk_uuid, kernel=kernel, initrd=initrd, **names))
-    copy_grub_modules(tree)
 
 
 def put_sources(tree: str, sources: Sequence[str]) -> None:
@@ -6807,17 +6468,6 @@ def boot_links(tree: str) -> tuple[str, str]:
             put_file(tree, initrd, link=target)  # INITRD=No spared this link too
             return kernel, initrd
     raise Error("the kernel's package has left no link vmlinuz")
-
-
-def copy_grub_modules(tree: str) -> None:
-    """As grub-install does: the modules that belong to this core.img, whatever the package becomes later."""
-    import shutil
-
-    target = os.path.join(tree, "boot/grub/i386-pc")
-    os.makedirs(target, exist_ok=True)
-    for name in _names(os.path.join(tree, GRUB_LIB)):
-        if name.endswith((".mod", ".lst")):
-            shutil.copyfile(os.path.join(tree, GRUB_LIB, name), os.path.join(target, name))
 
 
 SECTOR = 512
@@ -6870,7 +6520,7 @@ def write_boot_loader(tree: str, raw: str, size: int) -> None:
     That is where both images expect it by default: boot.img loads sector 1, core.img's own first sector the rest from
     sector 2 (GRUB 2.06, grub-core/boot/i386/pc).
     """
-    with open(os.path.join(tree, GRUB_LIB, "boot.img"), "rb") as file:
+    with open(os.path.join(tree, "usr/lib/grub/i386-pc/boot.img"), "rb") as file:
         boot = bytearray(file.read(440))
     with open(os.path.join(tree, "boot/grub/core.img"), "rb") as file:
         core = file.read()
@@ -6884,33 +6534,39 @@ def write_boot_loader(tree: str, raw: str, size: int) -> None:
         file.write(table + core)
 
 
-def build_disk(build: Build, disk: str, work: str) -> None:
-    """Make `disk`, a bootable qcow2; `work` is an empty folder that the caller removes."""
-    size, tree, raw = build.gigabytes * GIB, os.path.join(work, "tree"), os.path.join(work, "disk.raw")
-    disk_uuid, _ = new_identity(set())
+def build_disk(build: Build, new: NewTemplate) -> None:
+    """Make a new template's disk: a bootable qcow2."""
+    check_room(new.vm.folder, BUILD_WORK_MB * MIB, new.cloud.tree.base, "building takes {} MB for a while")
+    work = new.vm.file("work")
+    os.mkdir(work, 0o700)
+    archive, tree, raw = (os.path.join(work, name) for name in ("root.tar", "tree", "disk.raw"))
+    size, (disk_uuid, _) = build.gigabytes * GIB, new_identity(set())
     progress = BuildProgress(build.suite)
     progress.tell("fetching the list of packages")
-    install_packages(build, os.path.join(work, "root.tar"), progress)
+    install_packages(build, archive, progress)
     progress.tell("configuring the system")
-    owners = unpack_system(os.path.join(work, "root.tar"), tree)
+    owners = unpack_system(archive, tree)
     configure_system(tree, disk_uuid, build)
     progress.tell("making the file system")
     make_filesystem(tree, raw, size, disk_uuid)
     restore_owners(tree, raw, owners, os.path.join(work, "owners"))
     write_boot_loader(tree, raw, size)
     progress.tell("making the disk")
-    compress_image(raw, disk)
+    compress_image(raw, new.disk)
     report.say(f"{build.suite}: built in {time.monotonic() - progress.started:.0f} s")
+    remove_tree(work)
 
 
-# What was built is kept for the next template of the same: under what went into it, nocloud's own code included.
+# What was built is kept for the next template of the same: under what went into it, nocloud's own code and files
+# included.
 
 
 def build_recipe(build: Build) -> str:
     """A short name for all that decides about the result but the packages' versions."""
     import hashlib
 
-    parts = [file_digest(program_path()), build.suite, *build.packages, *build.sources, str(build.gigabytes)]
+    parts = [file_digest(program_path()), *(name + packaged(f"build/{name}") for name in packaged_files("build"))]
+    parts += [build.suite, *build.packages, *build.sources, str(build.gigabytes)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -6996,21 +6652,10 @@ def template_from_packages(cloud: Cloud, name: str, build: Build, settings: Mapp
                 report.say(f"{name}: the build is in the cache: {cached.folder}")
                 shutil.copyfile(cached.image, new.disk)
             else:
-                build_afresh(build, new)
+                build_disk(build, new)
                 cached.clear()
                 cached.keep(new.disk)
             new.finish({**settings, "vmSource": build.title})
-
-
-def build_afresh(build: Build, new: NewTemplate) -> None:
-    """Make a new template's disk."""
-    free = free_bytes(new.vm.folder)
-    if free < BUILD_WORK_MB * MIB:
-        raise Error(f"{new.cloud.tree.base}: building takes {BUILD_WORK_MB} MB for a while, {free // MIB} MB are free")
-    work = new.vm.file("work")
-    os.mkdir(work, 0o700)
-    build_disk(build, new.disk, work)
-    remove_tree(work)
 
 
 def known_formats(vm: VM) -> list[str]:
@@ -7162,10 +6807,8 @@ def disks_in_use(tree: Tree, template: VM) -> set[str] | None:
         for disk in disks:
             if os.path.exists(disk):
                 found.update(backing_chain([disk]))
-    except FileNotFoundError:
-        return None  # it has just been finished or destroyed: the next command looks again
     except (Error, OSError):
-        return None
+        return None  # one has just been finished or destroyed, perhaps: the next command looks again
     return found
 
 
@@ -8279,9 +7922,10 @@ def configure(wait: Wait) -> None:
     if os.path.exists(vm.configured_file):
         return
     pin_host_key(wait)
+    script = guest_script("hostname.sh", NAME=vm.host_name)
     while True:
         wait.check()
-        status, output = ssh_batch(wait.cloud, vm, hostname_script(vm.host_name), max(5.0, min(60.0, wait.left())))
+        status, output = ssh_batch(wait.cloud, vm, script, max(5.0, min(60.0, wait.left())))
         if status == 0:
             write_file(vm.configured_file, "")
             return
@@ -8293,27 +7937,9 @@ NOT_YET = 75  # as sysexits.h: try again
 
 
 def cloud_init_script(seconds: int) -> str:
-    """For the guest's shell: 0 where its cloud-init has ended well, 1 where it failed, NOT_YET where it is at work.
-
-    result.json is there once all stages of this boot have ended.  `cloud-init status` takes a slow guest seconds, so it
-    is asked only where that file names errors, or doesn't come within `seconds` (0: not then either); its exit status
-    is 0 for done, 1 for failed, 2 (since 23.4) for done with warnings.
-    """
-    return f"""\
-command -v cloud-init >/dev/null || exit 0
-cd /run/cloud-init 2>/dev/null; n=0
-until [ -e result.json ] || [ -e disabled ] || [ $n -ge {seconds} ]; do n=$((n+1)); sleep 1; done
-[ -e disabled ] || grep -q '"errors": *\\[\\]' result.json 2>/dev/null && exit 0
-[ -e result.json ] || [ {seconds} -gt 0 ] || exit {NOT_YET}
-said=$(cloud-init status --long 2>&1); status=$?
-case $said in *"status: running"* | *"status: not "*) exit {NOT_YET};; esac
-[ $status = 1 ] || exit 0
-s=; [ "$(id -u)" = 0 ] || s="sudo -n"
-echo "$said"
-$s grep -E 'WARN|ERROR|CRITICAL' /var/log/cloud-init.log | tail -n 3
-$s tail -n 3 /var/log/cloud-init-output.log
-exit 1
-"""
+    """For the guest's shell: 0 where its cloud-init has ended well, 1 where it failed, NOT_YET where it is at work, and
+    still is after `seconds`."""
+    return guest_script("cloud-init.sh", PATIENCE=seconds, NOT_YET=NOT_YET)
 
 
 def wait_cloud_init(wait: Wait) -> None:
@@ -8352,19 +7978,6 @@ def check_login(vm: VM, status: int, output: str) -> None:
         )
     if status not in (255, -1):
         raise Error(f"{vm.name}: it can't be configured over ssh: {words}")
-
-
-def hostname_script(name: str) -> str:
-    """What the guest's shell is given: sets the hostname, now and for the next boot, where it is another."""
-    import shlex
-
-    return (
-        f"h={shlex.quote(name)}; "
-        '[ "$(cat /proc/sys/kernel/hostname)" = "$h" ] && [ "$(cat /etc/hostname 2>/dev/null)" = "$h" ] && exit 0; '
-        's=; [ "$(id -u)" = 0 ] || s="sudo -n"; echo "$h" | $s tee /etc/hostname >/dev/null && '
-        'if command -v hostnamectl >/dev/null && [ -d /run/systemd/system ]; then $s hostnamectl set-hostname "$h"; '
-        'else $s hostname "$h"; fi'
-    )
 
 
 def pin_host_key(wait: Wait) -> None:
@@ -8636,45 +8249,16 @@ def forget_guest(cloud: Cloud, vm: VM) -> None:
         cloud.known_hosts.update({}, [vm.conf.get("vmUuid", "")])
 
 
-def as_root(script: str) -> str:
-    """A script for the guest's shell, run by root, or by a login that may become it without a password."""
+def guest_script(name: str, root: bool = False, **given: object) -> str:
+    """A script of etc/guest for a guest's shell, after assignments of what it is given.
+
+    `root`: it is run by root, or by a login that may become root without a password.
+    """
     import shlex
 
-    return f's=; [ "$(id -u)" = 0 ] || s="sudo -n"; exec $s sh -c {shlex.quote(script)}'
-
-
-# What the first boot of a clone makes anew, and what is of no use in one.  A host key stays where nothing would make
-# another: sshd would not start.  systemd-random-seed would write its file again at shutdown.
-CLEANING = r"""
-if [ -e /etc/machine-id ]; then : >/etc/machine-id; fi
-if [ -f /var/lib/dbus/machine-id ] && [ ! -L /var/lib/dbus/machine-id ]; then rm -f /var/lib/dbus/machine-id; fi
-for maker in /usr/lib/systemd/system/sshd-keygen.target /usr/lib/systemd/system/sshdgenkeys.service \
-    /usr/sbin/sshd-gen-keys-start /etc/systemd/system/nocloud-hostkey.service /etc/alpine-release; do
-    if [ -e "$maker" ]; then planted=yes; fi
-done
-if [ "$planted" ]; then rm -f /etc/ssh/ssh_host_*_key /etc/ssh/ssh_host_*_key.pub /etc/dropbear/*_host_key; fi
-if [ -d /run/systemd/system ]; then
-    systemctl stop systemd-random-seed.service
-    journalctl --relinquish-var
-fi
-if command -v cloud-init >/dev/null; then cloud-init clean --logs; fi
-rm -rf /var/lib/cloud/instance /var/lib/cloud/instances /var/log/journal/*
-rm -f /var/lib/systemd/random-seed /var/lib/systemd/credential.secret /etc/udev/rules.d/70-persistent-net.rules \
-    /var/lib/dhcp/*.lease* /var/lib/dhclient/* /var/lib/NetworkManager/*.lease /var/lib/NetworkManager/secret_key \
-    /root/.*_history /home/*/.*_history /root/.lesshst /home/*/.lesshst
-find /var/log -type f \( -name '*.gz' -o -name '*.[0-9]' -o -name '*.old' \) -exec rm -f {} +
-find /var/log -type f -exec sh -c 'for log; do : >"$log"; done' sh {} +
-for mark in /etc/.updated /var/.updated; do if [ -e $mark ]; then touch $mark; fi; done
-sync
-"""
-CLEANING_KEYS = r"""
-for file in /root/.ssh/authorized_keys /home/*/.ssh/authorized_keys; do
-    [ -f "$file" ] || continue
-    grep -vF "$planted_keys" "$file" >"$file.kept"
-    if [ -s "$file.kept" ]; then cat "$file.kept" >"$file"; else rm -f "$file"; fi
-    rm -f "$file.kept"
-done
-"""
+    values = "".join(f"{key}={shlex.quote(str(value))}\n" for key, value in given.items())
+    script = values + need_packaged(f"guest/{name}")
+    return f's=; [ "$(id -u)" = 0 ] || s="sudo -n"; exec $s sh -c {shlex.quote(script)}' if root else script
 
 
 def cleaning_script(vm: VM) -> str:
@@ -8682,41 +8266,17 @@ def cleaning_script(vm: VM) -> str:
 
     Login keys and the host key go where each clone gets them planted; elsewhere the clones need what is there.
     """
-    import shlex
-
-    script = "exec 2>/dev/null\nplanted=\n" + CLEANING
-    if is_planted(vm):
-        keys = "\n".join(line.split()[1] for line in login_keys())
-        script = script.replace("planted=\n", "planted=yes\n", 1)
-        script += f"planted_keys={shlex.quote(keys)}\n" + CLEANING_KEYS
-    if vm.get("vmInit") == "systemd":
-        script += "rm -f /etc/hostname\n"  # else it would win over the name that DHCP brings at the first boot
-    return as_root(script + "exit 0\n")
-
-
-# A unit that is only in memory: it is gone with this boot, and as it is stopped it has cleaned.
-AT_SHUTDOWN = """[Unit]
-Description=Take out what clones must not share
-[Service]
-Type=oneshot
-RemainAfterExit=yes
-ExecStart=/bin/true
-ExecStop=/bin/sh /run/nocloud-clean
-"""
+    planted = is_planted(vm)
+    keys = "\n".join(line.split()[1] for line in login_keys()) if planted else ""
+    return guest_script("clean.sh", True, PLANTED="yes" if planted else "", KEYS=keys, INIT=vm.get("vmInit"))
 
 
 def clean_at_shutdown(cloud: Cloud, template: VM) -> None:
     """Have a guest with systemd clean itself when it shuts down, since that may be without us.  Others are cleaned by
     vmstop only."""
-    import shlex
-
-    script = "[ -d /run/systemd/system ] || exit 0\numask 077\n"
-    for path, text in (
-        ("/run/nocloud-clean", cleaning_script(template)),
-        ("/run/systemd/system/nocloud-clean.service", AT_SHUTDOWN),
-    ):
-        script += f"printf %s {shlex.quote(text)} >{path}\n"
-    ssh_batch(cloud, template, as_root(script + "systemctl start nocloud-clean.service"), 60)
+    unit = need_packaged("guest/nocloud-clean.service")
+    script = guest_script("clean-at-shutdown.sh", True, SCRIPT=cleaning_script(template), UNIT=unit)
+    ssh_batch(cloud, template, script, 60)
 
 
 def clean_running(cloud: Cloud, template: VM) -> None:
@@ -8738,54 +8298,20 @@ def clean_running(cloud: Cloud, template: VM) -> None:
 
 # -- upgrades
 
-# By the ID, or else an ID_LIKE, of os-release(5).  Nobody is there to be asked: changed configuration files stay as
-# they are.  What was downloaded goes: it would only make the layer larger.
-UPGRADES = (
-    (("debian", "ubuntu"), r"""
-export DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1 APT_LISTCHANGES_FRONTEND=none UCF_FORCE_CONFFOLD=1
-set -- -q -y -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=300 \
-    -o Dpkg::Options::=--force-confdef -o Dpkg::Options::=--force-confold
-apt-get "$@" -o APT::Update::Error-Mode=any update
-apt-get "$@" dist-upgrade
-apt-get "$@" autoremove
-apt-get "$@" clean
-rm -rf /var/lib/apt/lists/*
-"""),
-    (("arch",), r"""
-pacman -Sy --noconfirm --needed archlinux-keyring
-pacman -Su --noconfirm
-rm -rf /var/cache/pacman/pkg/*
-"""),
-    (("fedora", "rhel", "centos"), r"""
-if command -v dnf; then dnf -y --refresh upgrade; dnf -q clean all; else yum -y update; yum -q clean all; fi
-"""),
-    (("suse", "opensuse"), r"""
-zypper="zypper --non-interactive --no-color"
-$zypper refresh
-case $ID in *tumbleweed*) how="dup --auto-agree-with-licenses";; *) how="update --auto-agree-with-licenses";; esac
-status=0; $zypper $how || status=$?
-if [ $status = 103 ]; then status=0; $zypper $how || status=$?; fi # 103: zypper itself is new, and has to go on
-case $status in 0 | 10[0-3]) ;; *) exit $status;; esac # zypper(8), EXIT CODES: 100 to 103 only inform
-$zypper clean --all
-"""),
-    (("alpine",), r"""
-apk update
-apk upgrade
-rm -rf /var/cache/apk/*
-"""),
-)  # fmt: skip
+# The script of etc/guest/upgrade for a system, by the ID, or else an ID_LIKE, of its os-release(5).
+UPGRADES = {
+    "debian": "debian", "ubuntu": "debian", "arch": "arch", "fedora": "fedora", "rhel": "fedora", "centos": "fedora",
+    "suse": "suse", "opensuse": "suse", "alpine": "alpine",
+}  # fmt: skip
 UPGRADE_SECONDS = 3 * 3600  # emulated guests are slow
-OS_RELEASE = "cat /etc/os-release 2>/dev/null || cat /usr/lib/os-release"
 
 
 def upgrade_script(name: str, release: Mapping[str, str]) -> str:
     """What upgrades a guest of that os-release.  Raises Error where nobody has said how that is done."""
-    import shlex
-
-    for word in (release.get("ID", ""), *release.get("ID_LIKE", "").split()):
-        for words, script in UPGRADES:
-            if word in words:
-                return as_root(f"set -e\nID={shlex.quote(release.get('ID', ''))}\n{script}")
+    id = release.get("ID", "")
+    for word in (id, *release.get("ID_LIKE", "").split()):
+        if word in UPGRADES:
+            return guest_script(f"upgrade/{UPGRADES[word]}.sh", True, ID=id)
     shown = release.get("PRETTY_NAME") or release.get("ID") or "without /etc/os-release"
     raise Error(
         f"{name}: its system is {printable(shown)}: nocloud doesn't know how to upgrade that",
@@ -8830,7 +8356,7 @@ def upgrade_guest(guest: OwnGuest, seconds: float) -> None:
     """Find out what it is, upgrade it, and shut it down."""
     name = guest.vm.name
     guest.wait()
-    release = parse_os_release(guest.output(OS_RELEASE))
+    release = parse_os_release(guest.output(guest_script("os-release.sh")))
     script = upgrade_script(name, release)
     report.say(f"{report.program}: {name}: upgrading {release.get('PRETTY_NAME') or release['ID']}")
     try:
@@ -8930,32 +8456,23 @@ def in_new_guest(cloud: Cloud, new: NewTemplate, work: Callable[[OwnGuest], None
                 remove_file(path)
 
 
-def take_over(cloud: Cloud, new: NewTemplate, key: PublishersKey) -> None:
-    """Plant the user's keys and ours in a classic image, and take its publisher's out, as the bash tools did."""
-    import shlex
+def take_over(cloud: Cloud, new: NewTemplate, key: tuple[str, str]) -> None:
+    """Plant the user's keys and ours in a classic image, and take its publisher's out, as the bash tools did.
+
+    `key`: as publishers_key() gives it.
+    """
+    path, public = key
 
     def work(guest: OwnGuest) -> None:
-        guest.keys = [*ssh_option("IdentityFile", ssh_path(key.path)), *ssh_option("IdentitiesOnly", "yes")]
+        guest.keys = [*ssh_option("IdentityFile", ssh_path(path)), *ssh_option("IdentitiesOnly", "yes")]
         guest.wait_login()
-        guest.output(f"PLANTED={shlex.quote(chr(10).join(login_keys()))}\n{PLANTING}")
+        guest.output(guest_script("plant-keys.sh", KEYS="\n".join(login_keys())))
         guest.keys = ssh_key_options(True)  # from here on ours opens it, which proves that it can
-        guest.output(as_root(f"OLD={shlex.quote(key.public)}\n{UNPLANTING}"))
+        guest.output(guest_script("remove-key.sh", True, KEY=public))
         guest.clean()
         guest.shut_down()
 
-    in_new_guest(cloud, new, work, f"is {key.path} the key of its publisher?")
-
-
-PLANTING = """umask 077
-mkdir -p ~/.ssh
-printf '%s\\n' "$PLANTED" >>~/.ssh/authorized_keys
-"""
-UNPLANTING = """for file in /root/.ssh/authorized_keys /home/*/.ssh/authorized_keys /etc/dropbear/authorized_keys; do
-    [ -f "$file" ] || continue
-    grep -vF "$OLD" "$file" >"$file.kept" || [ $? = 1 ] || exit 1
-    cat "$file.kept" >"$file" && rm "$file.kept" || exit 1
-done
-"""
+    in_new_guest(cloud, new, work, f"is {path} the key of its publisher?")
 
 
 # -- what stands on what

@@ -650,17 +650,6 @@ def analyze(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(argv, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C.UTF-8"})
 
 
-def test_systemd_accepts_the_units(units: Path) -> None:
-    names = [path for path in sorted(units.iterdir()) if path.suffix in (".service", ".path")]
-    assert len(names) == 5
-    for path in names:
-        name = str(path).replace("@.", "@web.")
-        if name != str(path):
-            Path(name).write_text(path.read_text())
-        done = analyze("verify", "--man=no", name)
-        assert (done.returncode, done.stdout + done.stderr) == (0, ""), done
-
-
 def test_the_dnsmasq_unit_is_hardened(units: Path) -> None:
     done = analyze("security", "--offline=true", "--no-pager", units / "nocloud-dnsmasq.service")
     match = re.search(r"Overall exposure level for \S+: ([0-9.]+)", done.stdout)

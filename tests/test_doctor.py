@@ -93,8 +93,9 @@ def add_own_names(folder: Path, cloud: Cloud) -> None:
 
 def packages_of_programs() -> dict[str, str]:
     found: dict[str, list[str]] = {}
-    for program, packages in nocloud.PACKAGES.items():
-        found.setdefault(packages[0], []).append(program)
+    for line in nocloud.packaged_list("packages"):
+        program, package, *_ = line.split()
+        found.setdefault(package, []).append(program)
     return {package: " ".join(names) for package, names in found.items()}
 
 
@@ -760,6 +761,7 @@ def bridged(tmp_path_factory: pytest.TempPathFactory, busybox: Path) -> Iterator
         for folder in ("bin", "etc", "fakes"):
             (prefix / folder).mkdir(parents=True)
         shutil.copy(PROGRAM, prefix / "bin/nocloud.py")
+        shutil.copytree(PROGRAM.parent / "etc", prefix / "bin/etc")  # which the zipapp has inside
         shutil.copy(PROGRAM.parent / "etc/nocloud_net.conf", prefix / "etc")
         code = "sys.path.insert(0, sys.argv[1]); import nocloud; sys.exit(nocloud.main(['nocloud', *sys.argv[2:]]))"
         words = f'{sys.executable} -ISc "import sys; {code}" {prefix}/bin'
