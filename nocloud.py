@@ -12253,10 +12253,11 @@ class Typed:
         for word in options:
             option, prefix = option_with_value(command, word)
             self.given.update(dict.fromkeys(option.names, word[len(prefix) :]) if option else {word: ""})
-        option, prefix = option_with_value(command, self.value if last == probe else last)
         if not last:
             self.wanted = dict(enumerate(command.complete, 1)).get(len(operands), "")
-        elif last != probe and option:  # split_operands() has joined it to the option
+            return
+        option, prefix = option_with_value(command, self.value if last == probe else last)
+        if option and last != probe:  # split_operands() has joined it to the option
             self.wanted = option.complete
         elif option and (self.value != prefix or prefix.endswith("=")):
             self.prefix, self.value, self.wanted = prefix, self.value[len(prefix) :], option.complete
@@ -12386,11 +12387,11 @@ def answer_fish(config: Config, *words: str) -> list[str]:
     return [typed.files(), typed.prefix, *(f"{typed.prefix}{word}\t{help}" for word, help in typed.words().items())]
 
 
-SHELLS: dict[str, tuple[Callable[..., list[str]], str, str]] = {
-    # what its script is told, the script in etc/completion, its place in an installation's share
-    "bash": (answer_bash, "nocloud.bash", "bash-completion/completions/nocloud"),
-    "zsh": (answer_zsh, "_nocloud", "zsh/site-functions/_nocloud"),
-    "fish": (answer_fish, "nocloud.fish", "fish/vendor_completions.d/nocloud.fish"),
+SHELLS: dict[str, tuple[Callable[..., list[str]], str]] = {
+    # what its script is told, and where in an installation's share that is
+    "bash": (answer_bash, "bash-completion/completions/nocloud"),
+    "zsh": (answer_zsh, "zsh/site-functions/_nocloud"),
+    "fish": (answer_fish, "fish/vendor_completions.d/nocloud.fish"),
 }
 
 
@@ -12413,7 +12414,7 @@ def filled(name: str, **parts: str) -> str:
 def completion(shell: str) -> str:
     """A shell's script, which completes for all names of the program."""
     names = ["nocloud", "nocloud.pyz", *(each.alias for each in visible_commands() if each.alias)]
-    return filled(f"completion/{SHELLS[shell][1]}", NAMES=" ".join(names))
+    return filled(f"completion/nocloud.{shell}", NAMES=" ".join(names))
 
 
 @declare(Command("completion", operands="bash | zsh | fish", complete=(tuple(SHELLS),)))
@@ -12502,7 +12503,7 @@ def manual() -> str:
         for each in visible_commands()
     ]
     return filled(
-        "man/nocloud.1",
+        "man/nocloud.man",
         VERSION=roff(__version__),
         DESCRIPTION_OPTIONS=man_items(description_options()),
         GENERAL_OPTIONS=man_options(GENERAL_OPTIONS),
@@ -12518,7 +12519,7 @@ def manual_of(command: Command) -> str:
     """The page of one command."""
     name = command.alias or f"nocloud-{command.name}"
     return filled(
-        "man/command.1", TITLE=roff(name.upper()), VERSION=roff(__version__), NAME=roff(name),
+        "man/command.man", TITLE=roff(name.upper()), VERSION=roff(__version__), NAME=roff(name),
         HELP=wrapped(command.help), USAGE=man_usage(command), OPTIONS=man_options(all_options(command)),
     )  # fmt: skip
 
@@ -12539,7 +12540,7 @@ def cmd_man(config: Config, args: argparse.Namespace, words: list[str]) -> int:
 
 def documents() -> dict[str, str]:
     """What an installation has of these, by its path below PREFIX."""
-    scripts = {f"share/{place}": completion(shell) for shell, (_, _, place) in SHELLS.items()}
+    scripts = {f"share/{place}": completion(shell) for shell, (_, place) in SHELLS.items()}
     return {"share/man/man1/nocloud.1": manual(), **scripts}
 
 

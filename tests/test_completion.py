@@ -203,6 +203,43 @@ def test_completes_more(shell: Shell, typed: str, words: list[str]) -> None:
     test_completes(shell, typed, words)
 
 
+CHECKERS = {"bash": ("shellcheck", "--shell=bash"), "zsh": ("zsh", "-n"), "fish": ("fish", "--no-execute")}
+
+
+@pytest.mark.parametrize("name", SHELLS)
+def test_the_script_is_clean(cloud: Cloud, name: str) -> None:
+    """Its file as it is, and as it is printed."""
+    if not shutil.which(CHECKERS[name][0]):
+        pytest.skip(f"{CHECKERS[name][0]} is not installed")
+    path = cloud.home / "script"
+    path.write_text(cloud.run("completion", name).ok().stdout)
+    for each in (ROOT / f"etc/completion/nocloud.{name}", path):
+        assert cloud.execute([*CHECKERS[name], each]).ok().stdout == ""
+
+
+def given_to(cloud: Cloud, *words: str) -> list[str]:
+    """What the script of a shell is told."""
+    return cloud.execute(["nocloud", "complete", *words]).ok().stdout.split("\n")[:-1]
+
+
+def test_what_is_joined_and_what_is_given_already(installed: Cloud) -> None:
+    """The engine, asked as the scripts do: what the files that they look for begin with, and no option twice."""
+    assert given_to(installed, "zsh", "vmrun", "-fmy") == ["file", "-f"]
+    assert given_to(installed, "zsh", "vmrun", "--file=my") == ["file", "--file="]
+    assert given_to(installed, "zsh", "vmrun", "-f", "my") == ["file", ""]
+    groups = ["old ones", "pf", "two", "templates"]
+    assert given_to(installed, "fish", "vmstop", "-dgo") == ["", "-dg", *(f"-dg{each}\t" for each in groups)]
+    assert given_to(installed, "bash", "vmrun -f 'a:b", "b") == ["file", "", "a:", "a:b"]
+    assert given_to(installed, "bash", "vmrun --file=a:b", "b") == ["file", "", "a:", "a:b"]
+    assert given_to(installed, "bash", "vmrun -fb", "-fb") == ["file", "-f", "", "b"]
+    offered = given_to(installed, "bash", "vmstop -g pf --destroy -", "-")[4:]
+    assert "-t" in offered and not {"-g", "--group", "-d", "--destroy"} & set(offered)
+    assert given_to(installed, "bash", "vminstantiate --wait -", "-")[4:]
+    assert given_to(installed, "bash", "vminstantiate -w ", "") == [""] * 4  # the value may be left out: an operand
+    assert given_to(installed, "fish", "nocloud", "-x", "ss") == ["", ""]
+    installed.run("complete", "fish", "nocloud", "nothing", "").fails(127, "nothing")
+
+
 # All of it, without a terminal #######################################################################
 
 ASK_BASH = """
