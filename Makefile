@@ -28,7 +28,7 @@ AS_OWNER := $(if $(filter-out $(OWNER),$(ME)),$(if $(filter 0,$(ME)),setpriv --r
     --clear-groups env HOME="$$(getent passwd $(OWNER) | cut -d: -f6)"))
 
 .DEFAULT_GOAL := $(if $(filter 0,$(ME)),install,build)
-.PHONY: build install uninstall demo test test-all check check-catalogue bench clean help
+.PHONY: build install uninstall demo test test-all check check-catalogue docs bench clean help
 .PHONY: install-for-build install-for-vms install-for-templates install-for-checks install-for-tests install-for-bench
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -58,6 +58,9 @@ check: $(VENV)/done install-for-checks ## the linters only, each language's own
 
 check-catalogue: ## ask the catalogue's real servers (needs the Internet)
 	@$(PYTHON) tests/check_catalogue.py
+
+docs: ## write README.md's tables from what nocloud.py declares
+	@$(AS_OWNER) $(PYTHON) -B tests/docs.py
 
 bench: install-for-vms install-for-bench nocloud.pyz ## measure the speed budgets; fails over one
 	@$(PYTHON) tests/bench.py nocloud.pyz

@@ -10886,42 +10886,67 @@ def examine_one(name: str, check: Callable[[Patient], Iterator[Finding]], patien
 # function under it turns words into values and calls the sections above.
 
 
+# What a shell offers for a value that is called so: kinds of WORD_KINDS or SHELL_KINDS, several joined by `+`.
+OFFERED = {
+    "GROUP": "any-group", "TYPE": "type", "TEMPLATE": "template", "VM": "vm", "HOST": "address", "ISO": "iso+file",
+    "FILE": "file", "FILE|URL": "file", "FOLDER": "folder", "DIR": "folder",
+}  # fmt: skip
+
+
+@record
 class Option:
-    """An option of a command: its names, whether it takes a value, and what it means."""
+    """An option of a command, as its help shows it: `-w --wait [SECONDS]`, where the value may be left out.
 
-    __slots__ = ("names", "check", "metavar", "default", "help", "optional", "complete")
-
-    def __init__(
-        self, *names: str, help: str, metavar: str = "", check: Callable[[str], Any] = any_text, default: str = "",
-        optional: bool = False, complete: str | tuple[str, ...] = "",
-    ) -> None:  # fmt: skip
-        """`metavar`: it takes a value; `default`: that of this setting; `optional`: the value may be left out.
-
-        `complete`: what a shell offers for the value, a kind of WORD_KINDS or SHELL_KINDS, several joined by `+`, or
-        the words themselves.
-        """
-        self.names, self.metavar, self.check = names, metavar, check
-        self.default, self.help, self.optional, self.complete = default, help, optional, complete
-
-
-class Command:
-    """A command: how it is called, its options, and what it does; `more` makes the end of its help.
-
-    `complete`: what a shell offers for each operand, as of an Option.  `unconfigured`: it gets the defaults, and finds
-    the configuration by itself.
+    `default`: the setting whose value it replaces, and is checked as, where no other `check` is given.  `complete`:
+    what a shell offers for the value, as in OFFERED, whose word for the value counts if this is empty; or the words
+    themselves.
     """
 
-    __slots__ = (
-        "name", "alias", "options", "operands", "function", "help", "hidden", "more", "complete", "unconfigured",
-    )  # fmt: skip
+    usage: str
+    help: str
+    check: Callable[[str], Any] = any_text
+    default: str = ""
+    complete: str | tuple[str, ...] = ""
 
-    def __init__(
-        self, name: str, alias: str, options: tuple[Option, ...], operands: str, function: Any, help: str, hidden: bool,
-        more: Callable[[], str], complete: tuple[str | tuple[str, ...], ...], unconfigured: bool,
-    ) -> None:  # fmt: skip
-        self.name, self.alias, self.options, self.operands = name, alias, options, operands
-        self.function, self.help, self.hidden, self.more = function, help, hidden, more
-        self.complete, self.unconfigured = complete, unconfigured
+    def __post_init__(self) -> None:
+        if self.default and self.check is any_text:
+            self.check = SETTING[self.default].check
+        self.complete = self.complete or OFFERED.get(self.value, "")
+
+    @property
+    def names(self) -> list[str]:
+        return [word for word in self.usage.split() if word.startswith("-")]
+
+    @property
+    def value(self) -> str:
+        """What its value is called in the help; '' where it takes none."""
+        word = self.usage.split()[-1]
+        return "" if word.startswith("-") else word.strip("[]")
+
+    @property
+    def is_optional(self) -> bool:
+        """Whether the value may be left out."""
+        return self.usage.endswith("]")
+
+
+@record
+class Command:
+    """A command: how it is called, its options, and what it does.  declare() gives it the last three.
+
+    `complete`: what a shell offers for each operand, as of an Option.  `more` makes the end of its help.
+    `unconfigured`: it gets the defaults, and finds the configuration by itself.
+    """
+
+    name: str
+    alias: str = ""
+    operands: str = ""
+    complete: tuple[str | tuple[str, ...], ...] = ()
+    more: Callable[[], str] = str
+    hidden: bool = False
+    unconfigured: bool = False
+    options: tuple[Option, ...] = ()
+    function: Any = None
+    help: str = ""
 
     @property
     def takes_words(self) -> bool:
@@ -10932,77 +10957,72 @@ class Command:
 COMMANDS: dict[str, Command] = {}
 
 
-def command(
-    name: str, *options: Option, alias: str = "", operands: str = "", hidden: bool = False,
-    more: Callable[[], str] = str, complete: tuple[str | tuple[str, ...], ...] = (), unconfigured: bool = False,
-) -> Callable[[Any], Any]:  # fmt: skip
+def declare(command: Command, *options: Option) -> Callable[[Any], Any]:
     """Declare the command that the function under it does.  The first line of its docstring is its help."""
 
-    def declare(function: Any) -> Any:
-        if name in COMMANDS:
-            raise ValueError(f"{name}: declared twice")
-        help = (function.__doc__ or "").strip()
-        COMMANDS[name] = Command(name, alias, options, operands, function, help, hidden, more, complete, unconfigured)
+    def declared(function: Any) -> Any:
+        if command.name in COMMANDS:
+            raise ValueError(f"{command.name}: declared twice")
+        COMMANDS[command.name] = command
+        command.options, command.function, command.help = options, function, function.__doc__.strip()
         return function
 
-    return declare
+    return declared
 
 
-GROUP = Option("-g", "--group", metavar="GROUP", help="only this group", complete="any-group")
-TYPE = Option("-t", "--type", metavar="TYPE", help="only this type", complete="type")
+def description_options() -> list[tuple[str, str]]:
+    """(option, what it means) for each that a line of a description file can have."""
+    helps = (
+        "memory in MB", "processors", "size of the system disk in GB", "extra disks, in GB (vdb, vdc, …)",
+        "what the names begin with; without it a name is a UUID", "a file for cloud-init", "with a screen",
+    )  # fmt: skip
+    return list(zip(WISH_OPTIONS, helps))
 
 
 GENERAL_OPTIONS = (  # every command has them
-    Option("-h", "--help", help="show this help"),
-    Option("-v", "--version", help="show the version"),
-    Option("--debug", help="show each external command; tracebacks"),
+    Option("-h --help", "show this help"),
+    Option("-v --version", "show the version"),
+    Option("--debug", "show each external command; tracebacks"),
 )
-
-
-def _seconds(text: str) -> int:
-    return int(SECONDS(text))
+# Several commands have these.
+GROUP = Option("-g --group GROUP", "only this group")
+TYPE = Option("-t --type TYPE", "only this type")
+FORCE = Option("--force", "though it is more memory than the host has")
+VM_OPTIONS = (
+    Option("-n --name NAME", "the VM: NAME, GROUP/NAME or GROUP/TYPE/NAME", complete="running-vm"),
+    Option("-g --group GROUP", "the group it is in"),
+    Option("-t --type TYPE", "the type it is of"),
+)
 
 
 def _digest(algorithm: str) -> Callable[[str], str]:
     return lambda text: checksum_text(f"{algorithm}:{text}")
 
 
-@command(
-    "template",
-    Option("-L", "--list", help="list the templates: name, size, clones, where from"),
-    Option("--available", help="list what can be downloaded: name, whether it is there, login, system"),
-    Option("--image", metavar="FILE|URL", help="make NAME from a qcow2 or raw image", complete="file"),
-    Option("--sha256", metavar="HEX", check=_digest("sha256"), help="the image's checksum; a URL needs one"),
-    Option("--sha512", metavar="HEX", check=_digest("sha512"), help="likewise"),
-    Option("--insecure", help="take the image at a URL without a checksum"),
+@declare(
+    Command("template", "vmtemplate", "[NAME]", ("template-name",), more=catalogue_help),
+    Option("-L --list", "list the templates: name, size, clones, where from"),
+    Option("--available", "list what can be downloaded: name, whether it is there, login, system"),
+    Option("--image FILE|URL", "make NAME from a qcow2 or raw image"),
+    Option("--sha256 HEX", "the image's checksum; a URL needs one", _digest("sha256")),
+    Option("--sha512 HEX", "likewise", _digest("sha512")),
+    Option("--insecure", "take the image at a URL without a checksum"),
     Option(
-        "--build",
-        metavar="SUITE",
-        help="make NAME from packages: bookworm, trixie (Debian), jammy, noble (Ubuntu)",
+        "--build SUITE", "make NAME from packages: bookworm, trixie (Debian), jammy, noble (Ubuntu)",
         complete=("bookworm", "trixie", *UBUNTU_SUITES),
     ),
-    Option("--include", metavar="PACKAGE,…", check=package_names, help="more packages for --build"),
-    Option("--rebuild", help="--build anew, though the cache has one of the same packages"),
-    Option("--from", metavar="VM", help="make NAME of a VM that is stopped (GROUP/TYPE/NAME)", complete="vm"),
-    Option("--layer", help="with --from: share what the VM's disk stands on, instead of copying it"),
-    Option("--no-clean", help="with --from: keep machine-id, host keys, logs"),
-    Option("--tree", help="show templates, their layers and what stands on them"),
-    Option("--delete", help="delete NAME; refused while clones depend on it"),
-    Option("--mem", metavar="MB", check=MEMORY_MB, default="vmMem", help="memory its clones start with"),
-    Option("--cpu", metavar="N", check=CPU_COUNT, default="vmCpu", help="processors its clones start with"),
-    Option("--user", metavar="LOGIN", check=login_name, default="vmUser", help="who logs in to its clones"),
-    Option(
-        "--init",
-        metavar="KIND",
-        check=INIT_KIND,
-        help="how hostname and keys get in: " + ", ".join(INIT_KINDS),
-        complete=INIT_KINDS,
-    ),
-    alias="vmtemplate",
-    operands="[NAME]",
-    more=catalogue_help,
-    complete=("template-name",),
-)
+    Option("--include PACKAGE,…", "more packages for --build", package_names),
+    Option("--rebuild", "--build anew, though the cache has one of the same packages"),
+    Option("--from VM", "make NAME of a VM that is stopped (GROUP/TYPE/NAME)"),
+    Option("--layer", "with --from: share what the VM's disk stands on, instead of copying it"),
+    Option("--no-clean", "with --from: keep machine-id, host keys, logs"),
+    Option("--tree", "show templates, their layers and what stands on them"),
+    Option("--delete", "delete NAME; refused while clones depend on it"),
+    Option("--mem MB", "memory its clones start with", default="vmMem"),
+    Option("--cpu N", "processors its clones start with", default="vmCpu"),
+    Option("--user LOGIN", "who logs in to its clones", default="vmUser"),
+    Option("--init KIND", "how hostname and keys get in: " + ", ".join(INIT_KINDS), INIT_KIND, complete=INIT_KINDS),
+)  # fmt: skip
 def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """get and keep templates"""
     import functools
@@ -11072,22 +11092,15 @@ def report_table(rows: Sequence[Sequence[str]]) -> int:
     return EXIT_DONE
 
 
-@command(
-    "create",
-    Option(
-        "-n",
-        "--name",
-        metavar="NAME",
-        help="the template; with -a a template, or a VM (GROUP/NAME)",
-        complete="adjusted",
-    ),
-    Option("-i", "--iso", metavar="ISO", help="boot from this ISO: a path, or a name in isoDir", complete="iso+file"),
-    Option("-m", "--mem", metavar="MB", check=MEMORY_MB, default="vmMem", help="memory"),
-    Option("-c", "--cpu", metavar="CPUS", check=CPU_COUNT, default="vmCpu", help="processors"),
-    Option("-C", "--cpu-cap", metavar="PERCENT", check=CPU_CAP, help="a limit of CPU time; kept, not enforced yet"),
-    Option("-d", "--disk", metavar="GB", check=DISK_GB, default="vmCreateDiskSize", help="disk size; with -a: grow to"),
-    Option("-a", "--adjust", help="change an existing one: only what is given"),
-    alias="vmcreate",
+@declare(
+    Command("create", "vmcreate"),
+    Option("-n --name NAME", "the template; with -a a template, or a VM (GROUP/NAME)", complete="adjusted"),
+    Option("-i --iso ISO", "boot from this ISO: a path, or a name in isoDir"),
+    Option("-m --mem MB", "memory", default="vmMem"),
+    Option("-c --cpu CPUS", "processors", default="vmCpu"),
+    Option("-C --cpu-cap PERCENT", "a limit of CPU time; kept, not enforced yet", CPU_CAP),
+    Option("-d --disk GB", "disk size; with -a: grow to", default="vmCreateDiskSize"),
+    Option("-a --adjust", "change an existing one: only what is given"),
 )
 def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """make a template from an ISO, or adjust one"""
@@ -11140,32 +11153,17 @@ def boot_iso(cloud: Cloud, vm: VM, iso: str, keep: bool) -> int:
     return EXIT_DONE
 
 
-@command(
-    "instantiate",
-    Option("-n", "--template", metavar="TEMPLATE", help="the template to clone", complete="template"),
-    Option("-C", "--count", metavar="COUNT", check=CLONE_COUNT, default="vmCount", help="how many"),
-    Option("-g", "--group", metavar="GROUP", default="vmGroup", help="the group they belong to", complete="group"),
-    Option("-t", "--type", metavar="TYPE", default="vmSubGroup", help="their type", complete="type"),
-    Option(
-        "-f",
-        "--file",
-        metavar="FILE",
-        help="make what a description file lists; the file's name is the group's",
-        complete="file",
-    ),
-    Option("-o", "--options", metavar="OPTIONS", help=";".join(WISH_OPTIONS)),
-    Option(
-        "-w",
-        "--wait",
-        metavar="SECONDS",
-        check=_seconds,
-        optional=True,
-        default="vmWaitTimeout",
-        help="return when all are ready",
-    ),
-    Option("--dry-run", help="check everything, say what would be made, make nothing"),
-    Option("--force", help="though it is more memory than the host has"),
-    alias="vminstantiate",
+@declare(
+    Command("instantiate", "vminstantiate"),
+    Option("-n --template TEMPLATE", "the template to clone"),
+    Option("-C --count COUNT", "how many", default="vmCount"),
+    Option("-g --group GROUP", "the group they belong to", default="vmGroup", complete="group"),
+    Option("-t --type TYPE", "their type", default="vmSubGroup"),
+    Option("-f --file FILE", "make what a description file lists; the file's name is the group's"),
+    Option("-o --options OPTIONS", "; ".join(option for option, _ in description_options())),
+    Option("-w --wait [SECONDS]", "return when all are ready", default="vmWaitTimeout"),
+    Option("--dry-run", "check everything, say what would be made, make nothing"),
+    FORCE,
 )
 def cmd_instantiate(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """make clones of a template and start them"""
@@ -11235,29 +11233,18 @@ def report_errors(errors: Sequence[Error]) -> int:
     return statuses.pop() if len(statuses) == 1 else EXIT_FAILED if statuses else EXIT_DONE
 
 
-@command(
-    "run",
+@declare(
+    Command("run", "vmrun"),
+    Option("-f --file FILE", "make what a description file lists, and run it; -: stdin"),
+    Option("-r --resume GROUP", "run the VMs of GROUP that were kept", complete="group"),
     Option(
-        "-f",
-        "--file",
-        metavar="FILE",
-        help="make what a description file lists, and run it; -: stdin",
-        complete="file",
+        "-s --stop GROUP", "tell the vmrun that manages GROUP to stop its VMs and keep them", complete="managed-group"
     ),
-    Option("-r", "--resume", metavar="GROUP", help="run the VMs of GROUP that were kept", complete="group"),
-    Option(
-        "-s",
-        "--stop",
-        metavar="GROUP",
-        help="tell the vmrun that manages GROUP to stop its VMs and keep them",
-        complete="managed-group",
-    ),
-    Option("-g", "--gui", help="each VM has a screen"),
-    Option("--group", metavar="GROUP", help="with -f: the group's name, instead of the file's", complete="group"),
-    Option("--add", help="with -f: though the group has VMs already; they are run too"),
-    Option("--background", help="return when all VMs are ready"),
-    Option("--force", help="though it is more memory than the host has"),
-    alias="vmrun",
+    Option("-g --gui", "each VM has a screen"),
+    Option("--group GROUP", "with -f: the group's name, instead of the file's", complete="group"),
+    Option("--add", "with -f: though the group has VMs already; they are run too"),
+    Option("--background", "return when all VMs are ready"),
+    FORCE,
 )
 def cmd_run(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """run a group in the foreground"""
@@ -11298,13 +11285,7 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
         )
 
 
-@command(
-    "running",
-    GROUP,
-    TYPE,
-    Option("-a", "--all", help="the stopped ones too, with their state"),
-    alias="vmrunning",
-)
+@declare(Command("running", "vmrunning"), GROUP, TYPE, Option("-a --all", "the stopped ones too, with their state"))
 def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """list running VMs: NAME GROUP/TYPE IP"""
     no_more(words)
@@ -11317,15 +11298,14 @@ def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> i
     return EXIT_DONE
 
 
-@command(
-    "stop",
-    Option("-g", "--group", metavar="GROUP", help="the group to stop", complete="any-group"),
-    Option("-t", "--type", metavar="TYPE", help="only this type of it", complete="type"),
-    Option("-n", "--name", metavar="NAME", help="stop one VM", complete="vm"),
-    Option("-d", "--destroy", help="destroy them too: disks, settings, everything"),
-    Option("--kill", help="switch off at once instead of shutting down"),
-    Option("--timeout", metavar="S", check=_seconds, default="vmStopTimeout", help="seconds before switching off"),
-    alias="vmstop",
+@declare(
+    Command("stop", "vmstop"),
+    Option("-g --group GROUP", "the group to stop"),
+    Option("-t --type TYPE", "only this type of it"),
+    Option("-n --name NAME", "stop one VM", complete="vm"),
+    Option("-d --destroy", "destroy them too: disks, settings, everything"),
+    Option("--kill", "switch off at once instead of shutting down"),
+    Option("--timeout S", "seconds before switching off", default="vmStopTimeout"),
 )
 def cmd_stop(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """stop a group, a type of it or one VM"""
@@ -11369,7 +11349,7 @@ def vm_in(cloud: Cloud, name: str, group: str | None, type: str | None) -> VM:
     return found[0] if len(found) == 1 else cloud.tree.need(name)
 
 
-@command("ssh", alias="vmssh", operands="VM [WORDS...]", complete=("running-vm",))
+@declare(Command("ssh", "vmssh", "VM [WORDS...]", ("running-vm",)))
 def cmd_ssh(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """ssh into a VM, or run a command in it"""
     if not words:
@@ -11418,21 +11398,13 @@ def vm_by_name_or_address(cloud: Cloud, words: str) -> VM:
     return cloud.tree.need(words)
 
 
-@command(
-    "vm",
-    Option("-n", "--name", metavar="NAME", help="the VM, or the template", complete="vm"),
-    Option("-g", "--group", metavar="GROUP", help="its group [templates]", complete="any-group"),
-    Option("-t", "--type", metavar="TYPE", help="its type", complete="type"),
-    Option(
-        "-i",
-        "--iso",
-        metavar="ISO",
-        help="boot this ISO first: a path, a name in isoDir, or none",
-        complete="iso+file",
-    ),
-    Option("-G", "--gui", help="start it with a screen, and don't connect"),
-    alias="vm",
-    operands="[WORDS...]",
+@declare(
+    Command("vm", "vm", "[WORDS...]"),
+    Option("-n --name NAME", "the VM, or the template", complete="vm"),
+    Option("-g --group GROUP", "its group [templates]"),
+    Option("-t --type TYPE", "its type"),
+    Option("-i --iso ISO", "boot this ISO first: a path, a name in isoDir, or none"),
+    Option("-G --gui", "start it with a screen, and don't connect"),
 )
 def cmd_vm(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """run a VM and connect to it by ssh"""
@@ -11483,14 +11455,9 @@ def start_alone(cloud: Cloud, vm: VM, iso: str, gui: bool) -> None:
         cloud.private.end_if_idle()
 
 
-@command(
-    "upgrade",
-    Option(
-        "--timeout", metavar="S", check=_seconds, help=f"the longest that it may take, in seconds [{UPGRADE_SECONDS}]"
-    ),
-    alias="vmupgrade",
-    operands="TEMPLATE",
-    complete=("template",),
+@declare(
+    Command("upgrade", "vmupgrade", "TEMPLATE", ("template",)),
+    Option("--timeout S", f"the longest that it may take, in seconds [{UPGRADE_SECONDS}]", SECONDS),
 )
 def cmd_upgrade(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """upgrade the system of a template; its clones stay as they are"""
@@ -11500,11 +11467,10 @@ def cmd_upgrade(config: Config, args: argparse.Namespace, words: list[str]) -> i
     return EXIT_DONE
 
 
-@command(
-    "inventory",
-    Option("--list", help="the inventory as JSON, for ansible"),
-    Option("--host", metavar="HOST", help="the variables of one host as JSON", complete="address"),
-    alias="vminventory",
+@declare(
+    Command("inventory", "vminventory"),
+    Option("--list", "the inventory as JSON, for ansible"),
+    Option("--host HOST", "the variables of one host as JSON"),
 )
 def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """what runs, for ansible (--list) and for people"""
@@ -11521,15 +11487,16 @@ def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) ->
     return EXIT_DONE
 
 
-@command(
-    "net",
-    Option("--private", help="up, down, status: the user's own network, which needs no root"),
-    Option("--bridge", help="the host's bridge, which is root's"),
-    Option("--tap", help="exec: open a tap on the network as descriptor 3"),
-    Option("--fdpass", help="connect: hand the connection itself to ssh (ProxyUseFdpass)"),
-    operands="up | down | status | exec CMD... | connect ADDR PORT",
-    complete=(("up", "down", "status", "exec", "connect"),),
-)
+@declare(
+    Command(
+        "net", operands="up | down | status | exec CMD... | connect ADDR PORT",
+        complete=(("up", "down", "status", "exec", "connect"),),
+    ),
+    Option("--private", "up, down, status: the user's own network, which needs no root"),
+    Option("--bridge", "the host's bridge, which is root's"),
+    Option("--tap", "exec: open a tap on the network as descriptor 3"),
+    Option("--fdpass", "connect: hand the connection itself to ssh (ProxyUseFdpass)"),
+)  # fmt: skip
 def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """the network between the VMs: up, down, status; exec and connect go into the private one"""
     import contextlib
@@ -11586,12 +11553,12 @@ def net_verb(config: Config, verb: str, kind: str) -> int:
     return EXIT_DONE
 
 
-@command(
-    "bridge",
-    alias="nocloud-bridge",
-    operands="start | stop | dnsmasq | ready | subnet [FILE]",
-    complete=(("start", "stop", "dnsmasq", "ready", "subnet"), "file"),
-)
+@declare(
+    Command(
+        "bridge", "nocloud-bridge", "start | stop | dnsmasq | ready | subnet [FILE]",
+        (("start", "stop", "dnsmasq", "ready", "subnet"), "file"),
+    )
+)  # fmt: skip
 def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """the host's bridge, for its units: start, stop; run its dnsmasq, or wait for it; name a free subnet in FILE"""
     verb, rest = (words[0], words[1:]) if words else ("", [])
@@ -11641,13 +11608,6 @@ def address_and_port(words: Sequence[str]) -> tuple[str, int]:
     return words[0], int(words[1])
 
 
-VM_OPTIONS = (
-    Option("-n", "--name", metavar="NAME", help="the VM: NAME, GROUP/NAME or GROUP/TYPE/NAME", complete="running-vm"),
-    Option("-g", "--group", metavar="GROUP", help="the group it is in", complete="any-group"),
-    Option("-t", "--type", metavar="TYPE", help="the type it is of", complete="type"),
-)
-
-
 def running_vm(cloud: Cloud, args: argparse.Namespace) -> VM:
     """The running VM that -n, -g and -t mean."""
     if args.name is None:
@@ -11663,11 +11623,10 @@ def running_vm(cloud: Cloud, args: argparse.Namespace) -> VM:
     return vm
 
 
-@command(
-    "console",
+@declare(
+    Command("console", "vmconsole"),
     *VM_OPTIONS,
-    Option("-s", "--serial", help="its serial console in this terminal; Ctrl-] leaves"),
-    alias="vmconsole",
+    Option("-s --serial", "its serial console in this terminal; Ctrl-] leaves"),
 )
 def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """a VM's screen; with -s, or without a display, its serial console"""
@@ -11684,7 +11643,7 @@ def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> i
     return EXIT_DONE
 
 
-@command("manage", *VM_OPTIONS, alias="vmmanage", operands="[WORDS...]")
+@declare(Command("manage", "vmmanage", "[WORDS...]"), *VM_OPTIONS)
 def cmd_manage(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """qemu's monitor of a VM; with WORDS, just that command"""
     with Cloud(config) as cloud:
@@ -11695,14 +11654,13 @@ def cmd_manage(config: Config, args: argparse.Namespace, words: list[str]) -> in
     return monitor_session(vm)
 
 
-@command(
-    "doctor",
-    Option("--json", help="a JSON list: name, state, text, mend"),
-    operands="[CHECKS]",
-    more=doctor_help,
-    complete=(tuple(name for name, _ in (*CHECKS, *BRIDGE_CHECKS)),),
-    unconfigured=True,
-)
+@declare(
+    Command(
+        "doctor", operands="[CHECKS]", complete=(tuple(name for name, _ in (*CHECKS, *BRIDGE_CHECKS)),),
+        more=doctor_help, unconfigured=True,
+    ),
+    Option("--json", "a JSON list: name, state, text, mend"),
+)  # fmt: skip
 def cmd_doctor(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """look at this host, and say what isn't well and which command mends it"""
     findings = []
@@ -11719,7 +11677,7 @@ def cmd_doctor(config: Config, args: argparse.Namespace, words: list[str]) -> in
     return EXIT_FAILED if any(finding.state == WRONG for finding in findings) else EXIT_DONE
 
 
-@command("links", operands="DIR", complete=("folder",))
+@declare(Command("links", operands="DIR", complete=("folder",)))
 def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """make the vm* commands in DIR, as symlinks to this program"""
     folder = one_operand(words, "DIR")
@@ -11741,7 +11699,7 @@ def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> int
     return EXIT_DONE
 
 
-@command("configure", operands="VM...", hidden=True)
+@declare(Command("configure", operands="VM...", hidden=True))
 def cmd_configure(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """do over ssh what can only be done there, for VMs that have just been started"""
     with Cloud(config) as cloud:
@@ -11766,65 +11724,93 @@ def one_operand(words: Sequence[str], name: str) -> str:
 
 # Completion and manual ###############################################################################
 #
-# What is printed from the declarations above: the shells' completion scripts, the words that these ask for
-# while one types, and the manual page.  A command or an option that is declared appears in all of them.
+# What comes from the declarations above: the words that a shell offers while one types, which its script in
+# etc/completion asks for; and the manual pages, whose prose is in etc/man.  README.md's tables are made of them too
+# (tests/docs.py).
 
+PROBE = "\0"  # stands for the word that is being typed: no argument can have it
 SHELL_KINDS = ("file", "folder")  # which the shells complete by themselves
 
 
 class Typed:
-    """A command line that is being typed: its words after the command, of which the last one is to be completed."""
+    """A command line that is being typed, as its words up to the cursor, of which the last one is to be completed.
+
+    That word is `prefix`, an option to which its value is joined, and `value`.  `wanted`: what the value can be, as an
+    Option's `complete`, or words with their help.  `given`: the options before it, by each name, with their values.
+    """
 
     def __init__(self, config: Config, words: Sequence[str]) -> None:
-        self.config, self.words = config, words
-        self.tree = Tree(base_folder(config))
+        self.config, self.tree = config, Tree(base_folder(config))
+        *before, self.value = words
+        self.prefix = ""
+        self.given: dict[str, str] = {}
+        self.wanted: str | tuple[str, ...] | dict[str, str] = ""
+        self.command, _, rest = find_command(before)
+        if self.command:
+            self._read(self.command, rest)
+        elif not rest:
+            self.wanted = option_names(GENERAL_OPTIONS) if self.value.startswith("-") else command_names()
 
-    @property
-    def current(self) -> str:
-        return self.words[-1] if self.words else ""
+    def _read(self, command: Command, words: Sequence[str]) -> None:
+        """What is wanted, by what the parser makes of a word in that place."""
+        probe = "-" + PROBE if self.value.startswith("-") else PROBE
+        options, operands = split_operands(command, [*words, probe])
+        last = "" if operands[-1:] == [probe] else options.pop()
+        for word in options:
+            option, prefix = option_with_value(command, word)
+            self.given.update(dict.fromkeys(option.names, word[len(prefix) :]) if option else {word: ""})
+        if not last:
+            self.wanted = dict(enumerate(command.complete, 1)).get(len(operands), "")
+            return
+        option, prefix = option_with_value(command, self.value if last == probe else last)
+        if option and last != probe:  # split_operands() has joined it to the option
+            self.wanted = option.complete
+        elif option and (self.value != prefix or prefix.endswith("=")):
+            self.prefix, self.value, self.wanted = prefix, self.value[len(prefix) :], option.complete
+        else:
+            self.wanted = option_names(each for each in all_options(command) if not self.given.keys() & set(each.names))
 
-    def value(self, *names: str) -> str:
-        """The value that an option has so far, or ''."""
-        for word, following in zip(self.words, self.words[1:]):
-            if word in names:
-                return following
-            for name in names:
-                rest = word[len(name) :]
-                if word.startswith(name) and (name[:2] != "--" or rest[0] == "="):
-                    return rest.lstrip("=")
-        return ""
+    def words(self) -> dict[str, str]:
+        """What there is to offer for the value, each with its help."""
+        if isinstance(self.wanted, dict):
+            return self.wanted
+        if isinstance(self.wanted, tuple):
+            return dict.fromkeys(self.wanted, "")
+        kinds = [kind for kind in self.wanted.split("+") if kind in WORD_KINDS]
+        return {word: "" for kind in kinds for word in WORD_KINDS[kind](self) if word.isprintable()}
+
+    def files(self) -> str:
+        """The one of SHELL_KINDS that is wanted, or ''."""
+        kinds = self.wanted.split("+") if isinstance(self.wanted, str) else []
+        return next((kind for kind in kinds if kind in SHELL_KINDS), "")
 
     def vms(self, wanted: Callable[[VM], bool] = VM.exists) -> list[str]:
         """What the wanted VMs, in the group and of the type that are named, can be called: NAME where that is enough.
 
         GROUP/NAME, or GROUP/TYPE/NAME, where a group is being typed, and where several have the name.
         """
-        left = [vm for vm in self.tree.vms(self.value("-g", "--group"), self.value("-t", "--type")) if wanted(vm)]
+        left = [vm for vm in self.tree.vms(self.given.get("-g", ""), self.given.get("-t", "")) if wanted(vm)]
         names: list[str] = []
         ways: list[Callable[[VM], str]] = [lambda vm: vm.name, lambda vm: f"{vm.group}/{vm.name}"]
-        for way in ways[min(2, self.current.count("/")) :]:
+        for way in ways[min(2, self.value.count("/")) :]:
             count = Counter(map(way, left))
             names += [way(vm) for vm in left if count[way(vm)] == 1]
             left = [vm for vm in left if count[way(vm)] > 1]
         return names + [vm.address_name for vm in left]
 
     def types(self) -> list[str]:
-        group = self.value("-g", "--group")
+        group = self.given.get("-g")
         return [type for each in ([group] if group else self.tree.groups()) for type in self.tree.types(each)]
 
     def isos(self) -> list[str]:
         folder = os.path.expanduser(self.config["isoDir"])
         return [name for name in _names(folder) if name.lower().endswith(".iso")]
 
-    def addresses(self) -> list[str]:
-        """Those in the confs: to read the bridge's leases is not worth it."""
-        return [vm.conf.get("vmAddress", "") for vm in self.tree.running() if vm.is_readable()]
-
 
 WORD_KINDS: dict[str, Callable[[Typed], Iterable[str]]] = {
     "vm": Typed.vms,
     "running-vm": lambda typed: typed.vms(VM.is_running),
-    "adjusted": lambda typed: typed.vms() if {"-a", "--adjust"} & set(typed.words) else [],
+    "adjusted": lambda typed: typed.vms() if {"-a", "--adjust"} & typed.given.keys() else [],
     "group": lambda typed: typed.tree.groups(),
     "any-group": lambda typed: [*typed.tree.groups(), TEMPLATES],
     "managed-group": lambda typed: [
@@ -11833,486 +11819,121 @@ WORD_KINDS: dict[str, Callable[[Typed], Iterable[str]]] = {
     "type": Typed.types,
     "template": lambda typed: [vm.name for vm in typed.tree.templates()],
     "catalogue": lambda typed: load_catalogue().entries,
-    "template-name": lambda typed: WORD_KINDS["template" if "--delete" in typed.words else "catalogue"](typed),
+    "template-name": lambda typed: WORD_KINDS["template" if "--delete" in typed.given else "catalogue"](typed),
     "iso": Typed.isos,
-    "address": Typed.addresses,
-    "command": lambda typed: visible_commands(),
+    # Those in the confs: to read the bridge's leases is not worth it.
+    "address": lambda typed: [vm.conf.get("vmAddress", "") for vm in typed.tree.running() if vm.is_readable()],
+    "command": lambda typed: command_names(),
 }
 
 
-@command("complete", operands="KIND [WORDS...]", hidden=True)
-def cmd_complete(config: Config, args: argparse.Namespace, words: list[str]) -> int:
-    """the words that a shell offers, one a line; nothing is started, mended or written for that"""
-    if not words or words[0] not in WORD_KINDS:
-        raise UsageError(f"which kind of words? one of {', '.join(WORD_KINDS)}")
-    found = dict.fromkeys(word for word in WORD_KINDS[words[0]](Typed(config, words[1:])) if word.isprintable())
-    if found:
-        report.data("\n".join(found))
-    return EXIT_DONE
+def visible_commands() -> list[Command]:
+    return [each for each in COMMANDS.values() if not each.hidden]
 
 
-def documents() -> dict[str, str]:
-    """What an installation has of these, by its path below PREFIX."""
-    return {
-        "share/man/man1/nocloud.1": manual() + "\n",
-        "share/bash-completion/completions/nocloud": bash_completion(),
-        "share/zsh/site-functions/_nocloud": zsh_completion(),
-        "share/fish/vendor_completions.d/nocloud.fish": fish_completion(),
-    }
-
-
-def document_links() -> dict[str, str]:
-    """bash and fish look for a command's completion, and man for its page, under the command's own name."""
-    return {
-        path.replace("/nocloud", f"/{each.alias}"): os.path.basename(path)
-        for path in documents()
-        for each in visible_commands().values()
-        if each.alias and "/zsh/" not in path
-    }
-
-
-def visible_commands() -> dict[str, Command]:
-    return {name: each for name, each in COMMANDS.items() if not each.hidden}
-
-
-def shell_names() -> list[str]:
-    """The names that the scripts complete for."""
-    return ["nocloud", "nocloud.pyz", *(each.alias for each in visible_commands().values() if each.alias)]
+def command_names() -> dict[str, str]:
+    return {each.name: each.help for each in visible_commands()}
 
 
 def all_options(command: Command) -> list[Option]:
     return [*command.options, *GENERAL_OPTIONS]
 
 
-def kind_text(complete: str | tuple[str, ...]) -> str:
-    """An Option's `complete` as the scripts hold it: a kind, `=` and the words themselves, or `-` for none."""
-    return "=" + " ".join(complete) if isinstance(complete, tuple) else complete or "-"
+def option_names(options: Iterable[Option]) -> dict[str, str]:
+    """All names of these options, each with its help."""
+    return {name: option.help for option in options for name in option.names}
 
 
-def takes_value(option: Option) -> bool:
-    """Whether the next word is its value whatever it is."""
-    return bool(option.metavar) and not option.optional
+BASH_PART = r"""\s+|'([^']*)('?)|"((?:\\.?|[^"\\])*)("?)|\\(.?)|([^\s'"\\]+)"""
+BASH_SPECIAL = {"": r"[^\w@%+=:,./-]", '"': r'[\\"$`]', "'": "(?!)"}  # by the quote that is open: what to escape
 
 
-def completed_values(command: Command) -> Iterator[tuple[str, str]]:
-    """(each name of an option that takes a value, or the number of an operand; its kind_text)."""
-    for option in command.options:
-        if takes_value(option):
-            for name in option.names:
-                yield name, kind_text(option.complete)
-    for number, kind in enumerate(command.complete, 1):
-        yield str(number), kind_text(kind)
-
-
-BASH_COMPLETION = r"""
-# bash completion of nocloud, as `nocloud completion bash` prints it.  In bash-completion's folder it has the name
-# of each command.
-
-_nocloud_command() { # NAME: the command that it is a name of
-    case $1 in
-@COMMANDS@
-        *) REPLY= ;;
-    esac
-}
-
-_nocloud_options() { # COMMAND: its options
-    case $1 in
-@OPTIONS@
-        *) REPLY= ;;
-    esac
-}
-
-_nocloud_kind() { # COMMAND OPTION|NUMBER: what that option's value, or that operand, is; nothing if there is none
-    case "$1 $2" in
-@KINDS@
-        *) REPLY= ;;
-    esac
-}
-
-_nocloud_takes_words() { # COMMAND: its options end at the first operand
-    case $1 in
-        @TAKERS@) return 0 ;;
-    esac
-    return 1
-}
-
-# TEXT: parted as bash will read it, and nothing in it run: unquoted into words; the last word as it is typed is raw,
-# the quote that is open in it quote.
-_nocloud_split() {
-    local rest=$1 char
-    words=('') raw='' quote=''
-    while [[ $rest ]]; do
-        char=${rest:0:1} rest=${rest:1}
-        if [[ ! $quote && $char == [[:space:]] ]]; then
-            if [[ $raw ]]; then words+=('') raw=''; fi
+def read_bash(line: str) -> tuple[list[str], str, str]:
+    """(a line's words as bash reads them, nothing in them run; the last one as it was typed; the quote open in it)."""
+    words, raw, quote = [""], "", ""
+    for part in re.finditer(BASH_PART, line, re.S):
+        if part[0].isspace():
+            words, raw, quote = [*words, ""] if raw else words, "", ""
             continue
-        fi
-        raw+=$char
-        case $quote$char in
-            "''" | '""') quote= ;;
-            \' | \") quote=$char ;;
-            \\ | '"\')
-                if [[ ! $quote || ${rest:0:1} == [\$\`\"\\] ]]; then
-                    char=${rest:0:1} raw+=${rest:0:1} rest=${rest:1}
-                fi
-                words[-1]+=$char
-                ;;
-            *) words[-1]+=$char ;;
-        esac
-    done
+        single, single_end, double, double_end, escaped, plain = part.groups("")
+        words[-1] += single + re.sub(r'\\([\\"$`])', r"\1", double) + escaped + plain
+        raw += part[0]
+        quote = part[0][0] if part[0][0] in "'\"" and not single_end + double_end else ""
+    return words, raw, quote
+
+
+def answer_bash(config: Config, line: str = "", replaced: str = "") -> list[str]:
+    """For COMP_LINE up to the cursor, and the word that readline replaces: that is what follows the last one of
+    COMP_WORDBREAKS, without the quote that is open."""
+    words, raw, _ = read_bash(line)
+    typed = Typed(config, words)
+    kept, _, quote = read_bash(raw[: len(raw) - len(replaced)] if raw.endswith(replaced) else "")
+    start, special = kept[-1], "(?!)" if typed.files() else BASH_SPECIAL[quote]
+    found = [typed.prefix + word for word in typed.words() if word.startswith(typed.value)]
+    kind = typed.files().replace("folder", "directory")
+    return [
+        kind, typed.prefix[len(start) :], start[len(typed.prefix) :], typed.value,
+        *(re.sub(special, r"\\\g<0>", word[len(start) :]) for word in found),
+    ]  # fmt: skip
+
+
+def answer_zsh(config: Config, *words: str) -> list[str]:
+    typed = Typed(config, words)
+    options = typed.command.options if typed.command else ()
+    valued = {name for each in options if each.value and not each.is_optional for name in each.names if name[1] == "-"}
+    rows = []
+    for word, help in typed.words().items():
+        escaped = re.sub(r"[\\:]", r"\\\g<0>", word) + ("=" if word in valued else "")
+        rows.append(f"{escaped}:{help}" if help else escaped)
+    return [typed.files(), typed.prefix, *rows]
+
+
+def answer_fish(config: Config, *words: str) -> list[str]:
+    typed = Typed(config, words)
+    return [typed.files(), typed.prefix, *(f"{typed.prefix}{word}\t{help}" for word, help in typed.words().items())]
+
+
+SHELLS: dict[str, tuple[Callable[..., list[str]], str]] = {
+    # what its script is told, and where in an installation's share that is
+    "bash": (answer_bash, "bash-completion/completions/nocloud"),
+    "zsh": (answer_zsh, "zsh/site-functions/_nocloud"),
+    "fish": (answer_fish, "fish/vendor_completions.d/nocloud.fish"),
 }
 
-# COMMAND WORD: the option in WORD that takes a value into option, WORD up to that value into prefix.
-_nocloud_option() {
-    local position
-    option='' prefix=''
-    case $2 in
-        --*=*) option=${2%%=*} prefix=${2%%=*}= ;;
-        --*) option=$2 prefix=$2 ;;
-        *)
-            for ((position = 1; position < ${#2}; position++)); do
-                option=-${2:position:1} prefix=${2:0:position + 1}
-                _nocloud_kind "$1" "$option"
-                if [[ $REPLY ]]; then return; fi
-            done
-            ;;
-    esac
-    _nocloud_kind "$1" "$option"
-    if [[ ! $REPLY ]]; then option=; fi
-}
 
-# KINDS PREFIX: what begins as the current word does, PREFIX before each.
-_nocloud_offer() {
-    local kind word found=() files= current=${words[-1]} kept=
-    case $1 in
-        =*) for word in ${1#=}; do found+=("$2$word"); done ;;
-        *)
-            for kind in ${1//+/ }; do
-                case $kind in
-                    -) ;;
-                    file | folder)
-                        files=yes
-                        while IFS= read -r word; do found+=("$2$word"); done < <(
-                            compgen -A "${kind/folder/directory}" -- "${current#"$2"}"
-                        )
-                        ;;
-                    *)
-                        while IFS= read -r word; do found+=("$2$word"); done < <(
-                            "$program" complete "$kind" "${words[@]:first}" 2>/dev/null
-                        )
-                        ;;
-                esac
-            done
-            ;;
-    esac
-    # readline replaces what follows the last of COMP_WORDBREAKS, and not the quote that is open
-    if [[ $raw == *"$typed" ]]; then kept=${raw%"$typed"}; fi
-    local words raw quote
-    _nocloud_split "$kept"
-    if [[ $files ]]; then compopt -o filenames; fi # readline quotes then
-    for word in "${found[@]}"; do
-        if [[ $word != "$current"* ]]; then continue; fi
-        word=${word:${#words[-1]}}
-        case $files$quote in
-            '') printf -v word %q "$word" ;;
-            \") word=${word//\\/\\\\} word=${word//\"/\\\"} word=${word//\$/\\\$} word=${word//\`/\\\`} ;;
-        esac
-        COMPREPLY+=("$word")
-    done
-}
-
-_nocloud() {
-    local IFS=$' \t\n' REPLY words raw quote typed=$2 program=nocloud command index first=1
-    local option= prefix= ended= operands=0
-    COMPREPLY=()
-    _nocloud_split "${COMP_LINE:0:COMP_POINT}"
-    command=${words[0]##*/}
-    if [[ $command == nocloud || $command == nocloud.* ]]; then
-        program=${words[0]/#\~\//$HOME/}
-        if [[ ${words[1]} == --debug && ${#words[@]} -gt 2 ]]; then first=2; fi
-        if ((${#words[@]} == first + 1)); then
-            if [[ ${words[first]} == -* ]]; then _nocloud_offer '=@GENERAL@'; else _nocloud_offer '=@NAMES@'; fi
-            return
-        fi
-        command=${words[first]} first=$((first + 1))
-    fi
-    _nocloud_command "$command"
-    command=$REPLY
-    if [[ ! $command ]]; then return; fi
-    for ((index = first; index < ${#words[@]} - 1; index++)); do
-        if [[ $option ]]; then
-            option= # this was its value
-        elif [[ $ended || ${words[index]} != -?* ]]; then
-            operands=$((operands + 1))
-            if _nocloud_takes_words "$command"; then ended=yes; fi
-        elif [[ ${words[index]} == -- ]]; then
-            ended=yes
-        else
-            _nocloud_option "$command" "${words[index]}"
-            if [[ $prefix != "${words[index]}" || $prefix == *= ]]; then option=; fi
-        fi
-    done
-    if [[ $option ]]; then
-        prefix=
-    elif [[ ! $ended && ${words[-1]} == -* ]]; then
-        _nocloud_option "$command" "${words[-1]}"
-        if [[ ! $option || ($prefix == "${words[-1]}" && $prefix != *=) ]]; then
-            _nocloud_options "$command"
-            _nocloud_offer "=$REPLY"
-            return
-        fi
-    else
-        option=$((operands + 1)) prefix=
-    fi
-    _nocloud_kind "$command" "$option"
-    _nocloud_offer "$REPLY" "$prefix"
-}
-
-complete -F _nocloud @SHELL_NAMES@
-"""
-
-
-def bash_completion() -> str:
-    commands, options, kinds = [], [], []
-    for name, each in visible_commands().items():
-        names = " | ".join(dict.fromkeys(filter(None, (name, each.alias))))
-        commands.append(f"        {names}) REPLY={name} ;;")
-        words = " ".join(word for option in all_options(each) for word in option.names)
-        options.append(f"        {name}) REPLY='{words}' ;;")
-        kinds += [f"        '{name} {what}') REPLY='{kind}' ;;" for what, kind in completed_values(each)]
-    return fill(
-        BASH_COMPLETION,
-        COMMANDS="\n".join(commands),
-        OPTIONS="\n".join(options),
-        KINDS="\n".join(kinds),
-        TAKERS=" | ".join(name for name, each in visible_commands().items() if each.takes_words),
-        GENERAL=" ".join(word for option in GENERAL_OPTIONS for word in option.names),
-        NAMES=" ".join(visible_commands()),
-        SHELL_NAMES=" ".join(shell_names()),
-    )
-
-
-def fill(text: str, **values: str) -> str:
-    """`text` with each @NAME@ replaced."""
-    return re.sub("@([A-Z_]+)@", lambda match: values[match.group(1)], text.lstrip("\n"))
-
-
-ZSH_COMPLETION = r"""
-#compdef @SHELL_NAMES@
-# zsh completion of nocloud, as `nocloud completion zsh` prints it.
-
-_nocloud_words() { # [compadd's options] KINDS
-    local kind
-    local -a found
-    for kind in ${(s:+:)@[-1]}; do
-        case $kind in
-            file) _files "${(@)@[1,-2]}" ;;
-            folder) _files "${(@)@[1,-2]}" -/ ;;
-            *)
-                found=("${(@f)$("$nocloud_program" complete $kind "${(@Q)words[2,CURRENT]}" 2>/dev/null)}")
-                compadd "${(@)@[1,-2]}" -- ${found:#}
-                ;;
-        esac
-    done
-}
-
-_nocloud() {
-    local nocloud_program=nocloud name=${service:t}
-    local -a commands
-    if [[ $name == nocloud(|.*) ]]; then
-        nocloud_program=${~${(Q)words[1]}}
-        if [[ $words[2] == --debug && CURRENT -gt 2 ]]; then shift words; ((CURRENT--)); fi
-        if ((CURRENT == 2)); then
-            commands=(
-@COMMANDS@
-            )
-            if [[ $words[2] == -* ]]; then
-                _arguments -s -S : @GENERAL@
-            else
-                _describe -t commands command commands
-            fi
-            return
-        fi
-        shift words
-        ((CURRENT--))
-        name=$words[1]
-    fi
-    case $name in
-@CASES@
-    esac
-}
-
-if [[ $funcstack[1] == _nocloud ]]; then
-    _nocloud "$@"
-else
-    compdef _nocloud @SHELL_NAMES@
-fi
-"""
-
-
-def zsh_quote(text: str, special: str = "") -> str:
-    """`text` in single quotes, with a backslash before each of `special`."""
-    escaped = re.sub(f"([\\\\{re.escape(special)}])" if special else r"(\\)", r"\\\1", text)
-    return "'" + escaped.replace("'", "'\\''") + "'"
-
-
-def zsh_action(complete: str | tuple[str, ...]) -> str:
-    """_arguments' action (zshcompsys(1)) for an Option's `complete`; a space: there is nothing to offer."""
-    if isinstance(complete, tuple):
-        return f"({' '.join(complete)})"
-    return f"_nocloud_words {complete}" if complete else " "
-
-
-def zsh_option(option: Option) -> list[str]:
-    """_arguments' specifications of an option: one for each of its names, each ruling out the others."""
-    specs = []
-    for name in option.names:
-        after = "" if not takes_value(option) else "=" if name.startswith("--") else "+"
-        others = f"({' '.join(option.names)})" if len(option.names) > 1 else ""
-        help = zsh_quote(option.help, "[]:")[1:-1]
-        value = f":{option.metavar}:{zsh_action(option.complete)}" if after else ""
-        specs.append(f"'{others}{name}{after}[{help}]{value}'")
-    return specs
-
-
-def zsh_completion() -> str:
-    cases, commands = [], []
-    for name, each in visible_commands().items():
-        commands.append(f"                {zsh_quote(f'{name}:{each.help}')}")
-        specs = [spec for option in all_options(each) for spec in zsh_option(option)]
-        specs += [f"'{number}:{name}:{zsh_action(kind)}'" for number, kind in enumerate(each.complete, 1)]
-        names = "|".join(dict.fromkeys(filter(None, (name, each.alias))))
-        order = "-A '-*' " if each.takes_words else ""
-        joined = " \\\n                ".join(specs)
-        cases.append(
-            f"        ({names})\n            _arguments -s -S {order}: \\\n                {joined}\n            ;;"
-        )
-    return fill(
-        ZSH_COMPLETION,
-        COMMANDS="\n".join(commands),
-        CASES="\n".join(cases),
-        GENERAL=" ".join(spec for option in GENERAL_OPTIONS for spec in zsh_option(option)),
-        SHELL_NAMES=" ".join(shell_names()),
-    )
-
-
-FISH_COMPLETION = r"""
-# fish completion of nocloud, as `nocloud completion fish` prints it.  In fish's folders it has each command's name.
-
-function __nocloud_typed # the words before the current one, from the command on
-    set -l words (commandline -opc)
-    set words[1] (string replace -r '.*/' '' -- $words[1])
-    if string match -qr -- '^nocloud(\.|$)' $words[1]
-        set -e words[1]
-        if test "$words[1]" = --debug
-            set -e words[1]
-        end
-    end
-    string join -- \n $words
-end
-
-function __nocloud_words # KIND
-    set -l program (commandline -opc)[1]
-    if not string match -qr -- '(^|/)nocloud(\.[^/]*)?$' $program
-        set program nocloud
-    end
-    set -l words (__nocloud_typed)
-    command $program complete $argv[1] $words[2..-1] (commandline -ct | string unescape) 2>/dev/null
-end
-
-function __nocloud_is # NAMES: the command is called so
-    set -l words (__nocloud_typed)
-    contains -- "$words[1]" $argv
-end
-
-function __nocloud_operands # OPTIONS, which take a value: how many operands come before the current word
-    set -l words (__nocloud_typed)
-    set -l count 0
-    set -l skip no
-    for word in $words[2..-1]
-        if test $skip = yes
-            set skip no
-        else if string match -q -- '-?*' $word
-            if contains -- (string replace -r -- '^-[^-]*(?=[^-]$)' - $word) $argv
-                set skip yes
-            end
-        else
-            set count (math $count + 1)
-        end
-    end
-    echo $count
-end
-
-@COMPLETIONS@
-"""
-
-
-def fish_quote(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-def fish_words(complete: str | tuple[str, ...]) -> str:
-    """complete's options (fish's complete(1)) for an Option's `complete`; files are fish's own way."""
-    if isinstance(complete, tuple):
-        return f" -f -a {fish_quote(' '.join(complete))}"
-    kinds = complete.split("+") if complete else []
-    words = "".join(f" -a '(__nocloud_words {kind})'" for kind in kinds if kind not in SHELL_KINDS)
-    if "folder" in kinds:
-        return f"{words} -f -a '(__fish_complete_directories)'"
-    return words if "file" in kinds else f"{words} -f"
-
-
-def fish_option(option: Option) -> str:
-    names = "".join(f" {'-l' if name.startswith('--') else '-s'} {name.lstrip('-')}" for name in option.names)
-    value = f" -r{fish_words(option.complete)}" if takes_value(option) else " -f"
-    return f"{names}{value} -d {fish_quote(option.help)}"
-
-
-def fish_completion() -> str:
-    lines = []
-    general = [fish_option(option) for option in GENERAL_OPTIONS]
-    for program in shell_names():
-        if program == "nocloud.pyz":
-            lines.append(f"complete -c {program} -w nocloud")
-            continue
-        lines.append(f"complete -c {program} -f")
-        if program == "nocloud":
-            lines += [f"complete -c {program} -n 'not count (__nocloud_typed)'{option}" for option in general]
-            for name, each in visible_commands().items():
-                help = fish_quote(each.help)
-                lines.append(f"complete -c {program} -n 'not count (__nocloud_typed)' -a {name} -d {help}")
-        for each in visible_commands().values():
-            if program in ("nocloud", each.alias):
-                lines += [f"complete -c {program}{line}" for line in fish_command(each)]
-    return fill(FISH_COMPLETION, COMPLETIONS="\n".join(lines))
-
-
-def fish_command(command: Command) -> Iterator[str]:
-    """The options and operands of a command, by either name."""
-    names = " ".join(dict.fromkeys(filter(None, (command.name, command.alias))))
-    takers = " ".join(name for option in command.options if takes_value(option) for name in option.names)
-    before = f"test (__nocloud_operands {takers})"
-    open = f"; and {before} -eq 0" if command.takes_words else ""
-    for option in all_options(command):
-        yield f" -n '__nocloud_is {names}{open}'{fish_option(option)}"
-    for number, kind in enumerate(command.complete):
-        yield f" -n '__nocloud_is {names}; and {before} -eq {number}'{fish_words(kind)}"
-
-
-COMPLETIONS = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion}
-
-
-@command("completion", operands="bash | zsh | fish", complete=(tuple(COMPLETIONS),))
-def cmd_completion(config: Config, args: argparse.Namespace, words: list[str]) -> int:
-    """print a shell's completion of all commands, as in: source <(nocloud completion bash)"""
-    shell = one_operand(words, "the shell")
-    if shell not in COMPLETIONS:
-        raise UsageError(f"{shell}: no completion for that shell", f"one of {', '.join(COMPLETIONS)}")
-    report.data(COMPLETIONS[shell]().rstrip("\n"))
+@declare(Command("complete", operands="SHELL WORDS...", hidden=True))
+def cmd_complete(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """what a shell's script offers for a line that is being typed; nothing is started, mended or written for that"""
+    if not words or words[0] not in SHELLS:
+        raise UsageError(f"which shell? one of {', '.join(SHELLS)}")
+    answer = SHELLS[words[0]][0](config, *words[1:])
+    if not any("\n" in line for line in answer):
+        report.data("\n".join(answer))
     return EXIT_DONE
 
 
-# -- the manual page, in the man(7) macros of roff
+def filled(name: str, **parts: str) -> str:
+    """A file of etc/, in which each @PART@, or the comment .\\" @PART@ of a manual page, is replaced."""
+    return re.sub(r'(?:\.\\" )?@([A-Z_]+)@', lambda match: parts[match[1]], packaged(name))
+
+
+def completion(shell: str) -> str:
+    """A shell's script, which completes for all names of the program."""
+    names = ["nocloud", "nocloud.pyz", *(each.alias for each in visible_commands() if each.alias)]
+    return filled(f"completion/nocloud.{shell}", NAMES=" ".join(names))
+
+
+@declare(Command("completion", operands="bash | zsh | fish", complete=(tuple(SHELLS),)))
+def cmd_completion(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """print a shell's completion of all commands, as in: source <(nocloud completion bash)"""
+    shell = one_operand(words, "the shell")
+    if shell not in SHELLS:
+        raise UsageError(f"{shell}: no completion for that shell", f"one of {', '.join(SHELLS)}")
+    report.data(completion(shell).rstrip("\n"))
+    return EXIT_DONE
+
+
+# -- the manual pages, in the man(7) macros of roff
 
 ROFF = {  # what roff would take for something else: a hyphen, an accent, a typographic quote
     "\\": "\\e",
@@ -12326,6 +11947,14 @@ ROFF = {  # what roff would take for something else: a hyphen, an accent, a typo
     "×": "\\(mu",
     "–": "\\(en",
 }
+EXIT_STATUSES = {
+    EXIT_DONE: "done",
+    EXIT_FAILED: "it could not be done, or one of the VMs failed",
+    EXIT_USAGE: "wrong usage, or a mistake in a file",
+    EXIT_TIMEOUT: "a wait ran out",
+    EXIT_MISSING: "unknown command, or a program is missing",
+    EXIT_INTERRUPTED: "interrupted",
+}
 
 
 def roff(text: str) -> str:
@@ -12338,11 +11967,6 @@ def bold(text: str) -> str:
     return f"\\fB{roff(text)}\\fP"
 
 
-def item(term: str, text: str) -> str:
-    """An entry of a list: a term that is roff already, and what it means."""
-    return f".TP\n{term}\n{wrapped(text)}"
-
-
 def wrapped(text: str) -> str:
     """A paragraph of running text, in lines that stay under 80 bytes."""
     import textwrap
@@ -12350,180 +11974,98 @@ def wrapped(text: str) -> str:
     return "\n".join(map(roff, textwrap.wrap(text, 60, break_long_words=False, break_on_hyphens=False)))
 
 
-def paragraphs(text: str) -> str:
-    """Hand-written text: paragraphs are parted by empty lines, indented ones are shown as they are."""
-    parts = []
-    for part in text.strip("\n").split("\n\n"):
-        verbatim = "\n".join(roff(line.strip()) for line in part.split("\n"))
-        parts.append(f".RS 4\n.nf\n{verbatim}\n.fi\n.RE" if part[0] == " " else wrapped(part))
-    return "\n.PP\n".join(parts)
+def man_items(rows: Iterable[tuple[str, str]]) -> str:
+    """Entries of a list: each a term and what it means."""
+    return "\n".join(f".TP\n{bold(term)}\n{wrapped(text)}" for term, text in rows)
 
 
-MAN_DATE = "2026-11-25"  # of the texts below
-
-MAN_DESCRIPTION = """\
-nocloud makes virtual machines by the dozen on one Linux machine: copy-on-write clones of templates, in groups, with
-names and addresses, reached by ssh and ansible. It needs no root, no daemon and no open port.
-
-Every command has two names, vmssh and nocloud ssh. A VM is called NAME, GROUP/NAME or GROUP/TYPE/NAME. Data is written
-to standard output, everything else to standard error. An error is one line, and at most one more, with a hint.
-
-A description file has a line for each set of equal VMs, TEMPLATE:COUNT[:TYPE[:OPTIONS]]. OPTIONS are parted by ';':
-mem=MB, cpu=N, disk=GB (the system disk), dsk=GB,GB (extra disks), name=PREFIX, user-data=FILE (for cloud-init) and gui.
-The name of the file, without its last extension, is the group's name.
-"""
-
-MAN_CONFIGURATION = """\
-Read in this order, the later one wins: PREFIX/etc/nocloud_net.conf of an installation; the first that exists of
-./.nocloud.conf, ~/.nocloud.conf, ~/.config/nocloud/nocloud.conf and /etc/nocloud.conf; the environment
-(NOCLOUD_vmMem=1024).
-
-The files look like shell files and are parsed, never run: KEY=value, quotes, $VAR, ${VAR}, ${VAR:-word} and comments.
-A file that others may write is not used.
-"""
-
-MAN_FILES = (
-    ("vmBaseDir/templates/NAME/", "a template"),
-    ("vmBaseDir/GROUP/TYPE/NAME/", "a VM:"),
-    ("NAME.conf", "its settings"),
-    ("NAME_0.img, NAME_1.img", "its disks; the first one is an overlay on the template's"),
-    ("NAME.log, console.log", "what qemu said; what the guest said on its serial line"),
-    ("NAME.command", "a script that starts the same VM by hand"),
-    ("NAME.pid", "locked by qemu while it runs"),
-    ("vmBaseDir/.net/", "the private network's state"),
-    ("vmBaseDir/.known_hosts", "the host keys of the VMs"),
-    ("~/.config/nocloud/", "nocloud's ssh key; nocloud.conf; templates.conf adds to the catalogue; user-data to seeds"),
-    ("~/.cache/nocloud/", "what can be made again"),
-)
-
-MAN_STATUSES = (
-    (EXIT_DONE, "done"),
-    (EXIT_FAILED, "it could not be done, or one of the VMs failed"),
-    (EXIT_USAGE, "wrong usage, or a mistake in a file"),
-    (EXIT_TIMEOUT, "a wait ran out"),
-    (EXIT_MISSING, "unknown command, or a program is missing"),
-    (EXIT_INTERRUPTED, "interrupted"),
-)
-
-MAN_ENVIRONMENT = (
-    ("NOCLOUD_KEY", "the setting KEY, whatever the files say"),
-    ("NOCLOUD_NOKVM", "1: the same as NOCLOUD_vmAccel=tcg"),
-    ("XDG_CONFIG_HOME, XDG_DATA_HOME, XDG_CACHE_HOME", "instead of ~/.config, ~/.local/share and ~/.cache"),
-    ("DISPLAY, WAYLAND_DISPLAY", "whether there is a display for a VM's screen"),
-    ("TMPDIR", "where the system of vmtemplate --build is put together"),
-)
-
-MAN_SIGNALS = (
-    ("SIGINT, SIGTERM", "all VMs of the group are switched off and destroyed"),
-    ("SIGUSR1", "all VMs are shut down properly and kept; vmrun -s GROUP sends it, and vmrun -r GROUP runs them again"),
-    ("SIGHUP", "vmrun ends, the VMs run on"),
-)
-
-MAN_EXAMPLES = """\
-A template from Debian's packages, five clones of it, a command in one of them:
-
-    vmtemplate debian12 --build bookworm
-    vminstantiate -n debian12 -C 5 -g shop -o 'name=web' --wait
-    vmssh web00 'uname -a'
-
-What a description file lists, until ^C:
-
-    echo 'debian12:2:web:name=web' >shop
-    vmrun -f shop
-
-All running VMs, for ansible:
-
-    ansible -i "$(command -v vminventory)" all -m ping
-"""
+def man_options(options: Iterable[Option]) -> str:
+    items = []
+    for option in options:
+        value = f" [{option.value}]" if option.is_optional else f" {option.value}" if option.value else ""
+        names = ", ".join(bold(name) + roff(value) for name in option.names)
+        default = f" (default: {option.default})" if option.default else ""
+        items.append(f".TP\n{names}\n{wrapped(option.help + default)}")
+    return "\n".join(items)
 
 
-def man_usage(command: Command, name: str) -> str:
-    options = "[options]" if command.options else ""
-    return " ".join([bold(name), *map(roff, filter(None, (options, command.operands)))])
+def man_settings(*places: str) -> str:
+    rows = [(each.key, each.help, each.default) for each in SETTINGS if each.where in places]
+    return man_items((key, f"{help} [{default}]" if default else help) for key, help, default in rows)
 
 
-def man_option(option: Option) -> str:
-    value = f" {option.metavar}" if option.metavar else ""
-    value = f" [{option.metavar}]" if option.optional else value
-    names = ", ".join(bold(name) + roff(value) for name in option.names)
-    default = f" (default: {option.default})" if option.default else ""
-    return item(names, option.help + default)
-
-
-def man_header(name: str) -> str:
-    """Title and first section; words are not hyphenated: many are paths or typed."""
-    title = f'.TH {roff(name.upper())} 1 {MAN_DATE} "nocloud {roff(__version__)}" "nocloud"'
-    return f"{title}\n.nh\n.ad l\n.SH NAME\n"
-
-
-def man_names(command: Command) -> list[str]:
-    return [name for name in (command.alias, f"nocloud {command.name}") if name]
+def man_usage(command: Command) -> str:
+    """How a command is called, by each of its names."""
+    words = map(roff, filter(None, ("[options]" if command.options else "", command.operands)))
+    names = map(bold, filter(None, (command.alias, f"nocloud {command.name}")))
+    return "\n.br\n".join(" ".join((name, *words)) for words in [list(words)] for name in names)
 
 
 def manual() -> str:
     """The page nocloud(1)."""
-    commands = visible_commands().values()
-    parts = [man_header("nocloud") + "nocloud \\- a mini\\-cloud on one Linux machine", ".SH SYNOPSIS"]
-    parts += [f".B nocloud\n{roff('COMMAND [options] [operands]')}", ".SH DESCRIPTION", paragraphs(MAN_DESCRIPTION)]
-    parts += [".SH COMMANDS", "All commands have these options:", *map(man_option, GENERAL_OPTIONS)]
-    for each in commands:
-        usage = "\n.br\n".join(man_usage(each, name) for name in man_names(each))
-        help = each.help[0].upper() + each.help[1:]
-        parts += [
-            f".SS {bold(each.alias or each.name)}",
-            usage,
-            f".PP\n{wrapped(help)}.",
-            *map(man_option, each.options),
-        ]
-    parts += [".SH CONFIGURATION", paragraphs(MAN_CONFIGURATION)]
-    parts += [man_setting(each) for each in SETTINGS if each.where in ("config", "both")]
-    parts += [".PP\nIn a VM's own conf are also:".replace("'", "\\(aq")]
-    parts += [man_setting(each) for each in SETTINGS if each.where == "vm"]
-    parts += [".PP\nRead, and not used any more:"]
-    parts += [wrapped(", ".join(each.key for each in SETTINGS if each.where == "unused") + ".")]
-    for title, rows in (("FILES", MAN_FILES), ("EXIT STATUS", MAN_STATUSES), ("ENVIRONMENT", MAN_ENVIRONMENT)):
-        parts += [f".SH {title}", *(item(bold(str(term)), text) for term, text in rows)]
-    parts += [".SH SIGNALS", paragraphs("While vmrun runs a group:"), *(item(bold(n), t) for n, t in MAN_SIGNALS)]
-    parts += [".SH EXAMPLES", paragraphs(MAN_EXAMPLES), ".SH SEE ALSO"]
-    return "\n".join([*parts, see_also("qemu(1)", "dnsmasq(8)", "pasta(1)", "ssh(1)", "ansible(1)")])
-
-
-def man_setting(setting: Setting) -> str:
-    return item(bold(setting.key), setting.help + (f" [{setting.default}]" if setting.default else ""))
-
-
-def see_also(*pages: str) -> str:
-    return ",\n".join(f".BR {roff(page[:-3])} {page[-3:]}" for page in pages).replace(",\n", " ,\n")
+    commands = [
+        f".SS {bold(each.alias or each.name)}\n{man_usage(each)}\n.PP\n"
+        f"{wrapped(each.help[0].upper() + each.help[1:])}.\n{man_options(each.options)}".rstrip("\n")
+        for each in visible_commands()
+    ]
+    return filled(
+        "man/nocloud.man",
+        VERSION=roff(__version__),
+        DESCRIPTION_OPTIONS=man_items(description_options()),
+        GENERAL_OPTIONS=man_options(GENERAL_OPTIONS),
+        COMMANDS="\n".join(commands),
+        SETTINGS=man_settings("config", "both"),
+        CONF_KEYS=man_settings("vm"),
+        UNUSED_KEYS=wrapped(", ".join(each.key for each in SETTINGS if each.where == "unused") + "."),
+        EXIT_STATUSES=man_items((str(status), text) for status, text in EXIT_STATUSES.items()),
+    )
 
 
 def manual_of(command: Command) -> str:
     """The page of one command."""
     name = command.alias or f"nocloud-{command.name}"
-    parts = [man_header(name) + f"{roff(name)} \\-\n{wrapped(command.help)}", ".SH SYNOPSIS"]
-    parts += ["\n.br\n".join(man_usage(command, each) for each in man_names(command)), ".SH OPTIONS"]
-    parts += [man_option(option) for option in all_options(command)]
-    parts += [".SH SEE ALSO", see_also("nocloud(1)")]
-    return "\n".join(parts)
+    return filled(
+        "man/command.man", TITLE=roff(name.upper()), VERSION=roff(__version__), NAME=roff(name),
+        HELP=wrapped(command.help), USAGE=man_usage(command), OPTIONS=man_options(all_options(command)),
+    )  # fmt: skip
 
 
-@command("man", operands="[COMMAND]", complete=("command",))
+@declare(Command("man", operands="[COMMAND]", complete=("command",)))
 def cmd_man(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """print the manual page, or that of one command, as in: nocloud man >nocloud.1"""
     no_more(words[1:])
-    names = {name: each for each in visible_commands().values() for name in (each.name, each.alias) if name}
+    names = {name: each for each in visible_commands() for name in (each.name, each.alias) if name}
     if words and words[0] not in names:
         raise UsageError(f"{words[0]}: no such command", "nocloud -h lists them")
-    report.data(manual_of(names[words[0]]) if words else manual())
+    report.data((manual_of(names[words[0]]) if words else manual()).rstrip("\n"))
     return EXIT_DONE
 
 
-@command(
-    "setup",
-    Option("--prefix", metavar="FOLDER", help="where to; by default where this program is installed, else /usr/local"),
-    Option("--destdir", metavar="FOLDER", help="for packaging: only the files, and all of them below this folder"),
-    Option("--check", help="only look whether it could be done"),
-    Option("--undo", help="take away what was installed"),
-    hidden=True,
+# -- installing
+
+
+def documents() -> dict[str, str]:
+    """What an installation has of these, by its path below PREFIX."""
+    scripts = {f"share/{place}": completion(shell) for shell, (_, place) in SHELLS.items()}
+    return {"share/man/man1/nocloud.1": manual(), **scripts}
+
+
+def document_links() -> dict[str, str]:
+    """bash and fish look for a command's completion, and man for its page, under the command's own name."""
+    return {
+        path.replace("/nocloud", f"/{each.alias}"): os.path.basename(path)
+        for path in documents()
+        for each in visible_commands()
+        if each.alias and "/zsh/" not in path
+    }
+
+
+@declare(
+    Command("setup", hidden=True),
+    Option("--prefix FOLDER", "where to; by default where this program is installed, else /usr/local"),
+    Option("--destdir FOLDER", "for packaging: only the files, and all of them below this folder"),
+    Option("--check", "only look whether it could be done"),
+    Option("--undo", "take away what was installed"),
 )
 def cmd_setup(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """install this program on the host, as `make install` does"""
@@ -12566,20 +12108,17 @@ def find_command(argv: Sequence[str]) -> tuple[Command | None, str, list[str]]:
     aliases = {each.alias: each for each in COMMANDS.values() if each.alias}
     if name in aliases:
         return aliases[name], name, words
-    program = "nocloud"
     if words[:1] == ["--debug"]:
-        report.debug = True
         words = words[1:]
     if not words or words[0].startswith("-"):
-        return None, program, words
+        return None, "nocloud", words
     word = words[0]
     found = COMMANDS.get(word) or aliases.get(word)
     if not found:
-        near = nearest(word, [each.name for each in COMMANDS.values() if not each.hidden])
-        raise UsageError(
-            f"{word}: no such command", f"did you mean {near}?" if near else "nocloud -h lists them", EXIT_MISSING
-        )
-    return found, f"{program} {word}", words[1:]
+        near = nearest(word, command_names())
+        hint = f"did you mean {near}?" if near else "nocloud -h lists them"
+        raise UsageError(f"{word}: no such command", hint, EXIT_MISSING)
+    return found, f"nocloud {word}", words[1:]
 
 
 def build_parser(command: Command, program: str, config: Config) -> argparse.ArgumentParser:
@@ -12596,12 +12135,12 @@ def build_parser(command: Command, program: str, config: Config) -> argparse.Arg
         description=command.help, allow_abbrev=False, add_help=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, width=terminal_width()),
     )  # fmt: skip
-    for option in (*command.options, *GENERAL_OPTIONS):
+    for option in all_options(command):
         extra: dict[str, Any] = {"action": "store_true"}
         text = option.help + (f" [{config[option.default]}]" if option.default else "")
-        if option.metavar:
-            extra = {"metavar": option.metavar, "type": _checked(option.check)}
-            if option.optional:
+        if option.value:
+            extra = {"metavar": option.value, "type": _checked(option.check)}
+            if option.is_optional:
                 extra.update(nargs="?", const=True)
         parser.add_argument(*option.names, help=text.replace("%", "%%"), **extra)
     return parser
@@ -12633,7 +12172,6 @@ def split_operands(command: Command, words: Sequence[str]) -> tuple[list[str], l
 
     A command whose operands are not another program's words takes options after them too: vmtemplate NAME --image FILE.
     """
-    takes = {name: option for option in command.options if option.metavar for name in option.names}
     options: list[str] = []
     operands: list[str] = []
     index = 0
@@ -12648,8 +12186,9 @@ def split_operands(command: Command, words: Sequence[str]) -> tuple[list[str], l
                 return options, [*operands, *words[index:]]
             continue
         options.append(word)
-        option = _last_option(word, takes)
-        if option and index < len(words) and (not option.optional or re.fullmatch("[0-9]+", words[index])):
+        option, before = option_with_value(command, word)
+        waits = option and before == word and not before.endswith("=")
+        if option and waits and index < len(words) and (not option.is_optional or re.fullmatch("[0-9]+", words[index])):
             # joined to its option: argparse would take a value that begins with a dash for an option
             options[-1:] = [] if word.startswith("--") or len(word) == 2 else [word[:-1]]
             options.append(f"{option.names[-1]}={words[index]}")
@@ -12657,15 +12196,16 @@ def split_operands(command: Command, words: Sequence[str]) -> tuple[list[str], l
     return options, operands
 
 
-def _last_option(word: str, takes: Mapping[str, Option]) -> Option | None:
-    """The option whose value is the next word, where there is one: `-C`, `-dg`, `--count`, but not `-C5`."""
+def option_with_value(command: Command, word: str) -> tuple[Option | None, str]:
+    """(the option in a word that takes a value, the word up to that value): -C in -C5 and -dC, --count in --count=5."""
+    takes = {name: option for option in command.options if option.value for name in option.names}
     if word.startswith("--"):
-        return takes.get(word)
-    for position, letter in enumerate(word[1:], 1):
-        option = takes.get("-" + letter)
-        if option:
-            return option if position == len(word) - 1 else None
-    return None
+        name, equals, _ = word.partition("=")
+        return takes.get(name), name + equals
+    for position, letter in enumerate(word[1:], 2):
+        if f"-{letter}" in takes:
+            return takes[f"-{letter}"], word[:position]
+    return None, word
 
 
 def overview() -> str:
@@ -12675,16 +12215,14 @@ def overview() -> str:
         "usage: nocloud COMMAND [options], or by the command's own name",
         "",
     ]
-    for each in COMMANDS.values():
-        if not each.hidden:
-            lines.append(f"  {each.name:<12} {each.alias:<14} {each.help.splitlines()[0]}")
+    lines += [f"  {each.name:<12} {each.alias:<14} {each.help}" for each in visible_commands()]
     return "\n".join([*lines, "", "nocloud COMMAND -h shows a command's options."])
 
 
 def run_command(argv: Sequence[str]) -> int:
     """Find the command, parse its words, do it; the exit status."""
-    command, program, words = find_command(argv)
-    report.program = program
+    report.debug = report.debug or list(argv[1:2]) == ["--debug"]
+    command, report.program, words = find_command(argv)
     if command is None:
         return general_options(words)
     options, operands = split_operands(command, words)
@@ -12696,7 +12234,7 @@ def run_command(argv: Sequence[str]) -> int:
     if not options and not command.options:  # nothing to parse: argparse costs 17 ms, and a TAB has to be quick
         done: int = command.function(config, None, operands)
         return done
-    parser = build_parser(command, program, config)
+    parser = build_parser(command, report.program, config)
     args = parser.parse_args(options)
     if args.help:
         report.data("\n\n".join(part.rstrip("\n") for part in (parser.format_help(), command.more()) if part))
