@@ -2756,7 +2756,7 @@ class Network:
     def up(self, keep: bool = False) -> None:
         """Bring up what isn't up, where that is ours to do.  Raises Error where the network can't be had."""
 
-    def in_use(self) -> Any:
+    def hold(self) -> Any:
         """A context in which the network is up and stays up."""
         raise NotImplementedError
 
@@ -3278,7 +3278,7 @@ class PrivateNetwork(Network):
         """The pid of the process that keeps the namespaces, or 0."""
         return lock_holder(self.file("holder.pid"))[1]
 
-    def in_use(self) -> InUse:
+    def hold(self) -> InUse:
         return InUse(self)
 
     def is_complete(self) -> bool:
@@ -4610,7 +4610,7 @@ class HostBridge(Network):
                 f"{mend}; a new group can be on the private network: NOCLOUD_vmNetwork=private",
             )
 
-    def in_use(self) -> HostBridge:
+    def hold(self) -> HostBridge:
         self.up()
         return self
 
@@ -8560,7 +8560,7 @@ class OwnGuest:
         cloud, vm = self.cloud, self.vm
         give_identity(cloud, vm)
         network = cloud.network_of(vm)
-        with network.in_use():
+        with network.hold():
             start_locked(cloud, vm, network, self.layer, tied=True)
         self._process = Process(vm.state()[1])
         return self
@@ -9066,7 +9066,7 @@ def start_all(
     kinds = {cloud.network_kind(vm) for vm in vms if vm.is_readable() and not vm.stranger()}
     with contextlib.ExitStack() as stack:
         for kind in sorted(kinds):
-            stack.enter_context(cloud.network(kind).in_use())
+            stack.enter_context(cloud.network(kind).hold())
         results = in_parallel(start_one, vms)
     return [name_error(vm, result) for vm, result in zip(vms, results)]
 
@@ -9788,7 +9788,7 @@ def supervise(
         if not old and not wishes:
             raise NotFound(f"{group}: there are no VMs in it", "vmrun -f FILE makes them")
         if group_network(cloud, group) == "private":
-            with cloud.private.in_use():
+            with cloud.private.hold():
                 pass  # the network comes up, and is opened, while there are no threads yet
         cloud.qemu()
         cloud.accel()
@@ -11971,7 +11971,7 @@ def start_alone(cloud: Cloud, vm: VM, iso: str, gui: bool) -> None:
         give_identity(cloud, vm)
     network = cloud.network_of(vm)
     try:
-        with network.in_use():
+        with network.hold():
             start(cloud, vm, network, iso=iso, gui=gui)
     finally:
         cloud.private.end_if_idle()
@@ -12112,7 +12112,7 @@ def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> in
 
 def open_tap(network: Network) -> None:
     """A tap as descriptor 3, for the program that this process becomes."""
-    with network.in_use():
+    with network.hold():
         tap, vhost = network.tap()
     if vhost >= 0:
         os.close(vhost)
