@@ -2805,7 +2805,7 @@ class Network:
         """ssh's ProxyCommand that gets there; '' where the VMs are reached directly."""
         return ""
 
-    def missing(self) -> str:
+    def why_not(self) -> str:
         """Why this user can't use it here, or ''."""
         return ""
 
@@ -4577,7 +4577,7 @@ class HostBridge(Network):
     def lease_places(self) -> Sequence[str]:
         return [self.config["bridgeLeases"]] if self.config["bridgeLeases"] else LEASE_FILES
 
-    def missing(self) -> str:
+    def why_not(self) -> str:
         """Why this user can't put a VM on the bridge, or ''."""
         if not os.path.isdir(f"/sys/class/net/{self.interface}/bridge"):
             return f"there is no bridge {self.interface}"
@@ -4601,7 +4601,7 @@ class HostBridge(Network):
 
     def up(self, keep: bool = False) -> None:
         """Raise where this user can't attach to it; setting it up is root's."""
-        reason = self.missing()
+        reason = self.why_not()
         if reason:
             absent = not os.path.isdir(f"/sys/class/net/{self.interface}/bridge")
             mend = "root makes it: nocloud net up" if absent else "nocloud doctor says what mends it"
@@ -4671,7 +4671,7 @@ class HostBridge(Network):
             yield printable(f"{name} {mac} {address} " + (lease_text(has[2]) if has[0] == address else "no lease"))
         for mac, (address, name, until) in leased.items():
             yield printable(f"{name} {mac} {address} {lease_text(until)}")
-        reason = self.missing()
+        reason = self.why_not()
         for wrong in (*bridge_faults(settings, ours), *([f"you can't put VMs on it: {reason}"] if reason else ())):
             yield f"wrong: {wrong}"
 
@@ -7451,7 +7451,7 @@ class Cloud:
         wanted = self.config["vmNetwork"]
         if wanted != "auto":
             return wanted
-        return "private" if self.network("bridge").missing() else "bridge"
+        return "private" if self.network("bridge").why_not() else "bridge"
 
     def close(self) -> None:
         """Close what this process holds of the networks."""
@@ -11006,7 +11006,7 @@ def check_bridge(patient: Patient) -> Iterator[Finding]:
     if not os.path.isdir(f"{place}/bridge") or not int(read_text(f"{place}/flags"), 16) & IFF_UP:
         foreign = patient.has_bridge and not bridge_is_ours(bridge.interface)
         mend = f"sudo ip link set {bridge.interface} up" if foreign else own_call("net up")
-        yield Finding(patient.needs("bridge"), bridge.missing(), mend)
+        yield Finding(patient.needs("bridge"), bridge.why_not(), mend)
     else:
         yield Finding(OK, f"{bridge.interface} is up")
 
