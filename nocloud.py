@@ -9967,19 +9967,18 @@ INSTALL_RECORD = "share/nocloud/installed.json"  # below PREFIX
 INSTALLED_CONFS = ("nocloud_net.conf", "nocloud_templates.conf")
 
 
+@record
 class Placed:
     """A file of an installation: where it goes, and its content, or where the link points.
 
     `conf`: users change it, and what they changed is kept.
     """
 
-    __slots__ = ("path", "content", "link", "mode", "conf")
-
-    def __init__(
-        self, path: str, content: str | bytes = b"", link: str = "", mode: int = 0o644, conf: bool = False
-    ) -> None:
-        self.path, self.link, self.mode, self.conf = path, link, mode, conf
-        self.content = content.encode() if isinstance(content, str) else content
+    path: str
+    content: bytes = b""
+    link: str = ""
+    mode: int = 0o644
+    conf: bool = False
 
     def fingerprint(self) -> str:
         """As Installation.fingerprint()."""
@@ -9998,8 +9997,8 @@ def planned_files(
     """
     found = [Placed(f"{prefix}/bin/nocloud", program, mode=0o755)]
     found += [Placed(f"{prefix}/bin/{name}", link="nocloud") for name in names]
-    found += [Placed(f"{prefix}/etc/{name}", packaged(name), conf=True) for name in INSTALLED_CONFS]
-    found += [Placed(f"{prefix}/{path}", text) for path, text in documents.items()]
+    found += [Placed(f"{prefix}/etc/{name}", packaged(name).encode(), conf=True) for name in INSTALLED_CONFS]
+    found += [Placed(f"{prefix}/{path}", text.encode()) for path, text in documents.items()]
     found += [Placed(f"{prefix}/{path}", link=target) for path, target in links.items()]
     return found
 
@@ -10015,13 +10014,16 @@ def checked_prefix(prefix: str) -> str:
 
 
 class Installation:
-    """What is installed below one PREFIX, and the record of it; `root` is DESTDIR, '' for this host."""
+    """What is installed below one PREFIX, and the record of it; `root` is DESTDIR, '' for this host.
+
+    The record is written before each change, so that a call that was killed can be finished, or undone.
+    """
 
     def __init__(self, prefix: str, root: str = "") -> None:
         """Raises Error where the record can't be relied on."""
         self.prefix, self.root = checked_prefix(prefix), root.rstrip("/")
         self.record = self.real(f"{self.prefix}/{INSTALL_RECORD}")
-        self.files: dict[str, list[str]] = {}  # path: the fingerprints that it had as we put it there, oldest first
+        self.files: dict[str, list[str]] = {}  # path: the fingerprints that it had as we put it there
         self.folders: list[str] = []  # those that weren't there before
         self.host: dict[str, Any] = {}  # what was changed on the host, and how it was before
         self.exists = os.path.exists(self.record)
@@ -10039,24 +10041,17 @@ class Installation:
             raise Error(f"{self.record}: {reason}; it says what to remove, so it is not used", "chown root, chmod 644")
         try:
             known = json.loads(read_text(self.record))
-            parts = known["files"], known["folders"], known["host"]
-            if tuple(map(type, parts)) != (dict, list, dict):
-                raise ValueError("not of this form")
-            self.files, self.folders, self.host = parts
+            self.files, self.folders, self.host = dict(known["files"]), list(known["folders"]), dict(known["host"])
         except (ValueError, KeyError, TypeError) as error:
             raise Error(f"{self.record}: is damaged: {error!r}", "move it away, and install again") from None
 
-    def save(self) -> None:
+    def save(self, **host: Any) -> None:
+        """Write the record, with what is going to be changed on the host."""
         import json
 
+        self.host.update(host)
         known = {"version": __version__, "files": self.files, "folders": self.folders, "host": self.host}
         write_file(self.record, json.dumps(known, indent=1) + "\n", 0o644)
-        self.exists = True
-
-    def remember(self, **changes: Any) -> None:
-        """Write down a change of the host before it is made."""
-        self.host.update(changes)
-        self.save()
 
     def fingerprint(self, path: str) -> str:
         """What is there: `sha256 HEX`, `link TARGET`, `folder`, or ''."""
@@ -10067,90 +10062,70 @@ class Installation:
             return "folder"
         return f"sha256 {file_digest(path)}" if os.path.exists(path) else ""
 
-    # installing
-
     def check(self, files: Sequence[Placed]) -> None:
-        """Raise where something is in the way that no installation of ours put there."""
-        strangers = [each.path for each in files if self._is_in_the_way(each)]
-        if strangers:
-            names = ", ".join(self.real(path) for path in strangers[:20])
+        """Raise where something is in the way that neither an installation nor `nocloud links` put there."""
+        blocked = []
+        for each in files:
+            there, path = self.fingerprint(each.path), self.real(each.path)
+            known = there in ("", each.fingerprint()) or (there != "folder" and (each.conf or each.path in self.files))
+            target = os.path.basename(os.path.realpath(path)) if each.link and os.path.islink(path) else ""
+            if not known and target not in ("nocloud", "nocloud.pyz", "nocloud.py"):
+                blocked.append(path)
+        if blocked:
             raise WrongState(
-                f"in the way, and not installed by nocloud: {names}", "move them away, or set another PREFIX"
+                f"in the way, and not installed by nocloud: {', '.join(blocked[:20])}",
+                "move them away, or set another PREFIX",
             )
 
-    def _is_in_the_way(self, each: Placed) -> bool:
-        there = self.fingerprint(each.path)
-        if there in ("", each.fingerprint()) or (there != "folder" and (each.conf or each.path in self.files)):
-            return False
-        return not (each.link and there.startswith("link ") and self._is_own_link(each.path))  # of `nocloud links`
-
-    def _is_own_link(self, path: str) -> bool:
-        return os.path.basename(os.path.realpath(self.real(path))) in ("nocloud", "nocloud.pyz", "nocloud.py")
+    def is_changed(self, each: Placed) -> bool:
+        """Whether the user's own configuration is there, which is kept."""
+        known = ("", each.fingerprint(), *self.files.get(each.path, ()))
+        return each.conf and self.fingerprint(each.path) not in known
 
     def place(self, files: Sequence[Placed]) -> list[str]:
         """Put the files there, keeping the configuration that the user changed; what there is to say of that."""
-        writes, kept = [], []
+        writes, said = [], []
         for each in files:
-            write, is_kept = self._decide(each)
-            writes += [write] if write else []
-            kept += [self.real(each.path)] if is_kept else []
-        stale = [path for path in self.files if self._is_stale(path, files)]
-        self._make_folders([*files, *writes])
-        for each in [*files, *writes]:
-            prints = self.files.setdefault(each.path, [])
-            if each.fingerprint() not in prints:
-                prints.append(each.fingerprint())
-        self.save()
+            if not self.is_changed(each):
+                writes += [each] if self.fingerprint(each.path) != each.fingerprint() else []
+                continue
+            said.append(f"kept: {self.real(each.path)}, which was changed")
+            if each.fingerprint() not in self.files.get(each.path, ()):  # else the user has seen this version before
+                said[-1] += f"; the new version is {self.real(each.path)}.new"
+                writes.append(Placed(f"{each.path}.new", each.content))
+        planned = {each.path for each in files}
+        stale = [path for path in self.files if not {path, path.removesuffix(".new")} & planned]
+        for each in (*files, *writes):
+            self.files[each.path] = list(dict.fromkeys([*self.files.get(each.path, ()), each.fingerprint()]))
+        self._make_folders([each.path for each in (*files, *writes)])
         for each in writes:
             self._write(each)
         for path in stale:
             self._remove(path)
         self.save()
-        news = {self.real(each.path) for each in writes}
-        said = {path: f"; the new version is {path}.new" if f"{path}.new" in news else "" for path in kept}
-        return [f"kept: {path}, which was changed{new}" for path, new in said.items()]
+        return said
 
-    def _decide(self, each: Placed) -> tuple[Placed | None, bool]:
-        """(what to write or None, whether the user's own configuration is kept)."""
-        there, known = self.fingerprint(each.path), self.files.get(each.path, [])
-        if there == each.fingerprint():
-            return None, False
-        if not each.conf or not there or there in known:
-            return each, False
-        # a version that was there or beside once is known to the user
-        return (None if each.fingerprint() in known else Placed(f"{each.path}.new", each.content)), True
-
-    @staticmethod
-    def _is_stale(path: str, files: Sequence[Placed]) -> bool:
-        """Whether it belongs to another version only."""
-        planned = {each.path for each in files}
-        return path not in planned and path[: -len(".new")] not in planned
-
-    def _make_folders(self, files: Sequence[Placed]) -> None:
-        """The folders of these files; the record's first, since it names the others."""
+    def _make_folders(self, paths: Sequence[str]) -> None:
+        """The folders of these files; the record, which names them, is written first."""
         missing: list[str] = []
-        for path in [f"{self.prefix}/{INSTALL_RECORD}", *(each.path for each in files)]:
+        for path in (f"{self.prefix}/{INSTALL_RECORD}", *paths):
             folder = os.path.dirname(path)
             while not os.path.isdir(self.real(folder)) and folder not in missing:
                 missing.append(folder)
                 folder = os.path.dirname(folder)
-        for folder in sorted(missing, key=len):
-            self._make_folder(folder)
-
-    def _make_folder(self, folder: str) -> None:
-        if folder not in self.folders:
-            self.folders.append(folder)
-        if os.path.isdir(os.path.dirname(self.record)):
-            self.save()
-        os.makedirs(self.real(folder), 0o755)
-        os.chmod(self.real(folder), 0o755)  # whatever the umask says
+        missing.sort(key=len)
+        self.folders = list(dict.fromkeys([*self.folders, *missing]))
+        os.makedirs(os.path.dirname(self.record), exist_ok=True)
+        self.save()
+        for folder in missing:
+            os.makedirs(self.real(folder), exist_ok=True)
+            os.chmod(self.real(folder), 0o755)  # whatever the umask says
 
     def _write(self, each: Placed) -> None:
         path = self.real(each.path)
         self._sweep(path)
         if each.link:
             temporary = f"{path}.{os.getpid()}.tmp"
-            remove_file(temporary)
             os.symlink(each.link, temporary)
             os.replace(temporary, path)
         else:
@@ -10170,28 +10145,20 @@ class Installation:
         for left in glob.glob(f"{glob.escape(path)}.*.tmp"):
             remove_file(left)
 
-    # and away with it
-
     def take_away(self) -> list[str]:
         """Remove the files and the record of them; the paths of configuration that was changed, and is kept."""
         kept = []
         for path, prints in list(self.files.items()):
-            if self._was_changed(path, prints):
+            is_conf = os.path.dirname(path) == f"{self.prefix}/etc" and path.endswith(".conf")
+            if is_conf and self.fingerprint(path) not in ("", *prints):
                 kept.append(self.real(path))
             else:
                 self._remove(path)
+        self._sweep(self.record)
         remove_file(self.record)
         for folder in sorted(self.folders, key=len, reverse=True):
             remove_empty(self.real(folder))
         return kept
-
-    def _was_changed(self, path: str, prints: Sequence[str]) -> bool:
-        is_conf = os.path.dirname(path) == f"{self.prefix}/etc" and path.endswith(".conf")
-        return is_conf and self.fingerprint(path) not in ("", *prints)
-
-    def was_changed(self, each: Placed) -> bool:
-        """Whether the user's own is there, and will be kept."""
-        return self.fingerprint(each.path) not in ("", each.fingerprint(), *self.files.get(each.path, ()))
 
 
 # -- the host
@@ -10271,7 +10238,8 @@ def planned_units(prefix: str) -> list[Placed]:
     places += [(GROUP_UNIT, "user", GROUP_UNIT), (SYSUSERS, "sysusers.d", "nocloud.conf")]
     return [
         Placed(
-            f"{systemd_folder(prefix, kind)}/{name}", packaged(source, "systemd").replace("@BINDIR@", f"{prefix}/bin")
+            f"{systemd_folder(prefix, kind)}/{name}",
+            packaged(source, "systemd").replace("@BINDIR@", f"{prefix}/bin").encode(),
         )
         for source, kind, name in places
     ]
@@ -10319,7 +10287,7 @@ class HostSetup:
         groups = {each.gr_name for each in grp.getgrall()}
         new_users = sorted({DNSMASQ_USERS[0]} - users | set(self._done_before("users", ())))
         new_groups = sorted({KVM_GROUP} - groups | set(self._done_before("groups", ())))
-        self.installation.remember(users=new_users, groups=new_groups)
+        self.installation.save(users=new_users, groups=new_groups)
         if find_program("systemd-sysusers"):
             run(["systemd-sysusers", f"{systemd_folder(self.installation.prefix, 'sysusers.d')}/nocloud.conf"])
         elif KVM_GROUP not in groups:
@@ -10349,7 +10317,7 @@ class HostSetup:
             return ""
         before = {"path": path, "mode": stat.S_IMODE(info.st_mode), "group": info.st_gid, "override": bool(override)}
         if not known:  # else it was made by a call that was killed, or the mode was changed after
-            self.installation.remember(helper=before)
+            self.installation.save(helper=before)
         if override and not known:
             run([override, "--add", "root", KVM_GROUP, "4750", path])
         os.chown(path, 0, grp.getgrnam(KVM_GROUP).gr_gid)
@@ -10379,7 +10347,7 @@ class HostSetup:
             return ""
         allowed = dict.fromkeys([*self._done_before("allowed", ()), self.interface])
         made = list(dict.fromkeys([*self._done_before("made", ()), *made]))
-        self.installation.remember(acl=self.acl, allowed=list(allowed), made=made)
+        self.installation.save(acl=self.acl, allowed=list(allowed), made=made)
         os.makedirs(folder, 0o755, exist_ok=True)
         rewrite(self.acl, new)
         return f"{self.acl}: allow {self.interface}"
@@ -10495,7 +10463,7 @@ def settle_subnet(installation: Installation, files: Sequence[Placed]) -> str:
     settings = next(each for each in files if os.path.basename(each.path) == INSTALLED_CONFS[0])
     config = installed_config(installation)
     is_up = bridge_is_ours(config["bridgeInterface"])
-    changed, bridge = installation.was_changed(settings), BridgeSetup(config)
+    changed, bridge = installation.is_changed(settings), BridgeSetup(config)
     if not is_up and (changed or bridge.is_there()):
         bridge.check()
     if changed:
@@ -10515,7 +10483,7 @@ def planned_modules(prefix: str) -> tuple[list[str], list[Placed]]:
     modules = modules_for(read_text("/proc/cpuinfo"), module_is_there)
     text = "".join(f"{module}\n" for module in ("# of nocloud: what its VMs want", *modules))
     place = f"{systemd_folder(prefix, 'modules-load.d')}/nocloud.conf"
-    return modules, [Placed(place, text)] if modules else []
+    return modules, [Placed(place, text.encode())] if modules else []
 
 
 def install(installation: Installation, files: Sequence[Placed], only_look: bool) -> None:
