@@ -4449,9 +4449,16 @@ class BridgeServer:
         remove_empty(RUN_FOLDER)
 
 
+# -- systemd
+
+
+def systemd_runs() -> bool:
+    return os.path.isdir("/run/systemd/system")
+
+
 def units_installed() -> bool:
     """Whether systemd runs here and knows our units."""
-    return os.path.isdir("/run/systemd/system") and attempt(["systemctl", "cat", SYSTEMD_UNITS[0]], 30)[0] == 0
+    return systemd_runs() and attempt(["systemctl", "cat", SYSTEMD_UNITS[0]], 30)[0] == 0
 
 
 def systemctl(verb: str, *units: str) -> None:
@@ -4462,6 +4469,22 @@ def systemctl(verb: str, *units: str) -> None:
         _, log = attempt(["journalctl", "--no-pager", "--output=cat", "--lines=20", *words], 30)
         told = [line for line in log.splitlines() if line.startswith(("nocloud", "dnsmasq"))]
         raise Error(told[-1] if told else last_line(said), f"journalctl -u {units[0]}")
+
+
+def active_groups() -> list[str]:
+    """The nocloud@GROUP units of the system that are not stopped."""
+    if not systemd_runs():
+        return []
+    states = "--state=active,activating,reloading,deactivating"
+    status, said = attempt(["systemctl", "list-units", "--plain", "--no-legend", states, "nocloud@*.service"], 30)
+    return [line.split()[0] for line in said.splitlines() if line.strip()] if status == 0 else []
+
+
+def enabled_groups() -> list[str]:
+    """Those that start with the system; systemctl lists only the template that they are instances of."""
+    import glob
+
+    return sorted({os.path.basename(path) for path in glob.glob("/etc/systemd/system/*.wants/nocloud@*.service")})
 
 
 def bridge_up(config: Config) -> None:
@@ -10378,7 +10401,7 @@ class HostSetup:
         return f"kernel modules, now and at each boot: {', '.join(loaded)}" if loaded else ""
 
     def start_units(self) -> str:
-        if not os.path.isdir("/run/systemd/system"):
+        if not systemd_runs():
             return "no systemd runs here, so nothing starts with the host: nocloud net up sets the bridge up"
         run(["systemctl", "daemon-reload"])
         run(["systemctl", "enable", *SYSTEMD_UNITS])
@@ -10389,14 +10412,10 @@ class HostSetup:
         return f"{', '.join(SYSTEMD_UNITS)}: run, now and from each boot on"
 
     def stop_units(self) -> None:
-        if os.path.isdir("/run/systemd/system"):
+        if systemd_runs():
             attempt(["systemctl", "disable", *SYSTEMD_UNITS, *enabled_groups()], 60)
         if bridge_is_ours(self.interface):
             bridge_down(self.config)
-
-    def forget_units(self) -> None:
-        if os.path.isdir("/run/systemd/system"):
-            attempt(["systemctl", "daemon-reload"], 60)
 
     def membership(self) -> str:
         """What who called sudo has to do to have VMs on the bridge, or ''."""
@@ -10426,20 +10445,6 @@ def rewrite(path: str, text: str) -> None:
     write_file(path, text, stat.S_IMODE(info.st_mode) if info else 0o644)
     if info:
         os.chown(path, info.st_uid, info.st_gid)
-
-
-def active_groups() -> list[str]:
-    """The nocloud@GROUP units of the system that are not stopped."""
-    states = "--state=active,activating,reloading,deactivating"
-    status, said = attempt(["systemctl", "list-units", "--plain", "--no-legend", states, "nocloud@*.service"], 30)
-    return [line.split()[0] for line in said.splitlines() if line.strip()] if status == 0 else []
-
-
-def enabled_groups() -> list[str]:
-    """Those that start with the system; systemctl lists only the template that they are instances of."""
-    import glob
-
-    return sorted({os.path.basename(path) for path in glob.glob("/etc/systemd/system/*.wants/nocloud@*.service")})
 
 
 # -- all of it
@@ -10530,8 +10535,8 @@ def undo_installation(installation: Installation) -> None:
         setup.remove_state()
         setup.remove_accounts()
     kept = installation.take_away()
-    if not installation.root:
-        setup.forget_units()
+    if not installation.root and systemd_runs():
+        attempt(["systemctl", "daemon-reload"], 60)
     report.say(f"nocloud is no longer in {place}")
     for path in kept:
         report.say(f"kept: {path}, which was changed")
@@ -10539,8 +10544,7 @@ def undo_installation(installation: Installation) -> None:
 
 def check_nothing_runs() -> None:
     """Raise WrongState, naming them, where VMs or groups run, whoever's they are."""
-    units = active_groups() if os.path.isdir("/run/systemd/system") else []
-    running = running_vms()
+    units, running = active_groups(), running_vms()
     if units or running:
         names = ", ".join([*units, *running[:20]]) + (f" and {len(running) - 20} more" if running[20:] else "")
         stop = f"systemctl stop {' '.join(units)}" if units else "vmstop -g GROUP stops a group and keeps it"
