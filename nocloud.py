@@ -4617,10 +4617,14 @@ class HostBridge(Network):
             return f"{helper} is not setuid root"
         if not os.access("/dev/net/tun", os.R_OK | os.W_OK):  # the helper gives up root's rights before it opens that
             return "you may not open /dev/net/tun"
-        lists = [path for path in HELPER_LISTS if os.path.exists(path)] or HELPER_LISTS
-        if not helper_allows(lists[0], self.interface):
-            return f"{lists[0]} has no line: allow {self.interface}"
-        return ""
+        try:
+            rules = helper_rules(helper_list())
+        except FileNotFoundError:
+            rules = {}
+        except OSError:
+            return ""  # what this user can't read may allow it: the helper will tell
+        verbs = {verb for verb, name in rules if name in ("all", self.interface)}
+        return "" if verbs == {"allow"} else f"{helper_list()} has no line: allow {self.interface}"
 
     def up(self, keep: bool = False) -> None:
         """Raise where this user can't attach to it; setting it up is root's."""
@@ -4736,23 +4740,31 @@ def connected_network(interface: str) -> str:
     return ""
 
 
-def helper_allows(path: str, interface: str, depth: int = 8) -> bool:
-    """Whether qemu-bridge-helper's list allows the bridge: by an allow line, and no deny line; both may say `all`.
+def helper_list() -> str:
+    """The file that says which bridges qemu-bridge-helper may put VMs on."""
+    return next(filter(os.path.exists, HELPER_LISTS), HELPER_LISTS[0])
 
-    What this user can't read is taken to allow it: the helper will tell.
-    """
-    allowed = denied = False
-    try:
-        lines = [line.split() for line in read_text(path).splitlines() if not line.strip().startswith("#")]
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    for words in lines:
-        allowed |= words[:1] == ["allow"] and words[1:2] in (["all"], [interface])
-        denied |= words[:1] == ["deny"] and words[1:2] in (["all"], [interface])
-        allowed |= words[:1] == ["include"] and depth > 0 and helper_allows("".join(words[1:2]), interface, depth - 1)
-    return allowed and not denied
+
+def helper_rules(path: str, depth: int = 8) -> dict[tuple[str, str], str]:
+    """(verb, name) → file of each line of such a list and of those that it includes: allow or deny
+    (qemu-bridge-helper.c).  Raises OSError where one can't be read."""
+    found = {}
+    for line in read_text(path).splitlines():
+        verb, name = [*line.split(None, 1), "", ""][:2]
+        if verb == "include":
+            found.update(helper_rules(name.strip(), depth - 1) if depth else {})
+        elif verb and not verb.startswith("#"):
+            found[verb, name.strip()] = path
+    return found
+
+
+def helper_warnings(rules: Iterable[tuple[str, str]], interface: str) -> Iterator[tuple[tuple[str, str], str]]:
+    """The others' lines that do harm, and what they do: the helper heeds all of them, and one that denies wins."""
+    for name in ("all", interface):
+        if ("deny", name) in rules:
+            yield ("deny", name), f"the line `deny {name}` keeps VMs off the bridge {interface}"
+    if ("allow", "all") in rules:
+        yield ("allow", "all"), "with the line `allow all` users may put VMs on every bridge of this host"
 
 
 # Identity ############################################################################################
@@ -10193,66 +10205,22 @@ UNITS = (*SYSTEMD_UNITS, "nocloud-dnsmasq-reload.service", GROUP_UNIT)
 SYSUSERS = "nocloud-sysusers.conf"
 
 
-def missing_programs(config: Config) -> list[str]:
-    """What has to be there before an installation is of use, and isn't."""
-    qemu = f"qemu-system-{os.uname().machine}"
-    found = [] if find_program(qemu) or find_program("/usr/libexec/qemu-kvm") else [qemu]
-    found += [name for name in NEEDED_PROGRAMS if not find_program(name)]
-    return found if HostBridge(config).helper() else [*found, "qemu-bridge-helper"]
-
-
-def check_programs(missing: Sequence[str]) -> None:
+def check_programs(config: Config) -> None:
     """Raises MissingProgram, naming each with its package, and one command for all of them."""
+    qemu = f"qemu-system-{os.uname().machine}"
+    missing = [] if find_program(qemu) or find_program("/usr/libexec/qemu-kvm") else [qemu]
+    missing += [name for name in NEEDED_PROGRAMS if not find_program(name)]
+    missing += [] if HostBridge(config).helper() else ["qemu-bridge-helper"]
     if missing:
         _, column = host_installer()
         names = [f"{name} (package {package_of(name, column)})" for name in missing]
         raise MissingProgram(f"not here yet: {', '.join(names)}; nothing was changed", install_command(missing))
 
 
-def acl_rules(text: str) -> list[tuple[str, str]]:
-    """(verb, name) of each line of a bridge.conf: allow, deny, include (qemu-bridge-helper.c)."""
-    lines = [line.split(None, 1) for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
-    return [(words[0], words[1].strip() if words[1:] else "") for words in lines]
-
-
-def with_rule(text: str, interface: str) -> str:
-    """`text` with a line that allows the bridge; all others are kept, though one may still forbid it."""
-    if ("allow", interface) in acl_rules(text):
-        return text
-    return text + ("\n" if text and not text.endswith("\n") else "") + f"allow {interface}\n"
-
-
-def without_rule(text: str, interface: str) -> str:
-    return "".join(line for line in text.splitlines(True) if line.split() != ["allow", interface])
-
-
-def acl_warnings(text: str, interface: str) -> Iterator[str]:
-    """What others' lines do, as the end of a message: the helper heeds all of them, and one that denies wins."""
-    rules = acl_rules(text)
-    for name in ("all", interface):
-        if ("deny", name) in rules:
-            yield f"the line `deny {name}` keeps VMs off the bridge {interface}; remove it"
-    if ("allow", "all") in rules:
-        yield "with the line `allow all` users may put VMs on every bridge of this host; remove it"
-
-
-def modules_for(cpuinfo: str, is_there: Callable[[str], bool]) -> list[str]:
-    """The kernel modules that VMs want, of those that this kernel has: a missing one would fail the boot's unit."""
-    flags = {flag for line in re.findall(r"^flags\s*: (.*)$", cpuinfo, re.M) for flag in line.split()}
-    wanted = [module for flag, module in (("vmx", "kvm_intel"), ("svm", "kvm_amd")) if flag in flags]
-    return [module for module in (*wanted, "vhost_net", "tun") if is_there(module)]
-
-
-def module_is_there(name: str) -> bool:
-    """Whether it can be loaded, or is part of the kernel; never in a container, which has no modprobe(8)."""
-    return bool(find_program("modprobe")) and attempt(["modprobe", "--dry-run", "--quiet", name], 30)[0] == 0
-
-
 def systemd_folder(prefix: str, name: str) -> str:
     """Where systemd reads `system`, `sysusers.d` and their like for this PREFIX (systemd.unit(5), sysusers.d(5))."""
-    if prefix in ("/usr", "/usr/local"):
-        return f"{prefix}/lib/{'systemd/' if name in ('system', 'user') else ''}{name}"
-    return f"/etc/{'systemd/' if name in ('system', 'user') else ''}{name}"
+    base = f"{prefix}/lib" if prefix in ("/usr", "/usr/local") else "/etc"
+    return f"{base}/systemd/{name}" if name in ("system", "user") else f"{base}/{name}"
 
 
 def planned_units(prefix: str) -> list[Placed]:
@@ -10293,32 +10261,23 @@ class HostSetup:
     """
 
     def __init__(self, installation: Installation, config: Config) -> None:
-        self.installation, self.config = installation, config
+        self.installation, self.config, self.before = installation, config, installation.host
         self.interface = config["bridgeInterface"]
-        # which bridges qemu-bridge-helper may put VMs on
-        self.acl: str = installation.host.get("acl") or next(filter(os.path.exists, HELPER_LISTS), HELPER_LISTS[0])
-
-    def _done_before(self, key: str, default: Any) -> Any:
-        return self.installation.host.get(key, default)
+        self.acl: str = self.before.get("acl") or helper_list()
 
     def make_accounts(self) -> None:
         """The group kvm and the user that dnsmasq runs as; systemd-sysusers(8) has the list in a file of ours."""
-        import grp
-        import pwd
-
-        users = {each.pw_name for each in pwd.getpwall()}
-        groups = {each.gr_name for each in grp.getgrall()}
-        new_users = sorted({DNSMASQ_USERS[0]} - users | set(self._done_before("users", ())))
-        new_groups = sorted({KVM_GROUP} - groups | set(self._done_before("groups", ())))
-        self.installation.save(users=new_users, groups=new_groups)
+        users = [name for name in DNSMASQ_USERS[:1] if not account((name,))[1]]
+        groups = [name for name in (KVM_GROUP,) if not account((name,), group=True)[1]]
+        self.installation.save(users=self.before.get("users") or users, groups=self.before.get("groups") or groups)
         if find_program("systemd-sysusers"):
             run(["systemd-sysusers", f"{systemd_folder(self.installation.prefix, 'sysusers.d')}/nocloud.conf"])
-        elif KVM_GROUP not in groups:
+        elif groups:
             run(["groupadd", "--system", KVM_GROUP])
 
     def remove_accounts(self) -> None:
         for program, names in (("userdel", "users"), ("groupdel", "groups")):
-            for name in self._done_before(names, ()):
+            for name in self.before.get(names, ()):
                 status, said = attempt([program, name], 30)
                 if status and "does not exist" not in said:
                     report.warn(f"{program} {name}: {last_line(said)}")
@@ -10327,8 +10286,6 @@ class HostSetup:
 
     def allow_helper(self) -> str:
         """Let members of kvm use it, where it is nobody's yet; what was done."""
-        import grp
-
         path = os.path.realpath(HostBridge(self.config).helper())
         info = os.stat(path)
         if info.st_mode & stat.S_ISUID:
@@ -10343,14 +10300,12 @@ class HostSetup:
             self.installation.save(helper=before)
         if override and not known:
             run([override, "--add", "root", KVM_GROUP, "4750", path])
-        os.chown(path, 0, grp.getgrnam(KVM_GROUP).gr_gid)
+        os.chown(path, 0, account((KVM_GROUP,), group=True)[1])
         os.chmod(path, 0o4750)
         return f"{path}: members of {KVM_GROUP} may use it (root:{KVM_GROUP} 4750)"
 
     def take_back_helper(self) -> None:
-        before = self._done_before("helper", None)
-        if not before:
-            return
+        before = self.before.get("helper", {"path": "", "override": False})
         path = before["path"]
         if before["override"]:
             attempt(["dpkg-statoverride", "--remove", path], 30)
@@ -10359,33 +10314,31 @@ class HostSetup:
             os.chmod(path, before["mode"])
 
     def allow_bridge(self) -> str:
-        """Have the helper put VMs on our bridge; what was done."""
+        """Have the helper put VMs on our bridge, though another line may still forbid it; what was done."""
         folder = os.path.dirname(self.acl)
         made = [path for path in (self.acl, folder) if not os.path.exists(path)]
-        text = "" if self.acl in made else read_text(self.acl)
-        for warning in acl_warnings(text, self.interface):
-            report.warn(f"{self.acl}: {warning}")
-        new = with_rule(text, self.interface)
-        if new == text:
+        rules = {} if self.acl in made else helper_rules(self.acl)
+        for _, warning in helper_warnings(rules, self.interface):
+            report.warn(f"{self.acl}: {warning}; remove it")
+        if ("allow", self.interface) in rules:
             return ""
-        allowed = dict.fromkeys([*self._done_before("allowed", ()), self.interface])
-        made = list(dict.fromkeys([*self._done_before("made", ()), *made]))
-        self.installation.save(acl=self.acl, allowed=list(allowed), made=made)
+        allowed = [*self.before.get("allowed", ()), self.interface]
+        self.installation.save(acl=self.acl, allowed=allowed, made=[*self.before.get("made", ()), *made])
         os.makedirs(folder, 0o755, exist_ok=True)
-        rewrite(self.acl, new)
+        text = "" if self.acl in made else read_text(self.acl)
+        rewrite(self.acl, text + ("\n" if text and not text.endswith("\n") else "") + f"allow {self.interface}\n")
         return f"{self.acl}: allow {self.interface}"
 
     def forbid_bridge(self) -> None:
-        made = self._done_before("made", ())
+        ours = [["allow", interface] for interface in self.before.get("allowed", ())]
         if os.path.exists(self.acl):
-            old = new = read_text(self.acl)
-            for interface in self._done_before("allowed", ()):
-                new = without_rule(new, interface)
-            if not new and self.acl in made:
+            lines = read_text(self.acl).splitlines(True)
+            kept = [line for line in lines if line.split() not in ours]
+            if not kept and self.acl in self.before.get("made", ()):
                 remove_file(self.acl)
-            elif new != old:
-                rewrite(self.acl, new)
-        if os.path.dirname(self.acl) in made:
+            elif kept != lines:
+                rewrite(self.acl, "".join(kept))
+        if os.path.dirname(self.acl) in self.before.get("made", ()):
             remove_empty(os.path.dirname(self.acl))
 
     # modules, units
@@ -10484,8 +10437,19 @@ def settle_subnet(installation: Installation, files: Sequence[Placed]) -> str:
 
 
 def planned_modules(prefix: str) -> tuple[list[str], list[Placed]]:
-    """The kernel modules, and the file that has systemd load them at boot; none where there are none."""
-    modules = modules_for(read_text("/proc/cpuinfo"), module_is_there)
+    """The kernel modules that VMs want, and the file that has systemd load them at boot; none where there are none.
+
+    Of those that this kernel has: a missing one would fail the boot's unit.  A container has no modprobe(8).
+    """
+    flags = {
+        flag for line in re.findall(r"^flags\s*: (.*)$", read_text("/proc/cpuinfo"), re.M) for flag in line.split()
+    }
+    wanted = [module for flag, module in (("vmx", "kvm_intel"), ("svm", "kvm_amd")) if flag in flags]
+    modules = [
+        module
+        for module in (*wanted, "vhost_net", "tun")
+        if find_program("modprobe") and attempt(["modprobe", "--dry-run", "--quiet", module], 30)[0] == 0
+    ]
     text = "".join(f"{module}\n" for module in ("# of nocloud: what its VMs want", *modules))
     place = f"{systemd_folder(prefix, 'modules-load.d')}/nocloud.conf"
     return modules, [Placed(place, text.encode())] if modules else []
@@ -10506,7 +10470,7 @@ def install(installation: Installation, files: Sequence[Placed], only_look: bool
 
 def install_on_host(installation: Installation, files: Sequence[Placed], only_look: bool) -> list[str]:
     """All that can be in the way is looked at before the first change; what was done."""
-    check_programs(missing_programs(installed_config(installation)))
+    check_programs(installed_config(installation))
     modules, modules_files = planned_modules(installation.prefix)
     files = [*files, *modules_files]
     installation.check(files)
@@ -11013,30 +10977,28 @@ def group_command(gid: int) -> str:
 
 
 def check_bridge_conf(patient: Patient) -> Iterator[Finding]:
-    """The helper's list, which it reads as the user that calls it: `deny` wins, what isn't named is denied."""
-    name, bad = patient.bridge.interface, patient.needs("bridge")
-    conf = next(filter(os.path.exists, HELPER_LISTS), HELPER_LISTS[0])
-    allow = f"echo 'allow {name}' | sudo tee -a {conf}"
+    """The helper's list, which it reads as the user that calls it: what isn't named is denied."""
+    name, bad, conf = patient.bridge.interface, patient.needs("bridge"), helper_list()
+    rules, text = {}, f"{conf} doesn't allow {name}"
     try:
-        rules = acl_rules(read_text(conf))
-    except FileNotFoundError:
-        yield Finding(bad, f"there is no {conf}", f"sudo mkdir -p {os.path.dirname(conf)} && {allow}")
+        rules = helper_rules(conf)
+    except FileNotFoundError as error:
+        conf, text = error.filename, f"there is no {error.filename}"
+    except PermissionError as error:
+        mend = f"sudo chmod a+rX {os.path.dirname(error.filename)} {error.filename}"
+        yield Finding(bad, f"{error.filename}: you may not read it", mend)
         return
-    except PermissionError:
-        yield Finding(bad, f"{conf}: you may not read it", f"sudo chmod a+rX {os.path.dirname(conf)} {conf}")
-        return
-    denied = [target for target in (name, "all") if ("deny", target) in rules]
-    if denied:
-        pattern = denied[0].replace(".", r"\.")
-        mend = f"sudo sed -i '/^[[:space:]]*deny[[:space:]]\\+{pattern}[[:space:]]*$/d' {conf}"
-        yield Finding(bad, f"{conf} has a line `deny {denied[0]}`, which wins over all others", mend)
-    if ("allow", "all") in rules:
-        mend = f"sudo sed -i 's/^[[:space:]]*allow[[:space:]]\\+all[[:space:]]*$/allow {name}/' {conf}"
-        yield Finding(WARNING, f"{conf} allows all: every user may put taps on any bridge", mend)
-    elif not helper_allows(conf, name) and not denied:
-        yield Finding(bad, f"{conf} doesn't allow {name}", allow)
-    elif not denied:
+    warnings = dict(helper_warnings(rules, name))
+    for (verb, target), warning in warnings.items():
+        line = rf"^[[:space:]]*{verb}[[:space:]]\+{target}[[:space:]]*$".replace(".", r"\.")
+        edit = f"/{line}/d" if verb == "deny" else f"s/{line}/allow {name}/"
+        mend = f"sudo sed -i '{edit}' {rules[verb, target]}"
+        yield Finding(bad if verb == "deny" else WARNING, f"{rules[verb, target]}: {warning}", mend)
+    if not warnings and ("allow", name) in rules:
         yield Finding(OK, f"{conf} allows {name}")
+    elif not warnings:
+        mend = f"sudo mkdir -p {os.path.dirname(conf)} && echo 'allow {name}' | sudo tee -a {conf}"
+        yield Finding(bad, text, mend)
 
 
 def check_dnsmasq(patient: Patient) -> Iterator[Finding]:

@@ -683,9 +683,9 @@ def test_the_helpers_list(room: Room) -> None:
     assert conf.read_text() == "allow nocloud\n"
     for text, state, words in (
         ("# allow nocloud\nallow virbr0\n", "wrong", "doesn't allow nocloud"),
-        ("allow virbr0\nallow all\n", "warning", "allows all"),
-        ("allow nocloud\ndeny all\n", "wrong", "deny all"),
-        ("allow nocloud\ndeny nocloud\n", "wrong", "deny nocloud"),
+        ("allow virbr0\nallow all\n", "warning", "`allow all`"),
+        ("allow nocloud\ndeny all\n", "wrong", "`deny all` keeps VMs off"),
+        ("allow nocloud\ndeny nocloud\n", "wrong", "`deny nocloud` keeps VMs off"),
     ):
         conf.write_text(text)
         room.root(ill(room.run, "bridge-conf", state, words, env=env))

@@ -408,3 +408,18 @@ def test_a_tap_comes_from_the_bridge_helper(tmp_path: Path) -> None:
     with pytest.raises(nocloud.Error, match="access denied by acl file"):
         bridge.tap()
     assert subprocess.run(["true"], check=True).returncode == 0
+
+
+def test_the_bridge_helpers_list(tmp_path: Path) -> None:
+    """What it includes counts as well; a line that denies wins over all that allow."""
+    conf, more = tmp_path / "bridge.conf", tmp_path / "more.conf"
+    conf.write_text(f"# allow br9\n\n  allow   br7 \ninclude {more}\n")
+    more.write_text("deny all\nallow br8")
+    rules = nocloud.helper_rules(str(conf))
+    assert rules == {("allow", "br7"): str(conf), ("deny", "all"): str(more), ("allow", "br8"): str(more)}
+    assert [rule for rule, _ in nocloud.helper_warnings(rules, "br7")] == [("deny", "all")]
+    more.write_text(f"include {conf}\n")  # in a circle
+    assert set(nocloud.helper_rules(str(conf))) == {("allow", "br7")}
+    more.unlink()
+    with pytest.raises(FileNotFoundError, match=r"more\.conf"):
+        nocloud.helper_rules(str(conf))
