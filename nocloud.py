@@ -2752,13 +2752,17 @@ class Network:
     """What the lifecycle needs of a network."""
 
     kind = ""
+    hosts: HostFiles  # the VMs that have names on it
 
     def up(self, keep: bool = False) -> None:
         """Bring up what isn't up, where that is ours to do.  Raises Error where the network can't be had."""
 
     def hold(self) -> Any:
         """A context in which the network is up and stays up."""
-        raise NotImplementedError
+        import contextlib
+
+        self.up()
+        return contextlib.nullcontext()
 
     def tap(self) -> tuple[int, int]:
         """(tap, vhost-net or -1): descriptors for qemu; the tap is gone when the last one is closed."""
@@ -2792,11 +2796,7 @@ class Network:
 
     def strangers(self, known: set[str]) -> list[str]:
         """The UUIDs that it has of this tree's VMs though no such VM is known: its folder was removed by hand."""
-        return []
-
-    def published(self) -> set[str]:
-        """The addresses that have names."""
-        return set()
+        return self.hosts.strangers(known)
 
     def withdraw(self, uuids: Sequence[str]) -> None:
         """Forget VMs that are gone."""
@@ -2855,6 +2855,13 @@ def libc_call(name: str, *numbers: int) -> None:
         raise OSError(number, f"{name}: {os.strerror(number)}")
 
 
+def write_proc(path: str, value: str) -> None:
+    """Write a sysctl, or another file of /proc, that isn't so already."""
+    if read_text(path).strip() != value:
+        with open(path, "w", encoding="ascii") as file:
+            file.write(value)
+
+
 class Namespaces:
     """A user and a network namespace, held open."""
 
@@ -2875,25 +2882,18 @@ class Namespaces:
         os.close(self.net)
 
 
-def new_namespaces() -> None:
-    """Enter namespaces of our own, root in both: what `unshare -Urn` does, but the errno of a refusal stays known."""
+def make_namespaces(batch: str) -> None:
+    """Enter namespaces of our own that have the private network's bridge, made by `ip -batch`, and that forward.
+
+    We are root in both: what `unshare -Urn` does, but the errno of a refusal stays known.
+    """
     uid, gid = os.geteuid(), os.getegid()
     libc_call("unshare", CLONE_NEWUSER | CLONE_NEWNET)
-    for name, content in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
-        fd = os.open(
-            f"/proc/self/{name}", os.O_WRONLY
-        )  # setgroups first: gid_map is refused to ordinary users otherwise
-        os.write(fd, content.encode())
-        os.close(fd)
-
-
-def make_namespaces(batch: str) -> None:
-    """Enter namespaces of our own that have the private network's bridge, made by `ip -batch`, and that forward."""
-    new_namespaces()
+    write_proc("/proc/self/setgroups", "deny")  # first: gid_map is refused to ordinary users otherwise
+    write_proc("/proc/self/uid_map", f"0 {uid} 1")
+    write_proc("/proc/self/gid_map", f"0 {gid} 1")
     run(["ip", "-batch", "-"], input=batch.encode())
-    fd = os.open("/proc/sys/net/ipv4/ip_forward", os.O_WRONLY)
-    os.write(fd, b"1")
-    os.close(fd)
+    write_proc("/proc/sys/net/ipv4/ip_forward", "1")
 
 
 def bridge_batch(subnet: str) -> str:
@@ -2905,29 +2905,33 @@ def bridge_batch(subnet: str) -> str:
     )
 
 
-def try_namespaces() -> str:
-    """Why a private network's namespaces can't be made here, or ''.  They go with the child that makes them."""
-
-    def attempt_it(talk: int) -> None:
-        try:
-            make_namespaces(bridge_batch("10.88.0"))
-        except (OSError, Error) as error:
-            os.write(talk, str(error).encode())
-
+def ask_child(work: Callable[[], None], keep: Sequence[int] = ()) -> tuple[int, str]:
+    """(pid, why it failed or '') of a child of fork_child() that has done `work`, or has become another program."""
     mine, its = os.pipe()
-    pid = fork_child(lambda: attempt_it(its), (its,))
+
+    def attempt_it() -> None:
+        try:
+            work()
+        except (OSError, Error) as error:
+            os.write(its, str(error).encode())
+
+    pid = fork_child(attempt_it, (its, *keep))
     os.close(its)
     with open(mine, "rb") as pipe:
-        reason = pipe.read().decode("utf-8", "replace")
+        return pid, pipe.read().decode("utf-8", "replace")
+
+
+def try_namespaces() -> str:
+    """Why a private network's namespaces can't be made here, or ''.  They go with the child that makes them."""
+    pid, reason = ask_child(lambda: make_namespaces(bridge_batch("10.88.0")))
     os.waitpid(pid, 0)
     return reason
 
 
 class Gate:
-    """A child inside that opens what belongs to its opener's namespace: sockets, and /dev/net/tun.
+    """A child inside that opens what belongs to its opener's namespace: taps and sockets.
 
-    Only the opening must happen inside; a socket stays in its namespace wherever its descriptor goes.  The ioctls and
-    connect() are done outside: the maker of a user namespace has every right in it.
+    They stay in that namespace wherever their descriptors go.
     """
 
     def __init__(self, spaces: Namespaces) -> None:
@@ -2940,7 +2944,7 @@ class Gate:
         its.close()
 
     def open(self, kind: bytes) -> int:
-        """A descriptor: `tun`, `tcp` or `udp`."""
+        """A descriptor: `tap`, on the network's bridge, or `tcp`, a socket."""
         import socket as sockets
 
         with self._lock:
@@ -2971,14 +2975,10 @@ def serve_gate(spaces: Namespaces, asked: socket.socket) -> None:
         if not kind:
             return
         try:
-            if kind == b"tun":
-                fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
-            else:
-                fd = sockets.socket(
-                    sockets.AF_INET, sockets.SOCK_STREAM if kind == b"tcp" else sockets.SOCK_DGRAM
-                ).detach()
+            fd = make_tap() if kind == b"tap" else sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM).detach()
         except OSError as error:
-            asked.send(f"{error.errno} {error.filename}: {error.strerror}".encode())
+            name = f"{error.filename}: " if error.filename else ""
+            asked.send(f"{error.errno} {name}{error.strerror}".encode())
         else:
             sockets.send_fds(asked, [b"+"], [fd])
             os.close(fd)
@@ -2989,22 +2989,21 @@ TUNSETIFF, SIOCSIFFLAGS, SIOCGIFINDEX, SIOCBRADDIF = 0x400454CA, 0x8914, 0x8933,
 IFF_UP, IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x1, 0x2, 0x1000, 0x4000
 
 
-def make_tap(gate: Gate) -> int:
-    """A tap on the private network's bridge, for `-netdev tap,fd=N`."""
-    tap = gate.open(b"tun")
-    control = -1
+def make_tap() -> int:
+    """A tap on the bridge of the private network that we are in, for `-netdev tap,fd=N`."""
+    import socket as sockets
+
+    tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        control = gate.open(b"udp")  # the interface ioctls go to the namespace of their socket
-        name = fcntl.ioctl(tap, TUNSETIFF, struct.pack("16sH22x", b"tap%d", IFF_TAP | IFF_NO_PI | IFF_VNET_HDR))[:16]
-        index = struct.unpack_from("i", fcntl.ioctl(control, SIOCGIFINDEX, name + bytes(24)), 16)[0]
-        fcntl.ioctl(control, SIOCBRADDIF, struct.pack("16si20x", BRIDGE.encode(), index))
-        fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH22x", name, IFF_UP))
+        with sockets.socket(sockets.AF_INET, sockets.SOCK_DGRAM) as control:
+            request = struct.pack("16sH22x", b"tap%d", IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
+            name = fcntl.ioctl(tap, TUNSETIFF, request)[:16]
+            index = struct.unpack_from("i", fcntl.ioctl(control, SIOCGIFINDEX, name + bytes(24)), 16)[0]
+            fcntl.ioctl(control, SIOCBRADDIF, struct.pack("16si20x", BRIDGE.encode(), index))
+            fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH22x", name, IFF_UP))
     except BaseException:
         os.close(tap)
         raise
-    finally:
-        if control >= 0:
-            os.close(control)
     return tap
 
 
@@ -3053,13 +3052,9 @@ def start_daemon(argv: Sequence[str], fds: Sequence[int]) -> None:
     with open(mine, "rb") as pipe:
         said = pipe.read().decode("utf-8", "replace")
     if wait_for(lambda: child.poll() is not None, 0.02, 0.005) and child.returncode:
-        raise Error(f"{argv_program(argv)}: {last_line(said) or describe_status(child.returncode)}")
+        program = argv[argv.index("--") + 1] if "--" in argv else argv[0]  # after nsenter's own words
+        raise Error(f"{os.path.basename(program)}: {last_line(said) or describe_status(child.returncode)}")
     child.returncode = 0  # it lives on: no warning about that
-
-
-def argv_program(argv: Sequence[str]) -> str:
-    """The program that nsenter's argv is about."""
-    return os.path.basename(argv[argv.index("--") + 1] if "--" in argv else argv[0])
 
 
 # -- what dnsmasq knows of the VMs
@@ -3251,12 +3246,6 @@ class PrivateNetwork(Network):
         self.hosts.prepare()
         self.hosts.publish(vm)
 
-    def strangers(self, known: set[str]) -> list[str]:
-        return self.hosts.strangers(known)
-
-    def published(self) -> set[str]:
-        return self.hosts.addresses()
-
     def withdraw(self, uuids: Sequence[str]) -> None:
         """Remove their files.
 
@@ -3278,8 +3267,22 @@ class PrivateNetwork(Network):
         """The pid of the process that keeps the namespaces, or 0."""
         return lock_holder(self.file("holder.pid"))[1]
 
-    def hold(self) -> InUse:
-        return InUse(self)
+    def hold(self) -> Any:
+        """The folder's lock, held shared.  Another command may have ended the network that we know and made it anew."""
+        import contextlib
+
+        stack = contextlib.ExitStack()
+        while True:
+            stack.enter_context(FolderLock(self.folder, shared=True, make=True))
+            if self.is_complete():
+                break
+            stack.close()
+            self.up()
+        pid = self.holder()
+        if pid and self._spaces and not os.path.samestat(os.fstat(self._spaces.net), os.stat(f"/proc/{pid}/ns/net")):
+            self.close()
+        self.gate()
+        return stack
 
     def is_complete(self) -> bool:
         return bool(
@@ -3288,10 +3291,6 @@ class PrivateNetwork(Network):
             # without a pidfile it didn't start when the network came up: that isn't tried again by each command
             and (daemon_pid(self.file("pasta.pid")) or not os.path.exists(self.file("pasta.pid")))
         )
-
-    @staticmethod
-    def _way_out() -> bool:
-        return bool(find_program("pasta") and (find_program("nft") or find_program("iptables")))
 
     def up(self, keep: bool = False) -> None:
         """Bring up what isn't up.  `keep`: it stays though no VM is on it yet, until the last that comes has gone."""
@@ -3309,55 +3308,41 @@ class PrivateNetwork(Network):
                 "the private network can't be made: you may not open /dev/net/tun", "sudo chmod 666 /dev/net/tun"
             )
         if not self.holder():
-            self._forget_spaces()
-            self._start_holder(self._surviving_namespaces())
+            self.close()
+            self._start_holder()
         spaces = self.namespaces()
-        way_out = self._way_out()
+        way_out = bool(find_program("pasta") and (find_program("nft") or find_program("iptables")))
         if way_out and not daemon_pid(self.file("pasta.pid")):
             way_out = self._start_pasta()
         elif not way_out:
             report.say(f"{report.program}: the private network has no way out (pasta and nft would give it one)")
         if not daemon_pid(self.file("dnsmasq.pid")):
             self.hosts.prepare()
-            self._start(spaces, self._dnsmasq_argv(way_out))
+            start_daemon(inside(spaces, self._dnsmasq_argv(way_out)), [spaces.user, spaces.net])
 
-    def _start(self, spaces: Namespaces, argv: Sequence[str]) -> None:
-        start_daemon(inside(spaces, argv), [spaces.user, spaces.net])
-
-    def _start_holder(self, survivor: Namespaces | None) -> None:
-        """A child that makes the namespaces and the bridge, or enters a survivor's, and becomes `sleep`.
-
-        It locks its pidfile last: locked means whole, whoever is killed in between.
-        """
-        batch = self._bridge_batch()
-        mine, its = os.pipe()
-        keep = (its, survivor.user, survivor.net) if survivor else (its,)
-        pid = fork_child(lambda: self._hold(its, batch, survivor), keep)
-        os.close(its)
-        with open(mine, "rb") as pipe:
-            reason = pipe.read().decode("utf-8", "replace")
+    def _start_holder(self) -> None:
+        """A child that makes the namespaces and the bridge, or enters a survivor's, and becomes `sleep`."""
+        batch, survivor = bridge_batch(self.subnet()), self._surviving_namespaces()
+        pid, reason = ask_child(
+            lambda: self._hold_namespaces(batch, survivor), (survivor.user, survivor.net) if survivor else ()
+        )
         if survivor:
             survivor.close()
         if reason:
             os.waitpid(pid, 0)
             raise namespaces_denied(reason)
 
-    def _hold(self, talk: int, batch: str, survivor: Namespaces | None) -> None:
-        try:
-            if survivor:
-                survivor.enter()
-            else:
-                make_namespaces(batch)
-            fd = os.open(self.file("holder.pid"), os.O_RDWR | os.O_CREAT, 0o600)
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.set_inheritable(fd, True)
-            os.chdir("/")
-            become(["sleep", "infinity"])
-        except (OSError, Error) as error:
-            os.write(talk, str(error).encode())
-
-    def _bridge_batch(self) -> str:
-        return bridge_batch(self.subnet())
+    def _hold_namespaces(self, batch: str, survivor: Namespaces | None) -> None:
+        """In the child.  It locks its pidfile last: locked means whole, whoever is killed in between."""
+        if survivor:
+            survivor.enter()
+        else:
+            make_namespaces(batch)
+        fd = os.open(self.file("holder.pid"), os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.set_inheritable(fd, True)
+        os.chdir("/")
+        become(["sleep", "infinity"])
 
     def _surviving_namespaces(self) -> Namespaces | None:
         """The namespaces of a VM that runs on though the holder was killed."""
@@ -3525,24 +3510,15 @@ class PrivateNetwork(Network):
             self._spaces = spaces
         return self._spaces
 
-    def renew(self) -> None:
-        """Forget namespaces that are no longer the network's: another command may have ended it and made it anew."""
-        pid = self.holder()
-        if pid and self._spaces and not os.path.samestat(os.fstat(self._spaces.net), os.stat(f"/proc/{pid}/ns/net")):
-            self._forget_spaces()
+    def open(self) -> None:
+        self.gate()
 
-    def _forget_spaces(self) -> None:
+    def close(self) -> None:
         if self._gate:
             self._gate.close()
         if self._spaces:
             self._spaces.close()
         self._gate = self._spaces = None
-
-    def open(self) -> None:
-        self.gate()
-
-    def close(self) -> None:
-        self._forget_spaces()
 
     def gate(self) -> Gate:
         """The gate; opened before threads are, since it forks."""
@@ -3552,7 +3528,7 @@ class PrivateNetwork(Network):
 
     def tap(self) -> tuple[int, int]:
         try:
-            return make_tap(self.gate()), vhost_net()
+            return self.gate().open(b"tap"), vhost_net()
         except OSError as error:
             raise Error(f"no tap for the private network: {error.strerror}") from None
 
@@ -3622,27 +3598,6 @@ def inside(spaces: Namespaces, argv: Sequence[str]) -> list[str]:
     ways = [f"--user=/proc/self/fd/{spaces.user}", f"--net=/proc/self/fd/{spaces.net}"]
     program = find_program(argv[0]) or argv[0]
     return ["nsenter", *ways, "--preserve-credentials", "--", program, *argv[1:]]
-
-
-class InUse:
-    """The private network is up and stays up while this lives: the folder's lock is held shared."""
-
-    def __init__(self, network: PrivateNetwork) -> None:
-        self.network = network
-
-    def __enter__(self) -> InUse:
-        while True:
-            self._lock = FolderLock(self.network.folder, shared=True, make=True).__enter__()
-            if self.network.is_complete():
-                break
-            self._lock.release()
-            self.network.up()
-        self.network.renew()
-        self.network.gate()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._lock.release()
 
 
 # What forbids user namespaces, when it has this value, and the value that allows them.
@@ -4094,13 +4049,6 @@ def sysctl_file(interface: str, name: str, family: str = "ipv4") -> str:
     return f"/proc/sys/net/{family}/conf/{interface}/{name}"
 
 
-def set_sysctl(path: str, value: str) -> None:
-    """Write a sysctl that isn't so already."""
-    if read_text(path).strip() != value:
-        with open(path, "w", encoding="ascii") as file:
-            file.write(value)
-
-
 class BridgeSetup:
     """What root does to the host for the bridge; `down` takes away exactly what `up` did, half done or not.
 
@@ -4176,7 +4124,7 @@ class BridgeSetup:
                 ]
             )
         if os.path.exists(sysctl_file(name, "accept_ra", "ipv6")):
-            set_sysctl(sysctl_file(name, "accept_ra", "ipv6"), "0")
+            write_proc(sysctl_file(name, "accept_ra", "ipv6"), "0")
         there = [
             (each["local"], each["prefixlen"])
             for card in ip_json("address", "show", "dev", name)
@@ -4193,14 +4141,14 @@ class BridgeSetup:
         Whether a packet is forwarded is asked of the interface that it came in by: the bridge, and for the answers the
         interfaces of the default routes.  net.ipv4.ip_forward, which Docker and libvirt set, would open all of them.
         """
-        set_sysctl(sysctl_file(self.interface, "forwarding"), "1")
+        write_proc(sysctl_file(self.interface, "forwarding"), "1")
         if read_text("/proc/sys/net/ipv4/ip_forward").strip() == "1":
             return []
         quiet = {each for each in outgoing_interfaces() if read_text(sysctl_file(each, "forwarding")).strip() == "0"}
         ours = sorted(quiet | set(self._forwarders()))
         write_file(self.forwarding, "".join(f"{each}\n" for each in ours))
         for each in ours:
-            set_sysctl(sysctl_file(each, "forwarding"), "1")
+            write_proc(sysctl_file(each, "forwarding"), "1")
         return ours
 
     def _forwarders(self) -> list[str]:
@@ -4248,7 +4196,7 @@ class BridgeSetup:
             run(["nft", "delete", "table", "ip", DOMAIN])
         if read_text("/proc/sys/net/ipv4/ip_forward").strip() == "0":  # else another one wants them to forward by now
             for each in self._forwarders():
-                set_sysctl(sysctl_file(each, "forwarding"), "0")
+                write_proc(sysctl_file(each, "forwarding"), "0")
         remove_file(self.forwarding)
         if bridge_is_ours(self.interface):
             run(["ip", "link", "delete", self.interface])
@@ -4572,9 +4520,6 @@ class HostBridge(Network):
         if vm.get("vmAddress") and self.publishes():
             self.hosts.publish(vm)
 
-    def strangers(self, known: set[str]) -> list[str]:
-        return self.hosts.strangers(known)
-
     def withdraw(self, uuids: Sequence[str]) -> None:
         """dnsmasq forgets none by itself: a unit that watches this file starts it anew, or we do where it is ours."""
         if not uuids or not self.hosts.withdraw(uuids):
@@ -4636,16 +4581,6 @@ class HostBridge(Network):
                 f"the network {self.interface} is not to be had: {reason}",
                 f"{mend}; a new group can be on the private network: NOCLOUD_vmNetwork=private",
             )
-
-    def hold(self) -> HostBridge:
-        self.up()
-        return self
-
-    def __enter__(self) -> HostBridge:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        pass
 
     def tap(self) -> tuple[int, int]:
         """The helper makes the tap, puts it on the bridge and sends it over a socket pair (qemu-bridge-helper.c)."""
@@ -7776,7 +7711,7 @@ def reserve(cloud: Cloud, group: str, wishes: Sequence[Wish], plans: list[Plan])
         names = {vm.name.lower() for vm in taken.vms if vm.group == group}
         known = taken.uuids | {vm.conf.get("vmUuid", "") for vm in tree.templates() if vm.is_readable()}
         strangers = [uuid for each in cloud.networks() for uuid in each.strangers(known)] if taken.complete else []
-        taken.addresses |= cloud.private.published()
+        taken.addresses |= cloud.private.hosts.addresses()
         for wish in wishes:
             check_collision(tree, group, wish.type)  # again, now that nobody else can make one
             template = tree.need_template(wish.template)
