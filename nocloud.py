@@ -3922,17 +3922,14 @@ def iptables_rules(program: str) -> list[list[str]]:
 
 def accepting_rules(interface: str, forward: str) -> list[list[str]]:
     """CHAIN and rule, in the words of `iptables -S`: DHCP and DNS for the guests, and what is forwarded for them."""
-    comment, accept = ["-m", "comment", "--comment", MADE_BY_US], ["-j", "ACCEPT"]
-    ports = (("udp", "67"), ("udp", "53"), ("tcp", "53"))
-    state = ["-m", "conntrack", "--ctstate", "RELATED,ESTABLISHED"]
-    return [
-        *(
-            ["INPUT", "-i", interface, "-p", kind, "-m", kind, "--dport", port, *comment, *accept]
-            for kind, port in ports
-        ),
-        [forward, "-i", interface, *comment, *accept],
-        [forward, "-o", interface, *state, *comment, *accept],
-    ]
+    rules = (
+        f"INPUT -i {interface} -p udp -m udp --dport 67",
+        f"INPUT -i {interface} -p udp -m udp --dport 53",
+        f"INPUT -i {interface} -p tcp -m tcp --dport 53",
+        f"{forward} -i {interface}",
+        f"{forward} -o {interface} -m conntrack --ctstate RELATED,ESTABLISHED",
+    )
+    return [[*rule.split(), "-m", "comment", "--comment", MADE_BY_US, "-j", "ACCEPT"] for rule in rules]
 
 
 def missing_rules(program: str, interface: str) -> list[list[str]]:
@@ -3950,38 +3947,14 @@ def missing_rules(program: str, interface: str) -> list[list[str]]:
     return wanted if sorted(wanted) != sorted(there) else []
 
 
-def open_iptables(program: str, interface: str) -> None:
-    """At the head of their chains."""
-    wanted = missing_rules(program, interface)
-    if wanted:
-        close_iptables(program)
-        for chain, *rule in wanted:
-            run([program, "-w", "10", "-I", chain, *rule])
-
-
 def close_iptables(program: str) -> None:
     for action, chain, *rule in iptables_rules(program):
         if action == "-A" and MADE_BY_US in rule:
             run([program, "-w", "10", "-D", chain, *rule])
 
 
-def ufw_rules(interface: str) -> list[list[str]]:
-    """In ufw(8)'s words, as `ufw show added` gives them back.  Answers to what guests ask for pass by themselves."""
-    place = ["in", "on", interface]
-    return [
-        ["allow", *place, "to", "any", "port", "67", "proto", "udp"],
-        ["allow", *place, "to", "any", "port", "53"],
-        ["route", "allow", *place],
-    ]
-
-
 def ufw_runs() -> bool:
     return bool(find_program("ufw")) and "Status: active" in attempt(["ufw", "status"], 30)[1]
-
-
-def open_ufw(interface: str) -> None:
-    for words in ufw_rules(interface):
-        run(["ufw", *words, "comment", MADE_BY_US])
 
 
 def close_ufw() -> None:
@@ -4007,9 +3980,15 @@ def firewalld_zone(interface: str) -> str | None:
 def open_firewalls(interface: str) -> None:
     """Have each firewall that runs here accept the guests' DHCP, DNS and what is forwarded for them."""
     for program in iptables_programs():
-        open_iptables(program, interface)
-    if ufw_runs():
-        open_ufw(interface)
+        wanted = missing_rules(program, interface)
+        if wanted:
+            close_iptables(program)
+        for chain, *rule in wanted:
+            run([program, "-w", "10", "-I", chain, *rule])
+    if ufw_runs():  # in the words that `ufw show added` gives back; answers to what guests ask for pass by themselves
+        place = f"allow in on {interface}"
+        for words in (f"{place} to any port 67 proto udp", f"{place} to any port 53", f"route {place}"):
+            run(["ufw", *words.split(), "comment", MADE_BY_US])
     if firewalld_zone(interface) not in (None, "trusted"):
         run(["firewall-cmd", "--zone=trusted", f"--change-interface={interface}"])
 
@@ -4023,16 +4002,16 @@ def close_firewalls(interface: str) -> None:
         run(["firewall-cmd", "--zone=trusted", f"--remove-interface={interface}"])
 
 
-def dropping_chains() -> list[str]:
-    """The chains of other nft tables that drop what they don't name, which nobody can undo but their owner.
+def dropping_chains(interface: str) -> list[str]:
+    """The chains of other nft tables that drop what they don't name, and don't name the bridge.
 
-    Those of iptables, ufw and firewalld are told in their own way.
+    Nobody can undo that but their owner.  Those of iptables, ufw and firewalld are told in their own way.
     """
     import json
 
     status, said = attempt(["nft", "-j", "list", "chains"], 30)
     chains = [each["chain"] for each in json.loads(said)["nftables"] if "chain" in each] if status == 0 else []
-    return [
+    found = [
         f"{each['family']} {each['table']} {each['name']}"
         for each in chains
         if each.get("hook") in ("forward", "input")
@@ -4040,6 +4019,8 @@ def dropping_chains() -> list[str]:
         and each["family"] in ("ip", "inet")
         and each["table"] not in ("filter", "firewalld")
     ]
+    accepts = f'iifname "{interface}" accept'
+    return [chain for chain in found if accepts not in attempt(["nft", "list", "chain", *chain.split()], 5)[1]]
 
 
 # -- the host's bridge: up and down
@@ -4101,7 +4082,7 @@ class BridgeSetup:
                     remove_empty(RUN_FOLDER)
                 raise
             self.tell_resolver()
-        for chain in dropping_chains():
+        for chain in dropping_chains(self.interface):
             report.warn(f"nft chain {chain} drops what it doesn't name: guests need iifname {self.interface} accepted")
 
     def _make_bridge(self) -> None:
@@ -4200,34 +4181,6 @@ class BridgeSetup:
         remove_file(self.forwarding)
         if bridge_is_ours(self.interface):
             run(["ip", "link", "delete", self.interface])
-
-
-def bridge_faults(settings: BridgeSettings, ours: bool) -> Iterator[str]:
-    """What keeps guests from the outside or from names, a line each, with the command that mends it where there is one.
-
-    Rules are only shown to root; a bridge that isn't `ours` is its maker's.
-    """
-    clash = overlapping(settings)
-    if clash:
-        yield f"the bridge's network {settings.net} is in use elsewhere: {clash}"
-    if not ours:
-        return
-    mend = "(nocloud net up mends it)"
-    if connected_network(settings.interface) not in ("", settings.net):
-        yield f"the bridge has {connected_network(settings.interface)}, and the settings say {settings.net} {mend}"
-    for name in (settings.interface, *sorted(outgoing_interfaces())):
-        if read_text(sysctl_file(name, "forwarding")).strip() == "0":
-            yield f"{name} doesn't forward {mend}"
-    if not BridgeServer(settings).answers():
-        yield f"no DNS at {settings.address}: dnsmasq doesn't run {mend}"
-    if os.geteuid() == 0:
-        if not has_nft_table(f"ip {DOMAIN}"):
-            yield f"the nft table ip {DOMAIN} is gone: no address is translated {mend}"
-        for program in iptables_programs():
-            if missing_rules(program, settings.interface):
-                yield f"{program} has rules, and doesn't accept the bridge {mend}"
-        for chain in dropping_chains():
-            yield f"nft chain {chain} drops what it doesn't name: guests need iifname {settings.interface} accepted"
 
 
 def outgoing_interfaces() -> set[str]:
@@ -4547,11 +4500,15 @@ class HostBridge(Network):
 
     def why_not(self) -> str:
         """Why this user can't put a VM on the bridge, or ''."""
+        return self.why_down() or self._helper_fails()
+
+    def why_down(self) -> str:
+        """Why nobody can, or ''."""
         if not os.path.isdir(f"/sys/class/net/{self.interface}/bridge"):
             return f"there is no bridge {self.interface}"
         if not int(read_text(f"/sys/class/net/{self.interface}/flags"), 16) & IFF_UP:
             return f"the bridge {self.interface} is down"
-        return self._helper_fails()
+        return ""
 
     def _helper_fails(self) -> str:
         """Why qemu-bridge-helper would give this user no tap, or ''."""
@@ -4615,27 +4572,20 @@ class HostBridge(Network):
         return vm.conf.get("vmAddress") or self.leases().get(vm.conf.get("vmMac", ""), "")
 
     def status(self) -> Iterator[str]:
-        """Whether it is up, who is on it, and what is wrong.  Some of that only root sees."""
         there = os.path.exists(f"/sys/class/net/{self.interface}")
         net = connected_network(self.interface)
         yield f"bridge {self.interface}: " + (f"up, {net}" if net else "down, without an address" if there else "down")
         if not there:
             return
-        ours = bridge_is_ours(self.interface)
-        settings = BridgeSettings(self.config)
-        if ours:
-            yield "dnsmasq: " + (
-                f"answers at {settings.address}" if BridgeServer(settings).answers() else "not running"
-            )
+        if bridge_is_ours(self.interface):
+            server = BridgeServer(BridgeSettings(self.config))
+            yield "dnsmasq: " + (f"answers at {server.settings.address}" if server.answers() else "not running")
         leased = {mac: (address, name, until) for mac, address, name, until in self.lease_lines()}
         for name, mac, address in self.hosts.members():
             has = leased.pop(mac, ("", "", 0))
             yield printable(f"{name} {mac} {address} " + (lease_text(has[2]) if has[0] == address else "no lease"))
         for mac, (address, name, until) in leased.items():
             yield printable(f"{name} {mac} {address} {lease_text(until)}")
-        reason = self.why_not()
-        for wrong in (*bridge_faults(settings, ours), *([f"you can't put VMs on it: {reason}"] if reason else ())):
-            yield f"wrong: {wrong}"
 
     def leases(self) -> dict[str, str]:
         """MAC → address of dnsmasq's lease file."""
@@ -10485,6 +10435,7 @@ class Patient:
         self.tree = self.cloud.tree
         self.bridge = HostBridge(self.config, self.tree)
         self.has_bridge = os.path.exists(f"/sys/class/net/{self.bridge.interface}")
+        self.foreign = self.has_bridge and not bridge_is_ours(self.bridge.interface)
         try:
             self.network = self.cloud.default_network()
         except (Error, OSError):
@@ -10869,37 +10820,27 @@ def check_inotify(patient: Patient) -> Iterator[Finding]:
 
 
 def check_bridge(patient: Patient) -> Iterator[Finding]:
-    bridge, asked = patient.bridge, patient.config["vmNetwork"]
-    if not patient.has_bridge and asked != "bridge":
+    bridge = patient.bridge
+    if not patient.has_bridge and patient.config["vmNetwork"] != "bridge":
         yield Finding(OK, f"there is none called {bridge.interface}: VMs are on the private network")
-        return
-    place = f"/sys/class/net/{bridge.interface}"
-    if not os.path.isdir(f"{place}/bridge") or not int(read_text(f"{place}/flags"), 16) & IFF_UP:
-        foreign = patient.has_bridge and not bridge_is_ours(bridge.interface)
-        mend = f"sudo ip link set {bridge.interface} up" if foreign else own_call("net up")
-        yield Finding(patient.needs("bridge"), bridge.why_not(), mend)
+    elif bridge.why_down():
+        mend = f"sudo ip link set {bridge.interface} up" if patient.foreign else own_call("net up")
+        yield Finding(patient.needs("bridge"), bridge.why_down(), mend)
     else:
         yield Finding(OK, f"{bridge.interface} is up")
 
 
 def check_helper(patient: Patient) -> Iterator[Finding]:
     """qemu-bridge-helper: only root, or a program that becomes root, may put a tap on a bridge."""
-    bridge, bad = patient.bridge, patient.needs("bridge")
-    places = [place for place in bridge.helper_places() if os.path.isfile(place)]
-    if not places:
+    bad, place = patient.needs("bridge"), next(filter(os.path.isfile, patient.bridge.helper_places()), "")
+    if not place:
         yield Finding(bad, "qemu-bridge-helper is not there", installs("qemu-bridge-helper"))
         return
-    place, info = places[0], os.stat(places[0])
-    if os.geteuid() == 0:
-        yield Finding(OK, place)
-    elif info.st_uid or not info.st_mode & stat.S_ISUID:
-        mend = f"sudo chown root {place} && sudo chmod u+s {place}"
-        yield Finding(bad, f"{place} is not setuid root", mend)
+    info = os.stat(place)
+    if os.geteuid() and (info.st_uid or not info.st_mode & stat.S_ISUID):
+        yield Finding(bad, f"{place} is not setuid root", f"sudo chown root {place} && sudo chmod u+s {place}")
     elif not os.access(place, os.X_OK):
         yield Finding(bad, f"you may not run {place}", group_command(info.st_gid))
-    elif os.statvfs(place).f_flag & os.ST_NOSUID:
-        mend = f"sudo mount -o remount,suid {mount_point(place)}"
-        yield Finding(bad, f"{place} is on a file system where setuid counts for nothing", mend)
     else:
         yield Finding(OK, place)
 
@@ -10938,70 +10879,47 @@ def check_bridge_conf(patient: Patient) -> Iterator[Finding]:
 
 def check_dnsmasq(patient: Patient) -> Iterator[Finding]:
     """Whether the bridge's dnsmasq serves there, and if not, who has its ports."""
-    settings = BridgeSettings(patient.config)
-    at_bridge = [inode for address, inode in bound_sockets("udp", 53) if address == settings.address]
-    holders = {owner_of_socket(inode) for inode in at_bridge}
-    if at_bridge and (0 in holders or any(is_our_dnsmasq(pid) for pid in holders)):
-        yield Finding(OK, f"DHCP and DNS are served at {settings.address}")
-        return
+    wanted, bad = BridgeSettings(patient.config).address, patient.needs("bridge")
     for kind, port in (("udp", 53), ("tcp", 53), ("udp", 67)):
-        for address, inode in bound_sockets(kind, port):
-            if address in ("0.0.0.0", settings.address):
-                pid = owner_of_socket(inode)
-                who = f"{process_name(pid)}, process {pid}" if pid else "another user's process"
-                text = f"no DHCP and DNS at {settings.address}: port {port} ({kind}) is taken by {who}"
-                yield Finding(patient.needs("bridge"), text, stop_command(pid))
+        for address, inode in sorted(bound_sockets(kind, port), reverse=True):  # at no address: 0.0.0.0, comes last
+            if address not in ("0.0.0.0", wanted):
+                continue
+            pid = owner_of_socket(inode)
+            if address == wanted and (not pid or STATE_FOLDER in read_text(f"/proc/{pid}/cmdline")):
+                yield Finding(OK, f"DHCP and DNS are served at {wanted}")
                 return
+            who, mend = "another user's process", own_call("doctor")
+            if pid:
+                who = f"{read_text(f'/proc/{pid}/comm').strip()}, process {pid}"
+                unit = re.search(r"/([^/\n]+\.service)$", read_text(f"/proc/{pid}/cgroup"), re.M)
+                mend = f"sudo systemctl disable --now {unit.group(1)}" if unit else f"sudo kill {pid}"
+            yield Finding(bad, f"no DHCP and DNS at {wanted}: port {port} ({kind}) is taken by {who}", mend)
+            return
     if not find_program("dnsmasq"):
-        yield Finding(patient.needs("bridge"), "dnsmasq is not found", installs("dnsmasq"))
-        return
-    yield Finding(patient.needs("bridge"), f"no DHCP and DNS at {settings.address}", own_call("net up"))
-
-
-def is_our_dnsmasq(pid: int) -> bool:
-    try:
-        return STATE_FOLDER in read_text(f"/proc/{pid}/cmdline")
-    except OSError:
-        return False
-
-
-def process_name(pid: int) -> str:
-    try:
-        return read_text(f"/proc/{pid}/comm").strip()
-    except OSError:
-        return "a process"
-
-
-def stop_command(pid: int) -> str:
-    """What ends a process: its unit where it is one of systemd's, which would start it again."""
-    if not pid:
-        return own_call("doctor")
-    try:
-        unit = re.search(r"/([^/\n]+\.service)$", read_text(f"/proc/{pid}/cgroup"), re.M)
-    except OSError:
-        unit = None
-    return f"sudo systemctl disable --now {unit.group(1)}" if unit else f"sudo kill {pid}"
+        yield Finding(bad, "dnsmasq is not found", installs("dnsmasq"))
+    else:
+        yield Finding(bad, f"no DHCP and DNS at {wanted}", own_call("net up"))
 
 
 def check_leases(patient: Patient) -> Iterator[Finding]:
     """Who may not read them doesn't learn the addresses of guests that have none of their own."""
-    place = next((path for path in patient.bridge.lease_places() if reachable(path) != ""), "")
-    if not place:
-        yield Finding(OK, "there are none yet")
-    elif reachable(place) == place and os.access(place, os.R_OK):
-        yield Finding(OK, place)
-    elif reachable(place) == place:
-        yield Finding(WARNING, f"{place}: you may not read it", f"sudo chmod a+r {quoted(place)}")
-    else:
-        yield Finding(WARNING, f"{place}: you may not enter its folder", f"sudo chmod a+x {quoted(reachable(place))}")
+    for place in patient.bridge.lease_places():
+        try:
+            read_text(place)
+            yield Finding(OK, place)
+            return
+        except FileNotFoundError:
+            continue
+        except PermissionError:
+            mend = f"sudo chmod a+rX {quoted(os.path.dirname(place), place)}"
+            yield Finding(WARNING, f"{place}: you may not read it", mend)
+            return
+    yield Finding(OK, "there are none yet")
 
 
 def check_publishing(patient: Patient) -> Iterator[Finding]:
     """Whether this user's VMs get addresses and names of their own on the bridge."""
     places = [patient.bridge.hosts.place(kind) for kind in ("dhcp", "hosts")]
-    if not bridge_is_ours(patient.bridge.interface):
-        yield Finding(OK, f"{patient.bridge.interface} was not made by nocloud: its DHCP server decides")
-        return
     denied = [place for place in places if not os.access(place, os.R_OK | os.W_OK | os.X_OK)]
     if not denied:
         yield Finding(OK, f"names and addresses go to {STATE_FOLDER}")
@@ -11012,73 +10930,29 @@ def check_publishing(patient: Patient) -> Iterator[Finding]:
         yield Finding(WARNING, text, group_command(os.stat(denied[0]).st_gid))
 
 
-def reachable(path: str) -> str:
-    """The path itself where it is there, the folder above it that may not be entered, or ''."""
-    try:
-        os.stat(path)
-        return path
-    except PermissionError:
-        folder = os.path.dirname(path)
-        while not os.path.isdir(folder):
-            folder = os.path.dirname(folder)
-        return folder
-    except OSError:
-        return ""
-
-
-FORWARDERS = {
-    "DOCKER": "Docker",
-    "ufw-": "ufw",
-    "FWD": "firewalld",
-    "FORWARD_direct": "firewalld",
-    "LIBVIRT": "libvirt",
-}
-
-
 def check_forwarding(patient: Patient) -> Iterator[Finding]:
-    """Whether the host's packet filters let the guests' packets pass; only root sees them."""
-    name, again = patient.bridge.interface, own_call("net up")
-    if os.geteuid() != 0:
-        yield Finding(OK, f"only root sees the packet filters: {own_call('doctor')}")
-        return
-    if not bridge_is_ours(name):
-        yield Finding(OK, f"{name} was not made by nocloud: what its owner set holds")
-        return
-    findings = []
+    """Whether the kernel forwards, and the host's packet filters let the guests' packets pass; only root sees those."""
+    name, findings = patient.bridge.interface, []
     for each in (name, *sorted(outgoing_interfaces())):
         if read_text(sysctl_file(each, "forwarding")).strip() == "0":
-            findings.append(Finding(WARNING, f"guests have no way out: {each} doesn't forward", again))
+            findings.append((f"guests have no way out: {each} doesn't forward", own_call("net up")))
     if not find_program("nft"):
-        findings.append(Finding(WARNING, "nft is not found", installs("nft")))
-    elif not has_nft_table(f"ip {DOMAIN}"):
-        findings.append(Finding(WARNING, "guests have no way out: nocloud's own rules are gone", again))
-    findings += [rules_finding(program) for program in iptables_programs() if missing_rules(program, name)]
-    findings += [chain_finding(chain, name) for chain in dropping_chains() if not lets_pass(chain, name)]
-    yield from findings
+        findings.append(("nft is not found", installs("nft")))
+    elif os.geteuid() == 0:
+        if not has_nft_table(f"ip {DOMAIN}"):
+            text = f"guests have no way out: nocloud's own rules are gone (nft table ip {DOMAIN})"
+            findings.append((text, own_call("net up")))
+        for program in iptables_programs():
+            if missing_rules(program, name):
+                findings.append((f"{program} has rules, and doesn't accept the bridge", own_call("net up")))
+        for chain in dropping_chains(name):
+            rules = (f"iifname {name} accept", f"oifname {name} ct state established,related accept")
+            mend = " && ".join(f"sudo nft insert rule {chain} {rule}" for rule in rules)
+            findings.append((f"nft chain {chain} drops what guests send", mend))
+    yield from (Finding(WARNING, *each) for each in findings)
     if not findings:
-        yield Finding(OK, "the packet filters let guests pass")
-
-
-def rules_finding(program: str) -> Finding:
-    """iptables rules that don't let guests pass, and who set them up, as the names of their chains tell."""
-    rules = iptables_rules(program)
-    who = next(
-        (who for start, who in FORWARDERS.items() for rule in rules if rule[1].startswith(start)), "something else"
-    )
-    does = "drops" if ["-P", "FORWARD", "DROP"] in rules else "may drop"
-    text = f"the chain FORWARD of {program} {does} what guests send ({who} set it up)"
-    return Finding(WARNING, text, own_call("net up"))
-
-
-def lets_pass(chain: str, name: str) -> bool:
-    return f'iifname "{name}" accept' in attempt(["nft", "list", "chain", *chain.split()], 5)[1]
-
-
-def chain_finding(chain: str, name: str) -> Finding:
-    family, table, _ = chain.split()
-    rules = (f"iifname {name} accept", f"oifname {name} ct state established,related accept")
-    mend = " && ".join(f"sudo nft insert rule {chain} {rule}" for rule in rules)
-    return Finding(WARNING, f"the chain {chain} of nft's table {family} {table} drops what guests send", mend)
+        seen = "the packet filters let guests pass" if os.geteuid() == 0 else "only root sees the packet filters"
+        yield Finding(OK, f"{name} forwards; {seen}")
 
 
 def check_firewalld(patient: Patient) -> Iterator[Finding]:
@@ -11094,9 +10968,7 @@ def check_firewalld(patient: Patient) -> Iterator[Finding]:
 def check_ufw(patient: Patient) -> Iterator[Finding]:
     if os.geteuid() != 0 or not ufw_runs():
         yield Finding(OK, "it doesn't run" if os.geteuid() == 0 or not find_program("ufw") else "only root may ask it")
-        return
-    added = attempt(["ufw", "show", "added"], 5)[1]
-    if added.count(MADE_BY_US) < len(ufw_rules(patient.bridge.interface)):
+    elif MADE_BY_US not in attempt(["ufw", "show", "added"], 5)[1]:
         yield Finding(WARNING, "it runs, and doesn't let guests pass", own_call("net up"))
     else:
         yield Finding(OK, "it lets guests pass")
@@ -11117,10 +10989,12 @@ def check_network_manager(patient: Patient) -> Iterator[Finding]:
 
 def check_bridge_subnet(patient: Patient) -> Iterator[Finding]:
     settings = BridgeSettings(patient.config)
-    clash = overlapping(settings)
+    clash, there = overlapping(settings), connected_network(settings.interface)
     if clash:
         mend = " && ".join(map(own_call, ("bridge subnet", "net down", "net up")))
         yield Finding(WARNING, f"{settings.net} is in use: {clash}", mend)
+    elif there not in ("", settings.net) and not patient.foreign:
+        yield Finding(WARNING, f"the bridge has {there}, and the settings say {settings.net}", own_call("net up"))
     else:
         yield Finding(OK, settings.net)
 
@@ -11129,21 +11003,15 @@ def check_names(patient: Patient) -> Iterator[Finding]:
     """Whether this host itself resolves the guests' names."""
     name, address = patient.bridge.interface, patient.config["bridgeIpAddress"]
     if resolved_runs():
-        if f"~{DOMAIN}" in attempt(["resolvectl", "domain", name], 5)[1]:
-            yield Finding(OK, f"systemd-resolved asks {address} for them")
-            return
-        mend = f"sudo resolvectl dns {name} {address} && sudo resolvectl domain {name} '~{DOMAIN}'"
-        yield Finding(WARNING, "VMs' names don't resolve on this host", mend)
-        return
-    try:
-        servers = re.findall(r"^nameserver\s+(\S+)", read_text("/etc/resolv.conf"), re.M)
-    except OSError:
-        servers = []
-    if address in servers[:1]:
-        yield Finding(OK, f"/etc/resolv.conf names {address}")
+        asks, mend = f"~{DOMAIN}" in attempt(["resolvectl", "domain", name], 5)[1], own_call("net up")
     else:
-        text = "VMs' names don't resolve on this host, which runs no systemd-resolved; vmssh needs none"
-        yield Finding(WARNING, text, f"{installs('resolvectl')} && {own_call('net up')}")
+        asks = re.findall(r"^nameserver\s+(\S+)", read_text("/etc/resolv.conf"), re.M)[:1] == [address]
+        mend = f"{installs('resolvectl')} && {own_call('net up')}"
+    if asks:
+        yield Finding(OK, f"this host asks {address} for them")
+    else:
+        why = "" if resolved_runs() else ", which runs no systemd-resolved; vmssh needs none"
+        yield Finding(WARNING, f"VMs' names don't resolve on this host{why}", mend)
 
 
 # -- the rest, and all of it
@@ -11195,6 +11063,7 @@ BRIDGE_CHECKS: tuple[Check, ...] = (  # where there is one, or where there ought
     ("networkmanager", check_network_manager),
     ("names", check_names),
 )
+OURS_ONLY = ("dnsmasq", "publishing", "forwarding", "firewalld", "ufw", "networkmanager", "names")  # else its owner's
 
 
 def doctor_help() -> str:
@@ -11226,21 +11095,27 @@ def examine(names: Sequence[str]) -> Iterator[Finding]:
 
 def examine_one(name: str, check: Callable[[Patient], Iterator[Finding]], patient: Patient) -> Iterator[Finding]:
     """A check's findings; one that fails by itself tells why, whatever this host did to it."""
+    if name in OURS_ONLY and patient.foreign:
+        yield Finding(OK, f"{patient.bridge.interface} was not made by nocloud: what its owner set holds")
+        return
     try:
         yield from check(patient)
     except Error as error:
-        network = (
-            "bridge"
-            if (name, check) in BRIDGE_CHECKS
-            else "private"
-            if name in ("namespaces", "private-subnet")
-            else ""
-        )
-        yield Finding(patient.needs(network) if network else WRONG, str(error), error.hint)
+        network = "bridge" if (name, check) in BRIDGE_CHECKS else "private"
+        limited = network == "bridge" or name in ("namespaces", "private-subnet")
+        yield Finding(patient.needs(network) if limited else WRONG, str(error), error.hint)
     except Exception as error:
         if report.debug:
             raise
         yield Finding(WARNING, f"it can't be looked at: {type(error).__name__}: {error}", "nocloud doctor --debug")
+
+
+def bridge_faults(config: Config) -> Iterator[str]:
+    """What isn't well with the host's bridge, where there is one, a line each, for `net status`: what doctor finds."""
+    names = ["bridge", "tun", *(name for name, _ in BRIDGE_CHECKS if name != "names")]  # `net up` told of these
+    for finding in examine(names) if os.path.exists(f"/sys/class/net/{config['bridgeInterface']}") else ():
+        if finding.state != OK:
+            yield f"wrong: {finding.text} (mended by: {finding.mend})"
 
 
 # Commands ############################################################################################
@@ -11942,7 +11817,7 @@ def net_verb(config: Config, verb: str, kind: str) -> int:
             cloud.private.down_if_unused()
         else:
             for line in (
-                *(cloud.network("bridge").status() if kind != "private" else ()),
+                *((*cloud.network("bridge").status(), *bridge_faults(config)) if kind != "private" else ()),
                 *(cloud.private.status() if kind != "bridge" else ()),
             ):
                 report.data(line)
