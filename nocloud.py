@@ -3226,7 +3226,7 @@ class PrivateNetwork(Network):
             text = read_text(self.file("subnet")).strip()
         except FileNotFoundError:
             make_private_folder(self.folder)
-            text = free_subnet(host_networks(read_text("/proc/net/fib_trie")))
+            text = free_subnet([(network, length) for _, network, length in networks_in_use()])
             write_file(self.file("subnet"), text + "\n")
         if not re.fullmatch(r"10\.[0-9]{1,3}\.[0-9]{1,3}", text):
             path = self.file("subnet")
@@ -3624,25 +3624,12 @@ def namespaces_denied(reason: str) -> Error:
     return Error(f"the private network can't be made: {reason}", hint)
 
 
-def host_networks(fib: str) -> list[tuple[int, int]]:
-    """(network, prefix length) of each route and address in /proc/net/fib_trie, which lists all routing tables."""
-    found: list[tuple[int, int]] = []
-    network = ""
-    for line in fib.splitlines():
-        words = line.split()
-        if words and words[0] in ("|--", "+--"):
-            network = words[1].partition("/")[0]
-        elif words and words[0].startswith("/") and int(words[0][1:]):  # not the default route
-            found.append((ipv4_number(network), int(words[0][1:])))
-    return found
-
-
 def free_subnet(taken: Sequence[tuple[int, int]]) -> str:
-    """The first /24 of 10.88 to 10.127 that overlaps nothing that is taken, as `10.88.0`.
+    """The first /24 of 10.88 to 10.127 that overlaps none of these networks, as `10.88.0`.
 
-    A VPN may claim all of 10.0.0.0/8, or half of everything: where nothing is left, only narrower networks count.
+    A VPN may claim all of 10.0.0.0/8: where nothing is left, only narrower networks count.
     """
-    for widest in (1, 9, 17):
+    for widest in (2, 9, 17):
         narrow = [(network, length) for network, length in taken if length >= widest]
         for number in range(0x0A5800, 0x0A8000):
             if not any(overlap(number << 8, 24, network, length) for network, length in narrow):
@@ -3653,10 +3640,7 @@ def free_subnet(taken: Sequence[tuple[int, int]]) -> str:
 
 
 def ipv4_number(text: str) -> int:
-    number = 0
-    for part in text.split("."):
-        number = number << 8 | int(part)
-    return number
+    return int.from_bytes(map(int, text.split(".")), "big")
 
 
 def ipv4_text(number: int) -> str:
@@ -3770,7 +3754,7 @@ def ip_json(*words: str) -> list[dict[str, Any]]:
     return [each for each in answer if each]
 
 
-def networks_in_use(without: str) -> Iterator[tuple[str, int, int]]:
+def networks_in_use(without: str = "") -> Iterator[tuple[str, int, int]]:
     """(who, network, prefix length) of each address and route of the host but those of the interface `without`.
 
     Default routes don't count, nor the two halves of the world that a VPN has instead.
@@ -3778,8 +3762,9 @@ def networks_in_use(without: str) -> Iterator[tuple[str, int, int]]:
     for card in ip_json("address"):
         for each in card.get("addr_info", ()):
             if card["ifname"] != without:
-                who = f"{card['ifname']} has {each['local']}/{each['prefixlen']}"
-                yield who, ipv4_number(each["local"]), each["prefixlen"]
+                length = each["prefixlen"]
+                network = ipv4_number(each["local"]) >> (32 - length) << (32 - length)
+                yield f"{card['ifname']} has {each['local']}/{length}", network, length
     for route in ip_json("route", "show", "table", "all"):
         address, _, length = route["dst"].partition("/")
         if not is_ipv4(address) or route.get("type") in ("local", "broadcast") or route.get("dev") == without:
@@ -10787,10 +10772,7 @@ def check_private_subnet(patient: Patient) -> Iterator[Finding]:
         yield Finding(OK, "a free one is chosen with the first VM")
         return
     subnet = network.subnet()
-    try:
-        taken = host_networks(read_text("/proc/net/fib_trie"))
-    except OSError:
-        taken = []
+    taken = [(number, length) for _, number, length in networks_in_use()]
     clash = [pair for pair in taken if pair[1] > 8 and overlap(*pair, ipv4_number(f"{subnet}.0"), 24)]
     if not clash:
         yield Finding(OK, f"{subnet}.0/24")

@@ -15,27 +15,6 @@ from support import READY, Cloud, interfaces, is_alive, kill_hard, open_ports
 
 import nocloud
 
-FIB = """\
-Main:
-  +-- 0.0.0.0/0 3 0 5
-     |-- 0.0.0.0
-        /0 universe UNICAST
-     +-- 10.88.0.0/16 2 0 2
-        |-- 10.88.0.0
-           /16 link UNICAST
-        |-- 10.88.0.1
-           /32 host LOCAL
-     |-- 127.0.0.0
-        /8 host LOCAL
-"""
-
-
-def test_the_hosts_networks_are_read() -> None:
-    found = nocloud.host_networks(FIB)
-    assert found == [
-        (number(network), length) for network, length in (("10.88.0.0", 16), ("10.88.0.1", 32), ("127.0.0.0", 8))
-    ]
-
 
 def number(address: str) -> int:
     return int.from_bytes(socket.inet_aton(address), "big")
