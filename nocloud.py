@@ -3020,18 +3020,24 @@ def daemon_pid(pid_file: str) -> int:
     return pid if any(word.endswith(pid_file) for word in words) else 0
 
 
-def stop_daemon(pid_file: str) -> None:
-    """End the daemon and wait for that; the pidfd is opened before the check, so that no other process is hit."""
+def end_process(find: Callable[[], int]) -> None:
+    """End the process whose pid `find` finds, and wait for that.
+
+    `find` is asked again once a pidfd is open, so that no other process is hit.
+    """
     import signal
 
-    pid = daemon_pid(pid_file)
+    pid = find()
     if pid:
         with Process(pid) as process:
-            if daemon_pid(pid_file) == pid:
-                process.signal(signal.SIGTERM)
-                if not process.ended(3.0):
-                    process.signal(signal.SIGKILL)
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                if find() == pid:
+                    process.signal(number)
                     process.ended(3.0)
+
+
+def stop_daemon(pid_file: str) -> None:
+    end_process(lambda: daemon_pid(pid_file))
     remove_file(pid_file)
 
 
@@ -3055,6 +3061,20 @@ def start_daemon(argv: Sequence[str], fds: Sequence[int]) -> None:
         program = argv[argv.index("--") + 1] if "--" in argv else argv[0]  # after nsenter's own words
         raise Error(f"{os.path.basename(program)}: {last_line(said) or describe_status(child.returncode)}")
     child.returncode = 0  # it lives on: no warning about that
+
+
+def dnsmasq_argv(interface: str, hosts: HostFiles, *words: str) -> list[str]:
+    """dnsmasq(8), 2.90, for the VMs of a bridge; `words`: what differs between networks.
+
+    Not -d: in debug mode one idle TCP client of port 53 stops DNS and DHCP for all.
+    """
+    return [
+        "dnsmasq", "--keep-in-foreground", "--quiet-dhcp", "--conf-file=/dev/null", "--no-hosts",
+        f"--interface={interface}", "--except-interface=lo", "--bind-interfaces",
+        f"--domain={DOMAIN}", f"--local=/{DOMAIN}/", "--domain-needed", "--bogus-priv",
+        "--dhcp-authoritative", "--dhcp-rapid-commit", "--no-ping", "--dhcp-ignore-clid",
+        f"--dhcp-hostsdir={hosts.place('dhcp')}", f"--hostsdir={hosts.place('hosts')}", *words,
+    ]  # fmt: skip
 
 
 # -- what dnsmasq knows of the VMs
@@ -3356,48 +3376,33 @@ class PrivateNetwork(Network):
         return None
 
     def _dnsmasq_argv(self, way_out: bool) -> list[str]:
-        """dnsmasq(8), 2.90.
-
-        Not -d: in debug mode one idle TCP client of port 53 stops DNS and DHCP for all.  User and group empty: it can't
-        change to others in a namespace of one id.  No lease file: every address is fixed, and a lease of a VM that is
-        gone would keep its address from the next one.
-        """
-        return [
-            "dnsmasq", "--keep-in-foreground", "--user=", "--group=",
-            f"--pid-file={self.file('dnsmasq.pid')}", f"--log-facility={self.file('dnsmasq.log')}", "--quiet-dhcp",
-            "--conf-file=/dev/null", "--no-hosts", "--no-resolv", "--no-poll",
-            f"--interface={BRIDGE}", "--except-interface=lo", "--bind-interfaces",
-            f"--domain={DOMAIN}", f"--local=/{DOMAIN}/", "--domain-needed", "--bogus-priv",
-            f"--dhcp-range={self.subnet()}.0,static,255.255.255.0,infinite", "--leasefile-ro",
-            "--dhcp-authoritative", "--dhcp-rapid-commit", "--no-ping", "--dhcp-ignore-clid", "--dhcp-ignore-names",
-            f"--dhcp-hostsdir={self.file('dhcp')}", f"--hostsdir={self.file('hosts')}",
-            *([f"--server={OUT_DNS}"] if way_out else []),
-        ]  # fmt: skip
+        """User and group empty: it can't change to others in a namespace of one id.  No lease file: every address is
+        fixed, and a lease of a VM that is gone would keep its address from the next one."""
+        return dnsmasq_argv(
+            BRIDGE, self.hosts, "--user=", "--group=",
+            f"--pid-file={self.file('dnsmasq.pid')}", f"--log-facility={self.file('dnsmasq.log')}",
+            "--no-resolv", "--no-poll", f"--dhcp-range={self.subnet()}.0,static,255.255.255.0,infinite",
+            "--leasefile-ro", "--dhcp-ignore-names", *([f"--server={OUT_DNS}"] if way_out else []),
+        )  # fmt: skip
 
     def _start_pasta(self) -> bool:
-        """The way out, pasta(1); a private network without one still serves, so a failure is said and no error.
+        """The way out, pasta(1), which leaves the foreground when its interface is there.
 
-        By default pasta opens on the host's 0.0.0.0 what listens inside, and gives the gateway's address to the host's
-        loopback: all of that is turned off.  As root it would become nobody, who may not enter.
+        A private network without one still serves, so a failure is said and no error.  By default pasta opens on the
+        host's 0.0.0.0 what listens inside, and gives the gateway's address to the host's loopback: all of that is
+        turned off.  As root it would become nobody, who may not enter.
         """
         pid_file = self.file("pasta.pid")
         remove_file(pid_file)
         argv = [
-            "pasta", "--foreground", "--ipv4-only", "--pid", pid_file, "--log-file", self.file("pasta.log"),
+            "pasta", "--ipv4-only", "--pid", pid_file, "--log-file", self.file("pasta.log"),
             *(["--runas", "0:0"] if os.geteuid() == 0 else []),
             "-t", "none", "-u", "none", "-T", "none", "-U", "none", "--no-map-gw",
             "--config-net", "--ns-ifname", OUT_INTERFACE, "--address", OUT_ADDRESS, "--netmask", "29",
             "--gateway", OUT_GATEWAY, "--dns-forward", OUT_DNS, str(self.holder()),
         ]  # fmt: skip
         try:
-            child = spawn(argv, log=self.file("pasta.log"), cwd="/")
-            # In the foreground it keeps its standard error; its pidfile gets its content when its interface is there.
-            wait_for(lambda: bool(daemon_pid(pid_file)) or child.poll() is not None, 5.0, 0.005)
-            if not daemon_pid(pid_file):
-                child.kill()
-                child.wait()
-                raise Error(f"pasta: {last_line(read_tail(self.file('pasta.log')))}")
-            child.returncode = 0  # it lives on: no warning about that
+            run(argv, cwd="/")
             self._masquerade()
         except Error as error:
             if not daemon_pid(pid_file):
@@ -3416,16 +3421,9 @@ class PrivateNetwork(Network):
 
     def down(self) -> None:
         """End it: dnsmasq, pasta, the holder, and with them everything inside.  Call it under the lock."""
-        import signal
-
         for name in ("dnsmasq.pid", "pasta.pid"):
             stop_daemon(self.file(name))
-        pid = self.holder()
-        if pid:
-            with Process(pid) as process:
-                if self.holder() == pid:
-                    process.signal(signal.SIGKILL)
-                    process.ended(5.0)
+        end_process(self.holder)
         for name in ("holder.pid", "dnsmasq.log", "pasta.log", "kept"):
             remove_file(self.file(name))
 
@@ -3444,37 +3442,29 @@ class PrivateNetwork(Network):
 
     def tend(self) -> None:
         """What each command does first: end the network where its last VM has ended by itself, mend it where a part of
-        it was killed.  Nothing happens while another command is at work on it."""
-        if os.path.exists(self.file("holder.pid")) and not self.is_complete():
-            self._mend()
-        elif self.holder() and not os.path.exists(self.file("kept")):
-            self.end_if_idle()
+        it was killed."""
+        broken = os.path.exists(self.file("holder.pid")) and not self.is_complete()
+        if broken or (self.holder() and not os.path.exists(self.file("kept"))):
+            self.end_if_idle(broken)
 
-    def _mend(self) -> None:
+    def end_if_idle(self, broken: bool = False) -> None:
+        """End it where no VM is on it; else, where it is `broken`, start what is missing.
+
+        Nothing happens while another command is at work on it.
+        """
         try:
             with FolderLock(self.folder, wait=0):
-                if os.path.exists(self.file("kept")) or any(True for _ in self._users()):
-                    self._complete()
-                else:
-                    self.down()
+                kept = broken and os.path.exists(self.file("kept"))
+                if (broken or self.holder()) and (kept or any(True for _ in self._users())):
+                    if broken:
+                        self._complete()
+                    return
+                self.down()
+                self._remove_folder()
         except (WrongState, FileNotFoundError):
             pass
         except Error as error:
             report.warn(f"the private network is not whole: {error}")
-
-    def end_if_idle(self) -> None:
-        """End it where no VM is on it; nothing happens while another command is at work on it."""
-        if not os.path.isdir(self.folder):
-            return
-        try:
-            with FolderLock(self.folder, wait=0):
-                if self.holder():
-                    if any(True for _ in self._users()):
-                        return
-                    self.down()
-                self._remove_folder()
-        except (WrongState, FileNotFoundError):
-            pass
 
     def _users(self) -> Iterator[VM]:
         """The VMs that are on it: running, or not known to have stopped; a template in the making may be booted too."""
@@ -3700,42 +3690,24 @@ SYSTEMD_UNITS = ("nocloud-bridge.service", "nocloud-dnsmasq.service", "nocloud-d
 class BridgeSettings:
     """The host's bridge as the settings want it.  Raises UsageError where they contradict each other."""
 
-    __slots__ = ("interface", "address", "length", "network", "first", "last")
-
     def __init__(self, config: Config) -> None:
         self.interface = config["bridgeInterface"]
         self.address, _, length = config["bridgeAddress"].partition("/")
         self.length = int(length)
         self.network = ipv4_number(self.address) >> (32 - self.length) << (32 - self.length)
-        for key, fits in (
-            ("bridgeIpAddress", self.holds(config["bridgeIpAddress"])),
-            ("bridgeNet", config["bridgeNet"] == self.net),
-            ("bridgeDhcpStart", self.holds(config["bridgeDhcpStart"])),
-            ("bridgeDhcpStop", self.holds(config["bridgeDhcpStop"])),
-        ):
-            if not fits:
+        self.net = f"{ipv4_text(self.network)}/{self.length}"
+        for key in ("bridgeIpAddress", "bridgeNet", "bridgeDhcpStart", "bridgeDhcpStop"):
+            if not (config[key] == self.net if key == "bridgeNet" else self.holds(config[key])):
                 raise UsageError(
                     f"{key}={config[key]} doesn't fit bridgeAddress={config['bridgeAddress']}",
                     "see etc/nocloud_net.conf, where bridgeNet and what comes after it follow bridgeSubnet",
                 )
         self.first, self.last = sorted(ipv4_number(config[key]) for key in ("bridgeDhcpStart", "bridgeDhcpStop"))
-
-    @property
-    def net(self) -> str:
-        return f"{ipv4_text(self.network)}/{self.length}"
-
-    @property
-    def mac(self) -> str:
-        """A MAC of its own: a bridge without one takes its lowest port's, and guests would lose the gateway."""
-        return OUR_MAC + "".join(f":{number:02x}" for number in ipv4_number(self.address).to_bytes(4, "big")[1:])
-
-    @property
-    def first_dynamic(self) -> int:
-        """Where the upper quarter begins, which DHCP gives to guests that nobody allotted an address to.
-
-        An address that is allotted to a VM must not be leased to another guest in the same moment.
-        """
-        return self.last - max(1, (self.last - self.first + 1) // 4) + 1
+        # The upper quarter is for guests that nobody allotted an address to: one that is allotted to a VM must not be
+        # leased to another guest in the same moment.
+        self.first_dynamic = self.last - max(1, (self.last - self.first + 1) // 4) + 1
+        # A bridge without a MAC of its own takes its lowest port's, and guests would lose the gateway.
+        self.mac = OUR_MAC + "".join(f":{int(number):02x}" for number in self.address.split(".")[1:])
 
     def holds(self, address: str) -> bool:
         return is_ipv4(address) and bool(address) and overlap(ipv4_number(address), 32, self.network, self.length)
@@ -3801,20 +3773,14 @@ def choose_bridge_subnet(config: Config) -> tuple[str, str]:
 def free_bridge_subnet(config: Config, path: str) -> str:
     """Make the settings file `path` name a subnet that nothing on this host overlaps; what was chosen, for the user.
 
-    The one that is configured stays where it is free.  Only the line bridgeSubnet is written.
+    The one that is configured stays where it is free.  Only the line bridgeSubnet is written.  Raises Error where the
+    file's other lines don't follow it.
     """
     net = BridgeSettings(config).net
     subnet, clash = choose_bridge_subnet(config)
     if not clash:
         return f"the bridge's network is {net}"
-    write_subnet(path, subnet)
-    return f"the bridge's network is {subnet}.0/24, not {net}: {clash} (written to {path})"
-
-
-def write_subnet(path: str, subnet: str) -> None:
-    """Set bridgeSubnet in a settings file whose other lines follow it.  Raises Error where they don't."""
-    text = update_assignments(read_text(path), {"bridgeSubnet": subnet})
-    config = Config()
+    text, config = update_assignments(read_text(path), {"bridgeSubnet": subnet}), Config()
     for line in parse_assignments(text, path, ChainMap({}, config.values(), os.environ)):
         if line.key in SETTING:
             config.set(line.key, line.value, f"{path}:{line.line}")
@@ -3823,6 +3789,7 @@ def write_subnet(path: str, subnet: str) -> None:
             f"{path}: bridgeNet and bridgeAddress don't follow bridgeSubnet", f"set them to {subnet}.0/24 by hand"
         )
     write_file(path, text, 0o644)
+    return f"the bridge's network is {subnet}.0/24, not {net}: {clash} (written to {path})"
 
 
 def bridge_is_ours(interface: str) -> bool:
@@ -4030,9 +3997,6 @@ class BridgeSetup:
     def is_there(self) -> bool:
         return os.path.exists(f"/sys/class/net/{self.interface}")
 
-    def ports(self) -> list[str]:
-        return _names(f"/sys/class/net/{self.interface}/brif")
-
     def check(self) -> None:
         """Raise where the bridge can't be: a program is missing, the name or the network is someone else's."""
         for name in ("ip", "nft"):
@@ -4074,21 +4038,8 @@ class BridgeSetup:
         """The bridge and its address.  Before it is up: the kernel would take a guest for its IPv6 router."""
         name, wanted = self.interface, (self.settings.address, self.settings.length)
         if not self.is_there():
-            run(
-                [
-                    "ip",
-                    "link",
-                    "add",
-                    "name",
-                    name,
-                    "address",
-                    self.settings.mac,
-                    "type",
-                    "bridge",
-                    "forward_delay",
-                    "0",
-                ]
-            )
+            words = f"link add name {name} address {self.settings.mac} type bridge forward_delay 0"
+            run(["ip", *words.split()])
         if os.path.exists(sysctl_file(name, "accept_ra", "ipv6")):
             write_proc(sysctl_file(name, "accept_ra", "ipv6"), "0")
         there = [
@@ -4149,7 +4100,7 @@ class BridgeSetup:
         remove_empty(RUN_FOLDER)
 
     def check_unused(self) -> None:
-        ports = self.ports() if bridge_is_ours(self.interface) else []
+        ports = _names(f"/sys/class/net/{self.interface}/brif") if bridge_is_ours(self.interface) else []
         if ports:
             raise WrongState(
                 f"the bridge {self.interface} is in use: {plural(len(ports), 'VM')} on it ({', '.join(ports[:5])})",
@@ -4254,36 +4205,24 @@ class BridgeServer:
     """The bridge's dnsmasq: a unit of systemd where the units are installed, else a daemon of our own."""
 
     def __init__(self, settings: BridgeSettings) -> None:
-        self.settings = settings
-        self.pid_file = os.path.join(RUN_FOLDER, "dnsmasq.pid")
+        self.settings, self.hosts = settings, HostFiles(STATE_FOLDER, "?")
+        self.pid_file, self.log = (os.path.join(RUN_FOLDER, f"dnsmasq.{name}") for name in ("pid", "log"))
 
     def argv(self) -> list[str]:
-        """dnsmasq(8), 2.90, in the foreground.
-
-        As its own user, which systemd starts it as, it can't change to another.  The host's /etc/resolv.conf names
-        the servers that it asks.  A guest of its own name, that nobody published, is known by that.
-        """
+        """As its own user, which systemd starts it as, it can't change to another.  The host's /etc/resolv.conf names
+        the servers that it asks.  A guest of its own name, that nobody published, is known by that."""
         settings = self.settings
-        dynamic = [ipv4_text(number) for number in (settings.first_dynamic, settings.last)]
+        first, last = (ipv4_text(number) for number in (settings.first_dynamic, settings.last))
         mask = ipv4_text(0xFFFFFFFF << (32 - settings.length) & 0xFFFFFFFF)
-        return [
-            "dnsmasq", "--keep-in-foreground", *self._as_user(), "--quiet-dhcp", "--conf-file=/dev/null", "--no-hosts",
-            f"--interface={settings.interface}", "--except-interface=lo", "--bind-interfaces",
-            f"--domain={DOMAIN}", f"--local=/{DOMAIN}/", "--domain-needed", "--bogus-priv",
-            f"--dhcp-range={','.join(dynamic)},{mask},12h", f"--dhcp-leasefile={LEASES}",
-            "--dhcp-authoritative", "--dhcp-rapid-commit", "--no-ping", "--dhcp-ignore-clid",
-            f"--dhcp-hostsdir={STATE_FOLDER}/dhcp", f"--hostsdir={STATE_FOLDER}/hosts",
-        ]  # fmt: skip
-
-    def _as_user(self) -> list[str]:
-        if os.geteuid() != 0:
-            return ["--user=", "--group=", "--pid-file=", "--log-facility=-"]
-        group = account(("kvm",), group=True)[0]
-        log = os.path.join(RUN_FOLDER, "dnsmasq.log")
-        return [
-            f"--user={account(DNSMASQ_USERS)[0]}", f"--group={group}", f"--pid-file={self.pid_file}",
-            f"--log-facility={log}",
-        ]  # fmt: skip
+        user, group, pid_file, log = "", "", "", "-"
+        if os.geteuid() == 0:
+            user, group = account(DNSMASQ_USERS)[0], account(("kvm",), group=True)[0]
+            pid_file, log = self.pid_file, self.log
+        return dnsmasq_argv(
+            settings.interface, self.hosts, f"--user={user}", f"--group={group}",
+            f"--pid-file={pid_file}", f"--log-facility={log}",
+            f"--dhcp-range={first},{last},{mask},12h", f"--dhcp-leasefile={LEASES}",
+        )  # fmt: skip
 
     def answers(self) -> bool:
         """Whether something serves DNS at the bridge's address."""
@@ -4298,7 +4237,7 @@ class BridgeServer:
     def forget(self) -> None:
         """Take the leases of VMs that are gone out of the file, while dnsmasq doesn't run."""
         first, dynamic = self.settings.first, self.settings.first_dynamic
-        members = {(mac, address) for _, mac, address in HostFiles(STATE_FOLDER, "?").members()}
+        members = {(mac, address) for _, mac, address in self.hosts.members()}
         try:
             text = read_text(LEASES)
             kept = []
@@ -4331,7 +4270,7 @@ class BridgeServer:
     def stop(self) -> None:
         with FolderLock(RUN_FOLDER, make=True):
             stop_daemon(self.pid_file)
-            remove_file(os.path.join(RUN_FOLDER, "dnsmasq.log"))
+            remove_file(self.log)
         remove_empty(RUN_FOLDER)
 
 
@@ -4422,18 +4361,15 @@ class HostBridge(Network):
     def publishes(self) -> bool:
         """Whether this user allots addresses here; said once where the rights for it are missing."""
         if self._publishes is None:
-            self._publishes = bridge_is_ours(self.interface) and os.path.isdir(STATE_FOLDER) and self._may_publish()
+            ours, why = bridge_is_ours(self.interface) and os.path.isdir(STATE_FOLDER), ""
+            if not all(os.access(self.hosts.place(kind), os.R_OK | os.W_OK | os.X_OK) for kind in ("dhcp", "hosts")):
+                why = f"you may not write to {STATE_FOLDER}; who is in the group kvm may"
+            elif ours and connected_network(self.interface) != BridgeSettings(self.config).net:
+                why = f"{self.interface} is not the bridge of your settings, where bridgeNet={self.config['bridgeNet']}"
+            if ours and why:
+                report.warn(f"addresses and names on {self.interface} are left to DHCP: {why}")
+            self._publishes = ours and not why
         return self._publishes
-
-    def _may_publish(self) -> bool:
-        why = ""
-        if not all(os.access(self.hosts.place(kind), os.R_OK | os.W_OK | os.X_OK) for kind in ("dhcp", "hosts")):
-            why = f"you may not write to {STATE_FOLDER}; who is in the group kvm may"
-        elif connected_network(self.interface) != BridgeSettings(self.config).net:
-            why = f"{self.interface} is not the bridge of your settings, where bridgeNet={self.config['bridgeNet']}"
-        if why:
-            report.warn(f"addresses and names on {self.interface} are left to DHCP: {why}")
-        return not why
 
     def allot(self, taken: set[str], uuid: str) -> str:
         """An address below those that DHCP gives to others, held by a file.  The folder's lock is for all users."""
@@ -4530,13 +4466,8 @@ class HostBridge(Network):
 
         mine, its = sockets.socketpair(sockets.AF_UNIX, sockets.SOCK_STREAM)
         with mine, its:
-            argv = [
-                self.helper() or "qemu-bridge-helper",
-                "--use-vnet",
-                f"--br={self.interface}",
-                f"--fd={its.fileno()}",
-            ]
-            run(argv, fds=[its.fileno()])
+            words = ["--use-vnet", f"--br={self.interface}", f"--fd={its.fileno()}"]
+            run([self.helper() or "qemu-bridge-helper", *words], fds=[its.fileno()])
             mine.settimeout(5)
             _, fds, _, _ = sockets.recv_fds(mine, 16, 1)
         if not fds:
@@ -10246,19 +10177,12 @@ class HostSetup:
         import pwd
 
         user, helper = os.environ.get("SUDO_USER", "root"), os.stat(HostBridge(self.config).helper())
-        if user == "root" or helper.st_mode & stat.S_IXOTH:
+        groups = os.getgrouplist(user, pwd.getpwnam(user).pw_gid)
+        if user == "root" or helper.st_mode & stat.S_IXOTH or helper.st_gid in groups:
             return ""
-        group = grp.getgrgid(helper.st_gid)
-        if user in group.gr_mem or pwd.getpwnam(user).pw_gid == group.gr_gid:
-            return ""
-        return f"for VMs on the bridge {user} has to be in the group {group.gr_name}: " + (
-            f"sudo usermod -aG {group.gr_name} {user}, and log in again"
-        )
-
-    def remove_state(self) -> None:
-        """The leases, the published names, and what `up` keeps while it is up."""
-        for folder in (STATE_FOLDER, RUN_FOLDER):
-            remove_tree(folder)
+        group = grp.getgrgid(helper.st_gid).gr_name
+        mend = f"sudo usermod -aG {group} {user}, and log in again"
+        return f"for VMs on the bridge {user} has to be in the group {group}: {mend}"
 
 
 def rewrite(path: str, text: str) -> None:
@@ -10296,14 +10220,11 @@ def settle_subnet(installation: Installation, files: Sequence[Placed]) -> str:
         bridge.check()
     if changed:
         return ""
-    subnet, why = config["bridgeSubnet"], ""
-    if not is_up:
-        subnet, why = choose_bridge_subnet(config)
+    subnet, why = (config["bridgeSubnet"], "") if is_up else choose_bridge_subnet(config)
     if subnet != Config()["bridgeSubnet"]:
         settings.content = update_assignments(settings.content.decode(), {"bridgeSubnet": subnet}).encode()
-    return f"the bridge's network is {subnet}.0/24" + (
-        f", since {why} (bridgeSubnet in {settings.path})" if why else ""
-    )
+    since = f", since {why} (bridgeSubnet in {settings.path})" if why else ""
+    return f"the bridge's network is {subnet}.0/24{since}"
 
 
 def planned_modules(prefix: str) -> tuple[list[str], list[Placed]]:
@@ -10366,7 +10287,8 @@ def undo_installation(installation: Installation) -> None:
         setup.stop_units()
         setup.forbid_bridge()
         setup.take_back_helper()
-        setup.remove_state()
+        for folder in (STATE_FOLDER, RUN_FOLDER):  # leases, published names, and what `up` keeps while it is up
+            remove_tree(folder)
         setup.remove_accounts()
     kept = installation.take_away()
     if not installation.root and systemd_runs():
