@@ -3208,15 +3208,14 @@ class HostFiles:
 # pasta's end inside has addresses that are no one's: the block that RFC 7335 set apart for the inside ends of tunnels.
 # Copied from the host, as pasta does by default, they would hide the host's own network from here.
 OUT_INTERFACE, OUT_ADDRESS, OUT_GATEWAY, OUT_DNS = "out", "192.0.0.2", "192.0.0.1", "192.0.0.3"
-OUT_RULES = f"""\
-table ip {DOMAIN}
-delete table ip {DOMAIN}
-table ip {DOMAIN} {{
-    chain out {{
-        type nat hook postrouting priority 100; oifname {OUT_INTERFACE} masquerade;
-    }}
-}}
-"""
+
+
+def nft_rules(name: str, **defines: str) -> bytes:
+    """nft(8)'s input: `defines`, and a file of etc/.  Raises Error where nocloud.py was copied without that."""
+    rules = packaged(name)
+    if not rules:
+        raise Error(f"etc/{name} is missing: no network's packets are let out without it", "install all of nocloud")
+    return "".join([*(f"define {key} = {value}\n" for key, value in defines.items()), rules]).encode()
 
 
 class PrivateNetwork(Network):
@@ -3417,7 +3416,7 @@ class PrivateNetwork(Network):
         if not find_program(program):
             program, words = "iptables", ["-t", "nat", "-A", "POSTROUTING", "-o", OUT_INTERFACE, "-j", "MASQUERADE"]
         argv, fds = self.enter([program, *words])
-        run(argv, input=OUT_RULES.encode() if program == "nft" else None, fds=fds)
+        run(argv, input=nft_rules("private.nft", out=OUT_INTERFACE) if program == "nft" else None, fds=fds)
 
     def down(self) -> None:
         """End it: dnsmasq, pasta, the holder, and with them everything inside.  Call it under the lock."""
@@ -3813,38 +3812,6 @@ def need_root(what: str) -> None:
 # ufw, firewalld or plain iptables rules are, they are told to accept the bridge.  Each rule carries a comment of ours.
 
 
-def nft_table(settings: BridgeSettings, forwarders: Sequence[str]) -> str:
-    """nft(8)'s input: addresses translated on the way out, no connection in from outside, nothing forwarded for others.
-
-    `forwarders` forward only since we made them: to and from the guests, not for everyone on those networks.  What
-    Docker publishes, and what it answers, passes.
-    """
-    name, table = f'"{settings.interface}"', f"ip {DOMAIN}"
-    guard = "".join(
-        f'\n        iifname "{each}" ct status dnat accept\n        iifname "{each}" ct state new,invalid drop'
-        for each in forwarders
-    )
-    return f"""\
-table {table} {{
-}}
-delete table {table}
-table {table} {{
-    comment "{MADE_BY_US}"
-    chain forward {{
-        type filter hook forward priority filter; policy accept;
-        iifname {name} accept comment "guests may go anywhere"
-        oifname {name} ct state established,related accept
-        oifname {name} ct status dnat accept
-        oifname {name} drop comment "nobody else begins a connection to them"{guard}
-    }}
-    chain postrouting {{
-        type nat hook postrouting priority srcnat; policy accept;
-        ip saddr {settings.net} ip daddr != {settings.net} oifname != {name} masquerade
-    }}
-}}
-"""
-
-
 def has_nft_table(table: str) -> bool:
     return attempt(["nft", "list", "table", *table.split()], 30)[0] == 0
 
@@ -4022,8 +3989,9 @@ class BridgeSetup:
             try:
                 prepare_state_folder()
                 self._make_bridge()
-                forwarders = self._forward()
-                run(["nft", "-f", "-"], input=nft_table(self.settings, forwarders).encode())
+                rules = nft_rules("bridge.nft", guests=f'"{self.interface}"', subnet=self.settings.net)
+                guarded = "".join(f'add element ip {DOMAIN} guarded {{ "{each}" }}\n' for each in self._forward())
+                run(["nft", "-f", "-"], input=rules + guarded.encode())
                 open_firewalls(self.interface)
             except BaseException:
                 if new:

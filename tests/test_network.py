@@ -402,3 +402,20 @@ def test_the_bridge_helpers_list(tmp_path: Path) -> None:
     more.unlink()
     with pytest.raises(FileNotFoundError, match=r"more\.conf"):
         nocloud.helper_rules(str(conf))
+
+
+@pytest.mark.parametrize(
+    ("name", "defines"),
+    [("private.nft", {"out": "out"}), ("bridge.nft", {"guests": '"br-7.x"', "subnet": "192.168.1.0/24"})],
+)
+def test_nft_accepts_the_rules(name: str, defines: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where the file is missing, no network is left without rules."""
+    rules = nocloud.nft_rules(name, **defines)
+    argv = ["unshare", "-Urn", "nft", "--check", "--file", "-"]
+    done = subprocess.run(argv, input=rules, capture_output=True, check=False)
+    if b"unshare" in done.stderr:
+        pytest.skip("no user namespaces here")
+    assert (done.returncode, done.stdout + done.stderr) == (0, b"")
+    monkeypatch.setattr(nocloud, "packaged", lambda name: "")
+    with pytest.raises(nocloud.Error, match=rf"etc/{name} is missing"):
+        nocloud.nft_rules(name, **defines)
