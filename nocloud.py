@@ -3949,6 +3949,14 @@ def sysctl_file(interface: str, name: str, family: str = "ipv4") -> str:
     return f"/proc/sys/net/{family}/conf/{interface}/{name}"
 
 
+def forwards(interface: str) -> bool:
+    """Whether the kernel forwards what comes in by an interface; True where it doesn't say."""
+    try:
+        return read_text(sysctl_file(interface, "forwarding")).strip() != "0"
+    except OSError:
+        return True
+
+
 class BridgeSetup:
     """What root does to the host for the bridge; `down` takes away exactly what `up` did, half done or not.
 
@@ -4029,8 +4037,8 @@ class BridgeSetup:
         write_proc(sysctl_file(self.interface, "forwarding"), "1")
         if read_text("/proc/sys/net/ipv4/ip_forward").strip() == "1":
             return []
-        quiet = {each for each in outgoing_interfaces() if read_text(sysctl_file(each, "forwarding")).strip() == "0"}
-        ours = sorted(quiet | set(self._forwarders()))
+        quiet = [each for each in outgoing_interfaces() if not forwards(each)]
+        ours = sorted({*quiet, *self._forwarders()})
         write_file(self.forwarding, "".join(f"{each}\n" for each in ours))
         for each in ours:
             write_proc(sysctl_file(each, "forwarding"), "1")
@@ -10806,7 +10814,7 @@ def check_forwarding(patient: Patient) -> Iterator[Finding]:
     """Whether the kernel forwards, and the host's packet filters let the guests' packets pass; only root sees those."""
     name, findings = patient.bridge.interface, []
     for each in (name, *sorted(outgoing_interfaces())):
-        if read_text(sysctl_file(each, "forwarding")).strip() == "0":
+        if not forwards(each):
             findings.append((f"guests have no way out: {each} doesn't forward", own_call("net up")))
     if not find_program("nft"):
         findings.append(("nft is not found", installs("nft")))
@@ -10877,7 +10885,8 @@ def check_names(patient: Patient) -> Iterator[Finding]:
     if resolved_runs():
         asks, mend = f"~{DOMAIN}" in attempt(["resolvectl", "domain", name], 5)[1], own_call("net up")
     else:
-        asks = re.findall(r"^nameserver\s+(\S+)", read_text("/etc/resolv.conf"), re.M)[:1] == [address]
+        text = read_text("/etc/resolv.conf") if os.path.exists("/etc/resolv.conf") else ""
+        asks = re.findall(r"^nameserver\s+(\S+)", text, re.M)[:1] == [address]
         mend = f"{installs('resolvectl')} && {own_call('net up')}"
     if asks:
         yield Finding(OK, f"this host asks {address} for them")
