@@ -3329,7 +3329,6 @@ class PrivateNetwork(Network):
         if not self.holder():
             self.close()
             self._start_holder()
-        spaces = self.namespaces()
         way_out = bool(find_program("pasta") and (find_program("nft") or find_program("iptables")))
         if way_out and not daemon_pid(self.file("pasta.pid")):
             way_out = self._start_pasta()
@@ -3337,7 +3336,7 @@ class PrivateNetwork(Network):
             report.say(f"{report.program}: the private network has no way out (pasta and nft would give it one)")
         if not daemon_pid(self.file("dnsmasq.pid")):
             self.hosts.prepare()
-            start_daemon(inside(spaces, self._dnsmasq_argv(way_out)), [spaces.user, spaces.net])
+            start_daemon(*self.enter(self._dnsmasq_argv(way_out)))
 
     def _start_holder(self) -> None:
         """A child that makes the namespaces and the bridge, or enters a survivor's, and becomes `sleep`."""
@@ -3412,11 +3411,11 @@ class PrivateNetwork(Network):
 
     def _masquerade(self) -> None:
         """pasta knows one address inside, so the VMs leave under that; by nft(8), or iptables where that is all."""
-        program, words = "nft", ["-f", "-"]
-        if not find_program(program):
-            program, words = "iptables", ["-t", "nat", "-A", "POSTROUTING", "-o", OUT_INTERFACE, "-j", "MASQUERADE"]
-        argv, fds = self.enter([program, *words])
-        run(argv, input=nft_rules("private.nft", out=OUT_INTERFACE) if program == "nft" else None, fds=fds)
+        words = ["nft", "-f", "-"]
+        if not find_program("nft"):
+            words = f"iptables -t nat -A POSTROUTING -o {OUT_INTERFACE} -j MASQUERADE".split()
+        argv, fds = self.enter(words)
+        run(argv, input=nft_rules("private.nft", out=OUT_INTERFACE), fds=fds)
 
     def down(self) -> None:
         """End it: dnsmasq, pasta, the holder, and with them everything inside.  Call it under the lock."""
@@ -3486,10 +3485,9 @@ class PrivateNetwork(Network):
     def namespaces(self) -> Namespaces:
         """Its namespaces, open; the holder is asked again after, so that a reused pid is never entered."""
         if self._spaces is None:
-            pid = self.holder()
-            if not pid:
+            if not self.holder():
                 self.tend()  # it was killed, perhaps, and VMs run on
-                pid = self.holder()
+            pid = self.holder()
             if not pid:
                 raise WrongState("the private network is not up", "nocloud net --private up")
             spaces = Namespaces(pid)
@@ -3527,8 +3525,11 @@ class PrivateNetwork(Network):
         return sockets.socket(fileno=self.gate().open(b"tcp"))
 
     def enter(self, argv: Sequence[str]) -> tuple[list[str], list[int]]:
+        """nsenter keeps session, folder and descriptors, and becomes the program."""
         spaces = self.namespaces()
-        return inside(spaces, argv), [spaces.user, spaces.net]
+        ways = [f"--user=/proc/self/fd/{spaces.user}", f"--net=/proc/self/fd/{spaces.net}"]
+        program = find_program(argv[0]) or argv[0]
+        return ["nsenter", *ways, "--preserve-credentials", "--", program, *argv[1:]], [spaces.user, spaces.net]
 
     def proxy_command(self) -> str:
         """ssh runs outside: inside, root's files in ssh_config.d look foreign to it, and the home is root's."""
@@ -3580,13 +3581,6 @@ class PrivateNetwork(Network):
         for vm in self._users():
             if vm.is_readable():
                 yield f"{vm.name} {vm.function} {vm.conf.get('vmMac', '')} {vm.conf.get('vmAddress', '')}"
-
-
-def inside(spaces: Namespaces, argv: Sequence[str]) -> list[str]:
-    """`argv` run inside: nsenter keeps session, folder and descriptors, and becomes the program."""
-    ways = [f"--user=/proc/self/fd/{spaces.user}", f"--net=/proc/self/fd/{spaces.net}"]
-    program = find_program(argv[0]) or argv[0]
-    return ["nsenter", *ways, "--preserve-credentials", "--", program, *argv[1:]]
 
 
 # What forbids user namespaces, when it has this value, and the value that allows them.
@@ -4214,20 +4208,17 @@ class BridgeServer:
         """Take the leases of VMs that are gone out of the file, while dnsmasq doesn't run."""
         first, dynamic = self.settings.first, self.settings.first_dynamic
         members = {(mac, address) for _, mac, address in self.hosts.members()}
-        try:
-            text = read_text(LEASES)
-            kept = []
-            for line in text.splitlines(True):
-                words = line.split()
-                allotted = len(words) > 2 and is_ipv4(words[2]) and first <= ipv4_number(words[2]) < dynamic
-                if not allotted or (words[1].lower(), words[2]) in members:
-                    kept.append(line)
-            if "".join(kept) != text:
-                with open(LEASES, "r+", encoding="utf-8", errors="surrogateescape") as file:  # the folder is root's
-                    file.write("".join(kept))
-                    file.truncate()
-        except FileNotFoundError:
-            pass
+        lines = read_text(LEASES).splitlines(True) if os.path.exists(LEASES) else []
+        kept = []
+        for line in lines:
+            words = line.split()
+            allotted = len(words) > 2 and is_ipv4(words[2]) and first <= ipv4_number(words[2]) < dynamic
+            if not allotted or (words[1].lower(), words[2]) in members:
+                kept.append(line)
+        if kept != lines:
+            with open(LEASES, "r+", encoding="utf-8", errors="surrogateescape") as file:  # the folder is root's
+                file.writelines(kept)
+                file.truncate()
 
     def start(self) -> None:
         """As a daemon of our own, unless it runs; anew where the bridge has another address by now."""
@@ -4236,12 +4227,6 @@ class BridgeServer:
                 stop_daemon(self.pid_file)
                 self.forget()
                 start_daemon(self.argv(), ())
-
-    def restart(self) -> None:
-        """Start a daemon of our own anew."""
-        if daemon_pid(self.pid_file):
-            self.stop()
-            self.start()
 
     def stop(self) -> None:
         with FolderLock(RUN_FOLDER, make=True):
@@ -4371,7 +4356,7 @@ class HostBridge(Network):
             self.hosts.publish(vm)
 
     def withdraw(self, uuids: Sequence[str]) -> None:
-        """dnsmasq forgets none by itself: a unit that watches this file starts it anew, or we do where it is ours."""
+        """dnsmasq forgets none by itself: a unit that watches this file starts it anew, or root does."""
         if not uuids or not self.hosts.withdraw(uuids):
             return
         try:
@@ -4379,8 +4364,10 @@ class HostBridge(Network):
                 file.write(f"{time.time_ns()}\n")
         except OSError:
             pass  # it isn't there: nobody watches it
-        if os.geteuid() == 0:
-            BridgeServer(BridgeSettings(self.config)).restart()
+        server = BridgeServer(BridgeSettings(self.config))
+        if os.geteuid() == 0 and daemon_pid(server.pid_file):  # which isn't the unit's
+            server.stop()
+            server.start()
 
     # attaching to it
 
@@ -4397,7 +4384,12 @@ class HostBridge(Network):
 
     def why_not(self) -> str:
         """Why this user can't put a VM on the bridge, or ''."""
-        return self.why_down() or self._helper_fails()
+        if self.why_down():
+            return self.why_down()
+        if not os.access("/dev/net/tun", os.R_OK | os.W_OK):  # the helper gives up root's rights before it opens that
+            return "you may not open /dev/net/tun"
+        faults = [text for text, _ in self.helper_faults()]
+        return next(iter([*faults, *(text for keeps_off, text, _ in self.list_faults() if keeps_off)]), "")
 
     def why_down(self) -> str:
         """Why nobody can, or ''."""
@@ -4407,23 +4399,45 @@ class HostBridge(Network):
             return f"the bridge {self.interface} is down"
         return ""
 
-    def _helper_fails(self) -> str:
-        """Why qemu-bridge-helper would give this user no tap, or ''."""
-        helper = self.helper()
-        if not helper:
-            return "qemu-bridge-helper is not there"
-        if os.geteuid() != 0 and not os.stat(helper).st_mode & stat.S_ISUID:
-            return f"{helper} is not setuid root"
-        if not os.access("/dev/net/tun", os.R_OK | os.W_OK):  # the helper gives up root's rights before it opens that
-            return "you may not open /dev/net/tun"
+    def helper_faults(self) -> Iterator[tuple[str, str]]:
+        """Why this user can't use qemu-bridge-helper, which root's rights are needed for, and what mends it."""
+        place = next(filter(os.path.isfile, self.helper_places()), "")
+        if not place:
+            install = install_command(["qemu-bridge-helper"]) or "install qemu-bridge-helper"
+            yield "qemu-bridge-helper is not there", install
+            return
+        info = os.stat(place)
+        if os.geteuid() and (info.st_uid or not info.st_mode & stat.S_ISUID):
+            yield f"{place} is not setuid root", f"sudo chown root {place} && sudo chmod u+s {place}"
+        elif not os.access(place, os.X_OK):
+            yield f"you may not run {place}", group_command(info.st_gid)
+
+    def list_faults(self) -> Iterator[tuple[bool, str, str]]:
+        """(whether it keeps VMs off the bridge, what, what mends it) of the helper's list.
+
+        The helper reads it as the user that calls it.  What isn't named is denied, and a line that denies wins.
+        """
+        name, path = self.interface, helper_list()
+        allow = f"sudo mkdir -p {os.path.dirname(path)} && echo 'allow {name}' | sudo tee -a {path}"
         try:
-            rules = helper_rules(helper_list())
+            rules = helper_rules(path)
         except FileNotFoundError:
-            rules = {}
-        except OSError:
-            return ""  # what this user can't read may allow it: the helper will tell
-        verbs = {verb for verb, name in rules if name in ("all", self.interface)}
-        return "" if verbs == {"allow"} else f"{helper_list()} has no line: allow {self.interface}"
+            yield True, f"there is no {path}", allow
+            return
+        except PermissionError:
+            yield True, f"{path}: you may not read it", f"sudo chmod a+rX {os.path.dirname(path)} {path}"
+            return
+        line = "^[[:space:]]*{}[[:space:]]\\+{}[[:space:]]*$"
+        for rule in (("deny", "all"), ("deny", name)):
+            if rule in rules:
+                text = f"{rules[rule]}: the line `{' '.join(rule)}` keeps VMs off the bridge {name}"
+                yield True, text, f"sudo sed -i '/{line.format(*rule)}/d' {rules[rule]}"
+        if ("allow", "all") in rules:
+            path = rules["allow", "all"]
+            text = f"{path}: with the line `allow all` users may put VMs on every bridge of this host"
+            yield False, text, f"sudo sed -i 's/{line.format('allow', 'all')}/allow {name}/' {path}"
+        elif ("allow", name) not in rules:
+            yield True, f"{path} has no line: allow {name}", allow
 
     def up(self, keep: bool = False) -> None:
         """Raise where this user can't attach to it; setting it up is root's."""
@@ -4523,25 +4537,29 @@ def helper_list() -> str:
 
 
 def helper_rules(path: str, depth: int = 8) -> dict[tuple[str, str], str]:
-    """(verb, name) → file of each line of such a list and of those that it includes: allow or deny
-    (qemu-bridge-helper.c).  Raises OSError where one can't be read."""
+    """(verb, name) → file of each line of such a list and of those that it includes: allow or deny.
+
+    Included ones that can't be read don't count, as for the helper itself (qemu-bridge-helper.c), so that a user can
+    have one of his own.  Raises OSError where the list itself can't.
+    """
     found = {}
     for line in read_text(path).splitlines():
         verb, name = [*line.split(None, 1), "", ""][:2]
         if verb == "include":
-            found.update(helper_rules(name.strip(), depth - 1) if depth else {})
+            try:
+                found.update(helper_rules(name.strip(), depth - 1) if depth else {})
+            except OSError:
+                continue
         elif verb and not verb.startswith("#"):
             found[verb, name.strip()] = path
     return found
 
 
-def helper_warnings(rules: Iterable[tuple[str, str]], interface: str) -> Iterator[tuple[tuple[str, str], str]]:
-    """The others' lines that do harm, and what they do: the helper heeds all of them, and one that denies wins."""
-    for name in ("all", interface):
-        if ("deny", name) in rules:
-            yield ("deny", name), f"the line `deny {name}` keeps VMs off the bridge {interface}"
-    if ("allow", "all") in rules:
-        yield ("allow", "all"), "with the line `allow all` users may put VMs on every bridge of this host"
+def group_command(gid: int) -> str:
+    """What makes this user a member of a group."""
+    import grp
+
+    return f"sudo usermod -aG {grp.getgrgid(gid).gr_name} {user_name()}  # and log in again"
 
 
 # Identity ############################################################################################
@@ -9937,9 +9955,8 @@ class Installation:
         path = self.real(each.path)
         self._sweep(path)
         if each.link:
-            temporary = f"{path}.{os.getpid()}.tmp"
-            os.symlink(each.link, temporary)
-            os.replace(temporary, path)
+            remove_file(path)
+            os.symlink(each.link, path)
         else:
             write_file(path, each.content, each.mode)
 
@@ -10091,20 +10108,19 @@ class HostSetup:
             os.chmod(path, before["mode"])
 
     def allow_bridge(self) -> str:
-        """Have the helper put VMs on our bridge, though another line may still forbid it; what was done."""
-        folder = os.path.dirname(self.acl)
+        """Have the helper put VMs on our bridge, and say what others' lines do; what was done."""
+        folder, said = os.path.dirname(self.acl), ""
         made = [path for path in (self.acl, folder) if not os.path.exists(path)]
-        rules = {} if self.acl in made else helper_rules(self.acl)
-        for _, warning in helper_warnings(rules, self.interface):
-            report.warn(f"{self.acl}: {warning}; remove it")
-        if ("allow", self.interface) in rules:
-            return ""
-        allowed = [*self.before.get("allowed", ()), self.interface]
-        self.installation.save(acl=self.acl, allowed=allowed, made=[*self.before.get("made", ()), *made])
-        os.makedirs(folder, 0o755, exist_ok=True)
-        text = "" if self.acl in made else read_text(self.acl)
-        rewrite(self.acl, text + ("\n" if text and not text.endswith("\n") else "") + f"allow {self.interface}\n")
-        return f"{self.acl}: allow {self.interface}"
+        if self.acl in made or ("allow", self.interface) not in helper_rules(self.acl):
+            allowed = [*self.before.get("allowed", ()), self.interface]
+            self.installation.save(acl=self.acl, allowed=allowed, made=[*self.before.get("made", ()), *made])
+            os.makedirs(folder, 0o755, exist_ok=True)
+            text = "" if self.acl in made else read_text(self.acl)
+            rewrite(self.acl, text + ("\n" if text and not text.endswith("\n") else "") + f"allow {self.interface}\n")
+            said = f"{self.acl}: allow {self.interface}"
+        for _, fault, _ in HostBridge(self.config).list_faults():
+            report.warn(f"{fault}; remove it")
+        return said
 
     def forbid_bridge(self) -> None:
         ours = [["allow", interface] for interface in self.before.get("allowed", ())]
@@ -10711,50 +10727,17 @@ def check_bridge(patient: Patient) -> Iterator[Finding]:
 
 
 def check_helper(patient: Patient) -> Iterator[Finding]:
-    """qemu-bridge-helper: only root, or a program that becomes root, may put a tap on a bridge."""
-    bad, place = patient.needs("bridge"), next(filter(os.path.isfile, patient.bridge.helper_places()), "")
-    if not place:
-        yield Finding(bad, "qemu-bridge-helper is not there", installs("qemu-bridge-helper"))
-        return
-    info = os.stat(place)
-    if os.geteuid() and (info.st_uid or not info.st_mode & stat.S_ISUID):
-        yield Finding(bad, f"{place} is not setuid root", f"sudo chown root {place} && sudo chmod u+s {place}")
-    elif not os.access(place, os.X_OK):
-        yield Finding(bad, f"you may not run {place}", group_command(info.st_gid))
-    else:
-        yield Finding(OK, place)
-
-
-def group_command(gid: int) -> str:
-    """What makes this user a member of a group."""
-    import grp
-
-    return f"sudo usermod -aG {grp.getgrgid(gid).gr_name} {user_name()}  # and log in again"
+    faults = list(patient.bridge.helper_faults())
+    yield from (Finding(patient.needs("bridge"), *each) for each in faults)
+    if not faults:
+        yield Finding(OK, patient.bridge.helper())
 
 
 def check_bridge_conf(patient: Patient) -> Iterator[Finding]:
-    """The helper's list, which it reads as the user that calls it: what isn't named is denied."""
-    name, bad, conf = patient.bridge.interface, patient.needs("bridge"), helper_list()
-    rules, text = {}, f"{conf} doesn't allow {name}"
-    try:
-        rules = helper_rules(conf)
-    except FileNotFoundError as error:
-        conf, text = error.filename, f"there is no {error.filename}"
-    except PermissionError as error:
-        mend = f"sudo chmod a+rX {os.path.dirname(error.filename)} {error.filename}"
-        yield Finding(bad, f"{error.filename}: you may not read it", mend)
-        return
-    warnings = dict(helper_warnings(rules, name))
-    for (verb, target), warning in warnings.items():
-        line = rf"^[[:space:]]*{verb}[[:space:]]\+{target}[[:space:]]*$".replace(".", r"\.")
-        edit = f"/{line}/d" if verb == "deny" else f"s/{line}/allow {name}/"
-        mend = f"sudo sed -i '{edit}' {rules[verb, target]}"
-        yield Finding(bad if verb == "deny" else WARNING, f"{rules[verb, target]}: {warning}", mend)
-    if not warnings and ("allow", name) in rules:
-        yield Finding(OK, f"{conf} allows {name}")
-    elif not warnings:
-        mend = f"sudo mkdir -p {os.path.dirname(conf)} && echo 'allow {name}' | sudo tee -a {conf}"
-        yield Finding(bad, text, mend)
+    faults = list(patient.bridge.list_faults())
+    yield from (Finding(patient.needs("bridge") if keeps_off else WARNING, *each) for keeps_off, *each in faults)
+    if not faults:
+        yield Finding(OK, f"{helper_list()} allows {patient.bridge.interface}")
 
 
 def check_dnsmasq(patient: Patient) -> Iterator[Finding]:

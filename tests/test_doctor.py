@@ -678,7 +678,7 @@ def test_the_helpers_list(room: Room) -> None:
     well(room.run, "bridge-conf")
     assert conf.read_text() == "allow nocloud\n"
     for text, state, words in (
-        ("# allow nocloud\nallow virbr0\n", "wrong", "doesn't allow nocloud"),
+        ("# allow nocloud\nallow virbr0\n", "wrong", "has no line: allow nocloud"),
         ("allow virbr0\nallow all\n", "warning", "`allow all`"),
         ("allow nocloud\ndeny all\n", "wrong", "`deny all` keeps VMs off"),
         ("allow nocloud\ndeny nocloud\n", "wrong", "`deny nocloud` keeps VMs off"),

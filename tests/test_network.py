@@ -389,19 +389,23 @@ def test_a_tap_comes_from_the_bridge_helper(tmp_path: Path) -> None:
     assert subprocess.run(["true"], check=True).returncode == 0
 
 
-def test_the_bridge_helpers_list(tmp_path: Path) -> None:
-    """What it includes counts as well; a line that denies wins over all that allow."""
+def test_the_bridge_helpers_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it includes counts as well, where it can be read; a line that denies wins over all that allow."""
     conf, more = tmp_path / "bridge.conf", tmp_path / "more.conf"
     conf.write_text(f"# allow br9\n\n  allow   br7 \ninclude {more}\n")
     more.write_text("deny all\nallow br8")
     rules = nocloud.helper_rules(str(conf))
     assert rules == {("allow", "br7"): str(conf), ("deny", "all"): str(more), ("allow", "br8"): str(more)}
-    assert [rule for rule, _ in nocloud.helper_warnings(rules, "br7")] == [("deny", "all")]
+    monkeypatch.setattr(nocloud, "HELPER_LISTS", (str(conf),))
+    bridge = nocloud.HostBridge(nocloud.Config({"bridgeInterface": "br7"}))
+    ((keeps_off, text, mend),) = bridge.list_faults()
+    assert keeps_off and text.startswith(f"{more}: the line `deny all`") and mend.endswith(f" {more}")
     more.write_text(f"include {conf}\n")  # in a circle
-    assert set(nocloud.helper_rules(str(conf))) == {("allow", "br7")}
+    assert set(nocloud.helper_rules(str(conf))) == {("allow", "br7")} and not [*bridge.list_faults()]
     more.unlink()
-    with pytest.raises(FileNotFoundError, match=r"more\.conf"):
-        nocloud.helper_rules(str(conf))
+    assert set(nocloud.helper_rules(str(conf))) == {("allow", "br7")}
+    conf.unlink()
+    assert [text for _, text, _ in bridge.list_faults()] == [f"there is no {conf}"]
 
 
 @pytest.mark.parametrize(
