@@ -2748,13 +2748,17 @@ class Network:
     """What the lifecycle needs of a network."""
 
     kind = ""
+    hosts: HostFiles  # the VMs that have names on it
 
     def up(self, keep: bool = False) -> None:
         """Bring up what isn't up, where that is ours to do.  Raises Error where the network can't be had."""
 
-    def in_use(self) -> Any:
+    def hold(self) -> Any:
         """A context in which the network is up and stays up."""
-        raise NotImplementedError
+        import contextlib
+
+        self.up()
+        return contextlib.nullcontext()
 
     def tap(self) -> tuple[int, int]:
         """(tap, vhost-net or -1): descriptors for qemu; the tap is gone when the last one is closed."""
@@ -2788,11 +2792,7 @@ class Network:
 
     def strangers(self, known: set[str]) -> list[str]:
         """The UUIDs that it has of this tree's VMs though no such VM is known: its folder was removed by hand."""
-        return []
-
-    def published(self) -> set[str]:
-        """The addresses that have names."""
-        return set()
+        return self.hosts.strangers(known)
 
     def withdraw(self, uuids: Sequence[str]) -> None:
         """Forget VMs that are gone."""
@@ -2801,7 +2801,7 @@ class Network:
         """ssh's ProxyCommand that gets there; '' where the VMs are reached directly."""
         return ""
 
-    def missing(self) -> str:
+    def why_not(self) -> str:
         """Why this user can't use it here, or ''."""
         return ""
 
@@ -2851,6 +2851,13 @@ def libc_call(name: str, *numbers: int) -> None:
         raise OSError(number, f"{name}: {os.strerror(number)}")
 
 
+def write_proc(path: str, value: str) -> None:
+    """Write a sysctl, or another file of /proc, that isn't so already."""
+    if read_text(path).strip() != value:
+        with open(path, "w", encoding="ascii") as file:
+            file.write(value)
+
+
 class Namespaces:
     """A user and a network namespace, held open."""
 
@@ -2871,25 +2878,18 @@ class Namespaces:
         os.close(self.net)
 
 
-def new_namespaces() -> None:
-    """Enter namespaces of our own, root in both: what `unshare -Urn` does, but the errno of a refusal stays known."""
+def make_namespaces(batch: str) -> None:
+    """Enter namespaces of our own that have the private network's bridge, made by `ip -batch`, and that forward.
+
+    We are root in both: what `unshare -Urn` does, but the errno of a refusal stays known.
+    """
     uid, gid = os.geteuid(), os.getegid()
     libc_call("unshare", CLONE_NEWUSER | CLONE_NEWNET)
-    for name, content in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
-        fd = os.open(
-            f"/proc/self/{name}", os.O_WRONLY
-        )  # setgroups first: gid_map is refused to ordinary users otherwise
-        os.write(fd, content.encode())
-        os.close(fd)
-
-
-def make_namespaces(batch: str) -> None:
-    """Enter namespaces of our own that have the private network's bridge, made by `ip -batch`, and that forward."""
-    new_namespaces()
+    write_proc("/proc/self/setgroups", "deny")  # first: gid_map is refused to ordinary users otherwise
+    write_proc("/proc/self/uid_map", f"0 {uid} 1")
+    write_proc("/proc/self/gid_map", f"0 {gid} 1")
     run(["ip", "-batch", "-"], input=batch.encode())
-    fd = os.open("/proc/sys/net/ipv4/ip_forward", os.O_WRONLY)
-    os.write(fd, b"1")
-    os.close(fd)
+    write_proc("/proc/sys/net/ipv4/ip_forward", "1")
 
 
 def bridge_batch(subnet: str) -> str:
@@ -2901,29 +2901,33 @@ def bridge_batch(subnet: str) -> str:
     )
 
 
-def try_namespaces() -> str:
-    """Why a private network's namespaces can't be made here, or ''.  They go with the child that makes them."""
-
-    def attempt_it(talk: int) -> None:
-        try:
-            make_namespaces(bridge_batch("10.88.0"))
-        except (OSError, Error) as error:
-            os.write(talk, str(error).encode())
-
+def ask_child(work: Callable[[], None], keep: Sequence[int] = ()) -> tuple[int, str]:
+    """(pid, why it failed or '') of a child of fork_child() that has done `work`, or has become another program."""
     mine, its = os.pipe()
-    pid = fork_child(lambda: attempt_it(its), (its,))
+
+    def attempt_it() -> None:
+        try:
+            work()
+        except (OSError, Error) as error:
+            os.write(its, str(error).encode())
+
+    pid = fork_child(attempt_it, (its, *keep))
     os.close(its)
     with open(mine, "rb") as pipe:
-        reason = pipe.read().decode("utf-8", "replace")
+        return pid, pipe.read().decode("utf-8", "replace")
+
+
+def try_namespaces() -> str:
+    """Why a private network's namespaces can't be made here, or ''.  They go with the child that makes them."""
+    pid, reason = ask_child(lambda: make_namespaces(bridge_batch("10.88.0")))
     os.waitpid(pid, 0)
     return reason
 
 
 class Gate:
-    """A child inside that opens what belongs to its opener's namespace: sockets, and /dev/net/tun.
+    """A child inside that opens what belongs to its opener's namespace: taps and sockets.
 
-    Only the opening must happen inside; a socket stays in its namespace wherever its descriptor goes.  The ioctls and
-    connect() are done outside: the maker of a user namespace has every right in it.
+    They stay in that namespace wherever their descriptors go.
     """
 
     def __init__(self, spaces: Namespaces) -> None:
@@ -2936,7 +2940,7 @@ class Gate:
         its.close()
 
     def open(self, kind: bytes) -> int:
-        """A descriptor: `tun`, `tcp` or `udp`."""
+        """A descriptor: `tap`, on the network's bridge, or `tcp`, a socket."""
         import socket as sockets
 
         with self._lock:
@@ -2967,14 +2971,10 @@ def serve_gate(spaces: Namespaces, asked: socket.socket) -> None:
         if not kind:
             return
         try:
-            if kind == b"tun":
-                fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
-            else:
-                fd = sockets.socket(
-                    sockets.AF_INET, sockets.SOCK_STREAM if kind == b"tcp" else sockets.SOCK_DGRAM
-                ).detach()
+            fd = make_tap() if kind == b"tap" else sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM).detach()
         except OSError as error:
-            asked.send(f"{error.errno} {error.filename}: {error.strerror}".encode())
+            name = f"{error.filename}: " if error.filename else ""
+            asked.send(f"{error.errno} {name}{error.strerror}".encode())
         else:
             sockets.send_fds(asked, [b"+"], [fd])
             os.close(fd)
@@ -2985,22 +2985,21 @@ TUNSETIFF, SIOCSIFFLAGS, SIOCGIFINDEX, SIOCBRADDIF = 0x400454CA, 0x8914, 0x8933,
 IFF_UP, IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x1, 0x2, 0x1000, 0x4000
 
 
-def make_tap(gate: Gate) -> int:
-    """A tap on the private network's bridge, for `-netdev tap,fd=N`."""
-    tap = gate.open(b"tun")
-    control = -1
+def make_tap() -> int:
+    """A tap on the bridge of the private network that we are in, for `-netdev tap,fd=N`."""
+    import socket as sockets
+
+    tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        control = gate.open(b"udp")  # the interface ioctls go to the namespace of their socket
-        name = fcntl.ioctl(tap, TUNSETIFF, struct.pack("16sH22x", b"tap%d", IFF_TAP | IFF_NO_PI | IFF_VNET_HDR))[:16]
-        index = struct.unpack_from("i", fcntl.ioctl(control, SIOCGIFINDEX, name + bytes(24)), 16)[0]
-        fcntl.ioctl(control, SIOCBRADDIF, struct.pack("16si20x", BRIDGE.encode(), index))
-        fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH22x", name, IFF_UP))
+        with sockets.socket(sockets.AF_INET, sockets.SOCK_DGRAM) as control:
+            request = struct.pack("16sH22x", b"tap%d", IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
+            name = fcntl.ioctl(tap, TUNSETIFF, request)[:16]
+            index = struct.unpack_from("i", fcntl.ioctl(control, SIOCGIFINDEX, name + bytes(24)), 16)[0]
+            fcntl.ioctl(control, SIOCBRADDIF, struct.pack("16si20x", BRIDGE.encode(), index))
+            fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH22x", name, IFF_UP))
     except BaseException:
         os.close(tap)
         raise
-    finally:
-        if control >= 0:
-            os.close(control)
     return tap
 
 
@@ -3017,18 +3016,24 @@ def daemon_pid(pid_file: str) -> int:
     return pid if any(word.endswith(pid_file) for word in words) else 0
 
 
-def stop_daemon(pid_file: str) -> None:
-    """End the daemon and wait for that; the pidfd is opened before the check, so that no other process is hit."""
+def end_process(find: Callable[[], int]) -> None:
+    """End the process whose pid `find` finds, and wait for that.
+
+    `find` is asked again once a pidfd is open, so that no other process is hit.
+    """
     import signal
 
-    pid = daemon_pid(pid_file)
+    pid = find()
     if pid:
         with Process(pid) as process:
-            if daemon_pid(pid_file) == pid:
-                process.signal(signal.SIGTERM)
-                if not process.ended(3.0):
-                    process.signal(signal.SIGKILL)
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                if find() == pid:
+                    process.signal(number)
                     process.ended(3.0)
+
+
+def stop_daemon(pid_file: str) -> None:
+    end_process(lambda: daemon_pid(pid_file))
     remove_file(pid_file)
 
 
@@ -3049,13 +3054,23 @@ def start_daemon(argv: Sequence[str], fds: Sequence[int]) -> None:
     with open(mine, "rb") as pipe:
         said = pipe.read().decode("utf-8", "replace")
     if wait_for(lambda: child.poll() is not None, 0.02, 0.005) and child.returncode:
-        raise Error(f"{argv_program(argv)}: {last_line(said) or describe_status(child.returncode)}")
+        program = argv[argv.index("--") + 1] if "--" in argv else argv[0]  # after nsenter's own words
+        raise Error(f"{os.path.basename(program)}: {last_line(said) or describe_status(child.returncode)}")
     child.returncode = 0  # it lives on: no warning about that
 
 
-def argv_program(argv: Sequence[str]) -> str:
-    """The program that nsenter's argv is about."""
-    return os.path.basename(argv[argv.index("--") + 1] if "--" in argv else argv[0])
+def dnsmasq_argv(interface: str, hosts: HostFiles, *words: str) -> list[str]:
+    """dnsmasq(8), 2.90, for the VMs of a bridge; `words`: what differs between networks.
+
+    Not -d: in debug mode one idle TCP client of port 53 stops DNS and DHCP for all.
+    """
+    return [
+        "dnsmasq", "--keep-in-foreground", "--quiet-dhcp", "--conf-file=/dev/null", "--no-hosts",
+        f"--interface={interface}", "--except-interface=lo", "--bind-interfaces",
+        f"--domain={DOMAIN}", f"--local=/{DOMAIN}/", "--domain-needed", "--bogus-priv",
+        "--dhcp-authoritative", "--dhcp-rapid-commit", "--no-ping", "--dhcp-ignore-clid",
+        f"--dhcp-hostsdir={hosts.place('dhcp')}", f"--hostsdir={hosts.place('hosts')}", *words,
+    ]  # fmt: skip
 
 
 # -- what dnsmasq knows of the VMs
@@ -3189,15 +3204,14 @@ class HostFiles:
 # pasta's end inside has addresses that are no one's: the block that RFC 7335 set apart for the inside ends of tunnels.
 # Copied from the host, as pasta does by default, they would hide the host's own network from here.
 OUT_INTERFACE, OUT_ADDRESS, OUT_GATEWAY, OUT_DNS = "out", "192.0.0.2", "192.0.0.1", "192.0.0.3"
-OUT_RULES = f"""\
-table ip {DOMAIN}
-delete table ip {DOMAIN}
-table ip {DOMAIN} {{
-    chain out {{
-        type nat hook postrouting priority 100; oifname {OUT_INTERFACE} masquerade;
-    }}
-}}
-"""
+
+
+def nft_rules(name: str, **defines: str) -> bytes:
+    """nft(8)'s input: `defines`, and a file of etc/.  Raises Error where nocloud.py was copied without that."""
+    rules = packaged(name)
+    if not rules:
+        raise Error(f"etc/{name} is missing: no network's packets are let out without it", "install all of nocloud")
+    return "".join([*(f"define {key} = {value}\n" for key, value in defines.items()), rules]).encode()
 
 
 class PrivateNetwork(Network):
@@ -3227,7 +3241,7 @@ class PrivateNetwork(Network):
             text = read_text(self.file("subnet")).strip()
         except FileNotFoundError:
             make_private_folder(self.folder)
-            text = free_subnet(host_networks(read_text("/proc/net/fib_trie")))
+            text = free_subnet([(network, length) for _, network, length in networks_in_use()])
             write_file(self.file("subnet"), text + "\n")
         if not re.fullmatch(r"10\.[0-9]{1,3}\.[0-9]{1,3}", text):
             path = self.file("subnet")
@@ -3246,12 +3260,6 @@ class PrivateNetwork(Network):
     def publish(self, vm: VM) -> None:
         self.hosts.prepare()
         self.hosts.publish(vm)
-
-    def strangers(self, known: set[str]) -> list[str]:
-        return self.hosts.strangers(known)
-
-    def published(self) -> set[str]:
-        return self.hosts.addresses()
 
     def withdraw(self, uuids: Sequence[str]) -> None:
         """Remove their files.
@@ -3274,8 +3282,22 @@ class PrivateNetwork(Network):
         """The pid of the process that keeps the namespaces, or 0."""
         return lock_holder(self.file("holder.pid"))[1]
 
-    def in_use(self) -> InUse:
-        return InUse(self)
+    def hold(self) -> Any:
+        """The folder's lock, held shared.  Another command may have ended the network that we know and made it anew."""
+        import contextlib
+
+        stack = contextlib.ExitStack()
+        while True:
+            stack.enter_context(FolderLock(self.folder, shared=True, make=True))
+            if self.is_complete():
+                break
+            stack.close()
+            self.up()
+        pid = self.holder()
+        if pid and self._spaces and not os.path.samestat(os.fstat(self._spaces.net), os.stat(f"/proc/{pid}/ns/net")):
+            self.close()
+        self.gate()
+        return stack
 
     def is_complete(self) -> bool:
         return bool(
@@ -3284,10 +3306,6 @@ class PrivateNetwork(Network):
             # without a pidfile it didn't start when the network came up: that isn't tried again by each command
             and (daemon_pid(self.file("pasta.pid")) or not os.path.exists(self.file("pasta.pid")))
         )
-
-    @staticmethod
-    def _way_out() -> bool:
-        return bool(find_program("pasta") and (find_program("nft") or find_program("iptables")))
 
     def up(self, keep: bool = False) -> None:
         """Bring up what isn't up.  `keep`: it stays though no VM is on it yet, until the last that comes has gone."""
@@ -3305,55 +3323,40 @@ class PrivateNetwork(Network):
                 "the private network can't be made: you may not open /dev/net/tun", "sudo chmod 666 /dev/net/tun"
             )
         if not self.holder():
-            self._forget_spaces()
-            self._start_holder(self._surviving_namespaces())
-        spaces = self.namespaces()
-        way_out = self._way_out()
+            self.close()
+            self._start_holder()
+        way_out = bool(find_program("pasta") and (find_program("nft") or find_program("iptables")))
         if way_out and not daemon_pid(self.file("pasta.pid")):
             way_out = self._start_pasta()
         elif not way_out:
             report.say(f"{report.program}: the private network has no way out (pasta and nft would give it one)")
         if not daemon_pid(self.file("dnsmasq.pid")):
             self.hosts.prepare()
-            self._start(spaces, self._dnsmasq_argv(way_out))
+            start_daemon(*self.enter(self._dnsmasq_argv(way_out)))
 
-    def _start(self, spaces: Namespaces, argv: Sequence[str]) -> None:
-        start_daemon(inside(spaces, argv), [spaces.user, spaces.net])
-
-    def _start_holder(self, survivor: Namespaces | None) -> None:
-        """A child that makes the namespaces and the bridge, or enters a survivor's, and becomes `sleep`.
-
-        It locks its pidfile last: locked means whole, whoever is killed in between.
-        """
-        batch = self._bridge_batch()
-        mine, its = os.pipe()
-        keep = (its, survivor.user, survivor.net) if survivor else (its,)
-        pid = fork_child(lambda: self._hold(its, batch, survivor), keep)
-        os.close(its)
-        with open(mine, "rb") as pipe:
-            reason = pipe.read().decode("utf-8", "replace")
+    def _start_holder(self) -> None:
+        """A child that makes the namespaces and the bridge, or enters a survivor's, and becomes `sleep`."""
+        batch, survivor = bridge_batch(self.subnet()), self._surviving_namespaces()
+        pid, reason = ask_child(
+            lambda: self._hold_namespaces(batch, survivor), (survivor.user, survivor.net) if survivor else ()
+        )
         if survivor:
             survivor.close()
         if reason:
             os.waitpid(pid, 0)
             raise namespaces_denied(reason)
 
-    def _hold(self, talk: int, batch: str, survivor: Namespaces | None) -> None:
-        try:
-            if survivor:
-                survivor.enter()
-            else:
-                make_namespaces(batch)
-            fd = os.open(self.file("holder.pid"), os.O_RDWR | os.O_CREAT, 0o600)
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.set_inheritable(fd, True)
-            os.chdir("/")
-            become(["sleep", "infinity"])
-        except (OSError, Error) as error:
-            os.write(talk, str(error).encode())
-
-    def _bridge_batch(self) -> str:
-        return bridge_batch(self.subnet())
+    def _hold_namespaces(self, batch: str, survivor: Namespaces | None) -> None:
+        """In the child.  It locks its pidfile last: locked means whole, whoever is killed in between."""
+        if survivor:
+            survivor.enter()
+        else:
+            make_namespaces(batch)
+        fd = os.open(self.file("holder.pid"), os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.set_inheritable(fd, True)
+        os.chdir("/")
+        become(["sleep", "infinity"])
 
     def _surviving_namespaces(self) -> Namespaces | None:
         """The namespaces of a VM that runs on though the holder was killed."""
@@ -3367,48 +3370,33 @@ class PrivateNetwork(Network):
         return None
 
     def _dnsmasq_argv(self, way_out: bool) -> list[str]:
-        """dnsmasq(8), 2.90.
-
-        Not -d: in debug mode one idle TCP client of port 53 stops DNS and DHCP for all.  User and group empty: it can't
-        change to others in a namespace of one id.  No lease file: every address is fixed, and a lease of a VM that is
-        gone would keep its address from the next one.
-        """
-        return [
-            "dnsmasq", "--keep-in-foreground", "--user=", "--group=",
-            f"--pid-file={self.file('dnsmasq.pid')}", f"--log-facility={self.file('dnsmasq.log')}", "--quiet-dhcp",
-            "--conf-file=/dev/null", "--no-hosts", "--no-resolv", "--no-poll",
-            f"--interface={BRIDGE}", "--except-interface=lo", "--bind-interfaces",
-            f"--domain={DOMAIN}", f"--local=/{DOMAIN}/", "--domain-needed", "--bogus-priv",
-            f"--dhcp-range={self.subnet()}.0,static,255.255.255.0,infinite", "--leasefile-ro",
-            "--dhcp-authoritative", "--dhcp-rapid-commit", "--no-ping", "--dhcp-ignore-clid", "--dhcp-ignore-names",
-            f"--dhcp-hostsdir={self.file('dhcp')}", f"--hostsdir={self.file('hosts')}",
-            *([f"--server={OUT_DNS}"] if way_out else []),
-        ]  # fmt: skip
+        """User and group empty: it can't change to others in a namespace of one id.  No lease file: every address is
+        fixed, and a lease of a VM that is gone would keep its address from the next one."""
+        return dnsmasq_argv(
+            BRIDGE, self.hosts, "--user=", "--group=",
+            f"--pid-file={self.file('dnsmasq.pid')}", f"--log-facility={self.file('dnsmasq.log')}",
+            "--no-resolv", "--no-poll", f"--dhcp-range={self.subnet()}.0,static,255.255.255.0,infinite",
+            "--leasefile-ro", "--dhcp-ignore-names", *([f"--server={OUT_DNS}"] if way_out else []),
+        )  # fmt: skip
 
     def _start_pasta(self) -> bool:
-        """The way out, pasta(1); a private network without one still serves, so a failure is said and no error.
+        """The way out, pasta(1), which leaves the foreground when its interface is there.
 
-        By default pasta opens on the host's 0.0.0.0 what listens inside, and gives the gateway's address to the host's
-        loopback: all of that is turned off.  As root it would become nobody, who may not enter.
+        A private network without one still serves, so a failure is said and no error.  By default pasta opens on the
+        host's 0.0.0.0 what listens inside, and gives the gateway's address to the host's loopback: all of that is
+        turned off.  As root it would become nobody, who may not enter.
         """
         pid_file = self.file("pasta.pid")
         remove_file(pid_file)
         argv = [
-            "pasta", "--foreground", "--ipv4-only", "--pid", pid_file, "--log-file", self.file("pasta.log"),
+            "pasta", "--ipv4-only", "--pid", pid_file, "--log-file", self.file("pasta.log"),
             *(["--runas", "0:0"] if os.geteuid() == 0 else []),
             "-t", "none", "-u", "none", "-T", "none", "-U", "none", "--no-map-gw",
             "--config-net", "--ns-ifname", OUT_INTERFACE, "--address", OUT_ADDRESS, "--netmask", "29",
             "--gateway", OUT_GATEWAY, "--dns-forward", OUT_DNS, str(self.holder()),
         ]  # fmt: skip
         try:
-            child = spawn(argv, log=self.file("pasta.log"), cwd="/")
-            # In the foreground it keeps its standard error; its pidfile gets its content when its interface is there.
-            wait_for(lambda: bool(daemon_pid(pid_file)) or child.poll() is not None, 5.0, 0.005)
-            if not daemon_pid(pid_file):
-                child.kill()
-                child.wait()
-                raise Error(f"pasta: {last_line(read_tail(self.file('pasta.log')))}")
-            child.returncode = 0  # it lives on: no warning about that
+            run(argv, cwd="/")
             self._masquerade()
         except Error as error:
             if not daemon_pid(pid_file):
@@ -3419,24 +3407,17 @@ class PrivateNetwork(Network):
 
     def _masquerade(self) -> None:
         """pasta knows one address inside, so the VMs leave under that; by nft(8), or iptables where that is all."""
-        program, words = "nft", ["-f", "-"]
-        if not find_program(program):
-            program, words = "iptables", ["-t", "nat", "-A", "POSTROUTING", "-o", OUT_INTERFACE, "-j", "MASQUERADE"]
-        argv, fds = self.enter([program, *words])
-        run(argv, input=OUT_RULES.encode() if program == "nft" else None, fds=fds)
+        words = ["nft", "-f", "-"]
+        if not find_program("nft"):
+            words = f"iptables -t nat -A POSTROUTING -o {OUT_INTERFACE} -j MASQUERADE".split()
+        argv, fds = self.enter(words)
+        run(argv, input=nft_rules("private.nft", out=OUT_INTERFACE), fds=fds)
 
     def down(self) -> None:
         """End it: dnsmasq, pasta, the holder, and with them everything inside.  Call it under the lock."""
-        import signal
-
         for name in ("dnsmasq.pid", "pasta.pid"):
             stop_daemon(self.file(name))
-        pid = self.holder()
-        if pid:
-            with Process(pid) as process:
-                if self.holder() == pid:
-                    process.signal(signal.SIGKILL)
-                    process.ended(5.0)
+        end_process(self.holder)
         for name in ("holder.pid", "dnsmasq.log", "pasta.log", "kept"):
             remove_file(self.file(name))
 
@@ -3455,37 +3436,29 @@ class PrivateNetwork(Network):
 
     def tend(self) -> None:
         """What each command does first: end the network where its last VM has ended by itself, mend it where a part of
-        it was killed.  Nothing happens while another command is at work on it."""
-        if os.path.exists(self.file("holder.pid")) and not self.is_complete():
-            self._mend()
-        elif self.holder() and not os.path.exists(self.file("kept")):
-            self.end_if_idle()
+        it was killed."""
+        broken = os.path.exists(self.file("holder.pid")) and not self.is_complete()
+        if broken or (self.holder() and not os.path.exists(self.file("kept"))):
+            self.end_if_idle(broken)
 
-    def _mend(self) -> None:
+    def end_if_idle(self, broken: bool = False) -> None:
+        """End it where no VM is on it; else, where it is `broken`, start what is missing.
+
+        Nothing happens while another command is at work on it.
+        """
         try:
             with FolderLock(self.folder, wait=0):
-                if os.path.exists(self.file("kept")) or any(True for _ in self._users()):
-                    self._complete()
-                else:
-                    self.down()
+                kept = broken and os.path.exists(self.file("kept"))
+                if (broken or self.holder()) and (kept or any(True for _ in self._users())):
+                    if broken:
+                        self._complete()
+                    return
+                self.down()
+                self._remove_folder()
         except (WrongState, FileNotFoundError):
             pass
         except Error as error:
             report.warn(f"the private network is not whole: {error}")
-
-    def end_if_idle(self) -> None:
-        """End it where no VM is on it; nothing happens while another command is at work on it."""
-        if not os.path.isdir(self.folder):
-            return
-        try:
-            with FolderLock(self.folder, wait=0):
-                if self.holder():
-                    if any(True for _ in self._users()):
-                        return
-                    self.down()
-                self._remove_folder()
-        except (WrongState, FileNotFoundError):
-            pass
 
     def _users(self) -> Iterator[VM]:
         """The VMs that are on it: running, or not known to have stopped; a template in the making may be booted too."""
@@ -3508,10 +3481,9 @@ class PrivateNetwork(Network):
     def namespaces(self) -> Namespaces:
         """Its namespaces, open; the holder is asked again after, so that a reused pid is never entered."""
         if self._spaces is None:
-            pid = self.holder()
-            if not pid:
+            if not self.holder():
                 self.tend()  # it was killed, perhaps, and VMs run on
-                pid = self.holder()
+            pid = self.holder()
             if not pid:
                 raise WrongState("the private network is not up", "nocloud net --private up")
             spaces = Namespaces(pid)
@@ -3521,24 +3493,15 @@ class PrivateNetwork(Network):
             self._spaces = spaces
         return self._spaces
 
-    def renew(self) -> None:
-        """Forget namespaces that are no longer the network's: another command may have ended it and made it anew."""
-        pid = self.holder()
-        if pid and self._spaces and not os.path.samestat(os.fstat(self._spaces.net), os.stat(f"/proc/{pid}/ns/net")):
-            self._forget_spaces()
+    def open(self) -> None:
+        self.gate()
 
-    def _forget_spaces(self) -> None:
+    def close(self) -> None:
         if self._gate:
             self._gate.close()
         if self._spaces:
             self._spaces.close()
         self._gate = self._spaces = None
-
-    def open(self) -> None:
-        self.gate()
-
-    def close(self) -> None:
-        self._forget_spaces()
 
     def gate(self) -> Gate:
         """The gate; opened before threads are, since it forks."""
@@ -3548,7 +3511,7 @@ class PrivateNetwork(Network):
 
     def tap(self) -> tuple[int, int]:
         try:
-            return make_tap(self.gate()), vhost_net()
+            return self.gate().open(b"tap"), vhost_net()
         except OSError as error:
             raise Error(f"no tap for the private network: {error.strerror}") from None
 
@@ -3558,8 +3521,11 @@ class PrivateNetwork(Network):
         return sockets.socket(fileno=self.gate().open(b"tcp"))
 
     def enter(self, argv: Sequence[str]) -> tuple[list[str], list[int]]:
+        """nsenter keeps session, folder and descriptors, and becomes the program."""
         spaces = self.namespaces()
-        return inside(spaces, argv), [spaces.user, spaces.net]
+        ways = [f"--user=/proc/self/fd/{spaces.user}", f"--net=/proc/self/fd/{spaces.net}"]
+        program = find_program(argv[0]) or argv[0]
+        return ["nsenter", *ways, "--preserve-credentials", "--", program, *argv[1:]], [spaces.user, spaces.net]
 
     def proxy_command(self) -> str:
         """ssh runs outside: inside, root's files in ssh_config.d look foreign to it, and the home is root's."""
@@ -3613,34 +3579,6 @@ class PrivateNetwork(Network):
                 yield f"{vm.name} {vm.function} {vm.conf.get('vmMac', '')} {vm.conf.get('vmAddress', '')}"
 
 
-def inside(spaces: Namespaces, argv: Sequence[str]) -> list[str]:
-    """`argv` run inside: nsenter keeps session, folder and descriptors, and becomes the program."""
-    ways = [f"--user=/proc/self/fd/{spaces.user}", f"--net=/proc/self/fd/{spaces.net}"]
-    program = find_program(argv[0]) or argv[0]
-    return ["nsenter", *ways, "--preserve-credentials", "--", program, *argv[1:]]
-
-
-class InUse:
-    """The private network is up and stays up while this lives: the folder's lock is held shared."""
-
-    def __init__(self, network: PrivateNetwork) -> None:
-        self.network = network
-
-    def __enter__(self) -> InUse:
-        while True:
-            self._lock = FolderLock(self.network.folder, shared=True, make=True).__enter__()
-            if self.network.is_complete():
-                break
-            self._lock.release()
-            self.network.up()
-        self.network.renew()
-        self.network.gate()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._lock.release()
-
-
 # What forbids user namespaces, when it has this value, and the value that allows them.
 USERNS_SETTINGS = (
     ("kernel/apparmor_restrict_unprivileged_userns", "1", "0"),
@@ -3665,25 +3603,12 @@ def namespaces_denied(reason: str) -> Error:
     return Error(f"the private network can't be made: {reason}", hint)
 
 
-def host_networks(fib: str) -> list[tuple[int, int]]:
-    """(network, prefix length) of each route and address in /proc/net/fib_trie, which lists all routing tables."""
-    found: list[tuple[int, int]] = []
-    network = ""
-    for line in fib.splitlines():
-        words = line.split()
-        if words and words[0] in ("|--", "+--"):
-            network = words[1].partition("/")[0]
-        elif words and words[0].startswith("/") and int(words[0][1:]):  # not the default route
-            found.append((ipv4_number(network), int(words[0][1:])))
-    return found
-
-
 def free_subnet(taken: Sequence[tuple[int, int]]) -> str:
-    """The first /24 of 10.88 to 10.127 that overlaps nothing that is taken, as `10.88.0`.
+    """The first /24 of 10.88 to 10.127 that overlaps none of these networks, as `10.88.0`.
 
-    A VPN may claim all of 10.0.0.0/8, or half of everything: where nothing is left, only narrower networks count.
+    A VPN may claim all of 10.0.0.0/8: where nothing is left, only narrower networks count.
     """
-    for widest in (1, 9, 17):
+    for widest in (2, 9, 17):
         narrow = [(network, length) for network, length in taken if length >= widest]
         for number in range(0x0A5800, 0x0A8000):
             if not any(overlap(number << 8, 24, network, length) for network, length in narrow):
@@ -3694,10 +3619,7 @@ def free_subnet(taken: Sequence[tuple[int, int]]) -> str:
 
 
 def ipv4_number(text: str) -> int:
-    number = 0
-    for part in text.split("."):
-        number = number << 8 | int(part)
-    return number
+    return int.from_bytes(map(int, text.split(".")), "big")
 
 
 def ipv4_text(number: int) -> str:
@@ -3757,42 +3679,24 @@ SYSTEMD_UNITS = ("nocloud-bridge.service", "nocloud-dnsmasq.service", "nocloud-d
 class BridgeSettings:
     """The host's bridge as the settings want it.  Raises UsageError where they contradict each other."""
 
-    __slots__ = ("interface", "address", "length", "network", "first", "last")
-
     def __init__(self, config: Config) -> None:
         self.interface = config["bridgeInterface"]
         self.address, _, length = config["bridgeAddress"].partition("/")
         self.length = int(length)
         self.network = ipv4_number(self.address) >> (32 - self.length) << (32 - self.length)
-        for key, fits in (
-            ("bridgeIpAddress", self.holds(config["bridgeIpAddress"])),
-            ("bridgeNet", config["bridgeNet"] == self.net),
-            ("bridgeDhcpStart", self.holds(config["bridgeDhcpStart"])),
-            ("bridgeDhcpStop", self.holds(config["bridgeDhcpStop"])),
-        ):
-            if not fits:
+        self.net = f"{ipv4_text(self.network)}/{self.length}"
+        for key in ("bridgeIpAddress", "bridgeNet", "bridgeDhcpStart", "bridgeDhcpStop"):
+            if not (config[key] == self.net if key == "bridgeNet" else self.holds(config[key])):
                 raise UsageError(
                     f"{key}={config[key]} doesn't fit bridgeAddress={config['bridgeAddress']}",
                     "see etc/nocloud_net.conf, where bridgeNet and what comes after it follow bridgeSubnet",
                 )
         self.first, self.last = sorted(ipv4_number(config[key]) for key in ("bridgeDhcpStart", "bridgeDhcpStop"))
-
-    @property
-    def net(self) -> str:
-        return f"{ipv4_text(self.network)}/{self.length}"
-
-    @property
-    def mac(self) -> str:
-        """A MAC of its own: a bridge without one takes its lowest port's, and guests would lose the gateway."""
-        return OUR_MAC + "".join(f":{number:02x}" for number in ipv4_number(self.address).to_bytes(4, "big")[1:])
-
-    @property
-    def first_dynamic(self) -> int:
-        """Where the upper quarter begins, which DHCP gives to guests that nobody allotted an address to.
-
-        An address that is allotted to a VM must not be leased to another guest in the same moment.
-        """
-        return self.last - max(1, (self.last - self.first + 1) // 4) + 1
+        # The upper quarter is for guests that nobody allotted an address to: one that is allotted to a VM must not be
+        # leased to another guest in the same moment.
+        self.first_dynamic = self.last - max(1, (self.last - self.first + 1) // 4) + 1
+        # A bridge without a MAC of its own takes its lowest port's, and guests would lose the gateway.
+        self.mac = OUR_MAC + "".join(f":{int(number):02x}" for number in self.address.split(".")[1:])
 
     def holds(self, address: str) -> bool:
         return is_ipv4(address) and bool(address) and overlap(ipv4_number(address), 32, self.network, self.length)
@@ -3811,7 +3715,7 @@ def ip_json(*words: str) -> list[dict[str, Any]]:
     return [each for each in answer if each]
 
 
-def networks_in_use(without: str) -> Iterator[tuple[str, int, int]]:
+def networks_in_use(without: str = "") -> Iterator[tuple[str, int, int]]:
     """(who, network, prefix length) of each address and route of the host but those of the interface `without`.
 
     Default routes don't count, nor the two halves of the world that a VPN has instead.
@@ -3819,8 +3723,9 @@ def networks_in_use(without: str) -> Iterator[tuple[str, int, int]]:
     for card in ip_json("address"):
         for each in card.get("addr_info", ()):
             if card["ifname"] != without:
-                who = f"{card['ifname']} has {each['local']}/{each['prefixlen']}"
-                yield who, ipv4_number(each["local"]), each["prefixlen"]
+                length = each["prefixlen"]
+                network = ipv4_number(each["local"]) >> (32 - length) << (32 - length)
+                yield f"{card['ifname']} has {each['local']}/{length}", network, length
     for route in ip_json("route", "show", "table", "all"):
         address, _, length = route["dst"].partition("/")
         if not is_ipv4(address) or route.get("type") in ("local", "broadcast") or route.get("dev") == without:
@@ -3857,20 +3762,14 @@ def choose_bridge_subnet(config: Config) -> tuple[str, str]:
 def free_bridge_subnet(config: Config, path: str) -> str:
     """Make the settings file `path` name a subnet that nothing on this host overlaps; what was chosen, for the user.
 
-    The one that is configured stays where it is free.  Only the line bridgeSubnet is written.
+    The one that is configured stays where it is free.  Only the line bridgeSubnet is written.  Raises Error where the
+    file's other lines don't follow it.
     """
     net = BridgeSettings(config).net
     subnet, clash = choose_bridge_subnet(config)
     if not clash:
         return f"the bridge's network is {net}"
-    write_subnet(path, subnet)
-    return f"the bridge's network is {subnet}.0/24, not {net}: {clash} (written to {path})"
-
-
-def write_subnet(path: str, subnet: str) -> None:
-    """Set bridgeSubnet in a settings file whose other lines follow it.  Raises Error where they don't."""
-    text = update_assignments(read_text(path), {"bridgeSubnet": subnet})
-    config = Config()
+    text, config = update_assignments(read_text(path), {"bridgeSubnet": subnet}), Config()
     for line in parse_assignments(text, path, ChainMap({}, config.values(), os.environ)):
         if line.key in SETTING:
             config.set(line.key, line.value, f"{path}:{line.line}")
@@ -3879,6 +3778,7 @@ def write_subnet(path: str, subnet: str) -> None:
             f"{path}: bridgeNet and bridgeAddress don't follow bridgeSubnet", f"set them to {subnet}.0/24 by hand"
         )
     write_file(path, text, 0o644)
+    return f"the bridge's network is {subnet}.0/24, not {net}: {clash} (written to {path})"
 
 
 def bridge_is_ours(interface: str) -> bool:
@@ -3900,38 +3800,6 @@ def need_root(what: str) -> None:
 #
 # A packet passes only if every table lets it pass, so our own table can't undo what another one drops: where Docker,
 # ufw, firewalld or plain iptables rules are, they are told to accept the bridge.  Each rule carries a comment of ours.
-
-
-def nft_table(settings: BridgeSettings, forwarders: Sequence[str]) -> str:
-    """nft(8)'s input: addresses translated on the way out, no connection in from outside, nothing forwarded for others.
-
-    `forwarders` forward only since we made them: to and from the guests, not for everyone on those networks.  What
-    Docker publishes, and what it answers, passes.
-    """
-    name, table = f'"{settings.interface}"', f"ip {DOMAIN}"
-    guard = "".join(
-        f'\n        iifname "{each}" ct status dnat accept\n        iifname "{each}" ct state new,invalid drop'
-        for each in forwarders
-    )
-    return f"""\
-table {table} {{
-}}
-delete table {table}
-table {table} {{
-    comment "{MADE_BY_US}"
-    chain forward {{
-        type filter hook forward priority filter; policy accept;
-        iifname {name} accept comment "guests may go anywhere"
-        oifname {name} ct state established,related accept
-        oifname {name} ct status dnat accept
-        oifname {name} drop comment "nobody else begins a connection to them"{guard}
-    }}
-    chain postrouting {{
-        type nat hook postrouting priority srcnat; policy accept;
-        ip saddr {settings.net} ip daddr != {settings.net} oifname != {name} masquerade
-    }}
-}}
-"""
 
 
 def has_nft_table(table: str) -> bool:
@@ -3963,17 +3831,14 @@ def iptables_rules(program: str) -> list[list[str]]:
 
 def accepting_rules(interface: str, forward: str) -> list[list[str]]:
     """CHAIN and rule, in the words of `iptables -S`: DHCP and DNS for the guests, and what is forwarded for them."""
-    comment, accept = ["-m", "comment", "--comment", MADE_BY_US], ["-j", "ACCEPT"]
-    ports = (("udp", "67"), ("udp", "53"), ("tcp", "53"))
-    state = ["-m", "conntrack", "--ctstate", "RELATED,ESTABLISHED"]
-    return [
-        *(
-            ["INPUT", "-i", interface, "-p", kind, "-m", kind, "--dport", port, *comment, *accept]
-            for kind, port in ports
-        ),
-        [forward, "-i", interface, *comment, *accept],
-        [forward, "-o", interface, *state, *comment, *accept],
-    ]
+    rules = (
+        f"INPUT -i {interface} -p udp -m udp --dport 67",
+        f"INPUT -i {interface} -p udp -m udp --dport 53",
+        f"INPUT -i {interface} -p tcp -m tcp --dport 53",
+        f"{forward} -i {interface}",
+        f"{forward} -o {interface} -m conntrack --ctstate RELATED,ESTABLISHED",
+    )
+    return [[*rule.split(), "-m", "comment", "--comment", MADE_BY_US, "-j", "ACCEPT"] for rule in rules]
 
 
 def missing_rules(program: str, interface: str) -> list[list[str]]:
@@ -3991,38 +3856,14 @@ def missing_rules(program: str, interface: str) -> list[list[str]]:
     return wanted if sorted(wanted) != sorted(there) else []
 
 
-def open_iptables(program: str, interface: str) -> None:
-    """At the head of their chains."""
-    wanted = missing_rules(program, interface)
-    if wanted:
-        close_iptables(program)
-        for chain, *rule in wanted:
-            run([program, "-w", "10", "-I", chain, *rule])
-
-
 def close_iptables(program: str) -> None:
     for action, chain, *rule in iptables_rules(program):
         if action == "-A" and MADE_BY_US in rule:
             run([program, "-w", "10", "-D", chain, *rule])
 
 
-def ufw_rules(interface: str) -> list[list[str]]:
-    """In ufw(8)'s words, as `ufw show added` gives them back.  Answers to what guests ask for pass by themselves."""
-    place = ["in", "on", interface]
-    return [
-        ["allow", *place, "to", "any", "port", "67", "proto", "udp"],
-        ["allow", *place, "to", "any", "port", "53"],
-        ["route", "allow", *place],
-    ]
-
-
 def ufw_runs() -> bool:
     return bool(find_program("ufw")) and "Status: active" in attempt(["ufw", "status"], 30)[1]
-
-
-def open_ufw(interface: str) -> None:
-    for words in ufw_rules(interface):
-        run(["ufw", *words, "comment", MADE_BY_US])
 
 
 def close_ufw() -> None:
@@ -4048,9 +3889,15 @@ def firewalld_zone(interface: str) -> str | None:
 def open_firewalls(interface: str) -> None:
     """Have each firewall that runs here accept the guests' DHCP, DNS and what is forwarded for them."""
     for program in iptables_programs():
-        open_iptables(program, interface)
-    if ufw_runs():
-        open_ufw(interface)
+        wanted = missing_rules(program, interface)
+        if wanted:
+            close_iptables(program)
+        for chain, *rule in wanted:
+            run([program, "-w", "10", "-I", chain, *rule])
+    if ufw_runs():  # in the words that `ufw show added` gives back; answers to what guests ask for pass by themselves
+        place = f"allow in on {interface}"
+        for words in (f"{place} to any port 67 proto udp", f"{place} to any port 53", f"route {place}"):
+            run(["ufw", *words.split(), "comment", MADE_BY_US])
     if firewalld_zone(interface) not in (None, "trusted"):
         run(["firewall-cmd", "--zone=trusted", f"--change-interface={interface}"])
 
@@ -4064,16 +3911,16 @@ def close_firewalls(interface: str) -> None:
         run(["firewall-cmd", "--zone=trusted", f"--remove-interface={interface}"])
 
 
-def dropping_chains() -> list[str]:
-    """The chains of other nft tables that drop what they don't name, which nobody can undo but their owner.
+def dropping_chains(interface: str) -> list[str]:
+    """The chains of other nft tables that drop what they don't name, and don't name the bridge.
 
-    Those of iptables, ufw and firewalld are told in their own way.
+    Nobody can undo that but their owner.  Those of iptables, ufw and firewalld are told in their own way.
     """
     import json
 
     status, said = attempt(["nft", "-j", "list", "chains"], 30)
     chains = [each["chain"] for each in json.loads(said)["nftables"] if "chain" in each] if status == 0 else []
-    return [
+    found = [
         f"{each['family']} {each['table']} {each['name']}"
         for each in chains
         if each.get("hook") in ("forward", "input")
@@ -4081,6 +3928,8 @@ def dropping_chains() -> list[str]:
         and each["family"] in ("ip", "inet")
         and each["table"] not in ("filter", "firewalld")
     ]
+    accepts = f'iifname "{interface}" accept'
+    return [chain for chain in found if accepts not in attempt(["nft", "list", "chain", *chain.split()], 5)[1]]
 
 
 # -- the host's bridge: up and down
@@ -4090,11 +3939,12 @@ def sysctl_file(interface: str, name: str, family: str = "ipv4") -> str:
     return f"/proc/sys/net/{family}/conf/{interface}/{name}"
 
 
-def set_sysctl(path: str, value: str) -> None:
-    """Write a sysctl that isn't so already."""
-    if read_text(path).strip() != value:
-        with open(path, "w", encoding="ascii") as file:
-            file.write(value)
+def forwards(interface: str) -> bool:
+    """Whether the kernel forwards what comes in by an interface; True where it doesn't say."""
+    try:
+        return read_text(sysctl_file(interface, "forwarding")).strip() != "0"
+    except OSError:
+        return True
 
 
 class BridgeSetup:
@@ -4111,9 +3961,6 @@ class BridgeSetup:
 
     def is_there(self) -> bool:
         return os.path.exists(f"/sys/class/net/{self.interface}")
-
-    def ports(self) -> list[str]:
-        return _names(f"/sys/class/net/{self.interface}/brif")
 
     def check(self) -> None:
         """Raise where the bridge can't be: a program is missing, the name or the network is someone else's."""
@@ -4140,8 +3987,9 @@ class BridgeSetup:
             try:
                 prepare_state_folder()
                 self._make_bridge()
-                forwarders = self._forward()
-                run(["nft", "-f", "-"], input=nft_table(self.settings, forwarders).encode())
+                rules = nft_rules("bridge.nft", guests=f'"{self.interface}"', subnet=self.settings.net)
+                guarded = "".join(f'add element ip {DOMAIN} guarded {{ "{each}" }}\n' for each in self._forward())
+                run(["nft", "-f", "-"], input=rules + guarded.encode())
                 open_firewalls(self.interface)
             except BaseException:
                 if new:
@@ -4149,30 +3997,17 @@ class BridgeSetup:
                     remove_empty(RUN_FOLDER)
                 raise
             self.tell_resolver()
-        for chain in dropping_chains():
+        for chain in dropping_chains(self.interface):
             report.warn(f"nft chain {chain} drops what it doesn't name: guests need iifname {self.interface} accepted")
 
     def _make_bridge(self) -> None:
         """The bridge and its address.  Before it is up: the kernel would take a guest for its IPv6 router."""
         name, wanted = self.interface, (self.settings.address, self.settings.length)
         if not self.is_there():
-            run(
-                [
-                    "ip",
-                    "link",
-                    "add",
-                    "name",
-                    name,
-                    "address",
-                    self.settings.mac,
-                    "type",
-                    "bridge",
-                    "forward_delay",
-                    "0",
-                ]
-            )
+            words = f"link add name {name} address {self.settings.mac} type bridge forward_delay 0"
+            run(["ip", *words.split()])
         if os.path.exists(sysctl_file(name, "accept_ra", "ipv6")):
-            set_sysctl(sysctl_file(name, "accept_ra", "ipv6"), "0")
+            write_proc(sysctl_file(name, "accept_ra", "ipv6"), "0")
         there = [
             (each["local"], each["prefixlen"])
             for card in ip_json("address", "show", "dev", name)
@@ -4189,14 +4024,14 @@ class BridgeSetup:
         Whether a packet is forwarded is asked of the interface that it came in by: the bridge, and for the answers the
         interfaces of the default routes.  net.ipv4.ip_forward, which Docker and libvirt set, would open all of them.
         """
-        set_sysctl(sysctl_file(self.interface, "forwarding"), "1")
+        write_proc(sysctl_file(self.interface, "forwarding"), "1")
         if read_text("/proc/sys/net/ipv4/ip_forward").strip() == "1":
             return []
-        quiet = {each for each in outgoing_interfaces() if read_text(sysctl_file(each, "forwarding")).strip() == "0"}
-        ours = sorted(quiet | set(self._forwarders()))
+        quiet = [each for each in outgoing_interfaces() if not forwards(each)]
+        ours = sorted({*quiet, *self._forwarders()})
         write_file(self.forwarding, "".join(f"{each}\n" for each in ours))
         for each in ours:
-            set_sysctl(sysctl_file(each, "forwarding"), "1")
+            write_proc(sysctl_file(each, "forwarding"), "1")
         return ours
 
     def _forwarders(self) -> list[str]:
@@ -4231,7 +4066,7 @@ class BridgeSetup:
         remove_empty(RUN_FOLDER)
 
     def check_unused(self) -> None:
-        ports = self.ports() if bridge_is_ours(self.interface) else []
+        ports = _names(f"/sys/class/net/{self.interface}/brif") if bridge_is_ours(self.interface) else []
         if ports:
             raise WrongState(
                 f"the bridge {self.interface} is in use: {plural(len(ports), 'VM')} on it ({', '.join(ports[:5])})",
@@ -4244,38 +4079,10 @@ class BridgeSetup:
             run(["nft", "delete", "table", "ip", DOMAIN])
         if read_text("/proc/sys/net/ipv4/ip_forward").strip() == "0":  # else another one wants them to forward by now
             for each in self._forwarders():
-                set_sysctl(sysctl_file(each, "forwarding"), "0")
+                write_proc(sysctl_file(each, "forwarding"), "0")
         remove_file(self.forwarding)
         if bridge_is_ours(self.interface):
             run(["ip", "link", "delete", self.interface])
-
-
-def bridge_faults(settings: BridgeSettings, ours: bool) -> Iterator[str]:
-    """What keeps guests from the outside or from names, a line each, with the command that mends it where there is one.
-
-    Rules are only shown to root; a bridge that isn't `ours` is its maker's.
-    """
-    clash = overlapping(settings)
-    if clash:
-        yield f"the bridge's network {settings.net} is in use elsewhere: {clash}"
-    if not ours:
-        return
-    mend = "(nocloud net up mends it)"
-    if connected_network(settings.interface) not in ("", settings.net):
-        yield f"the bridge has {connected_network(settings.interface)}, and the settings say {settings.net} {mend}"
-    for name in (settings.interface, *sorted(outgoing_interfaces())):
-        if read_text(sysctl_file(name, "forwarding")).strip() == "0":
-            yield f"{name} doesn't forward {mend}"
-    if not BridgeServer(settings).answers():
-        yield f"no DNS at {settings.address}: dnsmasq doesn't run {mend}"
-    if os.geteuid() == 0:
-        if not has_nft_table(f"ip {DOMAIN}"):
-            yield f"the nft table ip {DOMAIN} is gone: no address is translated {mend}"
-        for program in iptables_programs():
-            if missing_rules(program, settings.interface):
-                yield f"{program} has rules, and doesn't accept the bridge {mend}"
-        for chain in dropping_chains():
-            yield f"nft chain {chain} drops what it doesn't name: guests need iifname {settings.interface} accepted"
 
 
 def outgoing_interfaces() -> set[str]:
@@ -4364,36 +4171,24 @@ class BridgeServer:
     """The bridge's dnsmasq: a unit of systemd where the units are installed, else a daemon of our own."""
 
     def __init__(self, settings: BridgeSettings) -> None:
-        self.settings = settings
-        self.pid_file = os.path.join(RUN_FOLDER, "dnsmasq.pid")
+        self.settings, self.hosts = settings, HostFiles(STATE_FOLDER, "?")
+        self.pid_file, self.log = (os.path.join(RUN_FOLDER, f"dnsmasq.{name}") for name in ("pid", "log"))
 
     def argv(self) -> list[str]:
-        """dnsmasq(8), 2.90, in the foreground.
-
-        As its own user, which systemd starts it as, it can't change to another.  The host's /etc/resolv.conf names
-        the servers that it asks.  A guest of its own name, that nobody published, is known by that.
-        """
+        """As its own user, which systemd starts it as, it can't change to another.  The host's /etc/resolv.conf names
+        the servers that it asks.  A guest of its own name, that nobody published, is known by that."""
         settings = self.settings
-        dynamic = [ipv4_text(number) for number in (settings.first_dynamic, settings.last)]
+        first, last = (ipv4_text(number) for number in (settings.first_dynamic, settings.last))
         mask = ipv4_text(0xFFFFFFFF << (32 - settings.length) & 0xFFFFFFFF)
-        return [
-            "dnsmasq", "--keep-in-foreground", *self._as_user(), "--quiet-dhcp", "--conf-file=/dev/null", "--no-hosts",
-            f"--interface={settings.interface}", "--except-interface=lo", "--bind-interfaces",
-            f"--domain={DOMAIN}", f"--local=/{DOMAIN}/", "--domain-needed", "--bogus-priv",
-            f"--dhcp-range={','.join(dynamic)},{mask},12h", f"--dhcp-leasefile={LEASES}",
-            "--dhcp-authoritative", "--dhcp-rapid-commit", "--no-ping", "--dhcp-ignore-clid",
-            f"--dhcp-hostsdir={STATE_FOLDER}/dhcp", f"--hostsdir={STATE_FOLDER}/hosts",
-        ]  # fmt: skip
-
-    def _as_user(self) -> list[str]:
-        if os.geteuid() != 0:
-            return ["--user=", "--group=", "--pid-file=", "--log-facility=-"]
-        group = account(("kvm",), group=True)[0]
-        log = os.path.join(RUN_FOLDER, "dnsmasq.log")
-        return [
-            f"--user={account(DNSMASQ_USERS)[0]}", f"--group={group}", f"--pid-file={self.pid_file}",
-            f"--log-facility={log}",
-        ]  # fmt: skip
+        user, group, pid_file, log = "", "", "", "-"
+        if os.geteuid() == 0:
+            user, group = account(DNSMASQ_USERS)[0], account(("kvm",), group=True)[0]
+            pid_file, log = self.pid_file, self.log
+        return dnsmasq_argv(
+            settings.interface, self.hosts, f"--user={user}", f"--group={group}",
+            f"--pid-file={pid_file}", f"--log-facility={log}",
+            f"--dhcp-range={first},{last},{mask},12h", f"--dhcp-leasefile={LEASES}",
+        )  # fmt: skip
 
     def answers(self) -> bool:
         """Whether something serves DNS at the bridge's address."""
@@ -4408,21 +4203,18 @@ class BridgeServer:
     def forget(self) -> None:
         """Take the leases of VMs that are gone out of the file, while dnsmasq doesn't run."""
         first, dynamic = self.settings.first, self.settings.first_dynamic
-        members = {(mac, address) for _, mac, address in HostFiles(STATE_FOLDER, "?").members()}
-        try:
-            text = read_text(LEASES)
-            kept = []
-            for line in text.splitlines(True):
-                words = line.split()
-                allotted = len(words) > 2 and is_ipv4(words[2]) and first <= ipv4_number(words[2]) < dynamic
-                if not allotted or (words[1].lower(), words[2]) in members:
-                    kept.append(line)
-            if "".join(kept) != text:
-                with open(LEASES, "r+", encoding="utf-8", errors="surrogateescape") as file:  # the folder is root's
-                    file.write("".join(kept))
-                    file.truncate()
-        except FileNotFoundError:
-            pass
+        members = {(mac, address) for _, mac, address in self.hosts.members()}
+        lines = read_text(LEASES).splitlines(True) if os.path.exists(LEASES) else []
+        kept = []
+        for line in lines:
+            words = line.split()
+            allotted = len(words) > 2 and is_ipv4(words[2]) and first <= ipv4_number(words[2]) < dynamic
+            if not allotted or (words[1].lower(), words[2]) in members:
+                kept.append(line)
+        if kept != lines:
+            with open(LEASES, "r+", encoding="utf-8", errors="surrogateescape") as file:  # the folder is root's
+                file.writelines(kept)
+                file.truncate()
 
     def start(self) -> None:
         """As a daemon of our own, unless it runs; anew where the bridge has another address by now."""
@@ -4432,22 +4224,23 @@ class BridgeServer:
                 self.forget()
                 start_daemon(self.argv(), ())
 
-    def restart(self) -> None:
-        """Start a daemon of our own anew."""
-        if daemon_pid(self.pid_file):
-            self.stop()
-            self.start()
-
     def stop(self) -> None:
         with FolderLock(RUN_FOLDER, make=True):
             stop_daemon(self.pid_file)
-            remove_file(os.path.join(RUN_FOLDER, "dnsmasq.log"))
+            remove_file(self.log)
         remove_empty(RUN_FOLDER)
+
+
+# -- systemd
+
+
+def systemd_runs() -> bool:
+    return os.path.isdir("/run/systemd/system")
 
 
 def units_installed() -> bool:
     """Whether systemd runs here and knows our units."""
-    return os.path.isdir("/run/systemd/system") and attempt(["systemctl", "cat", SYSTEMD_UNITS[0]], 30)[0] == 0
+    return systemd_runs() and attempt(["systemctl", "cat", SYSTEMD_UNITS[0]], 30)[0] == 0
 
 
 def systemctl(verb: str, *units: str) -> None:
@@ -4458,6 +4251,22 @@ def systemctl(verb: str, *units: str) -> None:
         _, log = attempt(["journalctl", "--no-pager", "--output=cat", "--lines=20", *words], 30)
         told = [line for line in log.splitlines() if line.startswith(("nocloud", "dnsmasq"))]
         raise Error(told[-1] if told else last_line(said), f"journalctl -u {units[0]}")
+
+
+def active_groups() -> list[str]:
+    """The nocloud@GROUP units of the system that are not stopped."""
+    if not systemd_runs():
+        return []
+    states = "--state=active,activating,reloading,deactivating"
+    status, said = attempt(["systemctl", "list-units", "--plain", "--no-legend", states, "nocloud@*.service"], 30)
+    return [line.split()[0] for line in said.splitlines() if line.strip()] if status == 0 else []
+
+
+def enabled_groups() -> list[str]:
+    """Those that start with the system; systemctl lists only the template that they are instances of."""
+    import glob
+
+    return sorted({os.path.basename(path) for path in glob.glob("/etc/systemd/system/*.wants/nocloud@*.service")})
 
 
 def bridge_up(config: Config) -> None:
@@ -4509,18 +4318,15 @@ class HostBridge(Network):
     def publishes(self) -> bool:
         """Whether this user allots addresses here; said once where the rights for it are missing."""
         if self._publishes is None:
-            self._publishes = bridge_is_ours(self.interface) and os.path.isdir(STATE_FOLDER) and self._may_publish()
+            ours, why = bridge_is_ours(self.interface) and os.path.isdir(STATE_FOLDER), ""
+            if not all(os.access(self.hosts.place(kind), os.R_OK | os.W_OK | os.X_OK) for kind in ("dhcp", "hosts")):
+                why = f"you may not write to {STATE_FOLDER}; who is in the group kvm may"
+            elif ours and connected_network(self.interface) != BridgeSettings(self.config).net:
+                why = f"{self.interface} is not the bridge of your settings, where bridgeNet={self.config['bridgeNet']}"
+            if ours and why:
+                report.warn(f"addresses and names on {self.interface} are left to DHCP: {why}")
+            self._publishes = ours and not why
         return self._publishes
-
-    def _may_publish(self) -> bool:
-        why = ""
-        if not all(os.access(self.hosts.place(kind), os.R_OK | os.W_OK | os.X_OK) for kind in ("dhcp", "hosts")):
-            why = f"you may not write to {STATE_FOLDER}; who is in the group kvm may"
-        elif connected_network(self.interface) != BridgeSettings(self.config).net:
-            why = f"{self.interface} is not the bridge of your settings, where bridgeNet={self.config['bridgeNet']}"
-        if why:
-            report.warn(f"addresses and names on {self.interface} are left to DHCP: {why}")
-        return not why
 
     def allot(self, taken: set[str], uuid: str) -> str:
         """An address below those that DHCP gives to others, held by a file.  The folder's lock is for all users."""
@@ -4545,11 +4351,8 @@ class HostBridge(Network):
         if vm.get("vmAddress") and self.publishes():
             self.hosts.publish(vm)
 
-    def strangers(self, known: set[str]) -> list[str]:
-        return self.hosts.strangers(known)
-
     def withdraw(self, uuids: Sequence[str]) -> None:
-        """dnsmasq forgets none by itself: a unit that watches this file starts it anew, or we do where it is ours."""
+        """dnsmasq forgets none by itself: a unit that watches this file starts it anew, or root does."""
         if not uuids or not self.hosts.withdraw(uuids):
             return
         try:
@@ -4557,8 +4360,10 @@ class HostBridge(Network):
                 file.write(f"{time.time_ns()}\n")
         except OSError:
             pass  # it isn't there: nobody watches it
-        if os.geteuid() == 0:
-            BridgeServer(BridgeSettings(self.config)).restart()
+        server = BridgeServer(BridgeSettings(self.config))
+        if os.geteuid() == 0 and daemon_pid(server.pid_file):  # which isn't the unit's
+            server.stop()
+            server.start()
 
     # attaching to it
 
@@ -4573,31 +4378,66 @@ class HostBridge(Network):
     def lease_places(self) -> Sequence[str]:
         return [self.config["bridgeLeases"]] if self.config["bridgeLeases"] else LEASE_FILES
 
-    def missing(self) -> str:
+    def why_not(self) -> str:
         """Why this user can't put a VM on the bridge, or ''."""
+        if self.why_down():
+            return self.why_down()
+        if not os.access("/dev/net/tun", os.R_OK | os.W_OK):  # the helper gives up root's rights before it opens that
+            return "you may not open /dev/net/tun"
+        faults = [text for text, _ in self.helper_faults()]
+        return next(iter([*faults, *(text for keeps_off, text, _ in self.list_faults() if keeps_off)]), "")
+
+    def why_down(self) -> str:
+        """Why nobody can, or ''."""
         if not os.path.isdir(f"/sys/class/net/{self.interface}/bridge"):
             return f"there is no bridge {self.interface}"
         if not int(read_text(f"/sys/class/net/{self.interface}/flags"), 16) & IFF_UP:
             return f"the bridge {self.interface} is down"
-        return self._helper_fails()
-
-    def _helper_fails(self) -> str:
-        """Why qemu-bridge-helper would give this user no tap, or ''."""
-        helper = self.helper()
-        if not helper:
-            return "qemu-bridge-helper is not there"
-        if os.geteuid() != 0 and not os.stat(helper).st_mode & stat.S_ISUID:
-            return f"{helper} is not setuid root"
-        if not os.access("/dev/net/tun", os.R_OK | os.W_OK):  # the helper gives up root's rights before it opens that
-            return "you may not open /dev/net/tun"
-        lists = [path for path in HELPER_LISTS if os.path.exists(path)] or HELPER_LISTS
-        if not helper_allows(lists[0], self.interface):
-            return f"{lists[0]} has no line: allow {self.interface}"
         return ""
+
+    def helper_faults(self) -> Iterator[tuple[str, str]]:
+        """Why this user can't use qemu-bridge-helper, which root's rights are needed for, and what mends it."""
+        place = next(filter(os.path.isfile, self.helper_places()), "")
+        if not place:
+            install = install_command(["qemu-bridge-helper"]) or "install qemu-bridge-helper"
+            yield "qemu-bridge-helper is not there", install
+            return
+        info = os.stat(place)
+        if os.geteuid() and (info.st_uid or not info.st_mode & stat.S_ISUID):
+            yield f"{place} is not setuid root", f"sudo chown root {place} && sudo chmod u+s {place}"
+        elif not os.access(place, os.X_OK):
+            yield f"you may not run {place}", group_command(info.st_gid)
+
+    def list_faults(self) -> Iterator[tuple[bool, str, str]]:
+        """(whether it keeps VMs off the bridge, what, what mends it) of the helper's list.
+
+        The helper reads it as the user that calls it.  What isn't named is denied, and a line that denies wins.
+        """
+        name, path = self.interface, helper_list()
+        allow = f"sudo mkdir -p {os.path.dirname(path)} && echo 'allow {name}' | sudo tee -a {path}"
+        try:
+            rules = helper_rules(path)
+        except FileNotFoundError:
+            yield True, f"there is no {path}", allow
+            return
+        except PermissionError:
+            yield True, f"{path}: you may not read it", f"sudo chmod a+rX {os.path.dirname(path)} {path}"
+            return
+        line = "^[[:space:]]*{}[[:space:]]\\+{}[[:space:]]*$"
+        for rule in (("deny", "all"), ("deny", name)):
+            if rule in rules:
+                text = f"{rules[rule]}: the line `{' '.join(rule)}` keeps VMs off the bridge {name}"
+                yield True, text, f"sudo sed -i '/{line.format(*rule)}/d' {rules[rule]}"
+        if ("allow", "all") in rules:
+            path = rules["allow", "all"]
+            text = f"{path}: with the line `allow all` users may put VMs on every bridge of this host"
+            yield False, text, f"sudo sed -i 's/{line.format('allow', 'all')}/allow {name}/' {path}"
+        elif ("allow", name) not in rules:
+            yield True, f"{path} has no line: allow {name}", allow
 
     def up(self, keep: bool = False) -> None:
         """Raise where this user can't attach to it; setting it up is root's."""
-        reason = self.missing()
+        reason = self.why_not()
         if reason:
             absent = not os.path.isdir(f"/sys/class/net/{self.interface}/bridge")
             mend = "root makes it: nocloud net up" if absent else "nocloud doctor says what mends it"
@@ -4606,29 +4446,14 @@ class HostBridge(Network):
                 f"{mend}; a new group can be on the private network: NOCLOUD_vmNetwork=private",
             )
 
-    def in_use(self) -> HostBridge:
-        self.up()
-        return self
-
-    def __enter__(self) -> HostBridge:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        pass
-
     def tap(self) -> tuple[int, int]:
         """The helper makes the tap, puts it on the bridge and sends it over a socket pair (qemu-bridge-helper.c)."""
         import socket as sockets
 
         mine, its = sockets.socketpair(sockets.AF_UNIX, sockets.SOCK_STREAM)
         with mine, its:
-            argv = [
-                self.helper() or "qemu-bridge-helper",
-                "--use-vnet",
-                f"--br={self.interface}",
-                f"--fd={its.fileno()}",
-            ]
-            run(argv, fds=[its.fileno()])
+            words = ["--use-vnet", f"--br={self.interface}", f"--fd={its.fileno()}"]
+            run([self.helper() or "qemu-bridge-helper", *words], fds=[its.fileno()])
             mine.settimeout(5)
             _, fds, _, _ = sockets.recv_fds(mine, 16, 1)
         if not fds:
@@ -4649,27 +4474,20 @@ class HostBridge(Network):
         return vm.conf.get("vmAddress") or self.leases().get(vm.conf.get("vmMac", ""), "")
 
     def status(self) -> Iterator[str]:
-        """Whether it is up, who is on it, and what is wrong.  Some of that only root sees."""
         there = os.path.exists(f"/sys/class/net/{self.interface}")
         net = connected_network(self.interface)
         yield f"bridge {self.interface}: " + (f"up, {net}" if net else "down, without an address" if there else "down")
         if not there:
             return
-        ours = bridge_is_ours(self.interface)
-        settings = BridgeSettings(self.config)
-        if ours:
-            yield "dnsmasq: " + (
-                f"answers at {settings.address}" if BridgeServer(settings).answers() else "not running"
-            )
+        if bridge_is_ours(self.interface):
+            server = BridgeServer(BridgeSettings(self.config))
+            yield "dnsmasq: " + (f"answers at {server.settings.address}" if server.answers() else "not running")
         leased = {mac: (address, name, until) for mac, address, name, until in self.lease_lines()}
         for name, mac, address in self.hosts.members():
             has = leased.pop(mac, ("", "", 0))
             yield printable(f"{name} {mac} {address} " + (lease_text(has[2]) if has[0] == address else "no lease"))
         for mac, (address, name, until) in leased.items():
             yield printable(f"{name} {mac} {address} {lease_text(until)}")
-        reason = self.missing()
-        for wrong in (*bridge_faults(settings, ours), *([f"you can't put VMs on it: {reason}"] if reason else ())):
-            yield f"wrong: {wrong}"
 
     def leases(self) -> dict[str, str]:
         """MAC → address of dnsmasq's lease file."""
@@ -4709,23 +4527,35 @@ def connected_network(interface: str) -> str:
     return ""
 
 
-def helper_allows(path: str, interface: str, depth: int = 8) -> bool:
-    """Whether qemu-bridge-helper's list allows the bridge: by an allow line, and no deny line; both may say `all`.
+def helper_list() -> str:
+    """The file that says which bridges qemu-bridge-helper may put VMs on."""
+    return next(filter(os.path.exists, HELPER_LISTS), HELPER_LISTS[0])
 
-    What this user can't read is taken to allow it: the helper will tell.
+
+def helper_rules(path: str, depth: int = 8) -> dict[tuple[str, str], str]:
+    """(verb, name) → file of each line of such a list and of those that it includes: allow or deny.
+
+    Included ones that can't be read don't count, as for the helper itself (qemu-bridge-helper.c), so that a user can
+    have one of his own.  Raises OSError where the list itself can't.
     """
-    allowed = denied = False
-    try:
-        lines = [line.split() for line in read_text(path).splitlines() if not line.strip().startswith("#")]
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    for words in lines:
-        allowed |= words[:1] == ["allow"] and words[1:2] in (["all"], [interface])
-        denied |= words[:1] == ["deny"] and words[1:2] in (["all"], [interface])
-        allowed |= words[:1] == ["include"] and depth > 0 and helper_allows("".join(words[1:2]), interface, depth - 1)
-    return allowed and not denied
+    found = {}
+    for line in read_text(path).splitlines():
+        verb, name = [*line.split(None, 1), "", ""][:2]
+        if verb == "include":
+            try:
+                found.update(helper_rules(name.strip(), depth - 1) if depth else {})
+            except OSError:
+                continue
+        elif verb and not verb.startswith("#"):
+            found[verb, name.strip()] = path
+    return found
+
+
+def group_command(gid: int) -> str:
+    """What makes this user a member of a group."""
+    import grp
+
+    return f"sudo usermod -aG {grp.getgrgid(gid).gr_name} {user_name()}  # and log in again"
 
 
 # Identity ############################################################################################
@@ -7083,7 +6913,7 @@ class Cloud:
         wanted = self.config["vmNetwork"]
         if wanted != "auto":
             return wanted
-        return "private" if self.network("bridge").missing() else "bridge"
+        return "private" if self.network("bridge").why_not() else "bridge"
 
     def close(self) -> None:
         """Close what this process holds of the networks."""
@@ -7373,7 +7203,7 @@ def reserve(cloud: Cloud, group: str, wishes: Sequence[Wish], plans: list[Plan])
         names = {vm.name.lower() for vm in taken.vms if vm.group == group}
         known = taken.uuids | {vm.conf.get("vmUuid", "") for vm in tree.templates() if vm.is_readable()}
         strangers = [uuid for each in cloud.networks() for uuid in each.strangers(known)] if taken.complete else []
-        taken.addresses |= cloud.private.published()
+        taken.addresses |= cloud.private.hosts.addresses()
         for wish in wishes:
             check_collision(tree, group, wish.type)  # again, now that nobody else can make one
             template = tree.need_template(wish.template)
@@ -8162,7 +7992,7 @@ class OwnGuest:
         cloud, vm = self.cloud, self.vm
         give_identity(cloud, vm)
         network = cloud.network_of(vm)
-        with network.in_use():
+        with network.hold():
             start_locked(cloud, vm, network, self.layer, tied=True)
         self._process = Process(vm.state()[1])
         return self
@@ -8572,7 +8402,7 @@ def start_all(
     kinds = {cloud.network_kind(vm) for vm in vms if vm.is_readable() and not vm.stranger()}
     with contextlib.ExitStack() as stack:
         for kind in sorted(kinds):
-            stack.enter_context(cloud.network(kind).in_use())
+            stack.enter_context(cloud.network(kind).hold())
         results = in_parallel(start_one, vms)
     return [name_error(vm, result) for vm, result in zip(vms, results)]
 
@@ -9294,7 +9124,7 @@ def supervise(
         if not old and not wishes:
             raise NotFound(f"{group}: there are no VMs in it", "vmrun -f FILE makes them")
         if group_network(cloud, group) == "private":
-            with cloud.private.in_use():
+            with cloud.private.hold():
                 pass  # the network comes up, and is opened, while there are no threads yet
         cloud.qemu()
         cloud.accel()
@@ -9473,19 +9303,18 @@ INSTALL_RECORD = "share/nocloud/installed.json"  # below PREFIX
 INSTALLED_CONFS = ("nocloud_net.conf", "nocloud_templates.conf")
 
 
+@record
 class Placed:
     """A file of an installation: where it goes, and its content, or where the link points.
 
     `conf`: users change it, and what they changed is kept.
     """
 
-    __slots__ = ("path", "content", "link", "mode", "conf")
-
-    def __init__(
-        self, path: str, content: str | bytes = b"", link: str = "", mode: int = 0o644, conf: bool = False
-    ) -> None:
-        self.path, self.link, self.mode, self.conf = path, link, mode, conf
-        self.content = content.encode() if isinstance(content, str) else content
+    path: str
+    content: bytes = b""
+    link: str = ""
+    mode: int = 0o644
+    conf: bool = False
 
     def fingerprint(self) -> str:
         """As Installation.fingerprint()."""
@@ -9504,8 +9333,8 @@ def planned_files(
     """
     found = [Placed(f"{prefix}/bin/nocloud", program, mode=0o755)]
     found += [Placed(f"{prefix}/bin/{name}", link="nocloud") for name in names]
-    found += [Placed(f"{prefix}/etc/{name}", packaged(name), conf=True) for name in INSTALLED_CONFS]
-    found += [Placed(f"{prefix}/{path}", text) for path, text in documents.items()]
+    found += [Placed(f"{prefix}/etc/{name}", packaged(name).encode(), conf=True) for name in INSTALLED_CONFS]
+    found += [Placed(f"{prefix}/{path}", text.encode()) for path, text in documents.items()]
     found += [Placed(f"{prefix}/{path}", link=target) for path, target in links.items()]
     return found
 
@@ -9521,13 +9350,16 @@ def checked_prefix(prefix: str) -> str:
 
 
 class Installation:
-    """What is installed below one PREFIX, and the record of it; `root` is DESTDIR, '' for this host."""
+    """What is installed below one PREFIX, and the record of it; `root` is DESTDIR, '' for this host.
+
+    The record is written before each change, so that a call that was killed can be finished, or undone.
+    """
 
     def __init__(self, prefix: str, root: str = "") -> None:
         """Raises Error where the record can't be relied on."""
         self.prefix, self.root = checked_prefix(prefix), root.rstrip("/")
         self.record = self.real(f"{self.prefix}/{INSTALL_RECORD}")
-        self.files: dict[str, list[str]] = {}  # path: the fingerprints that it had as we put it there, oldest first
+        self.files: dict[str, list[str]] = {}  # path: the fingerprints that it had as we put it there
         self.folders: list[str] = []  # those that weren't there before
         self.host: dict[str, Any] = {}  # what was changed on the host, and how it was before
         self.exists = os.path.exists(self.record)
@@ -9545,24 +9377,17 @@ class Installation:
             raise Error(f"{self.record}: {reason}; it says what to remove, so it is not used", "chown root, chmod 644")
         try:
             known = json.loads(read_text(self.record))
-            parts = known["files"], known["folders"], known["host"]
-            if tuple(map(type, parts)) != (dict, list, dict):
-                raise ValueError("not of this form")
-            self.files, self.folders, self.host = parts
+            self.files, self.folders, self.host = dict(known["files"]), list(known["folders"]), dict(known["host"])
         except (ValueError, KeyError, TypeError) as error:
             raise Error(f"{self.record}: is damaged: {error!r}", "move it away, and install again") from None
 
-    def save(self) -> None:
+    def save(self, **host: Any) -> None:
+        """Write the record, with what is going to be changed on the host."""
         import json
 
+        self.host.update(host)
         known = {"version": __version__, "files": self.files, "folders": self.folders, "host": self.host}
         write_file(self.record, json.dumps(known, indent=1) + "\n", 0o644)
-        self.exists = True
-
-    def remember(self, **changes: Any) -> None:
-        """Write down a change of the host before it is made."""
-        self.host.update(changes)
-        self.save()
 
     def fingerprint(self, path: str) -> str:
         """What is there: `sha256 HEX`, `link TARGET`, `folder`, or ''."""
@@ -9573,92 +9398,71 @@ class Installation:
             return "folder"
         return f"sha256 {file_digest(path)}" if os.path.exists(path) else ""
 
-    # installing
-
     def check(self, files: Sequence[Placed]) -> None:
-        """Raise where something is in the way that no installation of ours put there."""
-        strangers = [each.path for each in files if self._is_in_the_way(each)]
-        if strangers:
-            names = ", ".join(self.real(path) for path in strangers[:20])
+        """Raise where something is in the way that neither an installation nor `nocloud links` put there."""
+        blocked = []
+        for each in files:
+            there, path = self.fingerprint(each.path), self.real(each.path)
+            known = there in ("", each.fingerprint()) or (there != "folder" and (each.conf or each.path in self.files))
+            target = os.path.basename(os.path.realpath(path)) if each.link and os.path.islink(path) else ""
+            if not known and target not in ("nocloud", "nocloud.pyz", "nocloud.py"):
+                blocked.append(path)
+        if blocked:
             raise WrongState(
-                f"in the way, and not installed by nocloud: {names}", "move them away, or set another PREFIX"
+                f"in the way, and not installed by nocloud: {', '.join(blocked[:20])}",
+                "move them away, or set another PREFIX",
             )
 
-    def _is_in_the_way(self, each: Placed) -> bool:
-        there = self.fingerprint(each.path)
-        if there in ("", each.fingerprint()) or (there != "folder" and (each.conf or each.path in self.files)):
-            return False
-        return not (each.link and there.startswith("link ") and self._is_own_link(each.path))  # of `nocloud links`
-
-    def _is_own_link(self, path: str) -> bool:
-        return os.path.basename(os.path.realpath(self.real(path))) in ("nocloud", "nocloud.pyz", "nocloud.py")
+    def is_changed(self, each: Placed) -> bool:
+        """Whether the user's own configuration is there, which is kept."""
+        known = ("", each.fingerprint(), *self.files.get(each.path, ()))
+        return each.conf and self.fingerprint(each.path) not in known
 
     def place(self, files: Sequence[Placed]) -> list[str]:
         """Put the files there, keeping the configuration that the user changed; what there is to say of that."""
-        writes, kept = [], []
+        writes, said = [], []
         for each in files:
-            write, is_kept = self._decide(each)
-            writes += [write] if write else []
-            kept += [self.real(each.path)] if is_kept else []
-        stale = [path for path in self.files if self._is_stale(path, files)]
-        self._make_folders([*files, *writes])
-        for each in [*files, *writes]:
-            prints = self.files.setdefault(each.path, [])
-            if each.fingerprint() not in prints:
-                prints.append(each.fingerprint())
-        self.save()
+            if not self.is_changed(each):
+                writes += [each] if self.fingerprint(each.path) != each.fingerprint() else []
+                continue
+            said.append(f"kept: {self.real(each.path)}, which was changed")
+            if each.fingerprint() not in self.files.get(each.path, ()):  # else the user has seen this version before
+                said[-1] += f"; the new version is {self.real(each.path)}.new"
+                writes.append(Placed(f"{each.path}.new", each.content))
+        planned = {each.path for each in files}
+        stale = [path for path in self.files if not {path, path.removesuffix(".new")} & planned]
+        for each in (*files, *writes):
+            self.files[each.path] = list(dict.fromkeys([*self.files.get(each.path, ()), each.fingerprint()]))
+        self._make_folders([each.path for each in (*files, *writes)])
         for each in writes:
             self._write(each)
         for path in stale:
             self._remove(path)
         self.save()
-        news = {self.real(each.path) for each in writes}
-        said = {path: f"; the new version is {path}.new" if f"{path}.new" in news else "" for path in kept}
-        return [f"kept: {path}, which was changed{new}" for path, new in said.items()]
+        return said
 
-    def _decide(self, each: Placed) -> tuple[Placed | None, bool]:
-        """(what to write or None, whether the user's own configuration is kept)."""
-        there, known = self.fingerprint(each.path), self.files.get(each.path, [])
-        if there == each.fingerprint():
-            return None, False
-        if not each.conf or not there or there in known:
-            return each, False
-        # a version that was there or beside once is known to the user
-        return (None if each.fingerprint() in known else Placed(f"{each.path}.new", each.content)), True
-
-    @staticmethod
-    def _is_stale(path: str, files: Sequence[Placed]) -> bool:
-        """Whether it belongs to another version only."""
-        planned = {each.path for each in files}
-        return path not in planned and path[: -len(".new")] not in planned
-
-    def _make_folders(self, files: Sequence[Placed]) -> None:
-        """The folders of these files; the record's first, since it names the others."""
+    def _make_folders(self, paths: Sequence[str]) -> None:
+        """The folders of these files; the record, which names them, is written first."""
         missing: list[str] = []
-        for path in [f"{self.prefix}/{INSTALL_RECORD}", *(each.path for each in files)]:
+        for path in (f"{self.prefix}/{INSTALL_RECORD}", *paths):
             folder = os.path.dirname(path)
             while not os.path.isdir(self.real(folder)) and folder not in missing:
                 missing.append(folder)
                 folder = os.path.dirname(folder)
-        for folder in sorted(missing, key=len):
-            self._make_folder(folder)
-
-    def _make_folder(self, folder: str) -> None:
-        if folder not in self.folders:
-            self.folders.append(folder)
-        if os.path.isdir(os.path.dirname(self.record)):
-            self.save()
-        os.makedirs(self.real(folder), 0o755)
-        os.chmod(self.real(folder), 0o755)  # whatever the umask says
+        missing.sort(key=len)
+        self.folders = list(dict.fromkeys([*self.folders, *missing]))
+        os.makedirs(os.path.dirname(self.record), exist_ok=True)
+        self.save()
+        for folder in missing:
+            os.makedirs(self.real(folder), exist_ok=True)
+            os.chmod(self.real(folder), 0o755)  # whatever the umask says
 
     def _write(self, each: Placed) -> None:
         path = self.real(each.path)
         self._sweep(path)
         if each.link:
-            temporary = f"{path}.{os.getpid()}.tmp"
-            remove_file(temporary)
-            os.symlink(each.link, temporary)
-            os.replace(temporary, path)
+            remove_file(path)
+            os.symlink(each.link, path)
         else:
             write_file(path, each.content, each.mode)
 
@@ -9676,28 +9480,20 @@ class Installation:
         for left in glob.glob(f"{glob.escape(path)}.*.tmp"):
             remove_file(left)
 
-    # and away with it
-
     def take_away(self) -> list[str]:
         """Remove the files and the record of them; the paths of configuration that was changed, and is kept."""
         kept = []
         for path, prints in list(self.files.items()):
-            if self._was_changed(path, prints):
+            is_conf = os.path.dirname(path) == f"{self.prefix}/etc" and path.endswith(".conf")
+            if is_conf and self.fingerprint(path) not in ("", *prints):
                 kept.append(self.real(path))
             else:
                 self._remove(path)
+        self._sweep(self.record)
         remove_file(self.record)
         for folder in sorted(self.folders, key=len, reverse=True):
             remove_empty(self.real(folder))
         return kept
-
-    def _was_changed(self, path: str, prints: Sequence[str]) -> bool:
-        is_conf = os.path.dirname(path) == f"{self.prefix}/etc" and path.endswith(".conf")
-        return is_conf and self.fingerprint(path) not in ("", *prints)
-
-    def was_changed(self, each: Placed) -> bool:
-        """Whether the user's own is there, and will be kept."""
-        return self.fingerprint(each.path) not in ("", each.fingerprint(), *self.files.get(each.path, ()))
 
 
 # -- the host
@@ -9709,66 +9505,22 @@ UNITS = (*SYSTEMD_UNITS, "nocloud-dnsmasq-reload.service", GROUP_UNIT)
 SYSUSERS = "nocloud-sysusers.conf"
 
 
-def missing_programs(config: Config) -> list[str]:
-    """What has to be there before an installation is of use, and isn't."""
-    qemu = f"qemu-system-{os.uname().machine}"
-    found = [] if find_program(qemu) or find_program("/usr/libexec/qemu-kvm") else [qemu]
-    found += [name for name in NEEDED_PROGRAMS if not find_program(name)]
-    return found if HostBridge(config).helper() else [*found, "qemu-bridge-helper"]
-
-
-def check_programs(missing: Sequence[str]) -> None:
+def check_programs(config: Config) -> None:
     """Raises MissingProgram, naming each with its package, and one command for all of them."""
+    qemu = f"qemu-system-{os.uname().machine}"
+    missing = [] if find_program(qemu) or find_program("/usr/libexec/qemu-kvm") else [qemu]
+    missing += [name for name in NEEDED_PROGRAMS if not find_program(name)]
+    missing += [] if HostBridge(config).helper() else ["qemu-bridge-helper"]
     if missing:
         _, column = host_installer()
         names = [f"{name} (package {package_of(name, column)})" for name in missing]
         raise MissingProgram(f"not here yet: {', '.join(names)}; nothing was changed", install_command(missing))
 
 
-def acl_rules(text: str) -> list[tuple[str, str]]:
-    """(verb, name) of each line of a bridge.conf: allow, deny, include (qemu-bridge-helper.c)."""
-    lines = [line.split(None, 1) for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
-    return [(words[0], words[1].strip() if words[1:] else "") for words in lines]
-
-
-def with_rule(text: str, interface: str) -> str:
-    """`text` with a line that allows the bridge; all others are kept, though one may still forbid it."""
-    if ("allow", interface) in acl_rules(text):
-        return text
-    return text + ("\n" if text and not text.endswith("\n") else "") + f"allow {interface}\n"
-
-
-def without_rule(text: str, interface: str) -> str:
-    return "".join(line for line in text.splitlines(True) if line.split() != ["allow", interface])
-
-
-def acl_warnings(text: str, interface: str) -> Iterator[str]:
-    """What others' lines do, as the end of a message: the helper heeds all of them, and one that denies wins."""
-    rules = acl_rules(text)
-    for name in ("all", interface):
-        if ("deny", name) in rules:
-            yield f"the line `deny {name}` keeps VMs off the bridge {interface}; remove it"
-    if ("allow", "all") in rules:
-        yield "with the line `allow all` users may put VMs on every bridge of this host; remove it"
-
-
-def modules_for(cpuinfo: str, is_there: Callable[[str], bool]) -> list[str]:
-    """The kernel modules that VMs want, of those that this kernel has: a missing one would fail the boot's unit."""
-    flags = {flag for line in re.findall(r"^flags\s*: (.*)$", cpuinfo, re.M) for flag in line.split()}
-    wanted = [module for flag, module in (("vmx", "kvm_intel"), ("svm", "kvm_amd")) if flag in flags]
-    return [module for module in (*wanted, "vhost_net", "tun") if is_there(module)]
-
-
-def module_is_there(name: str) -> bool:
-    """Whether it can be loaded, or is part of the kernel; never in a container, which has no modprobe(8)."""
-    return bool(find_program("modprobe")) and attempt(["modprobe", "--dry-run", "--quiet", name], 30)[0] == 0
-
-
 def systemd_folder(prefix: str, name: str) -> str:
     """Where systemd reads `system`, `sysusers.d` and their like for this PREFIX (systemd.unit(5), sysusers.d(5))."""
-    if prefix in ("/usr", "/usr/local"):
-        return f"{prefix}/lib/{'systemd/' if name in ('system', 'user') else ''}{name}"
-    return f"/etc/{'systemd/' if name in ('system', 'user') else ''}{name}"
+    base = f"{prefix}/lib" if prefix in ("/usr", "/usr/local") else "/etc"
+    return f"{base}/systemd/{name}" if name in ("system", "user") else f"{base}/{name}"
 
 
 def planned_units(prefix: str) -> list[Placed]:
@@ -9777,7 +9529,8 @@ def planned_units(prefix: str) -> list[Placed]:
     places += [(GROUP_UNIT, "user", GROUP_UNIT), (SYSUSERS, "sysusers.d", "nocloud.conf")]
     return [
         Placed(
-            f"{systemd_folder(prefix, kind)}/{name}", packaged(source, "systemd").replace("@BINDIR@", f"{prefix}/bin")
+            f"{systemd_folder(prefix, kind)}/{name}",
+            packaged(source, "systemd").replace("@BINDIR@", f"{prefix}/bin").encode(),
         )
         for source, kind, name in places
     ]
@@ -9808,32 +9561,23 @@ class HostSetup:
     """
 
     def __init__(self, installation: Installation, config: Config) -> None:
-        self.installation, self.config = installation, config
+        self.installation, self.config, self.before = installation, config, installation.host
         self.interface = config["bridgeInterface"]
-        # which bridges qemu-bridge-helper may put VMs on
-        self.acl: str = installation.host.get("acl") or next(filter(os.path.exists, HELPER_LISTS), HELPER_LISTS[0])
-
-    def _done_before(self, key: str, default: Any) -> Any:
-        return self.installation.host.get(key, default)
+        self.acl: str = self.before.get("acl") or helper_list()
 
     def make_accounts(self) -> None:
         """The group kvm and the user that dnsmasq runs as; systemd-sysusers(8) has the list in a file of ours."""
-        import grp
-        import pwd
-
-        users = {each.pw_name for each in pwd.getpwall()}
-        groups = {each.gr_name for each in grp.getgrall()}
-        new_users = sorted({DNSMASQ_USERS[0]} - users | set(self._done_before("users", ())))
-        new_groups = sorted({KVM_GROUP} - groups | set(self._done_before("groups", ())))
-        self.installation.remember(users=new_users, groups=new_groups)
+        users = [name for name in DNSMASQ_USERS[:1] if not account((name,))[1]]
+        groups = [name for name in (KVM_GROUP,) if not account((name,), group=True)[1]]
+        self.installation.save(users=self.before.get("users") or users, groups=self.before.get("groups") or groups)
         if find_program("systemd-sysusers"):
             run(["systemd-sysusers", f"{systemd_folder(self.installation.prefix, 'sysusers.d')}/nocloud.conf"])
-        elif KVM_GROUP not in groups:
+        elif groups:
             run(["groupadd", "--system", KVM_GROUP])
 
     def remove_accounts(self) -> None:
         for program, names in (("userdel", "users"), ("groupdel", "groups")):
-            for name in self._done_before(names, ()):
+            for name in self.before.get(names, ()):
                 status, said = attempt([program, name], 30)
                 if status and "does not exist" not in said:
                     report.warn(f"{program} {name}: {last_line(said)}")
@@ -9842,8 +9586,6 @@ class HostSetup:
 
     def allow_helper(self) -> str:
         """Let members of kvm use it, where it is nobody's yet; what was done."""
-        import grp
-
         path = os.path.realpath(HostBridge(self.config).helper())
         info = os.stat(path)
         if info.st_mode & stat.S_ISUID:
@@ -9855,17 +9597,15 @@ class HostSetup:
             return ""
         before = {"path": path, "mode": stat.S_IMODE(info.st_mode), "group": info.st_gid, "override": bool(override)}
         if not known:  # else it was made by a call that was killed, or the mode was changed after
-            self.installation.remember(helper=before)
+            self.installation.save(helper=before)
         if override and not known:
             run([override, "--add", "root", KVM_GROUP, "4750", path])
-        os.chown(path, 0, grp.getgrnam(KVM_GROUP).gr_gid)
+        os.chown(path, 0, account((KVM_GROUP,), group=True)[1])
         os.chmod(path, 0o4750)
         return f"{path}: members of {KVM_GROUP} may use it (root:{KVM_GROUP} 4750)"
 
     def take_back_helper(self) -> None:
-        before = self._done_before("helper", None)
-        if not before:
-            return
+        before = self.before.get("helper", {"path": "", "override": False})
         path = before["path"]
         if before["override"]:
             attempt(["dpkg-statoverride", "--remove", path], 30)
@@ -9874,33 +9614,30 @@ class HostSetup:
             os.chmod(path, before["mode"])
 
     def allow_bridge(self) -> str:
-        """Have the helper put VMs on our bridge; what was done."""
-        folder = os.path.dirname(self.acl)
+        """Have the helper put VMs on our bridge, and say what others' lines do; what was done."""
+        folder, said = os.path.dirname(self.acl), ""
         made = [path for path in (self.acl, folder) if not os.path.exists(path)]
-        text = "" if self.acl in made else read_text(self.acl)
-        for warning in acl_warnings(text, self.interface):
-            report.warn(f"{self.acl}: {warning}")
-        new = with_rule(text, self.interface)
-        if new == text:
-            return ""
-        allowed = dict.fromkeys([*self._done_before("allowed", ()), self.interface])
-        made = list(dict.fromkeys([*self._done_before("made", ()), *made]))
-        self.installation.remember(acl=self.acl, allowed=list(allowed), made=made)
-        os.makedirs(folder, 0o755, exist_ok=True)
-        rewrite(self.acl, new)
-        return f"{self.acl}: allow {self.interface}"
+        if self.acl in made or ("allow", self.interface) not in helper_rules(self.acl):
+            allowed = [*self.before.get("allowed", ()), self.interface]
+            self.installation.save(acl=self.acl, allowed=allowed, made=[*self.before.get("made", ()), *made])
+            os.makedirs(folder, 0o755, exist_ok=True)
+            text = "" if self.acl in made else read_text(self.acl)
+            rewrite(self.acl, text + ("\n" if text and not text.endswith("\n") else "") + f"allow {self.interface}\n")
+            said = f"{self.acl}: allow {self.interface}"
+        for _, fault, _ in HostBridge(self.config).list_faults():
+            report.warn(f"{fault}; remove it")
+        return said
 
     def forbid_bridge(self) -> None:
-        made = self._done_before("made", ())
+        ours = [["allow", interface] for interface in self.before.get("allowed", ())]
         if os.path.exists(self.acl):
-            old = new = read_text(self.acl)
-            for interface in self._done_before("allowed", ()):
-                new = without_rule(new, interface)
-            if not new and self.acl in made:
+            lines = read_text(self.acl).splitlines(True)
+            kept = [line for line in lines if line.split() not in ours]
+            if not kept and self.acl in self.before.get("made", ()):
                 remove_file(self.acl)
-            elif new != old:
-                rewrite(self.acl, new)
-        if os.path.dirname(self.acl) in made:
+            elif kept != lines:
+                rewrite(self.acl, "".join(kept))
+        if os.path.dirname(self.acl) in self.before.get("made", ()):
             remove_empty(os.path.dirname(self.acl))
 
     # modules, units
@@ -9916,7 +9653,7 @@ class HostSetup:
         return f"kernel modules, now and at each boot: {', '.join(loaded)}" if loaded else ""
 
     def start_units(self) -> str:
-        if not os.path.isdir("/run/systemd/system"):
+        if not systemd_runs():
             return "no systemd runs here, so nothing starts with the host: nocloud net up sets the bridge up"
         run(["systemctl", "daemon-reload"])
         run(["systemctl", "enable", *SYSTEMD_UNITS])
@@ -9927,14 +9664,10 @@ class HostSetup:
         return f"{', '.join(SYSTEMD_UNITS)}: run, now and from each boot on"
 
     def stop_units(self) -> None:
-        if os.path.isdir("/run/systemd/system"):
+        if systemd_runs():
             attempt(["systemctl", "disable", *SYSTEMD_UNITS, *enabled_groups()], 60)
         if bridge_is_ours(self.interface):
             bridge_down(self.config)
-
-    def forget_units(self) -> None:
-        if os.path.isdir("/run/systemd/system"):
-            attempt(["systemctl", "daemon-reload"], 60)
 
     def membership(self) -> str:
         """What who called sudo has to do to have VMs on the bridge, or ''."""
@@ -9942,19 +9675,12 @@ class HostSetup:
         import pwd
 
         user, helper = os.environ.get("SUDO_USER", "root"), os.stat(HostBridge(self.config).helper())
-        if user == "root" or helper.st_mode & stat.S_IXOTH:
+        groups = os.getgrouplist(user, pwd.getpwnam(user).pw_gid)
+        if user == "root" or helper.st_mode & stat.S_IXOTH or helper.st_gid in groups:
             return ""
-        group = grp.getgrgid(helper.st_gid)
-        if user in group.gr_mem or pwd.getpwnam(user).pw_gid == group.gr_gid:
-            return ""
-        return f"for VMs on the bridge {user} has to be in the group {group.gr_name}: " + (
-            f"sudo usermod -aG {group.gr_name} {user}, and log in again"
-        )
-
-    def remove_state(self) -> None:
-        """The leases, the published names, and what `up` keeps while it is up."""
-        for folder in (STATE_FOLDER, RUN_FOLDER):
-            remove_tree(folder)
+        group = grp.getgrgid(helper.st_gid).gr_name
+        mend = f"sudo usermod -aG {group} {user}, and log in again"
+        return f"for VMs on the bridge {user} has to be in the group {group}: {mend}"
 
 
 def rewrite(path: str, text: str) -> None:
@@ -9964,20 +9690,6 @@ def rewrite(path: str, text: str) -> None:
     write_file(path, text, stat.S_IMODE(info.st_mode) if info else 0o644)
     if info:
         os.chown(path, info.st_uid, info.st_gid)
-
-
-def active_groups() -> list[str]:
-    """The nocloud@GROUP units of the system that are not stopped."""
-    states = "--state=active,activating,reloading,deactivating"
-    status, said = attempt(["systemctl", "list-units", "--plain", "--no-legend", states, "nocloud@*.service"], 30)
-    return [line.split()[0] for line in said.splitlines() if line.strip()] if status == 0 else []
-
-
-def enabled_groups() -> list[str]:
-    """Those that start with the system; systemctl lists only the template that they are instances of."""
-    import glob
-
-    return sorted({os.path.basename(path) for path in glob.glob("/etc/systemd/system/*.wants/nocloud@*.service")})
 
 
 # -- all of it
@@ -10001,27 +9713,35 @@ def settle_subnet(installation: Installation, files: Sequence[Placed]) -> str:
     settings = next(each for each in files if os.path.basename(each.path) == INSTALLED_CONFS[0])
     config = installed_config(installation)
     is_up = bridge_is_ours(config["bridgeInterface"])
-    changed, bridge = installation.was_changed(settings), BridgeSetup(config)
+    changed, bridge = installation.is_changed(settings), BridgeSetup(config)
     if not is_up and (changed or bridge.is_there()):
         bridge.check()
     if changed:
         return ""
-    subnet, why = config["bridgeSubnet"], ""
-    if not is_up:
-        subnet, why = choose_bridge_subnet(config)
+    subnet, why = (config["bridgeSubnet"], "") if is_up else choose_bridge_subnet(config)
     if subnet != Config()["bridgeSubnet"]:
         settings.content = update_assignments(settings.content.decode(), {"bridgeSubnet": subnet}).encode()
-    return f"the bridge's network is {subnet}.0/24" + (
-        f", since {why} (bridgeSubnet in {settings.path})" if why else ""
-    )
+    since = f", since {why} (bridgeSubnet in {settings.path})" if why else ""
+    return f"the bridge's network is {subnet}.0/24{since}"
 
 
 def planned_modules(prefix: str) -> tuple[list[str], list[Placed]]:
-    """The kernel modules, and the file that has systemd load them at boot; none where there are none."""
-    modules = modules_for(read_text("/proc/cpuinfo"), module_is_there)
+    """The kernel modules that VMs want, and the file that has systemd load them at boot; none where there are none.
+
+    Of those that this kernel has: a missing one would fail the boot's unit.  A container has no modprobe(8).
+    """
+    flags = {
+        flag for line in re.findall(r"^flags\s*: (.*)$", read_text("/proc/cpuinfo"), re.M) for flag in line.split()
+    }
+    wanted = [module for flag, module in (("vmx", "kvm_intel"), ("svm", "kvm_amd")) if flag in flags]
+    modules = [
+        module
+        for module in (*wanted, "vhost_net", "tun")
+        if find_program("modprobe") and attempt(["modprobe", "--dry-run", "--quiet", module], 30)[0] == 0
+    ]
     text = "".join(f"{module}\n" for module in ("# of nocloud: what its VMs want", *modules))
     place = f"{systemd_folder(prefix, 'modules-load.d')}/nocloud.conf"
-    return modules, [Placed(place, text)] if modules else []
+    return modules, [Placed(place, text.encode())] if modules else []
 
 
 def install(installation: Installation, files: Sequence[Placed], only_look: bool) -> None:
@@ -10039,7 +9759,7 @@ def install(installation: Installation, files: Sequence[Placed], only_look: bool
 
 def install_on_host(installation: Installation, files: Sequence[Placed], only_look: bool) -> list[str]:
     """All that can be in the way is looked at before the first change; what was done."""
-    check_programs(missing_programs(installed_config(installation)))
+    check_programs(installed_config(installation))
     modules, modules_files = planned_modules(installation.prefix)
     files = [*files, *modules_files]
     installation.check(files)
@@ -10065,11 +9785,12 @@ def undo_installation(installation: Installation) -> None:
         setup.stop_units()
         setup.forbid_bridge()
         setup.take_back_helper()
-        setup.remove_state()
+        for folder in (STATE_FOLDER, RUN_FOLDER):  # leases, published names, and what `up` keeps while it is up
+            remove_tree(folder)
         setup.remove_accounts()
     kept = installation.take_away()
-    if not installation.root:
-        setup.forget_units()
+    if not installation.root and systemd_runs():
+        attempt(["systemctl", "daemon-reload"], 60)
     report.say(f"nocloud is no longer in {place}")
     for path in kept:
         report.say(f"kept: {path}, which was changed")
@@ -10077,8 +9798,7 @@ def undo_installation(installation: Installation) -> None:
 
 def check_nothing_runs() -> None:
     """Raise WrongState, naming them, where VMs or groups run, whoever's they are."""
-    units = active_groups() if os.path.isdir("/run/systemd/system") else []
-    running = running_vms()
+    units, running = active_groups(), running_vms()
     if units or running:
         names = ", ".join([*units, *running[:20]]) + (f" and {len(running) - 20} more" if running[20:] else "")
         stop = f"systemctl stop {' '.join(units)}" if units else "vmstop -g GROUP stops a group and keeps it"
@@ -10120,6 +9840,7 @@ class Patient:
         self.tree = self.cloud.tree
         self.bridge = HostBridge(self.config, self.tree)
         self.has_bridge = os.path.exists(f"/sys/class/net/{self.bridge.interface}")
+        self.foreign = self.has_bridge and not bridge_is_ours(self.bridge.interface)
         try:
             self.network = self.cloud.default_network()
         except (Error, OSError):
@@ -10471,10 +10192,7 @@ def check_private_subnet(patient: Patient) -> Iterator[Finding]:
         yield Finding(OK, "a free one is chosen with the first VM")
         return
     subnet = network.subnet()
-    try:
-        taken = host_networks(read_text("/proc/net/fib_trie"))
-    except OSError:
-        taken = []
+    taken = [(number, length) for _, number, length in networks_in_use()]
     clash = [pair for pair in taken if pair[1] > 8 and overlap(*pair, ipv4_number(f"{subnet}.0"), 24)]
     if not clash:
         yield Finding(OK, f"{subnet}.0/24")
@@ -10504,141 +10222,73 @@ def check_inotify(patient: Patient) -> Iterator[Finding]:
 
 
 def check_bridge(patient: Patient) -> Iterator[Finding]:
-    bridge, asked = patient.bridge, patient.config["vmNetwork"]
-    if not patient.has_bridge and asked != "bridge":
+    bridge = patient.bridge
+    if not patient.has_bridge and patient.config["vmNetwork"] != "bridge":
         yield Finding(OK, f"there is none called {bridge.interface}: VMs are on the private network")
-        return
-    place = f"/sys/class/net/{bridge.interface}"
-    if not os.path.isdir(f"{place}/bridge") or not int(read_text(f"{place}/flags"), 16) & IFF_UP:
-        foreign = patient.has_bridge and not bridge_is_ours(bridge.interface)
-        mend = f"sudo ip link set {bridge.interface} up" if foreign else own_call("net up")
-        yield Finding(patient.needs("bridge"), bridge.missing(), mend)
+    elif bridge.why_down():
+        mend = f"sudo ip link set {bridge.interface} up" if patient.foreign else own_call("net up")
+        yield Finding(patient.needs("bridge"), bridge.why_down(), mend)
     else:
         yield Finding(OK, f"{bridge.interface} is up")
 
 
 def check_helper(patient: Patient) -> Iterator[Finding]:
-    """qemu-bridge-helper: only root, or a program that becomes root, may put a tap on a bridge."""
-    bridge, bad = patient.bridge, patient.needs("bridge")
-    places = [place for place in bridge.helper_places() if os.path.isfile(place)]
-    if not places:
-        yield Finding(bad, "qemu-bridge-helper is not there", installs("qemu-bridge-helper"))
-        return
-    place, info = places[0], os.stat(places[0])
-    if os.geteuid() == 0:
-        yield Finding(OK, place)
-    elif info.st_uid or not info.st_mode & stat.S_ISUID:
-        mend = f"sudo chown root {place} && sudo chmod u+s {place}"
-        yield Finding(bad, f"{place} is not setuid root", mend)
-    elif not os.access(place, os.X_OK):
-        yield Finding(bad, f"you may not run {place}", group_command(info.st_gid))
-    elif os.statvfs(place).f_flag & os.ST_NOSUID:
-        mend = f"sudo mount -o remount,suid {mount_point(place)}"
-        yield Finding(bad, f"{place} is on a file system where setuid counts for nothing", mend)
-    else:
-        yield Finding(OK, place)
-
-
-def group_command(gid: int) -> str:
-    """What makes this user a member of a group."""
-    import grp
-
-    return f"sudo usermod -aG {grp.getgrgid(gid).gr_name} {user_name()}  # and log in again"
+    faults = list(patient.bridge.helper_faults())
+    yield from (Finding(patient.needs("bridge"), *each) for each in faults)
+    if not faults:
+        yield Finding(OK, patient.bridge.helper())
 
 
 def check_bridge_conf(patient: Patient) -> Iterator[Finding]:
-    """The helper's list, which it reads as the user that calls it: `deny` wins, what isn't named is denied."""
-    name, bad = patient.bridge.interface, patient.needs("bridge")
-    conf = next(filter(os.path.exists, HELPER_LISTS), HELPER_LISTS[0])
-    allow = f"echo 'allow {name}' | sudo tee -a {conf}"
-    try:
-        rules = acl_rules(read_text(conf))
-    except FileNotFoundError:
-        yield Finding(bad, f"there is no {conf}", f"sudo mkdir -p {os.path.dirname(conf)} && {allow}")
-        return
-    except PermissionError:
-        yield Finding(bad, f"{conf}: you may not read it", f"sudo chmod a+rX {os.path.dirname(conf)} {conf}")
-        return
-    denied = [target for target in (name, "all") if ("deny", target) in rules]
-    if denied:
-        pattern = denied[0].replace(".", r"\.")
-        mend = f"sudo sed -i '/^[[:space:]]*deny[[:space:]]\\+{pattern}[[:space:]]*$/d' {conf}"
-        yield Finding(bad, f"{conf} has a line `deny {denied[0]}`, which wins over all others", mend)
-    if ("allow", "all") in rules:
-        mend = f"sudo sed -i 's/^[[:space:]]*allow[[:space:]]\\+all[[:space:]]*$/allow {name}/' {conf}"
-        yield Finding(WARNING, f"{conf} allows all: every user may put taps on any bridge", mend)
-    elif not helper_allows(conf, name) and not denied:
-        yield Finding(bad, f"{conf} doesn't allow {name}", allow)
-    elif not denied:
-        yield Finding(OK, f"{conf} allows {name}")
+    faults = list(patient.bridge.list_faults())
+    yield from (Finding(patient.needs("bridge") if keeps_off else WARNING, *each) for keeps_off, *each in faults)
+    if not faults:
+        yield Finding(OK, f"{helper_list()} allows {patient.bridge.interface}")
 
 
 def check_dnsmasq(patient: Patient) -> Iterator[Finding]:
     """Whether the bridge's dnsmasq serves there, and if not, who has its ports."""
-    settings = BridgeSettings(patient.config)
-    at_bridge = [inode for address, inode in bound_sockets("udp", 53) if address == settings.address]
-    holders = {owner_of_socket(inode) for inode in at_bridge}
-    if at_bridge and (0 in holders or any(is_our_dnsmasq(pid) for pid in holders)):
-        yield Finding(OK, f"DHCP and DNS are served at {settings.address}")
-        return
+    wanted, bad = BridgeSettings(patient.config).address, patient.needs("bridge")
     for kind, port in (("udp", 53), ("tcp", 53), ("udp", 67)):
-        for address, inode in bound_sockets(kind, port):
-            if address in ("0.0.0.0", settings.address):
-                pid = owner_of_socket(inode)
-                who = f"{process_name(pid)}, process {pid}" if pid else "another user's process"
-                text = f"no DHCP and DNS at {settings.address}: port {port} ({kind}) is taken by {who}"
-                yield Finding(patient.needs("bridge"), text, stop_command(pid))
+        for address, inode in sorted(bound_sockets(kind, port), reverse=True):  # at no address: 0.0.0.0, comes last
+            if address not in ("0.0.0.0", wanted):
+                continue
+            pid = owner_of_socket(inode)
+            if address == wanted and (not pid or STATE_FOLDER in read_text(f"/proc/{pid}/cmdline")):
+                yield Finding(OK, f"DHCP and DNS are served at {wanted}")
                 return
+            who, mend = "another user's process", own_call("doctor")
+            if pid:
+                who = f"{read_text(f'/proc/{pid}/comm').strip()}, process {pid}"
+                unit = re.search(r"/([^/\n]+\.service)$", read_text(f"/proc/{pid}/cgroup"), re.M)
+                mend = f"sudo systemctl disable --now {unit.group(1)}" if unit else f"sudo kill {pid}"
+            yield Finding(bad, f"no DHCP and DNS at {wanted}: port {port} ({kind}) is taken by {who}", mend)
+            return
     if not find_program("dnsmasq"):
-        yield Finding(patient.needs("bridge"), "dnsmasq is not found", installs("dnsmasq"))
-        return
-    yield Finding(patient.needs("bridge"), f"no DHCP and DNS at {settings.address}", own_call("net up"))
-
-
-def is_our_dnsmasq(pid: int) -> bool:
-    try:
-        return STATE_FOLDER in read_text(f"/proc/{pid}/cmdline")
-    except OSError:
-        return False
-
-
-def process_name(pid: int) -> str:
-    try:
-        return read_text(f"/proc/{pid}/comm").strip()
-    except OSError:
-        return "a process"
-
-
-def stop_command(pid: int) -> str:
-    """What ends a process: its unit where it is one of systemd's, which would start it again."""
-    if not pid:
-        return own_call("doctor")
-    try:
-        unit = re.search(r"/([^/\n]+\.service)$", read_text(f"/proc/{pid}/cgroup"), re.M)
-    except OSError:
-        unit = None
-    return f"sudo systemctl disable --now {unit.group(1)}" if unit else f"sudo kill {pid}"
+        yield Finding(bad, "dnsmasq is not found", installs("dnsmasq"))
+    else:
+        yield Finding(bad, f"no DHCP and DNS at {wanted}", own_call("net up"))
 
 
 def check_leases(patient: Patient) -> Iterator[Finding]:
     """Who may not read them doesn't learn the addresses of guests that have none of their own."""
-    place = next((path for path in patient.bridge.lease_places() if reachable(path) != ""), "")
-    if not place:
-        yield Finding(OK, "there are none yet")
-    elif reachable(place) == place and os.access(place, os.R_OK):
-        yield Finding(OK, place)
-    elif reachable(place) == place:
-        yield Finding(WARNING, f"{place}: you may not read it", f"sudo chmod a+r {quoted(place)}")
-    else:
-        yield Finding(WARNING, f"{place}: you may not enter its folder", f"sudo chmod a+x {quoted(reachable(place))}")
+    for place in patient.bridge.lease_places():
+        try:
+            read_text(place)
+            yield Finding(OK, place)
+            return
+        except FileNotFoundError:
+            continue
+        except PermissionError:
+            mend = f"sudo chmod a+rX {quoted(os.path.dirname(place), place)}"
+            yield Finding(WARNING, f"{place}: you may not read it", mend)
+            return
+    yield Finding(OK, "there are none yet")
 
 
 def check_publishing(patient: Patient) -> Iterator[Finding]:
     """Whether this user's VMs get addresses and names of their own on the bridge."""
     places = [patient.bridge.hosts.place(kind) for kind in ("dhcp", "hosts")]
-    if not bridge_is_ours(patient.bridge.interface):
-        yield Finding(OK, f"{patient.bridge.interface} was not made by nocloud: its DHCP server decides")
-        return
     denied = [place for place in places if not os.access(place, os.R_OK | os.W_OK | os.X_OK)]
     if not denied:
         yield Finding(OK, f"names and addresses go to {STATE_FOLDER}")
@@ -10649,73 +10299,29 @@ def check_publishing(patient: Patient) -> Iterator[Finding]:
         yield Finding(WARNING, text, group_command(os.stat(denied[0]).st_gid))
 
 
-def reachable(path: str) -> str:
-    """The path itself where it is there, the folder above it that may not be entered, or ''."""
-    try:
-        os.stat(path)
-        return path
-    except PermissionError:
-        folder = os.path.dirname(path)
-        while not os.path.isdir(folder):
-            folder = os.path.dirname(folder)
-        return folder
-    except OSError:
-        return ""
-
-
-FORWARDERS = {
-    "DOCKER": "Docker",
-    "ufw-": "ufw",
-    "FWD": "firewalld",
-    "FORWARD_direct": "firewalld",
-    "LIBVIRT": "libvirt",
-}
-
-
 def check_forwarding(patient: Patient) -> Iterator[Finding]:
-    """Whether the host's packet filters let the guests' packets pass; only root sees them."""
-    name, again = patient.bridge.interface, own_call("net up")
-    if os.geteuid() != 0:
-        yield Finding(OK, f"only root sees the packet filters: {own_call('doctor')}")
-        return
-    if not bridge_is_ours(name):
-        yield Finding(OK, f"{name} was not made by nocloud: what its owner set holds")
-        return
-    findings = []
+    """Whether the kernel forwards, and the host's packet filters let the guests' packets pass; only root sees those."""
+    name, findings = patient.bridge.interface, []
     for each in (name, *sorted(outgoing_interfaces())):
-        if read_text(sysctl_file(each, "forwarding")).strip() == "0":
-            findings.append(Finding(WARNING, f"guests have no way out: {each} doesn't forward", again))
+        if not forwards(each):
+            findings.append((f"guests have no way out: {each} doesn't forward", own_call("net up")))
     if not find_program("nft"):
-        findings.append(Finding(WARNING, "nft is not found", installs("nft")))
-    elif not has_nft_table(f"ip {DOMAIN}"):
-        findings.append(Finding(WARNING, "guests have no way out: nocloud's own rules are gone", again))
-    findings += [rules_finding(program) for program in iptables_programs() if missing_rules(program, name)]
-    findings += [chain_finding(chain, name) for chain in dropping_chains() if not lets_pass(chain, name)]
-    yield from findings
+        findings.append(("nft is not found", installs("nft")))
+    elif os.geteuid() == 0:
+        if not has_nft_table(f"ip {DOMAIN}"):
+            text = f"guests have no way out: nocloud's own rules are gone (nft table ip {DOMAIN})"
+            findings.append((text, own_call("net up")))
+        for program in iptables_programs():
+            if missing_rules(program, name):
+                findings.append((f"{program} has rules, and doesn't accept the bridge", own_call("net up")))
+        for chain in dropping_chains(name):
+            rules = (f"iifname {name} accept", f"oifname {name} ct state established,related accept")
+            mend = " && ".join(f"sudo nft insert rule {chain} {rule}" for rule in rules)
+            findings.append((f"nft chain {chain} drops what guests send", mend))
+    yield from (Finding(WARNING, *each) for each in findings)
     if not findings:
-        yield Finding(OK, "the packet filters let guests pass")
-
-
-def rules_finding(program: str) -> Finding:
-    """iptables rules that don't let guests pass, and who set them up, as the names of their chains tell."""
-    rules = iptables_rules(program)
-    who = next(
-        (who for start, who in FORWARDERS.items() for rule in rules if rule[1].startswith(start)), "something else"
-    )
-    does = "drops" if ["-P", "FORWARD", "DROP"] in rules else "may drop"
-    text = f"the chain FORWARD of {program} {does} what guests send ({who} set it up)"
-    return Finding(WARNING, text, own_call("net up"))
-
-
-def lets_pass(chain: str, name: str) -> bool:
-    return f'iifname "{name}" accept' in attempt(["nft", "list", "chain", *chain.split()], 5)[1]
-
-
-def chain_finding(chain: str, name: str) -> Finding:
-    family, table, _ = chain.split()
-    rules = (f"iifname {name} accept", f"oifname {name} ct state established,related accept")
-    mend = " && ".join(f"sudo nft insert rule {chain} {rule}" for rule in rules)
-    return Finding(WARNING, f"the chain {chain} of nft's table {family} {table} drops what guests send", mend)
+        seen = "the packet filters let guests pass" if os.geteuid() == 0 else "only root sees the packet filters"
+        yield Finding(OK, f"{name} forwards; {seen}")
 
 
 def check_firewalld(patient: Patient) -> Iterator[Finding]:
@@ -10731,9 +10337,7 @@ def check_firewalld(patient: Patient) -> Iterator[Finding]:
 def check_ufw(patient: Patient) -> Iterator[Finding]:
     if os.geteuid() != 0 or not ufw_runs():
         yield Finding(OK, "it doesn't run" if os.geteuid() == 0 or not find_program("ufw") else "only root may ask it")
-        return
-    added = attempt(["ufw", "show", "added"], 5)[1]
-    if added.count(MADE_BY_US) < len(ufw_rules(patient.bridge.interface)):
+    elif MADE_BY_US not in attempt(["ufw", "show", "added"], 5)[1]:
         yield Finding(WARNING, "it runs, and doesn't let guests pass", own_call("net up"))
     else:
         yield Finding(OK, "it lets guests pass")
@@ -10754,10 +10358,12 @@ def check_network_manager(patient: Patient) -> Iterator[Finding]:
 
 def check_bridge_subnet(patient: Patient) -> Iterator[Finding]:
     settings = BridgeSettings(patient.config)
-    clash = overlapping(settings)
+    clash, there = overlapping(settings), connected_network(settings.interface)
     if clash:
         mend = " && ".join(map(own_call, ("bridge subnet", "net down", "net up")))
         yield Finding(WARNING, f"{settings.net} is in use: {clash}", mend)
+    elif there not in ("", settings.net) and not patient.foreign:
+        yield Finding(WARNING, f"the bridge has {there}, and the settings say {settings.net}", own_call("net up"))
     else:
         yield Finding(OK, settings.net)
 
@@ -10766,21 +10372,16 @@ def check_names(patient: Patient) -> Iterator[Finding]:
     """Whether this host itself resolves the guests' names."""
     name, address = patient.bridge.interface, patient.config["bridgeIpAddress"]
     if resolved_runs():
-        if f"~{DOMAIN}" in attempt(["resolvectl", "domain", name], 5)[1]:
-            yield Finding(OK, f"systemd-resolved asks {address} for them")
-            return
-        mend = f"sudo resolvectl dns {name} {address} && sudo resolvectl domain {name} '~{DOMAIN}'"
-        yield Finding(WARNING, "VMs' names don't resolve on this host", mend)
-        return
-    try:
-        servers = re.findall(r"^nameserver\s+(\S+)", read_text("/etc/resolv.conf"), re.M)
-    except OSError:
-        servers = []
-    if address in servers[:1]:
-        yield Finding(OK, f"/etc/resolv.conf names {address}")
+        asks, mend = f"~{DOMAIN}" in attempt(["resolvectl", "domain", name], 5)[1], own_call("net up")
     else:
-        text = "VMs' names don't resolve on this host, which runs no systemd-resolved; vmssh needs none"
-        yield Finding(WARNING, text, f"{installs('resolvectl')} && {own_call('net up')}")
+        text = read_text("/etc/resolv.conf") if os.path.exists("/etc/resolv.conf") else ""
+        asks = re.findall(r"^nameserver\s+(\S+)", text, re.M)[:1] == [address]
+        mend = f"{installs('resolvectl')} && {own_call('net up')}"
+    if asks:
+        yield Finding(OK, f"this host asks {address} for them")
+    else:
+        why = "" if resolved_runs() else ", which runs no systemd-resolved; vmssh needs none"
+        yield Finding(WARNING, f"VMs' names don't resolve on this host{why}", mend)
 
 
 # -- the rest, and all of it
@@ -10832,6 +10433,7 @@ BRIDGE_CHECKS: tuple[Check, ...] = (  # where there is one, or where there ought
     ("networkmanager", check_network_manager),
     ("names", check_names),
 )
+OURS_ONLY = ("dnsmasq", "publishing", "forwarding", "firewalld", "ufw", "networkmanager", "names")  # else its owner's
 
 
 def doctor_help() -> str:
@@ -10863,21 +10465,27 @@ def examine(names: Sequence[str]) -> Iterator[Finding]:
 
 def examine_one(name: str, check: Callable[[Patient], Iterator[Finding]], patient: Patient) -> Iterator[Finding]:
     """A check's findings; one that fails by itself tells why, whatever this host did to it."""
+    if name in OURS_ONLY and patient.foreign:
+        yield Finding(OK, f"{patient.bridge.interface} was not made by nocloud: what its owner set holds")
+        return
     try:
         yield from check(patient)
     except Error as error:
-        network = (
-            "bridge"
-            if (name, check) in BRIDGE_CHECKS
-            else "private"
-            if name in ("namespaces", "private-subnet")
-            else ""
-        )
-        yield Finding(patient.needs(network) if network else WRONG, str(error), error.hint)
+        network = "bridge" if (name, check) in BRIDGE_CHECKS else "private"
+        limited = network == "bridge" or name in ("namespaces", "private-subnet")
+        yield Finding(patient.needs(network) if limited else WRONG, str(error), error.hint)
     except Exception as error:
         if report.debug:
             raise
         yield Finding(WARNING, f"it can't be looked at: {type(error).__name__}: {error}", "nocloud doctor --debug")
+
+
+def bridge_faults(config: Config) -> Iterator[str]:
+    """What isn't well with the host's bridge, where there is one, a line each, for `net status`: what doctor finds."""
+    names = ["bridge", "tun", *(name for name, _ in BRIDGE_CHECKS if name != "names")]  # `net up` told of these
+    for finding in examine(names) if os.path.exists(f"/sys/class/net/{config['bridgeInterface']}") else ():
+        if finding.state != OK:
+            yield f"wrong: {finding.text} (mended by: {finding.mend})"
 
 
 # Commands ############################################################################################
@@ -11449,7 +11057,7 @@ def start_alone(cloud: Cloud, vm: VM, iso: str, gui: bool) -> None:
         give_identity(cloud, vm)
     network = cloud.network_of(vm)
     try:
-        with network.in_use():
+        with network.hold():
             start(cloud, vm, network, iso=iso, gui=gui)
     finally:
         cloud.private.end_if_idle()
@@ -11546,7 +11154,7 @@ def net_verb(config: Config, verb: str, kind: str) -> int:
             cloud.private.down_if_unused()
         else:
             for line in (
-                *(cloud.network("bridge").status() if kind != "private" else ()),
+                *((*cloud.network("bridge").status(), *bridge_faults(config)) if kind != "private" else ()),
                 *(cloud.private.status() if kind != "bridge" else ()),
             ):
                 report.data(line)
@@ -11585,7 +11193,7 @@ def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> in
 
 def open_tap(network: Network) -> None:
     """A tap as descriptor 3, for the program that this process becomes."""
-    with network.in_use():
+    with network.hold():
         tap, vhost = network.tap()
     if vhost >= 0:
         os.close(vhost)

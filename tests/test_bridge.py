@@ -621,7 +621,13 @@ def test_status_tells_what_is_wrong(host: Host) -> None:
     ).ok()
     eventually(lambda: "not running" in host.run("net", "status").ok().stdout, "dnsmasq has ended")
     wrong = [line for line in host.run("net", "status").ok().lines if line.startswith("wrong: ")]
-    for words in ("lan has 192.168.1.9/30", "eth0 doesn't forward", "no DNS", "nft table", "doesn't accept the bridge"):
+    for words in (
+        "lan has 192.168.1.9/30",
+        "eth0 doesn't forward",
+        "no DHCP and DNS",
+        "nft table",
+        "doesn't accept the bridge",
+    ):
         assert sum(words in line for line in wrong) == 1, wrong
     host.shell("ip link delete lan").ok()
     host.run("net", "up").ok()
