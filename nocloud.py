@@ -2448,9 +2448,12 @@ def choose_screen(qemu: Qemu) -> str:
 
 
 def monitor_args(machine: Machine) -> list[str]:
+    """QMP for the commands, and the monitor for humans, which vmmanage joins to a terminal."""
     return [
         "-chardev", "socket,id=qmp0,path=qmp.sock,server=on,wait=off",
         "-mon", "chardev=qmp0,mode=control",
+        "-chardev", "socket,id=monitor0,path=monitor.sock,server=on,wait=off",
+        "-mon", "chardev=monitor0,mode=readline",
         "-pidfile", machine.pid_file,
     ]  # fmt: skip
 
@@ -7926,6 +7929,7 @@ def publish_keys(cloud: Cloud, vms: Sequence[VM]) -> None:
 RUNTIME_FILES = (
     "qmp.sock",
     "serial.sock",
+    "monitor.sock",
     RECORD_SOCKET,
     *(f"{screen}.sock" for screen in SCREENS),
 )  # and the pidfile; the credentials stay, for whoever starts it by hand
@@ -9205,118 +9209,97 @@ def open_screens(vms: Sequence[VM]) -> None:
             report.warn(f"{name_error(vm, result)}")
 
 
-# -- the serial console
+# -- the serial console and the monitor, on stdin and stdout
 
-LEAVE_KEY = b"\x1d"  # Ctrl-], as telnet's
-SERIAL_QUIET = 2.0  # where stdin is no terminal, the session ends when the guest has said nothing for so long after it
-SERIAL_BACKLOG = 64 * 1024  # no more is read from stdin while the guest takes nothing
+SERIAL_LEAVE = b"[\x1d]"  # Ctrl-], as telnet's
+MONITOR_LEAVE = b"[\x04\x1d]"  # Ctrl-D too
+# Ctrl-C drops a line.  qemu's editor doesn't know it, but what goes to the end and takes words away (util/readline.c).
+CTRL_C, DROP_LINE = b"\x03", b"\x05" + b"\x17" * 64 + b"\r"
+LINE_QUIET = 2.0  # where stdin is no terminal, the session ends when the guest has said nothing for so long after it
 
 
-def connect_serial(vm: VM) -> socket.socket:
-    """The VM's serial line.  qemu serves one client, and the next would wait in silence: so that is asked before."""
-    if vm.stranger():
+def connect_line(vm: VM, name: str, what: str) -> socket.socket:
+    """A line of qemu's, by its socket.  It serves one client, and the next would wait in silence: so that is asked."""
+    with QMP(vm.folder) as qmp:
+        devices = {each["label"]: each["filename"] for each in qmp.execute("query-chardev")}
+    if not devices[f"{name}0"].startswith("disconnected:"):
+        raise WrongState(f"{vm.name}: its {what} is open elsewhere already", "only one at a time can have it")
+    return connect_unix(vm.folder, f"{name}.sock", 5.0)
+
+
+def serial_console(vm: VM) -> None:
+    """The serial line on stdin and stdout, until the user leaves or the guest ends."""
+    if not os.path.exists(vm.file("serial.sock")):
         raise WrongState(
             f"{vm.name}: nocloud didn't start it, so its serial console isn't at hand",
             f"vmmanage -n {vm.address_name} is its monitor; started anew, by vm or vmrun -r, it has one",
         )
-    with QMP(vm.folder) as qmp:
-        devices = {each["label"]: each["filename"] for each in qmp.execute("query-chardev")}
-    if "serial0" not in devices:
-        raise WrongState(f"{vm.name}: it has no serial console", "vmconsole without -s shows its screen")
-    if not devices["serial0"].startswith("disconnected:"):
-        raise WrongState(f"{vm.name}: its serial console is open elsewhere already", "only one at a time can have it")
-    return connect_unix(vm.folder, "serial.sock", 5.0)
+    connection = connect_line(vm, "serial", "serial console")
+    join_line(vm, connection, f"the serial console of {vm.name}; Ctrl-] leaves", SERIAL_LEAVE)
 
 
-def serial_console(vm: VM) -> None:
-    """The serial line in this terminal, until the user leaves or the guest ends."""
-    with connect_serial(vm) as connection:
-        session = SerialSession(connection)
-        if not session.terminal:
-            ended = session.join()
+def join_line(vm: VM, connection: socket.socket, greeting: str, leave: bytes, drop: bytes = CTRL_C) -> None:
+    """Join a line to stdin and stdout; a terminal is in raw mode meanwhile.  `drop`: what Ctrl-C stands for.
+
+    A signal's SystemExit passes through here, so its modes come back.  TCSANOW: the other ways wait until the terminal
+    has shown everything, which a stopped one never has.
+    """
+    import termios
+    import tty
+
+    with connection:
+        if not os.isatty(0):
+            ended = relay_line(connection, leave, drop)
         else:
-            report.say(f"{report.program}: the serial console of {vm.name}; Ctrl-] leaves")
-            ended = in_raw_mode(session.join)
+            report.say(f"{report.program}: {greeting}")
+            modes = termios.tcgetattr(0)
+            try:
+                tty.setraw(0, termios.TCSANOW)
+                ended = relay_line(connection, leave, drop)
+            finally:
+                termios.tcsetattr(0, termios.TCSANOW, modes)
             report.say("")
     if ended:
         report.say(f"{report.program}: {vm.name} has ended")
 
 
-def in_raw_mode(work: Callable[[], bool]) -> bool:
-    """Do `work` with the terminal in raw mode.  A signal's SystemExit passes through here, so its modes come back.
+def relay_line(connection: socket.socket, leave: bytes, drop: bytes) -> bool:
+    """Until a key that leaves, or silence after the end of stdin (False), or the end of the guest (True)."""
+    import select
+    import socket as sockets
+    import threading
 
-    TCSANOW: the other ways wait until the terminal has shown everything, which a stopped one never has.
-    """
-    import termios
-    import tty
+    left = threading.Event()
 
-    modes = termios.tcgetattr(0)
-    try:
-        tty.setraw(0, termios.TCSANOW)
-        return work()
-    finally:
-        termios.tcsetattr(0, termios.TCSANOW, modes)
-
-
-class SerialSession:
-    """Joins stdin and stdout to a serial line."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.terminal = os.isatty(0)
-        self._connection = connection
-        self._pending = b""  # typed, not yet taken by the guest
-        self._typing, self._left = True, False
-
-    def join(self) -> bool:
-        """Until Ctrl-], or silence after the end of stdin (False), or the end of the guest (True)."""
-        import select
-
-        self._connection.setblocking(False)
-        for fd in (0, 1):
-            os.set_blocking(fd, True)  # a terminal that another program shares may not be
-        while not self._left:
-            poll = select.poll()
-            poll.register(self._connection, select.POLLIN | (select.POLLOUT if self._pending else 0))
-            if self._typing and len(self._pending) < SERIAL_BACKLOG:
-                poll.register(0, select.POLLIN)
-            # Never without end: Python sees a signal that came just before the call only after it.
-            events = dict(poll.poll(SERIAL_QUIET * 1000))
-            if not events and not self._typing:
-                return False
-            if 0 in events:
-                self._read_stdin()
-            if self._connection.fileno() in events and self._exchange():
-                return True
-        return False
-
-    def _read_stdin(self) -> None:
+    def send() -> None:
+        rest: list[bytes] = []
         try:
-            data = os.read(0, 4096)
+            while not rest and (data := os.read(0, 4096)):
+                before, *rest = re.split(leave, data, maxsplit=1)
+                connection.sendall(before.replace(CTRL_C, drop))
+            if os.isatty(0):
+                left.set()
+                connection.shutdown(sockets.SHUT_RD)  # wakes who waits for it below
         except OSError:
-            data = b""  # the terminal is gone
-        before, leave, _ = data.partition(LEAVE_KEY)
-        self._pending += before
-        if leave or not data:
-            self._typing = False
-            self._left = self.terminal
+            pass  # the terminal is gone, or the guest
 
-    def _exchange(self) -> bool:
-        """Give the guest what it takes, show what it says; whether it has ended."""
-        try:
-            if self._pending:
-                self._pending = self._pending[self._connection.send(self._pending) :]
-        except BlockingIOError:
-            pass
-        except OSError:
-            return True
-        try:
-            data = self._connection.recv(65536)
-        except BlockingIOError:
+    for fd in (0, 1):
+        os.set_blocking(fd, True)  # a terminal that another program shares may not be
+    connection.settimeout(None)
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    while True:
+        # Never without end: Python sees a signal that came just before the call only after it.
+        if select.select([connection], [], [], LINE_QUIET)[0]:
+            try:
+                data = connection.recv(65536)
+            except OSError:
+                data = b""
+            if not data:
+                return not left.is_set()
+            write_all(1, data)
+        elif not sender.is_alive():
             return False
-        except OSError:
-            return True
-        write_all(1, data)
-        return not data
 
 
 # -- qemu's monitor
@@ -9355,110 +9338,28 @@ def monitor_command(vm: VM, line: str) -> None:
 
 
 def monitor_session(vm: VM) -> int:
-    """Commands from stdin, one a line; with line editing and a history on a terminal.  1 if one was refused."""
+    """qemu's own monitor in this terminal, where there is one and qemu has it; else commands from stdin, one a line.
+
+    1 if one of those was refused that come from no terminal.
+    """
     status = EXIT_DONE
     terminal = os.isatty(0)
+    greeting = f"qemu's monitor of {vm.name}; Ctrl-D leaves, `quit` switches {vm.name} off"
+    if terminal and os.path.exists(vm.file("monitor.sock")):
+        join_line(vm, connect_line(vm, "monitor", "monitor"), greeting, MONITOR_LEAVE, DROP_LINE)
+        return EXIT_DONE
     if terminal:
-        report.say(f"{report.program}: qemu's monitor of {vm.name}; Ctrl-D leaves, `quit` switches {vm.name} off")
-    with LineEditing(vm, terminal):
-        for line in monitor_lines("(qemu) " if terminal else ""):
-            try:
-                monitor_command(vm, line)
-            except QMPClosed:
-                report.say(f"{report.program}: {vm.name} has ended")
-                break
-            except Error as error:
-                status = EXIT_FAILED
-                report.say(str(error) if terminal else f"{report.program}: {error}")
+        report.say(f"{report.program}: {greeting}")
+    for line in filter(None, map(str.strip, sys.stdin)):
+        try:
+            monitor_command(vm, line)
+        except QMPClosed:
+            report.say(f"{report.program}: {vm.name} has ended")
+            break
+        except Error as error:
+            status = EXIT_FAILED
+            report.say(f"{report.program}: {error}")
     return EXIT_DONE if terminal else status
-
-
-def monitor_lines(prompt: str) -> Iterator[str]:
-    """What is typed, up to Ctrl-D; Ctrl-C drops a line."""
-    while True:
-        try:
-            line = input(prompt)
-        except EOFError:
-            if prompt:
-                report.say("")
-            return
-        except KeyboardInterrupt:
-            if not prompt:
-                raise
-            report.say("")
-            continue
-        if line.strip():
-            yield line
-
-
-class LineEditing:
-    """readline while it lives: history, kept between calls, and completion of the monitor's commands.
-
-    CPython's input() looks for signals, then waits for a key without end: one that comes between the two would be
-    heeded at the next key only.  A timer's own signal wakes it now and then.
-    """
-
-    WAKE = 0.5  # seconds
-
-    def __init__(self, vm: VM, wanted: bool) -> None:
-        self.vm, self._wanted = vm, wanted
-        self.history = os.path.join(cache_home(), "monitor_history")
-        self._words: dict[str, list[str]] = {}
-        self._readline: Any = None
-        if wanted:
-            try:
-                import readline
-
-                self._readline = readline
-            except ImportError:
-                pass  # a Python built without it: plain lines
-
-    def __enter__(self) -> LineEditing:
-        self._wake(self.WAKE)
-        if self._readline:
-            self._readline.set_history_length(1000)
-            self._readline.set_completer(self.complete)
-            self._readline.set_completer_delims(" ")
-            self._readline.parse_and_bind("tab: complete")
-            try:
-                self._readline.read_history_file(self.history)
-            except OSError:
-                pass
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._wake(0)
-        if self._readline:
-            try:
-                make_private_folder(os.path.dirname(self.history))
-                self._readline.write_history_file(self.history)
-            except OSError:
-                pass  # an unwritable home costs the history, nothing else
-
-    def _wake(self, every: float) -> None:
-        import signal
-
-        if self._wanted:
-            signal.signal(signal.SIGALRM, lambda number, frame: None)
-            signal.setitimer(signal.ITIMER_REAL, every, every)
-
-    def complete(self, text: str, number: int) -> str | None:
-        """readline's completer: the first word from `help`, the one after `info` from `help info`."""
-        before = self._readline.get_line_buffer()[: self._readline.get_begidx()].split()
-        if before not in ([], ["info"]):
-            return None
-        try:
-            found = [word for word in self._known(" ".join(["help", *before])) if word.startswith(text)]
-        except Error:
-            return None
-        return found[number] + " " if number < len(found) else None
-
-    def _known(self, question: str) -> list[str]:
-        """The names in the monitor's help, asked for once: `info block [-n] …` a line, `stop|s` where there are two."""
-        if question not in self._words:
-            lines = re.findall(r"^(?:info )?([a-z][a-z0-9_|-]*)", ask_monitor(self.vm, question), re.M)
-            self._words[question] = sorted({name for names in lines for name in names.split("|")})
-        return self._words[question]
 
 
 # Supervisor ##########################################################################################
