@@ -1120,7 +1120,7 @@ class VM:
         state, pid = lock_holder(self.pid_file)
         if state == "unknown" or (state == "running" and os.path.exists(self.file("qmp.sock"))):
             return None
-        process = strangers.find(self) if state == "stopped" else strangers.process(pid)
+        process = strangers.find(self) if state == "stopped" else QemuProcess(pid)
         return process if process and is_qemu(process.pid) and not process.is_ours else None
 
     def is_running(self) -> bool:
@@ -1195,15 +1195,6 @@ def process_file(pid: int, name: str) -> str:
         return ""
 
 
-def start_time(pid: int) -> str:
-    """When a process started, in ticks since boot (proc(5), stat, field 22): with it a pid names one process only.
-
-    '' where it has ended: also where nobody has waited for it yet (Z, X), as some containers' pid 1 never does.
-    """
-    fields = process_file(pid, "stat").rpartition(")")[2].split()
-    return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else ""
-
-
 def file_key(path: str) -> tuple[int, int] | None:
     """What makes two names the same file, whatever links are between; None where there is none."""
     try:
@@ -1225,22 +1216,22 @@ def is_qemu(pid: int) -> bool:
 
 
 class QemuProcess:
-    """A running qemu, as its command line in /proc shows it."""
+    """A running qemu, as its command line and its open files in /proc show it."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self._started = start_time(pid)
-        self.words = process_file(pid, "cmdline").rstrip("\0").split("\0")
-        self._disk_names: list[str] | None = None
-        self._disks: dict[str, set[tuple[int, int] | None]] = {}
+        self._command_line = process_file(pid, "cmdline")
+        self.words = self._command_line.rstrip("\0").split("\0")
         self.is_ours = any(word.endswith(",path=qmp.sock,server=on,wait=off") for word in self.words)
+        self._files: dict[tuple[int, int] | None, bool] = {}
         try:
             self.folder = os.readlink(f"/proc/{pid}/cwd")
         except OSError:
             self.folder = ""
 
     def is_alive(self) -> bool:
-        return bool(self._started) and start_time(self.pid) == self._started
+        """A pid may be another process's by now, and one that nobody has waited for yet has no words any more."""
+        return process_file(self.pid, "cmdline") == self._command_line != ""
 
     def values(self, *names: str) -> list[str]:
         """The values of these options, in their order; qemu takes one dash and two."""
@@ -1257,53 +1248,36 @@ class QemuProcess:
                 return ":".join(f"{int(each, 16):02x}" for each in found.split(":"))
         return ""
 
-    def disk_names(self) -> list[str]:
-        """The disk images in its words: -hda FILE, file=FILE, file.filename=FILE, or FILE alone."""
-        if self._disk_names is None:
-            self._disk_names = self.values("hda", "hdb", "hdc", "hdd")
-            for before, word in zip(self.words, self.words[1:]):
-                options = suboptions(word)
-                if word[:1] != "-" and before[:1] != "-":
-                    self._disk_names.append(word)
-                elif options.get("media") != "cdrom":
-                    names = (options.get(key, "") for key in ("file", "file.filename", "filename"))
-                    self._disk_names += filter(None, names)
-        return self._disk_names
-
-    def names(self, disk: str, vm: VM) -> bool:
-        """Whether its words name a disk of a VM: with -daemonize qemu has left the folder that it was started in.
-
-        What doesn't depend on the VM is found out once: there may be many VMs, and many qemus that are none of ours.
-        """
-        if vm.base not in self._disks:
-            folders = [folder for folder in (self.folder, vm.base) if folder]
-            places = [os.path.join(folder, name) for name in self.disk_names() for folder in folders]
-            self._disks[vm.base] = set(map(file_key, places))
-        key, last = file_key(disk), os.path.basename(disk)
-        same = (name for name in self.disk_names() if name.endswith(last) and not os.path.isabs(name))
-        return key is not None and (key in self._disks[vm.base] or any(file_key(vm.file(name)) == key for name in same))
-
-    def writes(self, disk: str) -> bool:
-        """Whether it has a file open to write to it; True where we may not look.  -snapshot writes to another file."""
-        try:
-            names = os.listdir(f"/proc/{self.pid}/fd")
-        except OSError:
-            return True
-        key = file_key(disk)
-        held = [name for name in names if file_key(f"/proc/{self.pid}/fd/{name}") == key]
-        flags = [re.search("^flags:.*([0-7])$", process_file(self.pid, f"fdinfo/{name}"), re.M) for name in held]
-        return any(found and int(found[1]) & os.O_ACCMODE != os.O_RDONLY for found in flags) or (
-            bool(held) and "snapshot" in (word.lstrip("-") for word in self.words)
-        )
+    def _open_files(self) -> dict[tuple[int, int] | None, bool] | None:
+        """The files that it has open, and whether to write to them; None where we may not look.  Found out once."""
+        folder = f"/proc/{self.pid}/fd"
+        if not self._files:
+            try:
+                names = os.listdir(folder)
+            except OSError:
+                return None
+            for name in names:
+                key = file_key(f"{folder}/{name}")
+                flags = re.search("^flags:.*([0-7])$", process_file(self.pid, f"fdinfo/{name}"), re.M)
+                if key and flags:
+                    writes = int(flags[1]) & os.O_ACCMODE != os.O_RDONLY
+                    self._files[key] = self._files.get(key, False) or writes
+        return self._files
 
     def runs(self, vm: VM) -> bool:
-        """Whether a VM's system disk is one of its disks.
+        """Whether it writes to a VM's system disk; to a disk that is below its own it doesn't.
 
-        Its words alone would also fit a VM of the same name in another group, its open files a disk below its own.
+        Where we may not look, its words tell; -snapshot writes to another file.
         """
         if self.is_ours:
             return self.folder == vm.folder
-        return any(self.names(disk, vm) and self.writes(disk) for disk in vm.disks()[:1])
+        for disk in vm.disks()[:1]:
+            key, files = file_key(disk), self._open_files()
+            if files is None:
+                return any(name in word for word in self.words for name in (disk, os.path.relpath(disk, vm.base)))
+            named = "-snapshot" in self.words and any(os.path.basename(disk) in word for word in self.words)
+            return key in files and (files[key] or named)
+        return False
 
 
 class Strangers:
@@ -1313,19 +1287,13 @@ class Strangers:
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, QemuProcess] = {}
         self._looked: list[QemuProcess] | None = None
-
-    def process(self, pid: int) -> QemuProcess:
-        """What is known of a process."""
-        if pid not in self._known or not self._known[pid].is_alive():
-            self._known[pid] = QemuProcess(pid)
-        return self._known[pid]
 
     def find(self, vm: VM) -> QemuProcess | None:
         """The qemu that runs a VM."""
         if self._looked is None:
-            self._looked = [self.process(pid) for pid in self._qemus()]
+            pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+            self._looked = [QemuProcess(pid) for pid in pids if is_qemu(pid) and self._may_be_ours(pid)]
         for process in self._looked:
             try:
                 if process.runs(vm) and process.is_alive():
@@ -1335,15 +1303,12 @@ class Strangers:
         return None
 
     @staticmethod
-    def _qemus() -> Iterator[int]:
-        """The qemus of this user and root, whom a conf may belong to as well."""
-        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-        for pid in filter(is_qemu, pids):
-            try:
-                if os.stat(f"/proc/{pid}").st_uid in (os.geteuid(), 0):
-                    yield pid
-            except FileNotFoundError:
-                continue  # it has ended
+    def _may_be_ours(pid: int) -> bool:
+        """Whether it is this user's or root's, whom a conf may belong to as well."""
+        try:
+            return os.stat(f"/proc/{pid}").st_uid in (os.geteuid(), 0)
+        except FileNotFoundError:
+            return False  # it has ended
 
 
 strangers = Strangers()
