@@ -2449,36 +2449,60 @@ def kernel_args(machine: Machine) -> list[str]:
 # that come before a reply are kept.
 
 
-class ControlSocket:
-    """A connection to qemu with a deadline.
+class QMP:
+    """A connection to a VM's qmp.sock, or the QMP socket of that name in a folder, or to `connection`; with a deadline.
 
     Raises QMPClosed where qemu ended, TimedOut at the deadline, QMPError for what the server refuses.
     """
 
-    def __init__(self, connection: socket.socket, seconds: float) -> None:
-        self._deadline = time.monotonic() + seconds
+    def __init__(
+        self, folder: str, seconds: float = 5.0, name: str = "qmp.sock", connection: socket.socket | None = None
+    ) -> None:
+        self.events: list[dict[str, Any]] = []
+        self._serial = 0
         self._buffer = b""
-        self._socket = connection
+        self._deadline = time.monotonic() + seconds
+        self._socket = connection or connect_unix(folder, name, seconds)
         try:
             self._greet()
         except BaseException:
-            self.close()
+            self._socket.close()
             raise
 
     def _greet(self) -> None:
         """What comes before the first command."""
+        self._next()
+        self.execute("qmp_capabilities")
 
     def execute(self, command: str, **arguments: Any) -> Any:
         """What the command returns."""
-        raise NotImplementedError
+        import json
+
+        self._serial += 1
+        request = {"execute": command, "id": self._serial, **({"arguments": arguments} if arguments else {})}
+        self._send(json.dumps(request).encode() + b"\n")
+        while True:
+            message = self._next()
+            if message.get("id") == self._serial:
+                if "error" in message:
+                    raise QMPError(f"qemu: {command}: {message['error'].get('desc', 'refused')}")
+                return message.get("return")
+            if "event" in message:
+                self.events.append(message)
 
     def monitor(self, line: str) -> str:
         """What the monitor for humans answers."""
-        raise NotImplementedError
+        return str(self.execute("human-monitor-command", **{"command-line": line}))
 
     def allow(self, seconds: float) -> None:
         """Set the deadline anew, for a command that may take long."""
         self._deadline = time.monotonic() + seconds
+
+    def _next(self) -> dict[str, Any]:
+        while b"\n" not in self._buffer:
+            self._receive()
+        line, self._buffer = self._buffer.split(b"\n", 1)
+        return parse_qmp(line)
 
     def _send(self, data: bytes) -> None:
         try:
@@ -2499,7 +2523,7 @@ class ControlSocket:
         except sockets.timeout:  # TimeoutError itself only since Python 3.10
             return
         except OSError:
-            raise QMPClosed("qemu closed its control socket") from None
+            piece = b""
         if not piece:
             raise QMPClosed("qemu closed its control socket")
         self._buffer += piece
@@ -2509,54 +2533,15 @@ class ControlSocket:
     def close(self) -> None:
         self._socket.close()
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> QMP:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
 
 
-class QMP(ControlSocket):
-    """A connection to a VM's qmp.sock, or the QMP socket of that name in a folder, or to `connection`."""
-
-    def __init__(
-        self, folder: str, seconds: float = 5.0, name: str = "qmp.sock", connection: socket.socket | None = None
-    ) -> None:
-        self.events: list[dict[str, Any]] = []
-        self._serial = 0
-        super().__init__(connection or connect_unix(folder, name, seconds), seconds)
-
-    def _greet(self) -> None:
-        self._next()
-        self.execute("qmp_capabilities")
-
-    def execute(self, command: str, **arguments: Any) -> Any:
-        import json
-
-        self._serial += 1
-        request = {"execute": command, "id": self._serial, **({"arguments": arguments} if arguments else {})}
-        self._send(json.dumps(request).encode() + b"\n")
-        while True:
-            message = self._next()
-            if message.get("id") == self._serial:
-                if "error" in message:
-                    raise QMPError(f"qemu: {command}: {message['error'].get('desc', 'refused')}")
-                return message.get("return")
-            if "event" in message:
-                self.events.append(message)
-
-    def monitor(self, line: str) -> str:
-        return str(self.execute("human-monitor-command", **{"command-line": line}))
-
-    def _next(self) -> dict[str, Any]:
-        while b"\n" not in self._buffer:
-            self._receive()
-        line, self._buffer = self._buffer.split(b"\n", 1)
-        return parse_qmp(line)
-
-
-class HMP(ControlSocket):
-    """qemu's monitor for humans as the bash tools opened it, on telnet or on a plain socket.
+class HMP(QMP):
+    """The same over qemu's monitor for humans, as the bash tools opened it, on telnet or on a plain socket.
 
     It says its version and a prompt.  What is typed comes back with the escape sequences of a line editor
     (util/readline.c), then the answer, then the prompt again.
@@ -2585,19 +2570,19 @@ class HMP(ControlSocket):
         return text.decode("utf-8", "replace").replace("\r\n", "\n")
 
 
-def connect_qemu(vm: VM, seconds: float = 5.0) -> ControlSocket:
+def connect_qemu(vm: VM, seconds: float = 5.0) -> QMP:
     """A connection to the qemu of a running VM: our socket in its folder, or a monitor that the bash tools gave it."""
-    try:
-        return QMP(vm.folder, seconds)
-    except QMPClosed:
-        stranger = vm.stranger()
-        if not stranger:
-            raise
-        for kind, address in monitors(stranger):
-            connection = connect_monitor(stranger, vm, address, seconds)
-            if connection:
-                return QMP("", seconds, connection=connection) if kind == "control" else HMP(connection, seconds)
-        raise QMPClosed(f"{vm.name}: nocloud didn't start it, and its qemu has no monitor to talk to") from None
+    stranger = vm.stranger()
+    return connect_stranger(stranger, vm, seconds) if stranger else QMP(vm.folder, seconds)
+
+
+def connect_stranger(process: QemuProcess, vm: VM, seconds: float) -> QMP:
+    """A connection to the first of a qemu's monitors that answers."""
+    for kind, address in monitors(process):
+        connection = connect_monitor(process, vm, address, seconds)
+        if connection:
+            return (QMP if kind == "control" else HMP)("", seconds, connection=connection)
+    raise QMPClosed(f"{vm.name}: nocloud didn't start it, and its qemu has no monitor to talk to")
 
 
 def monitors(process: QemuProcess) -> Iterator[tuple[str, dict[str, str]]]:
@@ -2607,16 +2592,11 @@ def monitors(process: QemuProcess) -> Iterator[tuple[str, dict[str, str]]]:
     """
     chardevs = {options.get("id", ""): options for options in map(suboptions, process.values("chardev"))}
     for kind, names in (("control", ("qmp", "qmp-pretty")), ("readline", ("monitor",))):
-        for value in process.values(*names):
-            options = suboptions(value)
+        for options in map(suboptions, process.values(*names)):
             way, _, rest = next(iter(options)).partition(":")
-            if way == "unix":
-                yield kind, {**options, "path": rest}
-            elif way in ("telnet", "tcp"):
-                host, _, port = rest.rpartition(":")
-                yield kind, {**options, "host": host, "port": port}
-            elif way == "chardev":
-                yield kind, chardevs.get(rest, {})
+            host, _, port = rest.rpartition(":")
+            more = {"unix": {"path": rest}, "telnet": {"host": host, "port": port}, "tcp": {"host": host, "port": port}}
+            yield kind, {**options, **more[way]} if way in more else chardevs.get(rest, {})
     for options in map(suboptions, process.values("mon")):
         yield options.get("mode", "readline"), chardevs.get(options.get("chardev") or next(iter(options)), {})
 
@@ -9279,8 +9259,7 @@ def ask_monitor(vm: VM, line: str) -> str:
     """
     with connect_qemu(vm) as qemu:
         qemu.allow(MONITOR_SECONDS)
-        answer: str = qemu.monitor(line)
-    return answer.replace("\r\n", "\n").rstrip("\n")
+        return qemu.monitor(line).replace("\r\n", "\n").rstrip("\n")
 
 
 def is_refusal(answer: str) -> bool:
