@@ -20,7 +20,7 @@ import struct
 import sys
 import time
 from collections import ChainMap, Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
 
 TYPE_CHECKING = False  # typing costs 7 ms at start-up and nothing here needs it at run time
 if TYPE_CHECKING:
@@ -5260,13 +5260,13 @@ def catalogue_files() -> list[str]:
     return [path for path in places if os.path.isfile(path)]
 
 
-def load_catalogue() -> Catalogue:
-    catalogue = Catalogue()
+def load_catalogue(warn: Callable[[str], None] | None = None) -> Catalogue:
+    catalogue, warn = Catalogue(warn), warn or report.warn
     catalogue.read(packaged(CATALOGUE), CATALOGUE)
     for path in catalogue_files():
         reason = untrusted(path)
         if reason:
-            report.warn(f"{path} is skipped: {reason}")
+            warn(f"{path} is skipped: {reason}")
         else:
             catalogue.read(read_text(path), path)
     return catalogue
@@ -10434,14 +10434,21 @@ PLENTY_OF_SPACE = 2 * GIB
 SMALLEST_TIME = 1764028800  # 2025-11-25: no clock that is right shows less
 
 
+@record
 class Finding:
     """What a check found: its state, in words, and the command that mends it, '' where it is well."""
 
-    __slots__ = ("name", "state", "text", "mend")
+    state: str
+    text: str
+    mend: str = ""
+    name: str = ""
 
-    def __init__(self, state: str, text: str, mend: str = "", name: str = "") -> None:
-        self.name, self.state, self.text = name, state, printable(text)
-        self.mend = mend if os.geteuid() else re.sub(r"\bsudo ", "", mend)
+    def __post_init__(self) -> None:
+        self.text = printable(self.text)
+        self.mend = self.mend if os.geteuid() else re.sub(r"\bsudo ", "", self.mend)
+
+
+Findings = Generator[Finding, None, str]  # of a check: what isn't well, and in the end the words for all is well
 
 
 class Patient:
@@ -10546,34 +10553,26 @@ def mount_point(path: str) -> str:
 # -- the configuration and the tree
 
 
-def check_configuration(patient: Patient) -> Iterator[Finding]:
+def check_configuration(patient: Patient) -> Findings:
     yield from patient.config_findings
-    if not patient.config_findings:
-        yield Finding(OK, ", ".join(config_files()) or "the defaults")
+    return ", ".join(config_files()) or "the defaults"
 
 
-def check_catalogue(patient: Patient) -> Iterator[Finding]:
+def check_catalogue(patient: Patient) -> Findings:
     """A wrong line of the user's own keeps only downloads from working."""
     said: list[str] = []
-    catalogue, findings = Catalogue(said.append), []
-    catalogue.read(packaged(CATALOGUE), CATALOGUE)
-    for path in catalogue_files():
-        reason = untrusted(path)
-        try:
-            if reason:
-                findings.append(Finding(WARNING, f"{path} is skipped: {reason}", trust_command(path)))
-            else:
-                catalogue.read(read_text(path), path)
-        except UsageError as error:
-            said.append(str(error))
-        findings += [Finding(WARNING, text, line_command(text, path)) for text in said]
-        said.clear()
-    yield from findings
-    if not findings:
-        yield Finding(OK, plural(len(catalogue.entries), "system"))
+    well = ""
+    try:
+        well = plural(len(load_catalogue(said.append).entries), "system")
+    except UsageError as error:
+        said.append(str(error))
+    for text in said:
+        path = next(path for path in catalogue_files() if text.startswith(path))
+        yield Finding(WARNING, text, line_command(text, path) or trust_command(path))
+    return well
 
 
-def check_tree(patient: Patient) -> Iterator[Finding]:
+def check_tree(patient: Patient) -> Findings:
     base = patient.tree.base
     place = existing_parent(base)
     if os.path.lexists(base) and not os.path.isdir(base):
@@ -10585,92 +10584,72 @@ def check_tree(patient: Patient) -> Iterator[Finding]:
         yield Finding(WRONG, f"{place}: you may not write there", f"sudo install -d -o {user_name()} {quoted(base)}")
     elif place == base and untrusted(base):
         yield Finding(WARNING, f"{base}: {untrusted(base)}", trust_command(base))
-    else:
-        yield Finding(OK, base if place == base else f"{base}, made with the first VM")
+    return base if place == base else f"{base}, made with the first VM"
 
 
-def check_disk_space(patient: Patient) -> Iterator[Finding]:
+def check_disk_space(patient: Patient) -> Findings:
     place = existing_parent(patient.tree.base)
     free, cache = free_bytes(place), cache_home()
     text = f"{free // MIB} MB are free in {place}"
-    if free >= PLENTY_OF_SPACE:
-        yield Finding(OK, text)
-        return
-    mend = "vmBaseDir=FOLDER in ~/.nocloud.conf, on a larger file system"
-    if os.path.isdir(cache) and os.stat(cache).st_dev == os.stat(place).st_dev:
-        mend = f"rm -rf {quoted(cache)}"  # all of it can be made again
-    yield Finding(WRONG if free < 4 * CLONE_BYTES else WARNING, text, mend)
+    if free < PLENTY_OF_SPACE:
+        mend = "vmBaseDir=FOLDER in ~/.nocloud.conf, on a larger file system"
+        if os.path.isdir(cache) and os.stat(cache).st_dev == os.stat(place).st_dev:
+            mend = f"rm -rf {quoted(cache)}"  # all of it can be made again
+        yield Finding(WRONG if free < 4 * CLONE_BYTES else WARNING, text, mend)
+    return text
 
 
-def check_vms(patient: Patient) -> Iterator[Finding]:
+def check_vms(patient: Patient) -> Findings:
     """What killed commands and vanished files left in the tree."""
-    tree, well = patient.tree, True
-    vms = list(tree.vms())
-    for finding in (
-        unfinished_finding(tree),
-        sockets_finding(vms),
-        *(conf_finding(vm) for vm in vms),
-        *(disk_finding(vm) for vm in vms if vm.is_readable()),
-    ):
-        if finding:
-            well = False
-            yield finding
-    if well:
-        templates = sum(vm.is_template for vm in vms)
-        yield Finding(OK, f"{plural(len(vms) - templates, 'VM')}, {plural(templates, 'template')}, nothing left over")
-
-
-def unfinished_finding(tree: Tree) -> Finding | None:
+    tree = patient.tree
     folders = [folder for group in [*tree.groups(), TEMPLATES] for folder in left_over(tree, group)]
-    if not folders:
-        return None
-    return Finding(
-        WARNING, f"{plural(len(folders), 'folder')} of commands that were killed", f"rm -rf {quoted(*folders)}"
-    )
-
-
-def sockets_finding(vms: Sequence[VM]) -> Finding | None:
+    if folders:
+        text = f"{plural(len(folders), 'folder')} of commands that were killed"
+        yield Finding(WARNING, text, f"rm -rf {quoted(*folders)}")
+    vms = list(tree.vms())
     stopped = [vm for vm in vms if vm.state()[0] == "stopped"]
     dead = [vm.file(name) for vm in stopped for name in RUNTIME_FILES if os.path.lexists(vm.file(name))]
-    return (
-        Finding(WARNING, f"{plural(len(dead), 'socket')} of VMs that are stopped", f"rm -f {quoted(*dead)}")
-        if dead
-        else None
-    )
+    if dead:
+        yield Finding(WARNING, f"{plural(len(dead), 'socket')} of VMs that are stopped", f"rm -f {quoted(*dead)}")
+    for vm in vms:
+        yield from conf_findings(vm)
+        if vm.is_readable():
+            yield from disk_findings(vm)
+    templates = sum(vm.is_template for vm in vms)
+    return f"{plural(len(vms) - templates, 'VM')}, {plural(templates, 'template')}, nothing left over"
 
 
-def conf_finding(vm: VM) -> Finding | None:
+def conf_findings(vm: VM) -> Iterator[Finding]:
     """A VM whose settings can't be used.  One that lost them keeps its disk: its conf is begun anew."""
     try:
         if vm.conf:
-            return None
+            return
         disks = [name for name in _names(vm.folder) if re.fullmatch(rf"{re.escape(vm.name)}_0\.(img|qcow2)", name)]
         if not disks:
-            return Finding(WARNING, f"{vm.conf_file} is empty, and there is no disk", destroy_command(vm, "a disk"))
+            yield Finding(WARNING, f"{vm.conf_file} is empty, and there is no disk", destroy_command(vm, "a disk"))
+            return
         lines = quoted(f"vmName={vm.name}", f"vmDisk={vm.relative(disks[0])}")
         mend = f"printf '%s\\n' {lines} | {by_owner(vm.conf_file, f'tee -a {quoted(vm.conf_file)}')}"
-        return Finding(WARNING, f"{vm.conf_file} is empty", mend)
+        yield Finding(WARNING, f"{vm.conf_file} is empty", mend)
     except Error as error:
         mend = line_command(str(error), vm.conf_file)
         if not mend and os.access(vm.conf_file, os.R_OK):
             mend = trust_command(vm.conf_file)
-        return Finding(WARNING, str(error), mend or by_owner(vm.conf_file, f"chmod u+r {quoted(vm.conf_file)}"))
+        yield Finding(WARNING, str(error), mend or by_owner(vm.conf_file, f"chmod u+r {quoted(vm.conf_file)}"))
 
 
-def disk_finding(vm: VM) -> Finding | None:
+def disk_findings(vm: VM) -> Iterator[Finding]:
     """A VM whose disk, or what that lies on, is gone."""
     try:
         needed = [*vm.disks(), *backing_chain(vm.disks())]
     except FileNotFoundError:
         needed = vm.disks()
     except OSError as error:
-        return Finding(
-            WARNING, f"{vm.address_name}: {error.filename}: {error.strerror}", f"sudo chmod a+r {error.filename}"
-        )
-    gone = [path for path in needed if not os.path.exists(path)]
-    if not gone:
-        return None
-    return Finding(WARNING, f"{vm.address_name} can't start: {gone[0]} is gone", destroy_command(vm, gone[0]))
+        text = f"{vm.address_name}: {error.filename}: {error.strerror}"
+        yield Finding(WARNING, text, f"sudo chmod a+r {error.filename}")
+        return
+    for path in [path for path in needed if not os.path.exists(path)][:1]:
+        yield Finding(WARNING, f"{vm.address_name} can't start: {path} is gone", destroy_command(vm, path))
 
 
 def destroy_command(vm: VM, lost: str) -> str:
@@ -10684,7 +10663,7 @@ def destroy_command(vm: VM, lost: str) -> str:
 # -- what runs the VMs
 
 
-def check_qemu(patient: Patient) -> Iterator[Finding]:
+def check_qemu(patient: Patient) -> Findings:
     qemu = patient.cloud.qemu()
     package = installs(f"qemu-system-{os.uname().machine}")
     yield Finding(OK, f"{qemu.path}, version {qemu.version}")
@@ -10696,56 +10675,47 @@ def check_qemu(patient: Patient) -> Iterator[Finding]:
         choose_seed(qemu)
     except MissingProgram as error:
         yield Finding(WARNING, str(error), error.hint)
+    return ""
 
 
-def check_qemu_img(patient: Patient) -> Iterator[Finding]:
-    yield Finding(OK, need_program("qemu-img"))
+def found_programs(*names: str) -> Findings:
+    yield from ()
+    return ", ".join(map(need_program, names))
 
 
-def check_acceleration(patient: Patient) -> Iterator[Finding]:
+def check_acceleration(patient: Patient) -> Findings:
     reason, mend = kvm_missing()
     wanted = patient.config["vmAccel"]
     if wanted == "tcg":
-        yield Finding(OK, "software emulation, as vmAccel=tcg asks for")
-    elif not reason:
-        yield Finding(OK, "hardware acceleration (KVM)")
-    else:
+        return "software emulation, as vmAccel=tcg asks for"
+    if reason:
         text = f"no hardware acceleration, guests will be slow: {reason}"
         yield Finding(WRONG if wanted == "kvm" else WARNING, text, mend)
+    return "hardware acceleration (KVM)"
 
 
-def check_ssh(patient: Patient) -> Iterator[Finding]:
-    yield Finding(OK, ", ".join(need_program(name) for name in ("ssh", "ssh-keygen")))
-
-
-def check_keys(patient: Patient) -> Iterator[Finding]:
+def check_keys(patient: Patient) -> Findings:
     """nocloud's key and the user's: without a key of his own he has nocloud's to log in with."""
-    findings = [*own_key_findings(os.path.join(config_home(), "id_ed25519"))]
+    yield from own_key_findings(os.path.join(config_home(), "id_ed25519"))
     for path in user_keys():
         if os.stat(path).st_mode & 0o077:
-            findings.append(
-                Finding(WARNING, f"{path}: others may read it; ssh won't use it", f"chmod 600 {quoted(path)}")
-            )
+            yield Finding(WARNING, f"{path}: others may read it; ssh won't use it", f"chmod 600 {quoted(path)}")
     if not user_keys(".pub"):
-        findings.append(Finding(WARNING, "no key of yours, ~/.ssh/*.pub, to plant in VMs", "ssh-keygen -t ed25519"))
-    yield from findings
-    if not findings:
-        yield Finding(OK, f"{plural(len(user_keys('.pub')), 'key')} of yours, and nocloud's own")
+        yield Finding(WARNING, "no key of yours, ~/.ssh/*.pub, to plant in VMs", "ssh-keygen -t ed25519")
+    return f"{plural(len(user_keys('.pub')), 'key')} of yours, and nocloud's own"
 
 
 def own_key_findings(path: str) -> Iterator[Finding]:
     """nocloud's own key is made at first need; one that is there must be whole, and the user's alone."""
-    folder = existing_parent(os.path.dirname(path))
     if not os.path.exists(path):
+        folder = existing_parent(os.path.dirname(path))
         if not os.access(folder, os.W_OK | os.X_OK):
-            yield Finding(
-                WRONG, f"{folder}: you may not write there, for nocloud's key", "export XDG_CONFIG_HOME=FOLDER"
-            )
+            text = f"{folder}: you may not write there, for nocloud's key"
+            yield Finding(WRONG, text, "export XDG_CONFIG_HOME=FOLDER")
         return
     if os.stat(path).st_mode & 0o077:
-        yield Finding(
-            WRONG, f"{path}: others may read it; ssh won't use it", by_owner(path, f"chmod 600 {quoted(path)}")
-        )
+        mend = by_owner(path, f"chmod 600 {quoted(path)}")
+        yield Finding(WRONG, f"{path}: others may read it; ssh won't use it", mend)
     if not os.access(path, os.R_OK):
         yield Finding(WRONG, f"{path}: you may not read it", f"sudo chown {user_name()} {quoted(path)}")
     elif not os.path.exists(path + ".pub"):
@@ -10755,17 +10725,16 @@ def own_key_findings(path: str) -> Iterator[Finding]:
 # -- the private network
 
 
-def check_namespaces(patient: Patient) -> Iterator[Finding]:
+def check_namespaces(patient: Patient) -> Findings:
     need_program("ip")
     reason = try_namespaces()
     if reason:
         error = namespaces_denied(reason)
         yield Finding(patient.needs("private"), str(error), error.hint)
-    else:
-        yield Finding(OK, "this user may make namespaces")
+    return "this user may make namespaces"
 
 
-def check_tun(patient: Patient) -> Iterator[Finding]:
+def check_tun(patient: Patient) -> Findings:
     """For both networks: qemu-bridge-helper opens it as the user that calls it."""
     path = "/dev/net/tun"
     if not os.path.exists(path):
@@ -10775,68 +10744,59 @@ def check_tun(patient: Patient) -> Iterator[Finding]:
         elif not os.path.exists(f"/lib/modules/{os.uname().release}"):
             mend = f"in a container: give it the device {path}"
         yield Finding(WRONG, f"there is no {path}", mend)
-        return
-    reason = device_denied(path)
-    if reason:
-        yield Finding(WRONG, f"you may not open {path} ({reason})", f"sudo chmod 666 {path}")
-    else:
-        yield Finding(OK, path)
+    elif device_denied(path):
+        yield Finding(WRONG, f"you may not open {path} ({device_denied(path)})", f"sudo chmod 666 {path}")
+    return path
 
 
-def check_private_programs(patient: Patient) -> Iterator[Finding]:
+def check_private_programs(patient: Patient) -> Findings:
     missing = [name for name in ("ip", "dnsmasq", "nsenter") if not find_program(name)]
     if missing:
         text = f"not found, and the private network needs it: {', '.join(missing)}"
         yield Finding(patient.needs("private"), text, installs(*missing))
-    else:
-        yield Finding(OK, "ip, dnsmasq and nsenter")
+    return "ip, dnsmasq and nsenter"
 
 
-def check_way_out(patient: Patient) -> Iterator[Finding]:
-    missing = [] if find_program("pasta") else ["pasta"]
-    if not find_program("nft") and not find_program("iptables"):
-        missing.append("nft")
+def check_way_out(patient: Patient) -> Findings:
+    filters = ["nft"] if not find_program("nft") and not find_program("iptables") else []
+    missing = [*([] if find_program("pasta") else ["pasta"]), *filters]
     if missing:
         text = f"VMs on the private network don't reach the Internet: {' and '.join(missing)} not found"
         yield Finding(WARNING, text, installs(*missing))
-    else:
-        yield Finding(OK, "pasta")
+    return "pasta"
 
 
-def check_private_subnet(patient: Patient) -> Iterator[Finding]:
+def check_private_subnet(patient: Patient) -> Findings:
     """Once it is chosen it is kept; a VPN that came later may have it as well."""
     network = patient.cloud.private
     if not os.path.exists(network.file("subnet")):
-        yield Finding(OK, "a free one is chosen with the first VM")
-        return
+        return "a free one is chosen with the first VM"
     subnet = network.subnet()
     try:
         taken = host_networks(read_text("/proc/net/fib_trie"))
     except OSError:
         taken = []
     clash = [pair for pair in taken if pair[1] > 8 and overlap(*pair, ipv4_number(f"{subnet}.0"), 24)]
-    if not clash:
-        yield Finding(OK, f"{subnet}.0/24")
-        return
-    text = f"this host has {ipv4_text(clash[0][0])}/{clash[0][1]} too: VMs don't reach that, on {subnet}.0/24"
-    mend = f"nocloud net --private down && rm -f {quoted(network.file('subnet'))}"
-    if any(True for _ in patient.tree.vms()):
-        mend = "VMs keep their addresses for life: end that network while they are in use, or use another vmBaseDir"
-    yield Finding(WARNING, text, mend)
+    if clash:
+        text = f"this host has {ipv4_text(clash[0][0])}/{clash[0][1]} too: VMs don't reach that, on {subnet}.0/24"
+        mend = f"nocloud net --private down && rm -f {quoted(network.file('subnet'))}"
+        if any(True for _ in patient.tree.vms()):
+            mend = "VMs keep their addresses for life: end that network while they are in use, or use another vmBaseDir"
+        yield Finding(WARNING, text, mend)
+    return f"{subnet}.0/24"
 
 
-def check_inotify(patient: Patient) -> Iterator[Finding]:
+def check_inotify(patient: Patient) -> Findings:
     """dnsmasq waits for changed files by inotify(7), and doesn't start without one."""
     import ctypes
 
     fd = ctypes.CDLL(None, use_errno=True).inotify_init1(os.O_CLOEXEC)
-    if fd >= 0:
+    if fd < 0:
+        text = f"no inotify instance is to be had: {os.strerror(ctypes.get_errno())}"
+        yield Finding(patient.needs("private"), text, "sudo sysctl -w user.max_inotify_instances=1024")
+    else:
         os.close(fd)
-        yield Finding(OK, "instances are to be had")
-        return
-    reason = os.strerror(ctypes.get_errno())
-    mend = "sudo sysctl -w user.max_inotify_instances=1024"
-    yield Finding(patient.needs("private"), f"no inotify instance is to be had: {reason}", mend)
+    return "instances are to be had"
 
 
 # -- the host's bridge
@@ -11125,15 +11085,13 @@ def check_names(patient: Patient) -> Iterator[Finding]:
 # -- the rest, and all of it
 
 
-def check_clock(patient: Patient) -> Iterator[Finding]:
+def check_clock(patient: Patient) -> Findings:
     """Certificates aren't valid yet where the clock is behind."""
     now = time.time()
-    oldest = max(SMALLEST_TIME, os.stat(program_path()).st_mtime)
     text = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now))
-    if now < oldest - 86400:
+    if now < max(SMALLEST_TIME, os.stat(program_path()).st_mtime) - 86400:
         yield Finding(WARNING, f"it shows {text}, and is behind: downloads will fail", "sudo timedatectl set-ntp true")
-    else:
-        yield Finding(OK, text)
+    return text
 
 
 Check = tuple[str, Callable[[Patient], Iterator[Finding]]]
@@ -11145,9 +11103,9 @@ CHECKS: tuple[Check, ...] = (
     ("space", check_disk_space),
     ("vms", check_vms),
     ("qemu", check_qemu),
-    ("qemu-img", check_qemu_img),
+    ("qemu-img", lambda patient: found_programs("qemu-img")),
     ("acceleration", check_acceleration),
-    ("ssh", check_ssh),
+    ("ssh", lambda patient: found_programs("ssh", "ssh-keygen")),
     ("keys", check_keys),
     ("namespaces", check_namespaces),
     ("tun", check_tun),
@@ -11187,9 +11145,8 @@ def examine(names: Sequence[str]) -> Iterator[Finding]:
     for name in names:
         if name not in known:
             near = nearest(name, known)
-            raise UsageError(
-                f"{name}: no such check", f"did you mean {near}?" if near else f"one of {', '.join(known)}"
-            )
+            hint = f"did you mean {near}?" if near else f"one of {', '.join(known)}"
+            raise UsageError(f"{name}: no such check", hint)
     patient = Patient()
     bridged = patient.has_bridge or patient.config["vmNetwork"] == "bridge"
     for name, check in (*CHECKS, *(BRIDGE_CHECKS if bridged or names else ())):
@@ -11202,16 +11159,18 @@ def examine(names: Sequence[str]) -> Iterator[Finding]:
 
 def examine_one(name: str, check: Callable[[Patient], Iterator[Finding]], patient: Patient) -> Iterator[Finding]:
     """A check's findings; one that fails by itself tells why, whatever this host did to it."""
+    network = "private" if name in ("namespaces", "private-subnet") else ""
+    if (name, check) in BRIDGE_CHECKS:
+        network = "bridge"
+    findings, well = check(patient), True
     try:
-        yield from check(patient)
+        while True:
+            yield next(findings)
+            well = False
+    except StopIteration as end:
+        if well and end.value:
+            yield Finding(OK, end.value)
     except Error as error:
-        network = (
-            "bridge"
-            if (name, check) in BRIDGE_CHECKS
-            else "private"
-            if name in ("namespaces", "private-subnet")
-            else ""
-        )
         yield Finding(patient.needs(network) if network else WRONG, str(error), error.hint)
     except Exception as error:
         if report.debug:
@@ -12054,7 +12013,8 @@ def cmd_doctor(config: Config, args: argparse.Namespace, words: list[str]) -> in
     if args.json:
         import json
 
-        report.data(json.dumps([{key: getattr(each, key) for key in each.__slots__} for each in findings], indent=2))
+        keys = ("name", "state", "text", "mend")
+        report.data(json.dumps([{key: getattr(each, key) for key in keys} for each in findings], indent=2))
     return EXIT_FAILED if any(finding.state == WRONG for finding in findings) else EXIT_DONE
 
 
