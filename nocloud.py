@@ -9395,13 +9395,13 @@ class Wakeup:
         return numbers, [self._posts.popleft() for _ in range(len(self._posts))]
 
 
+@record
 class Member:
     """A running VM that the supervisor watches."""
 
-    __slots__ = ("vm", "process", "ready")
-
-    def __init__(self, vm: VM, process: Process) -> None:
-        self.vm, self.process, self.ready = vm, process, False
+    vm: VM
+    process: Process
+    ready: bool = False
 
 
 # What the loop is about: the group runs; or vmrun ends, and its VMs are destroyed, stopped and kept, or left running.
@@ -9534,24 +9534,24 @@ class Supervisor:
 
     def _begun(self, errors: list[Error] | Error) -> None:
         self._starting = False
-        if cancellation.requested:  # what could not be started because of that is no failure
-            return
-        self._failed([errors] if isinstance(errors, Error) else errors)
+        self._failed(errors)
         if self.goal == RUN:
             vms = sorted((member.vm for member in self._members.values()), key=lambda vm: vm.address_name)
             self._job(lambda: open_screens([vm for vm in vms if not has_viewer(vm)]), lambda _: None)
 
-    def _failed(self, errors: Sequence[Error]) -> None:
-        for error in errors:
+    def _failed(self, errors: list[Error] | Error) -> None:
+        """Say what a worker couldn't do, but for what it was kept from."""
+        if cancellation.requested:
+            return
+        for error in [errors] if isinstance(errors, Error) else errors:
             report.error(error)
             self.status = EXIT_FAILED
 
     def _wait(self, vm: VM) -> None:
         wait = Wait(self.cloud, vm, self.cloud.config.number("vmWaitTimeout"))
-        while not wait.network.address(vm):
+        while not (address := wait.network.address(vm)):
             wait.check()
             time.sleep(0.1)
-        address = wait.network.address(vm)
         self._wakeup.post(lambda: report.log(f"{vm.name} has IP {address}"))
         wait_ready(wait)
 
@@ -9585,7 +9585,7 @@ class Supervisor:
         self._finished = self._ending == self.goal
         if not self._finished:
             self._ending = self.goal
-            self._job({DESTROY: self._destroy, KEEP: self._keep, LEAVE: self._leave}[self.goal], self._ended)
+            self._job(self._end, self._failed)
         return None
 
     def _rest(self) -> None:
@@ -9597,24 +9597,18 @@ class Supervisor:
             self._settled(self.status or (EXIT_TIMEOUT if late else EXIT_DONE))
             self._settled = None
 
-    def _destroy(self) -> list[Error]:
-        errors = destroy_all(self.cloud, list(self.cloud.tree.vms(self.group)))
+    def _end(self) -> list[Error]:
+        """What the goal asks for."""
+        if self._ending == LEAVE:
+            configure_later(self.cloud, [member.vm for member in self._members.values() if not member.ready])
+            return []
+        vms = list(self.cloud.tree.vms(self.group))
+        if self._ending == DESTROY:
+            errors = destroy_all(self.cloud, vms)
+        else:
+            errors = stop_all(self.cloud, vms, self.cloud.config.number("vmStopTimeout"))
         self.cloud.network("private").end_if_idle()
         return errors
-
-    def _keep(self) -> list[Error]:
-        seconds = self.cloud.config.number("vmStopTimeout")
-        errors = stop_all(self.cloud, list(self.cloud.tree.vms(self.group)), seconds)
-        self.cloud.network("private").end_if_idle()
-        return errors
-
-    def _leave(self) -> list[Error]:
-        configure_later(self.cloud, [member.vm for member in self._members.values() if not member.ready])
-        return []
-
-    def _ended(self, errors: list[Error] | Error) -> None:
-        if not cancellation.requested:
-            self._failed([errors] if isinstance(errors, Error) else errors)
 
 
 def supervise(
@@ -9688,6 +9682,8 @@ class Background:
 
     def start(self) -> int | None:
         """None in the child, which goes on; in the caller the exit status, when the child has settled or ended."""
+        import signal
+
         hear, talk = os.pipe()
         pid = fork_session()
         if not pid:
@@ -9699,18 +9695,12 @@ class Background:
             try:
                 said = pipe.read()
             except (KeyboardInterrupt, SystemExit) as stopped:
-                self._pass_on(pid, stopped)
+                # ^C and SIGTERM are meant for the child too; when the terminal goes away, SIGHUP, it goes on.
+                if not isinstance(stopped, SystemExit) or stopped.code == 128 + signal.SIGTERM:
+                    os.kill(pid, signal.SIGTERM)
+                    os.waitpid(pid, 0)
                 raise
         return said[0] if said else os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-    @staticmethod
-    def _pass_on(pid: int, stopped: BaseException) -> None:
-        """^C and SIGTERM are meant for the child too; when the terminal goes away, SIGHUP, it goes on."""
-        import signal
-
-        if not isinstance(stopped, SystemExit) or stopped.code == 128 + signal.SIGTERM:
-            os.kill(pid, signal.SIGTERM)
-            os.waitpid(pid, 0)
 
     def settled(self, status: int, log_file: str) -> None:
         """In the child: let the caller go, and write to a log from now on.  In the foreground: nothing."""
