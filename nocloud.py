@@ -9723,17 +9723,13 @@ class Background:
 # Rows for people, JSON for ansible.
 
 
-def running_rows(cloud: Cloud, group: str, type: str) -> Iterator[str]:
-    """A line per running VM: NAME GROUP/TYPE IP; the third field is missing where there is no address yet."""
-    for vm in cloud.tree.running(group, type):
-        address = address_of(cloud, vm)
-        yield " ".join(part for part in (vm.name, vm.function, address) if part)
-
-
-def all_rows(cloud: Cloud, group: str, type: str) -> Iterator[str]:
-    """A line per VM, running or not: NAME GROUP/TYPE STATE IP."""
+def vm_rows(cloud: Cloud, group: str = "", type: str = "", *, every: bool = False) -> Iterator[str]:
+    """A line per running VM, NAME GROUP/TYPE IP, or for every one, NAME GROUP/TYPE STATE IP; IP once it has one."""
     for vm in cloud.tree.vms(group, type):
-        yield " ".join(part for part in (vm.name, vm.function, vm.state()[0], address_of(cloud, vm)) if part)
+        state, _ = vm.state()
+        if every or state == "running":
+            words = (vm.name, vm.function, state if every else "", address_of(cloud, vm))
+            yield " ".join(filter(None, words))
 
 
 def address_of(cloud: Cloud, vm: VM) -> str:
@@ -9747,40 +9743,38 @@ def address_of(cloud: Cloud, vm: VM) -> str:
 
 def inventory(cloud: Cloud) -> dict[str, Any]:
     """ansible's script inventory of the running VMs that have an address."""
-    groups: dict[str, Any] = {}
-    hostvars: dict[str, Any] = {}
-    members: dict[str, list[VM]] = {}
+    members: dict[str, list[tuple[VM, str]]] = {}
     for vm in cloud.tree.running():
         address = address_of(cloud, vm)
-        if not address:
-            continue
-        key = f"{vm.group}_{vm.type or TEMPLATES}"
-        groups.setdefault(key, {}).setdefault("hosts", []).append(address)
-        children = groups.setdefault(vm.group, {}).setdefault("children", [])
-        if key not in children:
-            children.append(key)
-        members.setdefault(vm.group, []).append(vm)
-        hostvars[address] = host_variables(vm)
-        uuid = vm.conf.get("vmUuid", "")
-        # ansible's own is named by the address, which another VM had before, or has in another tree
-        hostvars[address]["ansible_control_path"] = f"%(directory)s/{uuid or vm.address_name.replace('/', '-')}"
-        if uuid and not vm.conf.get("vmAddress"):  # known by its UUID only
-            for program in ("ssh", "sftp", "scp"):
-                hostvars[address][f"ansible_{program}_extra_args"] = f"-o HostKeyAlias={uuid}"
-    for group, vms in members.items():
+        if address:
+            members.setdefault(vm.group, []).append((vm, address))
+    groups: dict[str, Any] = {}
+    hostvars: dict[str, Any] = {}
+    for group, pairs in members.items():
+        vms = [vm for vm, _ in pairs]
         users = [vm.get("vmUser") for vm in vms]
         user = max(users, key=users.count)
-        groups[group]["vars"] = {"ansible_user": user, "ansible_ssh_common_args": ansible_ssh_args(cloud, vms)}
-        for vm in vms:
-            if vm.get("vmUser") != user:
-                hostvars[address_of(cloud, vm)]["ansible_user"] = vm.get("vmUser")
+        kinds: dict[str, Any] = {}
+        for vm, address in pairs:
+            kinds.setdefault(f"{group}_{vm.type or TEMPLATES}", {"hosts": []})["hosts"].append(address)
+            hostvars[address] = host_variables(vm, user)
+        variables = {"ansible_user": user, "ansible_ssh_common_args": ansible_ssh_args(cloud, vms)}
+        for name, values in [*kinds.items(), (group, {"children": list(kinds), "vars": variables})]:
+            groups.setdefault(name, {}).update(values)
     return {**groups, "_meta": {"hostvars": hostvars}}
 
 
-def host_variables(vm: VM) -> dict[str, str]:
+def host_variables(vm: VM, user: str) -> dict[str, str]:
+    """What ansible is told of a host; `user`: who logs in to those of its group."""
+    uuid, login = vm.conf.get("vmUuid", ""), vm.get("vmUser")
     names = {"name": vm.name, "group": vm.group, "type": vm.type or TEMPLATES}
-    names.update(template=vm.conf.get("vmTemplate", ""), uuid=vm.conf.get("vmUuid", ""))
-    return {f"nocloud_{key}": value for key, value in names.items()}
+    names.update(template=vm.conf.get("vmTemplate", ""), uuid=uuid)
+    values = {f"nocloud_{key}": value for key, value in names.items()}
+    # ansible's own is named by the address, which another VM had before, or has in another tree
+    values["ansible_control_path"] = f"%(directory)s/{uuid or vm.address_name.replace('/', '-')}"
+    if uuid and not vm.conf.get("vmAddress"):  # known by its UUID only
+        values.update({f"ansible_{each}_extra_args": f"-o HostKeyAlias={uuid}" for each in ("ssh", "sftp", "scp")})
+    return values if login == user else {**values, "ansible_user": login}
 
 
 def ansible_ssh_args(cloud: Cloud, vms: Sequence[VM]) -> str:
@@ -11599,8 +11593,7 @@ def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> i
     with Cloud(config) as cloud:
         if args.group is not None:
             cloud.tree.need_group(args.group)
-        rows = all_rows if args.all else running_rows
-        for row in rows(cloud, args.group or "", args.type or ""):
+        for row in vm_rows(cloud, args.group or "", args.type or "", every=args.all):
             report.data(row)
     return EXIT_DONE
 
@@ -11804,7 +11797,7 @@ def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) ->
             known = inventory(cloud)
             report.data(json.dumps(known if args.list else known["_meta"]["hostvars"].get(args.host, {}), indent=2))
         else:
-            for row in running_rows(cloud, "", ""):
+            for row in vm_rows(cloud):
                 report.data(row)
     return EXIT_DONE
 
