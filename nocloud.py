@@ -9095,12 +9095,9 @@ def viewer_argv(screen: str, path: str) -> list[str]:
     for program, before in VIEWERS[screen]:
         if find_program(program):
             return [program, before + path]
-    names = " or ".join(program for program, _ in VIEWERS[screen])
-    try:
-        need_program(VIEWERS[screen][0][0])
-    except MissingProgram as missing:
-        raise MissingProgram(f"no viewer for its screen: {names} is needed", missing.hint) from None
-    return []
+    names = [program for program, _ in VIEWERS[screen]]
+    hint = install_command(names[:1]) or f"install it, in the package that has {names[0]}"
+    raise MissingProgram(f"no viewer for its screen: {' or '.join(names)} is needed", hint)
 
 
 def open_screen(vm: VM) -> None:
@@ -9252,30 +9249,21 @@ def relay_line(connection: socket.socket, leave: bytes, drop: bytes) -> bool:
 MONITOR_SECONDS = 3600.0  # a savevm or a backup takes its time
 
 
-def ask_monitor(vm: VM, line: str) -> str:
-    """What qemu's monitor answers to a command for humans.
-
-    A connection for each command: qemu serves one at a time, and a vmstop must get through while someone sits here.
-    """
-    with connect_qemu(vm) as qemu:
-        qemu.allow(MONITOR_SECONDS)
-        return qemu.monitor(line).replace("\r\n", "\n").rstrip("\n")
-
-
-def is_refusal(answer: str) -> bool:
-    """Whether the monitor's answer is a complaint; only its words tell that (monitor/hmp.c, hmp_handle_error)."""
-    return answer.startswith(("unknown command:", "Error: ")) or answer.endswith("for more information")
-
-
 def monitor_command(vm: VM, line: str) -> None:
-    """One command.  Raises Error with the monitor's words where it refuses."""
+    """One command for humans.  Raises Error with the monitor's words where it refuses.
+
+    A connection for each: qemu serves one at a time, and a vmstop must get through while someone sits here.
+    """
     try:
-        answer = ask_monitor(vm, line)
+        with connect_qemu(vm) as qemu:
+            qemu.allow(MONITOR_SECONDS)
+            answer = qemu.monitor(line).replace("\r\n", "\n").rstrip("\n")
     except QMPClosed:
         if line.strip() in ("q", "quit"):
             return
         raise
-    if is_refusal(answer):
+    # Only its words tell a complaint from an answer (monitor/hmp.c, hmp_handle_error).
+    if answer.startswith(("unknown command:", "Error: ")) or answer.endswith("for more information"):
         raise Error(f"{vm.name}: {'; '.join(answer.splitlines())}", f"vmmanage -n {vm.address_name} help")
     if answer:
         report.data(answer)
