@@ -10509,17 +10509,8 @@ def line_command(text: str, path: str) -> str:
 
 
 def mount_point(path: str) -> str:
-    """Where the file system that a path is on is mounted (proc(5), mountinfo); ismount() misses bind mounts."""
-    path, found = os.path.realpath(path), "/"
-    try:
-        lines = read_text("/proc/self/mountinfo").splitlines()
-    except OSError:
-        return found
-    for line in lines:
-        place = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), line.split(" ")[4])
-        if len(place) >= len(found) and (path + "/").startswith(place.rstrip("/") + "/"):
-            found = place
-    return found
+    """A shell's words for the place where the file system that a path is on is mounted."""
+    return f'"$(findmnt -no TARGET -T {quoted(path)})"'
 
 
 # -- the configuration and the tree
@@ -10550,7 +10541,7 @@ def check_tree(patient: Patient) -> Findings:
     if os.path.lexists(base) and not os.path.isdir(base):
         yield Finding(WRONG, f"{base}: is no folder", by_owner(base, f"mv {quoted(base, base + '.old')}"))
     elif os.statvfs(place).f_flag & os.ST_RDONLY:
-        mend = f"sudo mount -o remount,rw {quoted(mount_point(place))}"
+        mend = f"sudo mount -o remount,rw {mount_point(place)}"
         yield Finding(WRONG, f"{place}: the file system is read-only", mend)
     elif not os.access(place, os.W_OK | os.X_OK):
         yield Finding(WRONG, f"{place}: you may not write there", f"sudo install -d -o {user_name()} {quoted(base)}")
