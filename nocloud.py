@@ -10570,10 +10570,6 @@ def check_vms(patient: Patient) -> Findings:
         text = f"{plural(len(folders), 'folder')} of commands that were killed"
         yield Finding(WARNING, text, f"rm -rf {quoted(*folders)}")
     vms = list(tree.vms())
-    stopped = [vm for vm in vms if vm.state()[0] == "stopped"]
-    dead = [vm.file(name) for vm in stopped for name in RUNTIME_FILES if os.path.lexists(vm.file(name))]
-    if dead:
-        yield Finding(WARNING, f"{plural(len(dead), 'socket')} of VMs that are stopped", f"rm -f {quoted(*dead)}")
     for vm in vms:
         yield from conf_findings(vm)
         if vm.is_readable():
