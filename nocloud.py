@@ -9306,13 +9306,14 @@ class Manager:
     It is taken, given back and, after a SIGKILL, swept away under the tree's lock.
     """
 
-    def __init__(self, tree: Tree, group: str) -> None:
-        self.tree, self.group = tree, group
+    def __init__(self, tree: Tree, group: str, new: bool) -> None:
+        """`new`: the group must have no VMs yet."""
+        self.tree, self.group, self._new = tree, group, new
         self.folder = os.path.join(tree.base, group)
         self.log_file = os.path.join(self.folder, MANAGER_LOG)
         self._fd = -1
 
-    def take(self, new: bool) -> None:
+    def __enter__(self) -> Manager:
         """Raises WrongState where another vmrun has the group, or, if it has to be `new`, where it has VMs."""
         self.tree.prepare()
         with self.tree.lock():
@@ -9320,7 +9321,7 @@ class Manager:
             if state != "stopped":
                 who = f"vmrun (process {pid})" if pid else "a vmrun of another user"
                 raise WrongState(f"{self.group}: {who} manages it already", f"vmrun -s {self.group} stops it")
-            if new and any(True for _ in self.tree.vms(self.group)):
+            if self._new and any(True for _ in self.tree.vms(self.group)):
                 raise WrongState(
                     f"{self.group}: the group has VMs already",
                     f"vmrun -r {self.group} runs them, vmstop -d -g {self.group} destroys them, --add adds to them",
@@ -9330,8 +9331,6 @@ class Manager:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.tree.managed = self.group
-
-    def __enter__(self) -> Manager:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -9417,8 +9416,12 @@ class Supervisor:
 
     def run(self, begin: Callable[[Callable[[VM], None]], list[Error]]) -> int:
         """Have `begin` start the VMs, telling each to its argument; watch the group to its end; the exit status."""
-        post = self._wakeup.post
-        self._job(lambda: begin(lambda vm: post(lambda: self._spawned(vm))), self._begun)
+
+        def spawned(vm: VM) -> None:
+            how = f"of {vm.type} type has been spawned in {vm.group} group"
+            self._wakeup.post(lambda: self._adopt(vm, how))
+
+        self._job(lambda: begin(spawned), self._begun)
         while not self._finished:
             for key, _ in self._selector.select(self._timeout()):
                 key.data()
@@ -9451,14 +9454,11 @@ class Supervisor:
         report.log(f"{words.get(goal, 'leaving; these go on running: the VMs of')} {self.group} group")
         self.goal = goal
 
-    def _spawned(self, vm: VM) -> None:
-        report.log(f"{vm.name} of {vm.type} type has been spawned in {vm.group} group")
-        self._adopt(vm)
-
-    def _adopt(self, vm: VM) -> None:
+    def _adopt(self, vm: VM, how: str) -> None:
         """Watch a VM that runs, whoever started it, and wait until it is ready."""
         import selectors
 
+        report.log(f"{vm.name} {how}")
         state, pid = vm.state()
         process = Process(pid) if state == "running" else None
         if not process or process.fileno() < 0 or vm.state() != (state, pid):
@@ -9493,8 +9493,7 @@ class Supervisor:
         self._look_at = time.monotonic() + LOOK_SECONDS
         for vm in self.cloud.tree.vms(self.group):
             if vm.folder not in self._members and vm.is_running():
-                report.log(f"{vm.name} has joined")
-                self._adopt(vm)
+                self._adopt(vm, "has joined")
 
     # workers
 
@@ -9608,9 +9607,7 @@ def supervise(
     and the log that a vmrun in the background writes.
     """
     wakeup = Wakeup()
-    manager = Manager(cloud.tree, group)
-    manager.take(new)
-    with manager:
+    with Manager(cloud.tree, group, new) as manager:
         old = list(cloud.tree.vms(group))
         if not old and not wishes:
             raise NotFound(f"{group}: there are no VMs in it", "vmrun -f FILE makes them")
