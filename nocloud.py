@@ -1117,11 +1117,7 @@ class VM:
 
     def stranger(self) -> QemuProcess | None:
         """The qemu that runs it, where that was started by the bash tools, or by hand; None where nocloud did it."""
-        state, pid = lock_holder(self.pid_file)
-        if state == "unknown" or (state == "running" and os.path.exists(self.file("qmp.sock"))):
-            return None
-        process = strangers.find(self) if state == "stopped" else QemuProcess(pid)
-        return process if process and is_qemu(process.pid) and not process.is_ours else None
+        return strangers.of(self)
 
     def is_running(self) -> bool:
         return self.state()[0] == "running"
@@ -1215,6 +1211,11 @@ def is_qemu(pid: int) -> bool:
     return process_file(pid, "comm").startswith(("qemu-system", "qemu-kvm", "qemu\n", "kvm\n"))
 
 
+def is_our_qemu(command_line: str) -> bool:
+    """Whether nocloud started it: that shows in its words, whoever's it is."""
+    return ",path=qmp.sock,server=on,wait=off\0" in command_line
+
+
 class QemuProcess:
     """A running qemu, as its command line and its open files in /proc show it."""
 
@@ -1222,7 +1223,7 @@ class QemuProcess:
         self.pid = pid
         self._command_line = process_file(pid, "cmdline")
         self.words = self._command_line.rstrip("\0").split("\0")
-        self.is_ours = any(word.endswith(",path=qmp.sock,server=on,wait=off") for word in self.words)
+        self.is_ours = is_our_qemu(self._command_line)
         self._files: dict[tuple[int, int] | None, bool] = {}
         try:
             self.folder = os.readlink(f"/proc/{pid}/cwd")
@@ -1301,6 +1302,14 @@ class Strangers:
             except Error:
                 continue  # its conf can't be read
         return None
+
+    def of(self, vm: VM) -> QemuProcess | None:
+        """The qemu that runs a VM, where nocloud didn't start it."""
+        state, pid = lock_holder(vm.pid_file)
+        if state == "unknown" or (state == "running" and os.path.exists(vm.file("qmp.sock"))):
+            return None
+        process = self.find(vm) if state == "stopped" else QemuProcess(pid)
+        return process if process and is_qemu(process.pid) and not process.is_ours else None
 
     @staticmethod
     def _may_be_ours(pid: int) -> bool:
@@ -10096,16 +10105,17 @@ def running_vms() -> list[str]:
     import pwd
 
     found = []
-    for process in (QemuProcess(int(name)) for name in os.listdir("/proc") if name.isdigit()):
-        if not process.is_ours:
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        if not is_our_qemu(process_file(int(pid), "cmdline")):
             continue
         try:
-            user = pwd.getpwuid(os.stat(f"/proc/{process.pid}").st_uid).pw_name
+            folder, uid = os.readlink(f"/proc/{pid}/cwd"), os.stat(f"/proc/{pid}").st_uid
+            user = pwd.getpwuid(uid).pw_name
         except KeyError:
             user = "another user"
-        except FileNotFoundError:
+        except OSError:
             continue  # it has ended
-        found.append(f"{'/'.join(process.folder.split('/')[-3:])} of {user}")
+        found.append(f"{'/'.join(folder.split('/')[-3:])} of {user}")
     return sorted(found)
 
 
