@@ -1112,12 +1112,12 @@ class VM:
     def state(self) -> tuple[str, int]:
         """("running", pid of qemu), ("stopped", 0) or ("unknown", 0)."""
         state, pid = lock_holder(self.pid_file)
-        unlocked = strangers.find(self) if state == "stopped" else None
+        unlocked = foreign_qemus.find(self) if state == "stopped" else None
         return ("running", unlocked.pid) if unlocked else (state, pid)
 
-    def stranger(self) -> QemuProcess | None:
+    def foreign_qemu(self) -> QemuProcess | None:
         """The qemu that runs it, where that was started by the bash tools, or by hand; None where nocloud did it."""
-        return strangers.of(self)
+        return foreign_qemus.of(self)
 
     def is_running(self) -> bool:
         return self.state()[0] == "running"
@@ -1281,7 +1281,7 @@ class QemuProcess:
         return False
 
 
-class Strangers:
+class ForeignQemus:
     """The qemus that hold no pidfile: started by the bash tools, or left by who removed the file.
 
     /proc is read once in a process's life, when a VM of the tree has no locked pidfile.
@@ -1320,7 +1320,7 @@ class Strangers:
             return False  # it has ended
 
 
-strangers = Strangers()
+foreign_qemus = ForeignQemus()
 
 
 class Tree:
@@ -2581,11 +2581,11 @@ class HMP(QMP):
 
 def connect_qemu(vm: VM, seconds: float = 5.0) -> QMP:
     """A connection to the qemu of a running VM: our socket in its folder, or a monitor that the bash tools gave it."""
-    stranger = vm.stranger()
-    return connect_stranger(stranger, vm, seconds) if stranger else QMP(vm.folder, seconds)
+    foreign = vm.foreign_qemu()
+    return connect_foreign(foreign, vm, seconds) if foreign else QMP(vm.folder, seconds)
 
 
-def connect_stranger(process: QemuProcess, vm: VM, seconds: float) -> QMP:
+def connect_foreign(process: QemuProcess, vm: VM, seconds: float) -> QMP:
     """A connection to the first of a qemu's monitors that answers."""
     for kind, address in monitors(process):
         connection = connect_monitor(process, vm, address, seconds)
@@ -3320,7 +3320,7 @@ class PrivateNetwork(Network):
         """The namespaces of a VM that runs on though the holder was killed."""
         for vm in self.tree.running():
             _, pid = vm.state()
-            if pid and not vm.stranger():
+            if pid and not vm.foreign_qemu():
                 spaces = Namespaces(pid)
                 if os.fstat(spaces.net).st_ino != os.stat("/proc/self/ns/net").st_ino:
                     return spaces
@@ -3451,7 +3451,7 @@ class PrivateNetwork(Network):
     def _users(self) -> Iterator[VM]:
         """The VMs that are on it: running, or not known to have stopped; a template in the making may be booted too."""
         for vm in [*self.tree.unfinished(), *self.tree.vms()]:
-            if vm.state()[0] == "stopped" or vm.stranger():
+            if vm.state()[0] == "stopped" or vm.foreign_qemu():
                 continue
             if not vm.is_readable() or vm.conf.get("vmNetwork", "private") != "bridge":
                 yield vm
@@ -4604,9 +4604,9 @@ class HostBridge(Network):
 
     def address(self, vm: VM) -> str:
         """What the DHCP server gave to the VM's MAC, or ''.  The bash tools drew another MAC at each start."""
-        stranger = vm.stranger()
-        if stranger:
-            return self.leases().get(stranger.mac, "")
+        foreign = vm.foreign_qemu()
+        if foreign:
+            return self.leases().get(foreign.mac, "")
         return vm.conf.get("vmAddress") or self.leases().get(vm.conf.get("vmMac", ""), "")
 
     def status(self) -> Iterator[str]:
@@ -7401,7 +7401,7 @@ class Cloud:
 
         The bash tools knew the host's bridge only.
         """
-        kind = "bridge" if vm.stranger() else vm.conf.get("vmNetwork", "auto")
+        kind = "bridge" if vm.foreign_qemu() else vm.conf.get("vmNetwork", "auto")
         return kind if kind in ("bridge", "private") else self.default_network()
 
     def default_network(self) -> str:
@@ -9021,7 +9021,7 @@ def start_all(
         start(cloud, vm, cloud.network_of(vm), iso=iso, gui=gui)
         started(vm)
 
-    kinds = {cloud.network_kind(vm) for vm in vms if vm.is_readable() and not vm.stranger()}
+    kinds = {cloud.network_kind(vm) for vm in vms if vm.is_readable() and not vm.foreign_qemu()}
     with contextlib.ExitStack() as stack:
         for kind in sorted(kinds):
             stack.enter_context(cloud.network(kind).in_use())
