@@ -9286,7 +9286,7 @@ def monitor_session(vm: VM) -> int:
     status = EXIT_DONE
     terminal = os.isatty(0)
     greeting = f"qemu's monitor of {vm.name}; Ctrl-D leaves, `quit` switches {vm.name} off"
-    if terminal and os.path.exists(vm.file("monitor.sock")):
+    if terminal and os.isatty(1) and os.path.exists(vm.file("monitor.sock")):
         join_line(vm, connect_line(vm, "monitor", "monitor"), greeting, MONITOR_LEAVE, DROP_LINE)
         return EXIT_DONE
     if terminal:
