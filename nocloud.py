@@ -9180,7 +9180,7 @@ def connect_line(vm: VM, name: str, what: str) -> socket.socket:
 
 def serial_console(vm: VM) -> None:
     """The serial line on stdin and stdout, until the user leaves or the guest ends."""
-    if not os.path.exists(vm.file("serial.sock")):
+    if vm.foreign_qemu():
         raise WrongState(
             f"{vm.name}: nocloud didn't start it, so its serial console isn't at hand",
             f"vmmanage -n {vm.address_name} is its monitor; started anew, by vm or vmrun -r, it has one",
@@ -9286,7 +9286,7 @@ def monitor_session(vm: VM) -> int:
     status = EXIT_DONE
     terminal = os.isatty(0)
     greeting = f"qemu's monitor of {vm.name}; Ctrl-D leaves, `quit` switches {vm.name} off"
-    if terminal and os.isatty(1) and os.path.exists(vm.file("monitor.sock")):
+    if terminal and os.isatty(1) and os.path.exists(vm.file("monitor.sock")) and not vm.foreign_qemu():
         join_line(vm, connect_line(vm, "monitor", "monitor"), greeting, MONITOR_LEAVE, DROP_LINE)
         return EXIT_DONE
     if terminal:
