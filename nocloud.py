@@ -20,7 +20,7 @@ import struct
 import sys
 import time
 from collections import ChainMap, Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
 
 TYPE_CHECKING = False  # typing costs 7 ms at start-up and nothing here needs it at run time
 if TYPE_CHECKING:
@@ -1115,16 +1115,12 @@ class VM:
     def state(self) -> tuple[str, int]:
         """("running", pid of qemu), ("stopped", 0) or ("unknown", 0)."""
         state, pid = lock_holder(self.pid_file)
-        unlocked = strangers.find(self) if state == "stopped" else None
+        unlocked = foreign_qemus.find(self) if state == "stopped" else None
         return ("running", unlocked.pid) if unlocked else (state, pid)
 
-    def stranger(self) -> QemuProcess | None:
+    def foreign_qemu(self) -> QemuProcess | None:
         """The qemu that runs it, where that was started by the bash tools, or by hand; None where nocloud did it."""
-        state, pid = lock_holder(self.pid_file)
-        if state == "unknown" or (state == "running" and os.path.exists(self.file("qmp.sock"))):
-            return None
-        process = strangers.find(self) if state == "stopped" else strangers.process(pid)
-        return process if process and is_qemu(process.pid) and not process.is_ours else None
+        return foreign_qemus.of(self)
 
     def is_running(self) -> bool:
         return self.state()[0] == "running"
@@ -1198,15 +1194,6 @@ def process_file(pid: int, name: str) -> str:
         return ""
 
 
-def start_time(pid: int) -> str:
-    """When a process started, in ticks since boot (proc(5), stat, field 22): with it a pid names one process only.
-
-    '' where it has ended: also where nobody has waited for it yet (Z, X), as some containers' pid 1 never does.
-    """
-    fields = process_file(pid, "stat").rpartition(")")[2].split()
-    return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else ""
-
-
 def file_key(path: str) -> tuple[int, int] | None:
     """What makes two names the same file, whatever links are between; None where there is none."""
     try:
@@ -1227,23 +1214,28 @@ def is_qemu(pid: int) -> bool:
     return process_file(pid, "comm").startswith(("qemu-system", "qemu-kvm", "qemu\n", "kvm\n"))
 
 
+def is_our_qemu(command_line: str) -> bool:
+    """Whether nocloud started it: that shows in its words, whoever's it is."""
+    return ",path=qmp.sock,server=on,wait=off\0" in command_line
+
+
 class QemuProcess:
-    """A running qemu, as its command line in /proc shows it."""
+    """A running qemu, as its command line and its open files in /proc show it."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self._started = start_time(pid)
-        self.words = process_file(pid, "cmdline").rstrip("\0").split("\0")
-        self._disk_names: list[str] | None = None
-        self._disks: dict[str, set[tuple[int, int] | None]] = {}
-        self.is_ours = any(word.endswith(",path=qmp.sock,server=on,wait=off") for word in self.words)
+        self._command_line = process_file(pid, "cmdline")
+        self.words = self._command_line.rstrip("\0").split("\0")
+        self.is_ours = is_our_qemu(self._command_line)
+        self._files: dict[tuple[int, int] | None, bool] = {}
         try:
             self.folder = os.readlink(f"/proc/{pid}/cwd")
         except OSError:
             self.folder = ""
 
     def is_alive(self) -> bool:
-        return bool(self._started) and start_time(self.pid) == self._started
+        """A pid may be another process's by now, and one that nobody has waited for yet has no words any more."""
+        return process_file(self.pid, "cmdline") == self._command_line != ""
 
     def values(self, *names: str) -> list[str]:
         """The values of these options, in their order; qemu takes one dash and two."""
@@ -1260,75 +1252,52 @@ class QemuProcess:
                 return ":".join(f"{int(each, 16):02x}" for each in found.split(":"))
         return ""
 
-    def disk_names(self) -> list[str]:
-        """The disk images in its words: -hda FILE, file=FILE, file.filename=FILE, or FILE alone."""
-        if self._disk_names is None:
-            self._disk_names = self.values("hda", "hdb", "hdc", "hdd")
-            for before, word in zip(self.words, self.words[1:]):
-                options = suboptions(word)
-                if word[:1] != "-" and before[:1] != "-":
-                    self._disk_names.append(word)
-                elif options.get("media") != "cdrom":
-                    names = (options.get(key, "") for key in ("file", "file.filename", "filename"))
-                    self._disk_names += filter(None, names)
-        return self._disk_names
-
-    def names(self, disk: str, vm: VM) -> bool:
-        """Whether its words name a disk of a VM: with -daemonize qemu has left the folder that it was started in.
-
-        What doesn't depend on the VM is found out once: there may be many VMs, and many qemus that are none of ours.
-        """
-        if vm.base not in self._disks:
-            folders = [folder for folder in (self.folder, vm.base) if folder]
-            places = [os.path.join(folder, name) for name in self.disk_names() for folder in folders]
-            self._disks[vm.base] = set(map(file_key, places))
-        key, last = file_key(disk), os.path.basename(disk)
-        same = (name for name in self.disk_names() if name.endswith(last) and not os.path.isabs(name))
-        return key is not None and (key in self._disks[vm.base] or any(file_key(vm.file(name)) == key for name in same))
-
-    def writes(self, disk: str) -> bool:
-        """Whether it has a file open to write to it; True where we may not look.  -snapshot writes to another file."""
-        try:
-            names = os.listdir(f"/proc/{self.pid}/fd")
-        except OSError:
-            return True
-        key = file_key(disk)
-        held = [name for name in names if file_key(f"/proc/{self.pid}/fd/{name}") == key]
-        flags = [re.search("^flags:.*([0-7])$", process_file(self.pid, f"fdinfo/{name}"), re.M) for name in held]
-        return any(found and int(found[1]) & os.O_ACCMODE != os.O_RDONLY for found in flags) or (
-            bool(held) and "snapshot" in (word.lstrip("-") for word in self.words)
-        )
+    def _open_files(self) -> dict[tuple[int, int] | None, bool] | None:
+        """The files that it has open, and whether to write to them; None where we may not look.  Found out once."""
+        folder = f"/proc/{self.pid}/fd"
+        if not self._files:
+            try:
+                names = os.listdir(folder)
+            except OSError:
+                return None
+            for name in names:
+                key = file_key(f"{folder}/{name}")
+                flags = re.search("^flags:.*([0-7])$", process_file(self.pid, f"fdinfo/{name}"), re.M)
+                if key and flags:
+                    writes = int(flags[1]) & os.O_ACCMODE != os.O_RDONLY
+                    self._files[key] = self._files.get(key, False) or writes
+        return self._files
 
     def runs(self, vm: VM) -> bool:
-        """Whether a VM's system disk is one of its disks.
+        """Whether it writes to a VM's system disk; to a disk that is below its own it doesn't.
 
-        Its words alone would also fit a VM of the same name in another group, its open files a disk below its own.
+        Where we may not look, its words tell; -snapshot writes to another file.
         """
         if self.is_ours:
             return self.folder == vm.folder
-        return any(self.names(disk, vm) and self.writes(disk) for disk in vm.disks()[:1])
+        for disk in vm.disks()[:1]:
+            key, files = file_key(disk), self._open_files()
+            if files is None:
+                return any(name in word for word in self.words for name in (disk, os.path.relpath(disk, vm.base)))
+            named = "-snapshot" in self.words and any(os.path.basename(disk) in word for word in self.words)
+            return key in files and (files[key] or named)
+        return False
 
 
-class Strangers:
+class ForeignQemus:
     """The qemus that hold no pidfile: started by the bash tools, or left by who removed the file.
 
     /proc is read once in a process's life, when a VM of the tree has no locked pidfile.
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, QemuProcess] = {}
         self._looked: list[QemuProcess] | None = None
-
-    def process(self, pid: int) -> QemuProcess:
-        """What is known of a process."""
-        if pid not in self._known or not self._known[pid].is_alive():
-            self._known[pid] = QemuProcess(pid)
-        return self._known[pid]
 
     def find(self, vm: VM) -> QemuProcess | None:
         """The qemu that runs a VM."""
         if self._looked is None:
-            self._looked = [self.process(pid) for pid in self._qemus()]
+            pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+            self._looked = [QemuProcess(pid) for pid in pids if is_qemu(pid) and self._may_be_ours(pid)]
         for process in self._looked:
             try:
                 if process.runs(vm) and process.is_alive():
@@ -1337,19 +1306,24 @@ class Strangers:
                 continue  # its conf can't be read
         return None
 
+    def of(self, vm: VM) -> QemuProcess | None:
+        """The qemu that runs a VM, where nocloud didn't start it."""
+        state, pid = lock_holder(vm.pid_file)
+        if state == "unknown" or (state == "running" and os.path.exists(vm.file("qmp.sock"))):
+            return None
+        process = self.find(vm) if state == "stopped" else QemuProcess(pid)
+        return process if process and is_qemu(process.pid) and not process.is_ours else None
+
     @staticmethod
-    def _qemus() -> Iterator[int]:
-        """The qemus of this user and root, whom a conf may belong to as well."""
-        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-        for pid in filter(is_qemu, pids):
-            try:
-                if os.stat(f"/proc/{pid}").st_uid in (os.geteuid(), 0):
-                    yield pid
-            except FileNotFoundError:
-                continue  # it has ended
+    def _may_be_ours(pid: int) -> bool:
+        """Whether it is this user's or root's, whom a conf may belong to as well."""
+        try:
+            return os.stat(f"/proc/{pid}").st_uid in (os.geteuid(), 0)
+        except FileNotFoundError:
+            return False  # it has ended
 
 
-strangers = Strangers()
+foreign_qemus = ForeignQemus()
 
 
 class Tree:
@@ -2444,9 +2418,12 @@ def choose_screen(qemu: Qemu) -> str:
 
 
 def monitor_args(machine: Machine) -> list[str]:
+    """QMP for the commands, and the monitor for humans, which vmmanage joins to a terminal."""
     return [
         "-chardev", "socket,id=qmp0,path=qmp.sock,server=on,wait=off",
         "-mon", "chardev=qmp0,mode=control",
+        "-chardev", "socket,id=monitor0,path=monitor.sock,server=on,wait=off",
+        "-mon", "chardev=monitor0,mode=readline",
         "-pidfile", machine.pid_file,
     ]  # fmt: skip
 
@@ -2477,36 +2454,60 @@ def kernel_args(machine: Machine) -> list[str]:
 # that come before a reply are kept.
 
 
-class ControlSocket:
-    """A connection to qemu with a deadline.
+class QMP:
+    """A connection to a VM's qmp.sock, or the QMP socket of that name in a folder, or to `connection`; with a deadline.
 
     Raises QMPClosed where qemu ended, TimedOut at the deadline, QMPError for what the server refuses.
     """
 
-    def __init__(self, connection: socket.socket, seconds: float) -> None:
-        self._deadline = time.monotonic() + seconds
+    def __init__(
+        self, folder: str, seconds: float = 5.0, name: str = "qmp.sock", connection: socket.socket | None = None
+    ) -> None:
+        self.events: list[dict[str, Any]] = []
+        self._serial = 0
         self._buffer = b""
-        self._socket = connection
+        self._deadline = time.monotonic() + seconds
+        self._socket = connection or connect_unix(folder, name, seconds)
         try:
             self._greet()
         except BaseException:
-            self.close()
+            self._socket.close()
             raise
 
     def _greet(self) -> None:
         """What comes before the first command."""
+        self._next()
+        self.execute("qmp_capabilities")
 
     def execute(self, command: str, **arguments: Any) -> Any:
         """What the command returns."""
-        raise NotImplementedError
+        import json
+
+        self._serial += 1
+        request = {"execute": command, "id": self._serial, **({"arguments": arguments} if arguments else {})}
+        self._send(json.dumps(request).encode() + b"\n")
+        while True:
+            message = self._next()
+            if message.get("id") == self._serial:
+                if "error" in message:
+                    raise QMPError(f"qemu: {command}: {message['error'].get('desc', 'refused')}")
+                return message.get("return")
+            if "event" in message:
+                self.events.append(message)
 
     def monitor(self, line: str) -> str:
         """What the monitor for humans answers."""
-        raise NotImplementedError
+        return str(self.execute("human-monitor-command", **{"command-line": line}))
 
     def allow(self, seconds: float) -> None:
         """Set the deadline anew, for a command that may take long."""
         self._deadline = time.monotonic() + seconds
+
+    def _next(self) -> dict[str, Any]:
+        while b"\n" not in self._buffer:
+            self._receive()
+        line, self._buffer = self._buffer.split(b"\n", 1)
+        return parse_qmp(line)
 
     def _send(self, data: bytes) -> None:
         try:
@@ -2527,7 +2528,7 @@ class ControlSocket:
         except sockets.timeout:  # TimeoutError itself only since Python 3.10
             return
         except OSError:
-            raise QMPClosed("qemu closed its control socket") from None
+            piece = b""
         if not piece:
             raise QMPClosed("qemu closed its control socket")
         self._buffer += piece
@@ -2537,54 +2538,15 @@ class ControlSocket:
     def close(self) -> None:
         self._socket.close()
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> QMP:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
 
 
-class QMP(ControlSocket):
-    """A connection to a VM's qmp.sock, or the QMP socket of that name in a folder, or to `connection`."""
-
-    def __init__(
-        self, folder: str, seconds: float = 5.0, name: str = "qmp.sock", connection: socket.socket | None = None
-    ) -> None:
-        self.events: list[dict[str, Any]] = []
-        self._serial = 0
-        super().__init__(connection or connect_unix(folder, name, seconds), seconds)
-
-    def _greet(self) -> None:
-        self._next()
-        self.execute("qmp_capabilities")
-
-    def execute(self, command: str, **arguments: Any) -> Any:
-        import json
-
-        self._serial += 1
-        request = {"execute": command, "id": self._serial, **({"arguments": arguments} if arguments else {})}
-        self._send(json.dumps(request).encode() + b"\n")
-        while True:
-            message = self._next()
-            if message.get("id") == self._serial:
-                if "error" in message:
-                    raise QMPError(f"qemu: {command}: {message['error'].get('desc', 'refused')}")
-                return message.get("return")
-            if "event" in message:
-                self.events.append(message)
-
-    def monitor(self, line: str) -> str:
-        return str(self.execute("human-monitor-command", **{"command-line": line}))
-
-    def _next(self) -> dict[str, Any]:
-        while b"\n" not in self._buffer:
-            self._receive()
-        line, self._buffer = self._buffer.split(b"\n", 1)
-        return parse_qmp(line)
-
-
-class HMP(ControlSocket):
-    """qemu's monitor for humans as the bash tools opened it, on telnet or on a plain socket.
+class HMP(QMP):
+    """The same over qemu's monitor for humans, as the bash tools opened it, on telnet or on a plain socket.
 
     It says its version and a prompt.  What is typed comes back with the escape sequences of a line editor
     (util/readline.c), then the answer, then the prompt again.
@@ -2613,19 +2575,19 @@ class HMP(ControlSocket):
         return text.decode("utf-8", "replace").replace("\r\n", "\n")
 
 
-def connect_qemu(vm: VM, seconds: float = 5.0) -> ControlSocket:
+def connect_qemu(vm: VM, seconds: float = 5.0) -> QMP:
     """A connection to the qemu of a running VM: our socket in its folder, or a monitor that the bash tools gave it."""
-    try:
-        return QMP(vm.folder, seconds)
-    except QMPClosed:
-        stranger = vm.stranger()
-        if not stranger:
-            raise
-        for kind, address in monitors(stranger):
-            connection = connect_monitor(stranger, vm, address, seconds)
-            if connection:
-                return QMP("", seconds, connection=connection) if kind == "control" else HMP(connection, seconds)
-        raise QMPClosed(f"{vm.name}: nocloud didn't start it, and its qemu has no monitor to talk to") from None
+    foreign = vm.foreign_qemu()
+    return connect_foreign(foreign, vm, seconds) if foreign else QMP(vm.folder, seconds)
+
+
+def connect_foreign(process: QemuProcess, vm: VM, seconds: float) -> QMP:
+    """A connection to the first of a qemu's monitors that answers."""
+    for kind, address in monitors(process):
+        connection = connect_monitor(process, vm, address, seconds)
+        if connection:
+            return (QMP if kind == "control" else HMP)("", seconds, connection=connection)
+    raise QMPClosed(f"{vm.name}: nocloud didn't start it, and its qemu has no monitor to talk to")
 
 
 def monitors(process: QemuProcess) -> Iterator[tuple[str, dict[str, str]]]:
@@ -2635,16 +2597,11 @@ def monitors(process: QemuProcess) -> Iterator[tuple[str, dict[str, str]]]:
     """
     chardevs = {options.get("id", ""): options for options in map(suboptions, process.values("chardev"))}
     for kind, names in (("control", ("qmp", "qmp-pretty")), ("readline", ("monitor",))):
-        for value in process.values(*names):
-            options = suboptions(value)
+        for options in map(suboptions, process.values(*names)):
             way, _, rest = next(iter(options)).partition(":")
-            if way == "unix":
-                yield kind, {**options, "path": rest}
-            elif way in ("telnet", "tcp"):
-                host, _, port = rest.rpartition(":")
-                yield kind, {**options, "host": host, "port": port}
-            elif way == "chardev":
-                yield kind, chardevs.get(rest, {})
+            host, _, port = rest.rpartition(":")
+            more = {"unix": {"path": rest}, "telnet": {"host": host, "port": port}, "tcp": {"host": host, "port": port}}
+            yield kind, {**options, **more[way]} if way in more else chardevs.get(rest, {})
     for options in map(suboptions, process.values("mon")):
         yield options.get("mode", "readline"), chardevs.get(options.get("chardev") or next(iter(options)), {})
 
@@ -3362,7 +3319,7 @@ class PrivateNetwork(Network):
         """The namespaces of a VM that runs on though the holder was killed."""
         for vm in self.tree.running():
             _, pid = vm.state()
-            if pid and not vm.stranger():
+            if pid and not vm.foreign_qemu():
                 spaces = Namespaces(pid)
                 if os.fstat(spaces.net).st_ino != os.stat("/proc/self/ns/net").st_ino:
                     return spaces
@@ -3463,7 +3420,7 @@ class PrivateNetwork(Network):
     def _users(self) -> Iterator[VM]:
         """The VMs that are on it: running, or not known to have stopped; a template in the making may be booted too."""
         for vm in [*self.tree.unfinished(), *self.tree.vms()]:
-            if vm.state()[0] == "stopped" or vm.stranger():
+            if vm.state()[0] == "stopped" or vm.foreign_qemu():
                 continue
             if not vm.is_readable() or vm.conf.get("vmNetwork", "private") != "bridge":
                 yield vm
@@ -4468,9 +4425,9 @@ class HostBridge(Network):
 
     def address(self, vm: VM) -> str:
         """What the DHCP server gave to the VM's MAC, or ''.  The bash tools drew another MAC at each start."""
-        stranger = vm.stranger()
-        if stranger:
-            return self.leases().get(stranger.mac, "")
+        foreign = vm.foreign_qemu()
+        if foreign:
+            return self.leases().get(foreign.mac, "")
         return vm.conf.get("vmAddress") or self.leases().get(vm.conf.get("vmMac", ""), "")
 
     def status(self) -> Iterator[str]:
@@ -5138,13 +5095,13 @@ def catalogue_files() -> list[str]:
     return [path for path in places if os.path.isfile(path)]
 
 
-def load_catalogue() -> Catalogue:
-    catalogue = Catalogue()
+def load_catalogue(warn: Callable[[str], None] | None = None) -> Catalogue:
+    catalogue, warn = Catalogue(warn), warn or report.warn
     catalogue.read(packaged(CATALOGUE), CATALOGUE)
     for path in catalogue_files():
         reason = untrusted(path)
         if reason:
-            report.warn(f"{path} is skipped: {reason}")
+            warn(f"{path} is skipped: {reason}")
         else:
             catalogue.read(read_text(path), path)
     return catalogue
@@ -6906,7 +6863,7 @@ class Cloud:
 
         The bash tools knew the host's bridge only.
         """
-        kind = "bridge" if vm.stranger() else vm.conf.get("vmNetwork", "auto")
+        kind = "bridge" if vm.foreign_qemu() else vm.conf.get("vmNetwork", "auto")
         return kind if kind in ("bridge", "private") else self.default_network()
 
     def default_network(self) -> str:
@@ -7388,6 +7345,7 @@ def publish_keys(cloud: Cloud, vms: Sequence[VM]) -> None:
 RUNTIME_FILES = (
     "qmp.sock",
     "serial.sock",
+    "monitor.sock",
     RECORD_SOCKET,
     *(f"{screen}.sock" for screen in SCREENS),
 )  # and the pidfile; the credentials stay, for whoever starts it by hand
@@ -8399,7 +8357,7 @@ def start_all(
         start(cloud, vm, cloud.network_of(vm), iso=iso, gui=gui)
         started(vm)
 
-    kinds = {cloud.network_kind(vm) for vm in vms if vm.is_readable() and not vm.stranger()}
+    kinds = {cloud.network_kind(vm) for vm in vms if vm.is_readable() and not vm.foreign_qemu()}
     with contextlib.ExitStack() as stack:
         for kind in sorted(kinds):
             stack.enter_context(cloud.network(kind).hold())
@@ -8482,12 +8440,9 @@ def viewer_argv(screen: str, path: str) -> list[str]:
     for program, before in VIEWERS[screen]:
         if find_program(program):
             return [program, before + path]
-    names = " or ".join(program for program, _ in VIEWERS[screen])
-    try:
-        need_program(VIEWERS[screen][0][0])
-    except MissingProgram as missing:
-        raise MissingProgram(f"no viewer for its screen: {names} is needed", missing.hint) from None
-    return []
+    names = [program for program, _ in VIEWERS[screen]]
+    hint = install_command(names[:1]) or f"install it, in the package that has {names[0]}"
+    raise MissingProgram(f"no viewer for its screen: {' or '.join(names)} is needed", hint)
 
 
 def open_screen(vm: VM) -> None:
@@ -8541,118 +8496,97 @@ def open_screens(vms: Sequence[VM]) -> None:
             report.warn(f"{name_error(vm, result)}")
 
 
-# -- the serial console
+# -- the serial console and the monitor, on stdin and stdout
 
-LEAVE_KEY = b"\x1d"  # Ctrl-], as telnet's
-SERIAL_QUIET = 2.0  # where stdin is no terminal, the session ends when the guest has said nothing for so long after it
-SERIAL_BACKLOG = 64 * 1024  # no more is read from stdin while the guest takes nothing
+SERIAL_LEAVE = b"[\x1d]"  # Ctrl-], as telnet's
+MONITOR_LEAVE = b"[\x04\x1d]"  # Ctrl-D too
+# Ctrl-C drops a line.  qemu's editor doesn't know it, but what goes to the end and takes words away (util/readline.c).
+CTRL_C, DROP_LINE = b"\x03", b"\x05" + b"\x17" * 64 + b"\r"
+LINE_QUIET = 2.0  # where stdin is no terminal, the session ends when the guest has said nothing for so long after it
 
 
-def connect_serial(vm: VM) -> socket.socket:
-    """The VM's serial line.  qemu serves one client, and the next would wait in silence: so that is asked before."""
-    if vm.stranger():
+def connect_line(vm: VM, name: str, what: str) -> socket.socket:
+    """A line of qemu's, by its socket.  It serves one client, and the next would wait in silence: so that is asked."""
+    with QMP(vm.folder) as qmp:
+        devices = {each["label"]: each["filename"] for each in qmp.execute("query-chardev")}
+    if not devices[f"{name}0"].startswith("disconnected:"):
+        raise WrongState(f"{vm.name}: its {what} is open elsewhere already", "only one at a time can have it")
+    return connect_unix(vm.folder, f"{name}.sock", 5.0)
+
+
+def serial_console(vm: VM) -> None:
+    """The serial line on stdin and stdout, until the user leaves or the guest ends."""
+    if vm.foreign_qemu():
         raise WrongState(
             f"{vm.name}: nocloud didn't start it, so its serial console isn't at hand",
             f"vmmanage -n {vm.address_name} is its monitor; started anew, by vm or vmrun -r, it has one",
         )
-    with QMP(vm.folder) as qmp:
-        devices = {each["label"]: each["filename"] for each in qmp.execute("query-chardev")}
-    if "serial0" not in devices:
-        raise WrongState(f"{vm.name}: it has no serial console", "vmconsole without -s shows its screen")
-    if not devices["serial0"].startswith("disconnected:"):
-        raise WrongState(f"{vm.name}: its serial console is open elsewhere already", "only one at a time can have it")
-    return connect_unix(vm.folder, "serial.sock", 5.0)
+    connection = connect_line(vm, "serial", "serial console")
+    join_line(vm, connection, f"the serial console of {vm.name}; Ctrl-] leaves", SERIAL_LEAVE)
 
 
-def serial_console(vm: VM) -> None:
-    """The serial line in this terminal, until the user leaves or the guest ends."""
-    with connect_serial(vm) as connection:
-        session = SerialSession(connection)
-        if not session.terminal:
-            ended = session.join()
+def join_line(vm: VM, connection: socket.socket, greeting: str, leave: bytes, drop: bytes = CTRL_C) -> None:
+    """Join a line to stdin and stdout; a terminal is in raw mode meanwhile.  `drop`: what Ctrl-C stands for.
+
+    A signal's SystemExit passes through here, so its modes come back.  TCSANOW: the other ways wait until the terminal
+    has shown everything, which a stopped one never has.
+    """
+    import termios
+    import tty
+
+    with connection:
+        if not os.isatty(0):
+            ended = relay_line(connection, leave, drop)
         else:
-            report.say(f"{report.program}: the serial console of {vm.name}; Ctrl-] leaves")
-            ended = in_raw_mode(session.join)
+            report.say(f"{report.program}: {greeting}")
+            modes = termios.tcgetattr(0)
+            try:
+                tty.setraw(0, termios.TCSANOW)
+                ended = relay_line(connection, leave, drop)
+            finally:
+                termios.tcsetattr(0, termios.TCSANOW, modes)
             report.say("")
     if ended:
         report.say(f"{report.program}: {vm.name} has ended")
 
 
-def in_raw_mode(work: Callable[[], bool]) -> bool:
-    """Do `work` with the terminal in raw mode.  A signal's SystemExit passes through here, so its modes come back.
+def relay_line(connection: socket.socket, leave: bytes, drop: bytes) -> bool:
+    """Until a key that leaves, or silence after the end of stdin (False), or the end of the guest (True)."""
+    import select
+    import socket as sockets
+    import threading
 
-    TCSANOW: the other ways wait until the terminal has shown everything, which a stopped one never has.
-    """
-    import termios
-    import tty
+    left = threading.Event()
 
-    modes = termios.tcgetattr(0)
-    try:
-        tty.setraw(0, termios.TCSANOW)
-        return work()
-    finally:
-        termios.tcsetattr(0, termios.TCSANOW, modes)
-
-
-class SerialSession:
-    """Joins stdin and stdout to a serial line."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.terminal = os.isatty(0)
-        self._connection = connection
-        self._pending = b""  # typed, not yet taken by the guest
-        self._typing, self._left = True, False
-
-    def join(self) -> bool:
-        """Until Ctrl-], or silence after the end of stdin (False), or the end of the guest (True)."""
-        import select
-
-        self._connection.setblocking(False)
-        for fd in (0, 1):
-            os.set_blocking(fd, True)  # a terminal that another program shares may not be
-        while not self._left:
-            poll = select.poll()
-            poll.register(self._connection, select.POLLIN | (select.POLLOUT if self._pending else 0))
-            if self._typing and len(self._pending) < SERIAL_BACKLOG:
-                poll.register(0, select.POLLIN)
-            # Never without end: Python sees a signal that came just before the call only after it.
-            events = dict(poll.poll(SERIAL_QUIET * 1000))
-            if not events and not self._typing:
-                return False
-            if 0 in events:
-                self._read_stdin()
-            if self._connection.fileno() in events and self._exchange():
-                return True
-        return False
-
-    def _read_stdin(self) -> None:
+    def send() -> None:
+        rest: list[bytes] = []
         try:
-            data = os.read(0, 4096)
+            while not rest and (data := os.read(0, 4096)):
+                before, *rest = re.split(leave, data, maxsplit=1)
+                connection.sendall(before.replace(CTRL_C, drop))
+            if os.isatty(0):
+                left.set()
+                connection.shutdown(sockets.SHUT_RD)  # wakes who waits for it below
         except OSError:
-            data = b""  # the terminal is gone
-        before, leave, _ = data.partition(LEAVE_KEY)
-        self._pending += before
-        if leave or not data:
-            self._typing = False
-            self._left = self.terminal
+            pass  # the terminal is gone, or the guest
 
-    def _exchange(self) -> bool:
-        """Give the guest what it takes, show what it says; whether it has ended."""
-        try:
-            if self._pending:
-                self._pending = self._pending[self._connection.send(self._pending) :]
-        except BlockingIOError:
-            pass
-        except OSError:
-            return True
-        try:
-            data = self._connection.recv(65536)
-        except BlockingIOError:
+    for fd in (0, 1):
+        os.set_blocking(fd, True)  # a terminal that another program shares may not be
+    connection.settimeout(None)
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    while True:
+        # Never without end: Python sees a signal that came just before the call only after it.
+        if select.select([connection], [], [], LINE_QUIET)[0]:
+            try:
+                data = connection.recv(65536)
+            except OSError:
+                data = b""
+            if not data:
+                return not left.is_set()
+            write_all(1, data)
+        elif not sender.is_alive():
             return False
-        except OSError:
-            return True
-        write_all(1, data)
-        return not data
 
 
 # -- qemu's monitor
@@ -8660,141 +8594,49 @@ class SerialSession:
 MONITOR_SECONDS = 3600.0  # a savevm or a backup takes its time
 
 
-def ask_monitor(vm: VM, line: str) -> str:
-    """What qemu's monitor answers to a command for humans.
-
-    A connection for each command: qemu serves one at a time, and a vmstop must get through while someone sits here.
-    """
-    with connect_qemu(vm) as qemu:
-        qemu.allow(MONITOR_SECONDS)
-        answer: str = qemu.monitor(line)
-    return answer.replace("\r\n", "\n").rstrip("\n")
-
-
-def is_refusal(answer: str) -> bool:
-    """Whether the monitor's answer is a complaint; only its words tell that (monitor/hmp.c, hmp_handle_error)."""
-    return answer.startswith(("unknown command:", "Error: ")) or answer.endswith("for more information")
-
-
 def monitor_command(vm: VM, line: str) -> None:
-    """One command.  Raises Error with the monitor's words where it refuses."""
+    """One command for humans.  Raises Error with the monitor's words where it refuses.
+
+    A connection for each: qemu serves one at a time, and a vmstop must get through while someone sits here.
+    """
     try:
-        answer = ask_monitor(vm, line)
+        with connect_qemu(vm) as qemu:
+            qemu.allow(MONITOR_SECONDS)
+            answer = qemu.monitor(line).replace("\r\n", "\n").rstrip("\n")
     except QMPClosed:
         if line.strip() in ("q", "quit"):
             return
         raise
-    if is_refusal(answer):
+    # Only its words tell a complaint from an answer (monitor/hmp.c, hmp_handle_error).
+    if answer.startswith(("unknown command:", "Error: ")) or answer.endswith("for more information"):
         raise Error(f"{vm.name}: {'; '.join(answer.splitlines())}", f"vmmanage -n {vm.address_name} help")
     if answer:
         report.data(answer)
 
 
 def monitor_session(vm: VM) -> int:
-    """Commands from stdin, one a line; with line editing and a history on a terminal.  1 if one was refused."""
+    """qemu's own monitor in this terminal, where there is one and qemu has it; else commands from stdin, one a line.
+
+    1 if one of those was refused that come from no terminal.
+    """
     status = EXIT_DONE
     terminal = os.isatty(0)
+    greeting = f"qemu's monitor of {vm.name}; Ctrl-D leaves, `quit` switches {vm.name} off"
+    if terminal and os.isatty(1) and os.path.exists(vm.file("monitor.sock")) and not vm.foreign_qemu():
+        join_line(vm, connect_line(vm, "monitor", "monitor"), greeting, MONITOR_LEAVE, DROP_LINE)
+        return EXIT_DONE
     if terminal:
-        report.say(f"{report.program}: qemu's monitor of {vm.name}; Ctrl-D leaves, `quit` switches {vm.name} off")
-    with LineEditing(vm, terminal):
-        for line in monitor_lines("(qemu) " if terminal else ""):
-            try:
-                monitor_command(vm, line)
-            except QMPClosed:
-                report.say(f"{report.program}: {vm.name} has ended")
-                break
-            except Error as error:
-                status = EXIT_FAILED
-                report.say(str(error) if terminal else f"{report.program}: {error}")
+        report.say(f"{report.program}: {greeting}")
+    for line in filter(None, map(str.strip, sys.stdin)):
+        try:
+            monitor_command(vm, line)
+        except QMPClosed:
+            report.say(f"{report.program}: {vm.name} has ended")
+            break
+        except Error as error:
+            status = EXIT_FAILED
+            report.say(f"{report.program}: {error}")
     return EXIT_DONE if terminal else status
-
-
-def monitor_lines(prompt: str) -> Iterator[str]:
-    """What is typed, up to Ctrl-D; Ctrl-C drops a line."""
-    while True:
-        try:
-            line = input(prompt)
-        except EOFError:
-            if prompt:
-                report.say("")
-            return
-        except KeyboardInterrupt:
-            if not prompt:
-                raise
-            report.say("")
-            continue
-        if line.strip():
-            yield line
-
-
-class LineEditing:
-    """readline while it lives: history, kept between calls, and completion of the monitor's commands.
-
-    CPython's input() looks for signals, then waits for a key without end: one that comes between the two would be
-    heeded at the next key only.  A timer's own signal wakes it now and then.
-    """
-
-    WAKE = 0.5  # seconds
-
-    def __init__(self, vm: VM, wanted: bool) -> None:
-        self.vm, self._wanted = vm, wanted
-        self.history = os.path.join(cache_home(), "monitor_history")
-        self._words: dict[str, list[str]] = {}
-        self._readline: Any = None
-        if wanted:
-            try:
-                import readline
-
-                self._readline = readline
-            except ImportError:
-                pass  # a Python built without it: plain lines
-
-    def __enter__(self) -> LineEditing:
-        self._wake(self.WAKE)
-        if self._readline:
-            self._readline.set_history_length(1000)
-            self._readline.set_completer(self.complete)
-            self._readline.set_completer_delims(" ")
-            self._readline.parse_and_bind("tab: complete")
-            try:
-                self._readline.read_history_file(self.history)
-            except OSError:
-                pass
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._wake(0)
-        if self._readline:
-            try:
-                make_private_folder(os.path.dirname(self.history))
-                self._readline.write_history_file(self.history)
-            except OSError:
-                pass  # an unwritable home costs the history, nothing else
-
-    def _wake(self, every: float) -> None:
-        import signal
-
-        if self._wanted:
-            signal.signal(signal.SIGALRM, lambda number, frame: None)
-            signal.setitimer(signal.ITIMER_REAL, every, every)
-
-    def complete(self, text: str, number: int) -> str | None:
-        """readline's completer: the first word from `help`, the one after `info` from `help info`."""
-        before = self._readline.get_line_buffer()[: self._readline.get_begidx()].split()
-        if before not in ([], ["info"]):
-            return None
-        try:
-            found = [word for word in self._known(" ".join(["help", *before])) if word.startswith(text)]
-        except Error:
-            return None
-        return found[number] + " " if number < len(found) else None
-
-    def _known(self, question: str) -> list[str]:
-        """The names in the monitor's help, asked for once: `info block [-n] …` a line, `stop|s` where there are two."""
-        if question not in self._words:
-            lines = re.findall(r"^(?:info )?([a-z][a-z0-9_|-]*)", ask_monitor(self.vm, question), re.M)
-            self._words[question] = sorted({name for names in lines for name in names.split("|")})
-        return self._words[question]
 
 
 # Supervisor ##########################################################################################
@@ -8809,13 +8651,14 @@ class Manager:
     It is taken, given back and, after a SIGKILL, swept away under the tree's lock.
     """
 
-    def __init__(self, tree: Tree, group: str) -> None:
-        self.tree, self.group = tree, group
+    def __init__(self, tree: Tree, group: str, new: bool) -> None:
+        """`new`: the group must have no VMs yet."""
+        self.tree, self.group, self._new = tree, group, new
         self.folder = os.path.join(tree.base, group)
         self.log_file = os.path.join(self.folder, MANAGER_LOG)
         self._fd = -1
 
-    def take(self, new: bool) -> None:
+    def __enter__(self) -> Manager:
         """Raises WrongState where another vmrun has the group, or, if it has to be `new`, where it has VMs."""
         self.tree.prepare()
         with self.tree.lock():
@@ -8823,7 +8666,7 @@ class Manager:
             if state != "stopped":
                 who = f"vmrun (process {pid})" if pid else "a vmrun of another user"
                 raise WrongState(f"{self.group}: {who} manages it already", f"vmrun -s {self.group} stops it")
-            if new and any(True for _ in self.tree.vms(self.group)):
+            if self._new and any(True for _ in self.tree.vms(self.group)):
                 raise WrongState(
                     f"{self.group}: the group has VMs already",
                     f"vmrun -r {self.group} runs them, vmstop -d -g {self.group} destroys them, --add adds to them",
@@ -8833,8 +8676,6 @@ class Manager:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.tree.managed = self.group
-
-    def __enter__(self) -> Manager:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -8886,13 +8727,13 @@ class Wakeup:
         return numbers, [self._posts.popleft() for _ in range(len(self._posts))]
 
 
+@record
 class Member:
     """A running VM that the supervisor watches."""
 
-    __slots__ = ("vm", "process", "ready")
-
-    def __init__(self, vm: VM, process: Process) -> None:
-        self.vm, self.process, self.ready = vm, process, False
+    vm: VM
+    process: Process
+    ready: bool = False
 
 
 # What the loop is about: the group runs; or vmrun ends, and its VMs are destroyed, stopped and kept, or left running.
@@ -8920,8 +8761,12 @@ class Supervisor:
 
     def run(self, begin: Callable[[Callable[[VM], None]], list[Error]]) -> int:
         """Have `begin` start the VMs, telling each to its argument; watch the group to its end; the exit status."""
-        post = self._wakeup.post
-        self._job(lambda: begin(lambda vm: post(lambda: self._spawned(vm))), self._begun)
+
+        def spawned(vm: VM) -> None:
+            how = f"of {vm.type} type has been spawned in {vm.group} group"
+            self._wakeup.post(lambda: self._adopt(vm, how))
+
+        self._job(lambda: begin(spawned), self._begun)
         while not self._finished:
             for key, _ in self._selector.select(self._timeout()):
                 key.data()
@@ -8954,14 +8799,11 @@ class Supervisor:
         report.log(f"{words.get(goal, 'leaving; these go on running: the VMs of')} {self.group} group")
         self.goal = goal
 
-    def _spawned(self, vm: VM) -> None:
-        report.log(f"{vm.name} of {vm.type} type has been spawned in {vm.group} group")
-        self._adopt(vm)
-
-    def _adopt(self, vm: VM) -> None:
+    def _adopt(self, vm: VM, how: str) -> None:
         """Watch a VM that runs, whoever started it, and wait until it is ready."""
         import selectors
 
+        report.log(f"{vm.name} {how}")
         state, pid = vm.state()
         process = Process(pid) if state == "running" else None
         if not process or process.fileno() < 0 or vm.state() != (state, pid):
@@ -8996,8 +8838,7 @@ class Supervisor:
         self._look_at = time.monotonic() + LOOK_SECONDS
         for vm in self.cloud.tree.vms(self.group):
             if vm.folder not in self._members and vm.is_running():
-                report.log(f"{vm.name} has joined")
-                self._adopt(vm)
+                self._adopt(vm, "has joined")
 
     # workers
 
@@ -9025,24 +8866,24 @@ class Supervisor:
 
     def _begun(self, errors: list[Error] | Error) -> None:
         self._starting = False
-        if cancellation.requested:  # what could not be started because of that is no failure
-            return
-        self._failed([errors] if isinstance(errors, Error) else errors)
+        self._failed(errors)
         if self.goal == RUN:
             vms = sorted((member.vm for member in self._members.values()), key=lambda vm: vm.address_name)
             self._job(lambda: open_screens([vm for vm in vms if not has_viewer(vm)]), lambda _: None)
 
-    def _failed(self, errors: Sequence[Error]) -> None:
-        for error in errors:
+    def _failed(self, errors: list[Error] | Error) -> None:
+        """Say what a worker couldn't do, but for what it was kept from."""
+        if cancellation.requested:
+            return
+        for error in [errors] if isinstance(errors, Error) else errors:
             report.error(error)
             self.status = EXIT_FAILED
 
     def _wait(self, vm: VM) -> None:
         wait = Wait(self.cloud, vm, self.cloud.config.number("vmWaitTimeout"))
-        while not wait.network.address(vm):
+        while not (address := wait.network.address(vm)):
             wait.check()
             time.sleep(0.1)
-        address = wait.network.address(vm)
         self._wakeup.post(lambda: report.log(f"{vm.name} has IP {address}"))
         wait_ready(wait)
 
@@ -9076,7 +8917,7 @@ class Supervisor:
         self._finished = self._ending == self.goal
         if not self._finished:
             self._ending = self.goal
-            self._job({DESTROY: self._destroy, KEEP: self._keep, LEAVE: self._leave}[self.goal], self._ended)
+            self._job(self._end, self._failed)
         return None
 
     def _rest(self) -> None:
@@ -9088,24 +8929,18 @@ class Supervisor:
             self._settled(self.status or (EXIT_TIMEOUT if late else EXIT_DONE))
             self._settled = None
 
-    def _destroy(self) -> list[Error]:
-        errors = destroy_all(self.cloud, list(self.cloud.tree.vms(self.group)))
+    def _end(self) -> list[Error]:
+        """What the goal asks for."""
+        if self._ending == LEAVE:
+            configure_later(self.cloud, [member.vm for member in self._members.values() if not member.ready])
+            return []
+        vms = list(self.cloud.tree.vms(self.group))
+        if self._ending == DESTROY:
+            errors = destroy_all(self.cloud, vms)
+        else:
+            errors = stop_all(self.cloud, vms, self.cloud.config.number("vmStopTimeout"))
         self.cloud.network("private").end_if_idle()
         return errors
-
-    def _keep(self) -> list[Error]:
-        seconds = self.cloud.config.number("vmStopTimeout")
-        errors = stop_all(self.cloud, list(self.cloud.tree.vms(self.group)), seconds)
-        self.cloud.network("private").end_if_idle()
-        return errors
-
-    def _leave(self) -> list[Error]:
-        configure_later(self.cloud, [member.vm for member in self._members.values() if not member.ready])
-        return []
-
-    def _ended(self, errors: list[Error] | Error) -> None:
-        if not cancellation.requested:
-            self._failed([errors] if isinstance(errors, Error) else errors)
 
 
 def supervise(
@@ -9117,9 +8952,7 @@ def supervise(
     and the log that a vmrun in the background writes.
     """
     wakeup = Wakeup()
-    manager = Manager(cloud.tree, group)
-    manager.take(new)
-    with manager:
+    with Manager(cloud.tree, group, new) as manager:
         old = list(cloud.tree.vms(group))
         if not old and not wishes:
             raise NotFound(f"{group}: there are no VMs in it", "vmrun -f FILE makes them")
@@ -9179,6 +9012,8 @@ class Background:
 
     def start(self) -> int | None:
         """None in the child, which goes on; in the caller the exit status, when the child has settled or ended."""
+        import signal
+
         hear, talk = os.pipe()
         pid = fork_session()
         if not pid:
@@ -9190,18 +9025,12 @@ class Background:
             try:
                 said = pipe.read()
             except (KeyboardInterrupt, SystemExit) as stopped:
-                self._pass_on(pid, stopped)
+                # ^C and SIGTERM are meant for the child too; when the terminal goes away, SIGHUP, it goes on.
+                if not isinstance(stopped, SystemExit) or stopped.code == 128 + signal.SIGTERM:
+                    os.kill(pid, signal.SIGTERM)
+                    os.waitpid(pid, 0)
                 raise
         return said[0] if said else os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-    @staticmethod
-    def _pass_on(pid: int, stopped: BaseException) -> None:
-        """^C and SIGTERM are meant for the child too; when the terminal goes away, SIGHUP, it goes on."""
-        import signal
-
-        if not isinstance(stopped, SystemExit) or stopped.code == 128 + signal.SIGTERM:
-            os.kill(pid, signal.SIGTERM)
-            os.waitpid(pid, 0)
 
     def settled(self, status: int, log_file: str) -> None:
         """In the child: let the caller go, and write to a log from now on.  In the foreground: nothing."""
@@ -9224,17 +9053,13 @@ class Background:
 # Rows for people, JSON for ansible.
 
 
-def running_rows(cloud: Cloud, group: str, type: str) -> Iterator[str]:
-    """A line per running VM: NAME GROUP/TYPE IP; the third field is missing where there is no address yet."""
-    for vm in cloud.tree.running(group, type):
-        address = address_of(cloud, vm)
-        yield " ".join(part for part in (vm.name, vm.function, address) if part)
-
-
-def all_rows(cloud: Cloud, group: str, type: str) -> Iterator[str]:
-    """A line per VM, running or not: NAME GROUP/TYPE STATE IP."""
+def vm_rows(cloud: Cloud, group: str = "", type: str = "", *, every: bool = False) -> Iterator[str]:
+    """A line per running VM, NAME GROUP/TYPE IP, or for every one, NAME GROUP/TYPE STATE IP; IP once it has one."""
     for vm in cloud.tree.vms(group, type):
-        yield " ".join(part for part in (vm.name, vm.function, vm.state()[0], address_of(cloud, vm)) if part)
+        state, _ = vm.state()
+        if every or state == "running":
+            words = (vm.name, vm.function, state if every else "", address_of(cloud, vm))
+            yield " ".join(filter(None, words))
 
 
 def address_of(cloud: Cloud, vm: VM) -> str:
@@ -9248,40 +9073,38 @@ def address_of(cloud: Cloud, vm: VM) -> str:
 
 def inventory(cloud: Cloud) -> dict[str, Any]:
     """ansible's script inventory of the running VMs that have an address."""
-    groups: dict[str, Any] = {}
-    hostvars: dict[str, Any] = {}
-    members: dict[str, list[VM]] = {}
+    members: dict[str, list[tuple[VM, str]]] = {}
     for vm in cloud.tree.running():
         address = address_of(cloud, vm)
-        if not address:
-            continue
-        key = f"{vm.group}_{vm.type or TEMPLATES}"
-        groups.setdefault(key, {}).setdefault("hosts", []).append(address)
-        children = groups.setdefault(vm.group, {}).setdefault("children", [])
-        if key not in children:
-            children.append(key)
-        members.setdefault(vm.group, []).append(vm)
-        hostvars[address] = host_variables(vm)
-        uuid = vm.conf.get("vmUuid", "")
-        # ansible's own is named by the address, which another VM had before, or has in another tree
-        hostvars[address]["ansible_control_path"] = f"%(directory)s/{uuid or vm.address_name.replace('/', '-')}"
-        if uuid and not vm.conf.get("vmAddress"):  # known by its UUID only
-            for program in ("ssh", "sftp", "scp"):
-                hostvars[address][f"ansible_{program}_extra_args"] = f"-o HostKeyAlias={uuid}"
-    for group, vms in members.items():
+        if address:
+            members.setdefault(vm.group, []).append((vm, address))
+    groups: dict[str, Any] = {}
+    hostvars: dict[str, Any] = {}
+    for group, pairs in members.items():
+        vms = [vm for vm, _ in pairs]
         users = [vm.get("vmUser") for vm in vms]
         user = max(users, key=users.count)
-        groups[group]["vars"] = {"ansible_user": user, "ansible_ssh_common_args": ansible_ssh_args(cloud, vms)}
-        for vm in vms:
-            if vm.get("vmUser") != user:
-                hostvars[address_of(cloud, vm)]["ansible_user"] = vm.get("vmUser")
+        kinds: dict[str, Any] = {}
+        for vm, address in pairs:
+            kinds.setdefault(f"{group}_{vm.type or TEMPLATES}", {"hosts": []})["hosts"].append(address)
+            hostvars[address] = host_variables(vm, user)
+        variables = {"ansible_user": user, "ansible_ssh_common_args": ansible_ssh_args(cloud, vms)}
+        for name, values in [*kinds.items(), (group, {"children": list(kinds), "vars": variables})]:
+            groups.setdefault(name, {}).update(values)
     return {**groups, "_meta": {"hostvars": hostvars}}
 
 
-def host_variables(vm: VM) -> dict[str, str]:
+def host_variables(vm: VM, user: str) -> dict[str, str]:
+    """What ansible is told of a host; `user`: who logs in to those of its group."""
+    uuid, login = vm.conf.get("vmUuid", ""), vm.get("vmUser")
     names = {"name": vm.name, "group": vm.group, "type": vm.type or TEMPLATES}
-    names.update(template=vm.conf.get("vmTemplate", ""), uuid=vm.conf.get("vmUuid", ""))
-    return {f"nocloud_{key}": value for key, value in names.items()}
+    names.update(template=vm.conf.get("vmTemplate", ""), uuid=uuid)
+    values = {f"nocloud_{key}": value for key, value in names.items()}
+    # ansible's own is named by the address, which another VM had before, or has in another tree
+    values["ansible_control_path"] = f"%(directory)s/{uuid or vm.address_name.replace('/', '-')}"
+    if uuid and not vm.conf.get("vmAddress"):  # known by its UUID only
+        values.update({f"ansible_{each}_extra_args": f"-o HostKeyAlias={uuid}" for each in ("ssh", "sftp", "scp")})
+    return values if login == user else {**values, "ansible_user": login}
 
 
 def ansible_ssh_args(cloud: Cloud, vms: Sequence[VM]) -> str:
@@ -9541,16 +9364,17 @@ def running_vms() -> list[str]:
     import pwd
 
     found = []
-    for process in (QemuProcess(int(name)) for name in os.listdir("/proc") if name.isdigit()):
-        if not process.is_ours:
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        if not is_our_qemu(process_file(int(pid), "cmdline")):
             continue
         try:
-            user = pwd.getpwuid(os.stat(f"/proc/{process.pid}").st_uid).pw_name
+            folder, uid = os.readlink(f"/proc/{pid}/cwd"), os.stat(f"/proc/{pid}").st_uid
+            user = pwd.getpwuid(uid).pw_name
         except KeyError:
             user = "another user"
-        except FileNotFoundError:
+        except OSError:
             continue  # it has ended
-        found.append(f"{'/'.join(process.folder.split('/')[-3:])} of {user}")
+        found.append(f"{'/'.join(folder.split('/')[-3:])} of {user}")
     return sorted(found)
 
 
@@ -9815,14 +9639,21 @@ PLENTY_OF_SPACE = 2 * GIB
 SMALLEST_TIME = 1764028800  # 2025-11-25: no clock that is right shows less
 
 
+@record
 class Finding:
     """What a check found: its state, in words, and the command that mends it, '' where it is well."""
 
-    __slots__ = ("name", "state", "text", "mend")
+    state: str
+    text: str
+    mend: str = ""
+    name: str = ""
 
-    def __init__(self, state: str, text: str, mend: str = "", name: str = "") -> None:
-        self.name, self.state, self.text = name, state, printable(text)
-        self.mend = mend if os.geteuid() else re.sub(r"\bsudo ", "", mend)
+    def __post_init__(self) -> None:
+        self.text = printable(self.text)
+        self.mend = self.mend if os.geteuid() else re.sub(r"\bsudo ", "", self.mend)
+
+
+Findings = Generator[Finding, None, str]  # of a check: what isn't well, and in the end the words for all is well
 
 
 class Patient:
@@ -9912,147 +9743,106 @@ def line_command(text: str, path: str) -> str:
 
 
 def mount_point(path: str) -> str:
-    """Where the file system that a path is on is mounted (proc(5), mountinfo); ismount() misses bind mounts."""
-    path, found = os.path.realpath(path), "/"
-    try:
-        lines = read_text("/proc/self/mountinfo").splitlines()
-    except OSError:
-        return found
-    for line in lines:
-        place = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), line.split(" ")[4])
-        if len(place) >= len(found) and (path + "/").startswith(place.rstrip("/") + "/"):
-            found = place
-    return found
+    """A shell's words for the place where the file system that a path is on is mounted."""
+    return f'"$(findmnt -no TARGET -T {quoted(path)})"'
 
 
 # -- the configuration and the tree
 
 
-def check_configuration(patient: Patient) -> Iterator[Finding]:
+def check_configuration(patient: Patient) -> Findings:
     yield from patient.config_findings
-    if not patient.config_findings:
-        yield Finding(OK, ", ".join(config_files()) or "the defaults")
+    return ", ".join(config_files()) or "the defaults"
 
 
-def check_catalogue(patient: Patient) -> Iterator[Finding]:
+def check_catalogue(patient: Patient) -> Findings:
     """A wrong line of the user's own keeps only downloads from working."""
     said: list[str] = []
-    catalogue, findings = Catalogue(said.append), []
-    catalogue.read(packaged(CATALOGUE), CATALOGUE)
-    for path in catalogue_files():
-        reason = untrusted(path)
-        try:
-            if reason:
-                findings.append(Finding(WARNING, f"{path} is skipped: {reason}", trust_command(path)))
-            else:
-                catalogue.read(read_text(path), path)
-        except UsageError as error:
-            said.append(str(error))
-        findings += [Finding(WARNING, text, line_command(text, path)) for text in said]
-        said.clear()
-    yield from findings
-    if not findings:
-        yield Finding(OK, plural(len(catalogue.entries), "system"))
+    well = ""
+    try:
+        well = plural(len(load_catalogue(said.append).entries), "system")
+    except UsageError as error:
+        said.append(str(error))
+    for text in said:
+        path = next(path for path in catalogue_files() if text.startswith(path))
+        yield Finding(WARNING, text, line_command(text, path) or trust_command(path))
+    return well
 
 
-def check_tree(patient: Patient) -> Iterator[Finding]:
+def check_tree(patient: Patient) -> Findings:
     base = patient.tree.base
     place = existing_parent(base)
     if os.path.lexists(base) and not os.path.isdir(base):
         yield Finding(WRONG, f"{base}: is no folder", by_owner(base, f"mv {quoted(base, base + '.old')}"))
     elif os.statvfs(place).f_flag & os.ST_RDONLY:
-        mend = f"sudo mount -o remount,rw {quoted(mount_point(place))}"
+        mend = f"sudo mount -o remount,rw {mount_point(place)}"
         yield Finding(WRONG, f"{place}: the file system is read-only", mend)
     elif not os.access(place, os.W_OK | os.X_OK):
         yield Finding(WRONG, f"{place}: you may not write there", f"sudo install -d -o {user_name()} {quoted(base)}")
     elif place == base and untrusted(base):
         yield Finding(WARNING, f"{base}: {untrusted(base)}", trust_command(base))
-    else:
-        yield Finding(OK, base if place == base else f"{base}, made with the first VM")
+    return base if place == base else f"{base}, made with the first VM"
 
 
-def check_disk_space(patient: Patient) -> Iterator[Finding]:
+def check_disk_space(patient: Patient) -> Findings:
     place = existing_parent(patient.tree.base)
     free, cache = free_bytes(place), cache_home()
     text = f"{free // MIB} MB are free in {place}"
-    if free >= PLENTY_OF_SPACE:
-        yield Finding(OK, text)
-        return
-    mend = "vmBaseDir=FOLDER in ~/.nocloud.conf, on a larger file system"
-    if os.path.isdir(cache) and os.stat(cache).st_dev == os.stat(place).st_dev:
-        mend = f"rm -rf {quoted(cache)}"  # all of it can be made again
-    yield Finding(WRONG if free < 4 * CLONE_BYTES else WARNING, text, mend)
+    if free < PLENTY_OF_SPACE:
+        mend = "vmBaseDir=FOLDER in ~/.nocloud.conf, on a larger file system"
+        if os.path.isdir(cache) and os.stat(cache).st_dev == os.stat(place).st_dev:
+            mend = f"rm -rf {quoted(cache)}"  # all of it can be made again
+        yield Finding(WRONG if free < 4 * CLONE_BYTES else WARNING, text, mend)
+    return text
 
 
-def check_vms(patient: Patient) -> Iterator[Finding]:
+def check_vms(patient: Patient) -> Findings:
     """What killed commands and vanished files left in the tree."""
-    tree, well = patient.tree, True
-    vms = list(tree.vms())
-    for finding in (
-        unfinished_finding(tree),
-        sockets_finding(vms),
-        *(conf_finding(vm) for vm in vms),
-        *(disk_finding(vm) for vm in vms if vm.is_readable()),
-    ):
-        if finding:
-            well = False
-            yield finding
-    if well:
-        templates = sum(vm.is_template for vm in vms)
-        yield Finding(OK, f"{plural(len(vms) - templates, 'VM')}, {plural(templates, 'template')}, nothing left over")
-
-
-def unfinished_finding(tree: Tree) -> Finding | None:
+    tree = patient.tree
     folders = [folder for group in [*tree.groups(), TEMPLATES] for folder in left_over(tree, group)]
-    if not folders:
-        return None
-    return Finding(
-        WARNING, f"{plural(len(folders), 'folder')} of commands that were killed", f"rm -rf {quoted(*folders)}"
-    )
+    if folders:
+        text = f"{plural(len(folders), 'folder')} of commands that were killed"
+        yield Finding(WARNING, text, f"rm -rf {quoted(*folders)}")
+    vms = list(tree.vms())
+    for vm in vms:
+        yield from conf_findings(vm)
+        if vm.is_readable():
+            yield from disk_findings(vm)
+    templates = sum(vm.is_template for vm in vms)
+    return f"{plural(len(vms) - templates, 'VM')}, {plural(templates, 'template')}, nothing left over"
 
 
-def sockets_finding(vms: Sequence[VM]) -> Finding | None:
-    stopped = [vm for vm in vms if vm.state()[0] == "stopped"]
-    dead = [vm.file(name) for vm in stopped for name in RUNTIME_FILES if os.path.lexists(vm.file(name))]
-    return (
-        Finding(WARNING, f"{plural(len(dead), 'socket')} of VMs that are stopped", f"rm -f {quoted(*dead)}")
-        if dead
-        else None
-    )
-
-
-def conf_finding(vm: VM) -> Finding | None:
+def conf_findings(vm: VM) -> Iterator[Finding]:
     """A VM whose settings can't be used.  One that lost them keeps its disk: its conf is begun anew."""
     try:
         if vm.conf:
-            return None
+            return
         disks = [name for name in _names(vm.folder) if re.fullmatch(rf"{re.escape(vm.name)}_0\.(img|qcow2)", name)]
         if not disks:
-            return Finding(WARNING, f"{vm.conf_file} is empty, and there is no disk", destroy_command(vm, "a disk"))
+            yield Finding(WARNING, f"{vm.conf_file} is empty, and there is no disk", destroy_command(vm, "a disk"))
+            return
         lines = quoted(f"vmName={vm.name}", f"vmDisk={vm.relative(disks[0])}")
         mend = f"printf '%s\\n' {lines} | {by_owner(vm.conf_file, f'tee -a {quoted(vm.conf_file)}')}"
-        return Finding(WARNING, f"{vm.conf_file} is empty", mend)
+        yield Finding(WARNING, f"{vm.conf_file} is empty", mend)
     except Error as error:
         mend = line_command(str(error), vm.conf_file)
         if not mend and os.access(vm.conf_file, os.R_OK):
             mend = trust_command(vm.conf_file)
-        return Finding(WARNING, str(error), mend or by_owner(vm.conf_file, f"chmod u+r {quoted(vm.conf_file)}"))
+        yield Finding(WARNING, str(error), mend or by_owner(vm.conf_file, f"chmod u+r {quoted(vm.conf_file)}"))
 
 
-def disk_finding(vm: VM) -> Finding | None:
+def disk_findings(vm: VM) -> Iterator[Finding]:
     """A VM whose disk, or what that lies on, is gone."""
     try:
         needed = [*vm.disks(), *backing_chain(vm.disks())]
     except FileNotFoundError:
         needed = vm.disks()
     except OSError as error:
-        return Finding(
-            WARNING, f"{vm.address_name}: {error.filename}: {error.strerror}", f"sudo chmod a+r {error.filename}"
-        )
-    gone = [path for path in needed if not os.path.exists(path)]
-    if not gone:
-        return None
-    return Finding(WARNING, f"{vm.address_name} can't start: {gone[0]} is gone", destroy_command(vm, gone[0]))
+        text = f"{vm.address_name}: {error.filename}: {error.strerror}"
+        yield Finding(WARNING, text, f"sudo chmod a+r {error.filename}")
+        return
+    for path in [path for path in needed if not os.path.exists(path)][:1]:
+        yield Finding(WARNING, f"{vm.address_name} can't start: {path} is gone", destroy_command(vm, path))
 
 
 def destroy_command(vm: VM, lost: str) -> str:
@@ -10066,7 +9856,7 @@ def destroy_command(vm: VM, lost: str) -> str:
 # -- what runs the VMs
 
 
-def check_qemu(patient: Patient) -> Iterator[Finding]:
+def check_qemu(patient: Patient) -> Findings:
     qemu = patient.cloud.qemu()
     package = installs(f"qemu-system-{os.uname().machine}")
     yield Finding(OK, f"{qemu.path}, version {qemu.version}")
@@ -10078,56 +9868,47 @@ def check_qemu(patient: Patient) -> Iterator[Finding]:
         choose_seed(qemu)
     except MissingProgram as error:
         yield Finding(WARNING, str(error), error.hint)
+    return ""
 
 
-def check_qemu_img(patient: Patient) -> Iterator[Finding]:
-    yield Finding(OK, need_program("qemu-img"))
+def found_programs(*names: str) -> Findings:
+    yield from ()
+    return ", ".join(map(need_program, names))
 
 
-def check_acceleration(patient: Patient) -> Iterator[Finding]:
+def check_acceleration(patient: Patient) -> Findings:
     reason, mend = kvm_missing()
     wanted = patient.config["vmAccel"]
     if wanted == "tcg":
-        yield Finding(OK, "software emulation, as vmAccel=tcg asks for")
-    elif not reason:
-        yield Finding(OK, "hardware acceleration (KVM)")
-    else:
+        return "software emulation, as vmAccel=tcg asks for"
+    if reason:
         text = f"no hardware acceleration, guests will be slow: {reason}"
         yield Finding(WRONG if wanted == "kvm" else WARNING, text, mend)
+    return "hardware acceleration (KVM)"
 
 
-def check_ssh(patient: Patient) -> Iterator[Finding]:
-    yield Finding(OK, ", ".join(need_program(name) for name in ("ssh", "ssh-keygen")))
-
-
-def check_keys(patient: Patient) -> Iterator[Finding]:
+def check_keys(patient: Patient) -> Findings:
     """nocloud's key and the user's: without a key of his own he has nocloud's to log in with."""
-    findings = [*own_key_findings(os.path.join(config_home(), "id_ed25519"))]
+    yield from own_key_findings(os.path.join(config_home(), "id_ed25519"))
     for path in user_keys():
         if os.stat(path).st_mode & 0o077:
-            findings.append(
-                Finding(WARNING, f"{path}: others may read it; ssh won't use it", f"chmod 600 {quoted(path)}")
-            )
+            yield Finding(WARNING, f"{path}: others may read it; ssh won't use it", f"chmod 600 {quoted(path)}")
     if not user_keys(".pub"):
-        findings.append(Finding(WARNING, "no key of yours, ~/.ssh/*.pub, to plant in VMs", "ssh-keygen -t ed25519"))
-    yield from findings
-    if not findings:
-        yield Finding(OK, f"{plural(len(user_keys('.pub')), 'key')} of yours, and nocloud's own")
+        yield Finding(WARNING, "no key of yours, ~/.ssh/*.pub, to plant in VMs", "ssh-keygen -t ed25519")
+    return f"{plural(len(user_keys('.pub')), 'key')} of yours, and nocloud's own"
 
 
 def own_key_findings(path: str) -> Iterator[Finding]:
     """nocloud's own key is made at first need; one that is there must be whole, and the user's alone."""
-    folder = existing_parent(os.path.dirname(path))
     if not os.path.exists(path):
+        folder = existing_parent(os.path.dirname(path))
         if not os.access(folder, os.W_OK | os.X_OK):
-            yield Finding(
-                WRONG, f"{folder}: you may not write there, for nocloud's key", "export XDG_CONFIG_HOME=FOLDER"
-            )
+            text = f"{folder}: you may not write there, for nocloud's key"
+            yield Finding(WRONG, text, "export XDG_CONFIG_HOME=FOLDER")
         return
     if os.stat(path).st_mode & 0o077:
-        yield Finding(
-            WRONG, f"{path}: others may read it; ssh won't use it", by_owner(path, f"chmod 600 {quoted(path)}")
-        )
+        mend = by_owner(path, f"chmod 600 {quoted(path)}")
+        yield Finding(WRONG, f"{path}: others may read it; ssh won't use it", mend)
     if not os.access(path, os.R_OK):
         yield Finding(WRONG, f"{path}: you may not read it", f"sudo chown {user_name()} {quoted(path)}")
     elif not os.path.exists(path + ".pub"):
@@ -10137,17 +9918,16 @@ def own_key_findings(path: str) -> Iterator[Finding]:
 # -- the private network
 
 
-def check_namespaces(patient: Patient) -> Iterator[Finding]:
+def check_namespaces(patient: Patient) -> Findings:
     need_program("ip")
     reason = try_namespaces()
     if reason:
         error = namespaces_denied(reason)
         yield Finding(patient.needs("private"), str(error), error.hint)
-    else:
-        yield Finding(OK, "this user may make namespaces")
+    return "this user may make namespaces"
 
 
-def check_tun(patient: Patient) -> Iterator[Finding]:
+def check_tun(patient: Patient) -> Findings:
     """For both networks: qemu-bridge-helper opens it as the user that calls it."""
     path = "/dev/net/tun"
     if not os.path.exists(path):
@@ -10157,65 +9937,56 @@ def check_tun(patient: Patient) -> Iterator[Finding]:
         elif not os.path.exists(f"/lib/modules/{os.uname().release}"):
             mend = f"in a container: give it the device {path}"
         yield Finding(WRONG, f"there is no {path}", mend)
-        return
-    reason = device_denied(path)
-    if reason:
-        yield Finding(WRONG, f"you may not open {path} ({reason})", f"sudo chmod 666 {path}")
-    else:
-        yield Finding(OK, path)
+    elif device_denied(path):
+        yield Finding(WRONG, f"you may not open {path} ({device_denied(path)})", f"sudo chmod 666 {path}")
+    return path
 
 
-def check_private_programs(patient: Patient) -> Iterator[Finding]:
+def check_private_programs(patient: Patient) -> Findings:
     missing = [name for name in ("ip", "dnsmasq", "nsenter") if not find_program(name)]
     if missing:
         text = f"not found, and the private network needs it: {', '.join(missing)}"
         yield Finding(patient.needs("private"), text, installs(*missing))
-    else:
-        yield Finding(OK, "ip, dnsmasq and nsenter")
+    return "ip, dnsmasq and nsenter"
 
 
-def check_way_out(patient: Patient) -> Iterator[Finding]:
-    missing = [] if find_program("pasta") else ["pasta"]
-    if not find_program("nft") and not find_program("iptables"):
-        missing.append("nft")
+def check_way_out(patient: Patient) -> Findings:
+    filters = ["nft"] if not find_program("nft") and not find_program("iptables") else []
+    missing = [*([] if find_program("pasta") else ["pasta"]), *filters]
     if missing:
         text = f"VMs on the private network don't reach the Internet: {' and '.join(missing)} not found"
         yield Finding(WARNING, text, installs(*missing))
-    else:
-        yield Finding(OK, "pasta")
+    return "pasta"
 
 
-def check_private_subnet(patient: Patient) -> Iterator[Finding]:
+def check_private_subnet(patient: Patient) -> Findings:
     """Once it is chosen it is kept; a VPN that came later may have it as well."""
     network = patient.cloud.private
     if not os.path.exists(network.file("subnet")):
-        yield Finding(OK, "a free one is chosen with the first VM")
-        return
+        return "a free one is chosen with the first VM"
     subnet = network.subnet()
     taken = [(number, length) for _, number, length in networks_in_use()]
     clash = [pair for pair in taken if pair[1] > 8 and overlap(*pair, ipv4_number(f"{subnet}.0"), 24)]
-    if not clash:
-        yield Finding(OK, f"{subnet}.0/24")
-        return
-    text = f"this host has {ipv4_text(clash[0][0])}/{clash[0][1]} too: VMs don't reach that, on {subnet}.0/24"
-    mend = f"nocloud net --private down && rm -f {quoted(network.file('subnet'))}"
-    if any(True for _ in patient.tree.vms()):
-        mend = "VMs keep their addresses for life: end that network while they are in use, or use another vmBaseDir"
-    yield Finding(WARNING, text, mend)
+    if clash:
+        text = f"this host has {ipv4_text(clash[0][0])}/{clash[0][1]} too: VMs don't reach that, on {subnet}.0/24"
+        mend = f"nocloud net --private down && rm -f {quoted(network.file('subnet'))}"
+        if any(True for _ in patient.tree.vms()):
+            mend = "VMs keep their addresses for life: end that network while they are in use, or use another vmBaseDir"
+        yield Finding(WARNING, text, mend)
+    return f"{subnet}.0/24"
 
 
-def check_inotify(patient: Patient) -> Iterator[Finding]:
+def check_inotify(patient: Patient) -> Findings:
     """dnsmasq waits for changed files by inotify(7), and doesn't start without one."""
     import ctypes
 
     fd = ctypes.CDLL(None, use_errno=True).inotify_init1(os.O_CLOEXEC)
-    if fd >= 0:
+    if fd < 0:
+        text = f"no inotify instance is to be had: {os.strerror(ctypes.get_errno())}"
+        yield Finding(patient.needs("private"), text, "sudo sysctl -w user.max_inotify_instances=1024")
+    else:
         os.close(fd)
-        yield Finding(OK, "instances are to be had")
-        return
-    reason = os.strerror(ctypes.get_errno())
-    mend = "sudo sysctl -w user.max_inotify_instances=1024"
-    yield Finding(patient.needs("private"), f"no inotify instance is to be had: {reason}", mend)
+    return "instances are to be had"
 
 
 # -- the host's bridge
@@ -10387,15 +10158,13 @@ def check_names(patient: Patient) -> Iterator[Finding]:
 # -- the rest, and all of it
 
 
-def check_clock(patient: Patient) -> Iterator[Finding]:
+def check_clock(patient: Patient) -> Findings:
     """Certificates aren't valid yet where the clock is behind."""
     now = time.time()
-    oldest = max(SMALLEST_TIME, os.stat(program_path()).st_mtime)
     text = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now))
-    if now < oldest - 86400:
+    if now < max(SMALLEST_TIME, os.stat(program_path()).st_mtime) - 86400:
         yield Finding(WARNING, f"it shows {text}, and is behind: downloads will fail", "sudo timedatectl set-ntp true")
-    else:
-        yield Finding(OK, text)
+    return text
 
 
 Check = tuple[str, Callable[[Patient], Iterator[Finding]]]
@@ -10407,9 +10176,9 @@ CHECKS: tuple[Check, ...] = (
     ("space", check_disk_space),
     ("vms", check_vms),
     ("qemu", check_qemu),
-    ("qemu-img", check_qemu_img),
+    ("qemu-img", lambda patient: found_programs("qemu-img")),
     ("acceleration", check_acceleration),
-    ("ssh", check_ssh),
+    ("ssh", lambda patient: found_programs("ssh", "ssh-keygen")),
     ("keys", check_keys),
     ("namespaces", check_namespaces),
     ("tun", check_tun),
@@ -10450,9 +10219,8 @@ def examine(names: Sequence[str]) -> Iterator[Finding]:
     for name in names:
         if name not in known:
             near = nearest(name, known)
-            raise UsageError(
-                f"{name}: no such check", f"did you mean {near}?" if near else f"one of {', '.join(known)}"
-            )
+            hint = f"did you mean {near}?" if near else f"one of {', '.join(known)}"
+            raise UsageError(f"{name}: no such check", hint)
     patient = Patient()
     bridged = patient.has_bridge or patient.config["vmNetwork"] == "bridge"
     for name, check in (*CHECKS, *(BRIDGE_CHECKS if bridged or names else ())):
@@ -10468,12 +10236,19 @@ def examine_one(name: str, check: Callable[[Patient], Iterator[Finding]], patien
     if name in OURS_ONLY and patient.foreign:
         yield Finding(OK, f"{patient.bridge.interface} was not made by nocloud: what its owner set holds")
         return
+    network = "private" if name in ("namespaces", "private-subnet") else ""
+    if (name, check) in BRIDGE_CHECKS:
+        network = "bridge"
+    findings, well = check(patient), True
     try:
-        yield from check(patient)
+        while True:
+            yield next(findings)
+            well = False
+    except StopIteration as end:
+        if well and end.value:
+            yield Finding(OK, end.value)
     except Error as error:
-        network = "bridge" if (name, check) in BRIDGE_CHECKS else "private"
-        limited = network == "bridge" or name in ("namespaces", "private-subnet")
-        yield Finding(patient.needs(network) if limited else WRONG, str(error), error.hint)
+        yield Finding(patient.needs(network) if network else WRONG, str(error), error.hint)
     except Exception as error:
         if report.debug:
             raise
@@ -10900,8 +10675,7 @@ def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> i
     with Cloud(config) as cloud:
         if args.group is not None:
             cloud.tree.need_group(args.group)
-        rows = all_rows if args.all else running_rows
-        for row in rows(cloud, args.group or "", args.type or ""):
+        for row in vm_rows(cloud, args.group or "", args.type or "", every=args.all):
             report.data(row)
     return EXIT_DONE
 
@@ -11090,7 +10864,7 @@ def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) ->
             known = inventory(cloud)
             report.data(json.dumps(known if args.list else known["_meta"]["hostvars"].get(args.host, {}), indent=2))
         else:
-            for row in running_rows(cloud, "", ""):
+            for row in vm_rows(cloud):
                 report.data(row)
     return EXIT_DONE
 
@@ -11281,7 +11055,8 @@ def cmd_doctor(config: Config, args: argparse.Namespace, words: list[str]) -> in
     if args.json:
         import json
 
-        report.data(json.dumps([{key: getattr(each, key) for key in each.__slots__} for each in findings], indent=2))
+        keys = ("name", "state", "text", "mend")
+        report.data(json.dumps([{key: getattr(each, key) for key in keys} for each in findings], indent=2))
     return EXIT_FAILED if any(finding.state == WRONG for finding in findings) else EXIT_DONE
 
 

@@ -246,8 +246,7 @@ def test_what_killed_commands_left(cloud: Cloud, programs: Path) -> None:
     command = ill(cloud.run, "vms", "warning", "3 folders")
     mend(cloud, command)
     well(cloud.run, "vms")
-    (folder / "qmp.sock").touch()
-    mend(cloud, ill(cloud.run, "vms", "warning", "1 socket"))
+    (folder / "qmp.sock").touch()  # of a qemu that was killed: the next start makes it anew
     well(cloud.run, "vms")
     assert folder.is_dir()
 
