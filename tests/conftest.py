@@ -35,6 +35,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="long: make test-all runs it"))
         if isinstance(item, pytest.Function) and group_of(item):
             item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    if hasattr(config, "workerinput"):  # one of several processes: what comes in long pieces first, to end together
+        items.sort(key=lambda item: not item.get_closest_marker("xdist_group"))
 
 
 def group_of(item: pytest.Function) -> str:
