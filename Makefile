@@ -48,7 +48,7 @@ demo: install-for-vms install-for-templates nocloud.pyz ## a template, three VMs
 	@$(PYTHON) tests/demo.py $(BIN)
 
 test: $(VENV)/done install-for-vms install-for-templates install-for-checks install-for-tests nocloud.pyz ## the tests, linters among them
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m pytest $(PYTEST)
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadgroup $(PYTEST)
 
 test-all: PYTEST += --long
 test-all: test ## the long tests too

@@ -26,13 +26,28 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.register_profile("nocloud", deadline=None)  # a busy machine is no failure
     hypothesis.settings.load_profile("nocloud")
     config.addinivalue_line("markers", "long: takes minutes; only make test-all runs it")
+    config.addinivalue_line("markers", "xdist_group(name): one process runs these tests, one after the other")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--long"):
-        for item in items:
-            if item.get_closest_marker("long"):
-                item.add_marker(pytest.mark.skip(reason="long: make test-all runs it"))
+    for item in items:
+        if item.get_closest_marker("long") and not config.getoption("--long"):
+            item.add_marker(pytest.mark.skip(reason="long: make test-all runs it"))
+        if isinstance(item, pytest.Function) and group_of(item):
+            item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    if hasattr(config, "workerinput"):  # one of several processes: what comes in long pieces first, to end together
+        items.sort(key=lambda item: not item.get_closest_marker("xdist_group"))
+
+
+def group_of(item: pytest.Function) -> str:
+    """Tests that share what is made once, a booted guest say, run in one process; "" where a test is on its own."""
+    if {"debian", "debian_image"} & set(item.fixturenames):
+        return "debian"
+    for fixtures in item._fixtureinfo.name2fixturedefs.values():
+        for fixture in fixtures:
+            if fixture.scope != "function" and (fixture.baseid.endswith(".py") or fixture.argname == "shared"):
+                return str(item.module.__name__)
+    return ""
 
 
 @pytest.fixture(scope="session")
@@ -147,11 +162,12 @@ def _own_places() -> set[str]:
 def nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No process, no network interface and no file outside the temporary folders survives a test.
 
-    A namespace lives as long as a process in it; processes are known by the home in their environment.
+    A namespace lives as long as a process in it; processes are known by the home in their environment, which is below
+    a folder of this process's own. The rest is the machine's: it may be of a test that another process runs just now.
     """
     places, cards = _own_places(), interfaces()
     yield
-    mine = processes_with(str(tmp_path_factory.getbasetemp()))
+    mine = processes_with(f"{tmp_path_factory.getbasetemp()}/")
     open_ones = {pid for home in open_homes for pid in processes_with(home)}
     left = {pid: words for pid, words in mine.items() if pid not in open_ones}
     kill_all(left)

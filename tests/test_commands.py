@@ -106,6 +106,12 @@ def declared(help: str) -> Options:
     return found
 
 
+def test_every_command_is_in_the_table() -> None:
+    names = [command.alias or command.name for command in nocloud.COMMANDS.values() if not command.hidden]
+    for name in names:
+        assert name in OPTIONS, f"{name} isn't in the table: type its options into OPTIONS of tests/test_commands.py"
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_of_the_contract_is_there_and_no_other(cloud: Cloud, name: str) -> None:
     done = cloud.run(name, "-h").ok()

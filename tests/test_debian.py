@@ -54,6 +54,7 @@ def test_the_root_file_system_fills_a_larger_disk(clones: Cloud) -> None:
     assert int(size) > 0.97 * int(disk) and files == ["grow", "resolv"]
 
 
+@pytest.mark.long
 def test_they_reach_each_other_by_name(clones: Cloud) -> None:
     address = clones.conf("pf/db/deb01")["vmAddress"]
     for name in ("deb01", "deb01.pf", "deb01.pf.nocloud"):
@@ -61,11 +62,13 @@ def test_they_reach_each_other_by_name(clones: Cloud) -> None:
     assert "SSH-2.0" in clones.ssh("deb00", "bash -c 'exec 3<>/dev/tcp/deb01/22; head -c 8 <&3'").ok().stdout
 
 
+@pytest.mark.long
 def test_ansible_pings_all(clones: Cloud) -> None:
     done = ansible(clones, "ansible", "all", "-m", "ping").ok()
     assert done.stdout.count('"ping": "pong"') == 2 and done.stdout.count("SUCCESS") == 2
 
 
+@pytest.mark.long
 def test_restarted_with_one_disk_more_it_is_the_same(clones: Cloud) -> None:
     """Off and on again: address, MAC, host key and data are the same; so is the card's name, though a disk came."""
     before = clones.conf("pf/db/deb01")

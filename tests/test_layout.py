@@ -1,4 +1,7 @@
-"""The module's own order: sections, sizes of functions, what may be named where, and what importing it costs."""
+"""The module's own order: sections, sizes of functions, what may be named where, and what importing it costs.
+
+`python tests/test_layout.py` prints each section's size, what it uses, and what is against the order.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,10 @@ import re
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 
+import pytest
 from support import PROGRAM, ROOT
 
 SECTIONS = [
@@ -39,13 +44,24 @@ BANNERS = [
 ]
 
 
+ORDER = {name: number for number, (_, name) in enumerate(BANNERS)}
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
 def section(line: int) -> str:
-    """The section that a line is in."""
+    """The section that a line is in; "" is what stands above the first."""
     return next((name for number, name in reversed(BANNERS) if number <= line), "")
 
 
+def sizes() -> dict[str, int]:
+    """Each section's lines: from its banner to the next one."""
+    ends = [*(number for number, _ in BANNERS[1:]), len(TEXT.splitlines()) + 1]
+    return {name: end - number for (number, name), end in zip(BANNERS, ends)}
+
+
 def functions() -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
-    return [node for node in ast.walk(MODULE) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    return [node for node in ast.walk(MODULE) if isinstance(node, FUNCTIONS)]
 
 
 def length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
@@ -76,16 +92,34 @@ def test_sections_stand_in_the_order_of_the_architecture() -> None:
     assert len(set(names)) == len(names)
 
 
+def contents() -> list[tuple[str, str]]:
+    """The list at the top of the module, in its docstring or in the comment below it: `NAME  what it owns`."""
+    head = TEXT[: TEXT.index("\nfrom ")].splitlines()
+    names = "|".join(map(re.escape, ORDER))
+    found = (re.fullmatch(rf"#? +({names})  +(\S.*)", line) for line in head)
+    return [(match.group(1), match.group(2)) for match in found if match]
+
+
+@pytest.mark.xfail(reason="the list isn't written yet")
+def test_a_list_at_the_top_names_every_section_in_one_line() -> None:
+    assert [name for name, _ in contents()] == list(ORDER)
+
+
 def test_every_section_says_what_it_owns() -> None:
     lines = TEXT.splitlines()
     for number, name in BANNERS:
         assert lines[number] == "#" and re.match(r"# \S", lines[number + 1]), name
 
 
+@pytest.mark.xfail(reason="some sections are to be split")
+def test_sections_are_short() -> None:
+    assert not {name: size for name, size in sizes().items() if size > 900}
+
+
 def test_functions_are_short() -> None:
     long = {node.name: length(node) for node in functions() if length(node) > 60}
     assert not long
-    assert statistics.median(map(length, functions())) <= 12
+    assert statistics.median(map(length, functions())) <= 8
     for name in ("machine_args", "cpu_args", "firmware_args", "disk_args", "net_args", "console_args", "monitor_args"):
         (builder,) = (node for node in functions() if node.name == name)
         assert length(builder) <= 40
@@ -130,31 +164,100 @@ def test_no_shell_and_no_evaluation() -> None:
         assert "pickle" not in ast.unparse(node) if isinstance(node, (ast.Import, ast.ImportFrom)) else True
 
 
+def bound(node: ast.AST) -> set[str]:
+    """The names that a scope (a function, lambda, class or comprehension) binds itself; not those of scopes in it."""
+    names = {part.arg for part in ast.walk(node.args) if isinstance(part, ast.arg)} if hasattr(node, "args") else set()
+    unseen = list(ast.iter_child_nodes(node))
+    for part in unseen:
+        if isinstance(part, (*FUNCTIONS, ast.ClassDef)):
+            names.add(part.name)
+        elif isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+            names.add(part.id)
+        elif isinstance(part, (ast.Import, ast.ImportFrom)):
+            names |= {(alias.asname or alias.name).partition(".")[0] for alias in part.names}
+        elif isinstance(part, ast.ExceptHandler) and part.name:
+            names.add(part.name)
+        if not isinstance(part, (*FUNCTIONS, ast.Lambda, ast.ClassDef, *COMPREHENSIONS)):
+            unseen += ast.iter_child_nodes(part)
+    return names - {name for part in unseen if isinstance(part, ast.Global) for name in part.names}
+
+
+def free_names(node: ast.AST, hidden: frozenset[str] = frozenset()) -> Iterator[ast.Name]:
+    """What a piece of the module looks up in the module when it runs: no local names, no annotations."""
+    if isinstance(node, ast.Name) and node.id not in hidden:
+        yield node
+    within = hidden
+    if isinstance(node, (*FUNCTIONS, ast.Lambda, ast.ClassDef, *COMPREHENSIONS)):
+        within |= bound(node)
+    for name, value in ast.iter_fields(node):
+        for child in value if isinstance(value, list) else [value]:
+            if not isinstance(child, ast.AST) or name in ("annotation", "returns"):
+                continue
+            # Functions in a class don't see its names; decorators, defaults and base classes stand outside.
+            outside = name != "body" and not isinstance(node, COMPREHENSIONS)
+            if outside or (isinstance(node, ast.ClassDef) and isinstance(child, FUNCTIONS)):
+                yield from free_names(child, hidden)
+            else:
+                yield from free_names(child, within)
+
+
+def definitions(body: list[ast.stmt]) -> Iterator[tuple[str, int]]:
+    """The module's own names, and the lines that they are first bound at; under an `if` of the module, too."""
+    for node in body:
+        if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
+            yield node.name, node.lineno
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                yield from ((part.id, part.lineno) for part in ast.walk(target) if isinstance(part, ast.Name))
+        elif isinstance(node, ast.If) and ast.unparse(node.test) != "TYPE_CHECKING":
+            yield from definitions([*node.body, *node.orelse])
+
+
+DEFINED = dict(reversed([*definitions(MODULE.body)]))
+
+
+def uses(module: ast.Module = MODULE) -> Iterator[tuple[str, int, str, str]]:
+    """Each use of one of the module's names at run time: its section, its line, the function (or so), the name."""
+    for top in module.body:
+        if isinstance(top, ast.If) and ast.unparse(top.test) == "TYPE_CHECKING":
+            continue
+        for part in free_names(top):
+            if isinstance(part.ctx, ast.Load) and part.id in DEFINED:
+                yield section(part.lineno), part.lineno, getattr(top, "name", "the module"), part.id
+
+
+def uses_of_sections_below(module: ast.Module = MODULE) -> list[str]:
+    return [
+        f"section {here}: {function} (line {line}) uses {name} of section {section(DEFINED[name])}"
+        for here, line, function, name in uses(module)
+        if ORDER.get(section(DEFINED[name]), -1) > ORDER.get(here, -1)
+    ]
+
+
 def test_each_section_uses_only_those_above_it() -> None:
-    defined: dict[str, int] = {}
-    for node in MODULE.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            defined[node.name] = node.lineno
-        elif isinstance(node, ast.Assign):
-            defined.update({target.id: node.lineno for target in node.targets if isinstance(target, ast.Name)})
-    order = {name: number for number, (_, name) in enumerate(BANNERS)}
-    wrong = []
-    for top in MODULE.body:
-        own = names_bound_in(top)
-        for part in run_time_nodes(top):
-            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load) and part.id in defined.keys() - own:
-                here, there = section(part.lineno), section(defined[part.id])
-                if order.get(there, -1) > order.get(here, -1):
-                    wrong.append(f"{here}, line {part.lineno}: {part.id} of {there}")
-    assert wrong == []
+    assert uses_of_sections_below() == []
 
 
-def names_bound_in(top: ast.AST) -> set[str]:
-    """Arguments and local variables, which hide the module's names."""
-    if not isinstance(top, (ast.FunctionDef, ast.ClassDef)):
-        return set()
-    stored = {node.id for node in ast.walk(top) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    return stored | {node.arg for node in ast.walk(top) if isinstance(node, ast.arg)}
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("def f(): return main()", True),
+        ("def f(x=main): pass", True),
+        ("def f(): return [main for x in y]", True),
+        ("def f(): return lambda: main", True),
+        ("class f:\n main = 1\n def g(self): return main", True),
+        ("class f(main): pass", True),
+        ("x = {1: main}", True),
+        ("def f(main): return main", False),
+        ("def f():\n main = 1\n return lambda: main", False),
+        ("def f(): return [main for main in y]", False),
+        ("def f(x: main) -> main: pass", False),
+        ("class f:\n main: main", False),
+    ],
+)
+def test_what_is_a_use(code: str, found: bool) -> None:
+    """`main` is of the last section; the code stands in the first line."""
+    assert bool(uses_of_sections_below(ast.parse(code))) is found
 
 
 def test_only_the_standard_library_is_imported() -> None:
@@ -211,3 +314,23 @@ def test_comments_are_about_the_program() -> None:
     """No registry's or machine's name, no ticket, no private path."""
     for line in TEXT.splitlines():
         assert not re.search(r"pypi|pythonhosted|/work/|/tmp/lab|issue #?\d", line, re.I), line
+
+
+def overview() -> None:
+    """Each section's size and what it uses, and all that is against the order: for whoever moves things."""
+    where = {name: section(line) for name, line in DEFINED.items()}
+    used = Counter((here, where[name]) for here, _, _, name in uses())
+    for name, size in sizes().items():
+        lengths = [length(node) for node in functions() if section(node.lineno) == name] or [0]
+        over = "  OVER 900" if size > 900 else ""
+        print(f"{name}: {size} lines, {len(lengths)} functions, median {statistics.median(lengths):g}{over}")
+        others = [f"{to} {count}" for (here, to), count in used.most_common() if here == name != to != ""]
+        print("    uses", ", ".join(others) or "no other")
+    print(f"\nmedian of all functions: {statistics.median(map(length, functions())):g}")
+    print(*(f"{node.name}: {length(node)} lines" for node in functions() if length(node) > 60), sep="\n")
+    print(*uses_of_sections_below(), sep="\n")
+    print(*(f"{name} isn't in the list at the top" for name in ORDER if name not in dict(contents())), sep="\n")
+
+
+if __name__ == "__main__":
+    overview()

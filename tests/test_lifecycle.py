@@ -822,6 +822,48 @@ def test_a_clone_inherits_and_the_tree_can_be_moved(blank: Cloud) -> None:
     assert [row[0] for row in rows(blank)] == ["web00"]
 
 
+# What a template can have for each key that its clones inherit; HOME is the test's.
+INHERITED = {
+    "vmMachine": "pc",
+    "vmAccel": "tcg",
+    "vmExtraOpts": "-no-user-config",
+    "vmQemu": "HOME/qemu",
+    "vmCpuCap": "70",
+    "vmKernel": "HOME/vmlinuz",
+    "vmInitrd": "HOME/initrd",
+    "vmAppend": "quiet",
+}
+# A qemu that leaves out the kernel, which is none.
+WITHOUT_KERNEL = """#!/bin/sh
+for word; do
+    shift
+    case $word in
+    -kernel | -initrd | -append) skip=1 ;;
+    *) [ "$skip" ] || set -- "$@" "$word"; skip= ;;
+    esac
+done
+exec qemu-system-x86_64 "$@"
+"""
+
+
+def test_clones_and_what_is_made_of_them_inherit_each_of_these_keys(blank: Cloud) -> None:
+    missing = [key for key in nocloud.INHERITED if key not in INHERITED]
+    assert not missing, f"clones inherit {missing}: give each a value in INHERITED of tests/test_lifecycle.py"
+    (blank.home / "qemu").write_text(WITHOUT_KERNEL)
+    (blank.home / "qemu").chmod(0o755)
+    for name in ("vmlinuz", "initrd"):
+        (blank.home / name).write_text("")
+    blank.env["NOCLOUD_vmQemu"] = str(blank.home / "qemu")
+    wanted = {key: value.replace("HOME", str(blank.home)) for key, value in INHERITED.items()}
+    conf = blank.folder("templates/blank") / "blank.conf"
+    conf.write_text(nocloud.update_assignments(conf.read_text(), wanted))
+    instantiate(blank, "-g", "pf", "-o", "name=web").ok()
+    blank.run("vmstop", "--kill", "-g", "pf").quiet()
+    blank.run("vmtemplate", "new", "--from", "web00", "--no-clean").ok()
+    for vm in ("pf/default/web00", "templates/new"):
+        assert {key: blank.conf(vm).get(key) for key in wanted} == wanted, vm
+
+
 def test_no_interface_of_the_host(blank: Cloud) -> None:
     before = interfaces()
     instantiate(blank, "-g", "pf", "-C", 2, "-o", "name=web").ok()

@@ -205,24 +205,50 @@ def test_a_value_is_one_line() -> None:
 # Values ##############################################################################################
 
 
-@pytest.mark.parametrize(
-    ("key", "good", "bad"),
-    [
-        ("vmMem", ["16", "512", "65536"], ["", "0", "-1", "1G", "512M", " 512", "٣", "1e3", "99999999999"]),
-        ("vmCpu", ["1", "64"], ["0", "-1", "1.5", "two"]),
-        ("vmCount", ["1", "1000"], ["0", "-1", "abc", "1001"]),
-        ("vmAccel", ["auto", "kvm", "tcg"], ["", "KVM", "xen"]),
-        ("vmNetwork", ["auto", "bridge", "private"], ["nat", ""]),
-        ("vmInit", ["auto", "systemd", "cloud-init", "ssh", "none"], ["x"]),
-        ("vmUser", ["root", "_a-b1"], ["", "-oProxyCommand=x", "a b", "Root", "a" * 33, "a,b"]),
-        ("vmMac", ["", "00:50:56:ab:cd:ef"], ["00:50:56", "00:50:56:ab:cd:eg", "00:50:56:ab:cd:ef,id=x"]),
-        ("vmAddress", ["", "10.88.0.2"], ["10.88.0", "256.1.1.1", "::1", "x"]),
-        ("vmUuid", ["", "6ba7b810-9dad-41d1-80b4-00c04fd430c8"], ["6ba7b810", "x"]),
-        ("vmStopTimeout", ["0", "30"], ["-1", "1.5", "never"]),
-        ("vmMachine", ["", "pc", "pc-q35-7.2"], ["pc,accel=kvm", "-x", "a b"]),
-        ("bridgeInterface", ["nocloud", "br0"], ["br0,x", "-x"]),
-    ],
-)
+# key, what it may be, what not; typed by hand.
+CHECKS: list[tuple[str, list[str], list[str]]] = [
+    ("vmMem", ["16", "512", "65536"], ["", "0", "-1", "1G", "512M", " 512", "٣", "1e3", "99999999999"]),
+    ("vmCpu", ["1", "64"], ["0", "-1", "1.5", "two"]),
+    ("vmCreateDiskSize", ["1", "1000"], ["", "0", "-1", "10G"]),
+    ("vmCount", ["1", "1000"], ["0", "-1", "abc", "1001"]),
+    ("vmDiskExt", ["img", "qcow2"], ["", "raw", ".img"]),
+    ("vmAccel", ["auto", "kvm", "tcg"], ["", "KVM", "xen"]),
+    ("vmNetwork", ["auto", "bridge", "private"], ["nat", ""]),
+    ("vmInit", ["auto", "systemd", "cloud-init", "ssh", "none"], ["x"]),
+    ("vmUser", ["root", "_a-b1"], ["", "-oProxyCommand=x", "a b", "Root", "a" * 33, "a,b"]),
+    ("vmMac", ["", "00:50:56:ab:cd:ef"], ["00:50:56", "00:50:56:ab:cd:eg", "00:50:56:ab:cd:ef,id=x"]),
+    ("vmAddress", ["", "10.88.0.2"], ["10.88.0", "256.1.1.1", "::1", "x"]),
+    ("vmUuid", ["", "6ba7b810-9dad-41d1-80b4-00c04fd430c8"], ["6ba7b810", "x"]),
+    ("vmStopTimeout", ["0", "30"], ["-1", "1.5", "never"]),
+    ("vmWaitTimeout", ["0", "300"], ["-1", "", "86401"]),
+    ("vmDownloadTimeout", ["1", "3600"], ["0", "3601", "1.5", ""]),
+    ("vmMachine", ["", "pc", "pc-q35-7.2"], ["pc,accel=kvm", "-x", "a b"]),
+    ("vmCpuCap", ["0", "100"], ["101", "-1", "half"]),
+    ("vmDiskFormat", ["qcow2", "qcow2,raw"], ["vmdk", "qcow2,", "qcow2 raw"]),
+    ("vmGui", ["", "0", "1"], ["2", "yes", "true"]),
+    ("bridgeInterface", ["nocloud", "br0"], ["br0,x", "-x"]),
+    ("bridgeAddress", ["10.0.0.1/8", "192.168.1.1/30"], ["", "10.0.0.1", "10.0.0.1/7", "10.0.0.1/31", "x/24"]),
+    ("bridgeNet", ["10.0.0.0/8"], ["", "10.0.0.0", "10.0.0/24"]),
+    *(
+        (key, ["192.168.1.2"], ["192.168.1", "192.168.1.256", "192.168.1.2/24"])
+        for key in ("bridgeIpAddress", "bridgeDhcpStart", "bridgeDhcpStop")
+    ),
+]
+# Any line will do.
+FREE_TEXT = [
+    "vmBaseDir", "vmGroup", "vmSubGroup", "vmDefaultGroup", "vmDefaultSubGroup", "vmCreateGroup", "isoDir",
+    "vmExtraOpts", "vmQemu", "vmBridgeHelper", "bridgeSubnet", "bridgeLeases", "vmName", "vmDisk", "vmExtraDisk",
+    "vmTemplate", "vmKernel", "vmInitrd", "vmAppend", "vmSource", "vmChecksum",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", [setting.key for setting in nocloud.SETTINGS if setting.where != "unused"])
+def test_every_setting_has_a_row(key: str) -> None:
+    rows = [row[0] for row in CHECKS] + FREE_TEXT
+    assert rows.count(key) == 1, f"{key}: type what it may be, and what not, into CHECKS of tests/test_settings.py"
+
+
+@pytest.mark.parametrize(("key", "good", "bad"), CHECKS)
 def test_values_are_checked(key: str, good: list[str], bad: list[str]) -> None:
     for value in good:
         nocloud.check_setting(key, value, "FILE:1")
@@ -230,6 +256,12 @@ def test_values_are_checked(key: str, good: list[str], bad: list[str]) -> None:
         if value or nocloud.SETTING[key].default:
             with pytest.raises(nocloud.UsageError, match=rf"^FILE:1: {key}="):
                 nocloud.check_setting(key, value, "FILE:1")
+
+
+@pytest.mark.parametrize("key", FREE_TEXT)
+def test_values_that_are_free(key: str) -> None:
+    for value in ("", "x", "a b, c=d", "ü"):
+        nocloud.check_setting(key, value, "FILE:1")
 
 
 def test_every_setting_of_the_contract_is_there_with_its_default() -> None:
