@@ -56,17 +56,24 @@ if not TYPE_CHECKING:
         """A class of plain values, whose fields are declared once: `__init__` and `__slots__` from its annotations.
 
         To a type checker it is dataclasses.dataclass, whose import takes 27 ms, so calls are checked as those of one;
-        `__post_init__` serves as there.  Two are equal only where they are one; a default must not be changed in place.
+        `__post_init__` serves as there.  Two are equal only where they are one, a record is no one's base, and a
+        default is shared by all: it must be a value that can't be changed.
         """
         fields = tuple(cls.__annotations__)
         body = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
         defaults = {name: body.pop(name) for name in fields if name in body}
-        finish = body.get("__post_init__", lambda self: None)
+        finish = body.get("__post_init__")
 
         def init(self: Any, *values: Any, **named: Any) -> None:
-            for name, value in {**defaults, **dict(zip(fields, values)), **named}.items():
+            if named or len(values) != len(fields):  # all of them in their order are the common case, and the fast one
+                given = {**defaults, **dict(zip(fields, values)), **named}
+                if len(values) > len(fields) or given.keys() != set(fields):
+                    raise TypeError(f"{cls.__name__} takes {', '.join(fields)}")
+                values = tuple(given[name] for name in fields)
+            for name, value in zip(fields, values):
                 setattr(self, name, value)
-            finish(self)
+            if finish:
+                finish(self)
 
         return type(cls)(cls.__name__, cls.__bases__, {**body, "__slots__": fields, "__init__": init})
 
@@ -499,6 +506,7 @@ def error_from_os(error: OSError) -> Error:
 # were bash files once; here they are parsed, and nothing in them is ever executed.
 
 
+@record
 class Setting:
     """A key: what its values must be, what it is without a file, and who reads it.
 
@@ -506,10 +514,11 @@ class Setting:
     environment), `vm` (a VM's own conf), `both`, or `unused` (read without a warning, for old files' sake).
     """
 
-    __slots__ = ("key", "check", "default", "where", "help")
-
-    def __init__(self, key: str, check: Callable[[str], object], default: str, where: str, help: str) -> None:
-        self.key, self.check, self.default, self.where, self.help = key, check, default, where, help
+    key: str
+    check: Callable[[str], object]
+    default: str
+    where: str
+    help: str
 
 
 def any_text(text: str) -> str:
@@ -662,13 +671,14 @@ SETTINGS = (
 SETTING = {setting.key: setting for setting in SETTINGS}
 
 
+@record
 class Assignment:
     """A KEY=VALUE line of a file: its line number, the value after expansion, and the variables it named."""
 
-    __slots__ = ("line", "key", "value", "used")
-
-    def __init__(self, line: int, key: str, value: str, used: set[str]) -> None:
-        self.line, self.key, self.value, self.used = line, key, value, used
+    line: int
+    key: str
+    value: str
+    used: set[str]
 
 
 # Compiled at first use: most commands of a user without a configuration file read none.
@@ -9539,13 +9549,13 @@ class Wakeup:
         return numbers, [self._posts.popleft() for _ in range(len(self._posts))]
 
 
+@record
 class Member:
     """A running VM that the supervisor watches."""
 
-    __slots__ = ("vm", "process", "ready")
-
-    def __init__(self, vm: VM, process: Process) -> None:
-        self.vm, self.process, self.ready = vm, process, False
+    vm: VM
+    process: Process
+    ready: bool = False
 
 
 # What the loop is about: the group runs; or vmrun ends, and its VMs are destroyed, stopped and kept, or left running.
@@ -10578,14 +10588,18 @@ PLENTY_OF_SPACE = 2 * GIB
 SMALLEST_TIME = 1764028800  # 2025-11-25: no clock that is right shows less
 
 
+@record
 class Finding:
     """What a check found: its state, in words, and the command that mends it, '' where it is well."""
 
-    __slots__ = ("name", "state", "text", "mend")
+    state: str
+    text: str
+    mend: str = ""
+    name: str = ""  # of the check
 
-    def __init__(self, state: str, text: str, mend: str = "", name: str = "") -> None:
-        self.name, self.state, self.text = name, state, printable(text)
-        self.mend = mend if os.geteuid() else re.sub(r"\bsudo ", "", mend)
+    def __post_init__(self) -> None:
+        self.text = printable(self.text)
+        self.mend = self.mend if os.geteuid() else re.sub(r"\bsudo ", "", self.mend)
 
 
 class Patient:
@@ -12198,7 +12212,8 @@ def cmd_doctor(config: Config, args: argparse.Namespace, words: list[str]) -> in
     if args.json:
         import json
 
-        report.data(json.dumps([{key: getattr(each, key) for key in each.__slots__} for each in findings], indent=2))
+        keys = ("name", "state", "text", "mend")
+        report.data(json.dumps([{key: getattr(each, key) for key in keys} for each in findings], indent=2))
     return EXIT_FAILED if any(finding.state == WRONG for finding in findings) else EXIT_DONE
 
 
