@@ -684,7 +684,12 @@ class Assignment:
 # Compiled at first use: most commands of a user without a configuration file read none.
 _PLAIN = r"(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)=([A-Za-z0-9_./:,+@%-]*)(?:[ \t]+#.*|[ \t]*)$"
 _START = r"(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)="
-_VARIABLE = r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}`$\\\"']*))?\})"
+_VARIABLE = r"\$(?P<brace>\{)?(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?(brace)(?::-(?P<word>[^{}`$\\\"']*))?\})"
+# The pieces of a value, outside double quotes and inside; which of the two it is, each `"` changes.
+_PIECES = (
+    rf"""(?P<quote>")|{_VARIABLE}|'(?P<single>[^']*)'|\\(?P<char>.)|(?P<text>[^ \t'"$\\`;&|<>(){{}}]+)""",
+    rf"""(?P<quote>")|{_VARIABLE}|\\(?P<char>["$\\`])|(?P<text>[^"$\\`]+|\\)""",
+)
 
 
 def split_lines(text: str) -> list[str]:
@@ -723,87 +728,47 @@ def _parse_line(number: int, line: str, variables: Mapping[str, str]) -> Assignm
     start = re.compile(_START, re.ASCII).match(line)
     if not start:
         raise ValueError(f"not a KEY=value line: {line[:60]!r}")
-    reader = _ValueReader(line, start.end(), variables)
-    return Assignment(number, start.group(1), reader.read(), reader.used)
+    used: set[str] = set()
+    return Assignment(number, start.group(1), _read_value(line[start.end() :], variables, used), used)
 
 
-class _ValueReader:
-    """Reads one value from `position` on: bare words, '…' and "…" side by side, as sh joins them."""
+def _read_value(text: str, variables: Mapping[str, str], used: set[str]) -> str:
+    """A value, and perhaps a comment: bare words, '…' and "…" side by side, as sh joins them.
 
-    def __init__(self, line: str, position: int, variables: Mapping[str, str]) -> None:
-        self.line, self.position, self.variables = line, position, variables
-        self.used: set[str] = set()
+    The variables that it names are added to `used`.
+    """
+    patterns = [re.compile(each, re.ASCII) for each in _PIECES]
+    home = re.match(r"~(?=[/\s]|$)", text)
+    parts = [os.path.expanduser("~")] if home else []
+    position, quoted = home.end() if home else 0, False
+    while piece := patterns[quoted].match(text, position):
+        position = piece.end()
+        if piece["quote"]:
+            quoted = not quoted
+        elif piece["name"]:
+            used.add(piece["name"])
+            parts.append(variables.get(piece["name"]) or piece["word"] or "")
+        else:
+            parts.append(piece[piece.lastgroup or 0])
+    _check_end(text[position:], quoted)
+    return "".join(parts)
 
-    def read(self) -> str:
-        parts: list[str] = []
-        if re.match(r"~(?=[/\s]|$)", self.line[self.position :]):
-            parts.append(os.path.expanduser("~"))
-            self.position += 1
-        while self.position < len(self.line):
-            char = self.line[self.position]
-            if char in " \t":
-                self._expect_end()
-                break
-            parts.append(self._part(char))
-        return "".join(parts)
 
-    def _part(self, char: str) -> str:
-        if char == "'":
-            return self._single()
-        if char == '"':
-            return self._double()
-        if char == "$":
-            return self._variable()
-        if char == "\\":
-            self.position += 2
-            if self.position > len(self.line):
-                raise ValueError("a \\ at the end of the line: a value is one line")
-            return self.line[self.position - 1]
-        if char in "`;&|<>(){}":
-            raise ValueError(f"{char!r} outside quotes: commands are not run here")
-        self.position += 1
-        return char
-
-    def _expect_end(self) -> None:
-        rest = self.line[self.position :].lstrip(" \t")
-        if rest and rest[0] != "#":
-            raise ValueError(f"more than one word after '=': {rest[:40]!r} (quote the value)")
-
-    def _single(self) -> str:
-        end = self.line.find("'", self.position + 1)
-        if end < 0:
-            raise ValueError("a ' that is not closed")
-        value, self.position = self.line[self.position + 1 : end], end + 1
-        return value
-
-    def _double(self) -> str:
-        parts: list[str] = []
-        self.position += 1
-        while self.position < len(self.line):
-            char = self.line[self.position]
-            if char == '"':
-                self.position += 1
-                return "".join(parts)
-            if char == "`":
-                raise ValueError("a backtick: commands are not run here")
-            if char == "$":
-                parts.append(self._variable())
-                continue
-            if char == "\\" and self.line[self.position + 1 : self.position + 2] in ("$", "`", '"', "\\"):
-                self.position += 1
-                char = self.line[self.position]
-            parts.append(char)
-            self.position += 1
-        raise ValueError('a " that is not closed')
-
-    def _variable(self) -> str:
-        match = re.compile(_VARIABLE, re.ASCII).match(self.line, self.position)
-        if not match:
-            raise ValueError("a '$' that is neither $NAME, ${NAME} nor ${NAME:-word}: commands are not run here")
-        self.position = match.end()
-        key = match.group(1) or match.group(2)
-        self.used.add(key)
-        return self.variables.get(key, "") or (match.group(3) or "")
+def _check_end(rest: str, quoted: bool) -> None:
+    """Raise ValueError where what no piece of a value begins with is neither a comment nor nothing."""
+    char, comment = rest[:1], rest.lstrip(" \t")
+    if char == "$":
+        raise ValueError("a '$' that is neither $NAME, ${NAME} nor ${NAME:-word}: commands are not run here")
+    if quoted:
+        raise ValueError("a backtick: commands are not run here" if char else 'a " that is not closed')
+    if char == "'":
+        raise ValueError("a ' that is not closed")
+    if char == "\\":
+        raise ValueError("a \\ at the end of the line: a value is one line")
+    if char not in ("", " ", "\t"):
+        raise ValueError(f"{char!r} outside quotes: commands are not run here")
+    if comment and comment[0] != "#":
+        raise ValueError(f"more than one word after '=': {comment[:40]!r} (quote the value)")
 
 
 def quote_value(value: str) -> str:
