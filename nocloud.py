@@ -998,7 +998,7 @@ class FileOf:
 class VM:
     """A VM or a template: its place in the tree, and the name of each of its files, once."""
 
-    __slots__ = ("base", "group", "type", "name", "folder", "_conf")
+    __slots__ = ("tree", "group", "type", "name", "folder", "_conf")
 
     conf_file = FileOf("{}.conf")
     pid_file = FileOf("{}.pid")
@@ -1011,10 +1011,15 @@ class VM:
     host_key = FileOf("ssh_host_ed25519_key")  # made on the host (0600), its public half beside it
     configured_file = FileOf("configured")  # there once the guest has been configured, over ssh or by its cloud-init
 
-    def __init__(self, base: str, group: str, type: str, name: str, folder: str = "") -> None:
-        self.base, self.group, self.type, self.name = base, group, type, name
-        self.folder = folder or os.path.join(base, group, type, name)
+    def __init__(self, tree: Tree, group: str, type: str, name: str, folder: str = "") -> None:
+        self.tree, self.group, self.type, self.name = tree, group, type, name
+        self.folder = folder or os.path.join(tree.base, group, type, name)
         self._conf: dict[str, str] | None = None
+
+    @property
+    def base(self) -> str:
+        """vmBaseDir, which its conf names disks relative to."""
+        return self.tree.base
 
     @property
     def is_template(self) -> bool:
@@ -1301,10 +1306,11 @@ strangers = Strangers()
 
 
 class Tree:
-    """vmBaseDir: finds what is in it."""
+    """vmBaseDir: finds what is in it.  Where a VM's conf doesn't say something, `config` does."""
 
-    def __init__(self, base: str) -> None:
-        self.base = base
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.base = base_folder(config)
         self.managed = ""  # the group whose manager this process is
 
     def prepare(self) -> None:
@@ -1335,7 +1341,7 @@ class Tree:
                 continue
             for kind in [type] if type else self.types(each):
                 for name in _folders(os.path.join(self.base, each, kind)):
-                    vm = VM(self.base, each, kind, name)
+                    vm = VM(self, each, kind, name)
                     if vm.exists():
                         yield vm
 
@@ -1349,7 +1355,7 @@ class Tree:
                 yield vm
 
     def template(self, name: str) -> VM:
-        return VM(self.base, TEMPLATES, "", name)
+        return VM(self, TEMPLATES, "", name)
 
     def need_template(self, name: str) -> VM:
         template = self.template(name)
@@ -1368,7 +1374,7 @@ class Tree:
                 place = os.path.join(self.base, group, type)
                 for entry in _names(place):
                     if entry.startswith(MAKING):
-                        yield VM(self.base, group, type, entry[len(MAKING) :], os.path.join(place, entry))
+                        yield VM(self, group, type, entry[len(MAKING) :], os.path.join(place, entry))
 
     def find(self, words: str) -> list[VM]:
         """All VMs that NAME, GROUP/NAME or GROUP/TYPE/NAME can mean; names are compared without case."""
@@ -1384,7 +1390,7 @@ class Tree:
             for kind in [""] if each == TEMPLATES else [type] if type else self.types(each):
                 for entry in _folders(os.path.join(self.base, each, kind)):
                     if entry.lower() == name:
-                        yield VM(self.base, each, kind, entry)
+                        yield VM(self, each, kind, entry)
 
     def need(self, words: str) -> VM:
         """The one VM that `words` mean.  Raises NotFound where there is none, or several."""
@@ -5047,7 +5053,7 @@ class NewTemplate:
         self.cloud, self._read_only = cloud, read_only
         self.final = cloud.tree.template(check_name("template", name))
         place = os.path.dirname(self.final.folder)
-        self.vm = VM(cloud.tree.base, TEMPLATES, "", name, os.path.join(place, MAKING + name))
+        self.vm = VM(cloud.tree, TEMPLATES, "", name, os.path.join(place, MAKING + name))
         self._done = False
 
     def __enter__(self) -> NewTemplate:
@@ -7015,7 +7021,7 @@ def first_format(vm: VM, disk: str) -> str:
     format = disk_format(disk)
     if format == "qcow2":
         inside = os.path.realpath(vm.base) + os.sep
-        templates = [each for each in Tree(vm.base).templates() if each.is_readable()]
+        templates = [each for each in vm.tree.templates() if each.is_readable()]
         theirs = {os.path.realpath(path) for each in templates for path in each.disks()}
         strays = [path for path in backing_chain([disk]) if not path.startswith(inside) and path not in theirs]
         if strays or has_data_file(disk):
@@ -7356,7 +7362,7 @@ class Cloud:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.tree = Tree(base_folder(config))
+        self.tree = Tree(config)
         self.known_hosts = KnownHosts(self.tree)
         self._qemu: Qemu | None = None
         self.private = PrivateNetwork(self.tree)
@@ -7711,7 +7717,7 @@ def reserve(cloud: Cloud, group: str, wishes: Sequence[Wish], plans: list[Plan])
             template = tree.need_template(wish.template)
             for name in next_names(names, wish):
                 uuid, mac = new_identity(taken.macs)
-                plan = Plan(VM(tree.base, group, wish.type, name or uuid), template, wish, uuid)
+                plan = Plan(VM(tree, group, wish.type, name or uuid), template, wish, uuid)
                 plans.append(plan)
                 address = cloud.network(kind).allot(taken.addresses, uuid)
                 network = {"vmNetwork": kind, "vmMac": mac, "vmAddress": address}
@@ -7811,7 +7817,7 @@ class Making:
             make_host_key(vm)
         if plan.user_data:
             write_file(vm.user_data_file, plan.user_data)
-        final = VM(vm.base, vm.group, vm.type, vm.name)
+        final = VM(vm.tree, vm.group, vm.type, vm.name)
         formats = ",".join(["qcow2"] * (1 + len(extra)))
         disks = {"vmDisk": final.relative(system), "vmExtraDisk": ",".join(map(final.relative, extra))}
         vm.write_conf({**disks, "vmDiskFormat": formats})
@@ -8109,7 +8115,7 @@ def command_script(vm: VM, argv: Sequence[str], network: Network) -> str:
             lines[-1] += " " + quoted
         else:
             lines.append(quoted)
-    before = shlex.join(network.by_hand(Tree(vm.base)))
+    before = shlex.join(network.by_hand(vm.tree))
     start = f"#!/bin/sh\n# Starts {vm.name} by hand, as nocloud does.\ncd {shlex.quote(vm.folder)} &&\n"
     return start + f"exec {before} " + " \\\n  ".join(lines) + "\n"
 
@@ -12240,7 +12246,7 @@ class Typed:
 
     def __init__(self, config: Config, words: Sequence[str]) -> None:
         self.config, self.words = config, words
-        self.tree = Tree(base_folder(config))
+        self.tree = Tree(config)
 
     @property
     def current(self) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import Cloud
+from support import Cloud, tree_at
 
 import nocloud
 
@@ -105,7 +105,7 @@ def tree(tmp_path: Path) -> nocloud.Tree:
     (tmp_path / "pf/web/.new-web02/web02.conf").write_text("vmName=web02\n")
     (tmp_path / ".net").mkdir()
     (tmp_path / "notes.txt").write_text("x")
-    return nocloud.Tree(str(tmp_path))
+    return tree_at(tmp_path)
 
 
 def add(base: Path, vm: str) -> None:
@@ -165,7 +165,7 @@ def test_lists_are_sorted_by_group_type_and_name(tree: nocloud.Tree) -> None:
 
 
 def test_an_empty_tree(tmp_path: Path) -> None:
-    tree = nocloud.Tree(str(tmp_path / "nothing"))
+    tree = tree_at(tmp_path / "nothing")
     assert list(tree.vms()) == [] and tree.find("x") == [] and tree.groups() == []
 
 
@@ -174,14 +174,14 @@ def test_disks_of_every_form_of_conf(tmp_path: Path) -> None:
     add(tmp_path, "pf/web/web00")
     folder = tmp_path / "pf/web/web00"
     (folder / "web00_1.img").write_text("")
-    vm = nocloud.VM(str(tmp_path), "pf", "web", "web00")
+    vm = nocloud.VM(tree_at(tmp_path), "pf", "web", "web00")
     (folder / "web00.conf").write_text("vmDisk=pf/web/web00/web00_0.img\nvmExtraDisk='web00_1.img, /dev/null'\n")
     assert vm.disks() == [f"{folder}/web00_0.img", f"{folder}/web00_1.img", "/dev/null"]
 
 
 def test_a_conf_keeps_what_we_do_not_know(tmp_path: Path) -> None:
     add(tmp_path, "pf/web/web00")
-    vm = nocloud.VM(str(tmp_path), "pf", "web", "web00")
+    vm = nocloud.VM(tree_at(tmp_path), "pf", "web", "web00")
     conf = Path(vm.conf_file)
     conf.write_text('#!/bin/bash\nvmName=web00\n# mine\nmyOwn="a b"\nvmMem=64 # was 32\n')
     vm.write_conf({"vmMem": "128", "vmTemplate": "x y"})
@@ -337,7 +337,7 @@ def test_a_killed_commands_leavings_are_swept(cloud: Cloud) -> None:
     keep = cloud.home / "keep"
     keep.mkdir()
     (cloud.base / "pf/web/.new-link").symlink_to(keep)
-    tree = nocloud.Tree(str(cloud.base))
+    tree = tree_at(cloud.base)
     with nocloud.FolderLock(str(cloud.base / "pf/web/.new-web01")):
         nocloud.sweep(tree, "pf")
         assert (cloud.base / "pf/web/.new-web01").exists()  # its maker lives
