@@ -820,6 +820,10 @@ def test_a_clone_inherits_and_the_tree_can_be_moved(blank: Cloud) -> None:
     blank.env["NOCLOUD_vmBaseDir"] = str(moved)
     blank.start("pf/default/web00").ok()
     assert [row[0] for row in rows(blank)] == ["web00"]
+    file = blank.folder("pf/default/web00") / "web00.conf"
+    file.write_text(file.read_text().replace("vmUser=ann\n", ""))  # as bash made them: the configuration counts
+    found = json.loads(blank.run("vminventory", "--list", env={"NOCLOUD_vmUser": "bob"}).ok().stdout)
+    assert found["pf"]["vars"]["ansible_user"] == "bob"
 
 
 def test_no_interface_of_the_host(blank: Cloud) -> None:

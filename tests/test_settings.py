@@ -214,6 +214,7 @@ def test_a_value_is_one_line() -> None:
         ("vmAccel", ["auto", "kvm", "tcg"], ["", "KVM", "xen"]),
         ("vmNetwork", ["auto", "bridge", "private"], ["nat", ""]),
         ("vmInit", ["auto", "systemd", "cloud-init", "ssh", "none"], ["x"]),
+        ("vmGui", ["", "0", "1", "yes", "no", "true", "False", "on", "OFF"], ["2", "y", "screen"]),
         ("vmUser", ["root", "_a-b1"], ["", "-oProxyCommand=x", "a b", "Root", "a" * 33, "a,b"]),
         ("vmMac", ["", "00:50:56:ab:cd:ef"], ["00:50:56", "00:50:56:ab:cd:eg", "00:50:56:ab:cd:ef,id=x"]),
         ("vmAddress", ["", "10.88.0.2"], ["10.88.0", "256.1.1.1", "::1", "x"]),

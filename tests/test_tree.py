@@ -189,6 +189,63 @@ def test_a_conf_keeps_what_we_do_not_know(tmp_path: Path) -> None:
     assert vm.conf["myOwn"] == "a b" and vm.get("vmMem") == "128" and vm.get("vmCpu") == "2"
 
 
+# A VM's settings #####################################################################################
+
+
+def vm_of(base: Path, conf: str, **config: str) -> nocloud.VM:
+    """A VM with this conf, in a tree of this configuration."""
+    tree = nocloud.Tree(nocloud.Config({"vmBaseDir": str(base), **config}))
+    vm = nocloud.VM(tree, "pf", "web", "web00")
+    os.makedirs(vm.folder, exist_ok=True)
+    Path(vm.conf_file).write_text(conf)
+    return vm
+
+
+def test_what_a_conf_does_not_say_the_configuration_does(tmp_path: Path) -> None:
+    """Of every key that both may have, and of no other."""
+    for setting in nocloud.SETTINGS:
+        given = {"vmMem": "99", "vmCpu": "7", "vmUser": "ann", "vmAccel": "tcg", "vmNetwork": "private"}
+        value = given.get(setting.key, "3")
+        vm = vm_of(tmp_path, "vmName=web00\n", **({} if setting.key == "vmBaseDir" else {setting.key: value}))
+        if setting.where == "both":
+            assert vm.get(setting.key) == value
+        elif setting.key != "vmName":
+            assert vm.get(setting.key) == setting.default
+    vm = vm_of(tmp_path, "vmUser=bob\nvmMem=64\nvmExtraOpts=\n", vmUser="ann", vmMem="99", vmExtraOpts="-x")
+    assert (vm.get("vmUser"), vm.number("vmMem"), vm.get("vmExtraOpts")) == ("bob", 64, "-x")
+    vm = vm_of(tmp_path, "vmName=web00\n")
+    assert (vm.get("vmUser"), vm.get("vmAccel"), vm.number("vmCpu")) == ("root", "auto", 2)
+
+
+@pytest.mark.parametrize(
+    ("value", "on"),
+    [
+        ("yes", True),
+        ("no", False),
+        ("1", True),
+        ("0", False),
+        ("True", True),
+        ("off", False),
+        ("", False),
+        ("ON", True),
+    ],
+)
+def test_a_switch_is_written_in_many_ways(tmp_path: Path, value: str, on: bool) -> None:
+    assert vm_of(tmp_path, f"vmGui={value}\n").is_set("vmGui") == on
+    assert nocloud.yes_no(value) == ("yes" if on else "no")
+
+
+def test_what_is_inherited(tmp_path: Path) -> None:
+    """These keys, where the conf has them; the configuration's values stay where they are."""
+    keys = "vmMem vmCpu vmUser vmInit vmMachine vmAccel vmExtraOpts vmCpuCap vmKernel vmInitrd vmAppend"
+    values = {"vmMem": "64", "vmCpu": "1", "vmInit": "none", "vmAccel": "tcg", "vmCpuCap": "50"}
+    conf = {setting.key: values.get(setting.key, "x") for setting in nocloud.SETTINGS if setting.key in keys.split()}
+    others = "vmName=web00\nvmQemu=/old\nvmUuid=\nvmGui=1\nvmNetwork=private\nmine=1\n"
+    vm = vm_of(tmp_path, others + "".join(f"{key}={value}\n" for key, value in conf.items()))
+    assert vm.inherited() == conf
+    assert vm_of(tmp_path, "vmName=web00\nvmExtraOpts=\n", vmUser="ann", vmAccel="tcg").inherited() == {}
+
+
 # States ##############################################################################################
 
 HOLD = """
