@@ -56,17 +56,24 @@ if not TYPE_CHECKING:
         """A class of plain values, whose fields are declared once: `__init__` and `__slots__` from its annotations.
 
         To a type checker it is dataclasses.dataclass, whose import takes 27 ms, so calls are checked as those of one;
-        `__post_init__` serves as there.  Two are equal only where they are one; a default must not be changed in place.
+        `__post_init__` serves as there.  Two are equal only where they are one, a record is no one's base, and a
+        default is shared by all: it must be a value that can't be changed.
         """
         fields = tuple(cls.__annotations__)
         body = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
         defaults = {name: body.pop(name) for name in fields if name in body}
-        finish = body.get("__post_init__", lambda self: None)
+        finish = body.get("__post_init__")
 
         def init(self: Any, *values: Any, **named: Any) -> None:
-            for name, value in {**defaults, **dict(zip(fields, values)), **named}.items():
+            if named or len(values) != len(fields):  # all of them in their order are the common case, and the fast one
+                given = {**defaults, **dict(zip(fields, values)), **named}
+                if len(values) > len(fields) or given.keys() != set(fields):
+                    raise TypeError(f"{cls.__name__} takes {', '.join(fields)}")
+                values = tuple(given[name] for name in fields)
+            for name, value in zip(fields, values):
                 setattr(self, name, value)
-            finish(self)
+            if finish:
+                finish(self)
 
         return type(cls)(cls.__name__, cls.__bases__, {**body, "__slots__": fields, "__init__": init})
 
@@ -499,17 +506,21 @@ def error_from_os(error: OSError) -> Error:
 # were bash files once; here they are parsed, and nothing in them is ever executed.
 
 
+@record
 class Setting:
     """A key: what its values must be, what it is without a file, and who reads it.
 
     `check` raises ValueError, saying what was expected.  `where` is `config` (configuration files and the
     environment), `vm` (a VM's own conf), `both`, or `unused` (read without a warning, for old files' sake).
+    `inherited`: a clone's conf gets it from its template's, where that has it.
     """
 
-    __slots__ = ("key", "check", "default", "where", "help")
-
-    def __init__(self, key: str, check: Callable[[str], object], default: str, where: str, help: str) -> None:
-        self.key, self.check, self.default, self.where, self.help = key, check, default, where, help
+    key: str
+    check: Callable[[str], object]
+    default: str
+    where: str
+    help: str
+    inherited: bool = False
 
 
 def any_text(text: str) -> str:
@@ -534,6 +545,12 @@ def one_of(*words: str) -> Callable[[str], str]:
         raise ValueError("one of " + ", ".join(words))
 
     return check
+
+
+def yes_no(text: str) -> str:
+    """A check for a switch, however people write it: `yes` or `no`, which it is where nothing is said."""
+    words = {"": "no", "0": "no", "false": "no", "off": "no", "1": "yes", "true": "yes", "on": "yes"}
+    return one_of("yes", "no")(words.get(text.lower(), text.lower()))
 
 
 def login_name(text: str) -> str:
@@ -606,8 +623,9 @@ NETWORK_KIND = one_of("auto", "bridge", "private")
 
 SETTINGS = (
     Setting("vmBaseDir", any_text, "", "config", "the VM tree"),
-    Setting("vmMem", MEMORY_MB, "512", "both", "memory in MB of new templates; a clone inherits its template's"),
-    Setting("vmCpu", CPU_COUNT, "2", "both", "processors, likewise"),
+    Setting("vmMem", MEMORY_MB, "512", "both", "memory in MB of new templates; a clone inherits its template's",
+            inherited=True),
+    Setting("vmCpu", CPU_COUNT, "2", "both", "processors, likewise", inherited=True),
     Setting("vmCreateDiskSize", DISK_GB, "10", "config", "disk size in GB of new templates"),
     Setting("vmCount", CLONE_COUNT, "1", "config", "how many clones vminstantiate makes"),
     Setting("vmGroup", any_text, "group", "config", "the group of new clones"),
@@ -617,14 +635,15 @@ SETTINGS = (
     Setting("vmCreateGroup", any_text, "templates", "config", "the group that vmcreate makes VMs in; no other yet"),
     Setting("isoDir", any_text, "~/Documents/distribs/linux", "config", "where ISO images are looked up by name"),
     Setting("vmDiskExt", one_of("img", "qcow2"), "img", "config", "the extension of disk images"),
-    Setting("vmUser", login_name, "root", "both", "who vmssh and ansible log in as"),
-    Setting("vmAccel", one_of("auto", "kvm", "tcg"), "auto", "both", "hardware (kvm) or software (tcg) emulation"),
+    Setting("vmUser", login_name, "root", "both", "who vmssh and ansible log in as", inherited=True),
+    Setting("vmAccel", one_of("auto", "kvm", "tcg"), "auto", "both", "hardware (kvm) or software (tcg) emulation",
+            inherited=True),
     Setting("vmNetwork", NETWORK_KIND, "auto", "both", "bridge (the host's), private (no root), auto"),
     Setting("vmStopTimeout", SECONDS, "30", "config", "seconds a guest has to shut down before it is switched off"),
     Setting("vmWaitTimeout", SECONDS, "300", "config", "the longest wait, in seconds, for a VM to be ready"),
     Setting("vmDownloadTimeout", whole_number(1, 3600, "seconds"), "30", "config", "seconds that a download may stall"),
-    Setting("vmExtraOpts", any_text, "", "both", "more words for qemu's command line"),
-    Setting("vmQemu", any_text, "", "both", "the qemu program, by default qemu-system-ARCH or /usr/libexec/qemu-kvm"),
+    Setting("vmExtraOpts", any_text, "", "both", "more words for qemu's command line", inherited=True),
+    Setting("vmQemu", any_text, "", "config", "the qemu program, by default qemu-system-ARCH or /usr/libexec/qemu-kvm"),
     Setting("vmBridgeHelper", any_text, "", "config", "the qemu-bridge-helper program"),
     Setting("bridgeInterface", interface_name, "nocloud", "config", "the host's bridge"),
     Setting("bridgeAddress", ipv4_prefix, "192.168.1.1/24", "config", "its address"),
@@ -634,7 +653,7 @@ SETTINGS = (
     Setting("bridgeDhcpStart", ipv4_address, "192.168.1.2", "config", "the first address that VMs get"),
     Setting("bridgeDhcpStop", ipv4_address, "192.168.1.254", "config", "the last one"),
     Setting("bridgeLeases", any_text, "", "config", "the DHCP server's lease file"),
-    Setting("vmCpuCap", CPU_CAP, "", "both", "a limit in per cent of CPU time; kept, not enforced yet"),
+    Setting("vmCpuCap", CPU_CAP, "", "both", "a limit in per cent of CPU time; kept, not enforced yet", inherited=True),
     Setting("vmName", any_text, "", "vm", "its name"),
     Setting("vmDisk", any_text, "", "vm", "its system disk, relative to vmBaseDir"),
     Setting("vmExtraDisk", any_text, "", "vm", "its other disks, comma-separated"),
@@ -643,12 +662,13 @@ SETTINGS = (
     Setting("vmMac", mac_address, "", "vm", "its network card's address"),
     Setting("vmAddress", ipv4_address, "", "vm", "its IPv4 address"),
     Setting("vmTemplate", any_text, "", "vm", "the template that it was cloned from"),
-    Setting("vmInit", INIT_KIND, "auto", "vm", "how hostname and keys get into it"),
-    Setting("vmMachine", machine_type, "", "vm", "qemu's machine type; none: pc, as the bash tools ran it"),
-    Setting("vmGui", one_of("", "0", "1"), "", "vm", "1: it has a screen"),
-    Setting("vmKernel", any_text, "", "vm", "a kernel to boot directly"),
-    Setting("vmInitrd", any_text, "", "vm", "its initial ramdisk"),
-    Setting("vmAppend", any_text, "", "vm", "its command line"),
+    Setting("vmInit", INIT_KIND, "ssh", "vm", "how hostname and keys get into it", inherited=True),
+    Setting("vmMachine", machine_type, "", "vm", "qemu's machine type; none: pc, as the bash tools ran it",
+            inherited=True),
+    Setting("vmGui", yes_no, "no", "vm", "yes: it has a screen"),
+    Setting("vmKernel", any_text, "", "vm", "a kernel to boot directly", inherited=True),
+    Setting("vmInitrd", any_text, "", "vm", "its initial ramdisk", inherited=True),
+    Setting("vmAppend", any_text, "", "vm", "its command line", inherited=True),
     Setting("vmSource", any_text, "", "vm", "where a template came from"),
     Setting("vmChecksum", any_text, "", "vm", "the checksum of what it was made from"),
     *(
@@ -662,19 +682,25 @@ SETTINGS = (
 SETTING = {setting.key: setting for setting in SETTINGS}
 
 
+@record
 class Assignment:
     """A KEY=VALUE line of a file: its line number, the value after expansion, and the variables it named."""
 
-    __slots__ = ("line", "key", "value", "used")
-
-    def __init__(self, line: int, key: str, value: str, used: set[str]) -> None:
-        self.line, self.key, self.value, self.used = line, key, value, used
+    line: int
+    key: str
+    value: str
+    used: set[str]
 
 
 # Compiled at first use: most commands of a user without a configuration file read none.
 _PLAIN = r"(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)=([A-Za-z0-9_./:,+@%-]*)(?:[ \t]+#.*|[ \t]*)$"
 _START = r"(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)="
-_VARIABLE = r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}`$\\\"']*))?\})"
+_VARIABLE = r"\$(?P<brace>\{)?(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?(brace)(?::-(?P<word>[^{}`$\\\"']*))?\})"
+# The pieces of a value, outside double quotes and inside; which of the two it is, each `"` changes.
+_PIECES = (
+    rf"""(?P<quote>")|{_VARIABLE}|'(?P<single>[^']*)'|\\(?P<char>.)|(?P<text>[^ \t'"$\\`;&|<>(){{}}]+)""",
+    rf"""(?P<quote>")|{_VARIABLE}|\\(?P<char>["$\\`])|(?P<text>[^"$\\`]+|\\)""",
+)
 
 
 def split_lines(text: str) -> list[str]:
@@ -713,87 +739,47 @@ def _parse_line(number: int, line: str, variables: Mapping[str, str]) -> Assignm
     start = re.compile(_START, re.ASCII).match(line)
     if not start:
         raise ValueError(f"not a KEY=value line: {line[:60]!r}")
-    reader = _ValueReader(line, start.end(), variables)
-    return Assignment(number, start.group(1), reader.read(), reader.used)
+    used: set[str] = set()
+    return Assignment(number, start.group(1), _read_value(line[start.end() :], variables, used), used)
 
 
-class _ValueReader:
-    """Reads one value from `position` on: bare words, '…' and "…" side by side, as sh joins them."""
+def _read_value(text: str, variables: Mapping[str, str], used: set[str]) -> str:
+    """A value, and perhaps a comment: bare words, '…' and "…" side by side, as sh joins them.
 
-    def __init__(self, line: str, position: int, variables: Mapping[str, str]) -> None:
-        self.line, self.position, self.variables = line, position, variables
-        self.used: set[str] = set()
+    The variables that it names are added to `used`.
+    """
+    patterns = [re.compile(each, re.ASCII) for each in _PIECES]
+    home = re.match(r"~(?=[/\s]|$)", text)
+    parts = [os.path.expanduser("~")] if home else []
+    position, quoted = home.end() if home else 0, False
+    while piece := patterns[quoted].match(text, position):
+        position = piece.end()
+        if piece["quote"]:
+            quoted = not quoted
+        elif piece["name"]:
+            used.add(piece["name"])
+            parts.append(variables.get(piece["name"]) or piece["word"] or "")
+        else:
+            parts.append(piece[piece.lastgroup or 0])
+    _check_end(text[position:], quoted)
+    return "".join(parts)
 
-    def read(self) -> str:
-        parts: list[str] = []
-        if re.match(r"~(?=[/\s]|$)", self.line[self.position :]):
-            parts.append(os.path.expanduser("~"))
-            self.position += 1
-        while self.position < len(self.line):
-            char = self.line[self.position]
-            if char in " \t":
-                self._expect_end()
-                break
-            parts.append(self._part(char))
-        return "".join(parts)
 
-    def _part(self, char: str) -> str:
-        if char == "'":
-            return self._single()
-        if char == '"':
-            return self._double()
-        if char == "$":
-            return self._variable()
-        if char == "\\":
-            self.position += 2
-            if self.position > len(self.line):
-                raise ValueError("a \\ at the end of the line: a value is one line")
-            return self.line[self.position - 1]
-        if char in "`;&|<>(){}":
-            raise ValueError(f"{char!r} outside quotes: commands are not run here")
-        self.position += 1
-        return char
-
-    def _expect_end(self) -> None:
-        rest = self.line[self.position :].lstrip(" \t")
-        if rest and rest[0] != "#":
-            raise ValueError(f"more than one word after '=': {rest[:40]!r} (quote the value)")
-
-    def _single(self) -> str:
-        end = self.line.find("'", self.position + 1)
-        if end < 0:
-            raise ValueError("a ' that is not closed")
-        value, self.position = self.line[self.position + 1 : end], end + 1
-        return value
-
-    def _double(self) -> str:
-        parts: list[str] = []
-        self.position += 1
-        while self.position < len(self.line):
-            char = self.line[self.position]
-            if char == '"':
-                self.position += 1
-                return "".join(parts)
-            if char == "`":
-                raise ValueError("a backtick: commands are not run here")
-            if char == "$":
-                parts.append(self._variable())
-                continue
-            if char == "\\" and self.line[self.position + 1 : self.position + 2] in ("$", "`", '"', "\\"):
-                self.position += 1
-                char = self.line[self.position]
-            parts.append(char)
-            self.position += 1
-        raise ValueError('a " that is not closed')
-
-    def _variable(self) -> str:
-        match = re.compile(_VARIABLE, re.ASCII).match(self.line, self.position)
-        if not match:
-            raise ValueError("a '$' that is neither $NAME, ${NAME} nor ${NAME:-word}: commands are not run here")
-        self.position = match.end()
-        key = match.group(1) or match.group(2)
-        self.used.add(key)
-        return self.variables.get(key, "") or (match.group(3) or "")
+def _check_end(rest: str, quoted: bool) -> None:
+    """Raise ValueError where what no piece of a value begins with is neither a comment nor nothing."""
+    char, comment = rest[:1], rest.lstrip(" \t")
+    if char == "$":
+        raise ValueError("a '$' that is neither $NAME, ${NAME} nor ${NAME:-word}: commands are not run here")
+    if quoted:
+        raise ValueError("a backtick: commands are not run here" if char else 'a " that is not closed')
+    if char == "'":
+        raise ValueError("a ' that is not closed")
+    if char == "\\":
+        raise ValueError("a \\ at the end of the line: a value is one line")
+    if char not in ("", " ", "\t"):
+        raise ValueError(f"{char!r} outside quotes: commands are not run here")
+    if comment and comment[0] != "#":
+        raise ValueError(f"more than one word after '=': {comment[:40]!r} (quote the value)")
 
 
 def quote_value(value: str) -> str:
@@ -1050,7 +1036,7 @@ class FileOf:
 class VM:
     """A VM or a template: its place in the tree, and the name of each of its files, once."""
 
-    __slots__ = ("base", "group", "type", "name", "folder", "_conf")
+    __slots__ = ("tree", "group", "type", "name", "folder", "_conf")
 
     conf_file = FileOf("{}.conf")
     pid_file = FileOf("{}.pid")
@@ -1063,10 +1049,15 @@ class VM:
     host_key = FileOf("ssh_host_ed25519_key")  # made on the host (0600), its public half beside it
     configured_file = FileOf("configured")  # there once the guest has been configured, over ssh or by its cloud-init
 
-    def __init__(self, base: str, group: str, type: str, name: str, folder: str = "") -> None:
-        self.base, self.group, self.type, self.name = base, group, type, name
-        self.folder = folder or os.path.join(base, group, type, name)
+    def __init__(self, tree: Tree, group: str, type: str, name: str, folder: str = "") -> None:
+        self.tree, self.group, self.type, self.name = tree, group, type, name
+        self.folder = folder or os.path.join(tree.base, group, type, name)
         self._conf: dict[str, str] | None = None
+
+    @property
+    def base(self) -> str:
+        """vmBaseDir, which its conf names disks relative to."""
+        return self.tree.base
 
     @property
     def is_template(self) -> bool:
@@ -1152,9 +1143,24 @@ class VM:
         return values
 
     def get(self, key: str) -> str:
-        """A setting of its conf, or the key's default where the conf doesn't say."""
-        value = self.conf.get(key, "")
-        return value or SETTING[key].default
+        """A setting of this VM: what its conf says, else the configuration, else the key's default.
+
+        All code asks here.  The conf of a clone has got the inherited keys of its template when it was made; keys that
+        only confs have are not looked up in the configuration.
+        """
+        setting = SETTING[key]
+        return self.conf.get(key) or (self.tree.config[key] if setting.where == "both" else setting.default)
+
+    def number(self, key: str) -> int:
+        return int(self.get(key))
+
+    def is_set(self, key: str) -> bool:
+        """Whether a yes/no setting is `yes`."""
+        return yes_no(self.get(key)) == "yes"
+
+    def inherited(self) -> dict[str, str]:
+        """What the conf of a clone, or of a template that is made of it, gets of its conf."""
+        return {key: value for key, value in self.conf.items() if value and key in SETTING and SETTING[key].inherited}
 
     def reread(self) -> None:
         """Forget what its conf said: another command may have changed it while its lock was waited for."""
@@ -1179,7 +1185,7 @@ class VM:
 
     def disks(self) -> list[str]:
         """The paths of its disks: the system disk, then the others in order."""
-        names = [self.conf.get("vmDisk", ""), *self.conf.get("vmExtraDisk", "").split(",")]
+        names = [self.get("vmDisk"), *self.get("vmExtraDisk").split(",")]
         return [self.path(name.strip()) for name in names if name.strip()]
 
 
@@ -1327,10 +1333,11 @@ foreign_qemus = ForeignQemus()
 
 
 class Tree:
-    """vmBaseDir: finds what is in it."""
+    """vmBaseDir: finds what is in it.  Where a VM's conf doesn't say something, `config` does."""
 
-    def __init__(self, base: str) -> None:
-        self.base = base
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.base = base_folder(config)
         self.managed = ""  # the group whose manager this process is
 
     def prepare(self) -> None:
@@ -1361,7 +1368,7 @@ class Tree:
                 continue
             for kind in [type] if type else self.types(each):
                 for name in _folders(os.path.join(self.base, each, kind)):
-                    vm = VM(self.base, each, kind, name)
+                    vm = VM(self, each, kind, name)
                     if vm.exists():
                         yield vm
 
@@ -1375,7 +1382,7 @@ class Tree:
                 yield vm
 
     def template(self, name: str) -> VM:
-        return VM(self.base, TEMPLATES, "", name)
+        return VM(self, TEMPLATES, "", name)
 
     def need_template(self, name: str) -> VM:
         template = self.template(name)
@@ -1394,7 +1401,7 @@ class Tree:
                 place = os.path.join(self.base, group, type)
                 for entry in _names(place):
                     if entry.startswith(MAKING):
-                        yield VM(self.base, group, type, entry[len(MAKING) :], os.path.join(place, entry))
+                        yield VM(self, group, type, entry[len(MAKING) :], os.path.join(place, entry))
 
     def find(self, words: str) -> list[VM]:
         """All VMs that NAME, GROUP/NAME or GROUP/TYPE/NAME can mean; names are compared without case."""
@@ -1410,7 +1417,7 @@ class Tree:
             for kind in [""] if each == TEMPLATES else [type] if type else self.types(each):
                 for entry in _folders(os.path.join(self.base, each, kind)):
                     if entry.lower() == name:
-                        yield VM(self.base, each, kind, entry)
+                        yield VM(self, each, kind, entry)
 
     def need(self, words: str) -> VM:
         """The one VM that `words` mean.  Raises NotFound where there is none, or several."""
@@ -1439,7 +1446,7 @@ class Tree:
         for vm in [*self.unfinished(), *self.vms()]:  # in this order: one may be finished between the looks
             try:
                 if vm.folder != template.folder and (
-                    vm.conf.get("vmTemplate") == template.name
+                    vm.get("vmTemplate") == template.name
                     or any(path in mine or os.path.dirname(path) == folder for path in backing_chain(vm.disks()[:1]))
                 ):
                     found.append(vm)
@@ -2742,7 +2749,7 @@ class Network:
         return bool(address)
 
     def address(self, vm: VM) -> str:
-        return vm.conf.get("vmAddress", "")
+        return vm.get("vmAddress")
 
     def publish(self, vm: VM) -> None:
         """Make the VM's names resolve and its address its own."""
@@ -3422,7 +3429,7 @@ class PrivateNetwork(Network):
         for vm in [*self.tree.unfinished(), *self.tree.vms()]:
             if vm.state()[0] == "stopped" or vm.foreign_qemu():
                 continue
-            if not vm.is_readable() or vm.conf.get("vmNetwork", "private") != "bridge":
+            if not vm.is_readable() or vm.get("vmNetwork") != "bridge":
                 yield vm
 
     def _remove_folder(self) -> None:
@@ -3533,7 +3540,7 @@ class PrivateNetwork(Network):
             yield f"{name}: process {pid}" if pid else f"{name}: not running"
         for vm in self._users():
             if vm.is_readable():
-                yield f"{vm.name} {vm.function} {vm.conf.get('vmMac', '')} {vm.conf.get('vmAddress', '')}"
+                yield f"{vm.name} {vm.function} {vm.get('vmMac')} {vm.get('vmAddress')}"
 
 
 # What forbids user namespaces, when it has this value, and the value that allows them.
@@ -4428,7 +4435,7 @@ class HostBridge(Network):
         foreign = vm.foreign_qemu()
         if foreign:
             return self.leases().get(foreign.mac, "")
-        return vm.conf.get("vmAddress") or self.leases().get(vm.conf.get("vmMac", ""), "")
+        return vm.get("vmAddress") or self.leases().get(vm.get("vmMac"), "")
 
     def status(self) -> Iterator[str]:
         there = os.path.exists(f"/sys/class/net/{self.interface}")
@@ -4672,7 +4679,7 @@ def takes_seed(vm: VM) -> bool:
 
     Not to VMs whose conf doesn't say so, as those of the bash tools: to a cloud-init in them it would be a new machine.
     """
-    return vm.conf.get("vmInit") in ("cloud-init", "auto")
+    return vm.get("vmInit") in ("cloud-init", "auto")
 
 
 # How user-data begins that cloud-init knows (its explanation/format); a MIME message is known by its header.
@@ -4866,7 +4873,7 @@ class NewTemplate:
         self.cloud, self._read_only = cloud, read_only
         self.final = cloud.tree.template(check_name("template", name))
         place = os.path.dirname(self.final.folder)
-        self.vm = VM(cloud.tree.base, TEMPLATES, "", name, os.path.join(place, MAKING + name))
+        self.vm = VM(cloud.tree, TEMPLATES, "", name, os.path.join(place, MAKING + name))
         self._done = False
 
     def __enter__(self) -> NewTemplate:
@@ -6452,7 +6459,7 @@ def known_formats(vm: VM) -> list[str]:
     Asked of the disk at each start, a guest with a raw one could write the header of a qcow2 image into it, and read
     any file of the host from the next start on.
     """
-    disks, known = vm.disks(), [each for each in vm.conf.get("vmDiskFormat", "").split(",") if each]
+    disks, known = vm.disks(), [each for each in vm.get("vmDiskFormat").split(",") if each]
     if len(known) > len(disks):
         raise UsageError(
             f"{vm.name}: vmDiskFormat names {plural(len(known), 'format')} for {plural(len(disks), 'disk')}",
@@ -6472,7 +6479,7 @@ def first_format(vm: VM, disk: str) -> str:
     format = disk_format(disk)
     if format == "qcow2":
         inside = os.path.realpath(vm.base) + os.sep
-        templates = [each for each in Tree(vm.base).templates() if each.is_readable()]
+        templates = [each for each in vm.tree.templates() if each.is_readable()]
         theirs = {os.path.realpath(path) for each in templates for path in each.disks()}
         strays = [path for path in backing_chain([disk]) if not path.startswith(inside) and path not in theirs]
         if strays or has_data_file(disk):
@@ -6540,7 +6547,7 @@ class Layer:
         make_read_only(self.path)
         folder, disk = os.path.realpath(self.template.folder), self.template.disks()[0]
         if os.path.realpath(os.path.dirname(disk)) == folder:
-            name = os.path.join(os.path.dirname(self.template.conf["vmDisk"]), self.name)
+            name = os.path.join(os.path.dirname(self.template.get("vmDisk")), self.name)
         else:
             name = self.template.relative(self.name)
         formats = ["qcow2", *known_formats(self.template)[1:]]
@@ -6639,7 +6646,7 @@ def settle(cloud: Cloud, template: VM) -> list[str]:
             remove_file(template.file(name))  # of one that was adopted just before a crash
     remove_unused(cloud.tree, template)
     if lost and not is_planted(template):  # the host key that was pinned may be of the guest that is lost
-        cloud.known_hosts.update({}, [template.conf.get("vmUuid", "")])
+        cloud.known_hosts.update({}, [template.get("vmUuid")])
     return lost
 
 
@@ -6790,7 +6797,7 @@ def template_rows(cloud: Cloud) -> list[tuple[str, str, str, str]]:
         try:
             disks = {*template.disks(), *map(template.file, own_disks(template))}
             size = sum(os.stat(disk).st_blocks * 512 for disk in disks)
-            source = template.conf.get("vmSource", "") or "-"
+            source = template.get("vmSource") or "-"
         except (Error, OSError) as error:
             report.warn(str(error))
             continue
@@ -6811,12 +6818,12 @@ class Cloud:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.tree = Tree(base_folder(config))
+        self.tree = Tree(config)
         self.known_hosts = KnownHosts(self.tree)
         self._qemu: Qemu | None = None
         self.private = PrivateNetwork(self.tree)
         self._networks: dict[str, Network] = {"private": self.private, "bridge": HostBridge(config, self.tree)}
-        self._accel: str | None = None
+        self._accels: dict[str, str] = {}
         self._screen: str | None = None
         self._seed: str | None = None
 
@@ -6826,13 +6833,13 @@ class Cloud:
             self._qemu = probe_qemu(self.config)
         return self._qemu
 
-    def accel(self) -> str:
-        """kvm or tcg; said once, with the reason, where it is tcg though nobody asked for it."""
-        if self._accel is None:
-            self._accel, reason = choose_accel(self.config["vmAccel"])
+    def accel(self, wanted: str) -> str:
+        """kvm or tcg, for a vmAccel; said once, with the reason, where it is tcg though nobody asked for it."""
+        if wanted not in self._accels:
+            self._accels[wanted], reason = choose_accel(wanted)
             if reason:
                 report.warn(f"no hardware acceleration, guests will be slow: {reason}")
-        return self._accel
+        return self._accels[wanted]
 
     def screen(self) -> str:
         """What shows the screens, one of SCREENS; '', and said once, where the qemu binary has neither."""
@@ -6859,15 +6866,11 @@ class Cloud:
         return self.network(self.network_kind(vm))
 
     def network_kind(self, vm: VM) -> str:
-        """Which network a VM is on: its own conf says it, or else what this host has now.
+        """Which network a VM is on.  The bash tools knew the host's bridge only."""
+        return "bridge" if vm.foreign_qemu() else self.chosen_network(vm.get("vmNetwork"))
 
-        The bash tools knew the host's bridge only.
-        """
-        kind = "bridge" if vm.foreign_qemu() else vm.conf.get("vmNetwork", "auto")
-        return kind if kind in ("bridge", "private") else self.default_network()
-
-    def default_network(self) -> str:
-        wanted = self.config["vmNetwork"]
+    def chosen_network(self, wanted: str) -> str:
+        """bridge or private, for a vmNetwork: `auto` is what this host has now."""
         if wanted != "auto":
             return wanted
         return "private" if self.network("bridge").why_not() else "bridge"
@@ -7006,8 +7009,8 @@ class Plan:
 
     def __init__(self, vm: VM, template: VM, wish: Wish, uuid: str) -> None:
         self.vm, self.template, self.uuid, self.format = vm, template, uuid, known_formats(template)[0]
-        self.mem = wish.mem or int(template.get("vmMem"))
-        self.cpu = wish.cpu or int(template.get("vmCpu"))
+        self.mem = wish.mem or template.number("vmMem")
+        self.cpu = wish.cpu or template.number("vmCpu")
         self.disk, self.disks, self.user_data, self.gui = wish.disk, wish.disks, wish.user_data, wish.gui
         self.lock: FolderLock | None = None
 
@@ -7044,7 +7047,7 @@ def check_clonable(template: VM) -> None:
     disks = template.disks()
     if not disks:
         raise Error(f"{template.name}: the template's conf names no disk", f"see vmDisk in {template.conf_file}")
-    known = template.conf.get("vmDiskFormat", "").partition(",")[0]
+    known = template.get("vmDiskFormat").partition(",")[0]
     try:
         format = disk_format(disks[0]) if known else first_format(template, disks[0])
         bootable = known == "raw" or format == "qcow2" or looks_bootable(disks[0])
@@ -7062,7 +7065,7 @@ def check_disk_size(template: VM, gigabytes: int) -> None:
     if not gigabytes:
         return
     disk = template.disks()[0]
-    known = template.conf.get("vmDiskFormat", "").partition(",")[0]
+    known = template.get("vmDiskFormat").partition(",")[0]
     size = image_info(disk, known or first_format(template, disk))["virtual-size"]
     if gigabytes * GIB < size:
         raise UsageError(
@@ -7158,7 +7161,7 @@ def reserve(cloud: Cloud, group: str, wishes: Sequence[Wish], plans: list[Plan])
         kind = group_network(cloud, group)
         taken = Taken(tree)
         names = {vm.name.lower() for vm in taken.vms if vm.group == group}
-        known = taken.uuids | {vm.conf.get("vmUuid", "") for vm in tree.templates() if vm.is_readable()}
+        known = taken.uuids | {vm.get("vmUuid") for vm in tree.templates() if vm.is_readable()}
         strangers = [uuid for each in cloud.networks() for uuid in each.strangers(known)] if taken.complete else []
         taken.addresses |= cloud.private.hosts.addresses()
         for wish in wishes:
@@ -7166,7 +7169,7 @@ def reserve(cloud: Cloud, group: str, wishes: Sequence[Wish], plans: list[Plan])
             template = tree.need_template(wish.template)
             for name in next_names(names, wish):
                 uuid, mac = new_identity(taken.macs)
-                plan = Plan(VM(tree.base, group, wish.type, name or uuid), template, wish, uuid)
+                plan = Plan(VM(tree, group, wish.type, name or uuid), template, wish, uuid)
                 plans.append(plan)
                 address = cloud.network(kind).allot(taken.addresses, uuid)
                 network = {"vmNetwork": kind, "vmMac": mac, "vmAddress": address}
@@ -7185,9 +7188,9 @@ class Taken:
         self.complete = True  # False: a VM whose conf can't be used has a name and an address, too
         for vm in self.vms:
             try:
-                self.uuids.add(vm.conf.get("vmUuid", ""))
-                self.macs.add(vm.conf.get("vmMac") or mac_of_uuid(vm.conf.get("vmUuid", "")))
-                self.addresses.add(vm.conf.get("vmAddress", ""))
+                self.uuids.add(vm.get("vmUuid"))
+                self.macs.add(vm.get("vmMac") or mac_of_uuid(vm.get("vmUuid")))
+                self.addresses.add(vm.get("vmAddress"))
             except NotFound:
                 continue  # it has just been finished, or destroyed
             except Error as error:
@@ -7197,11 +7200,8 @@ class Taken:
 
 def group_network(cloud: Cloud, group: str) -> str:
     """All VMs of a group share a network: that of the VMs it has, or for a new group what is configured now."""
-    for vm in cloud.tree.vms(group):
-        kind = vm.conf.get("vmNetwork", "") if vm.is_readable() else ""
-        if kind in ("bridge", "private"):
-            return kind
-    return cloud.default_network()
+    kinds = (vm.get("vmNetwork") for vm in cloud.tree.vms(group) if vm.is_readable())
+    return cloud.chosen_network(next((kind for kind in kinds if kind != "auto"), cloud.config["vmNetwork"]))
 
 
 def next_names(names: set[str], wish: Wish) -> list[str]:
@@ -7217,9 +7217,6 @@ def next_names(names: set[str], wish: Wish) -> list[str]:
     return found
 
 
-INHERITED = ("vmMachine", "vmAccel", "vmExtraOpts", "vmQemu", "vmCpuCap", "vmKernel", "vmInitrd", "vmAppend")
-
-
 def _reserve_one(cloud: Cloud, plan: Plan, identity: Mapping[str, str]) -> None:
     """Write the clone's conf in a folder that shows it is being made."""
     vm, template = plan.vm, plan.template
@@ -7228,13 +7225,11 @@ def _reserve_one(cloud: Cloud, plan: Plan, identity: Mapping[str, str]) -> None:
     os.mkdir(vm.folder, 0o700)
     plan.lock = FolderLock(vm.folder, wait=0).__enter__()
     settings = {
-        "vmName": vm.name, "vmMem": str(plan.mem), "vmCpu": str(plan.cpu), "vmDisk": "", "vmExtraDisk": "", **identity,
-        "vmTemplate": template.name, "vmInit": template.get("vmInit"),
-        "vmUser": template.conf.get("vmUser") or cloud.config["vmUser"],
+        "vmName": vm.name, "vmInit": "auto", **template.inherited(), "vmMem": str(plan.mem), "vmCpu": str(plan.cpu),
+        "vmDisk": "", "vmExtraDisk": "", **identity, "vmTemplate": template.name,
     }  # fmt: skip
-    settings.update({key: template.conf[key] for key in INHERITED if template.conf.get(key)})
     if plan.gui:
-        settings["vmGui"] = "1"
+        settings["vmGui"] = "yes"
     vm.write_conf(settings)
 
 
@@ -7266,7 +7261,7 @@ class Making:
             make_host_key(vm)
         if plan.user_data:
             write_file(vm.user_data_file, plan.user_data)
-        final = VM(vm.base, vm.group, vm.type, vm.name)
+        final = VM(vm.tree, vm.group, vm.type, vm.name)
         formats = ",".join(["qcow2"] * (1 + len(extra)))
         disks = {"vmDisk": final.relative(system), "vmExtraDisk": ",".join(map(final.relative, extra))}
         vm.write_conf({**disks, "vmDiskFormat": formats})
@@ -7418,14 +7413,14 @@ def remove_runtime_files(vm: VM) -> None:
 
 def ensure_identity(cloud: Cloud, vm: VM) -> None:
     """A VM that bash made may have no UUID, MAC or address: they are made now, and kept."""
-    kind = vm.conf.get("vmNetwork") or cloud.default_network()
-    fits = cloud.network(kind).fits(vm.conf.get("vmAddress", ""))
-    if fits and vm.conf.get("vmUuid") and vm.conf.get("vmMac") and vm.conf.get("vmNetwork"):
+    kind = cloud.chosen_network(vm.get("vmNetwork"))
+    fits = cloud.network(kind).fits(vm.get("vmAddress"))
+    if fits and vm.get("vmUuid") and vm.get("vmMac") and vm.conf.get("vmNetwork") == kind:
         return
     with cloud.tree.lock():
         taken = Taken(cloud.tree)
-        uuid = vm.conf.get("vmUuid") or new_identity(taken.macs)[0]
-        changes = {"vmUuid": uuid, "vmMac": vm.conf.get("vmMac") or mac_of_uuid(uuid), "vmNetwork": kind}
+        uuid = vm.get("vmUuid") or new_identity(taken.macs)[0]
+        changes = {"vmUuid": uuid, "vmMac": vm.get("vmMac") or mac_of_uuid(uuid), "vmNetwork": kind}
         if not fits:
             changes["vmAddress"] = cloud.network(kind).allot(taken.addresses, uuid)
         vm.write_conf({key: value for key, value in changes.items() if value != vm.conf.get(key)})
@@ -7438,9 +7433,6 @@ def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False, lay
 
     `layer`: instead of its system disk.
     """
-    accel, qemu = cloud.accel(), cloud.qemu()
-    if vm.conf.get("vmAccel") in ("kvm", "tcg"):
-        accel = choose_accel(vm.conf["vmAccel"])[0]
     paths = [layer.path, *vm.disks()[1:]] if layer else vm.disks()
     for path in paths:
         if not os.path.exists(path):
@@ -7451,13 +7443,12 @@ def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False, lay
         for number, (path, format) in enumerate(zip(paths, formats))
     ]
     return Machine(
-        qemu=qemu, accel=accel, name=vm.name, uuid=vm.get("vmUuid"), type=vm.get("vmMachine"), mem=int(vm.get("vmMem")),
-        cpus=int(vm.get("vmCpu")), disks=disks, mac=vm.get("vmMac"),
+        qemu=cloud.qemu(), accel=cloud.accel(vm.get("vmAccel")), name=vm.name, uuid=vm.get("vmUuid"),
+        type=vm.get("vmMachine"), mem=vm.number("vmMem"), cpus=vm.number("vmCpu"), disks=disks, mac=vm.get("vmMac"),
         pid_file=os.path.basename(vm.pid_file), credentials=write_credentials(vm),
         seed=write_seed(cloud, vm, takes_seed(vm) and not iso),  # an installer would take it for its users' answers
         kernel=vm.get("vmKernel"), initrd=vm.get("vmInitrd"), append=vm.get("vmAppend"),
-        extra=split_words(vm.get("vmExtraOpts") or cloud.config["vmExtraOpts"]),
-        iso=iso, screen=cloud.screen() if gui or vm.get("vmGui") == "1" else "",
+        extra=split_words(vm.get("vmExtraOpts")), iso=iso, screen=cloud.screen() if gui or vm.is_set("vmGui") else "",
         record=os.path.basename(layer.record) if layer else "",
     )  # fmt: skip
 
@@ -7565,7 +7556,7 @@ def command_script(vm: VM, argv: Sequence[str], network: Network) -> str:
             lines[-1] += " " + quoted
         else:
             lines.append(quoted)
-    before = shlex.join(network.by_hand(Tree(vm.base)))
+    before = shlex.join(network.by_hand(vm.tree))
     start = f"#!/bin/sh\n# Starts {vm.name} by hand, as nocloud does.\ncd {shlex.quote(vm.folder)} &&\n"
     return start + f"exec {before} " + " \\\n  ".join(lines) + "\n"
 
@@ -7685,7 +7676,7 @@ def settle_init(wait: Wait) -> None:
     import contextlib
 
     vm, known = wait.vm, wait.cloud.known_hosts
-    if vm.conf.get("vmInit") != "auto" or not os.path.isdir(vm.seed_folder):
+    if vm.get("vmInit") != "auto" or not os.path.isdir(vm.seed_folder):
         return
     pin_host_key(wait)
     planted = read_text(vm.host_key + ".pub").split()[:2]
@@ -7910,7 +7901,7 @@ def destroy_all(cloud: Cloud, vms: Sequence[VM], group: str = "") -> list[Error]
 
     `group`: what a killed command left in that one goes too.
     """
-    uuids = {vm.folder: vm.conf.get("vmUuid", "") for vm in vms if vm.is_readable()}
+    uuids = {vm.folder: vm.get("vmUuid") for vm in vms if vm.is_readable()}
     if not vms and not os.path.isdir(cloud.tree.base):
         return []
     results = in_parallel(lambda vm: destroy(cloud, vm), vms)
@@ -8034,7 +8025,7 @@ def forget_guest(cloud: Cloud, vm: VM) -> None:
     """What is known of a guest that has been cleaned: its name is to be set again, its host key may be another."""
     remove_file(vm.configured_file)
     if not is_planted(vm):
-        cloud.known_hosts.update({}, [vm.conf.get("vmUuid", "")])
+        cloud.known_hosts.update({}, [vm.get("vmUuid")])
 
 
 def guest_script(name: str, root: bool = False, **given: object) -> str:
@@ -8185,8 +8176,7 @@ def template_from_vm(
         with FolderLock(source.folder):
             need_stopped(cloud, source)
             copy_disk(source, new, layered)
-            settings = {key: source.conf[key] for key in ("vmMem", "vmCpu", "vmUser", *INHERITED) if key in source.conf}
-            settings.update({"vmInit": source.get("vmInit"), **asked})
+            settings = {"vmInit": "auto", **source.inherited(), **asked}
             new.write_draft(settings)
         if len(source.disks()) > 1:
             left = ", ".join(map(os.path.basename, source.disks()[1:]))
@@ -8324,7 +8314,7 @@ def instantiate(
     `started` hears of each as soon as it runs.
     """
     cloud.qemu()
-    cloud.accel()
+    cloud.accel(cloud.config["vmAccel"])
     try:
         cloud.network(group_network(cloud, group)).up()  # where that can't be, nothing is made
         made = make_clones(cloud, group, wishes)
@@ -8960,7 +8950,7 @@ def supervise(
             with cloud.private.hold():
                 pass  # the network comes up, and is opened, while there are no threads yet
         cloud.qemu()
-        cloud.accel()
+        cloud.accel(cloud.config["vmAccel"])
 
         def begin(spawned: Callable[[VM], None]) -> list[Error]:
             errors = start_kept(cloud, old, spawned, gui)
@@ -9096,13 +9086,13 @@ def inventory(cloud: Cloud) -> dict[str, Any]:
 
 def host_variables(vm: VM, user: str) -> dict[str, str]:
     """What ansible is told of a host; `user`: who logs in to those of its group."""
-    uuid, login = vm.conf.get("vmUuid", ""), vm.get("vmUser")
+    uuid, login = vm.get("vmUuid"), vm.get("vmUser")
     names = {"name": vm.name, "group": vm.group, "type": vm.type or TEMPLATES}
-    names.update(template=vm.conf.get("vmTemplate", ""), uuid=uuid)
+    names.update(template=vm.get("vmTemplate"), uuid=uuid)
     values = {f"nocloud_{key}": value for key, value in names.items()}
     # ansible's own is named by the address, which another VM had before, or has in another tree
     values["ansible_control_path"] = f"%(directory)s/{uuid or vm.address_name.replace('/', '-')}"
-    if uuid and not vm.conf.get("vmAddress"):  # known by its UUID only
+    if uuid and not vm.get("vmAddress"):  # known by its UUID only
         values.update({f"ansible_{each}_extra_args": f"-o HostKeyAlias={uuid}" for each in ("ssh", "sftp", "scp")})
     return values if login == user else {**values, "ansible_user": login}
 
@@ -9111,7 +9101,7 @@ def ansible_ssh_args(cloud: Cloud, vms: Sequence[VM]) -> str:
     """ssh's options for a group: our known_hosts, the keys, and the way into a private network."""
     import shlex
 
-    strict = {vm.conf.get("vmUuid", "?") for vm in vms} <= cloud.known_hosts.names()
+    strict = {vm.get("vmUuid") or "?" for vm in vms} <= cloud.known_hosts.names()
     planted = all(is_planted(vm) for vm in vms)
     words = [*ssh_trust_options(cloud.known_hosts.path, strict), *ssh_key_options(planted)]
     return shlex.join([*words, *ssh_way(cloud.network_of(vms[0]))])
@@ -9646,7 +9636,7 @@ class Finding:
     state: str
     text: str
     mend: str = ""
-    name: str = ""
+    name: str = ""  # of the check
 
     def __post_init__(self) -> None:
         self.text = printable(self.text)
@@ -9673,7 +9663,7 @@ class Patient:
         self.has_bridge = os.path.exists(f"/sys/class/net/{self.bridge.interface}")
         self.foreign = self.has_bridge and not bridge_is_ours(self.bridge.interface)
         try:
-            self.network = self.cloud.default_network()
+            self.network = self.cloud.chosen_network(self.config["vmNetwork"])
         except (Error, OSError):
             self.network = "private"
 
@@ -10749,7 +10739,7 @@ def become_ssh(cloud: Cloud, vm: VM, words: Sequence[str], fresh: bool = False) 
 
     `fresh`: it has just been started.
     """
-    if not vm.conf.get("vmUuid"):  # bash started it: its host key is pinned under a UUID all the same
+    if not vm.get("vmUuid"):  # bash started it: its host key is pinned under a UUID all the same
         with FolderLock(vm.folder):
             vm.write_conf({"vmUuid": new_identity(set())[0]})
     wait = Wait(cloud, vm, cloud.config.number("vmWaitTimeout"), say=True)
@@ -11123,7 +11113,7 @@ class Typed:
     """
 
     def __init__(self, config: Config, words: Sequence[str]) -> None:
-        self.config, self.tree = config, Tree(base_folder(config))
+        self.config, self.tree = config, Tree(config)
         *before, self.value = words
         self.prefix = ""
         self.given: dict[str, str] = {}
@@ -11205,7 +11195,7 @@ WORD_KINDS: dict[str, Callable[[Typed], Iterable[str]]] = {
     "template-name": lambda typed: WORD_KINDS["template" if "--delete" in typed.given else "catalogue"](typed),
     "iso": Typed.isos,
     # Those in the confs: to read the bridge's leases is not worth it.
-    "address": lambda typed: [vm.conf.get("vmAddress", "") for vm in typed.tree.running() if vm.is_readable()],
+    "address": lambda typed: [vm.get("vmAddress") for vm in typed.tree.running() if vm.is_readable()],
     "command": lambda typed: command_names(),
 }
 

@@ -18,8 +18,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import tinyguest
+
+if TYPE_CHECKING:
+    import nocloud
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "nocloud.py"
@@ -428,6 +432,13 @@ def sockets_of(pid: int) -> set[str] | None:
 
 def interfaces() -> set[str]:
     return set(os.listdir("/sys/class/net"))
+
+
+def tree_at(base: Path) -> nocloud.Tree:
+    """The tree in a folder, with all settings at their defaults."""
+    import nocloud
+
+    return nocloud.Tree(nocloud.Config({"vmBaseDir": str(base)}))
 
 
 def bash_values(path: Path) -> dict[str, str]:

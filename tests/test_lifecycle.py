@@ -820,6 +820,10 @@ def test_a_clone_inherits_and_the_tree_can_be_moved(blank: Cloud) -> None:
     blank.env["NOCLOUD_vmBaseDir"] = str(moved)
     blank.start("pf/default/web00").ok()
     assert [row[0] for row in rows(blank)] == ["web00"]
+    file = blank.folder("pf/default/web00") / "web00.conf"
+    file.write_text(file.read_text().replace("vmUser=ann\n", ""))  # as bash made them: the configuration counts
+    found = json.loads(blank.run("vminventory", "--list", env={"NOCLOUD_vmUser": "bob"}).ok().stdout)
+    assert found["pf"]["vars"]["ansible_user"] == "bob"
 
 
 # What a template can have for each key that its clones inherit; HOME is the test's.
@@ -847,7 +851,7 @@ exec qemu-system-x86_64 "$@"
 
 
 def test_clones_and_what_is_made_of_them_inherit_each_of_these_keys(blank: Cloud) -> None:
-    missing = [key for key in nocloud.INHERITED if key not in INHERITED]
+    missing = [each.key for each in nocloud.SETTINGS if each.inherited and each.key not in INHERITED]
     assert not missing, f"clones inherit {missing}: give each a value in INHERITED of tests/test_lifecycle.py"
     (blank.home / "qemu").write_text(WITHOUT_KERNEL)
     (blank.home / "qemu").chmod(0o755)

@@ -280,7 +280,7 @@ def test_group_that_has_vms(blank: Cloud) -> None:
         blank.run("vmrun", "-f", description).fails(1, "vmrun -r pf", "vmstop -d -g pf")
     run = Run(blank, "-f", description, "--add", "-g")
     run.spawned("web00", "web01")
-    assert blank.conf("pf/web/web01")["vmGui"] == "1"
+    assert blank.conf("pf/web/web01")["vmGui"] == "yes"
     run.stops(signal.SIGINT)
     destroyed(blank)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import Cloud
+from support import Cloud, tree_at
 
 import nocloud
 
@@ -105,7 +105,7 @@ def tree(tmp_path: Path) -> nocloud.Tree:
     (tmp_path / "pf/web/.new-web02/web02.conf").write_text("vmName=web02\n")
     (tmp_path / ".net").mkdir()
     (tmp_path / "notes.txt").write_text("x")
-    return nocloud.Tree(str(tmp_path))
+    return tree_at(tmp_path)
 
 
 def add(base: Path, vm: str) -> None:
@@ -165,7 +165,7 @@ def test_lists_are_sorted_by_group_type_and_name(tree: nocloud.Tree) -> None:
 
 
 def test_an_empty_tree(tmp_path: Path) -> None:
-    tree = nocloud.Tree(str(tmp_path / "nothing"))
+    tree = tree_at(tmp_path / "nothing")
     assert list(tree.vms()) == [] and tree.find("x") == [] and tree.groups() == []
 
 
@@ -174,19 +174,76 @@ def test_disks_of_every_form_of_conf(tmp_path: Path) -> None:
     add(tmp_path, "pf/web/web00")
     folder = tmp_path / "pf/web/web00"
     (folder / "web00_1.img").write_text("")
-    vm = nocloud.VM(str(tmp_path), "pf", "web", "web00")
+    vm = nocloud.VM(tree_at(tmp_path), "pf", "web", "web00")
     (folder / "web00.conf").write_text("vmDisk=pf/web/web00/web00_0.img\nvmExtraDisk='web00_1.img, /dev/null'\n")
     assert vm.disks() == [f"{folder}/web00_0.img", f"{folder}/web00_1.img", "/dev/null"]
 
 
 def test_a_conf_keeps_what_we_do_not_know(tmp_path: Path) -> None:
     add(tmp_path, "pf/web/web00")
-    vm = nocloud.VM(str(tmp_path), "pf", "web", "web00")
+    vm = nocloud.VM(tree_at(tmp_path), "pf", "web", "web00")
     conf = Path(vm.conf_file)
     conf.write_text('#!/bin/bash\nvmName=web00\n# mine\nmyOwn="a b"\nvmMem=64 # was 32\n')
     vm.write_conf({"vmMem": "128", "vmTemplate": "x y"})
     assert conf.read_text() == "#!/bin/bash\nvmName=web00\n# mine\nmyOwn=\"a b\"\nvmMem=128\nvmTemplate='x y'\n"
     assert vm.conf["myOwn"] == "a b" and vm.get("vmMem") == "128" and vm.get("vmCpu") == "2"
+
+
+# A VM's settings #####################################################################################
+
+
+def vm_of(base: Path, conf: str, **config: str) -> nocloud.VM:
+    """A VM with this conf, in a tree of this configuration."""
+    tree = nocloud.Tree(nocloud.Config({"vmBaseDir": str(base), **config}))
+    vm = nocloud.VM(tree, "pf", "web", "web00")
+    os.makedirs(vm.folder, exist_ok=True)
+    Path(vm.conf_file).write_text(conf)
+    return vm
+
+
+def test_what_a_conf_does_not_say_the_configuration_does(tmp_path: Path) -> None:
+    """Of every key that both may have, and of no other."""
+    for setting in nocloud.SETTINGS:
+        given = {"vmMem": "99", "vmCpu": "7", "vmUser": "ann", "vmAccel": "tcg", "vmNetwork": "private"}
+        value = given.get(setting.key, "3")
+        vm = vm_of(tmp_path, "vmName=web00\n", **({} if setting.key == "vmBaseDir" else {setting.key: value}))
+        if setting.where == "both":
+            assert vm.get(setting.key) == value
+        elif setting.key != "vmName":
+            assert vm.get(setting.key) == setting.default
+    vm = vm_of(tmp_path, "vmUser=bob\nvmMem=64\nvmExtraOpts=\n", vmUser="ann", vmMem="99", vmExtraOpts="-x")
+    assert (vm.get("vmUser"), vm.number("vmMem"), vm.get("vmExtraOpts")) == ("bob", 64, "-x")
+    vm = vm_of(tmp_path, "vmName=web00\n")
+    assert (vm.get("vmUser"), vm.get("vmAccel"), vm.number("vmCpu")) == ("root", "auto", 2)
+
+
+@pytest.mark.parametrize(
+    ("value", "on"),
+    [
+        ("yes", True),
+        ("no", False),
+        ("1", True),
+        ("0", False),
+        ("True", True),
+        ("off", False),
+        ("", False),
+        ("ON", True),
+    ],
+)
+def test_a_switch_is_written_in_many_ways(tmp_path: Path, value: str, on: bool) -> None:
+    assert vm_of(tmp_path, f"vmGui={value}\n").is_set("vmGui") == on
+    assert nocloud.yes_no(value) == ("yes" if on else "no")
+
+
+def test_what_is_inherited(tmp_path: Path) -> None:
+    """These keys, where the conf has them; the configuration's values stay where they are."""
+    keys = "vmMem vmCpu vmUser vmInit vmMachine vmAccel vmExtraOpts vmCpuCap vmKernel vmInitrd vmAppend"
+    values = {"vmMem": "64", "vmCpu": "1", "vmInit": "none", "vmAccel": "tcg", "vmCpuCap": "50"}
+    conf = {setting.key: values.get(setting.key, "x") for setting in nocloud.SETTINGS if setting.key in keys.split()}
+    others = "vmName=web00\nvmQemu=/old\nvmUuid=\nvmGui=1\nvmNetwork=private\nmine=1\n"
+    vm = vm_of(tmp_path, others + "".join(f"{key}={value}\n" for key, value in conf.items()))
+    assert vm.inherited() == conf
+    assert vm_of(tmp_path, "vmName=web00\nvmExtraOpts=\n", vmUser="ann", vmAccel="tcg").inherited() == {}
 
 
 # States ##############################################################################################
@@ -337,7 +394,7 @@ def test_a_killed_commands_leavings_are_swept(cloud: Cloud) -> None:
     keep = cloud.home / "keep"
     keep.mkdir()
     (cloud.base / "pf/web/.new-link").symlink_to(keep)
-    tree = nocloud.Tree(str(cloud.base))
+    tree = tree_at(cloud.base)
     with nocloud.FolderLock(str(cloud.base / "pf/web/.new-web01")):
         nocloud.sweep(tree, "pf")
         assert (cloud.base / "pf/web/.new-web01").exists()  # its maker lives
