@@ -1404,10 +1404,7 @@ class Tree:
         template = self.template(name)
         if name not in _folders(os.path.join(self.base, TEMPLATES)) or not template.exists():
             check_name("template", name)  # one that bash made is called as it is
-            names = [each.name for each in self.templates()]
-            near = nearest(name, names)
-            hint = f"did you mean {near}?" if near else "vmtemplate --list shows what is there"
-            raise NotFound(f"{name}: no such template", hint)
+            raise no_such("template", name, [each.name for each in self.templates()], TEMPLATES_HINT)
         return template
 
     def unfinished(self) -> Iterator[VM]:
@@ -1435,24 +1432,48 @@ class Tree:
                     if entry.lower() == name:
                         yield VM(self.base, each, kind, entry)
 
-    def need(self, words: str) -> VM:
-        """The one VM that `words` mean.  Raises NotFound where there is none, or several."""
-        found = self.find(words)
-        if len(found) == 1:
-            return found[0]
-        if found:
-            names = ", ".join(vm.address_name for vm in found)
+    def need(
+        self,
+        words: str,
+        group: str | None = None,
+        type: str | None = None,
+        *,
+        first: Callable[[VM], bool] | None = None,
+        address_of: Callable[[VM], str] | None = None,
+    ) -> VM:
+        """The one VM that a command's words mean.  Every command about a VM asks here, so all go by these rules.
+
+        `words` are NAME, GROUP/NAME or GROUP/TYPE/NAME, compared without case, or the address of a VM that runs, where
+        `address_of` tells that.  `group` and `type`, the options -g and -t, leave out what is elsewhere.  Where several
+        fit, only those count that `first` chooses, if there are any: running ones for what is done to running VMs,
+        templates for what is mostly done to templates.  Without `first` no guess is made: it may be destroyed.
+        Raises NotFound: where none fits with the nearest name, where several do with all their names.
+        """
+        if address_of and re.fullmatch(r"[0-9]+(\.[0-9]+){3}", words):
+            found = [vm for vm in self.running() if address_of(vm) == words]
+        else:
+            found = self.find(words)
+        fit = [vm for vm in found if group in (None, vm.group) and type in (None, vm.type)]
+        if first and len(fit) > 1:
+            fit = [vm for vm in fit if first(vm)] or fit
+        if len(fit) == 1:
+            return fit[0]
+        if fit:
+            names = ", ".join(vm.address_name for vm in fit)
             raise NotFound(f"{words}: several VMs are called so: {names}", "name the group too: GROUP/NAME")
-        near = nearest(words, [vm.name for vm in self.vms()])
-        raise NotFound(f"{words}: no such VM", f"did you mean {near}?" if near else "vmrunning -a lists them")
+        if group == TEMPLATES and not type:
+            raise no_such("template", words, [each.name for each in self.templates()], TEMPLATES_HINT)
+        place = f" in {'/'.join(filter(None, (group, type)))}" if group else f" of type {type}" if type else ""
+        if found:
+            raise NotFound(f"{words}: no such VM{place}", f"did you mean {found[0].address_name}?")
+        raise no_such(f"VM{place}", words, [vm.name for vm in self.vms(group or "", type or "")], VMS_HINT)
 
     def need_group(self, group: str) -> None:
         """Raise NotFound, with the nearest name, where the group isn't there."""
         if not group:
             raise UsageError("the group name is empty", "vmrunning -a lists the groups")
         if group != TEMPLATES and group not in self.groups():
-            near = nearest(group, self.groups())
-            raise NotFound(f"{group}: no such group", f"did you mean {near}?" if near else "vmrunning -a lists them")
+            raise no_such("group", group, self.groups(), VMS_HINT)
 
     def clones(self, template: VM) -> list[VM]:
         """The VMs and templates, finished or not, whose disk stands on one in the template's folder, old or new."""
@@ -1469,6 +1490,15 @@ class Tree:
             except (Error, OSError):
                 continue  # a conf that can't be read names no template
         return found
+
+
+VMS_HINT, TEMPLATES_HINT = "vmrunning -a lists them", "vmtemplate --list shows what is there"
+
+
+def no_such(kind: str, name: str, names: Iterable[str], hint: str) -> NotFound:
+    """The error for a name that there isn't; the nearest of `names` is its hint, else `hint`."""
+    near = nearest(name, names)
+    return NotFound(f"{name}: no such {kind}", f"did you mean {near}?" if near else hint)
 
 
 def _names(path: str) -> list[str]:
@@ -11608,13 +11638,12 @@ def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> in
 
 
 def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, iso: str) -> VM:
-    """What vmcreate -a does; a NAME without a group is a template where there is one of that name."""
+    """What vmcreate -a does."""
     given = {"vmMem": args.mem, "vmCpu": args.cpu, "vmCpuCap": args.cpu_cap}
     changes = {key: str(value) for key, value in given.items() if value is not None}
     if not changes and not args.disk and not iso:
         raise UsageError("nothing to adjust: give -m, -c, -C or -d", "-h shows how it is called")
-    template = cloud.tree.template(args.name)
-    vm = template if "/" not in args.name and template.exists() else cloud.tree.need(args.name)
+    vm = cloud.tree.need(args.name, first=lambda vm: vm.is_template)
     if iso and vm.is_template:
         check_no_clones(cloud, vm)  # what boots from the ISO may write to the disk
     adjust(cloud, vm, changes, args.disk or 0)
@@ -11840,7 +11869,7 @@ def vms_to_stop(cloud: Cloud, args: argparse.Namespace) -> list[VM]:
     if args.name == "":
         raise UsageError("the VM's name is empty", "vmrunning lists the VMs")
     if args.name is not None:
-        vms = [vm_in(cloud, args.name, args.group, args.type)]
+        vms = [cloud.tree.need(args.name, args.group, args.type)]
     elif args.group is not None:
         if args.group and args.destroy and args.group not in (TEMPLATES, *cloud.tree.groups()):
             return []
@@ -11853,14 +11882,13 @@ def vms_to_stop(cloud: Cloud, args: argparse.Namespace) -> list[VM]:
     return vms
 
 
-def vm_in(cloud: Cloud, name: str, group: str | None, type: str | None) -> VM:
-    """The one VM of that name, in that group and of that type where these are given."""
-    hits = cloud.tree.find(name)
-    found = [vm for vm in hits if group in (None, vm.group) and type in (None, vm.type)]
-    if hits and not found:
-        place = "/".join(part for part in (group, type) if part)
-        raise NotFound(f"{name}: no such VM in {place or 'that place'}", "vmrunning -a lists them")
-    return found[0] if len(found) == 1 else cloud.tree.need(name)
+def running_vm(cloud: Cloud, words: str, group: str | None = None, type: str | None = None) -> VM:
+    """The running VM that `words`, -g and -t mean."""
+    vm = cloud.tree.need(words, group, type, first=VM.is_running, address_of=lambda vm: address_of(cloud, vm))
+    state, _ = vm.state()
+    if state != "running":
+        raise WrongState(f"{vm.name}: it is not running", f"vmrunning -a shows its state: {state}")
+    return vm
 
 
 @command("ssh", alias="vmssh", operands="VM [WORDS...]", complete=("running-vm",))
@@ -11869,10 +11897,7 @@ def cmd_ssh(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     if not words:
         raise UsageError("which VM?", "vmssh VM|IP [WORDS...]; vmrunning lists the VMs")
     with Cloud(config) as cloud:
-        vm = vm_by_name_or_address(cloud, words[0])
-        if not vm.is_running():
-            raise WrongState(f"{vm.name}: it is not running", f"vmrunning -a shows its state: {vm.state()[0]}")
-        become_ssh(cloud, vm, words[1:])
+        become_ssh(cloud, running_vm(cloud, words[0]), words[1:])
     return EXIT_FAILED  # not reached: become() doesn't come back
 
 
@@ -11901,17 +11926,6 @@ def become_ssh(cloud: Cloud, vm: VM, words: Sequence[str], fresh: bool = False) 
     become([*ssh_argv(cloud, vm, trust, ssh_key_options(is_planted(vm))), *words])
 
 
-def vm_by_name_or_address(cloud: Cloud, words: str) -> VM:
-    """The VM that a NAME, GROUP/NAME, GROUP/TYPE/NAME or an address means; running ones come first."""
-    if re.fullmatch(r"[0-9]+(\.[0-9]+){3}", words):
-        found = [vm for vm in cloud.tree.running() if address_of(cloud, vm) == words]
-    else:
-        found = [vm for vm in cloud.tree.find(words) if vm.is_running()]
-    if len(found) == 1:
-        return found[0]
-    return cloud.tree.need(words)
-
-
 @command(
     "vm",
     Option("-n", "--name", metavar="NAME", help="the VM, or the template", complete="vm"),
@@ -11934,7 +11948,7 @@ def cmd_vm(config: Config, args: argparse.Namespace, words: list[str]) -> int:
         raise UsageError("which VM? give -n NAME", "vmrunning -a lists them, vmtemplate --list the templates")
     iso = "" if args.iso in (None, "none") else find_iso(config, args.iso)
     with Cloud(config) as cloud:
-        vm = vm_of_options(cloud, args.name, args.group, args.type)
+        vm = cloud.tree.need(args.name, args.group or None, args.type or None, first=lambda vm: vm.is_template)
         fresh = not vm.is_running()
         if fresh:
             start_alone(cloud, vm, iso, args.gui)
@@ -11947,22 +11961,6 @@ def cmd_vm(config: Config, args: argparse.Namespace, words: list[str]) -> int:
         else:
             become_ssh(cloud, vm, words, fresh)
     return EXIT_DONE
-
-
-def vm_of_options(cloud: Cloud, name: str, group: str | None, type: str | None) -> VM:
-    """What -n, -g and -t name.  Without -g it is a template, or else any VM of that name."""
-    tree = cloud.tree
-    if type:
-        found = [vm for vm in tree.find(name) if vm.type == type and group in (None, vm.group)]
-        if not found:
-            raise NotFound(f"{name}: no such VM of type {type}", "vmrunning -a lists them")
-        return found[0] if len(found) == 1 else tree.need(f"{group}/{type}/{name}" if group else name)
-    if group == TEMPLATES:
-        return tree.need_template(name)
-    if group:
-        tree.need_group(group)
-        return tree.need(f"{group}/{name}")
-    return tree.need(name if "/" in name or not tree.template(name).exists() else f"{TEMPLATES}/{name}")
 
 
 def start_alone(cloud: Cloud, vm: VM, iso: str, gui: bool) -> None:
@@ -12142,19 +12140,11 @@ VM_OPTIONS = (
 )
 
 
-def running_vm(cloud: Cloud, args: argparse.Namespace) -> VM:
-    """The running VM that -n, -g and -t mean."""
+def vm_of_options(cloud: Cloud, args: argparse.Namespace) -> VM:
+    """The running VM that VM_OPTIONS mean."""
     if args.name is None:
         raise UsageError("which VM? give -n NAME", "vmrunning lists them")
-    found = [vm for vm in cloud.tree.find(args.name) if args.group in (None, vm.group) and args.type in (None, vm.type)]
-    found = [vm for vm in found if vm.is_running()] or found
-    if not found and cloud.tree.find(args.name):
-        raise NotFound(f"{args.name}: no such VM in {'/'.join(filter(None, (args.group, args.type)))}", "vmrunning -a")
-    vm = found[0] if len(found) == 1 else cloud.tree.need(args.name)
-    state, _ = vm.state()
-    if state != "running":
-        raise WrongState(f"{vm.name}: it is not running", f"vmrunning -a shows its state: {state}")
-    return vm
+    return running_vm(cloud, args.name, args.group, args.type)
 
 
 @command(
@@ -12167,7 +12157,7 @@ def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> i
     """a VM's screen; with -s, or without a display, its serial console"""
     no_more(words)
     with Cloud(config) as cloud:
-        vm = running_vm(cloud, args)
+        vm = vm_of_options(cloud, args)
     missing = "no display here" if not has_display() else "" if screen_of(vm) else f"{vm.name} runs without a screen"
     if not args.serial and not missing:
         open_screen(vm)
@@ -12182,7 +12172,7 @@ def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> i
 def cmd_manage(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """qemu's monitor of a VM; with WORDS, just that command"""
     with Cloud(config) as cloud:
-        vm = running_vm(cloud, args)
+        vm = vm_of_options(cloud, args)
     if words:
         monitor_command(vm, " ".join(words))
         return EXIT_DONE
