@@ -1820,12 +1820,16 @@ def spawn(
     """
     import subprocess
 
+    class Child(subprocess.Popen[bytes]):
+        def __del__(self) -> None:
+            """It lives on: no warning about that."""
+
     words = [need_program(argv[0]), *argv[1:]]
     report.trace(words)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
     output = os.open(log, flags, 0o600) if isinstance(log, str) else os.dup(log)
     try:
-        return subprocess.Popen(
+        return Child(
             words,
             stdin=subprocess.DEVNULL if stdin is None else stdin,
             stdout=output,
@@ -3084,7 +3088,6 @@ def start_daemon(argv: Sequence[str], fds: Sequence[int]) -> None:
         said = pipe.read().decode("utf-8", "replace")
     if wait_for(lambda: child.poll() is not None, 0.02, 0.005) and child.returncode:
         raise Error(f"{argv_program(argv)}: {last_line(said) or describe_status(child.returncode)}")
-    child.returncode = 0  # it lives on: no warning about that
 
 
 def argv_program(argv: Sequence[str]) -> str:
@@ -3442,7 +3445,6 @@ class PrivateNetwork(Network):
                 child.kill()
                 child.wait()
                 raise Error(f"pasta: {last_line(read_tail(self.file('pasta.log')))}")
-            child.returncode = 0  # it lives on: no warning about that
             self._masquerade()
         except Error as error:
             if not daemon_pid(pid_file):
@@ -8132,23 +8134,15 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, tie
         words, log=vm.log_file, cwd=vm.folder, fds=[fd for fd in (*fds, tap, vhost) if fd >= 0], umask=0o077
     )
     try:
-        deadline = time.monotonic() + 30
-        while not answers(vm, process.pid):
-            if process.poll() is not None:
-                raise Error(f"{vm.name}: qemu did not start: {last_line(read_tail(vm.log_file))}", f"see {vm.log_file}")
-            if time.monotonic() > deadline:
-                raise TimedOut(f"{vm.name}: qemu did not answer within 30 s", f"see {vm.log_file}")
-            cancellation.check()
-            time.sleep(0.05)
+        if not wait_for(lambda: process.poll() is not None or answers(vm, process.pid), 30, 0.05):
+            raise TimedOut(f"{vm.name}: qemu did not answer within 30 s", f"see {vm.log_file}")
+        if process.returncode is not None:
+            raise Error(f"{vm.name}: qemu did not start: {last_line(read_tail(vm.log_file))}", f"see {vm.log_file}")
     except BaseException:
         process.kill()
         process.wait()
         remove_runtime_files(vm)
         raise
-    finally:
-        process.returncode = (
-            0 if process.returncode is None else process.returncode
-        )  # it lives on: no warning about that
 
 
 def answers(vm: VM, pid: int) -> bool:
@@ -8166,18 +8160,11 @@ def command_script(vm: VM, argv: Sequence[str], network: Network) -> str:
     """A shell script that starts the same VM by hand: qemu's very words, in the VM's folder and network."""
     import shlex
 
-    lines: list[str] = []
-    for word in argv:
-        quoted = shlex.quote(word)
-        if word.startswith("-") and lines:
-            lines.append(quoted)
-        elif lines and lines[-1].startswith("-") and " " not in lines[-1]:
-            lines[-1] += " " + quoted
-        else:
-            lines.append(quoted)
+    # an option a line: its value begins with no dash
+    words = "".join((" \\\n  " if word[:1] == "-" else " ") + shlex.quote(word) for word in argv)
     before = shlex.join(network.by_hand(Tree(vm.base)))
     start = f"#!/bin/sh\n# Starts {vm.name} by hand, as nocloud does.\ncd {shlex.quote(vm.folder)} &&\n"
-    return start + f"exec {before} " + " \\\n  ".join(lines) + "\n"
+    return f"{start}exec {before}{words}\n"
 
 
 # -- waiting until ready
@@ -9137,8 +9124,7 @@ def configure_later(cloud: Cloud, vms: Sequence[VM]) -> None:
     names = [vm.address_name for vm in vms if vm.is_readable() and vm.get("vmInit") in ("auto", "ssh")]
     if names:
         environment = {"NOCLOUD_vmBaseDir": cloud.tree.base}
-        child = spawn(own_command("configure", *names), log=os.devnull, cwd="/", env=environment)
-        child.returncode = 0  # it lives on: no warning about that
+        spawn(own_command("configure", *names), log=os.devnull, cwd="/", env=environment)
 
 
 def configure_now(cloud: Cloud, vms: Sequence[VM], seconds: float) -> None:
@@ -9204,7 +9190,6 @@ def open_screen(vm: VM) -> None:
     if child.returncode:
         said = last_line(read_tail(log)) or describe_status(child.returncode)
         raise Error(f"{vm.name}: {argv[0]}: {said}", f"its serial console: vmconsole -s -n {vm.address_name}")
-    child.returncode = 0  # it lives on: no warning about that
 
 
 def has_viewer(vm: VM) -> bool:
