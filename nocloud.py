@@ -3250,6 +3250,7 @@ class PrivateNetwork(Network):
         self.tree = tree
         self.folder = os.path.join(tree.base, ".net")
         self.hosts = HostFiles(self.folder)
+        self.used = False  # this command may leave it without a VM, and ends it then
         self._gate: Gate | None = None
         self._spaces: Namespaces | None = None
 
@@ -3312,6 +3313,7 @@ class PrivateNetwork(Network):
         return lock_holder(self.file("holder.pid"))[1]
 
     def in_use(self) -> InUse:
+        self.used = True
         return InUse(self)
 
     def is_complete(self) -> bool:
@@ -3328,6 +3330,7 @@ class PrivateNetwork(Network):
 
     def up(self, keep: bool = False) -> None:
         """Bring up what isn't up.  `keep`: it stays though no VM is on it yet, until the last that comes has gone."""
+        self.used = True
         with FolderLock(self.folder, make=True):
             self._complete()
             if keep:
@@ -7495,6 +7498,8 @@ class Cloud:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if self.private.used:
+            self.private.end_if_idle()
         self.close()
 
 
@@ -7963,11 +7968,11 @@ RUNTIME_FILES = (
 )  # and the pidfile; the credentials stay, for whoever starts it by hand
 
 
-def start(cloud: Cloud, vm: VM, network: Network, *, iso: str = "", gui: bool = False) -> None:
+def start(cloud: Cloud, vm: VM, *, iso: str = "", gui: bool = False) -> None:
     """Start a VM and return when its qemu answers.  Raises WrongState where it runs, Error with qemu's own words.
 
-    What it needs of the network comes up before: `network.up()`.  `iso`: boot from this image; `gui`: with a screen,
-    this time, though its conf asks for none.
+    What it needs of its network is up.  `iso`: boot from this image; `gui`: with a screen, this time, though its conf
+    asks for none.
     """
     cancellation.check()
     with FolderLock(vm.folder):
@@ -7978,7 +7983,7 @@ def start(cloud: Cloud, vm: VM, network: Network, *, iso: str = "", gui: bool = 
             raise WrongState(f"{vm.name}: can't tell whether it runs: {vm.pid_file}", "look as the user who started it")
         layer = prepare_disks(cloud, vm) if vm.is_template else None
         try:
-            start_locked(cloud, vm, network, layer, iso, gui)
+            start_locked(cloud, vm, layer, iso, gui)
             if layer:
                 layer.arm()
                 report.say(
@@ -7992,17 +7997,12 @@ def start(cloud: Cloud, vm: VM, network: Network, *, iso: str = "", gui: bool = 
 
 
 def start_locked(
-    cloud: Cloud,
-    vm: VM,
-    network: Network,
-    layer: Layer | None,
-    iso: str = "",
-    gui: bool = False,
-    tied: bool = False,
+    cloud: Cloud, vm: VM, layer: Layer | None, iso: str = "", gui: bool = False, tied: bool = False
 ) -> None:
     """What `start` does, for who holds the lock of a VM that is stopped.  `tied`: it ends when this process does."""
     remove_runtime_files(vm)
     ensure_identity(cloud, vm)
+    network = cloud.network_of(vm)
     tap, vhost = network.tap()
     try:
         network.publish(vm)
@@ -8540,6 +8540,7 @@ def destroy_all(cloud: Cloud, vms: Sequence[VM], group: str = "") -> list[Error]
     uuids = {vm.folder: vm.conf.get("vmUuid", "") for vm in vms if vm.is_readable()}
     if not vms and not os.path.isdir(cloud.tree.base):
         return []
+    cloud.private.used = True
     results = in_parallel(lambda vm: destroy(cloud, vm), vms)
     gone = [vm for vm, result in zip(vms, results) if not isinstance(result, Error)]
     forget = [uuids[vm.folder] for vm in gone if uuids.get(vm.folder)]
@@ -8576,9 +8577,8 @@ class OwnGuest:
         """Boot it.  The caller holds the VM's lock, and has seen that it is stopped."""
         cloud, vm = self.cloud, self.vm
         give_identity(cloud, vm)
-        network = cloud.network_of(vm)
-        with network.in_use():
-            start_locked(cloud, vm, network, self.layer, tied=True)
+        with cloud.network_of(vm).in_use():
+            start_locked(cloud, vm, self.layer, tied=True)
         self._process = Process(vm.state()[1])
         return self
 
@@ -8821,35 +8821,31 @@ def upgrade_script(name: str, release: Mapping[str, str]) -> str:
     )
 
 
-def start_on_layer(cloud: Cloud, template: VM) -> OwnGuest:
-    """Boot a template that is stopped for our own work, on a new layer."""
-    with FolderLock(template.folder):
-        need_stopped(cloud, template)
-        layer = new_layer(template)
-        try:
-            return OwnGuest(cloud, template, layer).start()
-        except BaseException:
-            layer.remove()
-            raise
-
-
 def upgrade(cloud: Cloud, name: str, seconds: float) -> None:
     """Upgrade a template's system on a layer, which becomes its disk when all went well; else it is as it was.
 
     What the guest's package manager says is shown as it comes.
     """
     template = cloud.tree.need_template(name)
-    try:
-        guest = start_on_layer(cloud, template)
+    with FolderLock(template.folder):
+        need_stopped(cloud, template)
+        layer = new_layer(template)
         try:
-            with guest:
-                upgrade_guest(guest, seconds)
-        except Error as error:
-            raise Error(f"{error}; the template is as it was", error.hint, error.status) from None
-        finally:
-            adopted = end_layer(cloud, guest)
+            guest = OwnGuest(cloud, template, layer).start()
+        except BaseException:
+            layer.remove()
+            raise
+    try:
+        with guest:
+            upgrade_guest(guest, seconds)
+    except Error as error:
+        raise Error(f"{error}; the template is as it was", error.hint, error.status) from None
     finally:
-        cloud.private.end_if_idle()
+        with FolderLock(template.folder):
+            settle(cloud, template)
+            adopted = os.path.basename(template.disks()[0]) == layer.name
+            if adopted:
+                flatten(cloud, template)
     if not adopted:
         raise Error(f"{name}: its guest did not end well; the template is as it was", f"see {template.console_log}")
 
@@ -8869,17 +8865,6 @@ def upgrade_guest(guest: OwnGuest, seconds: float) -> None:
         raise Error(f"{name}: the upgrade failed: {describe_status(status)}")
     guest.clean()
     guest.shut_down()
-
-
-def end_layer(cloud: Cloud, guest: OwnGuest) -> bool:
-    """Whether what was done in a guest is the template's now; what isn't is gone."""
-    template = guest.vm
-    with FolderLock(template.folder):
-        settle(cloud, template)
-        if not guest.layer or os.path.basename(template.disks()[0]) != guest.layer.name:
-            return False
-        flatten(cloud, template)
-        return True
 
 
 # -- templates of VMs
@@ -8949,7 +8934,6 @@ def in_new_guest(cloud: Cloud, new: NewTemplate, work: Callable[[OwnGuest], None
         raise Error(str(name_error(vm, error)), "; ".join(filter(None, (error.hint, hint))), error.status) from None
     finally:
         forget_identity(cloud, [vm.get("vmUuid")])
-        cloud.private.end_if_idle()
         for name in _names(vm.folder):
             path = vm.file(name)
             if os.path.isdir(path):
@@ -9048,21 +9032,18 @@ def instantiate(
     """
     cloud.qemu()
     cloud.accel()
-    try:
-        cloud.network(group_network(cloud, group)).up()  # where that can't be, nothing is made
-        made = make_clones(cloud, group, wishes)
-        errors = [result for result in made if isinstance(result, Error)]
-        vms = [result for result in made if isinstance(result, VM)]
-        problems = dict(zip(vms, publish(cloud, vms)))
-        sound = [vm for vm in vms if not problems[vm]]
-        problems.update(zip(sound, start_all(cloud, sound, started)))
-        errors += [error for error in problems.values() if error]
-        failed = [vm for vm, error in problems.items() if error and not vm.is_running()]  # by another command, perhaps
-        if failed:
-            errors += destroy_all(cloud, failed)
-        return [vm for vm in vms if vm not in failed], errors
-    finally:
-        cloud.private.end_if_idle()
+    cloud.network(group_network(cloud, group)).up()  # where that can't be, nothing is made
+    made = make_clones(cloud, group, wishes)
+    errors = [result for result in made if isinstance(result, Error)]
+    vms = [result for result in made if isinstance(result, VM)]
+    problems = dict(zip(vms, publish(cloud, vms)))
+    sound = [vm for vm in vms if not problems[vm]]
+    problems.update(zip(sound, start_all(cloud, sound, started)))
+    errors += [error for error in problems.values() if error]
+    failed = [vm for vm, error in problems.items() if error and not vm.is_running()]  # by another command, perhaps
+    if failed:
+        errors += destroy_all(cloud, failed)
+    return [vm for vm in vms if vm not in failed], errors
 
 
 def start_all(
@@ -9077,7 +9058,7 @@ def start_all(
     import contextlib
 
     def start_one(vm: VM) -> None:
-        start(cloud, vm, cloud.network_of(vm), iso=iso, gui=gui)
+        start(cloud, vm, iso=iso, gui=gui)
         started(vm)
 
     kinds = {cloud.network_kind(vm) for vm in vms if vm.is_readable() and not vm.stranger()}
@@ -9093,6 +9074,7 @@ def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float, patient: bool = Fa
 
     `patient`: a template on a layer, which would be lost, has longer than `seconds`.
     """
+    cloud.private.used = True
     settle_stopped(cloud, (vm for vm in vms if vm.is_template))
     running = [vm for vm in vms if vm.state()[0] != "stopped"]
     try:
@@ -9768,15 +9750,11 @@ class Supervisor:
             self._settled = None
 
     def _destroy(self) -> list[Error]:
-        errors = destroy_all(self.cloud, list(self.cloud.tree.vms(self.group)))
-        self.cloud.network("private").end_if_idle()
-        return errors
+        return destroy_all(self.cloud, list(self.cloud.tree.vms(self.group)))
 
     def _keep(self) -> list[Error]:
         seconds = self.cloud.config.number("vmStopTimeout")
-        errors = stop_all(self.cloud, list(self.cloud.tree.vms(self.group)), seconds)
-        self.cloud.network("private").end_if_idle()
-        return errors
+        return stop_all(self.cloud, list(self.cloud.tree.vms(self.group)), seconds)
 
     def _leave(self) -> list[Error]:
         configure_later(self.cloud, [member.vm for member in self._members.values() if not member.ready])
@@ -9809,25 +9787,17 @@ def supervise(
         cloud.accel()
 
         def begin(spawned: Callable[[VM], None]) -> list[Error]:
-            errors = start_kept(cloud, old, spawned, gui)
+            stopped = [vm for vm in old if not vm.is_running()]
+            for vm in old:
+                if vm not in stopped:
+                    spawned(vm)  # it is taken over as it is
+            results = start_all(cloud, stopped, spawned, gui=gui)
+            errors = [error for vm, error in zip(stopped, results) if error and not vm.is_running()]
             return errors + (instantiate(cloud, group, wishes, spawned)[1] if wishes else [])
 
         trim_memory()
         supervisor = Supervisor(cloud, group, wakeup, lambda status: settled(status, manager.log_file))
-        try:
-            return supervisor.run(begin)
-        finally:
-            cloud.private.end_if_idle()
-
-
-def start_kept(cloud: Cloud, vms: Sequence[VM], spawned: Callable[[VM], None], gui: bool) -> list[Error]:
-    """Start those that don't run, with a screen this time if `gui`; those that do are taken over as they are."""
-    for vm in vms:
-        if vm.is_running():
-            spawned(vm)
-    stopped = [vm for vm in vms if not vm.is_running()]
-    results = start_all(cloud, stopped, spawned, gui=gui)
-    return [error for vm, error in zip(stopped, results) if error and not vm.is_running()]
+        return supervisor.run(begin)
 
 
 def stop_managed(cloud: Cloud, group: str) -> None:
@@ -11641,7 +11611,6 @@ def boot_iso(cloud: Cloud, vm: VM, iso: str, keep: bool) -> int:
     if error:
         if not keep:
             delete_template(cloud, vm.name)
-        cloud.private.end_if_idle()
         raise error
     report.say(f"{report.program}: {vm.name} boots {iso}; when it is done: vmstop -n {vm.address_name}")
     open_screens([vm])
@@ -11845,7 +11814,6 @@ def cmd_stop(config: Config, args: argparse.Namespace, words: list[str]) -> int:
         else:
             seconds = 0 if args.kill else config.number("vmStopTimeout") if args.timeout is None else args.timeout
             errors = stop_all(cloud, vms, seconds, patient=args.timeout is None)
-        cloud.network("private").end_if_idle()
     return report_errors(errors)
 
 
@@ -11936,7 +11904,11 @@ def cmd_vm(config: Config, args: argparse.Namespace, words: list[str]) -> int:
         vm = cloud.tree.need(args.name, args.group or None, args.type or None, first=lambda vm: vm.is_template)
         fresh = not vm.is_running()
         if fresh:
-            start_alone(cloud, vm, iso, args.gui)
+            with FolderLock(vm.folder):
+                give_identity(cloud, vm)
+            error = start_all(cloud, [vm], iso=iso, gui=args.gui)[0]
+            if error:
+                raise error
         elif iso:
             raise WrongState(f"{vm.name}: it runs already, without that ISO", f"vmstop -n {vm.address_name} stops it")
         elif args.gui and not screen_of(vm):
@@ -11946,18 +11918,6 @@ def cmd_vm(config: Config, args: argparse.Namespace, words: list[str]) -> int:
         else:
             become_ssh(cloud, vm, words, fresh)
     return EXIT_DONE
-
-
-def start_alone(cloud: Cloud, vm: VM, iso: str, gui: bool) -> None:
-    """Start a stopped VM, or a template: on a layer of its own where other disks stand on its disk."""
-    with FolderLock(vm.folder):
-        give_identity(cloud, vm)
-    network = cloud.network_of(vm)
-    try:
-        with network.in_use():
-            start(cloud, vm, network, iso=iso, gui=gui)
-    finally:
-        cloud.private.end_if_idle()
 
 
 @command(
