@@ -8210,6 +8210,13 @@ class Wait:
                 f"vmWaitTimeout sets the longest wait; its console: {self.vm.console_log}",
             )
 
+    def tries(self) -> Iterator[float]:
+        """For a loop that tries something until it does: how many seconds a try may take.  Raises as `check` does."""
+        while True:
+            self.check()
+            yield max(5.0, min(60.0, self.left()))
+            time.sleep(0.2)
+
     def console(self) -> str:
         """The last lines that the guest wrote on its console, for an error message."""
         text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]", "", read_tail(self.vm.console_log))
@@ -8228,14 +8235,12 @@ STAGES = {
 
 def wait_ssh(wait: Wait) -> None:
     """Return when the guest's ssh server says its banner (RFC 4253, 4.2)."""
-    while True:
-        wait.check()
+    for _ in wait.tries():
         address = wait.network.address(wait.vm)
         if address:
             wait.stage = stage_of_port(wait.network, address, min(1.0, max(0.05, wait.left())))
             if wait.stage == "configured":
                 return
-        time.sleep(0.2)
 
 
 def stage_of_port(network: Network, address: str, seconds: float, port: int = 22) -> str:
@@ -8307,14 +8312,12 @@ def configure(wait: Wait) -> None:
     if os.path.exists(vm.configured_file):
         return
     pin_host_key(wait)
-    while True:
-        wait.check()
-        status, output = ssh_batch(wait.cloud, vm, hostname_script(vm.host_name), max(5.0, min(60.0, wait.left())))
+    for seconds in wait.tries():
+        status, output = ssh_batch(wait.cloud, vm, hostname_script(vm.host_name), seconds)
         if status == 0:
             write_file(vm.configured_file, "")
             return
         check_login(vm, status, output)
-        time.sleep(0.2)
 
 
 NOT_YET = 75  # as sysexits.h: try again
@@ -8347,11 +8350,11 @@ exit 1
 def wait_cloud_init(wait: Wait) -> None:
     """Return when the guest's cloud-init has ended.  Raises Error, with its log's last lines, where that failed."""
     vm, script = wait.vm, cloud_init_script(0)
-    while True:
-        wait.check()
-        status, output = ssh_batch(wait.cloud, vm, script, max(5.0, min(60.0, wait.left())))
+    for seconds in wait.tries():
+        status, output = ssh_batch(wait.cloud, vm, script, seconds)
         if status == 0:
-            return write_file(vm.configured_file, "")
+            write_file(vm.configured_file, "")
+            return
         if status == 1:
             lines = [printable(line.strip()) for line in output.splitlines() if line.strip()]
             raise Error(
@@ -8362,7 +8365,6 @@ def wait_cloud_init(wait: Wait) -> None:
             wait.stage, script = "cloud-init", cloud_init_script(15)
         else:
             check_login(vm, status, output)
-        time.sleep(0.2)
 
 
 def check_login(vm: VM, status: int, output: str) -> None:
@@ -8403,11 +8405,11 @@ def pin_host_key(wait: Wait) -> None:
         return
     place = vm.file(f"known_hosts.{os.urandom(3).hex()}")
     try:
-        while not os.path.exists(place):
-            wait.check()
+        for seconds in wait.tries():
             trust = ssh_trust_options(place, strict=False)
-            argv = [*ssh_argv(cloud, vm, trust, ssh_key_options(True), batch=True), "true"]
-            attempt(argv, max(5.0, min(60.0, wait.left())))
+            attempt([*ssh_argv(cloud, vm, trust, ssh_key_options(True), batch=True), "true"], seconds)
+            if os.path.exists(place):
+                break
         lines = read_text(place).splitlines()
         cloud.known_hosts.update({uuid: (vm.get("vmAddress"), lines[0].split(" ", 1)[1])})
     finally:
@@ -8582,23 +8584,21 @@ class OwnGuest:
         self._process = Process(vm.state()[1])
         return self
 
-    def wait(self) -> None:
-        """Until it is ready for what is to be done in it."""
+    def wait(self, until: Callable[[Wait], None] = wait_ready) -> Wait:
+        """Return when it is ready for what is to be done in it, and its host key is known."""
         wait = Wait(self.cloud, self.vm, self.cloud.config.number("vmWaitTimeout"), say=True)
-        wait_ready(wait)
+        until(wait)
         pin_host_key(wait)
+        return wait
 
     def wait_login(self) -> None:
-        """Until one can log in to it with `keys`, which may be others than ours."""
-        wait = Wait(self.cloud, self.vm, self.cloud.config.number("vmWaitTimeout"), say=True)
-        wait_ssh(wait)
-        pin_host_key(wait)
-        said: list[str] = []
-        while self.run("true", said.append, max(5.0, min(60.0, wait.left()))):
+        """Return when one can log in to it with `keys`, which may be others than ours."""
+        for seconds in self.wait(wait_ssh).tries():
+            said: list[str] = []
+            if not self.run("true", said.append, seconds):
+                return
             if any("Permission denied" in line for line in said):
                 raise Error(f"{self.vm.name}: no key lets {self.vm.get('vmUser')} in: {last_line(chr(10).join(said))}")
-            wait.check()
-            time.sleep(0.2)
 
     def run(self, script: str, on_line: Callable[[str], None], seconds: float) -> int:
         """Run a script in it, giving each line that it writes to `on_line`; its status, 255 where ssh failed.
@@ -9700,10 +9700,7 @@ class Supervisor:
 
     def _wait(self, vm: VM) -> None:
         wait = Wait(self.cloud, vm, self.cloud.config.number("vmWaitTimeout"))
-        while not wait.network.address(vm):
-            wait.check()
-            time.sleep(0.1)
-        address = wait.network.address(vm)
+        address = next(found for _ in wait.tries() if (found := wait.network.address(vm)))
         self._wakeup.post(lambda: report.log(f"{vm.name} has IP {address}"))
         wait_ready(wait)
 
