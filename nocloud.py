@@ -11969,19 +11969,28 @@ def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     import contextlib
 
     verb, rest = (words[0], words[1:]) if words else ("", [])
-    if verb in ("up", "down", "status"):
-        return net_verb(config, verb, kind_of_network(config, args, rest))
-    with contextlib.closing(Cloud(config)) as cloud:  # as it is: a ProxyCommand must be quick
-        network = cloud.private
-        if verb == "exec":
+    kind = kind_of_network(config, args, rest) if verb in ("up", "down", "status") else ""
+    with contextlib.closing(Cloud(config)) as cloud:  # as it is: a ProxyCommand must be quick, `down` is what it says
+        private, bridge = cloud.private, cloud.network("bridge")
+        if verb == "status":
+            for each, other in ((bridge, "private"), (private, "bridge")):
+                for line in each.status() if kind != other else ():
+                    report.data(line)
+        elif kind and kind != "private":
+            bridge_up(config) if verb == "up" else bridge_down(config)
+        elif verb == "up":
+            cloud.tree.prepare()
+            private.up(keep=True)
+        elif verb == "down":
+            private.down_if_unused()
+        elif verb == "exec":
             if not rest:
                 raise UsageError("which command?", "nocloud net exec CMD...")
             if args.tap:
-                open_tap(cloud.network("bridge" if args.bridge else "private"))
-            become(rest) if args.bridge else network.become_inside(rest)
+                open_tap(bridge if args.bridge else private)
+            become(rest) if args.bridge else private.become_inside(rest)
         elif verb == "connect":
-            address, port = address_and_port(rest)
-            network.connect(address, port, args.fdpass)
+            private.connect(*address_and_port(rest), args.fdpass)
         else:
             raise UsageError(f"{verb or 'no verb'}: expected up, down, status, exec or connect")
     return EXIT_DONE
@@ -11989,35 +11998,13 @@ def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> int:
 
 def kind_of_network(config: Config, args: argparse.Namespace, rest: Sequence[str]) -> str:
     """Which network `net up` and its like are about, by the options, which may come after the verb too; else by
-    vmNetwork; else root means the host's bridge, and `auto` leaves it open."""
+    vmNetwork; else root means the host's bridge.  `auto` leaves it open: `status` shows both, else it is the bridge."""
     flags = {*(f"--{name}" for name in ("private", "bridge") if getattr(args, name)), *rest}
     no_more(sorted(flags - {"--private", "--bridge"}))
     if len(flags) > 1:
         raise UsageError("--private and --bridge: one of them")
     asked = flags.pop()[2:] if flags else config["vmNetwork"]
     return "bridge" if asked == "auto" and os.geteuid() == 0 else asked
-
-
-def net_verb(config: Config, verb: str, kind: str) -> int:
-    """up, down, status.  An ordinary user who doesn't say which means the bridge, as root does, and both to look at."""
-    import contextlib
-
-    if kind != "private" and verb != "status":
-        bridge_up(config) if verb == "up" else bridge_down(config)
-        return EXIT_DONE
-    with contextlib.closing(Cloud(config)) as cloud:  # as it is: `down` is what it says
-        if verb == "up":
-            cloud.tree.prepare()
-            cloud.private.up(keep=True)
-        elif verb == "down":
-            cloud.private.down_if_unused()
-        else:
-            for line in (
-                *(cloud.network("bridge").status() if kind != "private" else ()),
-                *(cloud.private.status() if kind != "bridge" else ()),
-            ):
-                report.data(line)
-    return EXIT_DONE
 
 
 @command(
