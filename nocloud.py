@@ -11567,7 +11567,6 @@ def report_table(rows: Sequence[Sequence[str]]) -> int:
 )
 def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """make a template from an ISO, or adjust one"""
-    no_more(words)
     for value, name in ((args.name, "-n NAME"), (args.adjust or args.iso, "-i ISO")):
         if not value:
             raise UsageError(f"{name} is missing", "-h shows how it is called")
@@ -11643,7 +11642,6 @@ def boot_iso(cloud: Cloud, vm: VM, iso: str, keep: bool) -> int:
 )
 def cmd_instantiate(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """make clones of a template and start them"""
-    no_more(words)
     with Cloud(config) as cloud:
         group, wishes = wishes_of(config, args)
         check_wishes(cloud, group, wishes, args.force)
@@ -11735,7 +11733,6 @@ def report_errors(errors: Sequence[Error]) -> int:
 )
 def cmd_run(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """run a group in the foreground"""
-    no_more(words)
     if sum(each is not None for each in (args.file, args.resume, args.stop)) != 1:
         raise UsageError("give exactly one of -f FILE, -r GROUP and -s GROUP", "-h shows how it is called")
     for given, name in ((args.group, "--group"), (args.add, "--add"), (args.force, "--force")):
@@ -11781,7 +11778,6 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
 )
 def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """list running VMs: NAME GROUP/TYPE IP"""
-    no_more(words)
     with Cloud(config) as cloud:
         if args.group is not None:
             cloud.tree.need_group(args.group)
@@ -11803,7 +11799,6 @@ def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> i
 )
 def cmd_stop(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """stop a group, a type of it or one VM"""
-    no_more(words)
     with Cloud(config) as cloud:
         vms = vms_to_stop(cloud, args)
         if args.destroy:
@@ -11942,7 +11937,6 @@ def cmd_upgrade(config: Config, args: argparse.Namespace, words: list[str]) -> i
 )
 def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """what runs, for ansible (--list) and for people"""
-    no_more(words)
     with Cloud(config) as cloud:
         if args.list or args.host is not None:
             import json
@@ -12084,7 +12078,6 @@ def vm_of_options(cloud: Cloud, args: argparse.Namespace) -> VM:
 )
 def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """a VM's screen; with -s, or without a display, its serial console"""
-    no_more(words)
     with Cloud(config) as cloud:
         vm = vm_of_options(cloud, args)
     missing = "no display here" if not has_display() else "" if screen_of(vm) else f"{vm.name} runs without a screen"
@@ -13106,14 +13099,15 @@ def run_command(argv: Sequence[str]) -> int:
         return EXIT_DONE
     report.debug = report.debug or "--debug" in options
     config = Config() if command.unconfigured else load_config()
-    if not options and not command.options:  # nothing to parse: argparse costs 17 ms, and a TAB has to be quick
-        done: int = command.function(config, None, operands)
-        return done
-    parser = build_parser(command, program, config)
-    args = parser.parse_args(options)
-    if args.help:
-        report.data("\n\n".join(part.rstrip("\n") for part in (parser.format_help(), command.more()) if part))
-        return EXIT_DONE
+    args = None
+    if options or command.options:  # else nothing is to parse: argparse costs 17 ms, and a TAB has to be quick
+        parser = build_parser(command, program, config)
+        args = parser.parse_args(options)
+        if args.help:
+            report.data("\n\n".join(part.rstrip("\n") for part in (parser.format_help(), command.more()) if part))
+            return EXIT_DONE
+    if not command.operands:
+        no_more(operands)
     status: int = command.function(config, args, operands)
     return status
 
