@@ -7910,23 +7910,21 @@ class Making:
 
 def make_clones(cloud: Cloud, group: str, wishes: Sequence[Wish]) -> list[VM | Error]:
     """Make the clones that are wished for, in parallel; what could not be made is an Error in its place."""
+    import contextlib
+
     cloud.tree.prepare()
-    names = sorted({wish.template for wish in wishes})
-    locks = [FolderLock(cloud.tree.need_template(name).folder, shared=True) for name in names]
-    settle_stopped(cloud, map(cloud.tree.need_template, names))
-    try:
-        for name, lock in zip(names, locks):
-            lock.__enter__()
-            template = cloud.tree.need_template(name)
+    templates = [cloud.tree.need_template(name) for name in sorted({wish.template for wish in wishes})]
+    settle_stopped(cloud, templates)
+    with contextlib.ExitStack() as locks:
+        for template in templates:
+            locks.enter_context(FolderLock(template.folder, shared=True))
+            template.reread()
             check_clonable(template)
             make_read_only(template.disks()[0])
         own_key()
         with Making(cloud, group, wishes) as making:
             made = in_parallel(making.finish, making.plans, workers=2 * (os.cpu_count() or 1))
             made = [name_error(plan.vm, result) for plan, result in zip(making.plans, made)]
-    finally:
-        for lock in locks:
-            lock.release()
     for network in cloud.networks():  # not under those locks: who starts a template takes the network's first
         network.withdraw(making.strangers)
     cloud.known_hosts.update({}, making.strangers)
