@@ -8991,26 +8991,22 @@ class DiskTree:
     def rows(self) -> Iterator[str]:
         """Each template with its disks, under each of these what stands on it, indented, with sizes on disk."""
         below = {upper for uppers in self.above.values() for upper in uppers}
-        roots = [path for path, vm in self.owners.items() if vm.is_template and path not in below]
-        for path in sorted(roots):
-            yield from self._template(path, 0)
+        for path in sorted(path for path, vm in self.owners.items() if vm.is_template and path not in below):
+            yield from self._rows(path, 0)
 
-    def _template(self, path: str, depth: int) -> Iterator[str]:
-        template = self.owners[path]
-        mine = [each for each, vm in self.owners.items() if vm is template]
-        yield self._row(depth, template.name, mine)
-        yield from self._disk(path, depth + 1)
-
-    def _disk(self, path: str, depth: int) -> Iterator[str]:
-        owner = self.owners[path]
-        if owner.is_template:
-            present = path == os.path.realpath(owner.disks()[0])
-            yield self._row(depth, os.path.basename(path), [path]) + ("  new clones stand on this" if present else "")
-        else:
-            yield self._row(depth, owner.address_name, [path])
+    def _rows(self, path: str, depth: int, under: VM | None = None) -> Iterator[str]:
+        """A disk and what stands on it; where it stands on another's, `under`, or on none, its template comes first."""
+        owner, name, said = self.owners[path], os.path.basename(path), ""
+        if not owner.is_template:
+            name = owner.address_name
+        elif path == os.path.realpath(owner.disks()[0]):
+            said = "  new clones stand on this"
+        if owner.is_template and owner is not under:
+            yield self._row(depth, owner.name, [each for each, vm in self.owners.items() if vm is owner])
+            depth += 1
+        yield self._row(depth, name, [path]) + said
         for upper in sorted(self.above.get(path, ()), key=lambda each: (self.owners[each] is owner, each)):
-            inside = self.owners[upper] is owner or not self.owners[upper].is_template
-            yield from self._disk(upper, depth + 1) if inside else self._template(upper, depth + 1)
+            yield from self._rows(upper, depth + 1, owner)
 
     @staticmethod
     def _row(depth: int, name: str, paths: Iterable[str]) -> str:
