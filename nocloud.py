@@ -72,15 +72,21 @@ if not TYPE_CHECKING:
 
 
 class Error(Exception):
-    """Something that could not be done, told in one line; `hint` is the one line that says what to do."""
+    """Something that could not be done, told in one line; `hint` is the one line that says what to do.
+
+    `vm`: the VM that it is about, whose name comes before the text.
+    """
 
     status = EXIT_FAILED
 
-    def __init__(self, text: str, hint: str = "", status: int | None = None) -> None:
+    def __init__(self, text: str, hint: str = "", status: int | None = None, vm: Any = None) -> None:
         super().__init__(text)
-        self.hint = hint
+        self.text, self.hint, self.vm = text, hint, vm
         if status is not None:
             self.status = status
+
+    def __str__(self) -> str:
+        return f"{self.vm}: {self.text}" if self.vm else self.text
 
 
 class UsageError(Error):
@@ -453,7 +459,7 @@ def wait_for(ready: Callable[[], bool], seconds: float, interval: float = 0.02) 
 def in_parallel(work: Callable[[Any], Any], items: Sequence[Any], workers: int = 0) -> list[Any]:
     """`work(item)` for each item at once; the results in order, an Error as the result of the item that raised it.
 
-    Anything else that is raised is a defect and goes on to the caller.
+    The items are VMs: an Error carries its own.  Anything else that is raised is a defect and goes on to the caller.
     """
     if len(items) < 2:
         return [_attempt(work, item) for item in items]
@@ -473,10 +479,10 @@ def in_parallel(work: Callable[[Any], Any], items: Sequence[Any], workers: int =
 def _attempt(work: Callable[[Any], Any], item: Any) -> Any:
     try:
         return work(item)
-    except Error as error:
+    except (Error, OSError) as raised:
+        error = error_from_os(raised) if isinstance(raised, OSError) else raised
+        error.vm = error.vm or item
         return error
-    except OSError as error:
-        return error_from_os(error)
 
 
 def error_from_os(error: OSError) -> Error:
@@ -1020,6 +1026,16 @@ class VM:
         self.folder = folder or os.path.join(base, group, type, name)
         self._conf: dict[str, str] | None = None
 
+    def __str__(self) -> str:
+        """How messages name it: NAME, or where others are called so GROUP/NAME, or GROUP/TYPE/NAME.
+
+        Each command finds it by that.  The tree is asked, so this is for a message, not for a list of all VMs.
+        """
+        others = [vm for vm in Tree(self.base).find(self.name) if vm.address_name != self.address_name]
+        if any(vm.group == self.group for vm in others):
+            return self.address_name
+        return f"{self.group}/{self.name}" if others else self.name
+
     @property
     def is_template(self) -> bool:
         return self.group == TEMPLATES
@@ -1139,7 +1155,7 @@ class VM:
                 reason = untrusted(self.conf_file, os.fstat(file.fileno()))
                 text = file.read(1 << 20)
         except FileNotFoundError:
-            raise NotFound(f"{self.name}: its conf is gone: {self.conf_file}") from None
+            raise NotFound(f"its conf is gone: {self.conf_file}", vm=self) from None
         except OSError as error:
             raise error_from_os(error) from None
         if reason:
@@ -2663,7 +2679,7 @@ def connect_qemu(vm: VM, seconds: float = 5.0) -> ControlSocket:
             connection = connect_monitor(stranger, vm, address, seconds)
             if connection:
                 return QMP("", seconds, connection=connection) if kind == "control" else HMP(connection, seconds)
-        raise QMPClosed(f"{vm.name}: nocloud didn't start it, and its qemu has no monitor to talk to") from None
+        raise QMPClosed("nocloud didn't start it, and its qemu has no monitor to talk to", vm=vm) from None
 
 
 def monitors(process: QemuProcess) -> Iterator[tuple[str, dict[str, str]]]:
@@ -5129,7 +5145,7 @@ class NewTemplate:
             sweep(tree, TEMPLATES)
             check_new_template(tree, self.final.name)
             if os.path.lexists(self.vm.folder):
-                raise WrongState(f"{self.final.name}: another command is making it just now")
+                raise WrongState("another command is making it just now", vm=self.final)
             os.mkdir(self.vm.folder, 0o755)
             self._lock = FolderLock(self.vm.folder, wait=0).__enter__()
         return self
@@ -7069,8 +7085,9 @@ def known_formats(vm: VM) -> list[str]:
     disks, known = vm.disks(), [each for each in vm.conf.get("vmDiskFormat", "").split(",") if each]
     if len(known) > len(disks):
         raise UsageError(
-            f"{vm.name}: vmDiskFormat names {plural(len(known), 'format')} for {plural(len(disks), 'disk')}",
+            f"vmDiskFormat names {plural(len(known), 'format')} for {plural(len(disks), 'disk')}",
             f"mend it in {vm.conf_file}: as many formats as there are disks in vmDisk and vmExtraDisk",
+            vm=vm,
         )
     formats = [*known, *(first_format(vm, disk) for disk in disks[len(known) :])]
     if formats != known and os.access(vm.folder, os.W_OK):  # a template may be someone else's
@@ -7091,8 +7108,9 @@ def first_format(vm: VM, disk: str) -> str:
         strays = [path for path in backing_chain([disk]) if not path.startswith(inside) and path not in theirs]
         if strays or has_data_file(disk):
             raise WrongImage(
-                f"{vm.name}: its disk {disk} needs a file outside the tree: {strays[0] if strays else 'its data file'}",
+                f"its disk {disk} needs a file outside the tree: {strays[0] if strays else 'its data file'}",
                 f"the guest may have written that itself; if not, set vmDiskFormat=qcow2 in {vm.conf_file}",
+                vm=vm,
             )
     return format
 
@@ -7104,7 +7122,7 @@ def check_no_clones(cloud: Cloud, template: VM) -> None:
         names = ", ".join(vm.address_name for vm in clones[:20]) + (" …" if len(clones) > 20 else "")
         ways = {True: "vmtemplate --delete deletes templates", False: "vmstop -d destroys clones"}
         hint = ", ".join(dict.fromkeys(ways[each.is_template] for each in clones))
-        raise WrongState(f"{template.name}: {dependents(clones)} would break: {names}", hint)
+        raise WrongState(f"{dependents(clones)} would break: {names}", hint, vm=template)
 
 
 # -- layers
@@ -7270,7 +7288,7 @@ def flatten(cloud: Cloud, template: VM) -> None:
     if not backing_chain([disk]) or cloud.tree.clones(template):
         return
     if converted_size(disk, "qcow2") > free_bytes(template.folder):
-        report.warn(f"{template.name}: no room to make one disk of its layers; it stays as it is")
+        report.warn(f"{template}: no room to make one disk of its layers; it stays as it is")
         return
     whole = next_layer(template)
     try:
@@ -7308,14 +7326,14 @@ def need_stopped(cloud: Cloud, vm: VM) -> None:
     state, _ = vm.state()
     if state != "stopped":
         why = "it is running" if state == "running" else f"can't tell whether it runs: {vm.pid_file}"
-        raise WrongState(f"{vm.name}: {why}", f"vmstop -n {vm.address_name}")
+        raise WrongState(why, f"vmstop -n {vm}", vm=vm)
     if vm.is_template:
         warn_lost(vm, settle(cloud, vm))
 
 
 def warn_lost(template: VM, lost: Sequence[str]) -> None:
     if lost:
-        report.warn(f"{template.name}: it was not shut down properly: what was changed is lost, it is as it was before")
+        report.warn(f"{template}: it was not shut down properly: what was changed is lost, it is as it was before")
 
 
 def runs_on_layer(template: VM) -> bool:
@@ -7340,7 +7358,7 @@ def delete_template(cloud: Cloud, name: str) -> None:
     with FolderLock(template.folder):
         check_no_clones(cloud, template)
         if template.state()[0] != "stopped":
-            raise WrongState(f"{name}: the template is running", f"vmstop -n {template.address_name}")
+            raise WrongState("the template is running", f"vmstop -n {template}", vm=template)
         if os.path.islink(template.folder):
             raise Error(f"{template.folder} is a symlink: nothing behind it is removed", "remove it yourself")
         doomed = os.path.join(os.path.dirname(template.folder), REMOVING + name)
@@ -7387,11 +7405,11 @@ def grow_disk(cloud: Cloud, vm: VM, gigabytes: int) -> None:
     """Make the system disk larger; never smaller, and never under the clones of a template."""
     disk = vm.disks()[0] if vm.disks() else ""
     if not os.path.exists(disk):
-        raise Error(f"{vm.name}: its disk is gone: {disk}", f"see vmDisk in {vm.conf_file}")
+        raise Error(f"its disk is gone: {disk}", f"see vmDisk in {vm.conf_file}", vm=vm)
     format = known_formats(vm)[0]
     size = image_info(disk, format)["virtual-size"]
     if gigabytes * GIB < size:
-        raise Error(f"{vm.name}: its disk has {size / GIB:g} GB and never shrinks", "-d takes a larger size, in GB")
+        raise Error(f"its disk has {size / GIB:g} GB and never shrinks", "-d takes a larger size, in GB", vm=vm)
     if gigabytes * GIB > size:
         if vm.is_template:
             check_no_clones(cloud, vm)
@@ -7654,24 +7672,23 @@ def check_clonable(template: VM) -> None:
     """Raise where the template runs on its own disk, or has no disk that can be read."""
     state, _ = template.state()
     if state == "running" and not runs_on_layer(template):
-        raise WrongState(
-            f"{template.name}: the template is running and can't be cloned", f"vmstop -n {template.address_name}"
-        )
+        raise WrongState("the template is running and can't be cloned", f"vmstop -n {template}", vm=template)
     if state == "unknown":
-        raise WrongState(f"{template.name}: can't tell whether the template is running ({template.pid_file})")
+        raise WrongState(f"can't tell whether the template is running ({template.pid_file})", vm=template)
     disks = template.disks()
     if not disks:
-        raise Error(f"{template.name}: the template's conf names no disk", f"see vmDisk in {template.conf_file}")
+        raise Error("the template's conf names no disk", f"see vmDisk in {template.conf_file}", vm=template)
     known = template.conf.get("vmDiskFormat", "").partition(",")[0]
     try:
         format = disk_format(disks[0]) if known else first_format(template, disks[0])
         bootable = known == "raw" or format == "qcow2" or looks_bootable(disks[0])
     except OSError as error:
-        raise Error(f"{template.name}: its disk can't be read: {disks[0]}: {error.strerror}") from None
+        raise Error(f"its disk can't be read: {disks[0]}: {error.strerror}", vm=template) from None
     if not bootable or (known == "qcow2" and format == "raw"):
         raise Error(
-            f"{template.name}: its disk is not a {known or 'qcow2 or raw'} image: {disks[0]}",
+            f"its disk is not a {known or 'qcow2 or raw'} image: {disks[0]}",
             "make it again: vmtemplate NAME --image FILE",
+            vm=template,
         )
 
 
@@ -7923,29 +7940,20 @@ def make_clones(cloud: Cloud, group: str, wishes: Sequence[Wish]) -> list[VM | E
             make_read_only(template.disks()[0])
         own_key()
         with Making(cloud, group, wishes) as making:
-            made = in_parallel(making.finish, making.plans, workers=2 * (os.cpu_count() or 1))
-            made = [name_error(plan.vm, result) for plan, result in zip(making.plans, made)]
+            plans = {plan.vm: plan for plan in making.plans}
+            made = in_parallel(lambda vm: making.finish(plans[vm]), list(plans), workers=2 * (os.cpu_count() or 1))
     for network in cloud.networks():  # not under those locks: who starts a template takes the network's first
         network.withdraw(making.strangers)
     cloud.known_hosts.update({}, making.strangers)
     return made
 
 
-def name_error(vm: VM, result: Any) -> Any:
-    """An Error that begins with the VM's name; any other result as it is."""
-    if not isinstance(result, Error) or str(result).startswith(f"{vm.name}: "):
-        return result
-    return (
-        type(result)(f"{vm.name}: {result}", result.hint)
-        if type(result) is Error
-        else Error(f"{vm.name}: {result}", result.hint, result.status)
-    )
-
-
 def publish(cloud: Cloud, vms: Sequence[VM]) -> list[Error | None]:
     """Make names resolve and host keys known, for these VMs; for each None, or why that can't be."""
-    problem = _attempt(lambda vms: publish_keys(cloud, vms), vms)  # one file has the keys of all
-    return [name_error(vm, problem or _attempt(lambda vm: cloud.network_of(vm).publish(vm), vm)) for vm in vms]
+    problem = _attempt(lambda _: publish_keys(cloud, vms), None)  # one file has the keys of all
+    if problem:
+        return [Error(problem.text, problem.hint, problem.status, vm) for vm in vms]
+    return [_attempt(lambda vm: cloud.network_of(vm).publish(vm), vm) for vm in vms]
 
 
 def publish_keys(cloud: Cloud, vms: Sequence[VM]) -> None:
@@ -7976,17 +7984,15 @@ def start(cloud: Cloud, vm: VM, *, iso: str = "", gui: bool = False) -> None:
     with FolderLock(vm.folder):
         state, _ = vm.state()
         if state == "running":
-            raise WrongState(f"{vm.name}: it is running already")
+            raise WrongState("it is running already", vm=vm)
         if state == "unknown":
-            raise WrongState(f"{vm.name}: can't tell whether it runs: {vm.pid_file}", "look as the user who started it")
+            raise WrongState(f"can't tell whether it runs: {vm.pid_file}", "look as the user who started it", vm=vm)
         layer = prepare_disks(cloud, vm) if vm.is_template else None
         try:
             start_locked(cloud, vm, layer, iso, gui)
             if layer:
                 layer.arm()
-                report.say(
-                    f"{report.program}: {vm.name} has clones: what changes becomes a new layer when it shuts down"
-                )
+                report.say(f"{report.program}: {vm} has clones: what changes becomes a new layer when it shuts down")
         except BaseException:
             if layer:
                 stop_locked(vm, 0)
@@ -8054,7 +8060,7 @@ def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False, lay
     paths = [layer.path, *vm.disks()[1:]] if layer else vm.disks()
     for path in paths:
         if not os.path.exists(path):
-            raise Error(f"{vm.name}: its disk is gone: {path}", f"see vmDisk and vmExtraDisk in {vm.conf_file}")
+            raise Error(f"its disk is gone: {path}", f"see vmDisk and vmExtraDisk in {vm.conf_file}", vm=vm)
     formats = ["qcow2", *known_formats(vm)[1:]] if layer else known_formats(vm)
     disks = [
         (os.path.relpath(path, vm.folder), format, f"{vm.name}_{number}")
@@ -8133,9 +8139,9 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, tie
     )
     try:
         if not wait_for(lambda: process.poll() is not None or answers(vm, process.pid), 30, 0.05):
-            raise TimedOut(f"{vm.name}: qemu did not answer within 30 s", f"see {vm.log_file}")
+            raise TimedOut("qemu did not answer within 30 s", f"see {vm.log_file}", vm=vm)
         if process.returncode is not None:
-            raise Error(f"{vm.name}: qemu did not start: {last_line(read_tail(vm.log_file))}", f"see {vm.log_file}")
+            raise Error(f"qemu did not start: {last_line(read_tail(vm.log_file))}", f"see {vm.log_file}", vm=vm)
     except BaseException:
         process.kill()
         process.wait()
@@ -8194,18 +8200,18 @@ class Wait:
             self._checked = now
             if not self.vm.is_running():
                 raise WrongState(
-                    f"{self.vm.name}: it stopped while it was waited for{self.console()}", f"see {self.vm.log_file}"
+                    f"it stopped while it was waited for{self.console()}", f"see {self.vm.log_file}", vm=self.vm
                 )
             if self.stage == "running":
                 self.stage = "address"
         if now >= self._say_at:
             self._say_at = float("inf")
-            report.say(f"{report.program}: waiting for {self.vm.name}: {STAGES[self.stage]}")
+            report.say(f"{report.program}: waiting for {self.vm}: {STAGES[self.stage]}")
         if now >= self._deadline:
             raise TimedOut(
-                f"{self.vm.name}: not ready after {now - self._started:.0f} s: "
-                f"waiting for {STAGES[self.stage]}{self.console()}",
+                f"not ready after {now - self._started:.0f} s: waiting for {STAGES[self.stage]}{self.console()}",
                 f"vmWaitTimeout sets the longest wait; its console: {self.vm.console_log}",
+                vm=self.vm,
             )
 
     def tries(self) -> Iterator[float]:
@@ -8294,9 +8300,9 @@ def settle_init(wait: Wait) -> None:
         with contextlib.nullcontext() if vm.is_in_making else FolderLock(vm.folder):  # who makes it holds its lock
             vm.write_conf({"vmInit": kind})
     except FileNotFoundError:
-        raise NotFound(f"{vm.name}: it is gone") from None
+        raise NotFound("it is gone", vm=vm) from None
     if kind == "ssh" and os.path.exists(vm.user_data_file):
-        said = f"{vm.name}: it has no cloud-init, so the user-data that it was given does nothing"
+        said = f"{vm}: it has no cloud-init, so the user-data that it was given does nothing"
         append_line(vm.log_file, said)
         report.warn(said)
 
@@ -8356,8 +8362,9 @@ def wait_cloud_init(wait: Wait) -> None:
         if status == 1:
             lines = [printable(line.strip()) for line in output.splitlines() if line.strip()]
             raise Error(
-                f"{vm.name}: cloud-init failed in it: {' | '.join(lines)[-800:]}",
-                f"vmssh {vm.address_name} gets in; see /var/log/cloud-init-output.log there",
+                f"cloud-init failed in it: {' | '.join(lines)[-800:]}",
+                f"vmssh {vm} gets in; see /var/log/cloud-init-output.log there",
+                vm=vm,
             )
         if status == NOT_YET:
             wait.stage, script = "cloud-init", cloud_init_script(15)
@@ -8370,16 +8377,18 @@ def check_login(vm: VM, status: int, output: str) -> None:
     words = last_line(output)
     if "REMOTE HOST IDENTIFICATION" in output or "Host key verification failed" in words:
         raise Error(
-            f"{vm.name}: its host key is not the one that was planted or pinned",
+            "its host key is not the one that was planted or pinned",
             "destroy it if you can't explain that; --init auto is for templates that may have no cloud-init",
+            vm=vm,
         )
     if "Permission denied" in words and not is_planted(vm):
         raise Error(
-            f"{vm.name}: none of your keys lets {vm.get('vmUser')} in, so its hostname can't be set",
+            f"none of your keys lets {vm.get('vmUser')} in, so its hostname can't be set",
             "put your key into the template, or set vmInit=none in its conf",
+            vm=vm,
         )
     if status not in (255, -1):
-        raise Error(f"{vm.name}: it can't be configured over ssh: {words}")
+        raise Error(f"it can't be configured over ssh: {words}", vm=vm)
 
 
 def hostname_script(name: str) -> str:
@@ -8457,7 +8466,7 @@ def stop_locked(vm: VM, seconds: float) -> bool:
     """What `stop` does, for who holds the VM's lock."""
     state, pid = vm.state()
     if state == "unknown":
-        raise WrongState(f"{vm.name}: can't tell whether it runs: {vm.pid_file}", "stop it as the user who started it")
+        raise WrongState(f"can't tell whether it runs: {vm.pid_file}", "stop it as the user who started it", vm=vm)
     proper = True
     if state == "running":
         with Process(pid) as process:
@@ -8499,7 +8508,7 @@ def pull_the_plug(vm: VM, process: Process) -> None:
             return
         process.signal(number)
     if not process.ended(10.0):
-        raise Error(f"{vm.name}: qemu, process {process.pid}, doesn't end")
+        raise Error(f"qemu, process {process.pid}, doesn't end", vm=vm)
 
 
 def destroy(cloud: Cloud, vm: VM) -> None:
@@ -8508,7 +8517,7 @@ def destroy(cloud: Cloud, vm: VM) -> None:
         return  # another command was faster
     for folder in (vm.folder, os.path.dirname(vm.folder), os.path.dirname(os.path.dirname(vm.folder))):
         if os.path.islink(folder) and folder != cloud.tree.base:
-            raise Error(f"{vm.name}: {folder} is a symlink: nothing behind it is removed", "remove it yourself")
+            raise Error(f"{folder} is a symlink: nothing behind it is removed", "remove it yourself", vm=vm)
     place = os.path.relpath(os.path.realpath(vm.folder), os.path.realpath(cloud.tree.base))
     if vm.is_template or not vm.exists() or place != os.path.join(vm.group, vm.type, vm.name):
         raise WrongState(f"{vm.folder}: that is no clone")
@@ -8551,7 +8560,7 @@ def destroy_all(cloud: Cloud, vms: Sequence[VM], group: str = "") -> list[Error]
                 remove_empty(os.path.join(cloud.tree.base, each, type))
             remove_empty(os.path.join(cloud.tree.base, each))
     # After what mustn't be left: this may fail, on a full disk say.
-    results.append(_attempt(lambda uuids: forget_identity(cloud, uuids), forget))
+    results.append(_attempt(lambda _: forget_identity(cloud, forget), None))
     settle_stopped(cloud, cloud.tree.templates(), wait=0)  # the last clone on an old layer is gone, perhaps
     return [result for result in results if isinstance(result, Error)]
 
@@ -8596,7 +8605,7 @@ class OwnGuest:
             if not self.run("true", said.append, seconds):
                 return
             if any("Permission denied" in line for line in said):
-                raise Error(f"{self.vm.name}: no key lets {self.vm.get('vmUser')} in: {last_line(chr(10).join(said))}")
+                raise Error(f"no key lets {self.vm.get('vmUser')} in: {last_line(chr(10).join(said))}", vm=self.vm)
 
     def run(self, script: str, on_line: Callable[[str], None], seconds: float) -> int:
         """Run a script in it, giving each line that it writes to `on_line`; its status, 255 where ssh failed.
@@ -8608,7 +8617,7 @@ class OwnGuest:
         tied = [*TIE, need_program(words[0]), *words[1:], script]
         status = run_watched(tied, on_line, timeout=seconds, host=self._process)
         if status and not self.vm.is_running():
-            raise WrongState(f"{self.vm.name}: its guest ended in the middle of the work", f"see {self.vm.console_log}")
+            raise WrongState("its guest ended in the middle of the work", f"see {self.vm.console_log}", vm=self.vm)
         return status
 
     def output(self, script: str, seconds: float = 120) -> str:
@@ -8616,7 +8625,7 @@ class OwnGuest:
         lines: list[str] = []
         status = self.run(script, lines.append, seconds)
         if status:
-            raise Error(f"{self.vm.name}: {last_line(chr(10).join(lines)) or describe_status(status)}")
+            raise Error(last_line(chr(10).join(lines)) or describe_status(status), vm=self.vm)
         return "\n".join(lines)
 
     def clean(self) -> None:
@@ -8631,7 +8640,7 @@ class OwnGuest:
             self.layer.arm()
         seconds = max(SHUTDOWN_SECONDS, self.cloud.config.number("vmStopTimeout"))
         if not press_power_button(self.vm, self._process, seconds):
-            raise Error(f"{self.vm.name}: its guest did not shut down within {seconds} s", f"see {self.vm.console_log}")
+            raise Error(f"its guest did not shut down within {seconds} s", f"see {self.vm.console_log}", vm=self.vm)
 
     def __enter__(self) -> OwnGuest:
         return self
@@ -8756,10 +8765,10 @@ def clean_running(cloud: Cloud, template: VM) -> None:
         if reached and cloud.known_hosts.knows(template.get("vmUuid")):
             status, output = ssh_batch(cloud, template, cleaning_script(template), 60)
             if status and is_planted(template):
-                report.warn(f"{template.name}: it keeps what tells it from others: {last_line(output)}")
+                report.warn(f"{template}: it keeps what tells it from others: {last_line(output)}")
             forget_guest(cloud, template)
     except Error as error:
-        report.warn(f"{template.name}: it keeps what tells it from others: {error}")
+        report.warn(f"{template}: it keeps what tells it from others: {error}")
 
 
 # -- upgrades
@@ -8837,7 +8846,8 @@ def upgrade(cloud: Cloud, name: str, seconds: float) -> None:
         with guest:
             upgrade_guest(guest, seconds)
     except Error as error:
-        raise Error(f"{error}; the template is as it was", error.hint, error.status) from None
+        error.text += "; the template is as it was"
+        raise
     finally:
         with FolderLock(template.folder):
             settle(cloud, template)
@@ -8845,22 +8855,22 @@ def upgrade(cloud: Cloud, name: str, seconds: float) -> None:
             if adopted:
                 flatten(cloud, template)
     if not adopted:
-        raise Error(f"{name}: its guest did not end well; the template is as it was", f"see {template.console_log}")
+        raise Error("its guest did not end well; the template is as it was", f"see {template.console_log}", vm=template)
 
 
 def upgrade_guest(guest: OwnGuest, seconds: float) -> None:
     """Find out what it is, upgrade it, and shut it down."""
-    name = guest.vm.name
+    vm = guest.vm
     guest.wait()
     release = parse_os_release(guest.output(OS_RELEASE))
-    script = upgrade_script(name, release)
-    report.say(f"{report.program}: {name}: upgrading {release.get('PRETTY_NAME') or release['ID']}")
+    script = upgrade_script(vm.name, release)
+    report.say(f"{report.program}: {vm}: upgrading {release.get('PRETTY_NAME') or release['ID']}")
     try:
         status = guest.run(script, lambda line: report.say(line.rstrip("\r").rpartition("\r")[2]), seconds)
     except TimedOut:
-        raise TimedOut(f"{name}: no end of the upgrade after {seconds:.0f} s") from None
+        raise TimedOut(f"no end of the upgrade after {seconds:.0f} s", vm=vm) from None
     if status:
-        raise Error(f"{name}: the upgrade failed: {describe_status(status)}")
+        raise Error(f"the upgrade failed: {describe_status(status)}", vm=vm)
     guest.clean()
     guest.shut_down()
 
@@ -8897,7 +8907,7 @@ def copy_disk(source: VM, new: NewTemplate, layered: bool) -> None:
     """The system disk of a VM as that of a new template: one file, or an overlay on what the VM's disk stands on."""
     disk = source.disks()[0] if source.disks() else ""
     if not os.path.exists(disk):
-        raise Error(f"{source.name}: its disk is gone: {disk}", f"see vmDisk in {source.conf_file}")
+        raise Error(f"its disk is gone: {disk}", f"see vmDisk in {source.conf_file}", vm=source)
     format = known_formats(source)[0]
     if not layered:
         check_image_room(new, disk, format)
@@ -8905,7 +8915,7 @@ def copy_disk(source: VM, new: NewTemplate, layered: bool) -> None:
         return
     below = backing_chain([disk]) if format == "qcow2" else []  # what a guest wrote into a raw disk isn't asked
     if not below:
-        raise WrongState(f"{source.name}: its disk stands on no other, there is nothing to share", "leave out --layer")
+        raise WrongState("its disk stands on no other, there is nothing to share", "leave out --layer", vm=source)
     backing = os.path.relpath(below[0], os.path.realpath(new.vm.folder))  # as deep in the tree as where it will lie
     copy_overlay(
         disk, new.disk, backing, image_info(disk, format).get("backing-filename-format") or disk_format(below[0])
@@ -8929,7 +8939,8 @@ def in_new_guest(cloud: Cloud, new: NewTemplate, work: Callable[[OwnGuest], None
         with OwnGuest(cloud, vm).start() as guest:
             work(guest)
     except Error as error:
-        raise Error(str(name_error(vm, error)), "; ".join(filter(None, (error.hint, hint))), error.status) from None
+        error.vm, error.hint = error.vm or vm, "; ".join(filter(None, (error.hint, hint)))
+        raise
     finally:
         forget_identity(cloud, [vm.get("vmUuid")])
         for name in _names(vm.folder):
@@ -9059,8 +9070,7 @@ def start_all(
     with contextlib.ExitStack() as stack:
         for kind in sorted(kinds):
             stack.enter_context(cloud.network(kind).in_use())
-        results = in_parallel(start_one, vms)
-    return [name_error(vm, result) for vm, result in zip(vms, results)]
+        return in_parallel(start_one, vms)
 
 
 def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float, patient: bool = False) -> list[Error]:
@@ -9077,13 +9087,13 @@ def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float, patient: bool = Fa
     except Error:
         pass  # a guest that can't be reached isn't cleaned, but stopped all the same
     longer = patient and 0 < seconds < SHUTDOWN_SECONDS
-    graces = [SHUTDOWN_SECONDS if longer and vm.is_template and runs_on_layer(vm) else seconds for vm in running]
-    results = in_parallel(lambda pair: stop(cloud, *pair), list(zip(running, graces)), workers=len(running) or 1)
-    for grace in dict.fromkeys(graces):
-        pulled = [vm.name for vm, each, result in zip(running, graces, results) if each == grace and result is False]
+    graces = {vm: SHUTDOWN_SECONDS if longer and vm.is_template and runs_on_layer(vm) else seconds for vm in running}
+    results = in_parallel(lambda vm: stop(cloud, vm, graces[vm]), running, workers=len(running) or 1)
+    for grace in dict.fromkeys(graces.values()):
+        pulled = [vm.name for vm, result in zip(running, results) if graces[vm] == grace and result is False]
         if pulled and grace:
             report.warn(f"no shutdown within {grace:.0f} s, switched off: {', '.join(pulled)}")
-    return [name_error(vm, result) for vm, result in zip(running, results) if isinstance(result, Error)]
+    return [result for result in results if isinstance(result, Error)]
 
 
 def wait_all(cloud: Cloud, vms: Sequence[VM], seconds: float) -> list[Error]:
@@ -9101,14 +9111,6 @@ def configure_later(cloud: Cloud, vms: Sequence[VM]) -> None:
     if names:
         environment = {"NOCLOUD_vmBaseDir": cloud.tree.base}
         spawn(own_command("configure", *names), log=os.devnull, cwd="/", env=environment)
-
-
-def configure_now(cloud: Cloud, vms: Sequence[VM], seconds: float) -> None:
-    """Configure VMs over ssh; what fails is written to their logs."""
-    results = in_parallel(lambda vm: wait_ready(Wait(cloud, vm, seconds)), vms, workers=len(vms) or 1)
-    for vm, result in zip(vms, results):
-        if isinstance(result, Error) and vm.exists():
-            append_line(vm.log_file, f"nocloud: not configured: {result}")
 
 
 # Consoles ############################################################################################
@@ -9165,7 +9167,7 @@ def open_screen(vm: VM) -> None:
     wait_for(lambda: child.poll() is not None or has_viewer(vm), VIEWER_SECONDS, 0.1)
     if child.returncode:
         said = last_line(read_tail(log)) or describe_status(child.returncode)
-        raise Error(f"{vm.name}: {argv[0]}: {said}", f"its serial console: vmconsole -s -n {vm.address_name}")
+        raise Error(f"{argv[0]}: {said}", f"its serial console: vmconsole -s -n {vm}", vm=vm)
 
 
 def has_viewer(vm: VM) -> bool:
@@ -9188,12 +9190,11 @@ def open_screens(vms: Sequence[VM]) -> None:
         names = ", ".join(vm.name for vm in shown[:10]) + (" …" if len(shown) > 10 else "")
         report.say(
             f"{report.program}: no display here, no window for {names}: "
-            f"vmconsole -s -n {shown[0].address_name} is its serial console"
+            f"vmconsole -s -n {shown[0]} is its serial console"
         )
         return
-    for vm, result in zip(shown, in_parallel(open_screen, shown)):
-        if isinstance(result, Error):
-            report.warn(f"{name_error(vm, result)}")
+    for error in filter(None, in_parallel(open_screen, shown)):
+        report.warn(str(error))
 
 
 # -- the serial console
@@ -9207,15 +9208,16 @@ def connect_serial(vm: VM) -> socket.socket:
     """The VM's serial line.  qemu serves one client, and the next would wait in silence: so that is asked before."""
     if vm.stranger():
         raise WrongState(
-            f"{vm.name}: nocloud didn't start it, so its serial console isn't at hand",
-            f"vmmanage -n {vm.address_name} is its monitor; started anew, by vm or vmrun -r, it has one",
+            "nocloud didn't start it, so its serial console isn't at hand",
+            f"vmmanage -n {vm} is its monitor; started anew, by vm or vmrun -r, it has one",
+            vm=vm,
         )
     with QMP(vm.folder) as qmp:
         devices = {each["label"]: each["filename"] for each in qmp.execute("query-chardev")}
     if "serial0" not in devices:
-        raise WrongState(f"{vm.name}: it has no serial console", "vmconsole without -s shows its screen")
+        raise WrongState("it has no serial console", "vmconsole without -s shows its screen", vm=vm)
     if not devices["serial0"].startswith("disconnected:"):
-        raise WrongState(f"{vm.name}: its serial console is open elsewhere already", "only one at a time can have it")
+        raise WrongState("its serial console is open elsewhere already", "only one at a time can have it", vm=vm)
     return connect_unix(vm.folder, "serial.sock", 5.0)
 
 
@@ -9226,11 +9228,11 @@ def serial_console(vm: VM) -> None:
         if not session.terminal:
             ended = session.join()
         else:
-            report.say(f"{report.program}: the serial console of {vm.name}; Ctrl-] leaves")
+            report.say(f"{report.program}: the serial console of {vm}; Ctrl-] leaves")
             ended = in_raw_mode(session.join)
             report.say("")
     if ended:
-        report.say(f"{report.program}: {vm.name} has ended")
+        report.say(f"{report.program}: {vm} has ended")
 
 
 def in_raw_mode(work: Callable[[], bool]) -> bool:
@@ -9340,7 +9342,7 @@ def monitor_command(vm: VM, line: str) -> None:
             return
         raise
     if is_refusal(answer):
-        raise Error(f"{vm.name}: {'; '.join(answer.splitlines())}", f"vmmanage -n {vm.address_name} help")
+        raise Error("; ".join(answer.splitlines()), f"vmmanage -n {vm} help", vm=vm)
     if answer:
         report.data(answer)
 
@@ -9350,13 +9352,13 @@ def monitor_session(vm: VM) -> int:
     status = EXIT_DONE
     terminal = os.isatty(0)
     if terminal:
-        report.say(f"{report.program}: qemu's monitor of {vm.name}; Ctrl-D leaves, `quit` switches {vm.name} off")
+        report.say(f"{report.program}: qemu's monitor of {vm}; Ctrl-D leaves, `quit` switches {vm} off")
     with LineEditing(vm, terminal):
         for line in monitor_lines("(qemu) " if terminal else ""):
             try:
                 monitor_command(vm, line)
             except QMPClosed:
-                report.say(f"{report.program}: {vm.name} has ended")
+                report.say(f"{report.program}: {vm} has ended")
                 break
             except Error as error:
                 status = EXIT_FAILED
@@ -9702,8 +9704,7 @@ class Supervisor:
         if self._members.get(member.vm.folder) is not member or cancellation.requested:
             return
         if result:
-            reason = str(result).partition(f"{member.vm.name}: ")[2] or result
-            report.log(f"{member.vm.name} is not ready: {reason}")
+            report.log(f"{member.vm.name} is not ready: {result.text}")
         else:
             member.ready = True
             report.log(f"{member.vm.name} is ready")
@@ -11602,7 +11603,7 @@ def boot_iso(cloud: Cloud, vm: VM, iso: str, keep: bool) -> int:
         if not keep:
             delete_template(cloud, vm.name)
         raise error
-    report.say(f"{report.program}: {vm.name} boots {iso}; when it is done: vmstop -n {vm.address_name}")
+    report.say(f"{report.program}: {vm} boots {iso}; when it is done: vmstop -n {vm}")
     open_screens([vm])
     return EXIT_DONE
 
@@ -11826,7 +11827,7 @@ def running_vm(cloud: Cloud, words: str, group: str | None = None, type: str | N
     vm = cloud.tree.need(words, group, type, first=VM.is_running, address_of=lambda vm: address_of(cloud, vm))
     state, _ = vm.state()
     if state != "running":
-        raise WrongState(f"{vm.name}: it is not running", f"vmrunning -a shows its state: {state}")
+        raise WrongState("it is not running", f"vmrunning -a shows its state: {state}", vm=vm)
     return vm
 
 
@@ -11896,9 +11897,9 @@ def cmd_vm(config: Config, args: argparse.Namespace, words: list[str]) -> int:
             if error:
                 raise error
         elif iso:
-            raise WrongState(f"{vm.name}: it runs already, without that ISO", f"vmstop -n {vm.address_name} stops it")
+            raise WrongState("it runs already, without that ISO", f"vmstop -n {vm} stops it", vm=vm)
         elif args.gui and not screen_of(vm):
-            raise WrongState(f"{vm.name}: it runs without a screen", f"vmconsole -s -n {vm.address_name}")
+            raise WrongState("it runs without a screen", f"vmconsole -s -n {vm}", vm=vm)
         if args.gui:
             open_screens([vm])
         else:
@@ -12148,7 +12149,9 @@ def cmd_configure(config: Config, args: argparse.Namespace, words: list[str]) ->
         vms = [vm for name in words for vm in cloud.tree.find(name) if vm.is_readable()]
         for kind in {cloud.network_kind(vm) for vm in vms}:
             cloud.network(kind).open()  # before there are threads
-        configure_now(cloud, vms, config.number("vmWaitTimeout"))
+        for error in wait_all(cloud, vms, config.number("vmWaitTimeout")):
+            if error.vm.exists():
+                append_line(error.vm.log_file, f"nocloud: not configured: {error}")
     return EXIT_DONE
 
 

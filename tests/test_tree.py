@@ -389,3 +389,41 @@ def test_a_killed_commands_leavings_are_swept(cloud: Cloud) -> None:
     nocloud.sweep(tree, "pf")
     assert not (cloud.base / "pf/web/.new-web01").exists()
     assert keep.is_dir() and (cloud.base / "pf/web/web00").is_dir()
+
+
+# Messages ############################################################################################
+
+
+def test_a_message_names_a_vm_as_shortly_as_a_command_finds_it(tree: nocloud.Tree, tmp_path: Path) -> None:
+    add(tmp_path, "pf/sql/web01")
+    add(tmp_path, "templates/web")
+    named = {vm.address_name: str(vm) for vm in tree.vms()}
+    assert named == {
+        "pf/sql/db00": "pf/db00",
+        "pf/sql/web01": "pf/sql/web01",
+        "pf/web/web00": "pf/web00",
+        "pf/web/web01": "pf/web/web01",
+        "two/web/web": "two/web",
+        "two/web/web00": "two/web00",
+        "two/x/DB00": "two/DB00",
+        "templates/debian12": "debian12",
+        "templates/web": "templates/web",
+    }
+    for full, short in named.items():
+        assert tree.need(short).address_name == full
+    assert [str(vm) for vm in tree.unfinished()] == ["web02"]
+    assert str(nocloud.VM(str(tmp_path / "nothing"), "g", "t", "web00")) == "web00"
+
+
+def test_an_error_carries_its_vm(tree: nocloud.Tree) -> None:
+    def work(vm: nocloud.VM) -> None:
+        if vm.name == "web01":
+            raise nocloud.TimedOut("too slow", "wait", vm=vm)
+        if vm.name == "db00":
+            raise OSError(28, "No space left on device", "/x")
+
+    errors = nocloud.in_parallel(work, list(tree.vms("pf")))
+    assert [str(error) for error in errors] == ["pf/db00: /x: No space left on device", "None", "web01: too slow"]
+    assert [error.text for error in errors if error] == ["/x: No space left on device", "too slow"]
+    assert errors[2].vm.address_name == "pf/web/web01" and errors[2].hint == "wait"
+    assert str(nocloud.Error("as it is")) == "as it is"
