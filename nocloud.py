@@ -7948,14 +7948,6 @@ def make_clones(cloud: Cloud, group: str, wishes: Sequence[Wish]) -> list[VM | E
     return made
 
 
-def publish(cloud: Cloud, vms: Sequence[VM]) -> list[Error | None]:
-    """Make names resolve and host keys known, for these VMs; for each None, or why that can't be."""
-    problem = _attempt(lambda _: publish_keys(cloud, vms), None)  # one file has the keys of all
-    if problem:
-        return [Error(problem.text, problem.hint, problem.status, vm) for vm in vms]
-    return [_attempt(lambda vm: cloud.network_of(vm).publish(vm), vm) for vm in vms]
-
-
 def publish_keys(cloud: Cloud, vms: Sequence[VM]) -> None:
     """Make the planted host keys of these VMs known."""
     lines = {vm.get("vmUuid"): (vm.get("vmAddress"), read_text(vm.host_key + ".pub")) for vm in vms if is_planted(vm)}
@@ -8768,7 +8760,7 @@ def clean_running(cloud: Cloud, template: VM) -> None:
                 report.warn(f"{template}: it keeps what tells it from others: {last_line(output)}")
             forget_guest(cloud, template)
     except Error as error:
-        report.warn(f"{template}: it keeps what tells it from others: {error}")
+        report.warn(f"{template}: it keeps what tells it from others: {error.text}")
 
 
 # -- upgrades
@@ -9041,11 +9033,14 @@ def instantiate(
     made = make_clones(cloud, group, wishes)
     errors = [result for result in made if isinstance(result, Error)]
     vms = [result for result in made if isinstance(result, VM)]
-    problems = dict(zip(vms, publish(cloud, vms)))
-    sound = [vm for vm in vms if not problems[vm]]
-    problems.update(zip(sound, start_all(cloud, sound, started)))
-    errors += [error for error in problems.values() if error]
-    failed = [vm for vm, error in problems.items() if error and not vm.is_running()]  # by another command, perhaps
+    problem = _attempt(lambda _: publish_keys(cloud, vms), None)  # one file has the keys of all
+    results: list[Error | None]
+    if problem:
+        results = [Error(problem.text, problem.hint, problem.status, vm) for vm in vms]
+    else:
+        results = start_all(cloud, vms, started)
+    errors += filter(None, results)
+    failed = [vm for vm, error in zip(vms, results) if error and not vm.is_running()]  # by another command, perhaps
     if failed:
         errors += destroy_all(cloud, failed)
     return [vm for vm in vms if vm not in failed], errors
