@@ -1575,6 +1575,21 @@ def remove_tree(folder: str) -> None:
         pass
 
 
+def remove_vm(vm: VM) -> None:
+    """Remove a VM's folder, for who holds its lock: it is no VM any more before the first file is gone."""
+    doomed = os.path.join(os.path.dirname(vm.folder), REMOVING + vm.name)
+    remove_tree(doomed)  # a killed command's
+    os.rename(vm.folder, doomed)
+    remove_tree(doomed)
+
+
+def remove_if_empty(tree: Tree, group: str) -> None:
+    """Remove a group's folder, and those of its types, where nothing is in them."""
+    for type in tree.types(group):
+        remove_empty(os.path.join(tree.base, group, type))
+    remove_empty(os.path.join(tree.base, group))
+
+
 def backing_chain(disks: Sequence[str]) -> list[str]:
     """The real paths of the files under these qcow2 disks, read from their headers.
 
@@ -7361,11 +7376,7 @@ def delete_template(cloud: Cloud, name: str) -> None:
             raise WrongState("the template is running", f"vmstop -n {template}", vm=template)
         if os.path.islink(template.folder):
             raise Error(f"{template.folder} is a symlink: nothing behind it is removed", "remove it yourself")
-        doomed = os.path.join(os.path.dirname(template.folder), REMOVING + name)
-        if os.path.isdir(doomed):
-            remove_tree(doomed)
-        os.rename(template.folder, doomed)
-        remove_tree(doomed)
+        remove_vm(template)
     remove_empty(os.path.dirname(template.folder))
 
 
@@ -7877,7 +7888,7 @@ class Making:
     """The clones that this command makes: their folders are locked while it lives, and gone if it fails."""
 
     def __init__(self, cloud: Cloud, group: str, wishes: Sequence[Wish]) -> None:
-        self.cloud = cloud
+        self.cloud, self.group = cloud, group
         self.plans: list[Plan] = []
         try:
             self.strangers = reserve(cloud, group, wishes, self.plans)
@@ -7920,9 +7931,7 @@ class Making:
                 plan.lock.release()
         self.cloud.network("bridge").withdraw([plan.uuid for plan in failed])  # an address was held for each
         with self.cloud.tree.lock():
-            for plan in self.plans:
-                remove_empty(os.path.dirname(plan.vm.folder))
-                remove_empty(os.path.join(self.cloud.tree.base, plan.vm.group))
+            remove_if_empty(self.cloud.tree, self.group)
 
 
 def make_clones(cloud: Cloud, group: str, wishes: Sequence[Wish]) -> list[VM | Error]:
@@ -8513,14 +8522,10 @@ def destroy(cloud: Cloud, vm: VM) -> None:
     place = os.path.relpath(os.path.realpath(vm.folder), os.path.realpath(cloud.tree.base))
     if vm.is_template or not vm.exists() or place != os.path.join(vm.group, vm.type, vm.name):
         raise WrongState(f"{vm.folder}: that is no clone")
-    doomed = os.path.join(os.path.dirname(vm.folder), f"{REMOVING}{vm.name}")
     try:
         with FolderLock(vm.folder):
             stop_locked(vm, 0)
-            if os.path.isdir(doomed):
-                remove_tree(doomed)
-            os.rename(vm.folder, doomed)
-            remove_tree(doomed)
+            remove_vm(vm)
     except FileNotFoundError:
         if os.path.lexists(vm.folder):
             raise
@@ -8548,9 +8553,7 @@ def destroy_all(cloud: Cloud, vms: Sequence[VM], group: str = "") -> list[Error]
     with cloud.tree.lock():
         for each in {vm.group for vm in vms} | ({group} & set(cloud.tree.groups())):
             sweep(cloud.tree, each)
-            for type in cloud.tree.types(each):
-                remove_empty(os.path.join(cloud.tree.base, each, type))
-            remove_empty(os.path.join(cloud.tree.base, each))
+            remove_if_empty(cloud.tree, each)
     # After what mustn't be left: this may fail, on a full disk say.
     results.append(_attempt(lambda _: forget_identity(cloud, forget), None))
     settle_stopped(cloud, cloud.tree.templates(), wait=0)  # the last clone on an old layer is gone, perhaps
@@ -9495,9 +9498,7 @@ class Manager:
                 remove_file(os.path.join(self.folder, name))
             os.close(self._fd)
             self.tree.managed = ""
-            for type in self.tree.types(self.group):
-                remove_empty(os.path.join(self.folder, type))
-            remove_empty(self.folder)
+            remove_if_empty(self.tree, self.group)
 
 
 class Wakeup:
