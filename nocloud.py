@@ -8573,18 +8573,13 @@ class OwnGuest:
     """
 
     def __init__(self, cloud: Cloud, vm: VM, layer: Layer | None = None) -> None:
+        """Boot it.  The caller holds the VM's lock, and has seen that it is stopped."""
         self.cloud, self.vm, self.layer = cloud, vm, layer
         self.keys = ssh_key_options(is_planted(vm))
-        self._process: Process | None = None
-
-    def start(self) -> OwnGuest:
-        """Boot it.  The caller holds the VM's lock, and has seen that it is stopped."""
-        cloud, vm = self.cloud, self.vm
         give_identity(cloud, vm)
         with cloud.network_of(vm).in_use():
-            start_locked(cloud, vm, self.layer, tied=True)
+            start_locked(cloud, vm, layer, tied=True)
         self._process = Process(vm.state()[1])
-        return self
 
     def wait(self, until: Callable[[Wait], None] = wait_ready) -> Wait:
         """Return when it is ready for what is to be done in it, and its host key is known."""
@@ -8619,9 +8614,10 @@ class OwnGuest:
         """What a script says in it.  Raises Error where its status isn't 0."""
         lines: list[str] = []
         status = self.run(script, lines.append, seconds)
+        said = "\n".join(lines)
         if status:
-            raise Error(last_line(chr(10).join(lines)) or describe_status(status), vm=self.vm)
-        return "\n".join(lines)
+            raise Error(last_line(said) or describe_status(status), vm=self.vm)
+        return said
 
     def clean(self) -> None:
         """Take out what a clone must not inherit."""
@@ -8630,7 +8626,6 @@ class OwnGuest:
 
     def shut_down(self) -> None:
         """End it properly; from now on that makes its layer count.  Raises Error where it doesn't end in time."""
-        assert self._process
         if self.layer:
             self.layer.arm()
         seconds = max(SHUTDOWN_SECONDS, self.cloud.config.number("vmStopTimeout"))
@@ -8641,10 +8636,9 @@ class OwnGuest:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._process:
-            with self._process as process:
-                if not process.ended():
-                    pull_the_plug(self.vm, process)
+        with self._process as process:
+            if not process.ended():
+                pull_the_plug(self.vm, process)
         remove_runtime_files(self.vm)
 
 
@@ -8833,7 +8827,7 @@ def upgrade(cloud: Cloud, name: str, seconds: float) -> None:
         need_stopped(cloud, template)
         layer = new_layer(template)
         try:
-            guest = OwnGuest(cloud, template, layer).start()
+            guest = OwnGuest(cloud, template, layer)
         except BaseException:
             layer.remove()
             raise
@@ -8931,7 +8925,7 @@ def in_new_guest(cloud: Cloud, new: NewTemplate, work: Callable[[OwnGuest], None
     vm = new.vm
     vm.write_conf({"vmUuid": new_identity(set())[0]})
     try:
-        with OwnGuest(cloud, vm).start() as guest:
+        with OwnGuest(cloud, vm) as guest:
             work(guest)
     except Error as error:
         error.vm, error.hint = error.vm or vm, "; ".join(filter(None, (error.hint, hint)))
@@ -11576,7 +11570,15 @@ def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> in
             warn_of_memory(int(settings["vmMem"]))
             gigabytes = args.disk or config.number("vmCreateDiskSize")
             vm = template_for_installer(cloud, args.name, gigabytes, settings)
-        return boot_iso(cloud, vm, iso, keep=args.adjust) if iso else EXIT_DONE
+        if iso:
+            error = start_all(cloud, [vm], iso=iso, gui=True)[0]
+            if error:
+                if not args.adjust:
+                    delete_template(cloud, vm.name)
+                raise error
+            report.say(f"{report.program}: {vm} boots {iso}; when it is done: vmstop -n {vm}")
+            open_screens([vm])
+    return EXIT_DONE
 
 
 def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, iso: str) -> VM:
@@ -11590,18 +11592,6 @@ def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, iso: str) -> VM:
         check_no_clones(cloud, vm)  # what boots from the ISO may write to the disk
     adjust(cloud, vm, changes, args.disk or 0)
     return vm
-
-
-def boot_iso(cloud: Cloud, vm: VM, iso: str, keep: bool) -> int:
-    """Start a VM from an ISO, with a screen; one that doesn't start is removed, unless it is to be kept."""
-    error = start_all(cloud, [vm], iso=iso, gui=True)[0]
-    if error:
-        if not keep:
-            delete_template(cloud, vm.name)
-        raise error
-    report.say(f"{report.program}: {vm} boots {iso}; when it is done: vmstop -n {vm}")
-    open_screens([vm])
-    return EXIT_DONE
 
 
 @command(
