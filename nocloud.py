@@ -1391,26 +1391,29 @@ class Tree:
     def types(self, group: str) -> list[str]:
         return _folders(os.path.join(self.base, group))
 
-    def vms(self, group: str = "", type: str = "") -> Iterator[VM]:
-        """The VMs of the tree that have a conf, templates last, else by group, type and name."""
+    def vms(self, group: str = "", type: str = "", name: str = "") -> Iterator[VM]:
+        """The VMs of the tree that have a conf, templates last, else by group, type and name.
+
+        `name`, in small letters: only those that are called so, in whatever case.
+        """
         for each in [group] if group else [*self.groups(), TEMPLATES]:
             if each == TEMPLATES:
                 if not type:
-                    yield from self.templates()
+                    yield from self.templates(name)
                 continue
             for kind in [type] if type else self.types(each):
-                for name in _folders(os.path.join(self.base, each, kind)):
-                    vm = VM(self.base, each, kind, name)
-                    if vm.exists():
+                for folder in _folders(os.path.join(self.base, each, kind)):
+                    vm = VM(self.base, each, kind, folder)
+                    if name in ("", folder.lower()) and vm.exists():
                         yield vm
 
     def running(self, group: str = "", type: str = "") -> Iterator[VM]:
         return (vm for vm in self.vms(group, type) if vm.is_running())
 
-    def templates(self) -> Iterator[VM]:
-        for name in _folders(os.path.join(self.base, TEMPLATES)):
-            vm = self.template(name)
-            if vm.exists():
+    def templates(self, name: str = "") -> Iterator[VM]:
+        for folder in _folders(os.path.join(self.base, TEMPLATES)):
+            vm = self.template(folder)
+            if name in ("", folder.lower()) and vm.exists():
                 yield vm
 
     def template(self, name: str) -> VM:
@@ -1437,16 +1440,8 @@ class Tree:
         parts = words.split("/")
         if len(parts) > 3 or not all(parts) or any(part in (".", "..") for part in parts):
             return []
-        name, group = parts[-1].lower(), parts[0] if len(parts) > 1 else ""
-        type = parts[1] if len(parts) == 3 else ""
-        return [vm for vm in self._named(name, group, type) if vm.exists()]
-
-    def _named(self, name: str, group: str, type: str) -> Iterator[VM]:
-        for each in [group] if group else [*self.groups(), TEMPLATES]:
-            for kind in [""] if each == TEMPLATES else [type] if type else self.types(each):
-                for entry in _folders(os.path.join(self.base, each, kind)):
-                    if entry.lower() == name:
-                        yield VM(self.base, each, kind, entry)
+        group, type = parts[0] if len(parts) > 1 else "", parts[1] if len(parts) == 3 else ""
+        return list(self.vms(group, type, parts[-1].lower()))
 
     def need(
         self,
@@ -7967,12 +7962,8 @@ def publish_keys(cloud: Cloud, vms: Sequence[VM]) -> None:
 # -- starting
 
 
-RUNTIME_FILES = (
-    "qmp.sock",
-    "serial.sock",
-    RECORD_SOCKET,
-    *(f"{screen}.sock" for screen in SCREENS),
-)  # and the pidfile; the credentials stay, for whoever starts it by hand
+# And the pidfile.  The credentials stay, for whoever starts it by hand.
+RUNTIME_FILES = ("qmp.sock", "serial.sock", RECORD_SOCKET, *(f"{screen}.sock" for screen in SCREENS))
 
 
 def start(cloud: Cloud, vm: VM, *, iso: str = "", gui: bool = False) -> None:
