@@ -8239,28 +8239,26 @@ def wait_ssh(wait: Wait) -> None:
                 return
 
 
-def stage_of_port(network: Network, address: str, seconds: float, port: int = 22) -> str:
+def stage_of_port(network: Network, address: str, seconds: float) -> str:
     """The stage that a try to connect shows: silence (`address`), an answer (`ssh`), an SSH banner (`configured`)."""
-    import errno
     import select
 
-    connection = network.socket()
-    try:
+    stage = "address"
+    with network.socket() as connection:
         connection.settimeout(seconds)
         try:
-            connection.connect((address, port))
-        except OSError as error:
-            return "ssh" if error.errno in (errno.ECONNREFUSED, errno.ECONNRESET) else "address"
-        poll = select.poll()
-        poll.register(connection, select.POLLIN)
-        # An emulated guest takes its time, and each try that is given up costs it more.
-        if not wait_for(lambda: bool(poll.poll(250)), 15.0, 0):
+            connection.connect((address, 22))
+            stage = "ssh"
+            poll = select.poll()
+            poll.register(connection, select.POLLIN)
+            # An emulated guest takes its time, and each try that is given up costs it more.
+            if wait_for(lambda: bool(poll.poll(250)), 15.0, 0) and connection.recv(4) == b"SSH-":
+                stage = "configured"
+        except (ConnectionRefusedError, ConnectionResetError):
             return "ssh"
-        return "configured" if connection.recv(4) == b"SSH-" else "ssh"
-    except OSError:
-        return "ssh"
-    finally:
-        connection.close()
+        except OSError:
+            pass  # it shows what it has come to
+    return stage
 
 
 def wait_ready(wait: Wait) -> None:
@@ -12907,7 +12905,6 @@ def cmd_man(config: Config, args: argparse.Namespace, words: list[str]) -> int:
 )
 def cmd_setup(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """install this program on the host, as `make install` does"""
-    no_more(words)
     exclusive(args, "check", "undo")
     root = os.path.abspath(args.destdir) if args.destdir else ""
     if not root and os.geteuid() != 0:
