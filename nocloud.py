@@ -79,15 +79,21 @@ if not TYPE_CHECKING:
 
 
 class Error(Exception):
-    """Something that could not be done, told in one line; `hint` is the one line that says what to do."""
+    """Something that could not be done, told in one line; `hint` is the one line that says what to do.
+
+    `vm`: the VM that it is about, whose name comes before the text.
+    """
 
     status = EXIT_FAILED
 
-    def __init__(self, text: str, hint: str = "", status: int | None = None) -> None:
+    def __init__(self, text: str, hint: str = "", status: int | None = None, vm: Any = None) -> None:
         super().__init__(text)
-        self.hint = hint
+        self.text, self.hint, self.vm = text, hint, vm
         if status is not None:
             self.status = status
+
+    def __str__(self) -> str:
+        return f"{self.vm}: {self.text}" if self.vm else self.text
 
 
 class UsageError(Error):
@@ -460,7 +466,7 @@ def wait_for(ready: Callable[[], bool], seconds: float, interval: float = 0.02) 
 def in_parallel(work: Callable[[Any], Any], items: Sequence[Any], workers: int = 0) -> list[Any]:
     """`work(item)` for each item at once; the results in order, an Error as the result of the item that raised it.
 
-    Anything else that is raised is a defect and goes on to the caller.
+    The items are VMs: an Error carries its own.  Anything else that is raised is a defect and goes on to the caller.
     """
     if len(items) < 2:
         return [_attempt(work, item) for item in items]
@@ -480,10 +486,10 @@ def in_parallel(work: Callable[[Any], Any], items: Sequence[Any], workers: int =
 def _attempt(work: Callable[[Any], Any], item: Any) -> Any:
     try:
         return work(item)
-    except Error as error:
+    except (Error, OSError) as raised:
+        error = error_from_os(raised) if isinstance(raised, OSError) else raised
+        error.vm = error.vm or item
         return error
-    except OSError as error:
-        return error_from_os(error)
 
 
 def error_from_os(error: OSError) -> Error:
@@ -1054,6 +1060,16 @@ class VM:
         self.folder = folder or os.path.join(tree.base, group, type, name)
         self._conf: dict[str, str] | None = None
 
+    def __str__(self) -> str:
+        """How messages name it: NAME, or where others are called so GROUP/NAME, or GROUP/TYPE/NAME.
+
+        Each command finds it by that.  The tree is asked, so this is for a message, not for a list of all VMs.
+        """
+        others = [vm for vm in self.tree.find(self.name) if vm.address_name != self.address_name]
+        if any(vm.group == self.group for vm in others):
+            return self.address_name
+        return f"{self.group}/{self.name}" if others else self.name
+
     @property
     def base(self) -> str:
         """vmBaseDir, which its conf names disks relative to."""
@@ -1129,7 +1145,7 @@ class VM:
                 reason = untrusted(self.conf_file, os.fstat(file.fileno()))
                 text = file.read(1 << 20)
         except FileNotFoundError:
-            raise NotFound(f"{self.name}: its conf is gone: {self.conf_file}") from None
+            raise NotFound(f"its conf is gone: {self.conf_file}", vm=self) from None
         except OSError as error:
             raise error_from_os(error) from None
         if reason:
@@ -1359,26 +1375,29 @@ class Tree:
     def types(self, group: str) -> list[str]:
         return _folders(os.path.join(self.base, group))
 
-    def vms(self, group: str = "", type: str = "") -> Iterator[VM]:
-        """The VMs of the tree that have a conf, templates last, else by group, type and name."""
+    def vms(self, group: str = "", type: str = "", name: str = "") -> Iterator[VM]:
+        """The VMs of the tree that have a conf, templates last, else by group, type and name.
+
+        `name`, in small letters: only those that are called so, in whatever case.
+        """
         for each in [group] if group else [*self.groups(), TEMPLATES]:
             if each == TEMPLATES:
                 if not type:
-                    yield from self.templates()
+                    yield from self.templates(name)
                 continue
             for kind in [type] if type else self.types(each):
-                for name in _folders(os.path.join(self.base, each, kind)):
-                    vm = VM(self, each, kind, name)
-                    if vm.exists():
+                for folder in _folders(os.path.join(self.base, each, kind)):
+                    vm = VM(self, each, kind, folder)
+                    if name in ("", folder.lower()) and vm.exists():
                         yield vm
 
     def running(self, group: str = "", type: str = "") -> Iterator[VM]:
         return (vm for vm in self.vms(group, type) if vm.is_running())
 
-    def templates(self) -> Iterator[VM]:
-        for name in _folders(os.path.join(self.base, TEMPLATES)):
-            vm = self.template(name)
-            if vm.exists():
+    def templates(self, name: str = "") -> Iterator[VM]:
+        for folder in _folders(os.path.join(self.base, TEMPLATES)):
+            vm = self.template(folder)
+            if name in ("", folder.lower()) and vm.exists():
                 yield vm
 
     def template(self, name: str) -> VM:
@@ -1388,10 +1407,7 @@ class Tree:
         template = self.template(name)
         if name not in _folders(os.path.join(self.base, TEMPLATES)) or not template.exists():
             check_name("template", name)  # one that bash made is called as it is
-            names = [each.name for each in self.templates()]
-            near = nearest(name, names)
-            hint = f"did you mean {near}?" if near else "vmtemplate --list shows what is there"
-            raise NotFound(f"{name}: no such template", hint)
+            raise no_such("template", name, [each.name for each in self.templates()], TEMPLATES_HINT)
         return template
 
     def unfinished(self) -> Iterator[VM]:
@@ -1408,35 +1424,51 @@ class Tree:
         parts = words.split("/")
         if len(parts) > 3 or not all(parts) or any(part in (".", "..") for part in parts):
             return []
-        name, group = parts[-1].lower(), parts[0] if len(parts) > 1 else ""
-        type = parts[1] if len(parts) == 3 else ""
-        return [vm for vm in self._named(name, group, type) if vm.exists()]
+        group, type = parts[0] if len(parts) > 1 else "", parts[1] if len(parts) == 3 else ""
+        return list(self.vms(group, type, parts[-1].lower()))
 
-    def _named(self, name: str, group: str, type: str) -> Iterator[VM]:
-        for each in [group] if group else [*self.groups(), TEMPLATES]:
-            for kind in [""] if each == TEMPLATES else [type] if type else self.types(each):
-                for entry in _folders(os.path.join(self.base, each, kind)):
-                    if entry.lower() == name:
-                        yield VM(self, each, kind, entry)
+    def need(
+        self,
+        words: str,
+        group: str | None = None,
+        type: str | None = None,
+        *,
+        first: Callable[[VM], bool] | None = None,
+        address_of: Callable[[VM], str] | None = None,
+    ) -> VM:
+        """The one VM that a command's words mean.  Every command about a VM asks here, so all go by these rules.
 
-    def need(self, words: str) -> VM:
-        """The one VM that `words` mean.  Raises NotFound where there is none, or several."""
-        found = self.find(words)
-        if len(found) == 1:
-            return found[0]
-        if found:
-            names = ", ".join(vm.address_name for vm in found)
+        `words` are NAME, GROUP/NAME or GROUP/TYPE/NAME, compared without case, or the address of a VM that runs, where
+        `address_of` tells that.  `group` and `type`, the options -g and -t, leave out what is elsewhere.  Where several
+        fit, only those count that `first` chooses, if there are any: running ones for what is done to running VMs,
+        templates for what is mostly done to templates.  Without `first` no guess is made: it may be destroyed.
+        Raises NotFound: where none fits with the nearest name, where several do with all their names.
+        """
+        if address_of and re.fullmatch(r"[0-9]+(\.[0-9]+){3}", words):
+            found = [vm for vm in self.running() if address_of(vm) == words]
+        else:
+            found = self.find(words)
+        fit = [vm for vm in found if group in (None, vm.group) and type in (None, vm.type)]
+        if first and len(fit) > 1:
+            fit = [vm for vm in fit if first(vm)] or fit
+        if len(fit) == 1:
+            return fit[0]
+        if fit:
+            names = ", ".join(vm.address_name for vm in fit)
             raise NotFound(f"{words}: several VMs are called so: {names}", "name the group too: GROUP/NAME")
-        near = nearest(words, [vm.name for vm in self.vms()])
-        raise NotFound(f"{words}: no such VM", f"did you mean {near}?" if near else "vmrunning -a lists them")
+        if group == TEMPLATES and not type:
+            raise no_such("template", words, [each.name for each in self.templates()], TEMPLATES_HINT)
+        place = f" in {'/'.join(filter(None, (group, type)))}" if group else f" of type {type}" if type else ""
+        if found:
+            raise NotFound(f"{words}: no such VM{place}", f"did you mean {found[0].address_name}?")
+        raise no_such(f"VM{place}", words, [vm.name for vm in self.vms(group or "", type or "")], VMS_HINT)
 
     def need_group(self, group: str) -> None:
         """Raise NotFound, with the nearest name, where the group isn't there."""
         if not group:
             raise UsageError("the group name is empty", "vmrunning -a lists the groups")
         if group != TEMPLATES and group not in self.groups():
-            near = nearest(group, self.groups())
-            raise NotFound(f"{group}: no such group", f"did you mean {near}?" if near else "vmrunning -a lists them")
+            raise no_such("group", group, self.groups(), VMS_HINT)
 
     def clones(self, template: VM) -> list[VM]:
         """The VMs and templates, finished or not, whose disk stands on one in the template's folder, old or new."""
@@ -1453,6 +1485,15 @@ class Tree:
             except (Error, OSError):
                 continue  # a conf that can't be read names no template
         return found
+
+
+VMS_HINT, TEMPLATES_HINT = "vmrunning -a lists them", "vmtemplate --list shows what is there"
+
+
+def no_such(kind: str, name: str, names: Iterable[str], hint: str) -> NotFound:
+    """The error for a name that there isn't; the nearest of `names` is its hint, else `hint`."""
+    near = nearest(name, names)
+    return NotFound(f"{name}: no such {kind}", f"did you mean {near}?" if near else hint)
 
 
 def _names(path: str) -> list[str]:
@@ -1511,6 +1552,21 @@ def remove_tree(folder: str) -> None:
         shutil.rmtree(folder)
     except FileNotFoundError:
         pass
+
+
+def remove_vm(vm: VM) -> None:
+    """Remove a VM's folder, for who holds its lock: it is no VM any more before the first file is gone."""
+    doomed = os.path.join(os.path.dirname(vm.folder), REMOVING + vm.name)
+    remove_tree(doomed)  # a killed command's
+    os.rename(vm.folder, doomed)
+    remove_tree(doomed)
+
+
+def remove_if_empty(tree: Tree, group: str) -> None:
+    """Remove a group's folder, and those of its types, where nothing is in them."""
+    for type in tree.types(group):
+        remove_empty(os.path.join(tree.base, group, type))
+    remove_empty(os.path.join(tree.base, group))
 
 
 def backing_chain(disks: Sequence[str]) -> list[str]:
@@ -1759,11 +1815,15 @@ def spawn(
     """
     import subprocess
 
+    class Child(subprocess.Popen[bytes]):
+        def __del__(self) -> None:
+            """It lives on: no warning about that."""
+
     words = traced(argv)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
     output = os.open(log, flags, 0o600) if isinstance(log, str) else os.dup(log)
     try:
-        return subprocess.Popen(
+        return Child(
             words,
             stdin=subprocess.DEVNULL if stdin is None else stdin,
             stdout=output,
@@ -2594,7 +2654,7 @@ def connect_foreign(process: QemuProcess, vm: VM, seconds: float) -> QMP:
         connection = connect_monitor(process, vm, address, seconds)
         if connection:
             return (QMP if kind == "control" else HMP)("", seconds, connection=connection)
-    raise QMPClosed(f"{vm.name}: nocloud didn't start it, and its qemu has no monitor to talk to")
+    raise QMPClosed("nocloud didn't start it, and its qemu has no monitor to talk to", vm=vm)
 
 
 def monitors(process: QemuProcess) -> Iterator[tuple[str, dict[str, str]]]:
@@ -3020,7 +3080,6 @@ def start_daemon(argv: Sequence[str], fds: Sequence[int]) -> None:
     if wait_for(lambda: child.poll() is not None, 0.02, 0.005) and child.returncode:
         program = argv[argv.index("--") + 1] if "--" in argv else argv[0]  # after nsenter's own words
         raise Error(f"{os.path.basename(program)}: {last_line(said) or describe_status(child.returncode)}")
-    child.returncode = 0  # it lives on: no warning about that
 
 
 def dnsmasq_argv(interface: str, hosts: HostFiles, *words: str) -> list[str]:
@@ -3191,6 +3250,7 @@ class PrivateNetwork(Network):
         self.tree = tree
         self.folder = os.path.join(tree.base, ".net")
         self.hosts = HostFiles(self.folder)
+        self.used = False  # this command may leave it without a VM, and ends it then
         self._gate: Gate | None = None
         self._spaces: Namespaces | None = None
 
@@ -3250,6 +3310,7 @@ class PrivateNetwork(Network):
         """The folder's lock, held shared.  Another command may have ended the network that we know and made it anew."""
         import contextlib
 
+        self.used = True
         stack = contextlib.ExitStack()
         while True:
             stack.enter_context(FolderLock(self.folder, shared=True, make=True))
@@ -3273,6 +3334,7 @@ class PrivateNetwork(Network):
 
     def up(self, keep: bool = False) -> None:
         """Bring up what isn't up.  `keep`: it stays though no VM is on it yet, until the last that comes has gone."""
+        self.used = True
         with FolderLock(self.folder, make=True):
             self._complete()
             if keep:
@@ -4884,7 +4946,7 @@ class NewTemplate:
             sweep(tree, TEMPLATES)
             check_new_template(tree, self.final.name)
             if os.path.lexists(self.vm.folder):
-                raise WrongState(f"{self.final.name}: another command is making it just now")
+                raise WrongState("another command is making it just now", vm=self.final)
             os.mkdir(self.vm.folder, 0o755)
             self._lock = FolderLock(self.vm.folder, wait=0).__enter__()
         return self
@@ -6462,8 +6524,9 @@ def known_formats(vm: VM) -> list[str]:
     disks, known = vm.disks(), [each for each in vm.get("vmDiskFormat").split(",") if each]
     if len(known) > len(disks):
         raise UsageError(
-            f"{vm.name}: vmDiskFormat names {plural(len(known), 'format')} for {plural(len(disks), 'disk')}",
+            f"vmDiskFormat names {plural(len(known), 'format')} for {plural(len(disks), 'disk')}",
             f"mend it in {vm.conf_file}: as many formats as there are disks in vmDisk and vmExtraDisk",
+            vm=vm,
         )
     formats = [*known, *(first_format(vm, disk) for disk in disks[len(known) :])]
     if formats != known and os.access(vm.folder, os.W_OK):  # a template may be someone else's
@@ -6484,8 +6547,9 @@ def first_format(vm: VM, disk: str) -> str:
         strays = [path for path in backing_chain([disk]) if not path.startswith(inside) and path not in theirs]
         if strays or has_data_file(disk):
             raise WrongImage(
-                f"{vm.name}: its disk {disk} needs a file outside the tree: {strays[0] if strays else 'its data file'}",
+                f"its disk {disk} needs a file outside the tree: {strays[0] if strays else 'its data file'}",
                 f"the guest may have written that itself; if not, set vmDiskFormat=qcow2 in {vm.conf_file}",
+                vm=vm,
             )
     return format
 
@@ -6497,7 +6561,7 @@ def check_no_clones(cloud: Cloud, template: VM) -> None:
         names = ", ".join(vm.address_name for vm in clones[:20]) + (" …" if len(clones) > 20 else "")
         ways = {True: "vmtemplate --delete deletes templates", False: "vmstop -d destroys clones"}
         hint = ", ".join(dict.fromkeys(ways[each.is_template] for each in clones))
-        raise WrongState(f"{template.name}: {dependents(clones)} would break: {names}", hint)
+        raise WrongState(f"{dependents(clones)} would break: {names}", hint, vm=template)
 
 
 # -- layers
@@ -6661,7 +6725,7 @@ def flatten(cloud: Cloud, template: VM) -> None:
     if not backing_chain([disk]) or cloud.tree.clones(template):
         return
     if converted_size(disk, "qcow2") > free_bytes(template.folder):
-        report.warn(f"{template.name}: no room to make one disk of its layers; it stays as it is")
+        report.warn(f"{template}: no room to make one disk of its layers; it stays as it is")
         return
     whole = next_layer(template)
     try:
@@ -6699,14 +6763,14 @@ def need_stopped(cloud: Cloud, vm: VM) -> None:
     state, _ = vm.state()
     if state != "stopped":
         why = "it is running" if state == "running" else f"can't tell whether it runs: {vm.pid_file}"
-        raise WrongState(f"{vm.name}: {why}", f"vmstop -n {vm.address_name}")
+        raise WrongState(why, f"vmstop -n {vm}", vm=vm)
     if vm.is_template:
         warn_lost(vm, settle(cloud, vm))
 
 
 def warn_lost(template: VM, lost: Sequence[str]) -> None:
     if lost:
-        report.warn(f"{template.name}: it was not shut down properly: what was changed is lost, it is as it was before")
+        report.warn(f"{template}: it was not shut down properly: what was changed is lost, it is as it was before")
 
 
 def runs_on_layer(template: VM) -> bool:
@@ -6731,14 +6795,10 @@ def delete_template(cloud: Cloud, name: str) -> None:
     with FolderLock(template.folder):
         check_no_clones(cloud, template)
         if template.state()[0] != "stopped":
-            raise WrongState(f"{name}: the template is running", f"vmstop -n {template.address_name}")
+            raise WrongState("the template is running", f"vmstop -n {template}", vm=template)
         if os.path.islink(template.folder):
             raise Error(f"{template.folder} is a symlink: nothing behind it is removed", "remove it yourself")
-        doomed = os.path.join(os.path.dirname(template.folder), REMOVING + name)
-        if os.path.isdir(doomed):
-            remove_tree(doomed)
-        os.rename(template.folder, doomed)
-        remove_tree(doomed)
+        remove_vm(template)
     remove_empty(os.path.dirname(template.folder))
 
 
@@ -6778,11 +6838,11 @@ def grow_disk(cloud: Cloud, vm: VM, gigabytes: int) -> None:
     """Make the system disk larger; never smaller, and never under the clones of a template."""
     disk = vm.disks()[0] if vm.disks() else ""
     if not os.path.exists(disk):
-        raise Error(f"{vm.name}: its disk is gone: {disk}", f"see vmDisk in {vm.conf_file}")
+        raise Error(f"its disk is gone: {disk}", f"see vmDisk in {vm.conf_file}", vm=vm)
     format = known_formats(vm)[0]
     size = image_info(disk, format)["virtual-size"]
     if gigabytes * GIB < size:
-        raise Error(f"{vm.name}: its disk has {size / GIB:g} GB and never shrinks", "-d takes a larger size, in GB")
+        raise Error(f"its disk has {size / GIB:g} GB and never shrinks", "-d takes a larger size, in GB", vm=vm)
     if gigabytes * GIB > size:
         if vm.is_template:
             check_no_clones(cloud, vm)
@@ -6885,6 +6945,8 @@ class Cloud:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if self.private.used:
+            self.private.end_if_idle()
         self.close()
 
 
@@ -7039,24 +7101,23 @@ def check_clonable(template: VM) -> None:
     """Raise where the template runs on its own disk, or has no disk that can be read."""
     state, _ = template.state()
     if state == "running" and not runs_on_layer(template):
-        raise WrongState(
-            f"{template.name}: the template is running and can't be cloned", f"vmstop -n {template.address_name}"
-        )
+        raise WrongState("the template is running and can't be cloned", f"vmstop -n {template}", vm=template)
     if state == "unknown":
-        raise WrongState(f"{template.name}: can't tell whether the template is running ({template.pid_file})")
+        raise WrongState(f"can't tell whether the template is running ({template.pid_file})", vm=template)
     disks = template.disks()
     if not disks:
-        raise Error(f"{template.name}: the template's conf names no disk", f"see vmDisk in {template.conf_file}")
+        raise Error("the template's conf names no disk", f"see vmDisk in {template.conf_file}", vm=template)
     known = template.get("vmDiskFormat").partition(",")[0]
     try:
         format = disk_format(disks[0]) if known else first_format(template, disks[0])
         bootable = known == "raw" or format == "qcow2" or looks_bootable(disks[0])
     except OSError as error:
-        raise Error(f"{template.name}: its disk can't be read: {disks[0]}: {error.strerror}") from None
+        raise Error(f"its disk can't be read: {disks[0]}: {error.strerror}", vm=template) from None
     if not bootable or (known == "qcow2" and format == "raw"):
         raise Error(
-            f"{template.name}: its disk is not a {known or 'qcow2 or raw'} image: {disks[0]}",
+            f"its disk is not a {known or 'qcow2 or raw'} image: {disks[0]}",
             "make it again: vmtemplate NAME --image FILE",
+            vm=template,
         )
 
 
@@ -7237,7 +7298,7 @@ class Making:
     """The clones that this command makes: their folders are locked while it lives, and gone if it fails."""
 
     def __init__(self, cloud: Cloud, group: str, wishes: Sequence[Wish]) -> None:
-        self.cloud = cloud
+        self.cloud, self.group = cloud, group
         self.plans: list[Plan] = []
         try:
             self.strangers = reserve(cloud, group, wishes, self.plans)
@@ -7280,51 +7341,30 @@ class Making:
                 plan.lock.release()
         self.cloud.network("bridge").withdraw([plan.uuid for plan in failed])  # an address was held for each
         with self.cloud.tree.lock():
-            for plan in self.plans:
-                remove_empty(os.path.dirname(plan.vm.folder))
-                remove_empty(os.path.join(self.cloud.tree.base, plan.vm.group))
+            remove_if_empty(self.cloud.tree, self.group)
 
 
 def make_clones(cloud: Cloud, group: str, wishes: Sequence[Wish]) -> list[VM | Error]:
     """Make the clones that are wished for, in parallel; what could not be made is an Error in its place."""
+    import contextlib
+
     cloud.tree.prepare()
-    names = sorted({wish.template for wish in wishes})
-    locks = [FolderLock(cloud.tree.need_template(name).folder, shared=True) for name in names]
-    settle_stopped(cloud, map(cloud.tree.need_template, names))
-    try:
-        for name, lock in zip(names, locks):
-            lock.__enter__()
-            template = cloud.tree.need_template(name)
+    templates = [cloud.tree.need_template(name) for name in sorted({wish.template for wish in wishes})]
+    settle_stopped(cloud, templates)
+    with contextlib.ExitStack() as locks:
+        for template in templates:
+            locks.enter_context(FolderLock(template.folder, shared=True))
+            template.reread()
             check_clonable(template)
             make_read_only(template.disks()[0])
         own_key()
         with Making(cloud, group, wishes) as making:
-            made = in_parallel(making.finish, making.plans, workers=2 * (os.cpu_count() or 1))
-            made = [name_error(plan.vm, result) for plan, result in zip(making.plans, made)]
-    finally:
-        for lock in locks:
-            lock.release()
+            plans = {plan.vm: plan for plan in making.plans}
+            made = in_parallel(lambda vm: making.finish(plans[vm]), list(plans), workers=2 * (os.cpu_count() or 1))
     for network in cloud.networks():  # not under those locks: who starts a template takes the network's first
         network.withdraw(making.strangers)
     cloud.known_hosts.update({}, making.strangers)
     return made
-
-
-def name_error(vm: VM, result: Any) -> Any:
-    """An Error that begins with the VM's name; any other result as it is."""
-    if not isinstance(result, Error) or str(result).startswith(f"{vm.name}: "):
-        return result
-    return (
-        type(result)(f"{vm.name}: {result}", result.hint)
-        if type(result) is Error
-        else Error(f"{vm.name}: {result}", result.hint, result.status)
-    )
-
-
-def publish(cloud: Cloud, vms: Sequence[VM]) -> list[Error | None]:
-    """Make names resolve and host keys known, for these VMs; for each None, or why that can't be."""
-    problem = _attempt(lambda vms: publish_keys(cloud, vms), vms)  # one file has the keys of all
-    return [name_error(vm, problem or _attempt(lambda vm: cloud.network_of(vm).publish(vm), vm)) for vm in vms]
 
 
 def publish_keys(cloud: Cloud, vms: Sequence[VM]) -> None:
@@ -7337,36 +7377,29 @@ def publish_keys(cloud: Cloud, vms: Sequence[VM]) -> None:
 # -- starting
 
 
-RUNTIME_FILES = (
-    "qmp.sock",
-    "serial.sock",
-    "monitor.sock",
-    RECORD_SOCKET,
-    *(f"{screen}.sock" for screen in SCREENS),
-)  # and the pidfile; the credentials stay, for whoever starts it by hand
+# And the pidfile.  The credentials stay, for whoever starts it by hand.
+RUNTIME_FILES = ("qmp.sock", "serial.sock", "monitor.sock", RECORD_SOCKET, *(f"{screen}.sock" for screen in SCREENS))
 
 
-def start(cloud: Cloud, vm: VM, network: Network, *, iso: str = "", gui: bool = False) -> None:
+def start(cloud: Cloud, vm: VM, *, iso: str = "", gui: bool = False) -> None:
     """Start a VM and return when its qemu answers.  Raises WrongState where it runs, Error with qemu's own words.
 
-    What it needs of the network comes up before: `network.up()`.  `iso`: boot from this image; `gui`: with a screen,
-    this time, though its conf asks for none.
+    What it needs of its network is up.  `iso`: boot from this image; `gui`: with a screen, this time, though its conf
+    asks for none.
     """
     cancellation.check()
     with FolderLock(vm.folder):
         state, _ = vm.state()
         if state == "running":
-            raise WrongState(f"{vm.name}: it is running already")
+            raise WrongState("it is running already", vm=vm)
         if state == "unknown":
-            raise WrongState(f"{vm.name}: can't tell whether it runs: {vm.pid_file}", "look as the user who started it")
+            raise WrongState(f"can't tell whether it runs: {vm.pid_file}", "look as the user who started it", vm=vm)
         layer = prepare_disks(cloud, vm) if vm.is_template else None
         try:
-            start_locked(cloud, vm, network, layer, iso, gui)
+            start_locked(cloud, vm, layer, iso, gui)
             if layer:
                 layer.arm()
-                report.say(
-                    f"{report.program}: {vm.name} has clones: what changes becomes a new layer when it shuts down"
-                )
+                report.say(f"{report.program}: {vm} has clones: what changes becomes a new layer when it shuts down")
         except BaseException:
             if layer:
                 stop_locked(vm, 0)
@@ -7375,17 +7408,12 @@ def start(cloud: Cloud, vm: VM, network: Network, *, iso: str = "", gui: bool = 
 
 
 def start_locked(
-    cloud: Cloud,
-    vm: VM,
-    network: Network,
-    layer: Layer | None,
-    iso: str = "",
-    gui: bool = False,
-    tied: bool = False,
+    cloud: Cloud, vm: VM, layer: Layer | None, iso: str = "", gui: bool = False, tied: bool = False
 ) -> None:
     """What `start` does, for who holds the lock of a VM that is stopped.  `tied`: it ends when this process does."""
     remove_runtime_files(vm)
     ensure_identity(cloud, vm)
+    network = cloud.network_of(vm)
     tap, vhost = network.tap()
     try:
         network.publish(vm)
@@ -7436,7 +7464,7 @@ def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False, lay
     paths = [layer.path, *vm.disks()[1:]] if layer else vm.disks()
     for path in paths:
         if not os.path.exists(path):
-            raise Error(f"{vm.name}: its disk is gone: {path}", f"see vmDisk and vmExtraDisk in {vm.conf_file}")
+            raise Error(f"its disk is gone: {path}", f"see vmDisk and vmExtraDisk in {vm.conf_file}", vm=vm)
     formats = ["qcow2", *known_formats(vm)[1:]] if layer else known_formats(vm)
     disks = [
         (os.path.relpath(path, vm.folder), format, f"{vm.name}_{number}")
@@ -7513,23 +7541,15 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, tie
         words, log=vm.log_file, cwd=vm.folder, fds=[fd for fd in (*fds, tap, vhost) if fd >= 0], umask=0o077
     )
     try:
-        deadline = time.monotonic() + 30
-        while not answers(vm, process.pid):
-            if process.poll() is not None:
-                raise Error(f"{vm.name}: qemu did not start: {last_line(read_tail(vm.log_file))}", f"see {vm.log_file}")
-            if time.monotonic() > deadline:
-                raise TimedOut(f"{vm.name}: qemu did not answer within 30 s", f"see {vm.log_file}")
-            cancellation.check()
-            time.sleep(0.05)
+        if not wait_for(lambda: process.poll() is not None or answers(vm, process.pid), 30, 0.05):
+            raise TimedOut("qemu did not answer within 30 s", f"see {vm.log_file}", vm=vm)
+        if process.returncode is not None:
+            raise Error(f"qemu did not start: {last_line(read_tail(vm.log_file))}", f"see {vm.log_file}", vm=vm)
     except BaseException:
         process.kill()
         process.wait()
         remove_runtime_files(vm)
         raise
-    finally:
-        process.returncode = (
-            0 if process.returncode is None else process.returncode
-        )  # it lives on: no warning about that
 
 
 def answers(vm: VM, pid: int) -> bool:
@@ -7547,18 +7567,11 @@ def command_script(vm: VM, argv: Sequence[str], network: Network) -> str:
     """A shell script that starts the same VM by hand: qemu's very words, in the VM's folder and network."""
     import shlex
 
-    lines: list[str] = []
-    for word in argv:
-        quoted = shlex.quote(word)
-        if word.startswith("-") and lines:
-            lines.append(quoted)
-        elif lines and lines[-1].startswith("-") and " " not in lines[-1]:
-            lines[-1] += " " + quoted
-        else:
-            lines.append(quoted)
+    # an option a line: its value begins with no dash
+    words = "".join((" \\\n  " if word[:1] == "-" else " ") + shlex.quote(word) for word in argv)
     before = shlex.join(network.by_hand(vm.tree))
     start = f"#!/bin/sh\n# Starts {vm.name} by hand, as nocloud does.\ncd {shlex.quote(vm.folder)} &&\n"
-    return start + f"exec {before} " + " \\\n  ".join(lines) + "\n"
+    return f"{start}exec {before}{words}\n"
 
 
 # -- waiting until ready
@@ -7590,19 +7603,26 @@ class Wait:
             self._checked = now
             if not self.vm.is_running():
                 raise WrongState(
-                    f"{self.vm.name}: it stopped while it was waited for{self.console()}", f"see {self.vm.log_file}"
+                    f"it stopped while it was waited for{self.console()}", f"see {self.vm.log_file}", vm=self.vm
                 )
             if self.stage == "running":
                 self.stage = "address"
         if now >= self._say_at:
             self._say_at = float("inf")
-            report.say(f"{report.program}: waiting for {self.vm.name}: {STAGES[self.stage]}")
+            report.say(f"{report.program}: waiting for {self.vm}: {STAGES[self.stage]}")
         if now >= self._deadline:
             raise TimedOut(
-                f"{self.vm.name}: not ready after {now - self._started:.0f} s: "
-                f"waiting for {STAGES[self.stage]}{self.console()}",
+                f"not ready after {now - self._started:.0f} s: waiting for {STAGES[self.stage]}{self.console()}",
                 f"vmWaitTimeout sets the longest wait; its console: {self.vm.console_log}",
+                vm=self.vm,
             )
+
+    def tries(self) -> Iterator[float]:
+        """For a loop that tries something until it does: how many seconds a try may take.  Raises as `check` does."""
+        while True:
+            self.check()
+            yield max(5.0, min(60.0, self.left()))
+            time.sleep(0.2)
 
     def console(self) -> str:
         """The last lines that the guest wrote on its console, for an error message."""
@@ -7622,38 +7642,34 @@ STAGES = {
 
 def wait_ssh(wait: Wait) -> None:
     """Return when the guest's ssh server says its banner (RFC 4253, 4.2)."""
-    while True:
-        wait.check()
+    for _ in wait.tries():
         address = wait.network.address(wait.vm)
         if address:
             wait.stage = stage_of_port(wait.network, address, min(1.0, max(0.05, wait.left())))
             if wait.stage == "configured":
                 return
-        time.sleep(0.2)
 
 
-def stage_of_port(network: Network, address: str, seconds: float, port: int = 22) -> str:
+def stage_of_port(network: Network, address: str, seconds: float) -> str:
     """The stage that a try to connect shows: silence (`address`), an answer (`ssh`), an SSH banner (`configured`)."""
-    import errno
     import select
 
-    connection = network.socket()
-    try:
+    stage = "address"
+    with network.socket() as connection:
         connection.settimeout(seconds)
         try:
-            connection.connect((address, port))
-        except OSError as error:
-            return "ssh" if error.errno in (errno.ECONNREFUSED, errno.ECONNRESET) else "address"
-        poll = select.poll()
-        poll.register(connection, select.POLLIN)
-        # An emulated guest takes its time, and each try that is given up costs it more.
-        if not wait_for(lambda: bool(poll.poll(250)), 15.0, 0):
+            connection.connect((address, 22))
+            stage = "ssh"
+            poll = select.poll()
+            poll.register(connection, select.POLLIN)
+            # An emulated guest takes its time, and each try that is given up costs it more.
+            if wait_for(lambda: bool(poll.poll(250)), 15.0, 0) and connection.recv(4) == b"SSH-":
+                stage = "configured"
+        except (ConnectionRefusedError, ConnectionResetError):
             return "ssh"
-        return "configured" if connection.recv(4) == b"SSH-" else "ssh"
-    except OSError:
-        return "ssh"
-    finally:
-        connection.close()
+        except OSError:
+            pass  # it shows what it has come to
+    return stage
 
 
 def wait_ready(wait: Wait) -> None:
@@ -7685,9 +7701,9 @@ def settle_init(wait: Wait) -> None:
         with contextlib.nullcontext() if vm.is_in_making else FolderLock(vm.folder):  # who makes it holds its lock
             vm.write_conf({"vmInit": kind})
     except FileNotFoundError:
-        raise NotFound(f"{vm.name}: it is gone") from None
+        raise NotFound("it is gone", vm=vm) from None
     if kind == "ssh" and os.path.exists(vm.user_data_file):
-        said = f"{vm.name}: it has no cloud-init, so the user-data that it was given does nothing"
+        said = f"{vm}: it has no cloud-init, so the user-data that it was given does nothing"
         append_line(vm.log_file, said)
         report.warn(said)
 
@@ -7702,14 +7718,12 @@ def configure(wait: Wait) -> None:
         return
     pin_host_key(wait)
     script = guest_script("hostname.sh", NAME=vm.host_name)
-    while True:
-        wait.check()
-        status, output = ssh_batch(wait.cloud, vm, script, max(5.0, min(60.0, wait.left())))
+    for seconds in wait.tries():
+        status, output = ssh_batch(wait.cloud, vm, script, seconds)
         if status == 0:
             write_file(vm.configured_file, "")
             return
         check_login(vm, status, output)
-        time.sleep(0.2)
 
 
 NOT_YET = 75  # as sysexits.h: try again
@@ -7724,22 +7738,22 @@ def cloud_init_script(seconds: int) -> str:
 def wait_cloud_init(wait: Wait) -> None:
     """Return when the guest's cloud-init has ended.  Raises Error, with its log's last lines, where that failed."""
     vm, script = wait.vm, cloud_init_script(0)
-    while True:
-        wait.check()
-        status, output = ssh_batch(wait.cloud, vm, script, max(5.0, min(60.0, wait.left())))
+    for seconds in wait.tries():
+        status, output = ssh_batch(wait.cloud, vm, script, seconds)
         if status == 0:
-            return write_file(vm.configured_file, "")
+            write_file(vm.configured_file, "")
+            return
         if status == 1:
             lines = [printable(line.strip()) for line in output.splitlines() if line.strip()]
             raise Error(
-                f"{vm.name}: cloud-init failed in it: {' | '.join(lines)[-800:]}",
-                f"vmssh {vm.address_name} gets in; see /var/log/cloud-init-output.log there",
+                f"cloud-init failed in it: {' | '.join(lines)[-800:]}",
+                f"vmssh {vm} gets in; see /var/log/cloud-init-output.log there",
+                vm=vm,
             )
         if status == NOT_YET:
             wait.stage, script = "cloud-init", cloud_init_script(15)
         else:
             check_login(vm, status, output)
-        time.sleep(0.2)
 
 
 def check_login(vm: VM, status: int, output: str) -> None:
@@ -7747,16 +7761,18 @@ def check_login(vm: VM, status: int, output: str) -> None:
     words = last_line(output)
     if "REMOTE HOST IDENTIFICATION" in output or "Host key verification failed" in words:
         raise Error(
-            f"{vm.name}: its host key is not the one that was planted or pinned",
+            "its host key is not the one that was planted or pinned",
             "destroy it if you can't explain that; --init auto is for templates that may have no cloud-init",
+            vm=vm,
         )
     if "Permission denied" in words and not is_planted(vm):
         raise Error(
-            f"{vm.name}: none of your keys lets {vm.get('vmUser')} in, so its hostname can't be set",
+            f"none of your keys lets {vm.get('vmUser')} in, so its hostname can't be set",
             "put your key into the template, or set vmInit=none in its conf",
+            vm=vm,
         )
     if status not in (255, -1):
-        raise Error(f"{vm.name}: it can't be configured over ssh: {words}")
+        raise Error(f"it can't be configured over ssh: {words}", vm=vm)
 
 
 def pin_host_key(wait: Wait) -> None:
@@ -7767,11 +7783,11 @@ def pin_host_key(wait: Wait) -> None:
         return
     place = vm.file(f"known_hosts.{os.urandom(3).hex()}")
     try:
-        while not os.path.exists(place):
-            wait.check()
+        for seconds in wait.tries():
             trust = ssh_trust_options(place, strict=False)
-            argv = [*ssh_argv(cloud, vm, trust, ssh_key_options(True), batch=True), "true"]
-            attempt(argv, max(5.0, min(60.0, wait.left())))
+            attempt([*ssh_argv(cloud, vm, trust, ssh_key_options(True), batch=True), "true"], seconds)
+            if os.path.exists(place):
+                break
         lines = read_text(place).splitlines()
         cloud.known_hosts.update({uuid: (vm.get("vmAddress"), lines[0].split(" ", 1)[1])})
     finally:
@@ -7821,7 +7837,7 @@ def stop_locked(vm: VM, seconds: float) -> bool:
     """What `stop` does, for who holds the VM's lock."""
     state, pid = vm.state()
     if state == "unknown":
-        raise WrongState(f"{vm.name}: can't tell whether it runs: {vm.pid_file}", "stop it as the user who started it")
+        raise WrongState(f"can't tell whether it runs: {vm.pid_file}", "stop it as the user who started it", vm=vm)
     proper = True
     if state == "running":
         with Process(pid) as process:
@@ -7863,7 +7879,7 @@ def pull_the_plug(vm: VM, process: Process) -> None:
             return
         process.signal(number)
     if not process.ended(10.0):
-        raise Error(f"{vm.name}: qemu, process {process.pid}, doesn't end")
+        raise Error(f"qemu, process {process.pid}, doesn't end", vm=vm)
 
 
 def destroy(cloud: Cloud, vm: VM) -> None:
@@ -7872,18 +7888,14 @@ def destroy(cloud: Cloud, vm: VM) -> None:
         return  # another command was faster
     for folder in (vm.folder, os.path.dirname(vm.folder), os.path.dirname(os.path.dirname(vm.folder))):
         if os.path.islink(folder) and folder != cloud.tree.base:
-            raise Error(f"{vm.name}: {folder} is a symlink: nothing behind it is removed", "remove it yourself")
+            raise Error(f"{folder} is a symlink: nothing behind it is removed", "remove it yourself", vm=vm)
     place = os.path.relpath(os.path.realpath(vm.folder), os.path.realpath(cloud.tree.base))
     if vm.is_template or not vm.exists() or place != os.path.join(vm.group, vm.type, vm.name):
         raise WrongState(f"{vm.folder}: that is no clone")
-    doomed = os.path.join(os.path.dirname(vm.folder), f"{REMOVING}{vm.name}")
     try:
         with FolderLock(vm.folder):
             stop_locked(vm, 0)
-            if os.path.isdir(doomed):
-                remove_tree(doomed)
-            os.rename(vm.folder, doomed)
-            remove_tree(doomed)
+            remove_vm(vm)
     except FileNotFoundError:
         if os.path.lexists(vm.folder):
             raise
@@ -7904,17 +7916,16 @@ def destroy_all(cloud: Cloud, vms: Sequence[VM], group: str = "") -> list[Error]
     uuids = {vm.folder: vm.get("vmUuid") for vm in vms if vm.is_readable()}
     if not vms and not os.path.isdir(cloud.tree.base):
         return []
+    cloud.private.used = True
     results = in_parallel(lambda vm: destroy(cloud, vm), vms)
     gone = [vm for vm, result in zip(vms, results) if not isinstance(result, Error)]
     forget = [uuids[vm.folder] for vm in gone if uuids.get(vm.folder)]
     with cloud.tree.lock():
         for each in {vm.group for vm in vms} | ({group} & set(cloud.tree.groups())):
             sweep(cloud.tree, each)
-            for type in cloud.tree.types(each):
-                remove_empty(os.path.join(cloud.tree.base, each, type))
-            remove_empty(os.path.join(cloud.tree.base, each))
+            remove_if_empty(cloud.tree, each)
     # After what mustn't be left: this may fail, on a full disk say.
-    results.append(_attempt(lambda uuids: forget_identity(cloud, uuids), forget))
+    results.append(_attempt(lambda _: forget_identity(cloud, forget), None))
     settle_stopped(cloud, cloud.tree.templates(), wait=0)  # the last clone on an old layer is gone, perhaps
     return [result for result in results if isinstance(result, Error)]
 
@@ -7932,37 +7943,29 @@ class OwnGuest:
     """
 
     def __init__(self, cloud: Cloud, vm: VM, layer: Layer | None = None) -> None:
+        """Boot it.  The caller holds the VM's lock, and has seen that it is stopped."""
         self.cloud, self.vm, self.layer = cloud, vm, layer
         self.keys = ssh_key_options(is_planted(vm))
-        self._process: Process | None = None
-
-    def start(self) -> OwnGuest:
-        """Boot it.  The caller holds the VM's lock, and has seen that it is stopped."""
-        cloud, vm = self.cloud, self.vm
         give_identity(cloud, vm)
-        network = cloud.network_of(vm)
-        with network.hold():
-            start_locked(cloud, vm, network, self.layer, tied=True)
+        with cloud.network_of(vm).hold():
+            start_locked(cloud, vm, layer, tied=True)
         self._process = Process(vm.state()[1])
-        return self
 
-    def wait(self) -> None:
-        """Until it is ready for what is to be done in it."""
+    def wait(self, until: Callable[[Wait], None] = wait_ready) -> Wait:
+        """Return when it is ready for what is to be done in it, and its host key is known."""
         wait = Wait(self.cloud, self.vm, self.cloud.config.number("vmWaitTimeout"), say=True)
-        wait_ready(wait)
+        until(wait)
         pin_host_key(wait)
+        return wait
 
     def wait_login(self) -> None:
-        """Until one can log in to it with `keys`, which may be others than ours."""
-        wait = Wait(self.cloud, self.vm, self.cloud.config.number("vmWaitTimeout"), say=True)
-        wait_ssh(wait)
-        pin_host_key(wait)
-        said: list[str] = []
-        while self.run("true", said.append, max(5.0, min(60.0, wait.left()))):
+        """Return when one can log in to it with `keys`, which may be others than ours."""
+        for seconds in self.wait(wait_ssh).tries():
+            said: list[str] = []
+            if not self.run("true", said.append, seconds):
+                return
             if any("Permission denied" in line for line in said):
-                raise Error(f"{self.vm.name}: no key lets {self.vm.get('vmUser')} in: {last_line(chr(10).join(said))}")
-            wait.check()
-            time.sleep(0.2)
+                raise Error(f"no key lets {self.vm.get('vmUser')} in: {last_line(chr(10).join(said))}", vm=self.vm)
 
     def run(self, script: str, on_line: Callable[[str], None], seconds: float) -> int:
         """Run a script in it, giving each line that it writes to `on_line`; its status, 255 where ssh failed.
@@ -7974,16 +7977,17 @@ class OwnGuest:
         tied = [*TIE, need_program(words[0]), *words[1:], script]
         status = run_watched(tied, on_line, timeout=seconds, host=self._process)
         if status and not self.vm.is_running():
-            raise WrongState(f"{self.vm.name}: its guest ended in the middle of the work", f"see {self.vm.console_log}")
+            raise WrongState("its guest ended in the middle of the work", f"see {self.vm.console_log}", vm=self.vm)
         return status
 
     def output(self, script: str, seconds: float = 120) -> str:
         """What a script says in it.  Raises Error where its status isn't 0."""
         lines: list[str] = []
         status = self.run(script, lines.append, seconds)
+        said = "\n".join(lines)
         if status:
-            raise Error(f"{self.vm.name}: {last_line(chr(10).join(lines)) or describe_status(status)}")
-        return "\n".join(lines)
+            raise Error(last_line(said) or describe_status(status), vm=self.vm)
+        return said
 
     def clean(self) -> None:
         """Take out what a clone must not inherit."""
@@ -7992,21 +7996,19 @@ class OwnGuest:
 
     def shut_down(self) -> None:
         """End it properly; from now on that makes its layer count.  Raises Error where it doesn't end in time."""
-        assert self._process
         if self.layer:
             self.layer.arm()
         seconds = max(SHUTDOWN_SECONDS, self.cloud.config.number("vmStopTimeout"))
         if not press_power_button(self.vm, self._process, seconds):
-            raise Error(f"{self.vm.name}: its guest did not shut down within {seconds} s", f"see {self.vm.console_log}")
+            raise Error(f"its guest did not shut down within {seconds} s", f"see {self.vm.console_log}", vm=self.vm)
 
     def __enter__(self) -> OwnGuest:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._process:
-            with self._process as process:
-                if not process.ended():
-                    pull_the_plug(self.vm, process)
+        with self._process as process:
+            if not process.ended():
+                pull_the_plug(self.vm, process)
         remove_runtime_files(self.vm)
 
 
@@ -8069,10 +8071,10 @@ def clean_running(cloud: Cloud, template: VM) -> None:
         if reached and cloud.known_hosts.knows(template.get("vmUuid")):
             status, output = ssh_batch(cloud, template, cleaning_script(template), 60)
             if status and is_planted(template):
-                report.warn(f"{template.name}: it keeps what tells it from others: {last_line(output)}")
+                report.warn(f"{template}: it keeps what tells it from others: {last_line(output)}")
             forget_guest(cloud, template)
     except Error as error:
-        report.warn(f"{template.name}: it keeps what tells it from others: {error}")
+        report.warn(f"{template}: it keeps what tells it from others: {error.text}")
 
 
 # -- upgrades
@@ -8098,65 +8100,51 @@ def upgrade_script(name: str, release: Mapping[str, str]) -> str:
     )
 
 
-def start_on_layer(cloud: Cloud, template: VM) -> OwnGuest:
-    """Boot a template that is stopped for our own work, on a new layer."""
-    with FolderLock(template.folder):
-        need_stopped(cloud, template)
-        layer = new_layer(template)
-        try:
-            return OwnGuest(cloud, template, layer).start()
-        except BaseException:
-            layer.remove()
-            raise
-
-
 def upgrade(cloud: Cloud, name: str, seconds: float) -> None:
     """Upgrade a template's system on a layer, which becomes its disk when all went well; else it is as it was.
 
     What the guest's package manager says is shown as it comes.
     """
     template = cloud.tree.need_template(name)
-    try:
-        guest = start_on_layer(cloud, template)
+    with FolderLock(template.folder):
+        need_stopped(cloud, template)
+        layer = new_layer(template)
         try:
-            with guest:
-                upgrade_guest(guest, seconds)
-        except Error as error:
-            raise Error(f"{error}; the template is as it was", error.hint, error.status) from None
-        finally:
-            adopted = end_layer(cloud, guest)
+            guest = OwnGuest(cloud, template, layer)
+        except BaseException:
+            layer.remove()
+            raise
+    try:
+        with guest:
+            upgrade_guest(guest, seconds)
+    except Error as error:
+        error.text += "; the template is as it was"
+        raise
     finally:
-        cloud.private.end_if_idle()
+        with FolderLock(template.folder):
+            settle(cloud, template)
+            adopted = os.path.basename(template.disks()[0]) == layer.name
+            if adopted:
+                flatten(cloud, template)
     if not adopted:
-        raise Error(f"{name}: its guest did not end well; the template is as it was", f"see {template.console_log}")
+        raise Error("its guest did not end well; the template is as it was", f"see {template.console_log}", vm=template)
 
 
 def upgrade_guest(guest: OwnGuest, seconds: float) -> None:
     """Find out what it is, upgrade it, and shut it down."""
-    name = guest.vm.name
+    vm = guest.vm
     guest.wait()
     release = parse_os_release(guest.output(guest_script("os-release.sh")))
-    script = upgrade_script(name, release)
-    report.say(f"{report.program}: {name}: upgrading {release.get('PRETTY_NAME') or release['ID']}")
+    script = upgrade_script(vm.name, release)
+    report.say(f"{report.program}: {vm}: upgrading {release.get('PRETTY_NAME') or release['ID']}")
     try:
         status = guest.run(script, lambda line: report.say(line.rstrip("\r").rpartition("\r")[2]), seconds)
     except TimedOut:
-        raise TimedOut(f"{name}: no end of the upgrade after {seconds:.0f} s") from None
+        raise TimedOut(f"no end of the upgrade after {seconds:.0f} s", vm=vm) from None
     if status:
-        raise Error(f"{name}: the upgrade failed: {describe_status(status)}")
+        raise Error(f"the upgrade failed: {describe_status(status)}", vm=vm)
     guest.clean()
     guest.shut_down()
-
-
-def end_layer(cloud: Cloud, guest: OwnGuest) -> bool:
-    """Whether what was done in a guest is the template's now; what isn't is gone."""
-    template = guest.vm
-    with FolderLock(template.folder):
-        settle(cloud, template)
-        if not guest.layer or os.path.basename(template.disks()[0]) != guest.layer.name:
-            return False
-        flatten(cloud, template)
-        return True
 
 
 # -- templates of VMs
@@ -8190,7 +8178,7 @@ def copy_disk(source: VM, new: NewTemplate, layered: bool) -> None:
     """The system disk of a VM as that of a new template: one file, or an overlay on what the VM's disk stands on."""
     disk = source.disks()[0] if source.disks() else ""
     if not os.path.exists(disk):
-        raise Error(f"{source.name}: its disk is gone: {disk}", f"see vmDisk in {source.conf_file}")
+        raise Error(f"its disk is gone: {disk}", f"see vmDisk in {source.conf_file}", vm=source)
     format = known_formats(source)[0]
     if not layered:
         check_image_room(new, disk, format)
@@ -8198,7 +8186,7 @@ def copy_disk(source: VM, new: NewTemplate, layered: bool) -> None:
         return
     below = backing_chain([disk]) if format == "qcow2" else []  # what a guest wrote into a raw disk isn't asked
     if not below:
-        raise WrongState(f"{source.name}: its disk stands on no other, there is nothing to share", "leave out --layer")
+        raise WrongState("its disk stands on no other, there is nothing to share", "leave out --layer", vm=source)
     backing = os.path.relpath(below[0], os.path.realpath(new.vm.folder))  # as deep in the tree as where it will lie
     copy_overlay(
         disk, new.disk, backing, image_info(disk, format).get("backing-filename-format") or disk_format(below[0])
@@ -8219,13 +8207,13 @@ def in_new_guest(cloud: Cloud, new: NewTemplate, work: Callable[[OwnGuest], None
     vm = new.vm
     vm.write_conf({"vmUuid": new_identity(set())[0]})
     try:
-        with OwnGuest(cloud, vm).start() as guest:
+        with OwnGuest(cloud, vm) as guest:
             work(guest)
     except Error as error:
-        raise Error(str(name_error(vm, error)), "; ".join(filter(None, (error.hint, hint))), error.status) from None
+        error.vm, error.hint = error.vm or vm, "; ".join(filter(None, (error.hint, hint)))
+        raise
     finally:
         forget_identity(cloud, [vm.get("vmUuid")])
-        cloud.private.end_if_idle()
         for name in _names(vm.folder):
             path = vm.file(name)
             if os.path.isdir(path):
@@ -8276,26 +8264,22 @@ class DiskTree:
     def rows(self) -> Iterator[str]:
         """Each template with its disks, under each of these what stands on it, indented, with sizes on disk."""
         below = {upper for uppers in self.above.values() for upper in uppers}
-        roots = [path for path, vm in self.owners.items() if vm.is_template and path not in below]
-        for path in sorted(roots):
-            yield from self._template(path, 0)
+        for path in sorted(path for path, vm in self.owners.items() if vm.is_template and path not in below):
+            yield from self._rows(path, 0)
 
-    def _template(self, path: str, depth: int) -> Iterator[str]:
-        template = self.owners[path]
-        mine = [each for each, vm in self.owners.items() if vm is template]
-        yield self._row(depth, template.name, mine)
-        yield from self._disk(path, depth + 1)
-
-    def _disk(self, path: str, depth: int) -> Iterator[str]:
-        owner = self.owners[path]
-        if owner.is_template:
-            present = path == os.path.realpath(owner.disks()[0])
-            yield self._row(depth, os.path.basename(path), [path]) + ("  new clones stand on this" if present else "")
-        else:
-            yield self._row(depth, owner.address_name, [path])
+    def _rows(self, path: str, depth: int, under: VM | None = None) -> Iterator[str]:
+        """A disk and what stands on it; where it stands on another's, `under`, or on none, its template comes first."""
+        owner, name, said = self.owners[path], os.path.basename(path), ""
+        if not owner.is_template:
+            name = owner.address_name
+        elif path == os.path.realpath(owner.disks()[0]):
+            said = "  new clones stand on this"
+        if owner.is_template and owner is not under:
+            yield self._row(depth, owner.name, [each for each, vm in self.owners.items() if vm is owner])
+            depth += 1
+        yield self._row(depth, name, [path]) + said
         for upper in sorted(self.above.get(path, ()), key=lambda each: (self.owners[each] is owner, each)):
-            inside = self.owners[upper] is owner or not self.owners[upper].is_template
-            yield from self._disk(upper, depth + 1) if inside else self._template(upper, depth + 1)
+            yield from self._rows(upper, depth + 1, owner)
 
     @staticmethod
     def _row(depth: int, name: str, paths: Iterable[str]) -> str:
@@ -8315,21 +8299,21 @@ def instantiate(
     """
     cloud.qemu()
     cloud.accel(cloud.config["vmAccel"])
-    try:
-        cloud.network(group_network(cloud, group)).up()  # where that can't be, nothing is made
-        made = make_clones(cloud, group, wishes)
-        errors = [result for result in made if isinstance(result, Error)]
-        vms = [result for result in made if isinstance(result, VM)]
-        problems = dict(zip(vms, publish(cloud, vms)))
-        sound = [vm for vm in vms if not problems[vm]]
-        problems.update(zip(sound, start_all(cloud, sound, started)))
-        errors += [error for error in problems.values() if error]
-        failed = [vm for vm, error in problems.items() if error and not vm.is_running()]  # by another command, perhaps
-        if failed:
-            errors += destroy_all(cloud, failed)
-        return [vm for vm in vms if vm not in failed], errors
-    finally:
-        cloud.private.end_if_idle()
+    cloud.network(group_network(cloud, group)).up()  # where that can't be, nothing is made
+    made = make_clones(cloud, group, wishes)
+    errors = [result for result in made if isinstance(result, Error)]
+    vms = [result for result in made if isinstance(result, VM)]
+    problem = _attempt(lambda _: publish_keys(cloud, vms), None)  # one file has the keys of all
+    results: list[Error | None]
+    if problem:
+        results = [Error(problem.text, problem.hint, problem.status, vm) for vm in vms]
+    else:
+        results = start_all(cloud, vms, started)
+    errors += filter(None, results)
+    failed = [vm for vm, error in zip(vms, results) if error and not vm.is_running()]  # by another command, perhaps
+    if failed:
+        errors += destroy_all(cloud, failed)
+    return [vm for vm in vms if vm not in failed], errors
 
 
 def start_all(
@@ -8344,15 +8328,14 @@ def start_all(
     import contextlib
 
     def start_one(vm: VM) -> None:
-        start(cloud, vm, cloud.network_of(vm), iso=iso, gui=gui)
+        start(cloud, vm, iso=iso, gui=gui)
         started(vm)
 
     kinds = {cloud.network_kind(vm) for vm in vms if vm.is_readable() and not vm.foreign_qemu()}
     with contextlib.ExitStack() as stack:
         for kind in sorted(kinds):
             stack.enter_context(cloud.network(kind).hold())
-        results = in_parallel(start_one, vms)
-    return [name_error(vm, result) for vm, result in zip(vms, results)]
+        return in_parallel(start_one, vms)
 
 
 def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float, patient: bool = False) -> list[Error]:
@@ -8360,6 +8343,7 @@ def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float, patient: bool = Fa
 
     `patient`: a template on a layer, which would be lost, has longer than `seconds`.
     """
+    cloud.private.used = True
     settle_stopped(cloud, (vm for vm in vms if vm.is_template))
     running = [vm for vm in vms if vm.state()[0] != "stopped"]
     try:
@@ -8368,13 +8352,13 @@ def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float, patient: bool = Fa
     except Error:
         pass  # a guest that can't be reached isn't cleaned, but stopped all the same
     longer = patient and 0 < seconds < SHUTDOWN_SECONDS
-    graces = [SHUTDOWN_SECONDS if longer and vm.is_template and runs_on_layer(vm) else seconds for vm in running]
-    results = in_parallel(lambda pair: stop(cloud, *pair), list(zip(running, graces)), workers=len(running) or 1)
-    for grace in dict.fromkeys(graces):
-        pulled = [vm.name for vm, each, result in zip(running, graces, results) if each == grace and result is False]
+    graces = {vm: SHUTDOWN_SECONDS if longer and vm.is_template and runs_on_layer(vm) else seconds for vm in running}
+    results = in_parallel(lambda vm: stop(cloud, vm, graces[vm]), running, workers=len(running) or 1)
+    for grace in dict.fromkeys(graces.values()):
+        pulled = [vm.name for vm, result in zip(running, results) if graces[vm] == grace and result is False]
         if pulled and grace:
             report.warn(f"no shutdown within {grace:.0f} s, switched off: {', '.join(pulled)}")
-    return [name_error(vm, result) for vm, result in zip(running, results) if isinstance(result, Error)]
+    return [result for result in results if isinstance(result, Error)]
 
 
 def wait_all(cloud: Cloud, vms: Sequence[VM], seconds: float) -> list[Error]:
@@ -8391,16 +8375,7 @@ def configure_later(cloud: Cloud, vms: Sequence[VM]) -> None:
     names = [vm.address_name for vm in vms if vm.is_readable() and vm.get("vmInit") in ("auto", "ssh")]
     if names:
         environment = {"NOCLOUD_vmBaseDir": cloud.tree.base}
-        child = spawn(own_command("configure", *names), log=os.devnull, cwd="/", env=environment)
-        child.returncode = 0  # it lives on: no warning about that
-
-
-def configure_now(cloud: Cloud, vms: Sequence[VM], seconds: float) -> None:
-    """Configure VMs over ssh; what fails is written to their logs."""
-    results = in_parallel(lambda vm: wait_ready(Wait(cloud, vm, seconds)), vms, workers=len(vms) or 1)
-    for vm, result in zip(vms, results):
-        if isinstance(result, Error) and vm.exists():
-            append_line(vm.log_file, f"nocloud: not configured: {result}")
+        spawn(own_command("configure", *names), log=os.devnull, cwd="/", env=environment)
 
 
 # Consoles ############################################################################################
@@ -8454,8 +8429,7 @@ def open_screen(vm: VM) -> None:
     wait_for(lambda: child.poll() is not None or has_viewer(vm), VIEWER_SECONDS, 0.1)
     if child.returncode:
         said = last_line(read_tail(log)) or describe_status(child.returncode)
-        raise Error(f"{vm.name}: {argv[0]}: {said}", f"its serial console: vmconsole -s -n {vm.address_name}")
-    child.returncode = 0  # it lives on: no warning about that
+        raise Error(f"{argv[0]}: {said}", f"its serial console: vmconsole -s -n {vm}", vm=vm)
 
 
 def has_viewer(vm: VM) -> bool:
@@ -8478,12 +8452,11 @@ def open_screens(vms: Sequence[VM]) -> None:
         names = ", ".join(vm.name for vm in shown[:10]) + (" …" if len(shown) > 10 else "")
         report.say(
             f"{report.program}: no display here, no window for {names}: "
-            f"vmconsole -s -n {shown[0].address_name} is its serial console"
+            f"vmconsole -s -n {shown[0]} is its serial console"
         )
         return
-    for vm, result in zip(shown, in_parallel(open_screen, shown)):
-        if isinstance(result, Error):
-            report.warn(f"{name_error(vm, result)}")
+    for error in filter(None, in_parallel(open_screen, shown)):
+        report.warn(str(error))
 
 
 # -- the serial console and the monitor, on stdin and stdout
@@ -8500,7 +8473,7 @@ def connect_line(vm: VM, name: str, what: str) -> socket.socket:
     with QMP(vm.folder) as qmp:
         devices = {each["label"]: each["filename"] for each in qmp.execute("query-chardev")}
     if not devices[f"{name}0"].startswith("disconnected:"):
-        raise WrongState(f"{vm.name}: its {what} is open elsewhere already", "only one at a time can have it")
+        raise WrongState(f"its {what} is open elsewhere already", "only one at a time can have it", vm=vm)
     return connect_unix(vm.folder, f"{name}.sock", 5.0)
 
 
@@ -8508,11 +8481,12 @@ def serial_console(vm: VM) -> None:
     """The serial line on stdin and stdout, until the user leaves or the guest ends."""
     if vm.foreign_qemu():
         raise WrongState(
-            f"{vm.name}: nocloud didn't start it, so its serial console isn't at hand",
-            f"vmmanage -n {vm.address_name} is its monitor; started anew, by vm or vmrun -r, it has one",
+            "nocloud didn't start it, so its serial console isn't at hand",
+            f"vmmanage -n {vm} is its monitor; started anew, by vm or vmrun -r, it has one",
+            vm=vm,
         )
     connection = connect_line(vm, "serial", "serial console")
-    join_line(vm, connection, f"the serial console of {vm.name}; Ctrl-] leaves", SERIAL_LEAVE)
+    join_line(vm, connection, f"the serial console of {vm}; Ctrl-] leaves", SERIAL_LEAVE)
 
 
 def join_line(vm: VM, connection: socket.socket, greeting: str, leave: bytes, drop: bytes = CTRL_C) -> None:
@@ -8537,7 +8511,7 @@ def join_line(vm: VM, connection: socket.socket, greeting: str, leave: bytes, dr
                 termios.tcsetattr(0, termios.TCSANOW, modes)
             report.say("")
     if ended:
-        report.say(f"{report.program}: {vm.name} has ended")
+        report.say(f"{report.program}: {vm} has ended")
 
 
 def relay_line(connection: socket.socket, leave: bytes, drop: bytes) -> bool:
@@ -8599,7 +8573,7 @@ def monitor_command(vm: VM, line: str) -> None:
         raise
     # Only its words tell a complaint from an answer (monitor/hmp.c, hmp_handle_error).
     if answer.startswith(("unknown command:", "Error: ")) or answer.endswith("for more information"):
-        raise Error(f"{vm.name}: {'; '.join(answer.splitlines())}", f"vmmanage -n {vm.address_name} help")
+        raise Error("; ".join(answer.splitlines()), f"vmmanage -n {vm} help", vm=vm)
     if answer:
         report.data(answer)
 
@@ -8621,7 +8595,7 @@ def monitor_session(vm: VM) -> int:
         try:
             monitor_command(vm, line)
         except QMPClosed:
-            report.say(f"{report.program}: {vm.name} has ended")
+            report.say(f"{report.program}: {vm} has ended")
             break
         except Error as error:
             status = EXIT_FAILED
@@ -8674,9 +8648,7 @@ class Manager:
                 remove_file(os.path.join(self.folder, name))
             os.close(self._fd)
             self.tree.managed = ""
-            for type in self.tree.types(self.group):
-                remove_empty(os.path.join(self.folder, type))
-            remove_empty(self.folder)
+            remove_if_empty(self.tree, self.group)
 
 
 class Wakeup:
@@ -8871,9 +8843,7 @@ class Supervisor:
 
     def _wait(self, vm: VM) -> None:
         wait = Wait(self.cloud, vm, self.cloud.config.number("vmWaitTimeout"))
-        while not (address := wait.network.address(vm)):
-            wait.check()
-            time.sleep(0.1)
+        address = next(found for _ in wait.tries() if (found := wait.network.address(vm)))
         self._wakeup.post(lambda: report.log(f"{vm.name} has IP {address}"))
         wait_ready(wait)
 
@@ -8881,8 +8851,7 @@ class Supervisor:
         if self._members.get(member.vm.folder) is not member or cancellation.requested:
             return
         if result:
-            reason = str(result).partition(f"{member.vm.name}: ")[2] or result
-            report.log(f"{member.vm.name} is not ready: {reason}")
+            report.log(f"{member.vm.name} is not ready: {result.text}")
         else:
             member.ready = True
             report.log(f"{member.vm.name} is ready")
@@ -8926,11 +8895,8 @@ class Supervisor:
             return []
         vms = list(self.cloud.tree.vms(self.group))
         if self._ending == DESTROY:
-            errors = destroy_all(self.cloud, vms)
-        else:
-            errors = stop_all(self.cloud, vms, self.cloud.config.number("vmStopTimeout"))
-        self.cloud.network("private").end_if_idle()
-        return errors
+            return destroy_all(self.cloud, vms)
+        return stop_all(self.cloud, vms, self.cloud.config.number("vmStopTimeout"))
 
 
 def supervise(
@@ -8953,25 +8919,17 @@ def supervise(
         cloud.accel(cloud.config["vmAccel"])
 
         def begin(spawned: Callable[[VM], None]) -> list[Error]:
-            errors = start_kept(cloud, old, spawned, gui)
+            stopped = [vm for vm in old if not vm.is_running()]
+            for vm in old:
+                if vm not in stopped:
+                    spawned(vm)  # it is taken over as it is
+            results = start_all(cloud, stopped, spawned, gui=gui)
+            errors = [error for vm, error in zip(stopped, results) if error and not vm.is_running()]
             return errors + (instantiate(cloud, group, wishes, spawned)[1] if wishes else [])
 
         trim_memory()
         supervisor = Supervisor(cloud, group, wakeup, lambda status: settled(status, manager.log_file))
-        try:
-            return supervisor.run(begin)
-        finally:
-            cloud.private.end_if_idle()
-
-
-def start_kept(cloud: Cloud, vms: Sequence[VM], spawned: Callable[[VM], None], gui: bool) -> list[Error]:
-    """Start those that don't run, with a screen this time if `gui`; those that do are taken over as they are."""
-    for vm in vms:
-        if vm.is_running():
-            spawned(vm)
-    stopped = [vm for vm in vms if not vm.is_running()]
-    results = start_all(cloud, stopped, spawned, gui=gui)
-    return [error for vm, error in zip(stopped, results) if error and not vm.is_running()]
+        return supervisor.run(begin)
 
 
 def stop_managed(cloud: Cloud, group: str) -> None:
@@ -10477,7 +10435,6 @@ def report_table(rows: Sequence[Sequence[str]]) -> int:
 )
 def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """make a template from an ISO, or adjust one"""
-    no_more(words)
     for value, name in ((args.name, "-n NAME"), (args.adjust or args.iso, "-i ISO")):
         if not value:
             raise UsageError(f"{name} is missing", "-h shows how it is called")
@@ -10496,34 +10453,28 @@ def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> in
             warn_of_memory(int(settings["vmMem"]))
             gigabytes = args.disk or config.number("vmCreateDiskSize")
             vm = template_for_installer(cloud, args.name, gigabytes, settings)
-        return boot_iso(cloud, vm, iso, keep=args.adjust) if iso else EXIT_DONE
+        if iso:
+            error = start_all(cloud, [vm], iso=iso, gui=True)[0]
+            if error:
+                if not args.adjust:
+                    delete_template(cloud, vm.name)
+                raise error
+            report.say(f"{report.program}: {vm} boots {iso}; when it is done: vmstop -n {vm}")
+            open_screens([vm])
+    return EXIT_DONE
 
 
 def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, iso: str) -> VM:
-    """What vmcreate -a does; a NAME without a group is a template where there is one of that name."""
+    """What vmcreate -a does."""
     given = {"vmMem": args.mem, "vmCpu": args.cpu, "vmCpuCap": args.cpu_cap}
     changes = {key: str(value) for key, value in given.items() if value is not None}
     if not changes and not args.disk and not iso:
         raise UsageError("nothing to adjust: give -m, -c, -C or -d", "-h shows how it is called")
-    template = cloud.tree.template(args.name)
-    vm = template if "/" not in args.name and template.exists() else cloud.tree.need(args.name)
+    vm = cloud.tree.need(args.name, first=lambda vm: vm.is_template)
     if iso and vm.is_template:
         check_no_clones(cloud, vm)  # what boots from the ISO may write to the disk
     adjust(cloud, vm, changes, args.disk or 0)
     return vm
-
-
-def boot_iso(cloud: Cloud, vm: VM, iso: str, keep: bool) -> int:
-    """Start a VM from an ISO, with a screen; one that doesn't start is removed, unless it is to be kept."""
-    error = start_all(cloud, [vm], iso=iso, gui=True)[0]
-    if error:
-        if not keep:
-            delete_template(cloud, vm.name)
-        cloud.private.end_if_idle()
-        raise error
-    report.say(f"{report.program}: {vm.name} boots {iso}; when it is done: vmstop -n {vm.address_name}")
-    open_screens([vm])
-    return EXIT_DONE
 
 
 @declare(
@@ -10540,7 +10491,6 @@ def boot_iso(cloud: Cloud, vm: VM, iso: str, keep: bool) -> int:
 )
 def cmd_instantiate(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """make clones of a template and start them"""
-    no_more(words)
     with Cloud(config) as cloud:
         group, wishes = wishes_of(config, args)
         check_wishes(cloud, group, wishes, args.force)
@@ -10621,7 +10571,6 @@ def report_errors(errors: Sequence[Error]) -> int:
 )
 def cmd_run(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """run a group in the foreground"""
-    no_more(words)
     if sum(each is not None for each in (args.file, args.resume, args.stop)) != 1:
         raise UsageError("give exactly one of -f FILE, -r GROUP and -s GROUP", "-h shows how it is called")
     for given, name in ((args.group, "--group"), (args.add, "--add"), (args.force, "--force")):
@@ -10661,7 +10610,6 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
 @declare(Command("running", "vmrunning"), GROUP, TYPE, Option("-a --all", "the stopped ones too, with their state"))
 def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """list running VMs: NAME GROUP/TYPE IP"""
-    no_more(words)
     with Cloud(config) as cloud:
         if args.group is not None:
             cloud.tree.need_group(args.group)
@@ -10681,7 +10629,6 @@ def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> i
 )
 def cmd_stop(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """stop a group, a type of it or one VM"""
-    no_more(words)
     with Cloud(config) as cloud:
         vms = vms_to_stop(cloud, args)
         if args.destroy:
@@ -10689,7 +10636,6 @@ def cmd_stop(config: Config, args: argparse.Namespace, words: list[str]) -> int:
         else:
             seconds = 0 if args.kill else config.number("vmStopTimeout") if args.timeout is None else args.timeout
             errors = stop_all(cloud, vms, seconds, patient=args.timeout is None)
-        cloud.network("private").end_if_idle()
     return report_errors(errors)
 
 
@@ -10698,7 +10644,7 @@ def vms_to_stop(cloud: Cloud, args: argparse.Namespace) -> list[VM]:
     if args.name == "":
         raise UsageError("the VM's name is empty", "vmrunning lists the VMs")
     if args.name is not None:
-        vms = [vm_in(cloud, args.name, args.group, args.type)]
+        vms = [cloud.tree.need(args.name, args.group, args.type)]
     elif args.group is not None:
         if args.group and args.destroy and args.group not in (TEMPLATES, *cloud.tree.groups()):
             return []
@@ -10711,14 +10657,13 @@ def vms_to_stop(cloud: Cloud, args: argparse.Namespace) -> list[VM]:
     return vms
 
 
-def vm_in(cloud: Cloud, name: str, group: str | None, type: str | None) -> VM:
-    """The one VM of that name, in that group and of that type where these are given."""
-    hits = cloud.tree.find(name)
-    found = [vm for vm in hits if group in (None, vm.group) and type in (None, vm.type)]
-    if hits and not found:
-        place = "/".join(part for part in (group, type) if part)
-        raise NotFound(f"{name}: no such VM in {place or 'that place'}", "vmrunning -a lists them")
-    return found[0] if len(found) == 1 else cloud.tree.need(name)
+def running_vm(cloud: Cloud, words: str, group: str | None = None, type: str | None = None) -> VM:
+    """The running VM that `words`, -g and -t mean."""
+    vm = cloud.tree.need(words, group, type, first=VM.is_running, address_of=lambda vm: address_of(cloud, vm))
+    state, _ = vm.state()
+    if state != "running":
+        raise WrongState("it is not running", f"vmrunning -a shows its state: {state}", vm=vm)
+    return vm
 
 
 @declare(Command("ssh", "vmssh", "VM [WORDS...]", ("running-vm",)))
@@ -10727,10 +10672,7 @@ def cmd_ssh(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     if not words:
         raise UsageError("which VM?", "vmssh VM|IP [WORDS...]; vmrunning lists the VMs")
     with Cloud(config) as cloud:
-        vm = vm_by_name_or_address(cloud, words[0])
-        if not vm.is_running():
-            raise WrongState(f"{vm.name}: it is not running", f"vmrunning -a shows its state: {vm.state()[0]}")
-        become_ssh(cloud, vm, words[1:])
+        become_ssh(cloud, running_vm(cloud, words[0]), words[1:])
     return EXIT_FAILED  # not reached: become() doesn't come back
 
 
@@ -10759,17 +10701,6 @@ def become_ssh(cloud: Cloud, vm: VM, words: Sequence[str], fresh: bool = False) 
     become([*ssh_argv(cloud, vm, trust, ssh_key_options(is_planted(vm))), *words])
 
 
-def vm_by_name_or_address(cloud: Cloud, words: str) -> VM:
-    """The VM that a NAME, GROUP/NAME, GROUP/TYPE/NAME or an address means; running ones come first."""
-    if re.fullmatch(r"[0-9]+(\.[0-9]+){3}", words):
-        found = [vm for vm in cloud.tree.running() if address_of(cloud, vm) == words]
-    else:
-        found = [vm for vm in cloud.tree.find(words) if vm.is_running()]
-    if len(found) == 1:
-        return found[0]
-    return cloud.tree.need(words)
-
-
 @declare(
     Command("vm", "vm", "[WORDS...]"),
     Option("-n --name NAME", "the VM, or the template", complete="vm"),
@@ -10784,47 +10715,23 @@ def cmd_vm(config: Config, args: argparse.Namespace, words: list[str]) -> int:
         raise UsageError("which VM? give -n NAME", "vmrunning -a lists them, vmtemplate --list the templates")
     iso = "" if args.iso in (None, "none") else find_iso(config, args.iso)
     with Cloud(config) as cloud:
-        vm = vm_of_options(cloud, args.name, args.group, args.type)
+        vm = cloud.tree.need(args.name, args.group or None, args.type or None, first=lambda vm: vm.is_template)
         fresh = not vm.is_running()
         if fresh:
-            start_alone(cloud, vm, iso, args.gui)
+            with FolderLock(vm.folder):
+                give_identity(cloud, vm)
+            error = start_all(cloud, [vm], iso=iso, gui=args.gui)[0]
+            if error:
+                raise error
         elif iso:
-            raise WrongState(f"{vm.name}: it runs already, without that ISO", f"vmstop -n {vm.address_name} stops it")
+            raise WrongState("it runs already, without that ISO", f"vmstop -n {vm} stops it", vm=vm)
         elif args.gui and not screen_of(vm):
-            raise WrongState(f"{vm.name}: it runs without a screen", f"vmconsole -s -n {vm.address_name}")
+            raise WrongState("it runs without a screen", f"vmconsole -s -n {vm}", vm=vm)
         if args.gui:
             open_screens([vm])
         else:
             become_ssh(cloud, vm, words, fresh)
     return EXIT_DONE
-
-
-def vm_of_options(cloud: Cloud, name: str, group: str | None, type: str | None) -> VM:
-    """What -n, -g and -t name.  Without -g it is a template, or else any VM of that name."""
-    tree = cloud.tree
-    if type:
-        found = [vm for vm in tree.find(name) if vm.type == type and group in (None, vm.group)]
-        if not found:
-            raise NotFound(f"{name}: no such VM of type {type}", "vmrunning -a lists them")
-        return found[0] if len(found) == 1 else tree.need(f"{group}/{type}/{name}" if group else name)
-    if group == TEMPLATES:
-        return tree.need_template(name)
-    if group:
-        tree.need_group(group)
-        return tree.need(f"{group}/{name}")
-    return tree.need(name if "/" in name or not tree.template(name).exists() else f"{TEMPLATES}/{name}")
-
-
-def start_alone(cloud: Cloud, vm: VM, iso: str, gui: bool) -> None:
-    """Start a stopped VM, or a template: on a layer of its own where other disks stand on its disk."""
-    with FolderLock(vm.folder):
-        give_identity(cloud, vm)
-    network = cloud.network_of(vm)
-    try:
-        with network.hold():
-            start(cloud, vm, network, iso=iso, gui=gui)
-    finally:
-        cloud.private.end_if_idle()
 
 
 @declare(
@@ -10846,7 +10753,6 @@ def cmd_upgrade(config: Config, args: argparse.Namespace, words: list[str]) -> i
 )
 def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """what runs, for ansible (--list) and for people"""
-    no_more(words)
     with Cloud(config) as cloud:
         if args.list or args.host is not None:
             import json
@@ -10874,19 +10780,28 @@ def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     import contextlib
 
     verb, rest = (words[0], words[1:]) if words else ("", [])
-    if verb in ("up", "down", "status"):
-        return net_verb(config, verb, kind_of_network(config, args, rest))
-    with contextlib.closing(Cloud(config)) as cloud:  # as it is: a ProxyCommand must be quick
-        network = cloud.private
-        if verb == "exec":
+    kind = kind_of_network(config, args, rest) if verb in ("up", "down", "status") else ""
+    with contextlib.closing(Cloud(config)) as cloud:  # as it is: a ProxyCommand must be quick, `down` is what it says
+        private, bridge = cloud.private, cloud.network("bridge")
+        if verb == "status":
+            lines = (*bridge.status(), *bridge_faults(config)) if kind != "private" else ()
+            for line in (*lines, *(private.status() if kind != "bridge" else ())):
+                report.data(line)
+        elif kind and kind != "private":
+            bridge_up(config) if verb == "up" else bridge_down(config)
+        elif verb == "up":
+            cloud.tree.prepare()
+            private.up(keep=True)
+        elif verb == "down":
+            private.down_if_unused()
+        elif verb == "exec":
             if not rest:
                 raise UsageError("which command?", "nocloud net exec CMD...")
             if args.tap:
-                open_tap(cloud.network("bridge" if args.bridge else "private"))
-            become(rest) if args.bridge else network.become_inside(rest)
+                open_tap(bridge if args.bridge else private)
+            become(rest) if args.bridge else private.become_inside(rest)
         elif verb == "connect":
-            address, port = address_and_port(rest)
-            network.connect(address, port, args.fdpass)
+            private.connect(*address_and_port(rest), args.fdpass)
         else:
             raise UsageError(f"{verb or 'no verb'}: expected up, down, status, exec or connect")
     return EXIT_DONE
@@ -10894,35 +10809,13 @@ def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> int:
 
 def kind_of_network(config: Config, args: argparse.Namespace, rest: Sequence[str]) -> str:
     """Which network `net up` and its like are about, by the options, which may come after the verb too; else by
-    vmNetwork; else root means the host's bridge, and `auto` leaves it open."""
+    vmNetwork; else root means the host's bridge.  `auto` leaves it open: `status` shows both, else it is the bridge."""
     flags = {*(f"--{name}" for name in ("private", "bridge") if getattr(args, name)), *rest}
     no_more(sorted(flags - {"--private", "--bridge"}))
     if len(flags) > 1:
         raise UsageError("--private and --bridge: one of them")
     asked = flags.pop()[2:] if flags else config["vmNetwork"]
     return "bridge" if asked == "auto" and os.geteuid() == 0 else asked
-
-
-def net_verb(config: Config, verb: str, kind: str) -> int:
-    """up, down, status.  An ordinary user who doesn't say which means the bridge, as root does, and both to look at."""
-    import contextlib
-
-    if kind != "private" and verb != "status":
-        bridge_up(config) if verb == "up" else bridge_down(config)
-        return EXIT_DONE
-    with contextlib.closing(Cloud(config)) as cloud:  # as it is: `down` is what it says
-        if verb == "up":
-            cloud.tree.prepare()
-            cloud.private.up(keep=True)
-        elif verb == "down":
-            cloud.private.down_if_unused()
-        else:
-            for line in (
-                *((*cloud.network("bridge").status(), *bridge_faults(config)) if kind != "private" else ()),
-                *(cloud.private.status() if kind != "bridge" else ()),
-            ):
-                report.data(line)
-    return EXIT_DONE
 
 
 @declare(
@@ -10980,19 +10873,11 @@ def address_and_port(words: Sequence[str]) -> tuple[str, int]:
     return words[0], int(words[1])
 
 
-def running_vm(cloud: Cloud, args: argparse.Namespace) -> VM:
-    """The running VM that -n, -g and -t mean."""
+def vm_of_options(cloud: Cloud, args: argparse.Namespace) -> VM:
+    """The running VM that VM_OPTIONS mean."""
     if args.name is None:
         raise UsageError("which VM? give -n NAME", "vmrunning lists them")
-    found = [vm for vm in cloud.tree.find(args.name) if args.group in (None, vm.group) and args.type in (None, vm.type)]
-    found = [vm for vm in found if vm.is_running()] or found
-    if not found and cloud.tree.find(args.name):
-        raise NotFound(f"{args.name}: no such VM in {'/'.join(filter(None, (args.group, args.type)))}", "vmrunning -a")
-    vm = found[0] if len(found) == 1 else cloud.tree.need(args.name)
-    state, _ = vm.state()
-    if state != "running":
-        raise WrongState(f"{vm.name}: it is not running", f"vmrunning -a shows its state: {state}")
-    return vm
+    return running_vm(cloud, args.name, args.group, args.type)
 
 
 @declare(
@@ -11002,9 +10887,8 @@ def running_vm(cloud: Cloud, args: argparse.Namespace) -> VM:
 )
 def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """a VM's screen; with -s, or without a display, its serial console"""
-    no_more(words)
     with Cloud(config) as cloud:
-        vm = running_vm(cloud, args)
+        vm = vm_of_options(cloud, args)
     missing = "no display here" if not has_display() else "" if screen_of(vm) else f"{vm.name} runs without a screen"
     if not args.serial and not missing:
         open_screen(vm)
@@ -11019,7 +10903,7 @@ def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> i
 def cmd_manage(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """qemu's monitor of a VM; with WORDS, just that command"""
     with Cloud(config) as cloud:
-        vm = running_vm(cloud, args)
+        vm = vm_of_options(cloud, args)
     if words:
         monitor_command(vm, " ".join(words))
         return EXIT_DONE
@@ -11079,7 +10963,9 @@ def cmd_configure(config: Config, args: argparse.Namespace, words: list[str]) ->
         vms = [vm for name in words for vm in cloud.tree.find(name) if vm.is_readable()]
         for kind in {cloud.network_kind(vm) for vm in vms}:
             cloud.network(kind).open()  # before there are threads
-        configure_now(cloud, vms, config.number("vmWaitTimeout"))
+        for error in wait_all(cloud, vms, config.number("vmWaitTimeout")):
+            if error.vm.exists():
+                append_line(error.vm.log_file, f"nocloud: not configured: {error}")
     return EXIT_DONE
 
 
@@ -11442,7 +11328,6 @@ def document_links() -> dict[str, str]:
 )
 def cmd_setup(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """install this program on the host, as `make install` does"""
-    no_more(words)
     exclusive(args, "check", "undo")
     root = os.path.abspath(args.destdir) if args.destdir else ""
     if not root and os.geteuid() != 0:
@@ -11604,14 +11489,15 @@ def run_command(argv: Sequence[str]) -> int:
         return EXIT_DONE
     report.debug = report.debug or "--debug" in options
     config = Config() if command.unconfigured else load_config()
-    if not options and not command.options:  # nothing to parse: argparse costs 17 ms, and a TAB has to be quick
-        done: int = command.function(config, None, operands)
-        return done
-    parser = build_parser(command, report.program, config)
-    args = parser.parse_args(options)
-    if args.help:
-        report.data("\n\n".join(part.rstrip("\n") for part in (parser.format_help(), command.more()) if part))
-        return EXIT_DONE
+    args = None
+    if options or command.options:  # else nothing is to parse: argparse costs 17 ms, and a TAB has to be quick
+        parser = build_parser(command, report.program, config)
+        args = parser.parse_args(options)
+        if args.help:
+            report.data("\n\n".join(part.rstrip("\n") for part in (parser.format_help(), command.more()) if part))
+            return EXIT_DONE
+    if not command.operands:
+        no_more(operands)
     status: int = command.function(config, args, operands)
     return status
 

@@ -70,6 +70,13 @@ class Result:
         assert "Traceback" not in self.stderr and "a defect in nocloud" not in self.stderr, repr(self)
         return self
 
+    def says(self, status: int, text: str, hint: str = "") -> Result:
+        """Ended with this status and, but for warnings, these very words: the whole line, and the whole hint."""
+        self.fails(status)
+        told = [line for line in self.stderr.splitlines() if ": warning: " not in line]
+        assert [told[0].partition(": ")[2], *told[1:]] == [text, *([f"(hint: {hint})"] if hint else [])], repr(self)
+        return self
+
 
 # The homes of the clouds that are in use: what runs in them is no leftover.
 open_homes: set[str] = set()
