@@ -2770,7 +2770,9 @@ class Network:
 
     def socket(self) -> socket.socket:
         """A TCP socket, not yet connected, that reaches the VMs."""
-        raise NotImplementedError
+        import socket as sockets
+
+        return sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM)
 
     def enter(self, argv: Sequence[str]) -> tuple[list[str], list[int]]:
         """(words, descriptors to pass on) that run `argv` where the network is."""
@@ -3048,14 +3050,11 @@ def start_daemon(argv: Sequence[str], fds: Sequence[int]) -> None:
     leaves the terminal.
     """
     mine, its = os.pipe()
-    try:
-        child = spawn(argv, log=its, cwd="/", fds=fds)
-    except BaseException:
-        os.close(mine)
-        raise
-    finally:
-        os.close(its)
     with open(mine, "rb") as pipe:
+        try:
+            child = spawn(argv, log=its, cwd="/", fds=fds)
+        finally:
+            os.close(its)
         said = pipe.read().decode("utf-8", "replace")
     if wait_for(lambda: child.poll() is not None, 0.02, 0.005) and child.returncode:
         program = argv[argv.index("--") + 1] if "--" in argv else argv[0]  # after nsenter's own words
@@ -3415,7 +3414,7 @@ class PrivateNetwork(Network):
         if not find_program("nft"):
             words = f"iptables -t nat -A POSTROUTING -o {OUT_INTERFACE} -j MASQUERADE".split()
         argv, fds = self.enter(words)
-        run(argv, input=nft_rules("private.nft", out=OUT_INTERFACE), fds=fds)
+        run(argv, input=nft_rules("private.nft", out=OUT_INTERFACE) if words[0] == "nft" else None, fds=fds)
 
     def down(self) -> None:
         """End it: dnsmasq, pasta, the holder, and with them everything inside.  Call it under the lock."""
@@ -3952,16 +3951,19 @@ def forwards(interface: str) -> bool:
 
 
 class BridgeSetup:
-    """What root does to the host for the bridge; `down` takes away exactly what `up` did, half done or not.
+    """What root does to the host for the bridge, and its dnsmasq: units of systemd where these are installed.
 
-    It goes in order of what is there, not by a record: the bridge is known by its MAC, rules by their comments.  Only
-    which interfaces were made to forward is written down, before it is done.
+    `down` takes away exactly what `up` did, half done or not.  It goes in order of what is there, not by a
+    record: the bridge is known by its MAC, rules by their comments.  Only which interfaces were made to forward is
+    written down, before it is done.
     """
 
     def __init__(self, config: Config) -> None:
         self.settings = BridgeSettings(config)
         self.interface = self.settings.interface
+        self.hosts = HostFiles(STATE_FOLDER, "?")
         self.forwarding = os.path.join(RUN_FOLDER, "forwarding")
+        self.pid_file, self.log = (os.path.join(RUN_FOLDER, f"dnsmasq.{name}") for name in ("pid", "log"))
 
     def is_there(self) -> bool:
         return os.path.exists(f"/sys/class/net/{self.interface}")
@@ -3983,7 +3985,30 @@ class BridgeSetup:
             )
 
     def up(self) -> None:
-        """Make what isn't there.  Where that fails nothing stays."""
+        """`nocloud net up` of root: the bridge with DHCP and DNS."""
+        need_root("the host's bridge")
+        self.check()
+        if units_installed():
+            systemctl("reload-or-restart", SYSTEMD_UNITS[0])  # also where it is up: somebody may have flushed the rules
+            systemctl("start" if self.answers() else "restart", *SYSTEMD_UNITS[1:])
+            self.tell_resolver()
+        else:
+            need_program("dnsmasq")
+            self.start()
+            self._serve()
+        self.wait(10)
+
+    def down(self) -> None:
+        """`nocloud net down` of root."""
+        need_root("the host's bridge")
+        self.check_unused()
+        if units_installed():
+            systemctl("stop", *reversed(SYSTEMD_UNITS))
+        self._end_server()
+        self.stop()
+
+    def start(self) -> None:
+        """Make what isn't there of the bridge alone.  Where that fails nothing stays."""
         need_root("the host's bridge")
         self.check()
         with FolderLock(RUN_FOLDER, make=True):
@@ -4012,12 +4037,8 @@ class BridgeSetup:
             run(["ip", *words.split()])
         if os.path.exists(sysctl_file(name, "accept_ra", "ipv6")):
             write_proc(sysctl_file(name, "accept_ra", "ipv6"), "0")
-        there = [
-            (each["local"], each["prefixlen"])
-            for card in ip_json("address", "show", "dev", name)
-            for each in card.get("addr_info", ())
-        ]
-        if there != [wanted]:
+        there = [each for card in ip_json("address", "show", "dev", name) for each in card.get("addr_info", ())]
+        if [(each["local"], each["prefixlen"]) for each in there] != [wanted]:
             run(["ip", "-4", "address", "flush", "dev", name])
             run(["ip", "address", "add", f"{wanted[0]}/{wanted[1]}", "brd", "+", "dev", name])
         run(["ip", "link", "set", name, "up"])
@@ -4040,10 +4061,7 @@ class BridgeSetup:
 
     def _forwarders(self) -> list[str]:
         """The interfaces that `up` made forward, and that are still there."""
-        try:
-            names = read_text(self.forwarding).split()
-        except FileNotFoundError:
-            return []
+        names = read_text(self.forwarding).split() if os.path.exists(self.forwarding) else []
         return [name for name in names if os.path.exists(sysctl_file(name, "forwarding"))]
 
     def tell_resolver(self) -> None:
@@ -4054,14 +4072,14 @@ class BridgeSetup:
                 f"have its resolver ask {self.settings.address} for {DOMAIN}, or use vmssh"
             )
             return
-        for words in (("dns", self.settings.address), ("domain", f"~{DOMAIN}"), ("dnssec", "no"), ("dnsovertls", "no")):
-            verb, value = words
+        told = {"dns": self.settings.address, "domain": f"~{DOMAIN}", "dnssec": "no", "dnsovertls": "no"}
+        for verb, value in told.items():
             status, said = attempt(["resolvectl", verb, self.interface, value], 30)
             if status:
                 report.warn(f"VMs' names don't resolve on this host itself: resolvectl {verb}: {last_line(said)}")
                 return
 
-    def down(self) -> None:
+    def stop(self) -> None:
         """Take it away; refused while something is attached to it."""
         need_root("the host's bridge")
         with FolderLock(RUN_FOLDER, make=True):
@@ -4087,6 +4105,70 @@ class BridgeSetup:
         remove_file(self.forwarding)
         if bridge_is_ours(self.interface):
             run(["ip", "link", "delete", self.interface])
+
+    # its dnsmasq
+
+    def argv(self) -> list[str]:
+        """As its own user, which systemd starts it as, it can't change to another.  The host's /etc/resolv.conf names
+        the servers that it asks.  A guest of its own name, that nobody published, is known by that."""
+        settings = self.settings
+        first, last = (ipv4_text(number) for number in (settings.first_dynamic, settings.last))
+        mask = ipv4_text(0xFFFFFFFF << (32 - settings.length) & 0xFFFFFFFF)
+        user, group, pid_file, log = "", "", "", "-"
+        if os.geteuid() == 0:
+            user, group = account(DNSMASQ_USERS)[0], account(("kvm",), group=True)[0]
+            pid_file, log = self.pid_file, self.log
+        return dnsmasq_argv(
+            settings.interface, self.hosts, f"--user={user}", f"--group={group}",
+            f"--pid-file={pid_file}", f"--log-facility={log}",
+            f"--dhcp-range={first},{last},{mask},12h", f"--dhcp-leasefile={LEASES}",
+        )  # fmt: skip
+
+    def answers(self) -> bool:
+        """Whether something serves DNS at the bridge's address."""
+        return any(address == self.settings.address for address, _ in bound_sockets("udp", 53))
+
+    def wait(self, seconds: float, pid: str = "") -> None:
+        """Return when it serves.  Raises TimedOut after `seconds`, or when the process `pid` has ended before."""
+        wait_for(lambda: self.answers() or bool(pid and not os.path.exists(f"/proc/{pid}")), seconds, 0.1)
+        if not self.answers():
+            raise TimedOut(f"dnsmasq doesn't answer at {self.settings.address}", "journalctl -u nocloud-dnsmasq")
+
+    def forget(self) -> None:
+        """Take the leases of VMs that are gone out of the file, while dnsmasq doesn't run."""
+        first, dynamic = self.settings.first, self.settings.first_dynamic
+        members = {(mac, address) for _, mac, address in self.hosts.members()}
+        lines = read_text(LEASES).splitlines(True) if os.path.exists(LEASES) else []
+        kept = []
+        for line in lines:
+            words = line.split()
+            allotted = len(words) > 2 and is_ipv4(words[2]) and first <= ipv4_number(words[2]) < dynamic
+            if not allotted or (words[1].lower(), words[2]) in members:
+                kept.append(line)
+        if kept != lines:
+            with open(LEASES, "r+", encoding="utf-8", errors="surrogateescape") as file:  # the folder is root's
+                file.writelines(kept)
+                file.truncate()
+
+    def restart_server(self) -> None:
+        """Where it is a daemon of our own."""
+        if daemon_pid(self.pid_file):
+            self._end_server()
+            self._serve()
+
+    def _serve(self) -> None:
+        """As a daemon of our own, unless it runs; anew where the bridge has another address by now."""
+        with FolderLock(RUN_FOLDER, make=True):
+            if not daemon_pid(self.pid_file) or not self.answers():
+                stop_daemon(self.pid_file)
+                self.forget()
+                start_daemon(self.argv(), ())
+
+    def _end_server(self) -> None:
+        with FolderLock(RUN_FOLDER, make=True):
+            stop_daemon(self.pid_file)
+            remove_file(self.log)
+        remove_empty(RUN_FOLDER)
 
 
 def outgoing_interfaces() -> set[str]:
@@ -4171,70 +4253,6 @@ def prepare_state_folder() -> None:
         os.chmod(path, mode)
 
 
-class BridgeServer:
-    """The bridge's dnsmasq: a unit of systemd where the units are installed, else a daemon of our own."""
-
-    def __init__(self, settings: BridgeSettings) -> None:
-        self.settings, self.hosts = settings, HostFiles(STATE_FOLDER, "?")
-        self.pid_file, self.log = (os.path.join(RUN_FOLDER, f"dnsmasq.{name}") for name in ("pid", "log"))
-
-    def argv(self) -> list[str]:
-        """As its own user, which systemd starts it as, it can't change to another.  The host's /etc/resolv.conf names
-        the servers that it asks.  A guest of its own name, that nobody published, is known by that."""
-        settings = self.settings
-        first, last = (ipv4_text(number) for number in (settings.first_dynamic, settings.last))
-        mask = ipv4_text(0xFFFFFFFF << (32 - settings.length) & 0xFFFFFFFF)
-        user, group, pid_file, log = "", "", "", "-"
-        if os.geteuid() == 0:
-            user, group = account(DNSMASQ_USERS)[0], account(("kvm",), group=True)[0]
-            pid_file, log = self.pid_file, self.log
-        return dnsmasq_argv(
-            settings.interface, self.hosts, f"--user={user}", f"--group={group}",
-            f"--pid-file={pid_file}", f"--log-facility={log}",
-            f"--dhcp-range={first},{last},{mask},12h", f"--dhcp-leasefile={LEASES}",
-        )  # fmt: skip
-
-    def answers(self) -> bool:
-        """Whether something serves DNS at the bridge's address."""
-        return any(address == self.settings.address for address, _ in bound_sockets("udp", 53))
-
-    def wait(self, seconds: float, pid: str = "") -> None:
-        """Return when it serves.  Raises TimedOut after `seconds`, or when the process `pid` has ended before."""
-        wait_for(lambda: self.answers() or bool(pid and not os.path.exists(f"/proc/{pid}")), seconds, 0.1)
-        if not self.answers():
-            raise TimedOut(f"dnsmasq doesn't answer at {self.settings.address}", "journalctl -u nocloud-dnsmasq")
-
-    def forget(self) -> None:
-        """Take the leases of VMs that are gone out of the file, while dnsmasq doesn't run."""
-        first, dynamic = self.settings.first, self.settings.first_dynamic
-        members = {(mac, address) for _, mac, address in self.hosts.members()}
-        lines = read_text(LEASES).splitlines(True) if os.path.exists(LEASES) else []
-        kept = []
-        for line in lines:
-            words = line.split()
-            allotted = len(words) > 2 and is_ipv4(words[2]) and first <= ipv4_number(words[2]) < dynamic
-            if not allotted or (words[1].lower(), words[2]) in members:
-                kept.append(line)
-        if kept != lines:
-            with open(LEASES, "r+", encoding="utf-8", errors="surrogateescape") as file:  # the folder is root's
-                file.writelines(kept)
-                file.truncate()
-
-    def start(self) -> None:
-        """As a daemon of our own, unless it runs; anew where the bridge has another address by now."""
-        with FolderLock(RUN_FOLDER, make=True):
-            if not daemon_pid(self.pid_file) or not self.answers():
-                stop_daemon(self.pid_file)
-                self.forget()
-                start_daemon(self.argv(), ())
-
-    def stop(self) -> None:
-        with FolderLock(RUN_FOLDER, make=True):
-            stop_daemon(self.pid_file)
-            remove_file(self.log)
-        remove_empty(RUN_FOLDER)
-
-
 # -- systemd
 
 
@@ -4271,34 +4289,6 @@ def enabled_groups() -> list[str]:
     import glob
 
     return sorted({os.path.basename(path) for path in glob.glob("/etc/systemd/system/*.wants/nocloud@*.service")})
-
-
-def bridge_up(config: Config) -> None:
-    """`nocloud net up` of root: the bridge with DHCP and DNS."""
-    setup = BridgeSetup(config)
-    need_root("the host's bridge")
-    setup.check()
-    server = BridgeServer(setup.settings)
-    if units_installed():
-        systemctl("reload-or-restart", SYSTEMD_UNITS[0])  # also where it is up: somebody may have flushed the rules
-        systemctl("start" if server.answers() else "restart", *SYSTEMD_UNITS[1:])
-        setup.tell_resolver()
-    else:
-        need_program("dnsmasq")
-        setup.up()
-        server.start()
-    server.wait(10)
-
-
-def bridge_down(config: Config) -> None:
-    """`nocloud net down` of root."""
-    setup = BridgeSetup(config)
-    need_root("the host's bridge")
-    setup.check_unused()
-    if units_installed():
-        systemctl("stop", *reversed(SYSTEMD_UNITS))
-    BridgeServer(setup.settings).stop()
-    setup.down()
 
 
 class HostBridge(Network):
@@ -4364,10 +4354,8 @@ class HostBridge(Network):
                 file.write(f"{time.time_ns()}\n")
         except OSError:
             pass  # it isn't there: nobody watches it
-        server = BridgeServer(BridgeSettings(self.config))
-        if os.geteuid() == 0 and daemon_pid(server.pid_file):  # which isn't the unit's
-            server.stop()
-            server.start()
+        if os.geteuid() == 0:
+            BridgeSetup(self.config).restart_server()
 
     # attaching to it
 
@@ -4465,11 +4453,6 @@ class HostBridge(Network):
         os.set_inheritable(fds[0], False)
         return fds[0], vhost_net()
 
-    def socket(self) -> socket.socket:
-        import socket as sockets
-
-        return sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM)
-
     def address(self, vm: VM) -> str:
         """What the DHCP server gave to the VM's MAC, or ''.  The bash tools drew another MAC at each start."""
         stranger = vm.stranger()
@@ -4484,7 +4467,7 @@ class HostBridge(Network):
         if not there:
             return
         if bridge_is_ours(self.interface):
-            server = BridgeServer(BridgeSettings(self.config))
+            server = BridgeSetup(self.config)
             yield "dnsmasq: " + (f"answers at {server.settings.address}" if server.answers() else "not running")
         leased = {mac: (address, name, until) for mac, address, name, until in self.lease_lines()}
         for name, mac, address in self.hosts.members():
@@ -10152,7 +10135,7 @@ class HostSetup:
         run(["systemctl", "daemon-reload"])
         run(["systemctl", "enable", *SYSTEMD_UNITS])
         ran = attempt(["systemctl", "is-active", "--quiet", SYSTEMD_UNITS[1]], 30)[0] == 0
-        bridge_up(self.config)
+        BridgeSetup(self.config).up()
         if ran:
             systemctl("restart", SYSTEMD_UNITS[1])  # it may be another version's
         return f"{', '.join(SYSTEMD_UNITS)}: run, now and from each boot on"
@@ -10161,7 +10144,7 @@ class HostSetup:
         if systemd_runs():
             attempt(["systemctl", "disable", *SYSTEMD_UNITS, *enabled_groups()], 60)
         if bridge_is_ours(self.interface):
-            bridge_down(self.config)
+            BridgeSetup(self.config).down()
 
     def membership(self) -> str:
         """What who called sudo has to do to have VMs on the bridge, or ''."""
@@ -10224,13 +10207,11 @@ def planned_modules(prefix: str) -> tuple[list[str], list[Placed]]:
 
     Of those that this kernel has: a missing one would fail the boot's unit.  A container has no modprobe(8).
     """
-    flags = {
-        flag for line in re.findall(r"^flags\s*: (.*)$", read_text("/proc/cpuinfo"), re.M) for flag in line.split()
-    }
-    wanted = [module for flag, module in (("vmx", "kvm_intel"), ("svm", "kvm_amd")) if flag in flags]
+    words = read_text("/proc/cpuinfo").split()
+    modules = [module for flag, module in (("vmx", "kvm_intel"), ("svm", "kvm_amd")) if flag in words]
     modules = [
         module
-        for module in (*wanted, "vhost_net", "tun")
+        for module in (*modules, "vhost_net", "tun")
         if find_program("modprobe") and attempt(["modprobe", "--dry-run", "--quiet", module], 30)[0] == 0
     ]
     text = "".join(f"{module}\n" for module in ("# of nocloud: what its VMs want", *modules))
@@ -11671,7 +11652,7 @@ def net_verb(config: Config, verb: str, kind: str) -> int:
     import contextlib
 
     if kind != "private" and verb != "status":
-        bridge_up(config) if verb == "up" else bridge_down(config)
+        BridgeSetup(config).up() if verb == "up" else BridgeSetup(config).down()
         return EXIT_DONE
     with contextlib.closing(Cloud(config)) as cloud:  # as it is: `down` is what it says
         if verb == "up":
@@ -11704,15 +11685,15 @@ def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> in
         return EXIT_DONE
     no_more(rest)
     if verb == "start":
-        BridgeSetup(config).up()
+        BridgeSetup(config).start()
     elif verb == "stop":
-        BridgeSetup(config).down()
+        BridgeSetup(config).stop()
     elif verb == "dnsmasq":
-        server = BridgeServer(BridgeSettings(config))
+        server = BridgeSetup(config)
         server.forget()
         become(server.argv())
     elif verb == "ready":
-        BridgeServer(BridgeSettings(config)).wait(60, os.environ.get("MAINPID", ""))  # systemd.exec(5)
+        BridgeSetup(config).wait(60, os.environ.get("MAINPID", ""))  # systemd.exec(5)
     else:
         raise UsageError(f"{verb or 'no verb'}: expected start, stop, dnsmasq, ready or subnet")
     return EXIT_DONE
