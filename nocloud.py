@@ -2795,6 +2795,7 @@ class Network:
 
     def publish(self, vm: VM) -> None:
         """Make the VM's names resolve and its address its own."""
+        self.hosts.publish(vm)
 
     def strangers(self, known: set[str]) -> list[str]:
         """The UUIDs that it has of this tree's VMs though no such VM is known: its folder was removed by hand."""
@@ -3106,8 +3107,15 @@ class HostFiles:
         for kind in ("dhcp", "hosts"):
             make_private_folder(self.place(kind))
 
+    def denied(self) -> str:
+        """The folder of them that this user may not use, or ''."""
+        places = map(self.place, ("dhcp", "hosts"))
+        return next((place for place in places if not os.access(place, os.R_OK | os.W_OK | os.X_OK)), "")
+
     def publish(self, vm: VM) -> None:
         """Make the VM's names resolve, and its address its own.  A name that another VM has stays the other's."""
+        if not self.tree:
+            self.prepare()
         uuid, address = vm.get("vmUuid"), vm.get("vmAddress")
         name, group = vm.host_name, re.sub(r"[^A-Za-z0-9._-]", "-", vm.group)
         taken = {word for other, _, words in self._hosts() if other != uuid for word in words[1:]}
@@ -3126,11 +3134,8 @@ class HostFiles:
         """Through a name with a leading dot, which dnsmasq passes over."""
         path = os.path.join(self.place(kind), uuid)
         text = f"{line}\n{self.mark()}"
-        try:
-            if self._read(path)[1] == text:
-                return
-        except FileNotFoundError:
-            pass
+        if os.path.lexists(path) and self._read(path)[1] == text:
+            return
         hidden = os.path.join(self.place(kind), "." + uuid)
         write_file(hidden, text, 0o640 if self.tree else 0o600)
         os.replace(hidden, path)
@@ -3259,10 +3264,6 @@ class PrivateNetwork(Network):
                 taken.add(address)
                 return address
         raise Error(f"no address is free in {subnet}.0/24", "destroy VMs that are not needed, or use another vmBaseDir")
-
-    def publish(self, vm: VM) -> None:
-        self.hosts.prepare()
-        self.hosts.publish(vm)
 
     def withdraw(self, uuids: Sequence[str]) -> None:
         """Remove their files.
@@ -3429,11 +3430,9 @@ class PrivateNetwork(Network):
         if not os.path.isdir(self.folder):
             return
         with FolderLock(self.folder):
-            users = [vm.name for vm in self._users()]
+            users = ", ".join([vm.name for vm in self._users()][:10])
             if users:
-                raise WrongState(
-                    f"the private network is in use by {', '.join(users[:10])}", "vmstop -g GROUP stops a group"
-                )
+                raise WrongState(f"the private network is in use by {users}", "vmstop -g GROUP stops a group")
             self.down()
             self._remove_folder()
 
@@ -3594,14 +3593,10 @@ USERNS_SETTINGS = (
 def namespaces_denied(reason: str) -> Error:
     """Why there is no private network, with the command that mends it where that is known."""
     for name, forbids, allows in USERNS_SETTINGS:
-        try:
-            if read_text(f"/proc/sys/{name}").strip() == forbids:
-                command = f"sudo sysctl -w {name.replace('/', '.')}={allows}"
-                return Error(
-                    f"the private network can't be made: this host grants no user namespaces ({reason})", command
-                )
-        except OSError:
-            continue
+        path = f"/proc/sys/{name}"
+        if os.path.exists(path) and read_text(path).strip() == forbids:
+            text = f"the private network can't be made: this host grants no user namespaces ({reason})"
+            return Error(text, f"sudo sysctl -w {name.replace('/', '.')}={allows}")
     hint = "in a container, its seccomp profile must allow unshare; or use the host's bridge: vmNetwork=bridge"
     return Error(f"the private network can't be made: {reason}", hint)
 
@@ -3637,32 +3632,24 @@ def relay(connection: socket.socket) -> None:
     import socket as sockets
     import threading
 
-    def send() -> None:
-        pump(lambda: os.read(0, RELAY_BYTES), connection.sendall)
-        try:
-            connection.shutdown(sockets.SHUT_WR)
-        except OSError:
-            pass  # the other side is gone already
-
     for fd in (0, 1):
         os.set_blocking(fd, True)  # a terminal that another program shares may not be
-    sender = threading.Thread(target=send, daemon=True)
+    send = (lambda: os.read(0, RELAY_BYTES), connection.sendall, lambda: connection.shutdown(sockets.SHUT_WR))
+    sender = threading.Thread(target=pump, args=send, daemon=True)
     sender.start()
-    pump(lambda: connection.recv(RELAY_BYTES), lambda data: write_all(1, data))
-    os.close(1)
+    pump(lambda: connection.recv(RELAY_BYTES), lambda data: write_all(1, data), lambda: os.close(1))
     sender.join()
 
 
-def pump(source: Callable[[], bytes], sink: Callable[[bytes], object]) -> None:
-    """From source to sink, until the one ends or the other is gone."""
-    try:
-        while True:
-            data = source()
-            if not data:
-                return
+def pump(source: Callable[[], bytes], sink: Callable[[bytes], object], finish: Callable[[], object]) -> None:
+    """From source to sink, until the one ends or the other is gone; then `finish`, if that is still there."""
+    import contextlib
+
+    with contextlib.suppress(OSError):
+        for data in iter(source, b""):
             sink(data)
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        finish()
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -3740,12 +3727,8 @@ def networks_in_use(without: str = "") -> Iterator[tuple[str, int, int]]:
 
 def overlapping(settings: BridgeSettings) -> str:
     """Who has addresses of the bridge's network already, or ''."""
-    found = (
-        who
-        for who, network, length in networks_in_use(settings.interface)
-        if overlap(network, length, settings.network, settings.length)
-    )
-    return next(found, "")
+    taken = networks_in_use(settings.interface)
+    return next((who for who, at, length in taken if overlap(at, length, settings.network, settings.length)), "")
 
 
 def choose_bridge_subnet(config: Config) -> tuple[str, str]:
@@ -3785,10 +3768,8 @@ def free_bridge_subnet(config: Config, path: str) -> str:
 
 
 def bridge_is_ours(interface: str) -> bool:
-    try:
-        return read_text(f"/sys/class/net/{interface}/address").startswith(OUR_MAC)
-    except OSError:
-        return False
+    path = f"/sys/class/net/{interface}/address"
+    return os.path.exists(path) and read_text(path).startswith(OUR_MAC)
 
 
 def need_root(what: str) -> None:
@@ -3814,14 +3795,12 @@ def iptables_programs() -> list[str]:
 
     Where it isn't in use no rule is needed, and the first one would leave a table behind.
     """
-    found = []
-    if has_nft_table("ip filter"):
-        found.append(next(filter(find_program, ("iptables-nft", "iptables")), ""))
-    try:
-        if "filter" in read_text("/proc/net/ip_tables_names").split():
-            found.append(next(filter(find_program, ("iptables-legacy", "iptables")), ""))
-    except OSError:
-        pass  # the kernel has no such tables
+    old = "/proc/net/ip_tables_names"
+    in_use = {
+        "iptables-nft": has_nft_table("ip filter"),
+        "iptables-legacy": os.path.exists(old) and "filter" in read_text(old).split(),
+    }
+    found = [next(filter(find_program, (name, "iptables")), "") for name, used in in_use.items() if used]
     return [program for program in found if program]
 
 
@@ -3944,10 +3923,8 @@ def sysctl_file(interface: str, name: str, family: str = "ipv4") -> str:
 
 def forwards(interface: str) -> bool:
     """Whether the kernel forwards what comes in by an interface; True where it doesn't say."""
-    try:
-        return read_text(sysctl_file(interface, "forwarding")).strip() != "0"
-    except OSError:
-        return True
+    path = sysctl_file(interface, "forwarding")
+    return not os.path.exists(path) or read_text(path).strip() != "0"
 
 
 class BridgeSetup:
@@ -3995,7 +3972,7 @@ class BridgeSetup:
         else:
             need_program("dnsmasq")
             self.start()
-            self._serve()
+            self.serve()
         self.wait(10)
 
     def down(self) -> None:
@@ -4004,7 +3981,7 @@ class BridgeSetup:
         self.check_unused()
         if units_installed():
             systemctl("stop", *reversed(SYSTEMD_UNITS))
-        self._end_server()
+        self.end_server()
         self.stop()
 
     def start(self) -> None:
@@ -4150,13 +4127,7 @@ class BridgeSetup:
                 file.writelines(kept)
                 file.truncate()
 
-    def restart_server(self) -> None:
-        """Where it is a daemon of our own."""
-        if daemon_pid(self.pid_file):
-            self._end_server()
-            self._serve()
-
-    def _serve(self) -> None:
+    def serve(self) -> None:
         """As a daemon of our own, unless it runs; anew where the bridge has another address by now."""
         with FolderLock(RUN_FOLDER, make=True):
             if not daemon_pid(self.pid_file) or not self.answers():
@@ -4164,7 +4135,7 @@ class BridgeSetup:
                 self.forget()
                 start_daemon(self.argv(), ())
 
-    def _end_server(self) -> None:
+    def end_server(self) -> None:
         with FolderLock(RUN_FOLDER, make=True):
             stop_daemon(self.pid_file)
             remove_file(self.log)
@@ -4193,11 +4164,8 @@ def bound_sockets(kind: str, port: int) -> Iterator[tuple[str, str]]:
     /proc/net/udp has addresses as memory has them.  A socket of IPv6 that is bound to none takes IPv4's too: 0.0.0.0.
     """
     for name in (kind, f"{kind}6"):
-        try:
-            lines = read_text(f"/proc/net/{name}").splitlines()[1:]
-        except OSError:
-            continue
-        for fields in map(str.split, lines):
+        path = f"/proc/net/{name}"
+        for fields in map(str.split, read_text(path).splitlines()[1:] if os.path.exists(path) else ()):
             address, _, number = fields[1].partition(":")
             if int(number, 16) == port and fields[3] in ("07", "0A"):  # unconnected, listening (net/tcp_states.h)
                 if len(address) == 8:
@@ -4280,8 +4248,8 @@ def active_groups() -> list[str]:
     if not systemd_runs():
         return []
     states = "--state=active,activating,reloading,deactivating"
-    status, said = attempt(["systemctl", "list-units", "--plain", "--no-legend", states, "nocloud@*.service"], 30)
-    return [line.split()[0] for line in said.splitlines() if line.strip()] if status == 0 else []
+    _, said = attempt(["systemctl", "list-units", "--plain", "--no-legend", states, "nocloud@*.service"], 30)
+    return re.findall(r"^nocloud@\S+", said, re.M)
 
 
 def enabled_groups() -> list[str]:
@@ -4299,11 +4267,12 @@ class HostBridge(Network):
     """
 
     kind = "bridge"
-    HELPERS = ("/usr/lib/qemu/qemu-bridge-helper", "/usr/libexec/qemu-bridge-helper", "/usr/lib/qemu-bridge-helper")
 
     def __init__(self, config: Config, tree: Tree | None = None) -> None:
         self.config = config
         self.interface = config["bridgeInterface"]
+        self.helper_places = [config["vmBridgeHelper"]] if config["vmBridgeHelper"] else HELPERS
+        self.lease_places = [config["bridgeLeases"]] if config["bridgeLeases"] else LEASE_FILES
         self.hosts = HostFiles(STATE_FOLDER, tree.base if tree else "?")
         self._publishes: bool | None = None
 
@@ -4313,7 +4282,7 @@ class HostBridge(Network):
         """Whether this user allots addresses here; said once where the rights for it are missing."""
         if self._publishes is None:
             ours, why = bridge_is_ours(self.interface) and os.path.isdir(STATE_FOLDER), ""
-            if not all(os.access(self.hosts.place(kind), os.R_OK | os.W_OK | os.X_OK) for kind in ("dhcp", "hosts")):
+            if self.hosts.denied():
                 why = f"you may not write to {STATE_FOLDER}; who is in the group kvm may"
             elif ours and connected_network(self.interface) != BridgeSettings(self.config).net:
                 why = f"{self.interface} is not the bridge of your settings, where bridgeNet={self.config['bridgeNet']}"
@@ -4343,7 +4312,7 @@ class HostBridge(Network):
 
     def publish(self, vm: VM) -> None:
         if vm.get("vmAddress") and self.publishes():
-            self.hosts.publish(vm)
+            super().publish(vm)
 
     def withdraw(self, uuids: Sequence[str]) -> None:
         """dnsmasq forgets none by itself: a unit that watches this file starts it anew, or root does."""
@@ -4355,20 +4324,16 @@ class HostBridge(Network):
         except OSError:
             pass  # it isn't there: nobody watches it
         if os.geteuid() == 0:
-            BridgeSetup(self.config).restart_server()
+            bridge = BridgeSetup(self.config)
+            if daemon_pid(bridge.pid_file):  # which isn't the unit's
+                bridge.end_server()
+                bridge.serve()
 
     # attaching to it
 
-    def helper_places(self) -> Sequence[str]:
-        """Where qemu-bridge-helper is looked for."""
-        return [self.config["vmBridgeHelper"]] if self.config["vmBridgeHelper"] else self.HELPERS
-
     def helper(self) -> str:
         """The path of qemu-bridge-helper, or ''."""
-        return next(filter(find_program, self.helper_places()), "")
-
-    def lease_places(self) -> Sequence[str]:
-        return [self.config["bridgeLeases"]] if self.config["bridgeLeases"] else LEASE_FILES
+        return next(filter(find_program, self.helper_places), "")
 
     def why_not(self) -> str:
         """Why this user can't put a VM on the bridge, or ''."""
@@ -4389,7 +4354,7 @@ class HostBridge(Network):
 
     def helper_faults(self) -> Iterator[tuple[str, str]]:
         """Why this user can't use qemu-bridge-helper, which root's rights are needed for, and what mends it."""
-        place = next(filter(os.path.isfile, self.helper_places()), "")
+        place = next(filter(os.path.isfile, self.helper_places), "")
         if not place:
             install = install_command(["qemu-bridge-helper"]) or "install qemu-bridge-helper"
             yield "qemu-bridge-helper is not there", install
@@ -4482,18 +4447,16 @@ class HostBridge(Network):
 
     def lease_lines(self) -> Iterator[tuple[str, str, str, int]]:
         """(MAC, address, name, end) of dnsmasq's lease file: `EXPIRY MAC ADDRESS NAME CLIENT-ID` a line."""
-        for place in self.lease_places():
-            try:
-                lines = [line.split() for line in read_text(place).splitlines()]
-            except OSError:
-                continue
-            for words in lines:
-                if len(words) >= 4 and is_ipv4(words[2]):
-                    yield words[1].lower(), words[2], words[3], int(words[0]) if words[0].isdecimal() else 0
-            return
+        for place in self.lease_places:
+            if os.access(place, os.R_OK):
+                for words in map(str.split, read_text(place).splitlines()):
+                    if len(words) >= 4 and is_ipv4(words[2]):
+                        yield words[1].lower(), words[2], words[3], int(words[0]) if words[0].isdecimal() else 0
+                return
 
 
 LEASE_FILES = (LEASES, "/var/lib/misc/dnsmasq.leases", "/var/lib/dnsmasq/dnsmasq.leases")
+HELPERS = ("/usr/lib/qemu/qemu-bridge-helper", "/usr/libexec/qemu-bridge-helper", "/usr/lib/qemu-bridge-helper")
 HELPER_LISTS = ("/etc/qemu/bridge.conf", "/etc/qemu-kvm/bridge.conf")  # the second one in RHEL and its kin
 
 
@@ -10140,12 +10103,6 @@ class HostSetup:
             systemctl("restart", SYSTEMD_UNITS[1])  # it may be another version's
         return f"{', '.join(SYSTEMD_UNITS)}: run, now and from each boot on"
 
-    def stop_units(self) -> None:
-        if systemd_runs():
-            attempt(["systemctl", "disable", *SYSTEMD_UNITS, *enabled_groups()], 60)
-        if bridge_is_ours(self.interface):
-            BridgeSetup(self.config).down()
-
     def membership(self) -> str:
         """What who called sudo has to do to have VMs on the bridge, or ''."""
         import grp
@@ -10257,7 +10214,10 @@ def undo_installation(installation: Installation) -> None:
     if not installation.root:
         check_nothing_runs()
         setup = HostSetup(installation, installed_config(installation))
-        setup.stop_units()
+        if systemd_runs():
+            attempt(["systemctl", "disable", *SYSTEMD_UNITS, *enabled_groups()], 60)
+        if bridge_is_ours(setup.interface):
+            BridgeSetup(setup.config).down()
         setup.forbid_bridge()
         setup.take_back_helper()
         for folder in (STATE_FOLDER, RUN_FOLDER):  # leases, published names, and what `up` keeps while it is up
@@ -10747,7 +10707,7 @@ def check_dnsmasq(patient: Patient) -> Iterator[Finding]:
 
 def check_leases(patient: Patient) -> Iterator[Finding]:
     """Who may not read them doesn't learn the addresses of guests that have none of their own."""
-    for place in patient.bridge.lease_places():
+    for place in patient.bridge.lease_places:
         try:
             read_text(place)
             yield Finding(OK, place)
@@ -10763,15 +10723,14 @@ def check_leases(patient: Patient) -> Iterator[Finding]:
 
 def check_publishing(patient: Patient) -> Iterator[Finding]:
     """Whether this user's VMs get addresses and names of their own on the bridge."""
-    places = [patient.bridge.hosts.place(kind) for kind in ("dhcp", "hosts")]
-    denied = [place for place in places if not os.access(place, os.R_OK | os.W_OK | os.X_OK)]
+    denied = patient.bridge.hosts.denied()
     if not denied:
         yield Finding(OK, f"names and addresses go to {STATE_FOLDER}")
-    elif not os.path.isdir(denied[0]):
-        yield Finding(WARNING, f"{denied[0]} is gone: DHCP decides on addresses and names", own_call("net up"))
+    elif not os.path.isdir(denied):
+        yield Finding(WARNING, f"{denied} is gone: DHCP decides on addresses and names", own_call("net up"))
     else:
-        text = f"you may not write to {denied[0]}: DHCP decides on your VMs' addresses and names"
-        yield Finding(WARNING, text, group_command(os.stat(denied[0]).st_gid))
+        text = f"you may not write to {denied}: DHCP decides on your VMs' addresses and names"
+        yield Finding(WARNING, text, group_command(os.stat(denied).st_gid))
 
 
 def check_forwarding(patient: Patient) -> Iterator[Finding]:
