@@ -2790,7 +2790,9 @@ class Network:
 
     def socket(self) -> socket.socket:
         """A TCP socket, not yet connected, that reaches the VMs."""
-        raise NotImplementedError
+        import socket as sockets
+
+        return sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM)
 
     def enter(self, argv: Sequence[str]) -> tuple[list[str], list[int]]:
         """(words, descriptors to pass on) that run `argv` where the network is."""
@@ -2813,6 +2815,7 @@ class Network:
 
     def publish(self, vm: VM) -> None:
         """Make the VM's names resolve and its address its own."""
+        self.hosts.publish(vm)
 
     def strangers(self, known: set[str]) -> list[str]:
         """The UUIDs that it has of this tree's VMs though no such VM is known: its folder was removed by hand."""
@@ -3068,14 +3071,11 @@ def start_daemon(argv: Sequence[str], fds: Sequence[int]) -> None:
     leaves the terminal.
     """
     mine, its = os.pipe()
-    try:
-        child = spawn(argv, log=its, cwd="/", fds=fds)
-    except BaseException:
-        os.close(mine)
-        raise
-    finally:
-        os.close(its)
     with open(mine, "rb") as pipe:
+        try:
+            child = spawn(argv, log=its, cwd="/", fds=fds)
+        finally:
+            os.close(its)
         said = pipe.read().decode("utf-8", "replace")
     if wait_for(lambda: child.poll() is not None, 0.02, 0.005) and child.returncode:
         program = argv[argv.index("--") + 1] if "--" in argv else argv[0]  # after nsenter's own words
@@ -3126,8 +3126,15 @@ class HostFiles:
         for kind in ("dhcp", "hosts"):
             make_private_folder(self.place(kind))
 
+    def denied(self) -> str:
+        """The folder of them that this user may not use, or ''."""
+        places = map(self.place, ("dhcp", "hosts"))
+        return next((place for place in places if not os.access(place, os.R_OK | os.W_OK | os.X_OK)), "")
+
     def publish(self, vm: VM) -> None:
         """Make the VM's names resolve, and its address its own.  A name that another VM has stays the other's."""
+        if not self.tree:
+            self.prepare()
         uuid, address = vm.get("vmUuid"), vm.get("vmAddress")
         name, group = vm.host_name, re.sub(r"[^A-Za-z0-9._-]", "-", vm.group)
         taken = {word for other, _, words in self._hosts() if other != uuid for word in words[1:]}
@@ -3146,11 +3153,8 @@ class HostFiles:
         """Through a name with a leading dot, which dnsmasq passes over."""
         path = os.path.join(self.place(kind), uuid)
         text = f"{line}\n{self.mark()}"
-        try:
-            if self._read(path)[1] == text:
-                return
-        except FileNotFoundError:
-            pass
+        if os.path.lexists(path) and self._read(path)[1] == text:
+            return
         hidden = os.path.join(self.place(kind), "." + uuid)
         write_file(hidden, text, 0o640 if self.tree else 0o600)
         os.replace(hidden, path)
@@ -3280,10 +3284,6 @@ class PrivateNetwork(Network):
                 taken.add(address)
                 return address
         raise Error(f"no address is free in {subnet}.0/24", "destroy VMs that are not needed, or use another vmBaseDir")
-
-    def publish(self, vm: VM) -> None:
-        self.hosts.prepare()
-        self.hosts.publish(vm)
 
     def withdraw(self, uuids: Sequence[str]) -> None:
         """Remove their files.
@@ -3437,7 +3437,7 @@ class PrivateNetwork(Network):
         if not find_program("nft"):
             words = f"iptables -t nat -A POSTROUTING -o {OUT_INTERFACE} -j MASQUERADE".split()
         argv, fds = self.enter(words)
-        run(argv, input=nft_rules("private.nft", out=OUT_INTERFACE), fds=fds)
+        run(argv, input=nft_rules("private.nft", out=OUT_INTERFACE) if words[0] == "nft" else None, fds=fds)
 
     def down(self) -> None:
         """End it: dnsmasq, pasta, the holder, and with them everything inside.  Call it under the lock."""
@@ -3452,11 +3452,9 @@ class PrivateNetwork(Network):
         if not os.path.isdir(self.folder):
             return
         with FolderLock(self.folder):
-            users = [vm.name for vm in self._users()]
+            users = ", ".join([vm.name for vm in self._users()][:10])
             if users:
-                raise WrongState(
-                    f"the private network is in use by {', '.join(users[:10])}", "vmstop -g GROUP stops a group"
-                )
+                raise WrongState(f"the private network is in use by {users}", "vmstop -g GROUP stops a group")
             self.down()
             self._remove_folder()
 
@@ -3617,14 +3615,10 @@ USERNS_SETTINGS = (
 def namespaces_denied(reason: str) -> Error:
     """Why there is no private network, with the command that mends it where that is known."""
     for name, forbids, allows in USERNS_SETTINGS:
-        try:
-            if read_text(f"/proc/sys/{name}").strip() == forbids:
-                command = f"sudo sysctl -w {name.replace('/', '.')}={allows}"
-                return Error(
-                    f"the private network can't be made: this host grants no user namespaces ({reason})", command
-                )
-        except OSError:
-            continue
+        path = f"/proc/sys/{name}"
+        if os.path.exists(path) and read_text(path).strip() == forbids:
+            text = f"the private network can't be made: this host grants no user namespaces ({reason})"
+            return Error(text, f"sudo sysctl -w {name.replace('/', '.')}={allows}")
     hint = "in a container, its seccomp profile must allow unshare; or use the host's bridge: vmNetwork=bridge"
     return Error(f"the private network can't be made: {reason}", hint)
 
@@ -3660,32 +3654,24 @@ def relay(connection: socket.socket) -> None:
     import socket as sockets
     import threading
 
-    def send() -> None:
-        pump(lambda: os.read(0, RELAY_BYTES), connection.sendall)
-        try:
-            connection.shutdown(sockets.SHUT_WR)
-        except OSError:
-            pass  # the other side is gone already
-
     for fd in (0, 1):
         os.set_blocking(fd, True)  # a terminal that another program shares may not be
-    sender = threading.Thread(target=send, daemon=True)
+    send = (lambda: os.read(0, RELAY_BYTES), connection.sendall, lambda: connection.shutdown(sockets.SHUT_WR))
+    sender = threading.Thread(target=pump, args=send, daemon=True)
     sender.start()
-    pump(lambda: connection.recv(RELAY_BYTES), lambda data: write_all(1, data))
-    os.close(1)
+    pump(lambda: connection.recv(RELAY_BYTES), lambda data: write_all(1, data), lambda: os.close(1))
     sender.join()
 
 
-def pump(source: Callable[[], bytes], sink: Callable[[bytes], object]) -> None:
-    """From source to sink, until the one ends or the other is gone."""
-    try:
-        while True:
-            data = source()
-            if not data:
-                return
+def pump(source: Callable[[], bytes], sink: Callable[[bytes], object], finish: Callable[[], object]) -> None:
+    """From source to sink, until the one ends or the other is gone; then `finish`, if that is still there."""
+    import contextlib
+
+    with contextlib.suppress(OSError):
+        for data in iter(source, b""):
             sink(data)
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        finish()
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -3763,12 +3749,8 @@ def networks_in_use(without: str = "") -> Iterator[tuple[str, int, int]]:
 
 def overlapping(settings: BridgeSettings) -> str:
     """Who has addresses of the bridge's network already, or ''."""
-    found = (
-        who
-        for who, network, length in networks_in_use(settings.interface)
-        if overlap(network, length, settings.network, settings.length)
-    )
-    return next(found, "")
+    taken = networks_in_use(settings.interface)
+    return next((who for who, at, length in taken if overlap(at, length, settings.network, settings.length)), "")
 
 
 def choose_bridge_subnet(config: Config) -> tuple[str, str]:
@@ -3808,10 +3790,8 @@ def free_bridge_subnet(config: Config, path: str) -> str:
 
 
 def bridge_is_ours(interface: str) -> bool:
-    try:
-        return read_text(f"/sys/class/net/{interface}/address").startswith(OUR_MAC)
-    except OSError:
-        return False
+    path = f"/sys/class/net/{interface}/address"
+    return os.path.exists(path) and read_text(path).startswith(OUR_MAC)
 
 
 def need_root(what: str) -> None:
@@ -3837,14 +3817,12 @@ def iptables_programs() -> list[str]:
 
     Where it isn't in use no rule is needed, and the first one would leave a table behind.
     """
-    found = []
-    if has_nft_table("ip filter"):
-        found.append(next(filter(find_program, ("iptables-nft", "iptables")), ""))
-    try:
-        if "filter" in read_text("/proc/net/ip_tables_names").split():
-            found.append(next(filter(find_program, ("iptables-legacy", "iptables")), ""))
-    except OSError:
-        pass  # the kernel has no such tables
+    old = "/proc/net/ip_tables_names"
+    in_use = {
+        "iptables-nft": has_nft_table("ip filter"),
+        "iptables-legacy": os.path.exists(old) and "filter" in read_text(old).split(),
+    }
+    found = [next(filter(find_program, (name, "iptables")), "") for name, used in in_use.items() if used]
     return [program for program in found if program]
 
 
@@ -3967,23 +3945,24 @@ def sysctl_file(interface: str, name: str, family: str = "ipv4") -> str:
 
 def forwards(interface: str) -> bool:
     """Whether the kernel forwards what comes in by an interface; True where it doesn't say."""
-    try:
-        return read_text(sysctl_file(interface, "forwarding")).strip() != "0"
-    except OSError:
-        return True
+    path = sysctl_file(interface, "forwarding")
+    return not os.path.exists(path) or read_text(path).strip() != "0"
 
 
 class BridgeSetup:
-    """What root does to the host for the bridge; `down` takes away exactly what `up` did, half done or not.
+    """What root does to the host for the bridge, and its dnsmasq: units of systemd where these are installed.
 
-    It goes in order of what is there, not by a record: the bridge is known by its MAC, rules by their comments.  Only
-    which interfaces were made to forward is written down, before it is done.
+    `down` takes away exactly what `up` did, half done or not.  It goes in order of what is there, not by a
+    record: the bridge is known by its MAC, rules by their comments.  Only which interfaces were made to forward is
+    written down, before it is done.
     """
 
     def __init__(self, config: Config) -> None:
         self.settings = BridgeSettings(config)
         self.interface = self.settings.interface
+        self.hosts = HostFiles(STATE_FOLDER, "?")
         self.forwarding = os.path.join(RUN_FOLDER, "forwarding")
+        self.pid_file, self.log = (os.path.join(RUN_FOLDER, f"dnsmasq.{name}") for name in ("pid", "log"))
 
     def is_there(self) -> bool:
         return os.path.exists(f"/sys/class/net/{self.interface}")
@@ -4005,7 +3984,30 @@ class BridgeSetup:
             )
 
     def up(self) -> None:
-        """Make what isn't there.  Where that fails nothing stays."""
+        """`nocloud net up` of root: the bridge with DHCP and DNS."""
+        need_root("the host's bridge")
+        self.check()
+        if units_installed():
+            systemctl("reload-or-restart", SYSTEMD_UNITS[0])  # also where it is up: somebody may have flushed the rules
+            systemctl("start" if self.answers() else "restart", *SYSTEMD_UNITS[1:])
+            self.tell_resolver()
+        else:
+            need_program("dnsmasq")
+            self.start()
+            self.serve()
+        self.wait(10)
+
+    def down(self) -> None:
+        """`nocloud net down` of root."""
+        need_root("the host's bridge")
+        self.check_unused()
+        if units_installed():
+            systemctl("stop", *reversed(SYSTEMD_UNITS))
+        self.end_server()
+        self.stop()
+
+    def start(self) -> None:
+        """Make what isn't there of the bridge alone.  Where that fails nothing stays."""
         need_root("the host's bridge")
         self.check()
         with FolderLock(RUN_FOLDER, make=True):
@@ -4034,12 +4036,8 @@ class BridgeSetup:
             run(["ip", *words.split()])
         if os.path.exists(sysctl_file(name, "accept_ra", "ipv6")):
             write_proc(sysctl_file(name, "accept_ra", "ipv6"), "0")
-        there = [
-            (each["local"], each["prefixlen"])
-            for card in ip_json("address", "show", "dev", name)
-            for each in card.get("addr_info", ())
-        ]
-        if there != [wanted]:
+        there = [each for card in ip_json("address", "show", "dev", name) for each in card.get("addr_info", ())]
+        if [(each["local"], each["prefixlen"]) for each in there] != [wanted]:
             run(["ip", "-4", "address", "flush", "dev", name])
             run(["ip", "address", "add", f"{wanted[0]}/{wanted[1]}", "brd", "+", "dev", name])
         run(["ip", "link", "set", name, "up"])
@@ -4062,10 +4060,7 @@ class BridgeSetup:
 
     def _forwarders(self) -> list[str]:
         """The interfaces that `up` made forward, and that are still there."""
-        try:
-            names = read_text(self.forwarding).split()
-        except FileNotFoundError:
-            return []
+        names = read_text(self.forwarding).split() if os.path.exists(self.forwarding) else []
         return [name for name in names if os.path.exists(sysctl_file(name, "forwarding"))]
 
     def tell_resolver(self) -> None:
@@ -4076,14 +4071,14 @@ class BridgeSetup:
                 f"have its resolver ask {self.settings.address} for {DOMAIN}, or use vmssh"
             )
             return
-        for words in (("dns", self.settings.address), ("domain", f"~{DOMAIN}"), ("dnssec", "no"), ("dnsovertls", "no")):
-            verb, value = words
+        told = {"dns": self.settings.address, "domain": f"~{DOMAIN}", "dnssec": "no", "dnsovertls": "no"}
+        for verb, value in told.items():
             status, said = attempt(["resolvectl", verb, self.interface, value], 30)
             if status:
                 report.warn(f"VMs' names don't resolve on this host itself: resolvectl {verb}: {last_line(said)}")
                 return
 
-    def down(self) -> None:
+    def stop(self) -> None:
         """Take it away; refused while something is attached to it."""
         need_root("the host's bridge")
         with FolderLock(RUN_FOLDER, make=True):
@@ -4110,6 +4105,64 @@ class BridgeSetup:
         if bridge_is_ours(self.interface):
             run(["ip", "link", "delete", self.interface])
 
+    # its dnsmasq
+
+    def argv(self) -> list[str]:
+        """As its own user, which systemd starts it as, it can't change to another.  The host's /etc/resolv.conf names
+        the servers that it asks.  A guest of its own name, that nobody published, is known by that."""
+        settings = self.settings
+        first, last = (ipv4_text(number) for number in (settings.first_dynamic, settings.last))
+        mask = ipv4_text(0xFFFFFFFF << (32 - settings.length) & 0xFFFFFFFF)
+        user, group, pid_file, log = "", "", "", "-"
+        if os.geteuid() == 0:
+            user, group = account(DNSMASQ_USERS)[0], account(("kvm",), group=True)[0]
+            pid_file, log = self.pid_file, self.log
+        return dnsmasq_argv(
+            settings.interface, self.hosts, f"--user={user}", f"--group={group}",
+            f"--pid-file={pid_file}", f"--log-facility={log}",
+            f"--dhcp-range={first},{last},{mask},12h", f"--dhcp-leasefile={LEASES}",
+        )  # fmt: skip
+
+    def answers(self) -> bool:
+        """Whether something serves DNS at the bridge's address."""
+        return any(address == self.settings.address for address, _ in bound_sockets("udp", 53))
+
+    def wait(self, seconds: float, pid: str = "") -> None:
+        """Return when it serves.  Raises TimedOut after `seconds`, or when the process `pid` has ended before."""
+        wait_for(lambda: self.answers() or bool(pid and not os.path.exists(f"/proc/{pid}")), seconds, 0.1)
+        if not self.answers():
+            raise TimedOut(f"dnsmasq doesn't answer at {self.settings.address}", "journalctl -u nocloud-dnsmasq")
+
+    def forget(self) -> None:
+        """Take the leases of VMs that are gone out of the file, while dnsmasq doesn't run."""
+        first, dynamic = self.settings.first, self.settings.first_dynamic
+        members = {(mac, address) for _, mac, address in self.hosts.members()}
+        lines = read_text(LEASES).splitlines(True) if os.path.exists(LEASES) else []
+        kept = []
+        for line in lines:
+            words = line.split()
+            allotted = len(words) > 2 and is_ipv4(words[2]) and first <= ipv4_number(words[2]) < dynamic
+            if not allotted or (words[1].lower(), words[2]) in members:
+                kept.append(line)
+        if kept != lines:
+            with open(LEASES, "r+", encoding="utf-8", errors="surrogateescape") as file:  # the folder is root's
+                file.writelines(kept)
+                file.truncate()
+
+    def serve(self) -> None:
+        """As a daemon of our own, unless it runs; anew where the bridge has another address by now."""
+        with FolderLock(RUN_FOLDER, make=True):
+            if not daemon_pid(self.pid_file) or not self.answers():
+                stop_daemon(self.pid_file)
+                self.forget()
+                start_daemon(self.argv(), ())
+
+    def end_server(self) -> None:
+        with FolderLock(RUN_FOLDER, make=True):
+            stop_daemon(self.pid_file)
+            remove_file(self.log)
+        remove_empty(RUN_FOLDER)
+
 
 def outgoing_interfaces() -> set[str]:
     """The interfaces of the default routes, among them the two halves of the world that a VPN has instead."""
@@ -4133,11 +4186,8 @@ def bound_sockets(kind: str, port: int) -> Iterator[tuple[str, str]]:
     /proc/net/udp has addresses as memory has them.  A socket of IPv6 that is bound to none takes IPv4's too: 0.0.0.0.
     """
     for name in (kind, f"{kind}6"):
-        try:
-            lines = read_text(f"/proc/net/{name}").splitlines()[1:]
-        except OSError:
-            continue
-        for fields in map(str.split, lines):
+        path = f"/proc/net/{name}"
+        for fields in map(str.split, read_text(path).splitlines()[1:] if os.path.exists(path) else ()):
             address, _, number = fields[1].partition(":")
             if int(number, 16) == port and fields[3] in ("07", "0A"):  # unconnected, listening (net/tcp_states.h)
                 if len(address) == 8:
@@ -4193,70 +4243,6 @@ def prepare_state_folder() -> None:
         os.chmod(path, mode)
 
 
-class BridgeServer:
-    """The bridge's dnsmasq: a unit of systemd where the units are installed, else a daemon of our own."""
-
-    def __init__(self, settings: BridgeSettings) -> None:
-        self.settings, self.hosts = settings, HostFiles(STATE_FOLDER, "?")
-        self.pid_file, self.log = (os.path.join(RUN_FOLDER, f"dnsmasq.{name}") for name in ("pid", "log"))
-
-    def argv(self) -> list[str]:
-        """As its own user, which systemd starts it as, it can't change to another.  The host's /etc/resolv.conf names
-        the servers that it asks.  A guest of its own name, that nobody published, is known by that."""
-        settings = self.settings
-        first, last = (ipv4_text(number) for number in (settings.first_dynamic, settings.last))
-        mask = ipv4_text(0xFFFFFFFF << (32 - settings.length) & 0xFFFFFFFF)
-        user, group, pid_file, log = "", "", "", "-"
-        if os.geteuid() == 0:
-            user, group = account(DNSMASQ_USERS)[0], account(("kvm",), group=True)[0]
-            pid_file, log = self.pid_file, self.log
-        return dnsmasq_argv(
-            settings.interface, self.hosts, f"--user={user}", f"--group={group}",
-            f"--pid-file={pid_file}", f"--log-facility={log}",
-            f"--dhcp-range={first},{last},{mask},12h", f"--dhcp-leasefile={LEASES}",
-        )  # fmt: skip
-
-    def answers(self) -> bool:
-        """Whether something serves DNS at the bridge's address."""
-        return any(address == self.settings.address for address, _ in bound_sockets("udp", 53))
-
-    def wait(self, seconds: float, pid: str = "") -> None:
-        """Return when it serves.  Raises TimedOut after `seconds`, or when the process `pid` has ended before."""
-        wait_for(lambda: self.answers() or bool(pid and not os.path.exists(f"/proc/{pid}")), seconds, 0.1)
-        if not self.answers():
-            raise TimedOut(f"dnsmasq doesn't answer at {self.settings.address}", "journalctl -u nocloud-dnsmasq")
-
-    def forget(self) -> None:
-        """Take the leases of VMs that are gone out of the file, while dnsmasq doesn't run."""
-        first, dynamic = self.settings.first, self.settings.first_dynamic
-        members = {(mac, address) for _, mac, address in self.hosts.members()}
-        lines = read_text(LEASES).splitlines(True) if os.path.exists(LEASES) else []
-        kept = []
-        for line in lines:
-            words = line.split()
-            allotted = len(words) > 2 and is_ipv4(words[2]) and first <= ipv4_number(words[2]) < dynamic
-            if not allotted or (words[1].lower(), words[2]) in members:
-                kept.append(line)
-        if kept != lines:
-            with open(LEASES, "r+", encoding="utf-8", errors="surrogateescape") as file:  # the folder is root's
-                file.writelines(kept)
-                file.truncate()
-
-    def start(self) -> None:
-        """As a daemon of our own, unless it runs; anew where the bridge has another address by now."""
-        with FolderLock(RUN_FOLDER, make=True):
-            if not daemon_pid(self.pid_file) or not self.answers():
-                stop_daemon(self.pid_file)
-                self.forget()
-                start_daemon(self.argv(), ())
-
-    def stop(self) -> None:
-        with FolderLock(RUN_FOLDER, make=True):
-            stop_daemon(self.pid_file)
-            remove_file(self.log)
-        remove_empty(RUN_FOLDER)
-
-
 # -- systemd
 
 
@@ -4284,8 +4270,8 @@ def active_groups() -> list[str]:
     if not systemd_runs():
         return []
     states = "--state=active,activating,reloading,deactivating"
-    status, said = attempt(["systemctl", "list-units", "--plain", "--no-legend", states, "nocloud@*.service"], 30)
-    return [line.split()[0] for line in said.splitlines() if line.strip()] if status == 0 else []
+    _, said = attempt(["systemctl", "list-units", "--plain", "--no-legend", states, "nocloud@*.service"], 30)
+    return re.findall(r"^nocloud@\S+", said, re.M)
 
 
 def enabled_groups() -> list[str]:
@@ -4293,34 +4279,6 @@ def enabled_groups() -> list[str]:
     import glob
 
     return sorted({os.path.basename(path) for path in glob.glob("/etc/systemd/system/*.wants/nocloud@*.service")})
-
-
-def bridge_up(config: Config) -> None:
-    """`nocloud net up` of root: the bridge with DHCP and DNS."""
-    setup = BridgeSetup(config)
-    need_root("the host's bridge")
-    setup.check()
-    server = BridgeServer(setup.settings)
-    if units_installed():
-        systemctl("reload-or-restart", SYSTEMD_UNITS[0])  # also where it is up: somebody may have flushed the rules
-        systemctl("start" if server.answers() else "restart", *SYSTEMD_UNITS[1:])
-        setup.tell_resolver()
-    else:
-        need_program("dnsmasq")
-        setup.up()
-        server.start()
-    server.wait(10)
-
-
-def bridge_down(config: Config) -> None:
-    """`nocloud net down` of root."""
-    setup = BridgeSetup(config)
-    need_root("the host's bridge")
-    setup.check_unused()
-    if units_installed():
-        systemctl("stop", *reversed(SYSTEMD_UNITS))
-    BridgeServer(setup.settings).stop()
-    setup.down()
 
 
 class HostBridge(Network):
@@ -4331,11 +4289,12 @@ class HostBridge(Network):
     """
 
     kind = "bridge"
-    HELPERS = ("/usr/lib/qemu/qemu-bridge-helper", "/usr/libexec/qemu-bridge-helper", "/usr/lib/qemu-bridge-helper")
 
     def __init__(self, config: Config, tree: Tree | None = None) -> None:
         self.config = config
         self.interface = config["bridgeInterface"]
+        self.helper_places = [config["vmBridgeHelper"]] if config["vmBridgeHelper"] else HELPERS
+        self.lease_places = [config["bridgeLeases"]] if config["bridgeLeases"] else LEASE_FILES
         self.hosts = HostFiles(STATE_FOLDER, tree.base if tree else "?")
         self._publishes: bool | None = None
 
@@ -4345,7 +4304,7 @@ class HostBridge(Network):
         """Whether this user allots addresses here; said once where the rights for it are missing."""
         if self._publishes is None:
             ours, why = bridge_is_ours(self.interface) and os.path.isdir(STATE_FOLDER), ""
-            if not all(os.access(self.hosts.place(kind), os.R_OK | os.W_OK | os.X_OK) for kind in ("dhcp", "hosts")):
+            if self.hosts.denied():
                 why = f"you may not write to {STATE_FOLDER}; who is in the group kvm may"
             elif ours and connected_network(self.interface) != BridgeSettings(self.config).net:
                 why = f"{self.interface} is not the bridge of your settings, where bridgeNet={self.config['bridgeNet']}"
@@ -4375,7 +4334,7 @@ class HostBridge(Network):
 
     def publish(self, vm: VM) -> None:
         if vm.get("vmAddress") and self.publishes():
-            self.hosts.publish(vm)
+            super().publish(vm)
 
     def withdraw(self, uuids: Sequence[str]) -> None:
         """dnsmasq forgets none by itself: a unit that watches this file starts it anew, or root does."""
@@ -4386,23 +4345,17 @@ class HostBridge(Network):
                 file.write(f"{time.time_ns()}\n")
         except OSError:
             pass  # it isn't there: nobody watches it
-        server = BridgeServer(BridgeSettings(self.config))
-        if os.geteuid() == 0 and daemon_pid(server.pid_file):  # which isn't the unit's
-            server.stop()
-            server.start()
+        if os.geteuid() == 0:
+            bridge = BridgeSetup(self.config)
+            if daemon_pid(bridge.pid_file):  # which isn't the unit's
+                bridge.end_server()
+                bridge.serve()
 
     # attaching to it
 
-    def helper_places(self) -> Sequence[str]:
-        """Where qemu-bridge-helper is looked for."""
-        return [self.config["vmBridgeHelper"]] if self.config["vmBridgeHelper"] else self.HELPERS
-
     def helper(self) -> str:
         """The path of qemu-bridge-helper, or ''."""
-        return next(filter(find_program, self.helper_places()), "")
-
-    def lease_places(self) -> Sequence[str]:
-        return [self.config["bridgeLeases"]] if self.config["bridgeLeases"] else LEASE_FILES
+        return next(filter(find_program, self.helper_places), "")
 
     def why_not(self) -> str:
         """Why this user can't put a VM on the bridge, or ''."""
@@ -4423,7 +4376,7 @@ class HostBridge(Network):
 
     def helper_faults(self) -> Iterator[tuple[str, str]]:
         """Why this user can't use qemu-bridge-helper, which root's rights are needed for, and what mends it."""
-        place = next(filter(os.path.isfile, self.helper_places()), "")
+        place = next(filter(os.path.isfile, self.helper_places), "")
         if not place:
             install = install_command(["qemu-bridge-helper"]) or "install qemu-bridge-helper"
             yield "qemu-bridge-helper is not there", install
@@ -4487,11 +4440,6 @@ class HostBridge(Network):
         os.set_inheritable(fds[0], False)
         return fds[0], vhost_net()
 
-    def socket(self) -> socket.socket:
-        import socket as sockets
-
-        return sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM)
-
     def address(self, vm: VM) -> str:
         """What the DHCP server gave to the VM's MAC, or ''.  The bash tools drew another MAC at each start."""
         foreign = vm.foreign_qemu()
@@ -4506,7 +4454,7 @@ class HostBridge(Network):
         if not there:
             return
         if bridge_is_ours(self.interface):
-            server = BridgeServer(BridgeSettings(self.config))
+            server = BridgeSetup(self.config)
             yield "dnsmasq: " + (f"answers at {server.settings.address}" if server.answers() else "not running")
         leased = {mac: (address, name, until) for mac, address, name, until in self.lease_lines()}
         for name, mac, address in self.hosts.members():
@@ -4521,18 +4469,16 @@ class HostBridge(Network):
 
     def lease_lines(self) -> Iterator[tuple[str, str, str, int]]:
         """(MAC, address, name, end) of dnsmasq's lease file: `EXPIRY MAC ADDRESS NAME CLIENT-ID` a line."""
-        for place in self.lease_places():
-            try:
-                lines = [line.split() for line in read_text(place).splitlines()]
-            except OSError:
-                continue
-            for words in lines:
-                if len(words) >= 4 and is_ipv4(words[2]):
-                    yield words[1].lower(), words[2], words[3], int(words[0]) if words[0].isdecimal() else 0
-            return
+        for place in self.lease_places:
+            if os.access(place, os.R_OK):
+                for words in map(str.split, read_text(place).splitlines()):
+                    if len(words) >= 4 and is_ipv4(words[2]):
+                        yield words[1].lower(), words[2], words[3], int(words[0]) if words[0].isdecimal() else 0
+                return
 
 
 LEASE_FILES = (LEASES, "/var/lib/misc/dnsmasq.leases", "/var/lib/dnsmasq/dnsmasq.leases")
+HELPERS = ("/usr/lib/qemu/qemu-bridge-helper", "/usr/libexec/qemu-bridge-helper", "/usr/lib/qemu-bridge-helper")
 HELPER_LISTS = ("/etc/qemu/bridge.conf", "/etc/qemu-kvm/bridge.conf")  # the second one in RHEL and its kin
 
 
@@ -9430,16 +9376,10 @@ class HostSetup:
         run(["systemctl", "daemon-reload"])
         run(["systemctl", "enable", *SYSTEMD_UNITS])
         ran = attempt(["systemctl", "is-active", "--quiet", SYSTEMD_UNITS[1]], 30)[0] == 0
-        bridge_up(self.config)
+        BridgeSetup(self.config).up()
         if ran:
             systemctl("restart", SYSTEMD_UNITS[1])  # it may be another version's
         return f"{', '.join(SYSTEMD_UNITS)}: run, now and from each boot on"
-
-    def stop_units(self) -> None:
-        if systemd_runs():
-            attempt(["systemctl", "disable", *SYSTEMD_UNITS, *enabled_groups()], 60)
-        if bridge_is_ours(self.interface):
-            bridge_down(self.config)
 
     def membership(self) -> str:
         """What who called sudo has to do to have VMs on the bridge, or ''."""
@@ -9502,13 +9442,11 @@ def planned_modules(prefix: str) -> tuple[list[str], list[Placed]]:
 
     Of those that this kernel has: a missing one would fail the boot's unit.  A container has no modprobe(8).
     """
-    flags = {
-        flag for line in re.findall(r"^flags\s*: (.*)$", read_text("/proc/cpuinfo"), re.M) for flag in line.split()
-    }
-    wanted = [module for flag, module in (("vmx", "kvm_intel"), ("svm", "kvm_amd")) if flag in flags]
+    words = read_text("/proc/cpuinfo").split()
+    modules = [module for flag, module in (("vmx", "kvm_intel"), ("svm", "kvm_amd")) if flag in words]
     modules = [
         module
-        for module in (*wanted, "vhost_net", "tun")
+        for module in (*modules, "vhost_net", "tun")
         if find_program("modprobe") and attempt(["modprobe", "--dry-run", "--quiet", module], 30)[0] == 0
     ]
     text = "".join(f"{module}\n" for module in ("# of nocloud: what its VMs want", *modules))
@@ -9554,7 +9492,10 @@ def undo_installation(installation: Installation) -> None:
     if not installation.root:
         check_nothing_runs()
         setup = HostSetup(installation, installed_config(installation))
-        setup.stop_units()
+        if systemd_runs():
+            attempt(["systemctl", "disable", *SYSTEMD_UNITS, *enabled_groups()], 60)
+        if bridge_is_ours(setup.interface):
+            BridgeSetup(setup.config).down()
         setup.forbid_bridge()
         setup.take_back_helper()
         for folder in (STATE_FOLDER, RUN_FOLDER):  # leases, published names, and what `up` keeps while it is up
@@ -9991,7 +9932,7 @@ def check_dnsmasq(patient: Patient) -> Iterator[Finding]:
 
 def check_leases(patient: Patient) -> Iterator[Finding]:
     """Who may not read them doesn't learn the addresses of guests that have none of their own."""
-    for place in patient.bridge.lease_places():
+    for place in patient.bridge.lease_places:
         try:
             read_text(place)
             yield Finding(OK, place)
@@ -10007,15 +9948,14 @@ def check_leases(patient: Patient) -> Iterator[Finding]:
 
 def check_publishing(patient: Patient) -> Iterator[Finding]:
     """Whether this user's VMs get addresses and names of their own on the bridge."""
-    places = [patient.bridge.hosts.place(kind) for kind in ("dhcp", "hosts")]
-    denied = [place for place in places if not os.access(place, os.R_OK | os.W_OK | os.X_OK)]
+    denied = patient.bridge.hosts.denied()
     if not denied:
         yield Finding(OK, f"names and addresses go to {STATE_FOLDER}")
-    elif not os.path.isdir(denied[0]):
-        yield Finding(WARNING, f"{denied[0]} is gone: DHCP decides on addresses and names", own_call("net up"))
+    elif not os.path.isdir(denied):
+        yield Finding(WARNING, f"{denied} is gone: DHCP decides on addresses and names", own_call("net up"))
     else:
-        text = f"you may not write to {denied[0]}: DHCP decides on your VMs' addresses and names"
-        yield Finding(WARNING, text, group_command(os.stat(denied[0]).st_gid))
+        text = f"you may not write to {denied}: DHCP decides on your VMs' addresses and names"
+        yield Finding(WARNING, text, group_command(os.stat(denied).st_gid))
 
 
 def check_forwarding(patient: Patient) -> Iterator[Finding]:
@@ -10788,7 +10728,7 @@ def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> int:
             for line in (*lines, *(private.status() if kind != "bridge" else ())):
                 report.data(line)
         elif kind and kind != "private":
-            bridge_up(config) if verb == "up" else bridge_down(config)
+            BridgeSetup(config).up() if verb == "up" else BridgeSetup(config).down()
         elif verb == "up":
             cloud.tree.prepare()
             private.up(keep=True)
@@ -10834,15 +10774,15 @@ def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> in
         return EXIT_DONE
     no_more(rest)
     if verb == "start":
-        BridgeSetup(config).up()
+        BridgeSetup(config).start()
     elif verb == "stop":
-        BridgeSetup(config).down()
+        BridgeSetup(config).stop()
     elif verb == "dnsmasq":
-        server = BridgeServer(BridgeSettings(config))
+        server = BridgeSetup(config)
         server.forget()
         become(server.argv())
     elif verb == "ready":
-        BridgeServer(BridgeSettings(config)).wait(60, os.environ.get("MAINPID", ""))  # systemd.exec(5)
+        BridgeSetup(config).wait(60, os.environ.get("MAINPID", ""))  # systemd.exec(5)
     else:
         raise UsageError(f"{verb or 'no verb'}: expected start, stop, dnsmasq, ready or subnet")
     return EXIT_DONE
