@@ -29,12 +29,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "xdist_group(name): one process runs these tests, one after the other")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("long") and not config.getoption("--long"):
             item.add_marker(pytest.mark.skip(reason="long: make test-all runs it"))
         if isinstance(item, pytest.Function) and group_of(item):
             item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    if hasattr(config, "workerinput"):  # one of several processes: what comes in long pieces first, to end together
+        items.sort(key=lambda item: not item.get_closest_marker("xdist_group"))
 
 
 def group_of(item: pytest.Function) -> str:
