@@ -3265,14 +3265,13 @@ class PrivateNetwork(Network):
 
     def subnet(self) -> str:
         """The first three numbers of its addresses, chosen once and kept: addresses stay what they are."""
-        try:
-            text = read_text(self.file("subnet")).strip()
-        except FileNotFoundError:
+        path = self.file("subnet")
+        if not os.path.exists(path):
             make_private_folder(self.folder)
-            text = free_subnet([(network, length) for _, network, length in networks_in_use()])
-            write_file(self.file("subnet"), text + "\n")
+            free = free_subnet([(network, length) for _, network, length in networks_in_use()])
+            write_file(path, free + "\n")
+        text = read_text(path).strip()
         if not re.fullmatch(r"10\.[0-9]{1,3}\.[0-9]{1,3}", text):
-            path = self.file("subnet")
             raise Error(f"{path}: {text!r} is not the beginning of an address", f"echo 10.88.0 >{path}")
         return text
 
@@ -3472,12 +3471,12 @@ class PrivateNetwork(Network):
         """
         try:
             with FolderLock(self.folder, wait=0):
-                kept = broken and os.path.exists(self.file("kept"))
-                if (broken or self.holder()) and (kept or any(True for _ in self._users())):
-                    if broken:
-                        self._complete()
-                    return
-                self.down()
+                if broken or self.holder():
+                    if any(True for _ in self._users()) or (broken and os.path.exists(self.file("kept"))):
+                        if broken:
+                            self._complete()
+                        return
+                    self.down()
                 self._remove_folder()
         except (WrongState, FileNotFoundError):
             pass
@@ -4363,8 +4362,8 @@ class HostBridge(Network):
             return self.why_down()
         if not os.access("/dev/net/tun", os.R_OK | os.W_OK):  # the helper gives up root's rights before it opens that
             return "you may not open /dev/net/tun"
-        faults = [text for text, _ in self.helper_faults()]
-        return next(iter([*faults, *(text for keeps_off, text, _ in self.list_faults() if keeps_off)]), "")
+        faults = [text for text, _ in self.helper_faults()] or [text for bad, text, _ in self.list_faults() if bad]
+        return "".join(faults[:1])
 
     def why_down(self) -> str:
         """Why nobody can, or ''."""
@@ -4376,10 +4375,9 @@ class HostBridge(Network):
 
     def helper_faults(self) -> Iterator[tuple[str, str]]:
         """Why this user can't use qemu-bridge-helper, which root's rights are needed for, and what mends it."""
-        place = next(filter(os.path.isfile, self.helper_places), "")
+        place = self.helper() or next(filter(os.path.isfile, self.helper_places), "")
         if not place:
-            install = install_command(["qemu-bridge-helper"]) or "install qemu-bridge-helper"
-            yield "qemu-bridge-helper is not there", install
+            yield "qemu-bridge-helper is not there", install_command(["qemu-bridge-helper"]) or "install it from QEMU"
             return
         info = os.stat(place)
         if os.geteuid() and (info.st_uid or not info.st_mode & stat.S_ISUID):
@@ -4399,7 +4397,7 @@ class HostBridge(Network):
         except FileNotFoundError:
             yield True, f"there is no {path}", allow
             return
-        except PermissionError:
+        except OSError:
             yield True, f"{path}: you may not read it", f"sudo chmod a+rX {os.path.dirname(path)} {path}"
             return
         line = "^[[:space:]]*{}[[:space:]]\\+{}[[:space:]]*$"
@@ -4527,7 +4525,11 @@ def group_command(gid: int) -> str:
     """What makes this user a member of a group."""
     import grp
 
-    return f"sudo usermod -aG {grp.getgrgid(gid).gr_name} {user_name()}  # and log in again"
+    try:
+        group = grp.getgrgid(gid).gr_name
+    except KeyError:
+        group = str(gid)
+    return f"sudo usermod -aG {group} {user_name()}  # and log in again"
 
 
 # Identity ############################################################################################
@@ -9914,7 +9916,7 @@ def check_dnsmasq(patient: Patient) -> Iterator[Finding]:
             if address not in ("0.0.0.0", wanted):
                 continue
             pid = owner_of_socket(inode)
-            if address == wanted and (not pid or STATE_FOLDER in read_text(f"/proc/{pid}/cmdline")):
+            if (kind, address) == ("udp", wanted) and (not pid or STATE_FOLDER in read_text(f"/proc/{pid}/cmdline")):
                 yield Finding(OK, f"DHCP and DNS are served at {wanted}")
                 return
             who, mend = "another user's process", own_call("doctor")
@@ -9924,10 +9926,10 @@ def check_dnsmasq(patient: Patient) -> Iterator[Finding]:
                 mend = f"sudo systemctl disable --now {unit.group(1)}" if unit else f"sudo kill {pid}"
             yield Finding(bad, f"no DHCP and DNS at {wanted}: port {port} ({kind}) is taken by {who}", mend)
             return
-    if not find_program("dnsmasq"):
-        yield Finding(bad, "dnsmasq is not found", installs("dnsmasq"))
-    else:
+    if find_program("dnsmasq"):
         yield Finding(bad, f"no DHCP and DNS at {wanted}", own_call("net up"))
+    else:
+        yield Finding(bad, "dnsmasq is not found", installs("dnsmasq"))
 
 
 def check_leases(patient: Patient) -> Iterator[Finding]:
@@ -10778,9 +10780,9 @@ def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> in
     elif verb == "stop":
         BridgeSetup(config).stop()
     elif verb == "dnsmasq":
-        server = BridgeSetup(config)
-        server.forget()
-        become(server.argv())
+        setup = BridgeSetup(config)
+        setup.forget()
+        become(setup.argv())
     elif verb == "ready":
         BridgeSetup(config).wait(60, os.environ.get("MAINPID", ""))  # systemd.exec(5)
     else:
