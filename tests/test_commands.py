@@ -271,6 +271,51 @@ def test_words_go_to_ssh_untouched(blank: Cloud) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ("--nothing", "unrecognized arguments: --nothing"),
+        ("--nothing=5", "unrecognized arguments: --nothing=5"),
+        ("-Zd", "unrecognized arguments: -Zd"),
+        ("-g", "argument -g/--group: expected one argument"),
+        ("-dg", "argument -g/--group: expected one argument"),
+        ("-dx", "argument -d/--destroy: ignored explicit argument 'x'"),
+        ("--kill=x", "argument --kill: ignored explicit argument 'x'"),
+        ("--timeout x", "argument --timeout: 'x': expected a whole number from 0 to 86400, in seconds"),
+        ("--timeout=", "argument --timeout: '': expected a whole number from 0 to 86400, in seconds"),
+        ("--timeout -1", "argument --timeout: '-1': expected a whole number from 0 to 86400, in seconds"),
+    ],
+)
+def test_what_is_said_of_a_wrong_option(cloud: Cloud, words: str, said: str) -> None:
+    done = cloud.run("vmstop", *words.split(), "-g", "pf") if words[-1] != "g" else cloud.run("vmstop", words)
+    assert (done.status, done.stdout) == (2, "")
+    assert done.stderr == f"nocloud stop: {said}\n(hint: nocloud stop -h shows how it is called)\n"
+
+
+def test_a_value_that_may_be_left_out() -> None:
+    """vminstantiate -w takes a number after it, joined or not, and nothing else."""
+    for words, wait, operands in (
+        (["-w"], True, []),
+        (["-w", "5"], 5, []),
+        (["-w5"], 5, []),
+        (["-w=5"], 5, []),
+        (["--wait=5"], 5, []),
+        (["-w", "x"], True, ["x"]),
+        (["-w", "--dry-run"], True, []),
+        ([], None, []),
+    ):
+        values, rest = parsed(["vminstantiate", *words])
+        assert (values["wait"], rest) == (wait, operands), words
+
+
+def test_help_is_as_wide_as_the_terminal(cloud: Cloud) -> None:
+    wide = cloud.run("vmstop", "-h", env={"COLUMNS": "200"}).ok().lines
+    small = cloud.run("vmstop", "-h", env={"COLUMNS": "50"}).ok().lines
+    assert max(map(len, small)) <= 48 and len(small) > len(wide)
+    assert " ".join(" ".join(small).split()) == " ".join(" ".join(wide).split())
+    assert "  -n NAME, --name NAME  stop one VM" in wide and "  -d, --destroy         destroy them too: disks," in small
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
         (("vmstop",), "-g"),
         (("vmstop", "pf"), "pf"),
         (("vmstop", "-d"), "-g"),
