@@ -559,17 +559,15 @@ def yes_no(text: str) -> str:
     return one_of("yes", "no")(words.get(text.lower(), text.lower()))
 
 
-def login_name(text: str) -> str:
-    """A Unix login: it ends up in ssh's arguments and in the guest's files."""
-    if re.fullmatch(r"[a-z_][a-z0-9_-]{0,31}", text):
-        return text
-    raise ValueError("a login name (lower case letters, digits, '_' and '-')")
+def matching(pattern: str, expected: str) -> Callable[[str], str]:
+    """A check for text that fits a pattern, which is compiled when it is used first."""
 
+    def check(text: str) -> str:
+        if re.fullmatch(pattern, text):
+            return text
+        raise ValueError(expected)
 
-def mac_address(text: str) -> str:
-    if not text or re.fullmatch(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}", text):
-        return text.lower()
-    raise ValueError("six pairs of hexadecimal digits, as 00:50:56:12:34:56")
+    return check
 
 
 def ipv4_address(text: str) -> str:
@@ -585,12 +583,6 @@ def ipv4_prefix(text: str) -> str:
     raise ValueError("an IPv4 address and the length of its network's prefix, as 192.168.1.1/24")
 
 
-def interface_name(text: str) -> str:
-    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,14}", text):
-        return text
-    raise ValueError("a network interface's name: at most 15 letters, digits, '.', '_' and '-'")
-
-
 def is_ipv4(text: str) -> bool:
     """Whether a word of a file that others write is an IPv4 address."""
     try:
@@ -599,24 +591,16 @@ def is_ipv4(text: str) -> bool:
         return False
 
 
-def uuid_text(text: str) -> str:
-    if not text or re.fullmatch(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", text):
-        return text.lower()
-    raise ValueError("a UUID")
-
-
-def image_formats(text: str) -> str:
-    if re.fullmatch("(qcow2|raw)(,(qcow2|raw))*", text):
-        return text
-    raise ValueError("qcow2 or raw for each disk, comma-separated")
-
-
-def machine_type(text: str) -> str:
-    if not text or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}", text):
-        return text
-    raise ValueError("a machine type of qemu, as pc-q35-7.2")
-
-
+LOGIN_NAME = matching(  # it ends up in ssh's arguments and in the guest's files
+    "[a-z_][a-z0-9_-]{0,31}", "a login name (lower case letters, digits, '_' and '-')"
+)
+MAC_ADDRESS = matching("[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}", "six pairs of hexadecimal digits, as 00:50:56:12:34:56")
+INTERFACE_NAME = matching(
+    "[A-Za-z0-9][A-Za-z0-9._-]{0,14}", "a network interface's name: at most 15 letters, digits, '.', '_' and '-'"
+)
+UUID = matching("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", "a UUID")
+IMAGE_FORMATS = matching("(qcow2|raw)(,(qcow2|raw))*", "qcow2 or raw for each disk, comma-separated")
+MACHINE_TYPE = matching("[A-Za-z0-9][A-Za-z0-9._+-]{0,63}", "a machine type of qemu, as pc-q35-7.2")
 MEMORY_MB = whole_number(16, 16 * 1024 * 1024, "MB")
 CPU_COUNT = whole_number(1, 512)
 CPU_CAP = whole_number(0, 100, "per cent")
@@ -641,7 +625,7 @@ SETTINGS = (
     Setting("vmCreateGroup", any_text, "templates", "config", "the group that vmcreate makes VMs in; no other yet"),
     Setting("isoDir", any_text, "~/Documents/distribs/linux", "config", "where ISO images are looked up by name"),
     Setting("vmDiskExt", one_of("img", "qcow2"), "img", "config", "the extension of disk images"),
-    Setting("vmUser", login_name, "root", "both", "who vmssh and ansible log in as", inherited=True),
+    Setting("vmUser", LOGIN_NAME, "root", "both", "who vmssh and ansible log in as", inherited=True),
     Setting("vmAccel", one_of("auto", "kvm", "tcg"), "auto", "both", "hardware (kvm) or software (tcg) emulation",
             inherited=True),
     Setting("vmNetwork", NETWORK_KIND, "auto", "both", "bridge (the host's), private (no root), auto"),
@@ -651,7 +635,7 @@ SETTINGS = (
     Setting("vmExtraOpts", any_text, "", "both", "more words for qemu's command line", inherited=True),
     Setting("vmQemu", any_text, "", "config", "the qemu program, by default qemu-system-ARCH or /usr/libexec/qemu-kvm"),
     Setting("vmBridgeHelper", any_text, "", "config", "the qemu-bridge-helper program"),
-    Setting("bridgeInterface", interface_name, "nocloud", "config", "the host's bridge"),
+    Setting("bridgeInterface", INTERFACE_NAME, "nocloud", "config", "the host's bridge"),
     Setting("bridgeAddress", ipv4_prefix, "192.168.1.1/24", "config", "its address"),
     Setting("bridgeNet", ipv4_prefix, "192.168.1.0/24", "config", "its network"),
     Setting("bridgeSubnet", any_text, "192.168.1", "config", "the first three numbers of that network"),
@@ -663,13 +647,13 @@ SETTINGS = (
     Setting("vmName", any_text, "", "vm", "its name"),
     Setting("vmDisk", any_text, "", "vm", "its system disk, relative to vmBaseDir"),
     Setting("vmExtraDisk", any_text, "", "vm", "its other disks, comma-separated"),
-    Setting("vmDiskFormat", image_formats, "", "vm", "the format of each disk, found out once and kept"),
-    Setting("vmUuid", uuid_text, "", "vm", "its UUID, made once and kept"),
-    Setting("vmMac", mac_address, "", "vm", "its network card's address"),
+    Setting("vmDiskFormat", IMAGE_FORMATS, "", "vm", "the format of each disk, found out once and kept"),
+    Setting("vmUuid", UUID, "", "vm", "its UUID, made once and kept"),
+    Setting("vmMac", MAC_ADDRESS, "", "vm", "its network card's address"),
     Setting("vmAddress", ipv4_address, "", "vm", "its IPv4 address"),
     Setting("vmTemplate", any_text, "", "vm", "the template that it was cloned from"),
     Setting("vmInit", INIT_KIND, "ssh", "vm", "how hostname and keys get into it", inherited=True),
-    Setting("vmMachine", machine_type, "", "vm", "qemu's machine type; none: pc, as the bash tools ran it",
+    Setting("vmMachine", MACHINE_TYPE, "", "vm", "qemu's machine type; none: pc, as the bash tools ran it",
             inherited=True),
     Setting("vmGui", yes_no, "no", "vm", "yes: it has a screen"),
     Setting("vmKernel", any_text, "", "vm", "a kernel to boot directly", inherited=True),
@@ -813,15 +797,19 @@ def update_assignments(text: str, changes: Mapping[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def checked(check: Callable[[str], Any], text: str, what: str) -> Any:
+    """What a check makes of a text.  Raises UsageError, which begins with `what`, where it expected another one."""
+    try:
+        return check(text)
+    except ValueError as error:
+        raise UsageError(f"{what}: expected {error}") from None
+
+
 def check_setting(key: str, value: str, place: str) -> None:
     """Raise UsageError, naming `place`, where the value isn't one that the key takes."""
     setting = SETTING.get(key)
-    if setting is None or (value == "" and setting.default == ""):
-        return
-    try:
-        setting.check(value)
-    except ValueError as error:
-        raise UsageError(f"{place}: {key}={value}: expected {error}") from None
+    if setting and (value or setting.default):
+        checked(setting.check, value, f"{place}: {key}={value}")
 
 
 class Config:
@@ -5013,7 +5001,7 @@ ENTRY_KEYS: dict[str, Callable[[str], object]] = {
     "base": web_address,
     "last": whole_number(0, 999),
     "key": any_text,
-    "user": login_name,
+    "user": LOGIN_NAME,
     "init": INIT_KIND,
     "mem": MEMORY_MB,
     "cpu": CPU_COUNT,
@@ -6901,83 +6889,101 @@ class Cloud:
 # -- what is asked for
 
 
-WISH_OPTIONS = ("mem=MB", "cpu=N", "disk=GB", "dsk=GB,GB", "name=PREFIX", "user-data=FILE", "gui")
+@record
+class WishOption:
+    """An option of a set of clones, in a description file or after -o."""
+
+    name: str
+    metavar: str  # what its value is, '' where it takes none; a FILE's name is relative to the description file
+    check: Callable[[str], Any]  # raises ValueError, saying what was expected, or UsageError with all but `NAME=`
+    sets: str  # the setting that the clones get, or else the field of Wish
+    help: str
+
+    @property
+    def text(self) -> str:
+        return f"{self.name}={self.metavar}" if self.metavar else self.name
 
 
+def disk_sizes(text: str) -> list[int]:
+    """A check for the sizes of extra disks."""
+    sizes = [checked(DISK_GB, each, each) for each in map(str.strip, text.split(","))]
+    if len(sizes) >= MAX_DISKS:
+        raise UsageError(f"{text}: at most {MAX_DISKS - 1} extra disks")
+    return sizes
+
+
+def name_prefix(text: str) -> str:
+    """A check for a prefix such that prefix + number is a name."""
+    if not text:
+        raise UsageError(" is empty", "name=web makes web00, web01 …")
+    try:
+        check_name("VM", text + "00")
+    except UsageError as error:
+        raise UsageError(f"{text}: {error}", error.hint) from None
+    return text
+
+
+WISH_OPTIONS = (
+    WishOption("mem", "MB", MEMORY_MB, "vmMem", "memory in MB"),
+    WishOption("cpu", "N", CPU_COUNT, "vmCpu", "processors"),
+    WishOption("disk", "GB", DISK_GB, "disk", "size of the system disk in GB"),
+    WishOption("dsk", "GB,GB", disk_sizes, "disks", "extra disks, in GB (vdb, vdc, …)"),
+    WishOption("name", "PREFIX", name_prefix, "prefix", "what the names begin with; without it a name is a UUID"),
+    WishOption("user-data", "FILE", read_user_data, "user_data", "a file for cloud-init"),
+    WishOption("gui", "", yes_no, "vmGui", "with a screen"),
+)
+WISH_OPTION = {option.name: option for option in WISH_OPTIONS}
+
+
+@record
 class Wish:
     """A set of equal clones: a line of a description file, or the command line's options."""
 
-    __slots__ = ("place", "template", "count", "type", "mem", "cpu", "disk", "disks", "user_data", "prefix", "gui")
-
-    def __init__(self, place: str, template: str, count: int, type: str) -> None:
-        self.place, self.template, self.count, self.type = place, template, count, type
-        self.mem = self.cpu = self.disk = 0
-        self.user_data = b""
-        self.disks: list[int] = []
-        self.prefix, self.gui = "", False
+    place: str  # FILE:LINE, '' for the command line
+    template: str
+    count: int
+    type: str
+    settings: dict[str, str]  # what their confs have instead of the template's
+    disk: int = 0  # GB of the system disk; 0: as large as the template's
+    disks: Sequence[int] = ()  # GB of the others
+    user_data: bytes = b""
+    prefix: str = ""  # of their names; '': they are called by their UUIDs
 
     @property
     def where(self) -> str:
         """`FILE:LINE: ` before an error's words; nothing for the command line."""
         return f"{self.place}: " if self.place else ""
 
-    def set_options(self, text: str) -> None:
-        """WISH_OPTIONS, in any order, separated by `;`.  Raises UsageError naming the place."""
-        for option in text.split(";"):
-            key, separator, value = option.strip().partition("=")
-            key, value = key.strip(), value.strip()
-            if key:
-                self._set_option(key, value, bool(separator))
+    def set_options(self, text: str, folder: str = "") -> None:
+        """WISH_OPTIONS, in any order, separated by `;`.  Files are looked for in the folder.  Raises UsageError."""
+        for word in text.split(";"):
+            name, separator, value = map(str.strip, word.partition("="))
+            option = WISH_OPTION.get(name)
+            if option:
+                self._set_option(option, value if separator else None, folder)
+            elif name:
+                near = nearest(name, WISH_OPTION)
+                raise UsageError(
+                    f"unknown option {name!r}" + (f", did you mean {near}?" if near else ""),
+                    f"options are {' '.join(each.text for each in WISH_OPTIONS)}, separated by ';'",
+                )
 
-    def _set_option(self, key: str, value: str, has_value: bool) -> None:
-        if key == "mem":
-            self.mem = self._number("mem", MEMORY_MB, value)
-        elif key == "cpu":
-            self.cpu = self._number("cpu", CPU_COUNT, value)
-        elif key == "disk":
-            self.disk = self._number("disk", DISK_GB, value)
-        elif key == "dsk":
-            self.disks = [self._number("dsk", DISK_GB, each.strip()) for each in value.split(",")]
-            if len(self.disks) >= MAX_DISKS:
-                raise UsageError(f"{self.place}: dsk={value}: at most {MAX_DISKS - 1} extra disks")
-        elif key == "name":
-            self.prefix = self._name(value)
-        elif key == "user-data":
-            self.user_data = self._user_data(value)
-        elif key == "gui":
-            if has_value:
-                raise UsageError(f"{self.place}: gui takes no value")
-            self.gui = True
+    def _set_option(self, option: WishOption, given: str | None, folder: str) -> None:
+        value = given or ""
+        if not option.metavar:
+            if given is not None:
+                raise UsageError(f"{option.name} takes no value")
+            value = "yes"
+        elif option.metavar == "FILE":
+            value = os.path.join(folder, os.path.expanduser(value))
+        try:
+            result = checked(option.check, value, value)
+        except UsageError as error:
+            raise UsageError(f"{option.name}={error}", error.hint) from None
+        if option.sets in SETTING:
+            self.settings[option.sets] = str(result)
         else:
-            near = nearest(key, (option.partition("=")[0] for option in WISH_OPTIONS))
-            raise UsageError(
-                f"{self.place}: unknown option {key!r}" + (f", did you mean {near}?" if near else ""),
-                f"options are {' '.join(WISH_OPTIONS)}, separated by ';'",
-            )
-
-    def _number(self, key: str, check: Callable[[str], int], value: str) -> int:
-        try:
-            return check(value)
-        except ValueError as error:
-            raise UsageError(f"{self.place}: {key}={value}: expected {error}") from None
-
-    def _user_data(self, name: str) -> bytes:
-        """The file's content; a relative name in a description file is looked for beside that."""
-        folder = os.path.dirname(self.place.rpartition(":")[0])
-        try:
-            return read_user_data(os.path.join(folder, os.path.expanduser(name)))
-        except UsageError as error:
-            raise UsageError(f"{self.place}: user-data={error}", error.hint) from None
-
-    def _name(self, prefix: str) -> str:
-        """The prefix, such that prefix + number is a name."""
-        if not prefix:
-            raise UsageError(f"{self.place}: name= is empty", "name=web makes web00, web01 …")
-        try:
-            check_name("VM", prefix + "00")
-        except UsageError as error:
-            raise UsageError(f"{self.place}: name={prefix}: {error}", error.hint) from None
-        return prefix
+            setattr(self, option.sets, result)
 
 
 def parse_description(text: str, name: str, default_type: str) -> list[Wish]:
@@ -6986,43 +6992,38 @@ def parse_description(text: str, name: str, default_type: str) -> list[Wish]:
     for number, raw in enumerate(split_lines(text), 1):
         line = raw.split("#", 1)[0].strip()
         if line:
-            wishes.append(_parse_line_of_description(line, f"{name}:{number}", default_type))
+            place = f"{name}:{number}"
+            try:
+                wishes.append(_parse_wish(line, place, default_type, os.path.dirname(name)))
+            except UsageError as error:
+                raise UsageError(f"{place}: {error}", error.hint) from None
     if not wishes:
         raise UsageError(f"{name}: no VM is described in it", "a line is TEMPLATE:COUNT[:TYPE[:OPTIONS]]")
     return wishes
 
 
-def _parse_line_of_description(line: str, place: str, default_type: str) -> Wish:
-    fields = [field.strip() for field in line.split(":", 3)]
-    if len(fields) < 2:
-        raise UsageError(f"{place}: {line[:60]!r}: expected TEMPLATE:COUNT[:TYPE[:OPTIONS]]")
-    try:
-        check_name("template", fields[0])
-        type = check_name("type", (fields[2] if len(fields) > 2 else "") or default_type)
-    except UsageError as error:
-        raise UsageError(f"{place}: {error}", error.hint) from None
-    try:
-        count = CLONE_COUNT(fields[1])
-    except ValueError as error:
-        raise UsageError(f"{place}: COUNT {fields[1]!r}: expected {error}") from None
-    wish = Wish(place, fields[0], count, type)
-    wish.set_options(fields[3] if len(fields) > 3 else "")
+def _parse_wish(line: str, place: str, default_type: str, folder: str) -> Wish:
+    template, *fields = (field.strip() for field in line.split(":", 3))
+    if not fields:
+        raise UsageError(f"{line[:60]!r}: expected TEMPLATE:COUNT[:TYPE[:OPTIONS]]")
+    count, type, options = [*fields, "", ""][:3]
+    check_name("template", template)
+    check_name("type", type or default_type)
+    wish = Wish(place, template, checked(CLONE_COUNT, count, f"COUNT {count!r}"), type or default_type, {})
+    wish.set_options(options, folder)
     return wish
 
 
+@record
 class Plan:
-    """A clone to be made: which template, how much of everything."""
+    """A clone to be made."""
 
-    __slots__ = (
-        "vm", "template", "uuid", "format", "mem", "cpu", "disk", "disks", "user_data", "gui", "lock",
-    )  # fmt: skip
-
-    def __init__(self, vm: VM, template: VM, wish: Wish, uuid: str) -> None:
-        self.vm, self.template, self.uuid, self.format = vm, template, uuid, known_formats(template)[0]
-        self.mem = wish.mem or template.number("vmMem")
-        self.cpu = wish.cpu or template.number("vmCpu")
-        self.disk, self.disks, self.user_data, self.gui = wish.disk, wish.disks, wish.user_data, wish.gui
-        self.lock: FolderLock | None = None
+    vm: VM
+    template: VM
+    wish: Wish
+    uuid: str
+    format: str  # of the template's disk
+    lock: FolderLock | None = None
 
 
 def check_wishes(cloud: Cloud, group: str, wishes: Sequence[Wish], force: bool) -> None:
@@ -7114,7 +7115,7 @@ def check_memory(tree: Tree, wishes: Sequence[Wish], force: bool) -> None:
     total, _ = memory_mb()
     asked = 0
     for wish in wishes:
-        asked += wish.count * (wish.mem or int(tree.template(wish.template).get("vmMem")))
+        asked += wish.count * int(wish.settings.get("vmMem") or tree.template(wish.template).get("vmMem"))
         if total and asked > total and not force:
             raise Error(
                 f"{wish.where}{asked} MB of memory are asked for up to here, the host has {total} MB",
@@ -7176,9 +7177,10 @@ def reserve(cloud: Cloud, group: str, wishes: Sequence[Wish], plans: list[Plan])
         for wish in wishes:
             check_collision(tree, group, wish.type)  # again, now that nobody else can make one
             template = tree.need_template(wish.template)
+            format = known_formats(template)[0]
             for name in next_names(names, wish):
                 uuid, mac = new_identity(taken.macs)
-                plan = Plan(VM(tree, group, wish.type, name or uuid), template, wish, uuid)
+                plan = Plan(VM(tree, group, wish.type, name or uuid), template, wish, uuid, format)
                 plans.append(plan)
                 address = cloud.network(kind).allot(taken.addresses, uuid)
                 network = {"vmNetwork": kind, "vmMac": mac, "vmAddress": address}
@@ -7234,11 +7236,9 @@ def _reserve_one(cloud: Cloud, plan: Plan, identity: Mapping[str, str]) -> None:
     os.mkdir(vm.folder, 0o700)
     plan.lock = FolderLock(vm.folder, wait=0).__enter__()
     settings = {
-        "vmName": vm.name, "vmInit": "auto", **template.inherited(), "vmMem": str(plan.mem), "vmCpu": str(plan.cpu),
+        "vmName": vm.name, "vmInit": "auto", **template.inherited(), **plan.wish.settings,
         "vmDisk": "", "vmExtraDisk": "", **identity, "vmTemplate": template.name,
     }  # fmt: skip
-    if plan.gui:
-        settings["vmGui"] = "yes"
     vm.write_conf(settings)
 
 
@@ -7256,20 +7256,20 @@ class Making:
 
     def finish(self, plan: Plan) -> VM:
         """Make the disks and keys, then put the folder in its place: from then on the VM is there."""
-        vm, template = plan.vm, plan.template
+        vm, template, wish = plan.vm, plan.template, plan.wish
         extension = self.cloud.config["vmDiskExt"]
         system = vm.disk_name(0, extension)
         backing = os.path.relpath(
             os.path.realpath(template.disks()[0]), os.path.realpath(os.path.dirname(vm.folder) + "/x")
         )
-        create_overlay(vm.file(system), backing, plan.format, plan.disk)
-        extra = [vm.disk_name(number, extension) for number in range(1, len(plan.disks) + 1)]
-        for name, size in zip(extra, plan.disks):
+        create_overlay(vm.file(system), backing, plan.format, wish.disk)
+        extra = [vm.disk_name(number, extension) for number in range(1, len(wish.disks) + 1)]
+        for name, size in zip(extra, wish.disks):
             create_disk(vm.file(name), size)
         if takes_host_key(vm):
             make_host_key(vm)
-        if plan.user_data:
-            write_file(vm.user_data_file, plan.user_data)
+        if wish.user_data:
+            write_file(vm.user_data_file, wish.user_data)
         final = VM(vm.tree, vm.group, vm.type, vm.name)
         formats = ",".join(["qcow2"] * (1 + len(extra)))
         disks = {"vmDisk": final.relative(system), "vmExtraDisk": ",".join(map(final.relative, extra))}
@@ -10243,15 +10243,6 @@ def declare(command: Command, *options: Option) -> Callable[[Any], Any]:
     return declared
 
 
-def description_options() -> list[tuple[str, str]]:
-    """(option, what it means) for each that a line of a description file can have."""
-    helps = (
-        "memory in MB", "processors", "size of the system disk in GB", "extra disks, in GB (vdb, vdc, …)",
-        "what the names begin with; without it a name is a UUID", "a file for cloud-init", "with a screen",
-    )  # fmt: skip
-    return list(zip(WISH_OPTIONS, helps))
-
-
 GENERAL_OPTIONS = (  # every command has them
     Option("-h --help", "show this help"),
     Option("-v --version", "show the version"),
@@ -10426,7 +10417,7 @@ def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, iso: str) -> VM:
     Option("-g --group GROUP", "the group they belong to", default="vmGroup", complete="group"),
     Option("-t --type TYPE", "their type", default="vmSubGroup"),
     Option("-f --file FILE", "make what a description file lists; the file's name is the group's"),
-    Option("-o --options OPTIONS", "; ".join(option for option, _ in description_options())),
+    Option("-o --options OPTIONS", "; ".join(each.text for each in WISH_OPTIONS)),
     Option("-w --wait [SECONDS]", "return when all are ready", default="vmWaitTimeout"),
     Option("--dry-run", "check everything, say what would be made, make nothing"),
     FORCE,
@@ -10463,10 +10454,11 @@ def wishes_of(config: Config, args: argparse.Namespace) -> tuple[str, list[Wish]
         return group_of_file(args.file) if group is None else group, parse_description(text, name, type)
     if not args.template:
         raise UsageError("which template? give -n TEMPLATE, or -f FILE", "vmtemplate --list shows what is there")
-    wish = Wish("", args.template, args.count or config.number("vmCount"), type)
-    wish.place = "-o"
-    wish.set_options(args.options or "")
-    wish.place = ""
+    wish = Wish("", args.template, args.count or config.number("vmCount"), type, {})
+    try:
+        wish.set_options(args.options or "")
+    except UsageError as error:
+        raise UsageError(f"-o: {error}", error.hint) from None
     return config["vmGroup"] if group is None else group, [wish]
 
 
@@ -10539,7 +10531,7 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
             wishes = parse_description(text, name, config["vmSubGroup"])
             check_wishes(cloud, group, wishes, args.force)
             for wish in wishes:
-                wish.gui = wish.gui or args.gui
+                wish.settings.update({"vmGui": "yes"} if args.gui else {})
         elif group == TEMPLATES:
             raise UsageError("templates are not run as a group", "vm -n NAME runs one")
         else:
@@ -10807,11 +10799,8 @@ def address_and_port(words: Sequence[str]) -> tuple[str, int]:
     if len(words) != 2:
         raise UsageError("connect takes an address and a port", "nocloud net connect 10.88.0.2 22")
     for word, check in zip(words, (ipv4_address, whole_number(1, 65535))):
-        try:
-            if not check(word):
-                raise ValueError("an IPv4 address")
-        except ValueError as error:
-            raise UsageError(f"{word!r}: expected {error}") from None
+        if not checked(check, word, repr(word)):
+            raise UsageError(f"{word!r}: expected an IPv4 address")
     return words[0], int(words[1])
 
 
@@ -11212,7 +11201,7 @@ def manual() -> str:
     return filled(
         "man/nocloud.man",
         VERSION=roff(__version__),
-        DESCRIPTION_OPTIONS=man_items(description_options()),
+        DESCRIPTION_OPTIONS=man_items((each.text, each.help) for each in WISH_OPTIONS),
         GENERAL_OPTIONS=man_options(GENERAL_OPTIONS),
         COMMANDS="\n".join(commands),
         SETTINGS=man_settings("config", "both"),

@@ -38,7 +38,7 @@ def test_what_is_declared_is_in_the_tables() -> None:
         name = {"vm": "conf keys", "unused": "unused keys"}.get(setting.where, "settings")
         assert f"`{setting.key}`" in tables()[name], setting.key
     for option in nocloud.WISH_OPTIONS:
-        assert f"| `{option}` |" in tables()["description options"]
+        assert f"| `{option.text}` |" in tables()["description options"]
     for status in (value for name, value in vars(nocloud).items() if name.startswith("EXIT_") and type(value) is int):
         assert f"\n| {status} | " in tables()["exit statuses"]
 

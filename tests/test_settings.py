@@ -445,7 +445,7 @@ def test_where_the_tree_lies_by_default(cloud: Cloud) -> None:
 
 def wishes(text: str) -> list[tuple[object, ...]]:
     return [
-        (w.template, w.count, w.type, w.mem, w.cpu, w.disks, w.prefix, w.gui)
+        (w.template, w.count, w.type, w.settings, list(w.disks), w.prefix)
         for w in nocloud.parse_description(text, "FILE", "default")
     ]
 
@@ -459,10 +459,10 @@ def test_description_lines() -> None:
         "x:1:t:"
     )
     assert wishes(text) == [
-        ("debian12", 2, "default", 0, 0, [], "", False),
-        ("debian12", 2, "web", 1024, 4, [10, 20], "web", True),
-        ("alpine", 1, "default", 0, 0, [], "db", False),
-        ("x", 1, "t", 0, 0, [], "", False),
+        ("debian12", 2, "default", {}, [], ""),
+        ("debian12", 2, "web", {"vmMem": "1024", "vmCpu": "4", "vmGui": "yes"}, [10, 20], "web"),
+        ("alpine", 1, "default", {}, [], "db"),
+        ("x", 1, "t", {}, [], ""),
     ]
 
 
@@ -499,6 +499,17 @@ def test_description_lines_that_are_wrong(line: str, said: str) -> None:
     with pytest.raises(nocloud.UsageError) as raised:
         wishes(f"# first\nfine:1\n{line}\n")
     assert str(raised.value).startswith("FILE:3: ") and said in str(raised.value) + raised.value.hint
+
+
+@pytest.mark.parametrize("option", nocloud.WISH_OPTIONS, ids=lambda option: option.name)
+def test_each_option_sets_something(option: nocloud.WishOption) -> None:
+    """A setting that clones have, or a field; and a wrong word's hint lists them all."""
+    (plain,) = nocloud.parse_description("x:1", "FILE", "default")
+    assert option.sets in nocloud.SETTING or hasattr(plain, option.sets)
+    assert option.sets not in nocloud.SETTING or nocloud.SETTING[option.sets].where in ("vm", "both")
+    with pytest.raises(nocloud.UsageError) as raised:
+        nocloud.parse_description("x:1::nonsense", "FILE", "default")
+    assert f" {option.text}" in raised.value.hint and option.help
 
 
 def test_an_empty_description_is_an_error() -> None:
