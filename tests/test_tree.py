@@ -281,9 +281,10 @@ def test_a_switch_is_written_in_many_ways(tmp_path: Path, value: str, on: bool) 
 
 def test_what_is_inherited(tmp_path: Path) -> None:
     """These keys, where the conf has them; the configuration's values stay where they are."""
-    keys = "vmMem vmCpu vmUser vmInit vmMachine vmAccel vmExtraOpts vmCpuCap vmKernel vmInitrd vmAppend"
+    keys = "vmMem vmCpu vmUser vmAccel vmExtraOpts vmCpuCap vmInit vmMachine vmKernel vmInitrd vmAppend"
+    assert " ".join(setting.key for setting in nocloud.SETTINGS if setting.inherited) == keys
     values = {"vmMem": "64", "vmCpu": "1", "vmInit": "none", "vmAccel": "tcg", "vmCpuCap": "50"}
-    conf = {setting.key: values.get(setting.key, "x") for setting in nocloud.SETTINGS if setting.key in keys.split()}
+    conf = {key: values.get(key, "x") for key in keys.split()}
     others = "vmName=web00\nvmQemu=/old\nvmUuid=\nvmGui=1\nvmNetwork=private\nmine=1\n"
     vm = vm_of(tmp_path, others + "".join(f"{key}={value}\n" for key, value in conf.items()))
     assert vm.inherited() == conf
