@@ -7099,21 +7099,18 @@ def check_collision(tree: Tree, group: str, type: str) -> None:
         raise UsageError(f"{group}: ansible would mix it up with {'/'.join(pairs[group])}", "choose another name")
 
 
-def memory_mb() -> tuple[int, int]:
-    """(all, available) memory of the host in MB; (0, 0) where /proc/meminfo doesn't say."""
+def memory_mb(kind: str) -> int:
+    """The host's memory in MB: all of it (`MemTotal`) or `MemAvailable`; 0 where /proc/meminfo doesn't say."""
     try:
-        text = read_text("/proc/meminfo")
+        found = re.search(rf"^{kind}:\s+(\d+) kB", read_text("/proc/meminfo"), re.M)
     except OSError:
-        return 0, 0
-    found = [re.search(rf"^{name}:\s+(\d+) kB", text, re.M) for name in ("MemTotal", "MemAvailable")]
-    total, available = (int(match.group(1)) // 1024 if match else 0 for match in found)
-    return total, available
+        return 0
+    return int(found.group(1)) // 1024 if found else 0
 
 
 def check_memory(tree: Tree, wishes: Sequence[Wish], force: bool) -> None:
     """Over what is available: a warning; over what the host has: an error, unless forced."""
-    total, _ = memory_mb()
-    asked = 0
+    total, asked = memory_mb("MemTotal"), 0
     for wish in wishes:
         asked += wish.count * int(wish.settings.get("vmMem") or tree.template(wish.template).get("vmMem"))
         if total and asked > total and not force:
@@ -7126,7 +7123,7 @@ def check_memory(tree: Tree, wishes: Sequence[Wish], force: bool) -> None:
 
 def warn_of_memory(asked: int) -> None:
     """Say so where it is more than what is available now."""
-    _, available = memory_mb()
+    available = memory_mb("MemAvailable")
     if available and asked > available:
         report.warn(f"{asked} MB of memory are asked for, {available} MB are available now")
 
