@@ -11,7 +11,8 @@ export PYTHON
 FOR_BUILD := python3 python3-venv
 FOR_VMS := qemu-system-x86 qemu-utils dnsmasq-base iproute2 openssh-client util-linux passt? nftables?
 FOR_TEMPLATES := mmdebstrap e2fsprogs uidmap debian-archive-keyring?
-FOR_TESTS := fdisk iptables mtools syslinux isolinux syslinux-common xorriso zip unzip bash-completion zsh fish mandoc man-db groff-base linux-image-cloud-amd64! busybox-static! dropbear-bin!
+FOR_CHECKS := shellcheck systemd bash zsh fish mandoc
+FOR_TESTS := fdisk iptables mtools syslinux isolinux syslinux-common xorriso zip unzip bash-completion man-db groff-base linux-image-cloud-amd64! busybox-static! dropbear-bin!
 FOR_BENCH := curl xz-utils
 SOURCES := nocloud.py build.sh pyproject.toml $(shell find etc systemd -type f)
 
@@ -27,8 +28,8 @@ AS_OWNER := $(if $(filter-out $(OWNER),$(ME)),$(if $(filter 0,$(ME)),setpriv --r
     --clear-groups env HOME="$$(getent passwd $(OWNER) | cut -d: -f6)"))
 
 .DEFAULT_GOAL := $(if $(filter 0,$(ME)),install,build)
-.PHONY: build install uninstall demo test test-all check check-catalogue bench clean help
-.PHONY: install-for-build install-for-vms install-for-templates install-for-tests install-for-bench
+.PHONY: build install uninstall demo test test-all check check-catalogue docs bench clean help
+.PHONY: install-for-build install-for-vms install-for-templates install-for-checks install-for-tests install-for-bench
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -49,18 +50,20 @@ demo: install-for-vms install-for-templates nocloud.pyz ## a template, three VMs
 # Two processes: one's guests boot while the other's shut down. PYTEST=-n0 is one process, as pytest is without options.
 IN_TWO := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-test: $(VENV)/done install-for-vms install-for-templates install-for-tests nocloud.pyz ## the tests, linters among them
+test: $(VENV)/done install-for-vms install-for-templates install-for-checks install-for-tests nocloud.pyz ## the tests, linters among them
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m pytest $(IN_TWO) $(PYTEST)
 
 test-all: PYTEST += --long
 test-all: test ## the long tests too
 
-check: $(VENV)/done ## the linters only
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/mypy
+check: $(VENV)/done install-for-checks ## the linters only, each language's own
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m pytest tests/test_lint.py
 
 check-catalogue: ## ask the catalogue's real servers (needs the Internet)
 	@$(PYTHON) tests/check_catalogue.py
+
+docs: ## write README.md's tables from what nocloud.py declares
+	@$(AS_OWNER) $(PYTHON) -B tests/docs.py
 
 bench: install-for-vms install-for-bench nocloud.pyz ## measure the speed budgets; fails over one
 	@$(PYTHON) tests/bench.py nocloud.pyz
@@ -92,6 +95,9 @@ install-for-vms:
 
 install-for-templates:
 	@tests/install.sh $(FOR_TEMPLATES)
+
+install-for-checks:
+	@tests/install.sh $(FOR_CHECKS)
 
 install-for-tests:
 	@tests/install.sh $(FOR_TESTS)

@@ -20,7 +20,7 @@ import struct
 import sys
 import time
 from collections import ChainMap, Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
 
 TYPE_CHECKING = False  # typing costs 7 ms at start-up and nothing here needs it at run time
 if TYPE_CHECKING:
@@ -56,31 +56,44 @@ if not TYPE_CHECKING:
         """A class of plain values, whose fields are declared once: `__init__` and `__slots__` from its annotations.
 
         To a type checker it is dataclasses.dataclass, whose import takes 27 ms, so calls are checked as those of one;
-        `__post_init__` serves as there.  Two are equal only where they are one; a default must not be changed in place.
+        `__post_init__` serves as there.  Two are equal only where they are one, a record is no one's base, and a
+        default is shared by all: it must be a value that can't be changed.
         """
         fields = tuple(cls.__annotations__)
         body = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
         defaults = {name: body.pop(name) for name in fields if name in body}
-        finish = body.get("__post_init__", lambda self: None)
+        finish = body.get("__post_init__")
 
         def init(self: Any, *values: Any, **named: Any) -> None:
-            for name, value in {**defaults, **dict(zip(fields, values)), **named}.items():
+            if named or len(values) != len(fields):  # all of them in their order are the common case, and the fast one
+                given = {**defaults, **dict(zip(fields, values)), **named}
+                if len(values) > len(fields) or given.keys() != set(fields):
+                    raise TypeError(f"{cls.__name__} takes {', '.join(fields)}")
+                values = tuple(given[name] for name in fields)
+            for name, value in zip(fields, values):
                 setattr(self, name, value)
-            finish(self)
+            if finish:
+                finish(self)
 
         return type(cls)(cls.__name__, cls.__bases__, {**body, "__slots__": fields, "__init__": init})
 
 
 class Error(Exception):
-    """Something that could not be done, told in one line; `hint` is the one line that says what to do."""
+    """Something that could not be done, told in one line; `hint` is the one line that says what to do.
+
+    `vm`: the VM that it is about, whose name comes before the text.
+    """
 
     status = EXIT_FAILED
 
-    def __init__(self, text: str, hint: str = "", status: int | None = None) -> None:
+    def __init__(self, text: str, hint: str = "", status: int | None = None, vm: Any = None) -> None:
         super().__init__(text)
-        self.hint = hint
+        self.text, self.hint, self.vm = text, hint, vm
         if status is not None:
             self.status = status
+
+    def __str__(self) -> str:
+        return f"{self.vm}: {self.text}" if self.vm else self.text
 
 
 class UsageError(Error):
@@ -453,7 +466,7 @@ def wait_for(ready: Callable[[], bool], seconds: float, interval: float = 0.02) 
 def in_parallel(work: Callable[[Any], Any], items: Sequence[Any], workers: int = 0) -> list[Any]:
     """`work(item)` for each item at once; the results in order, an Error as the result of the item that raised it.
 
-    Anything else that is raised is a defect and goes on to the caller.
+    The items are VMs: an Error carries its own.  Anything else that is raised is a defect and goes on to the caller.
     """
     if len(items) < 2:
         return [_attempt(work, item) for item in items]
@@ -473,10 +486,10 @@ def in_parallel(work: Callable[[Any], Any], items: Sequence[Any], workers: int =
 def _attempt(work: Callable[[Any], Any], item: Any) -> Any:
     try:
         return work(item)
-    except Error as error:
+    except (Error, OSError) as raised:
+        error = error_from_os(raised) if isinstance(raised, OSError) else raised
+        error.vm = error.vm or item
         return error
-    except OSError as error:
-        return error_from_os(error)
 
 
 def error_from_os(error: OSError) -> Error:
@@ -499,17 +512,21 @@ def error_from_os(error: OSError) -> Error:
 # were bash files once; here they are parsed, and nothing in them is ever executed.
 
 
+@record
 class Setting:
     """A key: what its values must be, what it is without a file, and who reads it.
 
     `check` raises ValueError, saying what was expected.  `where` is `config` (configuration files and the
     environment), `vm` (a VM's own conf), `both`, or `unused` (read without a warning, for old files' sake).
+    `inherited`: a clone's conf gets it from its template's, where that has it.
     """
 
-    __slots__ = ("key", "check", "default", "where", "help")
-
-    def __init__(self, key: str, check: Callable[[str], object], default: str, where: str, help: str) -> None:
-        self.key, self.check, self.default, self.where, self.help = key, check, default, where, help
+    key: str
+    check: Callable[[str], object]
+    default: str
+    where: str
+    help: str
+    inherited: bool = False
 
 
 def any_text(text: str) -> str:
@@ -534,6 +551,12 @@ def one_of(*words: str) -> Callable[[str], str]:
         raise ValueError("one of " + ", ".join(words))
 
     return check
+
+
+def yes_no(text: str) -> str:
+    """A check for a switch, however people write it: `yes` or `no`, which it is where nothing is said."""
+    words = {"": "no", "0": "no", "false": "no", "off": "no", "1": "yes", "true": "yes", "on": "yes"}
+    return one_of("yes", "no")(words.get(text.lower(), text.lower()))
 
 
 def login_name(text: str) -> str:
@@ -606,8 +629,9 @@ NETWORK_KIND = one_of("auto", "bridge", "private")
 
 SETTINGS = (
     Setting("vmBaseDir", any_text, "", "config", "the VM tree"),
-    Setting("vmMem", MEMORY_MB, "512", "both", "memory in MB of new templates; a clone inherits its template's"),
-    Setting("vmCpu", CPU_COUNT, "2", "both", "processors, likewise"),
+    Setting("vmMem", MEMORY_MB, "512", "both", "memory in MB of new templates; a clone inherits its template's",
+            inherited=True),
+    Setting("vmCpu", CPU_COUNT, "2", "both", "processors, likewise", inherited=True),
     Setting("vmCreateDiskSize", DISK_GB, "10", "config", "disk size in GB of new templates"),
     Setting("vmCount", CLONE_COUNT, "1", "config", "how many clones vminstantiate makes"),
     Setting("vmGroup", any_text, "group", "config", "the group of new clones"),
@@ -617,14 +641,15 @@ SETTINGS = (
     Setting("vmCreateGroup", any_text, "templates", "config", "the group that vmcreate makes VMs in; no other yet"),
     Setting("isoDir", any_text, "~/Documents/distribs/linux", "config", "where ISO images are looked up by name"),
     Setting("vmDiskExt", one_of("img", "qcow2"), "img", "config", "the extension of disk images"),
-    Setting("vmUser", login_name, "root", "both", "who vmssh and ansible log in as"),
-    Setting("vmAccel", one_of("auto", "kvm", "tcg"), "auto", "both", "hardware (kvm) or software (tcg) emulation"),
+    Setting("vmUser", login_name, "root", "both", "who vmssh and ansible log in as", inherited=True),
+    Setting("vmAccel", one_of("auto", "kvm", "tcg"), "auto", "both", "hardware (kvm) or software (tcg) emulation",
+            inherited=True),
     Setting("vmNetwork", NETWORK_KIND, "auto", "both", "bridge (the host's), private (no root), auto"),
     Setting("vmStopTimeout", SECONDS, "30", "config", "seconds a guest has to shut down before it is switched off"),
     Setting("vmWaitTimeout", SECONDS, "300", "config", "the longest wait, in seconds, for a VM to be ready"),
     Setting("vmDownloadTimeout", whole_number(1, 3600, "seconds"), "30", "config", "seconds that a download may stall"),
-    Setting("vmExtraOpts", any_text, "", "both", "more words for qemu's command line"),
-    Setting("vmQemu", any_text, "", "both", "the qemu program, by default qemu-system-ARCH or /usr/libexec/qemu-kvm"),
+    Setting("vmExtraOpts", any_text, "", "both", "more words for qemu's command line", inherited=True),
+    Setting("vmQemu", any_text, "", "config", "the qemu program, by default qemu-system-ARCH or /usr/libexec/qemu-kvm"),
     Setting("vmBridgeHelper", any_text, "", "config", "the qemu-bridge-helper program"),
     Setting("bridgeInterface", interface_name, "nocloud", "config", "the host's bridge"),
     Setting("bridgeAddress", ipv4_prefix, "192.168.1.1/24", "config", "its address"),
@@ -634,7 +659,7 @@ SETTINGS = (
     Setting("bridgeDhcpStart", ipv4_address, "192.168.1.2", "config", "the first address that VMs get"),
     Setting("bridgeDhcpStop", ipv4_address, "192.168.1.254", "config", "the last one"),
     Setting("bridgeLeases", any_text, "", "config", "the DHCP server's lease file"),
-    Setting("vmCpuCap", CPU_CAP, "", "both", "a limit in per cent of CPU time; kept, not enforced yet"),
+    Setting("vmCpuCap", CPU_CAP, "", "both", "a limit in per cent of CPU time; kept, not enforced yet", inherited=True),
     Setting("vmName", any_text, "", "vm", "its name"),
     Setting("vmDisk", any_text, "", "vm", "its system disk, relative to vmBaseDir"),
     Setting("vmExtraDisk", any_text, "", "vm", "its other disks, comma-separated"),
@@ -643,12 +668,13 @@ SETTINGS = (
     Setting("vmMac", mac_address, "", "vm", "its network card's address"),
     Setting("vmAddress", ipv4_address, "", "vm", "its IPv4 address"),
     Setting("vmTemplate", any_text, "", "vm", "the template that it was cloned from"),
-    Setting("vmInit", INIT_KIND, "auto", "vm", "how hostname and keys get into it"),
-    Setting("vmMachine", machine_type, "", "vm", "qemu's machine type; none: pc, as the bash tools ran it"),
-    Setting("vmGui", one_of("", "0", "1"), "", "vm", "1: it has a screen"),
-    Setting("vmKernel", any_text, "", "vm", "a kernel to boot directly"),
-    Setting("vmInitrd", any_text, "", "vm", "its initial ramdisk"),
-    Setting("vmAppend", any_text, "", "vm", "its command line"),
+    Setting("vmInit", INIT_KIND, "ssh", "vm", "how hostname and keys get into it", inherited=True),
+    Setting("vmMachine", machine_type, "", "vm", "qemu's machine type; none: pc, as the bash tools ran it",
+            inherited=True),
+    Setting("vmGui", yes_no, "no", "vm", "yes: it has a screen"),
+    Setting("vmKernel", any_text, "", "vm", "a kernel to boot directly", inherited=True),
+    Setting("vmInitrd", any_text, "", "vm", "its initial ramdisk", inherited=True),
+    Setting("vmAppend", any_text, "", "vm", "its command line", inherited=True),
     Setting("vmSource", any_text, "", "vm", "where a template came from"),
     Setting("vmChecksum", any_text, "", "vm", "the checksum of what it was made from"),
     *(
@@ -662,19 +688,25 @@ SETTINGS = (
 SETTING = {setting.key: setting for setting in SETTINGS}
 
 
+@record
 class Assignment:
     """A KEY=VALUE line of a file: its line number, the value after expansion, and the variables it named."""
 
-    __slots__ = ("line", "key", "value", "used")
-
-    def __init__(self, line: int, key: str, value: str, used: set[str]) -> None:
-        self.line, self.key, self.value, self.used = line, key, value, used
+    line: int
+    key: str
+    value: str
+    used: set[str]
 
 
 # Compiled at first use: most commands of a user without a configuration file read none.
 _PLAIN = r"(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)=([A-Za-z0-9_./:,+@%-]*)(?:[ \t]+#.*|[ \t]*)$"
 _START = r"(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)="
-_VARIABLE = r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}`$\\\"']*))?\})"
+_VARIABLE = r"\$(?P<brace>\{)?(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?(brace)(?::-(?P<word>[^{}`$\\\"']*))?\})"
+# The pieces of a value, outside double quotes and inside; which of the two it is, each `"` changes.
+_PIECES = (
+    rf"""(?P<quote>")|{_VARIABLE}|'(?P<single>[^']*)'|\\(?P<char>.)|(?P<text>[^ \t'"$\\`;&|<>(){{}}]+)""",
+    rf"""(?P<quote>")|{_VARIABLE}|\\(?P<char>["$\\`])|(?P<text>[^"$\\`]+|\\)""",
+)
 
 
 def split_lines(text: str) -> list[str]:
@@ -713,87 +745,47 @@ def _parse_line(number: int, line: str, variables: Mapping[str, str]) -> Assignm
     start = re.compile(_START, re.ASCII).match(line)
     if not start:
         raise ValueError(f"not a KEY=value line: {line[:60]!r}")
-    reader = _ValueReader(line, start.end(), variables)
-    return Assignment(number, start.group(1), reader.read(), reader.used)
+    used: set[str] = set()
+    return Assignment(number, start.group(1), _read_value(line[start.end() :], variables, used), used)
 
 
-class _ValueReader:
-    """Reads one value from `position` on: bare words, '…' and "…" side by side, as sh joins them."""
+def _read_value(text: str, variables: Mapping[str, str], used: set[str]) -> str:
+    """A value, and perhaps a comment: bare words, '…' and "…" side by side, as sh joins them.
 
-    def __init__(self, line: str, position: int, variables: Mapping[str, str]) -> None:
-        self.line, self.position, self.variables = line, position, variables
-        self.used: set[str] = set()
+    The variables that it names are added to `used`.
+    """
+    patterns = [re.compile(each, re.ASCII) for each in _PIECES]
+    home = re.match(r"~(?=[/\s]|$)", text)
+    parts = [os.path.expanduser("~")] if home else []
+    position, quoted = home.end() if home else 0, False
+    while piece := patterns[quoted].match(text, position):
+        position = piece.end()
+        if piece["quote"]:
+            quoted = not quoted
+        elif piece["name"]:
+            used.add(piece["name"])
+            parts.append(variables.get(piece["name"]) or piece["word"] or "")
+        else:
+            parts.append(piece[piece.lastgroup or 0])
+    _check_end(text[position:], quoted)
+    return "".join(parts)
 
-    def read(self) -> str:
-        parts: list[str] = []
-        if re.match(r"~(?=[/\s]|$)", self.line[self.position :]):
-            parts.append(os.path.expanduser("~"))
-            self.position += 1
-        while self.position < len(self.line):
-            char = self.line[self.position]
-            if char in " \t":
-                self._expect_end()
-                break
-            parts.append(self._part(char))
-        return "".join(parts)
 
-    def _part(self, char: str) -> str:
-        if char == "'":
-            return self._single()
-        if char == '"':
-            return self._double()
-        if char == "$":
-            return self._variable()
-        if char == "\\":
-            self.position += 2
-            if self.position > len(self.line):
-                raise ValueError("a \\ at the end of the line: a value is one line")
-            return self.line[self.position - 1]
-        if char in "`;&|<>(){}":
-            raise ValueError(f"{char!r} outside quotes: commands are not run here")
-        self.position += 1
-        return char
-
-    def _expect_end(self) -> None:
-        rest = self.line[self.position :].lstrip(" \t")
-        if rest and rest[0] != "#":
-            raise ValueError(f"more than one word after '=': {rest[:40]!r} (quote the value)")
-
-    def _single(self) -> str:
-        end = self.line.find("'", self.position + 1)
-        if end < 0:
-            raise ValueError("a ' that is not closed")
-        value, self.position = self.line[self.position + 1 : end], end + 1
-        return value
-
-    def _double(self) -> str:
-        parts: list[str] = []
-        self.position += 1
-        while self.position < len(self.line):
-            char = self.line[self.position]
-            if char == '"':
-                self.position += 1
-                return "".join(parts)
-            if char == "`":
-                raise ValueError("a backtick: commands are not run here")
-            if char == "$":
-                parts.append(self._variable())
-                continue
-            if char == "\\" and self.line[self.position + 1 : self.position + 2] in ("$", "`", '"', "\\"):
-                self.position += 1
-                char = self.line[self.position]
-            parts.append(char)
-            self.position += 1
-        raise ValueError('a " that is not closed')
-
-    def _variable(self) -> str:
-        match = re.compile(_VARIABLE, re.ASCII).match(self.line, self.position)
-        if not match:
-            raise ValueError("a '$' that is neither $NAME, ${NAME} nor ${NAME:-word}: commands are not run here")
-        self.position = match.end()
-        key = match.group(1) or match.group(2)
-        self.used.add(key)
-        return self.variables.get(key, "") or (match.group(3) or "")
+def _check_end(rest: str, quoted: bool) -> None:
+    """Raise ValueError where what no piece of a value begins with is neither a comment nor nothing."""
+    char, comment = rest[:1], rest.lstrip(" \t")
+    if char == "$":
+        raise ValueError("a '$' that is neither $NAME, ${NAME} nor ${NAME:-word}: commands are not run here")
+    if quoted:
+        raise ValueError("a backtick: commands are not run here" if char else 'a " that is not closed')
+    if char == "'":
+        raise ValueError("a ' that is not closed")
+    if char == "\\":
+        raise ValueError("a \\ at the end of the line: a value is one line")
+    if char not in ("", " ", "\t"):
+        raise ValueError(f"{char!r} outside quotes: commands are not run here")
+    if comment and comment[0] != "#":
+        raise ValueError(f"more than one word after '=': {comment[:40]!r} (quote the value)")
 
 
 def quote_value(value: str) -> str:
@@ -907,6 +899,33 @@ def packaged(name: str, place: str = "etc") -> str:
     return data.decode()
 
 
+def need_packaged(name: str) -> str:
+    """packaged() of a file that the work can't be done without.  Raises Error where it isn't there."""
+    text = packaged(name)
+    if not text:
+        raise Error(f"etc/{name} is missing: {program_path()} was copied without it", "nocloud.pyz is all in one file")
+    return text
+
+
+def packaged_list(name: str) -> list[str]:
+    """The lines of a packaged file but for comments and empty ones."""
+    return [line for line in packaged(name).splitlines() if line and not line.startswith("#")]
+
+
+def packaged_files(folder: str) -> list[str]:
+    """The paths, relative to it and sorted, of all files below a folder of `etc/`; packaged() reads them."""
+    origin, start = os.path.dirname(os.path.realpath(__file__)), os.path.join("etc", folder, "")
+    if os.path.isfile(origin):
+        import zipfile
+
+        with zipfile.ZipFile(origin) as archive:
+            names = archive.namelist()
+    else:
+        walk = os.walk(os.path.join(origin, start))
+        names = [os.path.relpath(os.path.join(place, name), origin) for place, _, files in walk for name in files]
+    return sorted(name[len(start) :] for name in names if name.startswith(start))
+
+
 def home_folder() -> str:
     """The user's home; /nonexistent where there is none, so that nothing lands in the current folder, or in /."""
     path = os.path.expanduser("~") if os.environ.get("HOME", "~") else ""
@@ -1010,15 +1029,51 @@ def check_group(name: str) -> str:
     return name
 
 
+class FileOf:
+    """The path of a file in a VM's folder; {} in its name is the VM's name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, vm: VM, owner: object) -> str:
+        return os.path.join(vm.folder, self.name.format(vm.name))
+
+
 class VM:
     """A VM or a template: its place in the tree, and the name of each of its files, once."""
 
-    __slots__ = ("base", "group", "type", "name", "folder", "_conf")
+    __slots__ = ("tree", "group", "type", "name", "folder", "_conf")
 
-    def __init__(self, base: str, group: str, type: str, name: str, folder: str = "") -> None:
-        self.base, self.group, self.type, self.name = base, group, type, name
-        self.folder = folder or os.path.join(base, group, type, name)
+    conf_file = FileOf("{}.conf")
+    pid_file = FileOf("{}.pid")
+    log_file = FileOf("{}.log")
+    command_file = FileOf("{}.command")
+    console_log = FileOf("console.log")
+    credentials_file = FileOf("credentials")  # the SMBIOS string that hands keys and hostname to systemd (0600)
+    seed_folder = FileOf("seed")  # what cloud-init in the guest reads (0700: the host key is in it)
+    user_data_file = FileOf("user-data")  # what the user adds to the seed, as it was when the VM was made (0600)
+    host_key = FileOf("ssh_host_ed25519_key")  # made on the host (0600), its public half beside it
+    configured_file = FileOf("configured")  # there once the guest has been configured, over ssh or by its cloud-init
+
+    def __init__(self, tree: Tree, group: str, type: str, name: str, folder: str = "") -> None:
+        self.tree, self.group, self.type, self.name = tree, group, type, name
+        self.folder = folder or os.path.join(tree.base, group, type, name)
         self._conf: dict[str, str] | None = None
+
+    def __str__(self) -> str:
+        """How messages name it: NAME, or where others are called so GROUP/NAME, or GROUP/TYPE/NAME.
+
+        Each command finds it by that.  The tree is asked, so this is for a message, not for a list of all VMs.
+        """
+        others = [vm for vm in self.tree.find(self.name) if vm.address_name != self.address_name]
+        if any(vm.group == self.group for vm in others):
+            return self.address_name
+        return f"{self.group}/{self.name}" if others else self.name
+
+    @property
+    def base(self) -> str:
+        """vmBaseDir, which its conf names disks relative to."""
+        return self.tree.base
 
     @property
     def is_template(self) -> bool:
@@ -1047,51 +1102,6 @@ class VM:
     def file(self, name: str) -> str:
         return os.path.join(self.folder, name)
 
-    @property
-    def conf_file(self) -> str:
-        return os.path.join(self.folder, f"{self.name}.conf")
-
-    @property
-    def pid_file(self) -> str:
-        return os.path.join(self.folder, f"{self.name}.pid")
-
-    @property
-    def log_file(self) -> str:
-        return self.file(f"{self.name}.log")
-
-    @property
-    def command_file(self) -> str:
-        return self.file(f"{self.name}.command")
-
-    @property
-    def console_log(self) -> str:
-        return self.file("console.log")
-
-    @property
-    def credentials_file(self) -> str:
-        """The SMBIOS string that hands keys and hostname to systemd (0600)."""
-        return self.file("credentials")
-
-    @property
-    def seed_folder(self) -> str:
-        """What cloud-init in the guest reads (0700: the host key is in it)."""
-        return self.file("seed")
-
-    @property
-    def user_data_file(self) -> str:
-        """What the user adds to the seed, as it was when the VM was made (0600)."""
-        return self.file("user-data")
-
-    @property
-    def host_key(self) -> str:
-        """The guest's ssh host key, made on the host (0600), its public half beside it."""
-        return self.file("ssh_host_ed25519_key")
-
-    @property
-    def configured_file(self) -> str:
-        """There once the guest has been configured, over ssh or by its cloud-init."""
-        return self.file("configured")
-
     def disk_name(self, number: int, extension: str) -> str:
         return f"{self.name}_{number}.{extension}"
 
@@ -1112,16 +1122,12 @@ class VM:
     def state(self) -> tuple[str, int]:
         """("running", pid of qemu), ("stopped", 0) or ("unknown", 0)."""
         state, pid = lock_holder(self.pid_file)
-        unlocked = strangers.find(self) if state == "stopped" else None
+        unlocked = foreign_qemus.find(self) if state == "stopped" else None
         return ("running", unlocked.pid) if unlocked else (state, pid)
 
-    def stranger(self) -> QemuProcess | None:
+    def foreign_qemu(self) -> QemuProcess | None:
         """The qemu that runs it, where that was started by the bash tools, or by hand; None where nocloud did it."""
-        state, pid = lock_holder(self.pid_file)
-        if state == "unknown" or (state == "running" and os.path.exists(self.file("qmp.sock"))):
-            return None
-        process = strangers.find(self) if state == "stopped" else strangers.process(pid)
-        return process if process and is_qemu(process.pid) and not process.is_ours else None
+        return foreign_qemus.of(self)
 
     def is_running(self) -> bool:
         return self.state()[0] == "running"
@@ -1139,7 +1145,7 @@ class VM:
                 reason = untrusted(self.conf_file, os.fstat(file.fileno()))
                 text = file.read(1 << 20)
         except FileNotFoundError:
-            raise NotFound(f"{self.name}: its conf is gone: {self.conf_file}") from None
+            raise NotFound(f"its conf is gone: {self.conf_file}", vm=self) from None
         except OSError as error:
             raise error_from_os(error) from None
         if reason:
@@ -1153,9 +1159,24 @@ class VM:
         return values
 
     def get(self, key: str) -> str:
-        """A setting of its conf, or the key's default where the conf doesn't say."""
-        value = self.conf.get(key, "")
-        return value or SETTING[key].default
+        """A setting of this VM: what its conf says, else the configuration, else the key's default.
+
+        All code asks here.  The conf of a clone has got the inherited keys of its template when it was made; keys that
+        only confs have are not looked up in the configuration.
+        """
+        setting = SETTING[key]
+        return self.conf.get(key) or (self.tree.config[key] if setting.where == "both" else setting.default)
+
+    def number(self, key: str) -> int:
+        return int(self.get(key))
+
+    def is_set(self, key: str) -> bool:
+        """Whether a yes/no setting is `yes`."""
+        return yes_no(self.get(key)) == "yes"
+
+    def inherited(self) -> dict[str, str]:
+        """What the conf of a clone, or of a template that is made of it, gets of its conf."""
+        return {key: value for key, value in self.conf.items() if value and key in SETTING and SETTING[key].inherited}
 
     def reread(self) -> None:
         """Forget what its conf said: another command may have changed it while its lock was waited for."""
@@ -1180,7 +1201,7 @@ class VM:
 
     def disks(self) -> list[str]:
         """The paths of its disks: the system disk, then the others in order."""
-        names = [self.conf.get("vmDisk", ""), *self.conf.get("vmExtraDisk", "").split(",")]
+        names = [self.get("vmDisk"), *self.get("vmExtraDisk").split(",")]
         return [self.path(name.strip()) for name in names if name.strip()]
 
 
@@ -1193,15 +1214,6 @@ def process_file(pid: int, name: str) -> str:
         return read_text(f"/proc/{pid}/{name}")
     except OSError:
         return ""
-
-
-def start_time(pid: int) -> str:
-    """When a process started, in ticks since boot (proc(5), stat, field 22): with it a pid names one process only.
-
-    '' where it has ended: also where nobody has waited for it yet (Z, X), as some containers' pid 1 never does.
-    """
-    fields = process_file(pid, "stat").rpartition(")")[2].split()
-    return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else ""
 
 
 def file_key(path: str) -> tuple[int, int] | None:
@@ -1224,23 +1236,28 @@ def is_qemu(pid: int) -> bool:
     return process_file(pid, "comm").startswith(("qemu-system", "qemu-kvm", "qemu\n", "kvm\n"))
 
 
+def is_our_qemu(command_line: str) -> bool:
+    """Whether nocloud started it: that shows in its words, whoever's it is."""
+    return ",path=qmp.sock,server=on,wait=off\0" in command_line
+
+
 class QemuProcess:
-    """A running qemu, as its command line in /proc shows it."""
+    """A running qemu, as its command line and its open files in /proc show it."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self._started = start_time(pid)
-        self.words = process_file(pid, "cmdline").rstrip("\0").split("\0")
-        self._disk_names: list[str] | None = None
-        self._disks: dict[str, set[tuple[int, int] | None]] = {}
-        self.is_ours = any(word.endswith(",path=qmp.sock,server=on,wait=off") for word in self.words)
+        self._command_line = process_file(pid, "cmdline")
+        self.words = self._command_line.rstrip("\0").split("\0")
+        self.is_ours = is_our_qemu(self._command_line)
+        self._files: dict[tuple[int, int] | None, bool] = {}
         try:
             self.folder = os.readlink(f"/proc/{pid}/cwd")
         except OSError:
             self.folder = ""
 
     def is_alive(self) -> bool:
-        return bool(self._started) and start_time(self.pid) == self._started
+        """A pid may be another process's by now, and one that nobody has waited for yet has no words any more."""
+        return process_file(self.pid, "cmdline") == self._command_line != ""
 
     def values(self, *names: str) -> list[str]:
         """The values of these options, in their order; qemu takes one dash and two."""
@@ -1257,75 +1274,52 @@ class QemuProcess:
                 return ":".join(f"{int(each, 16):02x}" for each in found.split(":"))
         return ""
 
-    def disk_names(self) -> list[str]:
-        """The disk images in its words: -hda FILE, file=FILE, file.filename=FILE, or FILE alone."""
-        if self._disk_names is None:
-            self._disk_names = self.values("hda", "hdb", "hdc", "hdd")
-            for before, word in zip(self.words, self.words[1:]):
-                options = suboptions(word)
-                if word[:1] != "-" and before[:1] != "-":
-                    self._disk_names.append(word)
-                elif options.get("media") != "cdrom":
-                    names = (options.get(key, "") for key in ("file", "file.filename", "filename"))
-                    self._disk_names += filter(None, names)
-        return self._disk_names
-
-    def names(self, disk: str, vm: VM) -> bool:
-        """Whether its words name a disk of a VM: with -daemonize qemu has left the folder that it was started in.
-
-        What doesn't depend on the VM is found out once: there may be many VMs, and many qemus that are none of ours.
-        """
-        if vm.base not in self._disks:
-            folders = [folder for folder in (self.folder, vm.base) if folder]
-            places = [os.path.join(folder, name) for name in self.disk_names() for folder in folders]
-            self._disks[vm.base] = set(map(file_key, places))
-        key, last = file_key(disk), os.path.basename(disk)
-        same = (name for name in self.disk_names() if name.endswith(last) and not os.path.isabs(name))
-        return key is not None and (key in self._disks[vm.base] or any(file_key(vm.file(name)) == key for name in same))
-
-    def writes(self, disk: str) -> bool:
-        """Whether it has a file open to write to it; True where we may not look.  -snapshot writes to another file."""
-        try:
-            names = os.listdir(f"/proc/{self.pid}/fd")
-        except OSError:
-            return True
-        key = file_key(disk)
-        held = [name for name in names if file_key(f"/proc/{self.pid}/fd/{name}") == key]
-        flags = [re.search("^flags:.*([0-7])$", process_file(self.pid, f"fdinfo/{name}"), re.M) for name in held]
-        return any(found and int(found[1]) & os.O_ACCMODE != os.O_RDONLY for found in flags) or (
-            bool(held) and "snapshot" in (word.lstrip("-") for word in self.words)
-        )
+    def _open_files(self) -> dict[tuple[int, int] | None, bool] | None:
+        """The files that it has open, and whether to write to them; None where we may not look.  Found out once."""
+        folder = f"/proc/{self.pid}/fd"
+        if not self._files:
+            try:
+                names = os.listdir(folder)
+            except OSError:
+                return None
+            for name in names:
+                key = file_key(f"{folder}/{name}")
+                flags = re.search("^flags:.*([0-7])$", process_file(self.pid, f"fdinfo/{name}"), re.M)
+                if key and flags:
+                    writes = int(flags[1]) & os.O_ACCMODE != os.O_RDONLY
+                    self._files[key] = self._files.get(key, False) or writes
+        return self._files
 
     def runs(self, vm: VM) -> bool:
-        """Whether a VM's system disk is one of its disks.
+        """Whether it writes to a VM's system disk; to a disk that is below its own it doesn't.
 
-        Its words alone would also fit a VM of the same name in another group, its open files a disk below its own.
+        Where we may not look, its words tell; -snapshot writes to another file.
         """
         if self.is_ours:
             return self.folder == vm.folder
-        return any(self.names(disk, vm) and self.writes(disk) for disk in vm.disks()[:1])
+        for disk in vm.disks()[:1]:
+            key, files = file_key(disk), self._open_files()
+            if files is None:
+                return any(name in word for word in self.words for name in (disk, os.path.relpath(disk, vm.base)))
+            named = "-snapshot" in self.words and any(os.path.basename(disk) in word for word in self.words)
+            return key in files and (files[key] or named)
+        return False
 
 
-class Strangers:
+class ForeignQemus:
     """The qemus that hold no pidfile: started by the bash tools, or left by who removed the file.
 
     /proc is read once in a process's life, when a VM of the tree has no locked pidfile.
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, QemuProcess] = {}
         self._looked: list[QemuProcess] | None = None
-
-    def process(self, pid: int) -> QemuProcess:
-        """What is known of a process."""
-        if pid not in self._known or not self._known[pid].is_alive():
-            self._known[pid] = QemuProcess(pid)
-        return self._known[pid]
 
     def find(self, vm: VM) -> QemuProcess | None:
         """The qemu that runs a VM."""
         if self._looked is None:
-            self._looked = [self.process(pid) for pid in self._qemus()]
+            pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+            self._looked = [QemuProcess(pid) for pid in pids if is_qemu(pid) and self._may_be_ours(pid)]
         for process in self._looked:
             try:
                 if process.runs(vm) and process.is_alive():
@@ -1334,26 +1328,32 @@ class Strangers:
                 continue  # its conf can't be read
         return None
 
+    def of(self, vm: VM) -> QemuProcess | None:
+        """The qemu that runs a VM, where nocloud didn't start it."""
+        state, pid = lock_holder(vm.pid_file)
+        if state == "unknown" or (state == "running" and os.path.exists(vm.file("qmp.sock"))):
+            return None
+        process = self.find(vm) if state == "stopped" else QemuProcess(pid)
+        return process if process and is_qemu(process.pid) and not process.is_ours else None
+
     @staticmethod
-    def _qemus() -> Iterator[int]:
-        """The qemus of this user and root, whom a conf may belong to as well."""
-        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-        for pid in filter(is_qemu, pids):
-            try:
-                if os.stat(f"/proc/{pid}").st_uid in (os.geteuid(), 0):
-                    yield pid
-            except FileNotFoundError:
-                continue  # it has ended
+    def _may_be_ours(pid: int) -> bool:
+        """Whether it is this user's or root's, whom a conf may belong to as well."""
+        try:
+            return os.stat(f"/proc/{pid}").st_uid in (os.geteuid(), 0)
+        except FileNotFoundError:
+            return False  # it has ended
 
 
-strangers = Strangers()
+foreign_qemus = ForeignQemus()
 
 
 class Tree:
-    """vmBaseDir: finds what is in it."""
+    """vmBaseDir: finds what is in it.  Where a VM's conf doesn't say something, `config` does."""
 
-    def __init__(self, base: str) -> None:
-        self.base = base
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.base = base_folder(config)
         self.managed = ""  # the group whose manager this process is
 
     def prepare(self) -> None:
@@ -1375,39 +1375,39 @@ class Tree:
     def types(self, group: str) -> list[str]:
         return _folders(os.path.join(self.base, group))
 
-    def vms(self, group: str = "", type: str = "") -> Iterator[VM]:
-        """The VMs of the tree that have a conf, templates last, else by group, type and name."""
+    def vms(self, group: str = "", type: str = "", name: str = "") -> Iterator[VM]:
+        """The VMs of the tree that have a conf, templates last, else by group, type and name.
+
+        `name`, in small letters: only those that are called so, in whatever case.
+        """
         for each in [group] if group else [*self.groups(), TEMPLATES]:
             if each == TEMPLATES:
                 if not type:
-                    yield from self.templates()
+                    yield from self.templates(name)
                 continue
             for kind in [type] if type else self.types(each):
-                for name in _folders(os.path.join(self.base, each, kind)):
-                    vm = VM(self.base, each, kind, name)
-                    if vm.exists():
+                for folder in _folders(os.path.join(self.base, each, kind)):
+                    vm = VM(self, each, kind, folder)
+                    if name in ("", folder.lower()) and vm.exists():
                         yield vm
 
     def running(self, group: str = "", type: str = "") -> Iterator[VM]:
         return (vm for vm in self.vms(group, type) if vm.is_running())
 
-    def templates(self) -> Iterator[VM]:
-        for name in _folders(os.path.join(self.base, TEMPLATES)):
-            vm = self.template(name)
-            if vm.exists():
+    def templates(self, name: str = "") -> Iterator[VM]:
+        for folder in _folders(os.path.join(self.base, TEMPLATES)):
+            vm = self.template(folder)
+            if name in ("", folder.lower()) and vm.exists():
                 yield vm
 
     def template(self, name: str) -> VM:
-        return VM(self.base, TEMPLATES, "", name)
+        return VM(self, TEMPLATES, "", name)
 
     def need_template(self, name: str) -> VM:
         template = self.template(name)
         if name not in _folders(os.path.join(self.base, TEMPLATES)) or not template.exists():
             check_name("template", name)  # one that bash made is called as it is
-            names = [each.name for each in self.templates()]
-            near = nearest(name, names)
-            hint = f"did you mean {near}?" if near else "vmtemplate --list shows what is there"
-            raise NotFound(f"{name}: no such template", hint)
+            raise no_such("template", name, [each.name for each in self.templates()], TEMPLATES_HINT)
         return template
 
     def unfinished(self) -> Iterator[VM]:
@@ -1417,42 +1417,58 @@ class Tree:
                 place = os.path.join(self.base, group, type)
                 for entry in _names(place):
                     if entry.startswith(MAKING):
-                        yield VM(self.base, group, type, entry[len(MAKING) :], os.path.join(place, entry))
+                        yield VM(self, group, type, entry[len(MAKING) :], os.path.join(place, entry))
 
     def find(self, words: str) -> list[VM]:
         """All VMs that NAME, GROUP/NAME or GROUP/TYPE/NAME can mean; names are compared without case."""
         parts = words.split("/")
         if len(parts) > 3 or not all(parts) or any(part in (".", "..") for part in parts):
             return []
-        name, group = parts[-1].lower(), parts[0] if len(parts) > 1 else ""
-        type = parts[1] if len(parts) == 3 else ""
-        return [vm for vm in self._named(name, group, type) if vm.exists()]
+        group, type = parts[0] if len(parts) > 1 else "", parts[1] if len(parts) == 3 else ""
+        return list(self.vms(group, type, parts[-1].lower()))
 
-    def _named(self, name: str, group: str, type: str) -> Iterator[VM]:
-        for each in [group] if group else [*self.groups(), TEMPLATES]:
-            for kind in [""] if each == TEMPLATES else [type] if type else self.types(each):
-                for entry in _folders(os.path.join(self.base, each, kind)):
-                    if entry.lower() == name:
-                        yield VM(self.base, each, kind, entry)
+    def need(
+        self,
+        words: str,
+        group: str | None = None,
+        type: str | None = None,
+        *,
+        first: Callable[[VM], bool] | None = None,
+        address_of: Callable[[VM], str] | None = None,
+    ) -> VM:
+        """The one VM that a command's words mean.  Every command about a VM asks here, so all go by these rules.
 
-    def need(self, words: str) -> VM:
-        """The one VM that `words` mean.  Raises NotFound where there is none, or several."""
-        found = self.find(words)
-        if len(found) == 1:
-            return found[0]
-        if found:
-            names = ", ".join(vm.address_name for vm in found)
+        `words` are NAME, GROUP/NAME or GROUP/TYPE/NAME, compared without case, or the address of a VM that runs, where
+        `address_of` tells that.  `group` and `type`, the options -g and -t, leave out what is elsewhere.  Where several
+        fit, only those count that `first` chooses, if there are any: running ones for what is done to running VMs,
+        templates for what is mostly done to templates.  Without `first` no guess is made: it may be destroyed.
+        Raises NotFound: where none fits with the nearest name, where several do with all their names.
+        """
+        if address_of and re.fullmatch(r"[0-9]+(\.[0-9]+){3}", words):
+            found = [vm for vm in self.running() if address_of(vm) == words]
+        else:
+            found = self.find(words)
+        fit = [vm for vm in found if group in (None, vm.group) and type in (None, vm.type)]
+        if first and len(fit) > 1:
+            fit = [vm for vm in fit if first(vm)] or fit
+        if len(fit) == 1:
+            return fit[0]
+        if fit:
+            names = ", ".join(vm.address_name for vm in fit)
             raise NotFound(f"{words}: several VMs are called so: {names}", "name the group too: GROUP/NAME")
-        near = nearest(words, [vm.name for vm in self.vms()])
-        raise NotFound(f"{words}: no such VM", f"did you mean {near}?" if near else "vmrunning -a lists them")
+        if group == TEMPLATES and not type:
+            raise no_such("template", words, [each.name for each in self.templates()], TEMPLATES_HINT)
+        place = f" in {'/'.join(filter(None, (group, type)))}" if group else f" of type {type}" if type else ""
+        if found:
+            raise NotFound(f"{words}: no such VM{place}", f"did you mean {found[0].address_name}?")
+        raise no_such(f"VM{place}", words, [vm.name for vm in self.vms(group or "", type or "")], VMS_HINT)
 
     def need_group(self, group: str) -> None:
         """Raise NotFound, with the nearest name, where the group isn't there."""
         if not group:
             raise UsageError("the group name is empty", "vmrunning -a lists the groups")
         if group != TEMPLATES and group not in self.groups():
-            near = nearest(group, self.groups())
-            raise NotFound(f"{group}: no such group", f"did you mean {near}?" if near else "vmrunning -a lists them")
+            raise no_such("group", group, self.groups(), VMS_HINT)
 
     def clones(self, template: VM) -> list[VM]:
         """The VMs and templates, finished or not, whose disk stands on one in the template's folder, old or new."""
@@ -1462,13 +1478,22 @@ class Tree:
         for vm in [*self.unfinished(), *self.vms()]:  # in this order: one may be finished between the looks
             try:
                 if vm.folder != template.folder and (
-                    vm.conf.get("vmTemplate") == template.name
+                    vm.get("vmTemplate") == template.name
                     or any(path in mine or os.path.dirname(path) == folder for path in backing_chain(vm.disks()[:1]))
                 ):
                     found.append(vm)
             except (Error, OSError):
                 continue  # a conf that can't be read names no template
         return found
+
+
+VMS_HINT, TEMPLATES_HINT = "vmrunning -a lists them", "vmtemplate --list shows what is there"
+
+
+def no_such(kind: str, name: str, names: Iterable[str], hint: str) -> NotFound:
+    """The error for a name that there isn't; the nearest of `names` is its hint, else `hint`."""
+    near = nearest(name, names)
+    return NotFound(f"{name}: no such {kind}", f"did you mean {near}?" if near else hint)
 
 
 def _names(path: str) -> list[str]:
@@ -1529,6 +1554,21 @@ def remove_tree(folder: str) -> None:
         pass
 
 
+def remove_vm(vm: VM) -> None:
+    """Remove a VM's folder, for who holds its lock: it is no VM any more before the first file is gone."""
+    doomed = os.path.join(os.path.dirname(vm.folder), REMOVING + vm.name)
+    remove_tree(doomed)  # a killed command's
+    os.rename(vm.folder, doomed)
+    remove_tree(doomed)
+
+
+def remove_if_empty(tree: Tree, group: str) -> None:
+    """Remove a group's folder, and those of its types, where nothing is in them."""
+    for type in tree.types(group):
+        remove_empty(os.path.join(tree.base, group, type))
+    remove_empty(os.path.join(tree.base, group))
+
+
 def backing_chain(disks: Sequence[str]) -> list[str]:
     """The real paths of the files under these qcow2 disks, read from their headers.
 
@@ -1559,29 +1599,8 @@ def backing_chain(disks: Sequence[str]) -> list[str]:
 #
 # The only place that starts processes: argv lists, never a shell, a fixed locale, nothing on stdin unless given.
 
-# Which package brings a program, where its name isn't the package's own: (Debian, Fedora, Arch).
-PACKAGES = {
-    "qemu-img": ("qemu-utils", "qemu-img", "qemu-img"),
-    "qemu-system-x86_64": ("qemu-system-x86", "qemu-system-x86-core", "qemu-system-x86"),
-    "ssh": ("openssh-client", "openssh-clients", "openssh"),
-    "ssh-keygen": ("openssh-client", "openssh-clients", "openssh"),
-    "ip": ("iproute2", "iproute", "iproute2"),
-    "dnsmasq": ("dnsmasq-base", "dnsmasq", "dnsmasq"),
-    "nsenter": ("util-linux", "util-linux", "util-linux"),
-    "setpriv": ("util-linux", "util-linux", "util-linux"),
-    "unshare": ("util-linux", "util-linux", "util-linux"),
-    "pasta": ("passt", "passt", "passt"),
-    "mke2fs": ("e2fsprogs", "e2fsprogs", "e2fsprogs"),
-    "sfdisk": ("fdisk", "util-linux", "util-linux"),
-    "newuidmap": ("uidmap", "shadow-utils", "shadow"),
-    "groupadd": ("passwd", "shadow-utils", "shadow"),
-    "modprobe": ("kmod", "kmod", "kmod"),
-    "nft": ("nftables", "nftables", "nftables"),
-    "xorriso": ("xorriso", "xorriso", "libisoburn"),
-    "resolvectl": ("systemd-resolved", "systemd-resolved", "systemd"),
-    "qemu-bridge-helper": ("qemu-system-common", "qemu-common", "qemu-common"),
-}
-# The package manager, how it installs, the column above, and the distributions that have it, as os-release names them.
+# The package manager, how it installs, its column of etc/packages, counted after the program's, and the distributions
+# that have it, as os-release names them.
 _INSTALLERS = (
     ("apt-get", "apt install", 0, ("debian", "ubuntu")),
     ("dnf", "dnf install", 1, ("fedora", "rhel")),
@@ -1624,7 +1643,7 @@ def parse_os_release(text: str) -> dict[str, str]:
 
 
 def choose_installer(release: Mapping[str, str], present: Sequence[str]) -> tuple[str, int]:
-    """(how packages are installed, column of PACKAGES) with the package managers that are there, or ("", 0).
+    """(how packages are installed, column of etc/packages) with the package managers that are there, or ("", 0).
 
     The distribution decides between several: Debian has a game called pacman, and dnf as well.
     """
@@ -1636,7 +1655,8 @@ def choose_installer(release: Mapping[str, str], present: Sequence[str]) -> tupl
 
 def package_of(program: str, column: int) -> str:
     """The package that brings a program; the program's own name where the table has nothing else."""
-    return PACKAGES.get(program, (program,) * len(_INSTALLERS))[column]
+    rows = (line.split() for line in packaged_list("packages"))
+    return next((packages[column] for name, *packages in rows if name == program), program)
 
 
 def host_installer() -> tuple[str, int]:
@@ -1659,6 +1679,13 @@ def program_environment(extra: Mapping[str, str] | None = None) -> dict[str, str
     return environment
 
 
+def traced(argv: Sequence[str]) -> list[str]:
+    """`argv` with the program's path, as it is about to run: shown under --debug.  Raises MissingProgram."""
+    words = [need_program(argv[0]), *argv[1:]]
+    report.trace(words)
+    return words
+
+
 def run(
     argv: Sequence[str],
     *,
@@ -1676,8 +1703,7 @@ def run(
     """
     import subprocess
 
-    words = [need_program(argv[0]), *argv[1:]]
-    report.trace(words)
+    words = traced(argv)
     child = subprocess.Popen(
         words,
         stdin=subprocess.DEVNULL if input is None else subprocess.PIPE,
@@ -1730,8 +1756,7 @@ def run_watched(
     import subprocess
     import threading
 
-    words = [need_program(argv[0]), *argv[1:]]
-    report.trace(words)
+    words = traced(argv)
     child = subprocess.Popen(
         words,
         stdin=subprocess.DEVNULL,
@@ -1790,12 +1815,15 @@ def spawn(
     """
     import subprocess
 
-    words = [need_program(argv[0]), *argv[1:]]
-    report.trace(words)
+    class Child(subprocess.Popen[bytes]):
+        def __del__(self) -> None:
+            """It lives on: no warning about that."""
+
+    words = traced(argv)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
     output = os.open(log, flags, 0o600) if isinstance(log, str) else os.dup(log)
     try:
-        return subprocess.Popen(
+        return Child(
             words,
             stdin=subprocess.DEVNULL if stdin is None else stdin,
             stdout=output,
@@ -1814,8 +1842,7 @@ def become(argv: Sequence[str]) -> None:
     """Replace this process by a program: stdin, terminal and exit status are then the program's own."""
     import signal
 
-    words = [need_program(argv[0]), *argv[1:]]
-    report.trace(words)
+    words = traced(argv)
     sys.stdout.flush()
     sys.stderr.flush()
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and exec hands that on
@@ -2130,9 +2157,19 @@ def file_digest(path: str, algorithm: str = "sha256") -> str:
 # Pure: settings and descriptors in, list of words out.  Every device has a PCI address of its own, so that
 # one disk more renames no network card in the guest.
 
-PCI_VGA, PCI_NIC, PCI_FIRST_DISK, PCI_LAST_DISK = 0x02, 0x03, 0x04, 0x1A
-PCI_SEED, PCI_USB, PCI_RNG, PCI_BALLOON = 0x1B, 0x1C, 0x1D, 0x1E
-MAX_DISKS = PCI_LAST_DISK - PCI_FIRST_DISK + 1
+# The slot of each device on PCI bus 0; whoever is in one stays there, or a guest's network card gets another name.
+# 0x00 and 0x1f are the chipset's; 0x01 is free with q35, but pc has its ISA bridge and IDE there.  So a device for both
+# takes its slot from the disks, from their end, where MAX_DISKS ends too; a device for q35 alone may take 0x01.
+PCI_SLOTS = {
+    "vga": 0x02,
+    "nic": 0x03,
+    **{f"disk{number}": 0x04 + number for number in range(23)},
+    "seed": 0x1B,
+    "usb": 0x1C,
+    "rng": 0x1D,
+    "balloon": 0x1E,
+}
+MAX_DISKS = sum(name.startswith("disk") for name in PCI_SLOTS)
 LEGACY_MACHINE = "pc"  # what the bash tools ran, and still run where a conf names no machine
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
@@ -2297,7 +2334,7 @@ def machine_args(machine: Machine) -> list[str]:
         "-machine", machine.type or LEGACY_MACHINE,
         "-m", f"{machine.mem}M",
         "-uuid", machine.uuid,
-        "-vga", "none", "-device", f"VGA,addr={PCI_VGA:#x}",
+        "-vga", "none", "-device", f"VGA,addr={PCI_SLOTS['vga']:#x}",
         "-display", "none",
         "-rtc", "base=utc",
         *sandbox,
@@ -2335,7 +2372,7 @@ def disk_args(machine: Machine) -> list[str]:
             f"driver={format},node-name={node},discard=unmap,detect-zeroes=unmap"
             f",file.driver=file,file.filename={comma(path)},file.discard=unmap",
             "-device",
-            f"virtio-blk-pci,drive={node},addr={PCI_FIRST_DISK + number:#x}"
+            f"virtio-blk-pci,drive={node},addr={PCI_SLOTS[node]:#x}"
             f",bootindex={first + number},serial={comma(serial[-20:])}",
         ]
     return words
@@ -2374,7 +2411,7 @@ def seed_args(machine: Machine) -> list[str]:
         node = f"driver=vvfat,node-name=seed,read-only=on,dir={comma(machine.seed)},label=CIDATA"
     return [
         "-blockdev", node,
-        "-device", f"virtio-blk-pci,drive=seed,addr={PCI_SEED:#x},serial=seed",
+        "-device", f"virtio-blk-pci,drive=seed,addr={PCI_SLOTS['seed']:#x},serial=seed",
         "-smbios", "type=1,serial=ds=nocloud",
     ]  # fmt: skip
 
@@ -2403,7 +2440,7 @@ def net_args(machine: Machine, tap: int, vhost: int) -> list[str]:
     kernel_side = f",vhost=on,vhostfd={vhost}" if vhost >= 0 else ""
     return [
         "-netdev", f"tap,id=net0,fd={tap}{kernel_side}",
-        "-device", f"virtio-net-pci,netdev=net0,mac={machine.mac},addr={PCI_NIC:#x},romfile=",
+        "-device", f"virtio-net-pci,netdev=net0,mac={machine.mac},addr={PCI_SLOTS['nic']:#x},romfile=",
     ]  # fmt: skip
 
 
@@ -2413,8 +2450,8 @@ def console_args() -> list[str]:
         "-chardev", "socket,id=serial0,path=serial.sock,server=on,wait=off,logfile=console.log,logappend=off",
         "-serial", "chardev:serial0",
         "-object", "rng-random,id=rng0,filename=/dev/urandom",
-        "-device", f"virtio-rng-pci,rng=rng0,addr={PCI_RNG:#x}",
-        "-device", f"virtio-balloon-pci,addr={PCI_BALLOON:#x},free-page-reporting=on",
+        "-device", f"virtio-rng-pci,rng=rng0,addr={PCI_SLOTS['rng']:#x}",
+        "-device", f"virtio-balloon-pci,addr={PCI_SLOTS['balloon']:#x},free-page-reporting=on",
     ]  # fmt: skip
 
 
@@ -2432,7 +2469,7 @@ def screen_args(machine: Machine) -> list[str]:
     """
     if not machine.screen:
         return []
-    tablet = ["-device", f"qemu-xhci,id=usb0,addr={PCI_USB:#x}", "-device", "usb-tablet,bus=usb0.0"]
+    tablet = ["-device", f"qemu-xhci,id=usb0,addr={PCI_SLOTS['usb']:#x}", "-device", "usb-tablet,bus=usb0.0"]
     return [*SCREENS[machine.screen], *tablet]
 
 
@@ -2448,9 +2485,12 @@ def choose_screen(qemu: Qemu) -> str:
 
 
 def monitor_args(machine: Machine) -> list[str]:
+    """QMP for the commands, and the monitor for humans, which vmmanage joins to a terminal."""
     return [
         "-chardev", "socket,id=qmp0,path=qmp.sock,server=on,wait=off",
         "-mon", "chardev=qmp0,mode=control",
+        "-chardev", "socket,id=monitor0,path=monitor.sock,server=on,wait=off",
+        "-mon", "chardev=monitor0,mode=readline",
         "-pidfile", machine.pid_file,
     ]  # fmt: skip
 
@@ -2481,36 +2521,60 @@ def kernel_args(machine: Machine) -> list[str]:
 # that come before a reply are kept.
 
 
-class ControlSocket:
-    """A connection to qemu with a deadline.
+class QMP:
+    """A connection to a VM's qmp.sock, or the QMP socket of that name in a folder, or to `connection`; with a deadline.
 
     Raises QMPClosed where qemu ended, TimedOut at the deadline, QMPError for what the server refuses.
     """
 
-    def __init__(self, connection: socket.socket, seconds: float) -> None:
-        self._deadline = time.monotonic() + seconds
+    def __init__(
+        self, folder: str, seconds: float = 5.0, name: str = "qmp.sock", connection: socket.socket | None = None
+    ) -> None:
+        self.events: list[dict[str, Any]] = []
+        self._serial = 0
         self._buffer = b""
-        self._socket = connection
+        self._deadline = time.monotonic() + seconds
+        self._socket = connection or connect_unix(folder, name, seconds)
         try:
             self._greet()
         except BaseException:
-            self.close()
+            self._socket.close()
             raise
 
     def _greet(self) -> None:
         """What comes before the first command."""
+        self._next()
+        self.execute("qmp_capabilities")
 
     def execute(self, command: str, **arguments: Any) -> Any:
         """What the command returns."""
-        raise NotImplementedError
+        import json
+
+        self._serial += 1
+        request = {"execute": command, "id": self._serial, **({"arguments": arguments} if arguments else {})}
+        self._send(json.dumps(request).encode() + b"\n")
+        while True:
+            message = self._next()
+            if message.get("id") == self._serial:
+                if "error" in message:
+                    raise QMPError(f"qemu: {command}: {message['error'].get('desc', 'refused')}")
+                return message.get("return")
+            if "event" in message:
+                self.events.append(message)
 
     def monitor(self, line: str) -> str:
         """What the monitor for humans answers."""
-        raise NotImplementedError
+        return str(self.execute("human-monitor-command", **{"command-line": line}))
 
     def allow(self, seconds: float) -> None:
         """Set the deadline anew, for a command that may take long."""
         self._deadline = time.monotonic() + seconds
+
+    def _next(self) -> dict[str, Any]:
+        while b"\n" not in self._buffer:
+            self._receive()
+        line, self._buffer = self._buffer.split(b"\n", 1)
+        return parse_qmp(line)
 
     def _send(self, data: bytes) -> None:
         try:
@@ -2531,7 +2595,7 @@ class ControlSocket:
         except sockets.timeout:  # TimeoutError itself only since Python 3.10
             return
         except OSError:
-            raise QMPClosed("qemu closed its control socket") from None
+            piece = b""
         if not piece:
             raise QMPClosed("qemu closed its control socket")
         self._buffer += piece
@@ -2541,54 +2605,15 @@ class ControlSocket:
     def close(self) -> None:
         self._socket.close()
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> QMP:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
 
 
-class QMP(ControlSocket):
-    """A connection to a VM's qmp.sock, or the QMP socket of that name in a folder, or to `connection`."""
-
-    def __init__(
-        self, folder: str, seconds: float = 5.0, name: str = "qmp.sock", connection: socket.socket | None = None
-    ) -> None:
-        self.events: list[dict[str, Any]] = []
-        self._serial = 0
-        super().__init__(connection or connect_unix(folder, name, seconds), seconds)
-
-    def _greet(self) -> None:
-        self._next()
-        self.execute("qmp_capabilities")
-
-    def execute(self, command: str, **arguments: Any) -> Any:
-        import json
-
-        self._serial += 1
-        request = {"execute": command, "id": self._serial, **({"arguments": arguments} if arguments else {})}
-        self._send(json.dumps(request).encode() + b"\n")
-        while True:
-            message = self._next()
-            if message.get("id") == self._serial:
-                if "error" in message:
-                    raise QMPError(f"qemu: {command}: {message['error'].get('desc', 'refused')}")
-                return message.get("return")
-            if "event" in message:
-                self.events.append(message)
-
-    def monitor(self, line: str) -> str:
-        return str(self.execute("human-monitor-command", **{"command-line": line}))
-
-    def _next(self) -> dict[str, Any]:
-        while b"\n" not in self._buffer:
-            self._receive()
-        line, self._buffer = self._buffer.split(b"\n", 1)
-        return parse_qmp(line)
-
-
-class HMP(ControlSocket):
-    """qemu's monitor for humans as the bash tools opened it, on telnet or on a plain socket.
+class HMP(QMP):
+    """The same over qemu's monitor for humans, as the bash tools opened it, on telnet or on a plain socket.
 
     It says its version and a prompt.  What is typed comes back with the escape sequences of a line editor
     (util/readline.c), then the answer, then the prompt again.
@@ -2617,19 +2642,19 @@ class HMP(ControlSocket):
         return text.decode("utf-8", "replace").replace("\r\n", "\n")
 
 
-def connect_qemu(vm: VM, seconds: float = 5.0) -> ControlSocket:
+def connect_qemu(vm: VM, seconds: float = 5.0) -> QMP:
     """A connection to the qemu of a running VM: our socket in its folder, or a monitor that the bash tools gave it."""
-    try:
-        return QMP(vm.folder, seconds)
-    except QMPClosed:
-        stranger = vm.stranger()
-        if not stranger:
-            raise
-        for kind, address in monitors(stranger):
-            connection = connect_monitor(stranger, vm, address, seconds)
-            if connection:
-                return QMP("", seconds, connection=connection) if kind == "control" else HMP(connection, seconds)
-        raise QMPClosed(f"{vm.name}: nocloud didn't start it, and its qemu has no monitor to talk to") from None
+    foreign = vm.foreign_qemu()
+    return connect_foreign(foreign, vm, seconds) if foreign else QMP(vm.folder, seconds)
+
+
+def connect_foreign(process: QemuProcess, vm: VM, seconds: float) -> QMP:
+    """A connection to the first of a qemu's monitors that answers."""
+    for kind, address in monitors(process):
+        connection = connect_monitor(process, vm, address, seconds)
+        if connection:
+            return (QMP if kind == "control" else HMP)("", seconds, connection=connection)
+    raise QMPClosed("nocloud didn't start it, and its qemu has no monitor to talk to", vm=vm)
 
 
 def monitors(process: QemuProcess) -> Iterator[tuple[str, dict[str, str]]]:
@@ -2639,16 +2664,11 @@ def monitors(process: QemuProcess) -> Iterator[tuple[str, dict[str, str]]]:
     """
     chardevs = {options.get("id", ""): options for options in map(suboptions, process.values("chardev"))}
     for kind, names in (("control", ("qmp", "qmp-pretty")), ("readline", ("monitor",))):
-        for value in process.values(*names):
-            options = suboptions(value)
+        for options in map(suboptions, process.values(*names)):
             way, _, rest = next(iter(options)).partition(":")
-            if way == "unix":
-                yield kind, {**options, "path": rest}
-            elif way in ("telnet", "tcp"):
-                host, _, port = rest.rpartition(":")
-                yield kind, {**options, "host": host, "port": port}
-            elif way == "chardev":
-                yield kind, chardevs.get(rest, {})
+            host, _, port = rest.rpartition(":")
+            more = {"unix": {"path": rest}, "telnet": {"host": host, "port": port}, "tcp": {"host": host, "port": port}}
+            yield kind, {**options, **more[way]} if way in more else chardevs.get(rest, {})
     for options in map(suboptions, process.values("mon")):
         yield options.get("mode", "readline"), chardevs.get(options.get("chardev") or next(iter(options)), {})
 
@@ -2752,13 +2772,17 @@ class Network:
     """What the lifecycle needs of a network."""
 
     kind = ""
+    hosts: HostFiles  # the VMs that have names on it
 
     def up(self, keep: bool = False) -> None:
         """Bring up what isn't up, where that is ours to do.  Raises Error where the network can't be had."""
 
-    def in_use(self) -> Any:
+    def hold(self) -> Any:
         """A context in which the network is up and stays up."""
-        raise NotImplementedError
+        import contextlib
+
+        self.up()
+        return contextlib.nullcontext()
 
     def tap(self) -> tuple[int, int]:
         """(tap, vhost-net or -1): descriptors for qemu; the tap is gone when the last one is closed."""
@@ -2766,7 +2790,9 @@ class Network:
 
     def socket(self) -> socket.socket:
         """A TCP socket, not yet connected, that reaches the VMs."""
-        raise NotImplementedError
+        import socket as sockets
+
+        return sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM)
 
     def enter(self, argv: Sequence[str]) -> tuple[list[str], list[int]]:
         """(words, descriptors to pass on) that run `argv` where the network is."""
@@ -2785,18 +2811,15 @@ class Network:
         return bool(address)
 
     def address(self, vm: VM) -> str:
-        return vm.conf.get("vmAddress", "")
+        return vm.get("vmAddress")
 
     def publish(self, vm: VM) -> None:
         """Make the VM's names resolve and its address its own."""
+        self.hosts.publish(vm)
 
     def strangers(self, known: set[str]) -> list[str]:
         """The UUIDs that it has of this tree's VMs though no such VM is known: its folder was removed by hand."""
-        return []
-
-    def published(self) -> set[str]:
-        """The addresses that have names."""
-        return set()
+        return self.hosts.strangers(known)
 
     def withdraw(self, uuids: Sequence[str]) -> None:
         """Forget VMs that are gone."""
@@ -2805,7 +2828,7 @@ class Network:
         """ssh's ProxyCommand that gets there; '' where the VMs are reached directly."""
         return ""
 
-    def missing(self) -> str:
+    def why_not(self) -> str:
         """Why this user can't use it here, or ''."""
         return ""
 
@@ -2855,6 +2878,13 @@ def libc_call(name: str, *numbers: int) -> None:
         raise OSError(number, f"{name}: {os.strerror(number)}")
 
 
+def write_proc(path: str, value: str) -> None:
+    """Write a sysctl, or another file of /proc, that isn't so already."""
+    if read_text(path).strip() != value:
+        with open(path, "w", encoding="ascii") as file:
+            file.write(value)
+
+
 class Namespaces:
     """A user and a network namespace, held open."""
 
@@ -2875,25 +2905,18 @@ class Namespaces:
         os.close(self.net)
 
 
-def new_namespaces() -> None:
-    """Enter namespaces of our own, root in both: what `unshare -Urn` does, but the errno of a refusal stays known."""
+def make_namespaces(batch: str) -> None:
+    """Enter namespaces of our own that have the private network's bridge, made by `ip -batch`, and that forward.
+
+    We are root in both: what `unshare -Urn` does, but the errno of a refusal stays known.
+    """
     uid, gid = os.geteuid(), os.getegid()
     libc_call("unshare", CLONE_NEWUSER | CLONE_NEWNET)
-    for name, content in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
-        fd = os.open(
-            f"/proc/self/{name}", os.O_WRONLY
-        )  # setgroups first: gid_map is refused to ordinary users otherwise
-        os.write(fd, content.encode())
-        os.close(fd)
-
-
-def make_namespaces(batch: str) -> None:
-    """Enter namespaces of our own that have the private network's bridge, made by `ip -batch`, and that forward."""
-    new_namespaces()
+    write_proc("/proc/self/setgroups", "deny")  # first: gid_map is refused to ordinary users otherwise
+    write_proc("/proc/self/uid_map", f"0 {uid} 1")
+    write_proc("/proc/self/gid_map", f"0 {gid} 1")
     run(["ip", "-batch", "-"], input=batch.encode())
-    fd = os.open("/proc/sys/net/ipv4/ip_forward", os.O_WRONLY)
-    os.write(fd, b"1")
-    os.close(fd)
+    write_proc("/proc/sys/net/ipv4/ip_forward", "1")
 
 
 def bridge_batch(subnet: str) -> str:
@@ -2905,29 +2928,33 @@ def bridge_batch(subnet: str) -> str:
     )
 
 
-def try_namespaces() -> str:
-    """Why a private network's namespaces can't be made here, or ''.  They go with the child that makes them."""
-
-    def attempt_it(talk: int) -> None:
-        try:
-            make_namespaces(bridge_batch("10.88.0"))
-        except (OSError, Error) as error:
-            os.write(talk, str(error).encode())
-
+def ask_child(work: Callable[[], None], keep: Sequence[int] = ()) -> tuple[int, str]:
+    """(pid, why it failed or '') of a child of fork_child() that has done `work`, or has become another program."""
     mine, its = os.pipe()
-    pid = fork_child(lambda: attempt_it(its), (its,))
+
+    def attempt_it() -> None:
+        try:
+            work()
+        except (OSError, Error) as error:
+            os.write(its, str(error).encode())
+
+    pid = fork_child(attempt_it, (its, *keep))
     os.close(its)
     with open(mine, "rb") as pipe:
-        reason = pipe.read().decode("utf-8", "replace")
+        return pid, pipe.read().decode("utf-8", "replace")
+
+
+def try_namespaces() -> str:
+    """Why a private network's namespaces can't be made here, or ''.  They go with the child that makes them."""
+    pid, reason = ask_child(lambda: make_namespaces(bridge_batch("10.88.0")))
     os.waitpid(pid, 0)
     return reason
 
 
 class Gate:
-    """A child inside that opens what belongs to its opener's namespace: sockets, and /dev/net/tun.
+    """A child inside that opens what belongs to its opener's namespace: taps and sockets.
 
-    Only the opening must happen inside; a socket stays in its namespace wherever its descriptor goes.  The ioctls and
-    connect() are done outside: the maker of a user namespace has every right in it.
+    They stay in that namespace wherever their descriptors go.
     """
 
     def __init__(self, spaces: Namespaces) -> None:
@@ -2940,7 +2967,7 @@ class Gate:
         its.close()
 
     def open(self, kind: bytes) -> int:
-        """A descriptor: `tun`, `tcp` or `udp`."""
+        """A descriptor: `tap`, on the network's bridge, or `tcp`, a socket."""
         import socket as sockets
 
         with self._lock:
@@ -2971,14 +2998,10 @@ def serve_gate(spaces: Namespaces, asked: socket.socket) -> None:
         if not kind:
             return
         try:
-            if kind == b"tun":
-                fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
-            else:
-                fd = sockets.socket(
-                    sockets.AF_INET, sockets.SOCK_STREAM if kind == b"tcp" else sockets.SOCK_DGRAM
-                ).detach()
+            fd = make_tap() if kind == b"tap" else sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM).detach()
         except OSError as error:
-            asked.send(f"{error.errno} {error.filename}: {error.strerror}".encode())
+            name = f"{error.filename}: " if error.filename else ""
+            asked.send(f"{error.errno} {name}{error.strerror}".encode())
         else:
             sockets.send_fds(asked, [b"+"], [fd])
             os.close(fd)
@@ -2989,22 +3012,21 @@ TUNSETIFF, SIOCSIFFLAGS, SIOCGIFINDEX, SIOCBRADDIF = 0x400454CA, 0x8914, 0x8933,
 IFF_UP, IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x1, 0x2, 0x1000, 0x4000
 
 
-def make_tap(gate: Gate) -> int:
-    """A tap on the private network's bridge, for `-netdev tap,fd=N`."""
-    tap = gate.open(b"tun")
-    control = -1
+def make_tap() -> int:
+    """A tap on the bridge of the private network that we are in, for `-netdev tap,fd=N`."""
+    import socket as sockets
+
+    tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        control = gate.open(b"udp")  # the interface ioctls go to the namespace of their socket
-        name = fcntl.ioctl(tap, TUNSETIFF, struct.pack("16sH22x", b"tap%d", IFF_TAP | IFF_NO_PI | IFF_VNET_HDR))[:16]
-        index = struct.unpack_from("i", fcntl.ioctl(control, SIOCGIFINDEX, name + bytes(24)), 16)[0]
-        fcntl.ioctl(control, SIOCBRADDIF, struct.pack("16si20x", BRIDGE.encode(), index))
-        fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH22x", name, IFF_UP))
+        with sockets.socket(sockets.AF_INET, sockets.SOCK_DGRAM) as control:
+            request = struct.pack("16sH22x", b"tap%d", IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
+            name = fcntl.ioctl(tap, TUNSETIFF, request)[:16]
+            index = struct.unpack_from("i", fcntl.ioctl(control, SIOCGIFINDEX, name + bytes(24)), 16)[0]
+            fcntl.ioctl(control, SIOCBRADDIF, struct.pack("16si20x", BRIDGE.encode(), index))
+            fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH22x", name, IFF_UP))
     except BaseException:
         os.close(tap)
         raise
-    finally:
-        if control >= 0:
-            os.close(control)
     return tap
 
 
@@ -3021,18 +3043,24 @@ def daemon_pid(pid_file: str) -> int:
     return pid if any(word.endswith(pid_file) for word in words) else 0
 
 
-def stop_daemon(pid_file: str) -> None:
-    """End the daemon and wait for that; the pidfd is opened before the check, so that no other process is hit."""
+def end_process(find: Callable[[], int]) -> None:
+    """End the process whose pid `find` finds, and wait for that.
+
+    `find` is asked again once a pidfd is open, so that no other process is hit.
+    """
     import signal
 
-    pid = daemon_pid(pid_file)
+    pid = find()
     if pid:
         with Process(pid) as process:
-            if daemon_pid(pid_file) == pid:
-                process.signal(signal.SIGTERM)
-                if not process.ended(3.0):
-                    process.signal(signal.SIGKILL)
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                if find() == pid:
+                    process.signal(number)
                     process.ended(3.0)
+
+
+def stop_daemon(pid_file: str) -> None:
+    end_process(lambda: daemon_pid(pid_file))
     remove_file(pid_file)
 
 
@@ -3043,23 +3071,29 @@ def start_daemon(argv: Sequence[str], fds: Sequence[int]) -> None:
     leaves the terminal.
     """
     mine, its = os.pipe()
-    try:
-        child = spawn(argv, log=its, cwd="/", fds=fds)
-    except BaseException:
-        os.close(mine)
-        raise
-    finally:
-        os.close(its)
     with open(mine, "rb") as pipe:
+        try:
+            child = spawn(argv, log=its, cwd="/", fds=fds)
+        finally:
+            os.close(its)
         said = pipe.read().decode("utf-8", "replace")
     if wait_for(lambda: child.poll() is not None, 0.02, 0.005) and child.returncode:
-        raise Error(f"{argv_program(argv)}: {last_line(said) or describe_status(child.returncode)}")
-    child.returncode = 0  # it lives on: no warning about that
+        program = argv[argv.index("--") + 1] if "--" in argv else argv[0]  # after nsenter's own words
+        raise Error(f"{os.path.basename(program)}: {last_line(said) or describe_status(child.returncode)}")
 
 
-def argv_program(argv: Sequence[str]) -> str:
-    """The program that nsenter's argv is about."""
-    return os.path.basename(argv[argv.index("--") + 1] if "--" in argv else argv[0])
+def dnsmasq_argv(interface: str, hosts: HostFiles, *words: str) -> list[str]:
+    """dnsmasq(8), 2.90, for the VMs of a bridge; `words`: what differs between networks.
+
+    Not -d: in debug mode one idle TCP client of port 53 stops DNS and DHCP for all.
+    """
+    return [
+        "dnsmasq", "--keep-in-foreground", "--quiet-dhcp", "--conf-file=/dev/null", "--no-hosts",
+        f"--interface={interface}", "--except-interface=lo", "--bind-interfaces",
+        f"--domain={DOMAIN}", f"--local=/{DOMAIN}/", "--domain-needed", "--bogus-priv",
+        "--dhcp-authoritative", "--dhcp-rapid-commit", "--no-ping", "--dhcp-ignore-clid",
+        f"--dhcp-hostsdir={hosts.place('dhcp')}", f"--hostsdir={hosts.place('hosts')}", *words,
+    ]  # fmt: skip
 
 
 # -- what dnsmasq knows of the VMs
@@ -3092,8 +3126,15 @@ class HostFiles:
         for kind in ("dhcp", "hosts"):
             make_private_folder(self.place(kind))
 
+    def denied(self) -> str:
+        """The folder of them that this user may not use, or ''."""
+        places = map(self.place, ("dhcp", "hosts"))
+        return next((place for place in places if not os.access(place, os.R_OK | os.W_OK | os.X_OK)), "")
+
     def publish(self, vm: VM) -> None:
         """Make the VM's names resolve, and its address its own.  A name that another VM has stays the other's."""
+        if not self.tree:
+            self.prepare()
         uuid, address = vm.get("vmUuid"), vm.get("vmAddress")
         name, group = vm.host_name, re.sub(r"[^A-Za-z0-9._-]", "-", vm.group)
         taken = {word for other, _, words in self._hosts() if other != uuid for word in words[1:]}
@@ -3112,11 +3153,8 @@ class HostFiles:
         """Through a name with a leading dot, which dnsmasq passes over."""
         path = os.path.join(self.place(kind), uuid)
         text = f"{line}\n{self.mark()}"
-        try:
-            if self._read(path)[1] == text:
-                return
-        except FileNotFoundError:
-            pass
+        if os.path.lexists(path) and self._read(path)[1] == text:
+            return
         hidden = os.path.join(self.place(kind), "." + uuid)
         write_file(hidden, text, 0o640 if self.tree else 0o600)
         os.replace(hidden, path)
@@ -3193,15 +3231,14 @@ class HostFiles:
 # pasta's end inside has addresses that are no one's: the block that RFC 7335 set apart for the inside ends of tunnels.
 # Copied from the host, as pasta does by default, they would hide the host's own network from here.
 OUT_INTERFACE, OUT_ADDRESS, OUT_GATEWAY, OUT_DNS = "out", "192.0.0.2", "192.0.0.1", "192.0.0.3"
-OUT_RULES = f"""\
-table ip {DOMAIN}
-delete table ip {DOMAIN}
-table ip {DOMAIN} {{
-    chain out {{
-        type nat hook postrouting priority 100; oifname {OUT_INTERFACE} masquerade;
-    }}
-}}
-"""
+
+
+def nft_rules(name: str, **defines: str) -> bytes:
+    """nft(8)'s input: `defines`, and a file of etc/.  Raises Error where nocloud.py was copied without that."""
+    rules = packaged(name)
+    if not rules:
+        raise Error(f"etc/{name} is missing: no network's packets are let out without it", "install all of nocloud")
+    return "".join([*(f"define {key} = {value}\n" for key, value in defines.items()), rules]).encode()
 
 
 class PrivateNetwork(Network):
@@ -3217,6 +3254,7 @@ class PrivateNetwork(Network):
         self.tree = tree
         self.folder = os.path.join(tree.base, ".net")
         self.hosts = HostFiles(self.folder)
+        self.used = False  # this command may leave it without a VM, and ends it then
         self._gate: Gate | None = None
         self._spaces: Namespaces | None = None
 
@@ -3231,7 +3269,7 @@ class PrivateNetwork(Network):
             text = read_text(self.file("subnet")).strip()
         except FileNotFoundError:
             make_private_folder(self.folder)
-            text = free_subnet(host_networks(read_text("/proc/net/fib_trie")))
+            text = free_subnet([(network, length) for _, network, length in networks_in_use()])
             write_file(self.file("subnet"), text + "\n")
         if not re.fullmatch(r"10\.[0-9]{1,3}\.[0-9]{1,3}", text):
             path = self.file("subnet")
@@ -3246,16 +3284,6 @@ class PrivateNetwork(Network):
                 taken.add(address)
                 return address
         raise Error(f"no address is free in {subnet}.0/24", "destroy VMs that are not needed, or use another vmBaseDir")
-
-    def publish(self, vm: VM) -> None:
-        self.hosts.prepare()
-        self.hosts.publish(vm)
-
-    def strangers(self, known: set[str]) -> list[str]:
-        return self.hosts.strangers(known)
-
-    def published(self) -> set[str]:
-        return self.hosts.addresses()
 
     def withdraw(self, uuids: Sequence[str]) -> None:
         """Remove their files.
@@ -3278,8 +3306,23 @@ class PrivateNetwork(Network):
         """The pid of the process that keeps the namespaces, or 0."""
         return lock_holder(self.file("holder.pid"))[1]
 
-    def in_use(self) -> InUse:
-        return InUse(self)
+    def hold(self) -> Any:
+        """The folder's lock, held shared.  Another command may have ended the network that we know and made it anew."""
+        import contextlib
+
+        self.used = True
+        stack = contextlib.ExitStack()
+        while True:
+            stack.enter_context(FolderLock(self.folder, shared=True, make=True))
+            if self.is_complete():
+                break
+            stack.close()
+            self.up()
+        pid = self.holder()
+        if pid and self._spaces and not os.path.samestat(os.fstat(self._spaces.net), os.stat(f"/proc/{pid}/ns/net")):
+            self.close()
+        self.gate()
+        return stack
 
     def is_complete(self) -> bool:
         return bool(
@@ -3289,12 +3332,9 @@ class PrivateNetwork(Network):
             and (daemon_pid(self.file("pasta.pid")) or not os.path.exists(self.file("pasta.pid")))
         )
 
-    @staticmethod
-    def _way_out() -> bool:
-        return bool(find_program("pasta") and (find_program("nft") or find_program("iptables")))
-
     def up(self, keep: bool = False) -> None:
         """Bring up what isn't up.  `keep`: it stays though no VM is on it yet, until the last that comes has gone."""
+        self.used = True
         with FolderLock(self.folder, make=True):
             self._complete()
             if keep:
@@ -3309,61 +3349,46 @@ class PrivateNetwork(Network):
                 "the private network can't be made: you may not open /dev/net/tun", "sudo chmod 666 /dev/net/tun"
             )
         if not self.holder():
-            self._forget_spaces()
-            self._start_holder(self._surviving_namespaces())
-        spaces = self.namespaces()
-        way_out = self._way_out()
+            self.close()
+            self._start_holder()
+        way_out = bool(find_program("pasta") and (find_program("nft") or find_program("iptables")))
         if way_out and not daemon_pid(self.file("pasta.pid")):
             way_out = self._start_pasta()
         elif not way_out:
             report.say(f"{report.program}: the private network has no way out (pasta and nft would give it one)")
         if not daemon_pid(self.file("dnsmasq.pid")):
             self.hosts.prepare()
-            self._start(spaces, self._dnsmasq_argv(way_out))
+            start_daemon(*self.enter(self._dnsmasq_argv(way_out)))
 
-    def _start(self, spaces: Namespaces, argv: Sequence[str]) -> None:
-        start_daemon(inside(spaces, argv), [spaces.user, spaces.net])
-
-    def _start_holder(self, survivor: Namespaces | None) -> None:
-        """A child that makes the namespaces and the bridge, or enters a survivor's, and becomes `sleep`.
-
-        It locks its pidfile last: locked means whole, whoever is killed in between.
-        """
-        batch = self._bridge_batch()
-        mine, its = os.pipe()
-        keep = (its, survivor.user, survivor.net) if survivor else (its,)
-        pid = fork_child(lambda: self._hold(its, batch, survivor), keep)
-        os.close(its)
-        with open(mine, "rb") as pipe:
-            reason = pipe.read().decode("utf-8", "replace")
+    def _start_holder(self) -> None:
+        """A child that makes the namespaces and the bridge, or enters a survivor's, and becomes `sleep`."""
+        batch, survivor = bridge_batch(self.subnet()), self._surviving_namespaces()
+        pid, reason = ask_child(
+            lambda: self._hold_namespaces(batch, survivor), (survivor.user, survivor.net) if survivor else ()
+        )
         if survivor:
             survivor.close()
         if reason:
             os.waitpid(pid, 0)
             raise namespaces_denied(reason)
 
-    def _hold(self, talk: int, batch: str, survivor: Namespaces | None) -> None:
-        try:
-            if survivor:
-                survivor.enter()
-            else:
-                make_namespaces(batch)
-            fd = os.open(self.file("holder.pid"), os.O_RDWR | os.O_CREAT, 0o600)
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.set_inheritable(fd, True)
-            os.chdir("/")
-            become(["sleep", "infinity"])
-        except (OSError, Error) as error:
-            os.write(talk, str(error).encode())
-
-    def _bridge_batch(self) -> str:
-        return bridge_batch(self.subnet())
+    def _hold_namespaces(self, batch: str, survivor: Namespaces | None) -> None:
+        """In the child.  It locks its pidfile last: locked means whole, whoever is killed in between."""
+        if survivor:
+            survivor.enter()
+        else:
+            make_namespaces(batch)
+        fd = os.open(self.file("holder.pid"), os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.set_inheritable(fd, True)
+        os.chdir("/")
+        become(["sleep", "infinity"])
 
     def _surviving_namespaces(self) -> Namespaces | None:
         """The namespaces of a VM that runs on though the holder was killed."""
         for vm in self.tree.running():
             _, pid = vm.state()
-            if pid and not vm.stranger():
+            if pid and not vm.foreign_qemu():
                 spaces = Namespaces(pid)
                 if os.fstat(spaces.net).st_ino != os.stat("/proc/self/ns/net").st_ino:
                     return spaces
@@ -3371,48 +3396,33 @@ class PrivateNetwork(Network):
         return None
 
     def _dnsmasq_argv(self, way_out: bool) -> list[str]:
-        """dnsmasq(8), 2.90.
-
-        Not -d: in debug mode one idle TCP client of port 53 stops DNS and DHCP for all.  User and group empty: it can't
-        change to others in a namespace of one id.  No lease file: every address is fixed, and a lease of a VM that is
-        gone would keep its address from the next one.
-        """
-        return [
-            "dnsmasq", "--keep-in-foreground", "--user=", "--group=",
-            f"--pid-file={self.file('dnsmasq.pid')}", f"--log-facility={self.file('dnsmasq.log')}", "--quiet-dhcp",
-            "--conf-file=/dev/null", "--no-hosts", "--no-resolv", "--no-poll",
-            f"--interface={BRIDGE}", "--except-interface=lo", "--bind-interfaces",
-            f"--domain={DOMAIN}", f"--local=/{DOMAIN}/", "--domain-needed", "--bogus-priv",
-            f"--dhcp-range={self.subnet()}.0,static,255.255.255.0,infinite", "--leasefile-ro",
-            "--dhcp-authoritative", "--dhcp-rapid-commit", "--no-ping", "--dhcp-ignore-clid", "--dhcp-ignore-names",
-            f"--dhcp-hostsdir={self.file('dhcp')}", f"--hostsdir={self.file('hosts')}",
-            *([f"--server={OUT_DNS}"] if way_out else []),
-        ]  # fmt: skip
+        """User and group empty: it can't change to others in a namespace of one id.  No lease file: every address is
+        fixed, and a lease of a VM that is gone would keep its address from the next one."""
+        return dnsmasq_argv(
+            BRIDGE, self.hosts, "--user=", "--group=",
+            f"--pid-file={self.file('dnsmasq.pid')}", f"--log-facility={self.file('dnsmasq.log')}",
+            "--no-resolv", "--no-poll", f"--dhcp-range={self.subnet()}.0,static,255.255.255.0,infinite",
+            "--leasefile-ro", "--dhcp-ignore-names", *([f"--server={OUT_DNS}"] if way_out else []),
+        )  # fmt: skip
 
     def _start_pasta(self) -> bool:
-        """The way out, pasta(1); a private network without one still serves, so a failure is said and no error.
+        """The way out, pasta(1), which leaves the foreground when its interface is there.
 
-        By default pasta opens on the host's 0.0.0.0 what listens inside, and gives the gateway's address to the host's
-        loopback: all of that is turned off.  As root it would become nobody, who may not enter.
+        A private network without one still serves, so a failure is said and no error.  By default pasta opens on the
+        host's 0.0.0.0 what listens inside, and gives the gateway's address to the host's loopback: all of that is
+        turned off.  As root it would become nobody, who may not enter.
         """
         pid_file = self.file("pasta.pid")
         remove_file(pid_file)
         argv = [
-            "pasta", "--foreground", "--ipv4-only", "--pid", pid_file, "--log-file", self.file("pasta.log"),
+            "pasta", "--ipv4-only", "--pid", pid_file, "--log-file", self.file("pasta.log"),
             *(["--runas", "0:0"] if os.geteuid() == 0 else []),
             "-t", "none", "-u", "none", "-T", "none", "-U", "none", "--no-map-gw",
             "--config-net", "--ns-ifname", OUT_INTERFACE, "--address", OUT_ADDRESS, "--netmask", "29",
             "--gateway", OUT_GATEWAY, "--dns-forward", OUT_DNS, str(self.holder()),
         ]  # fmt: skip
         try:
-            child = spawn(argv, log=self.file("pasta.log"), cwd="/")
-            # In the foreground it keeps its standard error; its pidfile gets its content when its interface is there.
-            wait_for(lambda: bool(daemon_pid(pid_file)) or child.poll() is not None, 5.0, 0.005)
-            if not daemon_pid(pid_file):
-                child.kill()
-                child.wait()
-                raise Error(f"pasta: {last_line(read_tail(self.file('pasta.log')))}")
-            child.returncode = 0  # it lives on: no warning about that
+            run(argv, cwd="/")
             self._masquerade()
         except Error as error:
             if not daemon_pid(pid_file):
@@ -3423,24 +3433,17 @@ class PrivateNetwork(Network):
 
     def _masquerade(self) -> None:
         """pasta knows one address inside, so the VMs leave under that; by nft(8), or iptables where that is all."""
-        program, words = "nft", ["-f", "-"]
-        if not find_program(program):
-            program, words = "iptables", ["-t", "nat", "-A", "POSTROUTING", "-o", OUT_INTERFACE, "-j", "MASQUERADE"]
-        argv, fds = self.enter([program, *words])
-        run(argv, input=OUT_RULES.encode() if program == "nft" else None, fds=fds)
+        words = ["nft", "-f", "-"]
+        if not find_program("nft"):
+            words = f"iptables -t nat -A POSTROUTING -o {OUT_INTERFACE} -j MASQUERADE".split()
+        argv, fds = self.enter(words)
+        run(argv, input=nft_rules("private.nft", out=OUT_INTERFACE) if words[0] == "nft" else None, fds=fds)
 
     def down(self) -> None:
         """End it: dnsmasq, pasta, the holder, and with them everything inside.  Call it under the lock."""
-        import signal
-
         for name in ("dnsmasq.pid", "pasta.pid"):
             stop_daemon(self.file(name))
-        pid = self.holder()
-        if pid:
-            with Process(pid) as process:
-                if self.holder() == pid:
-                    process.signal(signal.SIGKILL)
-                    process.ended(5.0)
+        end_process(self.holder)
         for name in ("holder.pid", "dnsmasq.log", "pasta.log", "kept"):
             remove_file(self.file(name))
 
@@ -3449,54 +3452,44 @@ class PrivateNetwork(Network):
         if not os.path.isdir(self.folder):
             return
         with FolderLock(self.folder):
-            users = [vm.name for vm in self._users()]
+            users = ", ".join([vm.name for vm in self._users()][:10])
             if users:
-                raise WrongState(
-                    f"the private network is in use by {', '.join(users[:10])}", "vmstop -g GROUP stops a group"
-                )
+                raise WrongState(f"the private network is in use by {users}", "vmstop -g GROUP stops a group")
             self.down()
             self._remove_folder()
 
     def tend(self) -> None:
         """What each command does first: end the network where its last VM has ended by itself, mend it where a part of
-        it was killed.  Nothing happens while another command is at work on it."""
-        if os.path.exists(self.file("holder.pid")) and not self.is_complete():
-            self._mend()
-        elif self.holder() and not os.path.exists(self.file("kept")):
-            self.end_if_idle()
+        it was killed."""
+        broken = os.path.exists(self.file("holder.pid")) and not self.is_complete()
+        if broken or (self.holder() and not os.path.exists(self.file("kept"))):
+            self.end_if_idle(broken)
 
-    def _mend(self) -> None:
+    def end_if_idle(self, broken: bool = False) -> None:
+        """End it where no VM is on it; else, where it is `broken`, start what is missing.
+
+        Nothing happens while another command is at work on it.
+        """
         try:
             with FolderLock(self.folder, wait=0):
-                if os.path.exists(self.file("kept")) or any(True for _ in self._users()):
-                    self._complete()
-                else:
-                    self.down()
+                kept = broken and os.path.exists(self.file("kept"))
+                if (broken or self.holder()) and (kept or any(True for _ in self._users())):
+                    if broken:
+                        self._complete()
+                    return
+                self.down()
+                self._remove_folder()
         except (WrongState, FileNotFoundError):
             pass
         except Error as error:
             report.warn(f"the private network is not whole: {error}")
 
-    def end_if_idle(self) -> None:
-        """End it where no VM is on it; nothing happens while another command is at work on it."""
-        if not os.path.isdir(self.folder):
-            return
-        try:
-            with FolderLock(self.folder, wait=0):
-                if self.holder():
-                    if any(True for _ in self._users()):
-                        return
-                    self.down()
-                self._remove_folder()
-        except (WrongState, FileNotFoundError):
-            pass
-
     def _users(self) -> Iterator[VM]:
         """The VMs that are on it: running, or not known to have stopped; a template in the making may be booted too."""
         for vm in [*self.tree.unfinished(), *self.tree.vms()]:
-            if vm.state()[0] == "stopped" or vm.stranger():
+            if vm.state()[0] == "stopped" or vm.foreign_qemu():
                 continue
-            if not vm.is_readable() or vm.conf.get("vmNetwork", "private") != "bridge":
+            if not vm.is_readable() or vm.get("vmNetwork") != "bridge":
                 yield vm
 
     def _remove_folder(self) -> None:
@@ -3512,10 +3505,9 @@ class PrivateNetwork(Network):
     def namespaces(self) -> Namespaces:
         """Its namespaces, open; the holder is asked again after, so that a reused pid is never entered."""
         if self._spaces is None:
-            pid = self.holder()
-            if not pid:
+            if not self.holder():
                 self.tend()  # it was killed, perhaps, and VMs run on
-                pid = self.holder()
+            pid = self.holder()
             if not pid:
                 raise WrongState("the private network is not up", "nocloud net --private up")
             spaces = Namespaces(pid)
@@ -3525,24 +3517,15 @@ class PrivateNetwork(Network):
             self._spaces = spaces
         return self._spaces
 
-    def renew(self) -> None:
-        """Forget namespaces that are no longer the network's: another command may have ended it and made it anew."""
-        pid = self.holder()
-        if pid and self._spaces and not os.path.samestat(os.fstat(self._spaces.net), os.stat(f"/proc/{pid}/ns/net")):
-            self._forget_spaces()
+    def open(self) -> None:
+        self.gate()
 
-    def _forget_spaces(self) -> None:
+    def close(self) -> None:
         if self._gate:
             self._gate.close()
         if self._spaces:
             self._spaces.close()
         self._gate = self._spaces = None
-
-    def open(self) -> None:
-        self.gate()
-
-    def close(self) -> None:
-        self._forget_spaces()
 
     def gate(self) -> Gate:
         """The gate; opened before threads are, since it forks."""
@@ -3552,7 +3535,7 @@ class PrivateNetwork(Network):
 
     def tap(self) -> tuple[int, int]:
         try:
-            return make_tap(self.gate()), vhost_net()
+            return self.gate().open(b"tap"), vhost_net()
         except OSError as error:
             raise Error(f"no tap for the private network: {error.strerror}") from None
 
@@ -3562,8 +3545,11 @@ class PrivateNetwork(Network):
         return sockets.socket(fileno=self.gate().open(b"tcp"))
 
     def enter(self, argv: Sequence[str]) -> tuple[list[str], list[int]]:
+        """nsenter keeps session, folder and descriptors, and becomes the program."""
         spaces = self.namespaces()
-        return inside(spaces, argv), [spaces.user, spaces.net]
+        ways = [f"--user=/proc/self/fd/{spaces.user}", f"--net=/proc/self/fd/{spaces.net}"]
+        program = find_program(argv[0]) or argv[0]
+        return ["nsenter", *ways, "--preserve-credentials", "--", program, *argv[1:]], [spaces.user, spaces.net]
 
     def proxy_command(self) -> str:
         """ssh runs outside: inside, root's files in ssh_config.d look foreign to it, and the home is root's."""
@@ -3614,35 +3600,7 @@ class PrivateNetwork(Network):
             yield f"{name}: process {pid}" if pid else f"{name}: not running"
         for vm in self._users():
             if vm.is_readable():
-                yield f"{vm.name} {vm.function} {vm.conf.get('vmMac', '')} {vm.conf.get('vmAddress', '')}"
-
-
-def inside(spaces: Namespaces, argv: Sequence[str]) -> list[str]:
-    """`argv` run inside: nsenter keeps session, folder and descriptors, and becomes the program."""
-    ways = [f"--user=/proc/self/fd/{spaces.user}", f"--net=/proc/self/fd/{spaces.net}"]
-    program = find_program(argv[0]) or argv[0]
-    return ["nsenter", *ways, "--preserve-credentials", "--", program, *argv[1:]]
-
-
-class InUse:
-    """The private network is up and stays up while this lives: the folder's lock is held shared."""
-
-    def __init__(self, network: PrivateNetwork) -> None:
-        self.network = network
-
-    def __enter__(self) -> InUse:
-        while True:
-            self._lock = FolderLock(self.network.folder, shared=True, make=True).__enter__()
-            if self.network.is_complete():
-                break
-            self._lock.release()
-            self.network.up()
-        self.network.renew()
-        self.network.gate()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._lock.release()
+                yield f"{vm.name} {vm.function} {vm.get('vmMac')} {vm.get('vmAddress')}"
 
 
 # What forbids user namespaces, when it has this value, and the value that allows them.
@@ -3657,37 +3615,20 @@ USERNS_SETTINGS = (
 def namespaces_denied(reason: str) -> Error:
     """Why there is no private network, with the command that mends it where that is known."""
     for name, forbids, allows in USERNS_SETTINGS:
-        try:
-            if read_text(f"/proc/sys/{name}").strip() == forbids:
-                command = f"sudo sysctl -w {name.replace('/', '.')}={allows}"
-                return Error(
-                    f"the private network can't be made: this host grants no user namespaces ({reason})", command
-                )
-        except OSError:
-            continue
+        path = f"/proc/sys/{name}"
+        if os.path.exists(path) and read_text(path).strip() == forbids:
+            text = f"the private network can't be made: this host grants no user namespaces ({reason})"
+            return Error(text, f"sudo sysctl -w {name.replace('/', '.')}={allows}")
     hint = "in a container, its seccomp profile must allow unshare; or use the host's bridge: vmNetwork=bridge"
     return Error(f"the private network can't be made: {reason}", hint)
 
 
-def host_networks(fib: str) -> list[tuple[int, int]]:
-    """(network, prefix length) of each route and address in /proc/net/fib_trie, which lists all routing tables."""
-    found: list[tuple[int, int]] = []
-    network = ""
-    for line in fib.splitlines():
-        words = line.split()
-        if words and words[0] in ("|--", "+--"):
-            network = words[1].partition("/")[0]
-        elif words and words[0].startswith("/") and int(words[0][1:]):  # not the default route
-            found.append((ipv4_number(network), int(words[0][1:])))
-    return found
-
-
 def free_subnet(taken: Sequence[tuple[int, int]]) -> str:
-    """The first /24 of 10.88 to 10.127 that overlaps nothing that is taken, as `10.88.0`.
+    """The first /24 of 10.88 to 10.127 that overlaps none of these networks, as `10.88.0`.
 
-    A VPN may claim all of 10.0.0.0/8, or half of everything: where nothing is left, only narrower networks count.
+    A VPN may claim all of 10.0.0.0/8: where nothing is left, only narrower networks count.
     """
-    for widest in (1, 9, 17):
+    for widest in (2, 9, 17):
         narrow = [(network, length) for network, length in taken if length >= widest]
         for number in range(0x0A5800, 0x0A8000):
             if not any(overlap(number << 8, 24, network, length) for network, length in narrow):
@@ -3698,10 +3639,7 @@ def free_subnet(taken: Sequence[tuple[int, int]]) -> str:
 
 
 def ipv4_number(text: str) -> int:
-    number = 0
-    for part in text.split("."):
-        number = number << 8 | int(part)
-    return number
+    return int.from_bytes(map(int, text.split(".")), "big")
 
 
 def ipv4_text(number: int) -> str:
@@ -3716,32 +3654,24 @@ def relay(connection: socket.socket) -> None:
     import socket as sockets
     import threading
 
-    def send() -> None:
-        pump(lambda: os.read(0, RELAY_BYTES), connection.sendall)
-        try:
-            connection.shutdown(sockets.SHUT_WR)
-        except OSError:
-            pass  # the other side is gone already
-
     for fd in (0, 1):
         os.set_blocking(fd, True)  # a terminal that another program shares may not be
-    sender = threading.Thread(target=send, daemon=True)
+    send = (lambda: os.read(0, RELAY_BYTES), connection.sendall, lambda: connection.shutdown(sockets.SHUT_WR))
+    sender = threading.Thread(target=pump, args=send, daemon=True)
     sender.start()
-    pump(lambda: connection.recv(RELAY_BYTES), lambda data: write_all(1, data))
-    os.close(1)
+    pump(lambda: connection.recv(RELAY_BYTES), lambda data: write_all(1, data), lambda: os.close(1))
     sender.join()
 
 
-def pump(source: Callable[[], bytes], sink: Callable[[bytes], object]) -> None:
-    """From source to sink, until the one ends or the other is gone."""
-    try:
-        while True:
-            data = source()
-            if not data:
-                return
+def pump(source: Callable[[], bytes], sink: Callable[[bytes], object], finish: Callable[[], object]) -> None:
+    """From source to sink, until the one ends or the other is gone; then `finish`, if that is still there."""
+    import contextlib
+
+    with contextlib.suppress(OSError):
+        for data in iter(source, b""):
             sink(data)
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        finish()
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -3761,42 +3691,24 @@ SYSTEMD_UNITS = ("nocloud-bridge.service", "nocloud-dnsmasq.service", "nocloud-d
 class BridgeSettings:
     """The host's bridge as the settings want it.  Raises UsageError where they contradict each other."""
 
-    __slots__ = ("interface", "address", "length", "network", "first", "last")
-
     def __init__(self, config: Config) -> None:
         self.interface = config["bridgeInterface"]
         self.address, _, length = config["bridgeAddress"].partition("/")
         self.length = int(length)
         self.network = ipv4_number(self.address) >> (32 - self.length) << (32 - self.length)
-        for key, fits in (
-            ("bridgeIpAddress", self.holds(config["bridgeIpAddress"])),
-            ("bridgeNet", config["bridgeNet"] == self.net),
-            ("bridgeDhcpStart", self.holds(config["bridgeDhcpStart"])),
-            ("bridgeDhcpStop", self.holds(config["bridgeDhcpStop"])),
-        ):
-            if not fits:
+        self.net = f"{ipv4_text(self.network)}/{self.length}"
+        for key in ("bridgeIpAddress", "bridgeNet", "bridgeDhcpStart", "bridgeDhcpStop"):
+            if not (config[key] == self.net if key == "bridgeNet" else self.holds(config[key])):
                 raise UsageError(
                     f"{key}={config[key]} doesn't fit bridgeAddress={config['bridgeAddress']}",
                     "see etc/nocloud_net.conf, where bridgeNet and what comes after it follow bridgeSubnet",
                 )
         self.first, self.last = sorted(ipv4_number(config[key]) for key in ("bridgeDhcpStart", "bridgeDhcpStop"))
-
-    @property
-    def net(self) -> str:
-        return f"{ipv4_text(self.network)}/{self.length}"
-
-    @property
-    def mac(self) -> str:
-        """A MAC of its own: a bridge without one takes its lowest port's, and guests would lose the gateway."""
-        return OUR_MAC + "".join(f":{number:02x}" for number in ipv4_number(self.address).to_bytes(4, "big")[1:])
-
-    @property
-    def first_dynamic(self) -> int:
-        """Where the upper quarter begins, which DHCP gives to guests that nobody allotted an address to.
-
-        An address that is allotted to a VM must not be leased to another guest in the same moment.
-        """
-        return self.last - max(1, (self.last - self.first + 1) // 4) + 1
+        # The upper quarter is for guests that nobody allotted an address to: one that is allotted to a VM must not be
+        # leased to another guest in the same moment.
+        self.first_dynamic = self.last - max(1, (self.last - self.first + 1) // 4) + 1
+        # A bridge without a MAC of its own takes its lowest port's, and guests would lose the gateway.
+        self.mac = OUR_MAC + "".join(f":{int(number):02x}" for number in self.address.split(".")[1:])
 
     def holds(self, address: str) -> bool:
         return is_ipv4(address) and bool(address) and overlap(ipv4_number(address), 32, self.network, self.length)
@@ -3815,7 +3727,7 @@ def ip_json(*words: str) -> list[dict[str, Any]]:
     return [each for each in answer if each]
 
 
-def networks_in_use(without: str) -> Iterator[tuple[str, int, int]]:
+def networks_in_use(without: str = "") -> Iterator[tuple[str, int, int]]:
     """(who, network, prefix length) of each address and route of the host but those of the interface `without`.
 
     Default routes don't count, nor the two halves of the world that a VPN has instead.
@@ -3823,8 +3735,9 @@ def networks_in_use(without: str) -> Iterator[tuple[str, int, int]]:
     for card in ip_json("address"):
         for each in card.get("addr_info", ()):
             if card["ifname"] != without:
-                who = f"{card['ifname']} has {each['local']}/{each['prefixlen']}"
-                yield who, ipv4_number(each["local"]), each["prefixlen"]
+                length = each["prefixlen"]
+                network = ipv4_number(each["local"]) >> (32 - length) << (32 - length)
+                yield f"{card['ifname']} has {each['local']}/{length}", network, length
     for route in ip_json("route", "show", "table", "all"):
         address, _, length = route["dst"].partition("/")
         if not is_ipv4(address) or route.get("type") in ("local", "broadcast") or route.get("dev") == without:
@@ -3836,12 +3749,8 @@ def networks_in_use(without: str) -> Iterator[tuple[str, int, int]]:
 
 def overlapping(settings: BridgeSettings) -> str:
     """Who has addresses of the bridge's network already, or ''."""
-    found = (
-        who
-        for who, network, length in networks_in_use(settings.interface)
-        if overlap(network, length, settings.network, settings.length)
-    )
-    return next(found, "")
+    taken = networks_in_use(settings.interface)
+    return next((who for who, at, length in taken if overlap(at, length, settings.network, settings.length)), "")
 
 
 def choose_bridge_subnet(config: Config) -> tuple[str, str]:
@@ -3861,20 +3770,14 @@ def choose_bridge_subnet(config: Config) -> tuple[str, str]:
 def free_bridge_subnet(config: Config, path: str) -> str:
     """Make the settings file `path` name a subnet that nothing on this host overlaps; what was chosen, for the user.
 
-    The one that is configured stays where it is free.  Only the line bridgeSubnet is written.
+    The one that is configured stays where it is free.  Only the line bridgeSubnet is written.  Raises Error where the
+    file's other lines don't follow it.
     """
     net = BridgeSettings(config).net
     subnet, clash = choose_bridge_subnet(config)
     if not clash:
         return f"the bridge's network is {net}"
-    write_subnet(path, subnet)
-    return f"the bridge's network is {subnet}.0/24, not {net}: {clash} (written to {path})"
-
-
-def write_subnet(path: str, subnet: str) -> None:
-    """Set bridgeSubnet in a settings file whose other lines follow it.  Raises Error where they don't."""
-    text = update_assignments(read_text(path), {"bridgeSubnet": subnet})
-    config = Config()
+    text, config = update_assignments(read_text(path), {"bridgeSubnet": subnet}), Config()
     for line in parse_assignments(text, path, ChainMap({}, config.values(), os.environ)):
         if line.key in SETTING:
             config.set(line.key, line.value, f"{path}:{line.line}")
@@ -3883,13 +3786,12 @@ def write_subnet(path: str, subnet: str) -> None:
             f"{path}: bridgeNet and bridgeAddress don't follow bridgeSubnet", f"set them to {subnet}.0/24 by hand"
         )
     write_file(path, text, 0o644)
+    return f"the bridge's network is {subnet}.0/24, not {net}: {clash} (written to {path})"
 
 
 def bridge_is_ours(interface: str) -> bool:
-    try:
-        return read_text(f"/sys/class/net/{interface}/address").startswith(OUR_MAC)
-    except OSError:
-        return False
+    path = f"/sys/class/net/{interface}/address"
+    return os.path.exists(path) and read_text(path).startswith(OUR_MAC)
 
 
 def need_root(what: str) -> None:
@@ -3906,38 +3808,6 @@ def need_root(what: str) -> None:
 # ufw, firewalld or plain iptables rules are, they are told to accept the bridge.  Each rule carries a comment of ours.
 
 
-def nft_table(settings: BridgeSettings, forwarders: Sequence[str]) -> str:
-    """nft(8)'s input: addresses translated on the way out, no connection in from outside, nothing forwarded for others.
-
-    `forwarders` forward only since we made them: to and from the guests, not for everyone on those networks.  What
-    Docker publishes, and what it answers, passes.
-    """
-    name, table = f'"{settings.interface}"', f"ip {DOMAIN}"
-    guard = "".join(
-        f'\n        iifname "{each}" ct status dnat accept\n        iifname "{each}" ct state new,invalid drop'
-        for each in forwarders
-    )
-    return f"""\
-table {table} {{
-}}
-delete table {table}
-table {table} {{
-    comment "{MADE_BY_US}"
-    chain forward {{
-        type filter hook forward priority filter; policy accept;
-        iifname {name} accept comment "guests may go anywhere"
-        oifname {name} ct state established,related accept
-        oifname {name} ct status dnat accept
-        oifname {name} drop comment "nobody else begins a connection to them"{guard}
-    }}
-    chain postrouting {{
-        type nat hook postrouting priority srcnat; policy accept;
-        ip saddr {settings.net} ip daddr != {settings.net} oifname != {name} masquerade
-    }}
-}}
-"""
-
-
 def has_nft_table(table: str) -> bool:
     return attempt(["nft", "list", "table", *table.split()], 30)[0] == 0
 
@@ -3947,14 +3817,12 @@ def iptables_programs() -> list[str]:
 
     Where it isn't in use no rule is needed, and the first one would leave a table behind.
     """
-    found = []
-    if has_nft_table("ip filter"):
-        found.append(next(filter(find_program, ("iptables-nft", "iptables")), ""))
-    try:
-        if "filter" in read_text("/proc/net/ip_tables_names").split():
-            found.append(next(filter(find_program, ("iptables-legacy", "iptables")), ""))
-    except OSError:
-        pass  # the kernel has no such tables
+    old = "/proc/net/ip_tables_names"
+    in_use = {
+        "iptables-nft": has_nft_table("ip filter"),
+        "iptables-legacy": os.path.exists(old) and "filter" in read_text(old).split(),
+    }
+    found = [next(filter(find_program, (name, "iptables")), "") for name, used in in_use.items() if used]
     return [program for program in found if program]
 
 
@@ -3967,17 +3835,14 @@ def iptables_rules(program: str) -> list[list[str]]:
 
 def accepting_rules(interface: str, forward: str) -> list[list[str]]:
     """CHAIN and rule, in the words of `iptables -S`: DHCP and DNS for the guests, and what is forwarded for them."""
-    comment, accept = ["-m", "comment", "--comment", MADE_BY_US], ["-j", "ACCEPT"]
-    ports = (("udp", "67"), ("udp", "53"), ("tcp", "53"))
-    state = ["-m", "conntrack", "--ctstate", "RELATED,ESTABLISHED"]
-    return [
-        *(
-            ["INPUT", "-i", interface, "-p", kind, "-m", kind, "--dport", port, *comment, *accept]
-            for kind, port in ports
-        ),
-        [forward, "-i", interface, *comment, *accept],
-        [forward, "-o", interface, *state, *comment, *accept],
-    ]
+    rules = (
+        f"INPUT -i {interface} -p udp -m udp --dport 67",
+        f"INPUT -i {interface} -p udp -m udp --dport 53",
+        f"INPUT -i {interface} -p tcp -m tcp --dport 53",
+        f"{forward} -i {interface}",
+        f"{forward} -o {interface} -m conntrack --ctstate RELATED,ESTABLISHED",
+    )
+    return [[*rule.split(), "-m", "comment", "--comment", MADE_BY_US, "-j", "ACCEPT"] for rule in rules]
 
 
 def missing_rules(program: str, interface: str) -> list[list[str]]:
@@ -3995,38 +3860,14 @@ def missing_rules(program: str, interface: str) -> list[list[str]]:
     return wanted if sorted(wanted) != sorted(there) else []
 
 
-def open_iptables(program: str, interface: str) -> None:
-    """At the head of their chains."""
-    wanted = missing_rules(program, interface)
-    if wanted:
-        close_iptables(program)
-        for chain, *rule in wanted:
-            run([program, "-w", "10", "-I", chain, *rule])
-
-
 def close_iptables(program: str) -> None:
     for action, chain, *rule in iptables_rules(program):
         if action == "-A" and MADE_BY_US in rule:
             run([program, "-w", "10", "-D", chain, *rule])
 
 
-def ufw_rules(interface: str) -> list[list[str]]:
-    """In ufw(8)'s words, as `ufw show added` gives them back.  Answers to what guests ask for pass by themselves."""
-    place = ["in", "on", interface]
-    return [
-        ["allow", *place, "to", "any", "port", "67", "proto", "udp"],
-        ["allow", *place, "to", "any", "port", "53"],
-        ["route", "allow", *place],
-    ]
-
-
 def ufw_runs() -> bool:
     return bool(find_program("ufw")) and "Status: active" in attempt(["ufw", "status"], 30)[1]
-
-
-def open_ufw(interface: str) -> None:
-    for words in ufw_rules(interface):
-        run(["ufw", *words, "comment", MADE_BY_US])
 
 
 def close_ufw() -> None:
@@ -4052,9 +3893,15 @@ def firewalld_zone(interface: str) -> str | None:
 def open_firewalls(interface: str) -> None:
     """Have each firewall that runs here accept the guests' DHCP, DNS and what is forwarded for them."""
     for program in iptables_programs():
-        open_iptables(program, interface)
-    if ufw_runs():
-        open_ufw(interface)
+        wanted = missing_rules(program, interface)
+        if wanted:
+            close_iptables(program)
+        for chain, *rule in wanted:
+            run([program, "-w", "10", "-I", chain, *rule])
+    if ufw_runs():  # in the words that `ufw show added` gives back; answers to what guests ask for pass by themselves
+        place = f"allow in on {interface}"
+        for words in (f"{place} to any port 67 proto udp", f"{place} to any port 53", f"route {place}"):
+            run(["ufw", *words.split(), "comment", MADE_BY_US])
     if firewalld_zone(interface) not in (None, "trusted"):
         run(["firewall-cmd", "--zone=trusted", f"--change-interface={interface}"])
 
@@ -4068,16 +3915,16 @@ def close_firewalls(interface: str) -> None:
         run(["firewall-cmd", "--zone=trusted", f"--remove-interface={interface}"])
 
 
-def dropping_chains() -> list[str]:
-    """The chains of other nft tables that drop what they don't name, which nobody can undo but their owner.
+def dropping_chains(interface: str) -> list[str]:
+    """The chains of other nft tables that drop what they don't name, and don't name the bridge.
 
-    Those of iptables, ufw and firewalld are told in their own way.
+    Nobody can undo that but their owner.  Those of iptables, ufw and firewalld are told in their own way.
     """
     import json
 
     status, said = attempt(["nft", "-j", "list", "chains"], 30)
     chains = [each["chain"] for each in json.loads(said)["nftables"] if "chain" in each] if status == 0 else []
-    return [
+    found = [
         f"{each['family']} {each['table']} {each['name']}"
         for each in chains
         if each.get("hook") in ("forward", "input")
@@ -4085,6 +3932,8 @@ def dropping_chains() -> list[str]:
         and each["family"] in ("ip", "inet")
         and each["table"] not in ("filter", "firewalld")
     ]
+    accepts = f'iifname "{interface}" accept'
+    return [chain for chain in found if accepts not in attempt(["nft", "list", "chain", *chain.split()], 5)[1]]
 
 
 # -- the host's bridge: up and down
@@ -4094,30 +3943,29 @@ def sysctl_file(interface: str, name: str, family: str = "ipv4") -> str:
     return f"/proc/sys/net/{family}/conf/{interface}/{name}"
 
 
-def set_sysctl(path: str, value: str) -> None:
-    """Write a sysctl that isn't so already."""
-    if read_text(path).strip() != value:
-        with open(path, "w", encoding="ascii") as file:
-            file.write(value)
+def forwards(interface: str) -> bool:
+    """Whether the kernel forwards what comes in by an interface; True where it doesn't say."""
+    path = sysctl_file(interface, "forwarding")
+    return not os.path.exists(path) or read_text(path).strip() != "0"
 
 
 class BridgeSetup:
-    """What root does to the host for the bridge; `down` takes away exactly what `up` did, half done or not.
+    """What root does to the host for the bridge, and its dnsmasq: units of systemd where these are installed.
 
-    It goes in order of what is there, not by a record: the bridge is known by its MAC, rules by their comments.  Only
-    which interfaces were made to forward is written down, before it is done.
+    `down` takes away exactly what `up` did, half done or not.  It goes in order of what is there, not by a
+    record: the bridge is known by its MAC, rules by their comments.  Only which interfaces were made to forward is
+    written down, before it is done.
     """
 
     def __init__(self, config: Config) -> None:
         self.settings = BridgeSettings(config)
         self.interface = self.settings.interface
+        self.hosts = HostFiles(STATE_FOLDER, "?")
         self.forwarding = os.path.join(RUN_FOLDER, "forwarding")
+        self.pid_file, self.log = (os.path.join(RUN_FOLDER, f"dnsmasq.{name}") for name in ("pid", "log"))
 
     def is_there(self) -> bool:
         return os.path.exists(f"/sys/class/net/{self.interface}")
-
-    def ports(self) -> list[str]:
-        return _names(f"/sys/class/net/{self.interface}/brif")
 
     def check(self) -> None:
         """Raise where the bridge can't be: a program is missing, the name or the network is someone else's."""
@@ -4136,7 +3984,30 @@ class BridgeSetup:
             )
 
     def up(self) -> None:
-        """Make what isn't there.  Where that fails nothing stays."""
+        """`nocloud net up` of root: the bridge with DHCP and DNS."""
+        need_root("the host's bridge")
+        self.check()
+        if units_installed():
+            systemctl("reload-or-restart", SYSTEMD_UNITS[0])  # also where it is up: somebody may have flushed the rules
+            systemctl("start" if self.answers() else "restart", *SYSTEMD_UNITS[1:])
+            self.tell_resolver()
+        else:
+            need_program("dnsmasq")
+            self.start()
+            self.serve()
+        self.wait(10)
+
+    def down(self) -> None:
+        """`nocloud net down` of root."""
+        need_root("the host's bridge")
+        self.check_unused()
+        if units_installed():
+            systemctl("stop", *reversed(SYSTEMD_UNITS))
+        self.end_server()
+        self.stop()
+
+    def start(self) -> None:
+        """Make what isn't there of the bridge alone.  Where that fails nothing stays."""
         need_root("the host's bridge")
         self.check()
         with FolderLock(RUN_FOLDER, make=True):
@@ -4144,8 +4015,9 @@ class BridgeSetup:
             try:
                 prepare_state_folder()
                 self._make_bridge()
-                forwarders = self._forward()
-                run(["nft", "-f", "-"], input=nft_table(self.settings, forwarders).encode())
+                rules = nft_rules("bridge.nft", guests=f'"{self.interface}"', subnet=self.settings.net)
+                guarded = "".join(f'add element ip {DOMAIN} guarded {{ "{each}" }}\n' for each in self._forward())
+                run(["nft", "-f", "-"], input=rules + guarded.encode())
                 open_firewalls(self.interface)
             except BaseException:
                 if new:
@@ -4153,36 +4025,19 @@ class BridgeSetup:
                     remove_empty(RUN_FOLDER)
                 raise
             self.tell_resolver()
-        for chain in dropping_chains():
+        for chain in dropping_chains(self.interface):
             report.warn(f"nft chain {chain} drops what it doesn't name: guests need iifname {self.interface} accepted")
 
     def _make_bridge(self) -> None:
         """The bridge and its address.  Before it is up: the kernel would take a guest for its IPv6 router."""
         name, wanted = self.interface, (self.settings.address, self.settings.length)
         if not self.is_there():
-            run(
-                [
-                    "ip",
-                    "link",
-                    "add",
-                    "name",
-                    name,
-                    "address",
-                    self.settings.mac,
-                    "type",
-                    "bridge",
-                    "forward_delay",
-                    "0",
-                ]
-            )
+            words = f"link add name {name} address {self.settings.mac} type bridge forward_delay 0"
+            run(["ip", *words.split()])
         if os.path.exists(sysctl_file(name, "accept_ra", "ipv6")):
-            set_sysctl(sysctl_file(name, "accept_ra", "ipv6"), "0")
-        there = [
-            (each["local"], each["prefixlen"])
-            for card in ip_json("address", "show", "dev", name)
-            for each in card.get("addr_info", ())
-        ]
-        if there != [wanted]:
+            write_proc(sysctl_file(name, "accept_ra", "ipv6"), "0")
+        there = [each for card in ip_json("address", "show", "dev", name) for each in card.get("addr_info", ())]
+        if [(each["local"], each["prefixlen"]) for each in there] != [wanted]:
             run(["ip", "-4", "address", "flush", "dev", name])
             run(["ip", "address", "add", f"{wanted[0]}/{wanted[1]}", "brd", "+", "dev", name])
         run(["ip", "link", "set", name, "up"])
@@ -4193,22 +4048,19 @@ class BridgeSetup:
         Whether a packet is forwarded is asked of the interface that it came in by: the bridge, and for the answers the
         interfaces of the default routes.  net.ipv4.ip_forward, which Docker and libvirt set, would open all of them.
         """
-        set_sysctl(sysctl_file(self.interface, "forwarding"), "1")
+        write_proc(sysctl_file(self.interface, "forwarding"), "1")
         if read_text("/proc/sys/net/ipv4/ip_forward").strip() == "1":
             return []
-        quiet = {each for each in outgoing_interfaces() if read_text(sysctl_file(each, "forwarding")).strip() == "0"}
-        ours = sorted(quiet | set(self._forwarders()))
+        quiet = [each for each in outgoing_interfaces() if not forwards(each)]
+        ours = sorted({*quiet, *self._forwarders()})
         write_file(self.forwarding, "".join(f"{each}\n" for each in ours))
         for each in ours:
-            set_sysctl(sysctl_file(each, "forwarding"), "1")
+            write_proc(sysctl_file(each, "forwarding"), "1")
         return ours
 
     def _forwarders(self) -> list[str]:
         """The interfaces that `up` made forward, and that are still there."""
-        try:
-            names = read_text(self.forwarding).split()
-        except FileNotFoundError:
-            return []
+        names = read_text(self.forwarding).split() if os.path.exists(self.forwarding) else []
         return [name for name in names if os.path.exists(sysctl_file(name, "forwarding"))]
 
     def tell_resolver(self) -> None:
@@ -4219,14 +4071,14 @@ class BridgeSetup:
                 f"have its resolver ask {self.settings.address} for {DOMAIN}, or use vmssh"
             )
             return
-        for words in (("dns", self.settings.address), ("domain", f"~{DOMAIN}"), ("dnssec", "no"), ("dnsovertls", "no")):
-            verb, value = words
+        told = {"dns": self.settings.address, "domain": f"~{DOMAIN}", "dnssec": "no", "dnsovertls": "no"}
+        for verb, value in told.items():
             status, said = attempt(["resolvectl", verb, self.interface, value], 30)
             if status:
                 report.warn(f"VMs' names don't resolve on this host itself: resolvectl {verb}: {last_line(said)}")
                 return
 
-    def down(self) -> None:
+    def stop(self) -> None:
         """Take it away; refused while something is attached to it."""
         need_root("the host's bridge")
         with FolderLock(RUN_FOLDER, make=True):
@@ -4235,7 +4087,7 @@ class BridgeSetup:
         remove_empty(RUN_FOLDER)
 
     def check_unused(self) -> None:
-        ports = self.ports() if bridge_is_ours(self.interface) else []
+        ports = _names(f"/sys/class/net/{self.interface}/brif") if bridge_is_ours(self.interface) else []
         if ports:
             raise WrongState(
                 f"the bridge {self.interface} is in use: {plural(len(ports), 'VM')} on it ({', '.join(ports[:5])})",
@@ -4248,38 +4100,68 @@ class BridgeSetup:
             run(["nft", "delete", "table", "ip", DOMAIN])
         if read_text("/proc/sys/net/ipv4/ip_forward").strip() == "0":  # else another one wants them to forward by now
             for each in self._forwarders():
-                set_sysctl(sysctl_file(each, "forwarding"), "0")
+                write_proc(sysctl_file(each, "forwarding"), "0")
         remove_file(self.forwarding)
         if bridge_is_ours(self.interface):
             run(["ip", "link", "delete", self.interface])
 
+    # its dnsmasq
 
-def bridge_faults(settings: BridgeSettings, ours: bool) -> Iterator[str]:
-    """What keeps guests from the outside or from names, a line each, with the command that mends it where there is one.
+    def argv(self) -> list[str]:
+        """As its own user, which systemd starts it as, it can't change to another.  The host's /etc/resolv.conf names
+        the servers that it asks.  A guest of its own name, that nobody published, is known by that."""
+        settings = self.settings
+        first, last = (ipv4_text(number) for number in (settings.first_dynamic, settings.last))
+        mask = ipv4_text(0xFFFFFFFF << (32 - settings.length) & 0xFFFFFFFF)
+        user, group, pid_file, log = "", "", "", "-"
+        if os.geteuid() == 0:
+            user, group = account(DNSMASQ_USERS)[0], account(("kvm",), group=True)[0]
+            pid_file, log = self.pid_file, self.log
+        return dnsmasq_argv(
+            settings.interface, self.hosts, f"--user={user}", f"--group={group}",
+            f"--pid-file={pid_file}", f"--log-facility={log}",
+            f"--dhcp-range={first},{last},{mask},12h", f"--dhcp-leasefile={LEASES}",
+        )  # fmt: skip
 
-    Rules are only shown to root; a bridge that isn't `ours` is its maker's.
-    """
-    clash = overlapping(settings)
-    if clash:
-        yield f"the bridge's network {settings.net} is in use elsewhere: {clash}"
-    if not ours:
-        return
-    mend = "(nocloud net up mends it)"
-    if connected_network(settings.interface) not in ("", settings.net):
-        yield f"the bridge has {connected_network(settings.interface)}, and the settings say {settings.net} {mend}"
-    for name in (settings.interface, *sorted(outgoing_interfaces())):
-        if read_text(sysctl_file(name, "forwarding")).strip() == "0":
-            yield f"{name} doesn't forward {mend}"
-    if not BridgeServer(settings).answers():
-        yield f"no DNS at {settings.address}: dnsmasq doesn't run {mend}"
-    if os.geteuid() == 0:
-        if not has_nft_table(f"ip {DOMAIN}"):
-            yield f"the nft table ip {DOMAIN} is gone: no address is translated {mend}"
-        for program in iptables_programs():
-            if missing_rules(program, settings.interface):
-                yield f"{program} has rules, and doesn't accept the bridge {mend}"
-        for chain in dropping_chains():
-            yield f"nft chain {chain} drops what it doesn't name: guests need iifname {settings.interface} accepted"
+    def answers(self) -> bool:
+        """Whether something serves DNS at the bridge's address."""
+        return any(address == self.settings.address for address, _ in bound_sockets("udp", 53))
+
+    def wait(self, seconds: float, pid: str = "") -> None:
+        """Return when it serves.  Raises TimedOut after `seconds`, or when the process `pid` has ended before."""
+        wait_for(lambda: self.answers() or bool(pid and not os.path.exists(f"/proc/{pid}")), seconds, 0.1)
+        if not self.answers():
+            raise TimedOut(f"dnsmasq doesn't answer at {self.settings.address}", "journalctl -u nocloud-dnsmasq")
+
+    def forget(self) -> None:
+        """Take the leases of VMs that are gone out of the file, while dnsmasq doesn't run."""
+        first, dynamic = self.settings.first, self.settings.first_dynamic
+        members = {(mac, address) for _, mac, address in self.hosts.members()}
+        lines = read_text(LEASES).splitlines(True) if os.path.exists(LEASES) else []
+        kept = []
+        for line in lines:
+            words = line.split()
+            allotted = len(words) > 2 and is_ipv4(words[2]) and first <= ipv4_number(words[2]) < dynamic
+            if not allotted or (words[1].lower(), words[2]) in members:
+                kept.append(line)
+        if kept != lines:
+            with open(LEASES, "r+", encoding="utf-8", errors="surrogateescape") as file:  # the folder is root's
+                file.writelines(kept)
+                file.truncate()
+
+    def serve(self) -> None:
+        """As a daemon of our own, unless it runs; anew where the bridge has another address by now."""
+        with FolderLock(RUN_FOLDER, make=True):
+            if not daemon_pid(self.pid_file) or not self.answers():
+                stop_daemon(self.pid_file)
+                self.forget()
+                start_daemon(self.argv(), ())
+
+    def end_server(self) -> None:
+        with FolderLock(RUN_FOLDER, make=True):
+            stop_daemon(self.pid_file)
+            remove_file(self.log)
+        remove_empty(RUN_FOLDER)
 
 
 def outgoing_interfaces() -> set[str]:
@@ -4304,11 +4186,8 @@ def bound_sockets(kind: str, port: int) -> Iterator[tuple[str, str]]:
     /proc/net/udp has addresses as memory has them.  A socket of IPv6 that is bound to none takes IPv4's too: 0.0.0.0.
     """
     for name in (kind, f"{kind}6"):
-        try:
-            lines = read_text(f"/proc/net/{name}").splitlines()[1:]
-        except OSError:
-            continue
-        for fields in map(str.split, lines):
+        path = f"/proc/net/{name}"
+        for fields in map(str.split, read_text(path).splitlines()[1:] if os.path.exists(path) else ()):
             address, _, number = fields[1].partition(":")
             if int(number, 16) == port and fields[3] in ("07", "0A"):  # unconnected, listening (net/tcp_states.h)
                 if len(address) == 8:
@@ -4364,94 +4243,16 @@ def prepare_state_folder() -> None:
         os.chmod(path, mode)
 
 
-class BridgeServer:
-    """The bridge's dnsmasq: a unit of systemd where the units are installed, else a daemon of our own."""
+# -- systemd
 
-    def __init__(self, settings: BridgeSettings) -> None:
-        self.settings = settings
-        self.pid_file = os.path.join(RUN_FOLDER, "dnsmasq.pid")
 
-    def argv(self) -> list[str]:
-        """dnsmasq(8), 2.90, in the foreground.
-
-        As its own user, which systemd starts it as, it can't change to another.  The host's /etc/resolv.conf names
-        the servers that it asks.  A guest of its own name, that nobody published, is known by that.
-        """
-        settings = self.settings
-        dynamic = [ipv4_text(number) for number in (settings.first_dynamic, settings.last)]
-        mask = ipv4_text(0xFFFFFFFF << (32 - settings.length) & 0xFFFFFFFF)
-        return [
-            "dnsmasq", "--keep-in-foreground", *self._as_user(), "--quiet-dhcp", "--conf-file=/dev/null", "--no-hosts",
-            f"--interface={settings.interface}", "--except-interface=lo", "--bind-interfaces",
-            f"--domain={DOMAIN}", f"--local=/{DOMAIN}/", "--domain-needed", "--bogus-priv",
-            f"--dhcp-range={','.join(dynamic)},{mask},12h", f"--dhcp-leasefile={LEASES}",
-            "--dhcp-authoritative", "--dhcp-rapid-commit", "--no-ping", "--dhcp-ignore-clid",
-            f"--dhcp-hostsdir={STATE_FOLDER}/dhcp", f"--hostsdir={STATE_FOLDER}/hosts",
-        ]  # fmt: skip
-
-    def _as_user(self) -> list[str]:
-        if os.geteuid() != 0:
-            return ["--user=", "--group=", "--pid-file=", "--log-facility=-"]
-        group = account(("kvm",), group=True)[0]
-        log = os.path.join(RUN_FOLDER, "dnsmasq.log")
-        return [
-            f"--user={account(DNSMASQ_USERS)[0]}", f"--group={group}", f"--pid-file={self.pid_file}",
-            f"--log-facility={log}",
-        ]  # fmt: skip
-
-    def answers(self) -> bool:
-        """Whether something serves DNS at the bridge's address."""
-        return any(address == self.settings.address for address, _ in bound_sockets("udp", 53))
-
-    def wait(self, seconds: float, pid: str = "") -> None:
-        """Return when it serves.  Raises TimedOut after `seconds`, or when the process `pid` has ended before."""
-        wait_for(lambda: self.answers() or bool(pid and not os.path.exists(f"/proc/{pid}")), seconds, 0.1)
-        if not self.answers():
-            raise TimedOut(f"dnsmasq doesn't answer at {self.settings.address}", "journalctl -u nocloud-dnsmasq")
-
-    def forget(self) -> None:
-        """Take the leases of VMs that are gone out of the file, while dnsmasq doesn't run."""
-        first, dynamic = self.settings.first, self.settings.first_dynamic
-        members = {(mac, address) for _, mac, address in HostFiles(STATE_FOLDER, "?").members()}
-        try:
-            text = read_text(LEASES)
-            kept = []
-            for line in text.splitlines(True):
-                words = line.split()
-                allotted = len(words) > 2 and is_ipv4(words[2]) and first <= ipv4_number(words[2]) < dynamic
-                if not allotted or (words[1].lower(), words[2]) in members:
-                    kept.append(line)
-            if "".join(kept) != text:
-                with open(LEASES, "r+", encoding="utf-8", errors="surrogateescape") as file:  # the folder is root's
-                    file.write("".join(kept))
-                    file.truncate()
-        except FileNotFoundError:
-            pass
-
-    def start(self) -> None:
-        """As a daemon of our own, unless it runs; anew where the bridge has another address by now."""
-        with FolderLock(RUN_FOLDER, make=True):
-            if not daemon_pid(self.pid_file) or not self.answers():
-                stop_daemon(self.pid_file)
-                self.forget()
-                start_daemon(self.argv(), ())
-
-    def restart(self) -> None:
-        """Start a daemon of our own anew."""
-        if daemon_pid(self.pid_file):
-            self.stop()
-            self.start()
-
-    def stop(self) -> None:
-        with FolderLock(RUN_FOLDER, make=True):
-            stop_daemon(self.pid_file)
-            remove_file(os.path.join(RUN_FOLDER, "dnsmasq.log"))
-        remove_empty(RUN_FOLDER)
+def systemd_runs() -> bool:
+    return os.path.isdir("/run/systemd/system")
 
 
 def units_installed() -> bool:
     """Whether systemd runs here and knows our units."""
-    return os.path.isdir("/run/systemd/system") and attempt(["systemctl", "cat", SYSTEMD_UNITS[0]], 30)[0] == 0
+    return systemd_runs() and attempt(["systemctl", "cat", SYSTEMD_UNITS[0]], 30)[0] == 0
 
 
 def systemctl(verb: str, *units: str) -> None:
@@ -4464,32 +4265,20 @@ def systemctl(verb: str, *units: str) -> None:
         raise Error(told[-1] if told else last_line(said), f"journalctl -u {units[0]}")
 
 
-def bridge_up(config: Config) -> None:
-    """`nocloud net up` of root: the bridge with DHCP and DNS."""
-    setup = BridgeSetup(config)
-    need_root("the host's bridge")
-    setup.check()
-    server = BridgeServer(setup.settings)
-    if units_installed():
-        systemctl("reload-or-restart", SYSTEMD_UNITS[0])  # also where it is up: somebody may have flushed the rules
-        systemctl("start" if server.answers() else "restart", *SYSTEMD_UNITS[1:])
-        setup.tell_resolver()
-    else:
-        need_program("dnsmasq")
-        setup.up()
-        server.start()
-    server.wait(10)
+def active_groups() -> list[str]:
+    """The nocloud@GROUP units of the system that are not stopped."""
+    if not systemd_runs():
+        return []
+    states = "--state=active,activating,reloading,deactivating"
+    _, said = attempt(["systemctl", "list-units", "--plain", "--no-legend", states, "nocloud@*.service"], 30)
+    return re.findall(r"^nocloud@\S+", said, re.M)
 
 
-def bridge_down(config: Config) -> None:
-    """`nocloud net down` of root."""
-    setup = BridgeSetup(config)
-    need_root("the host's bridge")
-    setup.check_unused()
-    if units_installed():
-        systemctl("stop", *reversed(SYSTEMD_UNITS))
-    BridgeServer(setup.settings).stop()
-    setup.down()
+def enabled_groups() -> list[str]:
+    """Those that start with the system; systemctl lists only the template that they are instances of."""
+    import glob
+
+    return sorted({os.path.basename(path) for path in glob.glob("/etc/systemd/system/*.wants/nocloud@*.service")})
 
 
 class HostBridge(Network):
@@ -4500,11 +4289,12 @@ class HostBridge(Network):
     """
 
     kind = "bridge"
-    HELPERS = ("/usr/lib/qemu/qemu-bridge-helper", "/usr/libexec/qemu-bridge-helper", "/usr/lib/qemu-bridge-helper")
 
     def __init__(self, config: Config, tree: Tree | None = None) -> None:
         self.config = config
         self.interface = config["bridgeInterface"]
+        self.helper_places = [config["vmBridgeHelper"]] if config["vmBridgeHelper"] else HELPERS
+        self.lease_places = [config["bridgeLeases"]] if config["bridgeLeases"] else LEASE_FILES
         self.hosts = HostFiles(STATE_FOLDER, tree.base if tree else "?")
         self._publishes: bool | None = None
 
@@ -4513,18 +4303,15 @@ class HostBridge(Network):
     def publishes(self) -> bool:
         """Whether this user allots addresses here; said once where the rights for it are missing."""
         if self._publishes is None:
-            self._publishes = bridge_is_ours(self.interface) and os.path.isdir(STATE_FOLDER) and self._may_publish()
+            ours, why = bridge_is_ours(self.interface) and os.path.isdir(STATE_FOLDER), ""
+            if self.hosts.denied():
+                why = f"you may not write to {STATE_FOLDER}; who is in the group kvm may"
+            elif ours and connected_network(self.interface) != BridgeSettings(self.config).net:
+                why = f"{self.interface} is not the bridge of your settings, where bridgeNet={self.config['bridgeNet']}"
+            if ours and why:
+                report.warn(f"addresses and names on {self.interface} are left to DHCP: {why}")
+            self._publishes = ours and not why
         return self._publishes
-
-    def _may_publish(self) -> bool:
-        why = ""
-        if not all(os.access(self.hosts.place(kind), os.R_OK | os.W_OK | os.X_OK) for kind in ("dhcp", "hosts")):
-            why = f"you may not write to {STATE_FOLDER}; who is in the group kvm may"
-        elif connected_network(self.interface) != BridgeSettings(self.config).net:
-            why = f"{self.interface} is not the bridge of your settings, where bridgeNet={self.config['bridgeNet']}"
-        if why:
-            report.warn(f"addresses and names on {self.interface} are left to DHCP: {why}")
-        return not why
 
     def allot(self, taken: set[str], uuid: str) -> str:
         """An address below those that DHCP gives to others, held by a file.  The folder's lock is for all users."""
@@ -4547,13 +4334,10 @@ class HostBridge(Network):
 
     def publish(self, vm: VM) -> None:
         if vm.get("vmAddress") and self.publishes():
-            self.hosts.publish(vm)
-
-    def strangers(self, known: set[str]) -> list[str]:
-        return self.hosts.strangers(known)
+            super().publish(vm)
 
     def withdraw(self, uuids: Sequence[str]) -> None:
-        """dnsmasq forgets none by itself: a unit that watches this file starts it anew, or we do where it is ours."""
+        """dnsmasq forgets none by itself: a unit that watches this file starts it anew, or root does."""
         if not uuids or not self.hosts.withdraw(uuids):
             return
         try:
@@ -4562,46 +4346,77 @@ class HostBridge(Network):
         except OSError:
             pass  # it isn't there: nobody watches it
         if os.geteuid() == 0:
-            BridgeServer(BridgeSettings(self.config)).restart()
+            bridge = BridgeSetup(self.config)
+            if daemon_pid(bridge.pid_file):  # which isn't the unit's
+                bridge.end_server()
+                bridge.serve()
 
     # attaching to it
 
-    def helper_places(self) -> Sequence[str]:
-        """Where qemu-bridge-helper is looked for."""
-        return [self.config["vmBridgeHelper"]] if self.config["vmBridgeHelper"] else self.HELPERS
-
     def helper(self) -> str:
         """The path of qemu-bridge-helper, or ''."""
-        return next(filter(find_program, self.helper_places()), "")
+        return next(filter(find_program, self.helper_places), "")
 
-    def lease_places(self) -> Sequence[str]:
-        return [self.config["bridgeLeases"]] if self.config["bridgeLeases"] else LEASE_FILES
-
-    def missing(self) -> str:
+    def why_not(self) -> str:
         """Why this user can't put a VM on the bridge, or ''."""
+        if self.why_down():
+            return self.why_down()
+        if not os.access("/dev/net/tun", os.R_OK | os.W_OK):  # the helper gives up root's rights before it opens that
+            return "you may not open /dev/net/tun"
+        faults = [text for text, _ in self.helper_faults()]
+        return next(iter([*faults, *(text for keeps_off, text, _ in self.list_faults() if keeps_off)]), "")
+
+    def why_down(self) -> str:
+        """Why nobody can, or ''."""
         if not os.path.isdir(f"/sys/class/net/{self.interface}/bridge"):
             return f"there is no bridge {self.interface}"
         if not int(read_text(f"/sys/class/net/{self.interface}/flags"), 16) & IFF_UP:
             return f"the bridge {self.interface} is down"
-        return self._helper_fails()
-
-    def _helper_fails(self) -> str:
-        """Why qemu-bridge-helper would give this user no tap, or ''."""
-        helper = self.helper()
-        if not helper:
-            return "qemu-bridge-helper is not there"
-        if os.geteuid() != 0 and not os.stat(helper).st_mode & stat.S_ISUID:
-            return f"{helper} is not setuid root"
-        if not os.access("/dev/net/tun", os.R_OK | os.W_OK):  # the helper gives up root's rights before it opens that
-            return "you may not open /dev/net/tun"
-        lists = [path for path in HELPER_LISTS if os.path.exists(path)] or HELPER_LISTS
-        if not helper_allows(lists[0], self.interface):
-            return f"{lists[0]} has no line: allow {self.interface}"
         return ""
+
+    def helper_faults(self) -> Iterator[tuple[str, str]]:
+        """Why this user can't use qemu-bridge-helper, which root's rights are needed for, and what mends it."""
+        place = next(filter(os.path.isfile, self.helper_places), "")
+        if not place:
+            install = install_command(["qemu-bridge-helper"]) or "install qemu-bridge-helper"
+            yield "qemu-bridge-helper is not there", install
+            return
+        info = os.stat(place)
+        if os.geteuid() and (info.st_uid or not info.st_mode & stat.S_ISUID):
+            yield f"{place} is not setuid root", f"sudo chown root {place} && sudo chmod u+s {place}"
+        elif not os.access(place, os.X_OK):
+            yield f"you may not run {place}", group_command(info.st_gid)
+
+    def list_faults(self) -> Iterator[tuple[bool, str, str]]:
+        """(whether it keeps VMs off the bridge, what, what mends it) of the helper's list.
+
+        The helper reads it as the user that calls it.  What isn't named is denied, and a line that denies wins.
+        """
+        name, path = self.interface, helper_list()
+        allow = f"sudo mkdir -p {os.path.dirname(path)} && echo 'allow {name}' | sudo tee -a {path}"
+        try:
+            rules = helper_rules(path)
+        except FileNotFoundError:
+            yield True, f"there is no {path}", allow
+            return
+        except PermissionError:
+            yield True, f"{path}: you may not read it", f"sudo chmod a+rX {os.path.dirname(path)} {path}"
+            return
+        line = "^[[:space:]]*{}[[:space:]]\\+{}[[:space:]]*$"
+        for rule in (("deny", "all"), ("deny", name)):
+            if rule in rules:
+                text = f"{rules[rule]}: the line `{' '.join(rule)}` keeps VMs off the bridge {name}"
+                yield True, text, f"sudo sed -i '/{line.format(*rule)}/d' {rules[rule]}"
+        if ("allow", "all") in rules:
+            path = rules["allow", "all"]
+            text = f"{path}: with the line `allow all` users may put VMs on every bridge of this host"
+            yield False, text, f"sudo sed -i 's/{line.format('allow', 'all')}/allow {name}/' {path}"
+        elif ("allow", name) not in rules:
+            yield True, f"{path} has no line: allow {name}", allow
 
     def up(self, keep: bool = False) -> None:
         """Raise where this user can't attach to it; setting it up is root's."""
-        reason = self.missing()
+        reason = self.why_not()
         if reason:
             absent = not os.path.isdir(f"/sys/class/net/{self.interface}/bridge")
             mend = "root makes it: nocloud net up" if absent else "nocloud doctor says what mends it"
@@ -4610,29 +4425,14 @@ class HostBridge(Network):
                 f"{mend}; a new group can be on the private network: NOCLOUD_vmNetwork=private",
             )
 
-    def in_use(self) -> HostBridge:
-        self.up()
-        return self
-
-    def __enter__(self) -> HostBridge:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        pass
-
     def tap(self) -> tuple[int, int]:
         """The helper makes the tap, puts it on the bridge and sends it over a socket pair (qemu-bridge-helper.c)."""
         import socket as sockets
 
         mine, its = sockets.socketpair(sockets.AF_UNIX, sockets.SOCK_STREAM)
         with mine, its:
-            argv = [
-                self.helper() or "qemu-bridge-helper",
-                "--use-vnet",
-                f"--br={self.interface}",
-                f"--fd={its.fileno()}",
-            ]
-            run(argv, fds=[its.fileno()])
+            words = ["--use-vnet", f"--br={self.interface}", f"--fd={its.fileno()}"]
+            run([self.helper() or "qemu-bridge-helper", *words], fds=[its.fileno()])
             mine.settimeout(5)
             _, fds, _, _ = sockets.recv_fds(mine, 16, 1)
         if not fds:
@@ -4640,40 +4440,28 @@ class HostBridge(Network):
         os.set_inheritable(fds[0], False)
         return fds[0], vhost_net()
 
-    def socket(self) -> socket.socket:
-        import socket as sockets
-
-        return sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM)
-
     def address(self, vm: VM) -> str:
         """What the DHCP server gave to the VM's MAC, or ''.  The bash tools drew another MAC at each start."""
-        stranger = vm.stranger()
-        if stranger:
-            return self.leases().get(stranger.mac, "")
-        return vm.conf.get("vmAddress") or self.leases().get(vm.conf.get("vmMac", ""), "")
+        foreign = vm.foreign_qemu()
+        if foreign:
+            return self.leases().get(foreign.mac, "")
+        return vm.get("vmAddress") or self.leases().get(vm.get("vmMac"), "")
 
     def status(self) -> Iterator[str]:
-        """Whether it is up, who is on it, and what is wrong.  Some of that only root sees."""
         there = os.path.exists(f"/sys/class/net/{self.interface}")
         net = connected_network(self.interface)
         yield f"bridge {self.interface}: " + (f"up, {net}" if net else "down, without an address" if there else "down")
         if not there:
             return
-        ours = bridge_is_ours(self.interface)
-        settings = BridgeSettings(self.config)
-        if ours:
-            yield "dnsmasq: " + (
-                f"answers at {settings.address}" if BridgeServer(settings).answers() else "not running"
-            )
+        if bridge_is_ours(self.interface):
+            server = BridgeSetup(self.config)
+            yield "dnsmasq: " + (f"answers at {server.settings.address}" if server.answers() else "not running")
         leased = {mac: (address, name, until) for mac, address, name, until in self.lease_lines()}
         for name, mac, address in self.hosts.members():
             has = leased.pop(mac, ("", "", 0))
             yield printable(f"{name} {mac} {address} " + (lease_text(has[2]) if has[0] == address else "no lease"))
         for mac, (address, name, until) in leased.items():
             yield printable(f"{name} {mac} {address} {lease_text(until)}")
-        reason = self.missing()
-        for wrong in (*bridge_faults(settings, ours), *([f"you can't put VMs on it: {reason}"] if reason else ())):
-            yield f"wrong: {wrong}"
 
     def leases(self) -> dict[str, str]:
         """MAC → address of dnsmasq's lease file."""
@@ -4681,18 +4469,16 @@ class HostBridge(Network):
 
     def lease_lines(self) -> Iterator[tuple[str, str, str, int]]:
         """(MAC, address, name, end) of dnsmasq's lease file: `EXPIRY MAC ADDRESS NAME CLIENT-ID` a line."""
-        for place in self.lease_places():
-            try:
-                lines = [line.split() for line in read_text(place).splitlines()]
-            except OSError:
-                continue
-            for words in lines:
-                if len(words) >= 4 and is_ipv4(words[2]):
-                    yield words[1].lower(), words[2], words[3], int(words[0]) if words[0].isdecimal() else 0
-            return
+        for place in self.lease_places:
+            if os.access(place, os.R_OK):
+                for words in map(str.split, read_text(place).splitlines()):
+                    if len(words) >= 4 and is_ipv4(words[2]):
+                        yield words[1].lower(), words[2], words[3], int(words[0]) if words[0].isdecimal() else 0
+                return
 
 
 LEASE_FILES = (LEASES, "/var/lib/misc/dnsmasq.leases", "/var/lib/dnsmasq/dnsmasq.leases")
+HELPERS = ("/usr/lib/qemu/qemu-bridge-helper", "/usr/libexec/qemu-bridge-helper", "/usr/lib/qemu-bridge-helper")
 HELPER_LISTS = ("/etc/qemu/bridge.conf", "/etc/qemu-kvm/bridge.conf")  # the second one in RHEL and its kin
 
 
@@ -4713,23 +4499,35 @@ def connected_network(interface: str) -> str:
     return ""
 
 
-def helper_allows(path: str, interface: str, depth: int = 8) -> bool:
-    """Whether qemu-bridge-helper's list allows the bridge: by an allow line, and no deny line; both may say `all`.
+def helper_list() -> str:
+    """The file that says which bridges qemu-bridge-helper may put VMs on."""
+    return next(filter(os.path.exists, HELPER_LISTS), HELPER_LISTS[0])
 
-    What this user can't read is taken to allow it: the helper will tell.
+
+def helper_rules(path: str, depth: int = 8) -> dict[tuple[str, str], str]:
+    """(verb, name) → file of each line of such a list and of those that it includes: allow or deny.
+
+    Included ones that can't be read don't count, as for the helper itself (qemu-bridge-helper.c), so that a user can
+    have one of his own.  Raises OSError where the list itself can't.
     """
-    allowed = denied = False
-    try:
-        lines = [line.split() for line in read_text(path).splitlines() if not line.strip().startswith("#")]
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    for words in lines:
-        allowed |= words[:1] == ["allow"] and words[1:2] in (["all"], [interface])
-        denied |= words[:1] == ["deny"] and words[1:2] in (["all"], [interface])
-        allowed |= words[:1] == ["include"] and depth > 0 and helper_allows("".join(words[1:2]), interface, depth - 1)
-    return allowed and not denied
+    found = {}
+    for line in read_text(path).splitlines():
+        verb, name = [*line.split(None, 1), "", ""][:2]
+        if verb == "include":
+            try:
+                found.update(helper_rules(name.strip(), depth - 1) if depth else {})
+            except OSError:
+                continue
+        elif verb and not verb.startswith("#"):
+            found[verb, name.strip()] = path
+    return found
+
+
+def group_command(gid: int) -> str:
+    """What makes this user a member of a group."""
+    import grp
+
+    return f"sudo usermod -aG {grp.getgrgid(gid).gr_name} {user_name()}  # and log in again"
 
 
 # Identity ############################################################################################
@@ -4889,7 +4687,7 @@ def takes_seed(vm: VM) -> bool:
 
     Not to VMs whose conf doesn't say so, as those of the bash tools: to a cloud-init in them it would be a new machine.
     """
-    return vm.conf.get("vmInit") in ("cloud-init", "auto")
+    return vm.get("vmInit") in ("cloud-init", "auto")
 
 
 # How user-data begins that cloud-init knows (its explanation/format); a MIME message is known by its header.
@@ -5083,7 +4881,7 @@ class NewTemplate:
         self.cloud, self._read_only = cloud, read_only
         self.final = cloud.tree.template(check_name("template", name))
         place = os.path.dirname(self.final.folder)
-        self.vm = VM(cloud.tree.base, TEMPLATES, "", name, os.path.join(place, MAKING + name))
+        self.vm = VM(cloud.tree, TEMPLATES, "", name, os.path.join(place, MAKING + name))
         self._done = False
 
     def __enter__(self) -> NewTemplate:
@@ -5094,7 +4892,7 @@ class NewTemplate:
             sweep(tree, TEMPLATES)
             check_new_template(tree, self.final.name)
             if os.path.lexists(self.vm.folder):
-                raise WrongState(f"{self.final.name}: another command is making it just now")
+                raise WrongState("another command is making it just now", vm=self.final)
             os.mkdir(self.vm.folder, 0o755)
             self._lock = FolderLock(self.vm.folder, wait=0).__enter__()
         return self
@@ -5149,14 +4947,16 @@ def import_image(new: NewTemplate, path: str, shown: str = "") -> None:
     convert_image(path, format, new.disk)
 
 
+def check_room(place: str, need: int, shown: str = "", what: str = "the image takes {} MB", hint: str = "") -> None:
+    """Raise where a folder, which messages call `shown`, has less than `need` bytes free."""
+    free = free_bytes(place)
+    if need > free:
+        raise Error(f"{shown or place}: {what.format(need // MIB)}, {free // MIB} MB are free", hint)
+
+
 def check_image_room(new: NewTemplate, path: str, format: str) -> None:
     """Raise where a copy of the image has no room."""
-    need, free = converted_size(path, format), free_bytes(new.vm.folder)
-    if need > free:
-        raise Error(
-            f"{new.cloud.tree.base}: the image takes {need // MIB} MB, {free // MIB} MB are free",
-            "free some disk space",
-        )
+    check_room(new.vm.folder, converted_size(path, format), new.cloud.tree.base, hint="free some disk space")
 
 
 def template_settings(cloud: Cloud, mem: int, cpu: int, user: str, init: str) -> dict[str, str]:
@@ -5218,14 +5018,13 @@ ENTRY_KEYS: dict[str, Callable[[str], object]] = {
 }
 
 
+@record
 class Entry:
     """A system that the catalogue names: the values of its lines, checked; '' where it has no such line."""
 
-    __slots__ = ("name", "place", "values")
-
-    def __init__(self, name: str, place: str) -> None:
-        self.name, self.place = name, place
-        self.values = {"kind": "cloud", "arch": "x86_64"}
+    name: str
+    place: str
+    values: dict[str, str]
 
     def __getitem__(self, key: str) -> str:
         return self.values.get(key, "")
@@ -5269,20 +5068,19 @@ class Catalogue:
                 check_name("template", section)
             except UsageError as error:
                 raise UsageError(f"{place}: {error}", error.hint) from None
-            self.entries.setdefault(section, Entry(section, place))
+            self.entries.setdefault(section, Entry(section, place, {"kind": "cloud", "arch": "x86_64"}))
         return section
 
     def _set(self, section: str, key: str, value: str, place: str) -> None:
-        check = web_address if section == MIRRORS else ENTRY_KEYS.get(key)
-        if check is None:
-            near = nearest(key, ENTRY_KEYS)
-            self._warn(f"{place}: unknown key {key}" + (f", did you mean {near}?" if near else ""))
-            return
         try:
             if section == MIRRORS:
                 self.mirrors[web_address(key)] = web_address(value)
-            elif check(value) is not None:
+            elif key in ENTRY_KEYS:
+                ENTRY_KEYS[key](value)
                 self.entries[section].values[key] = value
+            else:
+                near = nearest(key, ENTRY_KEYS)
+                self._warn(f"{place}: unknown key {key}" + (f", did you mean {near}?" if near else ""))
         except ValueError as error:
             raise UsageError(f"{place}: {key} = {value}: expected {error}") from None
 
@@ -5312,13 +5110,13 @@ def catalogue_files() -> list[str]:
     return [path for path in places if os.path.isfile(path)]
 
 
-def load_catalogue() -> Catalogue:
-    catalogue = Catalogue()
+def load_catalogue(warn: Callable[[str], None] | None = None) -> Catalogue:
+    catalogue, warn = Catalogue(warn), warn or report.warn
     catalogue.read(packaged(CATALOGUE), CATALOGUE)
     for path in catalogue_files():
         reason = untrusted(path)
         if reason:
-            report.warn(f"{path} is skipped: {reason}")
+            warn(f"{path} is skipped: {reason}")
         else:
             catalogue.read(read_text(path), path)
     return catalogue
@@ -5423,34 +5221,32 @@ def web_opener(seconds: float, proxies: Mapping[str, str]) -> urllib.request.Ope
     class Secure(http.client.HTTPSConnection):
         response_class = Response
 
-    class PlainHandler(urllib.request.HTTPHandler):
+    class Handler(urllib.request.HTTPSHandler):
         def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
             return self.do_open(Plain, req)
 
-    class SecureHandler(urllib.request.HTTPSHandler):
         def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
             return self.do_open(Secure, req, context=ssl.create_default_context())
+
+        http_request = urllib.request.HTTPSHandler.https_request
 
     class Redirects(urllib.request.HTTPRedirectHandler):
         http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # Python 3.9 and 3.10 don't know it
 
         def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-            check_redirect(req.full_url, newurl)
+            # From https to anything less, or to something that is no web server.
+            if not newurl.startswith(("https://", "http://") if req.full_url.startswith("http://") else "https://"):
+                refused = f"{req.full_url}: refused: the server sends us on to {newurl[:200]}, which isn't https"
+                raise WebError(refused)
             return super().redirect_request(req, fp, 302 if code == 308 else code, msg, headers, newurl)
 
     opener = urllib.request.OpenerDirector()
     more = {name.partition("_")[0]: value for name, value in proxies.items()}
     opener.add_handler(urllib.request.ProxyHandler({**urllib.request.getproxies(), **more}))
-    for handler in (urllib.request.UnknownHandler, PlainHandler, SecureHandler, Redirects,
-                    urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor):  # fmt: skip
+    others = (urllib.request.UnknownHandler, urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor)
+    for handler in (Handler, Redirects, *others):
         opener.add_handler(handler())
     return opener
-
-
-def check_redirect(old: str, new: str) -> None:
-    """Raise where a server sends us from https to anything less, or to something that is no web server."""
-    if not new.startswith(("https://", "http://") if old.startswith("http://") else "https://"):
-        raise WebError(f"{old}: refused: the server sends us on to {new[:200]}, which isn't https")
 
 
 def status_error(url: str, code: int, reason: str) -> WebError:
@@ -5505,7 +5301,14 @@ class Web:
             )
         except (OSError, http.client.HTTPException) as error:
             raise web_error(url, error) from None
-        check_answer(url, answer)
+        problem = ""
+        if answer.url.partition("?")[0].endswith("/"):
+            problem = "is a folder, not a file"
+        elif answer.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
+            problem = "a web page came, not a file"
+        if problem:
+            answer.close()
+            raise WebError(f"{url}: {problem}", "open it in a browser: a proxy or a login may stand between")
         return answer  # type: ignore[no-any-return]
 
     def read(self, url: str, answer: http.client.HTTPResponse) -> bytes:
@@ -5552,19 +5355,6 @@ class Web:
             time.sleep(min(1.0, self.seconds / 30) * 2 ** (tries - 1))
 
 
-def check_answer(url: str, answer: http.client.HTTPResponse) -> None:
-    """Raise where it is a web page that came instead of a file."""
-    kind = answer.headers.get_content_type()
-    if answer.url.partition("?")[0].endswith("/"):
-        problem = "is a folder, not a file"
-    elif kind in ("text/html", "application/xhtml+xml"):
-        problem = "a web page came, not a file"
-    else:
-        return
-    answer.close()
-    raise WebError(f"{url}: {problem}", "open it in a browser: a proxy or a login may stand between")
-
-
 class Progress:
     """How far a download is: a bar on a terminal, elsewhere a line now and then."""
 
@@ -5573,11 +5363,6 @@ class Progress:
     def __init__(self, name: str) -> None:
         self.name, self.total, self.done, self.kept, self.resumed = name, 0, 0, 0, False
         self.started = self._shown = time.monotonic()
-
-    def skip(self, count: int) -> None:
-        """Bytes that were here already."""
-        self.done += count
-        self.kept += count
 
     def advance(self, count: int) -> None:
         self.done += count
@@ -5623,7 +5408,8 @@ class Transfer:
             for piece in iter(lambda: file.read(PIECE), b""):
                 self.sink(piece)
                 self.done += len(piece)
-            self.progress.skip(self.done)
+            self.progress.done += self.done
+            self.progress.kept += self.done
             self.web.patiently(lambda: self._attempt(file, expect), lambda: self.done)
 
     def _attempt(self, file: io.FileIO, expect: Callable[[Transfer], object]) -> None:
@@ -5642,15 +5428,12 @@ class Transfer:
                     break
                 new = piece[skip:]
                 skip -= len(piece) - len(new)
-                self._take(file, new)
+                self.sink(new)
+                write_all(file.fileno(), new)
+                self.done += len(new)
+                self.progress.advance(len(new))
             if answer.length or (self.total >= 0 and self.done < self.total):
                 raise TryAgain(f"{self.url}: the server broke off after {self.done // MIB} MB")
-
-    def _take(self, file: io.FileIO, piece: bytes) -> None:
-        self.sink(piece)
-        write_all(file.fileno(), piece)
-        self.done += len(piece)
-        self.progress.advance(len(piece))
 
     def _align(self, answer: http.client.HTTPResponse) -> int:
         """How many bytes of this answer we have already.  Raises Altered where it is of another file than ours."""
@@ -5668,21 +5451,7 @@ class Transfer:
         return skip
 
 
-def check_download_room(transfer: Transfer, tree: Tree) -> None:
-    """Raise where the download and the template's disk, which is at least as large, don't fit."""
-    cache, base = os.path.dirname(transfer.path), tree.base
-    wanted = {cache: transfer.progress.total - transfer.progress.done, base: transfer.progress.total}
-    if os.stat(cache).st_dev == os.stat(base).st_dev:
-        wanted = {base: sum(wanted.values())}
-    for place, need in wanted.items():
-        if need > free_bytes(place):
-            raise Error(
-                f"{place}: the image takes {need // MIB} MB, {free_bytes(place) // MIB} MB are free",
-                "free some disk space, or put XDG_CACHE_HOME and vmBaseDir on larger file systems",
-            )
-
-
-# -- checksums, published and computed
+# -- published checksums
 
 
 def parse_checksums(text: str, algorithm: str) -> list[tuple[str, str]]:
@@ -5716,40 +5485,14 @@ def choose_listed(listed: Sequence[tuple[str, str]], wanted: str) -> tuple[str, 
         fitting = [(listed[0][0] or wanted, listed[0][1])]
     if not fitting:
         raise ValueError("doesn't list")
-    name, digest = max(fitting, key=lambda each: _version_key(each[0]))
+    # Ordered by the numbers in the names: text and numbers alternate.
+    parts = [[int(part) if part.isdigit() else part for part in re.split(r"(\d+)", each[0])] for each in fitting]
+    name, digest = fitting[parts.index(max(parts))]
     if any(each != digest for other, each in fitting if other == name):
         raise ValueError("has two checksums for")
     same = [other for other, each in listed if each == digest and other.endswith(extension) and other != name]
     dated = [other for other in same if re.search("[0-9]{6}|Build[0-9]", other)]
     return (dated or [name])[0], digest
-
-
-def _version_key(name: str) -> list[Any]:
-    """Orders names by the numbers in them: text and numbers alternate."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-
-
-class Digest:
-    """The checksum of what passes, compared with the expected one at the end."""
-
-    def __init__(self, algorithm: str, expected: str) -> None:
-        import hashlib
-
-        self.algorithm, self.expected = algorithm, expected
-        self._hash = hashlib.new(algorithm)
-
-    def update(self, piece: bytes) -> None:
-        self._hash.update(piece)
-
-    def text(self) -> str:
-        return f"{self.algorithm}:{self._hash.hexdigest()}"
-
-    def check(self, url: str) -> None:
-        if self._hash.hexdigest() != self.expected:
-            raise Altered(
-                f"{url}: refused: its {self.algorithm} checksum is not the published one",
-                "it was cut short, altered, or replaced just now; try again later",
-            )
 
 
 # -- the classic kind: a compressed image in pieces
@@ -5805,35 +5548,6 @@ class Unpacker:
         """Raise where the stream isn't at its end."""
         if self._machine is not None:
             raise Altered("the compressed image ends in the middle")
-
-
-class ImageFile:
-    """A disk image that is being written: what is zero takes no space."""
-
-    BLOCK = 64 * 1024
-
-    def __init__(self, path: str, digest: Digest) -> None:
-        self.path, self.digest, self.size = path, digest, 0
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by our own `with`)
-
-    def write(self, data: bytes) -> None:
-        self.digest.update(data)
-        zero = bytes(self.BLOCK)
-        view = memoryview(data)
-        for start in range(0, len(data), self.BLOCK):
-            block = view[start : start + self.BLOCK]
-            if block != zero[: len(block)]:
-                os.pwrite(self._file.fileno(), block, self.size + start)
-        self.size += len(data)
-
-    def __enter__(self) -> ImageFile:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        os.ftruncate(self._file.fileno(), self.size)
-        self._file.close()
-        if exc[0]:
-            os.unlink(self.path)  # the compressed pieces stay, and are less
 
 
 # -- images that came, and templates of them
@@ -5911,6 +5625,8 @@ class CachedImage:
 class Source:
     """An image that a server has: its URLs, to be tried in turn, and what it must hash to."""
 
+    pieces = 1
+
     def __init__(self, urls: Sequence[str], algorithm: str, digest: str) -> None:
         self.urls, self.algorithm, self.digest = urls, algorithm, digest
 
@@ -5920,8 +5636,10 @@ class Source:
 
     def fetch(self, web: Web, tree: Tree, folder: str, progress: Progress) -> None:
         """Make `image` in the folder, going on with what is there.  Raises Altered for what wasn't published."""
+        import hashlib
+
         for url in self.urls:
-            digest, part = Digest(self.algorithm, self.digest), os.path.join(folder, "image.part")
+            digest, part = hashlib.new(self.algorithm), os.path.join(folder, "image.part")
             transfer = Transfer(web, url, part, digest.update, progress)
             try:
                 transfer.run(lambda transfer: self.expect(transfer, tree))
@@ -5930,48 +5648,74 @@ class Source:
                     raise
                 progress.done = progress.kept = 0
                 continue
-            digest.check(url)
+            self.check(url, digest.hexdigest())
             os.rename(part, os.path.join(folder, "image"))
             return
 
     def expect(self, transfer: Transfer, tree: Tree) -> None:
-        if not transfer.progress.total:
-            transfer.progress.total = max(0, transfer.total)
-            check_download_room(transfer, tree)
+        """Know from the first answer how much will come: all pieces but the last are of one size.  Raises Error where
+        that and the template's disk, which is at least as large, don't fit."""
+        progress, cache = transfer.progress, os.path.dirname(transfer.path)
+        if progress.total:
+            return
+        progress.total = max(0, transfer.total) * self.pieces
+        wanted = {cache: progress.total - progress.done, tree.base: progress.total}
+        if os.stat(cache).st_dev == os.stat(tree.base).st_dev:
+            wanted = {tree.base: sum(wanted.values())}
+        hint = "free some disk space, or put XDG_CACHE_HOME and vmBaseDir on larger file systems"
+        for place, need in wanted.items():
+            check_room(place, need, hint=hint)
+
+    def check(self, url: str, found: str) -> None:
+        """Raise where what came has another checksum."""
+        if found != self.digest:
+            raise Altered(
+                f"{url}: refused: its {self.algorithm} checksum is not the published one",
+                "it was cut short, altered, or replaced just now; try again later",
+            )
 
 
 class ClassicSource(Source):
     """An image that a server of the bash tools has: BASE/NAME.img/NAME.img.000… up to the piece number `last`."""
 
+    BLOCK = 64 * 1024
+
     def __init__(self, base: str, name: str, last: int, algorithm: str, digest: str) -> None:
         super().__init__([f"{base}/{name}.img/"], algorithm, digest)
-        self.base, self.name, self.last = base, name, last
+        self.base, self.name, self.pieces = base, name, last + 1
 
     def fetch(self, web: Web, tree: Tree, folder: str, progress: Progress) -> None:
+        import hashlib
+
         unpacker = Unpacker(self._compression(web))
         extension = {"xz": ".xz", "gzip": ".gz", "": ""}[unpacker.kind]
         part = os.path.join(folder, "image.part")
-        pieces = [f"{self.name}.img.{number:03d}{extension}" for number in range(self.last + 1)]
-        with ImageFile(part, Digest(self.algorithm, self.digest)) as image:
+        pieces = [f"{self.name}.img.{number:03d}{extension}" for number in range(self.pieces)]
+        digest = hashlib.new(self.algorithm)
+        try:
+            with open(part, "wb") as image:
 
-            def sink(data: bytes) -> None:
-                for out in unpacker.feed(data):
-                    image.write(out)
+                def sink(data: bytes) -> None:
+                    for out in unpacker.feed(data):
+                        digest.update(out)
+                        for block in (out[start : start + self.BLOCK] for start in range(0, len(out), self.BLOCK)):
+                            if block.count(0) == len(block):
+                                image.seek(len(block), os.SEEK_CUR)  # takes no space
+                            else:
+                                image.write(block)
 
-            for name in pieces:
-                transfer = Transfer(web, self.url + name, os.path.join(folder, name), sink, progress)
-                transfer.run(lambda transfer: self._expect_piece(transfer, tree))
-            unpacker.finish()
-        image.digest.check(self.url)
+                for name in pieces:
+                    transfer = Transfer(web, self.url + name, os.path.join(folder, name), sink, progress)
+                    transfer.run(lambda transfer: self.expect(transfer, tree))
+                unpacker.finish()
+                image.truncate()
+        except BaseException:
+            remove_file(part)  # the compressed pieces stay, and are less
+            raise
+        self.check(self.url, digest.hexdigest())
         for name in pieces:
             os.unlink(os.path.join(folder, name))
         os.rename(part, os.path.join(folder, "image"))
-
-    def _expect_piece(self, transfer: Transfer, tree: Tree) -> None:
-        """All pieces but the last are of one size."""
-        if not transfer.progress.total:
-            transfer.progress.total = max(0, transfer.total) * (self.last + 1)
-            check_download_room(transfer, tree)
 
     def _compression(self, web: Web) -> str:
         try:
@@ -6034,29 +5778,26 @@ def template_from_url(
     cloud: Cloud, name: str, url: str, settings: Mapping[str, str], expected: str, insecure: bool
 ) -> None:
     """A template from an image of the web, with the checksum that the user gives, or without any."""
+    import hashlib
+
     check_new_template(cloud.tree, name)
     web = Web(cloud.config.number("vmDownloadTimeout"))
     algorithm, _, digest = expected.partition(":")
     source = Source([url], algorithm, digest)
     if expected:
         template_from_source(cloud, name, source, web, settings)
-    elif insecure:
-        template_unverified(cloud, name, source, web, settings)
-    else:
+        return
+    if not insecure:
         raise UsageError(f"{url}: nothing says what it must be", "give --sha256 HEX or --sha512 HEX, or --insecure")
-
-
-def template_unverified(cloud: Cloud, name: str, source: Source, web: Web, settings: Mapping[str, str]) -> None:
-    """As the user said: --insecure.  Nothing of it goes into the cache, or is gone on with later."""
-    with NewTemplate(cloud, name) as new:
-        digest, path, progress = Digest("sha256", ""), new.vm.file("download"), Progress(name)
-        transfer = Transfer(web, source.url, path, digest.update, progress)
+    with NewTemplate(cloud, name) as new:  # nothing of it goes into the cache, or is gone on with later
+        found, path, progress = hashlib.sha256(), new.vm.file("download"), Progress(name)
+        transfer = Transfer(web, url, path, found.update, progress)
         transfer.strict = True
         transfer.run(lambda transfer: source.expect(transfer, cloud.tree))
         progress.finish()
-        import_image(new, path, source.url)
+        import_image(new, path, url)
         os.unlink(path)
-        new.finish({**settings, "vmSource": source.url, "vmChecksum": digest.text()})
+        new.finish({**settings, "vmSource": url, "vmChecksum": f"sha256:{found.hexdigest()}"})
 
 
 def resolve(catalogue: Catalogue, entry: Entry, web: Web) -> Source:
@@ -6073,7 +5814,10 @@ def resolve(catalogue: Catalogue, entry: Entry, web: Web) -> Source:
         address = catalogue.mirrored(urllib.parse.urljoin(images[0], entry.need("checksums")))
         listed, digest = read_checksums(web, address, algorithm, wanted)
         names = [listed] if listed != wanted else []
-    check_algorithm(entry, algorithm)
+    if algorithm == "md5":  # what old servers publish: it shows a damaged download, and no more than that
+        if not classic:
+            raise UsageError(f"{entry.place}: [{entry.name}]: md5 proves nothing: sha512 or sha256 is needed")
+        report.warn(f"{entry.name}: an md5 checksum shows damage, but not who made the image")
     if classic:
         base = catalogue.mirrored(images[0]).rpartition("/")[0]
         return ClassicSource(base, entry.name, int(entry.need("last")), algorithm, digest)
@@ -6094,33 +5838,21 @@ def read_checksums(web: Web, url: str, algorithm: str, wanted: str) -> tuple[str
         raise WebError(f"{url}: the checksum file {error} {wanted}", "the catalogue is older than the server") from None
 
 
-def check_algorithm(entry: Entry, algorithm: str) -> None:
-    """md5 is what old servers publish: it shows a damaged download, and no more than that."""
-    if algorithm == "md5":
-        if entry["kind"] != "classic":
-            raise UsageError(f"{entry.place}: [{entry.name}]: md5 proves nothing: sha512 or sha256 is needed")
-        report.warn(f"{entry.name}: an md5 checksum shows damage, but not who made the image")
+def publishers_key(entry: Entry) -> tuple[str, str]:
+    """(path, public half) of the private ssh key that a classic entry names: it opens the image at its first start.
 
-
-class PublishersKey:
-    """The private ssh key that a classic entry names: it opens the image at its first start.  Raises Error where it
-    can't be used, before anything is downloaded."""
-
-    def __init__(self, entry: Entry) -> None:
-        file = entry.place.rpartition(":")[0]
-        self.path = os.path.join(os.path.dirname(os.path.abspath(file)), os.path.expanduser(entry["key"]))
-        if not os.path.isfile(self.path):
-            raise NotFound(f"{entry.name}: the key of its publisher isn't there: {self.path}", f"see {entry.place}")
-        try:
-            words = run(["ssh-keygen", "-y", "-P", "", "-f", self.path]).stdout.split()
-        except CommandFailed as failed:
-            reason = next(
-                (line for line in failed.output.splitlines() if "ermissions" in line), last_line(failed.output)
-            )
-            raise Error(
-                f"{self.path}: ssh can't use this key: {reason}", "chmod 600 it; it must have no passphrase"
-            ) from None
-        self.public = words[1]
+    Raises Error where it can't be used, before anything is downloaded.
+    """
+    file = entry.place.rpartition(":")[0]
+    path = os.path.join(os.path.dirname(os.path.abspath(file)), os.path.expanduser(entry["key"]))
+    if not os.path.isfile(path):
+        raise NotFound(f"{entry.name}: the key of its publisher isn't there: {path}", f"see {entry.place}")
+    try:
+        return path, run(["ssh-keygen", "-y", "-P", "", "-f", path]).stdout.split()[1]
+    except CommandFailed as failed:
+        lines = [line for line in failed.output.splitlines() if "ermissions" in line]
+        reason = lines[0] if lines else last_line(failed.output)
+        raise Error(f"{path}: ssh can't use this key: {reason}", "chmod 600 it; it must have no passphrase") from None
 
 
 def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, Any], take_over: Callable[..., None]) -> None:
@@ -6138,7 +5870,7 @@ def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, Any], t
     settings = entry_settings(cloud, entry, asked, source, web)
     first_start = None
     if isinstance(source, ClassicSource) and entry["key"]:
-        first_start = functools.partial(take_over, key=PublishersKey(entry))
+        first_start = functools.partial(take_over, key=publishers_key(entry))
     try:
         template_from_source(cloud, name, source, web, settings, first_start)
     except Altered:
@@ -6185,288 +5917,26 @@ def published_conf(web: Web, source: ClassicSource) -> dict[str, str]:
 BUILD_TMP_MB = 1200  # mmdebstrap's own tree, in $TMPDIR
 BUILD_WORK_MB = 1700  # the tar, the tree, the raw disk and the qcow2, in the VM tree
 
-# python3-minimal lacks json and shutil, which ansible's modules import. grub-pc would ask for its disk at upgrades;
-# grub-pc-bin and grub2-common write grub.cfg for each new kernel and leave the boot sectors alone.
-BUILD_PACKAGES = (
-    "initramfs-tools",
-    "lz4",
-    "systemd-sysv",
-    "dbus",
-    "udev",
-    "kmod",
-    "openssh-server",
-    "python3",
-    "python3-apt",
-    "iproute2",
-    "iputils-ping",
-    "procps",
-    "less",
-    "ca-certificates",
-    "grub-pc-bin",
-    "grub2-common",
-)
-DPKG_OPTIONS = (  # for this run only: BUILD_LITTER takes them out of the guest
-    "force-unsafe-io",
-    "path-exclude=/usr/share/man/*",
-    "path-exclude=/usr/share/info/*",
-    "path-exclude=/usr/share/locale/*/LC_MESSAGES/*",
-    "path-exclude=/usr/share/doc/*",
-    "path-include=/usr/share/doc/*/copyright",
-    "path-exclude=/usr/share/lintian/*",
-)
 APT_OPTION = 'APT::Cmd::Pattern-Only "true"'  # else a name with a dot that no package has is a regular expression
-GRUB_MODULES = (
-    "biosdisk part_msdos part_gpt ext2 normal configfile linux boot echo test search search_fs_uuid search_label"
-    " loadenv gzio minicmd ls cat reboot halt"
-)
-GRUB_LIB = "usr/lib/grub/i386-pc"
-
-# Runs once in the target, by mmdebstrap. INITRD=No keeps the kernel's package from making one before (6 s each).
-# The prefix names a partition but no disk: the one that was booted from.
-TARGET_SCRIPT = f"""set -e
-printf 'MODULES=list\\nCOMPRESS=lz4\\nBUSYBOX=auto\\n' >"$1/etc/initramfs-tools/conf.d/nocloud"
-printf 'virtio_pci\\nvirtio_blk\\nvirtio_scsi\\nsd_mod\\next4\\n' >"$1/etc/initramfs-tools/modules"
-env -u INITRD chroot "$1" update-initramfs -c -k all
-chroot "$1" systemctl --quiet enable systemd-networkd.service
-mkdir -p "$1/boot/grub"
-chroot "$1" grub-mkimage -O i386-pc -o /boot/grub/core.img -p '(,msdos1)/boot/grub' {GRUB_MODULES}
-"""
 
 KERNEL_OPTIONS = "rootfstype=ext4 rootflags=noatime console=tty0 console=ttyS0,115200"
-# Only for the first boots: the first new kernel makes the guest's update-grub write a full one over it.
-GRUB_CFG = """set timeout=0
-menuentry '{distribution}' {{
-    search --no-floppy --fs-uuid --set=root {uuid}
-    linux /{kernel} root=UUID={uuid} rw {options} quiet
-    initrd /{initrd}
-}}
-"""
-GRUB_DEFAULTS = """GRUB_DEFAULT=0
-GRUB_TIMEOUT=0
-GRUB_TIMEOUT_STYLE=hidden
-GRUB_DISTRIBUTOR={distribution}
-GRUB_TERMINAL=console
-GRUB_DISABLE_OS_PROBER=true
-GRUB_DISABLE_SUBMENU=y
-GRUB_CMDLINE_LINUX_DEFAULT="quiet"
-GRUB_CMDLINE_LINUX="rw {options}"
-"""
-
-BUILD_FILES = {
-    # One address per MAC: clones of one template could share what a DUID is made from.  Any network card will do.
-    "etc/systemd/network/80-ethernet.network": """[Match]
-Type=ether
-Kind=!*
-
-[Network]
-DHCP=yes
-LLMNR=no
-MulticastDNS=no
-
-[DHCPv4]
-ClientIdentifier=mac
-SendHostname=yes
-UseHostname=no
-UseDNS=yes
-UseDomains=yes
-
-[IPv6AcceptRA]
-UseDomains=yes
-""",
-    # systemd-resolved would hold up each boot, everything else comes after it; libc can ask DHCP's name server itself.
-    "etc/systemd/system/nocloud-resolv.path": """[Unit]
-Description=Wait for the first DHCP lease
-
-[Path]
-PathExistsGlob=/run/systemd/netif/leases/[0-9]*
-
-[Install]
-WantedBy=paths.target
-""",
-    "etc/systemd/system/nocloud-resolv.service": """[Unit]
-Description=Take the name servers that DHCP brought
-
-[Service]
-Type=oneshot
-RemainAfterExit=yes
-ExecStart=/bin/sh /usr/lib/nocloud/resolv
-""",
-    "usr/lib/nocloud/resolv": """# What networkd writes of its leases, in the form that libc reads.
-for lease in /run/systemd/netif/leases/*; do
-    while IFS='=' read -r key value; do
-        case $key in
-            DNS) for address in $value; do echo "nameserver $address"; done ;;
-            DOMAINNAME) domains="$domains $value" ;;
-        esac
-    done <"$lease"
-done >/run/resolv.conf.new
-[ -z "$domains" ] || echo "search$domains" >>/run/resolv.conf.new
-mv /run/resolv.conf.new /run/resolv.conf
-""",
-    "etc/systemd/system/nocloud-hostname.service": """[Unit]
-Description=Take the hostname that a credential brought
-Documentation=man:systemd.system-credentials(7)
-DefaultDependencies=no
-ConditionFileNotEmpty=/etc/hostname
-After=systemd-tmpfiles-setup.service
-Before=systemd-networkd.service systemd-hostnamed.service sysinit.target
-
-[Service]
-Type=oneshot
-ExecStart=/bin/sh -c 'cat /etc/hostname >/proc/sys/kernel/hostname'
-
-[Install]
-WantedBy=sysinit.target
-""",
-    "etc/systemd/system/nocloud-hostkey.service": """[Unit]
-Description=Make a host key where none was planted
-ConditionPathExistsGlob=!/etc/ssh/ssh_host_*_key
-Before=ssh.service
-
-[Service]
-Type=oneshot
-ExecStart=/usr/bin/ssh-keygen -q -t ed25519 -N "" -C "" -f /etc/ssh/ssh_host_ed25519_key
-
-[Install]
-WantedBy=multi-user.target
-""",
-    "etc/systemd/system/nocloud-grow.service": """[Unit]
-Description=Let the root file system fill its disk
-DefaultDependencies=no
-Before=cloud-init-local.service sysinit.target
-
-[Service]
-Type=oneshot
-ExecStart=/bin/sh /usr/lib/nocloud/grow
-
-[Install]
-WantedBy=sysinit.target
-""",
-    # fdisk and growpart aren't in a minimal system. The table is an MBR with one entry, at byte 446, whose size in
-    # sectors is its last four bytes, little-endian. `growing` is there while the file system may be behind.
-    "usr/lib/nocloud/grow": """# Make the root partition and its file system as large as the disk, where that is larger.
-while read -r id parent device root place rest; do [ "$place" = / ] && break; done </proc/self/mountinfo
-cd -P "/sys/dev/block/$device" || exit
-disk=${PWD%/*} growing=/usr/lib/nocloud/growing
-read -r number <partition && read -r start <start && read -r size <size && read -r all <../size || exit
-set -- ../*/partition
-[ "$# $number" = "1 1" ] || exit 0
-new=$((all - start))
-[ $new -le 4294967295 ] || new=4294967295
-if [ $new -gt "$size" ]; then
-    : >$growing
-    for shift in 0 8 16 24; do
-        printf "\\\\$(printf %03o $((new >> shift & 255)))"
-    done | dd of="/dev/${disk##*/}" bs=1 seek=458 conv=notrunc,fsync status=none || exit
-    resizepart "/dev/${disk##*/}" 1 $new || exit
-fi
-[ ! -e $growing ] || { /lib/systemd/systemd-growfs / && rm $growing; }
-""",
-    # Without libpam-systemd (slow logins) nothing ends ssh sessions before the network is gone, and clients would hang.
-    "etc/systemd/system/nocloud-ssh-sessions.service": """[Unit]
-Description=End ssh sessions before the network goes
-After=network.target
-
-[Service]
-Type=oneshot
-RemainAfterExit=yes
-ExecStop=-/bin/systemctl kill ssh.service
-
-[Install]
-WantedBy=multi-user.target
-""",
-    # On few and emulated processors the first login would wait for what else starts with ssh.
-    **{
-        f"etc/systemd/system/{unit}.service.d/nocloud.conf": "[Unit]\nAfter=ssh.service\n"
-        for unit in ("systemd-logind", "getty@", "serial-getty@")
-    },
-    # Each clone's overlay would grow by 8 MB at once.
-    "etc/systemd/journald.conf.d/nocloud.conf": "[Journal]\nStorage=volatile\n",
-    "etc/default/locale": "LANG=C.UTF-8\n",
-    "etc/locale.conf": "LANG=C.UTF-8\n",
-    "etc/hosts": "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n",
-    # Empty: made at each clone's first boot, without the presets that "uninitialized" would apply (machine-id(5)).
-    "etc/machine-id": "",
-    # Else systemd rebuilds hwdb, ld.so.cache and the catalog at the first boot: minutes, emulated.
-    "etc/.updated": "",
-    "var/.updated": "",
-}
-BUILD_LINKS = {
-    "etc/resolv.conf": "../run/resolv.conf",
-    "etc/systemd/system/default.target": "/lib/systemd/system/multi-user.target",
-    "etc/localtime": "/usr/share/zoneinfo/Etc/UTC",
-    "var/lib/dbus/machine-id": "/etc/machine-id",
-}
-# What a VM that lives for minutes or days doesn't need, or what would hold up its boot.  modprobe@.service loads what
-# few use; who does use it loads it on demand.
-BUILD_MASKED = (
-    "apt-daily.timer",
-    "apt-daily-upgrade.timer",
-    "dpkg-db-backup.timer",
-    "e2scrub_all.timer",
-    "e2scrub_reap.service",
-    "grub-common.service",
-    "systemd-networkd-wait-online.service",
-    "systemd-networkd-persistent-storage.service",
-    "systemd-pstore.service",
-    "modprobe@configfs.service",
-    "modprobe@dm_mod.service",
-    "modprobe@drm.service",
-    "modprobe@efi_pstore.service",
-    "modprobe@loop.service",
-)
-# For disks and firmware that such a VM hasn't got.  Each is a process, and all run before the first unit starts.
-BUILD_GENERATORS = (
-    "bless-boot",
-    "cryptsetup",
-    "gpt-auto",
-    "hibernate-resume",
-    "integritysetup",
-    "ssh",  # systemd 256: sshd on a vsock, which isn't there
-    "tpm2",
-    "veritysetup",
-)
-BUILD_LITTER = (
-    "etc/hostname",
-    "etc/ssh/ssh_host_*",
-    "etc/dpkg/dpkg.cfg.d/99mmdebstrap",
-    "etc/apt/apt.conf.d/99mmdebstrap",
-    "etc/*-",
-    "var/lib/systemd/random-seed",
-    "var/lib/systemd/credential.secret",
-    "var/log/journal",
-    "var/log/*.log",
-    "var/log/apt/*",
-    "var/lib/apt/lists/*",
-    "var/cache/apt/*.bin",
-    "var/cache/apt/archives/*.deb",
-    "var/cache/debconf/*-old",
-    "var/lib/dpkg/*-old",
-    "boot/System.map*",
-    "vmlinuz.old",
-    "initrd.img.old",
-    "boot/vmlinuz.old",
-    "boot/initrd.img.old",
-    "root/.bash_history",
-    "root/.ssh",
-    "tmp/*",
-    "run/*",
-)
 
 
 class BuildProgress:
     """Turns what mmdebstrap and apt say into a progress line; keeps what a failure needs."""
 
-    COUNTED = (("Get:", "downloading"), ("Unpacking ", "unpacking"), ("Setting up ", "setting up"))
-    STAGES = (
-        ("I: extracting", "unpacking the base"),
-        ("update-initramfs: Generating", "making the initramfs"),
-        ("I: creating tarball", "collecting"),
-    )
+    STAGES = {
+        "I: extracting": "unpacking the base",
+        "Get:": "downloading packages",
+        "Unpacking ": "unpacking packages",
+        "Setting up ": "setting up packages",
+        "update-initramfs: Generating": "making the initramfs",
+        "I: creating tarball": "collecting",
+    }
 
     def __init__(self, suite: str) -> None:
         self.suite, self.total = suite, 0
-        self.counts: dict[str, int] = {}
+        self.counts: Counter[str] = Counter()
         self.errors: list[str] = []
         self.started = time.monotonic()
 
@@ -6477,14 +5947,12 @@ class BuildProgress:
             self.errors.append(line[3:].strip())
         found = re.search(r"(\d+) newly installed", line)
         if found:  # a new run of apt begins
-            self.total, self.counts = int(found.group(1)), {}
-        for start, word in self.COUNTED:
-            if self.total and line.startswith(start):
-                self.counts[word] = self.counts.get(word, 0) + 1
-                self.tell(f"{word} packages", f"{min(self.counts[word], self.total)}/{self.total}")
-        for start, word in self.STAGES:
-            if line.startswith(start):
-                self.tell(word)
+            self.total, self.counts = int(found.group(1)), Counter()
+        for start, stage in self.STAGES.items():
+            if line.startswith(start) and (self.total or not stage.endswith(" packages")):
+                self.counts[stage] += 1
+                of = f"{min(self.counts[stage], self.total)}/{self.total}" if stage.endswith(" packages") else ""
+                self.tell(stage, of)
 
     def tell(self, stage: str, detail: str = "") -> None:
         seconds = f"({time.monotonic() - self.started:.0f} s)"
@@ -6494,14 +5962,16 @@ class BuildProgress:
 # What is built, and where its packages come from: the host's own mirrors, where the host is of that distribution.
 
 
+@record
 class Distribution:
     """What all suites of a distribution have in common: `keyring` is the package that its archive's keys are in,
     `components` what is used of that archive, `kernel` the package of its kernel for virtual machines."""
 
-    __slots__ = ("id", "name", "keyring", "components", "kernel")
-
-    def __init__(self, id: str, name: str, keyring: str, components: str, kernel: str) -> None:
-        self.id, self.name, self.keyring, self.components, self.kernel = id, name, keyring, components, kernel
+    id: str
+    name: str
+    keyring: str
+    components: str
+    kernel: str
 
     @property
     def keys(self) -> str:
@@ -6520,14 +5990,12 @@ class Build:
     """What a template is built from.  `init`: how its clones get hostname and keys; `more`: packages that were asked
     for besides ours; `sources`: lines for apt; `gigabytes`: the size of its disk."""
 
-    __slots__ = ("suite", "distribution", "init", "more", "packages", "sources", "gigabytes")
-
     def __init__(self, suite: str, more: Sequence[str], gigabytes: int) -> None:
         self.suite, self.more, self.gigabytes = suite, more, gigabytes
         self.distribution = UBUNTU if suite in UBUNTU_SUITES else DEBIAN
         self.init = "cloud-init" if suite in WITHOUT_CREDENTIALS else "systemd"
         seeded = ("cloud-init", "cloud-guest-utils") if self.init == "cloud-init" else ()
-        self.packages = [self.distribution.kernel, *BUILD_PACKAGES, *seeded, *more]
+        self.packages = [self.distribution.kernel, *packaged_list("build/packages"), *seeded, *more]
         self.sources: list[str] = []
 
     @property
@@ -6535,17 +6003,17 @@ class Build:
         return f"packages of {self.suite}" + (f", with {', '.join(self.more)}" if self.more else "")
 
 
+@record
 class AptArchive:
-    """An archive of the host's apt: `release` is its codename where apt has read it, else as the source says;
-    `origin` is '' where apt has no lists yet; `entry` is FILE:N, N counting lines in .list, paragraphs in .sources."""
+    """An archive of the host's apt: `codename` and `origin` are what apt has read of it, '' where it has no lists yet,
+    `release` is what its source says; `entry` is FILE:N, N counting lines in .list, paragraphs in .sources."""
 
-    __slots__ = ("uri", "release", "component", "origin", "entry")
-
-    def __init__(self, uri: str, codename: str, release: str, component: str, origin: str, entry: str) -> None:
-        unknown = re.compile(r"\$\(.*\)")  # what apt doesn't know stays as it stands in the format
-        self.uri, self.component, self.entry = uri, component, entry
-        self.release = release if unknown.fullmatch(codename) else codename
-        self.origin = "" if unknown.fullmatch(origin) else origin
+    uri: str
+    codename: str
+    release: str
+    component: str
+    origin: str
+    entry: str
 
 
 APT_FORMAT = "$(REPO_URI)|$(CODENAME)|$(RELEASE)|$(COMPONENT)|$(ORIGIN)|$(SOURCESENTRY)"
@@ -6558,6 +6026,7 @@ def host_archives() -> list[AptArchive]:
     query = ["apt-get", "indextargets", "--format", APT_FORMAT, "Created-By: Packages", "Target-Of: deb"]
     text = run(query, check=False, merge=False).stdout
     text = text or run([*query, "--no-release-info"], check=False, merge=False).stdout
+    text = re.sub(r"\$\([A-Z]+\)(?=[|\n])", "", text)  # what apt doesn't know stays as it stands in the format
     return [AptArchive(*line.split("|")) for line in sorted(set(text.splitlines())) if line.count("|") == 5]
 
 
@@ -6574,26 +6043,23 @@ def signed_by(entry: str) -> str:
     return found.group(1) if found else ""
 
 
-def pockets(suite: str) -> tuple[str, ...]:
-    """What is appended to a suite's name for its updates; Debian's unstable has none."""
-    return ("",) if suite in ("sid", "unstable", "experimental") else ("", "-updates", "-security")
-
-
 def package_sources(
     suite: str, distribution: Distribution, archives: Sequence[AptArchive], host: Mapping[str, str]
 ) -> list[str]:
-    """apt source lines for the suite, from the host's own mirrors; none: mmdebstrap knows the public ones.
-
-    `host`: what os-release says of it.
+    """apt source lines for the suite, from the host's own mirrors; none: mmdebstrap knows the public ones, and can
+    verify what comes from there, else Error is raised.  `host`: what os-release says of it.
     """
     codename = host.get("VERSION_CODENAME", "") if host.get("ID") == distribution.id else ""
-    wanted = [codename + pocket for pocket in pockets(suite)] if codename else []
+    # Debian's unstable has no updates of its own.
+    pockets = ("",) if suite in ("sid", "unstable", "experimental") else ("", "-updates", "-security")
+    wanted = [codename + pocket for pocket in pockets] if codename else []
     found: dict[str, set[str]] = {}
     for archive in archives:
+        release = archive.codename or archive.release
         # others' archives serve suites of the same names
-        if archive.release in wanted and archive.origin in ("", distribution.name):
+        if release in wanted and archive.origin in ("", distribution.name):
             key = signed_by(archive.entry)
-            target = suite + archive.release[len(codename) :]
+            target = suite + release[len(codename) :]
             line = f"deb {f'[signed-by={key}] ' if key else ''}{archive.uri} {target}"
             found.setdefault(line, set()).add(archive.component)
     lines = [
@@ -6603,17 +6069,12 @@ def package_sources(
     ]
     if any(f" {suite} " in line for line in lines):
         return lines
-    check_archive_keys(suite, distribution)
-    return []
-
-
-def check_archive_keys(suite: str, distribution: Distribution) -> None:
-    """Raise where what comes from a distribution's public archive can't be verified."""
     if not os.path.isfile(distribution.keys):
         raise Error(
             f"{suite}: {distribution.keys} is missing: no package of {distribution.name} can be verified without it",
             f"sudo apt install {distribution.keyring}",
         )
+    return []
 
 
 def package_names(text: str) -> list[str]:
@@ -6629,20 +6090,15 @@ def plan_build(suite: str, more: Sequence[str], gigabytes: int) -> Build:
     """What is to be built; raises for what can be known to be missing before the work starts."""
     if not re.fullmatch(r"[a-z][a-z0-9.-]{0,62}", suite):
         raise UsageError(f"{suite!r} is no name of a suite", BUILD_HINT)
-    check_builder()
-    build = Build(suite, more, gigabytes)
-    build.sources = package_sources(suite, build.distribution, host_archives(), os_release())
-    return build
-
-
-def check_builder() -> None:
-    """Raise where this machine, or this user, can't build."""
     for name in ("mmdebstrap", "mke2fs", "debugfs", "qemu-img"):
         need_program(name)
     if os.uname().machine != "x86_64":
         raise Error("templates are built on x86-64 only", "vmtemplate NAME --image FILE takes an image")
     if os.geteuid() != 0:
         check_subordinate_ids()
+    build = Build(suite, more, gigabytes)
+    build.sources = package_sources(suite, build.distribution, host_archives(), os_release())
+    return build
 
 
 def check_subordinate_ids() -> None:
@@ -6684,9 +6140,9 @@ def install_packages(build: Build, archive: str, progress: BuildProgress) -> Non
     argv = [
         "mmdebstrap", "--verbose", "--mode=unshare", "--format=tar", "--variant=minbase", "--architectures=amd64",
         "--skip=output/dev", *given, *([f"--hook-dir={hooks}"] if os.path.isdir(hooks) else []),
-        *[f"--dpkgopt={option}" for option in DPKG_OPTIONS], "--aptopt=" + APT_OPTION,
+        *[f"--dpkgopt={option}" for option in packaged_list("build/dpkg.cfg")], "--aptopt=" + APT_OPTION,
         "--components=" + build.distribution.components.replace(" ", ","),  # for its own sources, where we give none
-        "--include=" + ",".join(build.packages), "--customize-hook=" + TARGET_SCRIPT,
+        "--include=" + ",".join(build.packages), "--customize-hook=" + need_packaged("build/target.sh"),
         build.suite, archive, *build.sources,
     ]  # fmt: skip
     env = {"TMPDIR": build_tmpdir(), "INITRD": "No", "DEBIAN_FRONTEND": "noninteractive", **apt_proxies()}
@@ -6762,7 +6218,7 @@ def clean_system(tree: str) -> None:
     """Take out what must be each clone's own, and what only costs space."""
     import glob
 
-    for pattern in BUILD_LITTER:
+    for pattern in packaged_list("build/litter"):
         for path in glob.glob(os.path.join(glob.escape(tree), pattern)):
             if os.path.isdir(path) and not os.path.islink(path):
                 remove_tree(path)
@@ -6774,23 +6230,19 @@ def configure_system(tree: str, disk_uuid: str, build: Build) -> None:
     """Make a bootable template of the installed system."""
     clean_system(tree)
     os.makedirs(os.path.join(tree, "dev"), exist_ok=True)  # output/dev leaves the folder out as well
-    for name, text in BUILD_FILES.items():
+    kernel, initrd = boot_links(tree)
+    words = {"DISTRIBUTION": build.distribution.name, "OPTIONS": KERNEL_OPTIONS}
+    words.update({"UUID": disk_uuid, "KERNEL": kernel, "INITRD": initrd})
+    for name in packaged_files("build/tree"):
+        text = re.sub("@([A-Z]+)@", lambda found: words[found.group(1)], packaged(f"build/tree/{name}"))
         put_file(tree, name, text)
         wanted = re.search(r"^WantedBy=(.+)$", text, re.M)
         if wanted:
             put_file(tree, f"etc/systemd/system/{wanted.group(1)}.wants/{os.path.basename(name)}", link=f"/{name}")
-    for name, link in BUILD_LINKS.items():
-        put_file(tree, name, link=link)
-    for unit in BUILD_MASKED:
-        put_file(tree, f"etc/systemd/system/{unit}", link="/dev/null")
-    for generator in BUILD_GENERATORS:
-        put_file(tree, f"etc/systemd/system-generators/systemd-{generator}-generator", link="/dev/null")
+    for line in packaged_list("build/links"):
+        name, target = line.split()
+        put_file(tree, name, link=target)
     put_sources(tree, build.sources)
-    kernel, initrd = boot_links(tree)
-    names = {"distribution": build.distribution.name, "options": KERNEL_OPTIONS}
-    put_file(tree, "etc/default/grub", GRUB_DEFAULTS.format(**names))
-    put_file(tree, "boot/grub/grub.cfg", GRUB_CFG.format(uuid=disk_uuid, kernel=kernel, initrd=initrd, **names))
-    copy_grub_modules(tree)
 
 
 def put_sources(tree: str, sources: Sequence[str]) -> None:
@@ -6818,17 +6270,6 @@ def boot_links(tree: str) -> tuple[str, str]:
             put_file(tree, initrd, link=target)  # INITRD=No spared this link too
             return kernel, initrd
     raise Error("the kernel's package has left no link vmlinuz")
-
-
-def copy_grub_modules(tree: str) -> None:
-    """As grub-install does: the modules that belong to this core.img, whatever the package becomes later."""
-    import shutil
-
-    target = os.path.join(tree, "boot/grub/i386-pc")
-    os.makedirs(target, exist_ok=True)
-    for name in _names(os.path.join(tree, GRUB_LIB)):
-        if name.endswith((".mod", ".lst")):
-            shutil.copyfile(os.path.join(tree, GRUB_LIB, name), os.path.join(target, name))
 
 
 SECTOR = 512
@@ -6881,7 +6322,7 @@ def write_boot_loader(tree: str, raw: str, size: int) -> None:
     That is where both images expect it by default: boot.img loads sector 1, core.img's own first sector the rest from
     sector 2 (GRUB 2.06, grub-core/boot/i386/pc).
     """
-    with open(os.path.join(tree, GRUB_LIB, "boot.img"), "rb") as file:
+    with open(os.path.join(tree, "usr/lib/grub/i386-pc/boot.img"), "rb") as file:
         boot = bytearray(file.read(440))
     with open(os.path.join(tree, "boot/grub/core.img"), "rb") as file:
         core = file.read()
@@ -6895,33 +6336,39 @@ def write_boot_loader(tree: str, raw: str, size: int) -> None:
         file.write(table + core)
 
 
-def build_disk(build: Build, disk: str, work: str) -> None:
-    """Make `disk`, a bootable qcow2; `work` is an empty folder that the caller removes."""
-    size, tree, raw = build.gigabytes * GIB, os.path.join(work, "tree"), os.path.join(work, "disk.raw")
-    disk_uuid, _ = new_identity(set())
+def build_disk(build: Build, new: NewTemplate) -> None:
+    """Make a new template's disk: a bootable qcow2."""
+    check_room(new.vm.folder, BUILD_WORK_MB * MIB, new.cloud.tree.base, "building takes {} MB for a while")
+    work = new.vm.file("work")
+    os.mkdir(work, 0o700)
+    archive, tree, raw = (os.path.join(work, name) for name in ("root.tar", "tree", "disk.raw"))
+    size, (disk_uuid, _) = build.gigabytes * GIB, new_identity(set())
     progress = BuildProgress(build.suite)
     progress.tell("fetching the list of packages")
-    install_packages(build, os.path.join(work, "root.tar"), progress)
+    install_packages(build, archive, progress)
     progress.tell("configuring the system")
-    owners = unpack_system(os.path.join(work, "root.tar"), tree)
+    owners = unpack_system(archive, tree)
     configure_system(tree, disk_uuid, build)
     progress.tell("making the file system")
     make_filesystem(tree, raw, size, disk_uuid)
     restore_owners(tree, raw, owners, os.path.join(work, "owners"))
     write_boot_loader(tree, raw, size)
     progress.tell("making the disk")
-    compress_image(raw, disk)
+    compress_image(raw, new.disk)
     report.say(f"{build.suite}: built in {time.monotonic() - progress.started:.0f} s")
+    remove_tree(work)
 
 
-# What was built is kept for the next template of the same: under what went into it, nocloud's own code included.
+# What was built is kept for the next template of the same: under what went into it, nocloud's own code and files
+# included.
 
 
 def build_recipe(build: Build) -> str:
     """A short name for all that decides about the result but the packages' versions."""
     import hashlib
 
-    parts = [file_digest(program_path()), build.suite, *build.packages, *build.sources, str(build.gigabytes)]
+    parts = [file_digest(program_path()), *(name + packaged(f"build/{name}") for name in packaged_files("build"))]
+    parts += [build.suite, *build.packages, *build.sources, str(build.gigabytes)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -7007,21 +6454,10 @@ def template_from_packages(cloud: Cloud, name: str, build: Build, settings: Mapp
                 report.say(f"{name}: the build is in the cache: {cached.folder}")
                 shutil.copyfile(cached.image, new.disk)
             else:
-                build_afresh(build, new)
+                build_disk(build, new)
                 cached.clear()
                 cached.keep(new.disk)
             new.finish({**settings, "vmSource": build.title})
-
-
-def build_afresh(build: Build, new: NewTemplate) -> None:
-    """Make a new template's disk."""
-    free = free_bytes(new.vm.folder)
-    if free < BUILD_WORK_MB * MIB:
-        raise Error(f"{new.cloud.tree.base}: building takes {BUILD_WORK_MB} MB for a while, {free // MIB} MB are free")
-    work = new.vm.file("work")
-    os.mkdir(work, 0o700)
-    build_disk(build, new.disk, work)
-    remove_tree(work)
 
 
 def known_formats(vm: VM) -> list[str]:
@@ -7031,11 +6467,12 @@ def known_formats(vm: VM) -> list[str]:
     Asked of the disk at each start, a guest with a raw one could write the header of a qcow2 image into it, and read
     any file of the host from the next start on.
     """
-    disks, known = vm.disks(), [each for each in vm.conf.get("vmDiskFormat", "").split(",") if each]
+    disks, known = vm.disks(), [each for each in vm.get("vmDiskFormat").split(",") if each]
     if len(known) > len(disks):
         raise UsageError(
-            f"{vm.name}: vmDiskFormat names {plural(len(known), 'format')} for {plural(len(disks), 'disk')}",
+            f"vmDiskFormat names {plural(len(known), 'format')} for {plural(len(disks), 'disk')}",
             f"mend it in {vm.conf_file}: as many formats as there are disks in vmDisk and vmExtraDisk",
+            vm=vm,
         )
     formats = [*known, *(first_format(vm, disk) for disk in disks[len(known) :])]
     if formats != known and os.access(vm.folder, os.W_OK):  # a template may be someone else's
@@ -7051,13 +6488,14 @@ def first_format(vm: VM, disk: str) -> str:
     format = disk_format(disk)
     if format == "qcow2":
         inside = os.path.realpath(vm.base) + os.sep
-        templates = [each for each in Tree(vm.base).templates() if each.is_readable()]
+        templates = [each for each in vm.tree.templates() if each.is_readable()]
         theirs = {os.path.realpath(path) for each in templates for path in each.disks()}
         strays = [path for path in backing_chain([disk]) if not path.startswith(inside) and path not in theirs]
         if strays or has_data_file(disk):
             raise WrongImage(
-                f"{vm.name}: its disk {disk} needs a file outside the tree: {strays[0] if strays else 'its data file'}",
+                f"its disk {disk} needs a file outside the tree: {strays[0] if strays else 'its data file'}",
                 f"the guest may have written that itself; if not, set vmDiskFormat=qcow2 in {vm.conf_file}",
+                vm=vm,
             )
     return format
 
@@ -7069,7 +6507,7 @@ def check_no_clones(cloud: Cloud, template: VM) -> None:
         names = ", ".join(vm.address_name for vm in clones[:20]) + (" …" if len(clones) > 20 else "")
         ways = {True: "vmtemplate --delete deletes templates", False: "vmstop -d destroys clones"}
         hint = ", ".join(dict.fromkeys(ways[each.is_template] for each in clones))
-        raise WrongState(f"{template.name}: {dependents(clones)} would break: {names}", hint)
+        raise WrongState(f"{dependents(clones)} would break: {names}", hint, vm=template)
 
 
 # -- layers
@@ -7119,7 +6557,7 @@ class Layer:
         make_read_only(self.path)
         folder, disk = os.path.realpath(self.template.folder), self.template.disks()[0]
         if os.path.realpath(os.path.dirname(disk)) == folder:
-            name = os.path.join(os.path.dirname(self.template.conf["vmDisk"]), self.name)
+            name = os.path.join(os.path.dirname(self.template.get("vmDisk")), self.name)
         else:
             name = self.template.relative(self.name)
         formats = ["qcow2", *known_formats(self.template)[1:]]
@@ -7173,10 +6611,8 @@ def disks_in_use(tree: Tree, template: VM) -> set[str] | None:
         for disk in disks:
             if os.path.exists(disk):
                 found.update(backing_chain([disk]))
-    except FileNotFoundError:
-        return None  # it has just been finished or destroyed: the next command looks again
     except (Error, OSError):
-        return None
+        return None  # one has just been finished or destroyed, perhaps: the next command looks again
     return found
 
 
@@ -7220,7 +6656,7 @@ def settle(cloud: Cloud, template: VM) -> list[str]:
             remove_file(template.file(name))  # of one that was adopted just before a crash
     remove_unused(cloud.tree, template)
     if lost and not is_planted(template):  # the host key that was pinned may be of the guest that is lost
-        cloud.known_hosts.update({}, [template.conf.get("vmUuid", "")])
+        cloud.known_hosts.update({}, [template.get("vmUuid")])
     return lost
 
 
@@ -7235,7 +6671,7 @@ def flatten(cloud: Cloud, template: VM) -> None:
     if not backing_chain([disk]) or cloud.tree.clones(template):
         return
     if converted_size(disk, "qcow2") > free_bytes(template.folder):
-        report.warn(f"{template.name}: no room to make one disk of its layers; it stays as it is")
+        report.warn(f"{template}: no room to make one disk of its layers; it stays as it is")
         return
     whole = next_layer(template)
     try:
@@ -7273,14 +6709,14 @@ def need_stopped(cloud: Cloud, vm: VM) -> None:
     state, _ = vm.state()
     if state != "stopped":
         why = "it is running" if state == "running" else f"can't tell whether it runs: {vm.pid_file}"
-        raise WrongState(f"{vm.name}: {why}", f"vmstop -n {vm.address_name}")
+        raise WrongState(why, f"vmstop -n {vm}", vm=vm)
     if vm.is_template:
         warn_lost(vm, settle(cloud, vm))
 
 
 def warn_lost(template: VM, lost: Sequence[str]) -> None:
     if lost:
-        report.warn(f"{template.name}: it was not shut down properly: what was changed is lost, it is as it was before")
+        report.warn(f"{template}: it was not shut down properly: what was changed is lost, it is as it was before")
 
 
 def runs_on_layer(template: VM) -> bool:
@@ -7305,14 +6741,10 @@ def delete_template(cloud: Cloud, name: str) -> None:
     with FolderLock(template.folder):
         check_no_clones(cloud, template)
         if template.state()[0] != "stopped":
-            raise WrongState(f"{name}: the template is running", f"vmstop -n {template.address_name}")
+            raise WrongState("the template is running", f"vmstop -n {template}", vm=template)
         if os.path.islink(template.folder):
             raise Error(f"{template.folder} is a symlink: nothing behind it is removed", "remove it yourself")
-        doomed = os.path.join(os.path.dirname(template.folder), REMOVING + name)
-        if os.path.isdir(doomed):
-            remove_tree(doomed)
-        os.rename(template.folder, doomed)
-        remove_tree(doomed)
+        remove_vm(template)
     remove_empty(os.path.dirname(template.folder))
 
 
@@ -7352,11 +6784,11 @@ def grow_disk(cloud: Cloud, vm: VM, gigabytes: int) -> None:
     """Make the system disk larger; never smaller, and never under the clones of a template."""
     disk = vm.disks()[0] if vm.disks() else ""
     if not os.path.exists(disk):
-        raise Error(f"{vm.name}: its disk is gone: {disk}", f"see vmDisk in {vm.conf_file}")
+        raise Error(f"its disk is gone: {disk}", f"see vmDisk in {vm.conf_file}", vm=vm)
     format = known_formats(vm)[0]
     size = image_info(disk, format)["virtual-size"]
     if gigabytes * GIB < size:
-        raise Error(f"{vm.name}: its disk has {size / GIB:g} GB and never shrinks", "-d takes a larger size, in GB")
+        raise Error(f"its disk has {size / GIB:g} GB and never shrinks", "-d takes a larger size, in GB", vm=vm)
     if gigabytes * GIB > size:
         if vm.is_template:
             check_no_clones(cloud, vm)
@@ -7371,7 +6803,7 @@ def template_rows(cloud: Cloud) -> list[tuple[str, str, str, str]]:
         try:
             disks = {*template.disks(), *map(template.file, own_disks(template))}
             size = sum(os.stat(disk).st_blocks * 512 for disk in disks)
-            source = template.conf.get("vmSource", "") or "-"
+            source = template.get("vmSource") or "-"
         except (Error, OSError) as error:
             report.warn(str(error))
             continue
@@ -7392,12 +6824,12 @@ class Cloud:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.tree = Tree(base_folder(config))
+        self.tree = Tree(config)
         self.known_hosts = KnownHosts(self.tree)
         self._qemu: Qemu | None = None
         self.private = PrivateNetwork(self.tree)
         self._networks: dict[str, Network] = {"private": self.private, "bridge": HostBridge(config, self.tree)}
-        self._accel: str | None = None
+        self._accels: dict[str, str] = {}
         self._screen: str | None = None
         self._seed: str | None = None
 
@@ -7407,13 +6839,13 @@ class Cloud:
             self._qemu = probe_qemu(self.config)
         return self._qemu
 
-    def accel(self) -> str:
-        """kvm or tcg; said once, with the reason, where it is tcg though nobody asked for it."""
-        if self._accel is None:
-            self._accel, reason = choose_accel(self.config["vmAccel"])
+    def accel(self, wanted: str) -> str:
+        """kvm or tcg, for a vmAccel; said once, with the reason, where it is tcg though nobody asked for it."""
+        if wanted not in self._accels:
+            self._accels[wanted], reason = choose_accel(wanted)
             if reason:
                 report.warn(f"no hardware acceleration, guests will be slow: {reason}")
-        return self._accel
+        return self._accels[wanted]
 
     def screen(self) -> str:
         """What shows the screens, one of SCREENS; '', and said once, where the qemu binary has neither."""
@@ -7440,18 +6872,14 @@ class Cloud:
         return self.network(self.network_kind(vm))
 
     def network_kind(self, vm: VM) -> str:
-        """Which network a VM is on: its own conf says it, or else what this host has now.
+        """Which network a VM is on.  The bash tools knew the host's bridge only."""
+        return "bridge" if vm.foreign_qemu() else self.chosen_network(vm.get("vmNetwork"))
 
-        The bash tools knew the host's bridge only.
-        """
-        kind = "bridge" if vm.stranger() else vm.conf.get("vmNetwork", "auto")
-        return kind if kind in ("bridge", "private") else self.default_network()
-
-    def default_network(self) -> str:
-        wanted = self.config["vmNetwork"]
+    def chosen_network(self, wanted: str) -> str:
+        """bridge or private, for a vmNetwork: `auto` is what this host has now."""
         if wanted != "auto":
             return wanted
-        return "private" if self.network("bridge").missing() else "bridge"
+        return "private" if self.network("bridge").why_not() else "bridge"
 
     def close(self) -> None:
         """Close what this process holds of the networks."""
@@ -7463,6 +6891,8 @@ class Cloud:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if self.private.used:
+            self.private.end_if_idle()
         self.close()
 
 
@@ -7587,8 +7017,8 @@ class Plan:
 
     def __init__(self, vm: VM, template: VM, wish: Wish, uuid: str) -> None:
         self.vm, self.template, self.uuid, self.format = vm, template, uuid, known_formats(template)[0]
-        self.mem = wish.mem or int(template.get("vmMem"))
-        self.cpu = wish.cpu or int(template.get("vmCpu"))
+        self.mem = wish.mem or template.number("vmMem")
+        self.cpu = wish.cpu or template.number("vmCpu")
         self.disk, self.disks, self.user_data, self.gui = wish.disk, wish.disks, wish.user_data, wish.gui
         self.lock: FolderLock | None = None
 
@@ -7617,24 +7047,23 @@ def check_clonable(template: VM) -> None:
     """Raise where the template runs on its own disk, or has no disk that can be read."""
     state, _ = template.state()
     if state == "running" and not runs_on_layer(template):
-        raise WrongState(
-            f"{template.name}: the template is running and can't be cloned", f"vmstop -n {template.address_name}"
-        )
+        raise WrongState("the template is running and can't be cloned", f"vmstop -n {template}", vm=template)
     if state == "unknown":
-        raise WrongState(f"{template.name}: can't tell whether the template is running ({template.pid_file})")
+        raise WrongState(f"can't tell whether the template is running ({template.pid_file})", vm=template)
     disks = template.disks()
     if not disks:
-        raise Error(f"{template.name}: the template's conf names no disk", f"see vmDisk in {template.conf_file}")
-    known = template.conf.get("vmDiskFormat", "").partition(",")[0]
+        raise Error("the template's conf names no disk", f"see vmDisk in {template.conf_file}", vm=template)
+    known = template.get("vmDiskFormat").partition(",")[0]
     try:
         format = disk_format(disks[0]) if known else first_format(template, disks[0])
         bootable = known == "raw" or format == "qcow2" or looks_bootable(disks[0])
     except OSError as error:
-        raise Error(f"{template.name}: its disk can't be read: {disks[0]}: {error.strerror}") from None
+        raise Error(f"its disk can't be read: {disks[0]}: {error.strerror}", vm=template) from None
     if not bootable or (known == "qcow2" and format == "raw"):
         raise Error(
-            f"{template.name}: its disk is not a {known or 'qcow2 or raw'} image: {disks[0]}",
+            f"its disk is not a {known or 'qcow2 or raw'} image: {disks[0]}",
             "make it again: vmtemplate NAME --image FILE",
+            vm=template,
         )
 
 
@@ -7643,7 +7072,7 @@ def check_disk_size(template: VM, gigabytes: int) -> None:
     if not gigabytes:
         return
     disk = template.disks()[0]
-    known = template.conf.get("vmDiskFormat", "").partition(",")[0]
+    known = template.get("vmDiskFormat").partition(",")[0]
     size = image_info(disk, known or first_format(template, disk))["virtual-size"]
     if gigabytes * GIB < size:
         raise UsageError(
@@ -7739,15 +7168,15 @@ def reserve(cloud: Cloud, group: str, wishes: Sequence[Wish], plans: list[Plan])
         kind = group_network(cloud, group)
         taken = Taken(tree)
         names = {vm.name.lower() for vm in taken.vms if vm.group == group}
-        known = taken.uuids | {vm.conf.get("vmUuid", "") for vm in tree.templates() if vm.is_readable()}
+        known = taken.uuids | {vm.get("vmUuid") for vm in tree.templates() if vm.is_readable()}
         strangers = [uuid for each in cloud.networks() for uuid in each.strangers(known)] if taken.complete else []
-        taken.addresses |= cloud.private.published()
+        taken.addresses |= cloud.private.hosts.addresses()
         for wish in wishes:
             check_collision(tree, group, wish.type)  # again, now that nobody else can make one
             template = tree.need_template(wish.template)
             for name in next_names(names, wish):
                 uuid, mac = new_identity(taken.macs)
-                plan = Plan(VM(tree.base, group, wish.type, name or uuid), template, wish, uuid)
+                plan = Plan(VM(tree, group, wish.type, name or uuid), template, wish, uuid)
                 plans.append(plan)
                 address = cloud.network(kind).allot(taken.addresses, uuid)
                 network = {"vmNetwork": kind, "vmMac": mac, "vmAddress": address}
@@ -7766,9 +7195,9 @@ class Taken:
         self.complete = True  # False: a VM whose conf can't be used has a name and an address, too
         for vm in self.vms:
             try:
-                self.uuids.add(vm.conf.get("vmUuid", ""))
-                self.macs.add(vm.conf.get("vmMac") or mac_of_uuid(vm.conf.get("vmUuid", "")))
-                self.addresses.add(vm.conf.get("vmAddress", ""))
+                self.uuids.add(vm.get("vmUuid"))
+                self.macs.add(vm.get("vmMac") or mac_of_uuid(vm.get("vmUuid")))
+                self.addresses.add(vm.get("vmAddress"))
             except NotFound:
                 continue  # it has just been finished, or destroyed
             except Error as error:
@@ -7778,11 +7207,8 @@ class Taken:
 
 def group_network(cloud: Cloud, group: str) -> str:
     """All VMs of a group share a network: that of the VMs it has, or for a new group what is configured now."""
-    for vm in cloud.tree.vms(group):
-        kind = vm.conf.get("vmNetwork", "") if vm.is_readable() else ""
-        if kind in ("bridge", "private"):
-            return kind
-    return cloud.default_network()
+    kinds = (vm.get("vmNetwork") for vm in cloud.tree.vms(group) if vm.is_readable())
+    return cloud.chosen_network(next((kind for kind in kinds if kind != "auto"), cloud.config["vmNetwork"]))
 
 
 def next_names(names: set[str], wish: Wish) -> list[str]:
@@ -7798,9 +7224,6 @@ def next_names(names: set[str], wish: Wish) -> list[str]:
     return found
 
 
-INHERITED = ("vmMachine", "vmAccel", "vmExtraOpts", "vmQemu", "vmCpuCap", "vmKernel", "vmInitrd", "vmAppend")
-
-
 def _reserve_one(cloud: Cloud, plan: Plan, identity: Mapping[str, str]) -> None:
     """Write the clone's conf in a folder that shows it is being made."""
     vm, template = plan.vm, plan.template
@@ -7809,13 +7232,11 @@ def _reserve_one(cloud: Cloud, plan: Plan, identity: Mapping[str, str]) -> None:
     os.mkdir(vm.folder, 0o700)
     plan.lock = FolderLock(vm.folder, wait=0).__enter__()
     settings = {
-        "vmName": vm.name, "vmMem": str(plan.mem), "vmCpu": str(plan.cpu), "vmDisk": "", "vmExtraDisk": "", **identity,
-        "vmTemplate": template.name, "vmInit": template.get("vmInit"),
-        "vmUser": template.conf.get("vmUser") or cloud.config["vmUser"],
+        "vmName": vm.name, "vmInit": "auto", **template.inherited(), "vmMem": str(plan.mem), "vmCpu": str(plan.cpu),
+        "vmDisk": "", "vmExtraDisk": "", **identity, "vmTemplate": template.name,
     }  # fmt: skip
-    settings.update({key: template.conf[key] for key in INHERITED if template.conf.get(key)})
     if plan.gui:
-        settings["vmGui"] = "1"
+        settings["vmGui"] = "yes"
     vm.write_conf(settings)
 
 
@@ -7823,7 +7244,7 @@ class Making:
     """The clones that this command makes: their folders are locked while it lives, and gone if it fails."""
 
     def __init__(self, cloud: Cloud, group: str, wishes: Sequence[Wish]) -> None:
-        self.cloud = cloud
+        self.cloud, self.group = cloud, group
         self.plans: list[Plan] = []
         try:
             self.strangers = reserve(cloud, group, wishes, self.plans)
@@ -7847,7 +7268,7 @@ class Making:
             make_host_key(vm)
         if plan.user_data:
             write_file(vm.user_data_file, plan.user_data)
-        final = VM(vm.base, vm.group, vm.type, vm.name)
+        final = VM(vm.tree, vm.group, vm.type, vm.name)
         formats = ",".join(["qcow2"] * (1 + len(extra)))
         disks = {"vmDisk": final.relative(system), "vmExtraDisk": ",".join(map(final.relative, extra))}
         vm.write_conf({**disks, "vmDiskFormat": formats})
@@ -7866,51 +7287,30 @@ class Making:
                 plan.lock.release()
         self.cloud.network("bridge").withdraw([plan.uuid for plan in failed])  # an address was held for each
         with self.cloud.tree.lock():
-            for plan in self.plans:
-                remove_empty(os.path.dirname(plan.vm.folder))
-                remove_empty(os.path.join(self.cloud.tree.base, plan.vm.group))
+            remove_if_empty(self.cloud.tree, self.group)
 
 
 def make_clones(cloud: Cloud, group: str, wishes: Sequence[Wish]) -> list[VM | Error]:
     """Make the clones that are wished for, in parallel; what could not be made is an Error in its place."""
+    import contextlib
+
     cloud.tree.prepare()
-    names = sorted({wish.template for wish in wishes})
-    locks = [FolderLock(cloud.tree.need_template(name).folder, shared=True) for name in names]
-    settle_stopped(cloud, map(cloud.tree.need_template, names))
-    try:
-        for name, lock in zip(names, locks):
-            lock.__enter__()
-            template = cloud.tree.need_template(name)
+    templates = [cloud.tree.need_template(name) for name in sorted({wish.template for wish in wishes})]
+    settle_stopped(cloud, templates)
+    with contextlib.ExitStack() as locks:
+        for template in templates:
+            locks.enter_context(FolderLock(template.folder, shared=True))
+            template.reread()
             check_clonable(template)
             make_read_only(template.disks()[0])
         own_key()
         with Making(cloud, group, wishes) as making:
-            made = in_parallel(making.finish, making.plans, workers=2 * (os.cpu_count() or 1))
-            made = [name_error(plan.vm, result) for plan, result in zip(making.plans, made)]
-    finally:
-        for lock in locks:
-            lock.release()
+            plans = {plan.vm: plan for plan in making.plans}
+            made = in_parallel(lambda vm: making.finish(plans[vm]), list(plans), workers=2 * (os.cpu_count() or 1))
     for network in cloud.networks():  # not under those locks: who starts a template takes the network's first
         network.withdraw(making.strangers)
     cloud.known_hosts.update({}, making.strangers)
     return made
-
-
-def name_error(vm: VM, result: Any) -> Any:
-    """An Error that begins with the VM's name; any other result as it is."""
-    if not isinstance(result, Error) or str(result).startswith(f"{vm.name}: "):
-        return result
-    return (
-        type(result)(f"{vm.name}: {result}", result.hint)
-        if type(result) is Error
-        else Error(f"{vm.name}: {result}", result.hint, result.status)
-    )
-
-
-def publish(cloud: Cloud, vms: Sequence[VM]) -> list[Error | None]:
-    """Make names resolve and host keys known, for these VMs; for each None, or why that can't be."""
-    problem = _attempt(lambda vms: publish_keys(cloud, vms), vms)  # one file has the keys of all
-    return [name_error(vm, problem or _attempt(lambda vm: cloud.network_of(vm).publish(vm), vm)) for vm in vms]
 
 
 def publish_keys(cloud: Cloud, vms: Sequence[VM]) -> None:
@@ -7923,35 +7323,29 @@ def publish_keys(cloud: Cloud, vms: Sequence[VM]) -> None:
 # -- starting
 
 
-RUNTIME_FILES = (
-    "qmp.sock",
-    "serial.sock",
-    RECORD_SOCKET,
-    *(f"{screen}.sock" for screen in SCREENS),
-)  # and the pidfile; the credentials stay, for whoever starts it by hand
+# And the pidfile.  The credentials stay, for whoever starts it by hand.
+RUNTIME_FILES = ("qmp.sock", "serial.sock", "monitor.sock", RECORD_SOCKET, *(f"{screen}.sock" for screen in SCREENS))
 
 
-def start(cloud: Cloud, vm: VM, network: Network, *, iso: str = "", gui: bool = False) -> None:
+def start(cloud: Cloud, vm: VM, *, iso: str = "", gui: bool = False) -> None:
     """Start a VM and return when its qemu answers.  Raises WrongState where it runs, Error with qemu's own words.
 
-    What it needs of the network comes up before: `network.up()`.  `iso`: boot from this image; `gui`: with a screen,
-    this time, though its conf asks for none.
+    What it needs of its network is up.  `iso`: boot from this image; `gui`: with a screen, this time, though its conf
+    asks for none.
     """
     cancellation.check()
     with FolderLock(vm.folder):
         state, _ = vm.state()
         if state == "running":
-            raise WrongState(f"{vm.name}: it is running already")
+            raise WrongState("it is running already", vm=vm)
         if state == "unknown":
-            raise WrongState(f"{vm.name}: can't tell whether it runs: {vm.pid_file}", "look as the user who started it")
+            raise WrongState(f"can't tell whether it runs: {vm.pid_file}", "look as the user who started it", vm=vm)
         layer = prepare_disks(cloud, vm) if vm.is_template else None
         try:
-            start_locked(cloud, vm, network, layer, iso, gui)
+            start_locked(cloud, vm, layer, iso, gui)
             if layer:
                 layer.arm()
-                report.say(
-                    f"{report.program}: {vm.name} has clones: what changes becomes a new layer when it shuts down"
-                )
+                report.say(f"{report.program}: {vm} has clones: what changes becomes a new layer when it shuts down")
         except BaseException:
             if layer:
                 stop_locked(vm, 0)
@@ -7960,17 +7354,12 @@ def start(cloud: Cloud, vm: VM, network: Network, *, iso: str = "", gui: bool = 
 
 
 def start_locked(
-    cloud: Cloud,
-    vm: VM,
-    network: Network,
-    layer: Layer | None,
-    iso: str = "",
-    gui: bool = False,
-    tied: bool = False,
+    cloud: Cloud, vm: VM, layer: Layer | None, iso: str = "", gui: bool = False, tied: bool = False
 ) -> None:
     """What `start` does, for who holds the lock of a VM that is stopped.  `tied`: it ends when this process does."""
     remove_runtime_files(vm)
     ensure_identity(cloud, vm)
+    network = cloud.network_of(vm)
     tap, vhost = network.tap()
     try:
         network.publish(vm)
@@ -7998,14 +7387,14 @@ def remove_runtime_files(vm: VM) -> None:
 
 def ensure_identity(cloud: Cloud, vm: VM) -> None:
     """A VM that bash made may have no UUID, MAC or address: they are made now, and kept."""
-    kind = vm.conf.get("vmNetwork") or cloud.default_network()
-    fits = cloud.network(kind).fits(vm.conf.get("vmAddress", ""))
-    if fits and vm.conf.get("vmUuid") and vm.conf.get("vmMac") and vm.conf.get("vmNetwork"):
+    kind = cloud.chosen_network(vm.get("vmNetwork"))
+    fits = cloud.network(kind).fits(vm.get("vmAddress"))
+    if fits and vm.get("vmUuid") and vm.get("vmMac") and vm.conf.get("vmNetwork") == kind:
         return
     with cloud.tree.lock():
         taken = Taken(cloud.tree)
-        uuid = vm.conf.get("vmUuid") or new_identity(taken.macs)[0]
-        changes = {"vmUuid": uuid, "vmMac": vm.conf.get("vmMac") or mac_of_uuid(uuid), "vmNetwork": kind}
+        uuid = vm.get("vmUuid") or new_identity(taken.macs)[0]
+        changes = {"vmUuid": uuid, "vmMac": vm.get("vmMac") or mac_of_uuid(uuid), "vmNetwork": kind}
         if not fits:
             changes["vmAddress"] = cloud.network(kind).allot(taken.addresses, uuid)
         vm.write_conf({key: value for key, value in changes.items() if value != vm.conf.get(key)})
@@ -8018,26 +7407,22 @@ def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False, lay
 
     `layer`: instead of its system disk.
     """
-    accel, qemu = cloud.accel(), cloud.qemu()
-    if vm.conf.get("vmAccel") in ("kvm", "tcg"):
-        accel = choose_accel(vm.conf["vmAccel"])[0]
     paths = [layer.path, *vm.disks()[1:]] if layer else vm.disks()
     for path in paths:
         if not os.path.exists(path):
-            raise Error(f"{vm.name}: its disk is gone: {path}", f"see vmDisk and vmExtraDisk in {vm.conf_file}")
+            raise Error(f"its disk is gone: {path}", f"see vmDisk and vmExtraDisk in {vm.conf_file}", vm=vm)
     formats = ["qcow2", *known_formats(vm)[1:]] if layer else known_formats(vm)
     disks = [
         (os.path.relpath(path, vm.folder), format, f"{vm.name}_{number}")
         for number, (path, format) in enumerate(zip(paths, formats))
     ]
     return Machine(
-        qemu=qemu, accel=accel, name=vm.name, uuid=vm.get("vmUuid"), type=vm.get("vmMachine"), mem=int(vm.get("vmMem")),
-        cpus=int(vm.get("vmCpu")), disks=disks, mac=vm.get("vmMac"),
+        qemu=cloud.qemu(), accel=cloud.accel(vm.get("vmAccel")), name=vm.name, uuid=vm.get("vmUuid"),
+        type=vm.get("vmMachine"), mem=vm.number("vmMem"), cpus=vm.number("vmCpu"), disks=disks, mac=vm.get("vmMac"),
         pid_file=os.path.basename(vm.pid_file), credentials=write_credentials(vm),
         seed=write_seed(cloud, vm, takes_seed(vm) and not iso),  # an installer would take it for its users' answers
         kernel=vm.get("vmKernel"), initrd=vm.get("vmInitrd"), append=vm.get("vmAppend"),
-        extra=split_words(vm.get("vmExtraOpts") or cloud.config["vmExtraOpts"]),
-        iso=iso, screen=cloud.screen() if gui or vm.get("vmGui") == "1" else "",
+        extra=split_words(vm.get("vmExtraOpts")), iso=iso, screen=cloud.screen() if gui or vm.is_set("vmGui") else "",
         record=os.path.basename(layer.record) if layer else "",
     )  # fmt: skip
 
@@ -8102,23 +7487,15 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, tie
         words, log=vm.log_file, cwd=vm.folder, fds=[fd for fd in (*fds, tap, vhost) if fd >= 0], umask=0o077
     )
     try:
-        deadline = time.monotonic() + 30
-        while not answers(vm, process.pid):
-            if process.poll() is not None:
-                raise Error(f"{vm.name}: qemu did not start: {last_line(read_tail(vm.log_file))}", f"see {vm.log_file}")
-            if time.monotonic() > deadline:
-                raise TimedOut(f"{vm.name}: qemu did not answer within 30 s", f"see {vm.log_file}")
-            cancellation.check()
-            time.sleep(0.05)
+        if not wait_for(lambda: process.poll() is not None or answers(vm, process.pid), 30, 0.05):
+            raise TimedOut("qemu did not answer within 30 s", f"see {vm.log_file}", vm=vm)
+        if process.returncode is not None:
+            raise Error(f"qemu did not start: {last_line(read_tail(vm.log_file))}", f"see {vm.log_file}", vm=vm)
     except BaseException:
         process.kill()
         process.wait()
         remove_runtime_files(vm)
         raise
-    finally:
-        process.returncode = (
-            0 if process.returncode is None else process.returncode
-        )  # it lives on: no warning about that
 
 
 def answers(vm: VM, pid: int) -> bool:
@@ -8136,18 +7513,11 @@ def command_script(vm: VM, argv: Sequence[str], network: Network) -> str:
     """A shell script that starts the same VM by hand: qemu's very words, in the VM's folder and network."""
     import shlex
 
-    lines: list[str] = []
-    for word in argv:
-        quoted = shlex.quote(word)
-        if word.startswith("-") and lines:
-            lines.append(quoted)
-        elif lines and lines[-1].startswith("-") and " " not in lines[-1]:
-            lines[-1] += " " + quoted
-        else:
-            lines.append(quoted)
-    before = shlex.join(network.by_hand(Tree(vm.base)))
+    # an option a line: its value begins with no dash
+    words = "".join((" \\\n  " if word[:1] == "-" else " ") + shlex.quote(word) for word in argv)
+    before = shlex.join(network.by_hand(vm.tree))
     start = f"#!/bin/sh\n# Starts {vm.name} by hand, as nocloud does.\ncd {shlex.quote(vm.folder)} &&\n"
-    return start + f"exec {before} " + " \\\n  ".join(lines) + "\n"
+    return f"{start}exec {before}{words}\n"
 
 
 # -- waiting until ready
@@ -8179,19 +7549,26 @@ class Wait:
             self._checked = now
             if not self.vm.is_running():
                 raise WrongState(
-                    f"{self.vm.name}: it stopped while it was waited for{self.console()}", f"see {self.vm.log_file}"
+                    f"it stopped while it was waited for{self.console()}", f"see {self.vm.log_file}", vm=self.vm
                 )
             if self.stage == "running":
                 self.stage = "address"
         if now >= self._say_at:
             self._say_at = float("inf")
-            report.say(f"{report.program}: waiting for {self.vm.name}: {STAGES[self.stage]}")
+            report.say(f"{report.program}: waiting for {self.vm}: {STAGES[self.stage]}")
         if now >= self._deadline:
             raise TimedOut(
-                f"{self.vm.name}: not ready after {now - self._started:.0f} s: "
-                f"waiting for {STAGES[self.stage]}{self.console()}",
+                f"not ready after {now - self._started:.0f} s: waiting for {STAGES[self.stage]}{self.console()}",
                 f"vmWaitTimeout sets the longest wait; its console: {self.vm.console_log}",
+                vm=self.vm,
             )
+
+    def tries(self) -> Iterator[float]:
+        """For a loop that tries something until it does: how many seconds a try may take.  Raises as `check` does."""
+        while True:
+            self.check()
+            yield max(5.0, min(60.0, self.left()))
+            time.sleep(0.2)
 
     def console(self) -> str:
         """The last lines that the guest wrote on its console, for an error message."""
@@ -8211,38 +7588,34 @@ STAGES = {
 
 def wait_ssh(wait: Wait) -> None:
     """Return when the guest's ssh server says its banner (RFC 4253, 4.2)."""
-    while True:
-        wait.check()
+    for _ in wait.tries():
         address = wait.network.address(wait.vm)
         if address:
             wait.stage = stage_of_port(wait.network, address, min(1.0, max(0.05, wait.left())))
             if wait.stage == "configured":
                 return
-        time.sleep(0.2)
 
 
-def stage_of_port(network: Network, address: str, seconds: float, port: int = 22) -> str:
+def stage_of_port(network: Network, address: str, seconds: float) -> str:
     """The stage that a try to connect shows: silence (`address`), an answer (`ssh`), an SSH banner (`configured`)."""
-    import errno
     import select
 
-    connection = network.socket()
-    try:
+    stage = "address"
+    with network.socket() as connection:
         connection.settimeout(seconds)
         try:
-            connection.connect((address, port))
-        except OSError as error:
-            return "ssh" if error.errno in (errno.ECONNREFUSED, errno.ECONNRESET) else "address"
-        poll = select.poll()
-        poll.register(connection, select.POLLIN)
-        # An emulated guest takes its time, and each try that is given up costs it more.
-        if not wait_for(lambda: bool(poll.poll(250)), 15.0, 0):
+            connection.connect((address, 22))
+            stage = "ssh"
+            poll = select.poll()
+            poll.register(connection, select.POLLIN)
+            # An emulated guest takes its time, and each try that is given up costs it more.
+            if wait_for(lambda: bool(poll.poll(250)), 15.0, 0) and connection.recv(4) == b"SSH-":
+                stage = "configured"
+        except (ConnectionRefusedError, ConnectionResetError):
             return "ssh"
-        return "configured" if connection.recv(4) == b"SSH-" else "ssh"
-    except OSError:
-        return "ssh"
-    finally:
-        connection.close()
+        except OSError:
+            pass  # it shows what it has come to
+    return stage
 
 
 def wait_ready(wait: Wait) -> None:
@@ -8265,7 +7638,7 @@ def settle_init(wait: Wait) -> None:
     import contextlib
 
     vm, known = wait.vm, wait.cloud.known_hosts
-    if vm.conf.get("vmInit") != "auto" or not os.path.isdir(vm.seed_folder):
+    if vm.get("vmInit") != "auto" or not os.path.isdir(vm.seed_folder):
         return
     pin_host_key(wait)
     planted = read_text(vm.host_key + ".pub").split()[:2]
@@ -8274,9 +7647,9 @@ def settle_init(wait: Wait) -> None:
         with contextlib.nullcontext() if vm.is_in_making else FolderLock(vm.folder):  # who makes it holds its lock
             vm.write_conf({"vmInit": kind})
     except FileNotFoundError:
-        raise NotFound(f"{vm.name}: it is gone") from None
+        raise NotFound("it is gone", vm=vm) from None
     if kind == "ssh" and os.path.exists(vm.user_data_file):
-        said = f"{vm.name}: it has no cloud-init, so the user-data that it was given does nothing"
+        said = f"{vm}: it has no cloud-init, so the user-data that it was given does nothing"
         append_line(vm.log_file, said)
         report.warn(said)
 
@@ -8290,62 +7663,43 @@ def configure(wait: Wait) -> None:
     if os.path.exists(vm.configured_file):
         return
     pin_host_key(wait)
-    while True:
-        wait.check()
-        status, output = ssh_batch(wait.cloud, vm, hostname_script(vm.host_name), max(5.0, min(60.0, wait.left())))
+    script = guest_script("hostname.sh", NAME=vm.host_name)
+    for seconds in wait.tries():
+        status, output = ssh_batch(wait.cloud, vm, script, seconds)
         if status == 0:
             write_file(vm.configured_file, "")
             return
         check_login(vm, status, output)
-        time.sleep(0.2)
 
 
 NOT_YET = 75  # as sysexits.h: try again
 
 
 def cloud_init_script(seconds: int) -> str:
-    """For the guest's shell: 0 where its cloud-init has ended well, 1 where it failed, NOT_YET where it is at work.
-
-    result.json is there once all stages of this boot have ended.  `cloud-init status` takes a slow guest seconds, so it
-    is asked only where that file names errors, or doesn't come within `seconds` (0: not then either); its exit status
-    is 0 for done, 1 for failed, 2 (since 23.4) for done with warnings.
-    """
-    return f"""\
-command -v cloud-init >/dev/null || exit 0
-cd /run/cloud-init 2>/dev/null; n=0
-until [ -e result.json ] || [ -e disabled ] || [ $n -ge {seconds} ]; do n=$((n+1)); sleep 1; done
-[ -e disabled ] || grep -q '"errors": *\\[\\]' result.json 2>/dev/null && exit 0
-[ -e result.json ] || [ {seconds} -gt 0 ] || exit {NOT_YET}
-said=$(cloud-init status --long 2>&1); status=$?
-case $said in *"status: running"* | *"status: not "*) exit {NOT_YET};; esac
-[ $status = 1 ] || exit 0
-s=; [ "$(id -u)" = 0 ] || s="sudo -n"
-echo "$said"
-$s grep -E 'WARN|ERROR|CRITICAL' /var/log/cloud-init.log | tail -n 3
-$s tail -n 3 /var/log/cloud-init-output.log
-exit 1
-"""
+    """For the guest's shell: 0 where its cloud-init has ended well, 1 where it failed, NOT_YET where it is at work, and
+    still is after `seconds`."""
+    return guest_script("cloud-init.sh", PATIENCE=seconds, NOT_YET=NOT_YET)
 
 
 def wait_cloud_init(wait: Wait) -> None:
     """Return when the guest's cloud-init has ended.  Raises Error, with its log's last lines, where that failed."""
     vm, script = wait.vm, cloud_init_script(0)
-    while True:
-        wait.check()
-        status, output = ssh_batch(wait.cloud, vm, script, max(5.0, min(60.0, wait.left())))
+    for seconds in wait.tries():
+        status, output = ssh_batch(wait.cloud, vm, script, seconds)
         if status == 0:
-            return write_file(vm.configured_file, "")
+            write_file(vm.configured_file, "")
+            return
         if status == 1:
             lines = [printable(line.strip()) for line in output.splitlines() if line.strip()]
             raise Error(
-                f"{vm.name}: cloud-init failed in it: {' | '.join(lines)[-800:]}",
-                f"vmssh {vm.address_name} gets in; see /var/log/cloud-init-output.log there",
+                f"cloud-init failed in it: {' | '.join(lines)[-800:]}",
+                f"vmssh {vm} gets in; see /var/log/cloud-init-output.log there",
+                vm=vm,
             )
         if status == NOT_YET:
             wait.stage, script = "cloud-init", cloud_init_script(15)
         else:
             check_login(vm, status, output)
-        time.sleep(0.2)
 
 
 def check_login(vm: VM, status: int, output: str) -> None:
@@ -8353,29 +7707,18 @@ def check_login(vm: VM, status: int, output: str) -> None:
     words = last_line(output)
     if "REMOTE HOST IDENTIFICATION" in output or "Host key verification failed" in words:
         raise Error(
-            f"{vm.name}: its host key is not the one that was planted or pinned",
+            "its host key is not the one that was planted or pinned",
             "destroy it if you can't explain that; --init auto is for templates that may have no cloud-init",
+            vm=vm,
         )
     if "Permission denied" in words and not is_planted(vm):
         raise Error(
-            f"{vm.name}: none of your keys lets {vm.get('vmUser')} in, so its hostname can't be set",
+            f"none of your keys lets {vm.get('vmUser')} in, so its hostname can't be set",
             "put your key into the template, or set vmInit=none in its conf",
+            vm=vm,
         )
     if status not in (255, -1):
-        raise Error(f"{vm.name}: it can't be configured over ssh: {words}")
-
-
-def hostname_script(name: str) -> str:
-    """What the guest's shell is given: sets the hostname, now and for the next boot, where it is another."""
-    import shlex
-
-    return (
-        f"h={shlex.quote(name)}; "
-        '[ "$(cat /proc/sys/kernel/hostname)" = "$h" ] && [ "$(cat /etc/hostname 2>/dev/null)" = "$h" ] && exit 0; '
-        's=; [ "$(id -u)" = 0 ] || s="sudo -n"; echo "$h" | $s tee /etc/hostname >/dev/null && '
-        'if command -v hostnamectl >/dev/null && [ -d /run/systemd/system ]; then $s hostnamectl set-hostname "$h"; '
-        'else $s hostname "$h"; fi'
-    )
+        raise Error(f"it can't be configured over ssh: {words}", vm=vm)
 
 
 def pin_host_key(wait: Wait) -> None:
@@ -8386,11 +7729,11 @@ def pin_host_key(wait: Wait) -> None:
         return
     place = vm.file(f"known_hosts.{os.urandom(3).hex()}")
     try:
-        while not os.path.exists(place):
-            wait.check()
+        for seconds in wait.tries():
             trust = ssh_trust_options(place, strict=False)
-            argv = [*ssh_argv(cloud, vm, trust, ssh_key_options(True), batch=True), "true"]
-            attempt(argv, max(5.0, min(60.0, wait.left())))
+            attempt([*ssh_argv(cloud, vm, trust, ssh_key_options(True), batch=True), "true"], seconds)
+            if os.path.exists(place):
+                break
         lines = read_text(place).splitlines()
         cloud.known_hosts.update({uuid: (vm.get("vmAddress"), lines[0].split(" ", 1)[1])})
     finally:
@@ -8440,7 +7783,7 @@ def stop_locked(vm: VM, seconds: float) -> bool:
     """What `stop` does, for who holds the VM's lock."""
     state, pid = vm.state()
     if state == "unknown":
-        raise WrongState(f"{vm.name}: can't tell whether it runs: {vm.pid_file}", "stop it as the user who started it")
+        raise WrongState(f"can't tell whether it runs: {vm.pid_file}", "stop it as the user who started it", vm=vm)
     proper = True
     if state == "running":
         with Process(pid) as process:
@@ -8482,7 +7825,7 @@ def pull_the_plug(vm: VM, process: Process) -> None:
             return
         process.signal(number)
     if not process.ended(10.0):
-        raise Error(f"{vm.name}: qemu, process {process.pid}, doesn't end")
+        raise Error(f"qemu, process {process.pid}, doesn't end", vm=vm)
 
 
 def destroy(cloud: Cloud, vm: VM) -> None:
@@ -8491,18 +7834,14 @@ def destroy(cloud: Cloud, vm: VM) -> None:
         return  # another command was faster
     for folder in (vm.folder, os.path.dirname(vm.folder), os.path.dirname(os.path.dirname(vm.folder))):
         if os.path.islink(folder) and folder != cloud.tree.base:
-            raise Error(f"{vm.name}: {folder} is a symlink: nothing behind it is removed", "remove it yourself")
+            raise Error(f"{folder} is a symlink: nothing behind it is removed", "remove it yourself", vm=vm)
     place = os.path.relpath(os.path.realpath(vm.folder), os.path.realpath(cloud.tree.base))
     if vm.is_template or not vm.exists() or place != os.path.join(vm.group, vm.type, vm.name):
         raise WrongState(f"{vm.folder}: that is no clone")
-    doomed = os.path.join(os.path.dirname(vm.folder), f"{REMOVING}{vm.name}")
     try:
         with FolderLock(vm.folder):
             stop_locked(vm, 0)
-            if os.path.isdir(doomed):
-                remove_tree(doomed)
-            os.rename(vm.folder, doomed)
-            remove_tree(doomed)
+            remove_vm(vm)
     except FileNotFoundError:
         if os.path.lexists(vm.folder):
             raise
@@ -8520,20 +7859,19 @@ def destroy_all(cloud: Cloud, vms: Sequence[VM], group: str = "") -> list[Error]
 
     `group`: what a killed command left in that one goes too.
     """
-    uuids = {vm.folder: vm.conf.get("vmUuid", "") for vm in vms if vm.is_readable()}
+    uuids = {vm.folder: vm.get("vmUuid") for vm in vms if vm.is_readable()}
     if not vms and not os.path.isdir(cloud.tree.base):
         return []
+    cloud.private.used = True
     results = in_parallel(lambda vm: destroy(cloud, vm), vms)
     gone = [vm for vm, result in zip(vms, results) if not isinstance(result, Error)]
     forget = [uuids[vm.folder] for vm in gone if uuids.get(vm.folder)]
     with cloud.tree.lock():
         for each in {vm.group for vm in vms} | ({group} & set(cloud.tree.groups())):
             sweep(cloud.tree, each)
-            for type in cloud.tree.types(each):
-                remove_empty(os.path.join(cloud.tree.base, each, type))
-            remove_empty(os.path.join(cloud.tree.base, each))
+            remove_if_empty(cloud.tree, each)
     # After what mustn't be left: this may fail, on a full disk say.
-    results.append(_attempt(lambda uuids: forget_identity(cloud, uuids), forget))
+    results.append(_attempt(lambda _: forget_identity(cloud, forget), None))
     settle_stopped(cloud, cloud.tree.templates(), wait=0)  # the last clone on an old layer is gone, perhaps
     return [result for result in results if isinstance(result, Error)]
 
@@ -8551,37 +7889,29 @@ class OwnGuest:
     """
 
     def __init__(self, cloud: Cloud, vm: VM, layer: Layer | None = None) -> None:
+        """Boot it.  The caller holds the VM's lock, and has seen that it is stopped."""
         self.cloud, self.vm, self.layer = cloud, vm, layer
         self.keys = ssh_key_options(is_planted(vm))
-        self._process: Process | None = None
-
-    def start(self) -> OwnGuest:
-        """Boot it.  The caller holds the VM's lock, and has seen that it is stopped."""
-        cloud, vm = self.cloud, self.vm
         give_identity(cloud, vm)
-        network = cloud.network_of(vm)
-        with network.in_use():
-            start_locked(cloud, vm, network, self.layer, tied=True)
+        with cloud.network_of(vm).hold():
+            start_locked(cloud, vm, layer, tied=True)
         self._process = Process(vm.state()[1])
-        return self
 
-    def wait(self) -> None:
-        """Until it is ready for what is to be done in it."""
+    def wait(self, until: Callable[[Wait], None] = wait_ready) -> Wait:
+        """Return when it is ready for what is to be done in it, and its host key is known."""
         wait = Wait(self.cloud, self.vm, self.cloud.config.number("vmWaitTimeout"), say=True)
-        wait_ready(wait)
+        until(wait)
         pin_host_key(wait)
+        return wait
 
     def wait_login(self) -> None:
-        """Until one can log in to it with `keys`, which may be others than ours."""
-        wait = Wait(self.cloud, self.vm, self.cloud.config.number("vmWaitTimeout"), say=True)
-        wait_ssh(wait)
-        pin_host_key(wait)
-        said: list[str] = []
-        while self.run("true", said.append, max(5.0, min(60.0, wait.left()))):
+        """Return when one can log in to it with `keys`, which may be others than ours."""
+        for seconds in self.wait(wait_ssh).tries():
+            said: list[str] = []
+            if not self.run("true", said.append, seconds):
+                return
             if any("Permission denied" in line for line in said):
-                raise Error(f"{self.vm.name}: no key lets {self.vm.get('vmUser')} in: {last_line(chr(10).join(said))}")
-            wait.check()
-            time.sleep(0.2)
+                raise Error(f"no key lets {self.vm.get('vmUser')} in: {last_line(chr(10).join(said))}", vm=self.vm)
 
     def run(self, script: str, on_line: Callable[[str], None], seconds: float) -> int:
         """Run a script in it, giving each line that it writes to `on_line`; its status, 255 where ssh failed.
@@ -8593,16 +7923,17 @@ class OwnGuest:
         tied = [*TIE, need_program(words[0]), *words[1:], script]
         status = run_watched(tied, on_line, timeout=seconds, host=self._process)
         if status and not self.vm.is_running():
-            raise WrongState(f"{self.vm.name}: its guest ended in the middle of the work", f"see {self.vm.console_log}")
+            raise WrongState("its guest ended in the middle of the work", f"see {self.vm.console_log}", vm=self.vm)
         return status
 
     def output(self, script: str, seconds: float = 120) -> str:
         """What a script says in it.  Raises Error where its status isn't 0."""
         lines: list[str] = []
         status = self.run(script, lines.append, seconds)
+        said = "\n".join(lines)
         if status:
-            raise Error(f"{self.vm.name}: {last_line(chr(10).join(lines)) or describe_status(status)}")
-        return "\n".join(lines)
+            raise Error(last_line(said) or describe_status(status), vm=self.vm)
+        return said
 
     def clean(self) -> None:
         """Take out what a clone must not inherit."""
@@ -8611,21 +7942,19 @@ class OwnGuest:
 
     def shut_down(self) -> None:
         """End it properly; from now on that makes its layer count.  Raises Error where it doesn't end in time."""
-        assert self._process
         if self.layer:
             self.layer.arm()
         seconds = max(SHUTDOWN_SECONDS, self.cloud.config.number("vmStopTimeout"))
         if not press_power_button(self.vm, self._process, seconds):
-            raise Error(f"{self.vm.name}: its guest did not shut down within {seconds} s", f"see {self.vm.console_log}")
+            raise Error(f"its guest did not shut down within {seconds} s", f"see {self.vm.console_log}", vm=self.vm)
 
     def __enter__(self) -> OwnGuest:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._process:
-            with self._process as process:
-                if not process.ended():
-                    pull_the_plug(self.vm, process)
+        with self._process as process:
+            if not process.ended():
+                pull_the_plug(self.vm, process)
         remove_runtime_files(self.vm)
 
 
@@ -8644,48 +7973,19 @@ def forget_guest(cloud: Cloud, vm: VM) -> None:
     """What is known of a guest that has been cleaned: its name is to be set again, its host key may be another."""
     remove_file(vm.configured_file)
     if not is_planted(vm):
-        cloud.known_hosts.update({}, [vm.conf.get("vmUuid", "")])
+        cloud.known_hosts.update({}, [vm.get("vmUuid")])
 
 
-def as_root(script: str) -> str:
-    """A script for the guest's shell, run by root, or by a login that may become it without a password."""
+def guest_script(name: str, root: bool = False, **given: object) -> str:
+    """A script of etc/guest for a guest's shell, after assignments of what it is given.
+
+    `root`: it is run by root, or by a login that may become root without a password.
+    """
     import shlex
 
-    return f's=; [ "$(id -u)" = 0 ] || s="sudo -n"; exec $s sh -c {shlex.quote(script)}'
-
-
-# What the first boot of a clone makes anew, and what is of no use in one.  A host key stays where nothing would make
-# another: sshd would not start.  systemd-random-seed would write its file again at shutdown.
-CLEANING = r"""
-if [ -e /etc/machine-id ]; then : >/etc/machine-id; fi
-if [ -f /var/lib/dbus/machine-id ] && [ ! -L /var/lib/dbus/machine-id ]; then rm -f /var/lib/dbus/machine-id; fi
-for maker in /usr/lib/systemd/system/sshd-keygen.target /usr/lib/systemd/system/sshdgenkeys.service \
-    /usr/sbin/sshd-gen-keys-start /etc/systemd/system/nocloud-hostkey.service /etc/alpine-release; do
-    if [ -e "$maker" ]; then planted=yes; fi
-done
-if [ "$planted" ]; then rm -f /etc/ssh/ssh_host_*_key /etc/ssh/ssh_host_*_key.pub /etc/dropbear/*_host_key; fi
-if [ -d /run/systemd/system ]; then
-    systemctl stop systemd-random-seed.service
-    journalctl --relinquish-var
-fi
-if command -v cloud-init >/dev/null; then cloud-init clean --logs; fi
-rm -rf /var/lib/cloud/instance /var/lib/cloud/instances /var/log/journal/*
-rm -f /var/lib/systemd/random-seed /var/lib/systemd/credential.secret /etc/udev/rules.d/70-persistent-net.rules \
-    /var/lib/dhcp/*.lease* /var/lib/dhclient/* /var/lib/NetworkManager/*.lease /var/lib/NetworkManager/secret_key \
-    /root/.*_history /home/*/.*_history /root/.lesshst /home/*/.lesshst
-find /var/log -type f \( -name '*.gz' -o -name '*.[0-9]' -o -name '*.old' \) -exec rm -f {} +
-find /var/log -type f -exec sh -c 'for log; do : >"$log"; done' sh {} +
-for mark in /etc/.updated /var/.updated; do if [ -e $mark ]; then touch $mark; fi; done
-sync
-"""
-CLEANING_KEYS = r"""
-for file in /root/.ssh/authorized_keys /home/*/.ssh/authorized_keys; do
-    [ -f "$file" ] || continue
-    grep -vF "$planted_keys" "$file" >"$file.kept"
-    if [ -s "$file.kept" ]; then cat "$file.kept" >"$file"; else rm -f "$file"; fi
-    rm -f "$file.kept"
-done
-"""
+    values = "".join(f"{key}={shlex.quote(str(value))}\n" for key, value in given.items())
+    script = values + need_packaged(f"guest/{name}")
+    return f's=; [ "$(id -u)" = 0 ] || s="sudo -n"; exec $s sh -c {shlex.quote(script)}' if root else script
 
 
 def cleaning_script(vm: VM) -> str:
@@ -8693,41 +7993,17 @@ def cleaning_script(vm: VM) -> str:
 
     Login keys and the host key go where each clone gets them planted; elsewhere the clones need what is there.
     """
-    import shlex
-
-    script = "exec 2>/dev/null\nplanted=\n" + CLEANING
-    if is_planted(vm):
-        keys = "\n".join(line.split()[1] for line in login_keys())
-        script = script.replace("planted=\n", "planted=yes\n", 1)
-        script += f"planted_keys={shlex.quote(keys)}\n" + CLEANING_KEYS
-    if vm.get("vmInit") == "systemd":
-        script += "rm -f /etc/hostname\n"  # else it would win over the name that DHCP brings at the first boot
-    return as_root(script + "exit 0\n")
-
-
-# A unit that is only in memory: it is gone with this boot, and as it is stopped it has cleaned.
-AT_SHUTDOWN = """[Unit]
-Description=Take out what clones must not share
-[Service]
-Type=oneshot
-RemainAfterExit=yes
-ExecStart=/bin/true
-ExecStop=/bin/sh /run/nocloud-clean
-"""
+    planted = is_planted(vm)
+    keys = "\n".join(line.split()[1] for line in login_keys()) if planted else ""
+    return guest_script("clean.sh", True, PLANTED="yes" if planted else "", KEYS=keys, INIT=vm.get("vmInit"))
 
 
 def clean_at_shutdown(cloud: Cloud, template: VM) -> None:
     """Have a guest with systemd clean itself when it shuts down, since that may be without us.  Others are cleaned by
     vmstop only."""
-    import shlex
-
-    script = "[ -d /run/systemd/system ] || exit 0\numask 077\n"
-    for path, text in (
-        ("/run/nocloud-clean", cleaning_script(template)),
-        ("/run/systemd/system/nocloud-clean.service", AT_SHUTDOWN),
-    ):
-        script += f"printf %s {shlex.quote(text)} >{path}\n"
-    ssh_batch(cloud, template, as_root(script + "systemctl start nocloud-clean.service"), 60)
+    unit = need_packaged("guest/nocloud-clean.service")
+    script = guest_script("clean-at-shutdown.sh", True, SCRIPT=cleaning_script(template), UNIT=unit)
+    ssh_batch(cloud, template, script, 60)
 
 
 def clean_running(cloud: Cloud, template: VM) -> None:
@@ -8741,79 +8017,33 @@ def clean_running(cloud: Cloud, template: VM) -> None:
         if reached and cloud.known_hosts.knows(template.get("vmUuid")):
             status, output = ssh_batch(cloud, template, cleaning_script(template), 60)
             if status and is_planted(template):
-                report.warn(f"{template.name}: it keeps what tells it from others: {last_line(output)}")
+                report.warn(f"{template}: it keeps what tells it from others: {last_line(output)}")
             forget_guest(cloud, template)
     except Error as error:
-        report.warn(f"{template.name}: it keeps what tells it from others: {error}")
+        report.warn(f"{template}: it keeps what tells it from others: {error.text}")
 
 
 # -- upgrades
 
-# By the ID, or else an ID_LIKE, of os-release(5).  Nobody is there to be asked: changed configuration files stay as
-# they are.  What was downloaded goes: it would only make the layer larger.
-UPGRADES = (
-    (("debian", "ubuntu"), r"""
-export DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1 APT_LISTCHANGES_FRONTEND=none UCF_FORCE_CONFFOLD=1
-set -- -q -y -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=300 \
-    -o Dpkg::Options::=--force-confdef -o Dpkg::Options::=--force-confold
-apt-get "$@" -o APT::Update::Error-Mode=any update
-apt-get "$@" dist-upgrade
-apt-get "$@" autoremove
-apt-get "$@" clean
-rm -rf /var/lib/apt/lists/*
-"""),
-    (("arch",), r"""
-pacman -Sy --noconfirm --needed archlinux-keyring
-pacman -Su --noconfirm
-rm -rf /var/cache/pacman/pkg/*
-"""),
-    (("fedora", "rhel", "centos"), r"""
-if command -v dnf; then dnf -y --refresh upgrade; dnf -q clean all; else yum -y update; yum -q clean all; fi
-"""),
-    (("suse", "opensuse"), r"""
-zypper="zypper --non-interactive --no-color"
-$zypper refresh
-case $ID in *tumbleweed*) how="dup --auto-agree-with-licenses";; *) how="update --auto-agree-with-licenses";; esac
-status=0; $zypper $how || status=$?
-if [ $status = 103 ]; then status=0; $zypper $how || status=$?; fi # 103: zypper itself is new, and has to go on
-case $status in 0 | 10[0-3]) ;; *) exit $status;; esac # zypper(8), EXIT CODES: 100 to 103 only inform
-$zypper clean --all
-"""),
-    (("alpine",), r"""
-apk update
-apk upgrade
-rm -rf /var/cache/apk/*
-"""),
-)  # fmt: skip
+# The script of etc/guest/upgrade for a system, by the ID, or else an ID_LIKE, of its os-release(5).
+UPGRADES = {
+    "debian": "debian", "ubuntu": "debian", "arch": "arch", "fedora": "fedora", "rhel": "fedora", "centos": "fedora",
+    "suse": "suse", "opensuse": "suse", "alpine": "alpine",
+}  # fmt: skip
 UPGRADE_SECONDS = 3 * 3600  # emulated guests are slow
-OS_RELEASE = "cat /etc/os-release 2>/dev/null || cat /usr/lib/os-release"
 
 
 def upgrade_script(name: str, release: Mapping[str, str]) -> str:
     """What upgrades a guest of that os-release.  Raises Error where nobody has said how that is done."""
-    import shlex
-
-    for word in (release.get("ID", ""), *release.get("ID_LIKE", "").split()):
-        for words, script in UPGRADES:
-            if word in words:
-                return as_root(f"set -e\nID={shlex.quote(release.get('ID', ''))}\n{script}")
+    id = release.get("ID", "")
+    for word in (id, *release.get("ID_LIKE", "").split()):
+        if word in UPGRADES:
+            return guest_script(f"upgrade/{UPGRADES[word]}.sh", True, ID=id)
     shown = release.get("PRETTY_NAME") or release.get("ID") or "without /etc/os-release"
     raise Error(
         f"{name}: its system is {printable(shown)}: nocloud doesn't know how to upgrade that",
         f"upgrade it by hand: vm -n {name}, then vmstop -n {TEMPLATES}/{name}",
     )
-
-
-def start_on_layer(cloud: Cloud, template: VM) -> OwnGuest:
-    """Boot a template that is stopped for our own work, on a new layer."""
-    with FolderLock(template.folder):
-        need_stopped(cloud, template)
-        layer = new_layer(template)
-        try:
-            return OwnGuest(cloud, template, layer).start()
-        except BaseException:
-            layer.remove()
-            raise
 
 
 def upgrade(cloud: Cloud, name: str, seconds: float) -> None:
@@ -8822,47 +8052,45 @@ def upgrade(cloud: Cloud, name: str, seconds: float) -> None:
     What the guest's package manager says is shown as it comes.
     """
     template = cloud.tree.need_template(name)
-    try:
-        guest = start_on_layer(cloud, template)
+    with FolderLock(template.folder):
+        need_stopped(cloud, template)
+        layer = new_layer(template)
         try:
-            with guest:
-                upgrade_guest(guest, seconds)
-        except Error as error:
-            raise Error(f"{error}; the template is as it was", error.hint, error.status) from None
-        finally:
-            adopted = end_layer(cloud, guest)
+            guest = OwnGuest(cloud, template, layer)
+        except BaseException:
+            layer.remove()
+            raise
+    try:
+        with guest:
+            upgrade_guest(guest, seconds)
+    except Error as error:
+        error.text += "; the template is as it was"
+        raise
     finally:
-        cloud.private.end_if_idle()
+        with FolderLock(template.folder):
+            settle(cloud, template)
+            adopted = os.path.basename(template.disks()[0]) == layer.name
+            if adopted:
+                flatten(cloud, template)
     if not adopted:
-        raise Error(f"{name}: its guest did not end well; the template is as it was", f"see {template.console_log}")
+        raise Error("its guest did not end well; the template is as it was", f"see {template.console_log}", vm=template)
 
 
 def upgrade_guest(guest: OwnGuest, seconds: float) -> None:
     """Find out what it is, upgrade it, and shut it down."""
-    name = guest.vm.name
+    vm = guest.vm
     guest.wait()
-    release = parse_os_release(guest.output(OS_RELEASE))
-    script = upgrade_script(name, release)
-    report.say(f"{report.program}: {name}: upgrading {release.get('PRETTY_NAME') or release['ID']}")
+    release = parse_os_release(guest.output(guest_script("os-release.sh")))
+    script = upgrade_script(vm.name, release)
+    report.say(f"{report.program}: {vm}: upgrading {release.get('PRETTY_NAME') or release['ID']}")
     try:
         status = guest.run(script, lambda line: report.say(line.rstrip("\r").rpartition("\r")[2]), seconds)
     except TimedOut:
-        raise TimedOut(f"{name}: no end of the upgrade after {seconds:.0f} s") from None
+        raise TimedOut(f"no end of the upgrade after {seconds:.0f} s", vm=vm) from None
     if status:
-        raise Error(f"{name}: the upgrade failed: {describe_status(status)}")
+        raise Error(f"the upgrade failed: {describe_status(status)}", vm=vm)
     guest.clean()
     guest.shut_down()
-
-
-def end_layer(cloud: Cloud, guest: OwnGuest) -> bool:
-    """Whether what was done in a guest is the template's now; what isn't is gone."""
-    template = guest.vm
-    with FolderLock(template.folder):
-        settle(cloud, template)
-        if not guest.layer or os.path.basename(template.disks()[0]) != guest.layer.name:
-            return False
-        flatten(cloud, template)
-        return True
 
 
 # -- templates of VMs
@@ -8882,8 +8110,7 @@ def template_from_vm(
         with FolderLock(source.folder):
             need_stopped(cloud, source)
             copy_disk(source, new, layered)
-            settings = {key: source.conf[key] for key in ("vmMem", "vmCpu", "vmUser", *INHERITED) if key in source.conf}
-            settings.update({"vmInit": source.get("vmInit"), **asked})
+            settings = {"vmInit": "auto", **source.inherited(), **asked}
             new.write_draft(settings)
         if len(source.disks()) > 1:
             left = ", ".join(map(os.path.basename, source.disks()[1:]))
@@ -8897,7 +8124,7 @@ def copy_disk(source: VM, new: NewTemplate, layered: bool) -> None:
     """The system disk of a VM as that of a new template: one file, or an overlay on what the VM's disk stands on."""
     disk = source.disks()[0] if source.disks() else ""
     if not os.path.exists(disk):
-        raise Error(f"{source.name}: its disk is gone: {disk}", f"see vmDisk in {source.conf_file}")
+        raise Error(f"its disk is gone: {disk}", f"see vmDisk in {source.conf_file}", vm=source)
     format = known_formats(source)[0]
     if not layered:
         check_image_room(new, disk, format)
@@ -8905,7 +8132,7 @@ def copy_disk(source: VM, new: NewTemplate, layered: bool) -> None:
         return
     below = backing_chain([disk]) if format == "qcow2" else []  # what a guest wrote into a raw disk isn't asked
     if not below:
-        raise WrongState(f"{source.name}: its disk stands on no other, there is nothing to share", "leave out --layer")
+        raise WrongState("its disk stands on no other, there is nothing to share", "leave out --layer", vm=source)
     backing = os.path.relpath(below[0], os.path.realpath(new.vm.folder))  # as deep in the tree as where it will lie
     copy_overlay(
         disk, new.disk, backing, image_info(disk, format).get("backing-filename-format") or disk_format(below[0])
@@ -8926,13 +8153,13 @@ def in_new_guest(cloud: Cloud, new: NewTemplate, work: Callable[[OwnGuest], None
     vm = new.vm
     vm.write_conf({"vmUuid": new_identity(set())[0]})
     try:
-        with OwnGuest(cloud, vm).start() as guest:
+        with OwnGuest(cloud, vm) as guest:
             work(guest)
     except Error as error:
-        raise Error(str(name_error(vm, error)), "; ".join(filter(None, (error.hint, hint))), error.status) from None
+        error.vm, error.hint = error.vm or vm, "; ".join(filter(None, (error.hint, hint)))
+        raise
     finally:
         forget_identity(cloud, [vm.get("vmUuid")])
-        cloud.private.end_if_idle()
         for name in _names(vm.folder):
             path = vm.file(name)
             if os.path.isdir(path):
@@ -8941,32 +8168,23 @@ def in_new_guest(cloud: Cloud, new: NewTemplate, work: Callable[[OwnGuest], None
                 remove_file(path)
 
 
-def take_over(cloud: Cloud, new: NewTemplate, key: PublishersKey) -> None:
-    """Plant the user's keys and ours in a classic image, and take its publisher's out, as the bash tools did."""
-    import shlex
+def take_over(cloud: Cloud, new: NewTemplate, key: tuple[str, str]) -> None:
+    """Plant the user's keys and ours in a classic image, and take its publisher's out, as the bash tools did.
+
+    `key`: as publishers_key() gives it.
+    """
+    path, public = key
 
     def work(guest: OwnGuest) -> None:
-        guest.keys = [*ssh_option("IdentityFile", ssh_path(key.path)), *ssh_option("IdentitiesOnly", "yes")]
+        guest.keys = [*ssh_option("IdentityFile", ssh_path(path)), *ssh_option("IdentitiesOnly", "yes")]
         guest.wait_login()
-        guest.output(f"PLANTED={shlex.quote(chr(10).join(login_keys()))}\n{PLANTING}")
+        guest.output(guest_script("plant-keys.sh", KEYS="\n".join(login_keys())))
         guest.keys = ssh_key_options(True)  # from here on ours opens it, which proves that it can
-        guest.output(as_root(f"OLD={shlex.quote(key.public)}\n{UNPLANTING}"))
+        guest.output(guest_script("remove-key.sh", True, KEY=public))
         guest.clean()
         guest.shut_down()
 
-    in_new_guest(cloud, new, work, f"is {key.path} the key of its publisher?")
-
-
-PLANTING = """umask 077
-mkdir -p ~/.ssh
-printf '%s\\n' "$PLANTED" >>~/.ssh/authorized_keys
-"""
-UNPLANTING = """for file in /root/.ssh/authorized_keys /home/*/.ssh/authorized_keys /etc/dropbear/authorized_keys; do
-    [ -f "$file" ] || continue
-    grep -vF "$OLD" "$file" >"$file.kept" || [ $? = 1 ] || exit 1
-    cat "$file.kept" >"$file" && rm "$file.kept" || exit 1
-done
-"""
+    in_new_guest(cloud, new, work, f"is {path} the key of its publisher?")
 
 
 # -- what stands on what
@@ -8992,26 +8210,22 @@ class DiskTree:
     def rows(self) -> Iterator[str]:
         """Each template with its disks, under each of these what stands on it, indented, with sizes on disk."""
         below = {upper for uppers in self.above.values() for upper in uppers}
-        roots = [path for path, vm in self.owners.items() if vm.is_template and path not in below]
-        for path in sorted(roots):
-            yield from self._template(path, 0)
+        for path in sorted(path for path, vm in self.owners.items() if vm.is_template and path not in below):
+            yield from self._rows(path, 0)
 
-    def _template(self, path: str, depth: int) -> Iterator[str]:
-        template = self.owners[path]
-        mine = [each for each, vm in self.owners.items() if vm is template]
-        yield self._row(depth, template.name, mine)
-        yield from self._disk(path, depth + 1)
-
-    def _disk(self, path: str, depth: int) -> Iterator[str]:
-        owner = self.owners[path]
-        if owner.is_template:
-            present = path == os.path.realpath(owner.disks()[0])
-            yield self._row(depth, os.path.basename(path), [path]) + ("  new clones stand on this" if present else "")
-        else:
-            yield self._row(depth, owner.address_name, [path])
+    def _rows(self, path: str, depth: int, under: VM | None = None) -> Iterator[str]:
+        """A disk and what stands on it; where it stands on another's, `under`, or on none, its template comes first."""
+        owner, name, said = self.owners[path], os.path.basename(path), ""
+        if not owner.is_template:
+            name = owner.address_name
+        elif path == os.path.realpath(owner.disks()[0]):
+            said = "  new clones stand on this"
+        if owner.is_template and owner is not under:
+            yield self._row(depth, owner.name, [each for each, vm in self.owners.items() if vm is owner])
+            depth += 1
+        yield self._row(depth, name, [path]) + said
         for upper in sorted(self.above.get(path, ()), key=lambda each: (self.owners[each] is owner, each)):
-            inside = self.owners[upper] is owner or not self.owners[upper].is_template
-            yield from self._disk(upper, depth + 1) if inside else self._template(upper, depth + 1)
+            yield from self._rows(upper, depth + 1, owner)
 
     @staticmethod
     def _row(depth: int, name: str, paths: Iterable[str]) -> str:
@@ -9030,22 +8244,22 @@ def instantiate(
     `started` hears of each as soon as it runs.
     """
     cloud.qemu()
-    cloud.accel()
-    try:
-        cloud.network(group_network(cloud, group)).up()  # where that can't be, nothing is made
-        made = make_clones(cloud, group, wishes)
-        errors = [result for result in made if isinstance(result, Error)]
-        vms = [result for result in made if isinstance(result, VM)]
-        problems = dict(zip(vms, publish(cloud, vms)))
-        sound = [vm for vm in vms if not problems[vm]]
-        problems.update(zip(sound, start_all(cloud, sound, started)))
-        errors += [error for error in problems.values() if error]
-        failed = [vm for vm, error in problems.items() if error and not vm.is_running()]  # by another command, perhaps
-        if failed:
-            errors += destroy_all(cloud, failed)
-        return [vm for vm in vms if vm not in failed], errors
-    finally:
-        cloud.private.end_if_idle()
+    cloud.accel(cloud.config["vmAccel"])
+    cloud.network(group_network(cloud, group)).up()  # where that can't be, nothing is made
+    made = make_clones(cloud, group, wishes)
+    errors = [result for result in made if isinstance(result, Error)]
+    vms = [result for result in made if isinstance(result, VM)]
+    problem = _attempt(lambda _: publish_keys(cloud, vms), None)  # one file has the keys of all
+    results: list[Error | None]
+    if problem:
+        results = [Error(problem.text, problem.hint, problem.status, vm) for vm in vms]
+    else:
+        results = start_all(cloud, vms, started)
+    errors += filter(None, results)
+    failed = [vm for vm, error in zip(vms, results) if error and not vm.is_running()]  # by another command, perhaps
+    if failed:
+        errors += destroy_all(cloud, failed)
+    return [vm for vm in vms if vm not in failed], errors
 
 
 def start_all(
@@ -9060,15 +8274,14 @@ def start_all(
     import contextlib
 
     def start_one(vm: VM) -> None:
-        start(cloud, vm, cloud.network_of(vm), iso=iso, gui=gui)
+        start(cloud, vm, iso=iso, gui=gui)
         started(vm)
 
-    kinds = {cloud.network_kind(vm) for vm in vms if vm.is_readable() and not vm.stranger()}
+    kinds = {cloud.network_kind(vm) for vm in vms if vm.is_readable() and not vm.foreign_qemu()}
     with contextlib.ExitStack() as stack:
         for kind in sorted(kinds):
-            stack.enter_context(cloud.network(kind).in_use())
-        results = in_parallel(start_one, vms)
-    return [name_error(vm, result) for vm, result in zip(vms, results)]
+            stack.enter_context(cloud.network(kind).hold())
+        return in_parallel(start_one, vms)
 
 
 def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float, patient: bool = False) -> list[Error]:
@@ -9076,6 +8289,7 @@ def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float, patient: bool = Fa
 
     `patient`: a template on a layer, which would be lost, has longer than `seconds`.
     """
+    cloud.private.used = True
     settle_stopped(cloud, (vm for vm in vms if vm.is_template))
     running = [vm for vm in vms if vm.state()[0] != "stopped"]
     try:
@@ -9084,13 +8298,13 @@ def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float, patient: bool = Fa
     except Error:
         pass  # a guest that can't be reached isn't cleaned, but stopped all the same
     longer = patient and 0 < seconds < SHUTDOWN_SECONDS
-    graces = [SHUTDOWN_SECONDS if longer and vm.is_template and runs_on_layer(vm) else seconds for vm in running]
-    results = in_parallel(lambda pair: stop(cloud, *pair), list(zip(running, graces)), workers=len(running) or 1)
-    for grace in dict.fromkeys(graces):
-        pulled = [vm.name for vm, each, result in zip(running, graces, results) if each == grace and result is False]
+    graces = {vm: SHUTDOWN_SECONDS if longer and vm.is_template and runs_on_layer(vm) else seconds for vm in running}
+    results = in_parallel(lambda vm: stop(cloud, vm, graces[vm]), running, workers=len(running) or 1)
+    for grace in dict.fromkeys(graces.values()):
+        pulled = [vm.name for vm, result in zip(running, results) if graces[vm] == grace and result is False]
         if pulled and grace:
             report.warn(f"no shutdown within {grace:.0f} s, switched off: {', '.join(pulled)}")
-    return [name_error(vm, result) for vm, result in zip(running, results) if isinstance(result, Error)]
+    return [result for result in results if isinstance(result, Error)]
 
 
 def wait_all(cloud: Cloud, vms: Sequence[VM], seconds: float) -> list[Error]:
@@ -9107,16 +8321,7 @@ def configure_later(cloud: Cloud, vms: Sequence[VM]) -> None:
     names = [vm.address_name for vm in vms if vm.is_readable() and vm.get("vmInit") in ("auto", "ssh")]
     if names:
         environment = {"NOCLOUD_vmBaseDir": cloud.tree.base}
-        child = spawn(own_command("configure", *names), log=os.devnull, cwd="/", env=environment)
-        child.returncode = 0  # it lives on: no warning about that
-
-
-def configure_now(cloud: Cloud, vms: Sequence[VM], seconds: float) -> None:
-    """Configure VMs over ssh; what fails is written to their logs."""
-    results = in_parallel(lambda vm: wait_ready(Wait(cloud, vm, seconds)), vms, workers=len(vms) or 1)
-    for vm, result in zip(vms, results):
-        if isinstance(result, Error) and vm.exists():
-            append_line(vm.log_file, f"nocloud: not configured: {result}")
+        spawn(own_command("configure", *names), log=os.devnull, cwd="/", env=environment)
 
 
 # Consoles ############################################################################################
@@ -9146,12 +8351,9 @@ def viewer_argv(screen: str, path: str) -> list[str]:
     for program, before in VIEWERS[screen]:
         if find_program(program):
             return [program, before + path]
-    names = " or ".join(program for program, _ in VIEWERS[screen])
-    try:
-        need_program(VIEWERS[screen][0][0])
-    except MissingProgram as missing:
-        raise MissingProgram(f"no viewer for its screen: {names} is needed", missing.hint) from None
-    return []
+    names = [program for program, _ in VIEWERS[screen]]
+    hint = install_command(names[:1]) or f"install it, in the package that has {names[0]}"
+    raise MissingProgram(f"no viewer for its screen: {' or '.join(names)} is needed", hint)
 
 
 def open_screen(vm: VM) -> None:
@@ -9173,8 +8375,7 @@ def open_screen(vm: VM) -> None:
     wait_for(lambda: child.poll() is not None or has_viewer(vm), VIEWER_SECONDS, 0.1)
     if child.returncode:
         said = last_line(read_tail(log)) or describe_status(child.returncode)
-        raise Error(f"{vm.name}: {argv[0]}: {said}", f"its serial console: vmconsole -s -n {vm.address_name}")
-    child.returncode = 0  # it lives on: no warning about that
+        raise Error(f"{argv[0]}: {said}", f"its serial console: vmconsole -s -n {vm}", vm=vm)
 
 
 def has_viewer(vm: VM) -> bool:
@@ -9197,126 +8398,105 @@ def open_screens(vms: Sequence[VM]) -> None:
         names = ", ".join(vm.name for vm in shown[:10]) + (" …" if len(shown) > 10 else "")
         report.say(
             f"{report.program}: no display here, no window for {names}: "
-            f"vmconsole -s -n {shown[0].address_name} is its serial console"
+            f"vmconsole -s -n {shown[0]} is its serial console"
         )
         return
-    for vm, result in zip(shown, in_parallel(open_screen, shown)):
-        if isinstance(result, Error):
-            report.warn(f"{name_error(vm, result)}")
+    for error in filter(None, in_parallel(open_screen, shown)):
+        report.warn(str(error))
 
 
-# -- the serial console
+# -- the serial console and the monitor, on stdin and stdout
 
-LEAVE_KEY = b"\x1d"  # Ctrl-], as telnet's
-SERIAL_QUIET = 2.0  # where stdin is no terminal, the session ends when the guest has said nothing for so long after it
-SERIAL_BACKLOG = 64 * 1024  # no more is read from stdin while the guest takes nothing
+SERIAL_LEAVE = b"[\x1d]"  # Ctrl-], as telnet's
+MONITOR_LEAVE = b"[\x04\x1d]"  # Ctrl-D too
+# Ctrl-C drops a line.  qemu's editor doesn't know it, but what goes to the end and takes words away (util/readline.c).
+CTRL_C, DROP_LINE = b"\x03", b"\x05" + b"\x17" * 64 + b"\r"
+LINE_QUIET = 2.0  # where stdin is no terminal, the session ends when the guest has said nothing for so long after it
 
 
-def connect_serial(vm: VM) -> socket.socket:
-    """The VM's serial line.  qemu serves one client, and the next would wait in silence: so that is asked before."""
-    if vm.stranger():
-        raise WrongState(
-            f"{vm.name}: nocloud didn't start it, so its serial console isn't at hand",
-            f"vmmanage -n {vm.address_name} is its monitor; started anew, by vm or vmrun -r, it has one",
-        )
+def connect_line(vm: VM, name: str, what: str) -> socket.socket:
+    """A line of qemu's, by its socket.  It serves one client, and the next would wait in silence: so that is asked."""
     with QMP(vm.folder) as qmp:
         devices = {each["label"]: each["filename"] for each in qmp.execute("query-chardev")}
-    if "serial0" not in devices:
-        raise WrongState(f"{vm.name}: it has no serial console", "vmconsole without -s shows its screen")
-    if not devices["serial0"].startswith("disconnected:"):
-        raise WrongState(f"{vm.name}: its serial console is open elsewhere already", "only one at a time can have it")
-    return connect_unix(vm.folder, "serial.sock", 5.0)
+    if not devices[f"{name}0"].startswith("disconnected:"):
+        raise WrongState(f"its {what} is open elsewhere already", "only one at a time can have it", vm=vm)
+    return connect_unix(vm.folder, f"{name}.sock", 5.0)
 
 
 def serial_console(vm: VM) -> None:
-    """The serial line in this terminal, until the user leaves or the guest ends."""
-    with connect_serial(vm) as connection:
-        session = SerialSession(connection)
-        if not session.terminal:
-            ended = session.join()
-        else:
-            report.say(f"{report.program}: the serial console of {vm.name}; Ctrl-] leaves")
-            ended = in_raw_mode(session.join)
-            report.say("")
-    if ended:
-        report.say(f"{report.program}: {vm.name} has ended")
+    """The serial line on stdin and stdout, until the user leaves or the guest ends."""
+    if vm.foreign_qemu():
+        raise WrongState(
+            "nocloud didn't start it, so its serial console isn't at hand",
+            f"vmmanage -n {vm} is its monitor; started anew, by vm or vmrun -r, it has one",
+            vm=vm,
+        )
+    connection = connect_line(vm, "serial", "serial console")
+    join_line(vm, connection, f"the serial console of {vm}; Ctrl-] leaves", SERIAL_LEAVE)
 
 
-def in_raw_mode(work: Callable[[], bool]) -> bool:
-    """Do `work` with the terminal in raw mode.  A signal's SystemExit passes through here, so its modes come back.
+def join_line(vm: VM, connection: socket.socket, greeting: str, leave: bytes, drop: bytes = CTRL_C) -> None:
+    """Join a line to stdin and stdout; a terminal is in raw mode meanwhile.  `drop`: what Ctrl-C stands for.
 
-    TCSANOW: the other ways wait until the terminal has shown everything, which a stopped one never has.
+    A signal's SystemExit passes through here, so its modes come back.  TCSANOW: the other ways wait until the terminal
+    has shown everything, which a stopped one never has.
     """
     import termios
     import tty
 
-    modes = termios.tcgetattr(0)
-    try:
-        tty.setraw(0, termios.TCSANOW)
-        return work()
-    finally:
-        termios.tcsetattr(0, termios.TCSANOW, modes)
+    with connection:
+        if not os.isatty(0):
+            ended = relay_line(connection, leave, drop)
+        else:
+            report.say(f"{report.program}: {greeting}")
+            modes = termios.tcgetattr(0)
+            try:
+                tty.setraw(0, termios.TCSANOW)
+                ended = relay_line(connection, leave, drop)
+            finally:
+                termios.tcsetattr(0, termios.TCSANOW, modes)
+            report.say("")
+    if ended:
+        report.say(f"{report.program}: {vm} has ended")
 
 
-class SerialSession:
-    """Joins stdin and stdout to a serial line."""
+def relay_line(connection: socket.socket, leave: bytes, drop: bytes) -> bool:
+    """Until a key that leaves, or silence after the end of stdin (False), or the end of the guest (True)."""
+    import select
+    import socket as sockets
+    import threading
 
-    def __init__(self, connection: socket.socket) -> None:
-        self.terminal = os.isatty(0)
-        self._connection = connection
-        self._pending = b""  # typed, not yet taken by the guest
-        self._typing, self._left = True, False
+    left = threading.Event()
 
-    def join(self) -> bool:
-        """Until Ctrl-], or silence after the end of stdin (False), or the end of the guest (True)."""
-        import select
-
-        self._connection.setblocking(False)
-        for fd in (0, 1):
-            os.set_blocking(fd, True)  # a terminal that another program shares may not be
-        while not self._left:
-            poll = select.poll()
-            poll.register(self._connection, select.POLLIN | (select.POLLOUT if self._pending else 0))
-            if self._typing and len(self._pending) < SERIAL_BACKLOG:
-                poll.register(0, select.POLLIN)
-            # Never without end: Python sees a signal that came just before the call only after it.
-            events = dict(poll.poll(SERIAL_QUIET * 1000))
-            if not events and not self._typing:
-                return False
-            if 0 in events:
-                self._read_stdin()
-            if self._connection.fileno() in events and self._exchange():
-                return True
-        return False
-
-    def _read_stdin(self) -> None:
+    def send() -> None:
+        rest: list[bytes] = []
         try:
-            data = os.read(0, 4096)
+            while not rest and (data := os.read(0, 4096)):
+                before, *rest = re.split(leave, data, maxsplit=1)
+                connection.sendall(before.replace(CTRL_C, drop))
+            if os.isatty(0):
+                left.set()
+                connection.shutdown(sockets.SHUT_RD)  # wakes who waits for it below
         except OSError:
-            data = b""  # the terminal is gone
-        before, leave, _ = data.partition(LEAVE_KEY)
-        self._pending += before
-        if leave or not data:
-            self._typing = False
-            self._left = self.terminal
+            pass  # the terminal is gone, or the guest
 
-    def _exchange(self) -> bool:
-        """Give the guest what it takes, show what it says; whether it has ended."""
-        try:
-            if self._pending:
-                self._pending = self._pending[self._connection.send(self._pending) :]
-        except BlockingIOError:
-            pass
-        except OSError:
-            return True
-        try:
-            data = self._connection.recv(65536)
-        except BlockingIOError:
+    for fd in (0, 1):
+        os.set_blocking(fd, True)  # a terminal that another program shares may not be
+    connection.settimeout(None)
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    while True:
+        # Never without end: Python sees a signal that came just before the call only after it.
+        if select.select([connection], [], [], LINE_QUIET)[0]:
+            try:
+                data = connection.recv(65536)
+            except OSError:
+                data = b""
+            if not data:
+                return not left.is_set()
+            write_all(1, data)
+        elif not sender.is_alive():
             return False
-        except OSError:
-            return True
-        write_all(1, data)
-        return not data
 
 
 # -- qemu's monitor
@@ -9324,141 +8504,49 @@ class SerialSession:
 MONITOR_SECONDS = 3600.0  # a savevm or a backup takes its time
 
 
-def ask_monitor(vm: VM, line: str) -> str:
-    """What qemu's monitor answers to a command for humans.
-
-    A connection for each command: qemu serves one at a time, and a vmstop must get through while someone sits here.
-    """
-    with connect_qemu(vm) as qemu:
-        qemu.allow(MONITOR_SECONDS)
-        answer: str = qemu.monitor(line)
-    return answer.replace("\r\n", "\n").rstrip("\n")
-
-
-def is_refusal(answer: str) -> bool:
-    """Whether the monitor's answer is a complaint; only its words tell that (monitor/hmp.c, hmp_handle_error)."""
-    return answer.startswith(("unknown command:", "Error: ")) or answer.endswith("for more information")
-
-
 def monitor_command(vm: VM, line: str) -> None:
-    """One command.  Raises Error with the monitor's words where it refuses."""
+    """One command for humans.  Raises Error with the monitor's words where it refuses.
+
+    A connection for each: qemu serves one at a time, and a vmstop must get through while someone sits here.
+    """
     try:
-        answer = ask_monitor(vm, line)
+        with connect_qemu(vm) as qemu:
+            qemu.allow(MONITOR_SECONDS)
+            answer = qemu.monitor(line).replace("\r\n", "\n").rstrip("\n")
     except QMPClosed:
         if line.strip() in ("q", "quit"):
             return
         raise
-    if is_refusal(answer):
-        raise Error(f"{vm.name}: {'; '.join(answer.splitlines())}", f"vmmanage -n {vm.address_name} help")
+    # Only its words tell a complaint from an answer (monitor/hmp.c, hmp_handle_error).
+    if answer.startswith(("unknown command:", "Error: ")) or answer.endswith("for more information"):
+        raise Error("; ".join(answer.splitlines()), f"vmmanage -n {vm} help", vm=vm)
     if answer:
         report.data(answer)
 
 
 def monitor_session(vm: VM) -> int:
-    """Commands from stdin, one a line; with line editing and a history on a terminal.  1 if one was refused."""
+    """qemu's own monitor in this terminal, where there is one and qemu has it; else commands from stdin, one a line.
+
+    1 if one of those was refused that come from no terminal.
+    """
     status = EXIT_DONE
     terminal = os.isatty(0)
+    greeting = f"qemu's monitor of {vm.name}; Ctrl-D leaves, `quit` switches {vm.name} off"
+    if terminal and os.isatty(1) and os.path.exists(vm.file("monitor.sock")) and not vm.foreign_qemu():
+        join_line(vm, connect_line(vm, "monitor", "monitor"), greeting, MONITOR_LEAVE, DROP_LINE)
+        return EXIT_DONE
     if terminal:
-        report.say(f"{report.program}: qemu's monitor of {vm.name}; Ctrl-D leaves, `quit` switches {vm.name} off")
-    with LineEditing(vm, terminal):
-        for line in monitor_lines("(qemu) " if terminal else ""):
-            try:
-                monitor_command(vm, line)
-            except QMPClosed:
-                report.say(f"{report.program}: {vm.name} has ended")
-                break
-            except Error as error:
-                status = EXIT_FAILED
-                report.say(str(error) if terminal else f"{report.program}: {error}")
+        report.say(f"{report.program}: {greeting}")
+    for line in filter(None, map(str.strip, sys.stdin)):
+        try:
+            monitor_command(vm, line)
+        except QMPClosed:
+            report.say(f"{report.program}: {vm} has ended")
+            break
+        except Error as error:
+            status = EXIT_FAILED
+            report.say(f"{report.program}: {error}")
     return EXIT_DONE if terminal else status
-
-
-def monitor_lines(prompt: str) -> Iterator[str]:
-    """What is typed, up to Ctrl-D; Ctrl-C drops a line."""
-    while True:
-        try:
-            line = input(prompt)
-        except EOFError:
-            if prompt:
-                report.say("")
-            return
-        except KeyboardInterrupt:
-            if not prompt:
-                raise
-            report.say("")
-            continue
-        if line.strip():
-            yield line
-
-
-class LineEditing:
-    """readline while it lives: history, kept between calls, and completion of the monitor's commands.
-
-    CPython's input() looks for signals, then waits for a key without end: one that comes between the two would be
-    heeded at the next key only.  A timer's own signal wakes it now and then.
-    """
-
-    WAKE = 0.5  # seconds
-
-    def __init__(self, vm: VM, wanted: bool) -> None:
-        self.vm, self._wanted = vm, wanted
-        self.history = os.path.join(cache_home(), "monitor_history")
-        self._words: dict[str, list[str]] = {}
-        self._readline: Any = None
-        if wanted:
-            try:
-                import readline
-
-                self._readline = readline
-            except ImportError:
-                pass  # a Python built without it: plain lines
-
-    def __enter__(self) -> LineEditing:
-        self._wake(self.WAKE)
-        if self._readline:
-            self._readline.set_history_length(1000)
-            self._readline.set_completer(self.complete)
-            self._readline.set_completer_delims(" ")
-            self._readline.parse_and_bind("tab: complete")
-            try:
-                self._readline.read_history_file(self.history)
-            except OSError:
-                pass
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._wake(0)
-        if self._readline:
-            try:
-                make_private_folder(os.path.dirname(self.history))
-                self._readline.write_history_file(self.history)
-            except OSError:
-                pass  # an unwritable home costs the history, nothing else
-
-    def _wake(self, every: float) -> None:
-        import signal
-
-        if self._wanted:
-            signal.signal(signal.SIGALRM, lambda number, frame: None)
-            signal.setitimer(signal.ITIMER_REAL, every, every)
-
-    def complete(self, text: str, number: int) -> str | None:
-        """readline's completer: the first word from `help`, the one after `info` from `help info`."""
-        before = self._readline.get_line_buffer()[: self._readline.get_begidx()].split()
-        if before not in ([], ["info"]):
-            return None
-        try:
-            found = [word for word in self._known(" ".join(["help", *before])) if word.startswith(text)]
-        except Error:
-            return None
-        return found[number] + " " if number < len(found) else None
-
-    def _known(self, question: str) -> list[str]:
-        """The names in the monitor's help, asked for once: `info block [-n] …` a line, `stop|s` where there are two."""
-        if question not in self._words:
-            lines = re.findall(r"^(?:info )?([a-z][a-z0-9_|-]*)", ask_monitor(self.vm, question), re.M)
-            self._words[question] = sorted({name for names in lines for name in names.split("|")})
-        return self._words[question]
 
 
 # Supervisor ##########################################################################################
@@ -9473,13 +8561,14 @@ class Manager:
     It is taken, given back and, after a SIGKILL, swept away under the tree's lock.
     """
 
-    def __init__(self, tree: Tree, group: str) -> None:
-        self.tree, self.group = tree, group
+    def __init__(self, tree: Tree, group: str, new: bool) -> None:
+        """`new`: the group must have no VMs yet."""
+        self.tree, self.group, self._new = tree, group, new
         self.folder = os.path.join(tree.base, group)
         self.log_file = os.path.join(self.folder, MANAGER_LOG)
         self._fd = -1
 
-    def take(self, new: bool) -> None:
+    def __enter__(self) -> Manager:
         """Raises WrongState where another vmrun has the group, or, if it has to be `new`, where it has VMs."""
         self.tree.prepare()
         with self.tree.lock():
@@ -9487,7 +8576,7 @@ class Manager:
             if state != "stopped":
                 who = f"vmrun (process {pid})" if pid else "a vmrun of another user"
                 raise WrongState(f"{self.group}: {who} manages it already", f"vmrun -s {self.group} stops it")
-            if new and any(True for _ in self.tree.vms(self.group)):
+            if self._new and any(True for _ in self.tree.vms(self.group)):
                 raise WrongState(
                     f"{self.group}: the group has VMs already",
                     f"vmrun -r {self.group} runs them, vmstop -d -g {self.group} destroys them, --add adds to them",
@@ -9497,8 +8586,6 @@ class Manager:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.tree.managed = self.group
-
-    def __enter__(self) -> Manager:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -9507,9 +8594,7 @@ class Manager:
                 remove_file(os.path.join(self.folder, name))
             os.close(self._fd)
             self.tree.managed = ""
-            for type in self.tree.types(self.group):
-                remove_empty(os.path.join(self.folder, type))
-            remove_empty(self.folder)
+            remove_if_empty(self.tree, self.group)
 
 
 class Wakeup:
@@ -9550,13 +8635,13 @@ class Wakeup:
         return numbers, [self._posts.popleft() for _ in range(len(self._posts))]
 
 
+@record
 class Member:
     """A running VM that the supervisor watches."""
 
-    __slots__ = ("vm", "process", "ready")
-
-    def __init__(self, vm: VM, process: Process) -> None:
-        self.vm, self.process, self.ready = vm, process, False
+    vm: VM
+    process: Process
+    ready: bool = False
 
 
 # What the loop is about: the group runs; or vmrun ends, and its VMs are destroyed, stopped and kept, or left running.
@@ -9584,8 +8669,12 @@ class Supervisor:
 
     def run(self, begin: Callable[[Callable[[VM], None]], list[Error]]) -> int:
         """Have `begin` start the VMs, telling each to its argument; watch the group to its end; the exit status."""
-        post = self._wakeup.post
-        self._job(lambda: begin(lambda vm: post(lambda: self._spawned(vm))), self._begun)
+
+        def spawned(vm: VM) -> None:
+            how = f"of {vm.type} type has been spawned in {vm.group} group"
+            self._wakeup.post(lambda: self._adopt(vm, how))
+
+        self._job(lambda: begin(spawned), self._begun)
         while not self._finished:
             for key, _ in self._selector.select(self._timeout()):
                 key.data()
@@ -9618,14 +8707,11 @@ class Supervisor:
         report.log(f"{words.get(goal, 'leaving; these go on running: the VMs of')} {self.group} group")
         self.goal = goal
 
-    def _spawned(self, vm: VM) -> None:
-        report.log(f"{vm.name} of {vm.type} type has been spawned in {vm.group} group")
-        self._adopt(vm)
-
-    def _adopt(self, vm: VM) -> None:
+    def _adopt(self, vm: VM, how: str) -> None:
         """Watch a VM that runs, whoever started it, and wait until it is ready."""
         import selectors
 
+        report.log(f"{vm.name} {how}")
         state, pid = vm.state()
         process = Process(pid) if state == "running" else None
         if not process or process.fileno() < 0 or vm.state() != (state, pid):
@@ -9660,8 +8746,7 @@ class Supervisor:
         self._look_at = time.monotonic() + LOOK_SECONDS
         for vm in self.cloud.tree.vms(self.group):
             if vm.folder not in self._members and vm.is_running():
-                report.log(f"{vm.name} has joined")
-                self._adopt(vm)
+                self._adopt(vm, "has joined")
 
     # workers
 
@@ -9689,24 +8774,22 @@ class Supervisor:
 
     def _begun(self, errors: list[Error] | Error) -> None:
         self._starting = False
-        if cancellation.requested:  # what could not be started because of that is no failure
-            return
-        self._failed([errors] if isinstance(errors, Error) else errors)
+        self._failed(errors)
         if self.goal == RUN:
             vms = sorted((member.vm for member in self._members.values()), key=lambda vm: vm.address_name)
             self._job(lambda: open_screens([vm for vm in vms if not has_viewer(vm)]), lambda _: None)
 
-    def _failed(self, errors: Sequence[Error]) -> None:
-        for error in errors:
+    def _failed(self, errors: list[Error] | Error) -> None:
+        """Say what a worker couldn't do, but for what it was kept from."""
+        if cancellation.requested:
+            return
+        for error in [errors] if isinstance(errors, Error) else errors:
             report.error(error)
             self.status = EXIT_FAILED
 
     def _wait(self, vm: VM) -> None:
         wait = Wait(self.cloud, vm, self.cloud.config.number("vmWaitTimeout"))
-        while not wait.network.address(vm):
-            wait.check()
-            time.sleep(0.1)
-        address = wait.network.address(vm)
+        address = next(found for _ in wait.tries() if (found := wait.network.address(vm)))
         self._wakeup.post(lambda: report.log(f"{vm.name} has IP {address}"))
         wait_ready(wait)
 
@@ -9714,8 +8797,7 @@ class Supervisor:
         if self._members.get(member.vm.folder) is not member or cancellation.requested:
             return
         if result:
-            reason = str(result).partition(f"{member.vm.name}: ")[2] or result
-            report.log(f"{member.vm.name} is not ready: {reason}")
+            report.log(f"{member.vm.name} is not ready: {result.text}")
         else:
             member.ready = True
             report.log(f"{member.vm.name} is ready")
@@ -9740,7 +8822,7 @@ class Supervisor:
         self._finished = self._ending == self.goal
         if not self._finished:
             self._ending = self.goal
-            self._job({DESTROY: self._destroy, KEEP: self._keep, LEAVE: self._leave}[self.goal], self._ended)
+            self._job(self._end, self._failed)
         return None
 
     def _rest(self) -> None:
@@ -9752,24 +8834,15 @@ class Supervisor:
             self._settled(self.status or (EXIT_TIMEOUT if late else EXIT_DONE))
             self._settled = None
 
-    def _destroy(self) -> list[Error]:
-        errors = destroy_all(self.cloud, list(self.cloud.tree.vms(self.group)))
-        self.cloud.network("private").end_if_idle()
-        return errors
-
-    def _keep(self) -> list[Error]:
-        seconds = self.cloud.config.number("vmStopTimeout")
-        errors = stop_all(self.cloud, list(self.cloud.tree.vms(self.group)), seconds)
-        self.cloud.network("private").end_if_idle()
-        return errors
-
-    def _leave(self) -> list[Error]:
-        configure_later(self.cloud, [member.vm for member in self._members.values() if not member.ready])
-        return []
-
-    def _ended(self, errors: list[Error] | Error) -> None:
-        if not cancellation.requested:
-            self._failed([errors] if isinstance(errors, Error) else errors)
+    def _end(self) -> list[Error]:
+        """What the goal asks for."""
+        if self._ending == LEAVE:
+            configure_later(self.cloud, [member.vm for member in self._members.values() if not member.ready])
+            return []
+        vms = list(self.cloud.tree.vms(self.group))
+        if self._ending == DESTROY:
+            return destroy_all(self.cloud, vms)
+        return stop_all(self.cloud, vms, self.cloud.config.number("vmStopTimeout"))
 
 
 def supervise(
@@ -9781,38 +8854,28 @@ def supervise(
     and the log that a vmrun in the background writes.
     """
     wakeup = Wakeup()
-    manager = Manager(cloud.tree, group)
-    manager.take(new)
-    with manager:
+    with Manager(cloud.tree, group, new) as manager:
         old = list(cloud.tree.vms(group))
         if not old and not wishes:
             raise NotFound(f"{group}: there are no VMs in it", "vmrun -f FILE makes them")
         if group_network(cloud, group) == "private":
-            with cloud.private.in_use():
+            with cloud.private.hold():
                 pass  # the network comes up, and is opened, while there are no threads yet
         cloud.qemu()
-        cloud.accel()
+        cloud.accel(cloud.config["vmAccel"])
 
         def begin(spawned: Callable[[VM], None]) -> list[Error]:
-            errors = start_kept(cloud, old, spawned, gui)
+            stopped = [vm for vm in old if not vm.is_running()]
+            for vm in old:
+                if vm not in stopped:
+                    spawned(vm)  # it is taken over as it is
+            results = start_all(cloud, stopped, spawned, gui=gui)
+            errors = [error for vm, error in zip(stopped, results) if error and not vm.is_running()]
             return errors + (instantiate(cloud, group, wishes, spawned)[1] if wishes else [])
 
         trim_memory()
         supervisor = Supervisor(cloud, group, wakeup, lambda status: settled(status, manager.log_file))
-        try:
-            return supervisor.run(begin)
-        finally:
-            cloud.private.end_if_idle()
-
-
-def start_kept(cloud: Cloud, vms: Sequence[VM], spawned: Callable[[VM], None], gui: bool) -> list[Error]:
-    """Start those that don't run, with a screen this time if `gui`; those that do are taken over as they are."""
-    for vm in vms:
-        if vm.is_running():
-            spawned(vm)
-    stopped = [vm for vm in vms if not vm.is_running()]
-    results = start_all(cloud, stopped, spawned, gui=gui)
-    return [error for vm, error in zip(stopped, results) if error and not vm.is_running()]
+        return supervisor.run(begin)
 
 
 def stop_managed(cloud: Cloud, group: str) -> None:
@@ -9843,6 +8906,8 @@ class Background:
 
     def start(self) -> int | None:
         """None in the child, which goes on; in the caller the exit status, when the child has settled or ended."""
+        import signal
+
         hear, talk = os.pipe()
         pid = fork_session()
         if not pid:
@@ -9854,18 +8919,12 @@ class Background:
             try:
                 said = pipe.read()
             except (KeyboardInterrupt, SystemExit) as stopped:
-                self._pass_on(pid, stopped)
+                # ^C and SIGTERM are meant for the child too; when the terminal goes away, SIGHUP, it goes on.
+                if not isinstance(stopped, SystemExit) or stopped.code == 128 + signal.SIGTERM:
+                    os.kill(pid, signal.SIGTERM)
+                    os.waitpid(pid, 0)
                 raise
         return said[0] if said else os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-    @staticmethod
-    def _pass_on(pid: int, stopped: BaseException) -> None:
-        """^C and SIGTERM are meant for the child too; when the terminal goes away, SIGHUP, it goes on."""
-        import signal
-
-        if not isinstance(stopped, SystemExit) or stopped.code == 128 + signal.SIGTERM:
-            os.kill(pid, signal.SIGTERM)
-            os.waitpid(pid, 0)
 
     def settled(self, status: int, log_file: str) -> None:
         """In the child: let the caller go, and write to a log from now on.  In the foreground: nothing."""
@@ -9888,17 +8947,13 @@ class Background:
 # Rows for people, JSON for ansible.
 
 
-def running_rows(cloud: Cloud, group: str, type: str) -> Iterator[str]:
-    """A line per running VM: NAME GROUP/TYPE IP; the third field is missing where there is no address yet."""
-    for vm in cloud.tree.running(group, type):
-        address = address_of(cloud, vm)
-        yield " ".join(part for part in (vm.name, vm.function, address) if part)
-
-
-def all_rows(cloud: Cloud, group: str, type: str) -> Iterator[str]:
-    """A line per VM, running or not: NAME GROUP/TYPE STATE IP."""
+def vm_rows(cloud: Cloud, group: str = "", type: str = "", *, every: bool = False) -> Iterator[str]:
+    """A line per running VM, NAME GROUP/TYPE IP, or for every one, NAME GROUP/TYPE STATE IP; IP once it has one."""
     for vm in cloud.tree.vms(group, type):
-        yield " ".join(part for part in (vm.name, vm.function, vm.state()[0], address_of(cloud, vm)) if part)
+        state, _ = vm.state()
+        if every or state == "running":
+            words = (vm.name, vm.function, state if every else "", address_of(cloud, vm))
+            yield " ".join(filter(None, words))
 
 
 def address_of(cloud: Cloud, vm: VM) -> str:
@@ -9912,47 +8967,45 @@ def address_of(cloud: Cloud, vm: VM) -> str:
 
 def inventory(cloud: Cloud) -> dict[str, Any]:
     """ansible's script inventory of the running VMs that have an address."""
-    groups: dict[str, Any] = {}
-    hostvars: dict[str, Any] = {}
-    members: dict[str, list[VM]] = {}
+    members: dict[str, list[tuple[VM, str]]] = {}
     for vm in cloud.tree.running():
         address = address_of(cloud, vm)
-        if not address:
-            continue
-        key = f"{vm.group}_{vm.type or TEMPLATES}"
-        groups.setdefault(key, {}).setdefault("hosts", []).append(address)
-        children = groups.setdefault(vm.group, {}).setdefault("children", [])
-        if key not in children:
-            children.append(key)
-        members.setdefault(vm.group, []).append(vm)
-        hostvars[address] = host_variables(vm)
-        uuid = vm.conf.get("vmUuid", "")
-        # ansible's own is named by the address, which another VM had before, or has in another tree
-        hostvars[address]["ansible_control_path"] = f"%(directory)s/{uuid or vm.address_name.replace('/', '-')}"
-        if uuid and not vm.conf.get("vmAddress"):  # known by its UUID only
-            for program in ("ssh", "sftp", "scp"):
-                hostvars[address][f"ansible_{program}_extra_args"] = f"-o HostKeyAlias={uuid}"
-    for group, vms in members.items():
+        if address:
+            members.setdefault(vm.group, []).append((vm, address))
+    groups: dict[str, Any] = {}
+    hostvars: dict[str, Any] = {}
+    for group, pairs in members.items():
+        vms = [vm for vm, _ in pairs]
         users = [vm.get("vmUser") for vm in vms]
         user = max(users, key=users.count)
-        groups[group]["vars"] = {"ansible_user": user, "ansible_ssh_common_args": ansible_ssh_args(cloud, vms)}
-        for vm in vms:
-            if vm.get("vmUser") != user:
-                hostvars[address_of(cloud, vm)]["ansible_user"] = vm.get("vmUser")
+        kinds: dict[str, Any] = {}
+        for vm, address in pairs:
+            kinds.setdefault(f"{group}_{vm.type or TEMPLATES}", {"hosts": []})["hosts"].append(address)
+            hostvars[address] = host_variables(vm, user)
+        variables = {"ansible_user": user, "ansible_ssh_common_args": ansible_ssh_args(cloud, vms)}
+        for name, values in [*kinds.items(), (group, {"children": list(kinds), "vars": variables})]:
+            groups.setdefault(name, {}).update(values)
     return {**groups, "_meta": {"hostvars": hostvars}}
 
 
-def host_variables(vm: VM) -> dict[str, str]:
+def host_variables(vm: VM, user: str) -> dict[str, str]:
+    """What ansible is told of a host; `user`: who logs in to those of its group."""
+    uuid, login = vm.get("vmUuid"), vm.get("vmUser")
     names = {"name": vm.name, "group": vm.group, "type": vm.type or TEMPLATES}
-    names.update(template=vm.conf.get("vmTemplate", ""), uuid=vm.conf.get("vmUuid", ""))
-    return {f"nocloud_{key}": value for key, value in names.items()}
+    names.update(template=vm.get("vmTemplate"), uuid=uuid)
+    values = {f"nocloud_{key}": value for key, value in names.items()}
+    # ansible's own is named by the address, which another VM had before, or has in another tree
+    values["ansible_control_path"] = f"%(directory)s/{uuid or vm.address_name.replace('/', '-')}"
+    if uuid and not vm.get("vmAddress"):  # known by its UUID only
+        values.update({f"ansible_{each}_extra_args": f"-o HostKeyAlias={uuid}" for each in ("ssh", "sftp", "scp")})
+    return values if login == user else {**values, "ansible_user": login}
 
 
 def ansible_ssh_args(cloud: Cloud, vms: Sequence[VM]) -> str:
     """ssh's options for a group: our known_hosts, the keys, and the way into a private network."""
     import shlex
 
-    strict = {vm.conf.get("vmUuid", "?") for vm in vms} <= cloud.known_hosts.names()
+    strict = {vm.get("vmUuid") or "?" for vm in vms} <= cloud.known_hosts.names()
     planted = all(is_planted(vm) for vm in vms)
     words = [*ssh_trust_options(cloud.known_hosts.path, strict), *ssh_key_options(planted)]
     return shlex.join([*words, *ssh_way(cloud.network_of(vms[0]))])
@@ -9967,19 +9020,18 @@ INSTALL_RECORD = "share/nocloud/installed.json"  # below PREFIX
 INSTALLED_CONFS = ("nocloud_net.conf", "nocloud_templates.conf")
 
 
+@record
 class Placed:
     """A file of an installation: where it goes, and its content, or where the link points.
 
     `conf`: users change it, and what they changed is kept.
     """
 
-    __slots__ = ("path", "content", "link", "mode", "conf")
-
-    def __init__(
-        self, path: str, content: str | bytes = b"", link: str = "", mode: int = 0o644, conf: bool = False
-    ) -> None:
-        self.path, self.link, self.mode, self.conf = path, link, mode, conf
-        self.content = content.encode() if isinstance(content, str) else content
+    path: str
+    content: bytes = b""
+    link: str = ""
+    mode: int = 0o644
+    conf: bool = False
 
     def fingerprint(self) -> str:
         """As Installation.fingerprint()."""
@@ -9998,8 +9050,8 @@ def planned_files(
     """
     found = [Placed(f"{prefix}/bin/nocloud", program, mode=0o755)]
     found += [Placed(f"{prefix}/bin/{name}", link="nocloud") for name in names]
-    found += [Placed(f"{prefix}/etc/{name}", packaged(name), conf=True) for name in INSTALLED_CONFS]
-    found += [Placed(f"{prefix}/{path}", text) for path, text in documents.items()]
+    found += [Placed(f"{prefix}/etc/{name}", packaged(name).encode(), conf=True) for name in INSTALLED_CONFS]
+    found += [Placed(f"{prefix}/{path}", text.encode()) for path, text in documents.items()]
     found += [Placed(f"{prefix}/{path}", link=target) for path, target in links.items()]
     return found
 
@@ -10015,13 +9067,16 @@ def checked_prefix(prefix: str) -> str:
 
 
 class Installation:
-    """What is installed below one PREFIX, and the record of it; `root` is DESTDIR, '' for this host."""
+    """What is installed below one PREFIX, and the record of it; `root` is DESTDIR, '' for this host.
+
+    The record is written before each change, so that a call that was killed can be finished, or undone.
+    """
 
     def __init__(self, prefix: str, root: str = "") -> None:
         """Raises Error where the record can't be relied on."""
         self.prefix, self.root = checked_prefix(prefix), root.rstrip("/")
         self.record = self.real(f"{self.prefix}/{INSTALL_RECORD}")
-        self.files: dict[str, list[str]] = {}  # path: the fingerprints that it had as we put it there, oldest first
+        self.files: dict[str, list[str]] = {}  # path: the fingerprints that it had as we put it there
         self.folders: list[str] = []  # those that weren't there before
         self.host: dict[str, Any] = {}  # what was changed on the host, and how it was before
         self.exists = os.path.exists(self.record)
@@ -10039,24 +9094,17 @@ class Installation:
             raise Error(f"{self.record}: {reason}; it says what to remove, so it is not used", "chown root, chmod 644")
         try:
             known = json.loads(read_text(self.record))
-            parts = known["files"], known["folders"], known["host"]
-            if tuple(map(type, parts)) != (dict, list, dict):
-                raise ValueError("not of this form")
-            self.files, self.folders, self.host = parts
+            self.files, self.folders, self.host = dict(known["files"]), list(known["folders"]), dict(known["host"])
         except (ValueError, KeyError, TypeError) as error:
             raise Error(f"{self.record}: is damaged: {error!r}", "move it away, and install again") from None
 
-    def save(self) -> None:
+    def save(self, **host: Any) -> None:
+        """Write the record, with what is going to be changed on the host."""
         import json
 
+        self.host.update(host)
         known = {"version": __version__, "files": self.files, "folders": self.folders, "host": self.host}
         write_file(self.record, json.dumps(known, indent=1) + "\n", 0o644)
-        self.exists = True
-
-    def remember(self, **changes: Any) -> None:
-        """Write down a change of the host before it is made."""
-        self.host.update(changes)
-        self.save()
 
     def fingerprint(self, path: str) -> str:
         """What is there: `sha256 HEX`, `link TARGET`, `folder`, or ''."""
@@ -10067,92 +9115,71 @@ class Installation:
             return "folder"
         return f"sha256 {file_digest(path)}" if os.path.exists(path) else ""
 
-    # installing
-
     def check(self, files: Sequence[Placed]) -> None:
-        """Raise where something is in the way that no installation of ours put there."""
-        strangers = [each.path for each in files if self._is_in_the_way(each)]
-        if strangers:
-            names = ", ".join(self.real(path) for path in strangers[:20])
+        """Raise where something is in the way that neither an installation nor `nocloud links` put there."""
+        blocked = []
+        for each in files:
+            there, path = self.fingerprint(each.path), self.real(each.path)
+            known = there in ("", each.fingerprint()) or (there != "folder" and (each.conf or each.path in self.files))
+            target = os.path.basename(os.path.realpath(path)) if each.link and os.path.islink(path) else ""
+            if not known and target not in ("nocloud", "nocloud.pyz", "nocloud.py"):
+                blocked.append(path)
+        if blocked:
             raise WrongState(
-                f"in the way, and not installed by nocloud: {names}", "move them away, or set another PREFIX"
+                f"in the way, and not installed by nocloud: {', '.join(blocked[:20])}",
+                "move them away, or set another PREFIX",
             )
 
-    def _is_in_the_way(self, each: Placed) -> bool:
-        there = self.fingerprint(each.path)
-        if there in ("", each.fingerprint()) or (there != "folder" and (each.conf or each.path in self.files)):
-            return False
-        return not (each.link and there.startswith("link ") and self._is_own_link(each.path))  # of `nocloud links`
-
-    def _is_own_link(self, path: str) -> bool:
-        return os.path.basename(os.path.realpath(self.real(path))) in ("nocloud", "nocloud.pyz", "nocloud.py")
+    def is_changed(self, each: Placed) -> bool:
+        """Whether the user's own configuration is there, which is kept."""
+        known = ("", each.fingerprint(), *self.files.get(each.path, ()))
+        return each.conf and self.fingerprint(each.path) not in known
 
     def place(self, files: Sequence[Placed]) -> list[str]:
         """Put the files there, keeping the configuration that the user changed; what there is to say of that."""
-        writes, kept = [], []
+        writes, said = [], []
         for each in files:
-            write, is_kept = self._decide(each)
-            writes += [write] if write else []
-            kept += [self.real(each.path)] if is_kept else []
-        stale = [path for path in self.files if self._is_stale(path, files)]
-        self._make_folders([*files, *writes])
-        for each in [*files, *writes]:
-            prints = self.files.setdefault(each.path, [])
-            if each.fingerprint() not in prints:
-                prints.append(each.fingerprint())
-        self.save()
+            if not self.is_changed(each):
+                writes += [each] if self.fingerprint(each.path) != each.fingerprint() else []
+                continue
+            said.append(f"kept: {self.real(each.path)}, which was changed")
+            if each.fingerprint() not in self.files.get(each.path, ()):  # else the user has seen this version before
+                said[-1] += f"; the new version is {self.real(each.path)}.new"
+                writes.append(Placed(f"{each.path}.new", each.content))
+        planned = {each.path for each in files}
+        stale = [path for path in self.files if not {path, path.removesuffix(".new")} & planned]
+        for each in (*files, *writes):
+            self.files[each.path] = list(dict.fromkeys([*self.files.get(each.path, ()), each.fingerprint()]))
+        self._make_folders([each.path for each in (*files, *writes)])
         for each in writes:
             self._write(each)
         for path in stale:
             self._remove(path)
         self.save()
-        news = {self.real(each.path) for each in writes}
-        said = {path: f"; the new version is {path}.new" if f"{path}.new" in news else "" for path in kept}
-        return [f"kept: {path}, which was changed{new}" for path, new in said.items()]
+        return said
 
-    def _decide(self, each: Placed) -> tuple[Placed | None, bool]:
-        """(what to write or None, whether the user's own configuration is kept)."""
-        there, known = self.fingerprint(each.path), self.files.get(each.path, [])
-        if there == each.fingerprint():
-            return None, False
-        if not each.conf or not there or there in known:
-            return each, False
-        # a version that was there or beside once is known to the user
-        return (None if each.fingerprint() in known else Placed(f"{each.path}.new", each.content)), True
-
-    @staticmethod
-    def _is_stale(path: str, files: Sequence[Placed]) -> bool:
-        """Whether it belongs to another version only."""
-        planned = {each.path for each in files}
-        return path not in planned and path[: -len(".new")] not in planned
-
-    def _make_folders(self, files: Sequence[Placed]) -> None:
-        """The folders of these files; the record's first, since it names the others."""
+    def _make_folders(self, paths: Sequence[str]) -> None:
+        """The folders of these files; the record, which names them, is written first."""
         missing: list[str] = []
-        for path in [f"{self.prefix}/{INSTALL_RECORD}", *(each.path for each in files)]:
+        for path in (f"{self.prefix}/{INSTALL_RECORD}", *paths):
             folder = os.path.dirname(path)
             while not os.path.isdir(self.real(folder)) and folder not in missing:
                 missing.append(folder)
                 folder = os.path.dirname(folder)
-        for folder in sorted(missing, key=len):
-            self._make_folder(folder)
-
-    def _make_folder(self, folder: str) -> None:
-        if folder not in self.folders:
-            self.folders.append(folder)
-        if os.path.isdir(os.path.dirname(self.record)):
-            self.save()
-        os.makedirs(self.real(folder), 0o755)
-        os.chmod(self.real(folder), 0o755)  # whatever the umask says
+        missing.sort(key=len)
+        self.folders = list(dict.fromkeys([*self.folders, *missing]))
+        os.makedirs(os.path.dirname(self.record), exist_ok=True)
+        self.save()
+        for folder in missing:
+            os.makedirs(self.real(folder), exist_ok=True)
+            os.chmod(self.real(folder), 0o755)  # whatever the umask says
 
     def _write(self, each: Placed) -> None:
         path = self.real(each.path)
         self._sweep(path)
         if each.link:
-            temporary = f"{path}.{os.getpid()}.tmp"
-            remove_file(temporary)
-            os.symlink(each.link, temporary)
-            os.replace(temporary, path)
+            remove_file(path)
+            os.symlink(each.link, path)
         else:
             write_file(path, each.content, each.mode)
 
@@ -10170,28 +9197,20 @@ class Installation:
         for left in glob.glob(f"{glob.escape(path)}.*.tmp"):
             remove_file(left)
 
-    # and away with it
-
     def take_away(self) -> list[str]:
         """Remove the files and the record of them; the paths of configuration that was changed, and is kept."""
         kept = []
         for path, prints in list(self.files.items()):
-            if self._was_changed(path, prints):
+            is_conf = os.path.dirname(path) == f"{self.prefix}/etc" and path.endswith(".conf")
+            if is_conf and self.fingerprint(path) not in ("", *prints):
                 kept.append(self.real(path))
             else:
                 self._remove(path)
+        self._sweep(self.record)
         remove_file(self.record)
         for folder in sorted(self.folders, key=len, reverse=True):
             remove_empty(self.real(folder))
         return kept
-
-    def _was_changed(self, path: str, prints: Sequence[str]) -> bool:
-        is_conf = os.path.dirname(path) == f"{self.prefix}/etc" and path.endswith(".conf")
-        return is_conf and self.fingerprint(path) not in ("", *prints)
-
-    def was_changed(self, each: Placed) -> bool:
-        """Whether the user's own is there, and will be kept."""
-        return self.fingerprint(each.path) not in ("", each.fingerprint(), *self.files.get(each.path, ()))
 
 
 # -- the host
@@ -10203,66 +9222,22 @@ UNITS = (*SYSTEMD_UNITS, "nocloud-dnsmasq-reload.service", GROUP_UNIT)
 SYSUSERS = "nocloud-sysusers.conf"
 
 
-def missing_programs(config: Config) -> list[str]:
-    """What has to be there before an installation is of use, and isn't."""
-    qemu = f"qemu-system-{os.uname().machine}"
-    found = [] if find_program(qemu) or find_program("/usr/libexec/qemu-kvm") else [qemu]
-    found += [name for name in NEEDED_PROGRAMS if not find_program(name)]
-    return found if HostBridge(config).helper() else [*found, "qemu-bridge-helper"]
-
-
-def check_programs(missing: Sequence[str]) -> None:
+def check_programs(config: Config) -> None:
     """Raises MissingProgram, naming each with its package, and one command for all of them."""
+    qemu = f"qemu-system-{os.uname().machine}"
+    missing = [] if find_program(qemu) or find_program("/usr/libexec/qemu-kvm") else [qemu]
+    missing += [name for name in NEEDED_PROGRAMS if not find_program(name)]
+    missing += [] if HostBridge(config).helper() else ["qemu-bridge-helper"]
     if missing:
         _, column = host_installer()
         names = [f"{name} (package {package_of(name, column)})" for name in missing]
         raise MissingProgram(f"not here yet: {', '.join(names)}; nothing was changed", install_command(missing))
 
 
-def acl_rules(text: str) -> list[tuple[str, str]]:
-    """(verb, name) of each line of a bridge.conf: allow, deny, include (qemu-bridge-helper.c)."""
-    lines = [line.split(None, 1) for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
-    return [(words[0], words[1].strip() if words[1:] else "") for words in lines]
-
-
-def with_rule(text: str, interface: str) -> str:
-    """`text` with a line that allows the bridge; all others are kept, though one may still forbid it."""
-    if ("allow", interface) in acl_rules(text):
-        return text
-    return text + ("\n" if text and not text.endswith("\n") else "") + f"allow {interface}\n"
-
-
-def without_rule(text: str, interface: str) -> str:
-    return "".join(line for line in text.splitlines(True) if line.split() != ["allow", interface])
-
-
-def acl_warnings(text: str, interface: str) -> Iterator[str]:
-    """What others' lines do, as the end of a message: the helper heeds all of them, and one that denies wins."""
-    rules = acl_rules(text)
-    for name in ("all", interface):
-        if ("deny", name) in rules:
-            yield f"the line `deny {name}` keeps VMs off the bridge {interface}; remove it"
-    if ("allow", "all") in rules:
-        yield "with the line `allow all` users may put VMs on every bridge of this host; remove it"
-
-
-def modules_for(cpuinfo: str, is_there: Callable[[str], bool]) -> list[str]:
-    """The kernel modules that VMs want, of those that this kernel has: a missing one would fail the boot's unit."""
-    flags = {flag for line in re.findall(r"^flags\s*: (.*)$", cpuinfo, re.M) for flag in line.split()}
-    wanted = [module for flag, module in (("vmx", "kvm_intel"), ("svm", "kvm_amd")) if flag in flags]
-    return [module for module in (*wanted, "vhost_net", "tun") if is_there(module)]
-
-
-def module_is_there(name: str) -> bool:
-    """Whether it can be loaded, or is part of the kernel; never in a container, which has no modprobe(8)."""
-    return bool(find_program("modprobe")) and attempt(["modprobe", "--dry-run", "--quiet", name], 30)[0] == 0
-
-
 def systemd_folder(prefix: str, name: str) -> str:
     """Where systemd reads `system`, `sysusers.d` and their like for this PREFIX (systemd.unit(5), sysusers.d(5))."""
-    if prefix in ("/usr", "/usr/local"):
-        return f"{prefix}/lib/{'systemd/' if name in ('system', 'user') else ''}{name}"
-    return f"/etc/{'systemd/' if name in ('system', 'user') else ''}{name}"
+    base = f"{prefix}/lib" if prefix in ("/usr", "/usr/local") else "/etc"
+    return f"{base}/systemd/{name}" if name in ("system", "user") else f"{base}/{name}"
 
 
 def planned_units(prefix: str) -> list[Placed]:
@@ -10271,7 +9246,8 @@ def planned_units(prefix: str) -> list[Placed]:
     places += [(GROUP_UNIT, "user", GROUP_UNIT), (SYSUSERS, "sysusers.d", "nocloud.conf")]
     return [
         Placed(
-            f"{systemd_folder(prefix, kind)}/{name}", packaged(source, "systemd").replace("@BINDIR@", f"{prefix}/bin")
+            f"{systemd_folder(prefix, kind)}/{name}",
+            packaged(source, "systemd").replace("@BINDIR@", f"{prefix}/bin").encode(),
         )
         for source, kind, name in places
     ]
@@ -10282,16 +9258,17 @@ def running_vms() -> list[str]:
     import pwd
 
     found = []
-    for process in (QemuProcess(int(name)) for name in os.listdir("/proc") if name.isdigit()):
-        if not process.is_ours:
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        if not is_our_qemu(process_file(int(pid), "cmdline")):
             continue
         try:
-            user = pwd.getpwuid(os.stat(f"/proc/{process.pid}").st_uid).pw_name
+            folder, uid = os.readlink(f"/proc/{pid}/cwd"), os.stat(f"/proc/{pid}").st_uid
+            user = pwd.getpwuid(uid).pw_name
         except KeyError:
             user = "another user"
-        except FileNotFoundError:
+        except OSError:
             continue  # it has ended
-        found.append(f"{'/'.join(process.folder.split('/')[-3:])} of {user}")
+        found.append(f"{'/'.join(folder.split('/')[-3:])} of {user}")
     return sorted(found)
 
 
@@ -10302,32 +9279,23 @@ class HostSetup:
     """
 
     def __init__(self, installation: Installation, config: Config) -> None:
-        self.installation, self.config = installation, config
+        self.installation, self.config, self.before = installation, config, installation.host
         self.interface = config["bridgeInterface"]
-        # which bridges qemu-bridge-helper may put VMs on
-        self.acl: str = installation.host.get("acl") or next(filter(os.path.exists, HELPER_LISTS), HELPER_LISTS[0])
-
-    def _done_before(self, key: str, default: Any) -> Any:
-        return self.installation.host.get(key, default)
+        self.acl: str = self.before.get("acl") or helper_list()
 
     def make_accounts(self) -> None:
         """The group kvm and the user that dnsmasq runs as; systemd-sysusers(8) has the list in a file of ours."""
-        import grp
-        import pwd
-
-        users = {each.pw_name for each in pwd.getpwall()}
-        groups = {each.gr_name for each in grp.getgrall()}
-        new_users = sorted({DNSMASQ_USERS[0]} - users | set(self._done_before("users", ())))
-        new_groups = sorted({KVM_GROUP} - groups | set(self._done_before("groups", ())))
-        self.installation.remember(users=new_users, groups=new_groups)
+        users = [name for name in DNSMASQ_USERS[:1] if not account((name,))[1]]
+        groups = [name for name in (KVM_GROUP,) if not account((name,), group=True)[1]]
+        self.installation.save(users=self.before.get("users") or users, groups=self.before.get("groups") or groups)
         if find_program("systemd-sysusers"):
             run(["systemd-sysusers", f"{systemd_folder(self.installation.prefix, 'sysusers.d')}/nocloud.conf"])
-        elif KVM_GROUP not in groups:
+        elif groups:
             run(["groupadd", "--system", KVM_GROUP])
 
     def remove_accounts(self) -> None:
         for program, names in (("userdel", "users"), ("groupdel", "groups")):
-            for name in self._done_before(names, ()):
+            for name in self.before.get(names, ()):
                 status, said = attempt([program, name], 30)
                 if status and "does not exist" not in said:
                     report.warn(f"{program} {name}: {last_line(said)}")
@@ -10336,8 +9304,6 @@ class HostSetup:
 
     def allow_helper(self) -> str:
         """Let members of kvm use it, where it is nobody's yet; what was done."""
-        import grp
-
         path = os.path.realpath(HostBridge(self.config).helper())
         info = os.stat(path)
         if info.st_mode & stat.S_ISUID:
@@ -10349,17 +9315,15 @@ class HostSetup:
             return ""
         before = {"path": path, "mode": stat.S_IMODE(info.st_mode), "group": info.st_gid, "override": bool(override)}
         if not known:  # else it was made by a call that was killed, or the mode was changed after
-            self.installation.remember(helper=before)
+            self.installation.save(helper=before)
         if override and not known:
             run([override, "--add", "root", KVM_GROUP, "4750", path])
-        os.chown(path, 0, grp.getgrnam(KVM_GROUP).gr_gid)
+        os.chown(path, 0, account((KVM_GROUP,), group=True)[1])
         os.chmod(path, 0o4750)
         return f"{path}: members of {KVM_GROUP} may use it (root:{KVM_GROUP} 4750)"
 
     def take_back_helper(self) -> None:
-        before = self._done_before("helper", None)
-        if not before:
-            return
+        before = self.before.get("helper", {"path": "", "override": False})
         path = before["path"]
         if before["override"]:
             attempt(["dpkg-statoverride", "--remove", path], 30)
@@ -10368,33 +9332,30 @@ class HostSetup:
             os.chmod(path, before["mode"])
 
     def allow_bridge(self) -> str:
-        """Have the helper put VMs on our bridge; what was done."""
-        folder = os.path.dirname(self.acl)
+        """Have the helper put VMs on our bridge, and say what others' lines do; what was done."""
+        folder, said = os.path.dirname(self.acl), ""
         made = [path for path in (self.acl, folder) if not os.path.exists(path)]
-        text = "" if self.acl in made else read_text(self.acl)
-        for warning in acl_warnings(text, self.interface):
-            report.warn(f"{self.acl}: {warning}")
-        new = with_rule(text, self.interface)
-        if new == text:
-            return ""
-        allowed = dict.fromkeys([*self._done_before("allowed", ()), self.interface])
-        made = list(dict.fromkeys([*self._done_before("made", ()), *made]))
-        self.installation.remember(acl=self.acl, allowed=list(allowed), made=made)
-        os.makedirs(folder, 0o755, exist_ok=True)
-        rewrite(self.acl, new)
-        return f"{self.acl}: allow {self.interface}"
+        if self.acl in made or ("allow", self.interface) not in helper_rules(self.acl):
+            allowed = [*self.before.get("allowed", ()), self.interface]
+            self.installation.save(acl=self.acl, allowed=allowed, made=[*self.before.get("made", ()), *made])
+            os.makedirs(folder, 0o755, exist_ok=True)
+            text = "" if self.acl in made else read_text(self.acl)
+            rewrite(self.acl, text + ("\n" if text and not text.endswith("\n") else "") + f"allow {self.interface}\n")
+            said = f"{self.acl}: allow {self.interface}"
+        for _, fault, _ in HostBridge(self.config).list_faults():
+            report.warn(f"{fault}; remove it")
+        return said
 
     def forbid_bridge(self) -> None:
-        made = self._done_before("made", ())
+        ours = [["allow", interface] for interface in self.before.get("allowed", ())]
         if os.path.exists(self.acl):
-            old = new = read_text(self.acl)
-            for interface in self._done_before("allowed", ()):
-                new = without_rule(new, interface)
-            if not new and self.acl in made:
+            lines = read_text(self.acl).splitlines(True)
+            kept = [line for line in lines if line.split() not in ours]
+            if not kept and self.acl in self.before.get("made", ()):
                 remove_file(self.acl)
-            elif new != old:
-                rewrite(self.acl, new)
-        if os.path.dirname(self.acl) in made:
+            elif kept != lines:
+                rewrite(self.acl, "".join(kept))
+        if os.path.dirname(self.acl) in self.before.get("made", ()):
             remove_empty(os.path.dirname(self.acl))
 
     # modules, units
@@ -10410,25 +9371,15 @@ class HostSetup:
         return f"kernel modules, now and at each boot: {', '.join(loaded)}" if loaded else ""
 
     def start_units(self) -> str:
-        if not os.path.isdir("/run/systemd/system"):
+        if not systemd_runs():
             return "no systemd runs here, so nothing starts with the host: nocloud net up sets the bridge up"
         run(["systemctl", "daemon-reload"])
         run(["systemctl", "enable", *SYSTEMD_UNITS])
         ran = attempt(["systemctl", "is-active", "--quiet", SYSTEMD_UNITS[1]], 30)[0] == 0
-        bridge_up(self.config)
+        BridgeSetup(self.config).up()
         if ran:
             systemctl("restart", SYSTEMD_UNITS[1])  # it may be another version's
         return f"{', '.join(SYSTEMD_UNITS)}: run, now and from each boot on"
-
-    def stop_units(self) -> None:
-        if os.path.isdir("/run/systemd/system"):
-            attempt(["systemctl", "disable", *SYSTEMD_UNITS, *enabled_groups()], 60)
-        if bridge_is_ours(self.interface):
-            bridge_down(self.config)
-
-    def forget_units(self) -> None:
-        if os.path.isdir("/run/systemd/system"):
-            attempt(["systemctl", "daemon-reload"], 60)
 
     def membership(self) -> str:
         """What who called sudo has to do to have VMs on the bridge, or ''."""
@@ -10436,19 +9387,12 @@ class HostSetup:
         import pwd
 
         user, helper = os.environ.get("SUDO_USER", "root"), os.stat(HostBridge(self.config).helper())
-        if user == "root" or helper.st_mode & stat.S_IXOTH:
+        groups = os.getgrouplist(user, pwd.getpwnam(user).pw_gid)
+        if user == "root" or helper.st_mode & stat.S_IXOTH or helper.st_gid in groups:
             return ""
-        group = grp.getgrgid(helper.st_gid)
-        if user in group.gr_mem or pwd.getpwnam(user).pw_gid == group.gr_gid:
-            return ""
-        return f"for VMs on the bridge {user} has to be in the group {group.gr_name}: " + (
-            f"sudo usermod -aG {group.gr_name} {user}, and log in again"
-        )
-
-    def remove_state(self) -> None:
-        """The leases, the published names, and what `up` keeps while it is up."""
-        for folder in (STATE_FOLDER, RUN_FOLDER):
-            remove_tree(folder)
+        group = grp.getgrgid(helper.st_gid).gr_name
+        mend = f"sudo usermod -aG {group} {user}, and log in again"
+        return f"for VMs on the bridge {user} has to be in the group {group}: {mend}"
 
 
 def rewrite(path: str, text: str) -> None:
@@ -10458,20 +9402,6 @@ def rewrite(path: str, text: str) -> None:
     write_file(path, text, stat.S_IMODE(info.st_mode) if info else 0o644)
     if info:
         os.chown(path, info.st_uid, info.st_gid)
-
-
-def active_groups() -> list[str]:
-    """The nocloud@GROUP units of the system that are not stopped."""
-    states = "--state=active,activating,reloading,deactivating"
-    status, said = attempt(["systemctl", "list-units", "--plain", "--no-legend", states, "nocloud@*.service"], 30)
-    return [line.split()[0] for line in said.splitlines() if line.strip()] if status == 0 else []
-
-
-def enabled_groups() -> list[str]:
-    """Those that start with the system; systemctl lists only the template that they are instances of."""
-    import glob
-
-    return sorted({os.path.basename(path) for path in glob.glob("/etc/systemd/system/*.wants/nocloud@*.service")})
 
 
 # -- all of it
@@ -10495,27 +9425,33 @@ def settle_subnet(installation: Installation, files: Sequence[Placed]) -> str:
     settings = next(each for each in files if os.path.basename(each.path) == INSTALLED_CONFS[0])
     config = installed_config(installation)
     is_up = bridge_is_ours(config["bridgeInterface"])
-    changed, bridge = installation.was_changed(settings), BridgeSetup(config)
+    changed, bridge = installation.is_changed(settings), BridgeSetup(config)
     if not is_up and (changed or bridge.is_there()):
         bridge.check()
     if changed:
         return ""
-    subnet, why = config["bridgeSubnet"], ""
-    if not is_up:
-        subnet, why = choose_bridge_subnet(config)
+    subnet, why = (config["bridgeSubnet"], "") if is_up else choose_bridge_subnet(config)
     if subnet != Config()["bridgeSubnet"]:
         settings.content = update_assignments(settings.content.decode(), {"bridgeSubnet": subnet}).encode()
-    return f"the bridge's network is {subnet}.0/24" + (
-        f", since {why} (bridgeSubnet in {settings.path})" if why else ""
-    )
+    since = f", since {why} (bridgeSubnet in {settings.path})" if why else ""
+    return f"the bridge's network is {subnet}.0/24{since}"
 
 
 def planned_modules(prefix: str) -> tuple[list[str], list[Placed]]:
-    """The kernel modules, and the file that has systemd load them at boot; none where there are none."""
-    modules = modules_for(read_text("/proc/cpuinfo"), module_is_there)
+    """The kernel modules that VMs want, and the file that has systemd load them at boot; none where there are none.
+
+    Of those that this kernel has: a missing one would fail the boot's unit.  A container has no modprobe(8).
+    """
+    words = read_text("/proc/cpuinfo").split()
+    modules = [module for flag, module in (("vmx", "kvm_intel"), ("svm", "kvm_amd")) if flag in words]
+    modules = [
+        module
+        for module in (*modules, "vhost_net", "tun")
+        if find_program("modprobe") and attempt(["modprobe", "--dry-run", "--quiet", module], 30)[0] == 0
+    ]
     text = "".join(f"{module}\n" for module in ("# of nocloud: what its VMs want", *modules))
     place = f"{systemd_folder(prefix, 'modules-load.d')}/nocloud.conf"
-    return modules, [Placed(place, text)] if modules else []
+    return modules, [Placed(place, text.encode())] if modules else []
 
 
 def install(installation: Installation, files: Sequence[Placed], only_look: bool) -> None:
@@ -10533,7 +9469,7 @@ def install(installation: Installation, files: Sequence[Placed], only_look: bool
 
 def install_on_host(installation: Installation, files: Sequence[Placed], only_look: bool) -> list[str]:
     """All that can be in the way is looked at before the first change; what was done."""
-    check_programs(missing_programs(installed_config(installation)))
+    check_programs(installed_config(installation))
     modules, modules_files = planned_modules(installation.prefix)
     files = [*files, *modules_files]
     installation.check(files)
@@ -10556,14 +9492,18 @@ def undo_installation(installation: Installation) -> None:
     if not installation.root:
         check_nothing_runs()
         setup = HostSetup(installation, installed_config(installation))
-        setup.stop_units()
+        if systemd_runs():
+            attempt(["systemctl", "disable", *SYSTEMD_UNITS, *enabled_groups()], 60)
+        if bridge_is_ours(setup.interface):
+            BridgeSetup(setup.config).down()
         setup.forbid_bridge()
         setup.take_back_helper()
-        setup.remove_state()
+        for folder in (STATE_FOLDER, RUN_FOLDER):  # leases, published names, and what `up` keeps while it is up
+            remove_tree(folder)
         setup.remove_accounts()
     kept = installation.take_away()
-    if not installation.root:
-        setup.forget_units()
+    if not installation.root and systemd_runs():
+        attempt(["systemctl", "daemon-reload"], 60)
     report.say(f"nocloud is no longer in {place}")
     for path in kept:
         report.say(f"kept: {path}, which was changed")
@@ -10571,8 +9511,7 @@ def undo_installation(installation: Installation) -> None:
 
 def check_nothing_runs() -> None:
     """Raise WrongState, naming them, where VMs or groups run, whoever's they are."""
-    units = active_groups() if os.path.isdir("/run/systemd/system") else []
-    running = running_vms()
+    units, running = active_groups(), running_vms()
     if units or running:
         names = ", ".join([*units, *running[:20]]) + (f" and {len(running) - 20} more" if running[20:] else "")
         stop = f"systemctl stop {' '.join(units)}" if units else "vmstop -g GROUP stops a group and keeps it"
@@ -10589,14 +9528,21 @@ PLENTY_OF_SPACE = 2 * GIB
 SMALLEST_TIME = 1764028800  # 2025-11-25: no clock that is right shows less
 
 
+@record
 class Finding:
     """What a check found: its state, in words, and the command that mends it, '' where it is well."""
 
-    __slots__ = ("name", "state", "text", "mend")
+    state: str
+    text: str
+    mend: str = ""
+    name: str = ""  # of the check
 
-    def __init__(self, state: str, text: str, mend: str = "", name: str = "") -> None:
-        self.name, self.state, self.text = name, state, printable(text)
-        self.mend = mend if os.geteuid() else re.sub(r"\bsudo ", "", mend)
+    def __post_init__(self) -> None:
+        self.text = printable(self.text)
+        self.mend = self.mend if os.geteuid() else re.sub(r"\bsudo ", "", self.mend)
+
+
+Findings = Generator[Finding, None, str]  # of a check: what isn't well, and in the end the words for all is well
 
 
 class Patient:
@@ -10614,8 +9560,9 @@ class Patient:
         self.tree = self.cloud.tree
         self.bridge = HostBridge(self.config, self.tree)
         self.has_bridge = os.path.exists(f"/sys/class/net/{self.bridge.interface}")
+        self.foreign = self.has_bridge and not bridge_is_ours(self.bridge.interface)
         try:
-            self.network = self.cloud.default_network()
+            self.network = self.cloud.chosen_network(self.config["vmNetwork"])
         except (Error, OSError):
             self.network = "private"
 
@@ -10685,147 +9632,106 @@ def line_command(text: str, path: str) -> str:
 
 
 def mount_point(path: str) -> str:
-    """Where the file system that a path is on is mounted (proc(5), mountinfo); ismount() misses bind mounts."""
-    path, found = os.path.realpath(path), "/"
-    try:
-        lines = read_text("/proc/self/mountinfo").splitlines()
-    except OSError:
-        return found
-    for line in lines:
-        place = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), line.split(" ")[4])
-        if len(place) >= len(found) and (path + "/").startswith(place.rstrip("/") + "/"):
-            found = place
-    return found
+    """A shell's words for the place where the file system that a path is on is mounted."""
+    return f'"$(findmnt -no TARGET -T {quoted(path)})"'
 
 
 # -- the configuration and the tree
 
 
-def check_configuration(patient: Patient) -> Iterator[Finding]:
+def check_configuration(patient: Patient) -> Findings:
     yield from patient.config_findings
-    if not patient.config_findings:
-        yield Finding(OK, ", ".join(config_files()) or "the defaults")
+    return ", ".join(config_files()) or "the defaults"
 
 
-def check_catalogue(patient: Patient) -> Iterator[Finding]:
+def check_catalogue(patient: Patient) -> Findings:
     """A wrong line of the user's own keeps only downloads from working."""
     said: list[str] = []
-    catalogue, findings = Catalogue(said.append), []
-    catalogue.read(packaged(CATALOGUE), CATALOGUE)
-    for path in catalogue_files():
-        reason = untrusted(path)
-        try:
-            if reason:
-                findings.append(Finding(WARNING, f"{path} is skipped: {reason}", trust_command(path)))
-            else:
-                catalogue.read(read_text(path), path)
-        except UsageError as error:
-            said.append(str(error))
-        findings += [Finding(WARNING, text, line_command(text, path)) for text in said]
-        said.clear()
-    yield from findings
-    if not findings:
-        yield Finding(OK, plural(len(catalogue.entries), "system"))
+    well = ""
+    try:
+        well = plural(len(load_catalogue(said.append).entries), "system")
+    except UsageError as error:
+        said.append(str(error))
+    for text in said:
+        path = next(path for path in catalogue_files() if text.startswith(path))
+        yield Finding(WARNING, text, line_command(text, path) or trust_command(path))
+    return well
 
 
-def check_tree(patient: Patient) -> Iterator[Finding]:
+def check_tree(patient: Patient) -> Findings:
     base = patient.tree.base
     place = existing_parent(base)
     if os.path.lexists(base) and not os.path.isdir(base):
         yield Finding(WRONG, f"{base}: is no folder", by_owner(base, f"mv {quoted(base, base + '.old')}"))
     elif os.statvfs(place).f_flag & os.ST_RDONLY:
-        mend = f"sudo mount -o remount,rw {quoted(mount_point(place))}"
+        mend = f"sudo mount -o remount,rw {mount_point(place)}"
         yield Finding(WRONG, f"{place}: the file system is read-only", mend)
     elif not os.access(place, os.W_OK | os.X_OK):
         yield Finding(WRONG, f"{place}: you may not write there", f"sudo install -d -o {user_name()} {quoted(base)}")
     elif place == base and untrusted(base):
         yield Finding(WARNING, f"{base}: {untrusted(base)}", trust_command(base))
-    else:
-        yield Finding(OK, base if place == base else f"{base}, made with the first VM")
+    return base if place == base else f"{base}, made with the first VM"
 
 
-def check_disk_space(patient: Patient) -> Iterator[Finding]:
+def check_disk_space(patient: Patient) -> Findings:
     place = existing_parent(patient.tree.base)
     free, cache = free_bytes(place), cache_home()
     text = f"{free // MIB} MB are free in {place}"
-    if free >= PLENTY_OF_SPACE:
-        yield Finding(OK, text)
-        return
-    mend = "vmBaseDir=FOLDER in ~/.nocloud.conf, on a larger file system"
-    if os.path.isdir(cache) and os.stat(cache).st_dev == os.stat(place).st_dev:
-        mend = f"rm -rf {quoted(cache)}"  # all of it can be made again
-    yield Finding(WRONG if free < 4 * CLONE_BYTES else WARNING, text, mend)
+    if free < PLENTY_OF_SPACE:
+        mend = "vmBaseDir=FOLDER in ~/.nocloud.conf, on a larger file system"
+        if os.path.isdir(cache) and os.stat(cache).st_dev == os.stat(place).st_dev:
+            mend = f"rm -rf {quoted(cache)}"  # all of it can be made again
+        yield Finding(WRONG if free < 4 * CLONE_BYTES else WARNING, text, mend)
+    return text
 
 
-def check_vms(patient: Patient) -> Iterator[Finding]:
+def check_vms(patient: Patient) -> Findings:
     """What killed commands and vanished files left in the tree."""
-    tree, well = patient.tree, True
-    vms = list(tree.vms())
-    for finding in (
-        unfinished_finding(tree),
-        sockets_finding(vms),
-        *(conf_finding(vm) for vm in vms),
-        *(disk_finding(vm) for vm in vms if vm.is_readable()),
-    ):
-        if finding:
-            well = False
-            yield finding
-    if well:
-        templates = sum(vm.is_template for vm in vms)
-        yield Finding(OK, f"{plural(len(vms) - templates, 'VM')}, {plural(templates, 'template')}, nothing left over")
-
-
-def unfinished_finding(tree: Tree) -> Finding | None:
+    tree = patient.tree
     folders = [folder for group in [*tree.groups(), TEMPLATES] for folder in left_over(tree, group)]
-    if not folders:
-        return None
-    return Finding(
-        WARNING, f"{plural(len(folders), 'folder')} of commands that were killed", f"rm -rf {quoted(*folders)}"
-    )
+    if folders:
+        text = f"{plural(len(folders), 'folder')} of commands that were killed"
+        yield Finding(WARNING, text, f"rm -rf {quoted(*folders)}")
+    vms = list(tree.vms())
+    for vm in vms:
+        yield from conf_findings(vm)
+        if vm.is_readable():
+            yield from disk_findings(vm)
+    templates = sum(vm.is_template for vm in vms)
+    return f"{plural(len(vms) - templates, 'VM')}, {plural(templates, 'template')}, nothing left over"
 
 
-def sockets_finding(vms: Sequence[VM]) -> Finding | None:
-    stopped = [vm for vm in vms if vm.state()[0] == "stopped"]
-    dead = [vm.file(name) for vm in stopped for name in RUNTIME_FILES if os.path.lexists(vm.file(name))]
-    return (
-        Finding(WARNING, f"{plural(len(dead), 'socket')} of VMs that are stopped", f"rm -f {quoted(*dead)}")
-        if dead
-        else None
-    )
-
-
-def conf_finding(vm: VM) -> Finding | None:
+def conf_findings(vm: VM) -> Iterator[Finding]:
     """A VM whose settings can't be used.  One that lost them keeps its disk: its conf is begun anew."""
     try:
         if vm.conf:
-            return None
+            return
         disks = [name for name in _names(vm.folder) if re.fullmatch(rf"{re.escape(vm.name)}_0\.(img|qcow2)", name)]
         if not disks:
-            return Finding(WARNING, f"{vm.conf_file} is empty, and there is no disk", destroy_command(vm, "a disk"))
+            yield Finding(WARNING, f"{vm.conf_file} is empty, and there is no disk", destroy_command(vm, "a disk"))
+            return
         lines = quoted(f"vmName={vm.name}", f"vmDisk={vm.relative(disks[0])}")
         mend = f"printf '%s\\n' {lines} | {by_owner(vm.conf_file, f'tee -a {quoted(vm.conf_file)}')}"
-        return Finding(WARNING, f"{vm.conf_file} is empty", mend)
+        yield Finding(WARNING, f"{vm.conf_file} is empty", mend)
     except Error as error:
         mend = line_command(str(error), vm.conf_file)
         if not mend and os.access(vm.conf_file, os.R_OK):
             mend = trust_command(vm.conf_file)
-        return Finding(WARNING, str(error), mend or by_owner(vm.conf_file, f"chmod u+r {quoted(vm.conf_file)}"))
+        yield Finding(WARNING, str(error), mend or by_owner(vm.conf_file, f"chmod u+r {quoted(vm.conf_file)}"))
 
 
-def disk_finding(vm: VM) -> Finding | None:
+def disk_findings(vm: VM) -> Iterator[Finding]:
     """A VM whose disk, or what that lies on, is gone."""
     try:
         needed = [*vm.disks(), *backing_chain(vm.disks())]
     except FileNotFoundError:
         needed = vm.disks()
     except OSError as error:
-        return Finding(
-            WARNING, f"{vm.address_name}: {error.filename}: {error.strerror}", f"sudo chmod a+r {error.filename}"
-        )
-    gone = [path for path in needed if not os.path.exists(path)]
-    if not gone:
-        return None
-    return Finding(WARNING, f"{vm.address_name} can't start: {gone[0]} is gone", destroy_command(vm, gone[0]))
+        text = f"{vm.address_name}: {error.filename}: {error.strerror}"
+        yield Finding(WARNING, text, f"sudo chmod a+r {error.filename}")
+        return
+    for path in [path for path in needed if not os.path.exists(path)][:1]:
+        yield Finding(WARNING, f"{vm.address_name} can't start: {path} is gone", destroy_command(vm, path))
 
 
 def destroy_command(vm: VM, lost: str) -> str:
@@ -10839,7 +9745,7 @@ def destroy_command(vm: VM, lost: str) -> str:
 # -- what runs the VMs
 
 
-def check_qemu(patient: Patient) -> Iterator[Finding]:
+def check_qemu(patient: Patient) -> Findings:
     qemu = patient.cloud.qemu()
     package = installs(f"qemu-system-{os.uname().machine}")
     yield Finding(OK, f"{qemu.path}, version {qemu.version}")
@@ -10851,56 +9757,47 @@ def check_qemu(patient: Patient) -> Iterator[Finding]:
         choose_seed(qemu)
     except MissingProgram as error:
         yield Finding(WARNING, str(error), error.hint)
+    return ""
 
 
-def check_qemu_img(patient: Patient) -> Iterator[Finding]:
-    yield Finding(OK, need_program("qemu-img"))
+def found_programs(*names: str) -> Findings:
+    yield from ()
+    return ", ".join(map(need_program, names))
 
 
-def check_acceleration(patient: Patient) -> Iterator[Finding]:
+def check_acceleration(patient: Patient) -> Findings:
     reason, mend = kvm_missing()
     wanted = patient.config["vmAccel"]
     if wanted == "tcg":
-        yield Finding(OK, "software emulation, as vmAccel=tcg asks for")
-    elif not reason:
-        yield Finding(OK, "hardware acceleration (KVM)")
-    else:
+        return "software emulation, as vmAccel=tcg asks for"
+    if reason:
         text = f"no hardware acceleration, guests will be slow: {reason}"
         yield Finding(WRONG if wanted == "kvm" else WARNING, text, mend)
+    return "hardware acceleration (KVM)"
 
 
-def check_ssh(patient: Patient) -> Iterator[Finding]:
-    yield Finding(OK, ", ".join(need_program(name) for name in ("ssh", "ssh-keygen")))
-
-
-def check_keys(patient: Patient) -> Iterator[Finding]:
+def check_keys(patient: Patient) -> Findings:
     """nocloud's key and the user's: without a key of his own he has nocloud's to log in with."""
-    findings = [*own_key_findings(os.path.join(config_home(), "id_ed25519"))]
+    yield from own_key_findings(os.path.join(config_home(), "id_ed25519"))
     for path in user_keys():
         if os.stat(path).st_mode & 0o077:
-            findings.append(
-                Finding(WARNING, f"{path}: others may read it; ssh won't use it", f"chmod 600 {quoted(path)}")
-            )
+            yield Finding(WARNING, f"{path}: others may read it; ssh won't use it", f"chmod 600 {quoted(path)}")
     if not user_keys(".pub"):
-        findings.append(Finding(WARNING, "no key of yours, ~/.ssh/*.pub, to plant in VMs", "ssh-keygen -t ed25519"))
-    yield from findings
-    if not findings:
-        yield Finding(OK, f"{plural(len(user_keys('.pub')), 'key')} of yours, and nocloud's own")
+        yield Finding(WARNING, "no key of yours, ~/.ssh/*.pub, to plant in VMs", "ssh-keygen -t ed25519")
+    return f"{plural(len(user_keys('.pub')), 'key')} of yours, and nocloud's own"
 
 
 def own_key_findings(path: str) -> Iterator[Finding]:
     """nocloud's own key is made at first need; one that is there must be whole, and the user's alone."""
-    folder = existing_parent(os.path.dirname(path))
     if not os.path.exists(path):
+        folder = existing_parent(os.path.dirname(path))
         if not os.access(folder, os.W_OK | os.X_OK):
-            yield Finding(
-                WRONG, f"{folder}: you may not write there, for nocloud's key", "export XDG_CONFIG_HOME=FOLDER"
-            )
+            text = f"{folder}: you may not write there, for nocloud's key"
+            yield Finding(WRONG, text, "export XDG_CONFIG_HOME=FOLDER")
         return
     if os.stat(path).st_mode & 0o077:
-        yield Finding(
-            WRONG, f"{path}: others may read it; ssh won't use it", by_owner(path, f"chmod 600 {quoted(path)}")
-        )
+        mend = by_owner(path, f"chmod 600 {quoted(path)}")
+        yield Finding(WRONG, f"{path}: others may read it; ssh won't use it", mend)
     if not os.access(path, os.R_OK):
         yield Finding(WRONG, f"{path}: you may not read it", f"sudo chown {user_name()} {quoted(path)}")
     elif not os.path.exists(path + ".pub"):
@@ -10910,17 +9807,16 @@ def own_key_findings(path: str) -> Iterator[Finding]:
 # -- the private network
 
 
-def check_namespaces(patient: Patient) -> Iterator[Finding]:
+def check_namespaces(patient: Patient) -> Findings:
     need_program("ip")
     reason = try_namespaces()
     if reason:
         error = namespaces_denied(reason)
         yield Finding(patient.needs("private"), str(error), error.hint)
-    else:
-        yield Finding(OK, "this user may make namespaces")
+    return "this user may make namespaces"
 
 
-def check_tun(patient: Patient) -> Iterator[Finding]:
+def check_tun(patient: Patient) -> Findings:
     """For both networks: qemu-bridge-helper opens it as the user that calls it."""
     path = "/dev/net/tun"
     if not os.path.exists(path):
@@ -10930,286 +9826,161 @@ def check_tun(patient: Patient) -> Iterator[Finding]:
         elif not os.path.exists(f"/lib/modules/{os.uname().release}"):
             mend = f"in a container: give it the device {path}"
         yield Finding(WRONG, f"there is no {path}", mend)
-        return
-    reason = device_denied(path)
-    if reason:
-        yield Finding(WRONG, f"you may not open {path} ({reason})", f"sudo chmod 666 {path}")
-    else:
-        yield Finding(OK, path)
+    elif device_denied(path):
+        yield Finding(WRONG, f"you may not open {path} ({device_denied(path)})", f"sudo chmod 666 {path}")
+    return path
 
 
-def check_private_programs(patient: Patient) -> Iterator[Finding]:
+def check_private_programs(patient: Patient) -> Findings:
     missing = [name for name in ("ip", "dnsmasq", "nsenter") if not find_program(name)]
     if missing:
         text = f"not found, and the private network needs it: {', '.join(missing)}"
         yield Finding(patient.needs("private"), text, installs(*missing))
-    else:
-        yield Finding(OK, "ip, dnsmasq and nsenter")
+    return "ip, dnsmasq and nsenter"
 
 
-def check_way_out(patient: Patient) -> Iterator[Finding]:
-    missing = [] if find_program("pasta") else ["pasta"]
-    if not find_program("nft") and not find_program("iptables"):
-        missing.append("nft")
+def check_way_out(patient: Patient) -> Findings:
+    filters = ["nft"] if not find_program("nft") and not find_program("iptables") else []
+    missing = [*([] if find_program("pasta") else ["pasta"]), *filters]
     if missing:
         text = f"VMs on the private network don't reach the Internet: {' and '.join(missing)} not found"
         yield Finding(WARNING, text, installs(*missing))
-    else:
-        yield Finding(OK, "pasta")
+    return "pasta"
 
 
-def check_private_subnet(patient: Patient) -> Iterator[Finding]:
+def check_private_subnet(patient: Patient) -> Findings:
     """Once it is chosen it is kept; a VPN that came later may have it as well."""
     network = patient.cloud.private
     if not os.path.exists(network.file("subnet")):
-        yield Finding(OK, "a free one is chosen with the first VM")
-        return
+        return "a free one is chosen with the first VM"
     subnet = network.subnet()
-    try:
-        taken = host_networks(read_text("/proc/net/fib_trie"))
-    except OSError:
-        taken = []
+    taken = [(number, length) for _, number, length in networks_in_use()]
     clash = [pair for pair in taken if pair[1] > 8 and overlap(*pair, ipv4_number(f"{subnet}.0"), 24)]
-    if not clash:
-        yield Finding(OK, f"{subnet}.0/24")
-        return
-    text = f"this host has {ipv4_text(clash[0][0])}/{clash[0][1]} too: VMs don't reach that, on {subnet}.0/24"
-    mend = f"nocloud net --private down && rm -f {quoted(network.file('subnet'))}"
-    if any(True for _ in patient.tree.vms()):
-        mend = "VMs keep their addresses for life: end that network while they are in use, or use another vmBaseDir"
-    yield Finding(WARNING, text, mend)
+    if clash:
+        text = f"this host has {ipv4_text(clash[0][0])}/{clash[0][1]} too: VMs don't reach that, on {subnet}.0/24"
+        mend = f"nocloud net --private down && rm -f {quoted(network.file('subnet'))}"
+        if any(True for _ in patient.tree.vms()):
+            mend = "VMs keep their addresses for life: end that network while they are in use, or use another vmBaseDir"
+        yield Finding(WARNING, text, mend)
+    return f"{subnet}.0/24"
 
 
-def check_inotify(patient: Patient) -> Iterator[Finding]:
+def check_inotify(patient: Patient) -> Findings:
     """dnsmasq waits for changed files by inotify(7), and doesn't start without one."""
     import ctypes
 
     fd = ctypes.CDLL(None, use_errno=True).inotify_init1(os.O_CLOEXEC)
-    if fd >= 0:
+    if fd < 0:
+        text = f"no inotify instance is to be had: {os.strerror(ctypes.get_errno())}"
+        yield Finding(patient.needs("private"), text, "sudo sysctl -w user.max_inotify_instances=1024")
+    else:
         os.close(fd)
-        yield Finding(OK, "instances are to be had")
-        return
-    reason = os.strerror(ctypes.get_errno())
-    mend = "sudo sysctl -w user.max_inotify_instances=1024"
-    yield Finding(patient.needs("private"), f"no inotify instance is to be had: {reason}", mend)
+    return "instances are to be had"
 
 
 # -- the host's bridge
 
 
 def check_bridge(patient: Patient) -> Iterator[Finding]:
-    bridge, asked = patient.bridge, patient.config["vmNetwork"]
-    if not patient.has_bridge and asked != "bridge":
+    bridge = patient.bridge
+    if not patient.has_bridge and patient.config["vmNetwork"] != "bridge":
         yield Finding(OK, f"there is none called {bridge.interface}: VMs are on the private network")
-        return
-    place = f"/sys/class/net/{bridge.interface}"
-    if not os.path.isdir(f"{place}/bridge") or not int(read_text(f"{place}/flags"), 16) & IFF_UP:
-        foreign = patient.has_bridge and not bridge_is_ours(bridge.interface)
-        mend = f"sudo ip link set {bridge.interface} up" if foreign else own_call("net up")
-        yield Finding(patient.needs("bridge"), bridge.missing(), mend)
+    elif bridge.why_down():
+        mend = f"sudo ip link set {bridge.interface} up" if patient.foreign else own_call("net up")
+        yield Finding(patient.needs("bridge"), bridge.why_down(), mend)
     else:
         yield Finding(OK, f"{bridge.interface} is up")
 
 
 def check_helper(patient: Patient) -> Iterator[Finding]:
-    """qemu-bridge-helper: only root, or a program that becomes root, may put a tap on a bridge."""
-    bridge, bad = patient.bridge, patient.needs("bridge")
-    places = [place for place in bridge.helper_places() if os.path.isfile(place)]
-    if not places:
-        yield Finding(bad, "qemu-bridge-helper is not there", installs("qemu-bridge-helper"))
-        return
-    place, info = places[0], os.stat(places[0])
-    if os.geteuid() == 0:
-        yield Finding(OK, place)
-    elif info.st_uid or not info.st_mode & stat.S_ISUID:
-        mend = f"sudo chown root {place} && sudo chmod u+s {place}"
-        yield Finding(bad, f"{place} is not setuid root", mend)
-    elif not os.access(place, os.X_OK):
-        yield Finding(bad, f"you may not run {place}", group_command(info.st_gid))
-    elif os.statvfs(place).f_flag & os.ST_NOSUID:
-        mend = f"sudo mount -o remount,suid {mount_point(place)}"
-        yield Finding(bad, f"{place} is on a file system where setuid counts for nothing", mend)
-    else:
-        yield Finding(OK, place)
-
-
-def group_command(gid: int) -> str:
-    """What makes this user a member of a group."""
-    import grp
-
-    return f"sudo usermod -aG {grp.getgrgid(gid).gr_name} {user_name()}  # and log in again"
+    faults = list(patient.bridge.helper_faults())
+    yield from (Finding(patient.needs("bridge"), *each) for each in faults)
+    if not faults:
+        yield Finding(OK, patient.bridge.helper())
 
 
 def check_bridge_conf(patient: Patient) -> Iterator[Finding]:
-    """The helper's list, which it reads as the user that calls it: `deny` wins, what isn't named is denied."""
-    name, bad = patient.bridge.interface, patient.needs("bridge")
-    conf = next(filter(os.path.exists, HELPER_LISTS), HELPER_LISTS[0])
-    allow = f"echo 'allow {name}' | sudo tee -a {conf}"
-    try:
-        rules = acl_rules(read_text(conf))
-    except FileNotFoundError:
-        yield Finding(bad, f"there is no {conf}", f"sudo mkdir -p {os.path.dirname(conf)} && {allow}")
-        return
-    except PermissionError:
-        yield Finding(bad, f"{conf}: you may not read it", f"sudo chmod a+rX {os.path.dirname(conf)} {conf}")
-        return
-    denied = [target for target in (name, "all") if ("deny", target) in rules]
-    if denied:
-        pattern = denied[0].replace(".", r"\.")
-        mend = f"sudo sed -i '/^[[:space:]]*deny[[:space:]]\\+{pattern}[[:space:]]*$/d' {conf}"
-        yield Finding(bad, f"{conf} has a line `deny {denied[0]}`, which wins over all others", mend)
-    if ("allow", "all") in rules:
-        mend = f"sudo sed -i 's/^[[:space:]]*allow[[:space:]]\\+all[[:space:]]*$/allow {name}/' {conf}"
-        yield Finding(WARNING, f"{conf} allows all: every user may put taps on any bridge", mend)
-    elif not helper_allows(conf, name) and not denied:
-        yield Finding(bad, f"{conf} doesn't allow {name}", allow)
-    elif not denied:
-        yield Finding(OK, f"{conf} allows {name}")
+    faults = list(patient.bridge.list_faults())
+    yield from (Finding(patient.needs("bridge") if keeps_off else WARNING, *each) for keeps_off, *each in faults)
+    if not faults:
+        yield Finding(OK, f"{helper_list()} allows {patient.bridge.interface}")
 
 
 def check_dnsmasq(patient: Patient) -> Iterator[Finding]:
     """Whether the bridge's dnsmasq serves there, and if not, who has its ports."""
-    settings = BridgeSettings(patient.config)
-    at_bridge = [inode for address, inode in bound_sockets("udp", 53) if address == settings.address]
-    holders = {owner_of_socket(inode) for inode in at_bridge}
-    if at_bridge and (0 in holders or any(is_our_dnsmasq(pid) for pid in holders)):
-        yield Finding(OK, f"DHCP and DNS are served at {settings.address}")
-        return
+    wanted, bad = BridgeSettings(patient.config).address, patient.needs("bridge")
     for kind, port in (("udp", 53), ("tcp", 53), ("udp", 67)):
-        for address, inode in bound_sockets(kind, port):
-            if address in ("0.0.0.0", settings.address):
-                pid = owner_of_socket(inode)
-                who = f"{process_name(pid)}, process {pid}" if pid else "another user's process"
-                text = f"no DHCP and DNS at {settings.address}: port {port} ({kind}) is taken by {who}"
-                yield Finding(patient.needs("bridge"), text, stop_command(pid))
+        for address, inode in sorted(bound_sockets(kind, port), reverse=True):  # at no address: 0.0.0.0, comes last
+            if address not in ("0.0.0.0", wanted):
+                continue
+            pid = owner_of_socket(inode)
+            if address == wanted and (not pid or STATE_FOLDER in read_text(f"/proc/{pid}/cmdline")):
+                yield Finding(OK, f"DHCP and DNS are served at {wanted}")
                 return
+            who, mend = "another user's process", own_call("doctor")
+            if pid:
+                who = f"{read_text(f'/proc/{pid}/comm').strip()}, process {pid}"
+                unit = re.search(r"/([^/\n]+\.service)$", read_text(f"/proc/{pid}/cgroup"), re.M)
+                mend = f"sudo systemctl disable --now {unit.group(1)}" if unit else f"sudo kill {pid}"
+            yield Finding(bad, f"no DHCP and DNS at {wanted}: port {port} ({kind}) is taken by {who}", mend)
+            return
     if not find_program("dnsmasq"):
-        yield Finding(patient.needs("bridge"), "dnsmasq is not found", installs("dnsmasq"))
-        return
-    yield Finding(patient.needs("bridge"), f"no DHCP and DNS at {settings.address}", own_call("net up"))
-
-
-def is_our_dnsmasq(pid: int) -> bool:
-    try:
-        return STATE_FOLDER in read_text(f"/proc/{pid}/cmdline")
-    except OSError:
-        return False
-
-
-def process_name(pid: int) -> str:
-    try:
-        return read_text(f"/proc/{pid}/comm").strip()
-    except OSError:
-        return "a process"
-
-
-def stop_command(pid: int) -> str:
-    """What ends a process: its unit where it is one of systemd's, which would start it again."""
-    if not pid:
-        return own_call("doctor")
-    try:
-        unit = re.search(r"/([^/\n]+\.service)$", read_text(f"/proc/{pid}/cgroup"), re.M)
-    except OSError:
-        unit = None
-    return f"sudo systemctl disable --now {unit.group(1)}" if unit else f"sudo kill {pid}"
+        yield Finding(bad, "dnsmasq is not found", installs("dnsmasq"))
+    else:
+        yield Finding(bad, f"no DHCP and DNS at {wanted}", own_call("net up"))
 
 
 def check_leases(patient: Patient) -> Iterator[Finding]:
     """Who may not read them doesn't learn the addresses of guests that have none of their own."""
-    place = next((path for path in patient.bridge.lease_places() if reachable(path) != ""), "")
-    if not place:
-        yield Finding(OK, "there are none yet")
-    elif reachable(place) == place and os.access(place, os.R_OK):
-        yield Finding(OK, place)
-    elif reachable(place) == place:
-        yield Finding(WARNING, f"{place}: you may not read it", f"sudo chmod a+r {quoted(place)}")
-    else:
-        yield Finding(WARNING, f"{place}: you may not enter its folder", f"sudo chmod a+x {quoted(reachable(place))}")
+    for place in patient.bridge.lease_places:
+        try:
+            read_text(place)
+            yield Finding(OK, place)
+            return
+        except FileNotFoundError:
+            continue
+        except PermissionError:
+            mend = f"sudo chmod a+rX {quoted(os.path.dirname(place), place)}"
+            yield Finding(WARNING, f"{place}: you may not read it", mend)
+            return
+    yield Finding(OK, "there are none yet")
 
 
 def check_publishing(patient: Patient) -> Iterator[Finding]:
     """Whether this user's VMs get addresses and names of their own on the bridge."""
-    places = [patient.bridge.hosts.place(kind) for kind in ("dhcp", "hosts")]
-    if not bridge_is_ours(patient.bridge.interface):
-        yield Finding(OK, f"{patient.bridge.interface} was not made by nocloud: its DHCP server decides")
-        return
-    denied = [place for place in places if not os.access(place, os.R_OK | os.W_OK | os.X_OK)]
+    denied = patient.bridge.hosts.denied()
     if not denied:
         yield Finding(OK, f"names and addresses go to {STATE_FOLDER}")
-    elif not os.path.isdir(denied[0]):
-        yield Finding(WARNING, f"{denied[0]} is gone: DHCP decides on addresses and names", own_call("net up"))
+    elif not os.path.isdir(denied):
+        yield Finding(WARNING, f"{denied} is gone: DHCP decides on addresses and names", own_call("net up"))
     else:
-        text = f"you may not write to {denied[0]}: DHCP decides on your VMs' addresses and names"
-        yield Finding(WARNING, text, group_command(os.stat(denied[0]).st_gid))
-
-
-def reachable(path: str) -> str:
-    """The path itself where it is there, the folder above it that may not be entered, or ''."""
-    try:
-        os.stat(path)
-        return path
-    except PermissionError:
-        folder = os.path.dirname(path)
-        while not os.path.isdir(folder):
-            folder = os.path.dirname(folder)
-        return folder
-    except OSError:
-        return ""
-
-
-FORWARDERS = {
-    "DOCKER": "Docker",
-    "ufw-": "ufw",
-    "FWD": "firewalld",
-    "FORWARD_direct": "firewalld",
-    "LIBVIRT": "libvirt",
-}
+        text = f"you may not write to {denied}: DHCP decides on your VMs' addresses and names"
+        yield Finding(WARNING, text, group_command(os.stat(denied).st_gid))
 
 
 def check_forwarding(patient: Patient) -> Iterator[Finding]:
-    """Whether the host's packet filters let the guests' packets pass; only root sees them."""
-    name, again = patient.bridge.interface, own_call("net up")
-    if os.geteuid() != 0:
-        yield Finding(OK, f"only root sees the packet filters: {own_call('doctor')}")
-        return
-    if not bridge_is_ours(name):
-        yield Finding(OK, f"{name} was not made by nocloud: what its owner set holds")
-        return
-    findings = []
+    """Whether the kernel forwards, and the host's packet filters let the guests' packets pass; only root sees those."""
+    name, findings = patient.bridge.interface, []
     for each in (name, *sorted(outgoing_interfaces())):
-        if read_text(sysctl_file(each, "forwarding")).strip() == "0":
-            findings.append(Finding(WARNING, f"guests have no way out: {each} doesn't forward", again))
+        if not forwards(each):
+            findings.append((f"guests have no way out: {each} doesn't forward", own_call("net up")))
     if not find_program("nft"):
-        findings.append(Finding(WARNING, "nft is not found", installs("nft")))
-    elif not has_nft_table(f"ip {DOMAIN}"):
-        findings.append(Finding(WARNING, "guests have no way out: nocloud's own rules are gone", again))
-    findings += [rules_finding(program) for program in iptables_programs() if missing_rules(program, name)]
-    findings += [chain_finding(chain, name) for chain in dropping_chains() if not lets_pass(chain, name)]
-    yield from findings
+        findings.append(("nft is not found", installs("nft")))
+    elif os.geteuid() == 0:
+        if not has_nft_table(f"ip {DOMAIN}"):
+            text = f"guests have no way out: nocloud's own rules are gone (nft table ip {DOMAIN})"
+            findings.append((text, own_call("net up")))
+        for program in iptables_programs():
+            if missing_rules(program, name):
+                findings.append((f"{program} has rules, and doesn't accept the bridge", own_call("net up")))
+        for chain in dropping_chains(name):
+            rules = (f"iifname {name} accept", f"oifname {name} ct state established,related accept")
+            mend = " && ".join(f"sudo nft insert rule {chain} {rule}" for rule in rules)
+            findings.append((f"nft chain {chain} drops what guests send", mend))
+    yield from (Finding(WARNING, *each) for each in findings)
     if not findings:
-        yield Finding(OK, "the packet filters let guests pass")
-
-
-def rules_finding(program: str) -> Finding:
-    """iptables rules that don't let guests pass, and who set them up, as the names of their chains tell."""
-    rules = iptables_rules(program)
-    who = next(
-        (who for start, who in FORWARDERS.items() for rule in rules if rule[1].startswith(start)), "something else"
-    )
-    does = "drops" if ["-P", "FORWARD", "DROP"] in rules else "may drop"
-    text = f"the chain FORWARD of {program} {does} what guests send ({who} set it up)"
-    return Finding(WARNING, text, own_call("net up"))
-
-
-def lets_pass(chain: str, name: str) -> bool:
-    return f'iifname "{name}" accept' in attempt(["nft", "list", "chain", *chain.split()], 5)[1]
-
-
-def chain_finding(chain: str, name: str) -> Finding:
-    family, table, _ = chain.split()
-    rules = (f"iifname {name} accept", f"oifname {name} ct state established,related accept")
-    mend = " && ".join(f"sudo nft insert rule {chain} {rule}" for rule in rules)
-    return Finding(WARNING, f"the chain {chain} of nft's table {family} {table} drops what guests send", mend)
+        seen = "the packet filters let guests pass" if os.geteuid() == 0 else "only root sees the packet filters"
+        yield Finding(OK, f"{name} forwards; {seen}")
 
 
 def check_firewalld(patient: Patient) -> Iterator[Finding]:
@@ -11225,9 +9996,7 @@ def check_firewalld(patient: Patient) -> Iterator[Finding]:
 def check_ufw(patient: Patient) -> Iterator[Finding]:
     if os.geteuid() != 0 or not ufw_runs():
         yield Finding(OK, "it doesn't run" if os.geteuid() == 0 or not find_program("ufw") else "only root may ask it")
-        return
-    added = attempt(["ufw", "show", "added"], 5)[1]
-    if added.count(MADE_BY_US) < len(ufw_rules(patient.bridge.interface)):
+    elif MADE_BY_US not in attempt(["ufw", "show", "added"], 5)[1]:
         yield Finding(WARNING, "it runs, and doesn't let guests pass", own_call("net up"))
     else:
         yield Finding(OK, "it lets guests pass")
@@ -11248,10 +10017,12 @@ def check_network_manager(patient: Patient) -> Iterator[Finding]:
 
 def check_bridge_subnet(patient: Patient) -> Iterator[Finding]:
     settings = BridgeSettings(patient.config)
-    clash = overlapping(settings)
+    clash, there = overlapping(settings), connected_network(settings.interface)
     if clash:
         mend = " && ".join(map(own_call, ("bridge subnet", "net down", "net up")))
         yield Finding(WARNING, f"{settings.net} is in use: {clash}", mend)
+    elif there not in ("", settings.net) and not patient.foreign:
+        yield Finding(WARNING, f"the bridge has {there}, and the settings say {settings.net}", own_call("net up"))
     else:
         yield Finding(OK, settings.net)
 
@@ -11260,35 +10031,28 @@ def check_names(patient: Patient) -> Iterator[Finding]:
     """Whether this host itself resolves the guests' names."""
     name, address = patient.bridge.interface, patient.config["bridgeIpAddress"]
     if resolved_runs():
-        if f"~{DOMAIN}" in attempt(["resolvectl", "domain", name], 5)[1]:
-            yield Finding(OK, f"systemd-resolved asks {address} for them")
-            return
-        mend = f"sudo resolvectl dns {name} {address} && sudo resolvectl domain {name} '~{DOMAIN}'"
-        yield Finding(WARNING, "VMs' names don't resolve on this host", mend)
-        return
-    try:
-        servers = re.findall(r"^nameserver\s+(\S+)", read_text("/etc/resolv.conf"), re.M)
-    except OSError:
-        servers = []
-    if address in servers[:1]:
-        yield Finding(OK, f"/etc/resolv.conf names {address}")
+        asks, mend = f"~{DOMAIN}" in attempt(["resolvectl", "domain", name], 5)[1], own_call("net up")
     else:
-        text = "VMs' names don't resolve on this host, which runs no systemd-resolved; vmssh needs none"
-        yield Finding(WARNING, text, f"{installs('resolvectl')} && {own_call('net up')}")
+        text = read_text("/etc/resolv.conf") if os.path.exists("/etc/resolv.conf") else ""
+        asks = re.findall(r"^nameserver\s+(\S+)", text, re.M)[:1] == [address]
+        mend = f"{installs('resolvectl')} && {own_call('net up')}"
+    if asks:
+        yield Finding(OK, f"this host asks {address} for them")
+    else:
+        why = "" if resolved_runs() else ", which runs no systemd-resolved; vmssh needs none"
+        yield Finding(WARNING, f"VMs' names don't resolve on this host{why}", mend)
 
 
 # -- the rest, and all of it
 
 
-def check_clock(patient: Patient) -> Iterator[Finding]:
+def check_clock(patient: Patient) -> Findings:
     """Certificates aren't valid yet where the clock is behind."""
     now = time.time()
-    oldest = max(SMALLEST_TIME, os.stat(program_path()).st_mtime)
     text = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now))
-    if now < oldest - 86400:
+    if now < max(SMALLEST_TIME, os.stat(program_path()).st_mtime) - 86400:
         yield Finding(WARNING, f"it shows {text}, and is behind: downloads will fail", "sudo timedatectl set-ntp true")
-    else:
-        yield Finding(OK, text)
+    return text
 
 
 Check = tuple[str, Callable[[Patient], Iterator[Finding]]]
@@ -11300,9 +10064,9 @@ CHECKS: tuple[Check, ...] = (
     ("space", check_disk_space),
     ("vms", check_vms),
     ("qemu", check_qemu),
-    ("qemu-img", check_qemu_img),
+    ("qemu-img", lambda patient: found_programs("qemu-img")),
     ("acceleration", check_acceleration),
-    ("ssh", check_ssh),
+    ("ssh", lambda patient: found_programs("ssh", "ssh-keygen")),
     ("keys", check_keys),
     ("namespaces", check_namespaces),
     ("tun", check_tun),
@@ -11326,6 +10090,7 @@ BRIDGE_CHECKS: tuple[Check, ...] = (  # where there is one, or where there ought
     ("networkmanager", check_network_manager),
     ("names", check_names),
 )
+OURS_ONLY = ("dnsmasq", "publishing", "forwarding", "firewalld", "ufw", "networkmanager", "names")  # else its owner's
 
 
 def doctor_help() -> str:
@@ -11342,9 +10107,8 @@ def examine(names: Sequence[str]) -> Iterator[Finding]:
     for name in names:
         if name not in known:
             near = nearest(name, known)
-            raise UsageError(
-                f"{name}: no such check", f"did you mean {near}?" if near else f"one of {', '.join(known)}"
-            )
+            hint = f"did you mean {near}?" if near else f"one of {', '.join(known)}"
+            raise UsageError(f"{name}: no such check", hint)
     patient = Patient()
     bridged = patient.has_bridge or patient.config["vmNetwork"] == "bridge"
     for name, check in (*CHECKS, *(BRIDGE_CHECKS if bridged or names else ())):
@@ -11357,21 +10121,34 @@ def examine(names: Sequence[str]) -> Iterator[Finding]:
 
 def examine_one(name: str, check: Callable[[Patient], Iterator[Finding]], patient: Patient) -> Iterator[Finding]:
     """A check's findings; one that fails by itself tells why, whatever this host did to it."""
+    if name in OURS_ONLY and patient.foreign:
+        yield Finding(OK, f"{patient.bridge.interface} was not made by nocloud: what its owner set holds")
+        return
+    network = "private" if name in ("namespaces", "private-subnet") else ""
+    if (name, check) in BRIDGE_CHECKS:
+        network = "bridge"
+    findings, well = check(patient), True
     try:
-        yield from check(patient)
+        while True:
+            yield next(findings)
+            well = False
+    except StopIteration as end:
+        if well and end.value:
+            yield Finding(OK, end.value)
     except Error as error:
-        network = (
-            "bridge"
-            if (name, check) in BRIDGE_CHECKS
-            else "private"
-            if name in ("namespaces", "private-subnet")
-            else ""
-        )
         yield Finding(patient.needs(network) if network else WRONG, str(error), error.hint)
     except Exception as error:
         if report.debug:
             raise
         yield Finding(WARNING, f"it can't be looked at: {type(error).__name__}: {error}", "nocloud doctor --debug")
+
+
+def bridge_faults(config: Config) -> Iterator[str]:
+    """What isn't well with the host's bridge, where there is one, a line each, for `net status`: what doctor finds."""
+    names = ["bridge", "tun", *(name for name, _ in BRIDGE_CHECKS if name != "names")]  # `net up` told of these
+    for finding in examine(names) if os.path.exists(f"/sys/class/net/{config['bridgeInterface']}") else ():
+        if finding.state != OK:
+            yield f"wrong: {finding.text} (mended by: {finding.mend})"
 
 
 # Commands ############################################################################################
@@ -11380,42 +10157,67 @@ def examine_one(name: str, check: Callable[[Patient], Iterator[Finding]], patien
 # function under it turns words into values and calls the sections above.
 
 
+# What a shell offers for a value that is called so: kinds of WORD_KINDS or SHELL_KINDS, several joined by `+`.
+OFFERED = {
+    "GROUP": "any-group", "TYPE": "type", "TEMPLATE": "template", "VM": "vm", "HOST": "address", "ISO": "iso+file",
+    "FILE": "file", "FILE|URL": "file", "FOLDER": "folder", "DIR": "folder",
+}  # fmt: skip
+
+
+@record
 class Option:
-    """An option of a command: its names, whether it takes a value, and what it means."""
+    """An option of a command, as its help shows it: `-w --wait [SECONDS]`, where the value may be left out.
 
-    __slots__ = ("names", "check", "metavar", "default", "help", "optional", "complete")
-
-    def __init__(
-        self, *names: str, help: str, metavar: str = "", check: Callable[[str], Any] = any_text, default: str = "",
-        optional: bool = False, complete: str | tuple[str, ...] = "",
-    ) -> None:  # fmt: skip
-        """`metavar`: it takes a value; `default`: that of this setting; `optional`: the value may be left out.
-
-        `complete`: what a shell offers for the value, a kind of WORD_KINDS or SHELL_KINDS, several joined by `+`, or
-        the words themselves.
-        """
-        self.names, self.metavar, self.check = names, metavar, check
-        self.default, self.help, self.optional, self.complete = default, help, optional, complete
-
-
-class Command:
-    """A command: how it is called, its options, and what it does; `more` makes the end of its help.
-
-    `complete`: what a shell offers for each operand, as of an Option.  `unconfigured`: it gets the defaults, and finds
-    the configuration by itself.
+    `default`: the setting whose value it replaces, and is checked as, where no other `check` is given.  `complete`:
+    what a shell offers for the value, as in OFFERED, whose word for the value counts if this is empty; or the words
+    themselves.
     """
 
-    __slots__ = (
-        "name", "alias", "options", "operands", "function", "help", "hidden", "more", "complete", "unconfigured",
-    )  # fmt: skip
+    usage: str
+    help: str
+    check: Callable[[str], Any] = any_text
+    default: str = ""
+    complete: str | tuple[str, ...] = ""
 
-    def __init__(
-        self, name: str, alias: str, options: tuple[Option, ...], operands: str, function: Any, help: str, hidden: bool,
-        more: Callable[[], str], complete: tuple[str | tuple[str, ...], ...], unconfigured: bool,
-    ) -> None:  # fmt: skip
-        self.name, self.alias, self.options, self.operands = name, alias, options, operands
-        self.function, self.help, self.hidden, self.more = function, help, hidden, more
-        self.complete, self.unconfigured = complete, unconfigured
+    def __post_init__(self) -> None:
+        if self.default and self.check is any_text:
+            self.check = SETTING[self.default].check
+        self.complete = self.complete or OFFERED.get(self.value, "")
+
+    @property
+    def names(self) -> list[str]:
+        return [word for word in self.usage.split() if word.startswith("-")]
+
+    @property
+    def value(self) -> str:
+        """What its value is called in the help; '' where it takes none."""
+        word = self.usage.split()[-1]
+        return "" if word.startswith("-") else word.strip("[]")
+
+    @property
+    def is_optional(self) -> bool:
+        """Whether the value may be left out."""
+        return self.usage.endswith("]")
+
+
+@record
+class Command:
+    """A command: how it is called, its options, and what it does.  declare() gives it the last three.
+
+    `complete`: what a shell offers for each operand, as of an Option.  `more` makes the end of its help.
+    `unconfigured`: it gets the defaults, and finds the configuration by itself.
+    """
+
+    name: str
+    alias: str = ""
+    operands: str = ""
+    complete: tuple[str | tuple[str, ...], ...] = ()
+    more: Callable[[], str] = str
+    hidden: bool = False
+    unconfigured: bool = False
+    options: tuple[Option, ...] = ()
+    function: Any = None
+    help: str = ""
 
     @property
     def takes_words(self) -> bool:
@@ -11426,77 +10228,72 @@ class Command:
 COMMANDS: dict[str, Command] = {}
 
 
-def command(
-    name: str, *options: Option, alias: str = "", operands: str = "", hidden: bool = False,
-    more: Callable[[], str] = str, complete: tuple[str | tuple[str, ...], ...] = (), unconfigured: bool = False,
-) -> Callable[[Any], Any]:  # fmt: skip
+def declare(command: Command, *options: Option) -> Callable[[Any], Any]:
     """Declare the command that the function under it does.  The first line of its docstring is its help."""
 
-    def declare(function: Any) -> Any:
-        if name in COMMANDS:
-            raise ValueError(f"{name}: declared twice")
-        help = (function.__doc__ or "").strip()
-        COMMANDS[name] = Command(name, alias, options, operands, function, help, hidden, more, complete, unconfigured)
+    def declared(function: Any) -> Any:
+        if command.name in COMMANDS:
+            raise ValueError(f"{command.name}: declared twice")
+        COMMANDS[command.name] = command
+        command.options, command.function, command.help = options, function, function.__doc__.strip()
         return function
 
-    return declare
+    return declared
 
 
-GROUP = Option("-g", "--group", metavar="GROUP", help="only this group", complete="any-group")
-TYPE = Option("-t", "--type", metavar="TYPE", help="only this type", complete="type")
+def description_options() -> list[tuple[str, str]]:
+    """(option, what it means) for each that a line of a description file can have."""
+    helps = (
+        "memory in MB", "processors", "size of the system disk in GB", "extra disks, in GB (vdb, vdc, …)",
+        "what the names begin with; without it a name is a UUID", "a file for cloud-init", "with a screen",
+    )  # fmt: skip
+    return list(zip(WISH_OPTIONS, helps))
 
 
 GENERAL_OPTIONS = (  # every command has them
-    Option("-h", "--help", help="show this help"),
-    Option("-v", "--version", help="show the version"),
-    Option("--debug", help="show each external command; tracebacks"),
+    Option("-h --help", "show this help"),
+    Option("-v --version", "show the version"),
+    Option("--debug", "show each external command; tracebacks"),
 )
-
-
-def _seconds(text: str) -> int:
-    return int(SECONDS(text))
+# Several commands have these.
+GROUP = Option("-g --group GROUP", "only this group")
+TYPE = Option("-t --type TYPE", "only this type")
+FORCE = Option("--force", "though it is more memory than the host has")
+VM_OPTIONS = (
+    Option("-n --name NAME", "the VM: NAME, GROUP/NAME or GROUP/TYPE/NAME", complete="running-vm"),
+    Option("-g --group GROUP", "the group it is in"),
+    Option("-t --type TYPE", "the type it is of"),
+)
 
 
 def _digest(algorithm: str) -> Callable[[str], str]:
     return lambda text: checksum_text(f"{algorithm}:{text}")
 
 
-@command(
-    "template",
-    Option("-L", "--list", help="list the templates: name, size, clones, where from"),
-    Option("--available", help="list what can be downloaded: name, whether it is there, login, system"),
-    Option("--image", metavar="FILE|URL", help="make NAME from a qcow2 or raw image", complete="file"),
-    Option("--sha256", metavar="HEX", check=_digest("sha256"), help="the image's checksum; a URL needs one"),
-    Option("--sha512", metavar="HEX", check=_digest("sha512"), help="likewise"),
-    Option("--insecure", help="take the image at a URL without a checksum"),
+@declare(
+    Command("template", "vmtemplate", "[NAME]", ("template-name",), more=catalogue_help),
+    Option("-L --list", "list the templates: name, size, clones, where from"),
+    Option("--available", "list what can be downloaded: name, whether it is there, login, system"),
+    Option("--image FILE|URL", "make NAME from a qcow2 or raw image"),
+    Option("--sha256 HEX", "the image's checksum; a URL needs one", _digest("sha256")),
+    Option("--sha512 HEX", "likewise", _digest("sha512")),
+    Option("--insecure", "take the image at a URL without a checksum"),
     Option(
-        "--build",
-        metavar="SUITE",
-        help="make NAME from packages: bookworm, trixie (Debian), jammy, noble (Ubuntu)",
+        "--build SUITE", "make NAME from packages: bookworm, trixie (Debian), jammy, noble (Ubuntu)",
         complete=("bookworm", "trixie", *UBUNTU_SUITES),
     ),
-    Option("--include", metavar="PACKAGE,…", check=package_names, help="more packages for --build"),
-    Option("--rebuild", help="--build anew, though the cache has one of the same packages"),
-    Option("--from", metavar="VM", help="make NAME of a VM that is stopped (GROUP/TYPE/NAME)", complete="vm"),
-    Option("--layer", help="with --from: share what the VM's disk stands on, instead of copying it"),
-    Option("--no-clean", help="with --from: keep machine-id, host keys, logs"),
-    Option("--tree", help="show templates, their layers and what stands on them"),
-    Option("--delete", help="delete NAME; refused while clones depend on it"),
-    Option("--mem", metavar="MB", check=MEMORY_MB, default="vmMem", help="memory its clones start with"),
-    Option("--cpu", metavar="N", check=CPU_COUNT, default="vmCpu", help="processors its clones start with"),
-    Option("--user", metavar="LOGIN", check=login_name, default="vmUser", help="who logs in to its clones"),
-    Option(
-        "--init",
-        metavar="KIND",
-        check=INIT_KIND,
-        help="how hostname and keys get in: " + ", ".join(INIT_KINDS),
-        complete=INIT_KINDS,
-    ),
-    alias="vmtemplate",
-    operands="[NAME]",
-    more=catalogue_help,
-    complete=("template-name",),
-)
+    Option("--include PACKAGE,…", "more packages for --build", package_names),
+    Option("--rebuild", "--build anew, though the cache has one of the same packages"),
+    Option("--from VM", "make NAME of a VM that is stopped (GROUP/TYPE/NAME)"),
+    Option("--layer", "with --from: share what the VM's disk stands on, instead of copying it"),
+    Option("--no-clean", "with --from: keep machine-id, host keys, logs"),
+    Option("--tree", "show templates, their layers and what stands on them"),
+    Option("--delete", "delete NAME; refused while clones depend on it"),
+    Option("--mem MB", "memory its clones start with", default="vmMem"),
+    Option("--cpu N", "processors its clones start with", default="vmCpu"),
+    Option("--user LOGIN", "who logs in to its clones", default="vmUser"),
+    Option("--init KIND", "how hostname and keys get in: " + ", ".join(INIT_KINDS), INIT_KIND, complete=INIT_KINDS),
+)  # fmt: skip
 def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """get and keep templates"""
     import functools
@@ -11566,26 +10363,18 @@ def report_table(rows: Sequence[Sequence[str]]) -> int:
     return EXIT_DONE
 
 
-@command(
-    "create",
-    Option(
-        "-n",
-        "--name",
-        metavar="NAME",
-        help="the template; with -a a template, or a VM (GROUP/NAME)",
-        complete="adjusted",
-    ),
-    Option("-i", "--iso", metavar="ISO", help="boot from this ISO: a path, or a name in isoDir", complete="iso+file"),
-    Option("-m", "--mem", metavar="MB", check=MEMORY_MB, default="vmMem", help="memory"),
-    Option("-c", "--cpu", metavar="CPUS", check=CPU_COUNT, default="vmCpu", help="processors"),
-    Option("-C", "--cpu-cap", metavar="PERCENT", check=CPU_CAP, help="a limit of CPU time; kept, not enforced yet"),
-    Option("-d", "--disk", metavar="GB", check=DISK_GB, default="vmCreateDiskSize", help="disk size; with -a: grow to"),
-    Option("-a", "--adjust", help="change an existing one: only what is given"),
-    alias="vmcreate",
+@declare(
+    Command("create", "vmcreate"),
+    Option("-n --name NAME", "the template; with -a a template, or a VM (GROUP/NAME)", complete="adjusted"),
+    Option("-i --iso ISO", "boot from this ISO: a path, or a name in isoDir"),
+    Option("-m --mem MB", "memory", default="vmMem"),
+    Option("-c --cpu CPUS", "processors", default="vmCpu"),
+    Option("-C --cpu-cap PERCENT", "a limit of CPU time; kept, not enforced yet", CPU_CAP),
+    Option("-d --disk GB", "disk size; with -a: grow to", default="vmCreateDiskSize"),
+    Option("-a --adjust", "change an existing one: only what is given"),
 )
 def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """make a template from an ISO, or adjust one"""
-    no_more(words)
     for value, name in ((args.name, "-n NAME"), (args.adjust or args.iso, "-i ISO")):
         if not value:
             raise UsageError(f"{name} is missing", "-h shows how it is called")
@@ -11604,66 +10393,44 @@ def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> in
             warn_of_memory(int(settings["vmMem"]))
             gigabytes = args.disk or config.number("vmCreateDiskSize")
             vm = template_for_installer(cloud, args.name, gigabytes, settings)
-        return boot_iso(cloud, vm, iso, keep=args.adjust) if iso else EXIT_DONE
+        if iso:
+            error = start_all(cloud, [vm], iso=iso, gui=True)[0]
+            if error:
+                if not args.adjust:
+                    delete_template(cloud, vm.name)
+                raise error
+            report.say(f"{report.program}: {vm} boots {iso}; when it is done: vmstop -n {vm}")
+            open_screens([vm])
+    return EXIT_DONE
 
 
 def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, iso: str) -> VM:
-    """What vmcreate -a does; a NAME without a group is a template where there is one of that name."""
+    """What vmcreate -a does."""
     given = {"vmMem": args.mem, "vmCpu": args.cpu, "vmCpuCap": args.cpu_cap}
     changes = {key: str(value) for key, value in given.items() if value is not None}
     if not changes and not args.disk and not iso:
         raise UsageError("nothing to adjust: give -m, -c, -C or -d", "-h shows how it is called")
-    template = cloud.tree.template(args.name)
-    vm = template if "/" not in args.name and template.exists() else cloud.tree.need(args.name)
+    vm = cloud.tree.need(args.name, first=lambda vm: vm.is_template)
     if iso and vm.is_template:
         check_no_clones(cloud, vm)  # what boots from the ISO may write to the disk
     adjust(cloud, vm, changes, args.disk or 0)
     return vm
 
 
-def boot_iso(cloud: Cloud, vm: VM, iso: str, keep: bool) -> int:
-    """Start a VM from an ISO, with a screen; one that doesn't start is removed, unless it is to be kept."""
-    error = start_all(cloud, [vm], iso=iso, gui=True)[0]
-    if error:
-        if not keep:
-            delete_template(cloud, vm.name)
-        cloud.private.end_if_idle()
-        raise error
-    report.say(f"{report.program}: {vm.name} boots {iso}; when it is done: vmstop -n {vm.address_name}")
-    open_screens([vm])
-    return EXIT_DONE
-
-
-@command(
-    "instantiate",
-    Option("-n", "--template", metavar="TEMPLATE", help="the template to clone", complete="template"),
-    Option("-C", "--count", metavar="COUNT", check=CLONE_COUNT, default="vmCount", help="how many"),
-    Option("-g", "--group", metavar="GROUP", default="vmGroup", help="the group they belong to", complete="group"),
-    Option("-t", "--type", metavar="TYPE", default="vmSubGroup", help="their type", complete="type"),
-    Option(
-        "-f",
-        "--file",
-        metavar="FILE",
-        help="make what a description file lists; the file's name is the group's",
-        complete="file",
-    ),
-    Option("-o", "--options", metavar="OPTIONS", help=";".join(WISH_OPTIONS)),
-    Option(
-        "-w",
-        "--wait",
-        metavar="SECONDS",
-        check=_seconds,
-        optional=True,
-        default="vmWaitTimeout",
-        help="return when all are ready",
-    ),
-    Option("--dry-run", help="check everything, say what would be made, make nothing"),
-    Option("--force", help="though it is more memory than the host has"),
-    alias="vminstantiate",
+@declare(
+    Command("instantiate", "vminstantiate"),
+    Option("-n --template TEMPLATE", "the template to clone"),
+    Option("-C --count COUNT", "how many", default="vmCount"),
+    Option("-g --group GROUP", "the group they belong to", default="vmGroup", complete="group"),
+    Option("-t --type TYPE", "their type", default="vmSubGroup"),
+    Option("-f --file FILE", "make what a description file lists; the file's name is the group's"),
+    Option("-o --options OPTIONS", "; ".join(option for option, _ in description_options())),
+    Option("-w --wait [SECONDS]", "return when all are ready", default="vmWaitTimeout"),
+    Option("--dry-run", "check everything, say what would be made, make nothing"),
+    FORCE,
 )
 def cmd_instantiate(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """make clones of a template and start them"""
-    no_more(words)
     with Cloud(config) as cloud:
         group, wishes = wishes_of(config, args)
         check_wishes(cloud, group, wishes, args.force)
@@ -11729,33 +10496,21 @@ def report_errors(errors: Sequence[Error]) -> int:
     return statuses.pop() if len(statuses) == 1 else EXIT_FAILED if statuses else EXIT_DONE
 
 
-@command(
-    "run",
+@declare(
+    Command("run", "vmrun"),
+    Option("-f --file FILE", "make what a description file lists, and run it; -: stdin"),
+    Option("-r --resume GROUP", "run the VMs of GROUP that were kept", complete="group"),
     Option(
-        "-f",
-        "--file",
-        metavar="FILE",
-        help="make what a description file lists, and run it; -: stdin",
-        complete="file",
+        "-s --stop GROUP", "tell the vmrun that manages GROUP to stop its VMs and keep them", complete="managed-group"
     ),
-    Option("-r", "--resume", metavar="GROUP", help="run the VMs of GROUP that were kept", complete="group"),
-    Option(
-        "-s",
-        "--stop",
-        metavar="GROUP",
-        help="tell the vmrun that manages GROUP to stop its VMs and keep them",
-        complete="managed-group",
-    ),
-    Option("-g", "--gui", help="each VM has a screen"),
-    Option("--group", metavar="GROUP", help="with -f: the group's name, instead of the file's", complete="group"),
-    Option("--add", help="with -f: though the group has VMs already; they are run too"),
-    Option("--background", help="return when all VMs are ready"),
-    Option("--force", help="though it is more memory than the host has"),
-    alias="vmrun",
+    Option("-g --gui", "each VM has a screen"),
+    Option("--group GROUP", "with -f: the group's name, instead of the file's", complete="group"),
+    Option("--add", "with -f: though the group has VMs already; they are run too"),
+    Option("--background", "return when all VMs are ready"),
+    FORCE,
 )
 def cmd_run(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """run a group in the foreground"""
-    no_more(words)
     if sum(each is not None for each in (args.file, args.resume, args.stop)) != 1:
         raise UsageError("give exactly one of -f FILE, -r GROUP and -s GROUP", "-h shows how it is called")
     for given, name in ((args.group, "--group"), (args.add, "--add"), (args.force, "--force")):
@@ -11792,38 +10547,28 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
         )
 
 
-@command(
-    "running",
-    GROUP,
-    TYPE,
-    Option("-a", "--all", help="the stopped ones too, with their state"),
-    alias="vmrunning",
-)
+@declare(Command("running", "vmrunning"), GROUP, TYPE, Option("-a --all", "the stopped ones too, with their state"))
 def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """list running VMs: NAME GROUP/TYPE IP"""
-    no_more(words)
     with Cloud(config) as cloud:
         if args.group is not None:
             cloud.tree.need_group(args.group)
-        rows = all_rows if args.all else running_rows
-        for row in rows(cloud, args.group or "", args.type or ""):
+        for row in vm_rows(cloud, args.group or "", args.type or "", every=args.all):
             report.data(row)
     return EXIT_DONE
 
 
-@command(
-    "stop",
-    Option("-g", "--group", metavar="GROUP", help="the group to stop", complete="any-group"),
-    Option("-t", "--type", metavar="TYPE", help="only this type of it", complete="type"),
-    Option("-n", "--name", metavar="NAME", help="stop one VM", complete="vm"),
-    Option("-d", "--destroy", help="destroy them too: disks, settings, everything"),
-    Option("--kill", help="switch off at once instead of shutting down"),
-    Option("--timeout", metavar="S", check=_seconds, default="vmStopTimeout", help="seconds before switching off"),
-    alias="vmstop",
+@declare(
+    Command("stop", "vmstop"),
+    Option("-g --group GROUP", "the group to stop"),
+    Option("-t --type TYPE", "only this type of it"),
+    Option("-n --name NAME", "stop one VM", complete="vm"),
+    Option("-d --destroy", "destroy them too: disks, settings, everything"),
+    Option("--kill", "switch off at once instead of shutting down"),
+    Option("--timeout S", "seconds before switching off", default="vmStopTimeout"),
 )
 def cmd_stop(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """stop a group, a type of it or one VM"""
-    no_more(words)
     with Cloud(config) as cloud:
         vms = vms_to_stop(cloud, args)
         if args.destroy:
@@ -11831,7 +10576,6 @@ def cmd_stop(config: Config, args: argparse.Namespace, words: list[str]) -> int:
         else:
             seconds = 0 if args.kill else config.number("vmStopTimeout") if args.timeout is None else args.timeout
             errors = stop_all(cloud, vms, seconds, patient=args.timeout is None)
-        cloud.network("private").end_if_idle()
     return report_errors(errors)
 
 
@@ -11840,7 +10584,7 @@ def vms_to_stop(cloud: Cloud, args: argparse.Namespace) -> list[VM]:
     if args.name == "":
         raise UsageError("the VM's name is empty", "vmrunning lists the VMs")
     if args.name is not None:
-        vms = [vm_in(cloud, args.name, args.group, args.type)]
+        vms = [cloud.tree.need(args.name, args.group, args.type)]
     elif args.group is not None:
         if args.group and args.destroy and args.group not in (TEMPLATES, *cloud.tree.groups()):
             return []
@@ -11853,26 +10597,22 @@ def vms_to_stop(cloud: Cloud, args: argparse.Namespace) -> list[VM]:
     return vms
 
 
-def vm_in(cloud: Cloud, name: str, group: str | None, type: str | None) -> VM:
-    """The one VM of that name, in that group and of that type where these are given."""
-    hits = cloud.tree.find(name)
-    found = [vm for vm in hits if group in (None, vm.group) and type in (None, vm.type)]
-    if hits and not found:
-        place = "/".join(part for part in (group, type) if part)
-        raise NotFound(f"{name}: no such VM in {place or 'that place'}", "vmrunning -a lists them")
-    return found[0] if len(found) == 1 else cloud.tree.need(name)
+def running_vm(cloud: Cloud, words: str, group: str | None = None, type: str | None = None) -> VM:
+    """The running VM that `words`, -g and -t mean."""
+    vm = cloud.tree.need(words, group, type, first=VM.is_running, address_of=lambda vm: address_of(cloud, vm))
+    state, _ = vm.state()
+    if state != "running":
+        raise WrongState("it is not running", f"vmrunning -a shows its state: {state}", vm=vm)
+    return vm
 
 
-@command("ssh", alias="vmssh", operands="VM [WORDS...]", complete=("running-vm",))
+@declare(Command("ssh", "vmssh", "VM [WORDS...]", ("running-vm",)))
 def cmd_ssh(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """ssh into a VM, or run a command in it"""
     if not words:
         raise UsageError("which VM?", "vmssh VM|IP [WORDS...]; vmrunning lists the VMs")
     with Cloud(config) as cloud:
-        vm = vm_by_name_or_address(cloud, words[0])
-        if not vm.is_running():
-            raise WrongState(f"{vm.name}: it is not running", f"vmrunning -a shows its state: {vm.state()[0]}")
-        become_ssh(cloud, vm, words[1:])
+        become_ssh(cloud, running_vm(cloud, words[0]), words[1:])
     return EXIT_FAILED  # not reached: become() doesn't come back
 
 
@@ -11881,7 +10621,7 @@ def become_ssh(cloud: Cloud, vm: VM, words: Sequence[str], fresh: bool = False) 
 
     `fresh`: it has just been started.
     """
-    if not vm.conf.get("vmUuid"):  # bash started it: its host key is pinned under a UUID all the same
+    if not vm.get("vmUuid"):  # bash started it: its host key is pinned under a UUID all the same
         with FolderLock(vm.folder):
             vm.write_conf({"vmUuid": new_identity(set())[0]})
     wait = Wait(cloud, vm, cloud.config.number("vmWaitTimeout"), say=True)
@@ -11901,32 +10641,13 @@ def become_ssh(cloud: Cloud, vm: VM, words: Sequence[str], fresh: bool = False) 
     become([*ssh_argv(cloud, vm, trust, ssh_key_options(is_planted(vm))), *words])
 
 
-def vm_by_name_or_address(cloud: Cloud, words: str) -> VM:
-    """The VM that a NAME, GROUP/NAME, GROUP/TYPE/NAME or an address means; running ones come first."""
-    if re.fullmatch(r"[0-9]+(\.[0-9]+){3}", words):
-        found = [vm for vm in cloud.tree.running() if address_of(cloud, vm) == words]
-    else:
-        found = [vm for vm in cloud.tree.find(words) if vm.is_running()]
-    if len(found) == 1:
-        return found[0]
-    return cloud.tree.need(words)
-
-
-@command(
-    "vm",
-    Option("-n", "--name", metavar="NAME", help="the VM, or the template", complete="vm"),
-    Option("-g", "--group", metavar="GROUP", help="its group [templates]", complete="any-group"),
-    Option("-t", "--type", metavar="TYPE", help="its type", complete="type"),
-    Option(
-        "-i",
-        "--iso",
-        metavar="ISO",
-        help="boot this ISO first: a path, a name in isoDir, or none",
-        complete="iso+file",
-    ),
-    Option("-G", "--gui", help="start it with a screen, and don't connect"),
-    alias="vm",
-    operands="[WORDS...]",
+@declare(
+    Command("vm", "vm", "[WORDS...]"),
+    Option("-n --name NAME", "the VM, or the template", complete="vm"),
+    Option("-g --group GROUP", "its group [templates]"),
+    Option("-t --type TYPE", "its type"),
+    Option("-i --iso ISO", "boot this ISO first: a path, a name in isoDir, or none"),
+    Option("-G --gui", "start it with a screen, and don't connect"),
 )
 def cmd_vm(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """run a VM and connect to it by ssh"""
@@ -11934,14 +10655,18 @@ def cmd_vm(config: Config, args: argparse.Namespace, words: list[str]) -> int:
         raise UsageError("which VM? give -n NAME", "vmrunning -a lists them, vmtemplate --list the templates")
     iso = "" if args.iso in (None, "none") else find_iso(config, args.iso)
     with Cloud(config) as cloud:
-        vm = vm_of_options(cloud, args.name, args.group, args.type)
+        vm = cloud.tree.need(args.name, args.group or None, args.type or None, first=lambda vm: vm.is_template)
         fresh = not vm.is_running()
         if fresh:
-            start_alone(cloud, vm, iso, args.gui)
+            with FolderLock(vm.folder):
+                give_identity(cloud, vm)
+            error = start_all(cloud, [vm], iso=iso, gui=args.gui)[0]
+            if error:
+                raise error
         elif iso:
-            raise WrongState(f"{vm.name}: it runs already, without that ISO", f"vmstop -n {vm.address_name} stops it")
+            raise WrongState("it runs already, without that ISO", f"vmstop -n {vm} stops it", vm=vm)
         elif args.gui and not screen_of(vm):
-            raise WrongState(f"{vm.name}: it runs without a screen", f"vmconsole -s -n {vm.address_name}")
+            raise WrongState("it runs without a screen", f"vmconsole -s -n {vm}", vm=vm)
         if args.gui:
             open_screens([vm])
         else:
@@ -11949,42 +10674,9 @@ def cmd_vm(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     return EXIT_DONE
 
 
-def vm_of_options(cloud: Cloud, name: str, group: str | None, type: str | None) -> VM:
-    """What -n, -g and -t name.  Without -g it is a template, or else any VM of that name."""
-    tree = cloud.tree
-    if type:
-        found = [vm for vm in tree.find(name) if vm.type == type and group in (None, vm.group)]
-        if not found:
-            raise NotFound(f"{name}: no such VM of type {type}", "vmrunning -a lists them")
-        return found[0] if len(found) == 1 else tree.need(f"{group}/{type}/{name}" if group else name)
-    if group == TEMPLATES:
-        return tree.need_template(name)
-    if group:
-        tree.need_group(group)
-        return tree.need(f"{group}/{name}")
-    return tree.need(name if "/" in name or not tree.template(name).exists() else f"{TEMPLATES}/{name}")
-
-
-def start_alone(cloud: Cloud, vm: VM, iso: str, gui: bool) -> None:
-    """Start a stopped VM, or a template: on a layer of its own where other disks stand on its disk."""
-    with FolderLock(vm.folder):
-        give_identity(cloud, vm)
-    network = cloud.network_of(vm)
-    try:
-        with network.in_use():
-            start(cloud, vm, network, iso=iso, gui=gui)
-    finally:
-        cloud.private.end_if_idle()
-
-
-@command(
-    "upgrade",
-    Option(
-        "--timeout", metavar="S", check=_seconds, help=f"the longest that it may take, in seconds [{UPGRADE_SECONDS}]"
-    ),
-    alias="vmupgrade",
-    operands="TEMPLATE",
-    complete=("template",),
+@declare(
+    Command("upgrade", "vmupgrade", "TEMPLATE", ("template",)),
+    Option("--timeout S", f"the longest that it may take, in seconds [{UPGRADE_SECONDS}]", SECONDS),
 )
 def cmd_upgrade(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """upgrade the system of a template; its clones stay as they are"""
@@ -11994,15 +10686,13 @@ def cmd_upgrade(config: Config, args: argparse.Namespace, words: list[str]) -> i
     return EXIT_DONE
 
 
-@command(
-    "inventory",
-    Option("--list", help="the inventory as JSON, for ansible"),
-    Option("--host", metavar="HOST", help="the variables of one host as JSON", complete="address"),
-    alias="vminventory",
+@declare(
+    Command("inventory", "vminventory"),
+    Option("--list", "the inventory as JSON, for ansible"),
+    Option("--host HOST", "the variables of one host as JSON"),
 )
 def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """what runs, for ansible (--list) and for people"""
-    no_more(words)
     with Cloud(config) as cloud:
         if args.list or args.host is not None:
             import json
@@ -12010,38 +10700,48 @@ def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) ->
             known = inventory(cloud)
             report.data(json.dumps(known if args.list else known["_meta"]["hostvars"].get(args.host, {}), indent=2))
         else:
-            for row in running_rows(cloud, "", ""):
+            for row in vm_rows(cloud):
                 report.data(row)
     return EXIT_DONE
 
 
-@command(
-    "net",
-    Option("--private", help="up, down, status: the user's own network, which needs no root"),
-    Option("--bridge", help="the host's bridge, which is root's"),
-    Option("--tap", help="exec: open a tap on the network as descriptor 3"),
-    Option("--fdpass", help="connect: hand the connection itself to ssh (ProxyUseFdpass)"),
-    operands="up | down | status | exec CMD... | connect ADDR PORT",
-    complete=(("up", "down", "status", "exec", "connect"),),
-)
+@declare(
+    Command(
+        "net", operands="up | down | status | exec CMD... | connect ADDR PORT",
+        complete=(("up", "down", "status", "exec", "connect"),),
+    ),
+    Option("--private", "up, down, status: the user's own network, which needs no root"),
+    Option("--bridge", "the host's bridge, which is root's"),
+    Option("--tap", "exec: open a tap on the network as descriptor 3"),
+    Option("--fdpass", "connect: hand the connection itself to ssh (ProxyUseFdpass)"),
+)  # fmt: skip
 def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """the network between the VMs: up, down, status; exec and connect go into the private one"""
     import contextlib
 
     verb, rest = (words[0], words[1:]) if words else ("", [])
-    if verb in ("up", "down", "status"):
-        return net_verb(config, verb, kind_of_network(config, args, rest))
-    with contextlib.closing(Cloud(config)) as cloud:  # as it is: a ProxyCommand must be quick
-        network = cloud.private
-        if verb == "exec":
+    kind = kind_of_network(config, args, rest) if verb in ("up", "down", "status") else ""
+    with contextlib.closing(Cloud(config)) as cloud:  # as it is: a ProxyCommand must be quick, `down` is what it says
+        private, bridge = cloud.private, cloud.network("bridge")
+        if verb == "status":
+            lines = (*bridge.status(), *bridge_faults(config)) if kind != "private" else ()
+            for line in (*lines, *(private.status() if kind != "bridge" else ())):
+                report.data(line)
+        elif kind and kind != "private":
+            BridgeSetup(config).up() if verb == "up" else BridgeSetup(config).down()
+        elif verb == "up":
+            cloud.tree.prepare()
+            private.up(keep=True)
+        elif verb == "down":
+            private.down_if_unused()
+        elif verb == "exec":
             if not rest:
                 raise UsageError("which command?", "nocloud net exec CMD...")
             if args.tap:
-                open_tap(cloud.network("bridge" if args.bridge else "private"))
-            become(rest) if args.bridge else network.become_inside(rest)
+                open_tap(bridge if args.bridge else private)
+            become(rest) if args.bridge else private.become_inside(rest)
         elif verb == "connect":
-            address, port = address_and_port(rest)
-            network.connect(address, port, args.fdpass)
+            private.connect(*address_and_port(rest), args.fdpass)
         else:
             raise UsageError(f"{verb or 'no verb'}: expected up, down, status, exec or connect")
     return EXIT_DONE
@@ -12049,7 +10749,7 @@ def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> int:
 
 def kind_of_network(config: Config, args: argparse.Namespace, rest: Sequence[str]) -> str:
     """Which network `net up` and its like are about, by the options, which may come after the verb too; else by
-    vmNetwork; else root means the host's bridge, and `auto` leaves it open."""
+    vmNetwork; else root means the host's bridge.  `auto` leaves it open: `status` shows both, else it is the bridge."""
     flags = {*(f"--{name}" for name in ("private", "bridge") if getattr(args, name)), *rest}
     no_more(sorted(flags - {"--private", "--bridge"}))
     if len(flags) > 1:
@@ -12058,34 +10758,12 @@ def kind_of_network(config: Config, args: argparse.Namespace, rest: Sequence[str
     return "bridge" if asked == "auto" and os.geteuid() == 0 else asked
 
 
-def net_verb(config: Config, verb: str, kind: str) -> int:
-    """up, down, status.  An ordinary user who doesn't say which means the bridge, as root does, and both to look at."""
-    import contextlib
-
-    if kind != "private" and verb != "status":
-        bridge_up(config) if verb == "up" else bridge_down(config)
-        return EXIT_DONE
-    with contextlib.closing(Cloud(config)) as cloud:  # as it is: `down` is what it says
-        if verb == "up":
-            cloud.tree.prepare()
-            cloud.private.up(keep=True)
-        elif verb == "down":
-            cloud.private.down_if_unused()
-        else:
-            for line in (
-                *(cloud.network("bridge").status() if kind != "private" else ()),
-                *(cloud.private.status() if kind != "bridge" else ()),
-            ):
-                report.data(line)
-    return EXIT_DONE
-
-
-@command(
-    "bridge",
-    alias="nocloud-bridge",
-    operands="start | stop | dnsmasq | ready | subnet [FILE]",
-    complete=(("start", "stop", "dnsmasq", "ready", "subnet"), "file"),
-)
+@declare(
+    Command(
+        "bridge", "nocloud-bridge", "start | stop | dnsmasq | ready | subnet [FILE]",
+        (("start", "stop", "dnsmasq", "ready", "subnet"), "file"),
+    )
+)  # fmt: skip
 def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """the host's bridge, for its units: start, stop; run its dnsmasq, or wait for it; name a free subnet in FILE"""
     verb, rest = (words[0], words[1:]) if words else ("", [])
@@ -12096,15 +10774,15 @@ def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> in
         return EXIT_DONE
     no_more(rest)
     if verb == "start":
-        BridgeSetup(config).up()
+        BridgeSetup(config).start()
     elif verb == "stop":
-        BridgeSetup(config).down()
+        BridgeSetup(config).stop()
     elif verb == "dnsmasq":
-        server = BridgeServer(BridgeSettings(config))
+        server = BridgeSetup(config)
         server.forget()
         become(server.argv())
     elif verb == "ready":
-        BridgeServer(BridgeSettings(config)).wait(60, os.environ.get("MAINPID", ""))  # systemd.exec(5)
+        BridgeSetup(config).wait(60, os.environ.get("MAINPID", ""))  # systemd.exec(5)
     else:
         raise UsageError(f"{verb or 'no verb'}: expected start, stop, dnsmasq, ready or subnet")
     return EXIT_DONE
@@ -12112,7 +10790,7 @@ def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> in
 
 def open_tap(network: Network) -> None:
     """A tap as descriptor 3, for the program that this process becomes."""
-    with network.in_use():
+    with network.hold():
         tap, vhost = network.tap()
     if vhost >= 0:
         os.close(vhost)
@@ -12135,39 +10813,22 @@ def address_and_port(words: Sequence[str]) -> tuple[str, int]:
     return words[0], int(words[1])
 
 
-VM_OPTIONS = (
-    Option("-n", "--name", metavar="NAME", help="the VM: NAME, GROUP/NAME or GROUP/TYPE/NAME", complete="running-vm"),
-    Option("-g", "--group", metavar="GROUP", help="the group it is in", complete="any-group"),
-    Option("-t", "--type", metavar="TYPE", help="the type it is of", complete="type"),
-)
-
-
-def running_vm(cloud: Cloud, args: argparse.Namespace) -> VM:
-    """The running VM that -n, -g and -t mean."""
+def vm_of_options(cloud: Cloud, args: argparse.Namespace) -> VM:
+    """The running VM that VM_OPTIONS mean."""
     if args.name is None:
         raise UsageError("which VM? give -n NAME", "vmrunning lists them")
-    found = [vm for vm in cloud.tree.find(args.name) if args.group in (None, vm.group) and args.type in (None, vm.type)]
-    found = [vm for vm in found if vm.is_running()] or found
-    if not found and cloud.tree.find(args.name):
-        raise NotFound(f"{args.name}: no such VM in {'/'.join(filter(None, (args.group, args.type)))}", "vmrunning -a")
-    vm = found[0] if len(found) == 1 else cloud.tree.need(args.name)
-    state, _ = vm.state()
-    if state != "running":
-        raise WrongState(f"{vm.name}: it is not running", f"vmrunning -a shows its state: {state}")
-    return vm
+    return running_vm(cloud, args.name, args.group, args.type)
 
 
-@command(
-    "console",
+@declare(
+    Command("console", "vmconsole"),
     *VM_OPTIONS,
-    Option("-s", "--serial", help="its serial console in this terminal; Ctrl-] leaves"),
-    alias="vmconsole",
+    Option("-s --serial", "its serial console in this terminal; Ctrl-] leaves"),
 )
 def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """a VM's screen; with -s, or without a display, its serial console"""
-    no_more(words)
     with Cloud(config) as cloud:
-        vm = running_vm(cloud, args)
+        vm = vm_of_options(cloud, args)
     missing = "no display here" if not has_display() else "" if screen_of(vm) else f"{vm.name} runs without a screen"
     if not args.serial and not missing:
         open_screen(vm)
@@ -12178,25 +10839,24 @@ def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> i
     return EXIT_DONE
 
 
-@command("manage", *VM_OPTIONS, alias="vmmanage", operands="[WORDS...]")
+@declare(Command("manage", "vmmanage", "[WORDS...]"), *VM_OPTIONS)
 def cmd_manage(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """qemu's monitor of a VM; with WORDS, just that command"""
     with Cloud(config) as cloud:
-        vm = running_vm(cloud, args)
+        vm = vm_of_options(cloud, args)
     if words:
         monitor_command(vm, " ".join(words))
         return EXIT_DONE
     return monitor_session(vm)
 
 
-@command(
-    "doctor",
-    Option("--json", help="a JSON list: name, state, text, mend"),
-    operands="[CHECKS]",
-    more=doctor_help,
-    complete=(tuple(name for name, _ in (*CHECKS, *BRIDGE_CHECKS)),),
-    unconfigured=True,
-)
+@declare(
+    Command(
+        "doctor", operands="[CHECKS]", complete=(tuple(name for name, _ in (*CHECKS, *BRIDGE_CHECKS)),),
+        more=doctor_help, unconfigured=True,
+    ),
+    Option("--json", "a JSON list: name, state, text, mend"),
+)  # fmt: skip
 def cmd_doctor(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """look at this host, and say what isn't well and which command mends it"""
     findings = []
@@ -12209,11 +10869,12 @@ def cmd_doctor(config: Config, args: argparse.Namespace, words: list[str]) -> in
     if args.json:
         import json
 
-        report.data(json.dumps([{key: getattr(each, key) for key in each.__slots__} for each in findings], indent=2))
+        keys = ("name", "state", "text", "mend")
+        report.data(json.dumps([{key: getattr(each, key) for key in keys} for each in findings], indent=2))
     return EXIT_FAILED if any(finding.state == WRONG for finding in findings) else EXIT_DONE
 
 
-@command("links", operands="DIR", complete=("folder",))
+@declare(Command("links", operands="DIR", complete=("folder",)))
 def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """make the vm* commands in DIR, as symlinks to this program"""
     folder = one_operand(words, "DIR")
@@ -12235,14 +10896,16 @@ def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> int
     return EXIT_DONE
 
 
-@command("configure", operands="VM...", hidden=True)
+@declare(Command("configure", operands="VM...", hidden=True))
 def cmd_configure(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """do over ssh what can only be done there, for VMs that have just been started"""
     with Cloud(config) as cloud:
         vms = [vm for name in words for vm in cloud.tree.find(name) if vm.is_readable()]
         for kind in {cloud.network_kind(vm) for vm in vms}:
             cloud.network(kind).open()  # before there are threads
-        configure_now(cloud, vms, config.number("vmWaitTimeout"))
+        for error in wait_all(cloud, vms, config.number("vmWaitTimeout")):
+            if error.vm.exists():
+                append_line(error.vm.log_file, f"nocloud: not configured: {error}")
     return EXIT_DONE
 
 
@@ -12260,65 +10923,93 @@ def one_operand(words: Sequence[str], name: str) -> str:
 
 # Completion and manual ###############################################################################
 #
-# What is printed from the declarations above: the shells' completion scripts, the words that these ask for
-# while one types, and the manual page.  A command or an option that is declared appears in all of them.
+# What comes from the declarations above: the words that a shell offers while one types, which its script in
+# etc/completion asks for; and the manual pages, whose prose is in etc/man.  README.md's tables are made of them too
+# (tests/docs.py).
 
+PROBE = "\0"  # stands for the word that is being typed: no argument can have it
 SHELL_KINDS = ("file", "folder")  # which the shells complete by themselves
 
 
 class Typed:
-    """A command line that is being typed: its words after the command, of which the last one is to be completed."""
+    """A command line that is being typed, as its words up to the cursor, of which the last one is to be completed.
+
+    That word is `prefix`, an option to which its value is joined, and `value`.  `wanted`: what the value can be, as an
+    Option's `complete`, or words with their help.  `given`: the options before it, by each name, with their values.
+    """
 
     def __init__(self, config: Config, words: Sequence[str]) -> None:
-        self.config, self.words = config, words
-        self.tree = Tree(base_folder(config))
+        self.config, self.tree = config, Tree(config)
+        *before, self.value = words
+        self.prefix = ""
+        self.given: dict[str, str] = {}
+        self.wanted: str | tuple[str, ...] | dict[str, str] = ""
+        self.command, _, rest = find_command(before)
+        if self.command:
+            self._read(self.command, rest)
+        elif not rest:
+            self.wanted = option_names(GENERAL_OPTIONS) if self.value.startswith("-") else command_names()
 
-    @property
-    def current(self) -> str:
-        return self.words[-1] if self.words else ""
+    def _read(self, command: Command, words: Sequence[str]) -> None:
+        """What is wanted, by what the parser makes of a word in that place."""
+        probe = "-" + PROBE if self.value.startswith("-") else PROBE
+        options, operands = split_operands(command, [*words, probe])
+        last = "" if operands[-1:] == [probe] else options.pop()
+        for word in options:
+            option, prefix = option_with_value(command, word)
+            self.given.update(dict.fromkeys(option.names, word[len(prefix) :]) if option else {word: ""})
+        if not last:
+            self.wanted = dict(enumerate(command.complete, 1)).get(len(operands), "")
+            return
+        option, prefix = option_with_value(command, self.value if last == probe else last)
+        if option and last != probe:  # split_operands() has joined it to the option
+            self.wanted = option.complete
+        elif option and (self.value != prefix or prefix.endswith("=")):
+            self.prefix, self.value, self.wanted = prefix, self.value[len(prefix) :], option.complete
+        else:
+            self.wanted = option_names(each for each in all_options(command) if not self.given.keys() & set(each.names))
 
-    def value(self, *names: str) -> str:
-        """The value that an option has so far, or ''."""
-        for word, following in zip(self.words, self.words[1:]):
-            if word in names:
-                return following
-            for name in names:
-                rest = word[len(name) :]
-                if word.startswith(name) and (name[:2] != "--" or rest[0] == "="):
-                    return rest.lstrip("=")
-        return ""
+    def words(self) -> dict[str, str]:
+        """What there is to offer for the value, each with its help."""
+        if isinstance(self.wanted, dict):
+            return self.wanted
+        if isinstance(self.wanted, tuple):
+            return dict.fromkeys(self.wanted, "")
+        kinds = [kind for kind in self.wanted.split("+") if kind in WORD_KINDS]
+        return {word: "" for kind in kinds for word in WORD_KINDS[kind](self) if word.isprintable()}
+
+    def files(self) -> str:
+        """The one of SHELL_KINDS that is wanted, or ''."""
+        kinds = self.wanted.split("+") if isinstance(self.wanted, str) else []
+        return next((kind for kind in kinds if kind in SHELL_KINDS), "")
 
     def vms(self, wanted: Callable[[VM], bool] = VM.exists) -> list[str]:
         """What the wanted VMs, in the group and of the type that are named, can be called: NAME where that is enough.
 
         GROUP/NAME, or GROUP/TYPE/NAME, where a group is being typed, and where several have the name.
         """
-        left = [vm for vm in self.tree.vms(self.value("-g", "--group"), self.value("-t", "--type")) if wanted(vm)]
+        left = [vm for vm in self.tree.vms(self.given.get("-g", ""), self.given.get("-t", "")) if wanted(vm)]
         names: list[str] = []
         ways: list[Callable[[VM], str]] = [lambda vm: vm.name, lambda vm: f"{vm.group}/{vm.name}"]
-        for way in ways[min(2, self.current.count("/")) :]:
+        for way in ways[min(2, self.value.count("/")) :]:
             count = Counter(map(way, left))
             names += [way(vm) for vm in left if count[way(vm)] == 1]
             left = [vm for vm in left if count[way(vm)] > 1]
         return names + [vm.address_name for vm in left]
 
     def types(self) -> list[str]:
-        group = self.value("-g", "--group")
+        group = self.given.get("-g")
         return [type for each in ([group] if group else self.tree.groups()) for type in self.tree.types(each)]
 
     def isos(self) -> list[str]:
         folder = os.path.expanduser(self.config["isoDir"])
         return [name for name in _names(folder) if name.lower().endswith(".iso")]
 
-    def addresses(self) -> list[str]:
-        """Those in the confs: to read the bridge's leases is not worth it."""
-        return [vm.conf.get("vmAddress", "") for vm in self.tree.running() if vm.is_readable()]
-
 
 WORD_KINDS: dict[str, Callable[[Typed], Iterable[str]]] = {
     "vm": Typed.vms,
     "running-vm": lambda typed: typed.vms(VM.is_running),
-    "adjusted": lambda typed: typed.vms() if {"-a", "--adjust"} & set(typed.words) else [],
+    "adjusted": lambda typed: typed.vms() if {"-a", "--adjust"} & typed.given.keys() else [],
     "group": lambda typed: typed.tree.groups(),
     "any-group": lambda typed: [*typed.tree.groups(), TEMPLATES],
     "managed-group": lambda typed: [
@@ -12327,486 +11018,121 @@ WORD_KINDS: dict[str, Callable[[Typed], Iterable[str]]] = {
     "type": Typed.types,
     "template": lambda typed: [vm.name for vm in typed.tree.templates()],
     "catalogue": lambda typed: load_catalogue().entries,
-    "template-name": lambda typed: WORD_KINDS["template" if "--delete" in typed.words else "catalogue"](typed),
+    "template-name": lambda typed: WORD_KINDS["template" if "--delete" in typed.given else "catalogue"](typed),
     "iso": Typed.isos,
-    "address": Typed.addresses,
-    "command": lambda typed: visible_commands(),
+    # Those in the confs: to read the bridge's leases is not worth it.
+    "address": lambda typed: [vm.get("vmAddress") for vm in typed.tree.running() if vm.is_readable()],
+    "command": lambda typed: command_names(),
 }
 
 
-@command("complete", operands="KIND [WORDS...]", hidden=True)
-def cmd_complete(config: Config, args: argparse.Namespace, words: list[str]) -> int:
-    """the words that a shell offers, one a line; nothing is started, mended or written for that"""
-    if not words or words[0] not in WORD_KINDS:
-        raise UsageError(f"which kind of words? one of {', '.join(WORD_KINDS)}")
-    found = dict.fromkeys(word for word in WORD_KINDS[words[0]](Typed(config, words[1:])) if word.isprintable())
-    if found:
-        report.data("\n".join(found))
-    return EXIT_DONE
+def visible_commands() -> list[Command]:
+    return [each for each in COMMANDS.values() if not each.hidden]
 
 
-def documents() -> dict[str, str]:
-    """What an installation has of these, by its path below PREFIX."""
-    return {
-        "share/man/man1/nocloud.1": manual() + "\n",
-        "share/bash-completion/completions/nocloud": bash_completion(),
-        "share/zsh/site-functions/_nocloud": zsh_completion(),
-        "share/fish/vendor_completions.d/nocloud.fish": fish_completion(),
-    }
-
-
-def document_links() -> dict[str, str]:
-    """bash and fish look for a command's completion, and man for its page, under the command's own name."""
-    return {
-        path.replace("/nocloud", f"/{each.alias}"): os.path.basename(path)
-        for path in documents()
-        for each in visible_commands().values()
-        if each.alias and "/zsh/" not in path
-    }
-
-
-def visible_commands() -> dict[str, Command]:
-    return {name: each for name, each in COMMANDS.items() if not each.hidden}
-
-
-def shell_names() -> list[str]:
-    """The names that the scripts complete for."""
-    return ["nocloud", "nocloud.pyz", *(each.alias for each in visible_commands().values() if each.alias)]
+def command_names() -> dict[str, str]:
+    return {each.name: each.help for each in visible_commands()}
 
 
 def all_options(command: Command) -> list[Option]:
     return [*command.options, *GENERAL_OPTIONS]
 
 
-def kind_text(complete: str | tuple[str, ...]) -> str:
-    """An Option's `complete` as the scripts hold it: a kind, `=` and the words themselves, or `-` for none."""
-    return "=" + " ".join(complete) if isinstance(complete, tuple) else complete or "-"
+def option_names(options: Iterable[Option]) -> dict[str, str]:
+    """All names of these options, each with its help."""
+    return {name: option.help for option in options for name in option.names}
 
 
-def takes_value(option: Option) -> bool:
-    """Whether the next word is its value whatever it is."""
-    return bool(option.metavar) and not option.optional
+BASH_PART = r"""\s+|'([^']*)('?)|"((?:\\.?|[^"\\])*)("?)|\\(.?)|([^\s'"\\]+)"""
+BASH_SPECIAL = {"": r"[^\w@%+=:,./-]", '"': r'[\\"$`]', "'": "(?!)"}  # by the quote that is open: what to escape
 
 
-def completed_values(command: Command) -> Iterator[tuple[str, str]]:
-    """(each name of an option that takes a value, or the number of an operand; its kind_text)."""
-    for option in command.options:
-        if takes_value(option):
-            for name in option.names:
-                yield name, kind_text(option.complete)
-    for number, kind in enumerate(command.complete, 1):
-        yield str(number), kind_text(kind)
-
-
-BASH_COMPLETION = r"""
-# bash completion of nocloud, as `nocloud completion bash` prints it.  In bash-completion's folder it has the name
-# of each command.
-
-_nocloud_command() { # NAME: the command that it is a name of
-    case $1 in
-@COMMANDS@
-        *) REPLY= ;;
-    esac
-}
-
-_nocloud_options() { # COMMAND: its options
-    case $1 in
-@OPTIONS@
-        *) REPLY= ;;
-    esac
-}
-
-_nocloud_kind() { # COMMAND OPTION|NUMBER: what that option's value, or that operand, is; nothing if there is none
-    case "$1 $2" in
-@KINDS@
-        *) REPLY= ;;
-    esac
-}
-
-_nocloud_takes_words() { # COMMAND: its options end at the first operand
-    case $1 in
-        @TAKERS@) return 0 ;;
-    esac
-    return 1
-}
-
-# TEXT: parted as bash will read it, and nothing in it run: unquoted into words; the last word as it is typed is raw,
-# the quote that is open in it quote.
-_nocloud_split() {
-    local rest=$1 char
-    words=('') raw='' quote=''
-    while [[ $rest ]]; do
-        char=${rest:0:1} rest=${rest:1}
-        if [[ ! $quote && $char == [[:space:]] ]]; then
-            if [[ $raw ]]; then words+=('') raw=''; fi
+def read_bash(line: str) -> tuple[list[str], str, str]:
+    """(a line's words as bash reads them, nothing in them run; the last one as it was typed; the quote open in it)."""
+    words, raw, quote = [""], "", ""
+    for part in re.finditer(BASH_PART, line, re.S):
+        if part[0].isspace():
+            words, raw, quote = [*words, ""] if raw else words, "", ""
             continue
-        fi
-        raw+=$char
-        case $quote$char in
-            "''" | '""') quote= ;;
-            \' | \") quote=$char ;;
-            \\ | '"\')
-                if [[ ! $quote || ${rest:0:1} == [\$\`\"\\] ]]; then
-                    char=${rest:0:1} raw+=${rest:0:1} rest=${rest:1}
-                fi
-                words[-1]+=$char
-                ;;
-            *) words[-1]+=$char ;;
-        esac
-    done
+        single, single_end, double, double_end, escaped, plain = part.groups("")
+        words[-1] += single + re.sub(r'\\([\\"$`])', r"\1", double) + escaped + plain
+        raw += part[0]
+        quote = part[0][0] if part[0][0] in "'\"" and not single_end + double_end else ""
+    return words, raw, quote
+
+
+def answer_bash(config: Config, line: str = "", replaced: str = "") -> list[str]:
+    """For COMP_LINE up to the cursor, and the word that readline replaces: that is what follows the last one of
+    COMP_WORDBREAKS, without the quote that is open."""
+    words, raw, _ = read_bash(line)
+    typed = Typed(config, words)
+    kept, _, quote = read_bash(raw[: len(raw) - len(replaced)] if raw.endswith(replaced) else "")
+    start, special = kept[-1], "(?!)" if typed.files() else BASH_SPECIAL[quote]
+    found = [typed.prefix + word for word in typed.words() if word.startswith(typed.value)]
+    kind = typed.files().replace("folder", "directory")
+    return [
+        kind, typed.prefix[len(start) :], start[len(typed.prefix) :], typed.value,
+        *(re.sub(special, r"\\\g<0>", word[len(start) :]) for word in found),
+    ]  # fmt: skip
+
+
+def answer_zsh(config: Config, *words: str) -> list[str]:
+    typed = Typed(config, words)
+    options = typed.command.options if typed.command else ()
+    valued = {name for each in options if each.value and not each.is_optional for name in each.names if name[1] == "-"}
+    rows = []
+    for word, help in typed.words().items():
+        escaped = re.sub(r"[\\:]", r"\\\g<0>", word) + ("=" if word in valued else "")
+        rows.append(f"{escaped}:{help}" if help else escaped)
+    return [typed.files(), typed.prefix, *rows]
+
+
+def answer_fish(config: Config, *words: str) -> list[str]:
+    typed = Typed(config, words)
+    return [typed.files(), typed.prefix, *(f"{typed.prefix}{word}\t{help}" for word, help in typed.words().items())]
+
+
+SHELLS: dict[str, tuple[Callable[..., list[str]], str]] = {
+    # what its script is told, and where in an installation's share that is
+    "bash": (answer_bash, "bash-completion/completions/nocloud"),
+    "zsh": (answer_zsh, "zsh/site-functions/_nocloud"),
+    "fish": (answer_fish, "fish/vendor_completions.d/nocloud.fish"),
 }
 
-# COMMAND WORD: the option in WORD that takes a value into option, WORD up to that value into prefix.
-_nocloud_option() {
-    local position
-    option='' prefix=''
-    case $2 in
-        --*=*) option=${2%%=*} prefix=${2%%=*}= ;;
-        --*) option=$2 prefix=$2 ;;
-        *)
-            for ((position = 1; position < ${#2}; position++)); do
-                option=-${2:position:1} prefix=${2:0:position + 1}
-                _nocloud_kind "$1" "$option"
-                if [[ $REPLY ]]; then return; fi
-            done
-            ;;
-    esac
-    _nocloud_kind "$1" "$option"
-    if [[ ! $REPLY ]]; then option=; fi
-}
 
-# KINDS PREFIX: what begins as the current word does, PREFIX before each.
-_nocloud_offer() {
-    local kind word found=() files= current=${words[-1]} kept=
-    case $1 in
-        =*) for word in ${1#=}; do found+=("$2$word"); done ;;
-        *)
-            for kind in ${1//+/ }; do
-                case $kind in
-                    -) ;;
-                    file | folder)
-                        files=yes
-                        while IFS= read -r word; do found+=("$2$word"); done < <(
-                            compgen -A "${kind/folder/directory}" -- "${current#"$2"}"
-                        )
-                        ;;
-                    *)
-                        while IFS= read -r word; do found+=("$2$word"); done < <(
-                            "$program" complete "$kind" "${words[@]:first}" 2>/dev/null
-                        )
-                        ;;
-                esac
-            done
-            ;;
-    esac
-    # readline replaces what follows the last of COMP_WORDBREAKS, and not the quote that is open
-    if [[ $raw == *"$typed" ]]; then kept=${raw%"$typed"}; fi
-    local words raw quote
-    _nocloud_split "$kept"
-    if [[ $files ]]; then compopt -o filenames; fi # readline quotes then
-    for word in "${found[@]}"; do
-        if [[ $word != "$current"* ]]; then continue; fi
-        word=${word:${#words[-1]}}
-        case $files$quote in
-            '') printf -v word %q "$word" ;;
-            \") word=${word//\\/\\\\} word=${word//\"/\\\"} word=${word//\$/\\\$} word=${word//\`/\\\`} ;;
-        esac
-        COMPREPLY+=("$word")
-    done
-}
-
-_nocloud() {
-    local IFS=$' \t\n' REPLY words raw quote typed=$2 program=nocloud command index first=1
-    local option= prefix= ended= operands=0
-    COMPREPLY=()
-    _nocloud_split "${COMP_LINE:0:COMP_POINT}"
-    command=${words[0]##*/}
-    if [[ $command == nocloud || $command == nocloud.* ]]; then
-        program=${words[0]/#\~\//$HOME/}
-        if [[ ${words[1]} == --debug && ${#words[@]} -gt 2 ]]; then first=2; fi
-        if ((${#words[@]} == first + 1)); then
-            if [[ ${words[first]} == -* ]]; then _nocloud_offer '=@GENERAL@'; else _nocloud_offer '=@NAMES@'; fi
-            return
-        fi
-        command=${words[first]} first=$((first + 1))
-    fi
-    _nocloud_command "$command"
-    command=$REPLY
-    if [[ ! $command ]]; then return; fi
-    for ((index = first; index < ${#words[@]} - 1; index++)); do
-        if [[ $option ]]; then
-            option= # this was its value
-        elif [[ $ended || ${words[index]} != -?* ]]; then
-            operands=$((operands + 1))
-            if _nocloud_takes_words "$command"; then ended=yes; fi
-        elif [[ ${words[index]} == -- ]]; then
-            ended=yes
-        else
-            _nocloud_option "$command" "${words[index]}"
-            if [[ $prefix != "${words[index]}" || $prefix == *= ]]; then option=; fi
-        fi
-    done
-    if [[ $option ]]; then
-        prefix=
-    elif [[ ! $ended && ${words[-1]} == -* ]]; then
-        _nocloud_option "$command" "${words[-1]}"
-        if [[ ! $option || ($prefix == "${words[-1]}" && $prefix != *=) ]]; then
-            _nocloud_options "$command"
-            _nocloud_offer "=$REPLY"
-            return
-        fi
-    else
-        option=$((operands + 1)) prefix=
-    fi
-    _nocloud_kind "$command" "$option"
-    _nocloud_offer "$REPLY" "$prefix"
-}
-
-complete -F _nocloud @SHELL_NAMES@
-"""
-
-
-def bash_completion() -> str:
-    commands, options, kinds = [], [], []
-    for name, each in visible_commands().items():
-        names = " | ".join(dict.fromkeys(filter(None, (name, each.alias))))
-        commands.append(f"        {names}) REPLY={name} ;;")
-        words = " ".join(word for option in all_options(each) for word in option.names)
-        options.append(f"        {name}) REPLY='{words}' ;;")
-        kinds += [f"        '{name} {what}') REPLY='{kind}' ;;" for what, kind in completed_values(each)]
-    return fill(
-        BASH_COMPLETION,
-        COMMANDS="\n".join(commands),
-        OPTIONS="\n".join(options),
-        KINDS="\n".join(kinds),
-        TAKERS=" | ".join(name for name, each in visible_commands().items() if each.takes_words),
-        GENERAL=" ".join(word for option in GENERAL_OPTIONS for word in option.names),
-        NAMES=" ".join(visible_commands()),
-        SHELL_NAMES=" ".join(shell_names()),
-    )
-
-
-def fill(text: str, **values: str) -> str:
-    """`text` with each @NAME@ replaced."""
-    return re.sub("@([A-Z_]+)@", lambda match: values[match.group(1)], text.lstrip("\n"))
-
-
-ZSH_COMPLETION = r"""
-#compdef @SHELL_NAMES@
-# zsh completion of nocloud, as `nocloud completion zsh` prints it.
-
-_nocloud_words() { # [compadd's options] KINDS
-    local kind
-    local -a found
-    for kind in ${(s:+:)@[-1]}; do
-        case $kind in
-            file) _files "${(@)@[1,-2]}" ;;
-            folder) _files "${(@)@[1,-2]}" -/ ;;
-            *)
-                found=("${(@f)$("$nocloud_program" complete $kind "${(@Q)words[2,CURRENT]}" 2>/dev/null)}")
-                compadd "${(@)@[1,-2]}" -- ${found:#}
-                ;;
-        esac
-    done
-}
-
-_nocloud() {
-    local nocloud_program=nocloud name=${service:t}
-    local -a commands
-    if [[ $name == nocloud(|.*) ]]; then
-        nocloud_program=${~${(Q)words[1]}}
-        if [[ $words[2] == --debug && CURRENT -gt 2 ]]; then shift words; ((CURRENT--)); fi
-        if ((CURRENT == 2)); then
-            commands=(
-@COMMANDS@
-            )
-            if [[ $words[2] == -* ]]; then
-                _arguments -s -S : @GENERAL@
-            else
-                _describe -t commands command commands
-            fi
-            return
-        fi
-        shift words
-        ((CURRENT--))
-        name=$words[1]
-    fi
-    case $name in
-@CASES@
-    esac
-}
-
-if [[ $funcstack[1] == _nocloud ]]; then
-    _nocloud "$@"
-else
-    compdef _nocloud @SHELL_NAMES@
-fi
-"""
-
-
-def zsh_quote(text: str, special: str = "") -> str:
-    """`text` in single quotes, with a backslash before each of `special`."""
-    escaped = re.sub(f"([\\\\{re.escape(special)}])" if special else r"(\\)", r"\\\1", text)
-    return "'" + escaped.replace("'", "'\\''") + "'"
-
-
-def zsh_action(complete: str | tuple[str, ...]) -> str:
-    """_arguments' action (zshcompsys(1)) for an Option's `complete`; a space: there is nothing to offer."""
-    if isinstance(complete, tuple):
-        return f"({' '.join(complete)})"
-    return f"_nocloud_words {complete}" if complete else " "
-
-
-def zsh_option(option: Option) -> list[str]:
-    """_arguments' specifications of an option: one for each of its names, each ruling out the others."""
-    specs = []
-    for name in option.names:
-        after = "" if not takes_value(option) else "=" if name.startswith("--") else "+"
-        others = f"({' '.join(option.names)})" if len(option.names) > 1 else ""
-        help = zsh_quote(option.help, "[]:")[1:-1]
-        value = f":{option.metavar}:{zsh_action(option.complete)}" if after else ""
-        specs.append(f"'{others}{name}{after}[{help}]{value}'")
-    return specs
-
-
-def zsh_completion() -> str:
-    cases, commands = [], []
-    for name, each in visible_commands().items():
-        commands.append(f"                {zsh_quote(f'{name}:{each.help}')}")
-        specs = [spec for option in all_options(each) for spec in zsh_option(option)]
-        specs += [f"'{number}:{name}:{zsh_action(kind)}'" for number, kind in enumerate(each.complete, 1)]
-        names = "|".join(dict.fromkeys(filter(None, (name, each.alias))))
-        order = "-A '-*' " if each.takes_words else ""
-        joined = " \\\n                ".join(specs)
-        cases.append(
-            f"        ({names})\n            _arguments -s -S {order}: \\\n                {joined}\n            ;;"
-        )
-    return fill(
-        ZSH_COMPLETION,
-        COMMANDS="\n".join(commands),
-        CASES="\n".join(cases),
-        GENERAL=" ".join(spec for option in GENERAL_OPTIONS for spec in zsh_option(option)),
-        SHELL_NAMES=" ".join(shell_names()),
-    )
-
-
-FISH_COMPLETION = r"""
-# fish completion of nocloud, as `nocloud completion fish` prints it.  In fish's folders it has each command's name.
-
-function __nocloud_typed # the words before the current one, from the command on
-    set -l words (commandline -opc)
-    set words[1] (string replace -r '.*/' '' -- $words[1])
-    if string match -qr -- '^nocloud(\.|$)' $words[1]
-        set -e words[1]
-        if test "$words[1]" = --debug
-            set -e words[1]
-        end
-    end
-    string join -- \n $words
-end
-
-function __nocloud_words # KIND
-    set -l program (commandline -opc)[1]
-    if not string match -qr -- '(^|/)nocloud(\.[^/]*)?$' $program
-        set program nocloud
-    end
-    set -l words (__nocloud_typed)
-    command $program complete $argv[1] $words[2..-1] (commandline -ct | string unescape) 2>/dev/null
-end
-
-function __nocloud_is # NAMES: the command is called so
-    set -l words (__nocloud_typed)
-    contains -- "$words[1]" $argv
-end
-
-function __nocloud_operands # OPTIONS, which take a value: how many operands come before the current word
-    set -l words (__nocloud_typed)
-    set -l count 0
-    set -l skip no
-    for word in $words[2..-1]
-        if test $skip = yes
-            set skip no
-        else if string match -q -- '-?*' $word
-            if contains -- (string replace -r -- '^-[^-]*(?=[^-]$)' - $word) $argv
-                set skip yes
-            end
-        else
-            set count (math $count + 1)
-        end
-    end
-    echo $count
-end
-
-@COMPLETIONS@
-"""
-
-
-def fish_quote(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-def fish_words(complete: str | tuple[str, ...]) -> str:
-    """complete's options (fish's complete(1)) for an Option's `complete`; files are fish's own way."""
-    if isinstance(complete, tuple):
-        return f" -f -a {fish_quote(' '.join(complete))}"
-    kinds = complete.split("+") if complete else []
-    words = "".join(f" -a '(__nocloud_words {kind})'" for kind in kinds if kind not in SHELL_KINDS)
-    if "folder" in kinds:
-        return f"{words} -f -a '(__fish_complete_directories)'"
-    return words if "file" in kinds else f"{words} -f"
-
-
-def fish_option(option: Option) -> str:
-    names = "".join(f" {'-l' if name.startswith('--') else '-s'} {name.lstrip('-')}" for name in option.names)
-    value = f" -r{fish_words(option.complete)}" if takes_value(option) else " -f"
-    return f"{names}{value} -d {fish_quote(option.help)}"
-
-
-def fish_completion() -> str:
-    lines = []
-    general = [fish_option(option) for option in GENERAL_OPTIONS]
-    for program in shell_names():
-        if program == "nocloud.pyz":
-            lines.append(f"complete -c {program} -w nocloud")
-            continue
-        lines.append(f"complete -c {program} -f")
-        if program == "nocloud":
-            lines += [f"complete -c {program} -n 'not count (__nocloud_typed)'{option}" for option in general]
-            for name, each in visible_commands().items():
-                help = fish_quote(each.help)
-                lines.append(f"complete -c {program} -n 'not count (__nocloud_typed)' -a {name} -d {help}")
-        for each in visible_commands().values():
-            if program in ("nocloud", each.alias):
-                lines += [f"complete -c {program}{line}" for line in fish_command(each)]
-    return fill(FISH_COMPLETION, COMPLETIONS="\n".join(lines))
-
-
-def fish_command(command: Command) -> Iterator[str]:
-    """The options and operands of a command, by either name."""
-    names = " ".join(dict.fromkeys(filter(None, (command.name, command.alias))))
-    takers = " ".join(name for option in command.options if takes_value(option) for name in option.names)
-    before = f"test (__nocloud_operands {takers})"
-    open = f"; and {before} -eq 0" if command.takes_words else ""
-    for option in all_options(command):
-        yield f" -n '__nocloud_is {names}{open}'{fish_option(option)}"
-    for number, kind in enumerate(command.complete):
-        yield f" -n '__nocloud_is {names}; and {before} -eq {number}'{fish_words(kind)}"
-
-
-COMPLETIONS = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion}
-
-
-@command("completion", operands="bash | zsh | fish", complete=(tuple(COMPLETIONS),))
-def cmd_completion(config: Config, args: argparse.Namespace, words: list[str]) -> int:
-    """print a shell's completion of all commands, as in: source <(nocloud completion bash)"""
-    shell = one_operand(words, "the shell")
-    if shell not in COMPLETIONS:
-        raise UsageError(f"{shell}: no completion for that shell", f"one of {', '.join(COMPLETIONS)}")
-    report.data(COMPLETIONS[shell]().rstrip("\n"))
+@declare(Command("complete", operands="SHELL WORDS...", hidden=True))
+def cmd_complete(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """what a shell's script offers for a line that is being typed; nothing is started, mended or written for that"""
+    if not words or words[0] not in SHELLS:
+        raise UsageError(f"which shell? one of {', '.join(SHELLS)}")
+    answer = SHELLS[words[0]][0](config, *words[1:])
+    if not any("\n" in line for line in answer):
+        report.data("\n".join(answer))
     return EXIT_DONE
 
 
-# -- the manual page, in the man(7) macros of roff
+def filled(name: str, **parts: str) -> str:
+    """A file of etc/, in which each @PART@, or the comment .\\" @PART@ of a manual page, is replaced."""
+    return re.sub(r'(?:\.\\" )?@([A-Z_]+)@', lambda match: parts[match[1]], packaged(name))
+
+
+def completion(shell: str) -> str:
+    """A shell's script, which completes for all names of the program."""
+    names = ["nocloud", "nocloud.pyz", *(each.alias for each in visible_commands() if each.alias)]
+    return filled(f"completion/nocloud.{shell}", NAMES=" ".join(names))
+
+
+@declare(Command("completion", operands="bash | zsh | fish", complete=(tuple(SHELLS),)))
+def cmd_completion(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """print a shell's completion of all commands, as in: source <(nocloud completion bash)"""
+    shell = one_operand(words, "the shell")
+    if shell not in SHELLS:
+        raise UsageError(f"{shell}: no completion for that shell", f"one of {', '.join(SHELLS)}")
+    report.data(completion(shell).rstrip("\n"))
+    return EXIT_DONE
+
+
+# -- the manual pages, in the man(7) macros of roff
 
 ROFF = {  # what roff would take for something else: a hyphen, an accent, a typographic quote
     "\\": "\\e",
@@ -12820,6 +11146,14 @@ ROFF = {  # what roff would take for something else: a hyphen, an accent, a typo
     "×": "\\(mu",
     "–": "\\(en",
 }
+EXIT_STATUSES = {
+    EXIT_DONE: "done",
+    EXIT_FAILED: "it could not be done, or one of the VMs failed",
+    EXIT_USAGE: "wrong usage, or a mistake in a file",
+    EXIT_TIMEOUT: "a wait ran out",
+    EXIT_MISSING: "unknown command, or a program is missing",
+    EXIT_INTERRUPTED: "interrupted",
+}
 
 
 def roff(text: str) -> str:
@@ -12832,11 +11166,6 @@ def bold(text: str) -> str:
     return f"\\fB{roff(text)}\\fP"
 
 
-def item(term: str, text: str) -> str:
-    """An entry of a list: a term that is roff already, and what it means."""
-    return f".TP\n{term}\n{wrapped(text)}"
-
-
 def wrapped(text: str) -> str:
     """A paragraph of running text, in lines that stay under 80 bytes."""
     import textwrap
@@ -12844,184 +11173,101 @@ def wrapped(text: str) -> str:
     return "\n".join(map(roff, textwrap.wrap(text, 60, break_long_words=False, break_on_hyphens=False)))
 
 
-def paragraphs(text: str) -> str:
-    """Hand-written text: paragraphs are parted by empty lines, indented ones are shown as they are."""
-    parts = []
-    for part in text.strip("\n").split("\n\n"):
-        verbatim = "\n".join(roff(line.strip()) for line in part.split("\n"))
-        parts.append(f".RS 4\n.nf\n{verbatim}\n.fi\n.RE" if part[0] == " " else wrapped(part))
-    return "\n.PP\n".join(parts)
+def man_items(rows: Iterable[tuple[str, str]]) -> str:
+    """Entries of a list: each a term and what it means."""
+    return "\n".join(f".TP\n{bold(term)}\n{wrapped(text)}" for term, text in rows)
 
 
-MAN_DATE = "2026-11-25"  # of the texts below
-
-MAN_DESCRIPTION = """\
-nocloud makes virtual machines by the dozen on one Linux machine: copy-on-write clones of templates, in groups, with
-names and addresses, reached by ssh and ansible. It needs no root, no daemon and no open port.
-
-Every command has two names, vmssh and nocloud ssh. A VM is called NAME, GROUP/NAME or GROUP/TYPE/NAME. Data is written
-to standard output, everything else to standard error. An error is one line, and at most one more, with a hint.
-
-A description file has a line for each set of equal VMs, TEMPLATE:COUNT[:TYPE[:OPTIONS]]. OPTIONS are parted by ';':
-mem=MB, cpu=N, disk=GB (the system disk), dsk=GB,GB (extra disks), name=PREFIX, user-data=FILE (for cloud-init) and gui.
-The name of the file, without its last extension, is the group's name.
-"""
-
-MAN_CONFIGURATION = """\
-Read in this order, the later one wins: PREFIX/etc/nocloud_net.conf of an installation; the first that exists of
-./.nocloud.conf, ~/.nocloud.conf, ~/.config/nocloud/nocloud.conf and /etc/nocloud.conf; the environment
-(NOCLOUD_vmMem=1024).
-
-The files look like shell files and are parsed, never run: KEY=value, quotes, $VAR, ${VAR}, ${VAR:-word} and comments.
-A file that others may write is not used.
-"""
-
-MAN_FILES = (
-    ("vmBaseDir/templates/NAME/", "a template"),
-    ("vmBaseDir/GROUP/TYPE/NAME/", "a VM:"),
-    ("NAME.conf", "its settings"),
-    ("NAME_0.img, NAME_1.img", "its disks; the first one is an overlay on the template's"),
-    ("NAME.log, console.log", "what qemu said; what the guest said on its serial line"),
-    ("NAME.command", "a script that starts the same VM by hand"),
-    ("NAME.pid", "locked by qemu while it runs"),
-    ("vmBaseDir/.net/", "the private network's state"),
-    ("vmBaseDir/.known_hosts", "the host keys of the VMs"),
-    ("~/.config/nocloud/", "nocloud's ssh key; nocloud.conf; templates.conf adds to the catalogue; user-data to seeds"),
-    ("~/.cache/nocloud/", "what can be made again"),
-)
-
-MAN_STATUSES = (
-    (EXIT_DONE, "done"),
-    (EXIT_FAILED, "it could not be done, or one of the VMs failed"),
-    (EXIT_USAGE, "wrong usage, or a mistake in a file"),
-    (EXIT_TIMEOUT, "a wait ran out"),
-    (EXIT_MISSING, "unknown command, or a program is missing"),
-    (EXIT_INTERRUPTED, "interrupted"),
-)
-
-MAN_ENVIRONMENT = (
-    ("NOCLOUD_KEY", "the setting KEY, whatever the files say"),
-    ("NOCLOUD_NOKVM", "1: the same as NOCLOUD_vmAccel=tcg"),
-    ("XDG_CONFIG_HOME, XDG_DATA_HOME, XDG_CACHE_HOME", "instead of ~/.config, ~/.local/share and ~/.cache"),
-    ("DISPLAY, WAYLAND_DISPLAY", "whether there is a display for a VM's screen"),
-    ("TMPDIR", "where the system of vmtemplate --build is put together"),
-)
-
-MAN_SIGNALS = (
-    ("SIGINT, SIGTERM", "all VMs of the group are switched off and destroyed"),
-    ("SIGUSR1", "all VMs are shut down properly and kept; vmrun -s GROUP sends it, and vmrun -r GROUP runs them again"),
-    ("SIGHUP", "vmrun ends, the VMs run on"),
-)
-
-MAN_EXAMPLES = """\
-A template from Debian's packages, five clones of it, a command in one of them:
-
-    vmtemplate debian12 --build bookworm
-    vminstantiate -n debian12 -C 5 -g shop -o 'name=web' --wait
-    vmssh web00 'uname -a'
-
-What a description file lists, until ^C:
-
-    echo 'debian12:2:web:name=web' >shop
-    vmrun -f shop
-
-All running VMs, for ansible:
-
-    ansible -i "$(command -v vminventory)" all -m ping
-"""
+def man_options(options: Iterable[Option]) -> str:
+    items = []
+    for option in options:
+        value = f" [{option.value}]" if option.is_optional else f" {option.value}" if option.value else ""
+        names = ", ".join(bold(name) + roff(value) for name in option.names)
+        default = f" (default: {option.default})" if option.default else ""
+        items.append(f".TP\n{names}\n{wrapped(option.help + default)}")
+    return "\n".join(items)
 
 
-def man_usage(command: Command, name: str) -> str:
-    options = "[options]" if command.options else ""
-    return " ".join([bold(name), *map(roff, filter(None, (options, command.operands)))])
+def man_settings(*places: str) -> str:
+    rows = [(each.key, each.help, each.default) for each in SETTINGS if each.where in places]
+    return man_items((key, f"{help} [{default}]" if default else help) for key, help, default in rows)
 
 
-def man_option(option: Option) -> str:
-    value = f" {option.metavar}" if option.metavar else ""
-    value = f" [{option.metavar}]" if option.optional else value
-    names = ", ".join(bold(name) + roff(value) for name in option.names)
-    default = f" (default: {option.default})" if option.default else ""
-    return item(names, option.help + default)
-
-
-def man_header(name: str) -> str:
-    """Title and first section; words are not hyphenated: many are paths or typed."""
-    title = f'.TH {roff(name.upper())} 1 {MAN_DATE} "nocloud {roff(__version__)}" "nocloud"'
-    return f"{title}\n.nh\n.ad l\n.SH NAME\n"
-
-
-def man_names(command: Command) -> list[str]:
-    return [name for name in (command.alias, f"nocloud {command.name}") if name]
+def man_usage(command: Command) -> str:
+    """How a command is called, by each of its names."""
+    words = map(roff, filter(None, ("[options]" if command.options else "", command.operands)))
+    names = map(bold, filter(None, (command.alias, f"nocloud {command.name}")))
+    return "\n.br\n".join(" ".join((name, *words)) for words in [list(words)] for name in names)
 
 
 def manual() -> str:
     """The page nocloud(1)."""
-    commands = visible_commands().values()
-    parts = [man_header("nocloud") + "nocloud \\- a mini\\-cloud on one Linux machine", ".SH SYNOPSIS"]
-    parts += [f".B nocloud\n{roff('COMMAND [options] [operands]')}", ".SH DESCRIPTION", paragraphs(MAN_DESCRIPTION)]
-    parts += [".SH COMMANDS", "All commands have these options:", *map(man_option, GENERAL_OPTIONS)]
-    for each in commands:
-        usage = "\n.br\n".join(man_usage(each, name) for name in man_names(each))
-        help = each.help[0].upper() + each.help[1:]
-        parts += [
-            f".SS {bold(each.alias or each.name)}",
-            usage,
-            f".PP\n{wrapped(help)}.",
-            *map(man_option, each.options),
-        ]
-    parts += [".SH CONFIGURATION", paragraphs(MAN_CONFIGURATION)]
-    parts += [man_setting(each) for each in SETTINGS if each.where in ("config", "both")]
-    parts += [".PP\nIn a VM's own conf are also:".replace("'", "\\(aq")]
-    parts += [man_setting(each) for each in SETTINGS if each.where == "vm"]
-    parts += [".PP\nRead, and not used any more:"]
-    parts += [wrapped(", ".join(each.key for each in SETTINGS if each.where == "unused") + ".")]
-    for title, rows in (("FILES", MAN_FILES), ("EXIT STATUS", MAN_STATUSES), ("ENVIRONMENT", MAN_ENVIRONMENT)):
-        parts += [f".SH {title}", *(item(bold(str(term)), text) for term, text in rows)]
-    parts += [".SH SIGNALS", paragraphs("While vmrun runs a group:"), *(item(bold(n), t) for n, t in MAN_SIGNALS)]
-    parts += [".SH EXAMPLES", paragraphs(MAN_EXAMPLES), ".SH SEE ALSO"]
-    return "\n".join([*parts, see_also("qemu(1)", "dnsmasq(8)", "pasta(1)", "ssh(1)", "ansible(1)")])
-
-
-def man_setting(setting: Setting) -> str:
-    return item(bold(setting.key), setting.help + (f" [{setting.default}]" if setting.default else ""))
-
-
-def see_also(*pages: str) -> str:
-    return ",\n".join(f".BR {roff(page[:-3])} {page[-3:]}" for page in pages).replace(",\n", " ,\n")
+    commands = [
+        f".SS {bold(each.alias or each.name)}\n{man_usage(each)}\n.PP\n"
+        f"{wrapped(each.help[0].upper() + each.help[1:])}.\n{man_options(each.options)}".rstrip("\n")
+        for each in visible_commands()
+    ]
+    return filled(
+        "man/nocloud.man",
+        VERSION=roff(__version__),
+        DESCRIPTION_OPTIONS=man_items(description_options()),
+        GENERAL_OPTIONS=man_options(GENERAL_OPTIONS),
+        COMMANDS="\n".join(commands),
+        SETTINGS=man_settings("config", "both"),
+        CONF_KEYS=man_settings("vm"),
+        UNUSED_KEYS=wrapped(", ".join(each.key for each in SETTINGS if each.where == "unused") + "."),
+        EXIT_STATUSES=man_items((str(status), text) for status, text in EXIT_STATUSES.items()),
+    )
 
 
 def manual_of(command: Command) -> str:
     """The page of one command."""
     name = command.alias or f"nocloud-{command.name}"
-    parts = [man_header(name) + f"{roff(name)} \\-\n{wrapped(command.help)}", ".SH SYNOPSIS"]
-    parts += ["\n.br\n".join(man_usage(command, each) for each in man_names(command)), ".SH OPTIONS"]
-    parts += [man_option(option) for option in all_options(command)]
-    parts += [".SH SEE ALSO", see_also("nocloud(1)")]
-    return "\n".join(parts)
+    return filled(
+        "man/command.man", TITLE=roff(name.upper()), VERSION=roff(__version__), NAME=roff(name),
+        HELP=wrapped(command.help), USAGE=man_usage(command), OPTIONS=man_options(all_options(command)),
+    )  # fmt: skip
 
 
-@command("man", operands="[COMMAND]", complete=("command",))
+@declare(Command("man", operands="[COMMAND]", complete=("command",)))
 def cmd_man(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """print the manual page, or that of one command, as in: nocloud man >nocloud.1"""
     no_more(words[1:])
-    names = {name: each for each in visible_commands().values() for name in (each.name, each.alias) if name}
+    names = {name: each for each in visible_commands() for name in (each.name, each.alias) if name}
     if words and words[0] not in names:
         raise UsageError(f"{words[0]}: no such command", "nocloud -h lists them")
-    report.data(manual_of(names[words[0]]) if words else manual())
+    report.data((manual_of(names[words[0]]) if words else manual()).rstrip("\n"))
     return EXIT_DONE
 
 
-@command(
-    "setup",
-    Option("--prefix", metavar="FOLDER", help="where to; by default where this program is installed, else /usr/local"),
-    Option("--destdir", metavar="FOLDER", help="for packaging: only the files, and all of them below this folder"),
-    Option("--check", help="only look whether it could be done"),
-    Option("--undo", help="take away what was installed"),
-    hidden=True,
+# -- installing
+
+
+def documents() -> dict[str, str]:
+    """What an installation has of these, by its path below PREFIX."""
+    scripts = {f"share/{place}": completion(shell) for shell, (_, place) in SHELLS.items()}
+    return {"share/man/man1/nocloud.1": manual(), **scripts}
+
+
+def document_links() -> dict[str, str]:
+    """bash and fish look for a command's completion, and man for its page, under the command's own name."""
+    return {
+        path.replace("/nocloud", f"/{each.alias}"): os.path.basename(path)
+        for path in documents()
+        for each in visible_commands()
+        if each.alias and "/zsh/" not in path
+    }
+
+
+@declare(
+    Command("setup", hidden=True),
+    Option("--prefix FOLDER", "where to; by default where this program is installed, else /usr/local"),
+    Option("--destdir FOLDER", "for packaging: only the files, and all of them below this folder"),
+    Option("--check", "only look whether it could be done"),
+    Option("--undo", "take away what was installed"),
 )
 def cmd_setup(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """install this program on the host, as `make install` does"""
-    no_more(words)
     exclusive(args, "check", "undo")
     root = os.path.abspath(args.destdir) if args.destdir else ""
     if not root and os.geteuid() != 0:
@@ -13060,20 +11306,17 @@ def find_command(argv: Sequence[str]) -> tuple[Command | None, str, list[str]]:
     aliases = {each.alias: each for each in COMMANDS.values() if each.alias}
     if name in aliases:
         return aliases[name], name, words
-    program = "nocloud"
     if words[:1] == ["--debug"]:
-        report.debug = True
         words = words[1:]
     if not words or words[0].startswith("-"):
-        return None, program, words
+        return None, "nocloud", words
     word = words[0]
     found = COMMANDS.get(word) or aliases.get(word)
     if not found:
-        near = nearest(word, [each.name for each in COMMANDS.values() if not each.hidden])
-        raise UsageError(
-            f"{word}: no such command", f"did you mean {near}?" if near else "nocloud -h lists them", EXIT_MISSING
-        )
-    return found, f"{program} {word}", words[1:]
+        near = nearest(word, command_names())
+        hint = f"did you mean {near}?" if near else "nocloud -h lists them"
+        raise UsageError(f"{word}: no such command", hint, EXIT_MISSING)
+    return found, f"nocloud {word}", words[1:]
 
 
 def build_parser(command: Command, program: str, config: Config) -> argparse.ArgumentParser:
@@ -13090,12 +11333,12 @@ def build_parser(command: Command, program: str, config: Config) -> argparse.Arg
         description=command.help, allow_abbrev=False, add_help=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, width=terminal_width()),
     )  # fmt: skip
-    for option in (*command.options, *GENERAL_OPTIONS):
+    for option in all_options(command):
         extra: dict[str, Any] = {"action": "store_true"}
         text = option.help + (f" [{config[option.default]}]" if option.default else "")
-        if option.metavar:
-            extra = {"metavar": option.metavar, "type": _checked(option.check)}
-            if option.optional:
+        if option.value:
+            extra = {"metavar": option.value, "type": _checked(option.check)}
+            if option.is_optional:
                 extra.update(nargs="?", const=True)
         parser.add_argument(*option.names, help=text.replace("%", "%%"), **extra)
     return parser
@@ -13127,7 +11370,6 @@ def split_operands(command: Command, words: Sequence[str]) -> tuple[list[str], l
 
     A command whose operands are not another program's words takes options after them too: vmtemplate NAME --image FILE.
     """
-    takes = {name: option for option in command.options if option.metavar for name in option.names}
     options: list[str] = []
     operands: list[str] = []
     index = 0
@@ -13142,8 +11384,9 @@ def split_operands(command: Command, words: Sequence[str]) -> tuple[list[str], l
                 return options, [*operands, *words[index:]]
             continue
         options.append(word)
-        option = _last_option(word, takes)
-        if option and index < len(words) and (not option.optional or re.fullmatch("[0-9]+", words[index])):
+        option, before = option_with_value(command, word)
+        waits = option and before == word and not before.endswith("=")
+        if option and waits and index < len(words) and (not option.is_optional or re.fullmatch("[0-9]+", words[index])):
             # joined to its option: argparse would take a value that begins with a dash for an option
             options[-1:] = [] if word.startswith("--") or len(word) == 2 else [word[:-1]]
             options.append(f"{option.names[-1]}={words[index]}")
@@ -13151,15 +11394,16 @@ def split_operands(command: Command, words: Sequence[str]) -> tuple[list[str], l
     return options, operands
 
 
-def _last_option(word: str, takes: Mapping[str, Option]) -> Option | None:
-    """The option whose value is the next word, where there is one: `-C`, `-dg`, `--count`, but not `-C5`."""
+def option_with_value(command: Command, word: str) -> tuple[Option | None, str]:
+    """(the option in a word that takes a value, the word up to that value): -C in -C5 and -dC, --count in --count=5."""
+    takes = {name: option for option in command.options if option.value for name in option.names}
     if word.startswith("--"):
-        return takes.get(word)
-    for position, letter in enumerate(word[1:], 1):
-        option = takes.get("-" + letter)
-        if option:
-            return option if position == len(word) - 1 else None
-    return None
+        name, equals, _ = word.partition("=")
+        return takes.get(name), name + equals
+    for position, letter in enumerate(word[1:], 2):
+        if f"-{letter}" in takes:
+            return takes[f"-{letter}"], word[:position]
+    return None, word
 
 
 def overview() -> str:
@@ -13169,16 +11413,14 @@ def overview() -> str:
         "usage: nocloud COMMAND [options], or by the command's own name",
         "",
     ]
-    for each in COMMANDS.values():
-        if not each.hidden:
-            lines.append(f"  {each.name:<12} {each.alias:<14} {each.help.splitlines()[0]}")
+    lines += [f"  {each.name:<12} {each.alias:<14} {each.help}" for each in visible_commands()]
     return "\n".join([*lines, "", "nocloud COMMAND -h shows a command's options."])
 
 
 def run_command(argv: Sequence[str]) -> int:
     """Find the command, parse its words, do it; the exit status."""
-    command, program, words = find_command(argv)
-    report.program = program
+    report.debug = report.debug or list(argv[1:2]) == ["--debug"]
+    command, report.program, words = find_command(argv)
     if command is None:
         return general_options(words)
     options, operands = split_operands(command, words)
@@ -13187,14 +11429,15 @@ def run_command(argv: Sequence[str]) -> int:
         return EXIT_DONE
     report.debug = report.debug or "--debug" in options
     config = Config() if command.unconfigured else load_config()
-    if not options and not command.options:  # nothing to parse: argparse costs 17 ms, and a TAB has to be quick
-        done: int = command.function(config, None, operands)
-        return done
-    parser = build_parser(command, program, config)
-    args = parser.parse_args(options)
-    if args.help:
-        report.data("\n\n".join(part.rstrip("\n") for part in (parser.format_help(), command.more()) if part))
-        return EXIT_DONE
+    args = None
+    if options or command.options:  # else nothing is to parse: argparse costs 17 ms, and a TAB has to be quick
+        parser = build_parser(command, report.program, config)
+        args = parser.parse_args(options)
+        if args.help:
+            report.data("\n\n".join(part.rstrip("\n") for part in (parser.format_help(), command.more()) if part))
+            return EXIT_DONE
+    if not command.operands:
+        no_more(operands)
     status: int = command.function(config, args, operands)
     return status
 

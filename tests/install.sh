@@ -39,8 +39,8 @@ for name in "$@"; do
     esac
 done
 [ -n "$missing" ] || exit 0
+# shellcheck disable=SC2086 # a list of words, here and below
 if [ "$(id -u)" != 0 ] && ! command -v sudo >/dev/null; then
-    # shellcheck disable=SC2086 # a list of words, here and below
     needed=$(printf ' %s' $missing | sed 's/ [^ ]*[!?]//g')
     wanted=$(printf ' %s' $missing | sed 's/ [^ ]*!//g; s/?//g')
     [ -z "$wanted" ] || echo "make: packages are missing, and there is no sudo; as root: apt-get install$wanted" >&2

@@ -18,8 +18,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import tinyguest
+
+if TYPE_CHECKING:
+    import nocloud
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "nocloud.py"
@@ -64,6 +68,13 @@ class Result:
         for word in words:
             assert word in self.stderr, f"no {word!r} in: {self!r}"
         assert "Traceback" not in self.stderr and "a defect in nocloud" not in self.stderr, repr(self)
+        return self
+
+    def says(self, status: int, text: str, hint: str = "") -> Result:
+        """Ended with this status and, but for warnings, these very words: the whole line, and the whole hint."""
+        self.fails(status)
+        told = [line for line in self.stderr.splitlines() if ": warning: " not in line]
+        assert [told[0].partition(": ")[2], *told[1:]] == [text, *([f"(hint: {hint})"] if hint else [])], repr(self)
         return self
 
 
@@ -428,6 +439,13 @@ def sockets_of(pid: int) -> set[str] | None:
 
 def interfaces() -> set[str]:
     return set(os.listdir("/sys/class/net"))
+
+
+def tree_at(base: Path) -> nocloud.Tree:
+    """The tree in a folder, with all settings at their defaults."""
+    import nocloud
+
+    return nocloud.Tree(nocloud.Config({"vmBaseDir": str(base)}))
 
 
 def bash_values(path: Path) -> dict[str, str]:

@@ -6,15 +6,17 @@ Where mmdebstrap is replaced, its stand-in makes a tar of just what the steps af
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import has_subordinate_ids
-from support import Cloud, eventually, replace_program
+from support import ROOT, Cloud, eventually, replace_program
 from webserver import Site, status
 
 import nocloud
@@ -126,6 +128,19 @@ def test_the_kernel_is_found_where_the_distribution_links_it(tmp_path: Path, fol
     (tmp_path / folder / "vmlinuz").unlink()
     with pytest.raises(nocloud.Error, match="no link vmlinuz"):
         nocloud.boot_links(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["tree/usr/lib/nocloud/grow", "links", "litter", "dpkg.cfg", "target.sh"])
+def test_what_a_guest_is_made_of_is_part_of_the_recipe(tmp_path: Path, name: str) -> None:
+    """Else a build of an older nocloud's would be taken from the cache."""
+    shutil.copy(ROOT / "nocloud.py", tmp_path)
+    shutil.copytree(ROOT / "etc", tmp_path / "etc")
+    script = "import nocloud; print(nocloud.build_recipe(nocloud.Build('bookworm', [], 10)))"
+    argv = [sys.executable, "-BS", "-c", script]
+    before = subprocess.check_output(argv, cwd=tmp_path)
+    with open(tmp_path / "etc/build" / name, "a") as file:
+        file.write("# changed\n")
+    assert subprocess.check_output(argv, cwd=tmp_path) != before
 
 
 # The cache of builds #################################################################################

@@ -31,6 +31,7 @@ from support import (
     nothing_made,
     pids,
     proc_words,
+    tree_at,
 )
 from test_lifecycle import secrets
 
@@ -44,7 +45,7 @@ PRIVATE = "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNz\n-----END OPENSSH PRIVA
 
 
 def fake_clone(base: Path, name: str = "web00", user: str = "root", comment: str = "root@web00") -> nocloud.VM:
-    vm = nocloud.VM(str(base), "pf", "web", name)
+    vm = nocloud.VM(tree_at(base), "pf", "web", name)
     Path(vm.folder).mkdir(parents=True, exist_ok=True)
     mac = nocloud.mac_of_uuid(UUID)
     vm.write_conf({"vmName": name, "vmUser": user, "vmUuid": UUID, "vmMac": mac, "vmInit": "cloud-init"})
@@ -130,7 +131,7 @@ def test_old_vms_get_no_seed(tmp_path: Path) -> None:
         assert nocloud.takes_seed(vm) == takes
     conf = Path(vm.conf_file)
     conf.write_text(conf.read_text().replace("vmInit=none\n", ""))
-    assert not nocloud.takes_seed(nocloud.VM(vm.base, vm.group, vm.type, vm.name))
+    assert not nocloud.takes_seed(nocloud.VM(vm.tree, vm.group, vm.type, vm.name))
 
 
 # What the user adds ##################################################################################

@@ -292,8 +292,8 @@ def test_words_go_to_ssh_untouched(blank: Cloud) -> None:
         (("completion", "bash", "zsh"), "zsh"),
         (("man", "vmnothing"), "vmnothing"),
         (("man", "vmssh", "vmrun"), "vmrun"),
-        (("complete",), "kind"),
-        (("complete", "nothing"), "kind"),
+        (("complete",), "shell"),
+        (("complete", "tcsh"), "shell"),
     ],
 )
 def test_wrong_usage_is_2(cloud: Cloud, words: tuple[str, ...], said: str) -> None:

@@ -328,6 +328,39 @@ def test_monitor_in_a_terminal(web: Cloud) -> None:
         terminal.type(UP + UP + "\r")
         terminal.see("serial0: filename=")
         terminal.see("(qemu) ")
+        terminal.type("quit")
+        terminal.see("quit")
+        terminal.type(CTRL_D)
+        terminal.ends(0)
+    with Terminal(web, "vmmanage", "-n", "web00") as terminal:  # half a line isn't
+        terminal.see("(qemu) ")
+        terminal.type("\r")
+        terminal.see("(qemu) ")
+        terminal.type(LEAVE)
+        terminal.ends(0)
+
+
+def test_one_terminal_at_the_monitor_at_a_time(web: Cloud) -> None:
+    with Terminal(web, "vmmanage", "-n", "web00") as terminal:
+        terminal.see("(qemu) ")
+        with Terminal(web, "vmmanage", "-n", "web00") as other:
+            other.see("its monitor is open elsewhere already")
+            other.ends(1)
+        assert web.run("vmmanage", "-n", "web00", "info", "name").ok().stdout == "web00\n"
+        assert web.run("vmmanage", "-n", "web00", input="info name\n").ok().stdout == "web00\n"
+        terminal.type(CTRL_D)
+        terminal.ends(0)
+
+
+def test_monitor_of_a_qemu_without_a_line_for_it(still: Cloud) -> None:
+    """One that runs since before there was one: a command a line, as in a pipe."""
+    (still.folder("pf/default/b00") / "monitor.sock").unlink()
+    with Terminal(still, "vmmanage", "-n", "b00") as terminal:
+        assert "Ctrl-D" in terminal.see("switches b00 off\r\n")
+        terminal.type("info name\n")
+        terminal.see("b00\r\n")
+        terminal.type("frobnicate\n")
+        terminal.see("unknown command: 'frobnicate'")
         terminal.type(CTRL_D)
         terminal.ends(0)
 

@@ -47,7 +47,7 @@ def test_an_installer_runs(cloud: Cloud, iso: Path, vms: None) -> None:
     seen = cloud.run("vmconsole", "-s", "-n", "fresh", input=words_for_guest).ok().stdout
     assert f"{3 << 20} vda\n" in seen  # in KB
     assert "\nwritten\n" in seen
-    cloud.run("vmcreate", "-n", "fresh", "-a", "-m", 512).fails(1, "fresh", "running")
+    cloud.run("vmcreate", "-n", "fresh", "-a", "-m", 512).says(1, "fresh: it is running", "vmstop -n fresh")
     cloud.run("vmcreate", *words).fails(1, "fresh", "already")
     cloud.run("vmstop", "-n", "fresh", "--kill").ok()
     cloud.run("vminstantiate", "-n", "fresh", "-g", "pf", "--dry-run").ok()
@@ -125,12 +125,15 @@ def test_adjust_grows_the_disk(blank: Cloud) -> None:
     blank.run("vmcreate", "-n", "blank", "-a", "-d", 20).quiet()
     assert disk_size(blank, "templates/blank") == 20 * 1024
     blank.run("vmcreate", "-n", "blank", "-a", "-d", 20).quiet()
-    blank.run("vmcreate", "-n", "blank", "-a", "-d", 19, "-m", 64).fails(1, "20 GB", "never shrinks")
+    blank.run("vmcreate", "-n", "blank", "-a", "-d", 19, "-m", 64).says(
+        1, "blank: its disk has 20 GB and never shrinks", "-d takes a larger size, in GB"
+    )
     assert blank.conf("templates/blank")["vmMem"] == "32"
     blank.run("vminstantiate", "-n", "blank", "-g", "pf", "-o", "name=b").ok()
     with nothing_made(blank):
-        blank.run("vmcreate", "-n", "blank", "-a", "-d", 30).fails(1, "blank", "pf/default/b00")
-        blank.run("vmcreate", "-n", "b00", "-a", "-d", 30).fails(1, "b00", "running")
+        done = blank.run("vmcreate", "-n", "blank", "-a", "-d", 30)
+        done.says(1, "blank: 1 clone would break: pf/default/b00", "vmstop -d destroys clones")
+        blank.run("vmcreate", "-n", "b00", "-a", "-d", 30).says(1, "b00: it is running", "vmstop -n b00")
         blank.run("vmcreate", "-n", "blank", "-a", "-i", "/dev/null").fails(1)
     blank.run("vmcreate", "-n", "blank", "-a", "-m", 64).quiet()  # a template's clones don't mind
 

@@ -81,10 +81,14 @@ def test_a_template_that_shares_its_disk(stub: Cloud) -> None:
 def test_what_can_be_no_template(stub: Cloud) -> None:
     stub.run("vminstantiate", "-n", "stub", "-g", "run", "-o", "name=run;dsk=1").ok()
     with nothing_made(stub):
-        stub.run("vmtemplate", "new", "--from", "run00", "--no-clean").fails(1, "run00", "running", "vmstop")
+        stub.run("vmtemplate", "new", "--from", "run00", "--no-clean").says(
+            1, "run00: it is running", "vmstop -n run00"
+        )
         stub.run("vmtemplate", "new", "--from", "nobody").fails(1, "nobody", "no such VM")
         stub.run("vmtemplate", "stub", "--from", "old00").fails(1, "stub", "already")
-        stub.run("vmtemplate", "new", "--from", "templates/stub", "--layer").fails(1, "stands on no other")
+        stub.run("vmtemplate", "new", "--from", "templates/stub", "--layer").says(
+            1, "stub: its disk stands on no other, there is nothing to share", "leave out --layer"
+        )
         stub.run("vmtemplate", "new", "--layer").fails(2, "--layer goes with --from")
         stub.run("vmtemplate", "new", "--image", "x", "--no-clean").fails(2, "--no-clean goes with --from")
         stub.run("vmtemplate", "new", "--from", "old00", "--build", "x").fails(2, "exclude")

@@ -1,35 +1,73 @@
-"""README.md names every command and every setting."""
+"""README.md and the settings file say what is declared."""
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
+from docs import README, tables, written
 from support import ROOT
 
 import nocloud
 
-README = ROOT / "README.md"
-pytestmark = pytest.mark.skipif(not README.exists(), reason="there is no README.md yet")
+
+@pytest.mark.parametrize("name", tables())
+def test_the_tables_are_those_that_make_docs_writes(name: str) -> None:
+    assert f"<!-- {name} -->\n\n{tables()[name]}\n\n<!-- end -->" in README.read_text(), "make docs writes them"
 
 
-def words() -> set[str]:
-    return set(re.findall(r"[A-Za-z][A-Za-z0-9-]*", README.read_text()))
+def test_make_docs_mends_what_was_changed_by_hand() -> None:
+    """A word in a row, a row that went, and nothing else."""
+    text = README.read_text()
+    row = "| `vmCount` | `1` | how many clones vminstantiate makes |\n"
+    assert text.count(row) == 1
+    for changed in (text.replace(row, ""), text.replace(row, row.replace("1", "2")), text):
+        assert written(changed) == text
+    with pytest.raises(KeyError, match="nothing"):
+        written(text + "<!-- nothing -->\n<!-- end -->\n")
 
 
-def test_every_command_is_named() -> None:
-    for command in nocloud.COMMANDS.values():
-        if not command.hidden:
-            assert (command.alias or command.name) in words(), command.name
+def test_what_is_declared_is_in_the_tables() -> None:
+    commands = tables()["commands"]
+    for command in nocloud.visible_commands():
+        (row,) = (row for row in commands.splitlines() if command.help in row)
+        assert f"`{command.alias or f'nocloud {command.name}'}" in row
+        assert all(any(f"`{name}" in row for name in option.names) for option in command.options), row
+    for setting in nocloud.SETTINGS:
+        name = {"vm": "conf keys", "unused": "unused keys"}.get(setting.where, "settings")
+        assert f"`{setting.key}`" in tables()[name], setting.key
+    for option in nocloud.WISH_OPTIONS:
+        assert f"| `{option}` |" in tables()["description options"]
+    for status in (value for name, value in vars(nocloud).items() if name.startswith("EXIT_") and type(value) is int):
+        assert f"\n| {status} | " in tables()["exit statuses"]
 
 
-def test_every_setting_is_named() -> None:
-    missing = [
-        setting.key
-        for setting in nocloud.SETTINGS
-        if setting.where in ("config", "both") and setting.key not in words()
-    ]
-    assert missing == []
+def test_the_examples_options_are_declared() -> None:
+    """Of each command line that README.md shows."""
+    names = {name: each for each in nocloud.visible_commands() for name in (each.alias, f"nocloud {each.name}") if name}
+    shown = re.findall(r"^(?:\$ )?((?:vm|nocloud).*?)(?:  +#.*)?$", README.read_text(), re.M)
+    assert len(shown) > 40
+    for line in shown:
+        found = re.match(r"(?:\$ )?(nocloud [a-z]+|[a-z-]+)", line)
+        command = names.get(found[1]) if found else None
+        if not command:
+            continue
+        words = re.sub(r"'[^']*'", "", line[len(found[1]) :]) if found else ""
+        options = {*command.options, *nocloud.GENERAL_OPTIONS}
+        for word in re.findall(r"(?<![\w-])--?[A-Za-z][a-z0-9-]*", words):
+            assert any(word in option.names for option in options), (line, word)
+
+
+def test_the_settings_file_has_every_key() -> None:
+    """With its default, if it has one; commented out are those that say only what holds without them."""
+    text = (ROOT / "etc/nocloud_net.conf").read_text()
+    lines = re.sub(r"^#(\w+=)", r"\1", text, flags=re.M)
+    found = {each.key: each.value for each in nocloud.parse_assignments(lines, "nocloud_net.conf", {})}
+    for setting in nocloud.SETTINGS:
+        if setting.where in ("config", "both"):
+            assert setting.key in found, setting.key
+            assert found[setting.key] == os.path.expanduser(setting.default) or not setting.default, setting.key
 
 
 def test_the_two_commands_are_there() -> None:

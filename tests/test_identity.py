@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support import READY, Cloud, add_template, eventually, keyed_image
+from support import READY, Cloud, add_template, eventually, keyed_image, tree_at
 
 import nocloud
 
@@ -37,7 +37,7 @@ def test_a_taken_mac_is_drawn_again() -> None:
 
 
 def known_hosts(tmp_path: Path) -> nocloud.KnownHosts:
-    return nocloud.KnownHosts(nocloud.Tree(str(tmp_path)))
+    return nocloud.KnownHosts(tree_at(tmp_path))
 
 
 def test_known_hosts_of_our_own(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_keys_land_whole(tmp_path: Path) -> None:
 
 
 def fake_clone(tmp_path: Path, user: str = "root") -> nocloud.VM:
-    vm = nocloud.VM(str(tmp_path), "pf", "web", "web00")
+    vm = nocloud.VM(tree_at(tmp_path), "pf", "web", "web00")
     os.makedirs(vm.folder)
     vm.write_conf({"vmName": "web00", "vmUser": user})
     Path(vm.host_key).write_text("PRIVATE\n")

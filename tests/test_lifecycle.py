@@ -179,7 +179,7 @@ def test_qemu_runs_in_its_sandbox_and_its_own_session(pair: Cloud) -> None:
 
 def test_a_running_vm_is_not_started_twice(pair: Cloud) -> None:
     before = pair.qemu("pf/web/web00")
-    pair.start("pf/web/web00").fails(1, "web00: it is running already")
+    pair.start("pf/web/web00").says(1, "web00: it is running already")
     assert pair.qemu("pf/web/web00") == before and is_alive(before)
 
 
@@ -316,8 +316,13 @@ def test_two_shells_at_once_never_collide(blank: Cloud) -> None:
 def test_two_groups_with_the_same_name_live_side_by_side(blank: Cloud) -> None:
     for group in ("one", "two"):
         assert instantiate(blank, "-g", group, "-o", "name=web").ok().lines == ["web00"]
-    blank.run("vmssh", "web00", "true").fails(1, "one/default/web00", "two/default/web00")
-    blank.run("vmstop", "-n", "web00", "-d").fails(1, "one/default/web00", "two/default/web00")
+    several = "web00: several VMs are called so: one/default/web00, two/default/web00"
+    for words in (("vmssh", "web00", "true"), ("vmstop", "-n", "web00", "-d"), ("vmconsole", "-n", "web00")):
+        blank.run(*words).says(1, several, "name the group too: GROUP/NAME")
+    blank.start("one/web00").says(1, "one/web00: it is running already")
+    blank.run("vm", "-n", "web00", "-g", "two", "-G").says(
+        1, "two/web00: it runs without a screen", "vmconsole -s -n two/web00"
+    )
     assert len(rows(blank)) == 2
     blank.run("vmstop", "-d", "-n", "two/web00").quiet()
     assert [row[1] for row in rows(blank)] == ["one/default"]
@@ -386,7 +391,9 @@ def test_destroy_never_follows_a_symlink(blank: Cloud, level: str) -> None:
     }[level]
     link.parent.mkdir(parents=True, exist_ok=True)
     link.symlink_to(target)
-    blank.run("vmstop", "-d", "-g", "pf").fails(1, "web00", "symlink")
+    blank.run("vmstop", "-d", "-g", "pf").says(
+        1, f"web00: {link} is a symlink: nothing behind it is removed", "remove it yourself"
+    )
     assert (outside / "g/t/web00/web00_0.img").read_text() == "data"
     assert link.is_symlink()
     link.unlink()
@@ -405,13 +412,14 @@ def test_destroy_leaves_what_symlinks_in_a_vms_folder_point_to(blank: Cloud) -> 
 
 def test_templates_are_not_destroyed(blank: Cloud) -> None:
     with nothing_made(blank):
-        blank.run("vmstop", "-d", "-g", "templates").fails(2, "templates")
-        blank.run("vmstop", "-d", "-n", "blank").fails(2, "templates")
+        for words in (("-g", "templates"), ("-n", "blank")):
+            done = blank.run("vmstop", "-d", *words)
+            done.says(2, "templates are not destroyed with vmstop", "vmtemplate --delete NAME")
 
 
 def test_a_group_that_is_not_there(blank: Cloud) -> None:
     instantiate(blank, "-g", "pftest", "-o", "name=web").ok()
-    blank.run("vmstop", "-g", "pftets").fails(1, "pftets", "pftest?")
+    blank.run("vmstop", "-g", "pftets").says(1, "pftets: no such group", "did you mean pftest?")
     blank.run("vmstop", "-d", "-g", "pftets").quiet()
     assert len(rows(blank)) == 1
 
@@ -466,7 +474,7 @@ def test_a_vm_that_cannot_be_told_is_never_started_or_destroyed(blank: Cloud, tm
         assert listed.lines[0].split()[:3] == ["web00", "pf/default", "unknown"]
         for words in (("-g", "pf"), ("-d", "-g", "pf"), ("--kill", "-n", "web00")):
             done = blank.execute([*before, *blank.argv("vmstop", *words)])
-            done.fails(1, "web00", "can't tell")
+            done.says(1, f"web00: can't tell whether it runs: {pidfile}", "stop it as the user who started it")
         assert blank.folder("pf/default/web00").is_dir()
         assert outside.poll() is None
     finally:
@@ -524,6 +532,54 @@ def test_a_vm_that_cannot_be_told_is_never_started_or_destroyed(blank: Cloud, tm
 def test_wrong_words(blank_once: Cloud, words: tuple[str, ...], status: int, said: str) -> None:
     with nothing_made(blank_once):
         blank_once.run("vminstantiate", *words).fails(status, said)
+
+
+NOT_LISTED, HELP = "vmrunning -a lists them", "-h shows how it is called"
+NO_TEMPLATE = "vmtemplate --list shows what is there"
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said", "hint"),
+    [
+        ("vminstantiate", 2, "which template? give -n TEMPLATE, or -f FILE", NO_TEMPLATE),
+        ("vminstantiate -n nothere", 1, "nothere: no such template", NO_TEMPLATE),
+        ("vminstantiate -n blanc", 1, "blanc: no such template", "did you mean blank?"),
+        ("vminstantiate -n blank extra", 2, "'extra': one word too many", HELP),
+        ("vmstop", 2, "which group? give -g GROUP, or -n NAME for one VM", "vmrunning lists them"),
+        ("vmstop --name=", 2, "the VM's name is empty", "vmrunning lists the VMs"),
+        ("vmstop --group=", 2, "the group name is empty", "vmrunning -a lists the groups"),
+        ("vmstop -g pf", 1, "pf: no such group", NOT_LISTED),
+        ("vmstop -n web00", 1, "web00: no such VM", NOT_LISTED),
+        ("vmstop -n blanc", 1, "blanc: no such VM", "did you mean blank?"),
+        ("vmstop -n blank -g pf -t web", 1, "blank: no such VM in pf/web", "did you mean templates/blank?"),
+        ("vmssh", 2, "which VM?", "vmssh VM|IP [WORDS...]; vmrunning lists the VMs"),
+        ("vmssh 10.88.0.9", 1, "10.88.0.9: no such VM", NOT_LISTED),
+        ("vmssh blank", 1, "blank: it is not running", "vmrunning -a shows its state: stopped"),
+        ("vmconsole", 2, "which VM? give -n NAME", "vmrunning lists them"),
+        ("vmconsole -n templates/blank", 1, "blank: it is not running", "vmrunning -a shows its state: stopped"),
+        ("vmmanage -n blank", 1, "blank: it is not running", "vmrunning -a shows its state: stopped"),
+        ("vm", 2, "which VM? give -n NAME", "vmrunning -a lists them, vmtemplate --list the templates"),
+        ("vm -n x -t web", 1, "x: no such VM of type web", NOT_LISTED),
+        ("vm -n x -g templates", 1, "x: no such template", NO_TEMPLATE),
+        ("vmcreate", 2, "-n NAME is missing", HELP),
+        ("vmcreate -n x", 2, "-i ISO is missing", HELP),
+        ("vmcreate -an blank", 2, "nothing to adjust: give -m, -c, -C or -d", HELP),
+        ("vmcreate -an nothing -m 64", 1, "nothing: no such VM", NOT_LISTED),
+        ("vmrun", 2, "give exactly one of -f FILE, -r GROUP and -s GROUP", HELP),
+        ("vmrun -r pf", 1, "pf: no such group", NOT_LISTED),
+        ("vmrun -r templates", 2, "templates are not run as a group", "vm -n NAME runs one"),
+        ("vmrun -f -", 2, "which group? a description from stdin has no name", "give --group GROUP too"),
+        ("vmrunning pf", 2, "'pf': one word too many", HELP),
+        ("vmupgrade", 2, "TEMPLATE is missing", HELP),
+        ("vmupgrade nothere", 1, "nothere: no such template", NO_TEMPLATE),
+        ("vmtemplate new --from nobody", 1, "nobody: no such VM", NOT_LISTED),
+        ("vmtemplate --delete nothere", 1, "nothere: no such template", NO_TEMPLATE),
+        ("net", 2, "no verb: expected up, down, status, exec or connect", ""),
+    ],
+)
+def test_messages_to_the_word(blank_once: Cloud, words: str, status: int, said: str, hint: str) -> None:
+    with nothing_made(blank_once):
+        blank_once.run(*words.split()).says(status, said, hint)
 
 
 @pytest.fixture(scope="module")
@@ -601,8 +657,8 @@ def test_a_running_template_is_not_cloned(blank: Cloud) -> None:
     blank.start("templates/blank").ok()
     assert [row[:2] for row in rows(blank)] == [["blank", "templates"]]
     with nothing_made(blank):
-        instantiate(blank).fails(1, "blank", "running", "vmstop")
-        blank.run("vmtemplate", "--delete", "blank").fails(1, "running")
+        instantiate(blank).says(1, "blank: the template is running and can't be cloned", "vmstop -n blank")
+        blank.run("vmtemplate", "--delete", "blank").says(1, "blank: the template is running", "vmstop -n blank")
     blank.run("vmstop", "--kill", "-n", "templates/blank").quiet()
     assert instantiate(blank, "-o", "name=a").ok().lines == ["a00"]
 
@@ -693,7 +749,7 @@ def test_one_clone_that_cannot_be_made(blank: Cloud) -> None:
     script = 'case "$*" in *web01_0*) echo "qemu-img: no way" >&2; exit 1;; esac; exec "$REAL" "$@"'
     path = replace_program(blank.home / "bin", "qemu-img", script)
     done = instantiate(blank, "-g", "pf", "-C", 3, "-o", "name=web", env={"PATH": path})
-    done.fails(1, "web01", "no way")
+    done.says(1, "web01: qemu-img: qemu-img: no way")
     assert done.lines == ["web00", "web02"]
     assert [row[0] for row in rows(blank, "-a")] == ["web00", "web02", "blank"]
     assert sorted(os.listdir(blank.base / "pf/default")) == ["web00", "web02"]
@@ -703,7 +759,8 @@ def test_one_clone_that_does_not_start(blank: Cloud) -> None:
     script = 'case "$*" in *guest=web01*) echo "qemu: out of luck" >&2; exit 1;; esac; exec "$REAL" "$@"'
     path = replace_program(blank.home / "bin", "qemu-system-x86_64", script)
     done = instantiate(blank, "-g", "pf", "-C", 3, "-o", "name=web", env={"PATH": path})
-    done.fails(1, "web01", "out of luck")
+    log = blank.folder("pf/default/web01") / "web01.log"
+    done.says(1, "web01: qemu did not start: qemu: out of luck", f"see {log}")
     assert done.lines == ["web00", "web02"]
     assert sorted(os.listdir(blank.base / "pf/default")) == ["web00", "web02"]
     assert len(taps(blank)) == 2
@@ -801,8 +858,10 @@ def test_one_vm_with_a_bad_conf_does_not_keep_others_from_starting(blank: Cloud)
 def test_a_disk_that_is_gone(blank: Cloud) -> None:
     instantiate(blank, "-g", "pf", "-o", "name=web").ok()
     blank.run("vmstop", "--kill", "-g", "pf").quiet()
-    (blank.folder("pf/default/web00") / "web00_0.img").unlink()
-    blank.start("pf/default/web00").fails(1, "web00_0.img")
+    disk = blank.folder("pf/default/web00") / "web00_0.img"
+    disk.unlink()
+    conf = disk.with_name("web00.conf")
+    blank.start("pf/default/web00").says(1, f"web00: its disk is gone: {disk}", f"see vmDisk and vmExtraDisk in {conf}")
     blank.run("vmstop", "-d", "-g", "pf").quiet()
 
 
@@ -820,6 +879,10 @@ def test_a_clone_inherits_and_the_tree_can_be_moved(blank: Cloud) -> None:
     blank.env["NOCLOUD_vmBaseDir"] = str(moved)
     blank.start("pf/default/web00").ok()
     assert [row[0] for row in rows(blank)] == ["web00"]
+    file = blank.folder("pf/default/web00") / "web00.conf"
+    file.write_text(file.read_text().replace("vmUser=ann\n", ""))  # as bash made them: the configuration counts
+    found = json.loads(blank.run("vminventory", "--list", env={"NOCLOUD_vmUser": "bob"}).ok().stdout)
+    assert found["pf"]["vars"]["ansible_user"] == "bob"
 
 
 # What a template can have for each key that its clones inherit; HOME is the test's.
@@ -847,7 +910,7 @@ exec qemu-system-x86_64 "$@"
 
 
 def test_clones_and_what_is_made_of_them_inherit_each_of_these_keys(blank: Cloud) -> None:
-    missing = [key for key in nocloud.INHERITED if key not in INHERITED]
+    missing = [each.key for each in nocloud.SETTINGS if each.inherited and each.key not in INHERITED]
     assert not missing, f"clones inherit {missing}: give each a value in INHERITED of tests/test_lifecycle.py"
     (blank.home / "qemu").write_text(WITHOUT_KERNEL)
     (blank.home / "qemu").chmod(0o755)

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support import Cloud
+from support import ROOT, Cloud
 
 import nocloud
 
@@ -60,6 +60,19 @@ def test_no_program_complains_of_it(cloud: Cloud, checker: tuple[str, ...], page
     assert (done.status, done.stderr) == (0, "") and (checker[0] != "mandoc" or done.stdout == ""), repr(done)
 
 
+def test_lists_can_be_broken() -> None:
+    """A list that grows by a word must not become one that no line has room for."""
+    for command in nocloud.visible_commands():
+        for option in command.options:
+            assert all(len(word) < 40 for word in option.help.split()), (command.name, option.names)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "etc/man").iterdir()), ids=lambda path: path.name)
+def test_the_prose_alone_is_a_page(cloud: Cloud, path: Path) -> None:
+    done = cloud.execute([need("mandoc"), "-Tlint", "-Wstyle", path])
+    assert (done.status, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_every_command_option_and_setting_is_named(cloud: Cloud) -> None:
     text = page(cloud)
     for command in nocloud.COMMANDS.values():
@@ -73,6 +86,9 @@ def test_every_command_option_and_setting_is_named(cloud: Cloud) -> None:
                 assert re.search(rf"{name}(?![\w-])", text), (command.name, name)
     for setting in nocloud.SETTINGS:
         assert re.search(rf"\b{setting.key}\b", text), setting.key
+    for wish in nocloud.WISH_OPTIONS:
+        assert f"\n       {wish}" in text, wish
+    assert not re.search("@[A-Z_]+@", text)
     for title in (
         "NAME", "SYNOPSIS", "DESCRIPTION", "COMMANDS", "CONFIGURATION", "FILES", "EXIT STATUS", "ENVIRONMENT",
         "SIGNALS", "EXAMPLES", "SEE ALSO",

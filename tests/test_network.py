@@ -15,27 +15,6 @@ from support import READY, Cloud, interfaces, is_alive, kill_hard, open_ports
 
 import nocloud
 
-FIB = """\
-Main:
-  +-- 0.0.0.0/0 3 0 5
-     |-- 0.0.0.0
-        /0 universe UNICAST
-     +-- 10.88.0.0/16 2 0 2
-        |-- 10.88.0.0
-           /16 link UNICAST
-        |-- 10.88.0.1
-           /32 host LOCAL
-     |-- 127.0.0.0
-        /8 host LOCAL
-"""
-
-
-def test_the_hosts_networks_are_read() -> None:
-    found = nocloud.host_networks(FIB)
-    assert found == [
-        (number(network), length) for network, length in (("10.88.0.0", 16), ("10.88.0.1", 32), ("127.0.0.0", 8))
-    ]
-
 
 def number(address: str) -> int:
     return int.from_bytes(socket.inet_aton(address), "big")
@@ -409,3 +388,39 @@ def test_a_tap_comes_from_the_bridge_helper(tmp_path: Path) -> None:
     with pytest.raises(nocloud.Error, match="access denied by acl file"):
         bridge.tap()
     assert subprocess.run(["true"], check=True).returncode == 0
+
+
+def test_the_bridge_helpers_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it includes counts as well, where it can be read; a line that denies wins over all that allow."""
+    conf, more = tmp_path / "bridge.conf", tmp_path / "more.conf"
+    conf.write_text(f"# allow br9\n\n  allow   br7 \ninclude {more}\n")
+    more.write_text("deny all\nallow br8")
+    rules = nocloud.helper_rules(str(conf))
+    assert rules == {("allow", "br7"): str(conf), ("deny", "all"): str(more), ("allow", "br8"): str(more)}
+    monkeypatch.setattr(nocloud, "HELPER_LISTS", (str(conf),))
+    bridge = nocloud.HostBridge(nocloud.Config({"bridgeInterface": "br7"}))
+    ((keeps_off, text, mend),) = bridge.list_faults()
+    assert keeps_off and text.startswith(f"{more}: the line `deny all`") and mend.endswith(f" {more}")
+    more.write_text(f"include {conf}\n")  # in a circle
+    assert set(nocloud.helper_rules(str(conf))) == {("allow", "br7")} and not [*bridge.list_faults()]
+    more.unlink()
+    assert set(nocloud.helper_rules(str(conf))) == {("allow", "br7")}
+    conf.unlink()
+    assert [text for _, text, _ in bridge.list_faults()] == [f"there is no {conf}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "defines"),
+    [("private.nft", {"out": "out"}), ("bridge.nft", {"guests": '"br-7.x"', "subnet": "192.168.1.0/24"})],
+)
+def test_nft_accepts_the_rules(name: str, defines: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where the file is missing, no network is left without rules."""
+    rules = nocloud.nft_rules(name, **defines)
+    argv = ["unshare", "-Urn", "nft", "--check", "--file", "-"]
+    done = subprocess.run(argv, input=rules, capture_output=True, check=False)
+    if b"unshare" in done.stderr:
+        pytest.skip("no user namespaces here")
+    assert (done.returncode, done.stdout + done.stderr) == (0, b"")
+    monkeypatch.setattr(nocloud, "packaged", lambda name: "")
+    with pytest.raises(nocloud.Error, match=rf"etc/{name} is missing"):
+        nocloud.nft_rules(name, **defines)

@@ -104,6 +104,7 @@ def test_each_distribution_has_its_own_packages() -> None:
     names = {program: [nocloud.package_of(program, column) for column in range(3)] for program in ("qemu-img", "ip")}
     assert names == {"qemu-img": ["qemu-utils", "qemu-img", "qemu-img"], "ip": ["iproute2", "iproute", "iproute2"]}
     assert nocloud.package_of("no-such-program", 1) == "no-such-program"
+    assert all(len(line.split()) == 4 for line in nocloud.packaged_list("packages"))
 
 
 def test_sbin_is_looked_in_without_being_on_path(monkeypatch: pytest.MonkeyPatch) -> None:

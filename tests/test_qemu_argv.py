@@ -97,6 +97,13 @@ def devices(argv: list[str]) -> list[str]:
     return [argv[number + 1] for number, word in enumerate(argv) if word == "-device"]
 
 
+def test_slots() -> None:
+    """Each device has a slot of its own, none of the chipset's; the bash tools' guests know the card by its slot."""
+    slots = nocloud.PCI_SLOTS
+    assert len(set(slots.values())) == len(slots) and set(slots.values()) <= set(range(2, 31))
+    assert (slots["nic"], slots["disk0"], nocloud.MAX_DISKS) == (3, 4, 23)
+
+
 @given(st.integers(1, nocloud.MAX_DISKS), st.booleans(), st.booleans(), st.booleans())
 def test_every_device_has_a_pci_address_of_its_own(disks: int, credentials: bool, network: bool, seed: bool) -> None:
     many = [(f"{number}.img", "qcow2", f"d_{number}") for number in range(disks)]

@@ -225,7 +225,7 @@ CHECKS: list[tuple[str, list[str], list[str]]] = [
     ("vmMachine", ["", "pc", "pc-q35-7.2"], ["pc,accel=kvm", "-x", "a b"]),
     ("vmCpuCap", ["0", "100"], ["101", "-1", "half"]),
     ("vmDiskFormat", ["qcow2", "qcow2,raw"], ["vmdk", "qcow2,", "qcow2 raw"]),
-    ("vmGui", ["", "0", "1"], ["2", "yes", "true"]),
+    ("vmGui", ["", "0", "1", "yes", "no", "true", "False", "on", "OFF"], ["2", "y", "screen"]),
     ("bridgeInterface", ["nocloud", "br0"], ["br0,x", "-x"]),
     ("bridgeAddress", ["10.0.0.1/8", "192.168.1.1/30"], ["", "10.0.0.1", "10.0.0.1/7", "10.0.0.1/31", "x/24"]),
     ("bridgeNet", ["10.0.0.0/8"], ["", "10.0.0.0", "10.0.0/24"]),

@@ -202,7 +202,7 @@ def test_hangup_leaves_the_vms_running(running: tuple[Cloud, Run]) -> None:
     run.stops(signal.SIGHUP)
     assert all(map(is_alive, qemus)) and rows(cloud) == ["web00", "web01"]
     assert not (cloud.base / "pf/.vmrun.pid").exists()
-    cloud.run("vmrun", "-s", "pf").fails(1, "no vmrun manages it", "vmstop -g pf")
+    cloud.run("vmrun", "-s", "pf").says(1, "pf: no vmrun manages it", "vmstop -g pf stops its VMs")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
@@ -280,7 +280,7 @@ def test_group_that_has_vms(blank: Cloud) -> None:
         blank.run("vmrun", "-f", description).fails(1, "vmrun -r pf", "vmstop -d -g pf")
     run = Run(blank, "-f", description, "--add", "-g")
     run.spawned("web00", "web01")
-    assert blank.conf("pf/web/web01")["vmGui"] == "1"
+    assert blank.conf("pf/web/web01")["vmGui"] == "yes"
     run.stops(signal.SIGINT)
     destroyed(blank)
 
@@ -392,11 +392,14 @@ def test_vm_with_iso_and_screen(blank: Cloud) -> None:
     assert any(f"file.filename={iso}" in word for word in argv)
     assert any("drive=iso" in word and "bootindex=0" in word for word in argv)
     assert any("drive=disk0" in word and "bootindex=1" in word for word in argv)
-    blank.run("vm", "-n", "blank", "-i", "little", "-G", env=env).fails(1, "runs already")
+    blank.run("vm", "-n", "blank", "-i", "little", "-G", env=env).says(
+        1, "blank: it runs already, without that ISO", "vmstop -n blank stops it"
+    )
     blank.run("vmstop", "-n", "blank", "--kill").ok()
     blank.run("vminstantiate", "-n", "blank", "-g", "pf", "-o", "name=web").ok()
-    blank.run("vm", "-n", "web00", "-G").fails(1, "without a screen", "vmconsole")
-    blank.run("vm", "-n", "pf/web00", "-G").fails(1, "without a screen")
+    for name in ("web00", "pf/web00"):
+        said = "web00: it runs without a screen"
+        blank.run("vm", "-n", name, "-G").says(1, said, "vmconsole -s -n web00")
     blank.run("vm", "-n", "nosuch").fails(1, "no such VM")
     blank.run("vm").fails(2, "-n NAME")
 

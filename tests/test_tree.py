@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import Cloud
+from support import Cloud, tree_at
 
 import nocloud
 
@@ -105,7 +105,7 @@ def tree(tmp_path: Path) -> nocloud.Tree:
     (tmp_path / "pf/web/.new-web02/web02.conf").write_text("vmName=web02\n")
     (tmp_path / ".net").mkdir()
     (tmp_path / "notes.txt").write_text("x")
-    return nocloud.Tree(str(tmp_path))
+    return tree_at(tmp_path)
 
 
 def add(base: Path, vm: str) -> None:
@@ -144,14 +144,58 @@ def test_find(tree: nocloud.Tree, words: str, found: list[str]) -> None:
     assert [vm.address_name for vm in tree.find(words)] == found
 
 
-def test_need_says_what_fits(tree: nocloud.Tree) -> None:
-    assert tree.need("web01").address_name == "pf/web/web01"
-    with pytest.raises(nocloud.NotFound) as raised:
-        tree.need("web00")
-    assert "pf/web/web00" in str(raised.value) and "two/web/web00" in str(raised.value)
-    with pytest.raises(nocloud.NotFound) as raised:
-        tree.need("web02")
-    assert "no such VM" in str(raised.value) and "web0" in raised.value.hint
+SEVERAL = ": several VMs are called so: "
+MISSING: list[tuple[str, str | None, str | None, str, str]] = [
+    ("web00", None, None, f"web00{SEVERAL}pf/web/web00, two/web/web00", "name the group too: GROUP/NAME"),
+    ("web00", None, "web", f"web00{SEVERAL}pf/web/web00, two/web/web00", "name the group too: GROUP/NAME"),
+    ("web02", None, None, "web02: no such VM", "did you mean web01?"),
+    ("xyz", None, None, "xyz: no such VM", "vmrunning -a lists them"),
+    ("", None, None, ": no such VM", "vmrunning -a lists them"),
+    ("web02", "pf", None, "web02: no such VM in pf", "did you mean web01?"),
+    ("web00", "pf", "sql", "web00: no such VM in pf/sql", "did you mean pf/web/web00?"),
+    ("web00", "nothere", None, "web00: no such VM in nothere", "did you mean pf/web/web00?"),
+    ("db01", None, "sql", "db01: no such VM of type sql", "did you mean db00?"),
+    ("web01", None, "sql", "web01: no such VM of type sql", "did you mean pf/web/web01?"),
+    ("web00", "", None, "web00: no such VM", "did you mean pf/web/web00?"),
+    ("debian11", "templates", None, "debian11: no such template", "did you mean debian12?"),
+    ("web01", "templates", None, "web01: no such template", "vmtemplate --list shows what is there"),
+    ("10.0.0.9", None, None, "10.0.0.9: no such VM", "vmrunning -a lists them"),
+]
+
+
+@pytest.mark.parametrize(("words", "group", "type", "said", "hint"), MISSING)
+def test_a_vm_that_is_not_the_one(
+    tree: nocloud.Tree, words: str, group: str | None, type: str | None, said: str, hint: str
+) -> None:
+    for address_of in (None, lambda vm: "10.0.0.1"):
+        with pytest.raises(nocloud.NotFound) as raised:
+            tree.need(words, group, type, first=lambda vm: vm.name == "web", address_of=address_of)
+        assert (str(raised.value), raised.value.hint) == (said, hint)
+
+
+@pytest.mark.parametrize(
+    ("words", "group", "type", "found"),
+    [
+        ("web01", None, None, "pf/web/web01"),
+        ("WEB00", "two", None, "two/web/web00"),
+        ("db00", None, "x", "two/x/DB00"),
+        ("two/db00", "two", "x", "two/x/DB00"),
+        ("debian12", "templates", None, "templates/debian12"),
+        ("db00", None, None, "pf/sql/db00"),  # the one that is preferred
+        ("two/web00", None, None, "two/web/web00"),  # preferred is only what fits
+        ("10.0.0.2", None, None, "pf/web/web01"),
+    ],
+)
+def test_the_vm_that_is_meant(
+    tree: nocloud.Tree, monkeypatch: pytest.MonkeyPatch, words: str, group: str | None, type: str | None, found: str
+) -> None:
+    monkeypatch.setattr(nocloud.VM, "is_running", lambda vm: vm.group == "pf")
+    addresses = {"web00": "10.0.0.1", "web01": "10.0.0.2"}
+
+    def address_of(vm: nocloud.VM) -> str:
+        return addresses.get(vm.name, "")
+
+    assert tree.need(words, group, type, first=nocloud.VM.is_running, address_of=address_of).address_name == found
 
 
 def test_lists_are_sorted_by_group_type_and_name(tree: nocloud.Tree) -> None:
@@ -165,7 +209,7 @@ def test_lists_are_sorted_by_group_type_and_name(tree: nocloud.Tree) -> None:
 
 
 def test_an_empty_tree(tmp_path: Path) -> None:
-    tree = nocloud.Tree(str(tmp_path / "nothing"))
+    tree = tree_at(tmp_path / "nothing")
     assert list(tree.vms()) == [] and tree.find("x") == [] and tree.groups() == []
 
 
@@ -174,19 +218,76 @@ def test_disks_of_every_form_of_conf(tmp_path: Path) -> None:
     add(tmp_path, "pf/web/web00")
     folder = tmp_path / "pf/web/web00"
     (folder / "web00_1.img").write_text("")
-    vm = nocloud.VM(str(tmp_path), "pf", "web", "web00")
+    vm = nocloud.VM(tree_at(tmp_path), "pf", "web", "web00")
     (folder / "web00.conf").write_text("vmDisk=pf/web/web00/web00_0.img\nvmExtraDisk='web00_1.img, /dev/null'\n")
     assert vm.disks() == [f"{folder}/web00_0.img", f"{folder}/web00_1.img", "/dev/null"]
 
 
 def test_a_conf_keeps_what_we_do_not_know(tmp_path: Path) -> None:
     add(tmp_path, "pf/web/web00")
-    vm = nocloud.VM(str(tmp_path), "pf", "web", "web00")
+    vm = nocloud.VM(tree_at(tmp_path), "pf", "web", "web00")
     conf = Path(vm.conf_file)
     conf.write_text('#!/bin/bash\nvmName=web00\n# mine\nmyOwn="a b"\nvmMem=64 # was 32\n')
     vm.write_conf({"vmMem": "128", "vmTemplate": "x y"})
     assert conf.read_text() == "#!/bin/bash\nvmName=web00\n# mine\nmyOwn=\"a b\"\nvmMem=128\nvmTemplate='x y'\n"
     assert vm.conf["myOwn"] == "a b" and vm.get("vmMem") == "128" and vm.get("vmCpu") == "2"
+
+
+# A VM's settings #####################################################################################
+
+
+def vm_of(base: Path, conf: str, **config: str) -> nocloud.VM:
+    """A VM with this conf, in a tree of this configuration."""
+    tree = nocloud.Tree(nocloud.Config({"vmBaseDir": str(base), **config}))
+    vm = nocloud.VM(tree, "pf", "web", "web00")
+    os.makedirs(vm.folder, exist_ok=True)
+    Path(vm.conf_file).write_text(conf)
+    return vm
+
+
+def test_what_a_conf_does_not_say_the_configuration_does(tmp_path: Path) -> None:
+    """Of every key that both may have, and of no other."""
+    for setting in nocloud.SETTINGS:
+        given = {"vmMem": "99", "vmCpu": "7", "vmUser": "ann", "vmAccel": "tcg", "vmNetwork": "private"}
+        value = given.get(setting.key, "3")
+        vm = vm_of(tmp_path, "vmName=web00\n", **({} if setting.key == "vmBaseDir" else {setting.key: value}))
+        if setting.where == "both":
+            assert vm.get(setting.key) == value
+        elif setting.key != "vmName":
+            assert vm.get(setting.key) == setting.default
+    vm = vm_of(tmp_path, "vmUser=bob\nvmMem=64\nvmExtraOpts=\n", vmUser="ann", vmMem="99", vmExtraOpts="-x")
+    assert (vm.get("vmUser"), vm.number("vmMem"), vm.get("vmExtraOpts")) == ("bob", 64, "-x")
+    vm = vm_of(tmp_path, "vmName=web00\n")
+    assert (vm.get("vmUser"), vm.get("vmAccel"), vm.number("vmCpu")) == ("root", "auto", 2)
+
+
+@pytest.mark.parametrize(
+    ("value", "on"),
+    [
+        ("yes", True),
+        ("no", False),
+        ("1", True),
+        ("0", False),
+        ("True", True),
+        ("off", False),
+        ("", False),
+        ("ON", True),
+    ],
+)
+def test_a_switch_is_written_in_many_ways(tmp_path: Path, value: str, on: bool) -> None:
+    assert vm_of(tmp_path, f"vmGui={value}\n").is_set("vmGui") == on
+    assert nocloud.yes_no(value) == ("yes" if on else "no")
+
+
+def test_what_is_inherited(tmp_path: Path) -> None:
+    """These keys, where the conf has them; the configuration's values stay where they are."""
+    keys = "vmMem vmCpu vmUser vmInit vmMachine vmAccel vmExtraOpts vmCpuCap vmKernel vmInitrd vmAppend"
+    values = {"vmMem": "64", "vmCpu": "1", "vmInit": "none", "vmAccel": "tcg", "vmCpuCap": "50"}
+    conf = {setting.key: values.get(setting.key, "x") for setting in nocloud.SETTINGS if setting.key in keys.split()}
+    others = "vmName=web00\nvmQemu=/old\nvmUuid=\nvmGui=1\nvmNetwork=private\nmine=1\n"
+    vm = vm_of(tmp_path, others + "".join(f"{key}={value}\n" for key, value in conf.items()))
+    assert vm.inherited() == conf
+    assert vm_of(tmp_path, "vmName=web00\nvmExtraOpts=\n", vmUser="ann", vmAccel="tcg").inherited() == {}
 
 
 # States ##############################################################################################
@@ -337,7 +438,7 @@ def test_a_killed_commands_leavings_are_swept(cloud: Cloud) -> None:
     keep = cloud.home / "keep"
     keep.mkdir()
     (cloud.base / "pf/web/.new-link").symlink_to(keep)
-    tree = nocloud.Tree(str(cloud.base))
+    tree = tree_at(cloud.base)
     with nocloud.FolderLock(str(cloud.base / "pf/web/.new-web01")):
         nocloud.sweep(tree, "pf")
         assert (cloud.base / "pf/web/.new-web01").exists()  # its maker lives
@@ -345,3 +446,42 @@ def test_a_killed_commands_leavings_are_swept(cloud: Cloud) -> None:
     nocloud.sweep(tree, "pf")
     assert not (cloud.base / "pf/web/.new-web01").exists()
     assert keep.is_dir() and (cloud.base / "pf/web/web00").is_dir()
+
+
+# Messages ############################################################################################
+
+
+def test_a_message_names_a_vm_as_shortly_as_a_command_finds_it(tree: nocloud.Tree, tmp_path: Path) -> None:
+    add(tmp_path, "pf/sql/web01")
+    add(tmp_path, "templates/web")
+    named = {vm.address_name: str(vm) for vm in tree.vms()}
+    assert named == {
+        "pf/sql/db00": "pf/db00",
+        "pf/sql/web01": "pf/sql/web01",
+        "pf/web/web00": "pf/web00",
+        "pf/web/web01": "pf/web/web01",
+        "two/web/web": "two/web",
+        "two/web/web00": "two/web00",
+        "two/x/DB00": "two/DB00",
+        "templates/debian12": "debian12",
+        "templates/web": "templates/web",
+    }
+    for full, short in named.items():
+        assert tree.need(short).address_name == full
+    assert [str(vm) for vm in tree.unfinished()] == ["web02"]
+    nothing = nocloud.Tree(nocloud.Config({"vmBaseDir": str(tmp_path / "nothing")}))
+    assert str(nocloud.VM(nothing, "g", "t", "web00")) == "web00"
+
+
+def test_an_error_carries_its_vm(tree: nocloud.Tree) -> None:
+    def work(vm: nocloud.VM) -> None:
+        if vm.name == "web01":
+            raise nocloud.TimedOut("too slow", "wait", vm=vm)
+        if vm.name == "db00":
+            raise OSError(28, "No space left on device", "/x")
+
+    errors = nocloud.in_parallel(work, list(tree.vms("pf")))
+    assert [str(error) for error in errors] == ["pf/db00: /x: No space left on device", "None", "web01: too slow"]
+    assert [error.text for error in errors if error] == ["/x: No space left on device", "too slow"]
+    assert errors[2].vm.address_name == "pf/web/web01" and errors[2].hint == "wait"
+    assert str(nocloud.Error("as it is")) == "as it is"

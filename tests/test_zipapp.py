@@ -168,6 +168,66 @@ def test_output_path_is_the_callers(pyz: Path, tmp_path: Path) -> None:
     assert (tmp_path / "here.pyz").read_bytes() == pyz.read_bytes()
 
 
+# --- what it brings with it ---
+
+
+def unpacked_wheel(pyz: Path, tmp_path: Path) -> Path:
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-q", "--no-deps", "-w", tmp_path]
+    done = run(*pip, copy_sources(tmp_path / "tree"), env=PIP)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    shutil.unpack_archive(wheel, tmp_path / "wheel", "zip")
+    return tmp_path / "wheel"
+
+
+def installed(pyz: Path, tmp_path: Path) -> Path:
+    done = run(pyz, "setup", f"--destdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "usr/local/bin/nocloud"
+
+
+PLACES = {
+    "checkout": lambda pyz, tmp_path: ROOT,
+    "zipapp": lambda pyz, tmp_path: pyz,
+    "installation": installed,
+    "wheel": unpacked_wheel,
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_files_are_found_everywhere(pyz: Path, tmp_path: Path, place: str) -> None:
+    """All of etc/, with hidden and empty files, and a folder of it with paths relative to that."""
+    script = """if True:
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        import nocloud
+        print({name: nocloud.packaged(name) for name in nocloud.packaged_files("")})
+        print(nocloud.packaged_files("build/tree"), nocloud.packaged_files("nosuch"))
+    """
+    done = run(sys.executable, "-IBS", "-c", script, PLACES[place](pyz, tmp_path))
+    etc = ROOT / "etc"
+    names = sorted(str(path.relative_to(etc)) for path in etc.rglob("*") if path.is_file())
+    texts = {name: (etc / name).read_text() for name in names}
+    below = [name.split("/", 2)[2] for name in names if name.startswith("build/tree/")]
+    assert (done.stdout, done.stderr) == (f"{texts}\n{below} []\n", "")
+
+
+def test_copied_without_its_files_it_says_so(tmp_path: Path) -> None:
+    """Where the work can't be done without one; a table that is missing costs a hint its precision."""
+    shutil.copy(ROOT / "nocloud.py", tmp_path)
+    script = """if True:
+        import nocloud
+        print(nocloud.packaged("packages"), nocloud.packaged_files("build"), nocloud.package_of("ip", 0))
+        try:
+            nocloud.guest_script("hostname.sh", NAME="web00")
+        except nocloud.Error as error:
+            print(error, error.hint)
+    """
+    done = run(sys.executable, "-BS", "-c", script, cwd=tmp_path)
+    missing = f"etc/guest/hostname.sh is missing: {tmp_path}/nocloud.py was copied without it"
+    assert done.stdout == f" [] ip\n{missing} nocloud.pyz is all in one file\n", done.stderr
+
+
 # --- what it runs ---
 
 

@@ -1,0 +1,6 @@
+#!/bin/sh
+# Upgrades Alpine Linux.
+set -e
+apk update
+apk upgrade
+rm -rf /var/cache/apk/*

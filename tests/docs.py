@@ -1,0 +1,73 @@
+"""Writes README.md's tables from what nocloud.py declares: `make docs`.
+
+A table stands between `<!-- NAME -->` and `<!-- end -->`; tests/test_docs.py fails where it differs.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import nocloud
+
+README = Path(nocloud.__file__).parent / "README.md"
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def code(text: object) -> str:
+    return f"`{text}`" if text else "–"
+
+
+def command_rows() -> Iterable[Sequence[str]]:
+    for command in nocloud.visible_commands():
+        name = command.alias or f"nocloud {command.name}"
+        options = []
+        for option in command.options:
+            value = f" [{option.value}]" if option.is_optional else f" {option.value}" if option.value else ""
+            options.append(code(option.names[0] + value))
+        yield code(" ".join(filter(None, (name, command.operands)))), command.help, ", ".join(options)
+
+
+def tables() -> dict[str, str]:
+    """Each table by its name."""
+    settings = [each for each in nocloud.SETTINGS if each.where in ("config", "both")]
+    conf_keys = [each for each in nocloud.SETTINGS if each.where == "vm"]
+    unused = [each for each in nocloud.SETTINGS if each.where == "unused"]
+    return {
+        "commands": table(("command", "what it does", "options"), command_rows()),
+        "exit statuses": table(
+            ("exit status", "meaning"), [(str(status), text) for status, text in nocloud.EXIT_STATUSES.items()]
+        ),
+        "description options": table(
+            ("option", "meaning"), [(code(option), help) for option, help in nocloud.description_options()]
+        ),
+        "settings": table(
+            ("key", "default", "meaning"), [(code(each.key), code(each.default), each.help) for each in settings]
+        ),
+        "conf keys": table(("key", "meaning"), [(code(each.key), each.help) for each in conf_keys]),
+        "unused keys": textwrap.fill(", ".join(f"`{each.key}`" for each in unused) + ".", 120),
+    }
+
+
+def written(text: str) -> str:
+    """The README with its tables as they should be.  Raises KeyError for one that there isn't."""
+    known = tables()
+    return re.sub(
+        r"(<!-- (?!end )(.+?) -->\n).*?(?=<!-- end -->)",
+        lambda match: f"{match[1]}\n{known[match[2]]}\n\n",
+        text,
+        flags=re.S,
+    )
+
+
+if __name__ == "__main__":
+    README.write_text(written(README.read_text()))
