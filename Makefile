@@ -47,8 +47,11 @@ demo: install-for-vms install-for-templates nocloud.pyz ## a template, three VMs
 	@./nocloud.pyz links $(BIN)
 	@$(PYTHON) tests/demo.py $(BIN)
 
+# Two processes: one's guests boot while the other's shut down. PYTEST=-n0 is one process, as pytest is without options.
+IN_TWO := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+
 test: $(VENV)/done install-for-vms install-for-templates install-for-checks install-for-tests nocloud.pyz ## the tests, linters among them
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadgroup $(PYTEST)
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m pytest $(IN_TWO) $(PYTEST)
 
 test-all: PYTEST += --long
 test-all: test ## the long tests too

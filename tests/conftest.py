@@ -26,29 +26,19 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.register_profile("nocloud", deadline=None)  # a busy machine is no failure
     hypothesis.settings.load_profile("nocloud")
     config.addinivalue_line("markers", "long: takes minutes; only make test-all runs it")
-    config.addinivalue_line("markers", "xdist_group(name): one process runs these tests, one after the other")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+# Where several processes share the work, each file is one's: these, which take longest, come first, to end together.
+LONGEST = ("test_debian", "test_lifecycle", "test_supervisor", "test_network", "test_identity", "test_cloudinit")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.get_closest_marker("long") and not config.getoption("--long"):
-            item.add_marker(pytest.mark.skip(reason="long: make test-all runs it"))
-        if isinstance(item, pytest.Function) and group_of(item):
-            item.add_marker(pytest.mark.xdist_group(group_of(item)))
-    if hasattr(config, "workerinput"):  # one of several processes: what comes in long pieces first, to end together
-        items.sort(key=lambda item: not item.get_closest_marker("xdist_group"))
-
-
-def group_of(item: pytest.Function) -> str:
-    """Tests that share what is made once, a booted guest say, run in one process; "" where a test is on its own."""
-    if {"debian", "debian_image"} & set(item.fixturenames):
-        return "debian"
-    for fixtures in item._fixtureinfo.name2fixturedefs.values():
-        for fixture in fixtures:
-            if fixture.scope != "function" and (fixture.baseid.endswith(".py") or fixture.argname == "shared"):
-                return str(item.module.__name__)
-    return ""
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="long: make test-all runs it"))
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")
