@@ -7,6 +7,36 @@ and addresses, and answer ssh and ansible; one command later they are gone witho
 
 The module is read top to bottom: each section uses only those above it.  Nothing happens at import.
 Modules that only some commands need are imported where they are used: a listing must start fast.
+
+    Errors, records, reports         exit statuses, the errors, the only prints
+    Files, locks, waits              files that land by rename, locks, threads, waits
+    Settings                         one row a key; configuration files, parsed and never run; the files of etc/
+    Programs                         finding and starting other programs, nobody else does; processes and their signals
+    Disks                            qemu-img, and whether an image can be trusted
+    QMP                              the client of qemu's control socket
+    VMs that the bash tools started  finding and reaching a qemu that is not ours
+    Names and the VM tree            what things may be called, where a VM's files are, whether it runs
+    qemu and its command line        which qemu, acceleration; the words that start a VM
+    Networks                         what both kinds share: taps, addresses, dnsmasq and what it knows
+    The private network              namespaces of our own, the way out, ports inside
+    The host's bridge                root's side: bridge, firewalls, DHCP; and the user's
+    Identity                         MAC, keys, credentials and seeds; ssh's options
+    Catalogue and downloads          what there is to have, and getting it verified
+    Templates                        making, changing, deleting them; layers
+    Building templates               from a distribution's packages
+    Clones                           what is asked for, checked; names, addresses, disks made
+    Stopping and destroying          power button, plug, and away with it
+    Starting and waiting             from a conf to a guest that is ready; many at once
+    Work in a template's guest       cleaning, upgrades, templates of VMs
+    Consoles                         screens, the serial line, the monitor
+    Supervisor                       vmrun's loop
+    Inventory                        lists for people, JSON for ansible
+    Doctor                           checks, and the commands that mend
+    Command lines                    how commands and options are declared and parsed
+    Commands                         what each command does with its words
+    Completion and manual            what is offered while one types; man pages
+    Installation                     what make install puts on a host, and takes away
+    Dispatch                         main()
 """
 
 from __future__ import annotations
