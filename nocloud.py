@@ -7013,13 +7013,13 @@ class Cloud:
 
 
 @record
-class WishOption:
+class CloneOption:
     """An option of a set of clones, in a description file or after -o."""
 
     name: str
     metavar: str  # what its value is, '' where it takes none; a FILE's name is relative to the description file
     check: Callable[[str], Any]  # raises ValueError, saying what was expected, or UsageError with all but `NAME=`
-    sets: str  # the setting that the clones get, or else the field of Wish
+    sets: str  # the setting that the clones get, or else the field of CloneRequest
     help: str
 
     @property
@@ -7046,20 +7046,20 @@ def name_prefix(text: str) -> str:
     return text
 
 
-WISH_OPTIONS = (
-    WishOption("mem", "MB", MEMORY_MB, "vmMem", "memory in MB"),
-    WishOption("cpu", "N", CPU_COUNT, "vmCpu", "processors"),
-    WishOption("disk", "GB", DISK_GB, "disk", "size of the system disk in GB"),
-    WishOption("dsk", "GB,GB", disk_sizes, "disks", "extra disks, in GB (vdb, vdc, …)"),
-    WishOption("name", "PREFIX", name_prefix, "prefix", "what the names begin with; without it a name is a UUID"),
-    WishOption("user-data", "FILE", read_user_data, "user_data", "a file for cloud-init"),
-    WishOption("gui", "", yes_no, "vmGui", "with a screen"),
+CLONE_OPTIONS = (
+    CloneOption("mem", "MB", MEMORY_MB, "vmMem", "memory in MB"),
+    CloneOption("cpu", "N", CPU_COUNT, "vmCpu", "processors"),
+    CloneOption("disk", "GB", DISK_GB, "disk", "size of the system disk in GB"),
+    CloneOption("dsk", "GB,GB", disk_sizes, "disks", "extra disks, in GB (vdb, vdc, …)"),
+    CloneOption("name", "PREFIX", name_prefix, "prefix", "what the names begin with; without it a name is a UUID"),
+    CloneOption("user-data", "FILE", read_user_data, "user_data", "a file for cloud-init"),
+    CloneOption("gui", "", yes_no, "vmGui", "with a screen"),
 )
-WISH_OPTION = {option.name: option for option in WISH_OPTIONS}
+CLONE_OPTION = {option.name: option for option in CLONE_OPTIONS}
 
 
 @record
-class Wish:
+class CloneRequest:
     """A set of equal clones: a line of a description file, or the command line's options."""
 
     place: str  # FILE:LINE, '' for the command line
@@ -7078,20 +7078,20 @@ class Wish:
         return f"{self.place}: " if self.place else ""
 
     def set_options(self, text: str, folder: str = "") -> None:
-        """WISH_OPTIONS, in any order, separated by `;`.  Files are looked for in the folder.  Raises UsageError."""
+        """CLONE_OPTIONS, in any order, separated by `;`.  Files are looked for in the folder.  Raises UsageError."""
         for word in text.split(";"):
             name, separator, value = map(str.strip, word.partition("="))
-            option = WISH_OPTION.get(name)
+            option = CLONE_OPTION.get(name)
             if option:
                 self._set_option(option, value if separator else None, folder)
             elif name:
-                near = nearest(name, WISH_OPTION)
+                near = nearest(name, CLONE_OPTION)
                 raise UsageError(
                     f"unknown option {name!r}" + (f", did you mean {near}?" if near else ""),
-                    f"options are {' '.join(each.text for each in WISH_OPTIONS)}, separated by ';'",
+                    f"options are {' '.join(each.text for each in CLONE_OPTIONS)}, separated by ';'",
                 )
 
-    def _set_option(self, option: WishOption, given: str | None, folder: str) -> None:
+    def _set_option(self, option: CloneOption, given: str | None, folder: str) -> None:
         value = given or ""
         if not option.metavar:
             if given is not None:
@@ -7109,64 +7109,64 @@ class Wish:
             setattr(self, option.sets, result)
 
 
-def parse_description(text: str, name: str, default_type: str) -> list[Wish]:
+def parse_description(text: str, name: str, default_type: str) -> list[CloneRequest]:
     """The lines of a description file, TEMPLATE:COUNT[:TYPE[:OPTIONS]].  Raises UsageError naming FILE:LINE."""
-    wishes = []
+    requests = []
     for number, raw in enumerate(split_lines(text), 1):
         line = raw.split("#", 1)[0].strip()
         if line:
             place = f"{name}:{number}"
             try:
-                wishes.append(_parse_wish(line, place, default_type, os.path.dirname(name)))
+                requests.append(_parse_request(line, place, default_type, os.path.dirname(name)))
             except UsageError as error:
                 raise UsageError(f"{place}: {error}", error.hint) from None
-    if not wishes:
+    if not requests:
         raise UsageError(f"{name}: no VM is described in it", "a line is TEMPLATE:COUNT[:TYPE[:OPTIONS]]")
-    return wishes
+    return requests
 
 
-def _parse_wish(line: str, place: str, default_type: str, folder: str) -> Wish:
+def _parse_request(line: str, place: str, default_type: str, folder: str) -> CloneRequest:
     template, *fields = (field.strip() for field in line.split(":", 3))
     if not fields:
         raise UsageError(f"{line[:60]!r}: expected TEMPLATE:COUNT[:TYPE[:OPTIONS]]")
     count, type, options = [*fields, "", ""][:3]
     check_name("template", template)
     check_name("type", type or default_type)
-    wish = Wish(place, template, checked(CLONE_COUNT, count, f"COUNT {count!r}"), type or default_type, {})
-    wish.set_options(options, folder)
-    return wish
+    request = CloneRequest(place, template, checked(CLONE_COUNT, count, f"COUNT {count!r}"), type or default_type, {})
+    request.set_options(options, folder)
+    return request
 
 
 @record
-class Plan:
+class NewClone:
     """A clone to be made."""
 
     vm: VM
     template: VM
-    wish: Wish
+    request: CloneRequest
     uuid: str
     format: str  # of the template's disk
     lock: FolderLock | None = None
 
 
-def check_wishes(cloud: Cloud, group: str, wishes: Sequence[Wish], force: bool) -> None:
+def check_requests(cloud: Cloud, group: str, requests: Sequence[CloneRequest], force: bool) -> None:
     """Everything that can be known before the first VM is made; each error names its FILE:LINE."""
     check_group(group)
-    for wish in wishes:
+    for request in requests:
         try:
-            template = cloud.tree.need_template(wish.template)
+            template = cloud.tree.need_template(request.template)
             check_clonable(template)
-            check_collision(cloud.tree, group, wish.type)
-            check_disk_size(template, wish.disk)
+            check_collision(cloud.tree, group, request.type)
+            check_disk_size(template, request.disk)
             if takes_seed(template):
                 cloud.seed()
-                wish.user_data = wish.user_data or default_user_data()
-            elif wish.user_data:
+                request.user_data = request.user_data or default_user_data()
+            elif request.user_data:
                 raise UsageError(f"user-data=: {template.name} takes no seed, its vmInit is {template.get('vmInit')}")
         except Error as error:
-            raise type(error)(f"{wish.where}{error}", error.hint) from None
-    check_memory(cloud.tree, wishes, force)
-    check_space(cloud.tree.base, wishes)
+            raise type(error)(f"{request.where}{error}", error.hint) from None
+    check_memory(cloud.tree, requests, force)
+    check_space(cloud.tree.base, requests)
 
 
 def check_clonable(template: VM) -> None:
@@ -7231,14 +7231,14 @@ def memory_mb(kind: str) -> int:
     return int(found.group(1)) // 1024 if found else 0
 
 
-def check_memory(tree: Tree, wishes: Sequence[Wish], force: bool) -> None:
+def check_memory(tree: Tree, requests: Sequence[CloneRequest], force: bool) -> None:
     """Over what is available: a warning; over what the host has: an error, unless forced."""
     total, asked = memory_mb("MemTotal"), 0
-    for wish in wishes:
-        asked += wish.count * int(wish.settings.get("vmMem") or tree.template(wish.template).get("vmMem"))
+    for request in requests:
+        asked += request.count * int(request.settings.get("vmMem") or tree.template(request.template).get("vmMem"))
         if total and asked > total and not force:
             raise Error(
-                f"{wish.where}{asked} MB of memory are asked for up to here, the host has {total} MB",
+                f"{request.where}{asked} MB of memory are asked for up to here, the host has {total} MB",
                 "ask for less, or say --force",
             )
     warn_of_memory(asked)
@@ -7254,14 +7254,14 @@ def warn_of_memory(asked: int) -> None:
 CLONE_BYTES = 512 * 1024  # what an empty overlay, its keys and its logs take, rounded up
 
 
-def check_space(folder: str, wishes: Sequence[Wish]) -> None:
+def check_space(folder: str, requests: Sequence[CloneRequest]) -> None:
     """Raise where the file system has no room for what is written at once (not for what the guests may write later)."""
     free, images = free_bytes(existing_parent(folder)), 0
-    for wish in wishes:
-        images += wish.count * (1 + len(wish.disks))
+    for request in requests:
+        images += request.count * (1 + len(request.disks))
         if free < images * CLONE_BYTES:
             raise Error(
-                f"{wish.where}{folder}: {plural(images, 'image')} up to here take "
+                f"{request.where}{folder}: {plural(images, 'image')} up to here take "
                 f"{images * CLONE_BYTES // MIB + 1} MB, {free // MIB} MB are free",
                 "free some disk space, or put vmBaseDir on a larger file system",
             )
@@ -7270,12 +7270,12 @@ def check_space(folder: str, wishes: Sequence[Wish]) -> None:
 # -- making clones
 
 
-def reserve(cloud: Cloud, group: str, wishes: Sequence[Wish], plans: list[Plan]) -> list[str]:
+def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: list[NewClone]) -> list[str]:
     """Allot names, UUIDs, MACs and addresses, and hold each with a conf in a locked folder of its own (.new-NAME).
 
     All under the tree's lock: two commands at once never get the same.  What killed commands left is swept here.  Each
-    plan is added to `plans` as soon as there is something to clean up.  Returns the UUIDs of VMs that are gone, though
-    names and keys are kept of them.
+    clone is added to `clones` as soon as there is something to clean up.  Returns the UUIDs of VMs that are gone,
+    though names and keys are kept of them.
     """
     tree = cloud.tree
     with tree.lock():
@@ -7287,17 +7287,17 @@ def reserve(cloud: Cloud, group: str, wishes: Sequence[Wish], plans: list[Plan])
         known = taken.uuids | {vm.get("vmUuid") for vm in tree.templates() if vm.is_readable()}
         strangers = [uuid for each in cloud.networks() for uuid in each.strangers(known)] if taken.complete else []
         taken.addresses |= cloud.private.hosts.addresses()
-        for wish in wishes:
-            check_collision(tree, group, wish.type)  # again, now that nobody else can make one
-            template = tree.need_template(wish.template)
+        for request in requests:
+            check_collision(tree, group, request.type)  # again, now that nobody else can make one
+            template = tree.need_template(request.template)
             format = known_formats(template)[0]
-            for name in next_names(names, wish):
+            for name in next_names(names, request):
                 uuid, mac = new_identity(taken.macs)
-                plan = Plan(VM(tree, group, wish.type, name or uuid), template, wish, uuid, format)
-                plans.append(plan)
+                clone = NewClone(VM(tree, group, request.type, name or uuid), template, request, uuid, format)
+                clones.append(clone)
                 address = cloud.network(kind).allot(taken.addresses, uuid)
                 network = {"vmNetwork": kind, "vmMac": mac, "vmAddress": address}
-                _reserve_one(cloud, plan, {"vmUuid": uuid, **network})
+                _reserve_one(cloud, clone, {"vmUuid": uuid, **network})
     return strangers
 
 
@@ -7328,28 +7328,28 @@ def group_network(cloud: Cloud, group: str) -> str:
     return cloud.chosen_network(next((kind for kind in kinds if kind != "auto"), cloud.config["vmNetwork"]))
 
 
-def next_names(names: set[str], wish: Wish) -> list[str]:
+def next_names(names: set[str], request: CloneRequest) -> list[str]:
     """The next names of a prefix: two digits from 00 (100 after 99), after the highest there is; '' for a UUID."""
-    if not wish.prefix:
-        return [""] * wish.count
-    pattern = re.compile(re.escape(wish.prefix.lower()) + r"([0-9]{2,})")
+    if not request.prefix:
+        return [""] * request.count
+    pattern = re.compile(re.escape(request.prefix.lower()) + r"([0-9]{2,})")
     numbers = [int(match.group(1)) for match in map(pattern.fullmatch, names) if match]
     first = max(numbers, default=-1) + 1
-    found = [f"{wish.prefix}{number:02d}" for number in range(first, first + wish.count)]
+    found = [f"{request.prefix}{number:02d}" for number in range(first, first + request.count)]
     check_name("VM", found[-1])
     names.update(name.lower() for name in found)
     return found
 
 
-def _reserve_one(cloud: Cloud, plan: Plan, identity: Mapping[str, str]) -> None:
+def _reserve_one(cloud: Cloud, clone: NewClone, identity: Mapping[str, str]) -> None:
     """Write the clone's conf in a folder that shows it is being made."""
-    vm, template = plan.vm, plan.template
+    vm, template = clone.vm, clone.template
     os.makedirs(os.path.dirname(vm.folder), exist_ok=True)
     vm.folder = os.path.join(os.path.dirname(vm.folder), MAKING + vm.name)
     os.mkdir(vm.folder, 0o700)
-    plan.lock = FolderLock(vm.folder, wait=0).__enter__()
+    clone.lock = FolderLock(vm.folder, wait=0).__enter__()
     settings = {
-        "vmName": vm.name, "vmInit": "auto", **template.inherited(), **plan.wish.settings,
+        "vmName": vm.name, "vmInit": "auto", **template.inherited(), **clone.request.settings,
         "vmDisk": "", "vmExtraDisk": "", **identity, "vmTemplate": template.name,
     }  # fmt: skip
     vm.write_conf(settings)
@@ -7358,31 +7358,31 @@ def _reserve_one(cloud: Cloud, plan: Plan, identity: Mapping[str, str]) -> None:
 class Making:
     """The clones that this command makes: their folders are locked while it lives, and gone if it fails."""
 
-    def __init__(self, cloud: Cloud, group: str, wishes: Sequence[Wish]) -> None:
+    def __init__(self, cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> None:
         self.cloud, self.group = cloud, group
-        self.plans: list[Plan] = []
+        self.clones: list[NewClone] = []
         try:
-            self.strangers = reserve(cloud, group, wishes, self.plans)
+            self.strangers = reserve(cloud, group, requests, self.clones)
         except BaseException:
             self.__exit__()
             raise
 
-    def finish(self, plan: Plan) -> VM:
+    def finish(self, clone: NewClone) -> VM:
         """Make the disks and keys, then put the folder in its place: from then on the VM is there."""
-        vm, template, wish = plan.vm, plan.template, plan.wish
+        vm, template, request = clone.vm, clone.template, clone.request
         extension = self.cloud.config["vmDiskExt"]
         system = vm.disk_name(0, extension)
         backing = os.path.relpath(
             os.path.realpath(template.disks()[0]), os.path.realpath(os.path.dirname(vm.folder) + "/x")
         )
-        create_overlay(vm.file(system), backing, plan.format, wish.disk)
-        extra = [vm.disk_name(number, extension) for number in range(1, len(wish.disks) + 1)]
-        for name, size in zip(extra, wish.disks):
+        create_overlay(vm.file(system), backing, clone.format, request.disk)
+        extra = [vm.disk_name(number, extension) for number in range(1, len(request.disks) + 1)]
+        for name, size in zip(extra, request.disks):
             create_disk(vm.file(name), size)
         if takes_host_key(vm):
             make_host_key(vm)
-        if wish.user_data:
-            write_file(vm.user_data_file, wish.user_data)
+        if request.user_data:
+            write_file(vm.user_data_file, request.user_data)
         final = VM(vm.tree, vm.group, vm.type, vm.name)
         formats = ",".join(["qcow2"] * (1 + len(extra)))
         disks = {"vmDisk": final.relative(system), "vmExtraDisk": ",".join(map(final.relative, extra))}
@@ -7394,23 +7394,23 @@ class Making:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        failed = [plan for plan in self.plans if not plan.lock or os.path.isdir(plan.vm.folder)]
-        for plan in self.plans:
-            if plan.lock:  # before it is taken, vm.folder may still be the final one
-                if os.path.isdir(plan.vm.folder):
-                    remove_tree(plan.vm.folder)
-                plan.lock.release()
-        self.cloud.network("bridge").withdraw([plan.uuid for plan in failed])  # an address was held for each
+        failed = [clone for clone in self.clones if not clone.lock or os.path.isdir(clone.vm.folder)]
+        for clone in self.clones:
+            if clone.lock:  # before it is taken, vm.folder may still be the final one
+                if os.path.isdir(clone.vm.folder):
+                    remove_tree(clone.vm.folder)
+                clone.lock.release()
+        self.cloud.network("bridge").withdraw([clone.uuid for clone in failed])  # an address was held for each
         with self.cloud.tree.lock():
             remove_if_empty(self.cloud.tree, self.group)
 
 
-def make_clones(cloud: Cloud, group: str, wishes: Sequence[Wish]) -> list[VM | Error]:
-    """Make the clones that are wished for, in parallel; what could not be made is an Error in its place."""
+def make_clones(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> list[VM | Error]:
+    """Make the clones that are asked for, in parallel; what could not be made is an Error in its place."""
     import contextlib
 
     cloud.tree.prepare()
-    templates = [cloud.tree.need_template(name) for name in sorted({wish.template for wish in wishes})]
+    templates = [cloud.tree.need_template(name) for name in sorted({request.template for request in requests})]
     settle_stopped(cloud, templates)
     with contextlib.ExitStack() as locks:
         for template in templates:
@@ -7419,9 +7419,9 @@ def make_clones(cloud: Cloud, group: str, wishes: Sequence[Wish]) -> list[VM | E
             check_clonable(template)
             make_read_only(template.disks()[0])
         own_key()
-        with Making(cloud, group, wishes) as making:
-            plans = {plan.vm: plan for plan in making.plans}
-            made = in_parallel(lambda vm: making.finish(plans[vm]), list(plans), workers=2 * (os.cpu_count() or 1))
+        with Making(cloud, group, requests) as making:
+            clones = {clone.vm: clone for clone in making.clones}
+            made = in_parallel(lambda vm: making.finish(clones[vm]), list(clones), workers=2 * (os.cpu_count() or 1))
     for network in cloud.networks():  # not under those locks: who starts a template takes the network's first
         network.withdraw(making.strangers)
     cloud.known_hosts.update({}, making.strangers)
@@ -8021,7 +8021,7 @@ def start_all(
 
 
 def instantiate(
-    cloud: Cloud, group: str, wishes: Sequence[Wish], started: Callable[[VM], None] = lambda vm: None
+    cloud: Cloud, group: str, requests: Sequence[CloneRequest], started: Callable[[VM], None] = lambda vm: None
 ) -> tuple[list[VM], list[Error]]:
     """Make the clones and start them, in parallel; (those that run, the errors).  A clone that doesn't start goes.
 
@@ -8030,7 +8030,7 @@ def instantiate(
     cloud.qemu()
     cloud.accel(cloud.config["vmAccel"])
     cloud.network(group_network(cloud, group)).up()  # where that can't be, nothing is made
-    made = make_clones(cloud, group, wishes)
+    made = make_clones(cloud, group, requests)
     errors = [result for result in made if isinstance(result, Error)]
     vms = [result for result in made if isinstance(result, VM)]
     problem = _attempt(lambda _: publish_keys(cloud, vms), None)  # one file has the keys of all
@@ -8916,9 +8916,15 @@ class Supervisor:
 
 
 def supervise(
-    cloud: Cloud, group: str, wishes: Sequence[Wish], *, new: bool, gui: bool, settled: Callable[[int, str], None]
+    cloud: Cloud,
+    group: str,
+    requests: Sequence[CloneRequest],
+    *,
+    new: bool,
+    gui: bool,
+    settled: Callable[[int, str], None],
 ) -> int:
-    """Run a group: the VMs that it has and those that are wished for, until it ends; the exit status.
+    """Run a group: the VMs that it has and those that are asked for, until it ends; the exit status.
 
     `new`: it must have none yet; `gui`: those that it has get a screen, this time.  `settled` gets the status so far
     and the log that a vmrun in the background writes.
@@ -8926,7 +8932,7 @@ def supervise(
     wakeup = Wakeup()
     with Manager(cloud.tree, group, new) as manager:
         old = list(cloud.tree.vms(group))
-        if not old and not wishes:
+        if not old and not requests:
             raise NotFound(f"{group}: there are no VMs in it", "vmrun -f FILE makes them")
         if group_network(cloud, group) == "private":
             with cloud.private.hold():
@@ -8941,7 +8947,7 @@ def supervise(
                     spawned(vm)  # it is taken over as it is
             results = start_all(cloud, stopped, spawned, gui=gui)
             errors = [error for vm, error in zip(stopped, results) if error and not vm.is_running()]
-            return errors + (instantiate(cloud, group, wishes, spawned)[1] if wishes else [])
+            return errors + (instantiate(cloud, group, requests, spawned)[1] if requests else [])
 
         trim_memory()
         supervisor = Supervisor(cloud, group, wakeup, lambda status: settled(status, manager.log_file))
@@ -10111,7 +10117,7 @@ def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, iso: str) -> VM:
     Option("-g --group GROUP", "the group they belong to", default="vmGroup", complete="group"),
     Option("-t --type TYPE", "their type", default="vmSubGroup"),
     Option("-f --file FILE", "make what a description file lists; the file's name is the group's"),
-    Option("-o --options OPTIONS", "; ".join(each.text for each in WISH_OPTIONS)),
+    Option("-o --options OPTIONS", "; ".join(each.text for each in CLONE_OPTIONS)),
     Option("-w --wait [SECONDS]", "return when all are ready", default="vmWaitTimeout"),
     Option("--dry-run", "check everything, say what would be made, make nothing"),
     FORCE,
@@ -10119,13 +10125,13 @@ def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, iso: str) -> VM:
 def cmd_instantiate(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """make clones of a template and start them"""
     with Cloud(config) as cloud:
-        group, wishes = wishes_of(config, args)
-        check_wishes(cloud, group, wishes, args.force)
+        group, requests = requests_of(config, args)
+        check_requests(cloud, group, requests, args.force)
         if args.dry_run:
-            for wish in wishes:
-                report.data(f"{wish.template}: {plural(wish.count, 'clone')} in {group}/{wish.type}")
+            for request in requests:
+                report.data(f"{request.template}: {plural(request.count, 'clone')} in {group}/{request.type}")
             return EXIT_DONE
-        vms, errors = instantiate(cloud, group, wishes)
+        vms, errors = instantiate(cloud, group, requests)
         if args.wait is not None:
             errors += wait_all(cloud, vms, args.wait if args.wait is not True else config.number("vmWaitTimeout"))
         else:
@@ -10136,7 +10142,7 @@ def cmd_instantiate(config: Config, args: argparse.Namespace, words: list[str]) 
         return report_errors(errors)
 
 
-def wishes_of(config: Config, args: argparse.Namespace) -> tuple[str, list[Wish]]:
+def requests_of(config: Config, args: argparse.Namespace) -> tuple[str, list[CloneRequest]]:
     """The group and the sets of clones that the command line asks for."""
     type = check_name("type", config["vmSubGroup"] if args.type is None else args.type)
     group = args.group
@@ -10148,12 +10154,12 @@ def wishes_of(config: Config, args: argparse.Namespace) -> tuple[str, list[Wish]
         return group_of_file(args.file) if group is None else group, parse_description(text, name, type)
     if not args.template:
         raise UsageError("which template? give -n TEMPLATE, or -f FILE", "vmtemplate --list shows what is there")
-    wish = Wish("", args.template, args.count or config.number("vmCount"), type, {})
+    request = CloneRequest("", args.template, args.count or config.number("vmCount"), type, {})
     try:
-        wish.set_options(args.options or "")
+        request.set_options(args.options or "")
     except UsageError as error:
         raise UsageError(f"-o: {error}", error.hint) from None
-    return config["vmGroup"] if group is None else group, [wish]
+    return config["vmGroup"] if group is None else group, [request]
 
 
 def read_description(path: str) -> tuple[str, str]:
@@ -10218,20 +10224,20 @@ def cmd_run(config: Config, args: argparse.Namespace, words: list[str]) -> int:
 def run_group(config: Config, args: argparse.Namespace, background: Background) -> int:
     """vmrun -f and -r, in the foreground or in the child that goes on in the background."""
     with Cloud(config) as cloud:
-        group, wishes = args.resume, []
+        group, requests = args.resume, []
         if args.file is not None:
             group = args.group or group_of_file(args.file)
             text, name = read_description(args.file)
-            wishes = parse_description(text, name, config["vmSubGroup"])
-            check_wishes(cloud, group, wishes, args.force)
-            for wish in wishes:
-                wish.settings.update({"vmGui": "yes"} if args.gui else {})
+            requests = parse_description(text, name, config["vmSubGroup"])
+            check_requests(cloud, group, requests, args.force)
+            for request in requests:
+                request.settings.update({"vmGui": "yes"} if args.gui else {})
         elif group == TEMPLATES:
             raise UsageError("templates are not run as a group", "vm -n NAME runs one")
         else:
             cloud.tree.need_group(group)
         return supervise(
-            cloud, group, wishes, new=bool(wishes) and not args.add, gui=args.gui, settled=background.settled
+            cloud, group, requests, new=bool(requests) and not args.add, gui=args.gui, settled=background.settled
         )
 
 
@@ -10871,7 +10877,7 @@ def manual() -> str:
     return filled(
         "man/nocloud.man",
         VERSION=roff(__version__),
-        DESCRIPTION_OPTIONS=man_items((each.text, each.help) for each in WISH_OPTIONS),
+        DESCRIPTION_OPTIONS=man_items((each.text, each.help) for each in CLONE_OPTIONS),
         GENERAL_OPTIONS=man_options(GENERAL_OPTIONS),
         COMMANDS="\n".join(commands),
         SETTINGS=man_settings("config", "both"),
