@@ -887,10 +887,13 @@ def test_a_clone_inherits_and_the_tree_can_be_moved(blank: Cloud) -> None:
 
 # What a template can have for each key that its clones inherit; HOME is the test's.
 INHERITED = {
+    "vmMem": "40",
+    "vmCpu": "2",
+    "vmUser": "ann",
+    "vmInit": "none",
     "vmMachine": "pc",
     "vmAccel": "tcg",
     "vmExtraOpts": "-no-user-config",
-    "vmQemu": "HOME/qemu",
     "vmCpuCap": "70",
     "vmKernel": "HOME/vmlinuz",
     "vmInitrd": "HOME/initrd",
@@ -910,8 +913,10 @@ exec qemu-system-x86_64 "$@"
 
 
 def test_clones_and_what_is_made_of_them_inherit_each_of_these_keys(blank: Cloud) -> None:
-    missing = [each.key for each in nocloud.SETTINGS if each.inherited and each.key not in INHERITED]
+    declared = {each.key for each in nocloud.SETTINGS if each.inherited}
+    missing, gone = declared - INHERITED.keys(), INHERITED.keys() - declared
     assert not missing, f"clones inherit {missing}: give each a value in INHERITED of tests/test_lifecycle.py"
+    assert not gone, f"clones don't inherit {gone}, says SETTINGS; tests/test_lifecycle.py has it in INHERITED"
     (blank.home / "qemu").write_text(WITHOUT_KERNEL)
     (blank.home / "qemu").chmod(0o755)
     for name in ("vmlinuz", "initrd"):
