@@ -379,14 +379,14 @@ def existing_parent(folder: str) -> str:
     return folder
 
 
-def _names(path: str) -> list[str]:
+def names_in(path: str) -> list[str]:
     try:
         return sorted(os.listdir(path))
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return []
 
 
-def _folders(path: str) -> list[str]:
+def folders_in(path: str) -> list[str]:
     """The names of the folders in `path`, sorted, without the hidden ones."""
     try:
         with os.scandir(path) as entries:
@@ -574,12 +574,12 @@ def in_parallel(work: Callable[[Any], Any], items: Sequence[Any], workers: int =
     The items are VMs: an Error carries its own.  Anything else that is raised is a defect and goes on to the caller.
     """
     if len(items) < 2:
-        return [_attempt(work, item) for item in items]
+        return [result_of(work, item) for item in items]
     from concurrent.futures import ThreadPoolExecutor
 
     pool = ThreadPoolExecutor(max_workers=workers or min(32, len(items)))
     try:  # around the submits too: a signal may come between two of them, and the first thread would be waited for
-        return [future.result() for future in [pool.submit(_attempt, work, item) for item in items]]
+        return [future.result() for future in [pool.submit(result_of, work, item) for item in items]]
     except BaseException:
         cancellation.requested = True
         cancellation.end_children()
@@ -588,7 +588,7 @@ def in_parallel(work: Callable[[Any], Any], items: Sequence[Any], workers: int =
         pool.shutdown(cancel_futures=True)
 
 
-def _attempt(work: Callable[[Any], Any], item: Any) -> Any:
+def result_of(work: Callable[[Any], Any], item: Any) -> Any:
     try:
         return work(item)
     except (Error, OSError) as raised:
@@ -910,11 +910,11 @@ def checked(check: Callable[[str], Any], text: str, what: str) -> Any:
         raise UsageError(f"{what}: expected {error}") from None
 
 
-def check_setting(key: str, value: str, place: str) -> None:
-    """Raise UsageError, naming `place`, where the value isn't one that the key takes."""
+def check_setting(key: str, value: str, origin: str) -> None:
+    """Raise UsageError, naming `origin`, where the value isn't one that the key takes."""
     setting = SETTING.get(key)
     if setting and (value or setting.default):
-        checked(setting.check, value, f"{place}: {key}={value}")
+        checked(setting.check, value, f"{origin}: {key}={value}")
 
 
 class Config:
@@ -933,8 +933,8 @@ class Config:
     def values(self) -> dict[str, str]:
         return dict(self._values)
 
-    def set(self, key: str, value: str, place: str) -> None:
-        check_setting(key, value, place)
+    def set(self, key: str, value: str, origin: str) -> None:
+        check_setting(key, value, origin)
         self._values[key] = value
         same = {"vmDefaultGroup": "vmGroup", "vmDefaultSubGroup": "vmSubGroup"}.get(key)
         if same and value:
@@ -955,12 +955,12 @@ class Config:
         assignments = parse_assignments(text, path, ChainMap(self._values, os.environ))
         used = {name for assignment in assignments for name in assignment.used}
         for assignment in assignments:
-            place = f"{path}:{assignment.line}"
+            origin = f"{path}:{assignment.line}"
             if assignment.key in SETTING:
-                self.set(assignment.key, assignment.value, place)
+                self.set(assignment.key, assignment.value, origin)
             elif assignment.key not in used:
                 near = nearest(assignment.key, SETTING)
-                warn(f"{place}: unknown key {assignment.key}" + (f", did you mean {near}?" if near else ""))
+                warn(f"{origin}: unknown key {assignment.key}" + (f", did you mean {near}?" if near else ""))
 
     def read_environment(self) -> None:
         """Take the settings of the environment's variables."""
@@ -1214,7 +1214,7 @@ def run(
     return subprocess.CompletedProcess(words, child.returncode, output, errors)
 
 
-def attempt(argv: Sequence[str], timeout: float) -> tuple[int, str]:
+def try_run(argv: Sequence[str], timeout: float) -> tuple[int, str]:
     """(exit status, output) of a program that may fail; (-1, why) where it doesn't end within `timeout` seconds."""
     try:
         done = run(argv, check=False, timeout=timeout)
@@ -1343,7 +1343,7 @@ def user_name() -> str:
         return str(os.geteuid())
 
 
-def own_command(*words: str) -> list[str]:
+def self_argv(*words: str) -> list[str]:
     """The argv that calls this program again, with the same interpreter and the caller's PYTHON* variables unheeded."""
     return [sys.executable or "python3", "-IS", program_path(), *words]
 
@@ -1472,7 +1472,7 @@ def image_info(path: str, format: str = "") -> dict[str, Any]:
     return info
 
 
-def check_foreign_image(path: str, shown: str = "") -> str:
+def foreign_image_format(path: str, shown: str = "") -> str:
     """The format of an image from outside: qcow2 or raw, standing on no other file.  Raises WrongImage otherwise.
 
     An image may name any file of the host as its backing or data file, and a guest would read it.
@@ -1616,7 +1616,7 @@ def is_sound(disk: str) -> bool:
     return run(["qemu-img", "check", "-q", "-f", "qcow2", os.path.abspath(disk)], check=False).returncode in (0, 3)
 
 
-def check_iso(path: str) -> str:
+def checked_iso(path: str) -> str:
     """`path` if it is an ISO 9660 image, all that a BIOS boots from a CD (ECMA-119, 8.4: CD001 in sector 16)."""
     with open(path, "rb") as file:
         file.seek(16 * 2048 + 1)
@@ -2038,7 +2038,7 @@ _NAME_RULES = {
 }
 
 
-def check_name(kind: str, name: str) -> str:
+def checked_name(kind: str, name: str) -> str:
     """`name` if something new may be called so, else UsageError naming the character.
 
     A VM's name is a DNS label (RFC 1123); groups, types and templates may have dots and underscores.
@@ -2058,9 +2058,9 @@ def check_name(kind: str, name: str) -> str:
     return name
 
 
-def check_group(name: str) -> str:
+def checked_group(name: str) -> str:
     """A group that clones may be made in."""
-    check_name("group", name)
+    checked_name("group", name)
     if name.lower() in (TEMPLATES, *RESERVED_GROUPS):
         raise UsageError(f"{name!r} is reserved and can't be a group of clones", "choose another name")
     return name
@@ -2102,9 +2102,9 @@ class VM:
 
         Each command finds it by that.  The tree is asked, so this is for a message, not for a list of all VMs.
         """
-        others = [vm for vm in self.tree.find(self.name) if vm.address_name != self.address_name]
+        others = [vm for vm in self.tree.find(self.name) if vm.full_name != self.full_name]
         if any(vm.group == self.group for vm in others):
-            return self.address_name
+            return self.full_name
         return f"{self.group}/{self.name}" if others else self.name
 
     @property
@@ -2122,7 +2122,7 @@ class VM:
         return os.path.basename(self.folder).startswith(MAKING)
 
     @property
-    def function(self) -> str:
+    def place(self) -> str:
         """GROUP/TYPE, or `templates`: the second column of every list."""
         return f"{self.group}/{self.type}" if self.type else self.group
 
@@ -2132,9 +2132,9 @@ class VM:
         return re.sub(r"[^A-Za-z0-9_-]", "-", self.name)[:63].strip("-") or "vm"
 
     @property
-    def address_name(self) -> str:
+    def full_name(self) -> str:
         """GROUP/TYPE/NAME: says which VM is meant even where names are the same."""
-        return f"{self.function}/{self.name}"
+        return f"{self.place}/{self.name}"
 
     def file(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -2264,10 +2264,10 @@ class Tree:
         return FolderLock(self.base)
 
     def groups(self) -> list[str]:
-        return [name for name in _folders(self.base) if name != TEMPLATES]
+        return [name for name in folders_in(self.base) if name != TEMPLATES]
 
     def types(self, group: str) -> list[str]:
-        return _folders(os.path.join(self.base, group))
+        return folders_in(os.path.join(self.base, group))
 
     def vms(self, group: str = "", type: str = "", name: str = "") -> Iterator[VM]:
         """The VMs of the tree that have a conf, templates last, else by group, type and name.
@@ -2280,7 +2280,7 @@ class Tree:
                     yield from self.templates(name)
                 continue
             for kind in [type] if type else self.types(each):
-                for folder in _folders(os.path.join(self.base, each, kind)):
+                for folder in folders_in(os.path.join(self.base, each, kind)):
                     vm = VM(self, each, kind, folder)
                     if name in ("", folder.lower()) and vm.exists():
                         yield vm
@@ -2289,7 +2289,7 @@ class Tree:
         return (vm for vm in self.vms(group, type) if vm.is_running())
 
     def templates(self, name: str = "") -> Iterator[VM]:
-        for folder in _folders(os.path.join(self.base, TEMPLATES)):
+        for folder in folders_in(os.path.join(self.base, TEMPLATES)):
             vm = self.template(folder)
             if name in ("", folder.lower()) and vm.exists():
                 yield vm
@@ -2299,8 +2299,8 @@ class Tree:
 
     def need_template(self, name: str) -> VM:
         template = self.template(name)
-        if name not in _folders(os.path.join(self.base, TEMPLATES)) or not template.exists():
-            check_name("template", name)  # one that bash made is called as it is
+        if name not in folders_in(os.path.join(self.base, TEMPLATES)) or not template.exists():
+            checked_name("template", name)  # one that bash made is called as it is
             raise no_such("template", name, [each.name for each in self.templates()], TEMPLATES_HINT)
         return template
 
@@ -2309,7 +2309,7 @@ class Tree:
         for group in [*self.groups(), TEMPLATES]:
             for type in [""] if group == TEMPLATES else self.types(group):
                 place = os.path.join(self.base, group, type)
-                for entry in _names(place):
+                for entry in names_in(place):
                     if entry.startswith(MAKING):
                         yield VM(self, group, type, entry[len(MAKING) :], os.path.join(place, entry))
 
@@ -2348,13 +2348,13 @@ class Tree:
         if len(fit) == 1:
             return fit[0]
         if fit:
-            names = ", ".join(vm.address_name for vm in fit)
+            names = ", ".join(vm.full_name for vm in fit)
             raise NotFound(f"{words}: several VMs are called so: {names}", "name the group too: GROUP/NAME")
         if group == TEMPLATES and not type:
             raise no_such("template", words, [each.name for each in self.templates()], TEMPLATES_HINT)
         place = f" in {'/'.join(filter(None, (group, type)))}" if group else f" of type {type}" if type else ""
         if found:
-            raise NotFound(f"{words}: no such VM{place}", f"did you mean {found[0].address_name}?")
+            raise NotFound(f"{words}: no such VM{place}", f"did you mean {found[0].full_name}?")
         raise no_such(f"VM{place}", words, [vm.name for vm in self.vms(group or "", type or "")], VMS_HINT)
 
     def need_group(self, group: str) -> None:
@@ -2397,7 +2397,7 @@ def left_over(tree: Tree, group: str) -> Iterator[str]:
     """
     for type in tree.types(group) if group != TEMPLATES else [""]:
         place = os.path.join(tree.base, group, type)
-        for name in _names(place):
+        for name in names_in(place):
             folder = os.path.join(place, name)
             if name.startswith((MAKING, REMOVING)) and not os.path.islink(folder) and not is_locked(folder):
                 yield folder
@@ -2884,7 +2884,7 @@ class Network:
 
     def by_hand(self, tree: Tree) -> list[str]:
         """The words before qemu's own that start it by hand, with the tap as descriptor 3."""
-        return ["env", f"NOCLOUD_vmBaseDir={tree.base}", *own_command("net", "--tap", f"--{self.kind}", "exec")]
+        return ["env", f"NOCLOUD_vmBaseDir={tree.base}", *self_argv("net", "--tap", f"--{self.kind}", "exec")]
 
     def allot(self, taken: set[str], uuid: str) -> str:
         """A free address for the VM, added to `taken`; '' where the network's DHCP server decides."""
@@ -2901,9 +2901,9 @@ class Network:
         """Make the VM's names resolve and its address its own."""
         self.hosts.publish(vm)
 
-    def strangers(self, known: set[str]) -> list[str]:
+    def orphans(self, known: set[str]) -> list[str]:
         """The UUIDs that it has of this tree's VMs though no such VM is known: its folder was removed by hand."""
-        return self.hosts.strangers(known)
+        return self.hosts.orphans(known)
 
     def withdraw(self, uuids: Sequence[str]) -> None:
         """Forget VMs that are gone."""
@@ -3059,7 +3059,7 @@ def dnsmasq_argv(interface: str, hosts: HostFiles, *words: str) -> list[str]:
         f"--interface={interface}", "--except-interface=lo", "--bind-interfaces",
         f"--domain={DOMAIN}", f"--local=/{DOMAIN}/", "--domain-needed", "--bogus-priv",
         "--dhcp-authoritative", "--dhcp-rapid-commit", "--no-ping", "--dhcp-ignore-clid",
-        f"--dhcp-hostsdir={hosts.place('dhcp')}", f"--hostsdir={hosts.place('hosts')}", *words,
+        f"--dhcp-hostsdir={hosts.folder_of('dhcp')}", f"--hostsdir={hosts.folder_of('hosts')}", *words,
     ]  # fmt: skip
 
 
@@ -3086,16 +3086,16 @@ class HostFiles:
         name = hashlib.sha256(self.tree.encode("utf-8", "surrogateescape")).hexdigest()[:16]
         return f"# tree {name}\n" if self.tree else ""
 
-    def place(self, kind: str) -> str:
+    def folder_of(self, kind: str) -> str:
         return os.path.join(self.folder, kind)
 
     def prepare(self) -> None:
         for kind in ("dhcp", "hosts"):
-            make_private_folder(self.place(kind))
+            make_private_folder(self.folder_of(kind))
 
     def denied(self) -> str:
         """The folder of them that this user may not use, or ''."""
-        places = map(self.place, ("dhcp", "hosts"))
+        places = map(self.folder_of, ("dhcp", "hosts"))
         return next((place for place in places if not os.access(place, os.R_OK | os.W_OK | os.X_OK)), "")
 
     def publish(self, vm: VM) -> None:
@@ -3118,21 +3118,21 @@ class HostFiles:
 
     def _write_once(self, kind: str, uuid: str, line: str) -> None:
         """Through a name with a leading dot, which dnsmasq passes over."""
-        path = os.path.join(self.place(kind), uuid)
+        path = os.path.join(self.folder_of(kind), uuid)
         text = f"{line}\n{self.mark()}"
         if os.path.lexists(path) and self._read(path)[1] == text:
             return
-        hidden = os.path.join(self.place(kind), "." + uuid)
+        hidden = os.path.join(self.folder_of(kind), "." + uuid)
         write_file(hidden, text, 0o640 if self.tree else 0o600)
         os.replace(hidden, path)
 
     def _files(self, kind: str) -> list[tuple[str, os.stat_result, str]]:
         """(uuid, whose and how old, text) of each file, the oldest first."""
         found = []
-        for uuid in _names(self.place(kind)):
+        for uuid in names_in(self.folder_of(kind)):
             try:
                 if uuid[0] != ".":
-                    found.append((uuid, *self._read(os.path.join(self.place(kind), uuid))))
+                    found.append((uuid, *self._read(os.path.join(self.folder_of(kind), uuid))))
             except OSError:
                 continue  # gone meanwhile, or none of ours
         return sorted(found, key=lambda each: (each[1].st_mtime_ns, each[0]))
@@ -3151,7 +3151,7 @@ class HostFiles:
         """(uuid, whose and how old, address and names) of each VM that has names, the oldest first."""
         return [(uuid, info, text.partition("\n")[0].split()) for uuid, info, text in self._files("hosts")]
 
-    def strangers(self, known: set[str]) -> list[str]:
+    def orphans(self, known: set[str]) -> list[str]:
         """The UUIDs that have files here though no such VM is known: its folder was removed by hand."""
         mark, files = self.mark(), self._files("dhcp")
         return [uuid for uuid, info, text in files if uuid not in known and mark in text and self._is_mine(info)]
@@ -3179,7 +3179,7 @@ class HostFiles:
         there = self._hosts() if uuids else []
         for uuid in uuids:
             for kind in ("dhcp", "hosts"):
-                path = os.path.join(self.place(kind), uuid)
+                path = os.path.join(self.folder_of(kind), uuid)
                 changed = changed or os.path.exists(path)
                 try:
                     remove_file(path)
@@ -3632,7 +3632,7 @@ class PrivateNetwork(Network):
         """Leave nothing behind where the tree has no VM any more; else the subnet and the names stay."""
         for name in ("dhcp", "hosts"):
             remove_empty(self.file(name))
-        if os.path.isdir(self.folder) and not {"dhcp", "hosts"} & set(_names(self.folder)):
+        if os.path.isdir(self.folder) and not {"dhcp", "hosts"} & set(names_in(self.folder)):
             remove_file(self.file("subnet"))
             remove_empty(self.folder)
 
@@ -3691,7 +3691,7 @@ class PrivateNetwork(Network):
         """ssh runs outside: inside, root's files in ssh_config.d look foreign to it, and the home is root's."""
         import shlex
 
-        words = ["env", f"NOCLOUD_vmBaseDir={self.tree.base}", *own_command("net", "--fdpass", "connect")]
+        words = ["env", f"NOCLOUD_vmBaseDir={self.tree.base}", *self_argv("net", "--fdpass", "connect")]
         way = shlex.join(words).replace("%", "%%")
         return f"{way} %h %p"
 
@@ -3736,7 +3736,7 @@ class PrivateNetwork(Network):
             yield f"{name}: process {pid}" if pid else f"{name}: not running"
         for vm in self._users():
             if vm.is_readable():
-                yield f"{vm.name} {vm.function} {vm.get('vmMac')} {vm.get('vmAddress')}"
+                yield f"{vm.name} {vm.place} {vm.get('vmMac')} {vm.get('vmAddress')}"
 
 
 # What forbids user namespaces, when it has this value, and the value that allows them.
@@ -3906,7 +3906,7 @@ def need_root(what: str) -> None:
 
 
 def has_nft_table(table: str) -> bool:
-    return attempt(["nft", "list", "table", *table.split()], 30)[0] == 0
+    return try_run(["nft", "list", "table", *table.split()], 30)[0] == 0
 
 
 def iptables_programs() -> list[str]:
@@ -3964,7 +3964,7 @@ def close_iptables(program: str) -> None:
 
 
 def ufw_runs() -> bool:
-    return bool(find_program("ufw")) and "Status: active" in attempt(["ufw", "status"], 30)[1]
+    return bool(find_program("ufw")) and "Status: active" in try_run(["ufw", "status"], 30)[1]
 
 
 def close_ufw() -> None:
@@ -3972,7 +3972,7 @@ def close_ufw() -> None:
     import shlex
 
     if find_program("ufw"):
-        for line in attempt(["ufw", "show", "added"], 30)[1].splitlines():
+        for line in try_run(["ufw", "show", "added"], 30)[1].splitlines():
             if line.startswith("ufw ") and line.endswith(f"comment '{MADE_BY_US}'"):
                 rule = shlex.split(line)[1:-2]
                 at = 1 if rule[0] == "route" else 0
@@ -3981,9 +3981,9 @@ def close_ufw() -> None:
 
 def firewalld_zone(interface: str) -> str | None:
     """The zone of firewalld that the interface is in, '' for none; None where firewalld doesn't run."""
-    if not find_program("firewall-cmd") or attempt(["firewall-cmd", "--state"], 30)[0]:
+    if not find_program("firewall-cmd") or try_run(["firewall-cmd", "--state"], 30)[0]:
         return None
-    status, said = attempt(["firewall-cmd", f"--get-zone-of-interface={interface}"], 30)
+    status, said = try_run(["firewall-cmd", f"--get-zone-of-interface={interface}"], 30)
     return said.strip() if status == 0 else ""
 
 
@@ -4019,7 +4019,7 @@ def dropping_chains(interface: str) -> list[str]:
     """
     import json
 
-    status, said = attempt(["nft", "-j", "list", "chains"], 30)
+    status, said = try_run(["nft", "-j", "list", "chains"], 30)
     chains = [each["chain"] for each in json.loads(said)["nftables"] if "chain" in each] if status == 0 else []
     found = [
         f"{each['family']} {each['table']} {each['name']}"
@@ -4030,7 +4030,7 @@ def dropping_chains(interface: str) -> list[str]:
         and each["table"] not in ("filter", "firewalld")
     ]
     accepts = f'iifname "{interface}" accept'
-    return [chain for chain in found if accepts not in attempt(["nft", "list", "chain", *chain.split()], 5)[1]]
+    return [chain for chain in found if accepts not in try_run(["nft", "list", "chain", *chain.split()], 5)[1]]
 
 
 # -- up and down
@@ -4170,7 +4170,7 @@ class BridgeSetup:
             return
         told = {"dns": self.settings.address, "domain": f"~{DOMAIN}", "dnssec": "no", "dnsovertls": "no"}
         for verb, value in told.items():
-            status, said = attempt(["resolvectl", verb, self.interface, value], 30)
+            status, said = try_run(["resolvectl", verb, self.interface, value], 30)
             if status:
                 report.warn(f"VMs' names don't resolve on this host itself: resolvectl {verb}: {last_line(said)}")
                 return
@@ -4184,7 +4184,7 @@ class BridgeSetup:
         remove_empty(RUN_FOLDER)
 
     def check_unused(self) -> None:
-        ports = _names(f"/sys/class/net/{self.interface}/brif") if bridge_is_ours(self.interface) else []
+        ports = names_in(f"/sys/class/net/{self.interface}/brif") if bridge_is_ours(self.interface) else []
         if ports:
             raise WrongState(
                 f"the bridge {self.interface} is in use: {plural(len(ports), 'VM')} on it ({', '.join(ports[:5])})",
@@ -4295,8 +4295,8 @@ def bound_sockets(kind: str, port: int) -> Iterator[tuple[str, str]]:
 
 def owner_of_socket(inode: str) -> int:
     """The pid of a process that has a socket open, or 0: an ordinary user sees only his own processes' sockets."""
-    for pid in filter(str.isdigit, _names("/proc")):
-        for fd in _names(f"/proc/{pid}/fd"):
+    for pid in filter(str.isdigit, names_in("/proc")):
+        for fd in names_in(f"/proc/{pid}/fd"):
             try:
                 if os.readlink(f"/proc/{pid}/fd/{fd}") == f"socket:[{inode}]":
                     return int(pid)
@@ -4349,15 +4349,15 @@ def systemd_runs() -> bool:
 
 def units_installed() -> bool:
     """Whether systemd runs here and knows our units."""
-    return systemd_runs() and attempt(["systemctl", "cat", SYSTEMD_UNITS[0]], 30)[0] == 0
+    return systemd_runs() and try_run(["systemctl", "cat", SYSTEMD_UNITS[0]], 30)[0] == 0
 
 
 def systemctl(verb: str, *units: str) -> None:
     """Raises Error with the unit's own last words."""
-    status, said = attempt(["systemctl", verb, *units], 120)
+    status, said = try_run(["systemctl", verb, *units], 120)
     if status:
         words = [word for unit in units for word in ("--unit", unit)]
-        _, log = attempt(["journalctl", "--no-pager", "--output=cat", "--lines=20", *words], 30)
+        _, log = try_run(["journalctl", "--no-pager", "--output=cat", "--lines=20", *words], 30)
         told = [line for line in log.splitlines() if line.startswith(("nocloud", "dnsmasq"))]
         raise Error(told[-1] if told else last_line(said), f"journalctl -u {units[0]}")
 
@@ -4367,7 +4367,7 @@ def active_groups() -> list[str]:
     if not systemd_runs():
         return []
     states = "--state=active,activating,reloading,deactivating"
-    _, said = attempt(["systemctl", "list-units", "--plain", "--no-legend", states, "nocloud@*.service"], 30)
+    _, said = try_run(["systemctl", "list-units", "--plain", "--no-legend", states, "nocloud@*.service"], 30)
     return re.findall(r"^nocloud@\S+", said, re.M)
 
 
@@ -4418,7 +4418,7 @@ class HostBridge(Network):
         if not self.publishes():
             return ""
         settings = BridgeSettings(self.config)
-        with FolderLock(self.hosts.place("dhcp")):
+        with FolderLock(self.hosts.folder_of("dhcp")):
             taken |= {settings.address, *self.hosts.addresses(), *self.leases().values()}
             for number in range(settings.first, settings.first_dynamic):
                 address = ipv4_text(number)
@@ -4686,7 +4686,7 @@ def user_keys(kind: str = "") -> list[str]:
     """The user's own keys in ~/.ssh: the private ones' paths, or with kind=".pub" all public ones'."""
     folder = os.path.expanduser("~/.ssh")
     if kind:
-        return [os.path.join(folder, name) for name in _names(folder) if name.endswith(kind)]
+        return [os.path.join(folder, name) for name in names_in(folder) if name.endswith(kind)]
     names = ("id_ed25519", "id_ecdsa", "id_ecdsa_sk", "id_ed25519_sk", "id_rsa", "id_dsa")  # ssh's own defaults
     return [path for path in (os.path.join(folder, name) for name in names) if os.path.exists(path)]
 
@@ -5021,7 +5021,7 @@ class Entry:
     """A system that the catalogue names: the values of its lines, checked; '' where it has no such line."""
 
     name: str
-    place: str
+    origin: str
     values: dict[str, str]
 
     def __getitem__(self, key: str) -> str:
@@ -5029,7 +5029,7 @@ class Entry:
 
     def need(self, key: str) -> str:
         if not self[key]:
-            raise UsageError(f"{self.place}: [{self.name}] has no line {key} =")
+            raise UsageError(f"{self.origin}: [{self.name}] has no line {key} =")
         return self[key]
 
     def number(self, key: str) -> int:
@@ -5050,26 +5050,26 @@ class Catalogue:
         section = ""
         for number, raw in enumerate(text.splitlines(), 1):
             line = re.split(r"(?:^|\s)#", raw, maxsplit=1)[0].strip()
-            place = f"{file}:{number}"
+            origin = f"{file}:{number}"
             header = re.fullmatch(r"\[\s*(\S+)\s*\]", line)
             key, equals, value = (part.strip() for part in line.partition("="))
             if header:
-                section = self._open(header.group(1), place)
+                section = self._open(header.group(1), origin)
             elif line and not (section and equals and key):
-                raise UsageError(f"{place}: expected [NAME] or KEY = VALUE, not {line[:60]!r}")
+                raise UsageError(f"{origin}: expected [NAME] or KEY = VALUE, not {line[:60]!r}")
             elif line:
-                self._set(section, key, value, place)
+                self._set(section, key, value, origin)
 
-    def _open(self, section: str, place: str) -> str:
+    def _open(self, section: str, origin: str) -> str:
         if section != MIRRORS:
             try:
-                check_name("template", section)
+                checked_name("template", section)
             except UsageError as error:
-                raise UsageError(f"{place}: {error}", error.hint) from None
-            self.entries.setdefault(section, Entry(section, place, {"kind": "cloud", "arch": "x86_64"}))
+                raise UsageError(f"{origin}: {error}", error.hint) from None
+            self.entries.setdefault(section, Entry(section, origin, {"kind": "cloud", "arch": "x86_64"}))
         return section
 
-    def _set(self, section: str, key: str, value: str, place: str) -> None:
+    def _set(self, section: str, key: str, value: str, origin: str) -> None:
         try:
             if section == MIRRORS:
                 self.mirrors[web_address(key)] = web_address(value)
@@ -5078,9 +5078,9 @@ class Catalogue:
                 self.entries[section].values[key] = value
             else:
                 near = nearest(key, ENTRY_KEYS)
-                self._warn(f"{place}: unknown key {key}" + (f", did you mean {near}?" if near else ""))
+                self._warn(f"{origin}: unknown key {key}" + (f", did you mean {near}?" if near else ""))
         except ValueError as error:
-            raise UsageError(f"{place}: {key} = {value}: expected {error}") from None
+            raise UsageError(f"{origin}: {key} = {value}: expected {error}") from None
 
     def mirrored(self, url: str) -> str:
         """Where to ask for a URL: the mirror of the longest beginning that has one."""
@@ -5090,7 +5090,7 @@ class Catalogue:
         return url
 
     def need(self, name: str) -> Entry:
-        check_name("template", name)
+        checked_name("template", name)
         if name not in self.entries:
             near = nearest(name, self.entries)
             hint = f"did you mean {near}?" if near else "vmtemplate --list --available shows what there is"
@@ -5407,9 +5407,9 @@ class Transfer:
                 self.done += len(piece)
             self.progress.done += self.done
             self.progress.kept += self.done
-            self.web.patiently(lambda: self._attempt(file, expect), lambda: self.done)
+            self.web.patiently(lambda: self.result_of(file, expect), lambda: self.done)
 
-    def _attempt(self, file: io.FileIO, expect: Callable[[Transfer], object]) -> None:
+    def result_of(self, file: io.FileIO, expect: Callable[[Transfer], object]) -> None:
         try:
             answer = self.web.open(self.url, self.done)
         except Exhausted:
@@ -5550,11 +5550,11 @@ class Unpacker:
 # -- images that came
 
 
-def check_room(place: str, need: int, shown: str = "", what: str = "the image takes {} MB", hint: str = "") -> None:
+def check_room(folder: str, need: int, shown: str = "", what: str = "the image takes {} MB", hint: str = "") -> None:
     """Raise where a folder, which messages call `shown`, has less than `need` bytes free."""
-    free = free_bytes(place)
+    free = free_bytes(folder)
     if need > free:
-        raise Error(f"{shown or place}: {what.format(need // MIB)}, {free // MIB} MB are free", hint)
+        raise Error(f"{shown or folder}: {what.format(need // MIB)}, {free // MIB} MB are free", hint)
 
 
 class CachedImage:
@@ -5594,7 +5594,7 @@ class CachedImage:
     def _forget(self, useless: Callable[[str], bool]) -> None:
         """Remove those others that are useless, and that no command is at work on."""
         images = os.path.dirname(self.folder)
-        for folder in [os.path.join(images, name) for name in _folders(images)]:
+        for folder in [os.path.join(images, name) for name in folders_in(images)]:
             try:
                 if folder != self.folder and useless(folder):
                     with FolderLock(folder, wait=0):
@@ -5614,11 +5614,11 @@ class CachedImage:
         return True
 
     def clear(self) -> None:
-        for name in _names(self.folder):
+        for name in names_in(self.folder):
             os.unlink(os.path.join(self.folder, name))
 
     def __exit__(self, *exc: object) -> None:
-        for name in _names(self.folder):
+        for name in names_in(self.folder):
             path = os.path.join(self.folder, name)
             if os.path.getsize(path) == 0:
                 os.unlink(path)
@@ -5763,7 +5763,7 @@ def resolve(catalogue: Catalogue, entry: Entry, web: Web) -> Source:
         names = [listed] if listed != wanted else []
     if algorithm == "md5":  # what old servers publish: it shows a damaged download, and no more than that
         if not classic:
-            raise UsageError(f"{entry.place}: [{entry.name}]: md5 proves nothing: sha512 or sha256 is needed")
+            raise UsageError(f"{entry.origin}: [{entry.name}]: md5 proves nothing: sha512 or sha256 is needed")
         report.warn(f"{entry.name}: an md5 checksum shows damage, but not who made the image")
     if classic:
         base = catalogue.mirrored(images[0]).rpartition("/")[0]
@@ -5790,10 +5790,10 @@ def publishers_key(entry: Entry) -> tuple[str, str]:
 
     Raises Error where it can't be used, before anything is downloaded.
     """
-    file = entry.place.rpartition(":")[0]
+    file = entry.origin.rpartition(":")[0]
     path = os.path.join(os.path.dirname(os.path.abspath(file)), os.path.expanduser(entry["key"]))
     if not os.path.isfile(path):
-        raise NotFound(f"{entry.name}: the key of its publisher isn't there: {path}", f"see {entry.place}")
+        raise NotFound(f"{entry.name}: the key of its publisher isn't there: {path}", f"see {entry.origin}")
     try:
         return path, run(["ssh-keygen", "-y", "-P", "", "-f", path]).stdout.split()[1]
     except CommandFailed as failed:
@@ -5819,7 +5819,7 @@ def published_conf(web: Web, source: ClassicSource) -> dict[str, str]:
 
 def check_new_template(tree: Tree, name: str) -> None:
     """Raise where there is a template of that name."""
-    if os.path.lexists(tree.template(check_name("template", name)).folder):
+    if os.path.lexists(tree.template(checked_name("template", name)).folder):
         raise WrongState(f"{name}: there is such a template already", f"vmtemplate --delete {name}")
 
 
@@ -5831,7 +5831,7 @@ class NewTemplate:
 
     def __init__(self, cloud: Cloud, name: str, read_only: bool = True) -> None:
         self.cloud, self._read_only = cloud, read_only
-        self.final = cloud.tree.template(check_name("template", name))
+        self.final = cloud.tree.template(checked_name("template", name))
         place = os.path.dirname(self.final.folder)
         self.vm = VM(cloud.tree, TEMPLATES, "", name, os.path.join(place, MAKING + name))
         self._done = False
@@ -5885,7 +5885,7 @@ def check_image_room(new: NewTemplate, path: str, format: str) -> None:
 
 def import_image(new: NewTemplate, path: str, shown: str = "") -> None:
     """Make the disk of a new template from an image of unknown origin, which messages call `shown`."""
-    format = check_foreign_image(path, shown)
+    format = foreign_image_format(path, shown)
     check_image_room(new, path, format)
     convert_image(path, format, new.disk)
 
@@ -6028,7 +6028,7 @@ def check_no_clones(cloud: Cloud, template: VM) -> None:
     """Raise, naming them, where clones depend on the template's disk."""
     clones = cloud.tree.clones(template)
     if clones:
-        names = ", ".join(vm.address_name for vm in clones[:20]) + (" …" if len(clones) > 20 else "")
+        names = ", ".join(vm.full_name for vm in clones[:20]) + (" …" if len(clones) > 20 else "")
         ways = {True: "vmtemplate --delete deletes templates", False: "vmstop -d destroys clones"}
         hint = ", ".join(dict.fromkeys(ways[each.is_template] for each in clones))
         raise WrongState(f"{dependents(clones)} would break: {names}", hint, vm=template)
@@ -6098,7 +6098,7 @@ def layer_number(template: VM, name: str) -> int:
 def own_disks(template: VM) -> list[str]:
     """The names of the system disks in the template's folder: its layers, and where its conf names one of those, the
     disk that they began with."""
-    names = _names(template.folder)
+    names = names_in(template.folder)
     found = [name for name in names if layer_number(template, name)]
     if any(layer_number(template, os.path.basename(disk)) for disk in template.disks()[:1]):
         found += [name for name in names if name in (template.disk_name(0, "img"), template.disk_name(0, "qcow2"))]
@@ -6120,7 +6120,7 @@ def disks_in_use(tree: Tree, template: VM) -> set[str] | None:
     found: set[str] = set()
     disks: list[str] = []
     for vm in tree.unfinished():  # first: one may be finished between the looks; its conf may name no disk yet
-        disks += [vm.file(name) for name in _names(vm.folder) if name.endswith((".img", ".qcow2"))]
+        disks += [vm.file(name) for name in names_in(vm.folder) if name.endswith((".img", ".qcow2"))]
     try:
         for vm in tree.vms():
             disks += vm.disks() if vm.folder != template.folder and vm.exists() else []
@@ -6134,7 +6134,7 @@ def disks_in_use(tree: Tree, template: VM) -> set[str] | None:
 
 def next_layer(template: VM) -> Layer:
     """The next layer's names; nothing is made."""
-    number = 1 + max((layer_number(template, name) for name in _names(template.folder)), default=0)
+    number = 1 + max((layer_number(template, name) for name in names_in(template.folder)), default=0)
     extension = "qcow2" if template.disks()[0].endswith(".qcow2") else "img"
     return Layer(template, f"{template.name}.l{number}.{extension}")
 
@@ -6167,7 +6167,7 @@ def settle(cloud: Cloud, template: VM) -> list[str]:
             lost.append(name)
             layer.remove()
         remove_file(template.command_file)  # it would write to a disk that clones may stand on now
-    for name in _names(template.folder):
+    for name in names_in(template.folder):
         if name.endswith(RECORD) and layer_number(template, name[: -len(RECORD)]):
             remove_file(template.file(name))  # of one that was adopted just before a crash
     remove_unused(cloud.tree, template)
@@ -6273,8 +6273,8 @@ def find_iso(config: Config, name: str) -> str:
     places = [name] if "/" in name else [name, os.path.join(folder, name), os.path.join(folder, name + ".iso")]
     found = next((place for place in places if os.path.isfile(place)), "")
     if found:
-        return check_iso(found)
-    near = "" if "/" in name else nearest(name, _names(folder))
+        return checked_iso(found)
+    near = "" if "/" in name else nearest(name, names_in(folder))
     hint = f"did you mean {near}?" if near else f"-i takes a path, or a name in isoDir, {folder}"
     raise NotFound(f"{name}: no such ISO image", hint)
 
@@ -6359,7 +6359,7 @@ class DiskTree:
         """A disk and what stands on it; where it stands on another's, `under`, or on none, its template comes first."""
         owner, name, said = self.owners[path], os.path.basename(path), ""
         if not owner.is_template:
-            name = owner.address_name
+            name = owner.full_name
         elif path == os.path.realpath(owner.disks()[0]):
             said = "  new clones stand on this"
         if owner.is_template and owner is not under:
@@ -7040,7 +7040,7 @@ def name_prefix(text: str) -> str:
     if not text:
         raise UsageError(" is empty", "name=web makes web00, web01 …")
     try:
-        check_name("VM", text + "00")
+        checked_name("VM", text + "00")
     except UsageError as error:
         raise UsageError(f"{text}: {error}", error.hint) from None
     return text
@@ -7062,7 +7062,7 @@ CLONE_OPTION = {option.name: option for option in CLONE_OPTIONS}
 class CloneRequest:
     """A set of equal clones: a line of a description file, or the command line's options."""
 
-    place: str  # FILE:LINE, '' for the command line
+    origin: str  # FILE:LINE, '' for the command line
     template: str
     count: int
     type: str
@@ -7075,7 +7075,7 @@ class CloneRequest:
     @property
     def where(self) -> str:
         """`FILE:LINE: ` before an error's words; nothing for the command line."""
-        return f"{self.place}: " if self.place else ""
+        return f"{self.origin}: " if self.origin else ""
 
     def set_options(self, text: str, folder: str = "") -> None:
         """CLONE_OPTIONS, in any order, separated by `;`.  Files are looked for in the folder.  Raises UsageError."""
@@ -7115,24 +7115,24 @@ def parse_description(text: str, name: str, default_type: str) -> list[CloneRequ
     for number, raw in enumerate(split_lines(text), 1):
         line = raw.split("#", 1)[0].strip()
         if line:
-            place = f"{name}:{number}"
+            origin = f"{name}:{number}"
             try:
-                requests.append(_parse_request(line, place, default_type, os.path.dirname(name)))
+                requests.append(_parse_request(line, origin, default_type, os.path.dirname(name)))
             except UsageError as error:
-                raise UsageError(f"{place}: {error}", error.hint) from None
+                raise UsageError(f"{origin}: {error}", error.hint) from None
     if not requests:
         raise UsageError(f"{name}: no VM is described in it", "a line is TEMPLATE:COUNT[:TYPE[:OPTIONS]]")
     return requests
 
 
-def _parse_request(line: str, place: str, default_type: str, folder: str) -> CloneRequest:
+def _parse_request(line: str, origin: str, default_type: str, folder: str) -> CloneRequest:
     template, *fields = (field.strip() for field in line.split(":", 3))
     if not fields:
         raise UsageError(f"{line[:60]!r}: expected TEMPLATE:COUNT[:TYPE[:OPTIONS]]")
     count, type, options = [*fields, "", ""][:3]
-    check_name("template", template)
-    check_name("type", type or default_type)
-    request = CloneRequest(place, template, checked(CLONE_COUNT, count, f"COUNT {count!r}"), type or default_type, {})
+    checked_name("template", template)
+    checked_name("type", type or default_type)
+    request = CloneRequest(origin, template, checked(CLONE_COUNT, count, f"COUNT {count!r}"), type or default_type, {})
     request.set_options(options, folder)
     return request
 
@@ -7151,7 +7151,7 @@ class NewClone:
 
 def check_requests(cloud: Cloud, group: str, requests: Sequence[CloneRequest], force: bool) -> None:
     """Everything that can be known before the first VM is made; each error names its FILE:LINE."""
-    check_group(group)
+    checked_group(group)
     for request in requests:
         try:
             template = cloud.tree.need_template(request.template)
@@ -7285,7 +7285,7 @@ def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: 
         taken = Taken(tree)
         names = {vm.name.lower() for vm in taken.vms if vm.group == group}
         known = taken.uuids | {vm.get("vmUuid") for vm in tree.templates() if vm.is_readable()}
-        strangers = [uuid for each in cloud.networks() for uuid in each.strangers(known)] if taken.complete else []
+        orphans = [uuid for each in cloud.networks() for uuid in each.orphans(known)] if taken.complete else []
         taken.addresses |= cloud.private.hosts.addresses()
         for request in requests:
             check_collision(tree, group, request.type)  # again, now that nobody else can make one
@@ -7298,7 +7298,7 @@ def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: 
                 address = cloud.network(kind).allot(taken.addresses, uuid)
                 network = {"vmNetwork": kind, "vmMac": mac, "vmAddress": address}
                 _reserve_one(cloud, clone, {"vmUuid": uuid, **network})
-    return strangers
+    return orphans
 
 
 class Taken:
@@ -7336,7 +7336,7 @@ def next_names(names: set[str], request: CloneRequest) -> list[str]:
     numbers = [int(match.group(1)) for match in map(pattern.fullmatch, names) if match]
     first = max(numbers, default=-1) + 1
     found = [f"{request.prefix}{number:02d}" for number in range(first, first + request.count)]
-    check_name("VM", found[-1])
+    checked_name("VM", found[-1])
     names.update(name.lower() for name in found)
     return found
 
@@ -7355,14 +7355,14 @@ def _reserve_one(cloud: Cloud, clone: NewClone, identity: Mapping[str, str]) -> 
     vm.write_conf(settings)
 
 
-class Making:
+class NewClones:
     """The clones that this command makes: their folders are locked while it lives, and gone if it fails."""
 
     def __init__(self, cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> None:
         self.cloud, self.group = cloud, group
         self.clones: list[NewClone] = []
         try:
-            self.strangers = reserve(cloud, group, requests, self.clones)
+            self.orphans = reserve(cloud, group, requests, self.clones)
         except BaseException:
             self.__exit__()
             raise
@@ -7390,7 +7390,7 @@ class Making:
         os.rename(vm.folder, final.folder)
         return final
 
-    def __enter__(self) -> Making:
+    def __enter__(self) -> NewClones:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -7419,12 +7419,12 @@ def make_clones(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> l
             check_clonable(template)
             make_read_only(template.disks()[0])
         own_key()
-        with Making(cloud, group, requests) as making:
-            clones = {clone.vm: clone for clone in making.clones}
-            made = in_parallel(lambda vm: making.finish(clones[vm]), list(clones), workers=2 * (os.cpu_count() or 1))
+        with NewClones(cloud, group, requests) as new:
+            clones = {clone.vm: clone for clone in new.clones}
+            made = in_parallel(lambda vm: new.finish(clones[vm]), list(clones), workers=2 * (os.cpu_count() or 1))
     for network in cloud.networks():  # not under those locks: who starts a template takes the network's first
-        network.withdraw(making.strangers)
-    cloud.known_hosts.update({}, making.strangers)
+        network.withdraw(new.orphans)
+    cloud.known_hosts.update({}, new.orphans)
     return made
 
 
@@ -7540,7 +7540,7 @@ def destroy_all(cloud: Cloud, vms: Sequence[VM], group: str = "") -> list[Error]
             sweep(cloud.tree, each)
             remove_if_empty(cloud.tree, each)
     # After what mustn't be left: this may fail, on a full disk say.
-    results.append(_attempt(lambda _: forget_identity(cloud, forget), None))
+    results.append(result_of(lambda _: forget_identity(cloud, forget), None))
     settle_stopped(cloud, cloud.tree.templates(), wait=0)  # the last clone on an old layer is gone, perhaps
     return [result for result in results if isinstance(result, Error)]
 
@@ -7842,14 +7842,14 @@ def stage_of_port(network: Network, address: str, seconds: float) -> str:
 def wait_ready(wait: Wait) -> None:
     """Return when the VM is ready: ssh answers, and the guest is configured as its vmInit says."""
     wait_ssh(wait)
-    settle_init(wait)
+    find_init_kind(wait)
     if wait.vm.get("vmInit") == "cloud-init":
         wait_cloud_init(wait)
     elif wait.vm.get("vmInit") != "none":
         configure(wait)
 
 
-def settle_init(wait: Wait) -> None:
+def find_init_kind(wait: Wait) -> None:
     """Where vmInit is `auto`, find out at the first contact whether the guest took its seed, and put that in its conf.
 
     A guest that shows the host key from the seed has a cloud-init: nobody else has that key.  One that shows another
@@ -7946,7 +7946,7 @@ def pin_host_key(wait: Wait) -> None:
     try:
         for seconds in wait.tries():
             trust = ssh_trust_options(place, strict=False)
-            attempt([*ssh_argv(cloud, vm, trust, ssh_key_options(True), batch=True), "true"], seconds)
+            try_run([*ssh_argv(cloud, vm, trust, ssh_key_options(True), batch=True), "true"], seconds)
             if os.path.exists(place):
                 break
         lines = read_text(place).splitlines()
@@ -7958,7 +7958,7 @@ def pin_host_key(wait: Wait) -> None:
 def ssh_batch(cloud: Cloud, vm: VM, script: str, timeout: float) -> tuple[int, str]:
     """Run a command in the guest with nocloud's own key and no ssh configuration of the user's; (status, output)."""
     trust = ssh_trust_options(cloud.known_hosts.path, strict=True)
-    return attempt([*ssh_argv(cloud, vm, trust, ssh_key_options(is_planted(vm)), batch=True), script], timeout)
+    return try_run([*ssh_argv(cloud, vm, trust, ssh_key_options(is_planted(vm)), batch=True), script], timeout)
 
 
 def ssh_way(network: Network) -> list[str]:
@@ -8033,7 +8033,7 @@ def instantiate(
     made = make_clones(cloud, group, requests)
     errors = [result for result in made if isinstance(result, Error)]
     vms = [result for result in made if isinstance(result, VM)]
-    problem = _attempt(lambda _: publish_keys(cloud, vms), None)  # one file has the keys of all
+    problem = result_of(lambda _: publish_keys(cloud, vms), None)  # one file has the keys of all
     results: list[Error | None]
     if problem:
         results = [Error(problem.text, problem.hint, problem.status, vm) for vm in vms]
@@ -8057,10 +8057,10 @@ def configure_later(cloud: Cloud, vms: Sequence[VM]) -> None:
 
     It writes to the VMs' logs; what it could not finish, the next vmssh does.
     """
-    names = [vm.address_name for vm in vms if vm.is_readable() and vm.get("vmInit") in ("auto", "ssh")]
+    names = [vm.full_name for vm in vms if vm.is_readable() and vm.get("vmInit") in ("auto", "ssh")]
     if names:
         environment = {"NOCLOUD_vmBaseDir": cloud.tree.base}
-        spawn(own_command("configure", *names), log=os.devnull, cwd="/", env=environment)
+        spawn(self_argv("configure", *names), log=os.devnull, cwd="/", env=environment)
 
 
 # Work in a template's guest ##########################################################################
@@ -8326,7 +8326,7 @@ def template_from_vm(
             report.warn(f"{name}: a template has a system disk only, these are left out: {left}")
         if clean:
             in_new_guest(cloud, new, clean_and_end, "--no-clean takes it as it is")
-        return new.finish({**settings, "vmSource": source.address_name})
+        return new.finish({**settings, "vmSource": source.full_name})
 
 
 def copy_disk(source: VM, new: NewTemplate, layered: bool) -> None:
@@ -8369,7 +8369,7 @@ def in_new_guest(cloud: Cloud, new: NewTemplate, work: Callable[[OwnGuest], None
         raise
     finally:
         forget_identity(cloud, [vm.get("vmUuid")])
-        for name in _names(vm.folder):
+        for name in names_in(vm.folder):
             path = vm.file(name)
             if os.path.isdir(path):
                 remove_tree(path)
@@ -8720,16 +8720,16 @@ LOOK_SECONDS = 2.0  # between looks at the tree for VMs that others started
 
 
 class Supervisor:
-    """The loop of one vmrun.  `settled` is called when all VMs are ready, or are known not to get ready."""
+    """The loop of one vmrun.  `on_ready` is called when all VMs are ready, or are known not to get ready."""
 
-    def __init__(self, cloud: Cloud, group: str, wakeup: Wakeup, settled: Callable[[int], None]) -> None:
+    def __init__(self, cloud: Cloud, group: str, wakeup: Wakeup, on_ready: Callable[[int], None]) -> None:
         import selectors
         import threading
 
         self.cloud, self.group, self._wakeup = cloud, group, wakeup
         self.goal = RUN
         self.status = EXIT_DONE
-        self._settled: Callable[[int], None] | None = settled
+        self._on_ready: Callable[[int], None] | None = on_ready
         self._members: dict[str, Member] = {}
         self._jobs: set[threading.Thread] = set()
         self._starting, self._ending, self._finished = True, RUN, False
@@ -8791,7 +8791,7 @@ class Supervisor:
         self._selector.register(process, selectors.EVENT_READ, lambda: self._gone(member))
         report.log(f"{vm.name} has console vmconsole -n {vm.name} -g {vm.group} -t {vm.type}")
         if self.goal == RUN:
-            result = _attempt(lambda vm: self.cloud.network_of(vm).open(), vm)
+            result = result_of(lambda vm: self.cloud.network_of(vm).open(), vm)
             if isinstance(result, Error):
                 self._waited(member, result)
             else:
@@ -8826,7 +8826,7 @@ class Supervisor:
 
         def body() -> None:
             try:
-                result = _attempt(lambda _: work(), None)
+                result = result_of(lambda _: work(), None)
             except Exception as error:
                 result = error
             self._wakeup.post(lambda: finish(result))
@@ -8846,7 +8846,7 @@ class Supervisor:
         self._starting = False
         self._failed(errors)
         if self.goal == RUN:
-            vms = sorted((member.vm for member in self._members.values()), key=lambda vm: vm.address_name)
+            vms = sorted((member.vm for member in self._members.values()), key=lambda vm: vm.full_name)
             self._job(lambda: open_screens([vm for vm in vms if not has_viewer(vm)]), lambda _: None)
 
     def _failed(self, errors: list[Error] | Error) -> None:
@@ -8899,10 +8899,10 @@ class Supervisor:
         """All is quiet: hold nothing open that only waits need."""
         for kind in ("private", "bridge"):
             self.cloud.network(kind).close()
-        if self._settled:
+        if self._on_ready:
             late = not all(member.ready for member in self._members.values())
-            self._settled(self.status or (EXIT_TIMEOUT if late else EXIT_DONE))
-            self._settled = None
+            self._on_ready(self.status or (EXIT_TIMEOUT if late else EXIT_DONE))
+            self._on_ready = None
 
     def _end(self) -> list[Error]:
         """What the goal asks for."""
@@ -8922,11 +8922,11 @@ def supervise(
     *,
     new: bool,
     gui: bool,
-    settled: Callable[[int, str], None],
+    on_ready: Callable[[int, str], None],
 ) -> int:
     """Run a group: the VMs that it has and those that are asked for, until it ends; the exit status.
 
-    `new`: it must have none yet; `gui`: those that it has get a screen, this time.  `settled` gets the status so far
+    `new`: it must have none yet; `gui`: those that it has get a screen, this time.  `on_ready` gets the status so far
     and the log that a vmrun in the background writes.
     """
     wakeup = Wakeup()
@@ -8950,7 +8950,7 @@ def supervise(
             return errors + (instantiate(cloud, group, requests, spawned)[1] if requests else [])
 
         trim_memory()
-        supervisor = Supervisor(cloud, group, wakeup, lambda status: settled(status, manager.log_file))
+        supervisor = Supervisor(cloud, group, wakeup, lambda status: on_ready(status, manager.log_file))
         return supervisor.run(begin)
 
 
@@ -9002,7 +9002,7 @@ class Background:
                 raise
         return said[0] if said else os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-    def settled(self, status: int, log_file: str) -> None:
+    def on_ready(self, status: int, log_file: str) -> None:
         """In the child: let the caller go, and write to a log from now on.  In the foreground: nothing."""
         if self._talk < 0:
             return
@@ -9028,7 +9028,7 @@ def vm_rows(cloud: Cloud, group: str = "", type: str = "", *, every: bool = Fals
     for vm in cloud.tree.vms(group, type):
         state, _ = vm.state()
         if every or state == "running":
-            words = (vm.name, vm.function, state if every else "", address_of(cloud, vm))
+            words = (vm.name, vm.place, state if every else "", address_of(cloud, vm))
             yield " ".join(filter(None, words))
 
 
@@ -9071,7 +9071,7 @@ def host_variables(vm: VM, user: str) -> dict[str, str]:
     names.update(template=vm.get("vmTemplate"), uuid=uuid)
     values = {f"nocloud_{key}": value for key, value in names.items()}
     # ansible's own is named by the address, which another VM had before, or has in another tree
-    values["ansible_control_path"] = f"%(directory)s/{uuid or vm.address_name.replace('/', '-')}"
+    values["ansible_control_path"] = f"%(directory)s/{uuid or vm.full_name.replace('/', '-')}"
     if uuid and not vm.get("vmAddress"):  # known by its UUID only
         values.update({f"ansible_{each}_extra_args": f"-o HostKeyAlias={uuid}" for each in ("ssh", "sftp", "scp")})
     return values if login == user else {**values, "ansible_user": login}
@@ -9159,11 +9159,11 @@ class Patient:
 # -- commands that mend
 
 
-def installs(*programs: str) -> str:
+def install_hint(*programs: str) -> str:
     return install_command(programs) or f"install {' and '.join(programs)}"
 
 
-def own_call(words: str) -> str:
+def self_command(words: str) -> str:
     """A call of this program by root.  sudo looks for it in the system's folders only (sudoers(5), secure_path)."""
     ours = program_path()
     if any(os.path.realpath(f"{place}/nocloud") == ours for place in ("/usr/local/bin", "/usr/bin")):
@@ -9202,12 +9202,12 @@ def mount_point(path: str) -> str:
 # -- the configuration and the tree
 
 
-def check_configuration(patient: Patient) -> Findings:
+def examine_configuration(patient: Patient) -> Findings:
     yield from patient.config_findings
     return ", ".join(config_files()) or "the defaults"
 
 
-def check_catalogue(patient: Patient) -> Findings:
+def examine_catalogue(patient: Patient) -> Findings:
     """A wrong line of the user's own keeps only downloads from working."""
     said: list[str] = []
     well = ""
@@ -9221,7 +9221,7 @@ def check_catalogue(patient: Patient) -> Findings:
     return well
 
 
-def check_tree(patient: Patient) -> Findings:
+def examine_tree(patient: Patient) -> Findings:
     base = patient.tree.base
     place = existing_parent(base)
     if os.path.lexists(base) and not os.path.isdir(base):
@@ -9236,7 +9236,7 @@ def check_tree(patient: Patient) -> Findings:
     return base if place == base else f"{base}, made with the first VM"
 
 
-def check_disk_space(patient: Patient) -> Findings:
+def examine_disk_space(patient: Patient) -> Findings:
     place = existing_parent(patient.tree.base)
     free, cache = free_bytes(place), cache_home()
     text = f"{free // MIB} MB are free in {place}"
@@ -9248,7 +9248,7 @@ def check_disk_space(patient: Patient) -> Findings:
     return text
 
 
-def check_vms(patient: Patient) -> Findings:
+def examine_vms(patient: Patient) -> Findings:
     """What killed commands and vanished files left in the tree."""
     tree = patient.tree
     folders = [folder for group in [*tree.groups(), TEMPLATES] for folder in left_over(tree, group)]
@@ -9269,7 +9269,7 @@ def conf_findings(vm: VM) -> Iterator[Finding]:
     try:
         if vm.conf:
             return
-        disks = [name for name in _names(vm.folder) if re.fullmatch(rf"{re.escape(vm.name)}_0\.(img|qcow2)", name)]
+        disks = [name for name in names_in(vm.folder) if re.fullmatch(rf"{re.escape(vm.name)}_0\.(img|qcow2)", name)]
         if not disks:
             yield Finding(WARNING, f"{vm.conf_file} is empty, and there is no disk", destroy_command(vm, "a disk"))
             return
@@ -9290,27 +9290,27 @@ def disk_findings(vm: VM) -> Iterator[Finding]:
     except FileNotFoundError:
         needed = vm.disks()
     except OSError as error:
-        text = f"{vm.address_name}: {error.filename}: {error.strerror}"
+        text = f"{vm.full_name}: {error.filename}: {error.strerror}"
         yield Finding(WARNING, text, f"sudo chmod a+r {error.filename}")
         return
     for path in [path for path in needed if not os.path.exists(path)][:1]:
-        yield Finding(WARNING, f"{vm.address_name} can't start: {path} is gone", destroy_command(vm, path))
+        yield Finding(WARNING, f"{vm.full_name} can't start: {path} is gone", destroy_command(vm, path))
 
 
 def destroy_command(vm: VM, lost: str) -> str:
     """The last resort: what is lost may be on a disk that isn't mounted just now."""
     command = f"vmtemplate --delete {quoted(vm.name)}"
     if not vm.is_template:
-        command = f"vmstop -d -n {quoted(vm.address_name)}"
+        command = f"vmstop -d -n {quoted(vm.full_name)}"
     return f"{command}  # destroys it; do so only if {printable(lost)} can't be brought back"
 
 
 # -- what runs the VMs
 
 
-def check_qemu(patient: Patient) -> Findings:
+def examine_qemu(patient: Patient) -> Findings:
     qemu = patient.cloud.qemu()
-    package = installs(f"qemu-system-{os.uname().machine}")
+    package = install_hint(f"qemu-system-{os.uname().machine}")
     yield Finding(OK, f"{qemu.path}, version {qemu.version}")
     if "sandbox" not in qemu.options:
         yield Finding(WARNING, f"{qemu.path} was built without -sandbox: it runs unconfined", package)
@@ -9328,7 +9328,7 @@ def found_programs(*names: str) -> Findings:
     return ", ".join(map(need_program, names))
 
 
-def check_acceleration(patient: Patient) -> Findings:
+def examine_acceleration(patient: Patient) -> Findings:
     reason, mend = kvm_missing()
     wanted = patient.config["vmAccel"]
     if wanted == "tcg":
@@ -9339,7 +9339,7 @@ def check_acceleration(patient: Patient) -> Findings:
     return "hardware acceleration (KVM)"
 
 
-def check_keys(patient: Patient) -> Findings:
+def examine_keys(patient: Patient) -> Findings:
     """nocloud's key and the user's: without a key of his own he has nocloud's to log in with."""
     yield from own_key_findings(os.path.join(config_home(), "id_ed25519"))
     for path in user_keys():
@@ -9370,7 +9370,7 @@ def own_key_findings(path: str) -> Iterator[Finding]:
 # -- the private network
 
 
-def check_namespaces(patient: Patient) -> Findings:
+def examine_namespaces(patient: Patient) -> Findings:
     need_program("ip")
     reason = try_namespaces()
     if reason:
@@ -9379,7 +9379,7 @@ def check_namespaces(patient: Patient) -> Findings:
     return "this user may make namespaces"
 
 
-def check_tun(patient: Patient) -> Findings:
+def examine_tun(patient: Patient) -> Findings:
     """For both networks: qemu-bridge-helper opens it as the user that calls it."""
     path = "/dev/net/tun"
     if not os.path.exists(path):
@@ -9394,24 +9394,24 @@ def check_tun(patient: Patient) -> Findings:
     return path
 
 
-def check_private_programs(patient: Patient) -> Findings:
+def examine_private_programs(patient: Patient) -> Findings:
     missing = [name for name in ("ip", "dnsmasq", "nsenter") if not find_program(name)]
     if missing:
         text = f"not found, and the private network needs it: {', '.join(missing)}"
-        yield Finding(patient.needs("private"), text, installs(*missing))
+        yield Finding(patient.needs("private"), text, install_hint(*missing))
     return "ip, dnsmasq and nsenter"
 
 
-def check_way_out(patient: Patient) -> Findings:
+def examine_way_out(patient: Patient) -> Findings:
     filters = ["nft"] if not find_program("nft") and not find_program("iptables") else []
     missing = [*([] if find_program("pasta") else ["pasta"]), *filters]
     if missing:
         text = f"VMs on the private network don't reach the Internet: {' and '.join(missing)} not found"
-        yield Finding(WARNING, text, installs(*missing))
+        yield Finding(WARNING, text, install_hint(*missing))
     return "pasta"
 
 
-def check_private_subnet(patient: Patient) -> Findings:
+def examine_private_subnet(patient: Patient) -> Findings:
     """Once it is chosen it is kept; a VPN that came later may have it as well."""
     network = patient.cloud.private
     if not os.path.exists(network.file("subnet")):
@@ -9428,7 +9428,7 @@ def check_private_subnet(patient: Patient) -> Findings:
     return f"{subnet}.0/24"
 
 
-def check_inotify(patient: Patient) -> Findings:
+def examine_inotify(patient: Patient) -> Findings:
     """dnsmasq waits for changed files by inotify(7), and doesn't start without one."""
     import ctypes
 
@@ -9444,32 +9444,32 @@ def check_inotify(patient: Patient) -> Findings:
 # -- the host's bridge
 
 
-def check_bridge(patient: Patient) -> Iterator[Finding]:
+def examine_bridge(patient: Patient) -> Iterator[Finding]:
     bridge = patient.bridge
     if not patient.has_bridge and patient.config["vmNetwork"] != "bridge":
         yield Finding(OK, f"there is none called {bridge.interface}: VMs are on the private network")
     elif bridge.why_down():
-        mend = f"sudo ip link set {bridge.interface} up" if patient.foreign else own_call("net up")
+        mend = f"sudo ip link set {bridge.interface} up" if patient.foreign else self_command("net up")
         yield Finding(patient.needs("bridge"), bridge.why_down(), mend)
     else:
         yield Finding(OK, f"{bridge.interface} is up")
 
 
-def check_helper(patient: Patient) -> Iterator[Finding]:
+def examine_helper(patient: Patient) -> Iterator[Finding]:
     faults = list(patient.bridge.helper_faults())
     yield from (Finding(patient.needs("bridge"), *each) for each in faults)
     if not faults:
         yield Finding(OK, patient.bridge.helper())
 
 
-def check_bridge_conf(patient: Patient) -> Iterator[Finding]:
+def examine_bridge_conf(patient: Patient) -> Iterator[Finding]:
     faults = list(patient.bridge.list_faults())
     yield from (Finding(patient.needs("bridge") if keeps_off else WARNING, *each) for keeps_off, *each in faults)
     if not faults:
         yield Finding(OK, f"{helper_list()} allows {patient.bridge.interface}")
 
 
-def check_dnsmasq(patient: Patient) -> Iterator[Finding]:
+def examine_dnsmasq(patient: Patient) -> Iterator[Finding]:
     """Whether the bridge's dnsmasq serves there, and if not, who has its ports."""
     wanted, bad = BridgeSettings(patient.config).address, patient.needs("bridge")
     for kind, port in (("udp", 53), ("tcp", 53), ("udp", 67)):
@@ -9480,7 +9480,7 @@ def check_dnsmasq(patient: Patient) -> Iterator[Finding]:
             if (kind, address) == ("udp", wanted) and (not pid or STATE_FOLDER in read_text(f"/proc/{pid}/cmdline")):
                 yield Finding(OK, f"DHCP and DNS are served at {wanted}")
                 return
-            who, mend = "another user's process", own_call("doctor")
+            who, mend = "another user's process", self_command("doctor")
             if pid:
                 who = f"{read_text(f'/proc/{pid}/comm').strip()}, process {pid}"
                 unit = re.search(r"/([^/\n]+\.service)$", read_text(f"/proc/{pid}/cgroup"), re.M)
@@ -9488,12 +9488,12 @@ def check_dnsmasq(patient: Patient) -> Iterator[Finding]:
             yield Finding(bad, f"no DHCP and DNS at {wanted}: port {port} ({kind}) is taken by {who}", mend)
             return
     if find_program("dnsmasq"):
-        yield Finding(bad, f"no DHCP and DNS at {wanted}", own_call("net up"))
+        yield Finding(bad, f"no DHCP and DNS at {wanted}", self_command("net up"))
     else:
-        yield Finding(bad, "dnsmasq is not found", installs("dnsmasq"))
+        yield Finding(bad, "dnsmasq is not found", install_hint("dnsmasq"))
 
 
-def check_leases(patient: Patient) -> Iterator[Finding]:
+def examine_leases(patient: Patient) -> Iterator[Finding]:
     """Who may not read them doesn't learn the addresses of guests that have none of their own."""
     for place in patient.bridge.lease_places:
         try:
@@ -9509,33 +9509,33 @@ def check_leases(patient: Patient) -> Iterator[Finding]:
     yield Finding(OK, "there are none yet")
 
 
-def check_publishing(patient: Patient) -> Iterator[Finding]:
+def examine_publishing(patient: Patient) -> Iterator[Finding]:
     """Whether this user's VMs get addresses and names of their own on the bridge."""
     denied = patient.bridge.hosts.denied()
     if not denied:
         yield Finding(OK, f"names and addresses go to {STATE_FOLDER}")
     elif not os.path.isdir(denied):
-        yield Finding(WARNING, f"{denied} is gone: DHCP decides on addresses and names", own_call("net up"))
+        yield Finding(WARNING, f"{denied} is gone: DHCP decides on addresses and names", self_command("net up"))
     else:
         text = f"you may not write to {denied}: DHCP decides on your VMs' addresses and names"
         yield Finding(WARNING, text, group_command(os.stat(denied).st_gid))
 
 
-def check_forwarding(patient: Patient) -> Iterator[Finding]:
+def examine_forwarding(patient: Patient) -> Iterator[Finding]:
     """Whether the kernel forwards, and the host's packet filters let the guests' packets pass; only root sees those."""
     name, findings = patient.bridge.interface, []
     for each in (name, *sorted(outgoing_interfaces())):
         if not forwards(each):
-            findings.append((f"guests have no way out: {each} doesn't forward", own_call("net up")))
+            findings.append((f"guests have no way out: {each} doesn't forward", self_command("net up")))
     if not find_program("nft"):
-        findings.append(("nft is not found", installs("nft")))
+        findings.append(("nft is not found", install_hint("nft")))
     elif os.geteuid() == 0:
         if not has_nft_table(f"ip {DOMAIN}"):
             text = f"guests have no way out: nocloud's own rules are gone (nft table ip {DOMAIN})"
-            findings.append((text, own_call("net up")))
+            findings.append((text, self_command("net up")))
         for program in iptables_programs():
             if missing_rules(program, name):
-                findings.append((f"{program} has rules, and doesn't accept the bridge", own_call("net up")))
+                findings.append((f"{program} has rules, and doesn't accept the bridge", self_command("net up")))
         for chain in dropping_chains(name):
             rules = (f"iifname {name} accept", f"oifname {name} ct state established,related accept")
             mend = " && ".join(f"sudo nft insert rule {chain} {rule}" for rule in rules)
@@ -9546,7 +9546,7 @@ def check_forwarding(patient: Patient) -> Iterator[Finding]:
         yield Finding(OK, f"{name} forwards; {seen}")
 
 
-def check_firewalld(patient: Patient) -> Iterator[Finding]:
+def examine_firewalld(patient: Patient) -> Iterator[Finding]:
     name, zone = patient.bridge.interface, firewalld_zone(patient.bridge.interface)
     if zone is None or zone == "trusted":
         yield Finding(OK, "it doesn't run" if zone is None else f"{name} is in its zone trusted")
@@ -9556,21 +9556,21 @@ def check_firewalld(patient: Patient) -> Iterator[Finding]:
         yield Finding(WARNING, f"it runs, and {name} is {where}: guests get no address", mend)
 
 
-def check_ufw(patient: Patient) -> Iterator[Finding]:
+def examine_ufw(patient: Patient) -> Iterator[Finding]:
     if os.geteuid() != 0 or not ufw_runs():
         yield Finding(OK, "it doesn't run" if os.geteuid() == 0 or not find_program("ufw") else "only root may ask it")
-    elif MADE_BY_US not in attempt(["ufw", "show", "added"], 5)[1]:
-        yield Finding(WARNING, "it runs, and doesn't let guests pass", own_call("net up"))
+    elif MADE_BY_US not in try_run(["ufw", "show", "added"], 5)[1]:
+        yield Finding(WARNING, "it runs, and doesn't let guests pass", self_command("net up"))
     else:
         yield Finding(OK, "it lets guests pass")
 
 
-def check_network_manager(patient: Patient) -> Iterator[Finding]:
+def examine_network_manager(patient: Patient) -> Iterator[Finding]:
     """NetworkManager leaves a bridge alone that it calls unmanaged, or connected externally."""
     name = patient.bridge.interface
     status, said = -1, ""
     if find_program("nmcli"):
-        status, said = attempt(["nmcli", "-g", "GENERAL.STATE", "device", "show", name], 5)
+        status, said = try_run(["nmcli", "-g", "GENERAL.STATE", "device", "show", name], 5)
     if status or "unmanaged" in said or "external" in said:
         yield Finding(OK, "it doesn't run" if status else f"it leaves {name} alone")
     else:
@@ -9578,27 +9578,27 @@ def check_network_manager(patient: Patient) -> Iterator[Finding]:
         yield Finding(WARNING, f"it manages {name} ({said.strip()}), and may take its address away", mend)
 
 
-def check_bridge_subnet(patient: Patient) -> Iterator[Finding]:
+def examine_bridge_subnet(patient: Patient) -> Iterator[Finding]:
     settings = BridgeSettings(patient.config)
     clash, there = overlapping(settings), connected_network(settings.interface)
     if clash:
-        mend = " && ".join(map(own_call, ("bridge subnet", "net down", "net up")))
+        mend = " && ".join(map(self_command, ("bridge subnet", "net down", "net up")))
         yield Finding(WARNING, f"{settings.net} is in use: {clash}", mend)
     elif there not in ("", settings.net) and not patient.foreign:
-        yield Finding(WARNING, f"the bridge has {there}, and the settings say {settings.net}", own_call("net up"))
+        yield Finding(WARNING, f"the bridge has {there}, and the settings say {settings.net}", self_command("net up"))
     else:
         yield Finding(OK, settings.net)
 
 
-def check_names(patient: Patient) -> Iterator[Finding]:
+def examine_names(patient: Patient) -> Iterator[Finding]:
     """Whether this host itself resolves the guests' names."""
     name, address = patient.bridge.interface, patient.config["bridgeIpAddress"]
     if resolved_runs():
-        asks, mend = f"~{DOMAIN}" in attempt(["resolvectl", "domain", name], 5)[1], own_call("net up")
+        asks, mend = f"~{DOMAIN}" in try_run(["resolvectl", "domain", name], 5)[1], self_command("net up")
     else:
         text = read_text("/etc/resolv.conf") if os.path.exists("/etc/resolv.conf") else ""
         asks = re.findall(r"^nameserver\s+(\S+)", text, re.M)[:1] == [address]
-        mend = f"{installs('resolvectl')} && {own_call('net up')}"
+        mend = f"{install_hint('resolvectl')} && {self_command('net up')}"
     if asks:
         yield Finding(OK, f"this host asks {address} for them")
     else:
@@ -9609,7 +9609,7 @@ def check_names(patient: Patient) -> Iterator[Finding]:
 # -- the rest, and all of it
 
 
-def check_clock(patient: Patient) -> Findings:
+def examine_clock(patient: Patient) -> Findings:
     """Certificates aren't valid yet where the clock is behind."""
     now = time.time()
     text = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now))
@@ -9621,37 +9621,37 @@ def check_clock(patient: Patient) -> Findings:
 Check = tuple[str, Callable[[Patient], Iterator[Finding]]]
 
 CHECKS: tuple[Check, ...] = (
-    ("configuration", check_configuration),
-    ("catalogue", check_catalogue),
-    ("tree", check_tree),
-    ("space", check_disk_space),
-    ("vms", check_vms),
-    ("qemu", check_qemu),
+    ("configuration", examine_configuration),
+    ("catalogue", examine_catalogue),
+    ("tree", examine_tree),
+    ("space", examine_disk_space),
+    ("vms", examine_vms),
+    ("qemu", examine_qemu),
     ("qemu-img", lambda patient: found_programs("qemu-img")),
-    ("acceleration", check_acceleration),
+    ("acceleration", examine_acceleration),
     ("ssh", lambda patient: found_programs("ssh", "ssh-keygen")),
-    ("keys", check_keys),
-    ("namespaces", check_namespaces),
-    ("tun", check_tun),
-    ("private-network", check_private_programs),
-    ("private-subnet", check_private_subnet),
-    ("way-out", check_way_out),
-    ("inotify", check_inotify),
-    ("clock", check_clock),
-    ("bridge", check_bridge),
+    ("keys", examine_keys),
+    ("namespaces", examine_namespaces),
+    ("tun", examine_tun),
+    ("private-network", examine_private_programs),
+    ("private-subnet", examine_private_subnet),
+    ("way-out", examine_way_out),
+    ("inotify", examine_inotify),
+    ("clock", examine_clock),
+    ("bridge", examine_bridge),
 )
 BRIDGE_CHECKS: tuple[Check, ...] = (  # where there is one, or where there ought to be
-    ("bridge-helper", check_helper),
-    ("bridge-conf", check_bridge_conf),
-    ("bridge-subnet", check_bridge_subnet),
-    ("dnsmasq", check_dnsmasq),
-    ("leases", check_leases),
-    ("publishing", check_publishing),
-    ("forwarding", check_forwarding),
-    ("firewalld", check_firewalld),
-    ("ufw", check_ufw),
-    ("networkmanager", check_network_manager),
-    ("names", check_names),
+    ("bridge-helper", examine_helper),
+    ("bridge-conf", examine_bridge_conf),
+    ("bridge-subnet", examine_bridge_subnet),
+    ("dnsmasq", examine_dnsmasq),
+    ("leases", examine_leases),
+    ("publishing", examine_publishing),
+    ("forwarding", examine_forwarding),
+    ("firewalld", examine_firewalld),
+    ("ufw", examine_ufw),
+    ("networkmanager", examine_network_manager),
+    ("names", examine_names),
 )
 OURS_ONLY = ("dnsmasq", "publishing", "forwarding", "firewalld", "ufw", "networkmanager", "names")  # else its owner's
 
@@ -10144,7 +10144,7 @@ def cmd_instantiate(config: Config, args: argparse.Namespace, words: list[str]) 
 
 def requests_of(config: Config, args: argparse.Namespace) -> tuple[str, list[CloneRequest]]:
     """The group and the sets of clones that the command line asks for."""
-    type = check_name("type", config["vmSubGroup"] if args.type is None else args.type)
+    type = checked_name("type", config["vmSubGroup"] if args.type is None else args.type)
     group = args.group
     if args.file is not None:
         for given, name in ((args.template, "-n"), (args.count, "-C"), (args.options, "-o")):
@@ -10179,7 +10179,7 @@ def group_of_file(path: str) -> str:
     """A description file's name without its last extension is the group's name."""
     if path == "-":
         raise UsageError("which group? a description from stdin has no name", "give --group GROUP too")
-    return check_group(os.path.splitext(os.path.basename(path))[0])
+    return checked_group(os.path.splitext(os.path.basename(path))[0])
 
 
 def report_errors(errors: Sequence[Error]) -> int:
@@ -10237,7 +10237,7 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
         else:
             cloud.tree.need_group(group)
         return supervise(
-            cloud, group, requests, new=bool(requests) and not args.add, gui=args.gui, settled=background.settled
+            cloud, group, requests, new=bool(requests) and not args.add, gui=args.gui, on_ready=background.on_ready
         )
 
 
@@ -10320,7 +10320,7 @@ def become_ssh(cloud: Cloud, vm: VM, words: Sequence[str], fresh: bool = False) 
             vm.write_conf({"vmUuid": new_identity(set())[0]})
     wait = Wait(cloud, vm, cloud.config.number("vmWaitTimeout"), say=True)
     wait_ssh(wait)
-    settle_init(wait)
+    find_init_kind(wait)
     if not cloud.known_hosts.knows(vm.get("vmUuid")):
         pin_host_key(wait)
     template = fresh and vm.is_template and vm.get("vmInit") != "none"
@@ -10674,7 +10674,7 @@ class Typed:
             count = Counter(map(way, left))
             names += [way(vm) for vm in left if count[way(vm)] == 1]
             left = [vm for vm in left if count[way(vm)] > 1]
-        return names + [vm.address_name for vm in left]
+        return names + [vm.full_name for vm in left]
 
     def types(self) -> list[str]:
         group = self.given.get("-g")
@@ -10682,7 +10682,7 @@ class Typed:
 
     def isos(self) -> list[str]:
         folder = os.path.expanduser(self.config["isoDir"])
-        return [name for name in _names(folder) if name.lower().endswith(".iso")]
+        return [name for name in names_in(folder) if name.lower().endswith(".iso")]
 
 
 WORD_KINDS: dict[str, Callable[[Typed], Iterable[str]]] = {
@@ -10917,7 +10917,7 @@ INSTALLED_CONFS = ("nocloud_net.conf", "nocloud_templates.conf")
 
 
 @record
-class Placed:
+class InstalledFile:
     """A file of an installation: where it goes, and its content, or where the link points.
 
     `conf`: users change it, and what they changed is kept.
@@ -10938,17 +10938,17 @@ class Placed:
 
 def planned_files(
     prefix: str, program: bytes, names: Iterable[str], documents: Mapping[str, str], links: Mapping[str, str]
-) -> list[Placed]:
+) -> list[InstalledFile]:
     """What an installation consists of.
 
     `names`: what the program is called by, besides nocloud; `documents`: texts by their path below PREFIX, `links`
     likewise by where they point.
     """
-    found = [Placed(f"{prefix}/bin/nocloud", program, mode=0o755)]
-    found += [Placed(f"{prefix}/bin/{name}", link="nocloud") for name in names]
-    found += [Placed(f"{prefix}/etc/{name}", packaged(name).encode(), conf=True) for name in INSTALLED_CONFS]
-    found += [Placed(f"{prefix}/{path}", text.encode()) for path, text in documents.items()]
-    found += [Placed(f"{prefix}/{path}", link=target) for path, target in links.items()]
+    found = [InstalledFile(f"{prefix}/bin/nocloud", program, mode=0o755)]
+    found += [InstalledFile(f"{prefix}/bin/{name}", link="nocloud") for name in names]
+    found += [InstalledFile(f"{prefix}/etc/{name}", packaged(name).encode(), conf=True) for name in INSTALLED_CONFS]
+    found += [InstalledFile(f"{prefix}/{path}", text.encode()) for path, text in documents.items()]
+    found += [InstalledFile(f"{prefix}/{path}", link=target) for path, target in links.items()]
     return found
 
 
@@ -11011,7 +11011,7 @@ class Installation:
             return "folder"
         return f"sha256 {file_digest(path)}" if os.path.exists(path) else ""
 
-    def check(self, files: Sequence[Placed]) -> None:
+    def check(self, files: Sequence[InstalledFile]) -> None:
         """Raise where something is in the way that neither an installation nor `nocloud links` put there."""
         blocked = []
         for each in files:
@@ -11026,12 +11026,12 @@ class Installation:
                 "move them away, or set another PREFIX",
             )
 
-    def is_changed(self, each: Placed) -> bool:
+    def is_changed(self, each: InstalledFile) -> bool:
         """Whether the user's own configuration is there, which is kept."""
         known = ("", each.fingerprint(), *self.files.get(each.path, ()))
         return each.conf and self.fingerprint(each.path) not in known
 
-    def place(self, files: Sequence[Placed]) -> list[str]:
+    def put(self, files: Sequence[InstalledFile]) -> list[str]:
         """Put the files there, keeping the configuration that the user changed; what there is to say of that."""
         writes, said = [], []
         for each in files:
@@ -11041,7 +11041,7 @@ class Installation:
             said.append(f"kept: {self.real(each.path)}, which was changed")
             if each.fingerprint() not in self.files.get(each.path, ()):  # else the user has seen this version before
                 said[-1] += f"; the new version is {self.real(each.path)}.new"
-                writes.append(Placed(f"{each.path}.new", each.content))
+                writes.append(InstalledFile(f"{each.path}.new", each.content))
         planned = {each.path for each in files}
         stale = [path for path in self.files if not {path, path.removesuffix(".new")} & planned]
         for each in (*files, *writes):
@@ -11070,7 +11070,7 @@ class Installation:
             os.makedirs(self.real(folder), exist_ok=True)
             os.chmod(self.real(folder), 0o755)  # whatever the umask says
 
-    def _write(self, each: Placed) -> None:
+    def _write(self, each: InstalledFile) -> None:
         path = self.real(each.path)
         self._sweep(path)
         if each.link:
@@ -11136,12 +11136,12 @@ def systemd_folder(prefix: str, name: str) -> str:
     return f"{base}/systemd/{name}" if name in ("system", "user") else f"{base}/{name}"
 
 
-def planned_units(prefix: str) -> list[Placed]:
+def planned_units(prefix: str) -> list[InstalledFile]:
     """The units, and who they run as."""
     places = [(name, "system", name) for name in UNITS]
     places += [(GROUP_UNIT, "user", GROUP_UNIT), (SYSUSERS, "sysusers.d", "nocloud.conf")]
     return [
-        Placed(
+        InstalledFile(
             f"{systemd_folder(prefix, kind)}/{name}",
             packaged(source, "systemd").replace("@BINDIR@", f"{prefix}/bin").encode(),
         )
@@ -11192,7 +11192,7 @@ class HostSetup:
     def remove_accounts(self) -> None:
         for program, names in (("userdel", "users"), ("groupdel", "groups")):
             for name in self.before.get(names, ()):
-                status, said = attempt([program, name], 30)
+                status, said = try_run([program, name], 30)
                 if status and "does not exist" not in said:
                     report.warn(f"{program} {name}: {last_line(said)}")
 
@@ -11205,7 +11205,7 @@ class HostSetup:
         if info.st_mode & stat.S_ISUID:
             return ""
         override = find_program("dpkg-statoverride")
-        known = attempt([override, "--list", path], 30)[1].split()[:3] if override else []
+        known = try_run([override, "--list", path], 30)[1].split()[:3] if override else []
         if known and known != ["root", KVM_GROUP, "4750"]:
             report.warn(f"{path}: dpkg-statoverride has another's entry for it, which is kept; so only root may use it")
             return ""
@@ -11222,7 +11222,7 @@ class HostSetup:
         before = self.before.get("helper", {"path": "", "override": False})
         path = before["path"]
         if before["override"]:
-            attempt(["dpkg-statoverride", "--remove", path], 30)
+            try_run(["dpkg-statoverride", "--remove", path], 30)
         if os.path.exists(path) and stat.S_IMODE(os.stat(path).st_mode) == 0o4750:
             os.chown(path, 0, before["group"])
             os.chmod(path, before["mode"])
@@ -11259,7 +11259,7 @@ class HostSetup:
     def load_modules(self, modules: Sequence[str]) -> str:
         loaded = []
         for module in modules:
-            status, said = attempt(["modprobe", module], 60)
+            status, said = try_run(["modprobe", module], 60)
             if status:
                 report.warn(f"modprobe {module}: {last_line(said)}")
             else:
@@ -11271,7 +11271,7 @@ class HostSetup:
             return "no systemd runs here, so nothing starts with the host: nocloud net up sets the bridge up"
         run(["systemctl", "daemon-reload"])
         run(["systemctl", "enable", *SYSTEMD_UNITS])
-        ran = attempt(["systemctl", "is-active", "--quiet", SYSTEMD_UNITS[1]], 30)[0] == 0
+        ran = try_run(["systemctl", "is-active", "--quiet", SYSTEMD_UNITS[1]], 30)[0] == 0
         BridgeSetup(self.config).up()
         if ran:
             systemctl("restart", SYSTEMD_UNITS[1])  # it may be another version's
@@ -11312,7 +11312,7 @@ def installed_config(installation: Installation) -> Config:
     return config
 
 
-def settle_subnet(installation: Installation, files: Sequence[Placed]) -> str:
+def plan_subnet(installation: Installation, files: Sequence[InstalledFile]) -> str:
     """Have the settings that are going to be installed name a subnet that is free on this host; what was chosen.
 
     It stays what it is while the bridge is up, and where the user has changed the file.  Raises WrongState where that
@@ -11333,7 +11333,7 @@ def settle_subnet(installation: Installation, files: Sequence[Placed]) -> str:
     return f"the bridge's network is {subnet}.0/24{since}"
 
 
-def planned_modules(prefix: str) -> tuple[list[str], list[Placed]]:
+def planned_modules(prefix: str) -> tuple[list[str], list[InstalledFile]]:
     """The kernel modules that VMs want, and the file that has systemd load them at boot; none where there are none.
 
     Of those that this kernel has: a missing one would fail the boot's unit.  A container has no modprobe(8).
@@ -11343,18 +11343,18 @@ def planned_modules(prefix: str) -> tuple[list[str], list[Placed]]:
     modules = [
         module
         for module in (*modules, "vhost_net", "tun")
-        if find_program("modprobe") and attempt(["modprobe", "--dry-run", "--quiet", module], 30)[0] == 0
+        if find_program("modprobe") and try_run(["modprobe", "--dry-run", "--quiet", module], 30)[0] == 0
     ]
     text = "".join(f"{module}\n" for module in ("# of nocloud: what its VMs want", *modules))
     place = f"{systemd_folder(prefix, 'modules-load.d')}/nocloud.conf"
-    return modules, [Placed(place, text.encode())] if modules else []
+    return modules, [InstalledFile(place, text.encode())] if modules else []
 
 
-def install(installation: Installation, files: Sequence[Placed], only_look: bool) -> None:
+def install(installation: Installation, files: Sequence[InstalledFile], only_look: bool) -> None:
     """Put it there, set the host up for it, and say what was done."""
     if installation.root:
         installation.check(files)
-        said = [] if only_look else installation.place(files)
+        said = [] if only_look else installation.put(files)
     else:
         said = install_on_host(installation, files, only_look)
     if not only_look:
@@ -11363,16 +11363,16 @@ def install(installation: Installation, files: Sequence[Placed], only_look: bool
             report.say(line)
 
 
-def install_on_host(installation: Installation, files: Sequence[Placed], only_look: bool) -> list[str]:
+def install_on_host(installation: Installation, files: Sequence[InstalledFile], only_look: bool) -> list[str]:
     """All that can be in the way is looked at before the first change; what was done."""
     check_programs(installed_config(installation))
     modules, modules_files = planned_modules(installation.prefix)
     files = [*files, *modules_files]
     installation.check(files)
-    subnet = settle_subnet(installation, files)
+    subnet = plan_subnet(installation, files)
     if only_look:
         return []
-    said = installation.place(files)
+    said = installation.put(files)
     setup = HostSetup(installation, installed_config(installation))
     setup.make_accounts()
     said += [setup.allow_helper(), setup.allow_bridge(), setup.load_modules(modules), subnet, setup.start_units()]
@@ -11389,7 +11389,7 @@ def undo_installation(installation: Installation) -> None:
         check_nothing_runs()
         setup = HostSetup(installation, installed_config(installation))
         if systemd_runs():
-            attempt(["systemctl", "disable", *SYSTEMD_UNITS, *enabled_groups()], 60)
+            try_run(["systemctl", "disable", *SYSTEMD_UNITS, *enabled_groups()], 60)
         if bridge_is_ours(setup.interface):
             BridgeSetup(setup.config).down()
         setup.forbid_bridge()
@@ -11399,7 +11399,7 @@ def undo_installation(installation: Installation) -> None:
         setup.remove_accounts()
     kept = installation.take_away()
     if not installation.root and systemd_runs():
-        attempt(["systemctl", "daemon-reload"], 60)
+        try_run(["systemctl", "daemon-reload"], 60)
     report.say(f"nocloud is no longer in {place}")
     for path in kept:
         report.say(f"kept: {path}, which was changed")
@@ -11458,7 +11458,7 @@ def cmd_setup(config: Config, args: argparse.Namespace, words: list[str]) -> int
     return EXIT_DONE
 
 
-def files_to_install(prefix: str) -> list[Placed]:
+def files_to_install(prefix: str) -> list[InstalledFile]:
     """This program, its names, and what comes with it."""
     names = sorted({each.alias for each in COMMANDS.values() if each.alias})
     with open(program_path(), "rb") as file:
