@@ -7,6 +7,36 @@ and addresses, and answer ssh and ansible; one command later they are gone witho
 
 The module is read top to bottom: each section uses only those above it.  Nothing happens at import.
 Modules that only some commands need are imported where they are used: a listing must start fast.
+
+    Errors, records, reports         exit statuses, the errors, the only prints
+    Files, locks, waits              files that land by rename, locks, threads, waits
+    Settings                         one row a key; configuration files, parsed and never run; the files of etc/
+    Programs                         finding and starting other programs, nobody else does; processes and their signals
+    Disks                            qemu-img, and whether an image can be trusted
+    QMP                              the client of qemu's control socket
+    VMs that the bash tools started  finding and reaching a qemu that is not ours
+    Names and the VM tree            what things may be called, where a VM's files are, whether it runs
+    qemu and its command line        which qemu, acceleration; the words that start a VM
+    Networks                         what both kinds share: taps, addresses, dnsmasq and what it knows
+    The private network              namespaces of our own, the way out, ports inside
+    The host's bridge                root's side: bridge, firewalls, DHCP; and the user's
+    Identity                         MAC, keys, credentials and seeds; ssh's options
+    Catalogue and downloads          what there is to have, and getting it verified
+    Templates                        making, changing, deleting them; layers
+    Building templates               from a distribution's packages
+    Clones                           what is asked for, checked; names, addresses, disks made
+    Stopping and destroying          power button, plug, and away with it
+    Starting and waiting             from a conf to a guest that is ready; many at once
+    Work in a template's guest       cleaning, upgrades, templates of VMs
+    Consoles                         screens, the serial line, the monitor
+    Supervisor                       vmrun's loop
+    Inventory                        lists for people, JSON for ansible
+    Doctor                           checks, and the commands that mend
+    Command lines                    how commands and options are declared and parsed
+    Commands                         what each command does with its words
+    Completion and manual            what is offered while one types; man pages
+    Installation                     what make install puts on a host, and takes away
+    Dispatch                         main()
 """
 
 from __future__ import annotations
@@ -34,7 +64,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Constants, errors, reporting ########################################################################
+
+# Errors, records, reports ############################################################################
 #
 # Exit statuses, the one family of errors, and the only place that writes to stdout and stderr.
 # Errors are raised low and caught in main() alone.
@@ -48,7 +79,6 @@ EXIT_INTERRUPTED = 130  # as the shell: 128 + SIGINT
 
 MIB = 1 << 20
 GIB = 1 << 30
-
 
 if not TYPE_CHECKING:
 
@@ -246,6 +276,12 @@ def nearest(word: str, candidates: Iterable[str]) -> str:
     return lower[found[0]] if found else ""
 
 
+def quoted(*paths: str) -> str:
+    import shlex
+
+    return shlex.join(paths)
+
+
 # Files, locks, waits #################################################################################
 #
 # Small pieces of the file system that every section uses.  Files land by rename; locks are flock on
@@ -293,6 +329,11 @@ def append_line(path: str, text: str) -> None:
         os.close(fd)
 
 
+def write_all(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
+
+
 def remove_file(path: str) -> None:
     """Remove a file that may be gone already."""
     try:
@@ -309,6 +350,18 @@ def remove_empty(path: str) -> None:
         pass
 
 
+def remove_tree(folder: str) -> None:
+    """Remove a folder and what is in it; symlinks in it are removed, never followed."""
+    import shutil
+
+    if os.path.islink(folder):
+        raise Error(f"{folder}: is a symlink; it is not removed", "remove it yourself")
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
+
+
 def make_private_folder(path: str) -> None:
     """A folder that only its owner enters: it holds keys or sockets."""
     os.makedirs(path, 0o700, exist_ok=True)
@@ -317,6 +370,45 @@ def make_private_folder(path: str) -> None:
         os.chmod(
             path, 0o700
         )  # one that others could write to stays as it is: who relies on what is in it looks for that
+
+
+def existing_parent(folder: str) -> str:
+    """The folder itself, or the nearest one above it that is there."""
+    while not os.path.isdir(folder) and folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+    return folder
+
+
+def names_in(path: str) -> list[str]:
+    try:
+        return sorted(os.listdir(path))
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return []
+
+
+def folders_in(path: str) -> list[str]:
+    """The names of the folders in `path`, sorted, without the hidden ones."""
+    try:
+        with os.scandir(path) as entries:
+            return sorted(entry.name for entry in entries if entry.name[0] != "." and entry.is_dir())
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return []
+
+
+def free_bytes(path: str) -> int:
+    info = os.statvfs(path)
+    return info.f_bavail * info.f_frsize
+
+
+def file_digest(path: str, algorithm: str = "sha256") -> str:
+    """The checksum of a file, in hexadecimal, read in pieces of 1 MB."""
+    import hashlib
+
+    digest = hashlib.new(algorithm)
+    with open(path, "rb") as file:
+        for piece in iter(lambda: file.read(MIB), b""):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def untrusted(path: str, info: os.stat_result | None = None) -> str:
@@ -330,6 +422,19 @@ def untrusted(path: str, info: os.stat_result | None = None) -> str:
     if info.st_mode & stat.S_IWOTH or (info.st_mode & stat.S_IWGRP and info.st_gid not in (os.getegid(), 0)):
         return "others may write to it"
     return ""
+
+
+def process_file(pid: int, name: str) -> str:
+    """A file of /proc/PID; '' where the process has ended or is not ours to look at."""
+    try:
+        return read_text(f"/proc/{pid}/{name}")
+    except OSError:
+        return ""
+
+
+def is_our_qemu(command_line: str) -> bool:
+    """Whether nocloud started it: that shows in its words, whoever's it is."""
+    return ",path=qmp.sock,server=on,wait=off\0" in command_line
 
 
 class FolderLock:
@@ -469,12 +574,12 @@ def in_parallel(work: Callable[[Any], Any], items: Sequence[Any], workers: int =
     The items are VMs: an Error carries its own.  Anything else that is raised is a defect and goes on to the caller.
     """
     if len(items) < 2:
-        return [_attempt(work, item) for item in items]
+        return [result_of(work, item) for item in items]
     from concurrent.futures import ThreadPoolExecutor
 
     pool = ThreadPoolExecutor(max_workers=workers or min(32, len(items)))
     try:  # around the submits too: a signal may come between two of them, and the first thread would be waited for
-        return [future.result() for future in [pool.submit(_attempt, work, item) for item in items]]
+        return [future.result() for future in [pool.submit(result_of, work, item) for item in items]]
     except BaseException:
         cancellation.requested = True
         cancellation.end_children()
@@ -483,7 +588,7 @@ def in_parallel(work: Callable[[Any], Any], items: Sequence[Any], workers: int =
         pool.shutdown(cancel_futures=True)
 
 
-def _attempt(work: Callable[[Any], Any], item: Any) -> Any:
+def result_of(work: Callable[[Any], Any], item: Any) -> Any:
     try:
         return work(item)
     except (Error, OSError) as raised:
@@ -805,11 +910,11 @@ def checked(check: Callable[[str], Any], text: str, what: str) -> Any:
         raise UsageError(f"{what}: expected {error}") from None
 
 
-def check_setting(key: str, value: str, place: str) -> None:
-    """Raise UsageError, naming `place`, where the value isn't one that the key takes."""
+def check_setting(key: str, value: str, origin: str) -> None:
+    """Raise UsageError, naming `origin`, where the value isn't one that the key takes."""
     setting = SETTING.get(key)
     if setting and (value or setting.default):
-        checked(setting.check, value, f"{place}: {key}={value}")
+        checked(setting.check, value, f"{origin}: {key}={value}")
 
 
 class Config:
@@ -828,8 +933,8 @@ class Config:
     def values(self) -> dict[str, str]:
         return dict(self._values)
 
-    def set(self, key: str, value: str, place: str) -> None:
-        check_setting(key, value, place)
+    def set(self, key: str, value: str, origin: str) -> None:
+        check_setting(key, value, origin)
         self._values[key] = value
         same = {"vmDefaultGroup": "vmGroup", "vmDefaultSubGroup": "vmSubGroup"}.get(key)
         if same and value:
@@ -850,12 +955,12 @@ class Config:
         assignments = parse_assignments(text, path, ChainMap(self._values, os.environ))
         used = {name for assignment in assignments for name in assignment.used}
         for assignment in assignments:
-            place = f"{path}:{assignment.line}"
+            origin = f"{path}:{assignment.line}"
             if assignment.key in SETTING:
-                self.set(assignment.key, assignment.value, place)
+                self.set(assignment.key, assignment.value, origin)
             elif assignment.key not in used:
                 near = nearest(assignment.key, SETTING)
-                warn(f"{place}: unknown key {assignment.key}" + (f", did you mean {near}?" if near else ""))
+                warn(f"{origin}: unknown key {assignment.key}" + (f", did you mean {near}?" if near else ""))
 
     def read_environment(self) -> None:
         """Take the settings of the environment's variables."""
@@ -971,616 +1076,6 @@ def base_folder(config: Config) -> str:
     if not os.path.isabs(path) and path.startswith("~"):
         raise UsageError(f"vmBaseDir={path}: no such user or no home folder", "set vmBaseDir to an absolute path")
     return os.path.realpath(path)
-
-
-# Names and the VM tree ###############################################################################
-#
-# What things may be called, and where each file of a VM lies.  A VM is a folder; whether it runs is asked
-# of its pidfile each time and stored nowhere.
-
-TEMPLATES = "templates"
-RESERVED_GROUPS = ("all", "ungrouped")  # ansible's own
-MAKING, REMOVING = ".new-", ".del-"  # folders of VMs that aren't there yet, or any more
-MANAGER_PID, MANAGER_LOG = ".vmrun.pid", ".vmrun.log"  # of the vmrun that manages a group, in the group's folder
-
-_NAME_RULES = {
-    "VM": (re.compile(r"[A-Za-z0-9-]"), "letters, digits and '-'"),
-    "group": (re.compile(r"[A-Za-z0-9._-]"), "letters, digits, '.', '_' and '-'"),
-}
-
-
-def check_name(kind: str, name: str) -> str:
-    """`name` if something new may be called so, else UsageError naming the character.
-
-    A VM's name is a DNS label (RFC 1123); groups, types and templates may have dots and underscores.
-    """
-    allowed, words = _NAME_RULES["VM" if kind == "VM" else "group"]
-    if not name:
-        raise UsageError(f"the {kind} name is empty", f"use {words}")
-    for char in name:
-        if not allowed.match(char):
-            raise UsageError(f"{name!r}: {char!r} is not allowed in a {kind} name", f"use {words}")
-    if not name[0].isalnum():
-        raise UsageError(f"{name!r}: a {kind} name can't start with {name[0]!r}", "start with a letter or a digit")
-    if kind == "VM" and name[-1] == "-":
-        raise UsageError(f"{name!r}: a VM name can't end with '-'", "end with a letter or a digit")
-    if len(name) > 63:
-        raise UsageError(f"{name!r}: a {kind} name has at most 63 characters, this one has {len(name)}")
-    return name
-
-
-def check_group(name: str) -> str:
-    """A group that clones may be made in."""
-    check_name("group", name)
-    if name.lower() in (TEMPLATES, *RESERVED_GROUPS):
-        raise UsageError(f"{name!r} is reserved and can't be a group of clones", "choose another name")
-    return name
-
-
-class FileOf:
-    """The path of a file in a VM's folder; {} in its name is the VM's name."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __get__(self, vm: VM, owner: object) -> str:
-        return os.path.join(vm.folder, self.name.format(vm.name))
-
-
-class VM:
-    """A VM or a template: its place in the tree, and the name of each of its files, once."""
-
-    __slots__ = ("tree", "group", "type", "name", "folder", "_conf")
-
-    conf_file = FileOf("{}.conf")
-    pid_file = FileOf("{}.pid")
-    log_file = FileOf("{}.log")
-    command_file = FileOf("{}.command")
-    console_log = FileOf("console.log")
-    credentials_file = FileOf("credentials")  # the SMBIOS string that hands keys and hostname to systemd (0600)
-    seed_folder = FileOf("seed")  # what cloud-init in the guest reads (0700: the host key is in it)
-    user_data_file = FileOf("user-data")  # what the user adds to the seed, as it was when the VM was made (0600)
-    host_key = FileOf("ssh_host_ed25519_key")  # made on the host (0600), its public half beside it
-    configured_file = FileOf("configured")  # there once the guest has been configured, over ssh or by its cloud-init
-
-    def __init__(self, tree: Tree, group: str, type: str, name: str, folder: str = "") -> None:
-        self.tree, self.group, self.type, self.name = tree, group, type, name
-        self.folder = folder or os.path.join(tree.base, group, type, name)
-        self._conf: dict[str, str] | None = None
-
-    def __str__(self) -> str:
-        """How messages name it: NAME, or where others are called so GROUP/NAME, or GROUP/TYPE/NAME.
-
-        Each command finds it by that.  The tree is asked, so this is for a message, not for a list of all VMs.
-        """
-        others = [vm for vm in self.tree.find(self.name) if vm.address_name != self.address_name]
-        if any(vm.group == self.group for vm in others):
-            return self.address_name
-        return f"{self.group}/{self.name}" if others else self.name
-
-    @property
-    def base(self) -> str:
-        """vmBaseDir, which its conf names disks relative to."""
-        return self.tree.base
-
-    @property
-    def is_template(self) -> bool:
-        return self.group == TEMPLATES
-
-    @property
-    def is_in_making(self) -> bool:
-        """Whether its folder is not yet where it will be; whoever makes it holds the folder's lock."""
-        return os.path.basename(self.folder).startswith(MAKING)
-
-    @property
-    def function(self) -> str:
-        """GROUP/TYPE, or `templates`: the second column of every list."""
-        return f"{self.group}/{self.type}" if self.type else self.group
-
-    @property
-    def host_name(self) -> str:
-        """What it is called on the network: its name; a '-' stands for what the bash tools allowed and DNS doesn't."""
-        return re.sub(r"[^A-Za-z0-9_-]", "-", self.name)[:63].strip("-") or "vm"
-
-    @property
-    def address_name(self) -> str:
-        """GROUP/TYPE/NAME: says which VM is meant even where names are the same."""
-        return f"{self.function}/{self.name}"
-
-    def file(self, name: str) -> str:
-        return os.path.join(self.folder, name)
-
-    def disk_name(self, number: int, extension: str) -> str:
-        return f"{self.name}_{number}.{extension}"
-
-    def relative(self, name: str) -> str:
-        """A file of this VM, relative to vmBaseDir, as the conf names disks."""
-        return os.path.join(*(part for part in (self.group, self.type, self.name, name) if part))
-
-    def exists(self) -> bool:
-        return os.path.isfile(self.conf_file)
-
-    def is_readable(self) -> bool:
-        """Whether its conf can be used."""
-        try:
-            return bool(self.conf)
-        except Error:
-            return False
-
-    def state(self) -> tuple[str, int]:
-        """("running", pid of qemu), ("stopped", 0) or ("unknown", 0)."""
-        state, pid = lock_holder(self.pid_file)
-        unlocked = foreign_qemus.find(self) if state == "stopped" else None
-        return ("running", unlocked.pid) if unlocked else (state, pid)
-
-    def foreign_qemu(self) -> QemuProcess | None:
-        """The qemu that runs it, where that was started by the bash tools, or by hand; None where nocloud did it."""
-        return foreign_qemus.of(self)
-
-    def is_running(self) -> bool:
-        return self.state()[0] == "running"
-
-    @property
-    def conf(self) -> dict[str, str]:
-        """Its conf, read once.  Raises UsageError where it can't be trusted or understood."""
-        if self._conf is None:
-            self._conf = self._read_conf()
-        return self._conf
-
-    def _read_conf(self) -> dict[str, str]:
-        try:
-            with open(self.conf_file, encoding="utf-8", errors="surrogateescape") as file:
-                reason = untrusted(self.conf_file, os.fstat(file.fileno()))
-                text = file.read(1 << 20)
-        except FileNotFoundError:
-            raise NotFound(f"its conf is gone: {self.conf_file}", vm=self) from None
-        except OSError as error:
-            raise error_from_os(error) from None
-        if reason:
-            raise UsageError(
-                f"{self.conf_file} is not used: {reason}", f"chown it to you, and chmod go-w {self.conf_file}"
-            )
-        values: dict[str, str] = {}
-        for assignment in parse_assignments(text, self.conf_file, ChainMap({"vmBaseDir": self.base}, os.environ)):
-            check_setting(assignment.key, assignment.value, f"{self.conf_file}:{assignment.line}")
-            values[assignment.key] = assignment.value
-        return values
-
-    def get(self, key: str) -> str:
-        """A setting of this VM: what its conf says, else the configuration, else the key's default.
-
-        All code asks here.  The conf of a clone has got the inherited keys of its template when it was made; keys that
-        only confs have are not looked up in the configuration.
-        """
-        setting = SETTING[key]
-        return self.conf.get(key) or (self.tree.config[key] if setting.where == "both" else setting.default)
-
-    def number(self, key: str) -> int:
-        return int(self.get(key))
-
-    def is_set(self, key: str) -> bool:
-        """Whether a yes/no setting is `yes`."""
-        return yes_no(self.get(key)) == "yes"
-
-    def inherited(self) -> dict[str, str]:
-        """What the conf of a clone, or of a template that is made of it, gets of its conf."""
-        return {key: value for key, value in self.conf.items() if value and key in SETTING and SETTING[key].inherited}
-
-    def reread(self) -> None:
-        """Forget what its conf said: another command may have changed it while its lock was waited for."""
-        self._conf = None
-
-    def write_conf(self, changes: Mapping[str, str]) -> None:
-        """Set these keys in its conf; everything else in it, comments too, stays."""
-        try:
-            text = read_text(self.conf_file)
-            mode = os.stat(self.conf_file).st_mode & 0o644  # never wider than it was: old ones hold a password
-        except FileNotFoundError:
-            text, mode = "", 0o644
-        write_file(self.conf_file, update_assignments(text, changes), mode)
-        self._conf = None
-
-    def path(self, disk: str) -> str:
-        """Where a disk that a conf names lies: absolute, relative to vmBaseDir, or to the VM's own folder."""
-        if os.path.isabs(disk):
-            return disk
-        own = self.file(disk)
-        return own if "/" not in disk and os.path.exists(own) else os.path.join(self.base, disk)
-
-    def disks(self) -> list[str]:
-        """The paths of its disks: the system disk, then the others in order."""
-        names = [self.get("vmDisk"), *self.get("vmExtraDisk").split(",")]
-        return [self.path(name.strip()) for name in names if name.strip()]
-
-
-# -- VMs that something else started
-
-
-def process_file(pid: int, name: str) -> str:
-    """A file of /proc/PID; '' where the process has ended or is not ours to look at."""
-    try:
-        return read_text(f"/proc/{pid}/{name}")
-    except OSError:
-        return ""
-
-
-def file_key(path: str) -> tuple[int, int] | None:
-    """What makes two names the same file, whatever links are between; None where there is none."""
-    try:
-        info = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return (info.st_dev, info.st_ino) if stat.S_ISREG(info.st_mode) else None
-
-
-def suboptions(text: str) -> dict[str, str]:
-    """The `key=value` pairs of a qemu option; a doubled comma belongs to the value."""
-    parts = text.replace(",,", "\0").split(",")
-    return {key: value for key, _, value in (part.replace("\0", ",").partition("=") for part in parts)}
-
-
-def is_qemu(pid: int) -> bool:
-    """Whether a process is an emulator by its name, which the kernel cuts: no qemu-img that works on a disk."""
-    return process_file(pid, "comm").startswith(("qemu-system", "qemu-kvm", "qemu\n", "kvm\n"))
-
-
-def is_our_qemu(command_line: str) -> bool:
-    """Whether nocloud started it: that shows in its words, whoever's it is."""
-    return ",path=qmp.sock,server=on,wait=off\0" in command_line
-
-
-class QemuProcess:
-    """A running qemu, as its command line and its open files in /proc show it."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self._command_line = process_file(pid, "cmdline")
-        self.words = self._command_line.rstrip("\0").split("\0")
-        self.is_ours = is_our_qemu(self._command_line)
-        self._files: dict[tuple[int, int] | None, bool] = {}
-        try:
-            self.folder = os.readlink(f"/proc/{pid}/cwd")
-        except OSError:
-            self.folder = ""
-
-    def is_alive(self) -> bool:
-        """A pid may be another process's by now, and one that nobody has waited for yet has no words any more."""
-        return process_file(self.pid, "cmdline") == self._command_line != ""
-
-    def values(self, *names: str) -> list[str]:
-        """The values of these options, in their order; qemu takes one dash and two."""
-        return [
-            value for name, value in zip(self.words, self.words[1:]) if name[:1] == "-" and name.lstrip("-") in names
-        ]
-
-    @property
-    def mac(self) -> str:
-        """The address of its network card, or ''."""
-        for options in map(suboptions, self.values("device", "net", "nic", "netdev")):
-            found = options.get("mac") or options.get("macaddr") or ""
-            if re.fullmatch(r"[0-9a-fA-F]{1,2}(:[0-9a-fA-F]{1,2}){5}", found):
-                return ":".join(f"{int(each, 16):02x}" for each in found.split(":"))
-        return ""
-
-    def _open_files(self) -> dict[tuple[int, int] | None, bool] | None:
-        """The files that it has open, and whether to write to them; None where we may not look.  Found out once."""
-        folder = f"/proc/{self.pid}/fd"
-        if not self._files:
-            try:
-                names = os.listdir(folder)
-            except OSError:
-                return None
-            for name in names:
-                key = file_key(f"{folder}/{name}")
-                flags = re.search("^flags:.*([0-7])$", process_file(self.pid, f"fdinfo/{name}"), re.M)
-                if key and flags:
-                    writes = int(flags[1]) & os.O_ACCMODE != os.O_RDONLY
-                    self._files[key] = self._files.get(key, False) or writes
-        return self._files
-
-    def runs(self, vm: VM) -> bool:
-        """Whether it writes to a VM's system disk; to a disk that is below its own it doesn't.
-
-        Where we may not look, its words tell; -snapshot writes to another file.
-        """
-        if self.is_ours:
-            return self.folder == vm.folder
-        for disk in vm.disks()[:1]:
-            key, files = file_key(disk), self._open_files()
-            if files is None:
-                return any(name in word for word in self.words for name in (disk, os.path.relpath(disk, vm.base)))
-            named = "-snapshot" in self.words and any(os.path.basename(disk) in word for word in self.words)
-            return key in files and (files[key] or named)
-        return False
-
-
-class ForeignQemus:
-    """The qemus that hold no pidfile: started by the bash tools, or left by who removed the file.
-
-    /proc is read once in a process's life, when a VM of the tree has no locked pidfile.
-    """
-
-    def __init__(self) -> None:
-        self._looked: list[QemuProcess] | None = None
-
-    def find(self, vm: VM) -> QemuProcess | None:
-        """The qemu that runs a VM."""
-        if self._looked is None:
-            pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-            self._looked = [QemuProcess(pid) for pid in pids if is_qemu(pid) and self._may_be_ours(pid)]
-        for process in self._looked:
-            try:
-                if process.runs(vm) and process.is_alive():
-                    return process
-            except Error:
-                continue  # its conf can't be read
-        return None
-
-    def of(self, vm: VM) -> QemuProcess | None:
-        """The qemu that runs a VM, where nocloud didn't start it."""
-        state, pid = lock_holder(vm.pid_file)
-        if state == "unknown" or (state == "running" and os.path.exists(vm.file("qmp.sock"))):
-            return None
-        process = self.find(vm) if state == "stopped" else QemuProcess(pid)
-        return process if process and is_qemu(process.pid) and not process.is_ours else None
-
-    @staticmethod
-    def _may_be_ours(pid: int) -> bool:
-        """Whether it is this user's or root's, whom a conf may belong to as well."""
-        try:
-            return os.stat(f"/proc/{pid}").st_uid in (os.geteuid(), 0)
-        except FileNotFoundError:
-            return False  # it has ended
-
-
-foreign_qemus = ForeignQemus()
-
-
-class Tree:
-    """vmBaseDir: finds what is in it.  Where a VM's conf doesn't say something, `config` does."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.base = base_folder(config)
-        self.managed = ""  # the group whose manager this process is
-
-    def prepare(self) -> None:
-        """Make the tree's folder, or say why that can't be."""
-        try:
-            os.makedirs(self.base, 0o755, exist_ok=True)
-        except OSError as error:
-            raise Error(f"vmBaseDir {self.base}: {error.strerror}", "set vmBaseDir to a folder of yours") from None
-        if not os.access(self.base, os.W_OK | os.X_OK):
-            raise Error(f"vmBaseDir {self.base}: you may not write there", "set vmBaseDir to a folder of yours")
-
-    def lock(self) -> FolderLock:
-        """The lock under which names, MACs and addresses are allotted."""
-        return FolderLock(self.base)
-
-    def groups(self) -> list[str]:
-        return [name for name in _folders(self.base) if name != TEMPLATES]
-
-    def types(self, group: str) -> list[str]:
-        return _folders(os.path.join(self.base, group))
-
-    def vms(self, group: str = "", type: str = "", name: str = "") -> Iterator[VM]:
-        """The VMs of the tree that have a conf, templates last, else by group, type and name.
-
-        `name`, in small letters: only those that are called so, in whatever case.
-        """
-        for each in [group] if group else [*self.groups(), TEMPLATES]:
-            if each == TEMPLATES:
-                if not type:
-                    yield from self.templates(name)
-                continue
-            for kind in [type] if type else self.types(each):
-                for folder in _folders(os.path.join(self.base, each, kind)):
-                    vm = VM(self, each, kind, folder)
-                    if name in ("", folder.lower()) and vm.exists():
-                        yield vm
-
-    def running(self, group: str = "", type: str = "") -> Iterator[VM]:
-        return (vm for vm in self.vms(group, type) if vm.is_running())
-
-    def templates(self, name: str = "") -> Iterator[VM]:
-        for folder in _folders(os.path.join(self.base, TEMPLATES)):
-            vm = self.template(folder)
-            if name in ("", folder.lower()) and vm.exists():
-                yield vm
-
-    def template(self, name: str) -> VM:
-        return VM(self, TEMPLATES, "", name)
-
-    def need_template(self, name: str) -> VM:
-        template = self.template(name)
-        if name not in _folders(os.path.join(self.base, TEMPLATES)) or not template.exists():
-            check_name("template", name)  # one that bash made is called as it is
-            raise no_such("template", name, [each.name for each in self.templates()], TEMPLATES_HINT)
-        return template
-
-    def unfinished(self) -> Iterator[VM]:
-        """VMs that are being made just now, or were when their maker was killed."""
-        for group in [*self.groups(), TEMPLATES]:
-            for type in [""] if group == TEMPLATES else self.types(group):
-                place = os.path.join(self.base, group, type)
-                for entry in _names(place):
-                    if entry.startswith(MAKING):
-                        yield VM(self, group, type, entry[len(MAKING) :], os.path.join(place, entry))
-
-    def find(self, words: str) -> list[VM]:
-        """All VMs that NAME, GROUP/NAME or GROUP/TYPE/NAME can mean; names are compared without case."""
-        parts = words.split("/")
-        if len(parts) > 3 or not all(parts) or any(part in (".", "..") for part in parts):
-            return []
-        group, type = parts[0] if len(parts) > 1 else "", parts[1] if len(parts) == 3 else ""
-        return list(self.vms(group, type, parts[-1].lower()))
-
-    def need(
-        self,
-        words: str,
-        group: str | None = None,
-        type: str | None = None,
-        *,
-        first: Callable[[VM], bool] | None = None,
-        address_of: Callable[[VM], str] | None = None,
-    ) -> VM:
-        """The one VM that a command's words mean.  Every command about a VM asks here, so all go by these rules.
-
-        `words` are NAME, GROUP/NAME or GROUP/TYPE/NAME, compared without case, or the address of a VM that runs, where
-        `address_of` tells that.  `group` and `type`, the options -g and -t, leave out what is elsewhere.  Where several
-        fit, only those count that `first` chooses, if there are any: running ones for what is done to running VMs,
-        templates for what is mostly done to templates.  Without `first` no guess is made: it may be destroyed.
-        Raises NotFound: where none fits with the nearest name, where several do with all their names.
-        """
-        if address_of and re.fullmatch(r"[0-9]+(\.[0-9]+){3}", words):
-            found = [vm for vm in self.running() if address_of(vm) == words]
-        else:
-            found = self.find(words)
-        fit = [vm for vm in found if group in (None, vm.group) and type in (None, vm.type)]
-        if first and len(fit) > 1:
-            fit = [vm for vm in fit if first(vm)] or fit
-        if len(fit) == 1:
-            return fit[0]
-        if fit:
-            names = ", ".join(vm.address_name for vm in fit)
-            raise NotFound(f"{words}: several VMs are called so: {names}", "name the group too: GROUP/NAME")
-        if group == TEMPLATES and not type:
-            raise no_such("template", words, [each.name for each in self.templates()], TEMPLATES_HINT)
-        place = f" in {'/'.join(filter(None, (group, type)))}" if group else f" of type {type}" if type else ""
-        if found:
-            raise NotFound(f"{words}: no such VM{place}", f"did you mean {found[0].address_name}?")
-        raise no_such(f"VM{place}", words, [vm.name for vm in self.vms(group or "", type or "")], VMS_HINT)
-
-    def need_group(self, group: str) -> None:
-        """Raise NotFound, with the nearest name, where the group isn't there."""
-        if not group:
-            raise UsageError("the group name is empty", "vmrunning -a lists the groups")
-        if group != TEMPLATES and group not in self.groups():
-            raise no_such("group", group, self.groups(), VMS_HINT)
-
-    def clones(self, template: VM) -> list[VM]:
-        """The VMs and templates, finished or not, whose disk stands on one in the template's folder, old or new."""
-        folder = os.path.realpath(template.folder)
-        mine = {os.path.realpath(disk) for disk in template.disks()[:1]}
-        found = []
-        for vm in [*self.unfinished(), *self.vms()]:  # in this order: one may be finished between the looks
-            try:
-                if vm.folder != template.folder and (
-                    vm.get("vmTemplate") == template.name
-                    or any(path in mine or os.path.dirname(path) == folder for path in backing_chain(vm.disks()[:1]))
-                ):
-                    found.append(vm)
-            except (Error, OSError):
-                continue  # a conf that can't be read names no template
-        return found
-
-
-VMS_HINT, TEMPLATES_HINT = "vmrunning -a lists them", "vmtemplate --list shows what is there"
-
-
-def no_such(kind: str, name: str, names: Iterable[str], hint: str) -> NotFound:
-    """The error for a name that there isn't; the nearest of `names` is its hint, else `hint`."""
-    near = nearest(name, names)
-    return NotFound(f"{name}: no such {kind}", f"did you mean {near}?" if near else hint)
-
-
-def _names(path: str) -> list[str]:
-    try:
-        return sorted(os.listdir(path))
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return []
-
-
-def _folders(path: str) -> list[str]:
-    """The names of the folders in `path`, sorted, without the hidden ones."""
-    try:
-        with os.scandir(path) as entries:
-            return sorted(entry.name for entry in entries if entry.name[0] != "." and entry.is_dir())
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return []
-
-
-def left_over(tree: Tree, group: str) -> Iterator[str]:
-    """The folders that commands which were killed left half-made or half-removed in a group.
-
-    A folder whose maker is alive is locked by it.
-    """
-    for type in tree.types(group) if group != TEMPLATES else [""]:
-        place = os.path.join(tree.base, group, type)
-        for name in _names(place):
-            folder = os.path.join(place, name)
-            if name.startswith((MAKING, REMOVING)) and not os.path.islink(folder) and not is_locked(folder):
-                yield folder
-
-
-def sweep(tree: Tree, group: str) -> None:
-    """Remove what commands that were killed left of a group.  Call it under the tree's lock."""
-    for folder in left_over(tree, group):
-        remove_tree(folder)
-    if group != tree.managed and manager_of(tree, group)[0] == "stopped":
-        for name in (MANAGER_PID, MANAGER_LOG):
-            remove_file(os.path.join(tree.base, group, name))
-
-
-def manager_of(tree: Tree, group: str) -> tuple[str, int]:
-    """The vmrun that manages a group: ("running", pid), ("stopped", 0) or ("unknown", 0).
-
-    Not for the manager itself: closing the file would give up the lock that it holds on it (fcntl(2)).
-    """
-    return lock_holder(os.path.join(tree.base, group, MANAGER_PID))
-
-
-def remove_tree(folder: str) -> None:
-    """Remove a folder and what is in it; symlinks in it are removed, never followed."""
-    import shutil
-
-    if os.path.islink(folder):
-        raise Error(f"{folder}: is a symlink; it is not removed", "remove it yourself")
-    try:
-        shutil.rmtree(folder)
-    except FileNotFoundError:
-        pass
-
-
-def remove_vm(vm: VM) -> None:
-    """Remove a VM's folder, for who holds its lock: it is no VM any more before the first file is gone."""
-    doomed = os.path.join(os.path.dirname(vm.folder), REMOVING + vm.name)
-    remove_tree(doomed)  # a killed command's
-    os.rename(vm.folder, doomed)
-    remove_tree(doomed)
-
-
-def remove_if_empty(tree: Tree, group: str) -> None:
-    """Remove a group's folder, and those of its types, where nothing is in them."""
-    for type in tree.types(group):
-        remove_empty(os.path.join(tree.base, group, type))
-    remove_empty(os.path.join(tree.base, group))
-
-
-def backing_chain(disks: Sequence[str]) -> list[str]:
-    """The real paths of the files under these qcow2 disks, read from their headers.
-
-    The header holds the backing file's offset and length, big-endian, at bytes 8 and 16
-    (QEMU docs/interop/qcow2.txt).  qemu-img would take 15 ms a file; a tree may have a thousand.
-    """
-    found: list[str] = []
-    for disk in disks:
-        path = os.path.realpath(disk)
-        for _ in range(64):  # a chain that names itself must end too
-            with open(path, "rb") as file:
-                header = file.read(20)
-                if len(header) < 20 or header[:4] != b"QFI\xfb":
-                    break
-                offset, length = struct.unpack_from(">QI", header, 8)
-                if not 0 < length <= 1023 or offset == 0:
-                    break
-                file.seek(offset)
-                name = os.fsdecode(file.read(length))
-            path = os.path.realpath(os.path.join(os.path.dirname(path), name))
-            found.append(path)
-            if not os.path.exists(path):
-                break
-    return found
 
 
 # Programs ############################################################################################
@@ -1719,7 +1214,7 @@ def run(
     return subprocess.CompletedProcess(words, child.returncode, output, errors)
 
 
-def attempt(argv: Sequence[str], timeout: float) -> tuple[int, str]:
+def try_run(argv: Sequence[str], timeout: float) -> tuple[int, str]:
     """(exit status, output) of a program that may fail; (-1, why) where it doesn't end within `timeout` seconds."""
     try:
         done = run(argv, check=False, timeout=timeout)
@@ -1848,7 +1343,7 @@ def user_name() -> str:
         return str(os.geteuid())
 
 
-def own_command(*words: str) -> list[str]:
+def self_argv(*words: str) -> list[str]:
     """The argv that calls this program again, with the same interpreter and the caller's PYTHON* variables unheeded."""
     return [sys.executable or "python3", "-IS", program_path(), *words]
 
@@ -1977,7 +1472,7 @@ def image_info(path: str, format: str = "") -> dict[str, Any]:
     return info
 
 
-def check_foreign_image(path: str, shown: str = "") -> str:
+def foreign_image_format(path: str, shown: str = "") -> str:
     """The format of an image from outside: qcow2 or raw, standing on no other file.  Raises WrongImage otherwise.
 
     An image may name any file of the host as its backing or data file, and a guest would read it.
@@ -2025,6 +1520,72 @@ def disk_format(path: str) -> str:
         return "qcow2" if file.read(4) == b"QFI\xfb" else "raw"
 
 
+def backing_chain(disks: Sequence[str]) -> list[str]:
+    """The real paths of the files under these qcow2 disks, read from their headers.
+
+    The header holds the backing file's offset and length, big-endian, at bytes 8 and 16
+    (QEMU docs/interop/qcow2.txt).  qemu-img would take 15 ms a file; a tree may have a thousand.
+    """
+    found: list[str] = []
+    for disk in disks:
+        path = os.path.realpath(disk)
+        for _ in range(64):  # a chain that names itself must end too
+            with open(path, "rb") as file:
+                header = file.read(20)
+                if len(header) < 20 or header[:4] != b"QFI\xfb":
+                    break
+                offset, length = struct.unpack_from(">QI", header, 8)
+                if not 0 < length <= 1023 or offset == 0:
+                    break
+                file.seek(offset)
+                name = os.fsdecode(file.read(length))
+            path = os.path.realpath(os.path.join(os.path.dirname(path), name))
+            found.append(path)
+            if not os.path.exists(path):
+                break
+    return found
+
+
+def known_formats(vm: VM) -> list[str]:
+    """The format of each disk of a VM: what its conf says, and for disks that it doesn't tell of what they look like
+    now, which its conf says from then on.
+
+    Asked of the disk at each start, a guest with a raw one could write the header of a qcow2 image into it, and read
+    any file of the host from the next start on.
+    """
+    disks, known = vm.disks(), [each for each in vm.get("vmDiskFormat").split(",") if each]
+    if len(known) > len(disks):
+        raise UsageError(
+            f"vmDiskFormat names {plural(len(known), 'format')} for {plural(len(disks), 'disk')}",
+            f"mend it in {vm.conf_file}: as many formats as there are disks in vmDisk and vmExtraDisk",
+            vm=vm,
+        )
+    formats = [*known, *(first_format(vm, disk) for disk in disks[len(known) :])]
+    if formats != known and os.access(vm.folder, os.W_OK):  # a template may be someone else's
+        vm.write_conf({"vmDiskFormat": ",".join(formats)})
+    return formats
+
+
+def first_format(vm: VM, disk: str) -> str:
+    """The format of a disk that came from the bash tools, or was added by hand.
+
+    A header that leads out of the tree may be the guest's own work: whose it is, only the user knows.
+    """
+    format = disk_format(disk)
+    if format == "qcow2":
+        inside = os.path.realpath(vm.base) + os.sep
+        templates = [each for each in vm.tree.templates() if each.is_readable()]
+        theirs = {os.path.realpath(path) for each in templates for path in each.disks()}
+        strays = [path for path in backing_chain([disk]) if not path.startswith(inside) and path not in theirs]
+        if strays or has_data_file(disk):
+            raise WrongImage(
+                f"its disk {disk} needs a file outside the tree: {strays[0] if strays else 'its data file'}",
+                f"the guest may have written that itself; if not, set vmDiskFormat=qcow2 in {vm.conf_file}",
+                vm=vm,
+            )
+    return format
+
+
 def create_overlay(disk: str, backing: str, format: str = "qcow2", gigabytes: int = 0) -> None:
     """A qcow2 overlay, about 200 KB until the guest writes.
 
@@ -2055,7 +1616,7 @@ def is_sound(disk: str) -> bool:
     return run(["qemu-img", "check", "-q", "-f", "qcow2", os.path.abspath(disk)], check=False).returncode in (0, 3)
 
 
-def check_iso(path: str) -> str:
+def checked_iso(path: str) -> str:
     """`path` if it is an ISO 9660 image, all that a BIOS boots from a CD (ECMA-119, 8.4: CD001 in sector 16)."""
     with open(path, "rb") as file:
         file.seek(16 * 2048 + 1)
@@ -2124,43 +1685,760 @@ def converted_size(source: str, format: str) -> int:
     return int(json.loads(answer.stdout)["required"])
 
 
-def free_bytes(path: str) -> int:
-    info = os.statvfs(path)
-    return info.f_bavail * info.f_frsize
-
-
-def file_digest(path: str, algorithm: str = "sha256") -> str:
-    """The checksum of a file, in hexadecimal, read in pieces of 1 MB."""
-    import hashlib
-
-    digest = hashlib.new(algorithm)
-    with open(path, "rb") as file:
-        for piece in iter(lambda: file.read(MIB), b""):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-# qemu's command line #################################################################################
+# QMP #################################################################################################
 #
-# Pure: settings and descriptors in, list of words out.  Every device has a PCI address of its own, so that
-# one disk more renames no network card in the guest.
+# A blocking client with a deadline (QEMU docs/interop/qmp-spec.rst).  Replies are matched by id; events
+# that come before a reply are kept.
 
-# The slot of each device on PCI bus 0; whoever is in one stays there, or a guest's network card gets another name.
-# 0x00 and 0x1f are the chipset's; 0x01 is free with q35, but pc has its ISA bridge and IDE there.  So a device for both
-# takes its slot from the disks, from their end, where MAX_DISKS ends too; a device for q35 alone may take 0x01.
-PCI_SLOTS = {
-    "vga": 0x02,
-    "nic": 0x03,
-    **{f"disk{number}": 0x04 + number for number in range(23)},
-    "seed": 0x1B,
-    "usb": 0x1C,
-    "rng": 0x1D,
-    "balloon": 0x1E,
+
+class QMP:
+    """A connection to a VM's qmp.sock, or the QMP socket of that name in a folder, or to `connection`; with a deadline.
+
+    Raises QMPClosed where qemu ended, TimedOut at the deadline, QMPError for what the server refuses.
+    """
+
+    def __init__(
+        self, folder: str, seconds: float = 5.0, name: str = "qmp.sock", connection: socket.socket | None = None
+    ) -> None:
+        self.events: list[dict[str, Any]] = []
+        self._serial = 0
+        self._buffer = b""
+        self._deadline = time.monotonic() + seconds
+        self._socket = connection or connect_unix(folder, name, seconds)
+        try:
+            self._greet()
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def _greet(self) -> None:
+        """What comes before the first command."""
+        self._next()
+        self.execute("qmp_capabilities")
+
+    def execute(self, command: str, **arguments: Any) -> Any:
+        """What the command returns."""
+        import json
+
+        self._serial += 1
+        request = {"execute": command, "id": self._serial, **({"arguments": arguments} if arguments else {})}
+        self._send(json.dumps(request).encode() + b"\n")
+        while True:
+            message = self._next()
+            if message.get("id") == self._serial:
+                if "error" in message:
+                    raise QMPError(f"qemu: {command}: {message['error'].get('desc', 'refused')}")
+                return message.get("return")
+            if "event" in message:
+                self.events.append(message)
+
+    def monitor(self, line: str) -> str:
+        """What the monitor for humans answers."""
+        return str(self.execute("human-monitor-command", **{"command-line": line}))
+
+    def allow(self, seconds: float) -> None:
+        """Set the deadline anew, for a command that may take long."""
+        self._deadline = time.monotonic() + seconds
+
+    def _next(self) -> dict[str, Any]:
+        while b"\n" not in self._buffer:
+            self._receive()
+        line, self._buffer = self._buffer.split(b"\n", 1)
+        return parse_qmp(line)
+
+    def _send(self, data: bytes) -> None:
+        try:
+            self._socket.sendall(data)
+        except OSError:
+            raise QMPClosed("qemu closed its control socket") from None
+
+    def _receive(self) -> None:
+        """Add what comes next to the buffer."""
+        import socket as sockets
+
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimedOut("qemu: no answer on its control socket")
+        self._socket.settimeout(left)
+        try:
+            piece = self._socket.recv(65536)
+        except sockets.timeout:  # TimeoutError itself only since Python 3.10
+            return
+        except OSError:
+            piece = b""
+        if not piece:
+            raise QMPClosed("qemu closed its control socket")
+        self._buffer += piece
+        if len(self._buffer) > 16 * MIB:
+            raise QMPError("qemu: an answer without an end")
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def __enter__(self) -> QMP:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def connect_unix(folder: str, name: str, seconds: float) -> socket.socket:
+    """Connect to a socket in a folder whose path may be longer than the 107 bytes that sun_path holds."""
+    import socket as sockets
+
+    place = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    connection = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM)
+    try:
+        connection.settimeout(seconds)
+        connection.connect(f"/proc/self/fd/{place}/{name}")
+        return connection
+    except OSError as error:
+        connection.close()
+        raise QMPClosed(f"{name}: {error.strerror or error}") from None
+    finally:
+        os.close(place)
+
+
+def parse_qmp(line: bytes | str) -> dict[str, Any]:
+    """A QMP message; raises QMPError where it is none."""
+    import json
+
+    try:
+        message = json.loads(line)
+    except ValueError:
+        message = None
+    if not isinstance(message, dict):
+        raise QMPError("qemu: what it said on its control socket is not QMP")
+    return message
+
+
+# VMs that the bash tools started #####################################################################
+#
+# What is only here for trees and VMs that bash made: a qemu without our sockets is found in /proc by the disk that it
+# writes to, and talked to by the monitor that it has.  It can go when nobody has such VMs any more.
+
+
+def file_key(path: str) -> tuple[int, int] | None:
+    """What makes two names the same file, whatever links are between; None where there is none."""
+    try:
+        info = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return (info.st_dev, info.st_ino) if stat.S_ISREG(info.st_mode) else None
+
+
+def suboptions(text: str) -> dict[str, str]:
+    """The `key=value` pairs of a qemu option; a doubled comma belongs to the value."""
+    parts = text.replace(",,", "\0").split(",")
+    return {key: value for key, _, value in (part.replace("\0", ",").partition("=") for part in parts)}
+
+
+def is_qemu(pid: int) -> bool:
+    """Whether a process is an emulator by its name, which the kernel cuts: no qemu-img that works on a disk."""
+    return process_file(pid, "comm").startswith(("qemu-system", "qemu-kvm", "qemu\n", "kvm\n"))
+
+
+class QemuProcess:
+    """A running qemu, as its command line and its open files in /proc show it."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._command_line = process_file(pid, "cmdline")
+        self.words = self._command_line.rstrip("\0").split("\0")
+        self.is_ours = is_our_qemu(self._command_line)
+        self._files: dict[tuple[int, int] | None, bool] = {}
+        try:
+            self.folder = os.readlink(f"/proc/{pid}/cwd")
+        except OSError:
+            self.folder = ""
+
+    def is_alive(self) -> bool:
+        """A pid may be another process's by now, and one that nobody has waited for yet has no words any more."""
+        return process_file(self.pid, "cmdline") == self._command_line != ""
+
+    def values(self, *names: str) -> list[str]:
+        """The values of these options, in their order; qemu takes one dash and two."""
+        return [
+            value for name, value in zip(self.words, self.words[1:]) if name[:1] == "-" and name.lstrip("-") in names
+        ]
+
+    @property
+    def mac(self) -> str:
+        """The address of its network card, or ''."""
+        for options in map(suboptions, self.values("device", "net", "nic", "netdev")):
+            found = options.get("mac") or options.get("macaddr") or ""
+            if re.fullmatch(r"[0-9a-fA-F]{1,2}(:[0-9a-fA-F]{1,2}){5}", found):
+                return ":".join(f"{int(each, 16):02x}" for each in found.split(":"))
+        return ""
+
+    def _open_files(self) -> dict[tuple[int, int] | None, bool] | None:
+        """The files that it has open, and whether to write to them; None where we may not look.  Found out once."""
+        folder = f"/proc/{self.pid}/fd"
+        if not self._files:
+            try:
+                names = os.listdir(folder)
+            except OSError:
+                return None
+            for name in names:
+                key = file_key(f"{folder}/{name}")
+                flags = re.search("^flags:.*([0-7])$", process_file(self.pid, f"fdinfo/{name}"), re.M)
+                if key and flags:
+                    writes = int(flags[1]) & os.O_ACCMODE != os.O_RDONLY
+                    self._files[key] = self._files.get(key, False) or writes
+        return self._files
+
+    def runs(self, vm: VM) -> bool:
+        """Whether it writes to a VM's system disk; to a disk that is below its own it doesn't.
+
+        Where we may not look, its words tell; -snapshot writes to another file.
+        """
+        if self.is_ours:
+            return self.folder == vm.folder
+        for disk in vm.disks()[:1]:
+            key, files = file_key(disk), self._open_files()
+            if files is None:
+                return any(name in word for word in self.words for name in (disk, os.path.relpath(disk, vm.base)))
+            named = "-snapshot" in self.words and any(os.path.basename(disk) in word for word in self.words)
+            return key in files and (files[key] or named)
+        return False
+
+
+class ForeignQemus:
+    """The qemus that hold no pidfile: started by the bash tools, or left by who removed the file.
+
+    /proc is read once in a process's life, when a VM of the tree has no locked pidfile.
+    """
+
+    def __init__(self) -> None:
+        self._looked: list[QemuProcess] | None = None
+
+    def find(self, vm: VM) -> QemuProcess | None:
+        """The qemu that runs a VM."""
+        if self._looked is None:
+            pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+            self._looked = [QemuProcess(pid) for pid in pids if is_qemu(pid) and self._may_be_ours(pid)]
+        for process in self._looked:
+            try:
+                if process.runs(vm) and process.is_alive():
+                    return process
+            except Error:
+                continue  # its conf can't be read
+        return None
+
+    def of(self, vm: VM) -> QemuProcess | None:
+        """The qemu that runs a VM, where nocloud didn't start it."""
+        state, pid = lock_holder(vm.pid_file)
+        if state == "unknown" or (state == "running" and os.path.exists(vm.file("qmp.sock"))):
+            return None
+        process = self.find(vm) if state == "stopped" else QemuProcess(pid)
+        return process if process and is_qemu(process.pid) and not process.is_ours else None
+
+    @staticmethod
+    def _may_be_ours(pid: int) -> bool:
+        """Whether it is this user's or root's, whom a conf may belong to as well."""
+        try:
+            return os.stat(f"/proc/{pid}").st_uid in (os.geteuid(), 0)
+        except FileNotFoundError:
+            return False  # it has ended
+
+
+foreign_qemus = ForeignQemus()
+
+
+class HMP(QMP):
+    """The same over qemu's monitor for humans, as the bash tools opened it, on telnet or on a plain socket.
+
+    It says its version and a prompt.  What is typed comes back with the escape sequences of a line editor
+    (util/readline.c), then the answer, then the prompt again.
+    """
+
+    PROMPT = b"(qemu) "
+    # Telnet's negotiation (RFC 854: IAC, WILL to DONT, option) and a terminal's control sequences
+    NOISE = re.compile(rb"\xff[\xfb-\xfe].|\x1b\[[0-9;]*[A-Za-z]", re.S)
+
+    def _greet(self) -> None:
+        if not self._answer().startswith("QEMU "):
+            raise QMPError("qemu: what answers in its monitor's place is no monitor")
+
+    def execute(self, command: str, **arguments: Any) -> Any:
+        """For commands that QMP calls the same: system_powerdown, quit."""
+        self.monitor(command)
+
+    def monitor(self, line: str) -> str:
+        self._send(line.encode("utf-8", "surrogateescape") + b"\n")
+        return self._answer().partition("\n")[2]
+
+    def _answer(self) -> str:
+        while not self._buffer.endswith(self.PROMPT):
+            self._receive()
+        text, self._buffer = self.NOISE.sub(b"", self._buffer[: -len(self.PROMPT)]), b""
+        return text.decode("utf-8", "replace").replace("\r\n", "\n")
+
+
+def connect_foreign(process: QemuProcess, vm: VM, seconds: float) -> QMP:
+    """A connection to the first of a qemu's monitors that answers."""
+    for kind, address in monitors(process):
+        connection = connect_monitor(process, vm, address, seconds)
+        if connection:
+            return (QMP if kind == "control" else HMP)("", seconds, connection=connection)
+    raise QMPClosed("nocloud didn't start it, and its qemu has no monitor to talk to", vm=vm)
+
+
+def monitors(process: QemuProcess) -> Iterator[tuple[str, dict[str, str]]]:
+    """The monitors in a qemu's words, as (`control` for QMP or `readline`, options of a socket chardev).
+
+    `-monitor telnet:HOST:PORT,server,nowait`, `unix:PATH,server`, `-qmp …` likewise, `-mon chardev=ID,mode=…`.
+    """
+    chardevs = {options.get("id", ""): options for options in map(suboptions, process.values("chardev"))}
+    for kind, names in (("control", ("qmp", "qmp-pretty")), ("readline", ("monitor",))):
+        for options in map(suboptions, process.values(*names)):
+            way, _, rest = next(iter(options)).partition(":")
+            host, _, port = rest.rpartition(":")
+            more = {"unix": {"path": rest}, "telnet": {"host": host, "port": port}, "tcp": {"host": host, "port": port}}
+            yield kind, {**options, **more[way]} if way in more else chardevs.get(rest, {})
+    for options in map(suboptions, process.values("mon")):
+        yield options.get("mode", "readline"), chardevs.get(options.get("chardev") or next(iter(options)), {})
+
+
+def connect_monitor(process: QemuProcess, vm: VM, address: Mapping[str, str], seconds: float) -> socket.socket | None:
+    """A connection to one of them; None where that can't be.
+
+    A port is only taken for qemu's where it listens on this host's loopback, in the network namespace that we are in.
+    """
+    import socket as sockets
+
+    if address.get("server", "off") not in ("", "on"):
+        return None
+    try:
+        if "path" in address:
+            places = [os.path.join(folder, address["path"]) for folder in (process.folder or "/", vm.base, vm.folder)]
+            place = next(filter(os.path.exists, places), "")
+            return connect_unix(os.path.dirname(place), os.path.basename(place), seconds) if place else None
+        here = os.path.samefile(f"/proc/{process.pid}/ns/net", "/proc/self/ns/net")
+        if here and address.get("host") in ("", "localhost", "127.0.0.1", "0.0.0.0"):
+            return sockets.create_connection(("127.0.0.1", int(address.get("port", ""))), seconds)
+    except (QMPClosed, OSError, ValueError, OverflowError):
+        pass  # another one, perhaps
+    return None
+
+
+# Names and the VM tree ###############################################################################
+#
+# What things may be called, and where each file of a VM lies.  A VM is a folder; whether it runs is asked
+# of its pidfile each time and stored nowhere.
+
+TEMPLATES = "templates"
+RESERVED_GROUPS = ("all", "ungrouped")  # ansible's own
+MAKING, REMOVING = ".new-", ".del-"  # folders of VMs that aren't there yet, or any more
+MANAGER_PID, MANAGER_LOG = ".vmrun.pid", ".vmrun.log"  # of the vmrun that manages a group, in the group's folder
+
+_NAME_RULES = {
+    "VM": (re.compile(r"[A-Za-z0-9-]"), "letters, digits and '-'"),
+    "group": (re.compile(r"[A-Za-z0-9._-]"), "letters, digits, '.', '_' and '-'"),
 }
-MAX_DISKS = sum(name.startswith("disk") for name in PCI_SLOTS)
-LEGACY_MACHINE = "pc"  # what the bash tools ran, and still run where a conf names no machine
 
-SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
+def checked_name(kind: str, name: str) -> str:
+    """`name` if something new may be called so, else UsageError naming the character.
+
+    A VM's name is a DNS label (RFC 1123); groups, types and templates may have dots and underscores.
+    """
+    allowed, words = _NAME_RULES["VM" if kind == "VM" else "group"]
+    if not name:
+        raise UsageError(f"the {kind} name is empty", f"use {words}")
+    for char in name:
+        if not allowed.match(char):
+            raise UsageError(f"{name!r}: {char!r} is not allowed in a {kind} name", f"use {words}")
+    if not name[0].isalnum():
+        raise UsageError(f"{name!r}: a {kind} name can't start with {name[0]!r}", "start with a letter or a digit")
+    if kind == "VM" and name[-1] == "-":
+        raise UsageError(f"{name!r}: a VM name can't end with '-'", "end with a letter or a digit")
+    if len(name) > 63:
+        raise UsageError(f"{name!r}: a {kind} name has at most 63 characters, this one has {len(name)}")
+    return name
+
+
+def checked_group(name: str) -> str:
+    """A group that clones may be made in."""
+    checked_name("group", name)
+    if name.lower() in (TEMPLATES, *RESERVED_GROUPS):
+        raise UsageError(f"{name!r} is reserved and can't be a group of clones", "choose another name")
+    return name
+
+
+class FileOf:
+    """The path of a file in a VM's folder; {} in its name is the VM's name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, vm: VM, owner: object) -> str:
+        return os.path.join(vm.folder, self.name.format(vm.name))
+
+
+class VM:
+    """A VM or a template: its place in the tree, and the name of each of its files, once."""
+
+    __slots__ = ("tree", "group", "type", "name", "folder", "_conf")
+
+    conf_file = FileOf("{}.conf")
+    pid_file = FileOf("{}.pid")
+    log_file = FileOf("{}.log")
+    command_file = FileOf("{}.command")
+    console_log = FileOf("console.log")
+    credentials_file = FileOf("credentials")  # the SMBIOS string that hands keys and hostname to systemd (0600)
+    seed_folder = FileOf("seed")  # what cloud-init in the guest reads (0700: the host key is in it)
+    user_data_file = FileOf("user-data")  # what the user adds to the seed, as it was when the VM was made (0600)
+    host_key = FileOf("ssh_host_ed25519_key")  # made on the host (0600), its public half beside it
+    configured_file = FileOf("configured")  # there once the guest has been configured, over ssh or by its cloud-init
+
+    def __init__(self, tree: Tree, group: str, type: str, name: str, folder: str = "") -> None:
+        self.tree, self.group, self.type, self.name = tree, group, type, name
+        self.folder = folder or os.path.join(tree.base, group, type, name)
+        self._conf: dict[str, str] | None = None
+
+    def __str__(self) -> str:
+        """How messages name it: NAME, or where others are called so GROUP/NAME, or GROUP/TYPE/NAME.
+
+        Each command finds it by that.  The tree is asked, so this is for a message, not for a list of all VMs.
+        """
+        others = [vm for vm in self.tree.find(self.name) if vm.full_name != self.full_name]
+        if any(vm.group == self.group for vm in others):
+            return self.full_name
+        return f"{self.group}/{self.name}" if others else self.name
+
+    @property
+    def base(self) -> str:
+        """vmBaseDir, which its conf names disks relative to."""
+        return self.tree.base
+
+    @property
+    def is_template(self) -> bool:
+        return self.group == TEMPLATES
+
+    @property
+    def is_in_making(self) -> bool:
+        """Whether its folder is not yet where it will be; whoever makes it holds the folder's lock."""
+        return os.path.basename(self.folder).startswith(MAKING)
+
+    @property
+    def place(self) -> str:
+        """GROUP/TYPE, or `templates`: the second column of every list."""
+        return f"{self.group}/{self.type}" if self.type else self.group
+
+    @property
+    def host_name(self) -> str:
+        """What it is called on the network: its name; a '-' stands for what the bash tools allowed and DNS doesn't."""
+        return re.sub(r"[^A-Za-z0-9_-]", "-", self.name)[:63].strip("-") or "vm"
+
+    @property
+    def full_name(self) -> str:
+        """GROUP/TYPE/NAME: says which VM is meant even where names are the same."""
+        return f"{self.place}/{self.name}"
+
+    def file(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def disk_name(self, number: int, extension: str) -> str:
+        return f"{self.name}_{number}.{extension}"
+
+    def relative(self, name: str) -> str:
+        """A file of this VM, relative to vmBaseDir, as the conf names disks."""
+        return os.path.join(*(part for part in (self.group, self.type, self.name, name) if part))
+
+    def exists(self) -> bool:
+        return os.path.isfile(self.conf_file)
+
+    def is_readable(self) -> bool:
+        """Whether its conf can be used."""
+        try:
+            return bool(self.conf)
+        except Error:
+            return False
+
+    def state(self) -> tuple[str, int]:
+        """("running", pid of qemu), ("stopped", 0) or ("unknown", 0)."""
+        state, pid = lock_holder(self.pid_file)
+        unlocked = foreign_qemus.find(self) if state == "stopped" else None
+        return ("running", unlocked.pid) if unlocked else (state, pid)
+
+    def foreign_qemu(self) -> QemuProcess | None:
+        """The qemu that runs it, where that was started by the bash tools, or by hand; None where nocloud did it."""
+        return foreign_qemus.of(self)
+
+    def is_running(self) -> bool:
+        return self.state()[0] == "running"
+
+    @property
+    def conf(self) -> dict[str, str]:
+        """Its conf, read once.  Raises UsageError where it can't be trusted or understood."""
+        if self._conf is None:
+            self._conf = self._read_conf()
+        return self._conf
+
+    def _read_conf(self) -> dict[str, str]:
+        try:
+            with open(self.conf_file, encoding="utf-8", errors="surrogateescape") as file:
+                reason = untrusted(self.conf_file, os.fstat(file.fileno()))
+                text = file.read(1 << 20)
+        except FileNotFoundError:
+            raise NotFound(f"its conf is gone: {self.conf_file}", vm=self) from None
+        except OSError as error:
+            raise error_from_os(error) from None
+        if reason:
+            raise UsageError(
+                f"{self.conf_file} is not used: {reason}", f"chown it to you, and chmod go-w {self.conf_file}"
+            )
+        values: dict[str, str] = {}
+        for assignment in parse_assignments(text, self.conf_file, ChainMap({"vmBaseDir": self.base}, os.environ)):
+            check_setting(assignment.key, assignment.value, f"{self.conf_file}:{assignment.line}")
+            values[assignment.key] = assignment.value
+        return values
+
+    def get(self, key: str) -> str:
+        """A setting of this VM: what its conf says, else the configuration, else the key's default.
+
+        All code asks here.  The conf of a clone has got the inherited keys of its template when it was made; keys that
+        only confs have are not looked up in the configuration.
+        """
+        setting = SETTING[key]
+        return self.conf.get(key) or (self.tree.config[key] if setting.where == "both" else setting.default)
+
+    def number(self, key: str) -> int:
+        return int(self.get(key))
+
+    def is_set(self, key: str) -> bool:
+        """Whether a yes/no setting is `yes`."""
+        return yes_no(self.get(key)) == "yes"
+
+    def inherited(self) -> dict[str, str]:
+        """What the conf of a clone, or of a template that is made of it, gets of its conf."""
+        return {key: value for key, value in self.conf.items() if value and key in SETTING and SETTING[key].inherited}
+
+    def reread(self) -> None:
+        """Forget what its conf said: another command may have changed it while its lock was waited for."""
+        self._conf = None
+
+    def write_conf(self, changes: Mapping[str, str]) -> None:
+        """Set these keys in its conf; everything else in it, comments too, stays."""
+        try:
+            text = read_text(self.conf_file)
+            mode = os.stat(self.conf_file).st_mode & 0o644  # never wider than it was: old ones hold a password
+        except FileNotFoundError:
+            text, mode = "", 0o644
+        write_file(self.conf_file, update_assignments(text, changes), mode)
+        self._conf = None
+
+    def path(self, disk: str) -> str:
+        """Where a disk that a conf names lies: absolute, relative to vmBaseDir, or to the VM's own folder."""
+        if os.path.isabs(disk):
+            return disk
+        own = self.file(disk)
+        return own if "/" not in disk and os.path.exists(own) else os.path.join(self.base, disk)
+
+    def disks(self) -> list[str]:
+        """The paths of its disks: the system disk, then the others in order."""
+        names = [self.get("vmDisk"), *self.get("vmExtraDisk").split(",")]
+        return [self.path(name.strip()) for name in names if name.strip()]
+
+
+class Tree:
+    """vmBaseDir: finds what is in it.  Where a VM's conf doesn't say something, `config` does."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.base = base_folder(config)
+        self.managed = ""  # the group whose manager this process is
+
+    def prepare(self) -> None:
+        """Make the tree's folder, or say why that can't be."""
+        try:
+            os.makedirs(self.base, 0o755, exist_ok=True)
+        except OSError as error:
+            raise Error(f"vmBaseDir {self.base}: {error.strerror}", "set vmBaseDir to a folder of yours") from None
+        if not os.access(self.base, os.W_OK | os.X_OK):
+            raise Error(f"vmBaseDir {self.base}: you may not write there", "set vmBaseDir to a folder of yours")
+
+    def lock(self) -> FolderLock:
+        """The lock under which names, MACs and addresses are allotted."""
+        return FolderLock(self.base)
+
+    def groups(self) -> list[str]:
+        return [name for name in folders_in(self.base) if name != TEMPLATES]
+
+    def types(self, group: str) -> list[str]:
+        return folders_in(os.path.join(self.base, group))
+
+    def vms(self, group: str = "", type: str = "", name: str = "") -> Iterator[VM]:
+        """The VMs of the tree that have a conf, templates last, else by group, type and name.
+
+        `name`, in small letters: only those that are called so, in whatever case.
+        """
+        for each in [group] if group else [*self.groups(), TEMPLATES]:
+            if each == TEMPLATES:
+                if not type:
+                    yield from self.templates(name)
+                continue
+            for kind in [type] if type else self.types(each):
+                for folder in folders_in(os.path.join(self.base, each, kind)):
+                    vm = VM(self, each, kind, folder)
+                    if name in ("", folder.lower()) and vm.exists():
+                        yield vm
+
+    def running(self, group: str = "", type: str = "") -> Iterator[VM]:
+        return (vm for vm in self.vms(group, type) if vm.is_running())
+
+    def templates(self, name: str = "") -> Iterator[VM]:
+        for folder in folders_in(os.path.join(self.base, TEMPLATES)):
+            vm = self.template(folder)
+            if name in ("", folder.lower()) and vm.exists():
+                yield vm
+
+    def template(self, name: str) -> VM:
+        return VM(self, TEMPLATES, "", name)
+
+    def need_template(self, name: str) -> VM:
+        template = self.template(name)
+        if name not in folders_in(os.path.join(self.base, TEMPLATES)) or not template.exists():
+            checked_name("template", name)  # one that bash made is called as it is
+            raise no_such("template", name, [each.name for each in self.templates()], TEMPLATES_HINT)
+        return template
+
+    def unfinished(self) -> Iterator[VM]:
+        """VMs that are being made just now, or were when their maker was killed."""
+        for group in [*self.groups(), TEMPLATES]:
+            for type in [""] if group == TEMPLATES else self.types(group):
+                place = os.path.join(self.base, group, type)
+                for entry in names_in(place):
+                    if entry.startswith(MAKING):
+                        yield VM(self, group, type, entry[len(MAKING) :], os.path.join(place, entry))
+
+    def find(self, words: str) -> list[VM]:
+        """All VMs that NAME, GROUP/NAME or GROUP/TYPE/NAME can mean; names are compared without case."""
+        parts = words.split("/")
+        if len(parts) > 3 or not all(parts) or any(part in (".", "..") for part in parts):
+            return []
+        group, type = parts[0] if len(parts) > 1 else "", parts[1] if len(parts) == 3 else ""
+        return list(self.vms(group, type, parts[-1].lower()))
+
+    def need(
+        self,
+        words: str,
+        group: str | None = None,
+        type: str | None = None,
+        *,
+        first: Callable[[VM], bool] | None = None,
+        address_of: Callable[[VM], str] | None = None,
+    ) -> VM:
+        """The one VM that a command's words mean.  Every command about a VM asks here, so all go by these rules.
+
+        `words` are NAME, GROUP/NAME or GROUP/TYPE/NAME, compared without case, or the address of a VM that runs, where
+        `address_of` tells that.  `group` and `type`, the options -g and -t, leave out what is elsewhere.  Where several
+        fit, only those count that `first` chooses, if there are any: running ones for what is done to running VMs,
+        templates for what is mostly done to templates.  Without `first` no guess is made: it may be destroyed.
+        Raises NotFound: where none fits with the nearest name, where several do with all their names.
+        """
+        if address_of and re.fullmatch(r"[0-9]+(\.[0-9]+){3}", words):
+            found = [vm for vm in self.running() if address_of(vm) == words]
+        else:
+            found = self.find(words)
+        fit = [vm for vm in found if group in (None, vm.group) and type in (None, vm.type)]
+        if first and len(fit) > 1:
+            fit = [vm for vm in fit if first(vm)] or fit
+        if len(fit) == 1:
+            return fit[0]
+        if fit:
+            names = ", ".join(vm.full_name for vm in fit)
+            raise NotFound(f"{words}: several VMs are called so: {names}", "name the group too: GROUP/NAME")
+        if group == TEMPLATES and not type:
+            raise no_such("template", words, [each.name for each in self.templates()], TEMPLATES_HINT)
+        place = f" in {'/'.join(filter(None, (group, type)))}" if group else f" of type {type}" if type else ""
+        if found:
+            raise NotFound(f"{words}: no such VM{place}", f"did you mean {found[0].full_name}?")
+        raise no_such(f"VM{place}", words, [vm.name for vm in self.vms(group or "", type or "")], VMS_HINT)
+
+    def need_group(self, group: str) -> None:
+        """Raise NotFound, with the nearest name, where the group isn't there."""
+        if not group:
+            raise UsageError("the group name is empty", "vmrunning -a lists the groups")
+        if group != TEMPLATES and group not in self.groups():
+            raise no_such("group", group, self.groups(), VMS_HINT)
+
+    def clones(self, template: VM) -> list[VM]:
+        """The VMs and templates, finished or not, whose disk stands on one in the template's folder, old or new."""
+        folder = os.path.realpath(template.folder)
+        mine = {os.path.realpath(disk) for disk in template.disks()[:1]}
+        found = []
+        for vm in [*self.unfinished(), *self.vms()]:  # in this order: one may be finished between the looks
+            try:
+                if vm.folder != template.folder and (
+                    vm.get("vmTemplate") == template.name
+                    or any(path in mine or os.path.dirname(path) == folder for path in backing_chain(vm.disks()[:1]))
+                ):
+                    found.append(vm)
+            except (Error, OSError):
+                continue  # a conf that can't be read names no template
+        return found
+
+
+VMS_HINT, TEMPLATES_HINT = "vmrunning -a lists them", "vmtemplate --list shows what is there"
+
+
+def no_such(kind: str, name: str, names: Iterable[str], hint: str) -> NotFound:
+    """The error for a name that there isn't; the nearest of `names` is its hint, else `hint`."""
+    near = nearest(name, names)
+    return NotFound(f"{name}: no such {kind}", f"did you mean {near}?" if near else hint)
+
+
+def left_over(tree: Tree, group: str) -> Iterator[str]:
+    """The folders that commands which were killed left half-made or half-removed in a group.
+
+    A folder whose maker is alive is locked by it.
+    """
+    for type in tree.types(group) if group != TEMPLATES else [""]:
+        place = os.path.join(tree.base, group, type)
+        for name in names_in(place):
+            folder = os.path.join(place, name)
+            if name.startswith((MAKING, REMOVING)) and not os.path.islink(folder) and not is_locked(folder):
+                yield folder
+
+
+def sweep(tree: Tree, group: str) -> None:
+    """Remove what commands that were killed left of a group.  Call it under the tree's lock."""
+    for folder in left_over(tree, group):
+        remove_tree(folder)
+    if group != tree.managed and manager_of(tree, group)[0] == "stopped":
+        for name in (MANAGER_PID, MANAGER_LOG):
+            remove_file(os.path.join(tree.base, group, name))
+
+
+def manager_of(tree: Tree, group: str) -> tuple[str, int]:
+    """The vmrun that manages a group: ("running", pid), ("stopped", 0) or ("unknown", 0).
+
+    Not for the manager itself: closing the file would give up the lock that it holds on it (fcntl(2)).
+    """
+    return lock_holder(os.path.join(tree.base, group, MANAGER_PID))
+
+
+def remove_vm(vm: VM) -> None:
+    """Remove a VM's folder, for who holds its lock: it is no VM any more before the first file is gone."""
+    doomed = os.path.join(os.path.dirname(vm.folder), REMOVING + vm.name)
+    remove_tree(doomed)  # a killed command's
+    os.rename(vm.folder, doomed)
+    remove_tree(doomed)
+
+
+def remove_if_empty(tree: Tree, group: str) -> None:
+    """Remove a group's folder, and those of its types, where nothing is in them."""
+    for type in tree.types(group):
+        remove_empty(os.path.join(tree.base, group, type))
+    remove_empty(os.path.join(tree.base, group))
+
+
+# qemu and its command line ###########################################################################
+#
+# Which qemu there is and what it can do; and, pure, the words that start a VM: settings and descriptors in, list of
+# words out.  Every device has a PCI address of its own, so that one disk more renames no network card in the guest.
 
 
 @record
@@ -2171,6 +2449,49 @@ class Qemu:
     version: str
     machine: str  # the versioned name of its newest q35
     options: frozenset[str]
+
+
+def find_qemu(config: Config) -> str:
+    """The path of the qemu program for this machine; RHEL and kin keep theirs in /usr/libexec."""
+    if config["vmQemu"]:
+        return need_program(config["vmQemu"])
+    name = f"qemu-system-{os.uname().machine}"
+    return find_program(name) or find_program("/usr/libexec/qemu-kvm") or need_program(name)
+
+
+def probe_qemu(config: Config) -> Qemu:
+    """What the binary is and has: its version, the versioned name of its newest q35, the options it was built with."""
+    import json
+
+    path = find_qemu(config)
+    asked = ["qmp_capabilities", "query-version", "query-machines", "query-command-line-options", "quit"]
+    words = "".join(json.dumps({"execute": name, "id": name}) + "\n" for name in asked)
+    argv = [path, "-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-qmp", "stdio"]
+    answer = run(argv, input=words.encode(), merge=False, check=False)
+    try:
+        messages = [parse_qmp(line) for line in answer.stdout.splitlines()]
+        replies = {message.get("id"): message["return"] for message in messages if "return" in message}
+        number = replies["query-version"]["qemu"]
+        release = (number["major"], number["minor"], number["micro"])
+        machine = next((each["name"] for each in replies["query-machines"] if each.get("alias") == "q35"), "q35")
+        options = frozenset(each["option"] for each in replies["query-command-line-options"])
+    except (QMPError, KeyError, TypeError):
+        raise Error(f"{path}: it doesn't answer as qemu does: {last_line(answer.stderr + answer.stdout)}") from None
+    version = ".".join(map(str, release))
+    if release < (6, 2):
+        newest = install_command([os.path.basename(path)])
+        hint = newest or "set vmQemu to a newer one"
+        raise Error(f"{path}: qemu {version} is too old: 6.2 or newer is needed", hint)
+    return Qemu(path, version, machine, options)
+
+
+def connect_qemu(vm: VM, seconds: float = 5.0) -> QMP:
+    """A connection to the qemu of a running VM: our socket in its folder, or a monitor that the bash tools gave it."""
+    foreign = vm.foreign_qemu()
+    return connect_foreign(foreign, vm, seconds) if foreign else QMP(vm.folder, seconds)
+
+
+# -- acceleration
 
 
 def choose_accel(wanted: str) -> tuple[str, str]:
@@ -2255,6 +2576,26 @@ def device_command(path: str, group: str) -> str:
     if is_member and not mend:
         return f"newgrp {group}  # or log in again: {user} was made a member of it since"
     return f"{mend}sudo usermod -aG {group} {user}  # and log in again"
+
+
+# -- the command line
+
+# The slot of each device on PCI bus 0; whoever is in one stays there, or a guest's network card gets another name.
+# 0x00 and 0x1f are the chipset's; 0x01 is free with q35, but pc has its ISA bridge and IDE there.  So a device for both
+# takes its slot from the disks, from their end, where MAX_DISKS ends too; a device for q35 alone may take 0x01.
+PCI_SLOTS = {
+    "vga": 0x02,
+    "nic": 0x03,
+    **{f"disk{number}": 0x04 + number for number in range(23)},
+    "seed": 0x1B,
+    "usb": 0x1C,
+    "rng": 0x1D,
+    "balloon": 0x1E,
+}
+MAX_DISKS = sum(name.startswith("disk") for name in PCI_SLOTS)
+LEGACY_MACHINE = "pc"  # what the bash tools ran, and still run where a conf names no machine
+
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
 def comma(text: str) -> str:
@@ -2503,257 +2844,12 @@ def kernel_args(machine: Machine) -> list[str]:
     return words
 
 
-# QMP #################################################################################################
+# Networks ############################################################################################
 #
-# A blocking client with a deadline (QEMU docs/interop/qmp-spec.rst).  Replies are matched by id; events
-# that come before a reply are kept.
-
-
-class QMP:
-    """A connection to a VM's qmp.sock, or the QMP socket of that name in a folder, or to `connection`; with a deadline.
-
-    Raises QMPClosed where qemu ended, TimedOut at the deadline, QMPError for what the server refuses.
-    """
-
-    def __init__(
-        self, folder: str, seconds: float = 5.0, name: str = "qmp.sock", connection: socket.socket | None = None
-    ) -> None:
-        self.events: list[dict[str, Any]] = []
-        self._serial = 0
-        self._buffer = b""
-        self._deadline = time.monotonic() + seconds
-        self._socket = connection or connect_unix(folder, name, seconds)
-        try:
-            self._greet()
-        except BaseException:
-            self._socket.close()
-            raise
-
-    def _greet(self) -> None:
-        """What comes before the first command."""
-        self._next()
-        self.execute("qmp_capabilities")
-
-    def execute(self, command: str, **arguments: Any) -> Any:
-        """What the command returns."""
-        import json
-
-        self._serial += 1
-        request = {"execute": command, "id": self._serial, **({"arguments": arguments} if arguments else {})}
-        self._send(json.dumps(request).encode() + b"\n")
-        while True:
-            message = self._next()
-            if message.get("id") == self._serial:
-                if "error" in message:
-                    raise QMPError(f"qemu: {command}: {message['error'].get('desc', 'refused')}")
-                return message.get("return")
-            if "event" in message:
-                self.events.append(message)
-
-    def monitor(self, line: str) -> str:
-        """What the monitor for humans answers."""
-        return str(self.execute("human-monitor-command", **{"command-line": line}))
-
-    def allow(self, seconds: float) -> None:
-        """Set the deadline anew, for a command that may take long."""
-        self._deadline = time.monotonic() + seconds
-
-    def _next(self) -> dict[str, Any]:
-        while b"\n" not in self._buffer:
-            self._receive()
-        line, self._buffer = self._buffer.split(b"\n", 1)
-        return parse_qmp(line)
-
-    def _send(self, data: bytes) -> None:
-        try:
-            self._socket.sendall(data)
-        except OSError:
-            raise QMPClosed("qemu closed its control socket") from None
-
-    def _receive(self) -> None:
-        """Add what comes next to the buffer."""
-        import socket as sockets
-
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimedOut("qemu: no answer on its control socket")
-        self._socket.settimeout(left)
-        try:
-            piece = self._socket.recv(65536)
-        except sockets.timeout:  # TimeoutError itself only since Python 3.10
-            return
-        except OSError:
-            piece = b""
-        if not piece:
-            raise QMPClosed("qemu closed its control socket")
-        self._buffer += piece
-        if len(self._buffer) > 16 * MIB:
-            raise QMPError("qemu: an answer without an end")
-
-    def close(self) -> None:
-        self._socket.close()
-
-    def __enter__(self) -> QMP:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-
-class HMP(QMP):
-    """The same over qemu's monitor for humans, as the bash tools opened it, on telnet or on a plain socket.
-
-    It says its version and a prompt.  What is typed comes back with the escape sequences of a line editor
-    (util/readline.c), then the answer, then the prompt again.
-    """
-
-    PROMPT = b"(qemu) "
-    # Telnet's negotiation (RFC 854: IAC, WILL to DONT, option) and a terminal's control sequences
-    NOISE = re.compile(rb"\xff[\xfb-\xfe].|\x1b\[[0-9;]*[A-Za-z]", re.S)
-
-    def _greet(self) -> None:
-        if not self._answer().startswith("QEMU "):
-            raise QMPError("qemu: what answers in its monitor's place is no monitor")
-
-    def execute(self, command: str, **arguments: Any) -> Any:
-        """For commands that QMP calls the same: system_powerdown, quit."""
-        self.monitor(command)
-
-    def monitor(self, line: str) -> str:
-        self._send(line.encode("utf-8", "surrogateescape") + b"\n")
-        return self._answer().partition("\n")[2]
-
-    def _answer(self) -> str:
-        while not self._buffer.endswith(self.PROMPT):
-            self._receive()
-        text, self._buffer = self.NOISE.sub(b"", self._buffer[: -len(self.PROMPT)]), b""
-        return text.decode("utf-8", "replace").replace("\r\n", "\n")
-
-
-def connect_qemu(vm: VM, seconds: float = 5.0) -> QMP:
-    """A connection to the qemu of a running VM: our socket in its folder, or a monitor that the bash tools gave it."""
-    foreign = vm.foreign_qemu()
-    return connect_foreign(foreign, vm, seconds) if foreign else QMP(vm.folder, seconds)
-
-
-def connect_foreign(process: QemuProcess, vm: VM, seconds: float) -> QMP:
-    """A connection to the first of a qemu's monitors that answers."""
-    for kind, address in monitors(process):
-        connection = connect_monitor(process, vm, address, seconds)
-        if connection:
-            return (QMP if kind == "control" else HMP)("", seconds, connection=connection)
-    raise QMPClosed("nocloud didn't start it, and its qemu has no monitor to talk to", vm=vm)
-
-
-def monitors(process: QemuProcess) -> Iterator[tuple[str, dict[str, str]]]:
-    """The monitors in a qemu's words, as (`control` for QMP or `readline`, options of a socket chardev).
-
-    `-monitor telnet:HOST:PORT,server,nowait`, `unix:PATH,server`, `-qmp …` likewise, `-mon chardev=ID,mode=…`.
-    """
-    chardevs = {options.get("id", ""): options for options in map(suboptions, process.values("chardev"))}
-    for kind, names in (("control", ("qmp", "qmp-pretty")), ("readline", ("monitor",))):
-        for options in map(suboptions, process.values(*names)):
-            way, _, rest = next(iter(options)).partition(":")
-            host, _, port = rest.rpartition(":")
-            more = {"unix": {"path": rest}, "telnet": {"host": host, "port": port}, "tcp": {"host": host, "port": port}}
-            yield kind, {**options, **more[way]} if way in more else chardevs.get(rest, {})
-    for options in map(suboptions, process.values("mon")):
-        yield options.get("mode", "readline"), chardevs.get(options.get("chardev") or next(iter(options)), {})
-
-
-def connect_monitor(process: QemuProcess, vm: VM, address: Mapping[str, str], seconds: float) -> socket.socket | None:
-    """A connection to one of them; None where that can't be.
-
-    A port is only taken for qemu's where it listens on this host's loopback, in the network namespace that we are in.
-    """
-    import socket as sockets
-
-    if address.get("server", "off") not in ("", "on"):
-        return None
-    try:
-        if "path" in address:
-            places = [os.path.join(folder, address["path"]) for folder in (process.folder or "/", vm.base, vm.folder)]
-            place = next(filter(os.path.exists, places), "")
-            return connect_unix(os.path.dirname(place), os.path.basename(place), seconds) if place else None
-        here = os.path.samefile(f"/proc/{process.pid}/ns/net", "/proc/self/ns/net")
-        if here and address.get("host") in ("", "localhost", "127.0.0.1", "0.0.0.0"):
-            return sockets.create_connection(("127.0.0.1", int(address.get("port", ""))), seconds)
-    except (QMPClosed, OSError, ValueError, OverflowError):
-        pass  # another one, perhaps
-    return None
-
-
-def connect_unix(folder: str, name: str, seconds: float) -> socket.socket:
-    """Connect to a socket in a folder whose path may be longer than the 107 bytes that sun_path holds."""
-    import socket as sockets
-
-    place = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    connection = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM)
-    try:
-        connection.settimeout(seconds)
-        connection.connect(f"/proc/self/fd/{place}/{name}")
-        return connection
-    except OSError as error:
-        connection.close()
-        raise QMPClosed(f"{name}: {error.strerror or error}") from None
-    finally:
-        os.close(place)
-
-
-def parse_qmp(line: bytes | str) -> dict[str, Any]:
-    """A QMP message; raises QMPError where it is none."""
-    import json
-
-    try:
-        message = json.loads(line)
-    except ValueError:
-        message = None
-    if not isinstance(message, dict):
-        raise QMPError("qemu: what it said on its control socket is not QMP")
-    return message
-
-
-def find_qemu(config: Config) -> str:
-    """The path of the qemu program for this machine; RHEL and kin keep theirs in /usr/libexec."""
-    if config["vmQemu"]:
-        return need_program(config["vmQemu"])
-    name = f"qemu-system-{os.uname().machine}"
-    return find_program(name) or find_program("/usr/libexec/qemu-kvm") or need_program(name)
-
-
-def probe_qemu(config: Config) -> Qemu:
-    """What the binary is and has: its version, the versioned name of its newest q35, the options it was built with."""
-    import json
-
-    path = find_qemu(config)
-    asked = ["qmp_capabilities", "query-version", "query-machines", "query-command-line-options", "quit"]
-    words = "".join(json.dumps({"execute": name, "id": name}) + "\n" for name in asked)
-    argv = [path, "-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-qmp", "stdio"]
-    answer = run(argv, input=words.encode(), merge=False, check=False)
-    try:
-        messages = [parse_qmp(line) for line in answer.stdout.splitlines()]
-        replies = {message.get("id"): message["return"] for message in messages if "return" in message}
-        number = replies["query-version"]["qemu"]
-        release = (number["major"], number["minor"], number["micro"])
-        machine = next((each["name"] for each in replies["query-machines"] if each.get("alias") == "q35"), "q35")
-        options = frozenset(each["option"] for each in replies["query-command-line-options"])
-    except (QMPError, KeyError, TypeError):
-        raise Error(f"{path}: it doesn't answer as qemu does: {last_line(answer.stderr + answer.stdout)}") from None
-    version = ".".join(map(str, release))
-    if release < (6, 2):
-        newest = install_command([os.path.basename(path)])
-        hint = newest or "set vmQemu to a newer one"
-        raise Error(f"{path}: qemu {version} is too old: 6.2 or newer is needed", hint)
-    return Qemu(path, version, machine, options)
-
-
-# Network #############################################################################################
-#
-# How VMs reach each other: a private network in namespaces of our own, which needs no root, or the host's
-# bridge.  Both give a VM a tap as an open descriptor, and the commands a way to its ports.
+# What both networks have: a VM gets a tap as an open descriptor, the commands a way to its ports, and dnsmasq a file
+# for each VM that has a name and an address.
 
 DOMAIN = "nocloud"
-BRIDGE = "nocloud"  # the bridge inside the private network
 
 
 class Network:
@@ -2788,7 +2884,7 @@ class Network:
 
     def by_hand(self, tree: Tree) -> list[str]:
         """The words before qemu's own that start it by hand, with the tap as descriptor 3."""
-        return ["env", f"NOCLOUD_vmBaseDir={tree.base}", *own_command("net", "--tap", f"--{self.kind}", "exec")]
+        return ["env", f"NOCLOUD_vmBaseDir={tree.base}", *self_argv("net", "--tap", f"--{self.kind}", "exec")]
 
     def allot(self, taken: set[str], uuid: str) -> str:
         """A free address for the VM, added to `taken`; '' where the network's DHCP server decides."""
@@ -2805,9 +2901,9 @@ class Network:
         """Make the VM's names resolve and its address its own."""
         self.hosts.publish(vm)
 
-    def strangers(self, known: set[str]) -> list[str]:
+    def orphans(self, known: set[str]) -> list[str]:
         """The UUIDs that it has of this tree's VMs though no such VM is known: its folder was removed by hand."""
-        return self.hosts.strangers(known)
+        return self.hosts.orphans(known)
 
     def withdraw(self, uuids: Sequence[str]) -> None:
         """Forget VMs that are gone."""
@@ -2842,6 +2938,270 @@ def vhost_net() -> int:
         return -1
 
 
+def nft_rules(name: str, **defines: str) -> bytes:
+    """nft(8)'s input: `defines`, and a file of etc/.  Raises Error where nocloud.py was copied without that."""
+    rules = packaged(name)
+    if not rules:
+        raise Error(f"etc/{name} is missing: no network's packets are let out without it", "install all of nocloud")
+    return "".join([*(f"define {key} = {value}\n" for key, value in defines.items()), rules]).encode()
+
+
+def write_proc(path: str, value: str) -> None:
+    """Write a sysctl, or another file of /proc, that isn't so already."""
+    if read_text(path).strip() != value:
+        with open(path, "w", encoding="ascii") as file:
+            file.write(value)
+
+
+# -- addresses
+
+
+def ipv4_number(text: str) -> int:
+    return int.from_bytes(map(int, text.split(".")), "big")
+
+
+def ipv4_text(number: int) -> str:
+    return ".".join(map(str, number.to_bytes(4, "big")))
+
+
+def overlap(one: int, length: int, other: int, its_length: int) -> bool:
+    """Whether two IPv4 networks have addresses in common."""
+    return not (one ^ other) >> (32 - min(length, its_length))
+
+
+def ip_json(*words: str) -> list[dict[str, Any]]:
+    """What `ip -json` says (ip(8))."""
+    import json
+
+    answer = json.loads(run(["ip", "-json", "-4", *words]).stdout or "[]")
+    return [each for each in answer if each]
+
+
+def networks_in_use(without: str = "") -> Iterator[tuple[str, int, int]]:
+    """(who, network, prefix length) of each address and route of the host but those of the interface `without`.
+
+    Default routes don't count, nor the two halves of the world that a VPN has instead.
+    """
+    for card in ip_json("address"):
+        for each in card.get("addr_info", ()):
+            if card["ifname"] != without:
+                length = each["prefixlen"]
+                network = ipv4_number(each["local"]) >> (32 - length) << (32 - length)
+                yield f"{card['ifname']} has {each['local']}/{length}", network, length
+    for route in ip_json("route", "show", "table", "all"):
+        address, _, length = route["dst"].partition("/")
+        if not is_ipv4(address) or route.get("type") in ("local", "broadcast") or route.get("dev") == without:
+            continue
+        if int(length or 32) > 1 and route.get("protocol") != "kernel":  # the kernel's own is of an address above
+            who = f"there is a route to {route['dst']}" + (f" by {route['dev']}" if "dev" in route else "")
+            yield who, ipv4_number(address), int(length or 32)
+
+
+# -- daemons
+
+
+def daemon_pid(pid_file: str) -> int:
+    """The pid of the daemon that wrote the file, or 0.  It names the file on its command line: a reused pid doesn't."""
+    try:
+        pid = int(read_text(pid_file))
+        words = read_text(f"/proc/{pid}/cmdline").split("\0")
+    except (OSError, ValueError):
+        return 0
+    return pid if any(word.endswith(pid_file) for word in words) else 0
+
+
+def end_process(find: Callable[[], int]) -> None:
+    """End the process whose pid `find` finds, and wait for that.
+
+    `find` is asked again once a pidfd is open, so that no other process is hit.
+    """
+    import signal
+
+    pid = find()
+    if pid:
+        with Process(pid) as process:
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                if find() == pid:
+                    process.signal(number)
+                    process.ended(3.0)
+
+
+def stop_daemon(pid_file: str) -> None:
+    end_process(lambda: daemon_pid(pid_file))
+    remove_file(pid_file)
+
+
+def start_daemon(argv: Sequence[str], fds: Sequence[int]) -> None:
+    """Start a daemon in its foreground form, and return when it is ready.  Raises Error with its own words.
+
+    Ready is the end of its standard error: dnsmasq turns that to /dev/null once it listens, as a daemon does when it
+    leaves the terminal.
+    """
+    mine, its = os.pipe()
+    with open(mine, "rb") as pipe:
+        try:
+            child = spawn(argv, log=its, cwd="/", fds=fds)
+        finally:
+            os.close(its)
+        said = pipe.read().decode("utf-8", "replace")
+    if wait_for(lambda: child.poll() is not None, 0.02, 0.005) and child.returncode:
+        program = argv[argv.index("--") + 1] if "--" in argv else argv[0]  # after nsenter's own words
+        raise Error(f"{os.path.basename(program)}: {last_line(said) or describe_status(child.returncode)}")
+
+
+def dnsmasq_argv(interface: str, hosts: HostFiles, *words: str) -> list[str]:
+    """dnsmasq(8), 2.90, for the VMs of a bridge; `words`: what differs between networks.
+
+    Not -d: in debug mode one idle TCP client of port 53 stops DNS and DHCP for all.
+    """
+    return [
+        "dnsmasq", "--keep-in-foreground", "--quiet-dhcp", "--conf-file=/dev/null", "--no-hosts",
+        f"--interface={interface}", "--except-interface=lo", "--bind-interfaces",
+        f"--domain={DOMAIN}", f"--local=/{DOMAIN}/", "--domain-needed", "--bogus-priv",
+        "--dhcp-authoritative", "--dhcp-rapid-commit", "--no-ping", "--dhcp-ignore-clid",
+        f"--dhcp-hostsdir={hosts.folder_of('dhcp')}", f"--hostsdir={hosts.folder_of('hosts')}", *words,
+    ]  # fmt: skip
+
+
+# -- what dnsmasq knows of the VMs
+
+
+class HostFiles:
+    """The VMs that have names and addresses: a file for DHCP and one for DNS each, named by the VM's UUID.
+
+    They lie in `dhcp/` and `hosts/` of `folder`, where dnsmasq sees a new one at once (inotify).  Where several users
+    share them, a comment says of which tree a VM is, and what others wrote is read with care and left alone.
+    """
+
+    MOST_BYTES = 4096  # of a file: two lines
+
+    def __init__(self, folder: str, tree: str = "") -> None:
+        """`tree`: the folders are shared; the path of this tree."""
+        self.folder, self.tree = folder, tree
+
+    def mark(self) -> str:
+        """The comment that says which tree a file is of: not by its path, which tells others too much."""
+        import hashlib
+
+        name = hashlib.sha256(self.tree.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        return f"# tree {name}\n" if self.tree else ""
+
+    def folder_of(self, kind: str) -> str:
+        return os.path.join(self.folder, kind)
+
+    def prepare(self) -> None:
+        for kind in ("dhcp", "hosts"):
+            make_private_folder(self.folder_of(kind))
+
+    def denied(self) -> str:
+        """The folder of them that this user may not use, or ''."""
+        places = map(self.folder_of, ("dhcp", "hosts"))
+        return next((place for place in places if not os.access(place, os.R_OK | os.W_OK | os.X_OK)), "")
+
+    def publish(self, vm: VM) -> None:
+        """Make the VM's names resolve, and its address its own.  A name that another VM has stays the other's."""
+        if not self.tree:
+            self.prepare()
+        uuid, address = vm.get("vmUuid"), vm.get("vmAddress")
+        name, group = vm.host_name, re.sub(r"[^A-Za-z0-9._-]", "-", vm.group)
+        taken = {word for other, _, words in self._hosts() if other != uuid for word in words[1:]}
+        names = [f"{name}.{group}.{DOMAIN}", f"{name}.{group}"] if not vm.is_template else []
+        names = [each.lower() for each in (*names, f"{name}.{DOMAIN}", name)]
+        names = [each for each in names if each not in taken]
+        self._write_once("hosts", uuid, " ".join([address, *names]) if names else "")
+        lease = "1h" if self.tree else "infinite"  # a private network remembers no leases
+        self._write_once("dhcp", uuid, f"{vm.get('vmMac')},{address},{name},{lease}")
+
+    def reserve(self, uuid: str, address: str) -> None:
+        """Hold an address for a VM that is being made: a comment, which dnsmasq passes over."""
+        self._write_once("dhcp", uuid, f"# {address}")
+
+    def _write_once(self, kind: str, uuid: str, line: str) -> None:
+        """Through a name with a leading dot, which dnsmasq passes over."""
+        path = os.path.join(self.folder_of(kind), uuid)
+        text = f"{line}\n{self.mark()}"
+        if os.path.lexists(path) and self._read(path)[1] == text:
+            return
+        hidden = os.path.join(self.folder_of(kind), "." + uuid)
+        write_file(hidden, text, 0o640 if self.tree else 0o600)
+        os.replace(hidden, path)
+
+    def _files(self, kind: str) -> list[tuple[str, os.stat_result, str]]:
+        """(uuid, whose and how old, text) of each file, the oldest first."""
+        found = []
+        for uuid in names_in(self.folder_of(kind)):
+            try:
+                if uuid[0] != ".":
+                    found.append((uuid, *self._read(os.path.join(self.folder_of(kind), uuid))))
+            except OSError:
+                continue  # gone meanwhile, or none of ours
+        return sorted(found, key=lambda each: (each[1].st_mtime_ns, each[0]))
+
+    def _read(self, path: str) -> tuple[os.stat_result, str]:
+        """(whose and how old, text); a link, a pipe and what isn't small count for nothing.  Raises OSError."""
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            info = os.fstat(fd)
+            small = stat.S_ISREG(info.st_mode) and info.st_size <= self.MOST_BYTES
+            return info, os.read(fd, self.MOST_BYTES).decode("utf-8", "surrogateescape") if small else ""
+        finally:
+            os.close(fd)
+
+    def _hosts(self) -> list[tuple[str, os.stat_result, list[str]]]:
+        """(uuid, whose and how old, address and names) of each VM that has names, the oldest first."""
+        return [(uuid, info, text.partition("\n")[0].split()) for uuid, info, text in self._files("hosts")]
+
+    def orphans(self, known: set[str]) -> list[str]:
+        """The UUIDs that have files here though no such VM is known: its folder was removed by hand."""
+        mark, files = self.mark(), self._files("dhcp")
+        return [uuid for uuid, info, text in files if uuid not in known and mark in text and self._is_mine(info)]
+
+    def _is_mine(self, info: os.stat_result) -> bool:
+        return not self.tree or info.st_uid == os.geteuid()
+
+    def addresses(self) -> set[str]:
+        """The addresses that VMs have: also those whose conf can't be read just now."""
+        return {
+            word for _, _, text in self._files("dhcp") for word in re.split(r"[,\s]", text) if word and is_ipv4(word)
+        }
+
+    def members(self) -> Iterator[tuple[str, str, str]]:
+        """(name, MAC, address) of each VM; the name in full."""
+        names = {uuid: words[1] for uuid, _, words in self._hosts() if len(words) > 1}
+        for uuid, _, text in self._files("dhcp"):
+            words = text.partition("\n")[0].split(",")
+            if len(words) == 4 and is_ipv4(words[1]):
+                yield names.get(uuid, words[2]), words[0].lower(), words[1]
+
+    def withdraw(self, uuids: Sequence[str]) -> bool:
+        """Remove the files of VMs; the next oldest VM of a name gets the bare name.  Whether there were any."""
+        changed = False
+        there = self._hosts() if uuids else []
+        for uuid in uuids:
+            for kind in ("dhcp", "hosts"):
+                path = os.path.join(self.folder_of(kind), uuid)
+                changed = changed or os.path.exists(path)
+                try:
+                    remove_file(path)
+                except PermissionError:
+                    report.warn(f"{path} stays: it is another user's")
+        bares = {words[-1] for uuid, _, words in there if uuid in uuids and len(words) > 1}
+        for uuid, info, words in there:
+            bare = words[1].split(".")[0] if len(words) > 1 else ""
+            if uuid not in uuids and bare in bares:
+                bares.discard(bare)
+                if bare not in words and self._is_mine(info):
+                    self._write_once("hosts", uuid, " ".join([*words, f"{bare}.{DOMAIN}", bare]))
+        return changed
+
+
+# The private network #################################################################################
+#
+# A bridge, dnsmasq and a way out in namespaces of our own, which need no root; one for each VM tree.
+
+BRIDGE = "nocloud"  # the bridge inside the private network
+
+
 # -- namespaces, entered by descriptors
 
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000  # linux/sched.h
@@ -2864,13 +3224,6 @@ def libc_call(name: str, *numbers: int) -> None:
     if getattr(ctypes.CDLL(None, use_errno=True), name)(*numbers):
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")
-
-
-def write_proc(path: str, value: str) -> None:
-    """Write a sysctl, or another file of /proc, that isn't so already."""
-    if read_text(path).strip() != value:
-        with open(path, "w", encoding="ascii") as file:
-            file.write(value)
 
 
 class Namespaces:
@@ -3018,215 +3371,11 @@ def make_tap() -> int:
     return tap
 
 
-# -- daemons of the private network
-
-
-def daemon_pid(pid_file: str) -> int:
-    """The pid of the daemon that wrote the file, or 0.  It names the file on its command line: a reused pid doesn't."""
-    try:
-        pid = int(read_text(pid_file))
-        words = read_text(f"/proc/{pid}/cmdline").split("\0")
-    except (OSError, ValueError):
-        return 0
-    return pid if any(word.endswith(pid_file) for word in words) else 0
-
-
-def end_process(find: Callable[[], int]) -> None:
-    """End the process whose pid `find` finds, and wait for that.
-
-    `find` is asked again once a pidfd is open, so that no other process is hit.
-    """
-    import signal
-
-    pid = find()
-    if pid:
-        with Process(pid) as process:
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                if find() == pid:
-                    process.signal(number)
-                    process.ended(3.0)
-
-
-def stop_daemon(pid_file: str) -> None:
-    end_process(lambda: daemon_pid(pid_file))
-    remove_file(pid_file)
-
-
-def start_daemon(argv: Sequence[str], fds: Sequence[int]) -> None:
-    """Start a daemon in its foreground form, and return when it is ready.  Raises Error with its own words.
-
-    Ready is the end of its standard error: dnsmasq turns that to /dev/null once it listens, as a daemon does when it
-    leaves the terminal.
-    """
-    mine, its = os.pipe()
-    with open(mine, "rb") as pipe:
-        try:
-            child = spawn(argv, log=its, cwd="/", fds=fds)
-        finally:
-            os.close(its)
-        said = pipe.read().decode("utf-8", "replace")
-    if wait_for(lambda: child.poll() is not None, 0.02, 0.005) and child.returncode:
-        program = argv[argv.index("--") + 1] if "--" in argv else argv[0]  # after nsenter's own words
-        raise Error(f"{os.path.basename(program)}: {last_line(said) or describe_status(child.returncode)}")
-
-
-def dnsmasq_argv(interface: str, hosts: HostFiles, *words: str) -> list[str]:
-    """dnsmasq(8), 2.90, for the VMs of a bridge; `words`: what differs between networks.
-
-    Not -d: in debug mode one idle TCP client of port 53 stops DNS and DHCP for all.
-    """
-    return [
-        "dnsmasq", "--keep-in-foreground", "--quiet-dhcp", "--conf-file=/dev/null", "--no-hosts",
-        f"--interface={interface}", "--except-interface=lo", "--bind-interfaces",
-        f"--domain={DOMAIN}", f"--local=/{DOMAIN}/", "--domain-needed", "--bogus-priv",
-        "--dhcp-authoritative", "--dhcp-rapid-commit", "--no-ping", "--dhcp-ignore-clid",
-        f"--dhcp-hostsdir={hosts.place('dhcp')}", f"--hostsdir={hosts.place('hosts')}", *words,
-    ]  # fmt: skip
-
-
-# -- what dnsmasq knows of the VMs
-
-
-class HostFiles:
-    """The VMs that have names and addresses: a file for DHCP and one for DNS each, named by the VM's UUID.
-
-    They lie in `dhcp/` and `hosts/` of `folder`, where dnsmasq sees a new one at once (inotify).  Where several users
-    share them, a comment says of which tree a VM is, and what others wrote is read with care and left alone.
-    """
-
-    MOST_BYTES = 4096  # of a file: two lines
-
-    def __init__(self, folder: str, tree: str = "") -> None:
-        """`tree`: the folders are shared; the path of this tree."""
-        self.folder, self.tree = folder, tree
-
-    def mark(self) -> str:
-        """The comment that says which tree a file is of: not by its path, which tells others too much."""
-        import hashlib
-
-        name = hashlib.sha256(self.tree.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-        return f"# tree {name}\n" if self.tree else ""
-
-    def place(self, kind: str) -> str:
-        return os.path.join(self.folder, kind)
-
-    def prepare(self) -> None:
-        for kind in ("dhcp", "hosts"):
-            make_private_folder(self.place(kind))
-
-    def denied(self) -> str:
-        """The folder of them that this user may not use, or ''."""
-        places = map(self.place, ("dhcp", "hosts"))
-        return next((place for place in places if not os.access(place, os.R_OK | os.W_OK | os.X_OK)), "")
-
-    def publish(self, vm: VM) -> None:
-        """Make the VM's names resolve, and its address its own.  A name that another VM has stays the other's."""
-        if not self.tree:
-            self.prepare()
-        uuid, address = vm.get("vmUuid"), vm.get("vmAddress")
-        name, group = vm.host_name, re.sub(r"[^A-Za-z0-9._-]", "-", vm.group)
-        taken = {word for other, _, words in self._hosts() if other != uuid for word in words[1:]}
-        names = [f"{name}.{group}.{DOMAIN}", f"{name}.{group}"] if not vm.is_template else []
-        names = [each.lower() for each in (*names, f"{name}.{DOMAIN}", name)]
-        names = [each for each in names if each not in taken]
-        self._write_once("hosts", uuid, " ".join([address, *names]) if names else "")
-        lease = "1h" if self.tree else "infinite"  # a private network remembers no leases
-        self._write_once("dhcp", uuid, f"{vm.get('vmMac')},{address},{name},{lease}")
-
-    def reserve(self, uuid: str, address: str) -> None:
-        """Hold an address for a VM that is being made: a comment, which dnsmasq passes over."""
-        self._write_once("dhcp", uuid, f"# {address}")
-
-    def _write_once(self, kind: str, uuid: str, line: str) -> None:
-        """Through a name with a leading dot, which dnsmasq passes over."""
-        path = os.path.join(self.place(kind), uuid)
-        text = f"{line}\n{self.mark()}"
-        if os.path.lexists(path) and self._read(path)[1] == text:
-            return
-        hidden = os.path.join(self.place(kind), "." + uuid)
-        write_file(hidden, text, 0o640 if self.tree else 0o600)
-        os.replace(hidden, path)
-
-    def _files(self, kind: str) -> list[tuple[str, os.stat_result, str]]:
-        """(uuid, whose and how old, text) of each file, the oldest first."""
-        found = []
-        for uuid in _names(self.place(kind)):
-            try:
-                if uuid[0] != ".":
-                    found.append((uuid, *self._read(os.path.join(self.place(kind), uuid))))
-            except OSError:
-                continue  # gone meanwhile, or none of ours
-        return sorted(found, key=lambda each: (each[1].st_mtime_ns, each[0]))
-
-    def _read(self, path: str) -> tuple[os.stat_result, str]:
-        """(whose and how old, text); a link, a pipe and what isn't small count for nothing.  Raises OSError."""
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            info = os.fstat(fd)
-            small = stat.S_ISREG(info.st_mode) and info.st_size <= self.MOST_BYTES
-            return info, os.read(fd, self.MOST_BYTES).decode("utf-8", "surrogateescape") if small else ""
-        finally:
-            os.close(fd)
-
-    def _hosts(self) -> list[tuple[str, os.stat_result, list[str]]]:
-        """(uuid, whose and how old, address and names) of each VM that has names, the oldest first."""
-        return [(uuid, info, text.partition("\n")[0].split()) for uuid, info, text in self._files("hosts")]
-
-    def strangers(self, known: set[str]) -> list[str]:
-        """The UUIDs that have files here though no such VM is known: its folder was removed by hand."""
-        mark, files = self.mark(), self._files("dhcp")
-        return [uuid for uuid, info, text in files if uuid not in known and mark in text and self._is_mine(info)]
-
-    def _is_mine(self, info: os.stat_result) -> bool:
-        return not self.tree or info.st_uid == os.geteuid()
-
-    def addresses(self) -> set[str]:
-        """The addresses that VMs have: also those whose conf can't be read just now."""
-        return {
-            word for _, _, text in self._files("dhcp") for word in re.split(r"[,\s]", text) if word and is_ipv4(word)
-        }
-
-    def members(self) -> Iterator[tuple[str, str, str]]:
-        """(name, MAC, address) of each VM; the name in full."""
-        names = {uuid: words[1] for uuid, _, words in self._hosts() if len(words) > 1}
-        for uuid, _, text in self._files("dhcp"):
-            words = text.partition("\n")[0].split(",")
-            if len(words) == 4 and is_ipv4(words[1]):
-                yield names.get(uuid, words[2]), words[0].lower(), words[1]
-
-    def withdraw(self, uuids: Sequence[str]) -> bool:
-        """Remove the files of VMs; the next oldest VM of a name gets the bare name.  Whether there were any."""
-        changed = False
-        there = self._hosts() if uuids else []
-        for uuid in uuids:
-            for kind in ("dhcp", "hosts"):
-                path = os.path.join(self.place(kind), uuid)
-                changed = changed or os.path.exists(path)
-                try:
-                    remove_file(path)
-                except PermissionError:
-                    report.warn(f"{path} stays: it is another user's")
-        bares = {words[-1] for uuid, _, words in there if uuid in uuids and len(words) > 1}
-        for uuid, info, words in there:
-            bare = words[1].split(".")[0] if len(words) > 1 else ""
-            if uuid not in uuids and bare in bares:
-                bares.discard(bare)
-                if bare not in words and self._is_mine(info):
-                    self._write_once("hosts", uuid, " ".join([*words, f"{bare}.{DOMAIN}", bare]))
-        return changed
-
+# -- the network
 
 # pasta's end inside has addresses that are no one's: the block that RFC 7335 set apart for the inside ends of tunnels.
 # Copied from the host, as pasta does by default, they would hide the host's own network from here.
 OUT_INTERFACE, OUT_ADDRESS, OUT_GATEWAY, OUT_DNS = "out", "192.0.0.2", "192.0.0.1", "192.0.0.3"
-
-
-def nft_rules(name: str, **defines: str) -> bytes:
-    """nft(8)'s input: `defines`, and a file of etc/.  Raises Error where nocloud.py was copied without that."""
-    rules = packaged(name)
-    if not rules:
-        raise Error(f"etc/{name} is missing: no network's packets are let out without it", "install all of nocloud")
-    return "".join([*(f"define {key} = {value}\n" for key, value in defines.items()), rules]).encode()
 
 
 class PrivateNetwork(Network):
@@ -3483,7 +3632,7 @@ class PrivateNetwork(Network):
         """Leave nothing behind where the tree has no VM any more; else the subnet and the names stay."""
         for name in ("dhcp", "hosts"):
             remove_empty(self.file(name))
-        if os.path.isdir(self.folder) and not {"dhcp", "hosts"} & set(_names(self.folder)):
+        if os.path.isdir(self.folder) and not {"dhcp", "hosts"} & set(names_in(self.folder)):
             remove_file(self.file("subnet"))
             remove_empty(self.folder)
 
@@ -3542,7 +3691,7 @@ class PrivateNetwork(Network):
         """ssh runs outside: inside, root's files in ssh_config.d look foreign to it, and the home is root's."""
         import shlex
 
-        words = ["env", f"NOCLOUD_vmBaseDir={self.tree.base}", *own_command("net", "--fdpass", "connect")]
+        words = ["env", f"NOCLOUD_vmBaseDir={self.tree.base}", *self_argv("net", "--fdpass", "connect")]
         way = shlex.join(words).replace("%", "%%")
         return f"{way} %h %p"
 
@@ -3587,7 +3736,7 @@ class PrivateNetwork(Network):
             yield f"{name}: process {pid}" if pid else f"{name}: not running"
         for vm in self._users():
             if vm.is_readable():
-                yield f"{vm.name} {vm.function} {vm.get('vmMac')} {vm.get('vmAddress')}"
+                yield f"{vm.name} {vm.place} {vm.get('vmMac')} {vm.get('vmAddress')}"
 
 
 # What forbids user namespaces, when it has this value, and the value that allows them.
@@ -3625,13 +3774,7 @@ def free_subnet(taken: Sequence[tuple[int, int]]) -> str:
     )
 
 
-def ipv4_number(text: str) -> int:
-    return int.from_bytes(map(int, text.split(".")), "big")
-
-
-def ipv4_text(number: int) -> str:
-    return ".".join(map(str, number.to_bytes(4, "big")))
-
+# -- joining a connection to stdin and stdout
 
 RELAY_BYTES = 256 * 1024
 
@@ -3661,12 +3804,12 @@ def pump(source: Callable[[], bytes], sink: Callable[[bytes], object], finish: C
         finish()
 
 
-def write_all(fd: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(fd, data) :]
+# The host's bridge ###################################################################################
+#
+# What root does to the host for a bridge that all users share, what is undone again, and how a user's VM gets on it.
 
 
-# -- the host's bridge: what is wanted, and what is there
+# -- what is wanted, and what is there
 
 STATE_FOLDER = "/var/lib/nocloud"  # the leases, and the folders in which users publish their VMs
 RUN_FOLDER = "/run/nocloud"  # what `up` switched on; gone with the next boot, as that is
@@ -3699,39 +3842,6 @@ class BridgeSettings:
 
     def holds(self, address: str) -> bool:
         return is_ipv4(address) and bool(address) and overlap(ipv4_number(address), 32, self.network, self.length)
-
-
-def overlap(one: int, length: int, other: int, its_length: int) -> bool:
-    """Whether two IPv4 networks have addresses in common."""
-    return not (one ^ other) >> (32 - min(length, its_length))
-
-
-def ip_json(*words: str) -> list[dict[str, Any]]:
-    """What `ip -json` says (ip(8))."""
-    import json
-
-    answer = json.loads(run(["ip", "-json", "-4", *words]).stdout or "[]")
-    return [each for each in answer if each]
-
-
-def networks_in_use(without: str = "") -> Iterator[tuple[str, int, int]]:
-    """(who, network, prefix length) of each address and route of the host but those of the interface `without`.
-
-    Default routes don't count, nor the two halves of the world that a VPN has instead.
-    """
-    for card in ip_json("address"):
-        for each in card.get("addr_info", ()):
-            if card["ifname"] != without:
-                length = each["prefixlen"]
-                network = ipv4_number(each["local"]) >> (32 - length) << (32 - length)
-                yield f"{card['ifname']} has {each['local']}/{length}", network, length
-    for route in ip_json("route", "show", "table", "all"):
-        address, _, length = route["dst"].partition("/")
-        if not is_ipv4(address) or route.get("type") in ("local", "broadcast") or route.get("dev") == without:
-            continue
-        if int(length or 32) > 1 and route.get("protocol") != "kernel":  # the kernel's own is of an address above
-            who = f"there is a route to {route['dst']}" + (f" by {route['dev']}" if "dev" in route else "")
-            yield who, ipv4_number(address), int(length or 32)
 
 
 def overlapping(settings: BridgeSettings) -> str:
@@ -3796,7 +3906,7 @@ def need_root(what: str) -> None:
 
 
 def has_nft_table(table: str) -> bool:
-    return attempt(["nft", "list", "table", *table.split()], 30)[0] == 0
+    return try_run(["nft", "list", "table", *table.split()], 30)[0] == 0
 
 
 def iptables_programs() -> list[str]:
@@ -3854,7 +3964,7 @@ def close_iptables(program: str) -> None:
 
 
 def ufw_runs() -> bool:
-    return bool(find_program("ufw")) and "Status: active" in attempt(["ufw", "status"], 30)[1]
+    return bool(find_program("ufw")) and "Status: active" in try_run(["ufw", "status"], 30)[1]
 
 
 def close_ufw() -> None:
@@ -3862,7 +3972,7 @@ def close_ufw() -> None:
     import shlex
 
     if find_program("ufw"):
-        for line in attempt(["ufw", "show", "added"], 30)[1].splitlines():
+        for line in try_run(["ufw", "show", "added"], 30)[1].splitlines():
             if line.startswith("ufw ") and line.endswith(f"comment '{MADE_BY_US}'"):
                 rule = shlex.split(line)[1:-2]
                 at = 1 if rule[0] == "route" else 0
@@ -3871,9 +3981,9 @@ def close_ufw() -> None:
 
 def firewalld_zone(interface: str) -> str | None:
     """The zone of firewalld that the interface is in, '' for none; None where firewalld doesn't run."""
-    if not find_program("firewall-cmd") or attempt(["firewall-cmd", "--state"], 30)[0]:
+    if not find_program("firewall-cmd") or try_run(["firewall-cmd", "--state"], 30)[0]:
         return None
-    status, said = attempt(["firewall-cmd", f"--get-zone-of-interface={interface}"], 30)
+    status, said = try_run(["firewall-cmd", f"--get-zone-of-interface={interface}"], 30)
     return said.strip() if status == 0 else ""
 
 
@@ -3909,7 +4019,7 @@ def dropping_chains(interface: str) -> list[str]:
     """
     import json
 
-    status, said = attempt(["nft", "-j", "list", "chains"], 30)
+    status, said = try_run(["nft", "-j", "list", "chains"], 30)
     chains = [each["chain"] for each in json.loads(said)["nftables"] if "chain" in each] if status == 0 else []
     found = [
         f"{each['family']} {each['table']} {each['name']}"
@@ -3920,10 +4030,10 @@ def dropping_chains(interface: str) -> list[str]:
         and each["table"] not in ("filter", "firewalld")
     ]
     accepts = f'iifname "{interface}" accept'
-    return [chain for chain in found if accepts not in attempt(["nft", "list", "chain", *chain.split()], 5)[1]]
+    return [chain for chain in found if accepts not in try_run(["nft", "list", "chain", *chain.split()], 5)[1]]
 
 
-# -- the host's bridge: up and down
+# -- up and down
 
 
 def sysctl_file(interface: str, name: str, family: str = "ipv4") -> str:
@@ -4060,7 +4170,7 @@ class BridgeSetup:
             return
         told = {"dns": self.settings.address, "domain": f"~{DOMAIN}", "dnssec": "no", "dnsovertls": "no"}
         for verb, value in told.items():
-            status, said = attempt(["resolvectl", verb, self.interface, value], 30)
+            status, said = try_run(["resolvectl", verb, self.interface, value], 30)
             if status:
                 report.warn(f"VMs' names don't resolve on this host itself: resolvectl {verb}: {last_line(said)}")
                 return
@@ -4074,7 +4184,7 @@ class BridgeSetup:
         remove_empty(RUN_FOLDER)
 
     def check_unused(self) -> None:
-        ports = _names(f"/sys/class/net/{self.interface}/brif") if bridge_is_ours(self.interface) else []
+        ports = names_in(f"/sys/class/net/{self.interface}/brif") if bridge_is_ours(self.interface) else []
         if ports:
             raise WrongState(
                 f"the bridge {self.interface} is in use: {plural(len(ports), 'VM')} on it ({', '.join(ports[:5])})",
@@ -4164,7 +4274,7 @@ def resolved_runs() -> bool:
     return os.path.exists("/run/systemd/resolve") and bool(find_program("resolvectl"))
 
 
-# -- the bridge's dnsmasq
+# -- its dnsmasq
 
 
 def bound_sockets(kind: str, port: int) -> Iterator[tuple[str, str]]:
@@ -4185,8 +4295,8 @@ def bound_sockets(kind: str, port: int) -> Iterator[tuple[str, str]]:
 
 def owner_of_socket(inode: str) -> int:
     """The pid of a process that has a socket open, or 0: an ordinary user sees only his own processes' sockets."""
-    for pid in filter(str.isdigit, _names("/proc")):
-        for fd in _names(f"/proc/{pid}/fd"):
+    for pid in filter(str.isdigit, names_in("/proc")):
+        for fd in names_in(f"/proc/{pid}/fd"):
             try:
                 if os.readlink(f"/proc/{pid}/fd/{fd}") == f"socket:[{inode}]":
                     return int(pid)
@@ -4239,15 +4349,15 @@ def systemd_runs() -> bool:
 
 def units_installed() -> bool:
     """Whether systemd runs here and knows our units."""
-    return systemd_runs() and attempt(["systemctl", "cat", SYSTEMD_UNITS[0]], 30)[0] == 0
+    return systemd_runs() and try_run(["systemctl", "cat", SYSTEMD_UNITS[0]], 30)[0] == 0
 
 
 def systemctl(verb: str, *units: str) -> None:
     """Raises Error with the unit's own last words."""
-    status, said = attempt(["systemctl", verb, *units], 120)
+    status, said = try_run(["systemctl", verb, *units], 120)
     if status:
         words = [word for unit in units for word in ("--unit", unit)]
-        _, log = attempt(["journalctl", "--no-pager", "--output=cat", "--lines=20", *words], 30)
+        _, log = try_run(["journalctl", "--no-pager", "--output=cat", "--lines=20", *words], 30)
         told = [line for line in log.splitlines() if line.startswith(("nocloud", "dnsmasq"))]
         raise Error(told[-1] if told else last_line(said), f"journalctl -u {units[0]}")
 
@@ -4257,7 +4367,7 @@ def active_groups() -> list[str]:
     if not systemd_runs():
         return []
     states = "--state=active,activating,reloading,deactivating"
-    _, said = attempt(["systemctl", "list-units", "--plain", "--no-legend", states, "nocloud@*.service"], 30)
+    _, said = try_run(["systemctl", "list-units", "--plain", "--no-legend", states, "nocloud@*.service"], 30)
     return re.findall(r"^nocloud@\S+", said, re.M)
 
 
@@ -4266,6 +4376,9 @@ def enabled_groups() -> list[str]:
     import glob
 
     return sorted({os.path.basename(path) for path in glob.glob("/etc/systemd/system/*.wants/nocloud@*.service")})
+
+
+# -- a user's VM on it
 
 
 class HostBridge(Network):
@@ -4305,7 +4418,7 @@ class HostBridge(Network):
         if not self.publishes():
             return ""
         settings = BridgeSettings(self.config)
-        with FolderLock(self.hosts.place("dhcp")):
+        with FolderLock(self.hosts.folder_of("dhcp")):
             taken |= {settings.address, *self.hosts.addresses(), *self.leases().values()}
             for number in range(settings.first, settings.first_dynamic):
                 address = ipv4_text(number)
@@ -4573,7 +4686,7 @@ def user_keys(kind: str = "") -> list[str]:
     """The user's own keys in ~/.ssh: the private ones' paths, or with kind=".pub" all public ones'."""
     folder = os.path.expanduser("~/.ssh")
     if kind:
-        return [os.path.join(folder, name) for name in _names(folder) if name.endswith(kind)]
+        return [os.path.join(folder, name) for name in names_in(folder) if name.endswith(kind)]
     names = ("id_ed25519", "id_ecdsa", "id_ecdsa_sk", "id_ed25519_sk", "id_rsa", "id_dsa")  # ssh's own defaults
     return [path for path in (os.path.join(folder, name) for name in names) if os.path.exists(path)]
 
@@ -4850,114 +4963,9 @@ def takes_host_key(vm: VM) -> bool:
     return is_planted(vm) or takes_seed(vm)
 
 
-# Templates ###########################################################################################
+# Catalogue and downloads #############################################################################
 #
-# Getting and keeping them.  A template is made in a folder of its own (.new-NAME) and renamed in place last.
-
-
-def check_new_template(tree: Tree, name: str) -> None:
-    """Raise where there is a template of that name."""
-    if os.path.lexists(tree.template(check_name("template", name)).folder):
-        raise WrongState(f"{name}: there is such a template already", f"vmtemplate --delete {name}")
-
-
-class NewTemplate:
-    """A template that is being made: `with` leaves a whole template, or nothing.
-
-    `read_only`: its disk is complete; an installer is still to write the disk of one that isn't.
-    """
-
-    def __init__(self, cloud: Cloud, name: str, read_only: bool = True) -> None:
-        self.cloud, self._read_only = cloud, read_only
-        self.final = cloud.tree.template(check_name("template", name))
-        place = os.path.dirname(self.final.folder)
-        self.vm = VM(cloud.tree, TEMPLATES, "", name, os.path.join(place, MAKING + name))
-        self._done = False
-
-    def __enter__(self) -> NewTemplate:
-        tree = self.cloud.tree
-        tree.prepare()
-        os.makedirs(os.path.dirname(self.final.folder), exist_ok=True)
-        with tree.lock():
-            sweep(tree, TEMPLATES)
-            check_new_template(tree, self.final.name)
-            if os.path.lexists(self.vm.folder):
-                raise WrongState("another command is making it just now", vm=self.final)
-            os.mkdir(self.vm.folder, 0o755)
-            self._lock = FolderLock(self.vm.folder, wait=0).__enter__()
-        return self
-
-    @property
-    def disk(self) -> str:
-        """Where its disk is to be made."""
-        return self.vm.file(self.vm.disk_name(0, self.cloud.config["vmDiskExt"]))
-
-    def write_draft(self, settings: Mapping[str, str]) -> None:
-        """A conf that it can be started with where it is being made."""
-        disk = {"vmDisk": os.path.basename(self.disk), "vmDiskFormat": "qcow2"}
-        self.vm.write_conf({"vmName": self.vm.name, **disk, **settings})
-
-    def finish(self, settings: Mapping[str, str]) -> VM:
-        """Write its conf and put it in its place."""
-        name = os.path.basename(self.disk)
-        uuid, _ = new_identity(set())
-        os.chmod(self.disk, 0o444 if self._read_only else 0o644)
-        disk = {"vmDisk": self.final.relative(name), "vmDiskFormat": "qcow2"}
-        conf = {"vmName": self.vm.name, **disk, "vmUuid": uuid, **settings}
-        write_file(self.vm.conf_file, update_assignments("", conf), 0o644)  # nothing stays of a first start
-        os.rename(self.vm.folder, self.final.folder)
-        self._done = True
-        return self.final
-
-    def __exit__(self, *exc: object) -> None:
-        if not self._done:
-            remove_tree(self.vm.folder)
-            remove_empty(os.path.dirname(self.vm.folder))
-        self._lock.release()
-
-
-def template_from_image(cloud: Cloud, name: str, path: str, settings: Mapping[str, str], expected: str = "") -> VM:
-    """A template from a qcow2 or raw image on this machine; its checksum is recorded, and compared with `expected`."""
-    if not os.path.isfile(path):
-        problem = "a folder, not a file" if os.path.isdir(path) else "no such file"
-        raise NotFound(f"{path}: {problem}", "--image takes a qcow2 or raw disk image")
-    with NewTemplate(cloud, name) as new:
-        algorithm = expected.partition(":")[0] or "sha256"
-        checksum = f"{algorithm}:{file_digest(path, algorithm)}"
-        if expected not in ("", checksum):
-            raise Error(f"{path}: its checksum is {checksum}", "it is not the image that the checksum was made of")
-        import_image(new, path)
-        return new.finish({**settings, "vmSource": os.path.abspath(path), "vmChecksum": checksum})
-
-
-def import_image(new: NewTemplate, path: str, shown: str = "") -> None:
-    """Make the disk of a new template from an image of unknown origin, which messages call `shown`."""
-    format = check_foreign_image(path, shown)
-    check_image_room(new, path, format)
-    convert_image(path, format, new.disk)
-
-
-def check_room(place: str, need: int, shown: str = "", what: str = "the image takes {} MB", hint: str = "") -> None:
-    """Raise where a folder, which messages call `shown`, has less than `need` bytes free."""
-    free = free_bytes(place)
-    if need > free:
-        raise Error(f"{shown or place}: {what.format(need // MIB)}, {free // MIB} MB are free", hint)
-
-
-def check_image_room(new: NewTemplate, path: str, format: str) -> None:
-    """Raise where a copy of the image has no room."""
-    check_room(new.vm.folder, converted_size(path, format), new.cloud.tree.base, hint="free some disk space")
-
-
-def template_settings(cloud: Cloud, mem: int, cpu: int, user: str, init: str) -> dict[str, str]:
-    """What a new template's clones start with."""
-    return {
-        "vmMem": str(mem or cloud.config.number("vmMem")),
-        "vmCpu": str(cpu or cloud.config.number("vmCpu")),
-        "vmUser": user or cloud.config["vmUser"],
-        "vmInit": init or "auto",
-        "vmMachine": cloud.qemu().machine,
-    }
+# What can be had by name, and how an image comes: one connection at a time, and nothing that a server says is believed.
 
 
 # -- the catalogue
@@ -5013,7 +5021,7 @@ class Entry:
     """A system that the catalogue names: the values of its lines, checked; '' where it has no such line."""
 
     name: str
-    place: str
+    origin: str
     values: dict[str, str]
 
     def __getitem__(self, key: str) -> str:
@@ -5021,7 +5029,7 @@ class Entry:
 
     def need(self, key: str) -> str:
         if not self[key]:
-            raise UsageError(f"{self.place}: [{self.name}] has no line {key} =")
+            raise UsageError(f"{self.origin}: [{self.name}] has no line {key} =")
         return self[key]
 
     def number(self, key: str) -> int:
@@ -5042,26 +5050,26 @@ class Catalogue:
         section = ""
         for number, raw in enumerate(text.splitlines(), 1):
             line = re.split(r"(?:^|\s)#", raw, maxsplit=1)[0].strip()
-            place = f"{file}:{number}"
+            origin = f"{file}:{number}"
             header = re.fullmatch(r"\[\s*(\S+)\s*\]", line)
             key, equals, value = (part.strip() for part in line.partition("="))
             if header:
-                section = self._open(header.group(1), place)
+                section = self._open(header.group(1), origin)
             elif line and not (section and equals and key):
-                raise UsageError(f"{place}: expected [NAME] or KEY = VALUE, not {line[:60]!r}")
+                raise UsageError(f"{origin}: expected [NAME] or KEY = VALUE, not {line[:60]!r}")
             elif line:
-                self._set(section, key, value, place)
+                self._set(section, key, value, origin)
 
-    def _open(self, section: str, place: str) -> str:
+    def _open(self, section: str, origin: str) -> str:
         if section != MIRRORS:
             try:
-                check_name("template", section)
+                checked_name("template", section)
             except UsageError as error:
-                raise UsageError(f"{place}: {error}", error.hint) from None
-            self.entries.setdefault(section, Entry(section, place, {"kind": "cloud", "arch": "x86_64"}))
+                raise UsageError(f"{origin}: {error}", error.hint) from None
+            self.entries.setdefault(section, Entry(section, origin, {"kind": "cloud", "arch": "x86_64"}))
         return section
 
-    def _set(self, section: str, key: str, value: str, place: str) -> None:
+    def _set(self, section: str, key: str, value: str, origin: str) -> None:
         try:
             if section == MIRRORS:
                 self.mirrors[web_address(key)] = web_address(value)
@@ -5070,9 +5078,9 @@ class Catalogue:
                 self.entries[section].values[key] = value
             else:
                 near = nearest(key, ENTRY_KEYS)
-                self._warn(f"{place}: unknown key {key}" + (f", did you mean {near}?" if near else ""))
+                self._warn(f"{origin}: unknown key {key}" + (f", did you mean {near}?" if near else ""))
         except ValueError as error:
-            raise UsageError(f"{place}: {key} = {value}: expected {error}") from None
+            raise UsageError(f"{origin}: {key} = {value}: expected {error}") from None
 
     def mirrored(self, url: str) -> str:
         """Where to ask for a URL: the mirror of the longest beginning that has one."""
@@ -5082,7 +5090,7 @@ class Catalogue:
         return url
 
     def need(self, name: str) -> Entry:
-        check_name("template", name)
+        checked_name("template", name)
         if name not in self.entries:
             near = nearest(name, self.entries)
             hint = f"did you mean {near}?" if near else "vmtemplate --list --available shows what there is"
@@ -5135,8 +5143,7 @@ def catalogue_help() -> str:
 
 # -- download
 #
-# One connection at a time, and nothing that a server says is believed: lengths are counted, waits are bounded,
-# and only what hashes to the published checksum is used.
+# Lengths are counted, waits are bounded, and only what hashes to the published checksum is used.
 
 PIECE = 256 * 1024
 TRIES = 4  # in a row without getting on
@@ -5400,9 +5407,9 @@ class Transfer:
                 self.done += len(piece)
             self.progress.done += self.done
             self.progress.kept += self.done
-            self.web.patiently(lambda: self._attempt(file, expect), lambda: self.done)
+            self.web.patiently(lambda: self.result_of(file, expect), lambda: self.done)
 
-    def _attempt(self, file: io.FileIO, expect: Callable[[Transfer], object]) -> None:
+    def result_of(self, file: io.FileIO, expect: Callable[[Transfer], object]) -> None:
         try:
             answer = self.web.open(self.url, self.done)
         except Exhausted:
@@ -5540,7 +5547,14 @@ class Unpacker:
             raise Altered("the compressed image ends in the middle")
 
 
-# -- images that came, and templates of them
+# -- images that came
+
+
+def check_room(folder: str, need: int, shown: str = "", what: str = "the image takes {} MB", hint: str = "") -> None:
+    """Raise where a folder, which messages call `shown`, has less than `need` bytes free."""
+    free = free_bytes(folder)
+    if need > free:
+        raise Error(f"{shown or folder}: {what.format(need // MIB)}, {free // MIB} MB are free", hint)
 
 
 class CachedImage:
@@ -5580,7 +5594,7 @@ class CachedImage:
     def _forget(self, useless: Callable[[str], bool]) -> None:
         """Remove those others that are useless, and that no command is at work on."""
         images = os.path.dirname(self.folder)
-        for folder in [os.path.join(images, name) for name in _folders(images)]:
+        for folder in [os.path.join(images, name) for name in folders_in(images)]:
             try:
                 if folder != self.folder and useless(folder):
                     with FolderLock(folder, wait=0):
@@ -5600,11 +5614,11 @@ class CachedImage:
         return True
 
     def clear(self) -> None:
-        for name in _names(self.folder):
+        for name in names_in(self.folder):
             os.unlink(os.path.join(self.folder, name))
 
     def __exit__(self, *exc: object) -> None:
-        for name in _names(self.folder):
+        for name in names_in(self.folder):
             path = os.path.join(self.folder, name)
             if os.path.getsize(path) == 0:
                 os.unlink(path)
@@ -5733,6 +5747,174 @@ def fetch_verified(source: Source, web: Web, tree: Tree, name: str, cached: Cach
                 raise
 
 
+def resolve(catalogue: Catalogue, entry: Entry, web: Web) -> Source:
+    """What an entry means just now: its checksum file is read first, and says which file is the image."""
+    import urllib.parse
+
+    classic = entry["kind"] == "classic"
+    images = [entry.need("base").rstrip("/") + f"/{entry.name}.img"] if classic else entry.need("image").split()
+    if entry["checksum"]:
+        algorithm, _, digest = checksum_text(entry["checksum"]).partition(":")
+        names = []
+    else:
+        algorithm, wanted = entry.need("algorithm"), images[0].rpartition("/")[2]
+        address = catalogue.mirrored(urllib.parse.urljoin(images[0], entry.need("checksums")))
+        listed, digest = read_checksums(web, address, algorithm, wanted)
+        names = [listed] if listed != wanted else []
+    if algorithm == "md5":  # what old servers publish: it shows a damaged download, and no more than that
+        if not classic:
+            raise UsageError(f"{entry.origin}: [{entry.name}]: md5 proves nothing: sha512 or sha256 is needed")
+        report.warn(f"{entry.name}: an md5 checksum shows damage, but not who made the image")
+    if classic:
+        base = catalogue.mirrored(images[0]).rpartition("/")[0]
+        return ClassicSource(base, entry.name, int(entry.need("last")), algorithm, digest)
+    urls = [urllib.parse.urljoin(url, urllib.parse.quote(name)) for name in names for url in images]
+    return Source([catalogue.mirrored(url) for url in [*urls, *(u for u in images if "*" not in u)]], algorithm, digest)
+
+
+def read_checksums(web: Web, url: str, algorithm: str, wanted: str) -> tuple[str, str]:
+    """(name of the image, digest) as a published checksum file gives them."""
+    text = web.text(url)
+    listed = parse_checksums(text, algorithm)
+    if not listed:
+        what = "it is a web page" if text.lstrip().startswith("<") else f"it holds no {algorithm} checksums"
+        raise WebError(f"{url}: not the checksum file that was expected: {what}")
+    try:
+        return choose_listed(listed, wanted)
+    except ValueError as error:
+        raise WebError(f"{url}: the checksum file {error} {wanted}", "the catalogue is older than the server") from None
+
+
+def publishers_key(entry: Entry) -> tuple[str, str]:
+    """(path, public half) of the private ssh key that a classic entry names: it opens the image at its first start.
+
+    Raises Error where it can't be used, before anything is downloaded.
+    """
+    file = entry.origin.rpartition(":")[0]
+    path = os.path.join(os.path.dirname(os.path.abspath(file)), os.path.expanduser(entry["key"]))
+    if not os.path.isfile(path):
+        raise NotFound(f"{entry.name}: the key of its publisher isn't there: {path}", f"see {entry.origin}")
+    try:
+        return path, run(["ssh-keygen", "-y", "-P", "", "-f", path]).stdout.split()[1]
+    except CommandFailed as failed:
+        lines = [line for line in failed.output.splitlines() if "ermissions" in line]
+        reason = lines[0] if lines else last_line(failed.output)
+        raise Error(f"{path}: ssh can't use this key: {reason}", "chmod 600 it; it must have no passphrase") from None
+
+
+def published_conf(web: Web, source: ClassicSource) -> dict[str, str]:
+    """Memory and processors as BASE/NAME.conf gives them; nothing else in it is heeded."""
+    url, found = f"{source.base}/{source.name}.conf", {}
+    for assignment in parse_assignments(web.text(url)[: 64 * 1024], url, {}):
+        if assignment.key in ("vmMem", "vmCpu"):
+            check_setting(assignment.key, assignment.value, f"{url}:{assignment.line}")
+            found[assignment.key] = assignment.value
+    return found
+
+
+# Templates ###########################################################################################
+#
+# A template is made in a folder of its own (.new-NAME) and renamed in place last.
+
+
+def check_new_template(tree: Tree, name: str) -> None:
+    """Raise where there is a template of that name."""
+    if os.path.lexists(tree.template(checked_name("template", name)).folder):
+        raise WrongState(f"{name}: there is such a template already", f"vmtemplate --delete {name}")
+
+
+class NewTemplate:
+    """A template that is being made: `with` leaves a whole template, or nothing.
+
+    `read_only`: its disk is complete; an installer is still to write the disk of one that isn't.
+    """
+
+    def __init__(self, cloud: Cloud, name: str, read_only: bool = True) -> None:
+        self.cloud, self._read_only = cloud, read_only
+        self.final = cloud.tree.template(checked_name("template", name))
+        place = os.path.dirname(self.final.folder)
+        self.vm = VM(cloud.tree, TEMPLATES, "", name, os.path.join(place, MAKING + name))
+        self._done = False
+
+    def __enter__(self) -> NewTemplate:
+        tree = self.cloud.tree
+        tree.prepare()
+        os.makedirs(os.path.dirname(self.final.folder), exist_ok=True)
+        with tree.lock():
+            sweep(tree, TEMPLATES)
+            check_new_template(tree, self.final.name)
+            if os.path.lexists(self.vm.folder):
+                raise WrongState("another command is making it just now", vm=self.final)
+            os.mkdir(self.vm.folder, 0o755)
+            self._lock = FolderLock(self.vm.folder, wait=0).__enter__()
+        return self
+
+    @property
+    def disk(self) -> str:
+        """Where its disk is to be made."""
+        return self.vm.file(self.vm.disk_name(0, self.cloud.config["vmDiskExt"]))
+
+    def write_draft(self, settings: Mapping[str, str]) -> None:
+        """A conf that it can be started with where it is being made."""
+        disk = {"vmDisk": os.path.basename(self.disk), "vmDiskFormat": "qcow2"}
+        self.vm.write_conf({"vmName": self.vm.name, **disk, **settings})
+
+    def finish(self, settings: Mapping[str, str]) -> VM:
+        """Write its conf and put it in its place."""
+        name = os.path.basename(self.disk)
+        uuid, _ = new_identity(set())
+        os.chmod(self.disk, 0o444 if self._read_only else 0o644)
+        disk = {"vmDisk": self.final.relative(name), "vmDiskFormat": "qcow2"}
+        conf = {"vmName": self.vm.name, **disk, "vmUuid": uuid, **settings}
+        write_file(self.vm.conf_file, update_assignments("", conf), 0o644)  # nothing stays of a first start
+        os.rename(self.vm.folder, self.final.folder)
+        self._done = True
+        return self.final
+
+    def __exit__(self, *exc: object) -> None:
+        if not self._done:
+            remove_tree(self.vm.folder)
+            remove_empty(os.path.dirname(self.vm.folder))
+        self._lock.release()
+
+
+def check_image_room(new: NewTemplate, path: str, format: str) -> None:
+    """Raise where a copy of the image has no room."""
+    check_room(new.vm.folder, converted_size(path, format), new.cloud.tree.base, hint="free some disk space")
+
+
+def import_image(new: NewTemplate, path: str, shown: str = "") -> None:
+    """Make the disk of a new template from an image of unknown origin, which messages call `shown`."""
+    format = foreign_image_format(path, shown)
+    check_image_room(new, path, format)
+    convert_image(path, format, new.disk)
+
+
+def template_settings(cloud: Cloud, mem: int, cpu: int, user: str, init: str) -> dict[str, str]:
+    """What a new template's clones start with."""
+    return {
+        "vmMem": str(mem or cloud.config.number("vmMem")),
+        "vmCpu": str(cpu or cloud.config.number("vmCpu")),
+        "vmUser": user or cloud.config["vmUser"],
+        "vmInit": init or "auto",
+        "vmMachine": cloud.qemu().machine,
+    }
+
+
+def template_from_image(cloud: Cloud, name: str, path: str, settings: Mapping[str, str], expected: str = "") -> VM:
+    """A template from a qcow2 or raw image on this machine; its checksum is recorded, and compared with `expected`."""
+    if not os.path.isfile(path):
+        problem = "a folder, not a file" if os.path.isdir(path) else "no such file"
+        raise NotFound(f"{path}: {problem}", "--image takes a qcow2 or raw disk image")
+    with NewTemplate(cloud, name) as new:
+        algorithm = expected.partition(":")[0] or "sha256"
+        checksum = f"{algorithm}:{file_digest(path, algorithm)}"
+        if expected not in ("", checksum):
+            raise Error(f"{path}: its checksum is {checksum}", "it is not the image that the checksum was made of")
+        import_image(new, path)
+        return new.finish({**settings, "vmSource": os.path.abspath(path), "vmChecksum": checksum})
+
+
 def template_from_source(
     cloud: Cloud,
     name: str,
@@ -5790,61 +5972,6 @@ def template_from_url(
         new.finish({**settings, "vmSource": url, "vmChecksum": f"sha256:{found.hexdigest()}"})
 
 
-def resolve(catalogue: Catalogue, entry: Entry, web: Web) -> Source:
-    """What an entry means just now: its checksum file is read first, and says which file is the image."""
-    import urllib.parse
-
-    classic = entry["kind"] == "classic"
-    images = [entry.need("base").rstrip("/") + f"/{entry.name}.img"] if classic else entry.need("image").split()
-    if entry["checksum"]:
-        algorithm, _, digest = checksum_text(entry["checksum"]).partition(":")
-        names = []
-    else:
-        algorithm, wanted = entry.need("algorithm"), images[0].rpartition("/")[2]
-        address = catalogue.mirrored(urllib.parse.urljoin(images[0], entry.need("checksums")))
-        listed, digest = read_checksums(web, address, algorithm, wanted)
-        names = [listed] if listed != wanted else []
-    if algorithm == "md5":  # what old servers publish: it shows a damaged download, and no more than that
-        if not classic:
-            raise UsageError(f"{entry.place}: [{entry.name}]: md5 proves nothing: sha512 or sha256 is needed")
-        report.warn(f"{entry.name}: an md5 checksum shows damage, but not who made the image")
-    if classic:
-        base = catalogue.mirrored(images[0]).rpartition("/")[0]
-        return ClassicSource(base, entry.name, int(entry.need("last")), algorithm, digest)
-    urls = [urllib.parse.urljoin(url, urllib.parse.quote(name)) for name in names for url in images]
-    return Source([catalogue.mirrored(url) for url in [*urls, *(u for u in images if "*" not in u)]], algorithm, digest)
-
-
-def read_checksums(web: Web, url: str, algorithm: str, wanted: str) -> tuple[str, str]:
-    """(name of the image, digest) as a published checksum file gives them."""
-    text = web.text(url)
-    listed = parse_checksums(text, algorithm)
-    if not listed:
-        what = "it is a web page" if text.lstrip().startswith("<") else f"it holds no {algorithm} checksums"
-        raise WebError(f"{url}: not the checksum file that was expected: {what}")
-    try:
-        return choose_listed(listed, wanted)
-    except ValueError as error:
-        raise WebError(f"{url}: the checksum file {error} {wanted}", "the catalogue is older than the server") from None
-
-
-def publishers_key(entry: Entry) -> tuple[str, str]:
-    """(path, public half) of the private ssh key that a classic entry names: it opens the image at its first start.
-
-    Raises Error where it can't be used, before anything is downloaded.
-    """
-    file = entry.place.rpartition(":")[0]
-    path = os.path.join(os.path.dirname(os.path.abspath(file)), os.path.expanduser(entry["key"]))
-    if not os.path.isfile(path):
-        raise NotFound(f"{entry.name}: the key of its publisher isn't there: {path}", f"see {entry.place}")
-    try:
-        return path, run(["ssh-keygen", "-y", "-P", "", "-f", path]).stdout.split()[1]
-    except CommandFailed as failed:
-        lines = [line for line in failed.output.splitlines() if "ermissions" in line]
-        reason = lines[0] if lines else last_line(failed.output)
-        raise Error(f"{path}: ssh can't use this key: {reason}", "chmod 600 it; it must have no passphrase") from None
-
-
 def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, Any], take_over: Callable[..., None]) -> None:
     """Download what the catalogue has under that name; `asked` are the settings of the command line.
 
@@ -5889,20 +6016,369 @@ def entry_settings(cloud: Cloud, entry: Entry, asked: Mapping[str, Any], source:
     return settings
 
 
-def published_conf(web: Web, source: ClassicSource) -> dict[str, str]:
-    """Memory and processors as BASE/NAME.conf gives them; nothing else in it is heeded."""
-    url, found = f"{source.base}/{source.name}.conf", {}
-    for assignment in parse_assignments(web.text(url)[: 64 * 1024], url, {}):
-        if assignment.key in ("vmMem", "vmCpu"):
-            check_setting(assignment.key, assignment.value, f"{url}:{assignment.line}")
-            found[assignment.key] = assignment.value
+# -- layers
+#
+# The disk of a template that has clones is never written.  A change goes to a layer, a new overlay in the template's
+# folder.  The conf names the old disk until the change ended well; until then, and if it never does, the template is
+# what it was.  Nothing is stored of that: qemu's own record says how the guest ended, the disks' headers say what
+# stands on what.
+
+
+def check_no_clones(cloud: Cloud, template: VM) -> None:
+    """Raise, naming them, where clones depend on the template's disk."""
+    clones = cloud.tree.clones(template)
+    if clones:
+        names = ", ".join(vm.full_name for vm in clones[:20]) + (" …" if len(clones) > 20 else "")
+        ways = {True: "vmtemplate --delete deletes templates", False: "vmstop -d destroys clones"}
+        hint = ", ".join(dict.fromkeys(ways[each.is_template] for each in clones))
+        raise WrongState(f"{dependents(clones)} would break: {names}", hint, vm=template)
+
+
+class Layer:
+    """A new top for a template's disk, while a guest writes to it; `record`: qemu's account of how that ended.
+
+    The record counts once it is armed, by a greeting in it: not while nocloud itself is at work in the guest.
+    """
+
+    def __init__(self, template: VM, name: str) -> None:
+        self.template, self.name = template, name
+        self.path = template.file(name)
+        self.record = template.file(name + RECORD)
+
+    def arm(self) -> None:
+        """From now on the guest's own end, and nothing else, makes this the template's disk."""
+        QMP(self.template.folder, name=RECORD_SOCKET).close()
+
+    def ended_well(self) -> bool:
+        """Whether the guest shut down, by itself or by the power button, and the image is whole.
+
+        `reason` tells that from a qemu that was told to quit, or got a signal (QEMU qapi/run-state.json,
+        ShutdownCause); one that was killed or crashed leaves no such event.
+        """
+        armed, cause = False, ""
+        with open(self.record, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if ('"QMP"' in line or '"SHUTDOWN"' in line) and line.endswith("\n"):
+                    try:
+                        message = parse_qmp(line)
+                    except QMPError:
+                        continue  # a crash of the host may leave anything
+                    armed = armed or "QMP" in message
+                    if message.get("event") == "SHUTDOWN":
+                        cause = str(message.get("data", {}).get("reason"))
+        return armed and cause == "guest-shutdown" and is_sound(self.path)
+
+    def adopt(self) -> None:
+        """Make it the template's disk, in the form in which the conf names disks."""
+        make_read_only(self.path)
+        folder, disk = os.path.realpath(self.template.folder), self.template.disks()[0]
+        if os.path.realpath(os.path.dirname(disk)) == folder:
+            name = os.path.join(os.path.dirname(self.template.get("vmDisk")), self.name)
+        else:
+            name = self.template.relative(self.name)
+        formats = ["qcow2", *known_formats(self.template)[1:]]
+        self.template.write_conf({"vmDisk": name, "vmDiskFormat": ",".join(formats)})
+        remove_file(self.record)
+
+    def remove(self) -> None:
+        """Remove it, and the record with it."""
+        remove_file(self.path)
+        remove_file(self.record)
+
+
+RECORD = ".record"
+
+
+def layer_number(template: VM, name: str) -> int:
+    """N of NAME.lN.img, the name of a template's layer; 0 for any other file's."""
+    match = re.fullmatch(re.escape(template.name) + r"\.l([0-9]{1,6})\.(?:img|qcow2)", name)
+    return int(match.group(1)) if match else 0
+
+
+def own_disks(template: VM) -> list[str]:
+    """The names of the system disks in the template's folder: its layers, and where its conf names one of those, the
+    disk that they began with."""
+    names = names_in(template.folder)
+    found = [name for name in names if layer_number(template, name)]
+    if any(layer_number(template, os.path.basename(disk)) for disk in template.disks()[:1]):
+        found += [name for name in names if name in (template.disk_name(0, "img"), template.disk_name(0, "qcow2"))]
     return found
 
 
-# -- built from packages
+def unused_by_itself(template: VM) -> list[str]:
+    """Those of its own disks that its present disk doesn't stand on."""
+    own = own_disks(template)
+    if not own:
+        return []
+    disk = template.disks()[:1]
+    chain = {*map(os.path.realpath, disk), *backing_chain(disk)}
+    return [name for name in own if os.path.realpath(template.file(name)) not in chain]
+
+
+def disks_in_use(tree: Tree, template: VM) -> set[str] | None:
+    """The files that all others' disks stand on; None where that can't be known, so that nothing may be removed."""
+    found: set[str] = set()
+    disks: list[str] = []
+    for vm in tree.unfinished():  # first: one may be finished between the looks; its conf may name no disk yet
+        disks += [vm.file(name) for name in names_in(vm.folder) if name.endswith((".img", ".qcow2"))]
+    try:
+        for vm in tree.vms():
+            disks += vm.disks() if vm.folder != template.folder and vm.exists() else []
+        for disk in disks:
+            if os.path.exists(disk):
+                found.update(backing_chain([disk]))
+    except (Error, OSError):
+        return None  # one has just been finished or destroyed, perhaps: the next command looks again
+    return found
+
+
+def next_layer(template: VM) -> Layer:
+    """The next layer's names; nothing is made."""
+    number = 1 + max((layer_number(template, name) for name in names_in(template.folder)), default=0)
+    extension = "qcow2" if template.disks()[0].endswith(".qcow2") else "img"
+    return Layer(template, f"{template.name}.l{number}.{extension}")
+
+
+def new_layer(template: VM) -> Layer:
+    """An empty layer on the template's present disk.  Call it under the template's lock, when it has been settled."""
+    layer, disk = next_layer(template), template.disks()[0]
+    folder = os.path.realpath(template.folder)
+    create_overlay(layer.path, os.path.relpath(os.path.realpath(disk), folder), known_formats(template)[0])
+    return layer
+
+
+def settle(cloud: Cloud, template: VM) -> list[str]:
+    """Let a change that ended well be the template's, drop one that didn't, and remove what nothing stands on any more.
+
+    Nothing happens while it runs.  Call it under the template's lock, exclusive.  Returns the layers that are lost.
+    """
+    template.reread()
+    if template.state()[0] != "stopped" or not template.disks():
+        return []
+    lost = []
+    for name in unused_by_itself(template):
+        layer = Layer(template, name)
+        if not os.path.exists(layer.record):
+            continue
+        base = [os.path.realpath(disk) for disk in template.disks()[:1]]
+        if backing_chain([layer.path])[:1] == base and layer.ended_well():
+            layer.adopt()
+        else:
+            lost.append(name)
+            layer.remove()
+        remove_file(template.command_file)  # it would write to a disk that clones may stand on now
+    for name in names_in(template.folder):
+        if name.endswith(RECORD) and layer_number(template, name[: -len(RECORD)]):
+            remove_file(template.file(name))  # of one that was adopted just before a crash
+    remove_unused(cloud.tree, template)
+    if lost and not is_planted(template):  # the host key that was pinned may be of the guest that is lost
+        cloud.known_hosts.update({}, [template.get("vmUuid")])
+    return lost
+
+
+def flatten(cloud: Cloud, template: VM) -> None:
+    """Give a template that nobody stands on a disk that stands on nothing itself, where there is room for one.
+
+    Call it under its lock, when it has been settled.  The new disk is complete before the conf names it; one that isn't
+    is unused, and swept.
+    """
+    template.reread()
+    disk = template.disks()[0]
+    if not backing_chain([disk]) or cloud.tree.clones(template):
+        return
+    if converted_size(disk, "qcow2") > free_bytes(template.folder):
+        report.warn(f"{template}: no room to make one disk of its layers; it stays as it is")
+        return
+    whole = next_layer(template)
+    try:
+        compress_image(disk, whole.path, "qcow2")
+    except BaseException:
+        whole.remove()
+        raise
+    whole.adopt()
+    remove_unused(cloud.tree, template)
+
+
+def remove_unused(tree: Tree, template: VM) -> None:
+    """Remove the template's own disks that neither it nor any other VM or template stands on."""
+    unused = unused_by_itself(template)
+    used = disks_in_use(tree, template) if unused else None
+    for name in unused if used is not None else []:
+        if os.path.realpath(template.file(name)) not in (used or ()):
+            remove_file(template.file(name))
+
+
+def settle_stopped(cloud: Cloud, templates: Iterable[VM], wait: float = 600.0) -> None:
+    """Settle those templates that have something to settle, and say what is lost; `wait`: for the lock of each."""
+    for template in templates:
+        try:
+            if unused_by_itself(template) and template.state()[0] == "stopped":
+                with FolderLock(template.folder, wait=wait):
+                    warn_lost(template, settle(cloud, template))
+        except (Error, OSError):
+            continue  # at work elsewhere, someone else's, or just gone: whoever changes it settles it
+
+
+def need_stopped(cloud: Cloud, vm: VM) -> None:
+    """Raise where a VM isn't known to be stopped; a template's last change is settled.  Call it under its lock."""
+    vm.reread()
+    state, _ = vm.state()
+    if state != "stopped":
+        why = "it is running" if state == "running" else f"can't tell whether it runs: {vm.pid_file}"
+        raise WrongState(why, f"vmstop -n {vm}", vm=vm)
+    if vm.is_template:
+        warn_lost(vm, settle(cloud, vm))
+
+
+def warn_lost(template: VM, lost: Sequence[str]) -> None:
+    if lost:
+        report.warn(f"{template}: it was not shut down properly: what was changed is lost, it is as it was before")
+
+
+def runs_on_layer(template: VM) -> bool:
+    """Whether a template that runs leaves its own disk alone, so that it can be cloned meanwhile."""
+    try:
+        layers = [name for name in unused_by_itself(template) if os.path.exists(Layer(template, name).record)]
+    except OSError:
+        return False  # a disk is gone
+    return bool(layers) and not is_written(template.disks()[0])
+
+
+def dependents(vms: Sequence[VM]) -> str:
+    """`2 clones and 1 template`."""
+    templates = sum(vm.is_template for vm in vms)
+    counts = [(len(vms) - templates, "clone"), (templates, "template")]
+    return " and ".join(plural(count, noun) for count, noun in counts if count)
+
+
+def delete_template(cloud: Cloud, name: str) -> None:
+    """Remove a template that no clone depends on; refused, naming the clones, otherwise."""
+    template = cloud.tree.need_template(name)
+    with FolderLock(template.folder):
+        check_no_clones(cloud, template)
+        if template.state()[0] != "stopped":
+            raise WrongState("the template is running", f"vmstop -n {template}", vm=template)
+        if os.path.islink(template.folder):
+            raise Error(f"{template.folder} is a symlink: nothing behind it is removed", "remove it yourself")
+        remove_vm(template)
+    remove_empty(os.path.dirname(template.folder))
+
+
+# -- from an ISO, and changed later
+
+
+def find_iso(config: Config, name: str) -> str:
+    """The absolute path of an ISO image: `name` is a path, or a name in isoDir, `.iso` understood."""
+    folder = os.path.expanduser(config["isoDir"])
+    places = [name] if "/" in name else [name, os.path.join(folder, name), os.path.join(folder, name + ".iso")]
+    found = next((place for place in places if os.path.isfile(place)), "")
+    if found:
+        return checked_iso(found)
+    near = "" if "/" in name else nearest(name, names_in(folder))
+    hint = f"did you mean {near}?" if near else f"-i takes a path, or a name in isoDir, {folder}"
+    raise NotFound(f"{name}: no such ISO image", hint)
+
+
+def template_for_installer(cloud: Cloud, name: str, gigabytes: int, settings: Mapping[str, str]) -> VM:
+    """A template with an empty disk, which an installer is about to fill."""
+    with NewTemplate(cloud, name, read_only=False) as new:
+        create_disk(new.disk, gigabytes)
+        return new.finish(settings)
+
+
+def adjust(cloud: Cloud, vm: VM, changes: Mapping[str, str], gigabytes: int) -> None:
+    """Change settings of a VM or template that is stopped, and make its system disk larger (0: as it is)."""
+    with FolderLock(vm.folder):
+        need_stopped(cloud, vm)
+        if gigabytes:
+            grow_disk(cloud, vm, gigabytes)
+        if changes:
+            vm.write_conf(changes)
+
+
+def grow_disk(cloud: Cloud, vm: VM, gigabytes: int) -> None:
+    """Make the system disk larger; never smaller, and never under the clones of a template."""
+    disk = vm.disks()[0] if vm.disks() else ""
+    if not os.path.exists(disk):
+        raise Error(f"its disk is gone: {disk}", f"see vmDisk in {vm.conf_file}", vm=vm)
+    format = known_formats(vm)[0]
+    size = image_info(disk, format)["virtual-size"]
+    if gigabytes * GIB < size:
+        raise Error(f"its disk has {size / GIB:g} GB and never shrinks", "-d takes a larger size, in GB", vm=vm)
+    if gigabytes * GIB > size:
+        if vm.is_template:
+            check_no_clones(cloud, vm)
+        make_writable(disk)
+        resize_disk(disk, format, gigabytes)
+
+
+# -- what there is
+
+
+def template_rows(cloud: Cloud) -> list[tuple[str, str, str, str]]:
+    """(name, size on disk, number of clones, where from) of each template."""
+    rows = []
+    for template in cloud.tree.templates():
+        try:
+            disks = {*template.disks(), *map(template.file, own_disks(template))}
+            size = sum(os.stat(disk).st_blocks * 512 for disk in disks)
+            source = template.get("vmSource") or "-"
+        except (Error, OSError) as error:
+            report.warn(str(error))
+            continue
+        rows.append(
+            (template.name, f"{size / MIB:.0f} MB", dependents(cloud.tree.clones(template)) or "0 clones", source)
+        )
+    return rows
+
+
+class DiskTree:
+    """The system disks of a tree, by the file that each stands on."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.above: dict[str, set[str]] = {}
+        self.owners: dict[str, VM] = {}
+        for vm in tree.vms():
+            try:
+                own = [*vm.disks()[:1], *map(vm.file, own_disks(vm) if vm.is_template else ())]
+                for disk in own:
+                    files = [os.path.realpath(disk), *backing_chain([disk])]
+                    self.owners[files[0]] = vm
+                    for upper, lower in zip(files, files[1:]):
+                        self.above.setdefault(lower, set()).add(upper)
+            except (Error, OSError) as error:
+                report.warn(str(error))
+
+    def rows(self) -> Iterator[str]:
+        """Each template with its disks, under each of these what stands on it, indented, with sizes on disk."""
+        below = {upper for uppers in self.above.values() for upper in uppers}
+        for path in sorted(path for path, vm in self.owners.items() if vm.is_template and path not in below):
+            yield from self._rows(path, 0)
+
+    def _rows(self, path: str, depth: int, under: VM | None = None) -> Iterator[str]:
+        """A disk and what stands on it; where it stands on another's, `under`, or on none, its template comes first."""
+        owner, name, said = self.owners[path], os.path.basename(path), ""
+        if not owner.is_template:
+            name = owner.full_name
+        elif path == os.path.realpath(owner.disks()[0]):
+            said = "  new clones stand on this"
+        if owner.is_template and owner is not under:
+            yield self._row(depth, owner.name, [each for each, vm in self.owners.items() if vm is owner])
+            depth += 1
+        yield self._row(depth, name, [path]) + said
+        for upper in sorted(self.above.get(path, ()), key=lambda each: (self.owners[each] is owner, each)):
+            yield from self._rows(upper, depth + 1, owner)
+
+    @staticmethod
+    def _row(depth: int, name: str, paths: Iterable[str]) -> str:
+        size = sum(os.stat(path).st_blocks * 512 for path in paths if os.path.exists(path))
+        return f"{'  ' * depth}{name}  {size / MIB:.1f} MB"
+
+
+# Building templates ##################################################################################
 #
-# mmdebstrap installs the packages; all that follows works on plain files that belong to the caller, so that it needs
-# neither root nor a mount nor a boot.
+# From packages: mmdebstrap installs them; all that follows works on plain files that belong to the caller, so that it
+# needs neither root nor a mount nor a boot.
 
 BUILD_TMP_MB = 1200  # mmdebstrap's own tree, in $TMPDIR
 BUILD_WORK_MB = 1700  # the tar, the tree, the raw disk and the qcow2, in the VM tree
@@ -6450,363 +6926,10 @@ def template_from_packages(cloud: Cloud, name: str, build: Build, settings: Mapp
             new.finish({**settings, "vmSource": build.title})
 
 
-def known_formats(vm: VM) -> list[str]:
-    """The format of each disk of a VM: what its conf says, and for disks that it doesn't tell of what they look like
-    now, which its conf says from then on.
-
-    Asked of the disk at each start, a guest with a raw one could write the header of a qcow2 image into it, and read
-    any file of the host from the next start on.
-    """
-    disks, known = vm.disks(), [each for each in vm.get("vmDiskFormat").split(",") if each]
-    if len(known) > len(disks):
-        raise UsageError(
-            f"vmDiskFormat names {plural(len(known), 'format')} for {plural(len(disks), 'disk')}",
-            f"mend it in {vm.conf_file}: as many formats as there are disks in vmDisk and vmExtraDisk",
-            vm=vm,
-        )
-    formats = [*known, *(first_format(vm, disk) for disk in disks[len(known) :])]
-    if formats != known and os.access(vm.folder, os.W_OK):  # a template may be someone else's
-        vm.write_conf({"vmDiskFormat": ",".join(formats)})
-    return formats
-
-
-def first_format(vm: VM, disk: str) -> str:
-    """The format of a disk that came from the bash tools, or was added by hand.
-
-    A header that leads out of the tree may be the guest's own work: whose it is, only the user knows.
-    """
-    format = disk_format(disk)
-    if format == "qcow2":
-        inside = os.path.realpath(vm.base) + os.sep
-        templates = [each for each in vm.tree.templates() if each.is_readable()]
-        theirs = {os.path.realpath(path) for each in templates for path in each.disks()}
-        strays = [path for path in backing_chain([disk]) if not path.startswith(inside) and path not in theirs]
-        if strays or has_data_file(disk):
-            raise WrongImage(
-                f"its disk {disk} needs a file outside the tree: {strays[0] if strays else 'its data file'}",
-                f"the guest may have written that itself; if not, set vmDiskFormat=qcow2 in {vm.conf_file}",
-                vm=vm,
-            )
-    return format
-
-
-def check_no_clones(cloud: Cloud, template: VM) -> None:
-    """Raise, naming them, where clones depend on the template's disk."""
-    clones = cloud.tree.clones(template)
-    if clones:
-        names = ", ".join(vm.address_name for vm in clones[:20]) + (" …" if len(clones) > 20 else "")
-        ways = {True: "vmtemplate --delete deletes templates", False: "vmstop -d destroys clones"}
-        hint = ", ".join(dict.fromkeys(ways[each.is_template] for each in clones))
-        raise WrongState(f"{dependents(clones)} would break: {names}", hint, vm=template)
-
-
-# -- layers
+# Clones ##############################################################################################
 #
-# The disk of a template that has clones is never written.  A change goes to a layer, a new overlay in the template's
-# folder.  The conf names the old disk until the change ended well; until then, and if it never does, the template is
-# what it was.  Nothing is stored of that: qemu's own record says how the guest ended, the disks' headers say what
-# stands on what.
-
-
-class Layer:
-    """A new top for a template's disk, while a guest writes to it; `record`: qemu's account of how that ended.
-
-    The record counts once it is armed, by a greeting in it: not while nocloud itself is at work in the guest.
-    """
-
-    def __init__(self, template: VM, name: str) -> None:
-        self.template, self.name = template, name
-        self.path = template.file(name)
-        self.record = template.file(name + RECORD)
-
-    def arm(self) -> None:
-        """From now on the guest's own end, and nothing else, makes this the template's disk."""
-        QMP(self.template.folder, name=RECORD_SOCKET).close()
-
-    def ended_well(self) -> bool:
-        """Whether the guest shut down, by itself or by the power button, and the image is whole.
-
-        `reason` tells that from a qemu that was told to quit, or got a signal (QEMU qapi/run-state.json,
-        ShutdownCause); one that was killed or crashed leaves no such event.
-        """
-        armed, cause = False, ""
-        with open(self.record, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if ('"QMP"' in line or '"SHUTDOWN"' in line) and line.endswith("\n"):
-                    try:
-                        message = parse_qmp(line)
-                    except QMPError:
-                        continue  # a crash of the host may leave anything
-                    armed = armed or "QMP" in message
-                    if message.get("event") == "SHUTDOWN":
-                        cause = str(message.get("data", {}).get("reason"))
-        return armed and cause == "guest-shutdown" and is_sound(self.path)
-
-    def adopt(self) -> None:
-        """Make it the template's disk, in the form in which the conf names disks."""
-        make_read_only(self.path)
-        folder, disk = os.path.realpath(self.template.folder), self.template.disks()[0]
-        if os.path.realpath(os.path.dirname(disk)) == folder:
-            name = os.path.join(os.path.dirname(self.template.get("vmDisk")), self.name)
-        else:
-            name = self.template.relative(self.name)
-        formats = ["qcow2", *known_formats(self.template)[1:]]
-        self.template.write_conf({"vmDisk": name, "vmDiskFormat": ",".join(formats)})
-        remove_file(self.record)
-
-    def remove(self) -> None:
-        """Remove it, and the record with it."""
-        remove_file(self.path)
-        remove_file(self.record)
-
-
-RECORD = ".record"
-
-
-def layer_number(template: VM, name: str) -> int:
-    """N of NAME.lN.img, the name of a template's layer; 0 for any other file's."""
-    match = re.fullmatch(re.escape(template.name) + r"\.l([0-9]{1,6})\.(?:img|qcow2)", name)
-    return int(match.group(1)) if match else 0
-
-
-def own_disks(template: VM) -> list[str]:
-    """The names of the system disks in the template's folder: its layers, and where its conf names one of those, the
-    disk that they began with."""
-    names = _names(template.folder)
-    found = [name for name in names if layer_number(template, name)]
-    if any(layer_number(template, os.path.basename(disk)) for disk in template.disks()[:1]):
-        found += [name for name in names if name in (template.disk_name(0, "img"), template.disk_name(0, "qcow2"))]
-    return found
-
-
-def unused_by_itself(template: VM) -> list[str]:
-    """Those of its own disks that its present disk doesn't stand on."""
-    own = own_disks(template)
-    if not own:
-        return []
-    disk = template.disks()[:1]
-    chain = {*map(os.path.realpath, disk), *backing_chain(disk)}
-    return [name for name in own if os.path.realpath(template.file(name)) not in chain]
-
-
-def disks_in_use(tree: Tree, template: VM) -> set[str] | None:
-    """The files that all others' disks stand on; None where that can't be known, so that nothing may be removed."""
-    found: set[str] = set()
-    disks: list[str] = []
-    for vm in tree.unfinished():  # first: one may be finished between the looks; its conf may name no disk yet
-        disks += [vm.file(name) for name in _names(vm.folder) if name.endswith((".img", ".qcow2"))]
-    try:
-        for vm in tree.vms():
-            disks += vm.disks() if vm.folder != template.folder and vm.exists() else []
-        for disk in disks:
-            if os.path.exists(disk):
-                found.update(backing_chain([disk]))
-    except (Error, OSError):
-        return None  # one has just been finished or destroyed, perhaps: the next command looks again
-    return found
-
-
-def next_layer(template: VM) -> Layer:
-    """The next layer's names; nothing is made."""
-    number = 1 + max((layer_number(template, name) for name in _names(template.folder)), default=0)
-    extension = "qcow2" if template.disks()[0].endswith(".qcow2") else "img"
-    return Layer(template, f"{template.name}.l{number}.{extension}")
-
-
-def new_layer(template: VM) -> Layer:
-    """An empty layer on the template's present disk.  Call it under the template's lock, when it has been settled."""
-    layer, disk = next_layer(template), template.disks()[0]
-    folder = os.path.realpath(template.folder)
-    create_overlay(layer.path, os.path.relpath(os.path.realpath(disk), folder), known_formats(template)[0])
-    return layer
-
-
-def settle(cloud: Cloud, template: VM) -> list[str]:
-    """Let a change that ended well be the template's, drop one that didn't, and remove what nothing stands on any more.
-
-    Nothing happens while it runs.  Call it under the template's lock, exclusive.  Returns the layers that are lost.
-    """
-    template.reread()
-    if template.state()[0] != "stopped" or not template.disks():
-        return []
-    lost = []
-    for name in unused_by_itself(template):
-        layer = Layer(template, name)
-        if not os.path.exists(layer.record):
-            continue
-        base = [os.path.realpath(disk) for disk in template.disks()[:1]]
-        if backing_chain([layer.path])[:1] == base and layer.ended_well():
-            layer.adopt()
-        else:
-            lost.append(name)
-            layer.remove()
-        remove_file(template.command_file)  # it would write to a disk that clones may stand on now
-    for name in _names(template.folder):
-        if name.endswith(RECORD) and layer_number(template, name[: -len(RECORD)]):
-            remove_file(template.file(name))  # of one that was adopted just before a crash
-    remove_unused(cloud.tree, template)
-    if lost and not is_planted(template):  # the host key that was pinned may be of the guest that is lost
-        cloud.known_hosts.update({}, [template.get("vmUuid")])
-    return lost
-
-
-def flatten(cloud: Cloud, template: VM) -> None:
-    """Give a template that nobody stands on a disk that stands on nothing itself, where there is room for one.
-
-    Call it under its lock, when it has been settled.  The new disk is complete before the conf names it; one that isn't
-    is unused, and swept.
-    """
-    template.reread()
-    disk = template.disks()[0]
-    if not backing_chain([disk]) or cloud.tree.clones(template):
-        return
-    if converted_size(disk, "qcow2") > free_bytes(template.folder):
-        report.warn(f"{template}: no room to make one disk of its layers; it stays as it is")
-        return
-    whole = next_layer(template)
-    try:
-        compress_image(disk, whole.path, "qcow2")
-    except BaseException:
-        whole.remove()
-        raise
-    whole.adopt()
-    remove_unused(cloud.tree, template)
-
-
-def remove_unused(tree: Tree, template: VM) -> None:
-    """Remove the template's own disks that neither it nor any other VM or template stands on."""
-    unused = unused_by_itself(template)
-    used = disks_in_use(tree, template) if unused else None
-    for name in unused if used is not None else []:
-        if os.path.realpath(template.file(name)) not in (used or ()):
-            remove_file(template.file(name))
-
-
-def settle_stopped(cloud: Cloud, templates: Iterable[VM], wait: float = 600.0) -> None:
-    """Settle those templates that have something to settle, and say what is lost; `wait`: for the lock of each."""
-    for template in templates:
-        try:
-            if unused_by_itself(template) and template.state()[0] == "stopped":
-                with FolderLock(template.folder, wait=wait):
-                    warn_lost(template, settle(cloud, template))
-        except (Error, OSError):
-            continue  # at work elsewhere, someone else's, or just gone: whoever changes it settles it
-
-
-def need_stopped(cloud: Cloud, vm: VM) -> None:
-    """Raise where a VM isn't known to be stopped; a template's last change is settled.  Call it under its lock."""
-    vm.reread()
-    state, _ = vm.state()
-    if state != "stopped":
-        why = "it is running" if state == "running" else f"can't tell whether it runs: {vm.pid_file}"
-        raise WrongState(why, f"vmstop -n {vm}", vm=vm)
-    if vm.is_template:
-        warn_lost(vm, settle(cloud, vm))
-
-
-def warn_lost(template: VM, lost: Sequence[str]) -> None:
-    if lost:
-        report.warn(f"{template}: it was not shut down properly: what was changed is lost, it is as it was before")
-
-
-def runs_on_layer(template: VM) -> bool:
-    """Whether a template that runs leaves its own disk alone, so that it can be cloned meanwhile."""
-    try:
-        layers = [name for name in unused_by_itself(template) if os.path.exists(Layer(template, name).record)]
-    except OSError:
-        return False  # a disk is gone
-    return bool(layers) and not is_written(template.disks()[0])
-
-
-def dependents(vms: Sequence[VM]) -> str:
-    """`2 clones and 1 template`."""
-    templates = sum(vm.is_template for vm in vms)
-    counts = [(len(vms) - templates, "clone"), (templates, "template")]
-    return " and ".join(plural(count, noun) for count, noun in counts if count)
-
-
-def delete_template(cloud: Cloud, name: str) -> None:
-    """Remove a template that no clone depends on; refused, naming the clones, otherwise."""
-    template = cloud.tree.need_template(name)
-    with FolderLock(template.folder):
-        check_no_clones(cloud, template)
-        if template.state()[0] != "stopped":
-            raise WrongState("the template is running", f"vmstop -n {template}", vm=template)
-        if os.path.islink(template.folder):
-            raise Error(f"{template.folder} is a symlink: nothing behind it is removed", "remove it yourself")
-        remove_vm(template)
-    remove_empty(os.path.dirname(template.folder))
-
-
-# -- from an ISO, and changed later
-
-
-def find_iso(config: Config, name: str) -> str:
-    """The absolute path of an ISO image: `name` is a path, or a name in isoDir, `.iso` understood."""
-    folder = os.path.expanduser(config["isoDir"])
-    places = [name] if "/" in name else [name, os.path.join(folder, name), os.path.join(folder, name + ".iso")]
-    found = next((place for place in places if os.path.isfile(place)), "")
-    if found:
-        return check_iso(found)
-    near = "" if "/" in name else nearest(name, _names(folder))
-    hint = f"did you mean {near}?" if near else f"-i takes a path, or a name in isoDir, {folder}"
-    raise NotFound(f"{name}: no such ISO image", hint)
-
-
-def template_for_installer(cloud: Cloud, name: str, gigabytes: int, settings: Mapping[str, str]) -> VM:
-    """A template with an empty disk, which an installer is about to fill."""
-    with NewTemplate(cloud, name, read_only=False) as new:
-        create_disk(new.disk, gigabytes)
-        return new.finish(settings)
-
-
-def adjust(cloud: Cloud, vm: VM, changes: Mapping[str, str], gigabytes: int) -> None:
-    """Change settings of a VM or template that is stopped, and make its system disk larger (0: as it is)."""
-    with FolderLock(vm.folder):
-        need_stopped(cloud, vm)
-        if gigabytes:
-            grow_disk(cloud, vm, gigabytes)
-        if changes:
-            vm.write_conf(changes)
-
-
-def grow_disk(cloud: Cloud, vm: VM, gigabytes: int) -> None:
-    """Make the system disk larger; never smaller, and never under the clones of a template."""
-    disk = vm.disks()[0] if vm.disks() else ""
-    if not os.path.exists(disk):
-        raise Error(f"its disk is gone: {disk}", f"see vmDisk in {vm.conf_file}", vm=vm)
-    format = known_formats(vm)[0]
-    size = image_info(disk, format)["virtual-size"]
-    if gigabytes * GIB < size:
-        raise Error(f"its disk has {size / GIB:g} GB and never shrinks", "-d takes a larger size, in GB", vm=vm)
-    if gigabytes * GIB > size:
-        if vm.is_template:
-            check_no_clones(cloud, vm)
-        make_writable(disk)
-        resize_disk(disk, format, gigabytes)
-
-
-def template_rows(cloud: Cloud) -> list[tuple[str, str, str, str]]:
-    """(name, size on disk, number of clones, where from) of each template."""
-    rows = []
-    for template in cloud.tree.templates():
-        try:
-            disks = {*template.disks(), *map(template.file, own_disks(template))}
-            size = sum(os.stat(disk).st_blocks * 512 for disk in disks)
-            source = template.get("vmSource") or "-"
-        except (Error, OSError) as error:
-            report.warn(str(error))
-            continue
-        rows.append(
-            (template.name, f"{size / MIB:.0f} MB", dependents(cloud.tree.clones(template)) or "0 clones", source)
-        )
-    return rows
-
-
-# Lifecycle ###########################################################################################
-#
-# Clone, start, wait until ready, stop, destroy.  What is done to a VM is done under its lock; who was killed
-# in the middle leaves a tree that the next command finds consistent.
+# What is asked for, and making it.  What is done to a VM is done under its lock; who was killed in the middle leaves a
+# tree that the next command finds consistent.
 
 
 class Cloud:
@@ -6890,13 +7013,13 @@ class Cloud:
 
 
 @record
-class WishOption:
+class CloneOption:
     """An option of a set of clones, in a description file or after -o."""
 
     name: str
     metavar: str  # what its value is, '' where it takes none; a FILE's name is relative to the description file
     check: Callable[[str], Any]  # raises ValueError, saying what was expected, or UsageError with all but `NAME=`
-    sets: str  # the setting that the clones get, or else the field of Wish
+    sets: str  # the setting that the clones get, or else the field of CloneRequest
     help: str
 
     @property
@@ -6917,29 +7040,29 @@ def name_prefix(text: str) -> str:
     if not text:
         raise UsageError(" is empty", "name=web makes web00, web01 …")
     try:
-        check_name("VM", text + "00")
+        checked_name("VM", text + "00")
     except UsageError as error:
         raise UsageError(f"{text}: {error}", error.hint) from None
     return text
 
 
-WISH_OPTIONS = (
-    WishOption("mem", "MB", MEMORY_MB, "vmMem", "memory in MB"),
-    WishOption("cpu", "N", CPU_COUNT, "vmCpu", "processors"),
-    WishOption("disk", "GB", DISK_GB, "disk", "size of the system disk in GB"),
-    WishOption("dsk", "GB,GB", disk_sizes, "disks", "extra disks, in GB (vdb, vdc, …)"),
-    WishOption("name", "PREFIX", name_prefix, "prefix", "what the names begin with; without it a name is a UUID"),
-    WishOption("user-data", "FILE", read_user_data, "user_data", "a file for cloud-init"),
-    WishOption("gui", "", yes_no, "vmGui", "with a screen"),
+CLONE_OPTIONS = (
+    CloneOption("mem", "MB", MEMORY_MB, "vmMem", "memory in MB"),
+    CloneOption("cpu", "N", CPU_COUNT, "vmCpu", "processors"),
+    CloneOption("disk", "GB", DISK_GB, "disk", "size of the system disk in GB"),
+    CloneOption("dsk", "GB,GB", disk_sizes, "disks", "extra disks, in GB (vdb, vdc, …)"),
+    CloneOption("name", "PREFIX", name_prefix, "prefix", "what the names begin with; without it a name is a UUID"),
+    CloneOption("user-data", "FILE", read_user_data, "user_data", "a file for cloud-init"),
+    CloneOption("gui", "", yes_no, "vmGui", "with a screen"),
 )
-WISH_OPTION = {option.name: option for option in WISH_OPTIONS}
+CLONE_OPTION = {option.name: option for option in CLONE_OPTIONS}
 
 
 @record
-class Wish:
+class CloneRequest:
     """A set of equal clones: a line of a description file, or the command line's options."""
 
-    place: str  # FILE:LINE, '' for the command line
+    origin: str  # FILE:LINE, '' for the command line
     template: str
     count: int
     type: str
@@ -6952,23 +7075,23 @@ class Wish:
     @property
     def where(self) -> str:
         """`FILE:LINE: ` before an error's words; nothing for the command line."""
-        return f"{self.place}: " if self.place else ""
+        return f"{self.origin}: " if self.origin else ""
 
     def set_options(self, text: str, folder: str = "") -> None:
-        """WISH_OPTIONS, in any order, separated by `;`.  Files are looked for in the folder.  Raises UsageError."""
+        """CLONE_OPTIONS, in any order, separated by `;`.  Files are looked for in the folder.  Raises UsageError."""
         for word in text.split(";"):
             name, separator, value = map(str.strip, word.partition("="))
-            option = WISH_OPTION.get(name)
+            option = CLONE_OPTION.get(name)
             if option:
                 self._set_option(option, value if separator else None, folder)
             elif name:
-                near = nearest(name, WISH_OPTION)
+                near = nearest(name, CLONE_OPTION)
                 raise UsageError(
                     f"unknown option {name!r}" + (f", did you mean {near}?" if near else ""),
-                    f"options are {' '.join(each.text for each in WISH_OPTIONS)}, separated by ';'",
+                    f"options are {' '.join(each.text for each in CLONE_OPTIONS)}, separated by ';'",
                 )
 
-    def _set_option(self, option: WishOption, given: str | None, folder: str) -> None:
+    def _set_option(self, option: CloneOption, given: str | None, folder: str) -> None:
         value = given or ""
         if not option.metavar:
             if given is not None:
@@ -6986,64 +7109,64 @@ class Wish:
             setattr(self, option.sets, result)
 
 
-def parse_description(text: str, name: str, default_type: str) -> list[Wish]:
+def parse_description(text: str, name: str, default_type: str) -> list[CloneRequest]:
     """The lines of a description file, TEMPLATE:COUNT[:TYPE[:OPTIONS]].  Raises UsageError naming FILE:LINE."""
-    wishes = []
+    requests = []
     for number, raw in enumerate(split_lines(text), 1):
         line = raw.split("#", 1)[0].strip()
         if line:
-            place = f"{name}:{number}"
+            origin = f"{name}:{number}"
             try:
-                wishes.append(_parse_wish(line, place, default_type, os.path.dirname(name)))
+                requests.append(_parse_request(line, origin, default_type, os.path.dirname(name)))
             except UsageError as error:
-                raise UsageError(f"{place}: {error}", error.hint) from None
-    if not wishes:
+                raise UsageError(f"{origin}: {error}", error.hint) from None
+    if not requests:
         raise UsageError(f"{name}: no VM is described in it", "a line is TEMPLATE:COUNT[:TYPE[:OPTIONS]]")
-    return wishes
+    return requests
 
 
-def _parse_wish(line: str, place: str, default_type: str, folder: str) -> Wish:
+def _parse_request(line: str, origin: str, default_type: str, folder: str) -> CloneRequest:
     template, *fields = (field.strip() for field in line.split(":", 3))
     if not fields:
         raise UsageError(f"{line[:60]!r}: expected TEMPLATE:COUNT[:TYPE[:OPTIONS]]")
     count, type, options = [*fields, "", ""][:3]
-    check_name("template", template)
-    check_name("type", type or default_type)
-    wish = Wish(place, template, checked(CLONE_COUNT, count, f"COUNT {count!r}"), type or default_type, {})
-    wish.set_options(options, folder)
-    return wish
+    checked_name("template", template)
+    checked_name("type", type or default_type)
+    request = CloneRequest(origin, template, checked(CLONE_COUNT, count, f"COUNT {count!r}"), type or default_type, {})
+    request.set_options(options, folder)
+    return request
 
 
 @record
-class Plan:
+class NewClone:
     """A clone to be made."""
 
     vm: VM
     template: VM
-    wish: Wish
+    request: CloneRequest
     uuid: str
     format: str  # of the template's disk
     lock: FolderLock | None = None
 
 
-def check_wishes(cloud: Cloud, group: str, wishes: Sequence[Wish], force: bool) -> None:
+def check_requests(cloud: Cloud, group: str, requests: Sequence[CloneRequest], force: bool) -> None:
     """Everything that can be known before the first VM is made; each error names its FILE:LINE."""
-    check_group(group)
-    for wish in wishes:
+    checked_group(group)
+    for request in requests:
         try:
-            template = cloud.tree.need_template(wish.template)
+            template = cloud.tree.need_template(request.template)
             check_clonable(template)
-            check_collision(cloud.tree, group, wish.type)
-            check_disk_size(template, wish.disk)
+            check_collision(cloud.tree, group, request.type)
+            check_disk_size(template, request.disk)
             if takes_seed(template):
                 cloud.seed()
-                wish.user_data = wish.user_data or default_user_data()
-            elif wish.user_data:
+                request.user_data = request.user_data or default_user_data()
+            elif request.user_data:
                 raise UsageError(f"user-data=: {template.name} takes no seed, its vmInit is {template.get('vmInit')}")
         except Error as error:
-            raise type(error)(f"{wish.where}{error}", error.hint) from None
-    check_memory(cloud.tree, wishes, force)
-    check_space(cloud.tree.base, wishes)
+            raise type(error)(f"{request.where}{error}", error.hint) from None
+    check_memory(cloud.tree, requests, force)
+    check_space(cloud.tree.base, requests)
 
 
 def check_clonable(template: VM) -> None:
@@ -7108,14 +7231,14 @@ def memory_mb(kind: str) -> int:
     return int(found.group(1)) // 1024 if found else 0
 
 
-def check_memory(tree: Tree, wishes: Sequence[Wish], force: bool) -> None:
+def check_memory(tree: Tree, requests: Sequence[CloneRequest], force: bool) -> None:
     """Over what is available: a warning; over what the host has: an error, unless forced."""
     total, asked = memory_mb("MemTotal"), 0
-    for wish in wishes:
-        asked += wish.count * int(wish.settings.get("vmMem") or tree.template(wish.template).get("vmMem"))
+    for request in requests:
+        asked += request.count * int(request.settings.get("vmMem") or tree.template(request.template).get("vmMem"))
         if total and asked > total and not force:
             raise Error(
-                f"{wish.where}{asked} MB of memory are asked for up to here, the host has {total} MB",
+                f"{request.where}{asked} MB of memory are asked for up to here, the host has {total} MB",
                 "ask for less, or say --force",
             )
     warn_of_memory(asked)
@@ -7131,35 +7254,28 @@ def warn_of_memory(asked: int) -> None:
 CLONE_BYTES = 512 * 1024  # what an empty overlay, its keys and its logs take, rounded up
 
 
-def check_space(folder: str, wishes: Sequence[Wish]) -> None:
+def check_space(folder: str, requests: Sequence[CloneRequest]) -> None:
     """Raise where the file system has no room for what is written at once (not for what the guests may write later)."""
     free, images = free_bytes(existing_parent(folder)), 0
-    for wish in wishes:
-        images += wish.count * (1 + len(wish.disks))
+    for request in requests:
+        images += request.count * (1 + len(request.disks))
         if free < images * CLONE_BYTES:
             raise Error(
-                f"{wish.where}{folder}: {plural(images, 'image')} up to here take "
+                f"{request.where}{folder}: {plural(images, 'image')} up to here take "
                 f"{images * CLONE_BYTES // MIB + 1} MB, {free // MIB} MB are free",
                 "free some disk space, or put vmBaseDir on a larger file system",
             )
 
 
-def existing_parent(folder: str) -> str:
-    """The folder itself, or the nearest one above it that is there."""
-    while not os.path.isdir(folder) and folder != os.path.dirname(folder):
-        folder = os.path.dirname(folder)
-    return folder
-
-
 # -- making clones
 
 
-def reserve(cloud: Cloud, group: str, wishes: Sequence[Wish], plans: list[Plan]) -> list[str]:
+def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: list[NewClone]) -> list[str]:
     """Allot names, UUIDs, MACs and addresses, and hold each with a conf in a locked folder of its own (.new-NAME).
 
     All under the tree's lock: two commands at once never get the same.  What killed commands left is swept here.  Each
-    plan is added to `plans` as soon as there is something to clean up.  Returns the UUIDs of VMs that are gone, though
-    names and keys are kept of them.
+    clone is added to `clones` as soon as there is something to clean up.  Returns the UUIDs of VMs that are gone,
+    though names and keys are kept of them.
     """
     tree = cloud.tree
     with tree.lock():
@@ -7169,20 +7285,20 @@ def reserve(cloud: Cloud, group: str, wishes: Sequence[Wish], plans: list[Plan])
         taken = Taken(tree)
         names = {vm.name.lower() for vm in taken.vms if vm.group == group}
         known = taken.uuids | {vm.get("vmUuid") for vm in tree.templates() if vm.is_readable()}
-        strangers = [uuid for each in cloud.networks() for uuid in each.strangers(known)] if taken.complete else []
+        orphans = [uuid for each in cloud.networks() for uuid in each.orphans(known)] if taken.complete else []
         taken.addresses |= cloud.private.hosts.addresses()
-        for wish in wishes:
-            check_collision(tree, group, wish.type)  # again, now that nobody else can make one
-            template = tree.need_template(wish.template)
+        for request in requests:
+            check_collision(tree, group, request.type)  # again, now that nobody else can make one
+            template = tree.need_template(request.template)
             format = known_formats(template)[0]
-            for name in next_names(names, wish):
+            for name in next_names(names, request):
                 uuid, mac = new_identity(taken.macs)
-                plan = Plan(VM(tree, group, wish.type, name or uuid), template, wish, uuid, format)
-                plans.append(plan)
+                clone = NewClone(VM(tree, group, request.type, name or uuid), template, request, uuid, format)
+                clones.append(clone)
                 address = cloud.network(kind).allot(taken.addresses, uuid)
                 network = {"vmNetwork": kind, "vmMac": mac, "vmAddress": address}
-                _reserve_one(cloud, plan, {"vmUuid": uuid, **network})
-    return strangers
+                _reserve_one(cloud, clone, {"vmUuid": uuid, **network})
+    return orphans
 
 
 class Taken:
@@ -7212,61 +7328,61 @@ def group_network(cloud: Cloud, group: str) -> str:
     return cloud.chosen_network(next((kind for kind in kinds if kind != "auto"), cloud.config["vmNetwork"]))
 
 
-def next_names(names: set[str], wish: Wish) -> list[str]:
+def next_names(names: set[str], request: CloneRequest) -> list[str]:
     """The next names of a prefix: two digits from 00 (100 after 99), after the highest there is; '' for a UUID."""
-    if not wish.prefix:
-        return [""] * wish.count
-    pattern = re.compile(re.escape(wish.prefix.lower()) + r"([0-9]{2,})")
+    if not request.prefix:
+        return [""] * request.count
+    pattern = re.compile(re.escape(request.prefix.lower()) + r"([0-9]{2,})")
     numbers = [int(match.group(1)) for match in map(pattern.fullmatch, names) if match]
     first = max(numbers, default=-1) + 1
-    found = [f"{wish.prefix}{number:02d}" for number in range(first, first + wish.count)]
-    check_name("VM", found[-1])
+    found = [f"{request.prefix}{number:02d}" for number in range(first, first + request.count)]
+    checked_name("VM", found[-1])
     names.update(name.lower() for name in found)
     return found
 
 
-def _reserve_one(cloud: Cloud, plan: Plan, identity: Mapping[str, str]) -> None:
+def _reserve_one(cloud: Cloud, clone: NewClone, identity: Mapping[str, str]) -> None:
     """Write the clone's conf in a folder that shows it is being made."""
-    vm, template = plan.vm, plan.template
+    vm, template = clone.vm, clone.template
     os.makedirs(os.path.dirname(vm.folder), exist_ok=True)
     vm.folder = os.path.join(os.path.dirname(vm.folder), MAKING + vm.name)
     os.mkdir(vm.folder, 0o700)
-    plan.lock = FolderLock(vm.folder, wait=0).__enter__()
+    clone.lock = FolderLock(vm.folder, wait=0).__enter__()
     settings = {
-        "vmName": vm.name, "vmInit": "auto", **template.inherited(), **plan.wish.settings,
+        "vmName": vm.name, "vmInit": "auto", **template.inherited(), **clone.request.settings,
         "vmDisk": "", "vmExtraDisk": "", **identity, "vmTemplate": template.name,
     }  # fmt: skip
     vm.write_conf(settings)
 
 
-class Making:
+class NewClones:
     """The clones that this command makes: their folders are locked while it lives, and gone if it fails."""
 
-    def __init__(self, cloud: Cloud, group: str, wishes: Sequence[Wish]) -> None:
+    def __init__(self, cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> None:
         self.cloud, self.group = cloud, group
-        self.plans: list[Plan] = []
+        self.clones: list[NewClone] = []
         try:
-            self.strangers = reserve(cloud, group, wishes, self.plans)
+            self.orphans = reserve(cloud, group, requests, self.clones)
         except BaseException:
             self.__exit__()
             raise
 
-    def finish(self, plan: Plan) -> VM:
+    def finish(self, clone: NewClone) -> VM:
         """Make the disks and keys, then put the folder in its place: from then on the VM is there."""
-        vm, template, wish = plan.vm, plan.template, plan.wish
+        vm, template, request = clone.vm, clone.template, clone.request
         extension = self.cloud.config["vmDiskExt"]
         system = vm.disk_name(0, extension)
         backing = os.path.relpath(
             os.path.realpath(template.disks()[0]), os.path.realpath(os.path.dirname(vm.folder) + "/x")
         )
-        create_overlay(vm.file(system), backing, plan.format, wish.disk)
-        extra = [vm.disk_name(number, extension) for number in range(1, len(wish.disks) + 1)]
-        for name, size in zip(extra, wish.disks):
+        create_overlay(vm.file(system), backing, clone.format, request.disk)
+        extra = [vm.disk_name(number, extension) for number in range(1, len(request.disks) + 1)]
+        for name, size in zip(extra, request.disks):
             create_disk(vm.file(name), size)
         if takes_host_key(vm):
             make_host_key(vm)
-        if wish.user_data:
-            write_file(vm.user_data_file, wish.user_data)
+        if request.user_data:
+            write_file(vm.user_data_file, request.user_data)
         final = VM(vm.tree, vm.group, vm.type, vm.name)
         formats = ",".join(["qcow2"] * (1 + len(extra)))
         disks = {"vmDisk": final.relative(system), "vmExtraDisk": ",".join(map(final.relative, extra))}
@@ -7274,27 +7390,27 @@ class Making:
         os.rename(vm.folder, final.folder)
         return final
 
-    def __enter__(self) -> Making:
+    def __enter__(self) -> NewClones:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        failed = [plan for plan in self.plans if not plan.lock or os.path.isdir(plan.vm.folder)]
-        for plan in self.plans:
-            if plan.lock:  # before it is taken, vm.folder may still be the final one
-                if os.path.isdir(plan.vm.folder):
-                    remove_tree(plan.vm.folder)
-                plan.lock.release()
-        self.cloud.network("bridge").withdraw([plan.uuid for plan in failed])  # an address was held for each
+        failed = [clone for clone in self.clones if not clone.lock or os.path.isdir(clone.vm.folder)]
+        for clone in self.clones:
+            if clone.lock:  # before it is taken, vm.folder may still be the final one
+                if os.path.isdir(clone.vm.folder):
+                    remove_tree(clone.vm.folder)
+                clone.lock.release()
+        self.cloud.network("bridge").withdraw([clone.uuid for clone in failed])  # an address was held for each
         with self.cloud.tree.lock():
             remove_if_empty(self.cloud.tree, self.group)
 
 
-def make_clones(cloud: Cloud, group: str, wishes: Sequence[Wish]) -> list[VM | Error]:
-    """Make the clones that are wished for, in parallel; what could not be made is an Error in its place."""
+def make_clones(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> list[VM | Error]:
+    """Make the clones that are asked for, in parallel; what could not be made is an Error in its place."""
     import contextlib
 
     cloud.tree.prepare()
-    templates = [cloud.tree.need_template(name) for name in sorted({wish.template for wish in wishes})]
+    templates = [cloud.tree.need_template(name) for name in sorted({request.template for request in requests})]
     settle_stopped(cloud, templates)
     with contextlib.ExitStack() as locks:
         for template in templates:
@@ -7303,12 +7419,12 @@ def make_clones(cloud: Cloud, group: str, wishes: Sequence[Wish]) -> list[VM | E
             check_clonable(template)
             make_read_only(template.disks()[0])
         own_key()
-        with Making(cloud, group, wishes) as making:
-            plans = {plan.vm: plan for plan in making.plans}
-            made = in_parallel(lambda vm: making.finish(plans[vm]), list(plans), workers=2 * (os.cpu_count() or 1))
+        with NewClones(cloud, group, requests) as new:
+            clones = {clone.vm: clone for clone in new.clones}
+            made = in_parallel(lambda vm: new.finish(clones[vm]), list(clones), workers=2 * (os.cpu_count() or 1))
     for network in cloud.networks():  # not under those locks: who starts a template takes the network's first
-        network.withdraw(making.strangers)
-    cloud.known_hosts.update({}, making.strangers)
+        network.withdraw(new.orphans)
+    cloud.known_hosts.update({}, new.orphans)
     return made
 
 
@@ -7319,11 +7435,122 @@ def publish_keys(cloud: Cloud, vms: Sequence[VM]) -> None:
         cloud.known_hosts.update(lines)
 
 
-# -- starting
-
+# Stopping and destroying #############################################################################
+#
+# The power button, the plug, and what goes with a VM.  A template is stopped with care: see the work in its guest.
 
 # And the pidfile.  The credentials stay, for whoever starts it by hand.
 RUNTIME_FILES = ("qmp.sock", "serial.sock", "monitor.sock", RECORD_SOCKET, *(f"{screen}.sock" for screen in SCREENS))
+
+
+def remove_runtime_files(vm: VM) -> None:
+    for name in (*RUNTIME_FILES, os.path.basename(vm.pid_file)):
+        remove_file(vm.file(name))
+
+
+def stop_locked(vm: VM, seconds: float) -> bool:
+    """What `stop` does, for who holds the VM's lock."""
+    state, pid = vm.state()
+    if state == "unknown":
+        raise WrongState(f"can't tell whether it runs: {vm.pid_file}", "stop it as the user who started it", vm=vm)
+    proper = True
+    if state == "running":
+        with Process(pid) as process:
+            if vm.state() == ("running", pid):  # the pidfd is of the process that holds the lock
+                proper = seconds > 0 and press_power_button(vm, process, seconds)
+                if not proper:
+                    pull_the_plug(vm, process)
+    remove_runtime_files(vm)
+    return proper
+
+
+def press_power_button(vm: VM, process: Process, seconds: float) -> bool:
+    """Whether the guest shut down in time.  The button is pressed every 3 s: a guest that is booting misses it."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with connect_qemu(vm) as qemu:
+                qemu.execute("system_powerdown")
+        except (QMPError, TimedOut):
+            pass  # it is ending, or its control socket is gone: the wait below tells
+        left = deadline - time.monotonic()
+        if process.ended(min(3.0, left)):
+            return True
+        if left <= 3.0:
+            return False
+
+
+def pull_the_plug(vm: VM, process: Process) -> None:
+    """End qemu: `quit` (it flushes its disks), then SIGTERM, then SIGKILL."""
+    import signal
+
+    try:
+        with connect_qemu(vm, 2.0) as qemu:
+            qemu.execute("quit")
+    except (QMPError, TimedOut):
+        pass
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.ended(2.0):
+            return
+        process.signal(number)
+    if not process.ended(10.0):
+        raise Error(f"qemu, process {process.pid}, doesn't end", vm=vm)
+
+
+def destroy(cloud: Cloud, vm: VM) -> None:
+    """Switch a VM off at once and remove its folder, and nothing else; never through a symlink."""
+    if not os.path.lexists(vm.folder):
+        return  # another command was faster
+    for folder in (vm.folder, os.path.dirname(vm.folder), os.path.dirname(os.path.dirname(vm.folder))):
+        if os.path.islink(folder) and folder != cloud.tree.base:
+            raise Error(f"{folder} is a symlink: nothing behind it is removed", "remove it yourself", vm=vm)
+    place = os.path.relpath(os.path.realpath(vm.folder), os.path.realpath(cloud.tree.base))
+    if vm.is_template or not vm.exists() or place != os.path.join(vm.group, vm.type, vm.name):
+        raise WrongState(f"{vm.folder}: that is no clone")
+    try:
+        with FolderLock(vm.folder):
+            stop_locked(vm, 0)
+            remove_vm(vm)
+    except FileNotFoundError:
+        if os.path.lexists(vm.folder):
+            raise
+
+
+def forget_identity(cloud: Cloud, uuids: Sequence[str]) -> None:
+    """Take VMs that are gone out of what is known of them outside their folders."""
+    for network in cloud.networks():
+        network.withdraw(uuids)
+    cloud.known_hosts.update({}, uuids)
+
+
+def destroy_all(cloud: Cloud, vms: Sequence[VM], group: str = "") -> list[Error]:
+    """Destroy VMs in parallel, and what is known of them elsewhere; the errors.
+
+    `group`: what a killed command left in that one goes too.
+    """
+    uuids = {vm.folder: vm.get("vmUuid") for vm in vms if vm.is_readable()}
+    if not vms and not os.path.isdir(cloud.tree.base):
+        return []
+    cloud.private.used = True
+    results = in_parallel(lambda vm: destroy(cloud, vm), vms)
+    gone = [vm for vm, result in zip(vms, results) if not isinstance(result, Error)]
+    forget = [uuids[vm.folder] for vm in gone if uuids.get(vm.folder)]
+    with cloud.tree.lock():
+        for each in {vm.group for vm in vms} | ({group} & set(cloud.tree.groups())):
+            sweep(cloud.tree, each)
+            remove_if_empty(cloud.tree, each)
+    # After what mustn't be left: this may fail, on a full disk say.
+    results.append(result_of(lambda _: forget_identity(cloud, forget), None))
+    settle_stopped(cloud, cloud.tree.templates(), wait=0)  # the last clone on an old layer is gone, perhaps
+    return [result for result in results if isinstance(result, Error)]
+
+
+SHUTDOWN_SECONDS = 120  # what is to be kept has more time than vmstop gives a VM
+
+
+# Starting and waiting ################################################################################
+#
+# From a conf to a qemu that answers, and from there to a guest that is ready.
 
 
 def start(cloud: Cloud, vm: VM, *, iso: str = "", gui: bool = False) -> None:
@@ -7377,11 +7604,6 @@ def prepare_disks(cloud: Cloud, template: VM) -> Layer | None:
     for disk in template.disks():
         make_writable(disk)  # cloning made it read-only
     return None
-
-
-def remove_runtime_files(vm: VM) -> None:
-    for name in (*RUNTIME_FILES, os.path.basename(vm.pid_file)):
-        remove_file(vm.file(name))
 
 
 def ensure_identity(cloud: Cloud, vm: VM) -> None:
@@ -7620,14 +7842,14 @@ def stage_of_port(network: Network, address: str, seconds: float) -> str:
 def wait_ready(wait: Wait) -> None:
     """Return when the VM is ready: ssh answers, and the guest is configured as its vmInit says."""
     wait_ssh(wait)
-    settle_init(wait)
+    find_init_kind(wait)
     if wait.vm.get("vmInit") == "cloud-init":
         wait_cloud_init(wait)
     elif wait.vm.get("vmInit") != "none":
         configure(wait)
 
 
-def settle_init(wait: Wait) -> None:
+def find_init_kind(wait: Wait) -> None:
     """Where vmInit is `auto`, find out at the first contact whether the guest took its seed, and put that in its conf.
 
     A guest that shows the host key from the seed has a cloud-init: nobody else has that key.  One that shows another
@@ -7672,12 +7894,6 @@ def configure(wait: Wait) -> None:
 
 
 NOT_YET = 75  # as sysexits.h: try again
-
-
-def cloud_init_script(seconds: int) -> str:
-    """For the guest's shell: 0 where its cloud-init has ended well, 1 where it failed, NOT_YET where it is at work, and
-    still is after `seconds`."""
-    return guest_script("cloud-init.sh", PATIENCE=seconds, NOT_YET=NOT_YET)
 
 
 def wait_cloud_init(wait: Wait) -> None:
@@ -7730,7 +7946,7 @@ def pin_host_key(wait: Wait) -> None:
     try:
         for seconds in wait.tries():
             trust = ssh_trust_options(place, strict=False)
-            attempt([*ssh_argv(cloud, vm, trust, ssh_key_options(True), batch=True), "true"], seconds)
+            try_run([*ssh_argv(cloud, vm, trust, ssh_key_options(True), batch=True), "true"], seconds)
             if os.path.exists(place):
                 break
         lines = read_text(place).splitlines()
@@ -7742,7 +7958,7 @@ def pin_host_key(wait: Wait) -> None:
 def ssh_batch(cloud: Cloud, vm: VM, script: str, timeout: float) -> tuple[int, str]:
     """Run a command in the guest with nocloud's own key and no ssh configuration of the user's; (status, output)."""
     trust = ssh_trust_options(cloud.known_hosts.path, strict=True)
-    return attempt([*ssh_argv(cloud, vm, trust, ssh_key_options(is_planted(vm)), batch=True), script], timeout)
+    return try_run([*ssh_argv(cloud, vm, trust, ssh_key_options(is_planted(vm)), batch=True), script], timeout)
 
 
 def ssh_way(network: Network) -> list[str]:
@@ -7761,124 +7977,104 @@ def ssh_argv(cloud: Cloud, vm: VM, trust: Sequence[str], keys: Sequence[str], ba
     ]  # fmt: skip
 
 
-# -- stopping, destroying
+def guest_script(name: str, root: bool = False, **given: object) -> str:
+    """A script of etc/guest for a guest's shell, after assignments of what it is given.
 
-
-def stop(cloud: Cloud, vm: VM, seconds: float) -> bool:
-    """Shut a VM down: the power button, and after `seconds` the plug (0: at once).  False where it had to be pulled.
-
-    Raises WrongState where it can't be told whether it runs.
+    `root`: it is run by root, or by a login that may become root without a password.
     """
-    with FolderLock(vm.folder):
-        if vm.is_template and seconds > 0:
-            clean_running(cloud, vm)
-        proper = stop_locked(vm, seconds)
-        if vm.is_template:
-            warn_lost(vm, settle(cloud, vm))
-        return proper
+    import shlex
+
+    values = "".join(f"{key}={shlex.quote(str(value))}\n" for key, value in given.items())
+    script = values + need_packaged(f"guest/{name}")
+    return f's=; [ "$(id -u)" = 0 ] || s="sudo -n"; exec $s sh -c {shlex.quote(script)}' if root else script
 
 
-def stop_locked(vm: VM, seconds: float) -> bool:
-    """What `stop` does, for who holds the VM's lock."""
-    state, pid = vm.state()
-    if state == "unknown":
-        raise WrongState(f"can't tell whether it runs: {vm.pid_file}", "stop it as the user who started it", vm=vm)
-    proper = True
-    if state == "running":
-        with Process(pid) as process:
-            if vm.state() == ("running", pid):  # the pidfd is of the process that holds the lock
-                proper = seconds > 0 and press_power_button(vm, process, seconds)
-                if not proper:
-                    pull_the_plug(vm, process)
-    remove_runtime_files(vm)
-    return proper
+def cloud_init_script(seconds: int) -> str:
+    """For the guest's shell: 0 where its cloud-init has ended well, 1 where it failed, NOT_YET where it is at work, and
+    still is after `seconds`."""
+    return guest_script("cloud-init.sh", PATIENCE=seconds, NOT_YET=NOT_YET)
 
 
-def press_power_button(vm: VM, process: Process, seconds: float) -> bool:
-    """Whether the guest shut down in time.  The button is pressed every 3 s: a guest that is booting misses it."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            with connect_qemu(vm) as qemu:
-                qemu.execute("system_powerdown")
-        except (QMPError, TimedOut):
-            pass  # it is ending, or its control socket is gone: the wait below tells
-        left = deadline - time.monotonic()
-        if process.ended(min(3.0, left)):
-            return True
-        if left <= 3.0:
-            return False
+# -- many VMs at once
 
 
-def pull_the_plug(vm: VM, process: Process) -> None:
-    """End qemu: `quit` (it flushes its disks), then SIGTERM, then SIGKILL."""
-    import signal
+def start_all(
+    cloud: Cloud,
+    vms: Sequence[VM],
+    started: Callable[[VM], None] = lambda vm: None,
+    *,
+    iso: str = "",
+    gui: bool = False,
+) -> list[Error | None]:
+    """Start VMs in parallel, after the networks that they need; for each None, or why it doesn't run."""
+    import contextlib
 
-    try:
-        with connect_qemu(vm, 2.0) as qemu:
-            qemu.execute("quit")
-    except (QMPError, TimedOut):
-        pass
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.ended(2.0):
-            return
-        process.signal(number)
-    if not process.ended(10.0):
-        raise Error(f"qemu, process {process.pid}, doesn't end", vm=vm)
+    def start_one(vm: VM) -> None:
+        start(cloud, vm, iso=iso, gui=gui)
+        started(vm)
 
-
-def destroy(cloud: Cloud, vm: VM) -> None:
-    """Switch a VM off at once and remove its folder, and nothing else; never through a symlink."""
-    if not os.path.lexists(vm.folder):
-        return  # another command was faster
-    for folder in (vm.folder, os.path.dirname(vm.folder), os.path.dirname(os.path.dirname(vm.folder))):
-        if os.path.islink(folder) and folder != cloud.tree.base:
-            raise Error(f"{folder} is a symlink: nothing behind it is removed", "remove it yourself", vm=vm)
-    place = os.path.relpath(os.path.realpath(vm.folder), os.path.realpath(cloud.tree.base))
-    if vm.is_template or not vm.exists() or place != os.path.join(vm.group, vm.type, vm.name):
-        raise WrongState(f"{vm.folder}: that is no clone")
-    try:
-        with FolderLock(vm.folder):
-            stop_locked(vm, 0)
-            remove_vm(vm)
-    except FileNotFoundError:
-        if os.path.lexists(vm.folder):
-            raise
+    kinds = {cloud.network_kind(vm) for vm in vms if vm.is_readable() and not vm.foreign_qemu()}
+    with contextlib.ExitStack() as stack:
+        for kind in sorted(kinds):
+            stack.enter_context(cloud.network(kind).hold())
+        return in_parallel(start_one, vms)
 
 
-def forget_identity(cloud: Cloud, uuids: Sequence[str]) -> None:
-    """Take VMs that are gone out of what is known of them outside their folders."""
-    for network in cloud.networks():
-        network.withdraw(uuids)
-    cloud.known_hosts.update({}, uuids)
+def instantiate(
+    cloud: Cloud, group: str, requests: Sequence[CloneRequest], started: Callable[[VM], None] = lambda vm: None
+) -> tuple[list[VM], list[Error]]:
+    """Make the clones and start them, in parallel; (those that run, the errors).  A clone that doesn't start goes.
 
-
-def destroy_all(cloud: Cloud, vms: Sequence[VM], group: str = "") -> list[Error]:
-    """Destroy VMs in parallel, and what is known of them elsewhere; the errors.
-
-    `group`: what a killed command left in that one goes too.
+    `started` hears of each as soon as it runs.
     """
-    uuids = {vm.folder: vm.get("vmUuid") for vm in vms if vm.is_readable()}
-    if not vms and not os.path.isdir(cloud.tree.base):
-        return []
-    cloud.private.used = True
-    results = in_parallel(lambda vm: destroy(cloud, vm), vms)
-    gone = [vm for vm, result in zip(vms, results) if not isinstance(result, Error)]
-    forget = [uuids[vm.folder] for vm in gone if uuids.get(vm.folder)]
-    with cloud.tree.lock():
-        for each in {vm.group for vm in vms} | ({group} & set(cloud.tree.groups())):
-            sweep(cloud.tree, each)
-            remove_if_empty(cloud.tree, each)
-    # After what mustn't be left: this may fail, on a full disk say.
-    results.append(_attempt(lambda _: forget_identity(cloud, forget), None))
-    settle_stopped(cloud, cloud.tree.templates(), wait=0)  # the last clone on an old layer is gone, perhaps
+    cloud.qemu()
+    cloud.accel(cloud.config["vmAccel"])
+    cloud.network(group_network(cloud, group)).up()  # where that can't be, nothing is made
+    made = make_clones(cloud, group, requests)
+    errors = [result for result in made if isinstance(result, Error)]
+    vms = [result for result in made if isinstance(result, VM)]
+    problem = result_of(lambda _: publish_keys(cloud, vms), None)  # one file has the keys of all
+    results: list[Error | None]
+    if problem:
+        results = [Error(problem.text, problem.hint, problem.status, vm) for vm in vms]
+    else:
+        results = start_all(cloud, vms, started)
+    errors += filter(None, results)
+    failed = [vm for vm, error in zip(vms, results) if error and not vm.is_running()]  # by another command, perhaps
+    if failed:
+        errors += destroy_all(cloud, failed)
+    return [vm for vm in vms if vm not in failed], errors
+
+
+def wait_all(cloud: Cloud, vms: Sequence[VM], seconds: float) -> list[Error]:
+    """Wait for VMs in parallel until each is ready."""
+    results = in_parallel(lambda vm: wait_ready(Wait(cloud, vm, seconds)), vms, workers=len(vms) or 1)
     return [result for result in results if isinstance(result, Error)]
 
 
-# -- work in a template's guest
+def configure_later(cloud: Cloud, vms: Sequence[VM]) -> None:
+    """A helper of its own for the VMs whose guest must be configured over ssh; it ends by itself.
+
+    It writes to the VMs' logs; what it could not finish, the next vmssh does.
+    """
+    names = [vm.full_name for vm in vms if vm.is_readable() and vm.get("vmInit") in ("auto", "ssh")]
+    if names:
+        environment = {"NOCLOUD_vmBaseDir": cloud.tree.base}
+        spawn(self_argv("configure", *names), log=os.devnull, cwd="/", env=environment)
+
+
+# Work in a template's guest ##########################################################################
 #
 # A template, or one that is being made, is booted for a while and shut down properly.  Its qemu ends with this command,
 # however that ends; a layer counts only once the work is done.
+
+
+def give_identity(cloud: Cloud, vm: VM) -> None:
+    """What a VM needs before its first start, for who holds its lock."""
+    ensure_identity(cloud, vm)
+    if takes_host_key(vm) and not os.path.exists(vm.host_key):
+        make_host_key(vm)
+    publish_keys(cloud, [vm])
 
 
 class OwnGuest:
@@ -7957,34 +8153,11 @@ class OwnGuest:
         remove_runtime_files(self.vm)
 
 
-SHUTDOWN_SECONDS = 120  # what is to be kept has more time than vmstop gives a VM
-
-
-def give_identity(cloud: Cloud, vm: VM) -> None:
-    """What a VM needs before its first start, for who holds its lock."""
-    ensure_identity(cloud, vm)
-    if takes_host_key(vm) and not os.path.exists(vm.host_key):
-        make_host_key(vm)
-    publish_keys(cloud, [vm])
-
-
 def forget_guest(cloud: Cloud, vm: VM) -> None:
     """What is known of a guest that has been cleaned: its name is to be set again, its host key may be another."""
     remove_file(vm.configured_file)
     if not is_planted(vm):
         cloud.known_hosts.update({}, [vm.get("vmUuid")])
-
-
-def guest_script(name: str, root: bool = False, **given: object) -> str:
-    """A script of etc/guest for a guest's shell, after assignments of what it is given.
-
-    `root`: it is run by root, or by a login that may become root without a password.
-    """
-    import shlex
-
-    values = "".join(f"{key}={shlex.quote(str(value))}\n" for key, value in given.items())
-    script = values + need_packaged(f"guest/{name}")
-    return f's=; [ "$(id -u)" = 0 ] || s="sudo -n"; exec $s sh -c {shlex.quote(script)}' if root else script
 
 
 def cleaning_script(vm: VM) -> str:
@@ -8020,6 +8193,43 @@ def clean_running(cloud: Cloud, template: VM) -> None:
             forget_guest(cloud, template)
     except Error as error:
         report.warn(f"{template}: it keeps what tells it from others: {error.text}")
+
+
+def stop(cloud: Cloud, vm: VM, seconds: float) -> bool:
+    """Shut a VM down: the power button, and after `seconds` the plug (0: at once).  False where it had to be pulled.
+
+    Raises WrongState where it can't be told whether it runs.
+    """
+    with FolderLock(vm.folder):
+        if vm.is_template and seconds > 0:
+            clean_running(cloud, vm)
+        proper = stop_locked(vm, seconds)
+        if vm.is_template:
+            warn_lost(vm, settle(cloud, vm))
+        return proper
+
+
+def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float, patient: bool = False) -> list[Error]:
+    """Stop VMs in parallel; one warning line names those whose plug had to be pulled.
+
+    `patient`: a template on a layer, which would be lost, has longer than `seconds`.
+    """
+    cloud.private.used = True
+    settle_stopped(cloud, (vm for vm in vms if vm.is_template))
+    running = [vm for vm in vms if vm.state()[0] != "stopped"]
+    try:
+        for kind in {cloud.network_kind(vm) for vm in running if vm.is_template and vm.is_readable()}:
+            cloud.network(kind).open()  # before there are threads
+    except Error:
+        pass  # a guest that can't be reached isn't cleaned, but stopped all the same
+    longer = patient and 0 < seconds < SHUTDOWN_SECONDS
+    graces = {vm: SHUTDOWN_SECONDS if longer and vm.is_template and runs_on_layer(vm) else seconds for vm in running}
+    results = in_parallel(lambda vm: stop(cloud, vm, graces[vm]), running, workers=len(running) or 1)
+    for grace in dict.fromkeys(graces.values()):
+        pulled = [vm.name for vm, result in zip(running, results) if graces[vm] == grace and result is False]
+        if pulled and grace:
+            report.warn(f"no shutdown within {grace:.0f} s, switched off: {', '.join(pulled)}")
+    return [result for result in results if isinstance(result, Error)]
 
 
 # -- upgrades
@@ -8116,7 +8326,7 @@ def template_from_vm(
             report.warn(f"{name}: a template has a system disk only, these are left out: {left}")
         if clean:
             in_new_guest(cloud, new, clean_and_end, "--no-clean takes it as it is")
-        return new.finish({**settings, "vmSource": source.address_name})
+        return new.finish({**settings, "vmSource": source.full_name})
 
 
 def copy_disk(source: VM, new: NewTemplate, layered: bool) -> None:
@@ -8159,7 +8369,7 @@ def in_new_guest(cloud: Cloud, new: NewTemplate, work: Callable[[OwnGuest], None
         raise
     finally:
         forget_identity(cloud, [vm.get("vmUuid")])
-        for name in _names(vm.folder):
+        for name in names_in(vm.folder):
             path = vm.file(name)
             if os.path.isdir(path):
                 remove_tree(path)
@@ -8184,143 +8394,6 @@ def take_over(cloud: Cloud, new: NewTemplate, key: tuple[str, str]) -> None:
         guest.shut_down()
 
     in_new_guest(cloud, new, work, f"is {path} the key of its publisher?")
-
-
-# -- what stands on what
-
-
-class DiskTree:
-    """The system disks of a tree, by the file that each stands on."""
-
-    def __init__(self, tree: Tree) -> None:
-        self.above: dict[str, set[str]] = {}
-        self.owners: dict[str, VM] = {}
-        for vm in tree.vms():
-            try:
-                own = [*vm.disks()[:1], *map(vm.file, own_disks(vm) if vm.is_template else ())]
-                for disk in own:
-                    files = [os.path.realpath(disk), *backing_chain([disk])]
-                    self.owners[files[0]] = vm
-                    for upper, lower in zip(files, files[1:]):
-                        self.above.setdefault(lower, set()).add(upper)
-            except (Error, OSError) as error:
-                report.warn(str(error))
-
-    def rows(self) -> Iterator[str]:
-        """Each template with its disks, under each of these what stands on it, indented, with sizes on disk."""
-        below = {upper for uppers in self.above.values() for upper in uppers}
-        for path in sorted(path for path, vm in self.owners.items() if vm.is_template and path not in below):
-            yield from self._rows(path, 0)
-
-    def _rows(self, path: str, depth: int, under: VM | None = None) -> Iterator[str]:
-        """A disk and what stands on it; where it stands on another's, `under`, or on none, its template comes first."""
-        owner, name, said = self.owners[path], os.path.basename(path), ""
-        if not owner.is_template:
-            name = owner.address_name
-        elif path == os.path.realpath(owner.disks()[0]):
-            said = "  new clones stand on this"
-        if owner.is_template and owner is not under:
-            yield self._row(depth, owner.name, [each for each, vm in self.owners.items() if vm is owner])
-            depth += 1
-        yield self._row(depth, name, [path]) + said
-        for upper in sorted(self.above.get(path, ()), key=lambda each: (self.owners[each] is owner, each)):
-            yield from self._rows(upper, depth + 1, owner)
-
-    @staticmethod
-    def _row(depth: int, name: str, paths: Iterable[str]) -> str:
-        size = sum(os.stat(path).st_blocks * 512 for path in paths if os.path.exists(path))
-        return f"{'  ' * depth}{name}  {size / MIB:.1f} MB"
-
-
-# -- what the commands do to many VMs at once
-
-
-def instantiate(
-    cloud: Cloud, group: str, wishes: Sequence[Wish], started: Callable[[VM], None] = lambda vm: None
-) -> tuple[list[VM], list[Error]]:
-    """Make the clones and start them, in parallel; (those that run, the errors).  A clone that doesn't start goes.
-
-    `started` hears of each as soon as it runs.
-    """
-    cloud.qemu()
-    cloud.accel(cloud.config["vmAccel"])
-    cloud.network(group_network(cloud, group)).up()  # where that can't be, nothing is made
-    made = make_clones(cloud, group, wishes)
-    errors = [result for result in made if isinstance(result, Error)]
-    vms = [result for result in made if isinstance(result, VM)]
-    problem = _attempt(lambda _: publish_keys(cloud, vms), None)  # one file has the keys of all
-    results: list[Error | None]
-    if problem:
-        results = [Error(problem.text, problem.hint, problem.status, vm) for vm in vms]
-    else:
-        results = start_all(cloud, vms, started)
-    errors += filter(None, results)
-    failed = [vm for vm, error in zip(vms, results) if error and not vm.is_running()]  # by another command, perhaps
-    if failed:
-        errors += destroy_all(cloud, failed)
-    return [vm for vm in vms if vm not in failed], errors
-
-
-def start_all(
-    cloud: Cloud,
-    vms: Sequence[VM],
-    started: Callable[[VM], None] = lambda vm: None,
-    *,
-    iso: str = "",
-    gui: bool = False,
-) -> list[Error | None]:
-    """Start VMs in parallel, after the networks that they need; for each None, or why it doesn't run."""
-    import contextlib
-
-    def start_one(vm: VM) -> None:
-        start(cloud, vm, iso=iso, gui=gui)
-        started(vm)
-
-    kinds = {cloud.network_kind(vm) for vm in vms if vm.is_readable() and not vm.foreign_qemu()}
-    with contextlib.ExitStack() as stack:
-        for kind in sorted(kinds):
-            stack.enter_context(cloud.network(kind).hold())
-        return in_parallel(start_one, vms)
-
-
-def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float, patient: bool = False) -> list[Error]:
-    """Stop VMs in parallel; one warning line names those whose plug had to be pulled.
-
-    `patient`: a template on a layer, which would be lost, has longer than `seconds`.
-    """
-    cloud.private.used = True
-    settle_stopped(cloud, (vm for vm in vms if vm.is_template))
-    running = [vm for vm in vms if vm.state()[0] != "stopped"]
-    try:
-        for kind in {cloud.network_kind(vm) for vm in running if vm.is_template and vm.is_readable()}:
-            cloud.network(kind).open()  # before there are threads
-    except Error:
-        pass  # a guest that can't be reached isn't cleaned, but stopped all the same
-    longer = patient and 0 < seconds < SHUTDOWN_SECONDS
-    graces = {vm: SHUTDOWN_SECONDS if longer and vm.is_template and runs_on_layer(vm) else seconds for vm in running}
-    results = in_parallel(lambda vm: stop(cloud, vm, graces[vm]), running, workers=len(running) or 1)
-    for grace in dict.fromkeys(graces.values()):
-        pulled = [vm.name for vm, result in zip(running, results) if graces[vm] == grace and result is False]
-        if pulled and grace:
-            report.warn(f"no shutdown within {grace:.0f} s, switched off: {', '.join(pulled)}")
-    return [result for result in results if isinstance(result, Error)]
-
-
-def wait_all(cloud: Cloud, vms: Sequence[VM], seconds: float) -> list[Error]:
-    """Wait for VMs in parallel until each is ready."""
-    results = in_parallel(lambda vm: wait_ready(Wait(cloud, vm, seconds)), vms, workers=len(vms) or 1)
-    return [result for result in results if isinstance(result, Error)]
-
-
-def configure_later(cloud: Cloud, vms: Sequence[VM]) -> None:
-    """A helper of its own for the VMs whose guest must be configured over ssh; it ends by itself.
-
-    It writes to the VMs' logs; what it could not finish, the next vmssh does.
-    """
-    names = [vm.address_name for vm in vms if vm.is_readable() and vm.get("vmInit") in ("auto", "ssh")]
-    if names:
-        environment = {"NOCLOUD_vmBaseDir": cloud.tree.base}
-        spawn(own_command("configure", *names), log=os.devnull, cwd="/", env=environment)
 
 
 # Consoles ############################################################################################
@@ -8498,8 +8571,6 @@ def relay_line(connection: socket.socket, leave: bytes, drop: bytes) -> bool:
             return False
 
 
-# -- qemu's monitor
-
 MONITOR_SECONDS = 3600.0  # a savevm or a backup takes its time
 
 
@@ -8649,16 +8720,16 @@ LOOK_SECONDS = 2.0  # between looks at the tree for VMs that others started
 
 
 class Supervisor:
-    """The loop of one vmrun.  `settled` is called when all VMs are ready, or are known not to get ready."""
+    """The loop of one vmrun.  `on_ready` is called when all VMs are ready, or are known not to get ready."""
 
-    def __init__(self, cloud: Cloud, group: str, wakeup: Wakeup, settled: Callable[[int], None]) -> None:
+    def __init__(self, cloud: Cloud, group: str, wakeup: Wakeup, on_ready: Callable[[int], None]) -> None:
         import selectors
         import threading
 
         self.cloud, self.group, self._wakeup = cloud, group, wakeup
         self.goal = RUN
         self.status = EXIT_DONE
-        self._settled: Callable[[int], None] | None = settled
+        self._on_ready: Callable[[int], None] | None = on_ready
         self._members: dict[str, Member] = {}
         self._jobs: set[threading.Thread] = set()
         self._starting, self._ending, self._finished = True, RUN, False
@@ -8720,7 +8791,7 @@ class Supervisor:
         self._selector.register(process, selectors.EVENT_READ, lambda: self._gone(member))
         report.log(f"{vm.name} has console vmconsole -n {vm.name} -g {vm.group} -t {vm.type}")
         if self.goal == RUN:
-            result = _attempt(lambda vm: self.cloud.network_of(vm).open(), vm)
+            result = result_of(lambda vm: self.cloud.network_of(vm).open(), vm)
             if isinstance(result, Error):
                 self._waited(member, result)
             else:
@@ -8755,7 +8826,7 @@ class Supervisor:
 
         def body() -> None:
             try:
-                result = _attempt(lambda _: work(), None)
+                result = result_of(lambda _: work(), None)
             except Exception as error:
                 result = error
             self._wakeup.post(lambda: finish(result))
@@ -8775,7 +8846,7 @@ class Supervisor:
         self._starting = False
         self._failed(errors)
         if self.goal == RUN:
-            vms = sorted((member.vm for member in self._members.values()), key=lambda vm: vm.address_name)
+            vms = sorted((member.vm for member in self._members.values()), key=lambda vm: vm.full_name)
             self._job(lambda: open_screens([vm for vm in vms if not has_viewer(vm)]), lambda _: None)
 
     def _failed(self, errors: list[Error] | Error) -> None:
@@ -8828,10 +8899,10 @@ class Supervisor:
         """All is quiet: hold nothing open that only waits need."""
         for kind in ("private", "bridge"):
             self.cloud.network(kind).close()
-        if self._settled:
+        if self._on_ready:
             late = not all(member.ready for member in self._members.values())
-            self._settled(self.status or (EXIT_TIMEOUT if late else EXIT_DONE))
-            self._settled = None
+            self._on_ready(self.status or (EXIT_TIMEOUT if late else EXIT_DONE))
+            self._on_ready = None
 
     def _end(self) -> list[Error]:
         """What the goal asks for."""
@@ -8845,17 +8916,23 @@ class Supervisor:
 
 
 def supervise(
-    cloud: Cloud, group: str, wishes: Sequence[Wish], *, new: bool, gui: bool, settled: Callable[[int, str], None]
+    cloud: Cloud,
+    group: str,
+    requests: Sequence[CloneRequest],
+    *,
+    new: bool,
+    gui: bool,
+    on_ready: Callable[[int, str], None],
 ) -> int:
-    """Run a group: the VMs that it has and those that are wished for, until it ends; the exit status.
+    """Run a group: the VMs that it has and those that are asked for, until it ends; the exit status.
 
-    `new`: it must have none yet; `gui`: those that it has get a screen, this time.  `settled` gets the status so far
+    `new`: it must have none yet; `gui`: those that it has get a screen, this time.  `on_ready` gets the status so far
     and the log that a vmrun in the background writes.
     """
     wakeup = Wakeup()
     with Manager(cloud.tree, group, new) as manager:
         old = list(cloud.tree.vms(group))
-        if not old and not wishes:
+        if not old and not requests:
             raise NotFound(f"{group}: there are no VMs in it", "vmrun -f FILE makes them")
         if group_network(cloud, group) == "private":
             with cloud.private.hold():
@@ -8870,10 +8947,10 @@ def supervise(
                     spawned(vm)  # it is taken over as it is
             results = start_all(cloud, stopped, spawned, gui=gui)
             errors = [error for vm, error in zip(stopped, results) if error and not vm.is_running()]
-            return errors + (instantiate(cloud, group, wishes, spawned)[1] if wishes else [])
+            return errors + (instantiate(cloud, group, requests, spawned)[1] if requests else [])
 
         trim_memory()
-        supervisor = Supervisor(cloud, group, wakeup, lambda status: settled(status, manager.log_file))
+        supervisor = Supervisor(cloud, group, wakeup, lambda status: on_ready(status, manager.log_file))
         return supervisor.run(begin)
 
 
@@ -8925,7 +9002,7 @@ class Background:
                 raise
         return said[0] if said else os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-    def settled(self, status: int, log_file: str) -> None:
+    def on_ready(self, status: int, log_file: str) -> None:
         """In the child: let the caller go, and write to a log from now on.  In the foreground: nothing."""
         if self._talk < 0:
             return
@@ -8951,7 +9028,7 @@ def vm_rows(cloud: Cloud, group: str = "", type: str = "", *, every: bool = Fals
     for vm in cloud.tree.vms(group, type):
         state, _ = vm.state()
         if every or state == "running":
-            words = (vm.name, vm.function, state if every else "", address_of(cloud, vm))
+            words = (vm.name, vm.place, state if every else "", address_of(cloud, vm))
             yield " ".join(filter(None, words))
 
 
@@ -8994,7 +9071,7 @@ def host_variables(vm: VM, user: str) -> dict[str, str]:
     names.update(template=vm.get("vmTemplate"), uuid=uuid)
     values = {f"nocloud_{key}": value for key, value in names.items()}
     # ansible's own is named by the address, which another VM had before, or has in another tree
-    values["ansible_control_path"] = f"%(directory)s/{uuid or vm.address_name.replace('/', '-')}"
+    values["ansible_control_path"] = f"%(directory)s/{uuid or vm.full_name.replace('/', '-')}"
     if uuid and not vm.get("vmAddress"):  # known by its UUID only
         values.update({f"ansible_{each}_extra_args": f"-o HostKeyAlias={uuid}" for each in ("ssh", "sftp", "scp")})
     return values if login == user else {**values, "ansible_user": login}
@@ -9008,513 +9085,6 @@ def ansible_ssh_args(cloud: Cloud, vms: Sequence[VM]) -> str:
     planted = all(is_planted(vm) for vm in vms)
     words = [*ssh_trust_options(cloud.known_hosts.path, strict), *ssh_key_options(planted)]
     return shlex.join([*words, *ssh_way(cloud.network_of(vms[0]))])
-
-
-# Installation ########################################################################################
-#
-# What `make install` puts on a host and `make uninstall` takes away.  All is looked at before anything is changed, and
-# each change is written down before it is made: one that was cut short is finished by the next call, or undone.
-
-INSTALL_RECORD = "share/nocloud/installed.json"  # below PREFIX
-INSTALLED_CONFS = ("nocloud_net.conf", "nocloud_templates.conf")
-
-
-@record
-class Placed:
-    """A file of an installation: where it goes, and its content, or where the link points.
-
-    `conf`: users change it, and what they changed is kept.
-    """
-
-    path: str
-    content: bytes = b""
-    link: str = ""
-    mode: int = 0o644
-    conf: bool = False
-
-    def fingerprint(self) -> str:
-        """As Installation.fingerprint()."""
-        import hashlib
-
-        return f"link {self.link}" if self.link else f"sha256 {hashlib.sha256(self.content).hexdigest()}"
-
-
-def planned_files(
-    prefix: str, program: bytes, names: Iterable[str], documents: Mapping[str, str], links: Mapping[str, str]
-) -> list[Placed]:
-    """What an installation consists of.
-
-    `names`: what the program is called by, besides nocloud; `documents`: texts by their path below PREFIX, `links`
-    likewise by where they point.
-    """
-    found = [Placed(f"{prefix}/bin/nocloud", program, mode=0o755)]
-    found += [Placed(f"{prefix}/bin/{name}", link="nocloud") for name in names]
-    found += [Placed(f"{prefix}/etc/{name}", packaged(name).encode(), conf=True) for name in INSTALLED_CONFS]
-    found += [Placed(f"{prefix}/{path}", text.encode()) for path, text in documents.items()]
-    found += [Placed(f"{prefix}/{path}", link=target) for path, target in links.items()]
-    return found
-
-
-def checked_prefix(prefix: str) -> str:
-    """PREFIX without a slash at its end.  Raises UsageError where it can't stand in a unit file as it is."""
-    if not re.fullmatch(r"(/[A-Za-z0-9._+-]+)+/*", prefix) or {".", ".."} & set(prefix.split("/")):
-        raise UsageError(
-            f"PREFIX={prefix}: expected an absolute path of letters, digits and ._+-",
-            "PREFIX=/usr/local is the default",
-        )
-    return prefix.rstrip("/")
-
-
-class Installation:
-    """What is installed below one PREFIX, and the record of it; `root` is DESTDIR, '' for this host.
-
-    The record is written before each change, so that a call that was killed can be finished, or undone.
-    """
-
-    def __init__(self, prefix: str, root: str = "") -> None:
-        """Raises Error where the record can't be relied on."""
-        self.prefix, self.root = checked_prefix(prefix), root.rstrip("/")
-        self.record = self.real(f"{self.prefix}/{INSTALL_RECORD}")
-        self.files: dict[str, list[str]] = {}  # path: the fingerprints that it had as we put it there
-        self.folders: list[str] = []  # those that weren't there before
-        self.host: dict[str, Any] = {}  # what was changed on the host, and how it was before
-        self.exists = os.path.exists(self.record)
-        if self.exists:
-            self._load()
-
-    def real(self, path: str) -> str:
-        return self.root + path
-
-    def _load(self) -> None:
-        import json
-
-        reason = untrusted(self.record)
-        if reason:
-            raise Error(f"{self.record}: {reason}; it says what to remove, so it is not used", "chown root, chmod 644")
-        try:
-            known = json.loads(read_text(self.record))
-            self.files, self.folders, self.host = dict(known["files"]), list(known["folders"]), dict(known["host"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise Error(f"{self.record}: is damaged: {error!r}", "move it away, and install again") from None
-
-    def save(self, **host: Any) -> None:
-        """Write the record, with what is going to be changed on the host."""
-        import json
-
-        self.host.update(host)
-        known = {"version": __version__, "files": self.files, "folders": self.folders, "host": self.host}
-        write_file(self.record, json.dumps(known, indent=1) + "\n", 0o644)
-
-    def fingerprint(self, path: str) -> str:
-        """What is there: `sha256 HEX`, `link TARGET`, `folder`, or ''."""
-        path = self.real(path)
-        if os.path.islink(path):
-            return f"link {os.readlink(path)}"
-        if os.path.isdir(path):
-            return "folder"
-        return f"sha256 {file_digest(path)}" if os.path.exists(path) else ""
-
-    def check(self, files: Sequence[Placed]) -> None:
-        """Raise where something is in the way that neither an installation nor `nocloud links` put there."""
-        blocked = []
-        for each in files:
-            there, path = self.fingerprint(each.path), self.real(each.path)
-            known = there in ("", each.fingerprint()) or (there != "folder" and (each.conf or each.path in self.files))
-            target = os.path.basename(os.path.realpath(path)) if each.link and os.path.islink(path) else ""
-            if not known and target not in ("nocloud", "nocloud.pyz", "nocloud.py"):
-                blocked.append(path)
-        if blocked:
-            raise WrongState(
-                f"in the way, and not installed by nocloud: {', '.join(blocked[:20])}",
-                "move them away, or set another PREFIX",
-            )
-
-    def is_changed(self, each: Placed) -> bool:
-        """Whether the user's own configuration is there, which is kept."""
-        known = ("", each.fingerprint(), *self.files.get(each.path, ()))
-        return each.conf and self.fingerprint(each.path) not in known
-
-    def place(self, files: Sequence[Placed]) -> list[str]:
-        """Put the files there, keeping the configuration that the user changed; what there is to say of that."""
-        writes, said = [], []
-        for each in files:
-            if not self.is_changed(each):
-                writes += [each] if self.fingerprint(each.path) != each.fingerprint() else []
-                continue
-            said.append(f"kept: {self.real(each.path)}, which was changed")
-            if each.fingerprint() not in self.files.get(each.path, ()):  # else the user has seen this version before
-                said[-1] += f"; the new version is {self.real(each.path)}.new"
-                writes.append(Placed(f"{each.path}.new", each.content))
-        planned = {each.path for each in files}
-        stale = [path for path in self.files if not {path, path.removesuffix(".new")} & planned]
-        for each in (*files, *writes):
-            self.files[each.path] = list(dict.fromkeys([*self.files.get(each.path, ()), each.fingerprint()]))
-        self._make_folders([each.path for each in (*files, *writes)])
-        for each in writes:
-            self._write(each)
-        for path in stale:
-            self._remove(path)
-        self.save()
-        return said
-
-    def _make_folders(self, paths: Sequence[str]) -> None:
-        """The folders of these files; the record, which names them, is written first."""
-        missing: list[str] = []
-        for path in (f"{self.prefix}/{INSTALL_RECORD}", *paths):
-            folder = os.path.dirname(path)
-            while not os.path.isdir(self.real(folder)) and folder not in missing:
-                missing.append(folder)
-                folder = os.path.dirname(folder)
-        missing.sort(key=len)
-        self.folders = list(dict.fromkeys([*self.folders, *missing]))
-        os.makedirs(os.path.dirname(self.record), exist_ok=True)
-        self.save()
-        for folder in missing:
-            os.makedirs(self.real(folder), exist_ok=True)
-            os.chmod(self.real(folder), 0o755)  # whatever the umask says
-
-    def _write(self, each: Placed) -> None:
-        path = self.real(each.path)
-        self._sweep(path)
-        if each.link:
-            remove_file(path)
-            os.symlink(each.link, path)
-        else:
-            write_file(path, each.content, each.mode)
-
-    def _remove(self, path: str) -> None:
-        if self.fingerprint(path) != "folder":
-            self._sweep(self.real(path))
-            remove_file(self.real(path))
-        self.files.pop(path)
-
-    @staticmethod
-    def _sweep(path: str) -> None:
-        """Remove what a killed call left of a file that it was writing."""
-        import glob
-
-        for left in glob.glob(f"{glob.escape(path)}.*.tmp"):
-            remove_file(left)
-
-    def take_away(self) -> list[str]:
-        """Remove the files and the record of them; the paths of configuration that was changed, and is kept."""
-        kept = []
-        for path, prints in list(self.files.items()):
-            is_conf = os.path.dirname(path) == f"{self.prefix}/etc" and path.endswith(".conf")
-            if is_conf and self.fingerprint(path) not in ("", *prints):
-                kept.append(self.real(path))
-            else:
-                self._remove(path)
-        self._sweep(self.record)
-        remove_file(self.record)
-        for folder in sorted(self.folders, key=len, reverse=True):
-            remove_empty(self.real(folder))
-        return kept
-
-
-# -- the host
-
-KVM_GROUP = "kvm"  # whose members run VMs on the host's bridge, with hardware acceleration
-NEEDED_PROGRAMS = ("qemu-img", "ip", "dnsmasq", "nft", "ssh", "ssh-keygen", "nsenter")
-GROUP_UNIT = "nocloud@.service"
-UNITS = (*SYSTEMD_UNITS, "nocloud-dnsmasq-reload.service", GROUP_UNIT)
-SYSUSERS = "nocloud-sysusers.conf"
-
-
-def check_programs(config: Config) -> None:
-    """Raises MissingProgram, naming each with its package, and one command for all of them."""
-    qemu = f"qemu-system-{os.uname().machine}"
-    missing = [] if find_program(qemu) or find_program("/usr/libexec/qemu-kvm") else [qemu]
-    missing += [name for name in NEEDED_PROGRAMS if not find_program(name)]
-    missing += [] if HostBridge(config).helper() else ["qemu-bridge-helper"]
-    if missing:
-        _, column = host_installer()
-        names = [f"{name} (package {package_of(name, column)})" for name in missing]
-        raise MissingProgram(f"not here yet: {', '.join(names)}; nothing was changed", install_command(missing))
-
-
-def systemd_folder(prefix: str, name: str) -> str:
-    """Where systemd reads `system`, `sysusers.d` and their like for this PREFIX (systemd.unit(5), sysusers.d(5))."""
-    base = f"{prefix}/lib" if prefix in ("/usr", "/usr/local") else "/etc"
-    return f"{base}/systemd/{name}" if name in ("system", "user") else f"{base}/{name}"
-
-
-def planned_units(prefix: str) -> list[Placed]:
-    """The units, and who they run as."""
-    places = [(name, "system", name) for name in UNITS]
-    places += [(GROUP_UNIT, "user", GROUP_UNIT), (SYSUSERS, "sysusers.d", "nocloud.conf")]
-    return [
-        Placed(
-            f"{systemd_folder(prefix, kind)}/{name}",
-            packaged(source, "systemd").replace("@BINDIR@", f"{prefix}/bin").encode(),
-        )
-        for source, kind, name in places
-    ]
-
-
-def running_vms() -> list[str]:
-    """The VMs that run on this host, whoever's they are: `GROUP/TYPE/NAME of USER`."""
-    import pwd
-
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        if not is_our_qemu(process_file(int(pid), "cmdline")):
-            continue
-        try:
-            folder, uid = os.readlink(f"/proc/{pid}/cwd"), os.stat(f"/proc/{pid}").st_uid
-            user = pwd.getpwuid(uid).pw_name
-        except KeyError:
-            user = "another user"
-        except OSError:
-            continue  # it has ended
-        found.append(f"{'/'.join(folder.split('/')[-3:])} of {user}")
-    return sorted(found)
-
-
-class HostSetup:
-    """What an installation changes on this host beside its own files; each part is harmless the second time.
-
-    How it was before is remembered in the installation's record, so that `undo` brings that back and no more.
-    """
-
-    def __init__(self, installation: Installation, config: Config) -> None:
-        self.installation, self.config, self.before = installation, config, installation.host
-        self.interface = config["bridgeInterface"]
-        self.acl: str = self.before.get("acl") or helper_list()
-
-    def make_accounts(self) -> None:
-        """The group kvm and the user that dnsmasq runs as; systemd-sysusers(8) has the list in a file of ours."""
-        users = [name for name in DNSMASQ_USERS[:1] if not account((name,))[1]]
-        groups = [name for name in (KVM_GROUP,) if not account((name,), group=True)[1]]
-        self.installation.save(users=self.before.get("users") or users, groups=self.before.get("groups") or groups)
-        if find_program("systemd-sysusers"):
-            run(["systemd-sysusers", f"{systemd_folder(self.installation.prefix, 'sysusers.d')}/nocloud.conf"])
-        elif groups:
-            run(["groupadd", "--system", KVM_GROUP])
-
-    def remove_accounts(self) -> None:
-        for program, names in (("userdel", "users"), ("groupdel", "groups")):
-            for name in self.before.get(names, ()):
-                status, said = attempt([program, name], 30)
-                if status and "does not exist" not in said:
-                    report.warn(f"{program} {name}: {last_line(said)}")
-
-    # qemu's bridge helper
-
-    def allow_helper(self) -> str:
-        """Let members of kvm use it, where it is nobody's yet; what was done."""
-        path = os.path.realpath(HostBridge(self.config).helper())
-        info = os.stat(path)
-        if info.st_mode & stat.S_ISUID:
-            return ""
-        override = find_program("dpkg-statoverride")
-        known = attempt([override, "--list", path], 30)[1].split()[:3] if override else []
-        if known and known != ["root", KVM_GROUP, "4750"]:
-            report.warn(f"{path}: dpkg-statoverride has another's entry for it, which is kept; so only root may use it")
-            return ""
-        before = {"path": path, "mode": stat.S_IMODE(info.st_mode), "group": info.st_gid, "override": bool(override)}
-        if not known:  # else it was made by a call that was killed, or the mode was changed after
-            self.installation.save(helper=before)
-        if override and not known:
-            run([override, "--add", "root", KVM_GROUP, "4750", path])
-        os.chown(path, 0, account((KVM_GROUP,), group=True)[1])
-        os.chmod(path, 0o4750)
-        return f"{path}: members of {KVM_GROUP} may use it (root:{KVM_GROUP} 4750)"
-
-    def take_back_helper(self) -> None:
-        before = self.before.get("helper", {"path": "", "override": False})
-        path = before["path"]
-        if before["override"]:
-            attempt(["dpkg-statoverride", "--remove", path], 30)
-        if os.path.exists(path) and stat.S_IMODE(os.stat(path).st_mode) == 0o4750:
-            os.chown(path, 0, before["group"])
-            os.chmod(path, before["mode"])
-
-    def allow_bridge(self) -> str:
-        """Have the helper put VMs on our bridge, and say what others' lines do; what was done."""
-        folder, said = os.path.dirname(self.acl), ""
-        made = [path for path in (self.acl, folder) if not os.path.exists(path)]
-        if self.acl in made or ("allow", self.interface) not in helper_rules(self.acl):
-            allowed = [*self.before.get("allowed", ()), self.interface]
-            self.installation.save(acl=self.acl, allowed=allowed, made=[*self.before.get("made", ()), *made])
-            os.makedirs(folder, 0o755, exist_ok=True)
-            text = "" if self.acl in made else read_text(self.acl)
-            rewrite(self.acl, text + ("\n" if text and not text.endswith("\n") else "") + f"allow {self.interface}\n")
-            said = f"{self.acl}: allow {self.interface}"
-        for _, fault, _ in HostBridge(self.config).list_faults():
-            report.warn(f"{fault}; remove it")
-        return said
-
-    def forbid_bridge(self) -> None:
-        ours = [["allow", interface] for interface in self.before.get("allowed", ())]
-        if os.path.exists(self.acl):
-            lines = read_text(self.acl).splitlines(True)
-            kept = [line for line in lines if line.split() not in ours]
-            if not kept and self.acl in self.before.get("made", ()):
-                remove_file(self.acl)
-            elif kept != lines:
-                rewrite(self.acl, "".join(kept))
-        if os.path.dirname(self.acl) in self.before.get("made", ()):
-            remove_empty(os.path.dirname(self.acl))
-
-    # modules, units
-
-    def load_modules(self, modules: Sequence[str]) -> str:
-        loaded = []
-        for module in modules:
-            status, said = attempt(["modprobe", module], 60)
-            if status:
-                report.warn(f"modprobe {module}: {last_line(said)}")
-            else:
-                loaded.append(module)
-        return f"kernel modules, now and at each boot: {', '.join(loaded)}" if loaded else ""
-
-    def start_units(self) -> str:
-        if not systemd_runs():
-            return "no systemd runs here, so nothing starts with the host: nocloud net up sets the bridge up"
-        run(["systemctl", "daemon-reload"])
-        run(["systemctl", "enable", *SYSTEMD_UNITS])
-        ran = attempt(["systemctl", "is-active", "--quiet", SYSTEMD_UNITS[1]], 30)[0] == 0
-        BridgeSetup(self.config).up()
-        if ran:
-            systemctl("restart", SYSTEMD_UNITS[1])  # it may be another version's
-        return f"{', '.join(SYSTEMD_UNITS)}: run, now and from each boot on"
-
-    def membership(self) -> str:
-        """What who called sudo has to do to have VMs on the bridge, or ''."""
-        import grp
-        import pwd
-
-        user, helper = os.environ.get("SUDO_USER", "root"), os.stat(HostBridge(self.config).helper())
-        groups = os.getgrouplist(user, pwd.getpwnam(user).pw_gid)
-        if user == "root" or helper.st_mode & stat.S_IXOTH or helper.st_gid in groups:
-            return ""
-        group = grp.getgrgid(helper.st_gid).gr_name
-        mend = f"sudo usermod -aG {group} {user}, and log in again"
-        return f"for VMs on the bridge {user} has to be in the group {group}: {mend}"
-
-
-def rewrite(path: str, text: str) -> None:
-    """Change a file of the host's, keeping its owner and mode, and through a symlink."""
-    path = os.path.realpath(path)
-    info = os.stat(path) if os.path.exists(path) else None
-    write_file(path, text, stat.S_IMODE(info.st_mode) if info else 0o644)
-    if info:
-        os.chown(path, info.st_uid, info.st_gid)
-
-
-# -- all of it
-
-
-def installed_config(installation: Installation) -> Config:
-    """The settings that the host's bridge goes by: the installation's, then those of /etc."""
-    config = Config()
-    for path in (installation.real(f"{installation.prefix}/etc/{INSTALLED_CONFS[0]}"), "/etc/nocloud.conf"):
-        if os.path.isfile(path):
-            config.read(path)
-    return config
-
-
-def settle_subnet(installation: Installation, files: Sequence[Placed]) -> str:
-    """Have the settings that are going to be installed name a subnet that is free on this host; what was chosen.
-
-    It stays what it is while the bridge is up, and where the user has changed the file.  Raises WrongState where that
-    can't be, or where a bridge of that name is somebody else's.
-    """
-    settings = next(each for each in files if os.path.basename(each.path) == INSTALLED_CONFS[0])
-    config = installed_config(installation)
-    is_up = bridge_is_ours(config["bridgeInterface"])
-    changed, bridge = installation.is_changed(settings), BridgeSetup(config)
-    if not is_up and (changed or bridge.is_there()):
-        bridge.check()
-    if changed:
-        return ""
-    subnet, why = (config["bridgeSubnet"], "") if is_up else choose_bridge_subnet(config)
-    if subnet != Config()["bridgeSubnet"]:
-        settings.content = update_assignments(settings.content.decode(), {"bridgeSubnet": subnet}).encode()
-    since = f", since {why} (bridgeSubnet in {settings.path})" if why else ""
-    return f"the bridge's network is {subnet}.0/24{since}"
-
-
-def planned_modules(prefix: str) -> tuple[list[str], list[Placed]]:
-    """The kernel modules that VMs want, and the file that has systemd load them at boot; none where there are none.
-
-    Of those that this kernel has: a missing one would fail the boot's unit.  A container has no modprobe(8).
-    """
-    words = read_text("/proc/cpuinfo").split()
-    modules = [module for flag, module in (("vmx", "kvm_intel"), ("svm", "kvm_amd")) if flag in words]
-    modules = [
-        module
-        for module in (*modules, "vhost_net", "tun")
-        if find_program("modprobe") and attempt(["modprobe", "--dry-run", "--quiet", module], 30)[0] == 0
-    ]
-    text = "".join(f"{module}\n" for module in ("# of nocloud: what its VMs want", *modules))
-    place = f"{systemd_folder(prefix, 'modules-load.d')}/nocloud.conf"
-    return modules, [Placed(place, text.encode())] if modules else []
-
-
-def install(installation: Installation, files: Sequence[Placed], only_look: bool) -> None:
-    """Put it there, set the host up for it, and say what was done."""
-    if installation.root:
-        installation.check(files)
-        said = [] if only_look else installation.place(files)
-    else:
-        said = install_on_host(installation, files, only_look)
-    if not only_look:
-        report.say(f"nocloud {__version__} is in {installation.real(installation.prefix)}")
-        for line in filter(None, said):
-            report.say(line)
-
-
-def install_on_host(installation: Installation, files: Sequence[Placed], only_look: bool) -> list[str]:
-    """All that can be in the way is looked at before the first change; what was done."""
-    check_programs(installed_config(installation))
-    modules, modules_files = planned_modules(installation.prefix)
-    files = [*files, *modules_files]
-    installation.check(files)
-    subnet = settle_subnet(installation, files)
-    if only_look:
-        return []
-    said = installation.place(files)
-    setup = HostSetup(installation, installed_config(installation))
-    setup.make_accounts()
-    said += [setup.allow_helper(), setup.allow_bridge(), setup.load_modules(modules), subnet, setup.start_units()]
-    return [*said, setup.membership(), "nocloud doctor looks whether all is well"]
-
-
-def undo_installation(installation: Installation) -> None:
-    """Take it away, and say what stays.  Twice is harmless.  Raises WrongState where VMs run."""
-    place = installation.real(installation.prefix)
-    if not installation.exists:
-        report.say(f"nothing is installed in {place}")
-        return
-    if not installation.root:
-        check_nothing_runs()
-        setup = HostSetup(installation, installed_config(installation))
-        if systemd_runs():
-            attempt(["systemctl", "disable", *SYSTEMD_UNITS, *enabled_groups()], 60)
-        if bridge_is_ours(setup.interface):
-            BridgeSetup(setup.config).down()
-        setup.forbid_bridge()
-        setup.take_back_helper()
-        for folder in (STATE_FOLDER, RUN_FOLDER):  # leases, published names, and what `up` keeps while it is up
-            remove_tree(folder)
-        setup.remove_accounts()
-    kept = installation.take_away()
-    if not installation.root and systemd_runs():
-        attempt(["systemctl", "daemon-reload"], 60)
-    report.say(f"nocloud is no longer in {place}")
-    for path in kept:
-        report.say(f"kept: {path}, which was changed")
-
-
-def check_nothing_runs() -> None:
-    """Raise WrongState, naming them, where VMs or groups run, whoever's they are."""
-    units, running = active_groups(), running_vms()
-    if units or running:
-        names = ", ".join([*units, *running[:20]]) + (f" and {len(running) - 20} more" if running[20:] else "")
-        stop = f"systemctl stop {' '.join(units)}" if units else "vmstop -g GROUP stops a group and keeps it"
-        raise WrongState(f"VMs are running: {names}; nothing was changed", stop)
 
 
 # Doctor ##############################################################################################
@@ -9589,17 +9159,11 @@ class Patient:
 # -- commands that mend
 
 
-def quoted(*paths: str) -> str:
-    import shlex
-
-    return shlex.join(paths)
-
-
-def installs(*programs: str) -> str:
+def install_hint(*programs: str) -> str:
     return install_command(programs) or f"install {' and '.join(programs)}"
 
 
-def own_call(words: str) -> str:
+def self_command(words: str) -> str:
     """A call of this program by root.  sudo looks for it in the system's folders only (sudoers(5), secure_path)."""
     ours = program_path()
     if any(os.path.realpath(f"{place}/nocloud") == ours for place in ("/usr/local/bin", "/usr/bin")):
@@ -9638,12 +9202,12 @@ def mount_point(path: str) -> str:
 # -- the configuration and the tree
 
 
-def check_configuration(patient: Patient) -> Findings:
+def examine_configuration(patient: Patient) -> Findings:
     yield from patient.config_findings
     return ", ".join(config_files()) or "the defaults"
 
 
-def check_catalogue(patient: Patient) -> Findings:
+def examine_catalogue(patient: Patient) -> Findings:
     """A wrong line of the user's own keeps only downloads from working."""
     said: list[str] = []
     well = ""
@@ -9657,7 +9221,7 @@ def check_catalogue(patient: Patient) -> Findings:
     return well
 
 
-def check_tree(patient: Patient) -> Findings:
+def examine_tree(patient: Patient) -> Findings:
     base = patient.tree.base
     place = existing_parent(base)
     if os.path.lexists(base) and not os.path.isdir(base):
@@ -9672,7 +9236,7 @@ def check_tree(patient: Patient) -> Findings:
     return base if place == base else f"{base}, made with the first VM"
 
 
-def check_disk_space(patient: Patient) -> Findings:
+def examine_disk_space(patient: Patient) -> Findings:
     place = existing_parent(patient.tree.base)
     free, cache = free_bytes(place), cache_home()
     text = f"{free // MIB} MB are free in {place}"
@@ -9684,7 +9248,7 @@ def check_disk_space(patient: Patient) -> Findings:
     return text
 
 
-def check_vms(patient: Patient) -> Findings:
+def examine_vms(patient: Patient) -> Findings:
     """What killed commands and vanished files left in the tree."""
     tree = patient.tree
     folders = [folder for group in [*tree.groups(), TEMPLATES] for folder in left_over(tree, group)]
@@ -9705,7 +9269,7 @@ def conf_findings(vm: VM) -> Iterator[Finding]:
     try:
         if vm.conf:
             return
-        disks = [name for name in _names(vm.folder) if re.fullmatch(rf"{re.escape(vm.name)}_0\.(img|qcow2)", name)]
+        disks = [name for name in names_in(vm.folder) if re.fullmatch(rf"{re.escape(vm.name)}_0\.(img|qcow2)", name)]
         if not disks:
             yield Finding(WARNING, f"{vm.conf_file} is empty, and there is no disk", destroy_command(vm, "a disk"))
             return
@@ -9726,27 +9290,27 @@ def disk_findings(vm: VM) -> Iterator[Finding]:
     except FileNotFoundError:
         needed = vm.disks()
     except OSError as error:
-        text = f"{vm.address_name}: {error.filename}: {error.strerror}"
+        text = f"{vm.full_name}: {error.filename}: {error.strerror}"
         yield Finding(WARNING, text, f"sudo chmod a+r {error.filename}")
         return
     for path in [path for path in needed if not os.path.exists(path)][:1]:
-        yield Finding(WARNING, f"{vm.address_name} can't start: {path} is gone", destroy_command(vm, path))
+        yield Finding(WARNING, f"{vm.full_name} can't start: {path} is gone", destroy_command(vm, path))
 
 
 def destroy_command(vm: VM, lost: str) -> str:
     """The last resort: what is lost may be on a disk that isn't mounted just now."""
     command = f"vmtemplate --delete {quoted(vm.name)}"
     if not vm.is_template:
-        command = f"vmstop -d -n {quoted(vm.address_name)}"
+        command = f"vmstop -d -n {quoted(vm.full_name)}"
     return f"{command}  # destroys it; do so only if {printable(lost)} can't be brought back"
 
 
 # -- what runs the VMs
 
 
-def check_qemu(patient: Patient) -> Findings:
+def examine_qemu(patient: Patient) -> Findings:
     qemu = patient.cloud.qemu()
-    package = installs(f"qemu-system-{os.uname().machine}")
+    package = install_hint(f"qemu-system-{os.uname().machine}")
     yield Finding(OK, f"{qemu.path}, version {qemu.version}")
     if "sandbox" not in qemu.options:
         yield Finding(WARNING, f"{qemu.path} was built without -sandbox: it runs unconfined", package)
@@ -9764,7 +9328,7 @@ def found_programs(*names: str) -> Findings:
     return ", ".join(map(need_program, names))
 
 
-def check_acceleration(patient: Patient) -> Findings:
+def examine_acceleration(patient: Patient) -> Findings:
     reason, mend = kvm_missing()
     wanted = patient.config["vmAccel"]
     if wanted == "tcg":
@@ -9775,7 +9339,7 @@ def check_acceleration(patient: Patient) -> Findings:
     return "hardware acceleration (KVM)"
 
 
-def check_keys(patient: Patient) -> Findings:
+def examine_keys(patient: Patient) -> Findings:
     """nocloud's key and the user's: without a key of his own he has nocloud's to log in with."""
     yield from own_key_findings(os.path.join(config_home(), "id_ed25519"))
     for path in user_keys():
@@ -9806,7 +9370,7 @@ def own_key_findings(path: str) -> Iterator[Finding]:
 # -- the private network
 
 
-def check_namespaces(patient: Patient) -> Findings:
+def examine_namespaces(patient: Patient) -> Findings:
     need_program("ip")
     reason = try_namespaces()
     if reason:
@@ -9815,7 +9379,7 @@ def check_namespaces(patient: Patient) -> Findings:
     return "this user may make namespaces"
 
 
-def check_tun(patient: Patient) -> Findings:
+def examine_tun(patient: Patient) -> Findings:
     """For both networks: qemu-bridge-helper opens it as the user that calls it."""
     path = "/dev/net/tun"
     if not os.path.exists(path):
@@ -9830,24 +9394,24 @@ def check_tun(patient: Patient) -> Findings:
     return path
 
 
-def check_private_programs(patient: Patient) -> Findings:
+def examine_private_programs(patient: Patient) -> Findings:
     missing = [name for name in ("ip", "dnsmasq", "nsenter") if not find_program(name)]
     if missing:
         text = f"not found, and the private network needs it: {', '.join(missing)}"
-        yield Finding(patient.needs("private"), text, installs(*missing))
+        yield Finding(patient.needs("private"), text, install_hint(*missing))
     return "ip, dnsmasq and nsenter"
 
 
-def check_way_out(patient: Patient) -> Findings:
+def examine_way_out(patient: Patient) -> Findings:
     filters = ["nft"] if not find_program("nft") and not find_program("iptables") else []
     missing = [*([] if find_program("pasta") else ["pasta"]), *filters]
     if missing:
         text = f"VMs on the private network don't reach the Internet: {' and '.join(missing)} not found"
-        yield Finding(WARNING, text, installs(*missing))
+        yield Finding(WARNING, text, install_hint(*missing))
     return "pasta"
 
 
-def check_private_subnet(patient: Patient) -> Findings:
+def examine_private_subnet(patient: Patient) -> Findings:
     """Once it is chosen it is kept; a VPN that came later may have it as well."""
     network = patient.cloud.private
     if not os.path.exists(network.file("subnet")):
@@ -9864,7 +9428,7 @@ def check_private_subnet(patient: Patient) -> Findings:
     return f"{subnet}.0/24"
 
 
-def check_inotify(patient: Patient) -> Findings:
+def examine_inotify(patient: Patient) -> Findings:
     """dnsmasq waits for changed files by inotify(7), and doesn't start without one."""
     import ctypes
 
@@ -9880,32 +9444,32 @@ def check_inotify(patient: Patient) -> Findings:
 # -- the host's bridge
 
 
-def check_bridge(patient: Patient) -> Iterator[Finding]:
+def examine_bridge(patient: Patient) -> Iterator[Finding]:
     bridge = patient.bridge
     if not patient.has_bridge and patient.config["vmNetwork"] != "bridge":
         yield Finding(OK, f"there is none called {bridge.interface}: VMs are on the private network")
     elif bridge.why_down():
-        mend = f"sudo ip link set {bridge.interface} up" if patient.foreign else own_call("net up")
+        mend = f"sudo ip link set {bridge.interface} up" if patient.foreign else self_command("net up")
         yield Finding(patient.needs("bridge"), bridge.why_down(), mend)
     else:
         yield Finding(OK, f"{bridge.interface} is up")
 
 
-def check_helper(patient: Patient) -> Iterator[Finding]:
+def examine_helper(patient: Patient) -> Iterator[Finding]:
     faults = list(patient.bridge.helper_faults())
     yield from (Finding(patient.needs("bridge"), *each) for each in faults)
     if not faults:
         yield Finding(OK, patient.bridge.helper())
 
 
-def check_bridge_conf(patient: Patient) -> Iterator[Finding]:
+def examine_bridge_conf(patient: Patient) -> Iterator[Finding]:
     faults = list(patient.bridge.list_faults())
     yield from (Finding(patient.needs("bridge") if keeps_off else WARNING, *each) for keeps_off, *each in faults)
     if not faults:
         yield Finding(OK, f"{helper_list()} allows {patient.bridge.interface}")
 
 
-def check_dnsmasq(patient: Patient) -> Iterator[Finding]:
+def examine_dnsmasq(patient: Patient) -> Iterator[Finding]:
     """Whether the bridge's dnsmasq serves there, and if not, who has its ports."""
     wanted, bad = BridgeSettings(patient.config).address, patient.needs("bridge")
     for kind, port in (("udp", 53), ("tcp", 53), ("udp", 67)):
@@ -9916,7 +9480,7 @@ def check_dnsmasq(patient: Patient) -> Iterator[Finding]:
             if (kind, address) == ("udp", wanted) and (not pid or STATE_FOLDER in read_text(f"/proc/{pid}/cmdline")):
                 yield Finding(OK, f"DHCP and DNS are served at {wanted}")
                 return
-            who, mend = "another user's process", own_call("doctor")
+            who, mend = "another user's process", self_command("doctor")
             if pid:
                 who = f"{read_text(f'/proc/{pid}/comm').strip()}, process {pid}"
                 unit = re.search(r"/([^/\n]+\.service)$", read_text(f"/proc/{pid}/cgroup"), re.M)
@@ -9924,12 +9488,12 @@ def check_dnsmasq(patient: Patient) -> Iterator[Finding]:
             yield Finding(bad, f"no DHCP and DNS at {wanted}: port {port} ({kind}) is taken by {who}", mend)
             return
     if find_program("dnsmasq"):
-        yield Finding(bad, f"no DHCP and DNS at {wanted}", own_call("net up"))
+        yield Finding(bad, f"no DHCP and DNS at {wanted}", self_command("net up"))
     else:
-        yield Finding(bad, "dnsmasq is not found", installs("dnsmasq"))
+        yield Finding(bad, "dnsmasq is not found", install_hint("dnsmasq"))
 
 
-def check_leases(patient: Patient) -> Iterator[Finding]:
+def examine_leases(patient: Patient) -> Iterator[Finding]:
     """Who may not read them doesn't learn the addresses of guests that have none of their own."""
     for place in patient.bridge.lease_places:
         try:
@@ -9945,33 +9509,33 @@ def check_leases(patient: Patient) -> Iterator[Finding]:
     yield Finding(OK, "there are none yet")
 
 
-def check_publishing(patient: Patient) -> Iterator[Finding]:
+def examine_publishing(patient: Patient) -> Iterator[Finding]:
     """Whether this user's VMs get addresses and names of their own on the bridge."""
     denied = patient.bridge.hosts.denied()
     if not denied:
         yield Finding(OK, f"names and addresses go to {STATE_FOLDER}")
     elif not os.path.isdir(denied):
-        yield Finding(WARNING, f"{denied} is gone: DHCP decides on addresses and names", own_call("net up"))
+        yield Finding(WARNING, f"{denied} is gone: DHCP decides on addresses and names", self_command("net up"))
     else:
         text = f"you may not write to {denied}: DHCP decides on your VMs' addresses and names"
         yield Finding(WARNING, text, group_command(os.stat(denied).st_gid))
 
 
-def check_forwarding(patient: Patient) -> Iterator[Finding]:
+def examine_forwarding(patient: Patient) -> Iterator[Finding]:
     """Whether the kernel forwards, and the host's packet filters let the guests' packets pass; only root sees those."""
     name, findings = patient.bridge.interface, []
     for each in (name, *sorted(outgoing_interfaces())):
         if not forwards(each):
-            findings.append((f"guests have no way out: {each} doesn't forward", own_call("net up")))
+            findings.append((f"guests have no way out: {each} doesn't forward", self_command("net up")))
     if not find_program("nft"):
-        findings.append(("nft is not found", installs("nft")))
+        findings.append(("nft is not found", install_hint("nft")))
     elif os.geteuid() == 0:
         if not has_nft_table(f"ip {DOMAIN}"):
             text = f"guests have no way out: nocloud's own rules are gone (nft table ip {DOMAIN})"
-            findings.append((text, own_call("net up")))
+            findings.append((text, self_command("net up")))
         for program in iptables_programs():
             if missing_rules(program, name):
-                findings.append((f"{program} has rules, and doesn't accept the bridge", own_call("net up")))
+                findings.append((f"{program} has rules, and doesn't accept the bridge", self_command("net up")))
         for chain in dropping_chains(name):
             rules = (f"iifname {name} accept", f"oifname {name} ct state established,related accept")
             mend = " && ".join(f"sudo nft insert rule {chain} {rule}" for rule in rules)
@@ -9982,7 +9546,7 @@ def check_forwarding(patient: Patient) -> Iterator[Finding]:
         yield Finding(OK, f"{name} forwards; {seen}")
 
 
-def check_firewalld(patient: Patient) -> Iterator[Finding]:
+def examine_firewalld(patient: Patient) -> Iterator[Finding]:
     name, zone = patient.bridge.interface, firewalld_zone(patient.bridge.interface)
     if zone is None or zone == "trusted":
         yield Finding(OK, "it doesn't run" if zone is None else f"{name} is in its zone trusted")
@@ -9992,21 +9556,21 @@ def check_firewalld(patient: Patient) -> Iterator[Finding]:
         yield Finding(WARNING, f"it runs, and {name} is {where}: guests get no address", mend)
 
 
-def check_ufw(patient: Patient) -> Iterator[Finding]:
+def examine_ufw(patient: Patient) -> Iterator[Finding]:
     if os.geteuid() != 0 or not ufw_runs():
         yield Finding(OK, "it doesn't run" if os.geteuid() == 0 or not find_program("ufw") else "only root may ask it")
-    elif MADE_BY_US not in attempt(["ufw", "show", "added"], 5)[1]:
-        yield Finding(WARNING, "it runs, and doesn't let guests pass", own_call("net up"))
+    elif MADE_BY_US not in try_run(["ufw", "show", "added"], 5)[1]:
+        yield Finding(WARNING, "it runs, and doesn't let guests pass", self_command("net up"))
     else:
         yield Finding(OK, "it lets guests pass")
 
 
-def check_network_manager(patient: Patient) -> Iterator[Finding]:
+def examine_network_manager(patient: Patient) -> Iterator[Finding]:
     """NetworkManager leaves a bridge alone that it calls unmanaged, or connected externally."""
     name = patient.bridge.interface
     status, said = -1, ""
     if find_program("nmcli"):
-        status, said = attempt(["nmcli", "-g", "GENERAL.STATE", "device", "show", name], 5)
+        status, said = try_run(["nmcli", "-g", "GENERAL.STATE", "device", "show", name], 5)
     if status or "unmanaged" in said or "external" in said:
         yield Finding(OK, "it doesn't run" if status else f"it leaves {name} alone")
     else:
@@ -10014,27 +9578,27 @@ def check_network_manager(patient: Patient) -> Iterator[Finding]:
         yield Finding(WARNING, f"it manages {name} ({said.strip()}), and may take its address away", mend)
 
 
-def check_bridge_subnet(patient: Patient) -> Iterator[Finding]:
+def examine_bridge_subnet(patient: Patient) -> Iterator[Finding]:
     settings = BridgeSettings(patient.config)
     clash, there = overlapping(settings), connected_network(settings.interface)
     if clash:
-        mend = " && ".join(map(own_call, ("bridge subnet", "net down", "net up")))
+        mend = " && ".join(map(self_command, ("bridge subnet", "net down", "net up")))
         yield Finding(WARNING, f"{settings.net} is in use: {clash}", mend)
     elif there not in ("", settings.net) and not patient.foreign:
-        yield Finding(WARNING, f"the bridge has {there}, and the settings say {settings.net}", own_call("net up"))
+        yield Finding(WARNING, f"the bridge has {there}, and the settings say {settings.net}", self_command("net up"))
     else:
         yield Finding(OK, settings.net)
 
 
-def check_names(patient: Patient) -> Iterator[Finding]:
+def examine_names(patient: Patient) -> Iterator[Finding]:
     """Whether this host itself resolves the guests' names."""
     name, address = patient.bridge.interface, patient.config["bridgeIpAddress"]
     if resolved_runs():
-        asks, mend = f"~{DOMAIN}" in attempt(["resolvectl", "domain", name], 5)[1], own_call("net up")
+        asks, mend = f"~{DOMAIN}" in try_run(["resolvectl", "domain", name], 5)[1], self_command("net up")
     else:
         text = read_text("/etc/resolv.conf") if os.path.exists("/etc/resolv.conf") else ""
         asks = re.findall(r"^nameserver\s+(\S+)", text, re.M)[:1] == [address]
-        mend = f"{installs('resolvectl')} && {own_call('net up')}"
+        mend = f"{install_hint('resolvectl')} && {self_command('net up')}"
     if asks:
         yield Finding(OK, f"this host asks {address} for them")
     else:
@@ -10045,7 +9609,7 @@ def check_names(patient: Patient) -> Iterator[Finding]:
 # -- the rest, and all of it
 
 
-def check_clock(patient: Patient) -> Findings:
+def examine_clock(patient: Patient) -> Findings:
     """Certificates aren't valid yet where the clock is behind."""
     now = time.time()
     text = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now))
@@ -10057,37 +9621,37 @@ def check_clock(patient: Patient) -> Findings:
 Check = tuple[str, Callable[[Patient], Iterator[Finding]]]
 
 CHECKS: tuple[Check, ...] = (
-    ("configuration", check_configuration),
-    ("catalogue", check_catalogue),
-    ("tree", check_tree),
-    ("space", check_disk_space),
-    ("vms", check_vms),
-    ("qemu", check_qemu),
+    ("configuration", examine_configuration),
+    ("catalogue", examine_catalogue),
+    ("tree", examine_tree),
+    ("space", examine_disk_space),
+    ("vms", examine_vms),
+    ("qemu", examine_qemu),
     ("qemu-img", lambda patient: found_programs("qemu-img")),
-    ("acceleration", check_acceleration),
+    ("acceleration", examine_acceleration),
     ("ssh", lambda patient: found_programs("ssh", "ssh-keygen")),
-    ("keys", check_keys),
-    ("namespaces", check_namespaces),
-    ("tun", check_tun),
-    ("private-network", check_private_programs),
-    ("private-subnet", check_private_subnet),
-    ("way-out", check_way_out),
-    ("inotify", check_inotify),
-    ("clock", check_clock),
-    ("bridge", check_bridge),
+    ("keys", examine_keys),
+    ("namespaces", examine_namespaces),
+    ("tun", examine_tun),
+    ("private-network", examine_private_programs),
+    ("private-subnet", examine_private_subnet),
+    ("way-out", examine_way_out),
+    ("inotify", examine_inotify),
+    ("clock", examine_clock),
+    ("bridge", examine_bridge),
 )
 BRIDGE_CHECKS: tuple[Check, ...] = (  # where there is one, or where there ought to be
-    ("bridge-helper", check_helper),
-    ("bridge-conf", check_bridge_conf),
-    ("bridge-subnet", check_bridge_subnet),
-    ("dnsmasq", check_dnsmasq),
-    ("leases", check_leases),
-    ("publishing", check_publishing),
-    ("forwarding", check_forwarding),
-    ("firewalld", check_firewalld),
-    ("ufw", check_ufw),
-    ("networkmanager", check_network_manager),
-    ("names", check_names),
+    ("bridge-helper", examine_helper),
+    ("bridge-conf", examine_bridge_conf),
+    ("bridge-subnet", examine_bridge_subnet),
+    ("dnsmasq", examine_dnsmasq),
+    ("leases", examine_leases),
+    ("publishing", examine_publishing),
+    ("forwarding", examine_forwarding),
+    ("firewalld", examine_firewalld),
+    ("ufw", examine_ufw),
+    ("networkmanager", examine_network_manager),
+    ("names", examine_names),
 )
 OURS_ONLY = ("dnsmasq", "publishing", "forwarding", "firewalld", "ufw", "networkmanager", "names")  # else its owner's
 
@@ -10150,11 +9714,10 @@ def bridge_faults(config: Config) -> Iterator[str]:
             yield f"wrong: {finding.text} (mended by: {finding.mend})"
 
 
-# Commands ############################################################################################
+# Command lines #######################################################################################
 #
-# What can be typed.  One declaration a command serves its vm* name, the subcommand and the help; the
-# function under it turns words into values and calls the sections above.
-
+# How a command is declared, once, and how the words of its call are parsed: argv[0] or the first word says which
+# command, and only that command's parser is built.
 
 # What a shell offers for a value that is called so: kinds of WORD_KINDS or SHELL_KINDS, several joined by `+`.
 OFFERED = {
@@ -10245,6 +9808,154 @@ GENERAL_OPTIONS = (  # every command has them
     Option("-v --version", "show the version"),
     Option("--debug", "show each external command; tracebacks"),
 )
+
+
+def visible_commands() -> list[Command]:
+    return [each for each in COMMANDS.values() if not each.hidden]
+
+
+def command_names() -> dict[str, str]:
+    return {each.name: each.help for each in visible_commands()}
+
+
+def all_options(command: Command) -> list[Option]:
+    return [*command.options, *GENERAL_OPTIONS]
+
+
+def find_command(argv: Sequence[str]) -> tuple[Command | None, str, list[str]]:
+    """(command, the name it was called by, its words); None for `nocloud` alone.
+
+    Raises UsageError (127) for a name that there isn't.
+    """
+    name, words = os.path.basename(argv[0]), list(argv[1:])
+    aliases = {each.alias: each for each in COMMANDS.values() if each.alias}
+    if name in aliases:
+        return aliases[name], name, words
+    if words[:1] == ["--debug"]:
+        words = words[1:]
+    if not words or words[0].startswith("-"):
+        return None, "nocloud", words
+    word = words[0]
+    found = COMMANDS.get(word) or aliases.get(word)
+    if not found:
+        near = nearest(word, command_names())
+        hint = f"did you mean {near}?" if near else "nocloud -h lists them"
+        raise UsageError(f"{word}: no such command", hint, EXIT_MISSING)
+    return found, f"nocloud {word}", words[1:]
+
+
+def split_operands(command: Command, words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(options, operands) as getopts parts them: options end at the first operand, or at `--`.
+
+    A command whose operands are not another program's words takes options after them too: vmtemplate NAME --image FILE.
+    """
+    options: list[str] = []
+    operands: list[str] = []
+    index = 0
+    while index < len(words):
+        word = words[index]
+        index += 1
+        if word == "--":
+            return options, [*operands, *words[index:]]
+        if not word.startswith("-") or word == "-":
+            operands.append(word)
+            if command.takes_words:
+                return options, [*operands, *words[index:]]
+            continue
+        options.append(word)
+        option, before = option_with_value(command, word)
+        waits = option and before == word and not before.endswith("=")
+        if option and waits and index < len(words) and (not option.is_optional or re.fullmatch("[0-9]+", words[index])):
+            # joined to its option: argparse would take a value that begins with a dash for an option
+            options[-1:] = [] if word.startswith("--") or len(word) == 2 else [word[:-1]]
+            options.append(f"{option.names[-1]}={words[index]}")
+            index += 1
+    return options, operands
+
+
+def option_with_value(command: Command, word: str) -> tuple[Option | None, str]:
+    """(the option in a word that takes a value, the word up to that value): -C in -C5 and -dC, --count in --count=5."""
+    takes = {name: option for option in command.options if option.value for name in option.names}
+    if word.startswith("--"):
+        name, equals, _ = word.partition("=")
+        return takes.get(name), name + equals
+    for position, letter in enumerate(word[1:], 2):
+        if f"-{letter}" in takes:
+            return takes[f"-{letter}"], word[:position]
+    return None, word
+
+
+def build_parser(command: Command, program: str, config: Config) -> argparse.ArgumentParser:
+    """The parser of one command; its help shows the defaults in force."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:
+            raise UsageError(message, f"{program} -h shows how it is called")
+
+    options = "[options]" if command.options else ""
+    parser = Parser(
+        prog=program, usage=" ".join(part for part in ("%(prog)s", options, command.operands) if part),
+        description=command.help, allow_abbrev=False, add_help=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=terminal_width()),
+    )  # fmt: skip
+    for option in all_options(command):
+        extra: dict[str, Any] = {"action": "store_true"}
+        text = option.help + (f" [{config[option.default]}]" if option.default else "")
+        if option.value:
+            extra = {"metavar": option.value, "type": _checked(option.check)}
+            if option.is_optional:
+                extra.update(nargs="?", const=True)
+        parser.add_argument(*option.names, help=text.replace("%", "%%"), **extra)
+    return parser
+
+
+def _checked(check: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A setting's check as argparse wants it."""
+    import argparse
+
+    def convert(text: str) -> Any:
+        try:
+            return check(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {error}") from None
+
+    return convert
+
+
+def terminal_width() -> int:
+    """Columns for the help.  argparse's own way imports shutil, and with it bz2 and lzma, for each option declared."""
+    try:
+        return int(os.environ.get("COLUMNS") or os.get_terminal_size(1).columns) - 2
+    except (OSError, ValueError, AttributeError):
+        return 78
+
+
+def exclusive(args: argparse.Namespace, *names: str) -> str:
+    """The one of these options that is given, or ''."""
+    given = [name for name in names if getattr(args, name) not in (None, False)]
+    if len(given) > 1:
+        raise UsageError(f"--{given[0]} and --{given[1]} exclude each other")
+    return given[0] if given else ""
+
+
+def no_more(words: Sequence[str]) -> None:
+    if words:
+        raise UsageError(f"{words[0]!r}: one word too many", "-h shows how it is called")
+
+
+def one_operand(words: Sequence[str], name: str) -> str:
+    if not words:
+        raise UsageError(f"{name} is missing", "-h shows how it is called")
+    no_more(words[1:])
+    return words[0]
+
+
+# Commands ############################################################################################
+#
+# What can be typed.  One declaration a command serves its vm* name, the subcommand and the help; the
+# function under it turns words into values and calls the sections above.
+
 # Several commands have these.
 GROUP = Option("-g --group GROUP", "only this group")
 TYPE = Option("-t --type TYPE", "only this type")
@@ -10337,14 +10048,6 @@ def template_from_address(cloud: Cloud, name: str, args: argparse.Namespace) -> 
     template_from_url(cloud, name, args.image, settings, expected, args.insecure)
 
 
-def exclusive(args: argparse.Namespace, *names: str) -> str:
-    """The one of these options that is given, or ''."""
-    given = [name for name in names if getattr(args, name) not in (None, False)]
-    if len(given) > 1:
-        raise UsageError(f"--{given[0]} and --{given[1]} exclude each other")
-    return given[0] if given else ""
-
-
 def report_table(rows: Sequence[Sequence[str]]) -> int:
     """Rows on stdout, their columns aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)] if rows else []
@@ -10414,7 +10117,7 @@ def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, iso: str) -> VM:
     Option("-g --group GROUP", "the group they belong to", default="vmGroup", complete="group"),
     Option("-t --type TYPE", "their type", default="vmSubGroup"),
     Option("-f --file FILE", "make what a description file lists; the file's name is the group's"),
-    Option("-o --options OPTIONS", "; ".join(each.text for each in WISH_OPTIONS)),
+    Option("-o --options OPTIONS", "; ".join(each.text for each in CLONE_OPTIONS)),
     Option("-w --wait [SECONDS]", "return when all are ready", default="vmWaitTimeout"),
     Option("--dry-run", "check everything, say what would be made, make nothing"),
     FORCE,
@@ -10422,13 +10125,13 @@ def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, iso: str) -> VM:
 def cmd_instantiate(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """make clones of a template and start them"""
     with Cloud(config) as cloud:
-        group, wishes = wishes_of(config, args)
-        check_wishes(cloud, group, wishes, args.force)
+        group, requests = requests_of(config, args)
+        check_requests(cloud, group, requests, args.force)
         if args.dry_run:
-            for wish in wishes:
-                report.data(f"{wish.template}: {plural(wish.count, 'clone')} in {group}/{wish.type}")
+            for request in requests:
+                report.data(f"{request.template}: {plural(request.count, 'clone')} in {group}/{request.type}")
             return EXIT_DONE
-        vms, errors = instantiate(cloud, group, wishes)
+        vms, errors = instantiate(cloud, group, requests)
         if args.wait is not None:
             errors += wait_all(cloud, vms, args.wait if args.wait is not True else config.number("vmWaitTimeout"))
         else:
@@ -10439,9 +10142,9 @@ def cmd_instantiate(config: Config, args: argparse.Namespace, words: list[str]) 
         return report_errors(errors)
 
 
-def wishes_of(config: Config, args: argparse.Namespace) -> tuple[str, list[Wish]]:
+def requests_of(config: Config, args: argparse.Namespace) -> tuple[str, list[CloneRequest]]:
     """The group and the sets of clones that the command line asks for."""
-    type = check_name("type", config["vmSubGroup"] if args.type is None else args.type)
+    type = checked_name("type", config["vmSubGroup"] if args.type is None else args.type)
     group = args.group
     if args.file is not None:
         for given, name in ((args.template, "-n"), (args.count, "-C"), (args.options, "-o")):
@@ -10451,12 +10154,12 @@ def wishes_of(config: Config, args: argparse.Namespace) -> tuple[str, list[Wish]
         return group_of_file(args.file) if group is None else group, parse_description(text, name, type)
     if not args.template:
         raise UsageError("which template? give -n TEMPLATE, or -f FILE", "vmtemplate --list shows what is there")
-    wish = Wish("", args.template, args.count or config.number("vmCount"), type, {})
+    request = CloneRequest("", args.template, args.count or config.number("vmCount"), type, {})
     try:
-        wish.set_options(args.options or "")
+        request.set_options(args.options or "")
     except UsageError as error:
         raise UsageError(f"-o: {error}", error.hint) from None
-    return config["vmGroup"] if group is None else group, [wish]
+    return config["vmGroup"] if group is None else group, [request]
 
 
 def read_description(path: str) -> tuple[str, str]:
@@ -10476,7 +10179,7 @@ def group_of_file(path: str) -> str:
     """A description file's name without its last extension is the group's name."""
     if path == "-":
         raise UsageError("which group? a description from stdin has no name", "give --group GROUP too")
-    return check_group(os.path.splitext(os.path.basename(path))[0])
+    return checked_group(os.path.splitext(os.path.basename(path))[0])
 
 
 def report_errors(errors: Sequence[Error]) -> int:
@@ -10521,20 +10224,20 @@ def cmd_run(config: Config, args: argparse.Namespace, words: list[str]) -> int:
 def run_group(config: Config, args: argparse.Namespace, background: Background) -> int:
     """vmrun -f and -r, in the foreground or in the child that goes on in the background."""
     with Cloud(config) as cloud:
-        group, wishes = args.resume, []
+        group, requests = args.resume, []
         if args.file is not None:
             group = args.group or group_of_file(args.file)
             text, name = read_description(args.file)
-            wishes = parse_description(text, name, config["vmSubGroup"])
-            check_wishes(cloud, group, wishes, args.force)
-            for wish in wishes:
-                wish.settings.update({"vmGui": "yes"} if args.gui else {})
+            requests = parse_description(text, name, config["vmSubGroup"])
+            check_requests(cloud, group, requests, args.force)
+            for request in requests:
+                request.settings.update({"vmGui": "yes"} if args.gui else {})
         elif group == TEMPLATES:
             raise UsageError("templates are not run as a group", "vm -n NAME runs one")
         else:
             cloud.tree.need_group(group)
         return supervise(
-            cloud, group, wishes, new=bool(wishes) and not args.add, gui=args.gui, settled=background.settled
+            cloud, group, requests, new=bool(requests) and not args.add, gui=args.gui, on_ready=background.on_ready
         )
 
 
@@ -10617,7 +10320,7 @@ def become_ssh(cloud: Cloud, vm: VM, words: Sequence[str], fresh: bool = False) 
             vm.write_conf({"vmUuid": new_identity(set())[0]})
     wait = Wait(cloud, vm, cloud.config.number("vmWaitTimeout"), say=True)
     wait_ssh(wait)
-    settle_init(wait)
+    find_init_kind(wait)
     if not cloud.known_hosts.knows(vm.get("vmUuid")):
         pin_host_key(wait)
     template = fresh and vm.is_template and vm.get("vmInit") != "none"
@@ -10897,18 +10600,6 @@ def cmd_configure(config: Config, args: argparse.Namespace, words: list[str]) ->
     return EXIT_DONE
 
 
-def no_more(words: Sequence[str]) -> None:
-    if words:
-        raise UsageError(f"{words[0]!r}: one word too many", "-h shows how it is called")
-
-
-def one_operand(words: Sequence[str], name: str) -> str:
-    if not words:
-        raise UsageError(f"{name} is missing", "-h shows how it is called")
-    no_more(words[1:])
-    return words[0]
-
-
 # Completion and manual ###############################################################################
 #
 # What comes from the declarations above: the words that a shell offers while one types, which its script in
@@ -10983,7 +10674,7 @@ class Typed:
             count = Counter(map(way, left))
             names += [way(vm) for vm in left if count[way(vm)] == 1]
             left = [vm for vm in left if count[way(vm)] > 1]
-        return names + [vm.address_name for vm in left]
+        return names + [vm.full_name for vm in left]
 
     def types(self) -> list[str]:
         group = self.given.get("-g")
@@ -10991,7 +10682,7 @@ class Typed:
 
     def isos(self) -> list[str]:
         folder = os.path.expanduser(self.config["isoDir"])
-        return [name for name in _names(folder) if name.lower().endswith(".iso")]
+        return [name for name in names_in(folder) if name.lower().endswith(".iso")]
 
 
 WORD_KINDS: dict[str, Callable[[Typed], Iterable[str]]] = {
@@ -11012,18 +10703,6 @@ WORD_KINDS: dict[str, Callable[[Typed], Iterable[str]]] = {
     "address": lambda typed: [vm.get("vmAddress") for vm in typed.tree.running() if vm.is_readable()],
     "command": lambda typed: command_names(),
 }
-
-
-def visible_commands() -> list[Command]:
-    return [each for each in COMMANDS.values() if not each.hidden]
-
-
-def command_names() -> dict[str, str]:
-    return {each.name: each.help for each in visible_commands()}
-
-
-def all_options(command: Command) -> list[Option]:
-    return [*command.options, *GENERAL_OPTIONS]
 
 
 def option_names(options: Iterable[Option]) -> dict[str, str]:
@@ -11198,7 +10877,7 @@ def manual() -> str:
     return filled(
         "man/nocloud.man",
         VERSION=roff(__version__),
-        DESCRIPTION_OPTIONS=man_items((each.text, each.help) for each in WISH_OPTIONS),
+        DESCRIPTION_OPTIONS=man_items((each.text, each.help) for each in CLONE_OPTIONS),
         GENERAL_OPTIONS=man_options(GENERAL_OPTIONS),
         COMMANDS="\n".join(commands),
         SETTINGS=man_settings("config", "both"),
@@ -11228,7 +10907,514 @@ def cmd_man(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     return EXIT_DONE
 
 
-# -- installing
+# Installation ########################################################################################
+#
+# What `make install` puts on a host and `make uninstall` takes away.  All is looked at before anything is changed, and
+# each change is written down before it is made: one that was cut short is finished by the next call, or undone.
+
+INSTALL_RECORD = "share/nocloud/installed.json"  # below PREFIX
+INSTALLED_CONFS = ("nocloud_net.conf", "nocloud_templates.conf")
+
+
+@record
+class InstalledFile:
+    """A file of an installation: where it goes, and its content, or where the link points.
+
+    `conf`: users change it, and what they changed is kept.
+    """
+
+    path: str
+    content: bytes = b""
+    link: str = ""
+    mode: int = 0o644
+    conf: bool = False
+
+    def fingerprint(self) -> str:
+        """As Installation.fingerprint()."""
+        import hashlib
+
+        return f"link {self.link}" if self.link else f"sha256 {hashlib.sha256(self.content).hexdigest()}"
+
+
+def planned_files(
+    prefix: str, program: bytes, names: Iterable[str], documents: Mapping[str, str], links: Mapping[str, str]
+) -> list[InstalledFile]:
+    """What an installation consists of.
+
+    `names`: what the program is called by, besides nocloud; `documents`: texts by their path below PREFIX, `links`
+    likewise by where they point.
+    """
+    found = [InstalledFile(f"{prefix}/bin/nocloud", program, mode=0o755)]
+    found += [InstalledFile(f"{prefix}/bin/{name}", link="nocloud") for name in names]
+    found += [InstalledFile(f"{prefix}/etc/{name}", packaged(name).encode(), conf=True) for name in INSTALLED_CONFS]
+    found += [InstalledFile(f"{prefix}/{path}", text.encode()) for path, text in documents.items()]
+    found += [InstalledFile(f"{prefix}/{path}", link=target) for path, target in links.items()]
+    return found
+
+
+def checked_prefix(prefix: str) -> str:
+    """PREFIX without a slash at its end.  Raises UsageError where it can't stand in a unit file as it is."""
+    if not re.fullmatch(r"(/[A-Za-z0-9._+-]+)+/*", prefix) or {".", ".."} & set(prefix.split("/")):
+        raise UsageError(
+            f"PREFIX={prefix}: expected an absolute path of letters, digits and ._+-",
+            "PREFIX=/usr/local is the default",
+        )
+    return prefix.rstrip("/")
+
+
+class Installation:
+    """What is installed below one PREFIX, and the record of it; `root` is DESTDIR, '' for this host.
+
+    The record is written before each change, so that a call that was killed can be finished, or undone.
+    """
+
+    def __init__(self, prefix: str, root: str = "") -> None:
+        """Raises Error where the record can't be relied on."""
+        self.prefix, self.root = checked_prefix(prefix), root.rstrip("/")
+        self.record = self.real(f"{self.prefix}/{INSTALL_RECORD}")
+        self.files: dict[str, list[str]] = {}  # path: the fingerprints that it had as we put it there
+        self.folders: list[str] = []  # those that weren't there before
+        self.host: dict[str, Any] = {}  # what was changed on the host, and how it was before
+        self.exists = os.path.exists(self.record)
+        if self.exists:
+            self._load()
+
+    def real(self, path: str) -> str:
+        return self.root + path
+
+    def _load(self) -> None:
+        import json
+
+        reason = untrusted(self.record)
+        if reason:
+            raise Error(f"{self.record}: {reason}; it says what to remove, so it is not used", "chown root, chmod 644")
+        try:
+            known = json.loads(read_text(self.record))
+            self.files, self.folders, self.host = dict(known["files"]), list(known["folders"]), dict(known["host"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise Error(f"{self.record}: is damaged: {error!r}", "move it away, and install again") from None
+
+    def save(self, **host: Any) -> None:
+        """Write the record, with what is going to be changed on the host."""
+        import json
+
+        self.host.update(host)
+        known = {"version": __version__, "files": self.files, "folders": self.folders, "host": self.host}
+        write_file(self.record, json.dumps(known, indent=1) + "\n", 0o644)
+
+    def fingerprint(self, path: str) -> str:
+        """What is there: `sha256 HEX`, `link TARGET`, `folder`, or ''."""
+        path = self.real(path)
+        if os.path.islink(path):
+            return f"link {os.readlink(path)}"
+        if os.path.isdir(path):
+            return "folder"
+        return f"sha256 {file_digest(path)}" if os.path.exists(path) else ""
+
+    def check(self, files: Sequence[InstalledFile]) -> None:
+        """Raise where something is in the way that neither an installation nor `nocloud links` put there."""
+        blocked = []
+        for each in files:
+            there, path = self.fingerprint(each.path), self.real(each.path)
+            known = there in ("", each.fingerprint()) or (there != "folder" and (each.conf or each.path in self.files))
+            target = os.path.basename(os.path.realpath(path)) if each.link and os.path.islink(path) else ""
+            if not known and target not in ("nocloud", "nocloud.pyz", "nocloud.py"):
+                blocked.append(path)
+        if blocked:
+            raise WrongState(
+                f"in the way, and not installed by nocloud: {', '.join(blocked[:20])}",
+                "move them away, or set another PREFIX",
+            )
+
+    def is_changed(self, each: InstalledFile) -> bool:
+        """Whether the user's own configuration is there, which is kept."""
+        known = ("", each.fingerprint(), *self.files.get(each.path, ()))
+        return each.conf and self.fingerprint(each.path) not in known
+
+    def put(self, files: Sequence[InstalledFile]) -> list[str]:
+        """Put the files there, keeping the configuration that the user changed; what there is to say of that."""
+        writes, said = [], []
+        for each in files:
+            if not self.is_changed(each):
+                writes += [each] if self.fingerprint(each.path) != each.fingerprint() else []
+                continue
+            said.append(f"kept: {self.real(each.path)}, which was changed")
+            if each.fingerprint() not in self.files.get(each.path, ()):  # else the user has seen this version before
+                said[-1] += f"; the new version is {self.real(each.path)}.new"
+                writes.append(InstalledFile(f"{each.path}.new", each.content))
+        planned = {each.path for each in files}
+        stale = [path for path in self.files if not {path, path.removesuffix(".new")} & planned]
+        for each in (*files, *writes):
+            self.files[each.path] = list(dict.fromkeys([*self.files.get(each.path, ()), each.fingerprint()]))
+        self._make_folders([each.path for each in (*files, *writes)])
+        for each in writes:
+            self._write(each)
+        for path in stale:
+            self._remove(path)
+        self.save()
+        return said
+
+    def _make_folders(self, paths: Sequence[str]) -> None:
+        """The folders of these files; the record, which names them, is written first."""
+        missing: list[str] = []
+        for path in (f"{self.prefix}/{INSTALL_RECORD}", *paths):
+            folder = os.path.dirname(path)
+            while not os.path.isdir(self.real(folder)) and folder not in missing:
+                missing.append(folder)
+                folder = os.path.dirname(folder)
+        missing.sort(key=len)
+        self.folders = list(dict.fromkeys([*self.folders, *missing]))
+        os.makedirs(os.path.dirname(self.record), exist_ok=True)
+        self.save()
+        for folder in missing:
+            os.makedirs(self.real(folder), exist_ok=True)
+            os.chmod(self.real(folder), 0o755)  # whatever the umask says
+
+    def _write(self, each: InstalledFile) -> None:
+        path = self.real(each.path)
+        self._sweep(path)
+        if each.link:
+            remove_file(path)
+            os.symlink(each.link, path)
+        else:
+            write_file(path, each.content, each.mode)
+
+    def _remove(self, path: str) -> None:
+        if self.fingerprint(path) != "folder":
+            self._sweep(self.real(path))
+            remove_file(self.real(path))
+        self.files.pop(path)
+
+    @staticmethod
+    def _sweep(path: str) -> None:
+        """Remove what a killed call left of a file that it was writing."""
+        import glob
+
+        for left in glob.glob(f"{glob.escape(path)}.*.tmp"):
+            remove_file(left)
+
+    def take_away(self) -> list[str]:
+        """Remove the files and the record of them; the paths of configuration that was changed, and is kept."""
+        kept = []
+        for path, prints in list(self.files.items()):
+            is_conf = os.path.dirname(path) == f"{self.prefix}/etc" and path.endswith(".conf")
+            if is_conf and self.fingerprint(path) not in ("", *prints):
+                kept.append(self.real(path))
+            else:
+                self._remove(path)
+        self._sweep(self.record)
+        remove_file(self.record)
+        for folder in sorted(self.folders, key=len, reverse=True):
+            remove_empty(self.real(folder))
+        return kept
+
+
+# -- the host
+
+KVM_GROUP = "kvm"  # whose members run VMs on the host's bridge, with hardware acceleration
+NEEDED_PROGRAMS = ("qemu-img", "ip", "dnsmasq", "nft", "ssh", "ssh-keygen", "nsenter")
+GROUP_UNIT = "nocloud@.service"
+UNITS = (*SYSTEMD_UNITS, "nocloud-dnsmasq-reload.service", GROUP_UNIT)
+SYSUSERS = "nocloud-sysusers.conf"
+
+
+def check_programs(config: Config) -> None:
+    """Raises MissingProgram, naming each with its package, and one command for all of them."""
+    qemu = f"qemu-system-{os.uname().machine}"
+    missing = [] if find_program(qemu) or find_program("/usr/libexec/qemu-kvm") else [qemu]
+    missing += [name for name in NEEDED_PROGRAMS if not find_program(name)]
+    missing += [] if HostBridge(config).helper() else ["qemu-bridge-helper"]
+    if missing:
+        _, column = host_installer()
+        names = [f"{name} (package {package_of(name, column)})" for name in missing]
+        raise MissingProgram(f"not here yet: {', '.join(names)}; nothing was changed", install_command(missing))
+
+
+def systemd_folder(prefix: str, name: str) -> str:
+    """Where systemd reads `system`, `sysusers.d` and their like for this PREFIX (systemd.unit(5), sysusers.d(5))."""
+    base = f"{prefix}/lib" if prefix in ("/usr", "/usr/local") else "/etc"
+    return f"{base}/systemd/{name}" if name in ("system", "user") else f"{base}/{name}"
+
+
+def planned_units(prefix: str) -> list[InstalledFile]:
+    """The units, and who they run as."""
+    places = [(name, "system", name) for name in UNITS]
+    places += [(GROUP_UNIT, "user", GROUP_UNIT), (SYSUSERS, "sysusers.d", "nocloud.conf")]
+    return [
+        InstalledFile(
+            f"{systemd_folder(prefix, kind)}/{name}",
+            packaged(source, "systemd").replace("@BINDIR@", f"{prefix}/bin").encode(),
+        )
+        for source, kind, name in places
+    ]
+
+
+def running_vms() -> list[str]:
+    """The VMs that run on this host, whoever's they are: `GROUP/TYPE/NAME of USER`."""
+    import pwd
+
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        if not is_our_qemu(process_file(int(pid), "cmdline")):
+            continue
+        try:
+            folder, uid = os.readlink(f"/proc/{pid}/cwd"), os.stat(f"/proc/{pid}").st_uid
+            user = pwd.getpwuid(uid).pw_name
+        except KeyError:
+            user = "another user"
+        except OSError:
+            continue  # it has ended
+        found.append(f"{'/'.join(folder.split('/')[-3:])} of {user}")
+    return sorted(found)
+
+
+class HostSetup:
+    """What an installation changes on this host beside its own files; each part is harmless the second time.
+
+    How it was before is remembered in the installation's record, so that `undo` brings that back and no more.
+    """
+
+    def __init__(self, installation: Installation, config: Config) -> None:
+        self.installation, self.config, self.before = installation, config, installation.host
+        self.interface = config["bridgeInterface"]
+        self.acl: str = self.before.get("acl") or helper_list()
+
+    def make_accounts(self) -> None:
+        """The group kvm and the user that dnsmasq runs as; systemd-sysusers(8) has the list in a file of ours."""
+        users = [name for name in DNSMASQ_USERS[:1] if not account((name,))[1]]
+        groups = [name for name in (KVM_GROUP,) if not account((name,), group=True)[1]]
+        self.installation.save(users=self.before.get("users") or users, groups=self.before.get("groups") or groups)
+        if find_program("systemd-sysusers"):
+            run(["systemd-sysusers", f"{systemd_folder(self.installation.prefix, 'sysusers.d')}/nocloud.conf"])
+        elif groups:
+            run(["groupadd", "--system", KVM_GROUP])
+
+    def remove_accounts(self) -> None:
+        for program, names in (("userdel", "users"), ("groupdel", "groups")):
+            for name in self.before.get(names, ()):
+                status, said = try_run([program, name], 30)
+                if status and "does not exist" not in said:
+                    report.warn(f"{program} {name}: {last_line(said)}")
+
+    # qemu's bridge helper
+
+    def allow_helper(self) -> str:
+        """Let members of kvm use it, where it is nobody's yet; what was done."""
+        path = os.path.realpath(HostBridge(self.config).helper())
+        info = os.stat(path)
+        if info.st_mode & stat.S_ISUID:
+            return ""
+        override = find_program("dpkg-statoverride")
+        known = try_run([override, "--list", path], 30)[1].split()[:3] if override else []
+        if known and known != ["root", KVM_GROUP, "4750"]:
+            report.warn(f"{path}: dpkg-statoverride has another's entry for it, which is kept; so only root may use it")
+            return ""
+        before = {"path": path, "mode": stat.S_IMODE(info.st_mode), "group": info.st_gid, "override": bool(override)}
+        if not known:  # else it was made by a call that was killed, or the mode was changed after
+            self.installation.save(helper=before)
+        if override and not known:
+            run([override, "--add", "root", KVM_GROUP, "4750", path])
+        os.chown(path, 0, account((KVM_GROUP,), group=True)[1])
+        os.chmod(path, 0o4750)
+        return f"{path}: members of {KVM_GROUP} may use it (root:{KVM_GROUP} 4750)"
+
+    def take_back_helper(self) -> None:
+        before = self.before.get("helper", {"path": "", "override": False})
+        path = before["path"]
+        if before["override"]:
+            try_run(["dpkg-statoverride", "--remove", path], 30)
+        if os.path.exists(path) and stat.S_IMODE(os.stat(path).st_mode) == 0o4750:
+            os.chown(path, 0, before["group"])
+            os.chmod(path, before["mode"])
+
+    def allow_bridge(self) -> str:
+        """Have the helper put VMs on our bridge, and say what others' lines do; what was done."""
+        folder, said = os.path.dirname(self.acl), ""
+        made = [path for path in (self.acl, folder) if not os.path.exists(path)]
+        if self.acl in made or ("allow", self.interface) not in helper_rules(self.acl):
+            allowed = [*self.before.get("allowed", ()), self.interface]
+            self.installation.save(acl=self.acl, allowed=allowed, made=[*self.before.get("made", ()), *made])
+            os.makedirs(folder, 0o755, exist_ok=True)
+            text = "" if self.acl in made else read_text(self.acl)
+            rewrite(self.acl, text + ("\n" if text and not text.endswith("\n") else "") + f"allow {self.interface}\n")
+            said = f"{self.acl}: allow {self.interface}"
+        for _, fault, _ in HostBridge(self.config).list_faults():
+            report.warn(f"{fault}; remove it")
+        return said
+
+    def forbid_bridge(self) -> None:
+        ours = [["allow", interface] for interface in self.before.get("allowed", ())]
+        if os.path.exists(self.acl):
+            lines = read_text(self.acl).splitlines(True)
+            kept = [line for line in lines if line.split() not in ours]
+            if not kept and self.acl in self.before.get("made", ()):
+                remove_file(self.acl)
+            elif kept != lines:
+                rewrite(self.acl, "".join(kept))
+        if os.path.dirname(self.acl) in self.before.get("made", ()):
+            remove_empty(os.path.dirname(self.acl))
+
+    # modules, units
+
+    def load_modules(self, modules: Sequence[str]) -> str:
+        loaded = []
+        for module in modules:
+            status, said = try_run(["modprobe", module], 60)
+            if status:
+                report.warn(f"modprobe {module}: {last_line(said)}")
+            else:
+                loaded.append(module)
+        return f"kernel modules, now and at each boot: {', '.join(loaded)}" if loaded else ""
+
+    def start_units(self) -> str:
+        if not systemd_runs():
+            return "no systemd runs here, so nothing starts with the host: nocloud net up sets the bridge up"
+        run(["systemctl", "daemon-reload"])
+        run(["systemctl", "enable", *SYSTEMD_UNITS])
+        ran = try_run(["systemctl", "is-active", "--quiet", SYSTEMD_UNITS[1]], 30)[0] == 0
+        BridgeSetup(self.config).up()
+        if ran:
+            systemctl("restart", SYSTEMD_UNITS[1])  # it may be another version's
+        return f"{', '.join(SYSTEMD_UNITS)}: run, now and from each boot on"
+
+    def membership(self) -> str:
+        """What who called sudo has to do to have VMs on the bridge, or ''."""
+        import grp
+        import pwd
+
+        user, helper = os.environ.get("SUDO_USER", "root"), os.stat(HostBridge(self.config).helper())
+        groups = os.getgrouplist(user, pwd.getpwnam(user).pw_gid)
+        if user == "root" or helper.st_mode & stat.S_IXOTH or helper.st_gid in groups:
+            return ""
+        group = grp.getgrgid(helper.st_gid).gr_name
+        mend = f"sudo usermod -aG {group} {user}, and log in again"
+        return f"for VMs on the bridge {user} has to be in the group {group}: {mend}"
+
+
+def rewrite(path: str, text: str) -> None:
+    """Change a file of the host's, keeping its owner and mode, and through a symlink."""
+    path = os.path.realpath(path)
+    info = os.stat(path) if os.path.exists(path) else None
+    write_file(path, text, stat.S_IMODE(info.st_mode) if info else 0o644)
+    if info:
+        os.chown(path, info.st_uid, info.st_gid)
+
+
+# -- all of it
+
+
+def installed_config(installation: Installation) -> Config:
+    """The settings that the host's bridge goes by: the installation's, then those of /etc."""
+    config = Config()
+    for path in (installation.real(f"{installation.prefix}/etc/{INSTALLED_CONFS[0]}"), "/etc/nocloud.conf"):
+        if os.path.isfile(path):
+            config.read(path)
+    return config
+
+
+def plan_subnet(installation: Installation, files: Sequence[InstalledFile]) -> str:
+    """Have the settings that are going to be installed name a subnet that is free on this host; what was chosen.
+
+    It stays what it is while the bridge is up, and where the user has changed the file.  Raises WrongState where that
+    can't be, or where a bridge of that name is somebody else's.
+    """
+    settings = next(each for each in files if os.path.basename(each.path) == INSTALLED_CONFS[0])
+    config = installed_config(installation)
+    is_up = bridge_is_ours(config["bridgeInterface"])
+    changed, bridge = installation.is_changed(settings), BridgeSetup(config)
+    if not is_up and (changed or bridge.is_there()):
+        bridge.check()
+    if changed:
+        return ""
+    subnet, why = (config["bridgeSubnet"], "") if is_up else choose_bridge_subnet(config)
+    if subnet != Config()["bridgeSubnet"]:
+        settings.content = update_assignments(settings.content.decode(), {"bridgeSubnet": subnet}).encode()
+    since = f", since {why} (bridgeSubnet in {settings.path})" if why else ""
+    return f"the bridge's network is {subnet}.0/24{since}"
+
+
+def planned_modules(prefix: str) -> tuple[list[str], list[InstalledFile]]:
+    """The kernel modules that VMs want, and the file that has systemd load them at boot; none where there are none.
+
+    Of those that this kernel has: a missing one would fail the boot's unit.  A container has no modprobe(8).
+    """
+    words = read_text("/proc/cpuinfo").split()
+    modules = [module for flag, module in (("vmx", "kvm_intel"), ("svm", "kvm_amd")) if flag in words]
+    modules = [
+        module
+        for module in (*modules, "vhost_net", "tun")
+        if find_program("modprobe") and try_run(["modprobe", "--dry-run", "--quiet", module], 30)[0] == 0
+    ]
+    text = "".join(f"{module}\n" for module in ("# of nocloud: what its VMs want", *modules))
+    place = f"{systemd_folder(prefix, 'modules-load.d')}/nocloud.conf"
+    return modules, [InstalledFile(place, text.encode())] if modules else []
+
+
+def install(installation: Installation, files: Sequence[InstalledFile], only_look: bool) -> None:
+    """Put it there, set the host up for it, and say what was done."""
+    if installation.root:
+        installation.check(files)
+        said = [] if only_look else installation.put(files)
+    else:
+        said = install_on_host(installation, files, only_look)
+    if not only_look:
+        report.say(f"nocloud {__version__} is in {installation.real(installation.prefix)}")
+        for line in filter(None, said):
+            report.say(line)
+
+
+def install_on_host(installation: Installation, files: Sequence[InstalledFile], only_look: bool) -> list[str]:
+    """All that can be in the way is looked at before the first change; what was done."""
+    check_programs(installed_config(installation))
+    modules, modules_files = planned_modules(installation.prefix)
+    files = [*files, *modules_files]
+    installation.check(files)
+    subnet = plan_subnet(installation, files)
+    if only_look:
+        return []
+    said = installation.put(files)
+    setup = HostSetup(installation, installed_config(installation))
+    setup.make_accounts()
+    said += [setup.allow_helper(), setup.allow_bridge(), setup.load_modules(modules), subnet, setup.start_units()]
+    return [*said, setup.membership(), "nocloud doctor looks whether all is well"]
+
+
+def undo_installation(installation: Installation) -> None:
+    """Take it away, and say what stays.  Twice is harmless.  Raises WrongState where VMs run."""
+    place = installation.real(installation.prefix)
+    if not installation.exists:
+        report.say(f"nothing is installed in {place}")
+        return
+    if not installation.root:
+        check_nothing_runs()
+        setup = HostSetup(installation, installed_config(installation))
+        if systemd_runs():
+            try_run(["systemctl", "disable", *SYSTEMD_UNITS, *enabled_groups()], 60)
+        if bridge_is_ours(setup.interface):
+            BridgeSetup(setup.config).down()
+        setup.forbid_bridge()
+        setup.take_back_helper()
+        for folder in (STATE_FOLDER, RUN_FOLDER):  # leases, published names, and what `up` keeps while it is up
+            remove_tree(folder)
+        setup.remove_accounts()
+    kept = installation.take_away()
+    if not installation.root and systemd_runs():
+        try_run(["systemctl", "daemon-reload"], 60)
+    report.say(f"nocloud is no longer in {place}")
+    for path in kept:
+        report.say(f"kept: {path}, which was changed")
+
+
+def check_nothing_runs() -> None:
+    """Raise WrongState, naming them, where VMs or groups run, whoever's they are."""
+    units, running = active_groups(), running_vms()
+    if units or running:
+        names = ", ".join([*units, *running[:20]]) + (f" and {len(running) - 20} more" if running[20:] else "")
+        stop = f"systemctl stop {' '.join(units)}" if units else "vmstop -g GROUP stops a group and keeps it"
+        raise WrongState(f"VMs are running: {names}; nothing was changed", stop)
+
+
+# -- the command
 
 
 def documents() -> dict[str, str]:
@@ -11272,7 +11458,7 @@ def cmd_setup(config: Config, args: argparse.Namespace, words: list[str]) -> int
     return EXIT_DONE
 
 
-def files_to_install(prefix: str) -> list[Placed]:
+def files_to_install(prefix: str) -> list[InstalledFile]:
     """This program, its names, and what comes with it."""
     names = sorted({each.alias for each in COMMANDS.values() if each.alias})
     with open(program_path(), "rb") as file:
@@ -11282,116 +11468,7 @@ def files_to_install(prefix: str) -> list[Placed]:
 
 # Dispatch ############################################################################################
 #
-# argv[0] or the first word says which command; only that command's parser is built.
-
-
-def find_command(argv: Sequence[str]) -> tuple[Command | None, str, list[str]]:
-    """(command, the name it was called by, its words); None for `nocloud` alone.
-
-    Raises UsageError (127) for a name that there isn't.
-    """
-    name, words = os.path.basename(argv[0]), list(argv[1:])
-    aliases = {each.alias: each for each in COMMANDS.values() if each.alias}
-    if name in aliases:
-        return aliases[name], name, words
-    if words[:1] == ["--debug"]:
-        words = words[1:]
-    if not words or words[0].startswith("-"):
-        return None, "nocloud", words
-    word = words[0]
-    found = COMMANDS.get(word) or aliases.get(word)
-    if not found:
-        near = nearest(word, command_names())
-        hint = f"did you mean {near}?" if near else "nocloud -h lists them"
-        raise UsageError(f"{word}: no such command", hint, EXIT_MISSING)
-    return found, f"nocloud {word}", words[1:]
-
-
-def build_parser(command: Command, program: str, config: Config) -> argparse.ArgumentParser:
-    """The parser of one command; its help shows the defaults in force."""
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            raise UsageError(message, f"{program} -h shows how it is called")
-
-    options = "[options]" if command.options else ""
-    parser = Parser(
-        prog=program, usage=" ".join(part for part in ("%(prog)s", options, command.operands) if part),
-        description=command.help, allow_abbrev=False, add_help=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=terminal_width()),
-    )  # fmt: skip
-    for option in all_options(command):
-        extra: dict[str, Any] = {"action": "store_true"}
-        text = option.help + (f" [{config[option.default]}]" if option.default else "")
-        if option.value:
-            extra = {"metavar": option.value, "type": _checked(option.check)}
-            if option.is_optional:
-                extra.update(nargs="?", const=True)
-        parser.add_argument(*option.names, help=text.replace("%", "%%"), **extra)
-    return parser
-
-
-def terminal_width() -> int:
-    """Columns for the help.  argparse's own way imports shutil, and with it bz2 and lzma, for each option declared."""
-    try:
-        return int(os.environ.get("COLUMNS") or os.get_terminal_size(1).columns) - 2
-    except (OSError, ValueError, AttributeError):
-        return 78
-
-
-def _checked(check: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A setting's check as argparse wants it."""
-    import argparse
-
-    def convert(text: str) -> Any:
-        try:
-            return check(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected {error}") from None
-
-    return convert
-
-
-def split_operands(command: Command, words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(options, operands) as getopts parts them: options end at the first operand, or at `--`.
-
-    A command whose operands are not another program's words takes options after them too: vmtemplate NAME --image FILE.
-    """
-    options: list[str] = []
-    operands: list[str] = []
-    index = 0
-    while index < len(words):
-        word = words[index]
-        index += 1
-        if word == "--":
-            return options, [*operands, *words[index:]]
-        if not word.startswith("-") or word == "-":
-            operands.append(word)
-            if command.takes_words:
-                return options, [*operands, *words[index:]]
-            continue
-        options.append(word)
-        option, before = option_with_value(command, word)
-        waits = option and before == word and not before.endswith("=")
-        if option and waits and index < len(words) and (not option.is_optional or re.fullmatch("[0-9]+", words[index])):
-            # joined to its option: argparse would take a value that begins with a dash for an option
-            options[-1:] = [] if word.startswith("--") or len(word) == 2 else [word[:-1]]
-            options.append(f"{option.names[-1]}={words[index]}")
-            index += 1
-    return options, operands
-
-
-def option_with_value(command: Command, word: str) -> tuple[Option | None, str]:
-    """(the option in a word that takes a value, the word up to that value): -C in -C5 and -dC, --count in --count=5."""
-    takes = {name: option for option in command.options if option.value for name in option.names}
-    if word.startswith("--"):
-        name, equals, _ = word.partition("=")
-        return takes.get(name), name + equals
-    for position, letter in enumerate(word[1:], 2):
-        if f"-{letter}" in takes:
-            return takes[f"-{letter}"], word[:position]
-    return None, word
+# The program itself: which command is meant, what it raises, and its exit status.
 
 
 def overview() -> str:

@@ -67,7 +67,7 @@ class Demo:
 
     # the steps
 
-    def check_group(self) -> None:
+    def checked_group(self) -> None:
         found = self.ask("vmrunning", "-a", "-g", GROUP)
         if found.returncode == 0:
             raise Failed(f"you have a group {GROUP!r} already, which is left alone (vmstop -d -g {GROUP} destroys it)")
@@ -128,7 +128,7 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="nocloud-demo-") as folder:
         demo = Demo(Path(folder), Path(argv[1]).absolute())
         try:
-            demo.check_group()
+            demo.checked_group()
             for part in (demo.template, demo.start, demo.look, demo.ansible, demo.end):
                 part()
         except Failed as error:

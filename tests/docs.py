@@ -48,7 +48,7 @@ def tables() -> dict[str, str]:
             ("exit status", "meaning"), [(str(status), text) for status, text in nocloud.EXIT_STATUSES.items()]
         ),
         "description options": table(
-            ("option", "meaning"), [(code(each.text), each.help) for each in nocloud.WISH_OPTIONS]
+            ("option", "meaning"), [(code(each.text), each.help) for each in nocloud.CLONE_OPTIONS]
         ),
         "settings": table(
             ("key", "default", "meaning"), [(code(each.key), code(each.default), each.help) for each in settings]

@@ -27,24 +27,24 @@ def bootable(path: Path) -> Path:
 
 
 def test_formats_of_images_from_outside(tmp_path: Path) -> None:
-    assert nocloud.check_foreign_image(str(create(tmp_path / "a.qcow2"))) == "qcow2"
-    assert nocloud.check_foreign_image(str(bootable(tmp_path / "b.img"))) == "raw"
+    assert nocloud.foreign_image_format(str(create(tmp_path / "a.qcow2"))) == "qcow2"
+    assert nocloud.foreign_image_format(str(bootable(tmp_path / "b.img"))) == "raw"
 
 
 def test_an_image_on_another_file_is_refused(tmp_path: Path) -> None:
     create(tmp_path / "base")
     image = create(tmp_path / "over", "-F", "qcow2", "-b", "base")
     with pytest.raises(nocloud.Error, match=r"refused.*base"):
-        nocloud.check_foreign_image(str(image))
+        nocloud.foreign_image_format(str(image))
     image = create(tmp_path / "secret", "-u", "-F", "raw", "-b", "/etc/shadow", "-o", "size=1M")
     with pytest.raises(nocloud.Error, match=r"refused.*/etc/shadow"):
-        nocloud.check_foreign_image(str(image))
+        nocloud.foreign_image_format(str(image))
 
 
 def test_an_image_with_a_data_file_is_refused(tmp_path: Path) -> None:
     image = create(tmp_path / "image", "-o", f"data_file={tmp_path}/data,data_file_raw=on")
     with pytest.raises(nocloud.Error, match=r"refused.*data"):
-        nocloud.check_foreign_image(str(image))
+        nocloud.foreign_image_format(str(image))
 
 
 def test_a_header_that_says_json_is_refused(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_a_header_that_says_json_is_refused(tmp_path: Path) -> None:
     name = json.dumps({"driver": "raw", "file": {"driver": "file", "filename": "/etc/passwd"}})
     image = create(tmp_path / "image", "-u", "-F", "raw", "-b", f"json:{name}", "-o", "size=1M")
     with pytest.raises(nocloud.Error):
-        nocloud.check_foreign_image(str(image))
+        nocloud.foreign_image_format(str(image))
 
 
 @pytest.mark.parametrize("format", ["vmdk", "vdi"])
@@ -60,7 +60,7 @@ def test_other_formats_are_refused_with_the_way_out(tmp_path: Path, format: str)
     image = tmp_path / "image"
     subprocess.run(["qemu-img", "create", "-q", "-f", format, image, "1M"], check=True)
     with pytest.raises(nocloud.Error, match=format) as raised:
-        nocloud.check_foreign_image(str(image))
+        nocloud.foreign_image_format(str(image))
     assert "qemu-img convert" in raised.value.hint
 
 
@@ -69,7 +69,7 @@ def test_corrupt_images(tmp_path: Path, content: bytes) -> None:
     image = tmp_path / "image"
     image.write_bytes(content)
     with pytest.raises(nocloud.Error) as raised:
-        nocloud.check_foreign_image(str(image))
+        nocloud.foreign_image_format(str(image))
     assert "image" in str(raised.value) and "\n" not in str(raised.value)
 
 

@@ -37,7 +37,7 @@ def test_what_is_declared_is_in_the_tables() -> None:
     for setting in nocloud.SETTINGS:
         name = {"vm": "conf keys", "unused": "unused keys"}.get(setting.where, "settings")
         assert f"`{setting.key}`" in tables()[name], setting.key
-    for option in nocloud.WISH_OPTIONS:
+    for option in nocloud.CLONE_OPTIONS:
         assert f"| `{option.text}` |" in tables()["description options"]
     for status in (value for name, value in vars(nocloud).items() if name.startswith("EXIT_") and type(value) is int):
         assert f"\n| {status} | " in tables()["exit statuses"]

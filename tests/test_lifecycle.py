@@ -924,12 +924,13 @@ def test_clones_and_what_is_made_of_them_inherit_each_of_these_keys(blank: Cloud
     blank.env["NOCLOUD_vmQemu"] = str(blank.home / "qemu")
     wanted = {key: value.replace("HOME", str(blank.home)) for key, value in INHERITED.items()}
     conf = blank.folder("templates/blank") / "blank.conf"
-    conf.write_text(nocloud.update_assignments(conf.read_text(), wanted))
+    conf.write_text(nocloud.update_assignments(conf.read_text(), {**wanted, "vmQemu": "/old", "vmGui": "no"}))
     instantiate(blank, "-g", "pf", "-o", "name=web").ok()
     blank.run("vmstop", "--kill", "-g", "pf").quiet()
     blank.run("vmtemplate", "new", "--from", "web00", "--no-clean").ok()
     for vm in ("pf/default/web00", "templates/new"):
         assert {key: blank.conf(vm).get(key) for key in wanted} == wanted, vm
+        assert not {"vmQemu", "vmGui"} & set(blank.conf(vm)), vm
 
 
 def test_no_interface_of_the_host(blank: Cloud) -> None:

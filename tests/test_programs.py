@@ -173,7 +173,7 @@ def test_debug_shows_each_command_before_it_runs(cloud: Cloud) -> None:
 
 
 def test_own_command_needs_no_environment() -> None:
-    argv = nocloud.own_command("-v")
+    argv = nocloud.self_argv("-v")
     done = subprocess.run(
         argv, env={"PYTHONPATH": "/x", "PYTHONHOME": "/x"}, capture_output=True, text=True, check=True
     )

@@ -443,7 +443,7 @@ def test_where_the_tree_lies_by_default(cloud: Cloud) -> None:
 # Description files ###################################################################################
 
 
-def wishes(text: str) -> list[tuple[object, ...]]:
+def requests(text: str) -> list[tuple[object, ...]]:
     return [
         (w.template, w.count, w.type, w.settings, list(w.disks), w.prefix)
         for w in nocloud.parse_description(text, "FILE", "default")
@@ -458,7 +458,7 @@ def test_description_lines() -> None:
         "alpine:1::name=db\n"
         "x:1:t:"
     )
-    assert wishes(text) == [
+    assert requests(text) == [
         ("debian12", 2, "default", {}, [], ""),
         ("debian12", 2, "web", {"vmMem": "1024", "vmCpu": "4", "vmGui": "yes"}, [10, 20], "web"),
         ("alpine", 1, "default", {}, [], "db"),
@@ -497,12 +497,12 @@ def test_description_lines() -> None:
 )
 def test_description_lines_that_are_wrong(line: str, said: str) -> None:
     with pytest.raises(nocloud.UsageError) as raised:
-        wishes(f"# first\nfine:1\n{line}\n")
+        requests(f"# first\nfine:1\n{line}\n")
     assert str(raised.value).startswith("FILE:3: ") and said in str(raised.value) + raised.value.hint
 
 
-@pytest.mark.parametrize("option", nocloud.WISH_OPTIONS, ids=lambda option: option.name)
-def test_each_option_sets_something(option: nocloud.WishOption) -> None:
+@pytest.mark.parametrize("option", nocloud.CLONE_OPTIONS, ids=lambda option: option.name)
+def test_each_option_sets_something(option: nocloud.CloneOption) -> None:
     """A setting that clones have, or a field; and a wrong word's hint lists them all."""
     (plain,) = nocloud.parse_description("x:1", "FILE", "default")
     assert option.sets in nocloud.SETTING or hasattr(plain, option.sets)
@@ -515,13 +515,13 @@ def test_each_option_sets_something(option: nocloud.WishOption) -> None:
 def test_an_empty_description_is_an_error() -> None:
     for text in ("", "# nothing\n\n"):
         with pytest.raises(nocloud.UsageError, match="FILE"):
-            wishes(text)
+            requests(text)
 
 
 @given(st.text())
 def test_any_description_is_read_or_refused(text: str) -> None:
     try:
-        wishes(text)
+        requests(text)
     except nocloud.UsageError as error:
         assert str(error).startswith("FILE:")
 
@@ -533,11 +533,11 @@ def test_any_description_is_read_or_refused(text: str) -> None:
 )
 def test_lines_that_look_right_are_read_or_refused(line: str) -> None:
     try:
-        (wish,) = wishes(line)
+        (request,) = requests(line)
     except nocloud.UsageError as error:
         assert str(error).startswith("FILE:1: ")
         return
-    assert 1 <= int(str(wish[1])) <= 1000
+    assert 1 <= int(str(request[1])) <= 1000
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"\x00" * 100])

@@ -21,15 +21,15 @@ LABEL = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 @pytest.mark.parametrize("name", ["a", "web00", "Web-1", "0", "x" * 63, "a--b"])
 def test_good_names(name: str) -> None:
     for kind in ("VM", "group", "type", "template"):
-        assert nocloud.check_name(kind, name) == name
+        assert nocloud.checked_name(kind, name) == name
 
 
 @pytest.mark.parametrize("name", ["a.b", "a_b", "shop.v2", "a-", "Debian_12.5"])
 def test_names_of_groups_only(name: str) -> None:
     for kind in ("group", "type", "template"):
-        assert nocloud.check_name(kind, name) == name
+        assert nocloud.checked_name(kind, name) == name
     with pytest.raises(nocloud.UsageError):
-        nocloud.check_name("VM", name)
+        nocloud.checked_name("VM", name)
 
 
 BAD = {
@@ -63,7 +63,7 @@ BAD = {
 def test_bad_names_name_the_character(name: str) -> None:
     for kind in ("VM", "group", "type", "template"):
         with pytest.raises(nocloud.UsageError) as raised:
-            nocloud.check_name(kind, name)
+            nocloud.checked_name(kind, name)
         assert BAD[name] in str(raised.value)
         assert raised.value.status == 2
 
@@ -71,14 +71,14 @@ def test_bad_names_name_the_character(name: str) -> None:
 @pytest.mark.parametrize("name", ["templates", "Templates", "all", "ungrouped", "ALL"])
 def test_reserved_groups(name: str) -> None:
     with pytest.raises(nocloud.UsageError, match="reserved"):
-        nocloud.check_group(name)
+        nocloud.checked_group(name)
 
 
 @given(st.text())
 def test_no_name_gets_a_path_an_option_or_a_comma_through(name: str) -> None:
     for kind in ("VM", "group"):
         try:
-            nocloud.check_name(kind, name)
+            nocloud.checked_name(kind, name)
         except nocloud.UsageError:
             continue
         assert name[0] in LABEL and set(name) <= set(LABEL + "-" + ("" if kind == "VM" else "._"))
@@ -141,7 +141,7 @@ def add(base: Path, vm: str) -> None:
     ],
 )
 def test_find(tree: nocloud.Tree, words: str, found: list[str]) -> None:
-    assert [vm.address_name for vm in tree.find(words)] == found
+    assert [vm.full_name for vm in tree.find(words)] == found
 
 
 SEVERAL = ": several VMs are called so: "
@@ -195,11 +195,11 @@ def test_the_vm_that_is_meant(
     def address_of(vm: nocloud.VM) -> str:
         return addresses.get(vm.name, "")
 
-    assert tree.need(words, group, type, first=nocloud.VM.is_running, address_of=address_of).address_name == found
+    assert tree.need(words, group, type, first=nocloud.VM.is_running, address_of=address_of).full_name == found
 
 
 def test_lists_are_sorted_by_group_type_and_name(tree: nocloud.Tree) -> None:
-    names = [vm.address_name for vm in tree.vms()]
+    names = [vm.full_name for vm in tree.vms()]
     clones = ["pf/sql/db00", "pf/web/web00", "pf/web/web01", "two/web/web", "two/web/web00", "two/x/DB00"]
     assert names == [*clones, "templates/debian12"]
     assert [vm.name for vm in tree.vms("pf", "web")] == ["web00", "web01"]
@@ -455,7 +455,7 @@ def test_a_killed_commands_leavings_are_swept(cloud: Cloud) -> None:
 def test_a_message_names_a_vm_as_shortly_as_a_command_finds_it(tree: nocloud.Tree, tmp_path: Path) -> None:
     add(tmp_path, "pf/sql/web01")
     add(tmp_path, "templates/web")
-    named = {vm.address_name: str(vm) for vm in tree.vms()}
+    named = {vm.full_name: str(vm) for vm in tree.vms()}
     assert named == {
         "pf/sql/db00": "pf/db00",
         "pf/sql/web01": "pf/sql/web01",
@@ -468,7 +468,7 @@ def test_a_message_names_a_vm_as_shortly_as_a_command_finds_it(tree: nocloud.Tre
         "templates/web": "templates/web",
     }
     for full, short in named.items():
-        assert tree.need(short).address_name == full
+        assert tree.need(short).full_name == full
     assert [str(vm) for vm in tree.unfinished()] == ["web02"]
     nothing = nocloud.Tree(nocloud.Config({"vmBaseDir": str(tmp_path / "nothing")}))
     assert str(nocloud.VM(nothing, "g", "t", "web00")) == "web00"
@@ -484,5 +484,5 @@ def test_an_error_carries_its_vm(tree: nocloud.Tree) -> None:
     errors = nocloud.in_parallel(work, list(tree.vms("pf")))
     assert [str(error) for error in errors] == ["pf/db00: /x: No space left on device", "None", "web01: too slow"]
     assert [error.text for error in errors if error] == ["/x: No space left on device", "too slow"]
-    assert errors[2].vm.address_name == "pf/web/web01" and errors[2].hint == "wait"
+    assert errors[2].vm.full_name == "pf/web/web01" and errors[2].hint == "wait"
     assert str(nocloud.Error("as it is")) == "as it is"
