@@ -189,7 +189,7 @@ def try_entry(web: Cloud, site: Site, image: bytes, entry: nocloud.Entry, more: 
     conf = web.conf(f"templates/{entry.name}")
     assert conf["vmChecksum"] == f"{algorithm}:{digest(image, algorithm)}"
     assert conf["vmSource"] == f"{site.base}/{wanted}"
-    assert (conf["vmUser"], conf["vmInit"]) == (entry["user"], "cloud-init")
+    assert (conf["vmUser"], conf["vmInit"]) == (entry["user"], entry["init"] or "auto")
     assert int(conf["vmMem"]) == int(entry["mem"] or 512)
     same_disk(web, entry.name, image)
     asked = [each for each, _ in site.requests]
