@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import Cloud, bash_values
+from support import PROGRAM, Cloud, bash_values
 
 import nocloud
 
@@ -246,6 +246,11 @@ FREE_TEXT = [
 def test_every_setting_has_a_row(key: str) -> None:
     rows = [row[0] for row in CHECKS] + FREE_TEXT
     assert rows.count(key) == 1, f"{key}: type what it may be, and what not, into CHECKS of tests/test_settings.py"
+
+
+@pytest.mark.parametrize("key", [setting.key for setting in nocloud.SETTINGS if setting.where != "unused"])
+def test_every_setting_is_read_by_something(key: str) -> None:
+    assert PROGRAM.read_text().count(f'"{key}"') > 1, f"{key}: it is declared, and nothing in nocloud.py asks for it"
 
 
 @pytest.mark.parametrize(("key", "good", "bad"), CHECKS)
