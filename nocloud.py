@@ -1620,12 +1620,10 @@ def checked_iso(path: str) -> str:
     return os.path.abspath(path)
 
 
-ISO_WRITERS = (["xorriso", "-as", "mkisofs"], ["genisoimage"], ["mkisofs"])  # all know mkisofs' options
-
-
 def find_iso_writer() -> list[str]:
-    """The words that call a program which writes ISO images; [] where there is none."""
-    return next((words for words in ISO_WRITERS if find_program(words[0])), [])
+    """The words that call a program which writes ISO images, all with mkisofs' options; [] where there is none."""
+    writers = (["xorriso", "-as", "mkisofs"], ["genisoimage"], ["mkisofs"])
+    return next((words for words in writers if find_program(words[0])), [])
 
 
 def create_iso(path: str, label: str, files: Sequence[str]) -> None:
@@ -1633,25 +1631,17 @@ def create_iso(path: str, label: str, files: Sequence[str]) -> None:
     run([*find_iso_writer(), "-quiet", "-output", path, "-volid", label, "-joliet", "-rock", *files])
 
 
-def convert_image(source: str, format: str, target: str) -> None:
-    """A self-contained qcow2 copy of an image; unused space takes none."""
+def convert_image(source: str, format: str, target: str, *options: str) -> None:
+    """A qcow2 copy of an image, self-contained unless `options` name what it stands on; unused space takes none."""
     paths = [os.path.abspath(source), os.path.abspath(target)]
-    run(["qemu-img", "convert", "-f", format, "-O", "qcow2", *paths], timeout=None)
+    run(["qemu-img", "convert", "-f", format, "-O", "qcow2", *options, *paths], timeout=None)
 
 
-def copy_overlay(source: str, target: str, backing: str, format: str) -> None:
-    """A copy of a qcow2 overlay that stands on the same file, of that format; `backing` is relative to the copy."""
-    paths = [os.path.abspath(source), os.path.abspath(target)]
-    run(["qemu-img", "convert", "-f", "qcow2", "-O", "qcow2", "-B", backing, "-F", format, *paths], timeout=None)
-
-
-def compress_image(source: str, target: str, format: str = "raw") -> None:
+def compress_image(source: str, format: str, target: str) -> None:
     """A compressed, self-contained qcow2 of an image: a third of the size for 3 s; zlib, where qemu lacks zstd, would
     take 20 s."""
-    options = ["-c", "-W", "-m", "8", "-o", "compression_type=zstd"]
-    paths = [os.path.abspath(source), os.path.abspath(target)]
     try:
-        run(["qemu-img", "convert", "-f", format, "-O", "qcow2", *options, *paths], timeout=None)
+        convert_image(source, format, target, "-c", "-W", "-m", "8", "-o", "compression_type=zstd")
     except CommandFailed:
         convert_image(source, format, target)
 
@@ -1674,10 +1664,8 @@ def converted_size(source: str, format: str) -> int:
     """The bytes that convert_image's copy will take; more than the image itself where that is compressed."""
     import json
 
-    answer = run(
-        ["qemu-img", "measure", "--output=json", "-f", format, "-O", "qcow2", os.path.abspath(source)], merge=False
-    )
-    return int(json.loads(answer.stdout)["required"])
+    words = ["measure", "--output=json", "-f", format, "-O", "qcow2", os.path.abspath(source)]
+    return int(json.loads(run(["qemu-img", *words], merge=False).stdout)["required"])
 
 
 # QMP #################################################################################################
@@ -6186,7 +6174,7 @@ def flatten(cloud: Cloud, template: VM) -> None:
         return
     whole = next_layer(template)
     try:
-        compress_image(disk, whole.path, "qcow2")
+        compress_image(disk, "qcow2", whole.path)
     except BaseException:
         whole.remove()
         raise
@@ -6815,7 +6803,7 @@ def build_disk(build: Build, new: NewTemplate) -> None:
     restore_owners(tree, raw, owners, os.path.join(work, "owners"))
     write_boot_loader(tree, raw, size)
     progress.tell("making the disk")
-    compress_image(raw, new.disk)
+    compress_image(raw, "raw", new.disk)
     report.say(f"{build.suite}: built in {time.monotonic() - progress.started:.0f} s")
     remove_tree(work)
 
@@ -8332,15 +8320,14 @@ def copy_disk(source: VM, new: NewTemplate, layered: bool) -> None:
     format = known_formats(source)[0]
     if not layered:
         check_image_room(new, disk, format)
-        compress_image(disk, new.disk, format)
+        compress_image(disk, format, new.disk)
         return
     below = backing_chain([disk]) if format == "qcow2" else []  # what a guest wrote into a raw disk isn't asked
     if not below:
         raise WrongState("its disk stands on no other, there is nothing to share", "leave out --layer", vm=source)
     backing = os.path.relpath(below[0], os.path.realpath(new.vm.folder))  # as deep in the tree as where it will lie
-    copy_overlay(
-        disk, new.disk, backing, image_info(disk, format).get("backing-filename-format") or disk_format(below[0])
-    )
+    kind = image_info(disk, format).get("backing-filename-format") or disk_format(below[0])
+    convert_image(disk, format, new.disk, "-B", backing, "-F", kind)
 
 
 def clean_and_end(guest: OwnGuest) -> None:
