@@ -1235,13 +1235,12 @@ def run_watched(
     It has a session of its own, all of which ends when we are interrupted, with TimedOut after `timeout` seconds
     (0: never), and as soon as `host` has ended, the qemu that it talks to.
     """
+    import select
     import signal
     import subprocess
-    import threading
 
-    words = traced(argv)
     child = subprocess.Popen(
-        words,
+        traced(argv),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -1249,37 +1248,32 @@ def run_watched(
         start_new_session=True,
     )
     assert child.stdout
-    over, late = threading.Event(), threading.Event()
-
-    def watch() -> None:
-        deadline = time.monotonic() + (timeout or float("inf"))
-        while not over.wait(0.25):
-            if time.monotonic() > deadline:
-                late.set()
-            if late.is_set() or (host and host.ended()):
-                try:
-                    os.killpg(child.pid, signal.SIGTERM)
-                except ProcessLookupError:
-                    pass  # it has just ended by itself
-                return
-
-    if timeout or host:
-        threading.Thread(target=watch, daemon=True).start()
+    deadline = time.monotonic() + (timeout or float("inf"))
+    poll = select.poll()
+    poll.register(child.stdout)
+    rest = b""
     try:
-        with child.stdout:
-            for line in child.stdout:
-                on_line(line.decode("utf-8", "replace").rstrip("\n"))
-        over.set()
-        status = child.wait()
+        with child.stdout as output:
+            while True:
+                if time.monotonic() > deadline:
+                    raise TimedOut(f"{argv[0]}: no end after {timeout:.0f} s")
+                if host and host.ended():
+                    os.killpg(child.pid, signal.SIGTERM)
+                    break
+                if poll.poll(250):
+                    piece = os.read(output.fileno(), 65536)
+                    if not piece:
+                        break
+                    *lines, rest = (rest + piece).split(b"\n")
+                    for line in lines:
+                        on_line(line.decode("utf-8", "replace"))
+        if rest:
+            on_line(rest.decode("utf-8", "replace"))
+        return child.wait()
     except BaseException:
         os.killpg(child.pid, signal.SIGTERM)
         child.wait()
         raise
-    finally:
-        over.set()
-    if late.is_set():
-        raise TimedOut(f"{argv[0]}: no end after {timeout:.0f} s")
-    return status
 
 
 def spawn(
