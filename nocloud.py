@@ -558,12 +558,12 @@ cancellation = Cancellation()
 
 
 def wait_for(ready: Callable[[], bool], seconds: float, interval: float = 0.02) -> bool:
-    """Ask until `ready` says yes or the time is over; what it said last."""
+    """Ask until `ready` says yes or the time is over; what it said last.  A cancelled wait ends at once."""
     deadline = time.monotonic() + seconds
     while not ready():
-        cancellation.check()
         if time.monotonic() >= deadline:
             return False
+        cancellation.check()
         time.sleep(interval)
     return True
 
@@ -1412,21 +1412,14 @@ class Process:
                 ) from None
 
     def ended(self, seconds: float = 0) -> bool:
-        """Whether it has ended, waiting for that up to `seconds`; a cancelled wait ends at once."""
+        """Whether it has ended, waiting for that up to `seconds`."""
         if self._fd < 0:
             return True
         import select
 
         poll = select.poll()
         poll.register(self._fd, select.POLLIN)
-        deadline = time.monotonic() + seconds
-        while True:
-            left = deadline - time.monotonic()
-            if poll.poll(max(0.0, min(left, 0.25)) * 1000):
-                return True
-            if left <= 0:
-                return False
-            cancellation.check()
+        return wait_for(lambda: bool(poll.poll(min(seconds, 0.1) * 1000)), seconds, 0)
 
     def close(self) -> None:
         if self._fd >= 0:
