@@ -245,13 +245,6 @@ class Reporter:
             self._unfinished = False
             sys.stderr.write("\r\x1b[K")
 
-    def trace(self, argv: Sequence[str]) -> None:
-        """Under --debug, each external command before it runs."""
-        if self.debug:
-            import shlex
-
-            self.say("+ " + shlex.join(argv))
-
 
 report = Reporter()
 
@@ -365,11 +358,9 @@ def remove_tree(folder: str) -> None:
 def make_private_folder(path: str) -> None:
     """A folder that only its owner enters: it holds keys or sockets."""
     os.makedirs(path, 0o700, exist_ok=True)
-    info = os.stat(path)
+    info = os.stat(path)  # one that others could write to stays as it is: who relies on what is in it looks for that
     if info.st_mode & 0o077 and not info.st_mode & 0o022 and info.st_uid == os.geteuid():
-        os.chmod(
-            path, 0o700
-        )  # one that others could write to stays as it is: who relies on what is in it looks for that
+        os.chmod(path, 0o700)
 
 
 def existing_parent(folder: str) -> str:
@@ -1047,14 +1038,9 @@ def installed_settings() -> str:
 
 def config_files() -> list[str]:
     """The files to read, in order: the installation's, then the first of the user's that exists."""
-    files = [path for path in [installed_settings()] if os.path.isfile(path)]
-    own = (
-        "./.nocloud.conf",
-        os.path.expanduser("~/.nocloud.conf"),
-        os.path.join(config_home(), "nocloud.conf"),
-        "/etc/nocloud.conf",
-    )
-    return files + [path for path in own if os.path.isfile(path)][:1]
+    own = ["./.nocloud.conf", "~/.nocloud.conf", f"{config_home()}/nocloud.conf", "/etc/nocloud.conf"]
+    found = [path for path in map(os.path.expanduser, own) if os.path.isfile(path)]
+    return [*filter(os.path.isfile, [installed_settings()]), *found[:1]]
 
 
 def load_config() -> Config:
@@ -1068,12 +1054,11 @@ def load_config() -> Config:
 
 def base_folder(config: Config) -> str:
     """vmBaseDir as an absolute path without symlinks; its default is the bash tools' place if that is there."""
-    path = os.path.expanduser(config["vmBaseDir"])
+    path, old = os.path.expanduser(config["vmBaseDir"]), os.path.expanduser("~/Documents/kvm/VMs")
     if not path:
-        old = os.path.expanduser("~/Documents/kvm/VMs")
         data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
         path = old if os.path.isdir(old) else os.path.join(data, "nocloud", "kvm")
-    if not os.path.isabs(path) and path.startswith("~"):
+    if path.startswith("~"):
         raise UsageError(f"vmBaseDir={path}: no such user or no home folder", "set vmBaseDir to an absolute path")
     return os.path.realpath(path)
 
@@ -1156,16 +1141,15 @@ def install_command(programs: Iterable[str]) -> str:
 
 def program_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of every program: messages in English, whatever the user's locale."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("LC_ALL", "LANGUAGE")}
-    environment["LC_ALL"] = "C.UTF-8"
-    environment.update(extra or {})
-    return environment
+    inherited = {key: value for key, value in os.environ.items() if key != "LANGUAGE"}
+    return {**inherited, "LC_ALL": "C.UTF-8", **(extra or {})}
 
 
 def traced(argv: Sequence[str]) -> list[str]:
     """`argv` with the program's path, as it is about to run: shown under --debug.  Raises MissingProgram."""
     words = [need_program(argv[0]), *argv[1:]]
-    report.trace(words)
+    if report.debug:
+        report.say(f"+ {quoted(*words)}")
     return words
 
 
