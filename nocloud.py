@@ -2221,7 +2221,8 @@ class Tree:
         return [name for name in folders_in(self.base) if name != TEMPLATES]
 
     def types(self, group: str) -> list[str]:
-        return folders_in(os.path.join(self.base, group))
+        """The types of a group; the templates have one, without a name."""
+        return folders_in(os.path.join(self.base, group)) if group != TEMPLATES else [""]
 
     def vms(self, group: str = "", type: str = "", name: str = "") -> Iterator[VM]:
         """The VMs of the tree that have a conf, templates last, else by group, type and name.
@@ -2229,11 +2230,7 @@ class Tree:
         `name`, in small letters: only those that are called so, in whatever case.
         """
         for each in [group] if group else [*self.groups(), TEMPLATES]:
-            if each == TEMPLATES:
-                if not type:
-                    yield from self.templates(name)
-                continue
-            for kind in [type] if type else self.types(each):
+            for kind in [kind for kind in self.types(each) if type in ("", kind)]:
                 for folder in folders_in(os.path.join(self.base, each, kind)):
                     vm = VM(self, each, kind, folder)
                     if name in ("", folder.lower()) and vm.exists():
@@ -2242,11 +2239,8 @@ class Tree:
     def running(self, group: str = "", type: str = "") -> Iterator[VM]:
         return (vm for vm in self.vms(group, type) if vm.is_running())
 
-    def templates(self, name: str = "") -> Iterator[VM]:
-        for folder in folders_in(os.path.join(self.base, TEMPLATES)):
-            vm = self.template(folder)
-            if name in ("", folder.lower()) and vm.exists():
-                yield vm
+    def templates(self) -> Iterator[VM]:
+        return self.vms(TEMPLATES)
 
     def template(self, name: str) -> VM:
         return VM(self, TEMPLATES, "", name)
@@ -2258,14 +2252,14 @@ class Tree:
             raise no_such("template", name, [each.name for each in self.templates()], TEMPLATES_HINT)
         return template
 
-    def unfinished(self) -> Iterator[VM]:
-        """VMs that are being made just now, or were when their maker was killed."""
-        for group in [*self.groups(), TEMPLATES]:
-            for type in [""] if group == TEMPLATES else self.types(group):
-                place = os.path.join(self.base, group, type)
+    def unfinished(self, group: str = "", prefixes: tuple[str, ...] = (MAKING,)) -> Iterator[VM]:
+        """VMs that are being made just now, or were when their maker was killed; with REMOVING half-removed ones."""
+        for each in [group] if group else [*self.groups(), TEMPLATES]:
+            for kind in self.types(each):
+                place = os.path.join(self.base, each, kind)
                 for entry in names_in(place):
-                    if entry.startswith(MAKING):
-                        yield VM(self, group, type, entry[len(MAKING) :], os.path.join(place, entry))
+                    if entry.startswith(prefixes):
+                        yield VM(self, each, kind, entry[len(MAKING) :], os.path.join(place, entry))
 
     def find(self, words: str) -> list[VM]:
         """All VMs that NAME, GROUP/NAME or GROUP/TYPE/NAME can mean; names are compared without case."""
@@ -2344,17 +2338,13 @@ def no_such(kind: str, name: str, names: Iterable[str], hint: str) -> NotFound:
     return NotFound(f"{name}: no such {kind}", f"did you mean {near}?" if near else hint)
 
 
-def left_over(tree: Tree, group: str) -> Iterator[str]:
-    """The folders that commands which were killed left half-made or half-removed in a group.
+def left_over(tree: Tree, group: str = "") -> Iterator[str]:
+    """The folders that commands which were killed left half-made or half-removed, in a group or in all.
 
     A folder whose maker is alive is locked by it.
     """
-    for type in tree.types(group) if group != TEMPLATES else [""]:
-        place = os.path.join(tree.base, group, type)
-        for name in names_in(place):
-            folder = os.path.join(place, name)
-            if name.startswith((MAKING, REMOVING)) and not os.path.islink(folder) and not is_locked(folder):
-                yield folder
+    folders = (vm.folder for vm in tree.unfinished(group, (MAKING, REMOVING)))
+    return (folder for folder in folders if not os.path.islink(folder) and not is_locked(folder))
 
 
 def sweep(tree: Tree, group: str) -> None:
@@ -9204,7 +9194,7 @@ def examine_disk_space(patient: Patient) -> Findings:
 def examine_vms(patient: Patient) -> Findings:
     """What killed commands and vanished files left in the tree."""
     tree = patient.tree
-    folders = [folder for group in [*tree.groups(), TEMPLATES] for folder in left_over(tree, group)]
+    folders = list(left_over(tree))
     if folders:
         text = f"{plural(len(folders), 'folder')} of commands that were killed"
         yield Finding(WARNING, text, f"rm -rf {quoted(*folders)}")
@@ -10631,7 +10621,7 @@ class Typed:
 
     def types(self) -> list[str]:
         group = self.given.get("-g")
-        return [type for each in ([group] if group else self.tree.groups()) for type in self.tree.types(each)]
+        return [type for each in ([group] if group else self.tree.groups()) for type in self.tree.types(each) if type]
 
     def isos(self) -> list[str]:
         folder = os.path.expanduser(self.config["isoDir"])
