@@ -451,13 +451,10 @@ class FolderLock:
                 self._acquire(deadline)
                 if os.path.samestat(os.fstat(self._fd), os.stat(self.path)):
                     return self
-            except FileNotFoundError:
+            except BaseException as error:
                 self.release()
-                if not self._make:
+                if not (self._make and isinstance(error, FileNotFoundError)):
                     raise
-            except BaseException:
-                self.release()
-                raise
             self.release()
 
     def _acquire(self, deadline: float) -> None:
