@@ -2123,11 +2123,8 @@ class VM:
     @property
     def conf(self) -> dict[str, str]:
         """Its conf, read once.  Raises UsageError where it can't be trusted or understood."""
-        if self._conf is None:
-            self._conf = self._read_conf()
-        return self._conf
-
-    def _read_conf(self) -> dict[str, str]:
+        if self._conf is not None:
+            return self._conf
         try:
             with open(self.conf_file, encoding="utf-8", errors="surrogateescape") as file:
                 reason = untrusted(self.conf_file, os.fstat(file.fileno()))
@@ -2144,6 +2141,7 @@ class VM:
         for assignment in parse_assignments(text, self.conf_file, ChainMap({"vmBaseDir": self.base}, os.environ)):
             check_setting(assignment.key, assignment.value, f"{self.conf_file}:{assignment.line}")
             values[assignment.key] = assignment.value
+        self._conf = values
         return values
 
     def get(self, key: str) -> str:
