@@ -42,6 +42,7 @@ Modules that only some commands need are imported where they are used: a listing
 from __future__ import annotations
 
 import fcntl
+import functools
 import io
 import os
 import re
@@ -1854,46 +1855,37 @@ class QemuProcess:
         return False
 
 
-class ForeignQemus:
-    """The qemus that hold no pidfile: started by the bash tools, or left by who removed the file.
-
-    /proc is read once in a process's life, when a VM of the tree has no locked pidfile.
-    """
-
-    def __init__(self) -> None:
-        self._looked: list[QemuProcess] | None = None
-
-    def find(self, vm: VM) -> QemuProcess | None:
-        """The qemu that runs a VM."""
-        if self._looked is None:
-            pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-            self._looked = [QemuProcess(pid) for pid in pids if is_qemu(pid) and self._may_be_ours(pid)]
-        for process in self._looked:
-            try:
-                if process.runs(vm) and process.is_alive():
-                    return process
-            except Error:
-                continue  # its conf can't be read
-        return None
-
-    def of(self, vm: VM) -> QemuProcess | None:
-        """The qemu that runs a VM, where nocloud didn't start it."""
-        state, pid = lock_holder(vm.pid_file)
-        if state == "unknown" or (state == "running" and os.path.exists(vm.file("qmp.sock"))):
-            return None
-        process = self.find(vm) if state == "stopped" else QemuProcess(pid)
-        return process if process and is_qemu(process.pid) and not process.is_ours else None
-
-    @staticmethod
-    def _may_be_ours(pid: int) -> bool:
-        """Whether it is this user's or root's, whom a conf may belong to as well."""
+@functools.cache
+def qemus() -> list[QemuProcess]:
+    """The qemus of this user, and of root, who may own a conf as well: /proc is read once in a process's life."""
+    found = []
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         try:
-            return os.stat(f"/proc/{pid}").st_uid in (os.geteuid(), 0)
+            if is_qemu(pid) and os.stat(f"/proc/{pid}").st_uid in (os.geteuid(), 0):
+                found.append(QemuProcess(pid))
         except FileNotFoundError:
-            return False  # it has ended
+            continue  # it has ended
+    return found
 
 
-foreign_qemus = ForeignQemus()
+def unlocked_qemu(vm: VM) -> QemuProcess | None:
+    """The qemu that runs a VM without a locked pidfile: the bash tools started it, or someone removed the file."""
+    for process in qemus():
+        try:
+            if process.runs(vm) and process.is_alive():
+                return process
+        except Error:
+            continue  # its conf can't be read
+    return None
+
+
+def foreign_qemu(vm: VM) -> QemuProcess | None:
+    """The qemu that runs a VM, where nocloud didn't start it."""
+    state, pid = lock_holder(vm.pid_file)
+    if state == "unknown" or (state == "running" and os.path.exists(vm.file("qmp.sock"))):
+        return None
+    process = unlocked_qemu(vm) if state == "stopped" else QemuProcess(pid)
+    return process if process and is_qemu(process.pid) and not process.is_ours else None
 
 
 class HMP(QMP):
@@ -2110,12 +2102,12 @@ class VM:
     def state(self) -> tuple[str, int]:
         """("running", pid of qemu), ("stopped", 0) or ("unknown", 0)."""
         state, pid = lock_holder(self.pid_file)
-        unlocked = foreign_qemus.find(self) if state == "stopped" else None
+        unlocked = unlocked_qemu(self) if state == "stopped" else None
         return ("running", unlocked.pid) if unlocked else (state, pid)
 
     def foreign_qemu(self) -> QemuProcess | None:
         """The qemu that runs it, where that was started by the bash tools, or by hand; None where nocloud did it."""
-        return foreign_qemus.of(self)
+        return foreign_qemu(self)
 
     def is_running(self) -> bool:
         return self.state()[0] == "running"
@@ -5916,8 +5908,6 @@ def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, Any], t
 
     `take_over`, given a NewTemplate and a `key`, plants the user's keys in a classic image, which that key opens.
     """
-    import functools
-
     catalogue = load_catalogue()
     entry = catalogue.need(name)
     check_new_template(cloud.tree, name)
@@ -9935,8 +9925,6 @@ def _digest(algorithm: str) -> Callable[[str], str]:
 )  # fmt: skip
 def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """get and keep templates"""
-    import functools
-
     with Cloud(config) as cloud:
         if args.list or args.available:
             no_more(words)
