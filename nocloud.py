@@ -288,12 +288,12 @@ def read_text(path: str) -> str:
         return file.read()
 
 
-def read_tail(path: str, size: int = 4096) -> str:
-    """The end of a log, as text; '' where there is none."""
+def read_tail(path: str) -> str:
+    """The last 4096 bytes of a log, as text; '' where there is none."""
     try:
         with open(path, "rb") as file:
             file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - size))
+            file.seek(max(0, file.tell() - 4096))
             return file.read().decode("utf-8", "replace")
     except OSError:
         return ""
@@ -1137,18 +1137,28 @@ def install_command(programs: Iterable[str]) -> str:
     return f"sudo {words} {' '.join(packages)}" if words else ""
 
 
-def program_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of every program: messages in English, whatever the user's locale."""
-    inherited = {key: value for key, value in os.environ.items() if key != "LANGUAGE"}
-    return {**inherited, "LC_ALL": "C.UTF-8", **(extra or {})}
-
-
 def traced(argv: Sequence[str]) -> list[str]:
     """`argv` with the program's path, as it is about to run: shown under --debug.  Raises MissingProgram."""
     words = [need_program(argv[0]), *argv[1:]]
     if report.debug:
         report.say(f"+ {quoted(*words)}")
     return words
+
+
+def popen(argv: Sequence[str], env: Mapping[str, str] | None = None, **how: Any) -> subprocess.Popen[bytes]:
+    """Start a program, `how` as subprocess.Popen says: in English, with nothing on stdin unless that is given.
+
+    Raises MissingProgram.
+    """
+    import subprocess
+
+    class Child(subprocess.Popen[bytes]):
+        def __del__(self) -> None:
+            """It may outlive us: no warning about that."""
+
+    inherited = {key: value for key, value in os.environ.items() if key != "LANGUAGE"}
+    environment = {**inherited, "LC_ALL": "C.UTF-8", **(env or {})}
+    return Child(traced(argv), env=environment, **{"stdin": subprocess.DEVNULL, **how})
 
 
 def run(
@@ -1158,7 +1168,6 @@ def run(
     check: bool = True,
     timeout: float | None = 60,
     cwd: str | None = None,
-    env: Mapping[str, str] | None = None,
     fds: Sequence[int] = (),
     merge: bool = True,
 ) -> subprocess.CompletedProcess[str]:
@@ -1168,17 +1177,9 @@ def run(
     """
     import subprocess
 
-    words = traced(argv)
-    child = subprocess.Popen(
-        words,
-        stdin=subprocess.DEVNULL if input is None else subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT if merge else subprocess.PIPE,
-        cwd=cwd,
-        env=program_environment(env),
-        pass_fds=fds,
-    )
-    with child:
+    stdin = subprocess.DEVNULL if input is None else subprocess.PIPE
+    stderr = subprocess.STDOUT if merge else subprocess.PIPE
+    with popen(argv, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, cwd=cwd, pass_fds=fds) as child:
         cancellation.children.add(child)
         try:
             said = child.communicate(input, timeout)
@@ -1193,7 +1194,7 @@ def run(
     output, errors = ((each or b"").decode("utf-8", "replace") for each in said)
     if check and child.returncode:
         raise CommandFailed(argv, child.returncode, output + errors)
-    return subprocess.CompletedProcess(words, child.returncode, output, errors)
+    return subprocess.CompletedProcess(argv, child.returncode, output, errors)
 
 
 def try_run(argv: Sequence[str], timeout: float) -> tuple[int, str]:
@@ -1221,14 +1222,7 @@ def run_watched(
     import signal
     import subprocess
 
-    child = subprocess.Popen(
-        traced(argv),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=program_environment(env),
-        start_new_session=True,
-    )
+    child = popen(argv, env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     assert child.stdout
     deadline = time.monotonic() + (timeout or float("inf"))
     poll = select.poll()
@@ -1264,7 +1258,6 @@ def spawn(
     log: str | int,
     cwd: str | None = None,
     fds: Sequence[int] = (),
-    stdin: int | None = None,
     env: Mapping[str, str] | None = None,
     umask: int = -1,
 ) -> subprocess.Popen[bytes]:
@@ -1272,27 +1265,11 @@ def spawn(
 
     `umask`: of the files that it makes; -1: the caller's.  Raises MissingProgram.
     """
-    import subprocess
-
-    class Child(subprocess.Popen[bytes]):
-        def __del__(self) -> None:
-            """It lives on: no warning about that."""
-
-    words = traced(argv)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
     output = os.open(log, flags, 0o600) if isinstance(log, str) else os.dup(log)
     try:
-        return Child(
-            words,
-            stdin=subprocess.DEVNULL if stdin is None else stdin,
-            stdout=output,
-            stderr=output,
-            cwd=cwd,
-            env=program_environment(env),
-            pass_fds=fds,
-            start_new_session=True,
-            umask=umask,
-        )
+        how = {"cwd": cwd, "pass_fds": fds, "umask": umask, "start_new_session": True}
+        return popen(argv, env, stdout=output, stderr=output, **how)
     finally:
         os.close(output)
 
