@@ -1952,23 +1952,17 @@ RESERVED_GROUPS = ("all", "ungrouped")  # ansible's own
 MAKING, REMOVING = ".new-", ".del-"  # folders of VMs that aren't there yet, or any more
 MANAGER_PID, MANAGER_LOG = ".vmrun.pid", ".vmrun.log"  # of the vmrun that manages a group, in the group's folder
 
-_NAME_RULES = {
-    "VM": (re.compile(r"[A-Za-z0-9-]"), "letters, digits and '-'"),
-    "group": (re.compile(r"[A-Za-z0-9._-]"), "letters, digits, '.', '_' and '-'"),
-}
-
 
 def checked_name(kind: str, name: str) -> str:
     """`name` if something new may be called so, else UsageError naming the character.
 
     A VM's name is a DNS label (RFC 1123); groups, types and templates may have dots and underscores.
     """
-    allowed, words = _NAME_RULES["VM" if kind == "VM" else "group"]
+    hint = "use letters, digits and '-'" if kind == "VM" else "use letters, digits, '.', '_' and '-'"
     if not name:
-        raise UsageError(f"the {kind} name is empty", f"use {words}")
-    for char in name:
-        if not allowed.match(char):
-            raise UsageError(f"{name!r}: {char!r} is not allowed in a {kind} name", f"use {words}")
+        raise UsageError(f"the {kind} name is empty", hint)
+    if stray := re.search("[^A-Za-z0-9-]" if kind == "VM" else "[^A-Za-z0-9._-]", name):
+        raise UsageError(f"{name!r}: {stray[0]!r} is not allowed in a {kind} name", hint)
     if not name[0].isalnum():
         raise UsageError(f"{name!r}: a {kind} name can't start with {name[0]!r}", "start with a letter or a digit")
     if kind == "VM" and name[-1] == "-":
@@ -2200,8 +2194,8 @@ class Tree:
                     if name in ("", folder.lower()) and vm.exists():
                         yield vm
 
-    def running(self, group: str = "", type: str = "") -> Iterator[VM]:
-        return (vm for vm in self.vms(group, type) if vm.is_running())
+    def running(self, group: str = "") -> Iterator[VM]:
+        return (vm for vm in self.vms(group) if vm.is_running())
 
     def templates(self) -> Iterator[VM]:
         return self.vms(TEMPLATES)
