@@ -804,27 +804,22 @@ def parse_assignments(text: str, name: str, known: MutableMapping[str, str]) -> 
         line = raw.strip(" \t\r")
         if not line or line[0] == "#":
             continue
-        plain = match(line)
+        plain, used = match(line), set[str]()
         try:
             if plain:
-                assignment = Assignment(number, plain.group(1), plain.group(2), set())
+                key, value = plain.groups()
             else:
-                assignment = _parse_line(number, line, variables)
+                start = re.compile(_START, re.ASCII).match(line)
+                if not start:
+                    raise ValueError(f"not a KEY=value line: {line[:60]!r}")
+                key, value = start.group(1), _read_value(line[start.end() :], variables, used)
         except ValueError as error:
             raise UsageError(
                 f"{name}:{number}: {error}", "only KEY=value lines with quotes, $VAR and comments are read, never run"
             ) from None
-        variables[assignment.key] = assignment.value
-        found.append(assignment)
+        variables[key] = value
+        found.append(Assignment(number, key, value, used))
     return found
-
-
-def _parse_line(number: int, line: str, variables: Mapping[str, str]) -> Assignment:
-    start = re.compile(_START, re.ASCII).match(line)
-    if not start:
-        raise ValueError(f"not a KEY=value line: {line[:60]!r}")
-    used: set[str] = set()
-    return Assignment(number, start.group(1), _read_value(line[start.end() :], variables, used), used)
 
 
 def _read_value(text: str, variables: Mapping[str, str], used: set[str]) -> str:
