@@ -207,7 +207,6 @@ class Reporter:
         now = time.time_ns()
         stamp = time.strftime("%Y/%m/%d %H:%M:%S", time.localtime(now // 10**9))
         try:
-            self._finish_line()
             self.data(f"{stamp}.{now % 10**9:09d} {printable(text)}")
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
@@ -494,10 +493,6 @@ def is_locked(path: str) -> bool:
         return False
 
 
-# struct flock of Linux on 64-bit machines: l_type, l_whence, l_start, l_len, l_pid.
-_FLOCK = "hhqqi4x"
-
-
 def lock_holder(path: str) -> tuple[str, int]:
     """Who holds the write lock on a pidfile: ("running", pid), ("stopped", 0) or ("unknown", 0).
 
@@ -512,12 +507,13 @@ def lock_holder(path: str) -> tuple[str, int]:
     except OSError:
         return "unknown", 0
     try:
-        answer = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+        layout = "hhqqi4x"  # struct flock of Linux on 64-bit machines: l_type, l_whence, l_start, l_len, l_pid
+        answer = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
     except OSError:
         return "unknown", 0
     finally:
         os.close(fd)
-    kind, _, _, _, pid = struct.unpack(_FLOCK, answer)
+    kind, _, _, _, pid = struct.unpack(layout, answer)
     if kind == fcntl.F_UNLCK:
         return "stopped", 0
     return ("running", pid) if pid > 1 else ("unknown", 0)
@@ -968,12 +964,11 @@ def packaged(name: str, place: str = "etc") -> str:
 
     '' where there is none: nocloud.py copied alone works too.
     """
+    path = os.path.join(os.path.dirname(os.path.realpath(__file__)), place, name)
     try:
-        folder = os.path.dirname(os.path.realpath(__file__))
-        data: bytes = globals()["__loader__"].get_data(os.path.join(folder, place, name))
+        return bytes.decode(globals()["__loader__"].get_data(path))
     except OSError:
         return ""
-    return data.decode()
 
 
 def need_packaged(name: str) -> str:
