@@ -316,10 +316,8 @@ def write_file(path: str, content: str | bytes, mode: int = 0o600) -> None:
 def append_line(path: str, text: str) -> None:
     """Add a line to a log that others write to as well."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(fd, (printable(text) + "\n").encode("utf-8", "replace"))
-    finally:
-        os.close(fd)
+    with open(fd, "a", encoding="utf-8", errors="replace") as file:
+        file.write(printable(text) + "\n")
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -500,19 +498,14 @@ def lock_holder(path: str) -> tuple[str, int]:
     not the number in the file, says whether it runs: a stale file or a reused pid can't deceive.
     Unknown: the file may not be read, the holder is in another pid namespace (pid 0), or there is no lock service.
     """
+    layout = "hhqqi4x"  # struct flock of Linux on 64-bit machines: l_type, l_whence, l_start, l_len, l_pid
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
     except (FileNotFoundError, NotADirectoryError):
         return "stopped", 0
     except OSError:
         return "unknown", 0
-    try:
-        layout = "hhqqi4x"  # struct flock of Linux on 64-bit machines: l_type, l_whence, l_start, l_len, l_pid
-        answer = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
-    except OSError:
-        return "unknown", 0
-    finally:
-        os.close(fd)
     kind, _, _, _, pid = struct.unpack(layout, answer)
     if kind == fcntl.F_UNLCK:
         return "stopped", 0
@@ -1777,9 +1770,8 @@ class QemuProcess:
 
     def values(self, *names: str) -> list[str]:
         """The values of these options, in their order; qemu takes one dash and two."""
-        return [
-            value for name, value in zip(self.words, self.words[1:]) if name[:1] == "-" and name.lstrip("-") in names
-        ]
+        pairs = zip(self.words, self.words[1:])
+        return [value for name, value in pairs if name[:1] == "-" and name.lstrip("-") in names]
 
     @property
     def mac(self) -> str:
