@@ -42,6 +42,7 @@ Modules that only some commands need are imported where they are used: a listing
 from __future__ import annotations
 
 import fcntl
+import functools
 import io
 import os
 import re
@@ -206,7 +207,6 @@ class Reporter:
         now = time.time_ns()
         stamp = time.strftime("%Y/%m/%d %H:%M:%S", time.localtime(now // 10**9))
         try:
-            self._finish_line()
             self.data(f"{stamp}.{now % 10**9:09d} {printable(text)}")
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
@@ -244,13 +244,6 @@ class Reporter:
         if self._unfinished:
             self._unfinished = False
             sys.stderr.write("\r\x1b[K")
-
-    def trace(self, argv: Sequence[str]) -> None:
-        """Under --debug, each external command before it runs."""
-        if self.debug:
-            import shlex
-
-            self.say("+ " + shlex.join(argv))
 
 
 report = Reporter()
@@ -294,12 +287,12 @@ def read_text(path: str) -> str:
         return file.read()
 
 
-def read_tail(path: str, size: int = 4096) -> str:
-    """The end of a log, as text; '' where there is none."""
+def read_tail(path: str) -> str:
+    """The last 4096 bytes of a log, as text; '' where there is none."""
     try:
         with open(path, "rb") as file:
             file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - size))
+            file.seek(max(0, file.tell() - 4096))
             return file.read().decode("utf-8", "replace")
     except OSError:
         return ""
@@ -323,10 +316,8 @@ def write_file(path: str, content: str | bytes, mode: int = 0o600) -> None:
 def append_line(path: str, text: str) -> None:
     """Add a line to a log that others write to as well."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(fd, (printable(text) + "\n").encode("utf-8", "replace"))
-    finally:
-        os.close(fd)
+    with open(fd, "a", encoding="utf-8", errors="replace") as file:
+        file.write(printable(text) + "\n")
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -365,11 +356,9 @@ def remove_tree(folder: str) -> None:
 def make_private_folder(path: str) -> None:
     """A folder that only its owner enters: it holds keys or sockets."""
     os.makedirs(path, 0o700, exist_ok=True)
-    info = os.stat(path)
+    info = os.stat(path)  # one that others could write to stays as it is: who relies on what is in it looks for that
     if info.st_mode & 0o077 and not info.st_mode & 0o022 and info.st_uid == os.geteuid():
-        os.chmod(
-            path, 0o700
-        )  # one that others could write to stays as it is: who relies on what is in it looks for that
+        os.chmod(path, 0o700)
 
 
 def existing_parent(folder: str) -> str:
@@ -460,13 +449,10 @@ class FolderLock:
                 self._acquire(deadline)
                 if os.path.samestat(os.fstat(self._fd), os.stat(self.path)):
                     return self
-            except FileNotFoundError:
+            except BaseException as error:
                 self.release()
-                if not self._make:
+                if not (self._make and isinstance(error, FileNotFoundError)):
                     raise
-            except BaseException:
-                self.release()
-                raise
             self.release()
 
     def _acquire(self, deadline: float) -> None:
@@ -505,10 +491,6 @@ def is_locked(path: str) -> bool:
         return False
 
 
-# struct flock of Linux on 64-bit machines: l_type, l_whence, l_start, l_len, l_pid.
-_FLOCK = "hhqqi4x"
-
-
 def lock_holder(path: str) -> tuple[str, int]:
     """Who holds the write lock on a pidfile: ("running", pid), ("stopped", 0) or ("unknown", 0).
 
@@ -516,19 +498,15 @@ def lock_holder(path: str) -> tuple[str, int]:
     not the number in the file, says whether it runs: a stale file or a reused pid can't deceive.
     Unknown: the file may not be read, the holder is in another pid namespace (pid 0), or there is no lock service.
     """
+    layout = "hhqqi4x"  # struct flock of Linux on 64-bit machines: l_type, l_whence, l_start, l_len, l_pid
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
     except (FileNotFoundError, NotADirectoryError):
         return "stopped", 0
     except OSError:
         return "unknown", 0
-    try:
-        answer = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
-    except OSError:
-        return "unknown", 0
-    finally:
-        os.close(fd)
-    kind, _, _, _, pid = struct.unpack(_FLOCK, answer)
+    kind, _, _, _, pid = struct.unpack(layout, answer)
     if kind == fcntl.F_UNLCK:
         return "stopped", 0
     return ("running", pid) if pid > 1 else ("unknown", 0)
@@ -558,12 +536,12 @@ cancellation = Cancellation()
 
 
 def wait_for(ready: Callable[[], bool], seconds: float, interval: float = 0.02) -> bool:
-    """Ask until `ready` says yes or the time is over; what it said last."""
+    """Ask until `ready` says yes or the time is over; what it said last.  A cancelled wait ends at once."""
     deadline = time.monotonic() + seconds
     while not ready():
-        cancellation.check()
         if time.monotonic() >= deadline:
             return False
+        cancellation.check()
         time.sleep(interval)
     return True
 
@@ -815,27 +793,22 @@ def parse_assignments(text: str, name: str, known: MutableMapping[str, str]) -> 
         line = raw.strip(" \t\r")
         if not line or line[0] == "#":
             continue
-        plain = match(line)
+        plain, used = match(line), set[str]()
         try:
             if plain:
-                assignment = Assignment(number, plain.group(1), plain.group(2), set())
+                key, value = plain.groups()
             else:
-                assignment = _parse_line(number, line, variables)
+                start = re.compile(_START, re.ASCII).match(line)
+                if not start:
+                    raise ValueError(f"not a KEY=value line: {line[:60]!r}")
+                key, value = start.group(1), _read_value(line[start.end() :], variables, used)
         except ValueError as error:
             raise UsageError(
                 f"{name}:{number}: {error}", "only KEY=value lines with quotes, $VAR and comments are read, never run"
             ) from None
-        variables[assignment.key] = assignment.value
-        found.append(assignment)
+        variables[key] = value
+        found.append(Assignment(number, key, value, used))
     return found
-
-
-def _parse_line(number: int, line: str, variables: Mapping[str, str]) -> Assignment:
-    start = re.compile(_START, re.ASCII).match(line)
-    if not start:
-        raise ValueError(f"not a KEY=value line: {line[:60]!r}")
-    used: set[str] = set()
-    return Assignment(number, start.group(1), _read_value(line[start.end() :], variables, used), used)
 
 
 def _read_value(text: str, variables: Mapping[str, str], used: set[str]) -> str:
@@ -984,12 +957,11 @@ def packaged(name: str, place: str = "etc") -> str:
 
     '' where there is none: nocloud.py copied alone works too.
     """
+    path = os.path.join(os.path.dirname(os.path.realpath(__file__)), place, name)
     try:
-        folder = os.path.dirname(os.path.realpath(__file__))
-        data: bytes = globals()["__loader__"].get_data(os.path.join(folder, place, name))
+        return bytes.decode(globals()["__loader__"].get_data(path))
     except OSError:
         return ""
-    return data.decode()
 
 
 def need_packaged(name: str) -> str:
@@ -1047,14 +1019,9 @@ def installed_settings() -> str:
 
 def config_files() -> list[str]:
     """The files to read, in order: the installation's, then the first of the user's that exists."""
-    files = [path for path in [installed_settings()] if os.path.isfile(path)]
-    own = (
-        "./.nocloud.conf",
-        os.path.expanduser("~/.nocloud.conf"),
-        os.path.join(config_home(), "nocloud.conf"),
-        "/etc/nocloud.conf",
-    )
-    return files + [path for path in own if os.path.isfile(path)][:1]
+    own = ["./.nocloud.conf", "~/.nocloud.conf", f"{config_home()}/nocloud.conf", "/etc/nocloud.conf"]
+    found = [path for path in map(os.path.expanduser, own) if os.path.isfile(path)]
+    return [*filter(os.path.isfile, [installed_settings()]), *found[:1]]
 
 
 def load_config() -> Config:
@@ -1068,12 +1035,11 @@ def load_config() -> Config:
 
 def base_folder(config: Config) -> str:
     """vmBaseDir as an absolute path without symlinks; its default is the bash tools' place if that is there."""
-    path = os.path.expanduser(config["vmBaseDir"])
+    path, old = os.path.expanduser(config["vmBaseDir"]), os.path.expanduser("~/Documents/kvm/VMs")
     if not path:
-        old = os.path.expanduser("~/Documents/kvm/VMs")
         data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
         path = old if os.path.isdir(old) else os.path.join(data, "nocloud", "kvm")
-    if not os.path.isabs(path) and path.startswith("~"):
+    if path.startswith("~"):
         raise UsageError(f"vmBaseDir={path}: no such user or no home folder", "set vmBaseDir to an absolute path")
     return os.path.realpath(path)
 
@@ -1154,19 +1120,28 @@ def install_command(programs: Iterable[str]) -> str:
     return f"sudo {words} {' '.join(packages)}" if words else ""
 
 
-def program_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of every program: messages in English, whatever the user's locale."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("LC_ALL", "LANGUAGE")}
-    environment["LC_ALL"] = "C.UTF-8"
-    environment.update(extra or {})
-    return environment
-
-
 def traced(argv: Sequence[str]) -> list[str]:
     """`argv` with the program's path, as it is about to run: shown under --debug.  Raises MissingProgram."""
     words = [need_program(argv[0]), *argv[1:]]
-    report.trace(words)
+    if report.debug:
+        report.say(f"+ {quoted(*words)}")
     return words
+
+
+def popen(argv: Sequence[str], env: Mapping[str, str] | None = None, **how: Any) -> subprocess.Popen[bytes]:
+    """Start a program, `how` as subprocess.Popen says: in English, with nothing on stdin unless that is given.
+
+    Raises MissingProgram.
+    """
+    import subprocess
+
+    class Child(subprocess.Popen[bytes]):
+        def __del__(self) -> None:
+            """It may outlive us: no warning about that."""
+
+    inherited = {key: value for key, value in os.environ.items() if key != "LANGUAGE"}
+    environment = {**inherited, "LC_ALL": "C.UTF-8", **(env or {})}
+    return Child(traced(argv), env=environment, **{"stdin": subprocess.DEVNULL, **how})
 
 
 def run(
@@ -1176,7 +1151,6 @@ def run(
     check: bool = True,
     timeout: float | None = 60,
     cwd: str | None = None,
-    env: Mapping[str, str] | None = None,
     fds: Sequence[int] = (),
     merge: bool = True,
 ) -> subprocess.CompletedProcess[str]:
@@ -1186,17 +1160,9 @@ def run(
     """
     import subprocess
 
-    words = traced(argv)
-    child = subprocess.Popen(
-        words,
-        stdin=subprocess.DEVNULL if input is None else subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT if merge else subprocess.PIPE,
-        cwd=cwd,
-        env=program_environment(env),
-        pass_fds=fds,
-    )
-    with child:
+    stdin = subprocess.DEVNULL if input is None else subprocess.PIPE
+    stderr = subprocess.STDOUT if merge else subprocess.PIPE
+    with popen(argv, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, cwd=cwd, pass_fds=fds) as child:
         cancellation.children.add(child)
         try:
             said = child.communicate(input, timeout)
@@ -1211,7 +1177,7 @@ def run(
     output, errors = ((each or b"").decode("utf-8", "replace") for each in said)
     if check and child.returncode:
         raise CommandFailed(argv, child.returncode, output + errors)
-    return subprocess.CompletedProcess(words, child.returncode, output, errors)
+    return subprocess.CompletedProcess(argv, child.returncode, output, errors)
 
 
 def try_run(argv: Sequence[str], timeout: float) -> tuple[int, str]:
@@ -1235,51 +1201,38 @@ def run_watched(
     It has a session of its own, all of which ends when we are interrupted, with TimedOut after `timeout` seconds
     (0: never), and as soon as `host` has ended, the qemu that it talks to.
     """
+    import select
     import signal
     import subprocess
-    import threading
 
-    words = traced(argv)
-    child = subprocess.Popen(
-        words,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=program_environment(env),
-        start_new_session=True,
-    )
+    child = popen(argv, env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     assert child.stdout
-    over, late = threading.Event(), threading.Event()
-
-    def watch() -> None:
-        deadline = time.monotonic() + (timeout or float("inf"))
-        while not over.wait(0.25):
-            if time.monotonic() > deadline:
-                late.set()
-            if late.is_set() or (host and host.ended()):
-                try:
-                    os.killpg(child.pid, signal.SIGTERM)
-                except ProcessLookupError:
-                    pass  # it has just ended by itself
-                return
-
-    if timeout or host:
-        threading.Thread(target=watch, daemon=True).start()
+    deadline = time.monotonic() + (timeout or float("inf"))
+    poll = select.poll()
+    poll.register(child.stdout)
+    rest = b""
     try:
-        with child.stdout:
-            for line in child.stdout:
-                on_line(line.decode("utf-8", "replace").rstrip("\n"))
-        over.set()
-        status = child.wait()
+        with child.stdout as output:
+            while True:
+                if time.monotonic() > deadline:
+                    raise TimedOut(f"{argv[0]}: no end after {timeout:.0f} s")
+                if host and host.ended():
+                    os.killpg(child.pid, signal.SIGTERM)
+                    break
+                if poll.poll(250):
+                    piece = os.read(output.fileno(), 65536)
+                    if not piece:
+                        break
+                    *lines, rest = (rest + piece).split(b"\n")
+                    for line in lines:
+                        on_line(line.decode("utf-8", "replace"))
+        if rest:
+            on_line(rest.decode("utf-8", "replace"))
+        return child.wait()
     except BaseException:
         os.killpg(child.pid, signal.SIGTERM)
         child.wait()
         raise
-    finally:
-        over.set()
-    if late.is_set():
-        raise TimedOut(f"{argv[0]}: no end after {timeout:.0f} s")
-    return status
 
 
 def spawn(
@@ -1288,7 +1241,6 @@ def spawn(
     log: str | int,
     cwd: str | None = None,
     fds: Sequence[int] = (),
-    stdin: int | None = None,
     env: Mapping[str, str] | None = None,
     umask: int = -1,
 ) -> subprocess.Popen[bytes]:
@@ -1296,27 +1248,11 @@ def spawn(
 
     `umask`: of the files that it makes; -1: the caller's.  Raises MissingProgram.
     """
-    import subprocess
-
-    class Child(subprocess.Popen[bytes]):
-        def __del__(self) -> None:
-            """It lives on: no warning about that."""
-
-    words = traced(argv)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
     output = os.open(log, flags, 0o600) if isinstance(log, str) else os.dup(log)
     try:
-        return Child(
-            words,
-            stdin=subprocess.DEVNULL if stdin is None else stdin,
-            stdout=output,
-            stderr=output,
-            cwd=cwd,
-            env=program_environment(env),
-            pass_fds=fds,
-            start_new_session=True,
-            umask=umask,
-        )
+        how = {"cwd": cwd, "pass_fds": fds, "umask": umask, "start_new_session": True}
+        return popen(argv, env, stdout=output, stderr=output, **how)
     finally:
         os.close(output)
 
@@ -1418,21 +1354,14 @@ class Process:
                 ) from None
 
     def ended(self, seconds: float = 0) -> bool:
-        """Whether it has ended, waiting for that up to `seconds`; a cancelled wait ends at once."""
+        """Whether it has ended, waiting for that up to `seconds`."""
         if self._fd < 0:
             return True
         import select
 
         poll = select.poll()
         poll.register(self._fd, select.POLLIN)
-        deadline = time.monotonic() + seconds
-        while True:
-            left = deadline - time.monotonic()
-            if poll.poll(max(0.0, min(left, 0.25)) * 1000):
-                return True
-            if left <= 0:
-                return False
-            cancellation.check()
+        return wait_for(lambda: bool(poll.poll(min(seconds, 0.1) * 1000)), seconds, 0)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -1479,15 +1408,13 @@ def foreign_image_format(path: str, shown: str = "") -> str:
     `shown` is what messages call it, where that isn't its path.
     """
     shown = shown or path
-    if has_data_file(path):  # `qemu-img info` would open it
+    header = qcow2_header(path)
+    if header and header[1]:  # `qemu-img info` would open it
         raise WrongImage(f"{shown}: refused: the image keeps its data in another file")
     info = image_info(path)
     name = str(info.get("format", ""))
-    data_file = (info.get("format-specific") or {}).get("data", {}).get("data-file")
     if info.get("backing-filename") or info.get("full-backing-filename"):
         raise WrongImage(f"{shown}: refused: the image stands on another file, {info.get('backing-filename')}")
-    if data_file:
-        raise WrongImage(f"{shown}: refused: the image keeps its data in another file, {data_file}")
     if name not in ("qcow2", "raw"):
         raise WrongImage(f"{shown}: a {name} image; only qcow2 and raw are taken", "qemu-img convert -O qcow2 OLD NEW")
     if name == "raw" and not looks_bootable(path):
@@ -1497,18 +1424,26 @@ def foreign_image_format(path: str, shown: str = "") -> str:
     return name
 
 
-def has_data_file(path: str) -> bool:
-    """Whether a qcow2 image keeps its data in another file: bit 2 of the incompatible features of version 3
-    (QEMU docs/interop/qcow2.txt)."""
-    with open(path, "rb") as file:
-        header = file.read(80)
-    return header[:4] == b"QFI\xfb" and header[7:8] >= b"\x03" and len(header) == 80 and bool(header[79] & 4)
-
-
 def looks_bootable(path: str) -> bool:
     """Whether a raw image begins with a boot sector (55 AA at its end): any file at all is "raw" to qemu-img."""
     with open(path, "rb") as file:
         return file.read(512)[510:512] == b"\x55\xaa"
+
+
+def qcow2_header(path: str) -> tuple[str, bool] | None:
+    """(what a qcow2 image stands on or '', whether its data is in another file), by its header; None: no qcow2 image.
+
+    Big-endian magic, version, offset (in the first cluster, of 2 MB at most) and length of the backing file's name;
+    bit 2 of version 3's incompatible features is the data file (QEMU docs/interop/qcow2.txt).  qemu-img would take
+    15 ms a file, and open what the header names; a tree may have a thousand.
+    """
+    with open(path, "rb") as file:
+        magic, version, offset, length, features = struct.unpack(">4sIQI52xQ", file.read(80).ljust(80, b"\0"))
+        if magic != b"QFI\xfb":
+            return None
+        file.seek(min(offset, 2 * MIB))
+        name = file.read(min(length, 1023)) if offset else b""
+    return os.fsdecode(name), version >= 3 and bool(features & 4)
 
 
 def disk_format(path: str) -> str:
@@ -1516,30 +1451,19 @@ def disk_format(path: str) -> str:
 
     A guest writes what it likes into a raw disk, such a header too: what is found out is kept, see known_formats.
     """
-    with open(path, "rb") as file:
-        return "qcow2" if file.read(4) == b"QFI\xfb" else "raw"
+    return "qcow2" if qcow2_header(path) else "raw"
 
 
 def backing_chain(disks: Sequence[str]) -> list[str]:
-    """The real paths of the files under these qcow2 disks, read from their headers.
-
-    The header holds the backing file's offset and length, big-endian, at bytes 8 and 16
-    (QEMU docs/interop/qcow2.txt).  qemu-img would take 15 ms a file; a tree may have a thousand.
-    """
+    """The real paths of the files under these qcow2 disks."""
     found: list[str] = []
     for disk in disks:
         path = os.path.realpath(disk)
         for _ in range(64):  # a chain that names itself must end too
-            with open(path, "rb") as file:
-                header = file.read(20)
-                if len(header) < 20 or header[:4] != b"QFI\xfb":
-                    break
-                offset, length = struct.unpack_from(">QI", header, 8)
-                if not 0 < length <= 1023 or offset == 0:
-                    break
-                file.seek(offset)
-                name = os.fsdecode(file.read(length))
-            path = os.path.realpath(os.path.join(os.path.dirname(path), name))
+            header = qcow2_header(path)
+            if not header or not header[0]:
+                break
+            path = os.path.realpath(os.path.join(os.path.dirname(path), header[0]))
             found.append(path)
             if not os.path.exists(path):
                 break
@@ -1571,19 +1495,19 @@ def first_format(vm: VM, disk: str) -> str:
 
     A header that leads out of the tree may be the guest's own work: whose it is, only the user knows.
     """
-    format = disk_format(disk)
-    if format == "qcow2":
+    header = qcow2_header(disk)
+    if header:
         inside = os.path.realpath(vm.base) + os.sep
         templates = [each for each in vm.tree.templates() if each.is_readable()]
         theirs = {os.path.realpath(path) for each in templates for path in each.disks()}
         strays = [path for path in backing_chain([disk]) if not path.startswith(inside) and path not in theirs]
-        if strays or has_data_file(disk):
+        if strays or header[1]:
             raise WrongImage(
                 f"its disk {disk} needs a file outside the tree: {strays[0] if strays else 'its data file'}",
                 f"the guest may have written that itself; if not, set vmDiskFormat=qcow2 in {vm.conf_file}",
                 vm=vm,
             )
-    return format
+    return "qcow2" if header else "raw"
 
 
 def create_overlay(disk: str, backing: str, format: str = "qcow2", gigabytes: int = 0) -> None:
@@ -1625,12 +1549,10 @@ def checked_iso(path: str) -> str:
     return os.path.abspath(path)
 
 
-ISO_WRITERS = (["xorriso", "-as", "mkisofs"], ["genisoimage"], ["mkisofs"])  # all know mkisofs' options
-
-
 def find_iso_writer() -> list[str]:
-    """The words that call a program which writes ISO images; [] where there is none."""
-    return next((words for words in ISO_WRITERS if find_program(words[0])), [])
+    """The words that call a program which writes ISO images, all with mkisofs' options; [] where there is none."""
+    writers = (["xorriso", "-as", "mkisofs"], ["genisoimage"], ["mkisofs"])
+    return next((words for words in writers if find_program(words[0])), [])
 
 
 def create_iso(path: str, label: str, files: Sequence[str]) -> None:
@@ -1638,25 +1560,17 @@ def create_iso(path: str, label: str, files: Sequence[str]) -> None:
     run([*find_iso_writer(), "-quiet", "-output", path, "-volid", label, "-joliet", "-rock", *files])
 
 
-def convert_image(source: str, format: str, target: str) -> None:
-    """A self-contained qcow2 copy of an image; unused space takes none."""
+def convert_image(source: str, format: str, target: str, *options: str) -> None:
+    """A qcow2 copy of an image, self-contained unless `options` name what it stands on; unused space takes none."""
     paths = [os.path.abspath(source), os.path.abspath(target)]
-    run(["qemu-img", "convert", "-f", format, "-O", "qcow2", *paths], timeout=None)
+    run(["qemu-img", "convert", "-f", format, "-O", "qcow2", *options, *paths], timeout=None)
 
 
-def copy_overlay(source: str, target: str, backing: str, format: str) -> None:
-    """A copy of a qcow2 overlay that stands on the same file, of that format; `backing` is relative to the copy."""
-    paths = [os.path.abspath(source), os.path.abspath(target)]
-    run(["qemu-img", "convert", "-f", "qcow2", "-O", "qcow2", "-B", backing, "-F", format, *paths], timeout=None)
-
-
-def compress_image(source: str, target: str, format: str = "raw") -> None:
+def compress_image(source: str, format: str, target: str) -> None:
     """A compressed, self-contained qcow2 of an image: a third of the size for 3 s; zlib, where qemu lacks zstd, would
     take 20 s."""
-    options = ["-c", "-W", "-m", "8", "-o", "compression_type=zstd"]
-    paths = [os.path.abspath(source), os.path.abspath(target)]
     try:
-        run(["qemu-img", "convert", "-f", format, "-O", "qcow2", *options, *paths], timeout=None)
+        convert_image(source, format, target, "-c", "-W", "-m", "8", "-o", "compression_type=zstd")
     except CommandFailed:
         convert_image(source, format, target)
 
@@ -1679,10 +1593,8 @@ def converted_size(source: str, format: str) -> int:
     """The bytes that convert_image's copy will take; more than the image itself where that is compressed."""
     import json
 
-    answer = run(
-        ["qemu-img", "measure", "--output=json", "-f", format, "-O", "qcow2", os.path.abspath(source)], merge=False
-    )
-    return int(json.loads(answer.stdout)["required"])
+    words = ["measure", "--output=json", "-f", format, "-O", "qcow2", os.path.abspath(source)]
+    return int(json.loads(run(["qemu-img", *words], merge=False).stdout)["required"])
 
 
 # QMP #################################################################################################
@@ -1858,9 +1770,8 @@ class QemuProcess:
 
     def values(self, *names: str) -> list[str]:
         """The values of these options, in their order; qemu takes one dash and two."""
-        return [
-            value for name, value in zip(self.words, self.words[1:]) if name[:1] == "-" and name.lstrip("-") in names
-        ]
+        pairs = zip(self.words, self.words[1:])
+        return [value for name, value in pairs if name[:1] == "-" and name.lstrip("-") in names]
 
     @property
     def mac(self) -> str:
@@ -1903,46 +1814,37 @@ class QemuProcess:
         return False
 
 
-class ForeignQemus:
-    """The qemus that hold no pidfile: started by the bash tools, or left by who removed the file.
-
-    /proc is read once in a process's life, when a VM of the tree has no locked pidfile.
-    """
-
-    def __init__(self) -> None:
-        self._looked: list[QemuProcess] | None = None
-
-    def find(self, vm: VM) -> QemuProcess | None:
-        """The qemu that runs a VM."""
-        if self._looked is None:
-            pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-            self._looked = [QemuProcess(pid) for pid in pids if is_qemu(pid) and self._may_be_ours(pid)]
-        for process in self._looked:
-            try:
-                if process.runs(vm) and process.is_alive():
-                    return process
-            except Error:
-                continue  # its conf can't be read
-        return None
-
-    def of(self, vm: VM) -> QemuProcess | None:
-        """The qemu that runs a VM, where nocloud didn't start it."""
-        state, pid = lock_holder(vm.pid_file)
-        if state == "unknown" or (state == "running" and os.path.exists(vm.file("qmp.sock"))):
-            return None
-        process = self.find(vm) if state == "stopped" else QemuProcess(pid)
-        return process if process and is_qemu(process.pid) and not process.is_ours else None
-
-    @staticmethod
-    def _may_be_ours(pid: int) -> bool:
-        """Whether it is this user's or root's, whom a conf may belong to as well."""
+@functools.cache
+def qemus() -> list[QemuProcess]:
+    """The qemus of this user, and of root, who may own a conf as well: /proc is read once in a process's life."""
+    found = []
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         try:
-            return os.stat(f"/proc/{pid}").st_uid in (os.geteuid(), 0)
+            if is_qemu(pid) and os.stat(f"/proc/{pid}").st_uid in (os.geteuid(), 0):
+                found.append(QemuProcess(pid))
         except FileNotFoundError:
-            return False  # it has ended
+            continue  # it has ended
+    return found
 
 
-foreign_qemus = ForeignQemus()
+def unlocked_qemu(vm: VM) -> QemuProcess | None:
+    """The qemu that runs a VM without a locked pidfile: the bash tools started it, or someone removed the file."""
+    for process in qemus():
+        try:
+            if process.runs(vm) and process.is_alive():
+                return process
+        except Error:
+            continue  # its conf can't be read
+    return None
+
+
+def foreign_qemu(vm: VM) -> QemuProcess | None:
+    """The qemu that runs a VM, where nocloud didn't start it."""
+    state, pid = lock_holder(vm.pid_file)
+    if state == "unknown" or (state == "running" and os.path.exists(vm.file("qmp.sock"))):
+        return None
+    process = unlocked_qemu(vm) if state == "stopped" else QemuProcess(pid)
+    return process if process and is_qemu(process.pid) and not process.is_ours else None
 
 
 class HMP(QMP):
@@ -2032,23 +1934,17 @@ RESERVED_GROUPS = ("all", "ungrouped")  # ansible's own
 MAKING, REMOVING = ".new-", ".del-"  # folders of VMs that aren't there yet, or any more
 MANAGER_PID, MANAGER_LOG = ".vmrun.pid", ".vmrun.log"  # of the vmrun that manages a group, in the group's folder
 
-_NAME_RULES = {
-    "VM": (re.compile(r"[A-Za-z0-9-]"), "letters, digits and '-'"),
-    "group": (re.compile(r"[A-Za-z0-9._-]"), "letters, digits, '.', '_' and '-'"),
-}
-
 
 def checked_name(kind: str, name: str) -> str:
     """`name` if something new may be called so, else UsageError naming the character.
 
     A VM's name is a DNS label (RFC 1123); groups, types and templates may have dots and underscores.
     """
-    allowed, words = _NAME_RULES["VM" if kind == "VM" else "group"]
+    hint = "use letters, digits and '-'" if kind == "VM" else "use letters, digits, '.', '_' and '-'"
     if not name:
-        raise UsageError(f"the {kind} name is empty", f"use {words}")
-    for char in name:
-        if not allowed.match(char):
-            raise UsageError(f"{name!r}: {char!r} is not allowed in a {kind} name", f"use {words}")
+        raise UsageError(f"the {kind} name is empty", hint)
+    if stray := re.search("[^A-Za-z0-9-]" if kind == "VM" else "[^A-Za-z0-9._-]", name):
+        raise UsageError(f"{name!r}: {stray[0]!r} is not allowed in a {kind} name", hint)
     if not name[0].isalnum():
         raise UsageError(f"{name!r}: a {kind} name can't start with {name[0]!r}", "start with a letter or a digit")
     if kind == "VM" and name[-1] == "-":
@@ -2159,12 +2055,12 @@ class VM:
     def state(self) -> tuple[str, int]:
         """("running", pid of qemu), ("stopped", 0) or ("unknown", 0)."""
         state, pid = lock_holder(self.pid_file)
-        unlocked = foreign_qemus.find(self) if state == "stopped" else None
+        unlocked = unlocked_qemu(self) if state == "stopped" else None
         return ("running", unlocked.pid) if unlocked else (state, pid)
 
     def foreign_qemu(self) -> QemuProcess | None:
         """The qemu that runs it, where that was started by the bash tools, or by hand; None where nocloud did it."""
-        return foreign_qemus.of(self)
+        return foreign_qemu(self)
 
     def is_running(self) -> bool:
         return self.state()[0] == "running"
@@ -2172,11 +2068,8 @@ class VM:
     @property
     def conf(self) -> dict[str, str]:
         """Its conf, read once.  Raises UsageError where it can't be trusted or understood."""
-        if self._conf is None:
-            self._conf = self._read_conf()
-        return self._conf
-
-    def _read_conf(self) -> dict[str, str]:
+        if self._conf is not None:
+            return self._conf
         try:
             with open(self.conf_file, encoding="utf-8", errors="surrogateescape") as file:
                 reason = untrusted(self.conf_file, os.fstat(file.fileno()))
@@ -2193,6 +2086,7 @@ class VM:
         for assignment in parse_assignments(text, self.conf_file, ChainMap({"vmBaseDir": self.base}, os.environ)):
             check_setting(assignment.key, assignment.value, f"{self.conf_file}:{assignment.line}")
             values[assignment.key] = assignment.value
+        self._conf = values
         return values
 
     def get(self, key: str) -> str:
@@ -2267,7 +2161,8 @@ class Tree:
         return [name for name in folders_in(self.base) if name != TEMPLATES]
 
     def types(self, group: str) -> list[str]:
-        return folders_in(os.path.join(self.base, group))
+        """The types of a group; the templates have one, without a name."""
+        return folders_in(os.path.join(self.base, group)) if group != TEMPLATES else [""]
 
     def vms(self, group: str = "", type: str = "", name: str = "") -> Iterator[VM]:
         """The VMs of the tree that have a conf, templates last, else by group, type and name.
@@ -2275,24 +2170,17 @@ class Tree:
         `name`, in small letters: only those that are called so, in whatever case.
         """
         for each in [group] if group else [*self.groups(), TEMPLATES]:
-            if each == TEMPLATES:
-                if not type:
-                    yield from self.templates(name)
-                continue
-            for kind in [type] if type else self.types(each):
+            for kind in [kind for kind in self.types(each) if type in ("", kind)]:
                 for folder in folders_in(os.path.join(self.base, each, kind)):
                     vm = VM(self, each, kind, folder)
                     if name in ("", folder.lower()) and vm.exists():
                         yield vm
 
-    def running(self, group: str = "", type: str = "") -> Iterator[VM]:
-        return (vm for vm in self.vms(group, type) if vm.is_running())
+    def running(self, group: str = "") -> Iterator[VM]:
+        return (vm for vm in self.vms(group) if vm.is_running())
 
-    def templates(self, name: str = "") -> Iterator[VM]:
-        for folder in folders_in(os.path.join(self.base, TEMPLATES)):
-            vm = self.template(folder)
-            if name in ("", folder.lower()) and vm.exists():
-                yield vm
+    def templates(self) -> Iterator[VM]:
+        return self.vms(TEMPLATES)
 
     def template(self, name: str) -> VM:
         return VM(self, TEMPLATES, "", name)
@@ -2304,14 +2192,14 @@ class Tree:
             raise no_such("template", name, [each.name for each in self.templates()], TEMPLATES_HINT)
         return template
 
-    def unfinished(self) -> Iterator[VM]:
-        """VMs that are being made just now, or were when their maker was killed."""
-        for group in [*self.groups(), TEMPLATES]:
-            for type in [""] if group == TEMPLATES else self.types(group):
-                place = os.path.join(self.base, group, type)
+    def unfinished(self, group: str = "", prefixes: tuple[str, ...] = (MAKING,)) -> Iterator[VM]:
+        """VMs that are being made just now, or were when their maker was killed; with REMOVING half-removed ones."""
+        for each in [group] if group else [*self.groups(), TEMPLATES]:
+            for kind in self.types(each):
+                place = os.path.join(self.base, each, kind)
                 for entry in names_in(place):
-                    if entry.startswith(MAKING):
-                        yield VM(self, group, type, entry[len(MAKING) :], os.path.join(place, entry))
+                    if entry.startswith(prefixes):
+                        yield VM(self, each, kind, entry[len(MAKING) :], os.path.join(place, entry))
 
     def find(self, words: str) -> list[VM]:
         """All VMs that NAME, GROUP/NAME or GROUP/TYPE/NAME can mean; names are compared without case."""
@@ -2390,17 +2278,13 @@ def no_such(kind: str, name: str, names: Iterable[str], hint: str) -> NotFound:
     return NotFound(f"{name}: no such {kind}", f"did you mean {near}?" if near else hint)
 
 
-def left_over(tree: Tree, group: str) -> Iterator[str]:
-    """The folders that commands which were killed left half-made or half-removed in a group.
+def left_over(tree: Tree, group: str = "") -> Iterator[str]:
+    """The folders that commands which were killed left half-made or half-removed, in a group or in all.
 
     A folder whose maker is alive is locked by it.
     """
-    for type in tree.types(group) if group != TEMPLATES else [""]:
-        place = os.path.join(tree.base, group, type)
-        for name in names_in(place):
-            folder = os.path.join(place, name)
-            if name.startswith((MAKING, REMOVING)) and not os.path.islink(folder) and not is_locked(folder):
-                yield folder
+    folders = (vm.folder for vm in tree.unfinished(group, (MAKING, REMOVING)))
+    return (folder for folder in folders if not os.path.islink(folder) and not is_locked(folder))
 
 
 def sweep(tree: Tree, group: str) -> None:
@@ -5977,8 +5861,6 @@ def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, Any], t
 
     `take_over`, given a NewTemplate and a `key`, plants the user's keys in a classic image, which that key opens.
     """
-    import functools
-
     catalogue = load_catalogue()
     entry = catalogue.need(name)
     check_new_template(cloud.tree, name)
@@ -6191,7 +6073,7 @@ def flatten(cloud: Cloud, template: VM) -> None:
         return
     whole = next_layer(template)
     try:
-        compress_image(disk, whole.path, "qcow2")
+        compress_image(disk, "qcow2", whole.path)
     except BaseException:
         whole.remove()
         raise
@@ -6820,7 +6702,7 @@ def build_disk(build: Build, new: NewTemplate) -> None:
     restore_owners(tree, raw, owners, os.path.join(work, "owners"))
     write_boot_loader(tree, raw, size)
     progress.tell("making the disk")
-    compress_image(raw, new.disk)
+    compress_image(raw, "raw", new.disk)
     report.say(f"{build.suite}: built in {time.monotonic() - progress.started:.0f} s")
     remove_tree(work)
 
@@ -8337,15 +8219,14 @@ def copy_disk(source: VM, new: NewTemplate, layered: bool) -> None:
     format = known_formats(source)[0]
     if not layered:
         check_image_room(new, disk, format)
-        compress_image(disk, new.disk, format)
+        compress_image(disk, format, new.disk)
         return
     below = backing_chain([disk]) if format == "qcow2" else []  # what a guest wrote into a raw disk isn't asked
     if not below:
         raise WrongState("its disk stands on no other, there is nothing to share", "leave out --layer", vm=source)
     backing = os.path.relpath(below[0], os.path.realpath(new.vm.folder))  # as deep in the tree as where it will lie
-    copy_overlay(
-        disk, new.disk, backing, image_info(disk, format).get("backing-filename-format") or disk_format(below[0])
-    )
+    kind = image_info(disk, format).get("backing-filename-format") or disk_format(below[0])
+    convert_image(disk, format, new.disk, "-B", backing, "-F", kind)
 
 
 def clean_and_end(guest: OwnGuest) -> None:
@@ -9251,7 +9132,7 @@ def examine_disk_space(patient: Patient) -> Findings:
 def examine_vms(patient: Patient) -> Findings:
     """What killed commands and vanished files left in the tree."""
     tree = patient.tree
-    folders = [folder for group in [*tree.groups(), TEMPLATES] for folder in left_over(tree, group)]
+    folders = list(left_over(tree))
     if folders:
         text = f"{plural(len(folders), 'folder')} of commands that were killed"
         yield Finding(WARNING, text, f"rm -rf {quoted(*folders)}")
@@ -9997,8 +9878,6 @@ def _digest(algorithm: str) -> Callable[[str], str]:
 )  # fmt: skip
 def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """get and keep templates"""
-    import functools
-
     with Cloud(config) as cloud:
         if args.list or args.available:
             no_more(words)
@@ -10678,7 +10557,7 @@ class Typed:
 
     def types(self) -> list[str]:
         group = self.given.get("-g")
-        return [type for each in ([group] if group else self.tree.groups()) for type in self.tree.types(each)]
+        return [type for each in ([group] if group else self.tree.groups()) for type in self.tree.types(each) if type]
 
     def isos(self) -> list[str]:
         folder = os.path.expanduser(self.config["isoDir"])
