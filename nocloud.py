@@ -2882,10 +2882,6 @@ class Network:
         """(words, descriptors to pass on) that run `argv` where the network is."""
         return list(argv), []
 
-    def by_hand(self, tree: Tree) -> list[str]:
-        """The words before qemu's own that start it by hand, with the tap as descriptor 3."""
-        return ["env", f"NOCLOUD_vmBaseDir={tree.base}", *self_argv("net", "--tap", f"--{self.kind}", "exec")]
-
     def allot(self, taken: set[str], uuid: str) -> str:
         """A free address for the VM, added to `taken`; '' where the network's DHCP server decides."""
         return ""
@@ -2901,27 +2897,12 @@ class Network:
         """Make the VM's names resolve and its address its own."""
         self.hosts.publish(vm)
 
-    def orphans(self, known: set[str]) -> list[str]:
-        """The UUIDs that it has of this tree's VMs though no such VM is known: its folder was removed by hand."""
-        return self.hosts.orphans(known)
-
     def withdraw(self, uuids: Sequence[str]) -> None:
         """Forget VMs that are gone."""
 
     def proxy_command(self) -> str:
         """ssh's ProxyCommand that gets there; '' where the VMs are reached directly."""
         return ""
-
-    def why_not(self) -> str:
-        """Why this user can't use it here, or ''."""
-        return ""
-
-    def end_if_idle(self) -> None:
-        """End what only ran for the VMs, where the last of them is gone."""
-
-    def status(self) -> Iterator[str]:
-        """Lines for people: whether it is up, and who is on it."""
-        yield from ()
 
     def open(self) -> None:
         """Open what threads will need: it can't be opened once there are threads."""
@@ -3727,6 +3708,7 @@ class PrivateNetwork(Network):
             sockets.send_fds(ssh, [b"\0"], [connection.fileno()])
 
     def status(self) -> Iterator[str]:
+        """Lines for people: whether it is up, and who is on it."""
         if not self.holder():
             yield "private network: down"
             return
@@ -4547,6 +4529,7 @@ class HostBridge(Network):
         return vm.get("vmAddress") or self.leases().get(vm.get("vmMac"), "")
 
     def status(self) -> Iterator[str]:
+        """Lines for people: whether it is up, and who is on it."""
         there = os.path.exists(f"/sys/class/net/{self.interface}")
         net = connected_network(self.interface)
         yield f"bridge {self.interface}: " + (f"up, {net}" if net else "down, without an address" if there else "down")
@@ -6941,7 +6924,8 @@ class Cloud:
         self.known_hosts = KnownHosts(self.tree)
         self._qemu: Qemu | None = None
         self.private = PrivateNetwork(self.tree)
-        self._networks: dict[str, Network] = {"private": self.private, "bridge": HostBridge(config, self.tree)}
+        self.bridge = HostBridge(config, self.tree)
+        self._networks: dict[str, Network] = {"private": self.private, "bridge": self.bridge}
         self._accels: dict[str, str] = {}
         self._screen: str | None = None
         self._seed: str | None = None
@@ -6992,7 +6976,7 @@ class Cloud:
         """bridge or private, for a vmNetwork: `auto` is what this host has now."""
         if wanted != "auto":
             return wanted
-        return "private" if self.network("bridge").why_not() else "bridge"
+        return "private" if self.bridge.why_not() else "bridge"
 
     def close(self) -> None:
         """Close what this process holds of the networks."""
@@ -7285,7 +7269,7 @@ def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: 
         taken = Taken(tree)
         names = {vm.name.lower() for vm in taken.vms if vm.group == group}
         known = taken.uuids | {vm.get("vmUuid") for vm in tree.templates() if vm.is_readable()}
-        orphans = [uuid for each in cloud.networks() for uuid in each.orphans(known)] if taken.complete else []
+        orphans = [uuid for each in cloud.networks() for uuid in each.hosts.orphans(known)] if taken.complete else []
         taken.addresses |= cloud.private.hosts.addresses()
         for request in requests:
             check_collision(tree, group, request.type)  # again, now that nobody else can make one
@@ -7400,7 +7384,7 @@ class NewClones:
                 if os.path.isdir(clone.vm.folder):
                     remove_tree(clone.vm.folder)
                 clone.lock.release()
-        self.cloud.network("bridge").withdraw([clone.uuid for clone in failed])  # an address was held for each
+        self.cloud.bridge.withdraw([clone.uuid for clone in failed])  # an address was held for each
         with self.cloud.tree.lock():
             remove_if_empty(self.cloud.tree, self.group)
 
@@ -7736,7 +7720,8 @@ def command_script(vm: VM, argv: Sequence[str], network: Network) -> str:
 
     # an option a line: its value begins with no dash
     words = "".join((" \\\n  " if word[:1] == "-" else " ") + shlex.quote(word) for word in argv)
-    before = shlex.join(network.by_hand(vm.tree))
+    tap = self_argv("net", "--tap", f"--{network.kind}", "exec")  # as descriptor 3
+    before = shlex.join(["env", f"NOCLOUD_vmBaseDir={vm.tree.base}", *tap])
     start = f"#!/bin/sh\n# Starts {vm.name} by hand, as nocloud does.\ncd {shlex.quote(vm.folder)} &&\n"
     return f"{start}exec {before}{words}\n"
 
@@ -9127,7 +9112,7 @@ class Patient:
             self.config.set("vmBaseDir", os.path.join(home_folder(), "vms"), "")
             self.cloud = Cloud(self.config)
         self.tree = self.cloud.tree
-        self.bridge = HostBridge(self.config, self.tree)
+        self.bridge = self.cloud.bridge
         self.has_bridge = os.path.exists(f"/sys/class/net/{self.bridge.interface}")
         self.foreign = self.has_bridge and not bridge_is_ours(self.bridge.interface)
         try:
@@ -10416,7 +10401,7 @@ def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     verb, rest = (words[0], words[1:]) if words else ("", [])
     kind = kind_of_network(config, args, rest) if verb in ("up", "down", "status") else ""
     with contextlib.closing(Cloud(config)) as cloud:  # as it is: a ProxyCommand must be quick, `down` is what it says
-        private, bridge = cloud.private, cloud.network("bridge")
+        private, bridge = cloud.private, cloud.bridge
         if verb == "status":
             lines = (*bridge.status(), *bridge_faults(config)) if kind != "private" else ()
             for line in (*lines, *(private.status() if kind != "bridge" else ())):
