@@ -3576,22 +3576,18 @@ class PrivateNetwork(Network):
             self._remove_folder()
 
     def tend(self) -> None:
-        """What each command does first: end the network where its last VM has ended by itself, mend it where a part of
-        it was killed."""
-        broken = os.path.exists(self.file("holder.pid")) and not self.is_complete()
-        if broken or (self.holder() and not os.path.exists(self.file("kept"))):
-            self.end_if_idle(broken)
+        """End it where its last VM has ended; where VMs are on it, or it was asked to stay, start what was killed.
 
-    def end_if_idle(self, broken: bool = False) -> None:
-        """End it where no VM is on it; else, where it is `broken`, start what is missing.
-
-        Nothing happens while another command is at work on it.
+        The first and the last that a command does.  Nothing happens while another command is at work on it.
         """
+        if not self.used and not os.path.exists(self.file("holder.pid")):
+            return
         try:
             with FolderLock(self.folder, wait=0):
-                if broken or self.holder():
-                    if any(True for _ in self._users()) or (broken and os.path.exists(self.file("kept"))):
-                        if broken:
+                if os.path.exists(self.file("holder.pid")):
+                    kept = not self.used and os.path.exists(self.file("kept"))
+                    if kept or any(True for _ in self._users()):
+                        if not self.is_complete():
                             self._complete()
                         return
                     self.down()
@@ -6989,7 +6985,7 @@ class Cloud:
 
     def __exit__(self, *exc: object) -> None:
         if self.private.used:
-            self.private.end_if_idle()
+            self.private.tend()
         self.close()
 
 
