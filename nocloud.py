@@ -4255,32 +4255,16 @@ def resolved_runs() -> bool:
 # -- its dnsmasq
 
 
-def bound_sockets(kind: str, port: int) -> Iterator[tuple[str, str]]:
-    """(address, inode) of the sockets of `udp` or `tcp` that wait at a port; nothing where /proc doesn't say.
+def bound_sockets(kind: str, port: int) -> list[tuple[str, int]]:
+    """(address, pid) of the sockets of `udp` or `tcp` that wait at a port (ss(8)); another user's pid is 0.
 
-    /proc/net/udp has addresses as memory has them.  A socket of IPv6 that is bound to none takes IPv4's too: 0.0.0.0.
+    What is bound to no address has 0.0.0.0; a socket of IPv6 that takes IPv4's too, which ss shows as *, as well.
     """
-    for name in (kind, f"{kind}6"):
-        path = f"/proc/net/{name}"
-        for fields in map(str.split, read_text(path).splitlines()[1:] if os.path.exists(path) else ()):
-            address, _, number = fields[1].partition(":")
-            if int(number, 16) == port and fields[3] in ("07", "0A"):  # unconnected, listening (net/tcp_states.h)
-                if len(address) == 8:
-                    yield ipv4_text(struct.unpack(">I", struct.pack("=I", int(address, 16)))[0]), fields[9]
-                elif not int(address, 16):
-                    yield "0.0.0.0", fields[9]
-
-
-def owner_of_socket(inode: str) -> int:
-    """The pid of a process that has a socket open, or 0: an ordinary user sees only his own processes' sockets."""
-    for pid in filter(str.isdigit, names_in("/proc")):
-        for fd in names_in(f"/proc/{pid}/fd"):
-            try:
-                if os.readlink(f"/proc/{pid}/fd/{fd}") == f"socket:[{inode}]":
-                    return int(pid)
-            except OSError:
-                continue
-    return 0
+    words, found = ["ss", "--no-header", "--listening", "--numeric", "--processes", f"--{kind}", f"sport = {port}"], []
+    for line in run(words, merge=False).stdout.splitlines():
+        address, pid = re.split("[%:]", line.split()[3])[0], re.search(r"pid=(\d+)", line)
+        found.append((address.replace("*", "0.0.0.0"), int(pid.group(1)) if pid else 0))
+    return found
 
 
 def account(names: Sequence[str], group: bool = False) -> tuple[str, int]:
@@ -9454,10 +9438,9 @@ def examine_dnsmasq(patient: Patient) -> Iterator[Finding]:
     """Whether the bridge's dnsmasq serves there, and if not, who has its ports."""
     wanted, bad = BridgeSettings(patient.config).address, patient.needs("bridge")
     for kind, port in (("udp", 53), ("tcp", 53), ("udp", 67)):
-        for address, inode in sorted(bound_sockets(kind, port), reverse=True):  # at no address: 0.0.0.0, comes last
+        for address, pid in sorted(bound_sockets(kind, port), reverse=True):  # at no address: 0.0.0.0, comes last
             if address not in ("0.0.0.0", wanted):
                 continue
-            pid = owner_of_socket(inode)
             if (kind, address) == ("udp", wanted) and (not pid or STATE_FOLDER in read_text(f"/proc/{pid}/cmdline")):
                 yield Finding(OK, f"DHCP and DNS are served at {wanted}")
                 return
