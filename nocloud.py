@@ -2512,37 +2512,24 @@ def choose_accel(wanted: str) -> tuple[str, str]:
     return "tcg", reason
 
 
+KVM_MODULES = {"vmx": "kvm_intel", "svm": "kvm_amd"}  # by the processor's flag
+
+
 def kvm_missing() -> tuple[str, str]:
     """(why there is no hardware acceleration, what mends that); ('', '') where there is."""
-    flags = cpu_flags()
+    words = read_text("/proc/cpuinfo").split()
+    mend = next((f"sudo modprobe {module}" for flag, module in KVM_MODULES.items() if flag in words), "")
+    if not mend and "hypervisor" in words:
+        mend = "this is a VM: turn on nested virtualization on its host, and give it the host's CPU"
+    mend = mend or "turn on VT-x (Intel) or SVM (AMD) in the machine's firmware setup"
     if not os.path.exists("/dev/kvm"):
-        module = next((name for flag, name in (("vmx", "kvm_intel"), ("svm", "kvm_amd")) if flag in flags), "")
-        if module:
-            return "there is no /dev/kvm", f"sudo modprobe {module}"
-        return "there is no /dev/kvm", virtualization_hint(flags)
+        return "there is no /dev/kvm", mend
     reason = device_denied("/dev/kvm")
     if reason:
         return f"you may not open /dev/kvm ({reason})", device_command("/dev/kvm", "kvm")
-    if flags and os.uname().machine == "x86_64" and not {"vmx", "svm"} & flags:
-        reason = "the processor shows neither vmx nor svm (no nested virtualization here)"
-        return reason, virtualization_hint(flags)
+    if "flags" in words and not KVM_MODULES.keys() & words:  # x86's word for them; some kernels list none
+        return "the processor shows neither vmx nor svm (no nested virtualization here)", mend
     return "", ""
-
-
-def cpu_flags() -> set[str]:
-    """The processor's features; empty where the kernel doesn't list them."""
-    try:
-        flags = re.search(r"^(?:flags|Features)\s*:(.*)$", read_text("/proc/cpuinfo"), re.M)
-    except OSError:
-        return set()
-    return set(flags.group(1).split()) if flags else set()
-
-
-def virtualization_hint(flags: set[str]) -> str:
-    """How the processor comes to show vmx or svm; no command of this system does that."""
-    if "hypervisor" in flags:
-        return "this is a VM: turn on nested virtualization on its host, and give it the host's CPU"
-    return "turn on VT-x (Intel) or SVM (AMD) in the machine's firmware setup"
 
 
 def device_denied(path: str) -> str:
@@ -2836,12 +2823,8 @@ def record_args(machine: Machine) -> list[str]:
 
 
 def kernel_args(machine: Machine) -> list[str]:
-    words = ["-kernel", machine.kernel] if machine.kernel else []
-    if machine.initrd:
-        words += ["-initrd", machine.initrd]
-    if machine.append:
-        words += ["-append", machine.append]
-    return words
+    words = (("-kernel", machine.kernel), ("-initrd", machine.initrd), ("-append", machine.append))
+    return [word for option, value in words if value for word in (option, value)]
 
 
 # Networks ############################################################################################
@@ -11303,7 +11286,7 @@ def planned_modules(prefix: str) -> tuple[list[str], list[InstalledFile]]:
     Of those that this kernel has: a missing one would fail the boot's unit.  A container has no modprobe(8).
     """
     words = read_text("/proc/cpuinfo").split()
-    modules = [module for flag, module in (("vmx", "kvm_intel"), ("svm", "kvm_amd")) if flag in words]
+    modules = [module for flag, module in KVM_MODULES.items() if flag in words]
     modules = [
         module
         for module in (*modules, "vhost_net", "tun")
