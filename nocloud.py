@@ -3272,15 +3272,15 @@ class Gate:
         its.close()
 
     def open(self, kind: bytes) -> int:
-        """A descriptor: `tap`, on the network's bridge, or `tcp`, a socket."""
+        """A descriptor: `tap`, on the network's bridge, or `tcp`, a socket.  Raises OSError with the gate's words."""
+        import errno
         import socket as sockets
 
         with self._lock:
             self._socket.send(kind)
             text, fds, _, _ = sockets.recv_fds(self._socket, 256, 1)
         if not fds:
-            number, _, reason = text.decode("utf-8", "replace").partition(" ")
-            raise OSError(int(number or 32), reason or "the private network is gone")
+            raise BrokenPipeError(errno.EPIPE, text.decode("utf-8", "replace") or "the private network is gone")
         os.set_inheritable(fds[0], False)
         return fds[0]
 
@@ -3290,23 +3290,15 @@ class Gate:
 
 
 def serve_gate(spaces: Namespaces, asked: socket.socket) -> None:
-    """In the gate: answer each request with a descriptor, until the other end is gone."""
+    """In the gate: answer each request with a descriptor, or why there is none, until the other end is gone."""
     import socket as sockets
 
-    try:
-        spaces.enter()
-    except OSError as error:
-        asked.send(f"{error.errno} {error.strerror}".encode())
-        return
-    while True:
-        kind = asked.recv(16)
-        if not kind:
-            return
+    spaces.enter()
+    for kind in iter(lambda: asked.recv(16), b""):
         try:
             fd = make_tap() if kind == b"tap" else sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM).detach()
         except OSError as error:
-            name = f"{error.filename}: " if error.filename else ""
-            asked.send(f"{error.errno} {name}{error.strerror}".encode())
+            asked.send(str(error_from_os(error)).encode())
         else:
             sockets.send_fds(asked, [b"+"], [fd])
             os.close(fd)
