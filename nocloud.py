@@ -3068,7 +3068,7 @@ class HostFiles:
             self.prepare()
         uuid, address = vm.get("vmUuid"), vm.get("vmAddress")
         name, group = vm.host_name, re.sub(r"[^A-Za-z0-9._-]", "-", vm.group)
-        taken = {word for other, _, words in self._hosts() if other != uuid for word in words[1:]}
+        taken = {word for other, _, words in self._files("hosts") if other != uuid for word in words[1:]}
         names = [f"{name}.{group}.{DOMAIN}", f"{name}.{group}"] if not vm.is_template else []
         names = [each.lower() for each in (*names, f"{name}.{DOMAIN}", name)]
         names = [each for each in names if each not in taken]
@@ -3090,16 +3090,18 @@ class HostFiles:
         write_file(hidden, text, 0o640 if self.tree else 0o600)
         os.replace(hidden, path)
 
-    def _files(self, kind: str) -> list[tuple[str, os.stat_result, str]]:
-        """(uuid, whose and how old, text) of each file, the oldest first."""
+    def _files(self, kind: str) -> list[tuple[str, bool, list[str]]]:
+        """(uuid, whether it is ours to change, the first line's words) of each file, the oldest first."""
         found = []
         for uuid in names_in(self.folder_of(kind)):
             try:
                 if uuid[0] != ".":
-                    found.append((uuid, *self._read(os.path.join(self.folder_of(kind), uuid))))
+                    info, text = self._read(os.path.join(self.folder_of(kind), uuid))
+                    mine = not self.tree or (info.st_uid == os.geteuid() and self.mark() in text)
+                    found.append((info.st_mtime_ns, uuid, mine, re.findall(r"[^,\s]+", text.partition("\n")[0])))
             except OSError:
                 continue  # gone meanwhile, or none of ours
-        return sorted(found, key=lambda each: (each[1].st_mtime_ns, each[0]))
+        return [each[1:] for each in sorted(found)]
 
     def _read(self, path: str) -> tuple[os.stat_result, str]:
         """(whose and how old, text); a link, a pipe and what isn't small count for nothing.  Raises OSError."""
@@ -3111,52 +3113,39 @@ class HostFiles:
         finally:
             os.close(fd)
 
-    def _hosts(self) -> list[tuple[str, os.stat_result, list[str]]]:
-        """(uuid, whose and how old, address and names) of each VM that has names, the oldest first."""
-        return [(uuid, info, text.partition("\n")[0].split()) for uuid, info, text in self._files("hosts")]
-
     def orphans(self, known: set[str]) -> list[str]:
         """The UUIDs that have files here though no such VM is known: its folder was removed by hand."""
-        mark, files = self.mark(), self._files("dhcp")
-        return [uuid for uuid, info, text in files if uuid not in known and mark in text and self._is_mine(info)]
-
-    def _is_mine(self, info: os.stat_result) -> bool:
-        return not self.tree or info.st_uid == os.geteuid()
+        return [uuid for uuid, mine, _ in self._files("dhcp") if mine and uuid not in known]
 
     def addresses(self) -> set[str]:
         """The addresses that VMs have: also those whose conf can't be read just now."""
-        return {
-            word for _, _, text in self._files("dhcp") for word in re.split(r"[,\s]", text) if word and is_ipv4(word)
-        }
+        return {word for _, _, words in self._files("dhcp") for word in words if is_ipv4(word)}
 
     def members(self) -> Iterator[tuple[str, str, str]]:
         """(name, MAC, address) of each VM; the name in full."""
-        names = {uuid: words[1] for uuid, _, words in self._hosts() if len(words) > 1}
-        for uuid, _, text in self._files("dhcp"):
-            words = text.partition("\n")[0].split(",")
+        names = {uuid: words[1] for uuid, _, words in self._files("hosts") if len(words) > 1}
+        for uuid, _, words in self._files("dhcp"):
             if len(words) == 4 and is_ipv4(words[1]):
                 yield names.get(uuid, words[2]), words[0].lower(), words[1]
 
     def withdraw(self, uuids: Sequence[str]) -> bool:
         """Remove the files of VMs; the next oldest VM of a name gets the bare name.  Whether there were any."""
-        changed = False
-        there = self._hosts() if uuids else []
-        for uuid in uuids:
-            for kind in ("dhcp", "hosts"):
-                path = os.path.join(self.folder_of(kind), uuid)
-                changed = changed or os.path.exists(path)
-                try:
-                    remove_file(path)
-                except PermissionError:
-                    report.warn(f"{path} stays: it is another user's")
-        bares = {words[-1] for uuid, _, words in there if uuid in uuids and len(words) > 1}
-        for uuid, info, words in there:
-            bare = words[1].split(".")[0] if len(words) > 1 else ""
+        there = [(uuid, mine, words) for uuid, mine, words in self._files("hosts") if len(words) > 1] if uuids else []
+        paths = [os.path.join(self.folder_of(kind), uuid) for uuid in uuids for kind in ("dhcp", "hosts")]
+        paths = list(filter(os.path.exists, paths))
+        for path in paths:
+            try:
+                remove_file(path)
+            except PermissionError:
+                report.warn(f"{path} stays: it is another user's")
+        bares = {words[-1] for uuid, _, words in there if uuid in uuids}
+        for uuid, mine, words in there:
+            bare = words[1].split(".")[0]
             if uuid not in uuids and bare in bares:
                 bares.discard(bare)
-                if bare not in words and self._is_mine(info):
+                if bare not in words and mine:
                     self._write_once("hosts", uuid, " ".join([*words, f"{bare}.{DOMAIN}", bare]))
-        return changed
+        return bool(paths)
 
 
 # The private network #################################################################################
