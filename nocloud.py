@@ -4042,7 +4042,6 @@ class BridgeSetup:
         self.check_unused()
         if units_installed():
             systemctl("stop", *reversed(SYSTEMD_UNITS))
-        self.end_server()
         self.stop()
 
     def start(self) -> None:
@@ -4118,10 +4117,12 @@ class BridgeSetup:
                 return
 
     def stop(self) -> None:
-        """Take it away; refused while something is attached to it."""
+        """Take it away, and a dnsmasq that no unit runs; refused while something is attached to it."""
         need_root("the host's bridge")
         with FolderLock(RUN_FOLDER, make=True):
             self.check_unused()
+            stop_daemon(self.pid_file)
+            remove_file(self.log)
             self._take_down()
         remove_empty(RUN_FOLDER)
 
@@ -4188,19 +4189,13 @@ class BridgeSetup:
                 file.writelines(kept)
                 file.truncate()
 
-    def serve(self) -> None:
-        """As a daemon of our own, unless it runs; anew where the bridge has another address by now."""
+    def serve(self, anew: bool = False) -> None:
+        """As a daemon of our own, unless it runs; anew where that is asked, or the bridge has got another address."""
         with FolderLock(RUN_FOLDER, make=True):
-            if not daemon_pid(self.pid_file) or not self.answers():
+            if anew or not daemon_pid(self.pid_file) or not self.answers():
                 stop_daemon(self.pid_file)
                 self.forget()
                 start_daemon(self.argv(), ())
-
-    def end_server(self) -> None:
-        with FolderLock(RUN_FOLDER, make=True):
-            stop_daemon(self.pid_file)
-            remove_file(self.log)
-        remove_empty(RUN_FOLDER)
 
 
 def outgoing_interfaces() -> set[str]:
@@ -4374,8 +4369,7 @@ class HostBridge(Network):
         if os.geteuid() == 0:
             bridge = BridgeSetup(self.config)
             if daemon_pid(bridge.pid_file):  # which isn't the unit's
-                bridge.end_server()
-                bridge.serve()
+                bridge.serve(anew=True)
 
     # attaching to it
 
@@ -4513,16 +4507,10 @@ def lease_text(until: int) -> str:
 
 
 def connected_network(interface: str) -> str:
-    """The network that the interface has an address in, as 192.168.1.0/24, or ''.
-
-    /proc/net/route has the numbers in the order of the machine's memory.
-    """
-    for line in read_text("/proc/net/route").splitlines()[1:]:
-        words = line.split()
-        if words[0] == interface and words[2] == "00000000":
-            network, mask = (struct.unpack(">I", struct.pack("=I", int(words[at], 16)))[0] for at in (1, 7))
-            return f"{ipv4_text(network)}/{bin(mask).count('1')}"
-    return ""
+    """The network that the interface has an address in, as 192.168.1.0/24, or ''."""
+    there = os.path.exists(f"/sys/class/net/{interface}")
+    routes = ip_json("route", "show", "dev", interface, "scope", "link") if there else []
+    return routes[0]["dst"] if routes else ""
 
 
 def helper_list() -> str:
