@@ -4559,13 +4559,11 @@ MAC_PREFIX = "00:50:56"
 def new_identity(taken: set[str]) -> tuple[str, str]:
     """A UUID (random, RFC 4122 version 4) and its MAC: 00:50:56 and the UUID's first three bytes, not among `taken`."""
     while True:
-        raw = bytearray(os.urandom(16))
-        raw[6], raw[8] = raw[6] & 0x0F | 0x40, raw[8] & 0x3F | 0x80
-        text = raw.hex()
-        mac = mac_of_uuid(text)
+        uuid = read_text("/proc/sys/kernel/random/uuid").strip()  # random(4); module uuid costs an import
+        mac = mac_of_uuid(uuid)
         if mac not in taken:
             taken.add(mac)
-            return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:])), mac
+            return uuid, mac
 
 
 def mac_of_uuid(uuid: str) -> str:
@@ -4617,11 +4615,6 @@ def login_keys() -> list[str]:
             continue
         lines += [line.strip() for line in text.splitlines() if re.match(r"(ssh|ecdsa|sk)-\S+ +\S", line.strip())]
     return list(dict.fromkeys(lines))
-
-
-def make_host_key(vm: VM) -> None:
-    """The guest's ssh host key, made on the host: it is known from the first contact."""
-    make_key(vm.host_key, f"root@{vm.name}")
 
 
 class KnownHosts:
@@ -4838,8 +4831,9 @@ def _json(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, indent=1).encode() + b"\n"
 
 
-def ssh_option(name: str, value: str) -> list[str]:
-    return ["-o", f"{name}={value}"]
+def ssh_options(**values: str) -> list[str]:
+    """The words of a call of ssh that set these (ssh_config(5))."""
+    return [word for name, value in values.items() for word in ("-o", f"{name}={value}")]
 
 
 def ssh_path(path: str) -> str:
@@ -4849,23 +4843,18 @@ def ssh_path(path: str) -> str:
 
 def ssh_trust_options(known_hosts: str, strict: bool) -> list[str]:
     """Our known_hosts and no other; unknown keys are refused, or pinned at the first contact where none was planted."""
-    return [
-        *ssh_option("UserKnownHostsFile", ssh_path(known_hosts)),
-        *ssh_option("GlobalKnownHostsFile", "/dev/null"),
-        *ssh_option("StrictHostKeyChecking", "yes" if strict else "accept-new"),
-        *ssh_option("UpdateHostKeys", "no"),
-        *ssh_option("HashKnownHosts", "no"),
-        *ssh_option("CheckHostIP", "no"),
-    ]
+    return ssh_options(
+        UserKnownHostsFile=ssh_path(known_hosts), GlobalKnownHostsFile="/dev/null",
+        StrictHostKeyChecking="yes" if strict else "accept-new", UpdateHostKeys="no", HashKnownHosts="no",
+        CheckHostIP="no",
+    )  # fmt: skip
 
 
 def ssh_key_options(planted: bool) -> list[str]:
     """Which keys ssh offers.  Where ours was planted, no others but the user's default ones: an agent full of keys
     would use up the tries that a server grants (MaxAuthTries, 6)."""
-    words = ssh_option("IdentityFile", ssh_path(own_key()))
-    for path in user_keys():
-        words += ssh_option("IdentityFile", ssh_path(path))
-    return [*words, *ssh_option("IdentitiesOnly", "yes")] if planted else words
+    words = [word for path in (own_key(), *user_keys()) for word in ssh_options(IdentityFile=ssh_path(path))]
+    return [*words, *ssh_options(IdentitiesOnly="yes")] if planted else words
 
 
 def is_planted(vm: VM) -> bool:
@@ -7296,7 +7285,7 @@ class NewClones:
         for name, size in zip(extra, request.disks):
             create_disk(vm.file(name), size)
         if takes_host_key(vm):
-            make_host_key(vm)
+            make_key(vm.host_key, f"root@{vm.name}")
         if request.user_data:
             write_file(vm.user_data_file, request.user_data)
         final = VM(vm.tree, vm.group, vm.type, vm.name)
@@ -7881,15 +7870,15 @@ def ssh_batch(cloud: Cloud, vm: VM, script: str, timeout: float) -> tuple[int, s
 def ssh_way(network: Network) -> list[str]:
     """The option that takes ssh into a private network."""
     proxy = network.proxy_command()
-    return [*ssh_option("ProxyCommand", proxy), *ssh_option("ProxyUseFdpass", "yes")] if proxy else []
+    return ssh_options(ProxyCommand=proxy, ProxyUseFdpass="yes") if proxy else []
 
 
 def ssh_argv(cloud: Cloud, vm: VM, trust: Sequence[str], keys: Sequence[str], batch: bool = False) -> list[str]:
     """ssh's argv up to the host: who is checked, with which keys, by which way.  `batch`: nobody is asked anything."""
     network = cloud.network_of(vm)
-    quiet = ["-F", "none", *ssh_option("BatchMode", "yes"), *ssh_option("ConnectTimeout", "20")] if batch else []
+    quiet = ["-F", "none", *ssh_options(BatchMode="yes", ConnectTimeout="20")] if batch else []
     return [
-        "ssh", *quiet, *ssh_option("ControlPath", "none"), *ssh_option("HostKeyAlias", vm.get("vmUuid")), *trust, *keys,
+        "ssh", *quiet, *ssh_options(ControlPath="none", HostKeyAlias=vm.get("vmUuid")), *trust, *keys,
         *ssh_way(network), "-l", vm.get("vmUser"), network.address(vm),
     ]  # fmt: skip
 
@@ -7990,7 +7979,7 @@ def give_identity(cloud: Cloud, vm: VM) -> None:
     """What a VM needs before its first start, for who holds its lock."""
     ensure_identity(cloud, vm)
     if takes_host_key(vm) and not os.path.exists(vm.host_key):
-        make_host_key(vm)
+        make_key(vm.host_key, f"root@{vm.name}")
     publish_keys(cloud, [vm])
 
 
@@ -8302,7 +8291,7 @@ def take_over(cloud: Cloud, new: NewTemplate, key: tuple[str, str]) -> None:
     path, public = key
 
     def work(guest: OwnGuest) -> None:
-        guest.keys = [*ssh_option("IdentityFile", ssh_path(path)), *ssh_option("IdentitiesOnly", "yes")]
+        guest.keys = ssh_options(IdentityFile=ssh_path(path), IdentitiesOnly="yes")
         guest.wait_login()
         guest.output(guest_script("plant-keys.sh", KEYS="\n".join(login_keys())))
         guest.keys = ssh_key_options(True)  # from here on ours opens it, which proves that it can
