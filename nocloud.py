@@ -3199,27 +3199,24 @@ class Namespaces:
         os.close(self.net)
 
 
-def make_namespaces(batch: str) -> None:
-    """Enter namespaces of our own that have the private network's bridge, made by `ip -batch`, and that forward.
+def make_namespaces(subnet: str) -> None:
+    """Enter namespaces of our own that have the private network's bridge, and that forward.
 
-    We are root in both: what `unshare -Urn` does, but the errno of a refusal stays known.
+    We are root in both: what `unshare -Urn` does, but the errno of a refusal stays known.  A bridge without a MAC of
+    its own takes its lowest port's: guests would lose the gateway.
     """
     uid, gid = os.geteuid(), os.getegid()
+    mac = "02:00:" + ":".join(f"{int(number):02x}" for number in f"{subnet}.1".split("."))
+    batch = (
+        f"link set lo up\nlink add {BRIDGE} address {mac} type bridge forward_delay 0\n"
+        f"addr add {subnet}.1/24 dev {BRIDGE}\nlink set {BRIDGE} up\n"
+    )
     libc_call("unshare", CLONE_NEWUSER | CLONE_NEWNET)
     write_proc("/proc/self/setgroups", "deny")  # first: gid_map is refused to ordinary users otherwise
     write_proc("/proc/self/uid_map", f"0 {uid} 1")
     write_proc("/proc/self/gid_map", f"0 {gid} 1")
     run(["ip", "-batch", "-"], input=batch.encode())
     write_proc("/proc/sys/net/ipv4/ip_forward", "1")
-
-
-def bridge_batch(subnet: str) -> str:
-    """ip's commands.  A bridge without a MAC of its own takes its lowest port's: guests would lose the gateway."""
-    mac = "02:00:" + ":".join(f"{int(number):02x}" for number in f"{subnet}.1".split("."))
-    return (
-        f"link set lo up\nlink add {BRIDGE} address {mac} type bridge forward_delay 0\n"
-        f"addr add {subnet}.1/24 dev {BRIDGE}\nlink set {BRIDGE} up\n"
-    )
 
 
 def ask_child(work: Callable[[], None], keep: Sequence[int] = ()) -> tuple[int, str]:
@@ -3240,7 +3237,7 @@ def ask_child(work: Callable[[], None], keep: Sequence[int] = ()) -> tuple[int, 
 
 def try_namespaces() -> str:
     """Why a private network's namespaces can't be made here, or ''.  They go with the child that makes them."""
-    pid, reason = ask_child(lambda: make_namespaces(bridge_batch("10.88.0")))
+    pid, reason = ask_child(lambda: make_namespaces("10.88.0"))
     os.waitpid(pid, 0)
     return reason
 
@@ -3442,39 +3439,34 @@ class PrivateNetwork(Network):
             start_daemon(*self.enter(self._dnsmasq_argv(way_out)))
 
     def _start_holder(self) -> None:
-        """A child that makes the namespaces and the bridge, or enters a survivor's, and becomes `sleep`."""
-        batch, survivor = bridge_batch(self.subnet()), self._surviving_namespaces()
-        pid, reason = ask_child(
-            lambda: self._hold_namespaces(batch, survivor), (survivor.user, survivor.net) if survivor else ()
-        )
+        """A child that makes the namespaces and the bridge, or enters a survivor's, and becomes `sleep`.
+
+        It locks its pidfile last: locked means whole, whoever is killed in between.
+        """
+        subnet, survivor = self.subnet(), self._surviving_namespaces()
+
+        def hold_namespaces() -> None:
+            if survivor:
+                survivor.enter()
+            else:
+                make_namespaces(subnet)
+            fd = os.open(self.file("holder.pid"), os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.set_inheritable(fd, True)
+            os.chdir("/")
+            become(["sleep", "infinity"])
+
+        pid, reason = ask_child(hold_namespaces, (survivor.user, survivor.net) if survivor else ())
         if survivor:
             survivor.close()
         if reason:
             os.waitpid(pid, 0)
             raise namespaces_denied(reason)
 
-    def _hold_namespaces(self, batch: str, survivor: Namespaces | None) -> None:
-        """In the child.  It locks its pidfile last: locked means whole, whoever is killed in between."""
-        if survivor:
-            survivor.enter()
-        else:
-            make_namespaces(batch)
-        fd = os.open(self.file("holder.pid"), os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.set_inheritable(fd, True)
-        os.chdir("/")
-        become(["sleep", "infinity"])
-
     def _surviving_namespaces(self) -> Namespaces | None:
         """The namespaces of a VM that runs on though the holder was killed."""
-        for vm in self.tree.running():
-            _, pid = vm.state()
-            if pid and not vm.foreign_qemu():
-                spaces = Namespaces(pid)
-                if os.fstat(spaces.net).st_ino != os.stat("/proc/self/ns/net").st_ino:
-                    return spaces
-                spaces.close()
-        return None
+        pid = next((vm.state()[1] for vm in self._users() if vm.is_readable() and vm.state()[1]), 0)
+        return Namespaces(pid) if pid else None
 
     def _dnsmasq_argv(self, way_out: bool) -> list[str]:
         """User and group empty: it can't change to others in a namespace of one id.  No lease file: every address is
@@ -4744,9 +4736,12 @@ def seed_files(vm: VM, keys: Sequence[str], added: bytes = b"") -> dict[str, byt
     JSON is YAML, and its writer quotes whatever comes: no name and no key becomes a line of its own.  The instance is
     the VM's UUID: another one makes cloud-init begin anew, the same one leaves the guest as it is.
     """
+    # DHCP on the network card, which is found by its MAC whatever it is called (cloud-init's format, version 2).  It is
+    # renamed to eth0: what cloud-init writes for ifupdown or NetworkManager goes by the name alone.
+    card = {"match": {"macaddress": vm.get("vmMac")}, "set-name": "eth0", "dhcp4": True, "dhcp-identifier": "mac"}
     return {
         "meta-data": _json({"instance-id": vm.get("vmUuid"), "local-hostname": vm.name}),
-        "network-config": _json(network_config(vm.get("vmMac"))),
+        "network-config": _json({"version": 2, "ethernets": {"eth0": card}}),
         "user-data": user_data(vm, keys, added),
     }
 
@@ -4809,15 +4804,6 @@ def cloud_config(vm: VM, keys: Sequence[str]) -> dict[str, Any]:
         "package_update": False,
         "package_upgrade": False,
     }
-
-
-def network_config(mac: str) -> dict[str, Any]:
-    """DHCP on the network card, which is found by its MAC whatever it is called (cloud-init's format, version 2).
-
-    It is renamed to eth0: what cloud-init writes for ifupdown or NetworkManager goes by the name alone.
-    """
-    card = {"match": {"macaddress": mac}, "set-name": "eth0", "dhcp4": True, "dhcp-identifier": "mac"}
-    return {"version": 2, "ethernets": {"eth0": card}}
 
 
 def printable_ascii(text: str) -> str:
