@@ -2396,37 +2396,24 @@ def choose_accel(wanted: str) -> tuple[str, str]:
     return "tcg", reason
 
 
+KVM_MODULES = {"vmx": "kvm_intel", "svm": "kvm_amd"}  # by the processor's flag
+
+
 def kvm_missing() -> tuple[str, str]:
     """(why there is no hardware acceleration, what mends that); ('', '') where there is."""
-    flags = cpu_flags()
+    words = read_text("/proc/cpuinfo").split()
+    mend = next((f"sudo modprobe {module}" for flag, module in KVM_MODULES.items() if flag in words), "")
+    if not mend and "hypervisor" in words:
+        mend = "this is a VM: turn on nested virtualization on its host, and give it the host's CPU"
+    mend = mend or "turn on VT-x (Intel) or SVM (AMD) in the machine's firmware setup"
     if not os.path.exists("/dev/kvm"):
-        module = next((name for flag, name in (("vmx", "kvm_intel"), ("svm", "kvm_amd")) if flag in flags), "")
-        if module:
-            return "there is no /dev/kvm", f"sudo modprobe {module}"
-        return "there is no /dev/kvm", virtualization_hint(flags)
+        return "there is no /dev/kvm", mend
     reason = device_denied("/dev/kvm")
     if reason:
         return f"you may not open /dev/kvm ({reason})", device_command("/dev/kvm", "kvm")
-    if flags and os.uname().machine == "x86_64" and not {"vmx", "svm"} & flags:
-        reason = "the processor shows neither vmx nor svm (no nested virtualization here)"
-        return reason, virtualization_hint(flags)
+    if "flags" in words and not KVM_MODULES.keys() & words:  # x86's word for them; some kernels list none
+        return "the processor shows neither vmx nor svm (no nested virtualization here)", mend
     return "", ""
-
-
-def cpu_flags() -> set[str]:
-    """The processor's features; empty where the kernel doesn't list them."""
-    try:
-        flags = re.search(r"^(?:flags|Features)\s*:(.*)$", read_text("/proc/cpuinfo"), re.M)
-    except OSError:
-        return set()
-    return set(flags.group(1).split()) if flags else set()
-
-
-def virtualization_hint(flags: set[str]) -> str:
-    """How the processor comes to show vmx or svm; no command of this system does that."""
-    if "hypervisor" in flags:
-        return "this is a VM: turn on nested virtualization on its host, and give it the host's CPU"
-    return "turn on VT-x (Intel) or SVM (AMD) in the machine's firmware setup"
 
 
 def device_denied(path: str) -> str:
@@ -2720,12 +2707,8 @@ def record_args(machine: Machine) -> list[str]:
 
 
 def kernel_args(machine: Machine) -> list[str]:
-    words = ["-kernel", machine.kernel] if machine.kernel else []
-    if machine.initrd:
-        words += ["-initrd", machine.initrd]
-    if machine.append:
-        words += ["-append", machine.append]
-    return words
+    words = (("-kernel", machine.kernel), ("-initrd", machine.initrd), ("-append", machine.append))
+    return [word for option, value in words if value for word in (option, value)]
 
 
 # Networks ############################################################################################
@@ -2766,10 +2749,6 @@ class Network:
         """(words, descriptors to pass on) that run `argv` where the network is."""
         return list(argv), []
 
-    def by_hand(self, tree: Tree) -> list[str]:
-        """The words before qemu's own that start it by hand, with the tap as descriptor 3."""
-        return ["env", f"NOCLOUD_vmBaseDir={tree.base}", *self_argv("net", "--tap", f"--{self.kind}", "exec")]
-
     def allot(self, taken: set[str], uuid: str) -> str:
         """A free address for the VM, added to `taken`; '' where the network's DHCP server decides."""
         return ""
@@ -2785,27 +2764,12 @@ class Network:
         """Make the VM's names resolve and its address its own."""
         self.hosts.publish(vm)
 
-    def orphans(self, known: set[str]) -> list[str]:
-        """The UUIDs that it has of this tree's VMs though no such VM is known: its folder was removed by hand."""
-        return self.hosts.orphans(known)
-
     def withdraw(self, uuids: Sequence[str]) -> None:
         """Forget VMs that are gone."""
 
     def proxy_command(self) -> str:
         """ssh's ProxyCommand that gets there; '' where the VMs are reached directly."""
         return ""
-
-    def why_not(self) -> str:
-        """Why this user can't use it here, or ''."""
-        return ""
-
-    def end_if_idle(self) -> None:
-        """End what only ran for the VMs, where the last of them is gone."""
-
-    def status(self) -> Iterator[str]:
-        """Lines for people: whether it is up, and who is on it."""
-        yield from ()
 
     def open(self) -> None:
         """Open what threads will need: it can't be opened once there are threads."""
@@ -2988,7 +2952,7 @@ class HostFiles:
             self.prepare()
         uuid, address = vm.get("vmUuid"), vm.get("vmAddress")
         name, group = vm.host_name, re.sub(r"[^A-Za-z0-9._-]", "-", vm.group)
-        taken = {word for other, _, words in self._hosts() if other != uuid for word in words[1:]}
+        taken = {word for other, _, words in self._files("hosts") if other != uuid for word in words[1:]}
         names = [f"{name}.{group}.{DOMAIN}", f"{name}.{group}"] if not vm.is_template else []
         names = [each.lower() for each in (*names, f"{name}.{DOMAIN}", name)]
         names = [each for each in names if each not in taken]
@@ -3010,16 +2974,18 @@ class HostFiles:
         write_file(hidden, text, 0o640 if self.tree else 0o600)
         os.replace(hidden, path)
 
-    def _files(self, kind: str) -> list[tuple[str, os.stat_result, str]]:
-        """(uuid, whose and how old, text) of each file, the oldest first."""
+    def _files(self, kind: str) -> list[tuple[str, bool, list[str]]]:
+        """(uuid, whether it is ours to change, the first line's words) of each file, the oldest first."""
         found = []
         for uuid in names_in(self.folder_of(kind)):
             try:
                 if uuid[0] != ".":
-                    found.append((uuid, *self._read(os.path.join(self.folder_of(kind), uuid))))
+                    info, text = self._read(os.path.join(self.folder_of(kind), uuid))
+                    mine = not self.tree or (info.st_uid == os.geteuid() and self.mark() in text)
+                    found.append((info.st_mtime_ns, uuid, mine, re.findall(r"[^,\s]+", text.partition("\n")[0])))
             except OSError:
                 continue  # gone meanwhile, or none of ours
-        return sorted(found, key=lambda each: (each[1].st_mtime_ns, each[0]))
+        return [each[1:] for each in sorted(found)]
 
     def _read(self, path: str) -> tuple[os.stat_result, str]:
         """(whose and how old, text); a link, a pipe and what isn't small count for nothing.  Raises OSError."""
@@ -3031,52 +2997,39 @@ class HostFiles:
         finally:
             os.close(fd)
 
-    def _hosts(self) -> list[tuple[str, os.stat_result, list[str]]]:
-        """(uuid, whose and how old, address and names) of each VM that has names, the oldest first."""
-        return [(uuid, info, text.partition("\n")[0].split()) for uuid, info, text in self._files("hosts")]
-
     def orphans(self, known: set[str]) -> list[str]:
         """The UUIDs that have files here though no such VM is known: its folder was removed by hand."""
-        mark, files = self.mark(), self._files("dhcp")
-        return [uuid for uuid, info, text in files if uuid not in known and mark in text and self._is_mine(info)]
-
-    def _is_mine(self, info: os.stat_result) -> bool:
-        return not self.tree or info.st_uid == os.geteuid()
+        return [uuid for uuid, mine, _ in self._files("dhcp") if mine and uuid not in known]
 
     def addresses(self) -> set[str]:
         """The addresses that VMs have: also those whose conf can't be read just now."""
-        return {
-            word for _, _, text in self._files("dhcp") for word in re.split(r"[,\s]", text) if word and is_ipv4(word)
-        }
+        return {word for _, _, words in self._files("dhcp") for word in words if is_ipv4(word)}
 
     def members(self) -> Iterator[tuple[str, str, str]]:
         """(name, MAC, address) of each VM; the name in full."""
-        names = {uuid: words[1] for uuid, _, words in self._hosts() if len(words) > 1}
-        for uuid, _, text in self._files("dhcp"):
-            words = text.partition("\n")[0].split(",")
+        names = {uuid: words[1] for uuid, _, words in self._files("hosts") if len(words) > 1}
+        for uuid, _, words in self._files("dhcp"):
             if len(words) == 4 and is_ipv4(words[1]):
                 yield names.get(uuid, words[2]), words[0].lower(), words[1]
 
     def withdraw(self, uuids: Sequence[str]) -> bool:
         """Remove the files of VMs; the next oldest VM of a name gets the bare name.  Whether there were any."""
-        changed = False
-        there = self._hosts() if uuids else []
-        for uuid in uuids:
-            for kind in ("dhcp", "hosts"):
-                path = os.path.join(self.folder_of(kind), uuid)
-                changed = changed or os.path.exists(path)
-                try:
-                    remove_file(path)
-                except PermissionError:
-                    report.warn(f"{path} stays: it is another user's")
-        bares = {words[-1] for uuid, _, words in there if uuid in uuids and len(words) > 1}
-        for uuid, info, words in there:
-            bare = words[1].split(".")[0] if len(words) > 1 else ""
+        there = [(uuid, mine, words) for uuid, mine, words in self._files("hosts") if len(words) > 1] if uuids else []
+        paths = [os.path.join(self.folder_of(kind), uuid) for uuid in uuids for kind in ("dhcp", "hosts")]
+        paths = list(filter(os.path.exists, paths))
+        for path in paths:
+            try:
+                remove_file(path)
+            except PermissionError:
+                report.warn(f"{path} stays: it is another user's")
+        bares = {words[-1] for uuid, _, words in there if uuid in uuids}
+        for uuid, mine, words in there:
+            bare = words[1].split(".")[0]
             if uuid not in uuids and bare in bares:
                 bares.discard(bare)
-                if bare not in words and self._is_mine(info):
+                if bare not in words and mine:
                     self._write_once("hosts", uuid, " ".join([*words, f"{bare}.{DOMAIN}", bare]))
-        return changed
+        return bool(paths)
 
 
 # The private network #################################################################################
@@ -3130,27 +3083,24 @@ class Namespaces:
         os.close(self.net)
 
 
-def make_namespaces(batch: str) -> None:
-    """Enter namespaces of our own that have the private network's bridge, made by `ip -batch`, and that forward.
+def make_namespaces(subnet: str) -> None:
+    """Enter namespaces of our own that have the private network's bridge, and that forward.
 
-    We are root in both: what `unshare -Urn` does, but the errno of a refusal stays known.
+    We are root in both: what `unshare -Urn` does, but the errno of a refusal stays known.  A bridge without a MAC of
+    its own takes its lowest port's: guests would lose the gateway.
     """
     uid, gid = os.geteuid(), os.getegid()
+    mac = "02:00:" + ":".join(f"{int(number):02x}" for number in f"{subnet}.1".split("."))
+    batch = (
+        f"link set lo up\nlink add {BRIDGE} address {mac} type bridge forward_delay 0\n"
+        f"addr add {subnet}.1/24 dev {BRIDGE}\nlink set {BRIDGE} up\n"
+    )
     libc_call("unshare", CLONE_NEWUSER | CLONE_NEWNET)
     write_proc("/proc/self/setgroups", "deny")  # first: gid_map is refused to ordinary users otherwise
     write_proc("/proc/self/uid_map", f"0 {uid} 1")
     write_proc("/proc/self/gid_map", f"0 {gid} 1")
     run(["ip", "-batch", "-"], input=batch.encode())
     write_proc("/proc/sys/net/ipv4/ip_forward", "1")
-
-
-def bridge_batch(subnet: str) -> str:
-    """ip's commands.  A bridge without a MAC of its own takes its lowest port's: guests would lose the gateway."""
-    mac = "02:00:" + ":".join(f"{int(number):02x}" for number in f"{subnet}.1".split("."))
-    return (
-        f"link set lo up\nlink add {BRIDGE} address {mac} type bridge forward_delay 0\n"
-        f"addr add {subnet}.1/24 dev {BRIDGE}\nlink set {BRIDGE} up\n"
-    )
 
 
 def ask_child(work: Callable[[], None], keep: Sequence[int] = ()) -> tuple[int, str]:
@@ -3171,7 +3121,7 @@ def ask_child(work: Callable[[], None], keep: Sequence[int] = ()) -> tuple[int, 
 
 def try_namespaces() -> str:
     """Why a private network's namespaces can't be made here, or ''.  They go with the child that makes them."""
-    pid, reason = ask_child(lambda: make_namespaces(bridge_batch("10.88.0")))
+    pid, reason = ask_child(lambda: make_namespaces("10.88.0"))
     os.waitpid(pid, 0)
     return reason
 
@@ -3192,15 +3142,15 @@ class Gate:
         its.close()
 
     def open(self, kind: bytes) -> int:
-        """A descriptor: `tap`, on the network's bridge, or `tcp`, a socket."""
+        """A descriptor: `tap`, on the network's bridge, or `tcp`, a socket.  Raises OSError with the gate's words."""
+        import errno
         import socket as sockets
 
         with self._lock:
             self._socket.send(kind)
             text, fds, _, _ = sockets.recv_fds(self._socket, 256, 1)
         if not fds:
-            number, _, reason = text.decode("utf-8", "replace").partition(" ")
-            raise OSError(int(number or 32), reason or "the private network is gone")
+            raise BrokenPipeError(errno.EPIPE, text.decode("utf-8", "replace") or "the private network is gone")
         os.set_inheritable(fds[0], False)
         return fds[0]
 
@@ -3210,23 +3160,15 @@ class Gate:
 
 
 def serve_gate(spaces: Namespaces, asked: socket.socket) -> None:
-    """In the gate: answer each request with a descriptor, until the other end is gone."""
+    """In the gate: answer each request with a descriptor, or why there is none, until the other end is gone."""
     import socket as sockets
 
-    try:
-        spaces.enter()
-    except OSError as error:
-        asked.send(f"{error.errno} {error.strerror}".encode())
-        return
-    while True:
-        kind = asked.recv(16)
-        if not kind:
-            return
+    spaces.enter()
+    for kind in iter(lambda: asked.recv(16), b""):
         try:
             fd = make_tap() if kind == b"tap" else sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM).detach()
         except OSError as error:
-            name = f"{error.filename}: " if error.filename else ""
-            asked.send(f"{error.errno} {name}{error.strerror}".encode())
+            asked.send(str(error_from_os(error)).encode())
         else:
             sockets.send_fds(asked, [b"+"], [fd])
             os.close(fd)
@@ -3381,39 +3323,34 @@ class PrivateNetwork(Network):
             start_daemon(*self.enter(self._dnsmasq_argv(way_out)))
 
     def _start_holder(self) -> None:
-        """A child that makes the namespaces and the bridge, or enters a survivor's, and becomes `sleep`."""
-        batch, survivor = bridge_batch(self.subnet()), self._surviving_namespaces()
-        pid, reason = ask_child(
-            lambda: self._hold_namespaces(batch, survivor), (survivor.user, survivor.net) if survivor else ()
-        )
+        """A child that makes the namespaces and the bridge, or enters a survivor's, and becomes `sleep`.
+
+        It locks its pidfile last: locked means whole, whoever is killed in between.
+        """
+        subnet, survivor = self.subnet(), self._surviving_namespaces()
+
+        def hold_namespaces() -> None:
+            if survivor:
+                survivor.enter()
+            else:
+                make_namespaces(subnet)
+            fd = os.open(self.file("holder.pid"), os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.set_inheritable(fd, True)
+            os.chdir("/")
+            become(["sleep", "infinity"])
+
+        pid, reason = ask_child(hold_namespaces, (survivor.user, survivor.net) if survivor else ())
         if survivor:
             survivor.close()
         if reason:
             os.waitpid(pid, 0)
             raise namespaces_denied(reason)
 
-    def _hold_namespaces(self, batch: str, survivor: Namespaces | None) -> None:
-        """In the child.  It locks its pidfile last: locked means whole, whoever is killed in between."""
-        if survivor:
-            survivor.enter()
-        else:
-            make_namespaces(batch)
-        fd = os.open(self.file("holder.pid"), os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.set_inheritable(fd, True)
-        os.chdir("/")
-        become(["sleep", "infinity"])
-
     def _surviving_namespaces(self) -> Namespaces | None:
         """The namespaces of a VM that runs on though the holder was killed."""
-        for vm in self.tree.running():
-            _, pid = vm.state()
-            if pid and not vm.foreign_qemu():
-                spaces = Namespaces(pid)
-                if os.fstat(spaces.net).st_ino != os.stat("/proc/self/ns/net").st_ino:
-                    return spaces
-                spaces.close()
-        return None
+        pid = next((vm.state()[1] for vm in self._users() if vm.is_readable() and vm.state()[1]), 0)
+        return Namespaces(pid) if pid else None
 
     def _dnsmasq_argv(self, way_out: bool) -> list[str]:
         """User and group empty: it can't change to others in a namespace of one id.  No lease file: every address is
@@ -3479,22 +3416,18 @@ class PrivateNetwork(Network):
             self._remove_folder()
 
     def tend(self) -> None:
-        """What each command does first: end the network where its last VM has ended by itself, mend it where a part of
-        it was killed."""
-        broken = os.path.exists(self.file("holder.pid")) and not self.is_complete()
-        if broken or (self.holder() and not os.path.exists(self.file("kept"))):
-            self.end_if_idle(broken)
+        """End it where its last VM has ended; where VMs are on it, or it was asked to stay, start what was killed.
 
-    def end_if_idle(self, broken: bool = False) -> None:
-        """End it where no VM is on it; else, where it is `broken`, start what is missing.
-
-        Nothing happens while another command is at work on it.
+        The first and the last that a command does.  Nothing happens while another command is at work on it.
         """
+        if not self.used and not os.path.exists(self.file("holder.pid")):
+            return
         try:
             with FolderLock(self.folder, wait=0):
-                if broken or self.holder():
-                    if any(True for _ in self._users()) or (broken and os.path.exists(self.file("kept"))):
-                        if broken:
+                if os.path.exists(self.file("holder.pid")):
+                    kept = not self.used and os.path.exists(self.file("kept"))
+                    if kept or any(True for _ in self._users()):
+                        if not self.is_complete():
                             self._complete()
                         return
                     self.down()
@@ -3611,6 +3544,7 @@ class PrivateNetwork(Network):
             sockets.send_fds(ssh, [b"\0"], [connection.fileno()])
 
     def status(self) -> Iterator[str]:
+        """Lines for people: whether it is up, and who is on it."""
         if not self.holder():
             yield "private network: down"
             return
@@ -3984,7 +3918,6 @@ class BridgeSetup:
         self.check_unused()
         if units_installed():
             systemctl("stop", *reversed(SYSTEMD_UNITS))
-        self.end_server()
         self.stop()
 
     def start(self) -> None:
@@ -4060,10 +3993,12 @@ class BridgeSetup:
                 return
 
     def stop(self) -> None:
-        """Take it away; refused while something is attached to it."""
+        """Take it away, and a dnsmasq that no unit runs; refused while something is attached to it."""
         need_root("the host's bridge")
         with FolderLock(RUN_FOLDER, make=True):
             self.check_unused()
+            stop_daemon(self.pid_file)
+            remove_file(self.log)
             self._take_down()
         remove_empty(RUN_FOLDER)
 
@@ -4130,19 +4065,13 @@ class BridgeSetup:
                 file.writelines(kept)
                 file.truncate()
 
-    def serve(self) -> None:
-        """As a daemon of our own, unless it runs; anew where the bridge has another address by now."""
+    def serve(self, anew: bool = False) -> None:
+        """As a daemon of our own, unless it runs; anew where that is asked, or the bridge has got another address."""
         with FolderLock(RUN_FOLDER, make=True):
-            if not daemon_pid(self.pid_file) or not self.answers():
+            if anew or not daemon_pid(self.pid_file) or not self.answers():
                 stop_daemon(self.pid_file)
                 self.forget()
                 start_daemon(self.argv(), ())
-
-    def end_server(self) -> None:
-        with FolderLock(RUN_FOLDER, make=True):
-            stop_daemon(self.pid_file)
-            remove_file(self.log)
-        remove_empty(RUN_FOLDER)
 
 
 def outgoing_interfaces() -> set[str]:
@@ -4161,32 +4090,16 @@ def resolved_runs() -> bool:
 # -- its dnsmasq
 
 
-def bound_sockets(kind: str, port: int) -> Iterator[tuple[str, str]]:
-    """(address, inode) of the sockets of `udp` or `tcp` that wait at a port; nothing where /proc doesn't say.
+def bound_sockets(kind: str, port: int) -> list[tuple[str, int]]:
+    """(address, pid) of the sockets of `udp` or `tcp` that wait at a port (ss(8)); another user's pid is 0.
 
-    /proc/net/udp has addresses as memory has them.  A socket of IPv6 that is bound to none takes IPv4's too: 0.0.0.0.
+    What is bound to no address has 0.0.0.0; a socket of IPv6 that takes IPv4's too, which ss shows as *, as well.
     """
-    for name in (kind, f"{kind}6"):
-        path = f"/proc/net/{name}"
-        for fields in map(str.split, read_text(path).splitlines()[1:] if os.path.exists(path) else ()):
-            address, _, number = fields[1].partition(":")
-            if int(number, 16) == port and fields[3] in ("07", "0A"):  # unconnected, listening (net/tcp_states.h)
-                if len(address) == 8:
-                    yield ipv4_text(struct.unpack(">I", struct.pack("=I", int(address, 16)))[0]), fields[9]
-                elif not int(address, 16):
-                    yield "0.0.0.0", fields[9]
-
-
-def owner_of_socket(inode: str) -> int:
-    """The pid of a process that has a socket open, or 0: an ordinary user sees only his own processes' sockets."""
-    for pid in filter(str.isdigit, names_in("/proc")):
-        for fd in names_in(f"/proc/{pid}/fd"):
-            try:
-                if os.readlink(f"/proc/{pid}/fd/{fd}") == f"socket:[{inode}]":
-                    return int(pid)
-            except OSError:
-                continue
-    return 0
+    words, found = ["ss", "--no-header", "--listening", "--numeric", "--processes", f"--{kind}", f"sport = {port}"], []
+    for line in run(words, merge=False).stdout.splitlines():
+        address, pid = re.split("[%:]", line.split()[3])[0], re.search(r"pid=(\d+)", line)
+        found.append((address.replace("*", "0.0.0.0"), int(pid.group(1)) if pid else 0))
+    return found
 
 
 def account(names: Sequence[str], group: bool = False) -> tuple[str, int]:
@@ -4332,8 +4245,7 @@ class HostBridge(Network):
         if os.geteuid() == 0:
             bridge = BridgeSetup(self.config)
             if daemon_pid(bridge.pid_file):  # which isn't the unit's
-                bridge.end_server()
-                bridge.serve()
+                bridge.serve(anew=True)
 
     # attaching to it
 
@@ -4431,6 +4343,7 @@ class HostBridge(Network):
         return vm.get("vmAddress") or self.leases().get(vm.get("vmMac"), "")
 
     def status(self) -> Iterator[str]:
+        """Lines for people: whether it is up, and who is on it."""
         there = os.path.exists(f"/sys/class/net/{self.interface}")
         net = connected_network(self.interface)
         yield f"bridge {self.interface}: " + (f"up, {net}" if net else "down, without an address" if there else "down")
@@ -4470,16 +4383,10 @@ def lease_text(until: int) -> str:
 
 
 def connected_network(interface: str) -> str:
-    """The network that the interface has an address in, as 192.168.1.0/24, or ''.
-
-    /proc/net/route has the numbers in the order of the machine's memory.
-    """
-    for line in read_text("/proc/net/route").splitlines()[1:]:
-        words = line.split()
-        if words[0] == interface and words[2] == "00000000":
-            network, mask = (struct.unpack(">I", struct.pack("=I", int(words[at], 16)))[0] for at in (1, 7))
-            return f"{ipv4_text(network)}/{bin(mask).count('1')}"
-    return ""
+    """The network that the interface has an address in, as 192.168.1.0/24, or ''."""
+    there = os.path.exists(f"/sys/class/net/{interface}")
+    routes = ip_json("route", "show", "dev", interface, "scope", "link") if there else []
+    return routes[0]["dst"] if routes else ""
 
 
 def helper_list() -> str:
@@ -4528,13 +4435,11 @@ MAC_PREFIX = "00:50:56"
 def new_identity(taken: set[str]) -> tuple[str, str]:
     """A UUID (random, RFC 4122 version 4) and its MAC: 00:50:56 and the UUID's first three bytes, not among `taken`."""
     while True:
-        raw = bytearray(os.urandom(16))
-        raw[6], raw[8] = raw[6] & 0x0F | 0x40, raw[8] & 0x3F | 0x80
-        text = raw.hex()
-        mac = mac_of_uuid(text)
+        uuid = read_text("/proc/sys/kernel/random/uuid").strip()  # random(4); module uuid costs an import
+        mac = mac_of_uuid(uuid)
         if mac not in taken:
             taken.add(mac)
-            return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:])), mac
+            return uuid, mac
 
 
 def mac_of_uuid(uuid: str) -> str:
@@ -4586,11 +4491,6 @@ def login_keys() -> list[str]:
             continue
         lines += [line.strip() for line in text.splitlines() if re.match(r"(ssh|ecdsa|sk)-\S+ +\S", line.strip())]
     return list(dict.fromkeys(lines))
-
-
-def make_host_key(vm: VM) -> None:
-    """The guest's ssh host key, made on the host: it is known from the first contact."""
-    make_key(vm.host_key, f"root@{vm.name}")
 
 
 class KnownHosts:
@@ -4720,9 +4620,12 @@ def seed_files(vm: VM, keys: Sequence[str], added: bytes = b"") -> dict[str, byt
     JSON is YAML, and its writer quotes whatever comes: no name and no key becomes a line of its own.  The instance is
     the VM's UUID: another one makes cloud-init begin anew, the same one leaves the guest as it is.
     """
+    # DHCP on the network card, which is found by its MAC whatever it is called (cloud-init's format, version 2).  It is
+    # renamed to eth0: what cloud-init writes for ifupdown or NetworkManager goes by the name alone.
+    card = {"match": {"macaddress": vm.get("vmMac")}, "set-name": "eth0", "dhcp4": True, "dhcp-identifier": "mac"}
     return {
         "meta-data": _json({"instance-id": vm.get("vmUuid"), "local-hostname": vm.name}),
-        "network-config": _json(network_config(vm.get("vmMac"))),
+        "network-config": _json({"version": 2, "ethernets": {"eth0": card}}),
         "user-data": user_data(vm, keys, added),
     }
 
@@ -4787,15 +4690,6 @@ def cloud_config(vm: VM, keys: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def network_config(mac: str) -> dict[str, Any]:
-    """DHCP on the network card, which is found by its MAC whatever it is called (cloud-init's format, version 2).
-
-    It is renamed to eth0: what cloud-init writes for ifupdown or NetworkManager goes by the name alone.
-    """
-    card = {"match": {"macaddress": mac}, "set-name": "eth0", "dhcp4": True, "dhcp-identifier": "mac"}
-    return {"version": 2, "ethernets": {"eth0": card}}
-
-
 def printable_ascii(text: str) -> str:
     """A line of a key file as every reader of YAML takes it: a key's comment may be in any encoding."""
     return re.sub(r"[^ -~]", "?", text)
@@ -4807,8 +4701,9 @@ def _json(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, indent=1).encode() + b"\n"
 
 
-def ssh_option(name: str, value: str) -> list[str]:
-    return ["-o", f"{name}={value}"]
+def ssh_options(**values: str) -> list[str]:
+    """The words of a call of ssh that set these (ssh_config(5))."""
+    return [word for name, value in values.items() for word in ("-o", f"{name}={value}")]
 
 
 def ssh_path(path: str) -> str:
@@ -4818,23 +4713,18 @@ def ssh_path(path: str) -> str:
 
 def ssh_trust_options(known_hosts: str, strict: bool) -> list[str]:
     """Our known_hosts and no other; unknown keys are refused, or pinned at the first contact where none was planted."""
-    return [
-        *ssh_option("UserKnownHostsFile", ssh_path(known_hosts)),
-        *ssh_option("GlobalKnownHostsFile", "/dev/null"),
-        *ssh_option("StrictHostKeyChecking", "yes" if strict else "accept-new"),
-        *ssh_option("UpdateHostKeys", "no"),
-        *ssh_option("HashKnownHosts", "no"),
-        *ssh_option("CheckHostIP", "no"),
-    ]
+    return ssh_options(
+        UserKnownHostsFile=ssh_path(known_hosts), GlobalKnownHostsFile="/dev/null",
+        StrictHostKeyChecking="yes" if strict else "accept-new", UpdateHostKeys="no", HashKnownHosts="no",
+        CheckHostIP="no",
+    )  # fmt: skip
 
 
 def ssh_key_options(planted: bool) -> list[str]:
     """Which keys ssh offers.  Where ours was planted, no others but the user's default ones: an agent full of keys
     would use up the tries that a server grants (MaxAuthTries, 6)."""
-    words = ssh_option("IdentityFile", ssh_path(own_key()))
-    for path in user_keys():
-        words += ssh_option("IdentityFile", ssh_path(path))
-    return [*words, *ssh_option("IdentitiesOnly", "yes")] if planted else words
+    words = [word for path in (own_key(), *user_keys()) for word in ssh_options(IdentityFile=ssh_path(path))]
+    return [*words, *ssh_options(IdentitiesOnly="yes")] if planted else words
 
 
 def is_planted(vm: VM) -> bool:
@@ -6823,7 +6713,8 @@ class Cloud:
         self.known_hosts = KnownHosts(self.tree)
         self._qemu: Qemu | None = None
         self.private = PrivateNetwork(self.tree)
-        self._networks: dict[str, Network] = {"private": self.private, "bridge": HostBridge(config, self.tree)}
+        self.bridge = HostBridge(config, self.tree)
+        self._networks: dict[str, Network] = {"private": self.private, "bridge": self.bridge}
         self._accels: dict[str, str] = {}
         self._screen: str | None = None
         self._seed: str | None = None
@@ -6874,7 +6765,7 @@ class Cloud:
         """bridge or private, for a vmNetwork: `auto` is what this host has now."""
         if wanted != "auto":
             return wanted
-        return "private" if self.network("bridge").why_not() else "bridge"
+        return "private" if self.bridge.why_not() else "bridge"
 
     def close(self) -> None:
         """Close what this process holds of the networks."""
@@ -6887,7 +6778,7 @@ class Cloud:
 
     def __exit__(self, *exc: object) -> None:
         if self.private.used:
-            self.private.end_if_idle()
+            self.private.tend()
         self.close()
 
 
@@ -7167,7 +7058,7 @@ def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: 
         taken = Taken(tree)
         names = {vm.name.lower() for vm in taken.vms if vm.group == group}
         known = taken.uuids | {vm.get("vmUuid") for vm in tree.templates() if vm.is_readable()}
-        orphans = [uuid for each in cloud.networks() for uuid in each.orphans(known)] if taken.complete else []
+        orphans = [uuid for each in cloud.networks() for uuid in each.hosts.orphans(known)] if taken.complete else []
         taken.addresses |= cloud.private.hosts.addresses()
         for request in requests:
             check_collision(tree, group, request.type)  # again, now that nobody else can make one
@@ -7262,7 +7153,7 @@ class NewClones:
         for name, size in zip(extra, request.disks):
             create_disk(vm.file(name), size)
         if takes_host_key(vm):
-            make_host_key(vm)
+            make_key(vm.host_key, f"root@{vm.name}")
         if request.user_data:
             write_file(vm.user_data_file, request.user_data)
         final = VM(vm.tree, vm.group, vm.type, vm.name)
@@ -7282,7 +7173,7 @@ class NewClones:
                 if os.path.isdir(clone.vm.folder):
                     remove_tree(clone.vm.folder)
                 clone.lock.release()
-        self.cloud.network("bridge").withdraw([clone.uuid for clone in failed])  # an address was held for each
+        self.cloud.bridge.withdraw([clone.uuid for clone in failed])  # an address was held for each
         with self.cloud.tree.lock():
             remove_if_empty(self.cloud.tree, self.group)
 
@@ -7618,7 +7509,8 @@ def command_script(vm: VM, argv: Sequence[str], network: Network) -> str:
 
     # an option a line: its value begins with no dash
     words = "".join((" \\\n  " if word[:1] == "-" else " ") + shlex.quote(word) for word in argv)
-    before = shlex.join(network.by_hand(vm.tree))
+    tap = self_argv("net", "--tap", f"--{network.kind}", "exec")  # as descriptor 3
+    before = shlex.join(["env", f"NOCLOUD_vmBaseDir={vm.tree.base}", *tap])
     start = f"#!/bin/sh\n# Starts {vm.name} by hand, as nocloud does.\ncd {shlex.quote(vm.folder)} &&\n"
     return f"{start}exec {before}{words}\n"
 
@@ -7846,15 +7738,15 @@ def ssh_batch(cloud: Cloud, vm: VM, script: str, timeout: float) -> tuple[int, s
 def ssh_way(network: Network) -> list[str]:
     """The option that takes ssh into a private network."""
     proxy = network.proxy_command()
-    return [*ssh_option("ProxyCommand", proxy), *ssh_option("ProxyUseFdpass", "yes")] if proxy else []
+    return ssh_options(ProxyCommand=proxy, ProxyUseFdpass="yes") if proxy else []
 
 
 def ssh_argv(cloud: Cloud, vm: VM, trust: Sequence[str], keys: Sequence[str], batch: bool = False) -> list[str]:
     """ssh's argv up to the host: who is checked, with which keys, by which way.  `batch`: nobody is asked anything."""
     network = cloud.network_of(vm)
-    quiet = ["-F", "none", *ssh_option("BatchMode", "yes"), *ssh_option("ConnectTimeout", "20")] if batch else []
+    quiet = ["-F", "none", *ssh_options(BatchMode="yes", ConnectTimeout="20")] if batch else []
     return [
-        "ssh", *quiet, *ssh_option("ControlPath", "none"), *ssh_option("HostKeyAlias", vm.get("vmUuid")), *trust, *keys,
+        "ssh", *quiet, *ssh_options(ControlPath="none", HostKeyAlias=vm.get("vmUuid")), *trust, *keys,
         *ssh_way(network), "-l", vm.get("vmUser"), network.address(vm),
     ]  # fmt: skip
 
@@ -7955,7 +7847,7 @@ def give_identity(cloud: Cloud, vm: VM) -> None:
     """What a VM needs before its first start, for who holds its lock."""
     ensure_identity(cloud, vm)
     if takes_host_key(vm) and not os.path.exists(vm.host_key):
-        make_host_key(vm)
+        make_key(vm.host_key, f"root@{vm.name}")
     publish_keys(cloud, [vm])
 
 
@@ -8266,7 +8158,7 @@ def take_over(cloud: Cloud, new: NewTemplate, key: tuple[str, str]) -> None:
     path, public = key
 
     def work(guest: OwnGuest) -> None:
-        guest.keys = [*ssh_option("IdentityFile", ssh_path(path)), *ssh_option("IdentitiesOnly", "yes")]
+        guest.keys = ssh_options(IdentityFile=ssh_path(path), IdentitiesOnly="yes")
         guest.wait_login()
         guest.output(guest_script("plant-keys.sh", KEYS="\n".join(login_keys())))
         guest.keys = ssh_key_options(True)  # from here on ours opens it, which proves that it can
@@ -9008,7 +8900,7 @@ class Patient:
             self.config.set("vmBaseDir", os.path.join(home_folder(), "vms"), "")
             self.cloud = Cloud(self.config)
         self.tree = self.cloud.tree
-        self.bridge = HostBridge(self.config, self.tree)
+        self.bridge = self.cloud.bridge
         self.has_bridge = os.path.exists(f"/sys/class/net/{self.bridge.interface}")
         self.foreign = self.has_bridge and not bridge_is_ours(self.bridge.interface)
         try:
@@ -9354,10 +9246,9 @@ def examine_dnsmasq(patient: Patient) -> Iterator[Finding]:
     """Whether the bridge's dnsmasq serves there, and if not, who has its ports."""
     wanted, bad = BridgeSettings(patient.config).address, patient.needs("bridge")
     for kind, port in (("udp", 53), ("tcp", 53), ("udp", 67)):
-        for address, inode in sorted(bound_sockets(kind, port), reverse=True):  # at no address: 0.0.0.0, comes last
+        for address, pid in sorted(bound_sockets(kind, port), reverse=True):  # at no address: 0.0.0.0, comes last
             if address not in ("0.0.0.0", wanted):
                 continue
-            pid = owner_of_socket(inode)
             if (kind, address) == ("udp", wanted) and (not pid or STATE_FOLDER in read_text(f"/proc/{pid}/cmdline")):
                 yield Finding(OK, f"DHCP and DNS are served at {wanted}")
                 return
@@ -10295,7 +10186,7 @@ def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     verb, rest = (words[0], words[1:]) if words else ("", [])
     kind = kind_of_network(config, args, rest) if verb in ("up", "down", "status") else ""
     with contextlib.closing(Cloud(config)) as cloud:  # as it is: a ProxyCommand must be quick, `down` is what it says
-        private, bridge = cloud.private, cloud.network("bridge")
+        private, bridge = cloud.private, cloud.bridge
         if verb == "status":
             lines = (*bridge.status(), *bridge_faults(config)) if kind != "private" else ()
             for line in (*lines, *(private.status() if kind != "bridge" else ())):
@@ -11218,7 +11109,7 @@ def planned_modules(prefix: str) -> tuple[list[str], list[InstalledFile]]:
     Of those that this kernel has: a missing one would fail the boot's unit.  A container has no modprobe(8).
     """
     words = read_text("/proc/cpuinfo").split()
-    modules = [module for flag, module in (("vmx", "kvm_intel"), ("svm", "kvm_amd")) if flag in words]
+    modules = [module for flag, module in KVM_MODULES.items() if flag in words]
     modules = [
         module
         for module in (*modules, "vhost_net", "tun")

@@ -533,7 +533,7 @@ def test_addresses_and_names_are_shared_out_among_all_trees(host: Host) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import nocloud\n"
         "config = nocloud.load_config()\nconfig.set('vmBaseDir', sys.argv[1], '')\n"
-        "print(*nocloud.HostBridge(config, nocloud.Tree(config)).strangers(set()))"
+        "print(*nocloud.HostBridge(config, nocloud.Tree(config)).hosts.orphans(set()))"
     )
     for base, count in (("/one", 4), ("/two", 2), ("/three", 0)):
         assert len(host.at(host.pid, sys.executable, "-IS", "-c", code, base).ok().stdout.split()) == count
