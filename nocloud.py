@@ -7164,7 +7164,8 @@ def check_requests(cloud: Cloud, group: str, requests: Sequence[CloneRequest], f
             elif request.user_data:
                 raise UsageError(f"user-data=: {template.name} takes no seed, its vmInit is {template.get('vmInit')}")
         except Error as error:
-            raise type(error)(f"{request.where}{error}", error.hint) from None
+            error.text, error.vm = f"{request.where}{error}", None
+            raise
     check_memory(cloud.tree, requests, force)
     check_space(cloud.tree.base, requests)
 
