@@ -5204,7 +5204,6 @@ def web_opener(seconds: float, proxies: Mapping[str, str]) -> urllib.request.Ope
     """urllib's opener for http and https alone, with waits of at most `seconds`, and with proxies from the environment
     and from `proxies`, which names them like the environment does."""
     import http.client
-    import ssl
     import urllib.request
 
     class Response(http.client.HTTPResponse):
@@ -5212,20 +5211,14 @@ def web_opener(seconds: float, proxies: Mapping[str, str]) -> urllib.request.Ope
             super().__init__(*args, **options)
             self.fp = io.BufferedReader(Metered(self.fp.detach(), seconds), PIECE)
 
-    class Plain(http.client.HTTPConnection):
-        response_class = Response
+    class Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+        def do_open(self, http_class: Any, req: Any, **options: Any) -> http.client.HTTPResponse:
+            def connect(*words: Any, **more: Any) -> http.client.HTTPConnection:
+                connection: http.client.HTTPConnection = http_class(*words, **more)
+                connection.response_class = Response
+                return connection
 
-    class Secure(http.client.HTTPSConnection):
-        response_class = Response
-
-    class Handler(urllib.request.HTTPSHandler):
-        def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-            return self.do_open(Plain, req)
-
-        def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-            return self.do_open(Secure, req, context=ssl.create_default_context())
-
-        http_request = urllib.request.HTTPSHandler.https_request
+            return super().do_open(connect, req, **options)
 
     class Redirects(urllib.request.HTTPRedirectHandler):
         http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # Python 3.9 and 3.10 don't know it
