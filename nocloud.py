@@ -5346,24 +5346,36 @@ class Web:
 
 
 class Progress:
-    """How far a download is: a bar on a terminal, elsewhere a line now and then."""
+    """How far a download is: a bar on a terminal, elsewhere a line now and then; and whether there is room for it."""
 
     LINE_EVERY, BAR_EVERY, WIDTH = 15.0, 0.1, 24
 
-    def __init__(self, name: str) -> None:
-        self.name, self.total, self.done, self.kept, self.resumed = name, 0, 0, 0, False
+    def __init__(self, name: str, base: str, pieces: int = 1) -> None:
+        """`base`: the folder that a disk as large as the image is made in afterwards, at least."""
+        self.name, self.base, self.pieces = name, base, pieces
+        self.total, self.done, self.kept, self.resumed = 0, 0, 0, False
         self.started = self._shown = time.monotonic()
+
+    def expect(self, size: int, folder: str) -> None:
+        """Know from the first piece how much will come into the folder: all pieces but the last are of one size.
+        Raises Error where that and the template's disk don't fit."""
+        if self.total:
+            return
+        self.total = max(0, size) * self.pieces
+        wanted = {folder: self.total - self.done, self.base: self.total}
+        if os.stat(folder).st_dev == os.stat(self.base).st_dev:
+            wanted = {self.base: sum(wanted.values())}
+        hint = "free some disk space, or put XDG_CACHE_HOME and vmBaseDir on larger file systems"
+        for place, need in wanted.items():
+            check_room(place, need, hint=hint)
 
     def advance(self, count: int) -> None:
         self.done += count
         now, terminal = time.monotonic(), sys.stderr.isatty()
-        if now - self._shown < (self.BAR_EVERY if terminal else self.LINE_EVERY):
-            return
-        self._shown = now
-        if terminal:
-            report.progress(f"{self.name}: {self.bar()}", self.numbers(now))
-        else:
-            report.progress(f"{self.name}: {self.numbers(now)}")
+        if now - self._shown >= (self.BAR_EVERY if terminal else self.LINE_EVERY):
+            self._shown = now
+            bar = self.bar() + " " if terminal else ""
+            report.progress(f"{self.name}: {bar}{self.numbers(now)}")
 
     def bar(self) -> str:
         if not self.total:
@@ -5391,8 +5403,8 @@ class Transfer:
         self.done, self.total, self.tag = 0, -1, ""
         self.strict = False  # tags differ between the mirrors that a redirector chooses from
 
-    def run(self, expect: Callable[[Transfer], object] = lambda transfer: None) -> None:
-        """Fetch it all.  `expect` is called when the first answer has come, before its first byte is written."""
+    def run(self) -> None:
+        """Fetch it all."""
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         with open(os.open(self.path, flags, 0o600), "r+b", buffering=0) as file:
             for piece in iter(lambda: file.read(PIECE), b""):
@@ -5400,9 +5412,9 @@ class Transfer:
                 self.done += len(piece)
             self.progress.done += self.done
             self.progress.kept += self.done
-            self.web.patiently(lambda: self.result_of(file, expect), lambda: self.done)
+            self.web.patiently(lambda: self._receive(file), lambda: self.done)
 
-    def result_of(self, file: io.FileIO, expect: Callable[[Transfer], object]) -> None:
+    def _receive(self, file: io.FileIO) -> None:
         try:
             answer = self.web.open(self.url, self.done)
         except Exhausted:
@@ -5411,11 +5423,8 @@ class Transfer:
             return  # it is all here, or another file: the checksum knows
         with answer:
             skip = self._align(answer)
-            expect(self)
-            while True:
-                piece = self.web.read(self.url, answer)
-                if not piece:
-                    break
+            self.progress.expect(self.total, os.path.dirname(self.path))
+            for piece in iter(lambda: self.web.read(self.url, answer), b""):
                 new = piece[skip:]
                 skip -= len(piece) - len(new)
                 self.sink(new)
@@ -5624,22 +5633,21 @@ class Source:
 
     pieces = 1
 
-    def __init__(self, urls: Sequence[str], algorithm: str, digest: str) -> None:
-        self.urls, self.algorithm, self.digest = urls, algorithm, digest
+    def __init__(self, web: Web, urls: Sequence[str], algorithm: str, digest: str) -> None:
+        self.web, self.urls, self.algorithm, self.digest = web, urls, algorithm, digest
 
     @property
     def url(self) -> str:
         return self.urls[0]
 
-    def fetch(self, web: Web, tree: Tree, folder: str, progress: Progress) -> None:
+    def fetch(self, folder: str, progress: Progress) -> None:
         """Make `image` in the folder, going on with what is there.  Raises Altered for what wasn't published."""
         import hashlib
 
         for url in self.urls:
             digest, part = hashlib.new(self.algorithm), os.path.join(folder, "image.part")
-            transfer = Transfer(web, url, part, digest.update, progress)
             try:
-                transfer.run(lambda transfer: self.expect(transfer, tree))
+                Transfer(self.web, url, part, digest.update, progress).run()
             except Absent:
                 if url == self.urls[-1]:
                     raise
@@ -5648,20 +5656,6 @@ class Source:
             self.check(url, digest.hexdigest())
             os.rename(part, os.path.join(folder, "image"))
             return
-
-    def expect(self, transfer: Transfer, tree: Tree) -> None:
-        """Know from the first answer how much will come: all pieces but the last are of one size.  Raises Error where
-        that and the template's disk, which is at least as large, don't fit."""
-        progress, cache = transfer.progress, os.path.dirname(transfer.path)
-        if progress.total:
-            return
-        progress.total = max(0, transfer.total) * self.pieces
-        wanted = {cache: progress.total - progress.done, tree.base: progress.total}
-        if os.stat(cache).st_dev == os.stat(tree.base).st_dev:
-            wanted = {tree.base: sum(wanted.values())}
-        hint = "free some disk space, or put XDG_CACHE_HOME and vmBaseDir on larger file systems"
-        for place, need in wanted.items():
-            check_room(place, need, hint=hint)
 
     def check(self, url: str, found: str) -> None:
         """Raise where what came has another checksum."""
@@ -5675,16 +5669,14 @@ class Source:
 class ClassicSource(Source):
     """An image that a server of the bash tools has: BASE/NAME.img/NAME.img.000… up to the piece number `last`."""
 
-    BLOCK = 64 * 1024
-
-    def __init__(self, base: str, name: str, last: int, algorithm: str, digest: str) -> None:
-        super().__init__([f"{base}/{name}.img/"], algorithm, digest)
+    def __init__(self, web: Web, base: str, name: str, last: int, algorithm: str, digest: str) -> None:
+        super().__init__(web, [f"{base}/{name}.img/"], algorithm, digest)
         self.base, self.name, self.pieces = base, name, last + 1
 
-    def fetch(self, web: Web, tree: Tree, folder: str, progress: Progress) -> None:
+    def fetch(self, folder: str, progress: Progress) -> None:
         import hashlib
 
-        unpacker = Unpacker(self._compression(web))
+        unpacker = Unpacker(self._compression())
         extension = {"xz": ".xz", "gzip": ".gz", "": ""}[unpacker.kind]
         part = os.path.join(folder, "image.part")
         pieces = [f"{self.name}.img.{number:03d}{extension}" for number in range(self.pieces)]
@@ -5695,15 +5687,14 @@ class ClassicSource(Source):
                 def sink(data: bytes) -> None:
                     for out in unpacker.feed(data):
                         digest.update(out)
-                        for block in (out[start : start + self.BLOCK] for start in range(0, len(out), self.BLOCK)):
+                        for block in (out[start : start + 65536] for start in range(0, len(out), 65536)):
                             if block.count(0) == len(block):
                                 image.seek(len(block), os.SEEK_CUR)  # takes no space
                             else:
                                 image.write(block)
 
                 for name in pieces:
-                    transfer = Transfer(web, self.url + name, os.path.join(folder, name), sink, progress)
-                    transfer.run(lambda transfer: self.expect(transfer, tree))
+                    Transfer(self.web, self.url + name, os.path.join(folder, name), sink, progress).run()
                 unpacker.finish()
                 image.truncate()
         except BaseException:
@@ -5714,24 +5705,24 @@ class ClassicSource(Source):
             os.unlink(os.path.join(folder, name))
         os.rename(part, os.path.join(folder, "image"))
 
-    def _compression(self, web: Web) -> str:
+    def _compression(self) -> str:
         try:
-            word = web.text(f"{self.base}/compression").strip()
+            word = self.web.text(f"{self.base}/compression").strip()
         except Absent:
             return ""
         return word if word in ("xz", "gzip") else ""
 
 
-def fetch_verified(source: Source, web: Web, tree: Tree, name: str, cached: CachedImage) -> None:
+def fetch_verified(source: Source, tree: Tree, name: str, cached: CachedImage) -> None:
     """Have the image in the cache.  What was altered is thrown away; it is asked for once more where it was pieced
     together, since the pieces may be of different files."""
     if cached.is_there():
         report.say(f"{name}: the image is in the cache: {cached.folder}")
         return
     while True:
-        progress = Progress(name)
+        progress = Progress(name, tree.base, source.pieces)
         try:
-            source.fetch(web, tree, cached.folder, progress)
+            source.fetch(cached.folder, progress)
             progress.finish()
             return
         except Altered:
@@ -5760,9 +5751,10 @@ def resolve(catalogue: Catalogue, entry: Entry, web: Web) -> Source:
         report.warn(f"{entry.name}: an md5 checksum shows damage, but not who made the image")
     if classic:
         base = catalogue.mirrored(images[0]).rpartition("/")[0]
-        return ClassicSource(base, entry.name, int(entry.need("last")), algorithm, digest)
+        return ClassicSource(web, base, entry.name, int(entry.need("last")), algorithm, digest)
     urls = [urllib.parse.urljoin(url, urllib.parse.quote(name)) for name in names for url in images]
-    return Source([catalogue.mirrored(url) for url in [*urls, *(u for u in images if "*" not in u)]], algorithm, digest)
+    urls = [catalogue.mirrored(url) for url in [*urls, *(url for url in images if "*" not in url)]]
+    return Source(web, urls, algorithm, digest)
 
 
 def read_checksums(web: Web, url: str, algorithm: str, wanted: str) -> tuple[str, str]:
@@ -5795,10 +5787,10 @@ def publishers_key(entry: Entry) -> tuple[str, str]:
         raise Error(f"{path}: ssh can't use this key: {reason}", "chmod 600 it; it must have no passphrase") from None
 
 
-def published_conf(web: Web, source: ClassicSource) -> dict[str, str]:
+def published_conf(source: ClassicSource) -> dict[str, str]:
     """Memory and processors as BASE/NAME.conf gives them; nothing else in it is heeded."""
     url, found = f"{source.base}/{source.name}.conf", {}
-    for assignment in parse_assignments(web.text(url)[: 64 * 1024], url, {}):
+    for assignment in parse_assignments(source.web.text(url)[: 64 * 1024], url, {}):
         if assignment.key in ("vmMem", "vmCpu"):
             check_setting(assignment.key, assignment.value, f"{url}:{assignment.line}")
             found[assignment.key] = assignment.value
@@ -5909,23 +5901,18 @@ def template_from_image(cloud: Cloud, name: str, path: str, settings: Mapping[st
 
 
 def template_from_source(
-    cloud: Cloud,
-    name: str,
-    source: Source,
-    web: Web,
-    settings: Mapping[str, str],
-    first_start: Callable[[NewTemplate], None] | None = None,
+    cloud: Cloud, name: str, source: Source, settings: Mapping[str, str], first_start: Callable[..., None] | None = None
 ) -> None:
     """Download, verify, make the template; or say that another command has made it while we waited for its download.
 
-    `first_start`: what is to be done in its guest before it is a template.
+    `first_start`, given the NewTemplate: what is to be done in its guest before it is a template.
     """
     cloud.tree.prepare()
     with CachedImage(source.algorithm, source.digest) as cached:
         if cloud.tree.template(name).exists():
             report.say(f"{name}: it is there, another command has just made it")
             return
-        fetch_verified(source, web, cloud.tree, name, cached)
+        fetch_verified(source, cloud.tree, name, cached)
         with NewTemplate(cloud, name) as new:
             try:
                 import_image(new, cached.image, source.url)
@@ -5947,18 +5934,17 @@ def template_from_url(
 
     check_new_template(cloud.tree, name)
     web = Web(cloud.config.number("vmDownloadTimeout"))
-    algorithm, _, digest = expected.partition(":")
-    source = Source([url], algorithm, digest)
     if expected:
-        template_from_source(cloud, name, source, web, settings)
+        algorithm, _, digest = expected.partition(":")
+        template_from_source(cloud, name, Source(web, [url], algorithm, digest), settings)
         return
     if not insecure:
         raise UsageError(f"{url}: nothing says what it must be", "give --sha256 HEX or --sha512 HEX, or --insecure")
     with NewTemplate(cloud, name) as new:  # nothing of it goes into the cache, or is gone on with later
-        found, path, progress = hashlib.sha256(), new.vm.file("download"), Progress(name)
+        found, path, progress = hashlib.sha256(), new.vm.file("download"), Progress(name, cloud.tree.base)
         transfer = Transfer(web, url, path, found.update, progress)
         transfer.strict = True
-        transfer.run(lambda transfer: source.expect(transfer, cloud.tree))
+        transfer.run()
         progress.finish()
         import_image(new, path, url)
         os.unlink(path)
@@ -5977,26 +5963,26 @@ def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, Any], t
     check_new_template(cloud.tree, name)
     web = Web(cloud.config.number("vmDownloadTimeout"))
     source = resolve(catalogue, entry, web)
-    settings = entry_settings(cloud, entry, asked, source, web)
+    settings = entry_settings(cloud, entry, asked, source)
     first_start = None
     if isinstance(source, ClassicSource) and entry["key"]:
         first_start = functools.partial(take_over, key=publishers_key(entry))
     try:
-        template_from_source(cloud, name, source, web, settings, first_start)
+        template_from_source(cloud, name, source, settings, first_start)
     except Altered:
         again = resolve(catalogue, entry, web)
         if again.digest == source.digest:
             raise
         # A new release came while the old one was fetched.
-        template_from_source(cloud, name, again, web, settings, first_start)
+        template_from_source(cloud, name, again, settings, first_start)
     if isinstance(source, ClassicSource) and not first_start:
         report.say(f"{name}: the catalogue names no key of its publisher; only keys that are in the image will open it")
 
 
-def entry_settings(cloud: Cloud, entry: Entry, asked: Mapping[str, Any], source: Source, web: Web) -> dict[str, str]:
+def entry_settings(cloud: Cloud, entry: Entry, asked: Mapping[str, Any], source: Source) -> dict[str, str]:
     """What the clones start with: as the command line says, else the entry, else (classic) the publisher's conf."""
     classic = isinstance(source, ClassicSource)
-    published = published_conf(web, source) if isinstance(source, ClassicSource) else {}
+    published = published_conf(source) if isinstance(source, ClassicSource) else {}
     settings = template_settings(
         cloud,
         asked["mem"] or entry.number("mem") or int(published.get("vmMem", 0)),
