@@ -5687,11 +5687,10 @@ class ClassicSource(Source):
                 def sink(data: bytes) -> None:
                     for out in unpacker.feed(data):
                         digest.update(out)
-                        for block in (out[start : start + 65536] for start in range(0, len(out), 65536)):
-                            if block.count(0) == len(block):
-                                image.seek(len(block), os.SEEK_CUR)  # takes no space
-                            else:
-                                image.write(block)
+                        if out.count(0) == len(out):
+                            image.seek(len(out), os.SEEK_CUR)  # takes no space
+                        else:
+                            image.write(out)
 
                 for name in pieces:
                     Transfer(self.web, self.url + name, os.path.join(folder, name), sink, progress).run()
