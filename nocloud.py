@@ -5503,8 +5503,7 @@ class Unpacker:
     MEMORY = 128 * MIB  # xz -9 takes 65: a stream can ask for 4 GB
 
     def __init__(self, kind: str) -> None:
-        if kind not in ("", "xz", "gzip"):
-            raise ValueError(kind)
+        """`kind`: xz, gzip, or '' for what isn't compressed."""
         self.kind = kind
         self._machine: Any = None  # of the stream that is being read; none between two
 
@@ -5512,36 +5511,26 @@ class Unpacker:
         import lzma
         import zlib
 
+        if not self.kind:
+            yield piece
+            return
         try:
-            yield from self._feed(piece) if self.kind else (piece,)
+            while self._machine or piece.strip(b"\0"):
+                if not self._machine:
+                    piece = piece.lstrip(b"\0")  # streams may be padded
+                    xz = self.kind == "xz"
+                    self._machine = lzma.LZMADecompressor(memlimit=self.MEMORY) if xz else zlib.decompressobj(wbits=31)
+                out = self._machine.decompress(piece, MIB)
+                if out:
+                    yield out
+                if self._machine.eof:
+                    piece, self._machine = self._machine.unused_data, None
+                    continue
+                piece = getattr(self._machine, "unconsumed_tail", b"")  # lzma's keeps it itself
+                if not piece and len(out) < MIB:
+                    return
         except (lzma.LZMAError, zlib.error) as error:
             raise Altered(f"the compressed image is damaged: {error}") from None
-
-    def _feed(self, piece: bytes) -> Iterator[bytes]:
-        while True:
-            if self._machine is None:
-                piece = piece.lstrip(b"\0")  # streams may be padded
-                if not piece:
-                    return
-                self._machine = self._new()
-            out = self._machine.decompress(piece, MIB)
-            if out:
-                yield out
-            if self._machine.eof:
-                piece, self._machine = self._machine.unused_data, None
-                continue
-            piece = b"" if self.kind == "xz" else self._machine.unconsumed_tail
-            if self._machine.needs_input if self.kind == "xz" else not (piece or len(out) == MIB):
-                return
-
-    def _new(self) -> Any:
-        if self.kind == "xz":
-            import lzma
-
-            return lzma.LZMADecompressor(memlimit=self.MEMORY)
-        import zlib
-
-        return zlib.decompressobj(wbits=31)
 
     def finish(self) -> None:
         """Raise where the stream isn't at its end."""
