@@ -5455,18 +5455,10 @@ class Transfer:
 
 def parse_checksums(text: str, algorithm: str) -> list[tuple[str, str]]:
     """(file name or '', digest) of each line that says one: `HASH  NAME`, `HASH *NAME`, `ALG (NAME) = HASH`, `HASH`."""
-    digest = f"([0-9a-f]{{{DIGEST_LENGTHS[algorithm]}}})"
-    plain = re.compile(rf"{digest}(?:\s+\*?(\S.*))?", re.I)
-    tagged = re.compile(rf"{algorithm}\s*\((.+)\)\s*=\s*{digest}", re.I)
-    found = []
-    for line in text.splitlines():
-        match = plain.fullmatch(line.strip())
-        if match:
-            found.append((os.path.basename(match.group(2) or ""), match.group(1).lower()))
-        match = tagged.fullmatch(line.strip())
-        if match:
-            found.append((os.path.basename(match.group(1)), match.group(2).lower()))
-    return found
+    digest = f"[0-9a-f]{{{DIGEST_LENGTHS[algorithm]}}}"
+    pattern = re.compile(rf"(?:{algorithm}\s*\((.+)\)\s*=\s*)?({digest})(?:\s+\*?(\S.*))?", re.I)
+    found = filter(None, (pattern.fullmatch(line.strip()) for line in text.splitlines()))
+    return [(os.path.basename(match[1] or match[3] or ""), match[2].lower()) for match in found]
 
 
 def choose_listed(listed: Sequence[tuple[str, str]], wanted: str) -> tuple[str, str]:
