@@ -5541,23 +5541,19 @@ def check_room(folder: str, need: int, shown: str = "", what: str = "the image t
 
 
 class CachedImage:
-    """The place of an image with a known checksum in the user's cache; `with` holds it, so that two commands that want
-    the same image download it once.
+    """The place of an image in the user's cache; `with` holds it, so that two commands that want the same image
+    download or build it once.
 
     An interrupted download stays there and is gone on with; so do images, for some time after their last use.
     """
 
     KEPT = 30 * 86400.0
-    AGAIN = "downloaded"
 
-    def __init__(self, algorithm: str, digest: str, name: str = "") -> None:
-        """`name`: of its folder, where that isn't its checksum."""
+    def __init__(self, name: str, algorithm: str = "sha256", digest: str = "") -> None:
+        """`digest`: '' for an image that is made on this machine; its checksum is kept in a file beside it."""
         self.algorithm, self.digest = algorithm, digest
-        self.folder = os.path.join(cache_home(), "images", name or f"{algorithm}-{digest}")
-
-    @property
-    def image(self) -> str:
-        return os.path.join(self.folder, "image")
+        self.folder = os.path.join(cache_home(), "images", name)
+        self.image, self._checksum = os.path.join(self.folder, "image"), os.path.join(self.folder, "sha256")
 
     def __enter__(self) -> CachedImage:
         images = os.path.dirname(self.folder)
@@ -5587,14 +5583,34 @@ class CachedImage:
 
     def is_there(self) -> bool:
         """Whether the image is there, whole: it is read again each time."""
-        if not os.path.isfile(self.image):
+        digest = self.digest or read_tail(self._checksum).strip()
+        if not digest or not os.path.isfile(self.image):
             return False
-        if file_digest(self.image, self.algorithm) != self.digest:
-            report.warn(f"{self.image} is damaged, it is {self.AGAIN} again")
+        if file_digest(self.image, self.algorithm) != digest:
+            report.warn(f"{self.image} is damaged, it is {'downloaded' if self.digest else 'built'} again")
             self.clear()
             return False
         os.utime(self.folder)
         return True
+
+    def keep(self, disk: str) -> None:
+        """Take a copy of a disk in place of all that have the same name but for its last part.
+
+        Without it the next build takes longer, and no more than that.
+        """
+        import shutil
+
+        self.clear()
+        part = self.image + ".part"
+        try:
+            shutil.copyfile(disk, part)
+            write_file(self._checksum, file_digest(part) + "\n")
+            os.rename(part, self.image)
+        except OSError as error:
+            report.warn(f"the build isn't kept in the cache: {error_from_os(error)}")
+            self.clear()
+        same = self.folder.rpartition("-")[0] + "-"
+        self._forget(lambda folder: folder.startswith(same))
 
     def clear(self) -> None:
         for name in names_in(self.folder):
@@ -5888,7 +5904,7 @@ def template_from_source(
     `first_start`, given the NewTemplate: what is to be done in its guest before it is a template.
     """
     cloud.tree.prepare()
-    with CachedImage(source.algorithm, source.digest) as cached:
+    with CachedImage(f"{source.algorithm}-{source.digest}", source.algorithm, source.digest) as cached:
         if cloud.tree.template(name).exists():
             report.say(f"{name}: it is there, another command has just made it")
             return
@@ -6528,10 +6544,8 @@ def plan_build(suite: str, more: Sequence[str], gigabytes: int) -> Build:
 
 def check_subordinate_ids() -> None:
     """mmdebstrap needs a range of uids to be root over, unless it is root."""
-    import pwd
-
     need_program("newuidmap")
-    user = pwd.getpwuid(os.geteuid()).pw_name
+    user = user_name()
     for name in ("/etc/subuid", "/etc/subgid"):
         lines = read_text(name).splitlines() if os.path.exists(name) else []
         if not any(line.startswith((f"{user}:", f"{os.geteuid()}:")) for line in lines):
@@ -6720,21 +6734,15 @@ def make_filesystem(tree: str, raw: str, size: int, disk_uuid: str) -> None:
     run(argv, timeout=600)
 
 
-def owner_commands(tree: str, owners: Mapping[str, tuple[int, int]]) -> Iterator[str]:
-    """What debugfs(8) has to be told: mke2fs took the owners from the tree, where they are the caller's."""
+def restore_owners(tree: str, raw: str, owners: Mapping[str, tuple[int, int]], script: str) -> None:
+    """Have debugfs(8) set the owners of all files: mke2fs took them from the tree, where they are the caller's."""
+    lines = []
     for folder, folders, files in os.walk(tree):
         for name in folders + files:
-            path = os.path.join(folder, name)
-            inside = os.path.relpath(path, tree)
-            info, (uid, gid) = os.lstat(path), owners.get(inside, (0, 0))
-            if info.st_uid != uid:
-                yield f'sif "/{inside}" uid {uid}'
-            if info.st_gid != gid:
-                yield f'sif "/{inside}" gid {gid}'
-
-
-def restore_owners(tree: str, raw: str, owners: Mapping[str, tuple[int, int]], script: str) -> None:
-    write_file(script, "\n".join(owner_commands(tree, owners)) + "\n")
+            inside = os.path.relpath(os.path.join(folder, name), tree)
+            uid, gid = owners.get(inside, (0, 0))
+            lines += [f'sif "/{inside}" uid {uid}\n', f'sif "/{inside}" gid {gid}\n']
+    write_file(script, "".join(lines))
     done = run(["debugfs", "-w", "-f", script, f"{raw}?offset={PARTITION_START * SECTOR}"], timeout=600, merge=False)
     said = [line for line in done.stderr.splitlines() if line and not line.startswith("debugfs ")]
     if said:  # its exit status is 0 whatever happened
@@ -6785,7 +6793,7 @@ def build_disk(build: Build, new: NewTemplate) -> None:
 
 
 # What was built is kept for the next template of the same: under what went into it, nocloud's own code and files
-# included.
+# included, and what the archives held then.
 
 
 def build_recipe(build: Build) -> str:
@@ -6822,44 +6830,6 @@ def archive_state(build: Build, web: Web) -> str:
     return hashlib.sha256("\n".join(seen).encode()).hexdigest()[:16]
 
 
-class CachedBuild(CachedImage):
-    """The place in the user's cache of what was built from `recipe` when the archives were in `state`.
-
-    Its checksum is in a file beside it.  A new state takes the place of the older ones.
-    """
-
-    AGAIN = "built"
-
-    def __init__(self, recipe: str, state: str) -> None:
-        super().__init__("sha256", "", f"build-{recipe}-{state}")
-        self._others = f"build-{recipe}-"
-
-    @property
-    def _checksum(self) -> str:
-        return os.path.join(self.folder, "sha256")
-
-    def is_there(self) -> bool:
-        if not os.path.isfile(self._checksum):
-            self.clear()
-            return False
-        self.digest = read_text(self._checksum).strip()
-        return super().is_there()
-
-    def keep(self, disk: str) -> None:
-        """Take a copy of a disk.  Without it the next build takes longer, and no more than that."""
-        import shutil
-
-        part = self.image + ".part"
-        try:
-            shutil.copyfile(disk, part)
-            write_file(self._checksum, file_digest(part) + "\n")
-            os.rename(part, self.image)
-        except OSError as error:
-            report.warn(f"the build isn't kept in the cache: {error_from_os(error)}")
-            self.clear()
-        self._forget(lambda folder: os.path.basename(folder).startswith(self._others))
-
-
 def template_from_packages(cloud: Cloud, name: str, build: Build, settings: Mapping[str, str], again: bool) -> None:
     """A template from a suite's packages: self-contained and bootable, with ssh, DHCP, python3 and no identity.
 
@@ -6868,7 +6838,7 @@ def template_from_packages(cloud: Cloud, name: str, build: Build, settings: Mapp
     import shutil
 
     web = Web(min(10, cloud.config.number("vmDownloadTimeout")), apt_proxies())
-    cached = CachedBuild(build_recipe(build), archive_state(build, web))
+    cached = CachedImage(f"build-{build_recipe(build)}-{archive_state(build, web)}")
     cloud.tree.prepare()
     with cached:
         if cloud.tree.template(name).exists():
@@ -6880,7 +6850,6 @@ def template_from_packages(cloud: Cloud, name: str, build: Build, settings: Mapp
                 shutil.copyfile(cached.image, new.disk)
             else:
                 build_disk(build, new)
-                cached.clear()
                 cached.keep(new.disk)
             new.finish({**settings, "vmSource": build.title})
 
