@@ -6033,14 +6033,13 @@ class Layer:
         armed, cause = False, ""
         with open(self.record, encoding="utf-8", errors="replace") as file:
             for line in file:
-                if ('"QMP"' in line or '"SHUTDOWN"' in line) and line.endswith("\n"):
-                    try:
-                        message = parse_qmp(line)
-                    except QMPError:
-                        continue  # a crash of the host may leave anything
-                    armed = armed or "QMP" in message
-                    if message.get("event") == "SHUTDOWN":
-                        cause = str(message.get("data", {}).get("reason"))
+                try:
+                    message = parse_qmp(line)
+                except QMPError:
+                    continue  # a crash of the host may leave anything
+                armed = armed or "QMP" in message
+                if message.get("event") == "SHUTDOWN":
+                    cause = str(message.get("data", {}).get("reason"))
         return armed and cause == "guest-shutdown" and is_sound(self.path)
 
     def adopt(self) -> None:
@@ -6090,23 +6089,6 @@ def unused_by_itself(template: VM) -> list[str]:
     return [name for name in own if os.path.realpath(template.file(name)) not in chain]
 
 
-def disks_in_use(tree: Tree, template: VM) -> set[str] | None:
-    """The files that all others' disks stand on; None where that can't be known, so that nothing may be removed."""
-    found: set[str] = set()
-    disks: list[str] = []
-    for vm in tree.unfinished():  # first: one may be finished between the looks; its conf may name no disk yet
-        disks += [vm.file(name) for name in names_in(vm.folder) if name.endswith((".img", ".qcow2"))]
-    try:
-        for vm in tree.vms():
-            disks += vm.disks() if vm.folder != template.folder and vm.exists() else []
-        for disk in disks:
-            if os.path.exists(disk):
-                found.update(backing_chain([disk]))
-    except (Error, OSError):
-        return None  # one has just been finished or destroyed, perhaps: the next command looks again
-    return found
-
-
 def next_layer(template: VM) -> Layer:
     """The next layer's names; nothing is made."""
     number = 1 + max((layer_number(template, name) for name in names_in(template.folder)), default=0)
@@ -6122,33 +6104,32 @@ def new_layer(template: VM) -> Layer:
     return layer
 
 
-def settle(cloud: Cloud, template: VM) -> list[str]:
+def settle(cloud: Cloud, template: VM, warn: bool = True) -> None:
     """Let a change that ended well be the template's, drop one that didn't, and remove what nothing stands on any more.
 
-    Nothing happens while it runs.  Call it under the template's lock, exclusive.  Returns the layers that are lost.
+    Nothing happens while it runs.  Call it under the template's lock, exclusive.  `warn`: of a change that is lost.
     """
     template.reread()
     if template.state()[0] != "stopped" or not template.disks():
-        return []
-    lost = []
-    for name in unused_by_itself(template):
-        layer = Layer(template, name)
-        if not os.path.exists(layer.record):
-            continue
-        base = [os.path.realpath(disk) for disk in template.disks()[:1]]
-        if backing_chain([layer.path])[:1] == base and layer.ended_well():
-            layer.adopt()
-        else:
-            lost.append(name)
-            layer.remove()
-        remove_file(template.command_file)  # it would write to a disk that clones may stand on now
+        return
+    lost = False
+    for layer in [Layer(template, name) for name in unused_by_itself(template)]:
+        if os.path.exists(layer.record):
+            base = os.path.realpath(template.disks()[0])
+            if backing_chain([layer.path])[:1] == [base] and layer.ended_well():
+                layer.adopt()
+            else:
+                lost = True
+                layer.remove()
+            remove_file(template.command_file)  # it would write to a disk that clones may stand on now
     for name in names_in(template.folder):
         if name.endswith(RECORD) and layer_number(template, name[: -len(RECORD)]):
             remove_file(template.file(name))  # of one that was adopted just before a crash
     remove_unused(cloud.tree, template)
     if lost and not is_planted(template):  # the host key that was pinned may be of the guest that is lost
         cloud.known_hosts.update({}, [template.get("vmUuid")])
-    return lost
+    if lost and warn:
+        report.warn(f"{template}: it was not shut down properly: what was changed is lost, it is as it was before")
 
 
 def flatten(cloud: Cloud, template: VM) -> None:
@@ -6177,10 +6158,20 @@ def flatten(cloud: Cloud, template: VM) -> None:
 def remove_unused(tree: Tree, template: VM) -> None:
     """Remove the template's own disks that neither it nor any other VM or template stands on."""
     unused = unused_by_itself(template)
-    used = disks_in_use(tree, template) if unused else None
-    for name in unused if used is not None else []:
-        if os.path.realpath(template.file(name)) not in (used or ()):
-            remove_file(template.file(name))
+    if not unused:
+        return
+    disks: list[str] = []
+    for vm in tree.unfinished():  # first: one may be finished between the looks; its conf may name no disk yet
+        disks += [vm.file(name) for name in names_in(vm.folder) if name.endswith((".img", ".qcow2"))]
+    try:
+        for vm in tree.vms():
+            disks += vm.disks() if vm.folder != template.folder and vm.exists() else []
+        used = backing_chain([disk for disk in disks if os.path.exists(disk)])
+    except (Error, OSError):
+        return  # one has just been finished or destroyed, perhaps: the next command looks again
+    for path in map(template.file, unused):
+        if os.path.realpath(path) not in used:
+            remove_file(path)
 
 
 def settle_stopped(cloud: Cloud, templates: Iterable[VM], wait: float = 600.0) -> None:
@@ -6189,7 +6180,7 @@ def settle_stopped(cloud: Cloud, templates: Iterable[VM], wait: float = 600.0) -
         try:
             if unused_by_itself(template) and template.state()[0] == "stopped":
                 with FolderLock(template.folder, wait=wait):
-                    warn_lost(template, settle(cloud, template))
+                    settle(cloud, template)
         except (Error, OSError):
             continue  # at work elsewhere, someone else's, or just gone: whoever changes it settles it
 
@@ -6202,21 +6193,16 @@ def need_stopped(cloud: Cloud, vm: VM) -> None:
         why = "it is running" if state == "running" else f"can't tell whether it runs: {vm.pid_file}"
         raise WrongState(why, f"vmstop -n {vm}", vm=vm)
     if vm.is_template:
-        warn_lost(vm, settle(cloud, vm))
-
-
-def warn_lost(template: VM, lost: Sequence[str]) -> None:
-    if lost:
-        report.warn(f"{template}: it was not shut down properly: what was changed is lost, it is as it was before")
+        settle(cloud, vm)
 
 
 def runs_on_layer(template: VM) -> bool:
     """Whether a template that runs leaves its own disk alone, so that it can be cloned meanwhile."""
     try:
-        layers = [name for name in unused_by_itself(template) if os.path.exists(Layer(template, name).record)]
+        layers = [Layer(template, name) for name in unused_by_itself(template)]
     except OSError:
         return False  # a disk is gone
-    return bool(layers) and not is_written(template.disks()[0])
+    return any(os.path.exists(layer.record) for layer in layers) and not is_written(template.disks()[0])
 
 
 def dependents(vms: Sequence[VM]) -> str:
@@ -7527,7 +7513,7 @@ def start_locked(
 
 def prepare_disks(cloud: Cloud, template: VM) -> Layer | None:
     """A layer for a template that others stand on; the right to write to its own disks for one that is alone."""
-    warn_lost(template, settle(cloud, template))
+    settle(cloud, template)
     if cloud.tree.clones(template):
         return new_layer(template)
     for disk in template.disks():
@@ -8134,7 +8120,7 @@ def stop(cloud: Cloud, vm: VM, seconds: float) -> bool:
             clean_running(cloud, vm)
         proper = stop_locked(vm, seconds)
         if vm.is_template:
-            warn_lost(vm, settle(cloud, vm))
+            settle(cloud, vm)
         return proper
 
 
@@ -8206,7 +8192,7 @@ def upgrade(cloud: Cloud, name: str, seconds: float) -> None:
         raise
     finally:
         with FolderLock(template.folder):
-            settle(cloud, template)
+            settle(cloud, template, warn=False)
             adopted = os.path.basename(template.disks()[0]) == layer.name
             if adopted:
                 flatten(cloud, template)
