@@ -42,6 +42,7 @@ Modules that only some commands need are imported where they are used: a listing
 from __future__ import annotations
 
 import fcntl
+import functools
 import io
 import os
 import re
@@ -5952,7 +5953,6 @@ def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, Any], t
 
     `take_over`, given a NewTemplate and a `key`, plants the user's keys in a classic image, which that key opens.
     """
-    import functools
 
     catalogue = load_catalogue()
     entry = catalogue.need(name)
@@ -6853,40 +6853,34 @@ class Cloud:
         self.config = config
         self.tree = Tree(config)
         self.known_hosts = KnownHosts(self.tree)
-        self._qemu: Qemu | None = None
         self.private = PrivateNetwork(self.tree)
         self._networks: dict[str, Network] = {"private": self.private, "bridge": HostBridge(config, self.tree)}
-        self._accels: dict[str, str] = {}
-        self._screen: str | None = None
-        self._seed: str | None = None
 
+    @functools.cache
     def qemu(self) -> Qemu:
         """The qemu binary, probed once."""
-        if self._qemu is None:
-            self._qemu = probe_qemu(self.config)
-        return self._qemu
+        return probe_qemu(self.config)
 
+    @functools.cache
     def accel(self, wanted: str) -> str:
         """kvm or tcg, for a vmAccel; said once, with the reason, where it is tcg though nobody asked for it."""
-        if wanted not in self._accels:
-            self._accels[wanted], reason = choose_accel(wanted)
-            if reason:
-                report.warn(f"no hardware acceleration, guests will be slow: {reason}")
-        return self._accels[wanted]
+        accel, reason = choose_accel(wanted)
+        if reason:
+            report.warn(f"no hardware acceleration, guests will be slow: {reason}")
+        return accel
 
+    @functools.cache
     def screen(self) -> str:
         """What shows the screens, one of SCREENS; '', and said once, where the qemu binary has neither."""
-        if self._screen is None:
-            self._screen = choose_screen(self.qemu())
-            if not self._screen:
-                report.warn(f"{self.qemu().path} has neither SPICE nor VNC: VMs have no screen")
-        return self._screen
+        screen = choose_screen(self.qemu())
+        if not screen:
+            report.warn(f"{self.qemu().path} has neither SPICE nor VNC: VMs have no screen")
+        return screen
 
+    @functools.cache
     def seed(self) -> str:
         """How cloud-init's seeds are attached, `vvfat` or `iso`.  Raises MissingProgram where neither can be had."""
-        if self._seed is None:
-            self._seed = choose_seed(self.qemu())
-        return self._seed
+        return choose_seed(self.qemu())
 
     def network(self, kind: str) -> Network:
         """The private network, or the host's bridge."""
@@ -9912,7 +9906,6 @@ def _digest(algorithm: str) -> Callable[[str], str]:
 )  # fmt: skip
 def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """get and keep templates"""
-    import functools
 
     with Cloud(config) as cloud:
         if args.list or args.available:
