@@ -5953,7 +5953,6 @@ def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, Any], t
 
     `take_over`, given a NewTemplate and a `key`, plants the user's keys in a classic image, which that key opens.
     """
-
     catalogue = load_catalogue()
     entry = catalogue.need(name)
     check_new_template(cloud.tree, name)
@@ -6293,47 +6292,41 @@ def template_rows(cloud: Cloud) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-class DiskTree:
-    """The system disks of a tree, by the file that each stands on."""
+def disk_rows(tree: Tree) -> Iterator[str]:
+    """Each template with its system disks, under each of these what stands on it, indented, with sizes on disk."""
+    above: dict[str, set[str]] = {}  # what stands on each disk
+    owners: dict[str, VM] = {}
+    for vm in tree.vms():
+        try:
+            for disk in [*vm.disks()[:1], *map(vm.file, own_disks(vm) if vm.is_template else ())]:
+                files = [os.path.realpath(disk), *backing_chain([disk])]
+                owners[files[0]] = vm
+                for upper, lower in zip(files, files[1:]):
+                    above.setdefault(lower, set()).add(upper)
+        except (Error, OSError) as error:
+            report.warn(str(error))
 
-    def __init__(self, tree: Tree) -> None:
-        self.above: dict[str, set[str]] = {}
-        self.owners: dict[str, VM] = {}
-        for vm in tree.vms():
-            try:
-                own = [*vm.disks()[:1], *map(vm.file, own_disks(vm) if vm.is_template else ())]
-                for disk in own:
-                    files = [os.path.realpath(disk), *backing_chain([disk])]
-                    self.owners[files[0]] = vm
-                    for upper, lower in zip(files, files[1:]):
-                        self.above.setdefault(lower, set()).add(upper)
-            except (Error, OSError) as error:
-                report.warn(str(error))
+    def row(depth: int, name: str, paths: Iterable[str]) -> str:
+        size = sum(os.stat(path).st_blocks * 512 for path in paths if os.path.exists(path))
+        return f"{'  ' * depth}{name}  {size / MIB:.1f} MB"
 
-    def rows(self) -> Iterator[str]:
-        """Each template with its disks, under each of these what stands on it, indented, with sizes on disk."""
-        below = {upper for uppers in self.above.values() for upper in uppers}
-        for path in sorted(path for path, vm in self.owners.items() if vm.is_template and path not in below):
-            yield from self._rows(path, 0)
-
-    def _rows(self, path: str, depth: int, under: VM | None = None) -> Iterator[str]:
+    def rows(path: str, depth: int, under: VM | None) -> Iterator[str]:
         """A disk and what stands on it; where it stands on another's, `under`, or on none, its template comes first."""
-        owner, name, said = self.owners[path], os.path.basename(path), ""
+        owner, name, said = owners[path], os.path.basename(path), ""
         if not owner.is_template:
             name = owner.full_name
         elif path == os.path.realpath(owner.disks()[0]):
             said = "  new clones stand on this"
         if owner.is_template and owner is not under:
-            yield self._row(depth, owner.name, [each for each, vm in self.owners.items() if vm is owner])
+            yield row(depth, owner.name, [each for each, vm in owners.items() if vm is owner])
             depth += 1
-        yield self._row(depth, name, [path]) + said
-        for upper in sorted(self.above.get(path, ()), key=lambda each: (self.owners[each] is owner, each)):
-            yield from self._rows(upper, depth + 1, owner)
+        yield row(depth, name, [path]) + said
+        for upper in sorted(above.get(path, ()), key=lambda each: (owners[each] is owner, each)):
+            yield from rows(upper, depth + 1, owner)
 
-    @staticmethod
-    def _row(depth: int, name: str, paths: Iterable[str]) -> str:
-        size = sum(os.stat(path).st_blocks * 512 for path in paths if os.path.exists(path))
-        return f"{'  ' * depth}{name}  {size / MIB:.1f} MB"
+    standing = {upper for uppers in above.values() for upper in uppers}
+    for path in sorted(path for path, vm in owners.items() if vm.is_template and path not in standing):
+        yield from rows(path, 0, None)
 
 
 # Building templates ##################################################################################
@@ -9906,14 +9899,13 @@ def _digest(algorithm: str) -> Callable[[str], str]:
 )  # fmt: skip
 def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """get and keep templates"""
-
     with Cloud(config) as cloud:
         if args.list or args.available:
             no_more(words)
             return report_table(catalogue_rows(cloud.tree) if args.available else template_rows(cloud))
         if args.tree:
             no_more(words)
-            return report_table([[row] for row in DiskTree(cloud.tree).rows()])
+            return report_table([[row] for row in disk_rows(cloud.tree)])
         name = one_operand(words, "NAME")
         expected = exclusive(args, "sha256", "sha512", "insecure")
         way = exclusive(args, "image", "build", "from", "delete")
