@@ -7112,16 +7112,15 @@ def check_disk_size(template: VM, gigabytes: int) -> None:
 def check_collision(tree: Tree, group: str, type: str) -> None:
     """Ansible knows groups by GROUP and GROUP_TYPE: two things must not get one name."""
     pairs = {f"{each}_{kind}": (each, kind) for each in tree.groups() for kind in tree.types(each)}
-    key = f"{group}_{type}"
+    key, clash = f"{group}_{type}", ""
     if pairs.get(key, (group, type)) != (group, type):
-        raise UsageError(
-            f"{group}/{type}: ansible would mix it up with {'/'.join(pairs[key])}: both are {key}",
-            "choose another name",
-        )
-    if key in tree.groups() or key == group:
-        raise UsageError(f"{group}/{type}: ansible would mix it up with the group {key}", "choose another name")
-    if group in pairs:
-        raise UsageError(f"{group}: ansible would mix it up with {'/'.join(pairs[group])}", "choose another name")
+        clash = f"{group}/{type}: ansible would mix it up with {'/'.join(pairs[key])}: both are {key}"
+    elif key in tree.groups():
+        clash = f"{group}/{type}: ansible would mix it up with the group {key}"
+    elif group in pairs:
+        clash = f"{group}: ansible would mix it up with {'/'.join(pairs[group])}"
+    if clash:
+        raise UsageError(clash, "choose another name")
 
 
 def memory_mb(kind: str) -> int:
