@@ -4986,9 +4986,7 @@ def web_address(text: str) -> str:
 
 
 def web_addresses(text: str) -> list[str]:
-    if text.split():
-        return [web_address(word) for word in text.split()]
-    raise ValueError("an address that begins with http:// or https://")
+    return [web_address(word) for word in text.split() or [text]]
 
 
 def checksum_text(text: str) -> str:
@@ -5313,8 +5311,7 @@ class Web:
 
     def text(self, url: str) -> str:
         """A small text file."""
-        found: str = self.patiently(lambda: self._text(url))
-        return found
+        return self.patiently(lambda: self._text(url))  # type: ignore[no-any-return]
 
     def _text(self, url: str) -> str:
         data = bytearray()
@@ -7197,8 +7194,7 @@ def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: 
                 clone = NewClone(VM(tree, group, request.type, name or uuid), template, request, uuid, format)
                 clones.append(clone)
                 address = cloud.network(kind).allot(taken.addresses, uuid)
-                network = {"vmNetwork": kind, "vmMac": mac, "vmAddress": address}
-                _reserve_one(cloud, clone, {"vmUuid": uuid, **network})
+                _reserve_one(clone, {"vmUuid": uuid, "vmNetwork": kind, "vmMac": mac, "vmAddress": address})
     return orphans
 
 
@@ -7242,18 +7238,15 @@ def next_names(names: set[str], request: CloneRequest) -> list[str]:
     return found
 
 
-def _reserve_one(cloud: Cloud, clone: NewClone, identity: Mapping[str, str]) -> None:
+def _reserve_one(clone: NewClone, identity: Mapping[str, str]) -> None:
     """Write the clone's conf in a folder that shows it is being made."""
     vm, template = clone.vm, clone.template
     os.makedirs(os.path.dirname(vm.folder), exist_ok=True)
     vm.folder = os.path.join(os.path.dirname(vm.folder), MAKING + vm.name)
     os.mkdir(vm.folder, 0o700)
     clone.lock = FolderLock(vm.folder, wait=0).__enter__()
-    settings = {
-        "vmName": vm.name, "vmInit": "auto", **template.inherited(), **clone.request.settings,
-        "vmDisk": "", "vmExtraDisk": "", **identity, "vmTemplate": template.name,
-    }  # fmt: skip
-    vm.write_conf(settings)
+    settings = {"vmName": vm.name, "vmInit": "auto", **template.inherited(), **clone.request.settings}
+    vm.write_conf({**settings, "vmDisk": "", "vmExtraDisk": "", **identity, "vmTemplate": template.name})
 
 
 class NewClones:
