@@ -4759,9 +4759,7 @@ def web_address(text: str) -> str:
 
 
 def web_addresses(text: str) -> list[str]:
-    if text.split():
-        return [web_address(word) for word in text.split()]
-    raise ValueError("an address that begins with http:// or https://")
+    return [web_address(word) for word in text.split() or [text]]
 
 
 def checksum_text(text: str) -> str:
@@ -4978,7 +4976,6 @@ def web_opener(seconds: float, proxies: Mapping[str, str]) -> urllib.request.Ope
     """urllib's opener for http and https alone, with waits of at most `seconds`, and with proxies from the environment
     and from `proxies`, which names them like the environment does."""
     import http.client
-    import ssl
     import urllib.request
 
     class Response(http.client.HTTPResponse):
@@ -4986,20 +4983,14 @@ def web_opener(seconds: float, proxies: Mapping[str, str]) -> urllib.request.Ope
             super().__init__(*args, **options)
             self.fp = io.BufferedReader(Metered(self.fp.detach(), seconds), PIECE)
 
-    class Plain(http.client.HTTPConnection):
-        response_class = Response
+    class Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+        def do_open(self, http_class: Any, req: Any, **options: Any) -> http.client.HTTPResponse:
+            def connect(*words: Any, **more: Any) -> http.client.HTTPConnection:
+                connection: http.client.HTTPConnection = http_class(*words, **more)
+                connection.response_class = Response
+                return connection
 
-    class Secure(http.client.HTTPSConnection):
-        response_class = Response
-
-    class Handler(urllib.request.HTTPSHandler):
-        def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-            return self.do_open(Plain, req)
-
-        def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-            return self.do_open(Secure, req, context=ssl.create_default_context())
-
-        http_request = urllib.request.HTTPSHandler.https_request
+            return super().do_open(connect, req, **options)
 
     class Redirects(urllib.request.HTTPRedirectHandler):
         http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # Python 3.9 and 3.10 don't know it
@@ -5093,8 +5084,7 @@ class Web:
 
     def text(self, url: str) -> str:
         """A small text file."""
-        found: str = self.patiently(lambda: self._text(url))
-        return found
+        return self.patiently(lambda: self._text(url))  # type: ignore[no-any-return]
 
     def _text(self, url: str) -> str:
         data = bytearray()
@@ -5127,24 +5117,36 @@ class Web:
 
 
 class Progress:
-    """How far a download is: a bar on a terminal, elsewhere a line now and then."""
+    """How far a download is: a bar on a terminal, elsewhere a line now and then; and whether there is room for it."""
 
     LINE_EVERY, BAR_EVERY, WIDTH = 15.0, 0.1, 24
 
-    def __init__(self, name: str) -> None:
-        self.name, self.total, self.done, self.kept, self.resumed = name, 0, 0, 0, False
+    def __init__(self, name: str, base: str, pieces: int = 1) -> None:
+        """`base`: the folder that a disk as large as the image is made in afterwards, at least."""
+        self.name, self.base, self.pieces = name, base, pieces
+        self.total, self.done, self.kept, self.resumed = 0, 0, 0, False
         self.started = self._shown = time.monotonic()
+
+    def expect(self, size: int, folder: str) -> None:
+        """Know from the first piece how much will come into the folder: all pieces but the last are of one size.
+        Raises Error where that and the template's disk don't fit."""
+        if self.total:
+            return
+        self.total = max(0, size) * self.pieces
+        wanted = {folder: self.total - self.done, self.base: self.total}
+        if os.stat(folder).st_dev == os.stat(self.base).st_dev:
+            wanted = {self.base: sum(wanted.values())}
+        hint = "free some disk space, or put XDG_CACHE_HOME and vmBaseDir on larger file systems"
+        for place, need in wanted.items():
+            check_room(place, need, hint=hint)
 
     def advance(self, count: int) -> None:
         self.done += count
         now, terminal = time.monotonic(), sys.stderr.isatty()
-        if now - self._shown < (self.BAR_EVERY if terminal else self.LINE_EVERY):
-            return
-        self._shown = now
-        if terminal:
-            report.progress(f"{self.name}: {self.bar()}", self.numbers(now))
-        else:
-            report.progress(f"{self.name}: {self.numbers(now)}")
+        if now - self._shown >= (self.BAR_EVERY if terminal else self.LINE_EVERY):
+            self._shown = now
+            bar = self.bar() + " " if terminal else ""
+            report.progress(f"{self.name}: {bar}{self.numbers(now)}")
 
     def bar(self) -> str:
         if not self.total:
@@ -5172,8 +5174,8 @@ class Transfer:
         self.done, self.total, self.tag = 0, -1, ""
         self.strict = False  # tags differ between the mirrors that a redirector chooses from
 
-    def run(self, expect: Callable[[Transfer], object] = lambda transfer: None) -> None:
-        """Fetch it all.  `expect` is called when the first answer has come, before its first byte is written."""
+    def run(self) -> None:
+        """Fetch it all."""
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         with open(os.open(self.path, flags, 0o600), "r+b", buffering=0) as file:
             for piece in iter(lambda: file.read(PIECE), b""):
@@ -5181,9 +5183,9 @@ class Transfer:
                 self.done += len(piece)
             self.progress.done += self.done
             self.progress.kept += self.done
-            self.web.patiently(lambda: self.result_of(file, expect), lambda: self.done)
+            self.web.patiently(lambda: self._receive(file), lambda: self.done)
 
-    def result_of(self, file: io.FileIO, expect: Callable[[Transfer], object]) -> None:
+    def _receive(self, file: io.FileIO) -> None:
         try:
             answer = self.web.open(self.url, self.done)
         except Exhausted:
@@ -5192,11 +5194,8 @@ class Transfer:
             return  # it is all here, or another file: the checksum knows
         with answer:
             skip = self._align(answer)
-            expect(self)
-            while True:
-                piece = self.web.read(self.url, answer)
-                if not piece:
-                    break
+            self.progress.expect(self.total, os.path.dirname(self.path))
+            for piece in iter(lambda: self.web.read(self.url, answer), b""):
                 new = piece[skip:]
                 skip -= len(piece) - len(new)
                 self.sink(new)
@@ -5227,18 +5226,10 @@ class Transfer:
 
 def parse_checksums(text: str, algorithm: str) -> list[tuple[str, str]]:
     """(file name or '', digest) of each line that says one: `HASH  NAME`, `HASH *NAME`, `ALG (NAME) = HASH`, `HASH`."""
-    digest = f"([0-9a-f]{{{DIGEST_LENGTHS[algorithm]}}})"
-    plain = re.compile(rf"{digest}(?:\s+\*?(\S.*))?", re.I)
-    tagged = re.compile(rf"{algorithm}\s*\((.+)\)\s*=\s*{digest}", re.I)
-    found = []
-    for line in text.splitlines():
-        match = plain.fullmatch(line.strip())
-        if match:
-            found.append((os.path.basename(match.group(2) or ""), match.group(1).lower()))
-        match = tagged.fullmatch(line.strip())
-        if match:
-            found.append((os.path.basename(match.group(1)), match.group(2).lower()))
-    return found
+    digest = f"[0-9a-f]{{{DIGEST_LENGTHS[algorithm]}}}"
+    pattern = re.compile(rf"(?:{algorithm}\s*\((.+)\)\s*=\s*)?({digest})(?:\s+\*?(\S.*))?", re.I)
+    found = filter(None, (pattern.fullmatch(line.strip()) for line in text.splitlines()))
+    return [(os.path.basename(match[1] or match[3] or ""), match[2].lower()) for match in found]
 
 
 def choose_listed(listed: Sequence[tuple[str, str]], wanted: str) -> tuple[str, str]:
@@ -5275,8 +5266,7 @@ class Unpacker:
     MEMORY = 128 * MIB  # xz -9 takes 65: a stream can ask for 4 GB
 
     def __init__(self, kind: str) -> None:
-        if kind not in ("", "xz", "gzip"):
-            raise ValueError(kind)
+        """`kind`: xz, gzip, or '' for what isn't compressed."""
         self.kind = kind
         self._machine: Any = None  # of the stream that is being read; none between two
 
@@ -5284,36 +5274,26 @@ class Unpacker:
         import lzma
         import zlib
 
+        if not self.kind:
+            yield piece
+            return
         try:
-            yield from self._feed(piece) if self.kind else (piece,)
+            while self._machine or piece.strip(b"\0"):
+                if not self._machine:
+                    piece = piece.lstrip(b"\0")  # streams may be padded
+                    xz = self.kind == "xz"
+                    self._machine = lzma.LZMADecompressor(memlimit=self.MEMORY) if xz else zlib.decompressobj(wbits=31)
+                out = self._machine.decompress(piece, MIB)
+                if out:
+                    yield out
+                if self._machine.eof:
+                    piece, self._machine = self._machine.unused_data, None
+                    continue
+                piece = getattr(self._machine, "unconsumed_tail", b"")  # lzma's keeps it itself
+                if not piece and len(out) < MIB:
+                    return
         except (lzma.LZMAError, zlib.error) as error:
             raise Altered(f"the compressed image is damaged: {error}") from None
-
-    def _feed(self, piece: bytes) -> Iterator[bytes]:
-        while True:
-            if self._machine is None:
-                piece = piece.lstrip(b"\0")  # streams may be padded
-                if not piece:
-                    return
-                self._machine = self._new()
-            out = self._machine.decompress(piece, MIB)
-            if out:
-                yield out
-            if self._machine.eof:
-                piece, self._machine = self._machine.unused_data, None
-                continue
-            piece = b"" if self.kind == "xz" else self._machine.unconsumed_tail
-            if self._machine.needs_input if self.kind == "xz" else not (piece or len(out) == MIB):
-                return
-
-    def _new(self) -> Any:
-        if self.kind == "xz":
-            import lzma
-
-            return lzma.LZMADecompressor(memlimit=self.MEMORY)
-        import zlib
-
-        return zlib.decompressobj(wbits=31)
 
     def finish(self) -> None:
         """Raise where the stream isn't at its end."""
@@ -5332,23 +5312,19 @@ def check_room(folder: str, need: int, shown: str = "", what: str = "the image t
 
 
 class CachedImage:
-    """The place of an image with a known checksum in the user's cache; `with` holds it, so that two commands that want
-    the same image download it once.
+    """The place of an image in the user's cache; `with` holds it, so that two commands that want the same image
+    download or build it once.
 
     An interrupted download stays there and is gone on with; so do images, for some time after their last use.
     """
 
     KEPT = 30 * 86400.0
-    AGAIN = "downloaded"
 
-    def __init__(self, algorithm: str, digest: str, name: str = "") -> None:
-        """`name`: of its folder, where that isn't its checksum."""
+    def __init__(self, name: str, algorithm: str = "sha256", digest: str = "") -> None:
+        """`digest`: '' for an image that is made on this machine; its checksum is kept in a file beside it."""
         self.algorithm, self.digest = algorithm, digest
-        self.folder = os.path.join(cache_home(), "images", name or f"{algorithm}-{digest}")
-
-    @property
-    def image(self) -> str:
-        return os.path.join(self.folder, "image")
+        self.folder = os.path.join(cache_home(), "images", name)
+        self.image, self._checksum = os.path.join(self.folder, "image"), os.path.join(self.folder, "sha256")
 
     def __enter__(self) -> CachedImage:
         images = os.path.dirname(self.folder)
@@ -5378,14 +5354,34 @@ class CachedImage:
 
     def is_there(self) -> bool:
         """Whether the image is there, whole: it is read again each time."""
-        if not os.path.isfile(self.image):
+        digest = self.digest or read_tail(self._checksum).strip()
+        if not digest or not os.path.isfile(self.image):
             return False
-        if file_digest(self.image, self.algorithm) != self.digest:
-            report.warn(f"{self.image} is damaged, it is {self.AGAIN} again")
+        if file_digest(self.image, self.algorithm) != digest:
+            report.warn(f"{self.image} is damaged, it is {'downloaded' if self.digest else 'built'} again")
             self.clear()
             return False
         os.utime(self.folder)
         return True
+
+    def keep(self, disk: str) -> None:
+        """Take a copy of a disk in place of all that have the same name but for its last part.
+
+        Without it the next build takes longer, and no more than that.
+        """
+        import shutil
+
+        self.clear()
+        part = self.image + ".part"
+        try:
+            shutil.copyfile(disk, part)
+            write_file(self._checksum, file_digest(part) + "\n")
+            os.rename(part, self.image)
+        except OSError as error:
+            report.warn(f"the build isn't kept in the cache: {error_from_os(error)}")
+            self.clear()
+        same = self.folder.rpartition("-")[0] + "-"
+        self._forget(lambda folder: folder.startswith(same))
 
     def clear(self) -> None:
         for name in names_in(self.folder):
@@ -5405,22 +5401,21 @@ class Source:
 
     pieces = 1
 
-    def __init__(self, urls: Sequence[str], algorithm: str, digest: str) -> None:
-        self.urls, self.algorithm, self.digest = urls, algorithm, digest
+    def __init__(self, web: Web, urls: Sequence[str], algorithm: str, digest: str) -> None:
+        self.web, self.urls, self.algorithm, self.digest = web, urls, algorithm, digest
 
     @property
     def url(self) -> str:
         return self.urls[0]
 
-    def fetch(self, web: Web, tree: Tree, folder: str, progress: Progress) -> None:
+    def fetch(self, folder: str, progress: Progress) -> None:
         """Make `image` in the folder, going on with what is there.  Raises Altered for what wasn't published."""
         import hashlib
 
         for url in self.urls:
             digest, part = hashlib.new(self.algorithm), os.path.join(folder, "image.part")
-            transfer = Transfer(web, url, part, digest.update, progress)
             try:
-                transfer.run(lambda transfer: self.expect(transfer, tree))
+                Transfer(self.web, url, part, digest.update, progress).run()
             except Absent:
                 if url == self.urls[-1]:
                     raise
@@ -5429,20 +5424,6 @@ class Source:
             self.check(url, digest.hexdigest())
             os.rename(part, os.path.join(folder, "image"))
             return
-
-    def expect(self, transfer: Transfer, tree: Tree) -> None:
-        """Know from the first answer how much will come: all pieces but the last are of one size.  Raises Error where
-        that and the template's disk, which is at least as large, don't fit."""
-        progress, cache = transfer.progress, os.path.dirname(transfer.path)
-        if progress.total:
-            return
-        progress.total = max(0, transfer.total) * self.pieces
-        wanted = {cache: progress.total - progress.done, tree.base: progress.total}
-        if os.stat(cache).st_dev == os.stat(tree.base).st_dev:
-            wanted = {tree.base: sum(wanted.values())}
-        hint = "free some disk space, or put XDG_CACHE_HOME and vmBaseDir on larger file systems"
-        for place, need in wanted.items():
-            check_room(place, need, hint=hint)
 
     def check(self, url: str, found: str) -> None:
         """Raise where what came has another checksum."""
@@ -5456,16 +5437,14 @@ class Source:
 class ClassicSource(Source):
     """An image that a server of the bash tools has: BASE/NAME.img/NAME.img.000… up to the piece number `last`."""
 
-    BLOCK = 64 * 1024
-
-    def __init__(self, base: str, name: str, last: int, algorithm: str, digest: str) -> None:
-        super().__init__([f"{base}/{name}.img/"], algorithm, digest)
+    def __init__(self, web: Web, base: str, name: str, last: int, algorithm: str, digest: str) -> None:
+        super().__init__(web, [f"{base}/{name}.img/"], algorithm, digest)
         self.base, self.name, self.pieces = base, name, last + 1
 
-    def fetch(self, web: Web, tree: Tree, folder: str, progress: Progress) -> None:
+    def fetch(self, folder: str, progress: Progress) -> None:
         import hashlib
 
-        unpacker = Unpacker(self._compression(web))
+        unpacker = Unpacker(self._compression())
         extension = {"xz": ".xz", "gzip": ".gz", "": ""}[unpacker.kind]
         part = os.path.join(folder, "image.part")
         pieces = [f"{self.name}.img.{number:03d}{extension}" for number in range(self.pieces)]
@@ -5476,15 +5455,13 @@ class ClassicSource(Source):
                 def sink(data: bytes) -> None:
                     for out in unpacker.feed(data):
                         digest.update(out)
-                        for block in (out[start : start + self.BLOCK] for start in range(0, len(out), self.BLOCK)):
-                            if block.count(0) == len(block):
-                                image.seek(len(block), os.SEEK_CUR)  # takes no space
-                            else:
-                                image.write(block)
+                        if out.count(0) == len(out):
+                            image.seek(len(out), os.SEEK_CUR)  # takes no space
+                        else:
+                            image.write(out)
 
                 for name in pieces:
-                    transfer = Transfer(web, self.url + name, os.path.join(folder, name), sink, progress)
-                    transfer.run(lambda transfer: self.expect(transfer, tree))
+                    Transfer(self.web, self.url + name, os.path.join(folder, name), sink, progress).run()
                 unpacker.finish()
                 image.truncate()
         except BaseException:
@@ -5495,24 +5472,24 @@ class ClassicSource(Source):
             os.unlink(os.path.join(folder, name))
         os.rename(part, os.path.join(folder, "image"))
 
-    def _compression(self, web: Web) -> str:
+    def _compression(self) -> str:
         try:
-            word = web.text(f"{self.base}/compression").strip()
+            word = self.web.text(f"{self.base}/compression").strip()
         except Absent:
             return ""
         return word if word in ("xz", "gzip") else ""
 
 
-def fetch_verified(source: Source, web: Web, tree: Tree, name: str, cached: CachedImage) -> None:
+def fetch_verified(source: Source, tree: Tree, name: str, cached: CachedImage) -> None:
     """Have the image in the cache.  What was altered is thrown away; it is asked for once more where it was pieced
     together, since the pieces may be of different files."""
     if cached.is_there():
         report.say(f"{name}: the image is in the cache: {cached.folder}")
         return
     while True:
-        progress = Progress(name)
+        progress = Progress(name, tree.base, source.pieces)
         try:
-            source.fetch(web, tree, cached.folder, progress)
+            source.fetch(cached.folder, progress)
             progress.finish()
             return
         except Altered:
@@ -5541,9 +5518,10 @@ def resolve(catalogue: Catalogue, entry: Entry, web: Web) -> Source:
         report.warn(f"{entry.name}: an md5 checksum shows damage, but not who made the image")
     if classic:
         base = catalogue.mirrored(images[0]).rpartition("/")[0]
-        return ClassicSource(base, entry.name, int(entry.need("last")), algorithm, digest)
+        return ClassicSource(web, base, entry.name, int(entry.need("last")), algorithm, digest)
     urls = [urllib.parse.urljoin(url, urllib.parse.quote(name)) for name in names for url in images]
-    return Source([catalogue.mirrored(url) for url in [*urls, *(u for u in images if "*" not in u)]], algorithm, digest)
+    urls = [catalogue.mirrored(url) for url in [*urls, *(url for url in images if "*" not in url)]]
+    return Source(web, urls, algorithm, digest)
 
 
 def read_checksums(web: Web, url: str, algorithm: str, wanted: str) -> tuple[str, str]:
@@ -5576,10 +5554,10 @@ def publishers_key(entry: Entry) -> tuple[str, str]:
         raise Error(f"{path}: ssh can't use this key: {reason}", "chmod 600 it; it must have no passphrase") from None
 
 
-def published_conf(web: Web, source: ClassicSource) -> dict[str, str]:
+def published_conf(source: ClassicSource) -> dict[str, str]:
     """Memory and processors as BASE/NAME.conf gives them; nothing else in it is heeded."""
     url, found = f"{source.base}/{source.name}.conf", {}
-    for assignment in parse_assignments(web.text(url)[: 64 * 1024], url, {}):
+    for assignment in parse_assignments(source.web.text(url)[: 64 * 1024], url, {}):
         if assignment.key in ("vmMem", "vmCpu"):
             check_setting(assignment.key, assignment.value, f"{url}:{assignment.line}")
             found[assignment.key] = assignment.value
@@ -5690,23 +5668,18 @@ def template_from_image(cloud: Cloud, name: str, path: str, settings: Mapping[st
 
 
 def template_from_source(
-    cloud: Cloud,
-    name: str,
-    source: Source,
-    web: Web,
-    settings: Mapping[str, str],
-    first_start: Callable[[NewTemplate], None] | None = None,
+    cloud: Cloud, name: str, source: Source, settings: Mapping[str, str], first_start: Callable[..., None] | None = None
 ) -> None:
     """Download, verify, make the template; or say that another command has made it while we waited for its download.
 
-    `first_start`: what is to be done in its guest before it is a template.
+    `first_start`, given the NewTemplate: what is to be done in its guest before it is a template.
     """
     cloud.tree.prepare()
-    with CachedImage(source.algorithm, source.digest) as cached:
+    with CachedImage(f"{source.algorithm}-{source.digest}", source.algorithm, source.digest) as cached:
         if cloud.tree.template(name).exists():
             report.say(f"{name}: it is there, another command has just made it")
             return
-        fetch_verified(source, web, cloud.tree, name, cached)
+        fetch_verified(source, cloud.tree, name, cached)
         with NewTemplate(cloud, name) as new:
             try:
                 import_image(new, cached.image, source.url)
@@ -5728,18 +5701,17 @@ def template_from_url(
 
     check_new_template(cloud.tree, name)
     web = Web(cloud.config.number("vmDownloadTimeout"))
-    algorithm, _, digest = expected.partition(":")
-    source = Source([url], algorithm, digest)
     if expected:
-        template_from_source(cloud, name, source, web, settings)
+        algorithm, _, digest = expected.partition(":")
+        template_from_source(cloud, name, Source(web, [url], algorithm, digest), settings)
         return
     if not insecure:
         raise UsageError(f"{url}: nothing says what it must be", "give --sha256 HEX or --sha512 HEX, or --insecure")
     with NewTemplate(cloud, name) as new:  # nothing of it goes into the cache, or is gone on with later
-        found, path, progress = hashlib.sha256(), new.vm.file("download"), Progress(name)
+        found, path, progress = hashlib.sha256(), new.vm.file("download"), Progress(name, cloud.tree.base)
         transfer = Transfer(web, url, path, found.update, progress)
         transfer.strict = True
-        transfer.run(lambda transfer: source.expect(transfer, cloud.tree))
+        transfer.run()
         progress.finish()
         import_image(new, path, url)
         os.unlink(path)
@@ -5756,26 +5728,26 @@ def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, Any], t
     check_new_template(cloud.tree, name)
     web = Web(cloud.config.number("vmDownloadTimeout"))
     source = resolve(catalogue, entry, web)
-    settings = entry_settings(cloud, entry, asked, source, web)
+    settings = entry_settings(cloud, entry, asked, source)
     first_start = None
     if isinstance(source, ClassicSource) and entry["key"]:
         first_start = functools.partial(take_over, key=publishers_key(entry))
     try:
-        template_from_source(cloud, name, source, web, settings, first_start)
+        template_from_source(cloud, name, source, settings, first_start)
     except Altered:
         again = resolve(catalogue, entry, web)
         if again.digest == source.digest:
             raise
         # A new release came while the old one was fetched.
-        template_from_source(cloud, name, again, web, settings, first_start)
+        template_from_source(cloud, name, again, settings, first_start)
     if isinstance(source, ClassicSource) and not first_start:
         report.say(f"{name}: the catalogue names no key of its publisher; only keys that are in the image will open it")
 
 
-def entry_settings(cloud: Cloud, entry: Entry, asked: Mapping[str, Any], source: Source, web: Web) -> dict[str, str]:
+def entry_settings(cloud: Cloud, entry: Entry, asked: Mapping[str, Any], source: Source) -> dict[str, str]:
     """What the clones start with: as the command line says, else the entry, else (classic) the publisher's conf."""
     classic = isinstance(source, ClassicSource)
-    published = published_conf(web, source) if isinstance(source, ClassicSource) else {}
+    published = published_conf(source) if isinstance(source, ClassicSource) else {}
     settings = template_settings(
         cloud,
         asked["mem"] or entry.number("mem") or int(published.get("vmMem", 0)),
@@ -5830,14 +5802,13 @@ class Layer:
         armed, cause = False, ""
         with open(self.record, encoding="utf-8", errors="replace") as file:
             for line in file:
-                if ('"QMP"' in line or '"SHUTDOWN"' in line) and line.endswith("\n"):
-                    try:
-                        message = parse_qmp(line)
-                    except QMPError:
-                        continue  # a crash of the host may leave anything
-                    armed = armed or "QMP" in message
-                    if message.get("event") == "SHUTDOWN":
-                        cause = str(message.get("data", {}).get("reason"))
+                try:
+                    message = parse_qmp(line)
+                except QMPError:
+                    continue  # a crash of the host may leave anything
+                armed = armed or "QMP" in message
+                if message.get("event") == "SHUTDOWN":
+                    cause = str(message.get("data", {}).get("reason"))
         return armed and cause == "guest-shutdown" and is_sound(self.path)
 
     def adopt(self) -> None:
@@ -5887,23 +5858,6 @@ def unused_by_itself(template: VM) -> list[str]:
     return [name for name in own if os.path.realpath(template.file(name)) not in chain]
 
 
-def disks_in_use(tree: Tree, template: VM) -> set[str] | None:
-    """The files that all others' disks stand on; None where that can't be known, so that nothing may be removed."""
-    found: set[str] = set()
-    disks: list[str] = []
-    for vm in tree.unfinished():  # first: one may be finished between the looks; its conf may name no disk yet
-        disks += [vm.file(name) for name in names_in(vm.folder) if name.endswith((".img", ".qcow2"))]
-    try:
-        for vm in tree.vms():
-            disks += vm.disks() if vm.folder != template.folder and vm.exists() else []
-        for disk in disks:
-            if os.path.exists(disk):
-                found.update(backing_chain([disk]))
-    except (Error, OSError):
-        return None  # one has just been finished or destroyed, perhaps: the next command looks again
-    return found
-
-
 def next_layer(template: VM) -> Layer:
     """The next layer's names; nothing is made."""
     number = 1 + max((layer_number(template, name) for name in names_in(template.folder)), default=0)
@@ -5919,33 +5873,32 @@ def new_layer(template: VM) -> Layer:
     return layer
 
 
-def settle(cloud: Cloud, template: VM) -> list[str]:
+def settle(cloud: Cloud, template: VM, warn: bool = True) -> None:
     """Let a change that ended well be the template's, drop one that didn't, and remove what nothing stands on any more.
 
-    Nothing happens while it runs.  Call it under the template's lock, exclusive.  Returns the layers that are lost.
+    Nothing happens while it runs.  Call it under the template's lock, exclusive.  `warn`: of a change that is lost.
     """
     template.reread()
     if template.state()[0] != "stopped" or not template.disks():
-        return []
-    lost = []
-    for name in unused_by_itself(template):
-        layer = Layer(template, name)
-        if not os.path.exists(layer.record):
-            continue
-        base = [os.path.realpath(disk) for disk in template.disks()[:1]]
-        if backing_chain([layer.path])[:1] == base and layer.ended_well():
-            layer.adopt()
-        else:
-            lost.append(name)
-            layer.remove()
-        remove_file(template.command_file)  # it would write to a disk that clones may stand on now
+        return
+    lost = False
+    for layer in [Layer(template, name) for name in unused_by_itself(template)]:
+        if os.path.exists(layer.record):
+            base = os.path.realpath(template.disks()[0])
+            if backing_chain([layer.path])[:1] == [base] and layer.ended_well():
+                layer.adopt()
+            else:
+                lost = True
+                layer.remove()
+            remove_file(template.command_file)  # it would write to a disk that clones may stand on now
     for name in names_in(template.folder):
         if name.endswith(RECORD) and layer_number(template, name[: -len(RECORD)]):
             remove_file(template.file(name))  # of one that was adopted just before a crash
     remove_unused(cloud.tree, template)
     if lost and not is_planted(template):  # the host key that was pinned may be of the guest that is lost
         cloud.known_hosts.update({}, [template.get("vmUuid")])
-    return lost
+    if lost and warn:
+        report.warn(f"{template}: it was not shut down properly: what was changed is lost, it is as it was before")
 
 
 def flatten(cloud: Cloud, template: VM) -> None:
@@ -5974,10 +5927,20 @@ def flatten(cloud: Cloud, template: VM) -> None:
 def remove_unused(tree: Tree, template: VM) -> None:
     """Remove the template's own disks that neither it nor any other VM or template stands on."""
     unused = unused_by_itself(template)
-    used = disks_in_use(tree, template) if unused else None
-    for name in unused if used is not None else []:
-        if os.path.realpath(template.file(name)) not in (used or ()):
-            remove_file(template.file(name))
+    if not unused:
+        return
+    disks: list[str] = []
+    for vm in tree.unfinished():  # first: one may be finished between the looks; its conf may name no disk yet
+        disks += [vm.file(name) for name in names_in(vm.folder) if name.endswith((".img", ".qcow2"))]
+    try:
+        for vm in tree.vms():
+            disks += vm.disks() if vm.folder != template.folder and vm.exists() else []
+        used = backing_chain([disk for disk in disks if os.path.exists(disk)])
+    except (Error, OSError):
+        return  # one has just been finished or destroyed, perhaps: the next command looks again
+    for path in map(template.file, unused):
+        if os.path.realpath(path) not in used:
+            remove_file(path)
 
 
 def settle_stopped(cloud: Cloud, templates: Iterable[VM], wait: float = 600.0) -> None:
@@ -5986,7 +5949,7 @@ def settle_stopped(cloud: Cloud, templates: Iterable[VM], wait: float = 600.0) -
         try:
             if unused_by_itself(template) and template.state()[0] == "stopped":
                 with FolderLock(template.folder, wait=wait):
-                    warn_lost(template, settle(cloud, template))
+                    settle(cloud, template)
         except (Error, OSError):
             continue  # at work elsewhere, someone else's, or just gone: whoever changes it settles it
 
@@ -5999,21 +5962,16 @@ def need_stopped(cloud: Cloud, vm: VM) -> None:
         why = "it is running" if state == "running" else f"can't tell whether it runs: {vm.pid_file}"
         raise WrongState(why, f"vmstop -n {vm}", vm=vm)
     if vm.is_template:
-        warn_lost(vm, settle(cloud, vm))
-
-
-def warn_lost(template: VM, lost: Sequence[str]) -> None:
-    if lost:
-        report.warn(f"{template}: it was not shut down properly: what was changed is lost, it is as it was before")
+        settle(cloud, vm)
 
 
 def runs_on_layer(template: VM) -> bool:
     """Whether a template that runs leaves its own disk alone, so that it can be cloned meanwhile."""
     try:
-        layers = [name for name in unused_by_itself(template) if os.path.exists(Layer(template, name).record)]
+        layers = [Layer(template, name) for name in unused_by_itself(template)]
     except OSError:
         return False  # a disk is gone
-    return bool(layers) and not is_written(template.disks()[0])
+    return any(os.path.exists(layer.record) for layer in layers) and not is_written(template.disks()[0])
 
 
 def dependents(vms: Sequence[VM]) -> str:
@@ -6104,47 +6062,41 @@ def template_rows(cloud: Cloud) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-class DiskTree:
-    """The system disks of a tree, by the file that each stands on."""
+def disk_rows(tree: Tree) -> Iterator[str]:
+    """Each template with its system disks, under each of these what stands on it, indented, with sizes on disk."""
+    above: dict[str, set[str]] = {}  # what stands on each disk
+    owners: dict[str, VM] = {}
+    for vm in tree.vms():
+        try:
+            for disk in [*vm.disks()[:1], *map(vm.file, own_disks(vm) if vm.is_template else ())]:
+                files = [os.path.realpath(disk), *backing_chain([disk])]
+                owners[files[0]] = vm
+                for upper, lower in zip(files, files[1:]):
+                    above.setdefault(lower, set()).add(upper)
+        except (Error, OSError) as error:
+            report.warn(str(error))
 
-    def __init__(self, tree: Tree) -> None:
-        self.above: dict[str, set[str]] = {}
-        self.owners: dict[str, VM] = {}
-        for vm in tree.vms():
-            try:
-                own = [*vm.disks()[:1], *map(vm.file, own_disks(vm) if vm.is_template else ())]
-                for disk in own:
-                    files = [os.path.realpath(disk), *backing_chain([disk])]
-                    self.owners[files[0]] = vm
-                    for upper, lower in zip(files, files[1:]):
-                        self.above.setdefault(lower, set()).add(upper)
-            except (Error, OSError) as error:
-                report.warn(str(error))
+    def row(depth: int, name: str, paths: Iterable[str]) -> str:
+        size = sum(os.stat(path).st_blocks * 512 for path in paths if os.path.exists(path))
+        return f"{'  ' * depth}{name}  {size / MIB:.1f} MB"
 
-    def rows(self) -> Iterator[str]:
-        """Each template with its disks, under each of these what stands on it, indented, with sizes on disk."""
-        below = {upper for uppers in self.above.values() for upper in uppers}
-        for path in sorted(path for path, vm in self.owners.items() if vm.is_template and path not in below):
-            yield from self._rows(path, 0)
-
-    def _rows(self, path: str, depth: int, under: VM | None = None) -> Iterator[str]:
+    def rows(path: str, depth: int, under: VM | None) -> Iterator[str]:
         """A disk and what stands on it; where it stands on another's, `under`, or on none, its template comes first."""
-        owner, name, said = self.owners[path], os.path.basename(path), ""
+        owner, name, said = owners[path], os.path.basename(path), ""
         if not owner.is_template:
             name = owner.full_name
         elif path == os.path.realpath(owner.disks()[0]):
             said = "  new clones stand on this"
         if owner.is_template and owner is not under:
-            yield self._row(depth, owner.name, [each for each, vm in self.owners.items() if vm is owner])
+            yield row(depth, owner.name, [each for each, vm in owners.items() if vm is owner])
             depth += 1
-        yield self._row(depth, name, [path]) + said
-        for upper in sorted(self.above.get(path, ()), key=lambda each: (self.owners[each] is owner, each)):
-            yield from self._rows(upper, depth + 1, owner)
+        yield row(depth, name, [path]) + said
+        for upper in sorted(above.get(path, ()), key=lambda each: (owners[each] is owner, each)):
+            yield from rows(upper, depth + 1, owner)
 
-    @staticmethod
-    def _row(depth: int, name: str, paths: Iterable[str]) -> str:
-        size = sum(os.stat(path).st_blocks * 512 for path in paths if os.path.exists(path))
-        return f"{'  ' * depth}{name}  {size / MIB:.1f} MB"
+    standing = {upper for uppers in above.values() for upper in uppers}
+    for path in sorted(path for path, vm in owners.items() if vm.is_template and path not in standing):
+        yield from rows(path, 0, None)
 
 
 # Building templates ##################################################################################
@@ -6341,10 +6293,8 @@ def plan_build(suite: str, more: Sequence[str], gigabytes: int) -> Build:
 
 def check_subordinate_ids() -> None:
     """mmdebstrap needs a range of uids to be root over, unless it is root."""
-    import pwd
-
     need_program("newuidmap")
-    user = pwd.getpwuid(os.geteuid()).pw_name
+    user = user_name()
     for name in ("/etc/subuid", "/etc/subgid"):
         lines = read_text(name).splitlines() if os.path.exists(name) else []
         if not any(line.startswith((f"{user}:", f"{os.geteuid()}:")) for line in lines):
@@ -6533,21 +6483,15 @@ def make_filesystem(tree: str, raw: str, size: int, disk_uuid: str) -> None:
     run(argv, timeout=600)
 
 
-def owner_commands(tree: str, owners: Mapping[str, tuple[int, int]]) -> Iterator[str]:
-    """What debugfs(8) has to be told: mke2fs took the owners from the tree, where they are the caller's."""
+def restore_owners(tree: str, raw: str, owners: Mapping[str, tuple[int, int]], script: str) -> None:
+    """Have debugfs(8) set the owners of all files: mke2fs took them from the tree, where they are the caller's."""
+    lines = []
     for folder, folders, files in os.walk(tree):
         for name in folders + files:
-            path = os.path.join(folder, name)
-            inside = os.path.relpath(path, tree)
-            info, (uid, gid) = os.lstat(path), owners.get(inside, (0, 0))
-            if info.st_uid != uid:
-                yield f'sif "/{inside}" uid {uid}'
-            if info.st_gid != gid:
-                yield f'sif "/{inside}" gid {gid}'
-
-
-def restore_owners(tree: str, raw: str, owners: Mapping[str, tuple[int, int]], script: str) -> None:
-    write_file(script, "\n".join(owner_commands(tree, owners)) + "\n")
+            inside = os.path.relpath(os.path.join(folder, name), tree)
+            uid, gid = owners.get(inside, (0, 0))
+            lines += [f'sif "/{inside}" uid {uid}\n', f'sif "/{inside}" gid {gid}\n']
+    write_file(script, "".join(lines))
     done = run(["debugfs", "-w", "-f", script, f"{raw}?offset={PARTITION_START * SECTOR}"], timeout=600, merge=False)
     said = [line for line in done.stderr.splitlines() if line and not line.startswith("debugfs ")]
     if said:  # its exit status is 0 whatever happened
@@ -6598,7 +6542,7 @@ def build_disk(build: Build, new: NewTemplate) -> None:
 
 
 # What was built is kept for the next template of the same: under what went into it, nocloud's own code and files
-# included.
+# included, and what the archives held then.
 
 
 def build_recipe(build: Build) -> str:
@@ -6635,44 +6579,6 @@ def archive_state(build: Build, web: Web) -> str:
     return hashlib.sha256("\n".join(seen).encode()).hexdigest()[:16]
 
 
-class CachedBuild(CachedImage):
-    """The place in the user's cache of what was built from `recipe` when the archives were in `state`.
-
-    Its checksum is in a file beside it.  A new state takes the place of the older ones.
-    """
-
-    AGAIN = "built"
-
-    def __init__(self, recipe: str, state: str) -> None:
-        super().__init__("sha256", "", f"build-{recipe}-{state}")
-        self._others = f"build-{recipe}-"
-
-    @property
-    def _checksum(self) -> str:
-        return os.path.join(self.folder, "sha256")
-
-    def is_there(self) -> bool:
-        if not os.path.isfile(self._checksum):
-            self.clear()
-            return False
-        self.digest = read_text(self._checksum).strip()
-        return super().is_there()
-
-    def keep(self, disk: str) -> None:
-        """Take a copy of a disk.  Without it the next build takes longer, and no more than that."""
-        import shutil
-
-        part = self.image + ".part"
-        try:
-            shutil.copyfile(disk, part)
-            write_file(self._checksum, file_digest(part) + "\n")
-            os.rename(part, self.image)
-        except OSError as error:
-            report.warn(f"the build isn't kept in the cache: {error_from_os(error)}")
-            self.clear()
-        self._forget(lambda folder: os.path.basename(folder).startswith(self._others))
-
-
 def template_from_packages(cloud: Cloud, name: str, build: Build, settings: Mapping[str, str], again: bool) -> None:
     """A template from a suite's packages: self-contained and bootable, with ssh, DHCP, python3 and no identity.
 
@@ -6681,7 +6587,7 @@ def template_from_packages(cloud: Cloud, name: str, build: Build, settings: Mapp
     import shutil
 
     web = Web(min(10, cloud.config.number("vmDownloadTimeout")), apt_proxies())
-    cached = CachedBuild(build_recipe(build), archive_state(build, web))
+    cached = CachedImage(f"build-{build_recipe(build)}-{archive_state(build, web)}")
     cloud.tree.prepare()
     with cached:
         if cloud.tree.template(name).exists():
@@ -6693,7 +6599,6 @@ def template_from_packages(cloud: Cloud, name: str, build: Build, settings: Mapp
                 shutil.copyfile(cached.image, new.disk)
             else:
                 build_disk(build, new)
-                cached.clear()
                 cached.keep(new.disk)
             new.finish({**settings, "vmSource": build.title})
 
@@ -6711,41 +6616,35 @@ class Cloud:
         self.config = config
         self.tree = Tree(config)
         self.known_hosts = KnownHosts(self.tree)
-        self._qemu: Qemu | None = None
         self.private = PrivateNetwork(self.tree)
         self.bridge = HostBridge(config, self.tree)
         self._networks: dict[str, Network] = {"private": self.private, "bridge": self.bridge}
-        self._accels: dict[str, str] = {}
-        self._screen: str | None = None
-        self._seed: str | None = None
 
+    @functools.cache
     def qemu(self) -> Qemu:
         """The qemu binary, probed once."""
-        if self._qemu is None:
-            self._qemu = probe_qemu(self.config)
-        return self._qemu
+        return probe_qemu(self.config)
 
+    @functools.cache
     def accel(self, wanted: str) -> str:
         """kvm or tcg, for a vmAccel; said once, with the reason, where it is tcg though nobody asked for it."""
-        if wanted not in self._accels:
-            self._accels[wanted], reason = choose_accel(wanted)
-            if reason:
-                report.warn(f"no hardware acceleration, guests will be slow: {reason}")
-        return self._accels[wanted]
+        accel, reason = choose_accel(wanted)
+        if reason:
+            report.warn(f"no hardware acceleration, guests will be slow: {reason}")
+        return accel
 
+    @functools.cache
     def screen(self) -> str:
         """What shows the screens, one of SCREENS; '', and said once, where the qemu binary has neither."""
-        if self._screen is None:
-            self._screen = choose_screen(self.qemu())
-            if not self._screen:
-                report.warn(f"{self.qemu().path} has neither SPICE nor VNC: VMs have no screen")
-        return self._screen
+        screen = choose_screen(self.qemu())
+        if not screen:
+            report.warn(f"{self.qemu().path} has neither SPICE nor VNC: VMs have no screen")
+        return screen
 
+    @functools.cache
     def seed(self) -> str:
         """How cloud-init's seeds are attached, `vvfat` or `iso`.  Raises MissingProgram where neither can be had."""
-        if self._seed is None:
-            self._seed = choose_seed(self.qemu())
-        return self._seed
+        return choose_seed(self.qemu())
 
     def network(self, kind: str) -> Network:
         """The private network, or the host's bridge."""
@@ -6937,7 +6836,8 @@ def check_requests(cloud: Cloud, group: str, requests: Sequence[CloneRequest], f
             elif request.user_data:
                 raise UsageError(f"user-data=: {template.name} takes no seed, its vmInit is {template.get('vmInit')}")
         except Error as error:
-            raise type(error)(f"{request.where}{error}", error.hint) from None
+            error.text, error.vm = f"{request.where}{error}", None
+            raise
     check_memory(cloud.tree, requests, force)
     check_space(cloud.tree.base, requests)
 
@@ -6983,16 +6883,15 @@ def check_disk_size(template: VM, gigabytes: int) -> None:
 def check_collision(tree: Tree, group: str, type: str) -> None:
     """Ansible knows groups by GROUP and GROUP_TYPE: two things must not get one name."""
     pairs = {f"{each}_{kind}": (each, kind) for each in tree.groups() for kind in tree.types(each)}
-    key = f"{group}_{type}"
+    key, clash = f"{group}_{type}", ""
     if pairs.get(key, (group, type)) != (group, type):
-        raise UsageError(
-            f"{group}/{type}: ansible would mix it up with {'/'.join(pairs[key])}: both are {key}",
-            "choose another name",
-        )
-    if key in tree.groups() or key == group:
-        raise UsageError(f"{group}/{type}: ansible would mix it up with the group {key}", "choose another name")
-    if group in pairs:
-        raise UsageError(f"{group}: ansible would mix it up with {'/'.join(pairs[group])}", "choose another name")
+        clash = f"{group}/{type}: ansible would mix it up with {'/'.join(pairs[key])}: both are {key}"
+    elif key in tree.groups():
+        clash = f"{group}/{type}: ansible would mix it up with the group {key}"
+    elif group in pairs:
+        clash = f"{group}: ansible would mix it up with {'/'.join(pairs[group])}"
+    if clash:
+        raise UsageError(clash, "choose another name")
 
 
 def memory_mb(kind: str) -> int:
@@ -7069,8 +6968,7 @@ def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: 
                 clone = NewClone(VM(tree, group, request.type, name or uuid), template, request, uuid, format)
                 clones.append(clone)
                 address = cloud.network(kind).allot(taken.addresses, uuid)
-                network = {"vmNetwork": kind, "vmMac": mac, "vmAddress": address}
-                _reserve_one(cloud, clone, {"vmUuid": uuid, **network})
+                _reserve_one(clone, {"vmUuid": uuid, "vmNetwork": kind, "vmMac": mac, "vmAddress": address})
     return orphans
 
 
@@ -7114,18 +7012,15 @@ def next_names(names: set[str], request: CloneRequest) -> list[str]:
     return found
 
 
-def _reserve_one(cloud: Cloud, clone: NewClone, identity: Mapping[str, str]) -> None:
+def _reserve_one(clone: NewClone, identity: Mapping[str, str]) -> None:
     """Write the clone's conf in a folder that shows it is being made."""
     vm, template = clone.vm, clone.template
     os.makedirs(os.path.dirname(vm.folder), exist_ok=True)
     vm.folder = os.path.join(os.path.dirname(vm.folder), MAKING + vm.name)
     os.mkdir(vm.folder, 0o700)
     clone.lock = FolderLock(vm.folder, wait=0).__enter__()
-    settings = {
-        "vmName": vm.name, "vmInit": "auto", **template.inherited(), **clone.request.settings,
-        "vmDisk": "", "vmExtraDisk": "", **identity, "vmTemplate": template.name,
-    }  # fmt: skip
-    vm.write_conf(settings)
+    settings = {"vmName": vm.name, "vmInit": "auto", **template.inherited(), **clone.request.settings}
+    vm.write_conf({**settings, "vmDisk": "", "vmExtraDisk": "", **identity, "vmTemplate": template.name})
 
 
 class NewClones:
@@ -7371,7 +7266,7 @@ def start_locked(
 
 def prepare_disks(cloud: Cloud, template: VM) -> Layer | None:
     """A layer for a template that others stand on; the right to write to its own disks for one that is alone."""
-    warn_lost(template, settle(cloud, template))
+    settle(cloud, template)
     if cloud.tree.clones(template):
         return new_layer(template)
     for disk in template.disks():
@@ -7979,7 +7874,7 @@ def stop(cloud: Cloud, vm: VM, seconds: float) -> bool:
             clean_running(cloud, vm)
         proper = stop_locked(vm, seconds)
         if vm.is_template:
-            warn_lost(vm, settle(cloud, vm))
+            settle(cloud, vm)
         return proper
 
 
@@ -8051,7 +7946,7 @@ def upgrade(cloud: Cloud, name: str, seconds: float) -> None:
         raise
     finally:
         with FolderLock(template.folder):
-            settle(cloud, template)
+            settle(cloud, template, warn=False)
             adopted = os.path.basename(template.disks()[0]) == layer.name
             if adopted:
                 flatten(cloud, template)
@@ -9775,7 +9670,7 @@ def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> 
             return report_table(catalogue_rows(cloud.tree) if args.available else template_rows(cloud))
         if args.tree:
             no_more(words)
-            return report_table([[row] for row in DiskTree(cloud.tree).rows()])
+            return report_table([[row] for row in disk_rows(cloud.tree)])
         name = one_operand(words, "NAME")
         expected = exclusive(args, "sha256", "sha512", "insecure")
         way = exclusive(args, "image", "build", "from", "delete")

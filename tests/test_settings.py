@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -515,6 +516,19 @@ def test_each_option_sets_something(option: nocloud.CloneOption) -> None:
     with pytest.raises(nocloud.UsageError) as raised:
         nocloud.parse_description("x:1::nonsense", "FILE", "default")
     assert f" {option.text}" in raised.value.hint and option.help
+
+
+def test_any_error_of_a_line_names_it() -> None:
+    """Whatever its constructor takes."""
+
+    def fail(name: str) -> nocloud.VM:
+        raise nocloud.CommandFailed([name], 3, "no")
+
+    cloud = SimpleNamespace(tree=SimpleNamespace(need_template=fail))
+    described = nocloud.parse_description("\nfine:1", "FILE", "default")
+    with pytest.raises(nocloud.CommandFailed, match="^FILE:2: fine: no$") as raised:
+        nocloud.check_requests(cloud, "pf", described, False)  # type: ignore[arg-type]
+    assert raised.value.returncode == 3
 
 
 def test_an_empty_description_is_an_error() -> None:
