@@ -7747,13 +7747,13 @@ def command_script(vm: VM, argv: Sequence[str], network: Network) -> str:
 class Wait:
     """A wait for one VM: which stage it is at, and until when.
 
-    The stages: `running`, `address` (the guest asked for it), `ssh` (the server says its banner), `configured`,
-    `cloud-init` (the guest lets us in, and its cloud-init is still at work).
+    The stages: `address` (the guest asks for it), `ssh` (the server says its banner), `configured`, `cloud-init` (the
+    guest lets us in, and its cloud-init is still at work).
     """
 
     def __init__(self, cloud: Cloud, vm: VM, seconds: float, say: bool = False) -> None:
         self.cloud, self.vm, self.network = cloud, vm, cloud.network_of(vm)
-        self.stage = "running"
+        self.stage = "address"
         self._started = time.monotonic()
         self._deadline = self._started + seconds
         self._say_at = self._started + 1.0 if say else float("inf")
@@ -7772,8 +7772,6 @@ class Wait:
                 raise WrongState(
                     f"it stopped while it was waited for{self.console()}", f"see {self.vm.log_file}", vm=self.vm
                 )
-            if self.stage == "running":
-                self.stage = "address"
         if now >= self._say_at:
             self._say_at = float("inf")
             report.say(f"{report.program}: waiting for {self.vm}: {STAGES[self.stage]}")
@@ -7799,7 +7797,6 @@ class Wait:
 
 
 STAGES = {
-    "running": "its qemu",
     "address": "the guest to ask for its address",
     "ssh": "ssh to answer",
     "configured": "its configuration",
