@@ -9950,8 +9950,8 @@ def one_operand(words: Sequence[str], name: str) -> str:
 
 # Commands ############################################################################################
 #
-# What can be typed.  One declaration a command serves its vm* name, the subcommand and the help; the
-# function under it turns words into values and calls the sections above.
+# What can be typed.  One declaration a command serves its vm* name, the subcommand and the help; the function under it
+# turns words into values and calls the sections above.  It returns the exit status; None: EXIT_DONE.
 
 # Several commands have these.
 GROUP = Option("-g --group GROUP", "only this group")
@@ -9992,17 +9992,19 @@ def _digest(algorithm: str) -> Callable[[str], str]:
     Option("--user LOGIN", "who logs in to its clones", default="vmUser"),
     Option("--init KIND", "how hostname and keys get in: " + ", ".join(INIT_KINDS), INIT_KIND, complete=INIT_KINDS),
 )  # fmt: skip
-def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """get and keep templates"""
     import functools
 
     with Cloud(config) as cloud:
         if args.list or args.available:
             no_more(words)
-            return report_table(catalogue_rows(cloud.tree) if args.available else template_rows(cloud))
+            report_table(catalogue_rows(cloud.tree) if args.available else template_rows(cloud))
+            return
         if args.tree:
             no_more(words)
-            return report_table([[row] for row in DiskTree(cloud.tree).rows()])
+            report_table([[row] for row in DiskTree(cloud.tree).rows()])
+            return
         name = one_operand(words, "NAME")
         expected = exclusive(args, "sha256", "sha512", "insecure")
         way = exclusive(args, "image", "build", "from", "delete")
@@ -10028,7 +10030,6 @@ def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> 
             template_from_address(cloud, name, args)
         else:
             template_from_catalogue(cloud, name, vars(args), functools.partial(take_over, cloud))
-    return EXIT_DONE
 
 
 def template_from_address(cloud: Cloud, name: str, args: argparse.Namespace) -> None:
@@ -10045,12 +10046,11 @@ def template_from_address(cloud: Cloud, name: str, args: argparse.Namespace) -> 
     template_from_url(cloud, name, args.image, settings, expected, args.insecure)
 
 
-def report_table(rows: Sequence[Sequence[str]]) -> int:
+def report_table(rows: Sequence[Sequence[str]]) -> None:
     """Rows on stdout, their columns aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)] if rows else []
     for row in rows:
         report.data("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[-1]]))
-    return EXIT_DONE
 
 
 @declare(
@@ -10063,7 +10063,7 @@ def report_table(rows: Sequence[Sequence[str]]) -> int:
     Option("-d --disk GB", "disk size; with -a: grow to", default="vmCreateDiskSize"),
     Option("-a --adjust", "change an existing one: only what is given"),
 )
-def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """make a template from an ISO, or adjust one"""
     for value, name in ((args.name, "-n NAME"), (args.adjust or args.iso, "-i ISO")):
         if not value:
@@ -10091,7 +10091,6 @@ def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> in
                 raise error
             report.say(f"{report.program}: {vm} boots {iso}; when it is done: vmstop -n {vm}")
             open_screens([vm])
-    return EXIT_DONE
 
 
 def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, iso: str) -> VM:
@@ -10239,14 +10238,13 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
 
 
 @declare(Command("running", "vmrunning"), GROUP, TYPE, Option("-a --all", "the stopped ones too, with their state"))
-def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """list running VMs: NAME GROUP/TYPE IP"""
     with Cloud(config) as cloud:
         if args.group is not None:
             cloud.tree.need_group(args.group)
         for row in vm_rows(cloud, args.group or "", args.type or "", every=args.all):
             report.data(row)
-    return EXIT_DONE
 
 
 @declare(
@@ -10298,13 +10296,12 @@ def running_vm(cloud: Cloud, words: str, group: str | None = None, type: str | N
 
 
 @declare(Command("ssh", "vmssh", "VM [WORDS...]", ("running-vm",)))
-def cmd_ssh(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_ssh(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """ssh into a VM, or run a command in it"""
     if not words:
         raise UsageError("which VM?", "vmssh VM|IP [WORDS...]; vmrunning lists the VMs")
     with Cloud(config) as cloud:
         become_ssh(cloud, running_vm(cloud, words[0]), words[1:])
-    return EXIT_FAILED  # not reached: become() doesn't come back
 
 
 def become_ssh(cloud: Cloud, vm: VM, words: Sequence[str], fresh: bool = False) -> None:
@@ -10340,7 +10337,7 @@ def become_ssh(cloud: Cloud, vm: VM, words: Sequence[str], fresh: bool = False) 
     Option("-i --iso ISO", "boot this ISO first: a path, a name in isoDir, or none"),
     Option("-G --gui", "start it with a screen, and don't connect"),
 )
-def cmd_vm(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_vm(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """run a VM and connect to it by ssh"""
     if not args.name:
         raise UsageError("which VM? give -n NAME", "vmrunning -a lists them, vmtemplate --list the templates")
@@ -10362,19 +10359,17 @@ def cmd_vm(config: Config, args: argparse.Namespace, words: list[str]) -> int:
             open_screens([vm])
         else:
             become_ssh(cloud, vm, words, fresh)
-    return EXIT_DONE
 
 
 @declare(
     Command("upgrade", "vmupgrade", "TEMPLATE", ("template",)),
     Option("--timeout S", f"the longest that it may take, in seconds [{UPGRADE_SECONDS}]", SECONDS),
 )
-def cmd_upgrade(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_upgrade(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """upgrade the system of a template; its clones stay as they are"""
     name = one_operand(words, "TEMPLATE")
     with Cloud(config) as cloud:
         upgrade(cloud, name.removeprefix(f"{TEMPLATES}/"), UPGRADE_SECONDS if args.timeout is None else args.timeout)
-    return EXIT_DONE
 
 
 @declare(
@@ -10382,7 +10377,7 @@ def cmd_upgrade(config: Config, args: argparse.Namespace, words: list[str]) -> i
     Option("--list", "the inventory as JSON, for ansible"),
     Option("--host HOST", "the variables of one host as JSON"),
 )
-def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """what runs, for ansible (--list) and for people"""
     with Cloud(config) as cloud:
         if args.list or args.host is not None:
@@ -10393,7 +10388,6 @@ def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) ->
         else:
             for row in vm_rows(cloud):
                 report.data(row)
-    return EXIT_DONE
 
 
 @declare(
@@ -10406,7 +10400,7 @@ def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) ->
     Option("--tap", "exec: open a tap on the network as descriptor 3"),
     Option("--fdpass", "connect: hand the connection itself to ssh (ProxyUseFdpass)"),
 )  # fmt: skip
-def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """the network between the VMs: up, down, status; exec and connect go into the private one"""
     import contextlib
 
@@ -10435,7 +10429,6 @@ def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> int:
             private.connect(*address_and_port(rest), args.fdpass)
         else:
             raise UsageError(f"{verb or 'no verb'}: expected up, down, status, exec or connect")
-    return EXIT_DONE
 
 
 def kind_of_network(config: Config, args: argparse.Namespace, rest: Sequence[str]) -> str:
@@ -10455,14 +10448,14 @@ def kind_of_network(config: Config, args: argparse.Namespace, rest: Sequence[str
         (("start", "stop", "dnsmasq", "ready", "subnet"), "file"),
     )
 )  # fmt: skip
-def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """the host's bridge, for its units: start, stop; run its dnsmasq, or wait for it; name a free subnet in FILE"""
     verb, rest = (words[0], words[1:]) if words else ("", [])
     if verb == "subnet":
         file = one_operand(rest, "FILE") if rest else installed_settings()
         need_root("setting the bridge's network")
         report.say(free_bridge_subnet(config, file))
-        return EXIT_DONE
+        return
     no_more(rest)
     if verb == "start":
         BridgeSetup(config).start()
@@ -10476,7 +10469,6 @@ def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> in
         BridgeSetup(config).wait(60, os.environ.get("MAINPID", ""))  # systemd.exec(5)
     else:
         raise UsageError(f"{verb or 'no verb'}: expected start, stop, dnsmasq, ready or subnet")
-    return EXIT_DONE
 
 
 def open_tap(network: Network) -> None:
@@ -10563,7 +10555,7 @@ def cmd_doctor(config: Config, args: argparse.Namespace, words: list[str]) -> in
 
 
 @declare(Command("links", operands="DIR", complete=("folder",)))
-def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """make the vm* commands in DIR, as symlinks to this program"""
     folder = one_operand(words, "DIR")
     if not os.path.isdir(folder):
@@ -10581,11 +10573,10 @@ def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> int
                 f"{path}: is there and is no symlink; it is kept", "move it away, or choose another folder"
             )
         os.symlink(program, path)
-    return EXIT_DONE
 
 
 @declare(Command("configure", operands="VM...", hidden=True))
-def cmd_configure(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_configure(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """do over ssh what can only be done there, for VMs that have just been started"""
     with Cloud(config) as cloud:
         vms = [vm for name in words for vm in cloud.tree.find(name) if vm.is_readable()]
@@ -10594,7 +10585,6 @@ def cmd_configure(config: Config, args: argparse.Namespace, words: list[str]) ->
         for error in wait_all(cloud, vms, config.number("vmWaitTimeout")):
             if error.vm.exists():
                 append_line(error.vm.log_file, f"nocloud: not configured: {error}")
-    return EXIT_DONE
 
 
 # Completion and manual ###############################################################################
@@ -11500,8 +11490,8 @@ def run_command(argv: Sequence[str]) -> int:
             return EXIT_DONE
     if not command.operands:
         no_more(operands)
-    status: int = command.function(config, args, operands)
-    return status
+    status: int | None = command.function(config, args, operands)
+    return status or EXIT_DONE
 
 
 def general_options(words: Sequence[str]) -> int:
