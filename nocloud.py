@@ -7840,10 +7840,9 @@ def wait_ready(wait: Wait) -> None:
     """Return when the VM is ready: ssh answers, and the guest is configured as its vmInit says."""
     wait_ssh(wait)
     find_init_kind(wait)
-    if wait.vm.get("vmInit") == "cloud-init":
-        wait_cloud_init(wait)
-    elif wait.vm.get("vmInit") != "none":
-        configure(wait)
+    kind = wait.vm.get("vmInit")
+    if kind != "none":
+        configure(wait, kind == "cloud-init")
 
 
 def find_init_kind(wait: Wait) -> None:
@@ -7872,43 +7871,34 @@ def find_init_kind(wait: Wait) -> None:
         report.warn(said)
 
 
-def configure(wait: Wait) -> None:
-    """Log in with nocloud's own key, and set the hostname where it isn't what it should be.
-
-    Tried again until the wait is over: sshd answers before the guest lets users in (pam_nologin).
-    """
-    vm = wait.vm
-    if os.path.exists(vm.configured_file):
-        return
-    pin_host_key(wait)
-    script = guest_script("hostname.sh", NAME=vm.host_name)
-    for seconds in wait.tries():
-        status, output = ssh_batch(wait.cloud, vm, script, seconds)
-        if status == 0:
-            write_file(vm.configured_file, "")
-            return
-        check_login(vm, status, output)
-
-
 NOT_YET = 75  # as sysexits.h: try again
 
 
-def wait_cloud_init(wait: Wait) -> None:
-    """Return when the guest's cloud-init has ended.  Raises Error, with its log's last lines, where that failed."""
-    vm, script = wait.vm, cloud_init_script(0)
+def configure(wait: Wait, cloud_init: bool = False) -> None:
+    """Log in with nocloud's own key, and set the hostname where it isn't what it should be.
+
+    Tried again until the wait is over: sshd answers before the guest lets users in (pam_nologin).  `cloud_init`: that
+    has set the name, return when it has ended.  Raises Error, with its log's last lines, where it failed.
+    """
+    vm = wait.vm
+    if not cloud_init:
+        if os.path.exists(vm.configured_file):
+            return
+        pin_host_key(wait)
+    script = cloud_init_script(0) if cloud_init else guest_script("hostname.sh", NAME=vm.host_name)
     for seconds in wait.tries():
         status, output = ssh_batch(wait.cloud, vm, script, seconds)
         if status == 0:
             write_file(vm.configured_file, "")
             return
-        if status == 1:
+        if cloud_init and status == 1:
             lines = [printable(line.strip()) for line in output.splitlines() if line.strip()]
             raise Error(
                 f"cloud-init failed in it: {' | '.join(lines)[-800:]}",
                 f"vmssh {vm} gets in; see /var/log/cloud-init-output.log there",
                 vm=vm,
             )
-        if status == NOT_YET:
+        if cloud_init and status == NOT_YET:
             wait.stage, script = "cloud-init", cloud_init_script(15)
         else:
             check_login(vm, status, output)
