@@ -8117,13 +8117,13 @@ class OwnGuest:
             raise Error(last_line(said) or describe_status(status), vm=self.vm)
         return said
 
-    def clean(self) -> None:
-        """Take out what a clone must not inherit."""
+    def finish(self) -> None:
+        """Take out what a clone must not inherit, and end it properly; from now on that makes its layer count.
+
+        Raises Error where it doesn't end in time.
+        """
         self.output(cleaning_script(self.vm))
         forget_guest(self.cloud, self.vm)
-
-    def shut_down(self) -> None:
-        """End it properly; from now on that makes its layer count.  Raises Error where it doesn't end in time."""
         if self.layer:
             self.layer.arm()
         seconds = max(SHUTDOWN_SECONDS, self.cloud.config.number("vmStopTimeout"))
@@ -8285,8 +8285,7 @@ def upgrade_guest(guest: OwnGuest, seconds: float) -> None:
         raise TimedOut(f"no end of the upgrade after {seconds:.0f} s", vm=vm) from None
     if status:
         raise Error(f"the upgrade failed: {describe_status(status)}", vm=vm)
-    guest.clean()
-    guest.shut_down()
+    guest.finish()
 
 
 # -- templates of VMs
@@ -8312,7 +8311,7 @@ def template_from_vm(
             left = ", ".join(map(os.path.basename, source.disks()[1:]))
             report.warn(f"{name}: a template has a system disk only, these are left out: {left}")
         if clean:
-            in_new_guest(cloud, new, clean_and_end, "--no-clean takes it as it is")
+            in_new_guest(cloud, new, OwnGuest.wait, "--no-clean takes it as it is")
         return new.finish({**settings, "vmSource": source.full_name})
 
 
@@ -8335,22 +8334,17 @@ def copy_disk(source: VM, new: NewTemplate, layered: bool) -> None:
     )
 
 
-def clean_and_end(guest: OwnGuest) -> None:
-    guest.wait()
-    guest.clean()
-    guest.shut_down()
-
-
-def in_new_guest(cloud: Cloud, new: NewTemplate, work: Callable[[OwnGuest], None], hint: str) -> None:
+def in_new_guest(cloud: Cloud, new: NewTemplate, work: Callable[[OwnGuest], object], hint: str) -> None:
     """Boot a template that is being made, on an identity that is thrown away after it, and do `work` in its guest.
 
-    Nothing is left of that in its folder but the disk and the conf.
+    Then it is cleaned and shut down.  Nothing is left of that in its folder but the disk and the conf.
     """
     vm = new.vm
     vm.write_conf({"vmUuid": new_identity(set())[0]})
     try:
         with OwnGuest(cloud, vm) as guest:
             work(guest)
+            guest.finish()
     except Error as error:
         error.vm, error.hint = error.vm or vm, "; ".join(filter(None, (error.hint, hint)))
         raise
@@ -8377,8 +8371,6 @@ def take_over(cloud: Cloud, new: NewTemplate, key: tuple[str, str]) -> None:
         guest.output(guest_script("plant-keys.sh", KEYS="\n".join(login_keys())))
         guest.keys = ssh_key_options(True)  # from here on ours opens it, which proves that it can
         guest.output(guest_script("remove-key.sh", True, KEY=public))
-        guest.clean()
-        guest.shut_down()
 
     in_new_guest(cloud, new, work, f"is {path} the key of its publisher?")
 
