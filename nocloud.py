@@ -7986,12 +7986,7 @@ def cloud_init_script(seconds: int) -> str:
 
 
 def start_all(
-    cloud: Cloud,
-    vms: Sequence[VM],
-    started: Callable[[VM], None] = lambda vm: None,
-    *,
-    iso: str = "",
-    gui: bool = False,
+    cloud: Cloud, vms: Sequence[VM], started: Callable[[VM], None] = lambda vm: None, iso: str = "", gui: bool = False
 ) -> list[Error | None]:
     """Start VMs in parallel, after the networks that they need; for each None, or why it doesn't run."""
     import contextlib
@@ -8021,11 +8016,8 @@ def instantiate(
     errors = [result for result in made if isinstance(result, Error)]
     vms = [result for result in made if isinstance(result, VM)]
     problem = result_of(lambda _: publish_keys(cloud, vms), None)  # one file has the keys of all
-    results: list[Error | None]
-    if problem:
-        results = [Error(problem.text, problem.hint, problem.status, vm) for vm in vms]
-    else:
-        results = start_all(cloud, vms, started)
+    same = [Error(problem.text, problem.hint, problem.status, vm) for vm in vms] if problem else []
+    results = same or start_all(cloud, vms, started)
     errors += filter(None, results)
     failed = [vm for vm, error in zip(vms, results) if error and not vm.is_running()]  # by another command, perhaps
     if failed:
@@ -8711,7 +8703,7 @@ class Supervisor:
         self._on_ready: Callable[[int], None] | None = on_ready
         self._members: dict[str, Member] = {}
         self._jobs: set[threading.Thread] = set()
-        self._starting, self._ending, self._finished = True, RUN, False
+        self._starting, self._ending = True, RUN
         self._look_at = time.monotonic() + LOOK_SECONDS
         self._selector = selectors.DefaultSelector()
         self._selector.register(wakeup, selectors.EVENT_READ, self._woken)
@@ -8724,11 +8716,10 @@ class Supervisor:
             self._wakeup.post(lambda: self._adopt(vm, how))
 
         self._job(lambda: begin(spawned), self._begun)
-        while not self._finished:
+        while not self._advance():
             for key, _ in self._selector.select(self._timeout()):
                 key.data()
             self._look()
-            self._advance()
         return self.status
 
     def _timeout(self) -> float | None:
@@ -8853,26 +8844,23 @@ class Supervisor:
 
     # towards the end
 
-    def _advance(self) -> None:
-        """Once the workers have ended: rest, or do what the goal asks for, or finish."""
-        if self.goal == RUN and not self._starting:
-            if not self._members:
-                self.goal = LEAVE
-            elif not self._jobs:
-                return self._rest()
-        if self.goal == RUN:
-            return None
+    def _advance(self) -> bool:
+        """Once the workers have ended: rest, or do what the goal asks for; whether that is done."""
+        if self.goal == RUN and not self._starting and not self._members:
+            self.goal = LEAVE
         if self._jobs:
             if self._ending != self.goal and (self.goal == DESTROY or not self._starting):
                 cancellation.requested = True
                 cancellation.end_children()
-            return None
-        cancellation.requested = False
-        self._finished = self._ending == self.goal
-        if not self._finished:
+        elif self.goal == RUN:
+            self._rest()
+        else:
+            cancellation.requested = False
+            if self._ending == self.goal:
+                return True
             self._ending = self.goal
             self._job(self._end, self._failed)
-        return None
+        return False
 
     def _rest(self) -> None:
         """All is quiet: hold nothing open that only waits need."""
@@ -8898,7 +8886,6 @@ def supervise(
     cloud: Cloud,
     group: str,
     requests: Sequence[CloneRequest],
-    *,
     new: bool,
     gui: bool,
     on_ready: Callable[[int, str], None],
