@@ -49,7 +49,7 @@ import stat
 import struct
 import sys
 import time
-from collections import ChainMap, Counter
+from collections import ChainMap, Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
 
 TYPE_CHECKING = False  # typing costs 7 ms at start-up and nothing here needs it at run time
@@ -8638,42 +8638,48 @@ class Manager:
             remove_if_empty(self.tree, self.group)
 
 
-class Wakeup:
-    """What ends the loop's sleep, as bytes on a socket: signals (their numbers) and workers' posts (0)."""
+class Background:
+    """A vmrun whose caller returns once all VMs are ready: what goes on is a child, in a session of its own."""
 
     def __init__(self) -> None:
-        """Takes the signals over, for good: to the end of the process none of them interrupts it any more."""
+        self._talk = -1
+
+    def start(self) -> int | None:
+        """None in the child, which goes on; in the caller the exit status, when the child has settled or ended."""
         import signal
-        import socket as sockets
-        from collections import deque
 
-        self._mine, self._its = sockets.socketpair()
-        for end in (self._mine, self._its):
-            end.setblocking(False)
-        self._posts: deque[Callable[[], None]] = deque()
-        signal.set_wakeup_fd(self._its.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-                signal.signal(number, lambda number, frame: None)
+        hear, talk = os.pipe()
+        pid = fork_session()
+        if not pid:
+            os.close(hear)
+            self._talk = talk
+            return None
+        os.close(talk)
+        with open(hear, "rb") as pipe:
+            try:
+                said = pipe.read()
+            except (KeyboardInterrupt, SystemExit) as stopped:
+                # ^C and SIGTERM are meant for the child too; when the terminal goes away, SIGHUP, it goes on.
+                if not isinstance(stopped, SystemExit) or stopped.code == 128 + signal.SIGTERM:
+                    os.kill(pid, signal.SIGTERM)
+                    os.waitpid(pid, 0)
+                raise
+        return said[0] if said else os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-    def fileno(self) -> int:
-        return self._mine.fileno()
-
-    def post(self, call: Callable[[], None]) -> None:
-        """From any thread: have the loop call this."""
-        self._posts.append(call)
-        try:
-            self._its.send(b"\0")
-        except BlockingIOError:
-            pass  # it is full of others, so the loop wakes anyway
-
-    def take(self) -> tuple[list[int], list[Callable[[], None]]]:
-        """The signals and posts that came meanwhile."""
-        try:
-            numbers = [number for number in self._mine.recv(4096) if number]
-        except BlockingIOError:
-            numbers = []
-        return numbers, [self._posts.popleft() for _ in range(len(self._posts))]
+    def on_ready(self, status: int, log_file: str) -> None:
+        """In the child: let the caller go, and write to a log from now on.  In the foreground: nothing."""
+        if self._talk < 0:
+            return
+        sys.stdout.flush()
+        log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        for fd, number in ((null, 0), (log, 1), (log, 2)):
+            os.dup2(fd, number)
+        os.close(log)
+        os.close(null)
+        os.write(self._talk, bytes([status]))
+        os.close(self._talk)
+        self._talk = -1
 
 
 @record
@@ -8693,11 +8699,12 @@ LOOK_SECONDS = 2.0  # between looks at the tree for VMs that others started
 class Supervisor:
     """The loop of one vmrun.  `on_ready` is called when all VMs are ready, or are known not to get ready."""
 
-    def __init__(self, cloud: Cloud, group: str, wakeup: Wakeup, on_ready: Callable[[int], None]) -> None:
+    def __init__(self, cloud: Cloud, group: str, on_ready: Callable[[int], None]) -> None:
+        """Takes the signals over, for good: to the end of the process none of them interrupts it any more."""
         import selectors
         import threading
 
-        self.cloud, self.group, self._wakeup = cloud, group, wakeup
+        self.cloud, self.group = cloud, group
         self.goal = RUN
         self.status = EXIT_DONE
         self._on_ready: Callable[[int], None] | None = on_ready
@@ -8705,15 +8712,16 @@ class Supervisor:
         self._jobs: set[threading.Thread] = set()
         self._starting, self._ending = True, RUN
         self._look_at = time.monotonic() + LOOK_SECONDS
+        self._posts: deque[Callable[[], None]] = deque()
         self._selector = selectors.DefaultSelector()
-        self._selector.register(wakeup, selectors.EVENT_READ, self._woken)
+        self._take_signals()
 
     def run(self, begin: Callable[[Callable[[VM], None]], list[Error]]) -> int:
         """Have `begin` start the VMs, telling each to its argument; watch the group to its end; the exit status."""
 
         def spawned(vm: VM) -> None:
             how = f"of {vm.type} type has been spawned in {vm.group} group"
-            self._wakeup.post(lambda: self._adopt(vm, how))
+            self._post(lambda: self._adopt(vm, how))
 
         self._job(lambda: begin(spawned), self._begun)
         while not self._advance():
@@ -8727,16 +8735,38 @@ class Supervisor:
             return max(0.0, self._look_at - time.monotonic())
         return 0.25 if cancellation.requested else None
 
-    # what wakes it
+    # what wakes it: bytes on a socket, of signals (their numbers) and workers' posts (0); and the end of a qemu
+
+    def _take_signals(self) -> None:
+        import selectors
+        import signal
+        import socket as sockets
+
+        self._bell, self._button = sockets.socketpair()
+        for end in (self._bell, self._button):
+            end.setblocking(False)
+        signal.set_wakeup_fd(self._button.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                signal.signal(number, lambda number, frame: None)
+        self._selector.register(self._bell, selectors.EVENT_READ, self._woken)
+
+    def _post(self, call: Callable[[], None]) -> None:
+        """From any thread: have the loop call this."""
+        self._posts.append(call)
+        try:
+            self._button.send(b"\0")
+        except BlockingIOError:
+            pass  # it is full of others, so the loop wakes anyway
 
     def _woken(self) -> None:
         import signal
 
-        numbers, posts = self._wakeup.take()
-        for call in posts:
-            call()
+        numbers = self._bell.recv(4096)
+        for _ in range(len(self._posts)):
+            self._posts.popleft()()
         goals = {signal.SIGUSR1: KEEP, signal.SIGHUP: LEAVE}
-        for number in numbers:
+        for number in filter(None, numbers):
             self._ask(goals.get(signal.Signals(number), DESTROY))
 
     def _ask(self, goal: str) -> None:
@@ -8799,7 +8829,7 @@ class Supervisor:
                 result = result_of(lambda _: work(), None)
             except Exception as error:
                 result = error
-            self._wakeup.post(lambda: finish(result))
+            self._post(lambda: finish(result))
 
         def finish(result: Any) -> None:
             self._jobs.discard(thread)
@@ -8830,7 +8860,7 @@ class Supervisor:
     def _wait(self, vm: VM) -> None:
         wait = Wait(self.cloud, vm, self.cloud.config.number("vmWaitTimeout"))
         address = next(found for _ in wait.tries() if (found := wait.network.address(vm)))
-        self._wakeup.post(lambda: report.log(f"{vm.name} has IP {address}"))
+        self._post(lambda: report.log(f"{vm.name} has IP {address}"))
         wait_ready(wait)
 
     def _waited(self, member: Member, result: Error | None) -> None:
@@ -8883,20 +8913,15 @@ class Supervisor:
 
 
 def supervise(
-    cloud: Cloud,
-    group: str,
-    requests: Sequence[CloneRequest],
-    new: bool,
-    gui: bool,
-    on_ready: Callable[[int, str], None],
+    cloud: Cloud, group: str, requests: Sequence[CloneRequest], new: bool, gui: bool, background: Background
 ) -> int:
     """Run a group: the VMs that it has and those that are asked for, until it ends; the exit status.
 
-    `new`: it must have none yet; `gui`: those that it has get a screen, this time.  `on_ready` gets the status so far
-    and the log that a vmrun in the background writes.
+    `new`: it must have none yet; `gui`: those that it has get a screen, this time.
     """
-    wakeup = Wakeup()
-    with Manager(cloud.tree, group, new) as manager:
+    manager = Manager(cloud.tree, group, new)
+    supervisor = Supervisor(cloud, group, lambda status: background.on_ready(status, manager.log_file))
+    with manager:
         old = list(cloud.tree.vms(group))
         if not old and not requests:
             raise NotFound(f"{group}: there are no VMs in it", "vmrun -f FILE makes them")
@@ -8916,7 +8941,6 @@ def supervise(
             return errors + (instantiate(cloud, group, requests, spawned)[1] if requests else [])
 
         trim_memory()
-        supervisor = Supervisor(cloud, group, wakeup, lambda status: on_ready(status, manager.log_file))
         return supervisor.run(begin)
 
 
@@ -8938,50 +8962,6 @@ def stop_managed(cloud: Cloud, group: str) -> None:
     left = [vm.name for vm in cloud.tree.running(group)]
     if left:
         raise Error(f"{group}: these VMs still run: {', '.join(left)}", f"vmstop -g {group} stops them")
-
-
-class Background:
-    """A vmrun whose caller returns once all VMs are ready: what goes on is a child, in a session of its own."""
-
-    def __init__(self) -> None:
-        self._talk = -1
-
-    def start(self) -> int | None:
-        """None in the child, which goes on; in the caller the exit status, when the child has settled or ended."""
-        import signal
-
-        hear, talk = os.pipe()
-        pid = fork_session()
-        if not pid:
-            os.close(hear)
-            self._talk = talk
-            return None
-        os.close(talk)
-        with open(hear, "rb") as pipe:
-            try:
-                said = pipe.read()
-            except (KeyboardInterrupt, SystemExit) as stopped:
-                # ^C and SIGTERM are meant for the child too; when the terminal goes away, SIGHUP, it goes on.
-                if not isinstance(stopped, SystemExit) or stopped.code == 128 + signal.SIGTERM:
-                    os.kill(pid, signal.SIGTERM)
-                    os.waitpid(pid, 0)
-                raise
-        return said[0] if said else os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-    def on_ready(self, status: int, log_file: str) -> None:
-        """In the child: let the caller go, and write to a log from now on.  In the foreground: nothing."""
-        if self._talk < 0:
-            return
-        sys.stdout.flush()
-        log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        for fd, number in ((null, 0), (log, 1), (log, 2)):
-            os.dup2(fd, number)
-        os.close(log)
-        os.close(null)
-        os.write(self._talk, bytes([status]))
-        os.close(self._talk)
-        self._talk = -1
 
 
 # Inventory ###########################################################################################
@@ -10201,9 +10181,7 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
             raise UsageError("templates are not run as a group", "vm -n NAME runs one")
         else:
             cloud.tree.need_group(group)
-        return supervise(
-            cloud, group, requests, new=bool(requests) and not args.add, gui=args.gui, on_ready=background.on_ready
-        )
+        return supervise(cloud, group, requests, bool(requests) and not args.add, args.gui, background)
 
 
 @declare(Command("running", "vmrunning"), GROUP, TYPE, Option("-a --all", "the stopped ones too, with their state"))
