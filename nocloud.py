@@ -8188,10 +8188,10 @@ def stop(cloud: Cloud, vm: VM, seconds: float) -> bool:
         return proper
 
 
-def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float, patient: bool = False) -> list[Error]:
+def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float | None = None) -> list[Error]:
     """Stop VMs in parallel; one warning line names those whose plug had to be pulled.
 
-    `patient`: a template on a layer, which would be lost, has longer than `seconds`.
+    `seconds`: by default vmStopTimeout, and longer for a template on a layer, which would be lost.
     """
     cloud.private.used = True
     settle_stopped(cloud, (vm for vm in vms if vm.is_template))
@@ -8201,8 +8201,9 @@ def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float, patient: bool = Fa
             cloud.network(kind).open()  # before there are threads
     except Error:
         pass  # a guest that can't be reached isn't cleaned, but stopped all the same
-    longer = patient and 0 < seconds < SHUTDOWN_SECONDS
-    graces = {vm: SHUTDOWN_SECONDS if longer and vm.is_template and runs_on_layer(vm) else seconds for vm in running}
+    usual = cloud.config.number("vmStopTimeout") if seconds is None else seconds
+    longer = seconds is None and 0 < usual < SHUTDOWN_SECONDS
+    graces = {vm: SHUTDOWN_SECONDS if longer and vm.is_template and runs_on_layer(vm) else usual for vm in running}
     results = in_parallel(lambda vm: stop(cloud, vm, graces[vm]), running, workers=len(running) or 1)
     for grace in dict.fromkeys(graces.values()):
         pulled = [vm.name for vm, result in zip(running, results) if graces[vm] == grace and result is False]
@@ -8894,8 +8895,7 @@ class Supervisor:
 
     def _rest(self) -> None:
         """All is quiet: hold nothing open that only waits need."""
-        for kind in ("private", "bridge"):
-            self.cloud.network(kind).close()
+        self.cloud.close()
         if self._on_ready:
             late = not all(member.ready for member in self._members.values())
             self._on_ready(self.status or (EXIT_TIMEOUT if late else EXIT_DONE))
@@ -8909,7 +8909,7 @@ class Supervisor:
         vms = list(self.cloud.tree.vms(self.group))
         if self._ending == DESTROY:
             return destroy_all(self.cloud, vms)
-        return stop_all(self.cloud, vms, self.cloud.config.number("vmStopTimeout"))
+        return stop_all(self.cloud, vms)
 
 
 def supervise(
@@ -10095,8 +10095,7 @@ def requests_of(config: Config, args: argparse.Namespace) -> tuple[str, list[Clo
         for given, name in ((args.template, "-n"), (args.count, "-C"), (args.options, "-o")):
             if given is not None:
                 raise UsageError(f"-f and {name} exclude each other", "the description file says it all")
-        text, name = read_description(args.file)
-        return group_of_file(args.file) if group is None else group, parse_description(text, name, type)
+        return group_of_file(args.file) if group is None else group, read_description(args.file, type)
     if not args.template:
         raise UsageError("which template? give -n TEMPLATE, or -f FILE", "vmtemplate --list shows what is there")
     request = CloneRequest("", args.template, args.count or config.number("vmCount"), type, {})
@@ -10107,13 +10106,13 @@ def requests_of(config: Config, args: argparse.Namespace) -> tuple[str, list[Clo
     return config["vmGroup"] if group is None else group, [request]
 
 
-def read_description(path: str) -> tuple[str, str]:
-    """The text of a description file, at most 1 MB, and its name in messages; `-` is stdin."""
+def read_description(path: str, default_type: str) -> list[CloneRequest]:
+    """What a description file, of at most 1 MB, asks for; `-` is stdin."""
     try:
         if path == "-":
-            return sys.stdin.read(MIB), "stdin"
+            return parse_description(sys.stdin.read(MIB), "stdin", default_type)
         with open(path, encoding="utf-8") as file:
-            return file.read(MIB), path
+            return parse_description(file.read(MIB), path, default_type)
     except UnicodeDecodeError:
         raise UsageError(f"{path}: not a text file") from None
     except OSError as error:
@@ -10172,8 +10171,7 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
         group, requests = args.resume, []
         if args.file is not None:
             group = args.group or group_of_file(args.file)
-            text, name = read_description(args.file)
-            requests = parse_description(text, name, config["vmSubGroup"])
+            requests = read_description(args.file, config["vmSubGroup"])
             check_requests(cloud, group, requests, args.force)
             for request in requests:
                 request.settings.update({"vmGui": "yes"} if args.gui else {})
@@ -10210,8 +10208,7 @@ def cmd_stop(config: Config, args: argparse.Namespace, words: list[str]) -> int:
         if args.destroy:
             errors = destroy_all(cloud, vms, args.group or "")
         else:
-            seconds = 0 if args.kill else config.number("vmStopTimeout") if args.timeout is None else args.timeout
-            errors = stop_all(cloud, vms, seconds, patient=args.timeout is None)
+            errors = stop_all(cloud, vms, 0 if args.kill else args.timeout)
     return report_errors(errors)
 
 
@@ -10262,8 +10259,7 @@ def become_ssh(cloud: Cloud, vm: VM, words: Sequence[str], fresh: bool = False) 
     wait = Wait(cloud, vm, cloud.config.number("vmWaitTimeout"), say=True)
     wait_ssh(wait)
     find_init_kind(wait)
-    if not cloud.known_hosts.knows(vm.get("vmUuid")):
-        pin_host_key(wait)
+    pin_host_key(wait)
     template = fresh and vm.is_template and vm.get("vmInit") != "none"
     if template or vm.get("vmInit") in ("ssh", "auto"):
         try:
