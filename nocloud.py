@@ -8507,40 +8507,34 @@ def join_line(vm: VM, connection: socket.socket, greeting: str, leave: bytes, dr
 def relay_line(connection: socket.socket, leave: bytes, drop: bytes) -> bool:
     """Until a key that leaves, or silence after the end of stdin (False), or the end of the guest (True)."""
     import select
-    import socket as sockets
-    import threading
-
-    left = threading.Event()
-
-    def send() -> None:
-        rest: list[bytes] = []
-        try:
-            while not rest and (data := os.read(0, 4096)):
-                before, *rest = re.split(leave, data, maxsplit=1)
-                connection.sendall(before.replace(CTRL_C, drop))
-            if os.isatty(0):
-                left.set()
-                connection.shutdown(sockets.SHUT_RD)  # wakes who waits for it below
-        except OSError:
-            pass  # the terminal is gone, or the guest
 
     for fd in (0, 1):
         os.set_blocking(fd, True)  # a terminal that another program shares may not be
-    connection.settimeout(None)
-    sender = threading.Thread(target=send, daemon=True)
-    sender.start()
-    while True:
+    connection.setblocking(False)  # a guest that takes nothing mustn't keep what it says from being shown
+    typed, more = b"", True
+    while typed or more or not os.isatty(0):
+        readers: list[socket.socket | int] = [connection, 0] if more and not typed else [connection]
         # Never without end: Python sees a signal that came just before the call only after it.
-        if select.select([connection], [], [], LINE_QUIET)[0]:
+        readable, writable, _ = select.select(readers, [connection] if typed else [], [], LINE_QUIET)
+        if not (typed or more or readable):
+            break
+        try:
+            if writable:
+                typed = typed[connection.send(typed) :]
+            data = connection.recv(65536) if connection in readable else None
+        except OSError:
+            data = b""
+        if data == b"":
+            return True
+        write_all(1, data or b"")
+        if 0 in readable:
             try:
-                data = connection.recv(65536)
+                data = os.read(0, 4096)
             except OSError:
-                data = b""
-            if not data:
-                return not left.is_set()
-            write_all(1, data)
-        elif not sender.is_alive():
-            return False
+                data = b""  # the terminal is gone
+            before, *rest = re.split(leave, data, maxsplit=1)
+            typed, more = before.replace(CTRL_C, drop), bool(data) and not rest
+    return False
 
 
 MONITOR_SECONDS = 3600.0  # a savevm or a backup takes its time
