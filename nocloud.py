@@ -7504,8 +7504,7 @@ def destroy(cloud: Cloud, vm: VM) -> None:
     for folder in (vm.folder, os.path.dirname(vm.folder), os.path.dirname(os.path.dirname(vm.folder))):
         if os.path.islink(folder) and folder != cloud.tree.base:
             raise Error(f"{folder} is a symlink: nothing behind it is removed", "remove it yourself", vm=vm)
-    place = os.path.relpath(os.path.realpath(vm.folder), os.path.realpath(cloud.tree.base))
-    if vm.is_template or not vm.exists() or place != os.path.join(vm.group, vm.type, vm.name):
+    if vm.is_template or not vm.exists():
         raise WrongState(f"{vm.folder}: that is no clone")
     try:
         with FolderLock(vm.folder):
@@ -7566,7 +7565,14 @@ def start(cloud: Cloud, vm: VM, *, iso: str = "", gui: bool = False) -> None:
             raise WrongState("it is running already", vm=vm)
         if state == "unknown":
             raise WrongState(f"can't tell whether it runs: {vm.pid_file}", "look as the user who started it", vm=vm)
-        layer = prepare_disks(cloud, vm) if vm.is_template else None
+        layer = None
+        if vm.is_template:
+            warn_lost(vm, settle(cloud, vm))
+            if cloud.tree.clones(vm):
+                layer = new_layer(vm)
+            else:
+                for disk in vm.disks():
+                    make_writable(disk)  # cloning made it read-only
         try:
             start_locked(cloud, vm, layer, iso, gui)
             if layer:
@@ -7594,16 +7600,6 @@ def start_locked(
         for fd in (tap, vhost):
             if fd >= 0:
                 os.close(fd)
-
-
-def prepare_disks(cloud: Cloud, template: VM) -> Layer | None:
-    """A layer for a template that others stand on; the right to write to its own disks for one that is alone."""
-    warn_lost(template, settle(cloud, template))
-    if cloud.tree.clones(template):
-        return new_layer(template)
-    for disk in template.disks():
-        make_writable(disk)  # cloning made it read-only
-    return None
 
 
 def ensure_identity(cloud: Cloud, vm: VM) -> None:
@@ -10167,8 +10163,8 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
             group = args.group or group_of_file(args.file)
             requests = read_description(args.file, config["vmSubGroup"])
             check_requests(cloud, group, requests, args.force)
-            for request in requests:
-                request.settings.update({"vmGui": "yes"} if args.gui else {})
+            for request in requests if args.gui else ():
+                request.settings["vmGui"] = "yes"
         elif group == TEMPLATES:
             raise UsageError("templates are not run as a group", "vm -n NAME runs one")
         else:
@@ -10422,12 +10418,10 @@ def open_tap(network: Network) -> None:
 
 def address_and_port(words: Sequence[str]) -> tuple[str, int]:
     """connect's two operands, checked."""
-    if len(words) != 2:
+    if len(words) != 2 or not words[0]:
         raise UsageError("connect takes an address and a port", "nocloud net connect 10.88.0.2 22")
-    for word, check in zip(words, (ipv4_address, whole_number(1, 65535))):
-        if not checked(check, word, repr(word)):
-            raise UsageError(f"{word!r}: expected an IPv4 address")
-    return words[0], int(words[1])
+    address, port = words
+    return checked(ipv4_address, address, repr(address)), checked(whole_number(1, 65535), port, repr(port))
 
 
 def vm_of_options(cloud: Cloud, args: argparse.Namespace) -> VM:
