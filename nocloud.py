@@ -7700,9 +7700,8 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, tie
     for path in (vm.log_file, vm.console_log):
         remove_file(path)
     # A template's folder may be entered by others, and who may write to a socket of qemu's owns the guest.
-    process = spawn(
-        words, log=vm.log_file, cwd=vm.folder, fds=[fd for fd in (*fds, tap, vhost) if fd >= 0], umask=0o077
-    )
+    kept = [fd for fd in (*fds, tap, vhost) if fd >= 0]
+    process = spawn(words, log=vm.log_file, cwd=vm.folder, fds=kept, umask=0o077)
     try:
         if not wait_for(lambda: process.poll() is not None or answers(vm, process.pid), 30, 0.05):
             raise TimedOut("qemu did not answer within 30 s", f"see {vm.log_file}", vm=vm)
@@ -7761,22 +7760,17 @@ class Wait:
     def check(self) -> None:
         """Raise where the VM ended, the time is over or the user interrupts; say once what is waited for."""
         cancellation.check()
-        now = time.monotonic()
+        now, vm = time.monotonic(), self.vm
         if now - self._checked > 0.5:
             self._checked = now
-            if not self.vm.is_running():
-                raise WrongState(
-                    f"it stopped while it was waited for{self.console()}", f"see {self.vm.log_file}", vm=self.vm
-                )
+            if not vm.is_running():
+                raise WrongState(f"it stopped while it was waited for{self.console()}", f"see {vm.log_file}", vm=vm)
         if now >= self._say_at:
             self._say_at = float("inf")
-            report.say(f"{report.program}: waiting for {self.vm}: {STAGES[self.stage]}")
+            report.say(f"{report.program}: waiting for {vm}: {STAGES[self.stage]}")
         if now >= self._deadline:
-            raise TimedOut(
-                f"not ready after {now - self._started:.0f} s: waiting for {STAGES[self.stage]}{self.console()}",
-                f"vmWaitTimeout sets the longest wait; its console: {self.vm.console_log}",
-                vm=self.vm,
-            )
+            text = f"not ready after {now - self._started:.0f} s: waiting for {STAGES[self.stage]}{self.console()}"
+            raise TimedOut(text, f"vmWaitTimeout sets the longest wait; its console: {vm.console_log}", vm=vm)
 
     def tries(self) -> Iterator[float]:
         """For a loop that tries something until it does: how many seconds a try may take.  Raises as `check` does."""
@@ -7889,11 +7883,8 @@ def configure(wait: Wait, cloud_init: bool = False) -> None:
             return
         if cloud_init and status == 1:
             lines = [printable(line.strip()) for line in output.splitlines() if line.strip()]
-            raise Error(
-                f"cloud-init failed in it: {' | '.join(lines)[-800:]}",
-                f"vmssh {vm} gets in; see /var/log/cloud-init-output.log there",
-                vm=vm,
-            )
+            hint = f"vmssh {vm} gets in; see /var/log/cloud-init-output.log there"
+            raise Error(f"cloud-init failed in it: {' | '.join(lines)[-800:]}", hint, vm=vm)
         if cloud_init and status == NOT_YET:
             wait.stage, script = "cloud-init", cloud_init_script(15)
         else:
@@ -7904,17 +7895,11 @@ def check_login(vm: VM, status: int, output: str) -> None:
     """Raise where another try would end the same; ssh's own failures have status 255 (ssh(1))."""
     words = last_line(output)
     if "REMOTE HOST IDENTIFICATION" in output or "Host key verification failed" in words:
-        raise Error(
-            "its host key is not the one that was planted or pinned",
-            "destroy it if you can't explain that; --init auto is for templates that may have no cloud-init",
-            vm=vm,
-        )
+        hint = "destroy it if you can't explain that; --init auto is for templates that may have no cloud-init"
+        raise Error("its host key is not the one that was planted or pinned", hint, vm=vm)
     if "Permission denied" in words and not is_planted(vm):
-        raise Error(
-            f"none of your keys lets {vm.get('vmUser')} in, so its hostname can't be set",
-            "put your key into the template, or set vmInit=none in its conf",
-            vm=vm,
-        )
+        hint = "put your key into the template, or set vmInit=none in its conf"
+        raise Error(f"none of your keys lets {vm.get('vmUser')} in, so its hostname can't be set", hint, vm=vm)
     if status not in (255, -1):
         raise Error(f"it can't be configured over ssh: {words}", vm=vm)
 
@@ -8225,10 +8210,8 @@ def upgrade_script(name: str, release: Mapping[str, str]) -> str:
         if word in UPGRADES:
             return guest_script(f"upgrade/{UPGRADES[word]}.sh", True, ID=id)
     shown = release.get("PRETTY_NAME") or release.get("ID") or "without /etc/os-release"
-    raise Error(
-        f"{name}: its system is {printable(shown)}: nocloud doesn't know how to upgrade that",
-        f"upgrade it by hand: vm -n {name}, then vmstop -n {TEMPLATES}/{name}",
-    )
+    hint = f"upgrade it by hand: vm -n {name}, then vmstop -n {TEMPLATES}/{name}"
+    raise Error(f"{name}: its system is {printable(shown)}: nocloud doesn't know how to upgrade that", hint)
 
 
 def upgrade(cloud: Cloud, name: str, seconds: float) -> None:
@@ -8318,9 +8301,8 @@ def copy_disk(source: VM, new: NewTemplate, layered: bool) -> None:
     if not below:
         raise WrongState("its disk stands on no other, there is nothing to share", "leave out --layer", vm=source)
     backing = os.path.relpath(below[0], os.path.realpath(new.vm.folder))  # as deep in the tree as where it will lie
-    copy_overlay(
-        disk, new.disk, backing, image_info(disk, format).get("backing-filename-format") or disk_format(below[0])
-    )
+    backing_format = image_info(disk, format).get("backing-filename-format") or disk_format(below[0])
+    copy_overlay(disk, new.disk, backing, backing_format)
 
 
 def in_new_guest(cloud: Cloud, new: NewTemplate, work: Callable[[OwnGuest], object], hint: str) -> None:
@@ -8436,10 +8418,8 @@ def open_screens(vms: Sequence[VM]) -> None:
     shown = [vm for vm in vms if screen_of(vm)]
     if shown and not has_display():
         names = ", ".join(vm.name for vm in shown[:10]) + (" …" if len(shown) > 10 else "")
-        report.say(
-            f"{report.program}: no display here, no window for {names}: "
-            f"vmconsole -s -n {shown[0]} is its serial console"
-        )
+        way = f"vmconsole -s -n {shown[0]} is its serial console"
+        report.say(f"{report.program}: no display here, no window for {names}: {way}")
         return
     for error in filter(None, in_parallel(open_screen, shown)):
         report.warn(str(error))
@@ -8466,11 +8446,8 @@ def connect_line(vm: VM, name: str, what: str) -> socket.socket:
 def serial_console(vm: VM) -> None:
     """The serial line on stdin and stdout, until the user leaves or the guest ends."""
     if vm.foreign_qemu():
-        raise WrongState(
-            "nocloud didn't start it, so its serial console isn't at hand",
-            f"vmmanage -n {vm} is its monitor; started anew, by vm or vmrun -r, it has one",
-            vm=vm,
-        )
+        hint = f"vmmanage -n {vm} is its monitor; started anew, by vm or vmrun -r, it has one"
+        raise WrongState("nocloud didn't start it, so its serial console isn't at hand", hint, vm=vm)
     connection = connect_line(vm, "serial", "serial console")
     join_line(vm, connection, f"the serial console of {vm}; Ctrl-] leaves", SERIAL_LEAVE)
 
@@ -8609,10 +8586,8 @@ class Manager:
                 who = f"vmrun (process {pid})" if pid else "a vmrun of another user"
                 raise WrongState(f"{self.group}: {who} manages it already", f"vmrun -s {self.group} stops it")
             if self._new and any(True for _ in self.tree.vms(self.group)):
-                raise WrongState(
-                    f"{self.group}: the group has VMs already",
-                    f"vmrun -r {self.group} runs them, vmstop -d -g {self.group} destroys them, --add adds to them",
-                )
+                hint = f"vmrun -r {self.group} runs them, vmstop -d -g {self.group} destroys them, --add adds to them"
+                raise WrongState(f"{self.group}: the group has VMs already", hint)
             os.makedirs(self.folder, exist_ok=True)
             path = os.path.join(self.folder, MANAGER_PID)
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -8670,7 +8645,6 @@ class Background:
         os.close(null)
         os.write(self._talk, bytes([status]))
         os.close(self._talk)
-        self._talk = -1
 
 
 @record
@@ -8947,8 +8921,7 @@ def stop_managed(cloud: Cloud, group: str) -> None:
     with Process(pid) as process:
         if manager_of(cloud.tree, group) == (state, pid):
             process.signal(signal.SIGUSR1)
-        while not process.ended(3600.0):
-            pass
+        process.ended(float("inf"))
     left = [vm.name for vm in cloud.tree.running(group)]
     if left:
         raise Error(f"{group}: these VMs still run: {', '.join(left)}", f"vmstop -g {group} stops them")
