@@ -7527,13 +7527,12 @@ def destroy_all(cloud: Cloud, vms: Sequence[VM], group: str = "") -> list[Error]
 
     `group`: what a killed command left in that one goes too.
     """
-    uuids = {vm.folder: vm.get("vmUuid") for vm in vms if vm.is_readable()}
+    uuids = {vm: vm.get("vmUuid") for vm in vms if vm.is_readable()}
     if not vms and not os.path.isdir(cloud.tree.base):
         return []
     cloud.private.used = True
     results = in_parallel(lambda vm: destroy(cloud, vm), vms)
-    gone = [vm for vm, result in zip(vms, results) if not isinstance(result, Error)]
-    forget = [uuids[vm.folder] for vm in gone if uuids.get(vm.folder)]
+    forget = [uuids[vm] for vm, result in zip(vms, results) if uuids.get(vm) and not isinstance(result, Error)]
     with cloud.tree.lock():
         for each in {vm.group for vm in vms} | ({group} & set(cloud.tree.groups())):
             sweep(cloud.tree, each)
@@ -8952,14 +8951,11 @@ def address_of(cloud: Cloud, vm: VM) -> str:
 
 def inventory(cloud: Cloud) -> dict[str, Any]:
     """ansible's script inventory of the running VMs that have an address."""
-    members: dict[str, list[tuple[VM, str]]] = {}
-    for vm in cloud.tree.running():
-        address = address_of(cloud, vm)
-        if address:
-            members.setdefault(vm.group, []).append((vm, address))
+    running = [(vm, address) for vm in cloud.tree.running() if (address := address_of(cloud, vm))]
     groups: dict[str, Any] = {}
     hostvars: dict[str, Any] = {}
-    for group, pairs in members.items():
+    for group in dict.fromkeys(vm.group for vm, _ in running):
+        pairs = [(vm, address) for vm, address in running if vm.group == group]
         vms = [vm for vm, _ in pairs]
         users = [vm.get("vmUser") for vm in vms]
         user = max(users, key=users.count)
@@ -10465,8 +10461,7 @@ def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> Non
     if not os.path.isdir(folder):
         raise NotFound(f"{folder}: no such folder", f"mkdir -p {folder}")
     program = program_path()
-    names = [*(each.alias for each in COMMANDS.values() if each.alias), "nocloud"]
-    for name in names:
+    for name in [*(each.alias for each in COMMANDS.values() if each.alias), "nocloud"]:
         path = os.path.join(folder, name)
         if os.path.islink(path):
             os.unlink(path)
