@@ -50,7 +50,7 @@ import stat
 import struct
 import sys
 import time
-from collections import ChainMap, Counter
+from collections import ChainMap, Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
 
 TYPE_CHECKING = False  # typing costs 7 ms at start-up and nothing here needs it at run time
@@ -7172,8 +7172,7 @@ def destroy(cloud: Cloud, vm: VM) -> None:
     for folder in (vm.folder, os.path.dirname(vm.folder), os.path.dirname(os.path.dirname(vm.folder))):
         if os.path.islink(folder) and folder != cloud.tree.base:
             raise Error(f"{folder} is a symlink: nothing behind it is removed", "remove it yourself", vm=vm)
-    place = os.path.relpath(os.path.realpath(vm.folder), os.path.realpath(cloud.tree.base))
-    if vm.is_template or not vm.exists() or place != os.path.join(vm.group, vm.type, vm.name):
+    if vm.is_template or not vm.exists():
         raise WrongState(f"{vm.folder}: that is no clone")
     try:
         with FolderLock(vm.folder):
@@ -7196,13 +7195,12 @@ def destroy_all(cloud: Cloud, vms: Sequence[VM], group: str = "") -> list[Error]
 
     `group`: what a killed command left in that one goes too.
     """
-    uuids = {vm.folder: vm.get("vmUuid") for vm in vms if vm.is_readable()}
+    uuids = {vm: vm.get("vmUuid") for vm in vms if vm.is_readable()}
     if not vms and not os.path.isdir(cloud.tree.base):
         return []
     cloud.private.used = True
     results = in_parallel(lambda vm: destroy(cloud, vm), vms)
-    gone = [vm for vm, result in zip(vms, results) if not isinstance(result, Error)]
-    forget = [uuids[vm.folder] for vm in gone if uuids.get(vm.folder)]
+    forget = [uuids[vm] for vm, result in zip(vms, results) if uuids.get(vm) and not isinstance(result, Error)]
     with cloud.tree.lock():
         for each in {vm.group for vm in vms} | ({group} & set(cloud.tree.groups())):
             sweep(cloud.tree, each)
@@ -7234,7 +7232,14 @@ def start(cloud: Cloud, vm: VM, *, iso: str = "", gui: bool = False) -> None:
             raise WrongState("it is running already", vm=vm)
         if state == "unknown":
             raise WrongState(f"can't tell whether it runs: {vm.pid_file}", "look as the user who started it", vm=vm)
-        layer = prepare_disks(cloud, vm) if vm.is_template else None
+        layer = None
+        if vm.is_template:
+            settle(cloud, vm)
+            if cloud.tree.clones(vm):
+                layer = new_layer(vm)
+            else:
+                for disk in vm.disks():
+                    make_writable(disk)  # cloning made it read-only
         try:
             start_locked(cloud, vm, layer, iso, gui)
             if layer:
@@ -7262,16 +7267,6 @@ def start_locked(
         for fd in (tap, vhost):
             if fd >= 0:
                 os.close(fd)
-
-
-def prepare_disks(cloud: Cloud, template: VM) -> Layer | None:
-    """A layer for a template that others stand on; the right to write to its own disks for one that is alone."""
-    settle(cloud, template)
-    if cloud.tree.clones(template):
-        return new_layer(template)
-    for disk in template.disks():
-        make_writable(disk)  # cloning made it read-only
-    return None
 
 
 def ensure_identity(cloud: Cloud, vm: VM) -> None:
@@ -7372,9 +7367,8 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, tie
     for path in (vm.log_file, vm.console_log):
         remove_file(path)
     # A template's folder may be entered by others, and who may write to a socket of qemu's owns the guest.
-    process = spawn(
-        words, log=vm.log_file, cwd=vm.folder, fds=[fd for fd in (*fds, tap, vhost) if fd >= 0], umask=0o077
-    )
+    kept = [fd for fd in (*fds, tap, vhost) if fd >= 0]
+    process = spawn(words, log=vm.log_file, cwd=vm.folder, fds=kept, umask=0o077)
     try:
         if not wait_for(lambda: process.poll() is not None or answers(vm, process.pid), 30, 0.05):
             raise TimedOut("qemu did not answer within 30 s", f"see {vm.log_file}", vm=vm)
@@ -7416,13 +7410,13 @@ def command_script(vm: VM, argv: Sequence[str], network: Network) -> str:
 class Wait:
     """A wait for one VM: which stage it is at, and until when.
 
-    The stages: `running`, `address` (the guest asked for it), `ssh` (the server says its banner), `configured`,
-    `cloud-init` (the guest lets us in, and its cloud-init is still at work).
+    The stages: `address` (the guest asks for it), `ssh` (the server says its banner), `configured`, `cloud-init` (the
+    guest lets us in, and its cloud-init is still at work).
     """
 
     def __init__(self, cloud: Cloud, vm: VM, seconds: float, say: bool = False) -> None:
         self.cloud, self.vm, self.network = cloud, vm, cloud.network_of(vm)
-        self.stage = "running"
+        self.stage = "address"
         self._started = time.monotonic()
         self._deadline = self._started + seconds
         self._say_at = self._started + 1.0 if say else float("inf")
@@ -7434,24 +7428,17 @@ class Wait:
     def check(self) -> None:
         """Raise where the VM ended, the time is over or the user interrupts; say once what is waited for."""
         cancellation.check()
-        now = time.monotonic()
+        now, vm = time.monotonic(), self.vm
         if now - self._checked > 0.5:
             self._checked = now
-            if not self.vm.is_running():
-                raise WrongState(
-                    f"it stopped while it was waited for{self.console()}", f"see {self.vm.log_file}", vm=self.vm
-                )
-            if self.stage == "running":
-                self.stage = "address"
+            if not vm.is_running():
+                raise WrongState(f"it stopped while it was waited for{self.console()}", f"see {vm.log_file}", vm=vm)
         if now >= self._say_at:
             self._say_at = float("inf")
-            report.say(f"{report.program}: waiting for {self.vm}: {STAGES[self.stage]}")
+            report.say(f"{report.program}: waiting for {vm}: {STAGES[self.stage]}")
         if now >= self._deadline:
-            raise TimedOut(
-                f"not ready after {now - self._started:.0f} s: waiting for {STAGES[self.stage]}{self.console()}",
-                f"vmWaitTimeout sets the longest wait; its console: {self.vm.console_log}",
-                vm=self.vm,
-            )
+            text = f"not ready after {now - self._started:.0f} s: waiting for {STAGES[self.stage]}{self.console()}"
+            raise TimedOut(text, f"vmWaitTimeout sets the longest wait; its console: {vm.console_log}", vm=vm)
 
     def tries(self) -> Iterator[float]:
         """For a loop that tries something until it does: how many seconds a try may take.  Raises as `check` does."""
@@ -7468,7 +7455,6 @@ class Wait:
 
 
 STAGES = {
-    "running": "its qemu",
     "address": "the guest to ask for its address",
     "ssh": "ssh to answer",
     "configured": "its configuration",
@@ -7512,10 +7498,9 @@ def wait_ready(wait: Wait) -> None:
     """Return when the VM is ready: ssh answers, and the guest is configured as its vmInit says."""
     wait_ssh(wait)
     find_init_kind(wait)
-    if wait.vm.get("vmInit") == "cloud-init":
-        wait_cloud_init(wait)
-    elif wait.vm.get("vmInit") != "none":
-        configure(wait)
+    kind = wait.vm.get("vmInit")
+    if kind != "none":
+        configure(wait, kind == "cloud-init")
 
 
 def find_init_kind(wait: Wait) -> None:
@@ -7544,43 +7529,31 @@ def find_init_kind(wait: Wait) -> None:
         report.warn(said)
 
 
-def configure(wait: Wait) -> None:
-    """Log in with nocloud's own key, and set the hostname where it isn't what it should be.
-
-    Tried again until the wait is over: sshd answers before the guest lets users in (pam_nologin).
-    """
-    vm = wait.vm
-    if os.path.exists(vm.configured_file):
-        return
-    pin_host_key(wait)
-    script = guest_script("hostname.sh", NAME=vm.host_name)
-    for seconds in wait.tries():
-        status, output = ssh_batch(wait.cloud, vm, script, seconds)
-        if status == 0:
-            write_file(vm.configured_file, "")
-            return
-        check_login(vm, status, output)
-
-
 NOT_YET = 75  # as sysexits.h: try again
 
 
-def wait_cloud_init(wait: Wait) -> None:
-    """Return when the guest's cloud-init has ended.  Raises Error, with its log's last lines, where that failed."""
-    vm, script = wait.vm, cloud_init_script(0)
+def configure(wait: Wait, cloud_init: bool = False) -> None:
+    """Log in with nocloud's own key, and set the hostname where it isn't what it should be.
+
+    Tried again until the wait is over: sshd answers before the guest lets users in (pam_nologin).  `cloud_init`: that
+    has set the name, return when it has ended.  Raises Error, with its log's last lines, where it failed.
+    """
+    vm = wait.vm
+    if not cloud_init:
+        if os.path.exists(vm.configured_file):
+            return
+        pin_host_key(wait)
+    script = cloud_init_script(0) if cloud_init else guest_script("hostname.sh", NAME=vm.host_name)
     for seconds in wait.tries():
         status, output = ssh_batch(wait.cloud, vm, script, seconds)
         if status == 0:
             write_file(vm.configured_file, "")
             return
-        if status == 1:
+        if cloud_init and status == 1:
             lines = [printable(line.strip()) for line in output.splitlines() if line.strip()]
-            raise Error(
-                f"cloud-init failed in it: {' | '.join(lines)[-800:]}",
-                f"vmssh {vm} gets in; see /var/log/cloud-init-output.log there",
-                vm=vm,
-            )
-        if status == NOT_YET:
+            hint = f"vmssh {vm} gets in; see /var/log/cloud-init-output.log there"
+            raise Error(f"cloud-init failed in it: {' | '.join(lines)[-800:]}", hint, vm=vm)
+        if cloud_init and status == NOT_YET:
             wait.stage, script = "cloud-init", cloud_init_script(15)
         else:
             check_login(vm, status, output)
@@ -7590,17 +7563,11 @@ def check_login(vm: VM, status: int, output: str) -> None:
     """Raise where another try would end the same; ssh's own failures have status 255 (ssh(1))."""
     words = last_line(output)
     if "REMOTE HOST IDENTIFICATION" in output or "Host key verification failed" in words:
-        raise Error(
-            "its host key is not the one that was planted or pinned",
-            "destroy it if you can't explain that; --init auto is for templates that may have no cloud-init",
-            vm=vm,
-        )
+        hint = "destroy it if you can't explain that; --init auto is for templates that may have no cloud-init"
+        raise Error("its host key is not the one that was planted or pinned", hint, vm=vm)
     if "Permission denied" in words and not is_planted(vm):
-        raise Error(
-            f"none of your keys lets {vm.get('vmUser')} in, so its hostname can't be set",
-            "put your key into the template, or set vmInit=none in its conf",
-            vm=vm,
-        )
+        hint = "put your key into the template, or set vmInit=none in its conf"
+        raise Error(f"none of your keys lets {vm.get('vmUser')} in, so its hostname can't be set", hint, vm=vm)
     if status not in (255, -1):
         raise Error(f"it can't be configured over ssh: {words}", vm=vm)
 
@@ -7668,12 +7635,7 @@ def cloud_init_script(seconds: int) -> str:
 
 
 def start_all(
-    cloud: Cloud,
-    vms: Sequence[VM],
-    started: Callable[[VM], None] = lambda vm: None,
-    *,
-    iso: str = "",
-    gui: bool = False,
+    cloud: Cloud, vms: Sequence[VM], started: Callable[[VM], None] = lambda vm: None, iso: str = "", gui: bool = False
 ) -> list[Error | None]:
     """Start VMs in parallel, after the networks that they need; for each None, or why it doesn't run."""
     import contextlib
@@ -7703,11 +7665,8 @@ def instantiate(
     errors = [result for result in made if isinstance(result, Error)]
     vms = [result for result in made if isinstance(result, VM)]
     problem = result_of(lambda _: publish_keys(cloud, vms), None)  # one file has the keys of all
-    results: list[Error | None]
-    if problem:
-        results = [Error(problem.text, problem.hint, problem.status, vm) for vm in vms]
-    else:
-        results = start_all(cloud, vms, started)
+    same = [Error(problem.text, problem.hint, problem.status, vm) for vm in vms] if problem else []
+    results = same or start_all(cloud, vms, started)
     errors += filter(None, results)
     failed = [vm for vm, error in zip(vms, results) if error and not vm.is_running()]  # by another command, perhaps
     if failed:
@@ -7799,13 +7758,13 @@ class OwnGuest:
             raise Error(last_line(said) or describe_status(status), vm=self.vm)
         return said
 
-    def clean(self) -> None:
-        """Take out what a clone must not inherit."""
+    def finish(self) -> None:
+        """Take out what a clone must not inherit, and end it properly; from now on that makes its layer count.
+
+        Raises Error where it doesn't end in time.
+        """
         self.output(cleaning_script(self.vm))
         forget_guest(self.cloud, self.vm)
-
-    def shut_down(self) -> None:
-        """End it properly; from now on that makes its layer count.  Raises Error where it doesn't end in time."""
         if self.layer:
             self.layer.arm()
         seconds = max(SHUTDOWN_SECONDS, self.cloud.config.number("vmStopTimeout"))
@@ -7878,10 +7837,10 @@ def stop(cloud: Cloud, vm: VM, seconds: float) -> bool:
         return proper
 
 
-def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float, patient: bool = False) -> list[Error]:
+def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float | None = None) -> list[Error]:
     """Stop VMs in parallel; one warning line names those whose plug had to be pulled.
 
-    `patient`: a template on a layer, which would be lost, has longer than `seconds`.
+    `seconds`: by default vmStopTimeout, and longer for a template on a layer, which would be lost.
     """
     cloud.private.used = True
     settle_stopped(cloud, (vm for vm in vms if vm.is_template))
@@ -7891,8 +7850,9 @@ def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float, patient: bool = Fa
             cloud.network(kind).open()  # before there are threads
     except Error:
         pass  # a guest that can't be reached isn't cleaned, but stopped all the same
-    longer = patient and 0 < seconds < SHUTDOWN_SECONDS
-    graces = {vm: SHUTDOWN_SECONDS if longer and vm.is_template and runs_on_layer(vm) else seconds for vm in running}
+    usual = cloud.config.number("vmStopTimeout") if seconds is None else seconds
+    longer = seconds is None and 0 < usual < SHUTDOWN_SECONDS
+    graces = {vm: SHUTDOWN_SECONDS if longer and vm.is_template and runs_on_layer(vm) else usual for vm in running}
     results = in_parallel(lambda vm: stop(cloud, vm, graces[vm]), running, workers=len(running) or 1)
     for grace in dict.fromkeys(graces.values()):
         pulled = [vm.name for vm, result in zip(running, results) if graces[vm] == grace and result is False]
@@ -7918,10 +7878,8 @@ def upgrade_script(name: str, release: Mapping[str, str]) -> str:
         if word in UPGRADES:
             return guest_script(f"upgrade/{UPGRADES[word]}.sh", True, ID=id)
     shown = release.get("PRETTY_NAME") or release.get("ID") or "without /etc/os-release"
-    raise Error(
-        f"{name}: its system is {printable(shown)}: nocloud doesn't know how to upgrade that",
-        f"upgrade it by hand: vm -n {name}, then vmstop -n {TEMPLATES}/{name}",
-    )
+    hint = f"upgrade it by hand: vm -n {name}, then vmstop -n {TEMPLATES}/{name}"
+    raise Error(f"{name}: its system is {printable(shown)}: nocloud doesn't know how to upgrade that", hint)
 
 
 def upgrade(cloud: Cloud, name: str, seconds: float) -> None:
@@ -7967,8 +7925,7 @@ def upgrade_guest(guest: OwnGuest, seconds: float) -> None:
         raise TimedOut(f"no end of the upgrade after {seconds:.0f} s", vm=vm) from None
     if status:
         raise Error(f"the upgrade failed: {describe_status(status)}", vm=vm)
-    guest.clean()
-    guest.shut_down()
+    guest.finish()
 
 
 # -- templates of VMs
@@ -7994,7 +7951,7 @@ def template_from_vm(
             left = ", ".join(map(os.path.basename, source.disks()[1:]))
             report.warn(f"{name}: a template has a system disk only, these are left out: {left}")
         if clean:
-            in_new_guest(cloud, new, clean_and_end, "--no-clean takes it as it is")
+            in_new_guest(cloud, new, OwnGuest.wait, "--no-clean takes it as it is")
         return new.finish({**settings, "vmSource": source.full_name})
 
 
@@ -8016,22 +7973,17 @@ def copy_disk(source: VM, new: NewTemplate, layered: bool) -> None:
     convert_image(disk, format, new.disk, "-B", backing, "-F", kind)
 
 
-def clean_and_end(guest: OwnGuest) -> None:
-    guest.wait()
-    guest.clean()
-    guest.shut_down()
-
-
-def in_new_guest(cloud: Cloud, new: NewTemplate, work: Callable[[OwnGuest], None], hint: str) -> None:
+def in_new_guest(cloud: Cloud, new: NewTemplate, work: Callable[[OwnGuest], object], hint: str) -> None:
     """Boot a template that is being made, on an identity that is thrown away after it, and do `work` in its guest.
 
-    Nothing is left of that in its folder but the disk and the conf.
+    Then it is cleaned and shut down.  Nothing is left of that in its folder but the disk and the conf.
     """
     vm = new.vm
     vm.write_conf({"vmUuid": new_identity(set())[0]})
     try:
         with OwnGuest(cloud, vm) as guest:
             work(guest)
+            guest.finish()
     except Error as error:
         error.vm, error.hint = error.vm or vm, "; ".join(filter(None, (error.hint, hint)))
         raise
@@ -8058,8 +8010,6 @@ def take_over(cloud: Cloud, new: NewTemplate, key: tuple[str, str]) -> None:
         guest.output(guest_script("plant-keys.sh", KEYS="\n".join(login_keys())))
         guest.keys = ssh_key_options(True)  # from here on ours opens it, which proves that it can
         guest.output(guest_script("remove-key.sh", True, KEY=public))
-        guest.clean()
-        guest.shut_down()
 
     in_new_guest(cloud, new, work, f"is {path} the key of its publisher?")
 
@@ -8136,10 +8086,8 @@ def open_screens(vms: Sequence[VM]) -> None:
     shown = [vm for vm in vms if screen_of(vm)]
     if shown and not has_display():
         names = ", ".join(vm.name for vm in shown[:10]) + (" …" if len(shown) > 10 else "")
-        report.say(
-            f"{report.program}: no display here, no window for {names}: "
-            f"vmconsole -s -n {shown[0]} is its serial console"
-        )
+        way = f"vmconsole -s -n {shown[0]} is its serial console"
+        report.say(f"{report.program}: no display here, no window for {names}: {way}")
         return
     for error in filter(None, in_parallel(open_screen, shown)):
         report.warn(str(error))
@@ -8166,11 +8114,8 @@ def connect_line(vm: VM, name: str, what: str) -> socket.socket:
 def serial_console(vm: VM) -> None:
     """The serial line on stdin and stdout, until the user leaves or the guest ends."""
     if vm.foreign_qemu():
-        raise WrongState(
-            "nocloud didn't start it, so its serial console isn't at hand",
-            f"vmmanage -n {vm} is its monitor; started anew, by vm or vmrun -r, it has one",
-            vm=vm,
-        )
+        hint = f"vmmanage -n {vm} is its monitor; started anew, by vm or vmrun -r, it has one"
+        raise WrongState("nocloud didn't start it, so its serial console isn't at hand", hint, vm=vm)
     connection = connect_line(vm, "serial", "serial console")
     join_line(vm, connection, f"the serial console of {vm}; Ctrl-] leaves", SERIAL_LEAVE)
 
@@ -8203,40 +8148,34 @@ def join_line(vm: VM, connection: socket.socket, greeting: str, leave: bytes, dr
 def relay_line(connection: socket.socket, leave: bytes, drop: bytes) -> bool:
     """Until a key that leaves, or silence after the end of stdin (False), or the end of the guest (True)."""
     import select
-    import socket as sockets
-    import threading
-
-    left = threading.Event()
-
-    def send() -> None:
-        rest: list[bytes] = []
-        try:
-            while not rest and (data := os.read(0, 4096)):
-                before, *rest = re.split(leave, data, maxsplit=1)
-                connection.sendall(before.replace(CTRL_C, drop))
-            if os.isatty(0):
-                left.set()
-                connection.shutdown(sockets.SHUT_RD)  # wakes who waits for it below
-        except OSError:
-            pass  # the terminal is gone, or the guest
 
     for fd in (0, 1):
         os.set_blocking(fd, True)  # a terminal that another program shares may not be
-    connection.settimeout(None)
-    sender = threading.Thread(target=send, daemon=True)
-    sender.start()
-    while True:
+    connection.setblocking(False)  # a guest that takes nothing mustn't keep what it says from being shown
+    typed, more = b"", True
+    while typed or more or not os.isatty(0):
+        readers: list[socket.socket | int] = [connection, 0] if more and not typed else [connection]
         # Never without end: Python sees a signal that came just before the call only after it.
-        if select.select([connection], [], [], LINE_QUIET)[0]:
+        readable, writable, _ = select.select(readers, [connection] if typed else [], [], LINE_QUIET)
+        if not (typed or more or readable):
+            break
+        try:
+            if writable:
+                typed = typed[connection.send(typed) :]
+            data = connection.recv(65536) if connection in readable else None
+        except OSError:
+            data = b""
+        if data == b"":
+            return True
+        write_all(1, data or b"")
+        if 0 in readable:
             try:
-                data = connection.recv(65536)
+                data = os.read(0, 4096)
             except OSError:
-                data = b""
-            if not data:
-                return not left.is_set()
-            write_all(1, data)
-        elif not sender.is_alive():
-            return False
+                data = b""  # the terminal is gone
+            before, *rest = re.split(leave, data, maxsplit=1)
+            typed, more = before.replace(CTRL_C, drop), bool(data) and not rest
+    return False
 
 
 MONITOR_SECONDS = 3600.0  # a savevm or a backup takes its time
@@ -8315,10 +8254,8 @@ class Manager:
                 who = f"vmrun (process {pid})" if pid else "a vmrun of another user"
                 raise WrongState(f"{self.group}: {who} manages it already", f"vmrun -s {self.group} stops it")
             if self._new and any(True for _ in self.tree.vms(self.group)):
-                raise WrongState(
-                    f"{self.group}: the group has VMs already",
-                    f"vmrun -r {self.group} runs them, vmstop -d -g {self.group} destroys them, --add adds to them",
-                )
+                hint = f"vmrun -r {self.group} runs them, vmstop -d -g {self.group} destroys them, --add adds to them"
+                raise WrongState(f"{self.group}: the group has VMs already", hint)
             os.makedirs(self.folder, exist_ok=True)
             path = os.path.join(self.folder, MANAGER_PID)
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -8335,42 +8272,47 @@ class Manager:
             remove_if_empty(self.tree, self.group)
 
 
-class Wakeup:
-    """What ends the loop's sleep, as bytes on a socket: signals (their numbers) and workers' posts (0)."""
+class Background:
+    """A vmrun whose caller returns once all VMs are ready: what goes on is a child, in a session of its own."""
 
     def __init__(self) -> None:
-        """Takes the signals over, for good: to the end of the process none of them interrupts it any more."""
+        self._talk = -1
+
+    def start(self) -> int | None:
+        """None in the child, which goes on; in the caller the exit status, when the child has settled or ended."""
         import signal
-        import socket as sockets
-        from collections import deque
 
-        self._mine, self._its = sockets.socketpair()
-        for end in (self._mine, self._its):
-            end.setblocking(False)
-        self._posts: deque[Callable[[], None]] = deque()
-        signal.set_wakeup_fd(self._its.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-                signal.signal(number, lambda number, frame: None)
+        hear, talk = os.pipe()
+        pid = fork_session()
+        if not pid:
+            os.close(hear)
+            self._talk = talk
+            return None
+        os.close(talk)
+        with open(hear, "rb") as pipe:
+            try:
+                said = pipe.read()
+            except (KeyboardInterrupt, SystemExit) as stopped:
+                # ^C and SIGTERM are meant for the child too; when the terminal goes away, SIGHUP, it goes on.
+                if not isinstance(stopped, SystemExit) or stopped.code == 128 + signal.SIGTERM:
+                    os.kill(pid, signal.SIGTERM)
+                    os.waitpid(pid, 0)
+                raise
+        return said[0] if said else os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-    def fileno(self) -> int:
-        return self._mine.fileno()
-
-    def post(self, call: Callable[[], None]) -> None:
-        """From any thread: have the loop call this."""
-        self._posts.append(call)
-        try:
-            self._its.send(b"\0")
-        except BlockingIOError:
-            pass  # it is full of others, so the loop wakes anyway
-
-    def take(self) -> tuple[list[int], list[Callable[[], None]]]:
-        """The signals and posts that came meanwhile."""
-        try:
-            numbers = [number for number in self._mine.recv(4096) if number]
-        except BlockingIOError:
-            numbers = []
-        return numbers, [self._posts.popleft() for _ in range(len(self._posts))]
+    def on_ready(self, status: int, log_file: str) -> None:
+        """In the child: let the caller go, and write to a log from now on.  In the foreground: nothing."""
+        if self._talk < 0:
+            return
+        sys.stdout.flush()
+        log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        for fd, number in ((null, 0), (log, 1), (log, 2)):
+            os.dup2(fd, number)
+        os.close(log)
+        os.close(null)
+        os.write(self._talk, bytes([status]))
+        os.close(self._talk)
 
 
 @record
@@ -8390,34 +8332,35 @@ LOOK_SECONDS = 2.0  # between looks at the tree for VMs that others started
 class Supervisor:
     """The loop of one vmrun.  `on_ready` is called when all VMs are ready, or are known not to get ready."""
 
-    def __init__(self, cloud: Cloud, group: str, wakeup: Wakeup, on_ready: Callable[[int], None]) -> None:
+    def __init__(self, cloud: Cloud, group: str, on_ready: Callable[[int], None]) -> None:
+        """Takes the signals over, for good: to the end of the process none of them interrupts it any more."""
         import selectors
         import threading
 
-        self.cloud, self.group, self._wakeup = cloud, group, wakeup
+        self.cloud, self.group = cloud, group
         self.goal = RUN
         self.status = EXIT_DONE
         self._on_ready: Callable[[int], None] | None = on_ready
         self._members: dict[str, Member] = {}
         self._jobs: set[threading.Thread] = set()
-        self._starting, self._ending, self._finished = True, RUN, False
+        self._starting, self._ending = True, RUN
         self._look_at = time.monotonic() + LOOK_SECONDS
+        self._posts: deque[Callable[[], None]] = deque()
         self._selector = selectors.DefaultSelector()
-        self._selector.register(wakeup, selectors.EVENT_READ, self._woken)
+        self._take_signals()
 
     def run(self, begin: Callable[[Callable[[VM], None]], list[Error]]) -> int:
         """Have `begin` start the VMs, telling each to its argument; watch the group to its end; the exit status."""
 
         def spawned(vm: VM) -> None:
             how = f"of {vm.type} type has been spawned in {vm.group} group"
-            self._wakeup.post(lambda: self._adopt(vm, how))
+            self._post(lambda: self._adopt(vm, how))
 
         self._job(lambda: begin(spawned), self._begun)
-        while not self._finished:
+        while not self._advance():
             for key, _ in self._selector.select(self._timeout()):
                 key.data()
             self._look()
-            self._advance()
         return self.status
 
     def _timeout(self) -> float | None:
@@ -8425,16 +8368,38 @@ class Supervisor:
             return max(0.0, self._look_at - time.monotonic())
         return 0.25 if cancellation.requested else None
 
-    # what wakes it
+    # what wakes it: bytes on a socket, of signals (their numbers) and workers' posts (0); and the end of a qemu
+
+    def _take_signals(self) -> None:
+        import selectors
+        import signal
+        import socket as sockets
+
+        self._bell, self._button = sockets.socketpair()
+        for end in (self._bell, self._button):
+            end.setblocking(False)
+        signal.set_wakeup_fd(self._button.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                signal.signal(number, lambda number, frame: None)
+        self._selector.register(self._bell, selectors.EVENT_READ, self._woken)
+
+    def _post(self, call: Callable[[], None]) -> None:
+        """From any thread: have the loop call this."""
+        self._posts.append(call)
+        try:
+            self._button.send(b"\0")
+        except BlockingIOError:
+            pass  # it is full of others, so the loop wakes anyway
 
     def _woken(self) -> None:
         import signal
 
-        numbers, posts = self._wakeup.take()
-        for call in posts:
-            call()
+        numbers = self._bell.recv(4096)
+        for _ in range(len(self._posts)):
+            self._posts.popleft()()
         goals = {signal.SIGUSR1: KEEP, signal.SIGHUP: LEAVE}
-        for number in numbers:
+        for number in filter(None, numbers):
             self._ask(goals.get(signal.Signals(number), DESTROY))
 
     def _ask(self, goal: str) -> None:
@@ -8497,7 +8462,7 @@ class Supervisor:
                 result = result_of(lambda _: work(), None)
             except Exception as error:
                 result = error
-            self._wakeup.post(lambda: finish(result))
+            self._post(lambda: finish(result))
 
         def finish(result: Any) -> None:
             self._jobs.discard(thread)
@@ -8528,7 +8493,7 @@ class Supervisor:
     def _wait(self, vm: VM) -> None:
         wait = Wait(self.cloud, vm, self.cloud.config.number("vmWaitTimeout"))
         address = next(found for _ in wait.tries() if (found := wait.network.address(vm)))
-        self._wakeup.post(lambda: report.log(f"{vm.name} has IP {address}"))
+        self._post(lambda: report.log(f"{vm.name} has IP {address}"))
         wait_ready(wait)
 
     def _waited(self, member: Member, result: Error | None) -> None:
@@ -8542,31 +8507,27 @@ class Supervisor:
 
     # towards the end
 
-    def _advance(self) -> None:
-        """Once the workers have ended: rest, or do what the goal asks for, or finish."""
-        if self.goal == RUN and not self._starting:
-            if not self._members:
-                self.goal = LEAVE
-            elif not self._jobs:
-                return self._rest()
-        if self.goal == RUN:
-            return None
+    def _advance(self) -> bool:
+        """Once the workers have ended: rest, or do what the goal asks for; whether that is done."""
+        if self.goal == RUN and not self._starting and not self._members:
+            self.goal = LEAVE
         if self._jobs:
             if self._ending != self.goal and (self.goal == DESTROY or not self._starting):
                 cancellation.requested = True
                 cancellation.end_children()
-            return None
-        cancellation.requested = False
-        self._finished = self._ending == self.goal
-        if not self._finished:
+        elif self.goal == RUN:
+            self._rest()
+        else:
+            cancellation.requested = False
+            if self._ending == self.goal:
+                return True
             self._ending = self.goal
             self._job(self._end, self._failed)
-        return None
+        return False
 
     def _rest(self) -> None:
         """All is quiet: hold nothing open that only waits need."""
-        for kind in ("private", "bridge"):
-            self.cloud.network(kind).close()
+        self.cloud.close()
         if self._on_ready:
             late = not all(member.ready for member in self._members.values())
             self._on_ready(self.status or (EXIT_TIMEOUT if late else EXIT_DONE))
@@ -8580,25 +8541,19 @@ class Supervisor:
         vms = list(self.cloud.tree.vms(self.group))
         if self._ending == DESTROY:
             return destroy_all(self.cloud, vms)
-        return stop_all(self.cloud, vms, self.cloud.config.number("vmStopTimeout"))
+        return stop_all(self.cloud, vms)
 
 
 def supervise(
-    cloud: Cloud,
-    group: str,
-    requests: Sequence[CloneRequest],
-    *,
-    new: bool,
-    gui: bool,
-    on_ready: Callable[[int, str], None],
+    cloud: Cloud, group: str, requests: Sequence[CloneRequest], new: bool, gui: bool, background: Background
 ) -> int:
     """Run a group: the VMs that it has and those that are asked for, until it ends; the exit status.
 
-    `new`: it must have none yet; `gui`: those that it has get a screen, this time.  `on_ready` gets the status so far
-    and the log that a vmrun in the background writes.
+    `new`: it must have none yet; `gui`: those that it has get a screen, this time.
     """
-    wakeup = Wakeup()
-    with Manager(cloud.tree, group, new) as manager:
+    manager = Manager(cloud.tree, group, new)
+    supervisor = Supervisor(cloud, group, lambda status: background.on_ready(status, manager.log_file))
+    with manager:
         old = list(cloud.tree.vms(group))
         if not old and not requests:
             raise NotFound(f"{group}: there are no VMs in it", "vmrun -f FILE makes them")
@@ -8618,7 +8573,6 @@ def supervise(
             return errors + (instantiate(cloud, group, requests, spawned)[1] if requests else [])
 
         trim_memory()
-        supervisor = Supervisor(cloud, group, wakeup, lambda status: on_ready(status, manager.log_file))
         return supervisor.run(begin)
 
 
@@ -8635,55 +8589,10 @@ def stop_managed(cloud: Cloud, group: str) -> None:
     with Process(pid) as process:
         if manager_of(cloud.tree, group) == (state, pid):
             process.signal(signal.SIGUSR1)
-        while not process.ended(3600.0):
-            pass
+        process.ended(float("inf"))
     left = [vm.name for vm in cloud.tree.running(group)]
     if left:
         raise Error(f"{group}: these VMs still run: {', '.join(left)}", f"vmstop -g {group} stops them")
-
-
-class Background:
-    """A vmrun whose caller returns once all VMs are ready: what goes on is a child, in a session of its own."""
-
-    def __init__(self) -> None:
-        self._talk = -1
-
-    def start(self) -> int | None:
-        """None in the child, which goes on; in the caller the exit status, when the child has settled or ended."""
-        import signal
-
-        hear, talk = os.pipe()
-        pid = fork_session()
-        if not pid:
-            os.close(hear)
-            self._talk = talk
-            return None
-        os.close(talk)
-        with open(hear, "rb") as pipe:
-            try:
-                said = pipe.read()
-            except (KeyboardInterrupt, SystemExit) as stopped:
-                # ^C and SIGTERM are meant for the child too; when the terminal goes away, SIGHUP, it goes on.
-                if not isinstance(stopped, SystemExit) or stopped.code == 128 + signal.SIGTERM:
-                    os.kill(pid, signal.SIGTERM)
-                    os.waitpid(pid, 0)
-                raise
-        return said[0] if said else os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-    def on_ready(self, status: int, log_file: str) -> None:
-        """In the child: let the caller go, and write to a log from now on.  In the foreground: nothing."""
-        if self._talk < 0:
-            return
-        sys.stdout.flush()
-        log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        for fd, number in ((null, 0), (log, 1), (log, 2)):
-            os.dup2(fd, number)
-        os.close(log)
-        os.close(null)
-        os.write(self._talk, bytes([status]))
-        os.close(self._talk)
-        self._talk = -1
 
 
 # Inventory ###########################################################################################
@@ -8711,14 +8620,11 @@ def address_of(cloud: Cloud, vm: VM) -> str:
 
 def inventory(cloud: Cloud) -> dict[str, Any]:
     """ansible's script inventory of the running VMs that have an address."""
-    members: dict[str, list[tuple[VM, str]]] = {}
-    for vm in cloud.tree.running():
-        address = address_of(cloud, vm)
-        if address:
-            members.setdefault(vm.group, []).append((vm, address))
+    running = [(vm, address) for vm in cloud.tree.running() if (address := address_of(cloud, vm))]
     groups: dict[str, Any] = {}
     hostvars: dict[str, Any] = {}
-    for group, pairs in members.items():
+    for group in dict.fromkeys(vm.group for vm, _ in running):
+        pairs = [(vm, address) for vm, address in running if vm.group == group]
         vms = [vm for vm, _ in pairs]
         users = [vm.get("vmUser") for vm in vms]
         user = max(users, key=users.count)
@@ -9620,8 +9526,8 @@ def one_operand(words: Sequence[str], name: str) -> str:
 
 # Commands ############################################################################################
 #
-# What can be typed.  One declaration a command serves its vm* name, the subcommand and the help; the
-# function under it turns words into values and calls the sections above.
+# What can be typed.  One declaration a command serves its vm* name, the subcommand and the help; the function under it
+# turns words into values and calls the sections above.  It returns the exit status; None: EXIT_DONE.
 
 # Several commands have these.
 GROUP = Option("-g --group GROUP", "only this group")
@@ -9662,15 +9568,17 @@ def _digest(algorithm: str) -> Callable[[str], str]:
     Option("--user LOGIN", "who logs in to its clones", default="vmUser"),
     Option("--init KIND", "how hostname and keys get in: " + ", ".join(INIT_KINDS), INIT_KIND, complete=INIT_KINDS),
 )  # fmt: skip
-def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """get and keep templates"""
     with Cloud(config) as cloud:
         if args.list or args.available:
             no_more(words)
-            return report_table(catalogue_rows(cloud.tree) if args.available else template_rows(cloud))
+            report_table(catalogue_rows(cloud.tree) if args.available else template_rows(cloud))
+            return
         if args.tree:
             no_more(words)
-            return report_table([[row] for row in disk_rows(cloud.tree)])
+            report_table([[row] for row in disk_rows(cloud.tree)])
+            return
         name = one_operand(words, "NAME")
         expected = exclusive(args, "sha256", "sha512", "insecure")
         way = exclusive(args, "image", "build", "from", "delete")
@@ -9696,7 +9604,6 @@ def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> 
             template_from_address(cloud, name, args)
         else:
             template_from_catalogue(cloud, name, vars(args), functools.partial(take_over, cloud))
-    return EXIT_DONE
 
 
 def template_from_address(cloud: Cloud, name: str, args: argparse.Namespace) -> None:
@@ -9713,12 +9620,11 @@ def template_from_address(cloud: Cloud, name: str, args: argparse.Namespace) -> 
     template_from_url(cloud, name, args.image, settings, expected, args.insecure)
 
 
-def report_table(rows: Sequence[Sequence[str]]) -> int:
+def report_table(rows: Sequence[Sequence[str]]) -> None:
     """Rows on stdout, their columns aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)] if rows else []
     for row in rows:
         report.data("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[-1]]))
-    return EXIT_DONE
 
 
 @declare(
@@ -9731,7 +9637,7 @@ def report_table(rows: Sequence[Sequence[str]]) -> int:
     Option("-d --disk GB", "disk size; with -a: grow to", default="vmCreateDiskSize"),
     Option("-a --adjust", "change an existing one: only what is given"),
 )
-def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """make a template from an ISO, or adjust one"""
     for value, name in ((args.name, "-n NAME"), (args.adjust or args.iso, "-i ISO")):
         if not value:
@@ -9759,7 +9665,6 @@ def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> in
                 raise error
             report.say(f"{report.program}: {vm} boots {iso}; when it is done: vmstop -n {vm}")
             open_screens([vm])
-    return EXIT_DONE
 
 
 def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, iso: str) -> VM:
@@ -9815,8 +9720,7 @@ def requests_of(config: Config, args: argparse.Namespace) -> tuple[str, list[Clo
         for given, name in ((args.template, "-n"), (args.count, "-C"), (args.options, "-o")):
             if given is not None:
                 raise UsageError(f"-f and {name} exclude each other", "the description file says it all")
-        text, name = read_description(args.file)
-        return group_of_file(args.file) if group is None else group, parse_description(text, name, type)
+        return group_of_file(args.file) if group is None else group, read_description(args.file, type)
     if not args.template:
         raise UsageError("which template? give -n TEMPLATE, or -f FILE", "vmtemplate --list shows what is there")
     request = CloneRequest("", args.template, args.count or config.number("vmCount"), type, {})
@@ -9827,13 +9731,13 @@ def requests_of(config: Config, args: argparse.Namespace) -> tuple[str, list[Clo
     return config["vmGroup"] if group is None else group, [request]
 
 
-def read_description(path: str) -> tuple[str, str]:
-    """The text of a description file, at most 1 MB, and its name in messages; `-` is stdin."""
+def read_description(path: str, default_type: str) -> list[CloneRequest]:
+    """What a description file, of at most 1 MB, asks for; `-` is stdin."""
     try:
         if path == "-":
-            return sys.stdin.read(MIB), "stdin"
+            return parse_description(sys.stdin.read(MIB), "stdin", default_type)
         with open(path, encoding="utf-8") as file:
-            return file.read(MIB), path
+            return parse_description(file.read(MIB), path, default_type)
     except UnicodeDecodeError:
         raise UsageError(f"{path}: not a text file") from None
     except OSError as error:
@@ -9892,29 +9796,25 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
         group, requests = args.resume, []
         if args.file is not None:
             group = args.group or group_of_file(args.file)
-            text, name = read_description(args.file)
-            requests = parse_description(text, name, config["vmSubGroup"])
+            requests = read_description(args.file, config["vmSubGroup"])
             check_requests(cloud, group, requests, args.force)
-            for request in requests:
-                request.settings.update({"vmGui": "yes"} if args.gui else {})
+            for request in requests if args.gui else ():
+                request.settings["vmGui"] = "yes"
         elif group == TEMPLATES:
             raise UsageError("templates are not run as a group", "vm -n NAME runs one")
         else:
             cloud.tree.need_group(group)
-        return supervise(
-            cloud, group, requests, new=bool(requests) and not args.add, gui=args.gui, on_ready=background.on_ready
-        )
+        return supervise(cloud, group, requests, bool(requests) and not args.add, args.gui, background)
 
 
 @declare(Command("running", "vmrunning"), GROUP, TYPE, Option("-a --all", "the stopped ones too, with their state"))
-def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """list running VMs: NAME GROUP/TYPE IP"""
     with Cloud(config) as cloud:
         if args.group is not None:
             cloud.tree.need_group(args.group)
         for row in vm_rows(cloud, args.group or "", args.type or "", every=args.all):
             report.data(row)
-    return EXIT_DONE
 
 
 @declare(
@@ -9933,8 +9833,7 @@ def cmd_stop(config: Config, args: argparse.Namespace, words: list[str]) -> int:
         if args.destroy:
             errors = destroy_all(cloud, vms, args.group or "")
         else:
-            seconds = 0 if args.kill else config.number("vmStopTimeout") if args.timeout is None else args.timeout
-            errors = stop_all(cloud, vms, seconds, patient=args.timeout is None)
+            errors = stop_all(cloud, vms, 0 if args.kill else args.timeout)
     return report_errors(errors)
 
 
@@ -9966,13 +9865,12 @@ def running_vm(cloud: Cloud, words: str, group: str | None = None, type: str | N
 
 
 @declare(Command("ssh", "vmssh", "VM [WORDS...]", ("running-vm",)))
-def cmd_ssh(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_ssh(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """ssh into a VM, or run a command in it"""
     if not words:
         raise UsageError("which VM?", "vmssh VM|IP [WORDS...]; vmrunning lists the VMs")
     with Cloud(config) as cloud:
         become_ssh(cloud, running_vm(cloud, words[0]), words[1:])
-    return EXIT_FAILED  # not reached: become() doesn't come back
 
 
 def become_ssh(cloud: Cloud, vm: VM, words: Sequence[str], fresh: bool = False) -> None:
@@ -9986,8 +9884,7 @@ def become_ssh(cloud: Cloud, vm: VM, words: Sequence[str], fresh: bool = False) 
     wait = Wait(cloud, vm, cloud.config.number("vmWaitTimeout"), say=True)
     wait_ssh(wait)
     find_init_kind(wait)
-    if not cloud.known_hosts.knows(vm.get("vmUuid")):
-        pin_host_key(wait)
+    pin_host_key(wait)
     template = fresh and vm.is_template and vm.get("vmInit") != "none"
     if template or vm.get("vmInit") in ("ssh", "auto"):
         try:
@@ -10008,7 +9905,7 @@ def become_ssh(cloud: Cloud, vm: VM, words: Sequence[str], fresh: bool = False) 
     Option("-i --iso ISO", "boot this ISO first: a path, a name in isoDir, or none"),
     Option("-G --gui", "start it with a screen, and don't connect"),
 )
-def cmd_vm(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_vm(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """run a VM and connect to it by ssh"""
     if not args.name:
         raise UsageError("which VM? give -n NAME", "vmrunning -a lists them, vmtemplate --list the templates")
@@ -10030,19 +9927,17 @@ def cmd_vm(config: Config, args: argparse.Namespace, words: list[str]) -> int:
             open_screens([vm])
         else:
             become_ssh(cloud, vm, words, fresh)
-    return EXIT_DONE
 
 
 @declare(
     Command("upgrade", "vmupgrade", "TEMPLATE", ("template",)),
     Option("--timeout S", f"the longest that it may take, in seconds [{UPGRADE_SECONDS}]", SECONDS),
 )
-def cmd_upgrade(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_upgrade(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """upgrade the system of a template; its clones stay as they are"""
     name = one_operand(words, "TEMPLATE")
     with Cloud(config) as cloud:
         upgrade(cloud, name.removeprefix(f"{TEMPLATES}/"), UPGRADE_SECONDS if args.timeout is None else args.timeout)
-    return EXIT_DONE
 
 
 @declare(
@@ -10050,7 +9945,7 @@ def cmd_upgrade(config: Config, args: argparse.Namespace, words: list[str]) -> i
     Option("--list", "the inventory as JSON, for ansible"),
     Option("--host HOST", "the variables of one host as JSON"),
 )
-def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """what runs, for ansible (--list) and for people"""
     with Cloud(config) as cloud:
         if args.list or args.host is not None:
@@ -10061,7 +9956,6 @@ def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) ->
         else:
             for row in vm_rows(cloud):
                 report.data(row)
-    return EXIT_DONE
 
 
 @declare(
@@ -10074,7 +9968,7 @@ def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) ->
     Option("--tap", "exec: open a tap on the network as descriptor 3"),
     Option("--fdpass", "connect: hand the connection itself to ssh (ProxyUseFdpass)"),
 )  # fmt: skip
-def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """the network between the VMs: up, down, status; exec and connect go into the private one"""
     import contextlib
 
@@ -10103,7 +9997,6 @@ def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> int:
             private.connect(*address_and_port(rest), args.fdpass)
         else:
             raise UsageError(f"{verb or 'no verb'}: expected up, down, status, exec or connect")
-    return EXIT_DONE
 
 
 def kind_of_network(config: Config, args: argparse.Namespace, rest: Sequence[str]) -> str:
@@ -10123,14 +10016,14 @@ def kind_of_network(config: Config, args: argparse.Namespace, rest: Sequence[str
         (("start", "stop", "dnsmasq", "ready", "subnet"), "file"),
     )
 )  # fmt: skip
-def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """the host's bridge, for its units: start, stop; run its dnsmasq, or wait for it; name a free subnet in FILE"""
     verb, rest = (words[0], words[1:]) if words else ("", [])
     if verb == "subnet":
         file = one_operand(rest, "FILE") if rest else installed_settings()
         need_root("setting the bridge's network")
         report.say(free_bridge_subnet(config, file))
-        return EXIT_DONE
+        return
     no_more(rest)
     if verb == "start":
         BridgeSetup(config).start()
@@ -10144,7 +10037,6 @@ def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> in
         BridgeSetup(config).wait(60, os.environ.get("MAINPID", ""))  # systemd.exec(5)
     else:
         raise UsageError(f"{verb or 'no verb'}: expected start, stop, dnsmasq, ready or subnet")
-    return EXIT_DONE
 
 
 def open_tap(network: Network) -> None:
@@ -10161,12 +10053,10 @@ def open_tap(network: Network) -> None:
 
 def address_and_port(words: Sequence[str]) -> tuple[str, int]:
     """connect's two operands, checked."""
-    if len(words) != 2:
+    if len(words) != 2 or not words[0]:
         raise UsageError("connect takes an address and a port", "nocloud net connect 10.88.0.2 22")
-    for word, check in zip(words, (ipv4_address, whole_number(1, 65535))):
-        if not checked(check, word, repr(word)):
-            raise UsageError(f"{word!r}: expected an IPv4 address")
-    return words[0], int(words[1])
+    address, port = words
+    return checked(ipv4_address, address, repr(address)), checked(whole_number(1, 65535), port, repr(port))
 
 
 def vm_of_options(cloud: Cloud, args: argparse.Namespace) -> VM:
@@ -10231,14 +10121,13 @@ def cmd_doctor(config: Config, args: argparse.Namespace, words: list[str]) -> in
 
 
 @declare(Command("links", operands="DIR", complete=("folder",)))
-def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """make the vm* commands in DIR, as symlinks to this program"""
     folder = one_operand(words, "DIR")
     if not os.path.isdir(folder):
         raise NotFound(f"{folder}: no such folder", f"mkdir -p {folder}")
     program = program_path()
-    names = [*(each.alias for each in COMMANDS.values() if each.alias), "nocloud"]
-    for name in names:
+    for name in [*(each.alias for each in COMMANDS.values() if each.alias), "nocloud"]:
         path = os.path.join(folder, name)
         if os.path.islink(path):
             os.unlink(path)
@@ -10249,11 +10138,10 @@ def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> int
                 f"{path}: is there and is no symlink; it is kept", "move it away, or choose another folder"
             )
         os.symlink(program, path)
-    return EXIT_DONE
 
 
 @declare(Command("configure", operands="VM...", hidden=True))
-def cmd_configure(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_configure(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """do over ssh what can only be done there, for VMs that have just been started"""
     with Cloud(config) as cloud:
         vms = [vm for name in words for vm in cloud.tree.find(name) if vm.is_readable()]
@@ -10262,7 +10150,6 @@ def cmd_configure(config: Config, args: argparse.Namespace, words: list[str]) ->
         for error in wait_all(cloud, vms, config.number("vmWaitTimeout")):
             if error.vm.exists():
                 append_line(error.vm.log_file, f"nocloud: not configured: {error}")
-    return EXIT_DONE
 
 
 # Completion and manual ###############################################################################
@@ -11168,8 +11055,8 @@ def run_command(argv: Sequence[str]) -> int:
             return EXIT_DONE
     if not command.operands:
         no_more(operands)
-    status: int = command.function(config, args, operands)
-    return status
+    status: int | None = command.function(config, args, operands)
+    return status or EXIT_DONE
 
 
 def general_options(words: Sequence[str]) -> int:
