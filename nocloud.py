@@ -50,7 +50,7 @@ import struct
 import sys
 import time
 from collections import ChainMap, Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 
 TYPE_CHECKING = False  # typing costs 7 ms at start-up and nothing here needs it at run time
 if TYPE_CHECKING:
@@ -9101,31 +9101,29 @@ SMALLEST_TIME = 1764028800  # 2025-11-25: no clock that is right shows less
 class Finding:
     """What a check found: its state, in words, and the command that mends it, '' where it is well."""
 
+    name: str  # of the check
     state: str
     text: str
-    mend: str = ""
-    name: str = ""  # of the check
-
-    def __post_init__(self) -> None:
-        self.text = printable(self.text)
-        self.mend = self.mend if os.geteuid() else re.sub(r"\bsudo ", "", self.mend)
-
-
-Findings = Generator[Finding, None, str]  # of a check: what isn't well, and in the end the words for all is well
+    mend: str
 
 
 class Patient:
-    """What the checks look at: the configuration as far as it can be read, and the cloud that it describes."""
+    """What the checks look at: the configuration as far as it can be read, and the cloud that it describes.
+
+    `told`: what isn't well, as the check tells it that looks just now: state, text, mend.
+    """
 
     def __init__(self) -> None:
+        self.told: list[tuple[str, str, str]] = []
         self.config = Config()
-        self.config_findings = list(self._read_config())
+        self._read_config()
         try:
             self.cloud = Cloud(self.config)
         except Error as error:
-            self.config_findings.append(Finding(WRONG, str(error), f"export NOCLOUD_vmBaseDir={home_folder()}/vms"))
+            self.tell(WRONG, str(error), f"export NOCLOUD_vmBaseDir={home_folder()}/vms")
             self.config.set("vmBaseDir", os.path.join(home_folder(), "vms"), "")
             self.cloud = Cloud(self.config)
+        self.told_of_config = self.told
         self.tree = self.cloud.tree
         self.bridge = HostBridge(self.config, self.tree)
         self.has_bridge = os.path.exists(f"/sys/class/net/{self.bridge.interface}")
@@ -9135,25 +9133,23 @@ class Patient:
         except (Error, OSError):
             self.network = "private"
 
-    def _read_config(self) -> Iterator[Finding]:
+    def tell(self, state: str, text: str, mend: str) -> None:
+        self.told.append((state, text, mend))
+
+    def _read_config(self) -> None:
         for path in config_files():
             said: list[str] = []
             try:
                 self.config.read(path, said.append)
-            except UsageError as error:
-                yield Finding(WRONG, str(error), line_command(str(error), path))
-            except OSError as error:
-                yield Finding(WRONG, f"{path}: {error.strerror}", by_owner(path, f"chmod a+r {quoted(path)}"))
+            except (UsageError, OSError) as error:
+                text = f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error)
+                self.tell(WRONG, text, settings_command(path, text))
             for text in said:
-                yield Finding(WARNING, text, line_command(text, path) or trust_command(path))
+                self.tell(WARNING, text, settings_command(path, text))
         try:
             self.config.read_environment()
         except UsageError as error:
-            yield Finding(WRONG, str(error), f"unset {str(error).partition(':')[0]}")
-
-    def needs(self, network: str) -> str:
-        """How bad it is if something of that network is missing."""
-        return WRONG if network == self.network else WARNING
+            self.tell(WRONG, str(error), f"unset {str(error).partition(':')[0]}")
 
 
 # -- commands that mend
@@ -9166,19 +9162,14 @@ def install_hint(*programs: str) -> str:
 def self_command(words: str) -> str:
     """A call of this program by root.  sudo looks for it in the system's folders only (sudoers(5), secure_path)."""
     ours = program_path()
-    if any(os.path.realpath(f"{place}/nocloud") == ours for place in ("/usr/local/bin", "/usr/bin")):
-        return f"sudo nocloud {words}"
-    if find_program("nocloud"):
-        return f"nocloud {words}" if os.geteuid() == 0 else f'sudo "$(command -v nocloud)" {words}'
-    return f"sudo {quoted(ours)} {words}"
+    known = any(os.path.realpath(f"{place}/nocloud") == ours for place in ("/usr/local/bin", "/usr/bin"))
+    return f"sudo {'nocloud' if known else quoted(ours)} {words}"
 
 
 def by_owner(path: str, command: str) -> str:
     """`command`, with sudo where what it changes is another user's."""
-    try:
-        return command if os.stat(path).st_uid == os.geteuid() else f"sudo {command}"
-    except OSError:
-        return f"sudo {command}"
+    is_own = os.path.exists(path) and os.stat(path).st_uid == os.geteuid()
+    return command if is_own else f"sudo {command}"
 
 
 def trust_command(path: str) -> str:
@@ -9188,26 +9179,23 @@ def trust_command(path: str) -> str:
     return by_owner(path, f"chmod go-w {quoted(path)}")
 
 
-def line_command(text: str, path: str) -> str:
-    """What makes a comment of the line that a message names, FILE:LINE; '' where it names none."""
+def settings_command(path: str, text: str) -> str:
+    """What has a file be read: a comment of the line that is wrong, which a message names FILE:LINE; or rights."""
     found = re.match(rf"{re.escape(path)}:(\d+):", text)
-    return by_owner(path, f"sed -i '{found.group(1)}s/^/# /' {quoted(path)}") if found else ""
-
-
-def mount_point(path: str) -> str:
-    """A shell's words for the place where the file system that a path is on is mounted."""
-    return f'"$(findmnt -no TARGET -T {quoted(path)})"'
+    if found:
+        return by_owner(path, f"sed -i '{found.group(1)}s/^/# /' {quoted(path)}")
+    return trust_command(path) if os.access(path, os.R_OK) else by_owner(path, f"chmod a+r {quoted(path)}")
 
 
 # -- the configuration and the tree
 
 
-def examine_configuration(patient: Patient) -> Findings:
-    yield from patient.config_findings
+def examine_configuration(patient: Patient) -> str:
+    patient.told = patient.told_of_config
     return ", ".join(config_files()) or "the defaults"
 
 
-def examine_catalogue(patient: Patient) -> Findings:
+def examine_catalogue(patient: Patient) -> str:
     """A wrong line of the user's own keeps only downloads from working."""
     said: list[str] = []
     well = ""
@@ -9217,26 +9205,26 @@ def examine_catalogue(patient: Patient) -> Findings:
         said.append(str(error))
     for text in said:
         path = next(path for path in catalogue_files() if text.startswith(path))
-        yield Finding(WARNING, text, line_command(text, path) or trust_command(path))
+        patient.tell(WARNING, text, settings_command(path, text))
     return well
 
 
-def examine_tree(patient: Patient) -> Findings:
+def examine_tree(patient: Patient) -> str:
     base = patient.tree.base
     place = existing_parent(base)
     if os.path.lexists(base) and not os.path.isdir(base):
-        yield Finding(WRONG, f"{base}: is no folder", by_owner(base, f"mv {quoted(base, base + '.old')}"))
+        patient.tell(WRONG, f"{base}: is no folder", by_owner(base, f"mv {quoted(base, base + '.old')}"))
     elif os.statvfs(place).f_flag & os.ST_RDONLY:
-        mend = f"sudo mount -o remount,rw {mount_point(place)}"
-        yield Finding(WRONG, f"{place}: the file system is read-only", mend)
+        mend = f'sudo mount -o remount,rw "$(findmnt -no TARGET -T {quoted(place)})"'
+        patient.tell(WRONG, f"{place}: the file system is read-only", mend)
     elif not os.access(place, os.W_OK | os.X_OK):
-        yield Finding(WRONG, f"{place}: you may not write there", f"sudo install -d -o {user_name()} {quoted(base)}")
+        patient.tell(WRONG, f"{place}: you may not write there", f"sudo install -d -o {user_name()} {quoted(base)}")
     elif place == base and untrusted(base):
-        yield Finding(WARNING, f"{base}: {untrusted(base)}", trust_command(base))
+        patient.tell(WARNING, f"{base}: {untrusted(base)}", trust_command(base))
     return base if place == base else f"{base}, made with the first VM"
 
 
-def examine_disk_space(patient: Patient) -> Findings:
+def examine_disk_space(patient: Patient) -> str:
     place = existing_parent(patient.tree.base)
     free, cache = free_bytes(place), cache_home()
     text = f"{free // MIB} MB are free in {place}"
@@ -9244,142 +9232,131 @@ def examine_disk_space(patient: Patient) -> Findings:
         mend = "vmBaseDir=FOLDER in ~/.nocloud.conf, on a larger file system"
         if os.path.isdir(cache) and os.stat(cache).st_dev == os.stat(place).st_dev:
             mend = f"rm -rf {quoted(cache)}"  # all of it can be made again
-        yield Finding(WRONG if free < 4 * CLONE_BYTES else WARNING, text, mend)
+        patient.tell(WRONG if free < 4 * CLONE_BYTES else WARNING, text, mend)
     return text
 
 
-def examine_vms(patient: Patient) -> Findings:
+def examine_vms(patient: Patient) -> str:
     """What killed commands and vanished files left in the tree."""
     tree = patient.tree
     folders = [folder for group in [*tree.groups(), TEMPLATES] for folder in left_over(tree, group)]
     if folders:
         text = f"{plural(len(folders), 'folder')} of commands that were killed"
-        yield Finding(WARNING, text, f"rm -rf {quoted(*folders)}")
+        patient.tell(WARNING, text, f"rm -rf {quoted(*folders)}")
     vms = list(tree.vms())
     for vm in vms:
-        yield from conf_findings(vm)
+        examine_conf(patient, vm)
         if vm.is_readable():
-            yield from disk_findings(vm)
+            examine_disks(patient, vm)
     templates = sum(vm.is_template for vm in vms)
     return f"{plural(len(vms) - templates, 'VM')}, {plural(templates, 'template')}, nothing left over"
 
 
-def conf_findings(vm: VM) -> Iterator[Finding]:
+def examine_conf(patient: Patient, vm: VM) -> None:
     """A VM whose settings can't be used.  One that lost them keeps its disk: its conf is begun anew."""
     try:
-        if vm.conf:
-            return
-        disks = [name for name in names_in(vm.folder) if re.fullmatch(rf"{re.escape(vm.name)}_0\.(img|qcow2)", name)]
-        if not disks:
-            yield Finding(WARNING, f"{vm.conf_file} is empty, and there is no disk", destroy_command(vm, "a disk"))
-            return
-        lines = quoted(f"vmName={vm.name}", f"vmDisk={vm.relative(disks[0])}")
-        mend = f"printf '%s\\n' {lines} | {by_owner(vm.conf_file, f'tee -a {quoted(vm.conf_file)}')}"
-        yield Finding(WARNING, f"{vm.conf_file} is empty", mend)
+        if not vm.conf:
+            there = [name for name in names_in(vm.folder) if re.fullmatch(rf"{re.escape(vm.name)}_0\.\w+", name)]
+            lines = quoted(f"vmName={vm.name}", f"vmDisk={vm.relative([*there, f'{vm.name}_0.img'][0])}")
+            mend = f"printf '%s\\n' {lines} | {by_owner(vm.conf_file, f'tee -a {quoted(vm.conf_file)}')}"
+            patient.tell(WARNING, f"{vm.conf_file} is empty", mend)
     except Error as error:
-        mend = line_command(str(error), vm.conf_file)
-        if not mend and os.access(vm.conf_file, os.R_OK):
-            mend = trust_command(vm.conf_file)
-        yield Finding(WARNING, str(error), mend or by_owner(vm.conf_file, f"chmod u+r {quoted(vm.conf_file)}"))
+        patient.tell(WARNING, str(error), settings_command(vm.conf_file, str(error)))
 
 
-def disk_findings(vm: VM) -> Iterator[Finding]:
+def examine_disks(patient: Patient, vm: VM) -> None:
     """A VM whose disk, or what that lies on, is gone."""
+    needed = vm.disks()
     try:
-        needed = [*vm.disks(), *backing_chain(vm.disks())]
+        needed += backing_chain(needed)
     except FileNotFoundError:
-        needed = vm.disks()
+        pass
     except OSError as error:
         text = f"{vm.full_name}: {error.filename}: {error.strerror}"
-        yield Finding(WARNING, text, f"sudo chmod a+r {error.filename}")
+        patient.tell(WARNING, text, f"sudo chmod a+r {error.filename}")
         return
     for path in [path for path in needed if not os.path.exists(path)][:1]:
-        yield Finding(WARNING, f"{vm.full_name} can't start: {path} is gone", destroy_command(vm, path))
-
-
-def destroy_command(vm: VM, lost: str) -> str:
-    """The last resort: what is lost may be on a disk that isn't mounted just now."""
-    command = f"vmtemplate --delete {quoted(vm.name)}"
-    if not vm.is_template:
-        command = f"vmstop -d -n {quoted(vm.full_name)}"
-    return f"{command}  # destroys it; do so only if {printable(lost)} can't be brought back"
+        command = f"vmtemplate --delete {quoted(vm.name)}"
+        if not vm.is_template:
+            command = f"vmstop -d -n {quoted(vm.full_name)}"
+        # the last resort: what is lost may be on a disk that isn't mounted just now
+        mend = f"{command}  # destroys it; do so only if {printable(path)} can't be brought back"
+        patient.tell(WARNING, f"{vm.full_name} can't start: {path} is gone", mend)
 
 
 # -- what runs the VMs
 
 
-def examine_qemu(patient: Patient) -> Findings:
+def examine_qemu(patient: Patient) -> str:
     qemu = patient.cloud.qemu()
     package = install_hint(f"qemu-system-{os.uname().machine}")
-    yield Finding(OK, f"{qemu.path}, version {qemu.version}")
+    patient.tell(OK, f"{qemu.path}, version {qemu.version}", "")
     if "sandbox" not in qemu.options:
-        yield Finding(WARNING, f"{qemu.path} was built without -sandbox: it runs unconfined", package)
+        patient.tell(WARNING, f"{qemu.path} was built without -sandbox: it runs unconfined", package)
     if not choose_screen(qemu):
-        yield Finding(WARNING, f"{qemu.path} has neither SPICE nor VNC: VMs have no screen", package)
+        patient.tell(WARNING, f"{qemu.path} has neither SPICE nor VNC: VMs have no screen", package)
     try:
         choose_seed(qemu)
     except MissingProgram as error:
-        yield Finding(WARNING, str(error), error.hint)
+        patient.tell(WARNING, str(error), error.hint)
     return ""
 
 
-def found_programs(*names: str) -> Findings:
-    yield from ()
+def found_programs(*names: str) -> str:
     return ", ".join(map(need_program, names))
 
 
-def examine_acceleration(patient: Patient) -> Findings:
+def examine_acceleration(patient: Patient) -> str:
     reason, mend = kvm_missing()
     wanted = patient.config["vmAccel"]
     if wanted == "tcg":
         return "software emulation, as vmAccel=tcg asks for"
     if reason:
         text = f"no hardware acceleration, guests will be slow: {reason}"
-        yield Finding(WRONG if wanted == "kvm" else WARNING, text, mend)
+        patient.tell(WRONG if wanted == "kvm" else WARNING, text, mend)
     return "hardware acceleration (KVM)"
 
 
-def examine_keys(patient: Patient) -> Findings:
+def examine_keys(patient: Patient) -> str:
     """nocloud's key and the user's: without a key of his own he has nocloud's to log in with."""
-    yield from own_key_findings(os.path.join(config_home(), "id_ed25519"))
+    examine_own_key(patient, os.path.join(config_home(), "id_ed25519"))
     for path in user_keys():
         if os.stat(path).st_mode & 0o077:
-            yield Finding(WARNING, f"{path}: others may read it; ssh won't use it", f"chmod 600 {quoted(path)}")
+            patient.tell(WARNING, f"{path}: others may read it; ssh won't use it", f"chmod 600 {quoted(path)}")
     if not user_keys(".pub"):
-        yield Finding(WARNING, "no key of yours, ~/.ssh/*.pub, to plant in VMs", "ssh-keygen -t ed25519")
+        patient.tell(WARNING, "no key of yours, ~/.ssh/*.pub, to plant in VMs", "ssh-keygen -t ed25519")
     return f"{plural(len(user_keys('.pub')), 'key')} of yours, and nocloud's own"
 
 
-def own_key_findings(path: str) -> Iterator[Finding]:
+def examine_own_key(patient: Patient, path: str) -> None:
     """nocloud's own key is made at first need; one that is there must be whole, and the user's alone."""
     if not os.path.exists(path):
         folder = existing_parent(os.path.dirname(path))
         if not os.access(folder, os.W_OK | os.X_OK):
             text = f"{folder}: you may not write there, for nocloud's key"
-            yield Finding(WRONG, text, "export XDG_CONFIG_HOME=FOLDER")
+            patient.tell(WRONG, text, "export XDG_CONFIG_HOME=FOLDER")
         return
     if os.stat(path).st_mode & 0o077:
         mend = by_owner(path, f"chmod 600 {quoted(path)}")
-        yield Finding(WRONG, f"{path}: others may read it; ssh won't use it", mend)
+        patient.tell(WRONG, f"{path}: others may read it; ssh won't use it", mend)
     if not os.access(path, os.R_OK):
-        yield Finding(WRONG, f"{path}: you may not read it", f"sudo chown {user_name()} {quoted(path)}")
+        patient.tell(WRONG, f"{path}: you may not read it", f"sudo chown {user_name()} {quoted(path)}")
     elif not os.path.exists(path + ".pub"):
-        yield Finding(WRONG, f"{path}.pub is gone", f"ssh-keygen -y -f {quoted(path)} >{quoted(path + '.pub')}")
+        patient.tell(WRONG, f"{path}.pub is gone", f"ssh-keygen -y -f {quoted(path)} >{quoted(path + '.pub')}")
 
 
 # -- the private network
 
 
-def examine_namespaces(patient: Patient) -> Findings:
+def examine_namespaces(patient: Patient) -> str:
     need_program("ip")
     reason = try_namespaces()
     if reason:
-        error = namespaces_denied(reason)
-        yield Finding(patient.needs("private"), str(error), error.hint)
+        raise namespaces_denied(reason)
     return "this user may make namespaces"
 
 
-def examine_tun(patient: Patient) -> Findings:
+def examine_tun(patient: Patient) -> str:
     """For both networks: qemu-bridge-helper opens it as the user that calls it."""
     path = "/dev/net/tun"
     if not os.path.exists(path):
@@ -9388,30 +9365,29 @@ def examine_tun(patient: Patient) -> Findings:
             mend = f"sudo mkdir -p /dev/net && sudo mknod {path} c 10 200 && sudo chmod 666 {path}"
         elif not os.path.exists(f"/lib/modules/{os.uname().release}"):
             mend = f"in a container: give it the device {path}"
-        yield Finding(WRONG, f"there is no {path}", mend)
+        patient.tell(WRONG, f"there is no {path}", mend)
     elif device_denied(path):
-        yield Finding(WRONG, f"you may not open {path} ({device_denied(path)})", f"sudo chmod 666 {path}")
+        patient.tell(WRONG, f"you may not open {path} ({device_denied(path)})", f"sudo chmod 666 {path}")
     return path
 
 
-def examine_private_programs(patient: Patient) -> Findings:
+def examine_private_programs(patient: Patient) -> str:
     missing = [name for name in ("ip", "dnsmasq", "nsenter") if not find_program(name)]
     if missing:
         text = f"not found, and the private network needs it: {', '.join(missing)}"
-        yield Finding(patient.needs("private"), text, install_hint(*missing))
+        patient.tell(WRONG, text, install_hint(*missing))
     return "ip, dnsmasq and nsenter"
 
 
-def examine_way_out(patient: Patient) -> Findings:
-    filters = ["nft"] if not find_program("nft") and not find_program("iptables") else []
-    missing = [*([] if find_program("pasta") else ["pasta"]), *filters]
+def examine_way_out(patient: Patient) -> str:
+    missing = [names[0] for names in (["pasta"], ["nft", "iptables"]) if not any(map(find_program, names))]
     if missing:
         text = f"VMs on the private network don't reach the Internet: {' and '.join(missing)} not found"
-        yield Finding(WARNING, text, install_hint(*missing))
+        patient.tell(WARNING, text, install_hint(*missing))
     return "pasta"
 
 
-def examine_private_subnet(patient: Patient) -> Findings:
+def examine_private_subnet(patient: Patient) -> str:
     """Once it is chosen it is kept; a VPN that came later may have it as well."""
     network = patient.cloud.private
     if not os.path.exists(network.file("subnet")):
@@ -9424,18 +9400,18 @@ def examine_private_subnet(patient: Patient) -> Findings:
         mend = f"nocloud net --private down && rm -f {quoted(network.file('subnet'))}"
         if any(True for _ in patient.tree.vms()):
             mend = "VMs keep their addresses for life: end that network while they are in use, or use another vmBaseDir"
-        yield Finding(WARNING, text, mend)
+        patient.tell(WARNING, text, mend)
     return f"{subnet}.0/24"
 
 
-def examine_inotify(patient: Patient) -> Findings:
+def examine_inotify(patient: Patient) -> str:
     """dnsmasq waits for changed files by inotify(7), and doesn't start without one."""
     import ctypes
 
     fd = ctypes.CDLL(None, use_errno=True).inotify_init1(os.O_CLOEXEC)
     if fd < 0:
         text = f"no inotify instance is to be had: {os.strerror(ctypes.get_errno())}"
-        yield Finding(patient.needs("private"), text, "sudo sysctl -w user.max_inotify_instances=1024")
+        patient.tell(WRONG, text, "sudo sysctl -w user.max_inotify_instances=1024")
     else:
         os.close(fd)
     return "instances are to be had"
@@ -9444,271 +9420,261 @@ def examine_inotify(patient: Patient) -> Findings:
 # -- the host's bridge
 
 
-def examine_bridge(patient: Patient) -> Iterator[Finding]:
-    bridge = patient.bridge
+def examine_bridge(patient: Patient) -> str:
+    name, why = patient.bridge.interface, patient.bridge.why_down()
     if not patient.has_bridge and patient.config["vmNetwork"] != "bridge":
-        yield Finding(OK, f"there is none called {bridge.interface}: VMs are on the private network")
-    elif bridge.why_down():
-        mend = f"sudo ip link set {bridge.interface} up" if patient.foreign else self_command("net up")
-        yield Finding(patient.needs("bridge"), bridge.why_down(), mend)
-    else:
-        yield Finding(OK, f"{bridge.interface} is up")
+        return f"there is none called {name}: VMs are on the private network"
+    if why:
+        patient.tell(WRONG, why, f"sudo ip link set {name} up" if patient.foreign else self_command("net up"))
+    return f"{name} is up"
 
 
-def examine_helper(patient: Patient) -> Iterator[Finding]:
-    faults = list(patient.bridge.helper_faults())
-    yield from (Finding(patient.needs("bridge"), *each) for each in faults)
-    if not faults:
-        yield Finding(OK, patient.bridge.helper())
+def examine_helper(patient: Patient) -> str:
+    for text, mend in patient.bridge.helper_faults():
+        patient.tell(WRONG, text, mend)
+    return patient.bridge.helper()
 
 
-def examine_bridge_conf(patient: Patient) -> Iterator[Finding]:
-    faults = list(patient.bridge.list_faults())
-    yield from (Finding(patient.needs("bridge") if keeps_off else WARNING, *each) for keeps_off, *each in faults)
-    if not faults:
-        yield Finding(OK, f"{helper_list()} allows {patient.bridge.interface}")
+def examine_bridge_conf(patient: Patient) -> str:
+    for keeps_off, text, mend in patient.bridge.list_faults():
+        patient.tell(WRONG if keeps_off else WARNING, text, mend)
+    return f"{helper_list()} allows {patient.bridge.interface}"
 
 
-def examine_dnsmasq(patient: Patient) -> Iterator[Finding]:
+def examine_dnsmasq(patient: Patient) -> str:
     """Whether the bridge's dnsmasq serves there, and if not, who has its ports."""
-    wanted, bad = BridgeSettings(patient.config).address, patient.needs("bridge")
+    wanted = BridgeSettings(patient.config).address
     for kind, port in (("udp", 53), ("tcp", 53), ("udp", 67)):
         for address, inode in sorted(bound_sockets(kind, port), reverse=True):  # at no address: 0.0.0.0, comes last
             if address not in ("0.0.0.0", wanted):
                 continue
             pid = owner_of_socket(inode)
-            if (kind, address) == ("udp", wanted) and (not pid or STATE_FOLDER in read_text(f"/proc/{pid}/cmdline")):
-                yield Finding(OK, f"DHCP and DNS are served at {wanted}")
-                return
+            if (kind, address) == ("udp", wanted) and (not pid or STATE_FOLDER in process_file(pid, "cmdline")):
+                return f"DHCP and DNS are served at {wanted}"
             who, mend = "another user's process", self_command("doctor")
             if pid:
-                who = f"{read_text(f'/proc/{pid}/comm').strip()}, process {pid}"
-                unit = re.search(r"/([^/\n]+\.service)$", read_text(f"/proc/{pid}/cgroup"), re.M)
+                who = f"{process_file(pid, 'comm').strip()}, process {pid}"
+                unit = re.search(r"/([^/\n]+\.service)$", process_file(pid, "cgroup"), re.M)
                 mend = f"sudo systemctl disable --now {unit.group(1)}" if unit else f"sudo kill {pid}"
-            yield Finding(bad, f"no DHCP and DNS at {wanted}: port {port} ({kind}) is taken by {who}", mend)
-            return
-    if find_program("dnsmasq"):
-        yield Finding(bad, f"no DHCP and DNS at {wanted}", self_command("net up"))
-    else:
-        yield Finding(bad, "dnsmasq is not found", install_hint("dnsmasq"))
+            patient.tell(WRONG, f"no DHCP and DNS at {wanted}: port {port} ({kind}) is taken by {who}", mend)
+            return ""
+    need_program("dnsmasq")
+    patient.tell(WRONG, f"no DHCP and DNS at {wanted}", self_command("net up"))
+    return ""
 
 
-def examine_leases(patient: Patient) -> Iterator[Finding]:
+def examine_leases(patient: Patient) -> str:
     """Who may not read them doesn't learn the addresses of guests that have none of their own."""
     for place in patient.bridge.lease_places:
         try:
             read_text(place)
-            yield Finding(OK, place)
-            return
+            return place
         except FileNotFoundError:
             continue
         except PermissionError:
             mend = f"sudo chmod a+rX {quoted(os.path.dirname(place), place)}"
-            yield Finding(WARNING, f"{place}: you may not read it", mend)
-            return
-    yield Finding(OK, "there are none yet")
+            patient.tell(WARNING, f"{place}: you may not read it", mend)
+            break
+    return "there are none yet"
 
 
-def examine_publishing(patient: Patient) -> Iterator[Finding]:
+def examine_publishing(patient: Patient) -> str:
     """Whether this user's VMs get addresses and names of their own on the bridge."""
     denied = patient.bridge.hosts.denied()
-    if not denied:
-        yield Finding(OK, f"names and addresses go to {STATE_FOLDER}")
-    elif not os.path.isdir(denied):
-        yield Finding(WARNING, f"{denied} is gone: DHCP decides on addresses and names", self_command("net up"))
-    else:
+    if denied and not os.path.isdir(denied):
+        patient.tell(WARNING, f"{denied} is gone: DHCP decides on addresses and names", self_command("net up"))
+    elif denied:
         text = f"you may not write to {denied}: DHCP decides on your VMs' addresses and names"
-        yield Finding(WARNING, text, group_command(os.stat(denied).st_gid))
+        patient.tell(WARNING, text, group_command(os.stat(denied).st_gid))
+    return f"names and addresses go to {STATE_FOLDER}"
 
 
-def examine_forwarding(patient: Patient) -> Iterator[Finding]:
+def examine_forwarding(patient: Patient) -> str:
     """Whether the kernel forwards, and the host's packet filters let the guests' packets pass; only root sees those."""
-    name, findings = patient.bridge.interface, []
+    name, mend, is_root = patient.bridge.interface, self_command("net up"), os.geteuid() == 0
     for each in (name, *sorted(outgoing_interfaces())):
         if not forwards(each):
-            findings.append((f"guests have no way out: {each} doesn't forward", self_command("net up")))
+            patient.tell(WARNING, f"guests have no way out: {each} doesn't forward", mend)
     if not find_program("nft"):
-        findings.append(("nft is not found", install_hint("nft")))
-    elif os.geteuid() == 0:
+        patient.tell(WARNING, "nft is not found", install_hint("nft"))
+    elif is_root:
         if not has_nft_table(f"ip {DOMAIN}"):
             text = f"guests have no way out: nocloud's own rules are gone (nft table ip {DOMAIN})"
-            findings.append((text, self_command("net up")))
+            patient.tell(WARNING, text, mend)
         for program in iptables_programs():
             if missing_rules(program, name):
-                findings.append((f"{program} has rules, and doesn't accept the bridge", self_command("net up")))
+                patient.tell(WARNING, f"{program} has rules, and doesn't accept the bridge", mend)
         for chain in dropping_chains(name):
             rules = (f"iifname {name} accept", f"oifname {name} ct state established,related accept")
             mend = " && ".join(f"sudo nft insert rule {chain} {rule}" for rule in rules)
-            findings.append((f"nft chain {chain} drops what guests send", mend))
-    yield from (Finding(WARNING, *each) for each in findings)
-    if not findings:
-        seen = "the packet filters let guests pass" if os.geteuid() == 0 else "only root sees the packet filters"
-        yield Finding(OK, f"{name} forwards; {seen}")
+            patient.tell(WARNING, f"nft chain {chain} drops what guests send", mend)
+    filters = "the packet filters let guests pass" if is_root else "only root sees the packet filters"
+    return f"{name} forwards; {filters}"
 
 
-def examine_firewalld(patient: Patient) -> Iterator[Finding]:
+def examine_firewalld(patient: Patient) -> str:
     name, zone = patient.bridge.interface, firewalld_zone(patient.bridge.interface)
-    if zone is None or zone == "trusted":
-        yield Finding(OK, "it doesn't run" if zone is None else f"{name} is in its zone trusted")
-    else:
+    if zone is None:
+        return "it doesn't run"
+    if zone != "trusted":
         where = f"in its zone {zone}" if zone else "in none of its zones"
         mend = f"sudo firewall-cmd --zone=trusted --change-interface={name}"
-        yield Finding(WARNING, f"it runs, and {name} is {where}: guests get no address", mend)
+        patient.tell(WARNING, f"it runs, and {name} is {where}: guests get no address", mend)
+    return f"{name} is in its zone trusted"
 
 
-def examine_ufw(patient: Patient) -> Iterator[Finding]:
-    if os.geteuid() != 0 or not ufw_runs():
-        yield Finding(OK, "it doesn't run" if os.geteuid() == 0 or not find_program("ufw") else "only root may ask it")
-    elif MADE_BY_US not in try_run(["ufw", "show", "added"], 5)[1]:
-        yield Finding(WARNING, "it runs, and doesn't let guests pass", self_command("net up"))
-    else:
-        yield Finding(OK, "it lets guests pass")
+def examine_ufw(patient: Patient) -> str:
+    if os.geteuid() != 0:
+        return "only root may ask it" if find_program("ufw") else "it doesn't run"
+    if not ufw_runs():
+        return "it doesn't run"
+    if MADE_BY_US not in try_run(["ufw", "show", "added"], 5)[1]:
+        patient.tell(WARNING, "it runs, and doesn't let guests pass", self_command("net up"))
+    return "it lets guests pass"
 
 
-def examine_network_manager(patient: Patient) -> Iterator[Finding]:
+def examine_network_manager(patient: Patient) -> str:
     """NetworkManager leaves a bridge alone that it calls unmanaged, or connected externally."""
     name = patient.bridge.interface
-    status, said = -1, ""
-    if find_program("nmcli"):
-        status, said = try_run(["nmcli", "-g", "GENERAL.STATE", "device", "show", name], 5)
-    if status or "unmanaged" in said or "external" in said:
-        yield Finding(OK, "it doesn't run" if status else f"it leaves {name} alone")
-    else:
+    asked = ["nmcli", "-g", "GENERAL.STATE", "device", "show", name]
+    status, said = try_run(asked, 5) if find_program("nmcli") else (-1, "")
+    if status:
+        return "it doesn't run"
+    if "unmanaged" not in said and "external" not in said:
         mend = f"sudo nmcli device set {name} managed no"
-        yield Finding(WARNING, f"it manages {name} ({said.strip()}), and may take its address away", mend)
+        patient.tell(WARNING, f"it manages {name} ({said.strip()}), and may take its address away", mend)
+    return f"it leaves {name} alone"
 
 
-def examine_bridge_subnet(patient: Patient) -> Iterator[Finding]:
+def examine_bridge_subnet(patient: Patient) -> str:
     settings = BridgeSettings(patient.config)
     clash, there = overlapping(settings), connected_network(settings.interface)
     if clash:
         mend = " && ".join(map(self_command, ("bridge subnet", "net down", "net up")))
-        yield Finding(WARNING, f"{settings.net} is in use: {clash}", mend)
+        patient.tell(WARNING, f"{settings.net} is in use: {clash}", mend)
     elif there not in ("", settings.net) and not patient.foreign:
-        yield Finding(WARNING, f"the bridge has {there}, and the settings say {settings.net}", self_command("net up"))
-    else:
-        yield Finding(OK, settings.net)
+        text = f"the bridge has {there}, and the settings say {settings.net}"
+        patient.tell(WARNING, text, self_command("net up"))
+    return settings.net
 
 
-def examine_names(patient: Patient) -> Iterator[Finding]:
+def examine_names(patient: Patient) -> str:
     """Whether this host itself resolves the guests' names."""
-    name, address = patient.bridge.interface, patient.config["bridgeIpAddress"]
+    address, why, mend = patient.config["bridgeIpAddress"], "", self_command("net up")
     if resolved_runs():
-        asks, mend = f"~{DOMAIN}" in try_run(["resolvectl", "domain", name], 5)[1], self_command("net up")
+        asks = f"~{DOMAIN}" in try_run(["resolvectl", "domain", patient.bridge.interface], 5)[1]
     else:
         text = read_text("/etc/resolv.conf") if os.path.exists("/etc/resolv.conf") else ""
         asks = re.findall(r"^nameserver\s+(\S+)", text, re.M)[:1] == [address]
-        mend = f"{install_hint('resolvectl')} && {self_command('net up')}"
-    if asks:
-        yield Finding(OK, f"this host asks {address} for them")
-    else:
-        why = "" if resolved_runs() else ", which runs no systemd-resolved; vmssh needs none"
-        yield Finding(WARNING, f"VMs' names don't resolve on this host{why}", mend)
+        why = ", which runs no systemd-resolved; vmssh needs none"
+        mend = f"{install_hint('resolvectl')} && {mend}"
+    if not asks:
+        patient.tell(WARNING, f"VMs' names don't resolve on this host{why}", mend)
+    return f"this host asks {address} for them"
 
 
 # -- the rest, and all of it
 
 
-def examine_clock(patient: Patient) -> Findings:
+def examine_clock(patient: Patient) -> str:
     """Certificates aren't valid yet where the clock is behind."""
     now = time.time()
     text = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now))
     if now < max(SMALLEST_TIME, os.stat(program_path()).st_mtime) - 86400:
-        yield Finding(WARNING, f"it shows {text}, and is behind: downloads will fail", "sudo timedatectl set-ntp true")
+        patient.tell(WARNING, f"it shows {text}, and is behind: downloads will fail", "sudo timedatectl set-ntp true")
     return text
 
 
-Check = tuple[str, Callable[[Patient], Iterator[Finding]]]
+Check = Callable[[Patient], str]  # tells the patient what isn't well; the words for all is well
 
-CHECKS: tuple[Check, ...] = (
-    ("configuration", examine_configuration),
-    ("catalogue", examine_catalogue),
-    ("tree", examine_tree),
-    ("space", examine_disk_space),
-    ("vms", examine_vms),
-    ("qemu", examine_qemu),
-    ("qemu-img", lambda patient: found_programs("qemu-img")),
-    ("acceleration", examine_acceleration),
-    ("ssh", lambda patient: found_programs("ssh", "ssh-keygen")),
-    ("keys", examine_keys),
-    ("namespaces", examine_namespaces),
-    ("tun", examine_tun),
-    ("private-network", examine_private_programs),
-    ("private-subnet", examine_private_subnet),
-    ("way-out", examine_way_out),
-    ("inotify", examine_inotify),
-    ("clock", examine_clock),
-    ("bridge", examine_bridge),
-)
-BRIDGE_CHECKS: tuple[Check, ...] = (  # where there is one, or where there ought to be
-    ("bridge-helper", examine_helper),
-    ("bridge-conf", examine_bridge_conf),
-    ("bridge-subnet", examine_bridge_subnet),
-    ("dnsmasq", examine_dnsmasq),
-    ("leases", examine_leases),
-    ("publishing", examine_publishing),
-    ("forwarding", examine_forwarding),
-    ("firewalld", examine_firewalld),
-    ("ufw", examine_ufw),
-    ("networkmanager", examine_network_manager),
-    ("names", examine_names),
-)
+CHECKS: dict[str, Check] = {
+    "configuration": examine_configuration,
+    "catalogue": examine_catalogue,
+    "tree": examine_tree,
+    "space": examine_disk_space,
+    "vms": examine_vms,
+    "qemu": examine_qemu,
+    "qemu-img": lambda patient: found_programs("qemu-img"),
+    "acceleration": examine_acceleration,
+    "ssh": lambda patient: found_programs("ssh", "ssh-keygen"),
+    "keys": examine_keys,
+    "namespaces": examine_namespaces,
+    "tun": examine_tun,
+    "private-network": examine_private_programs,
+    "private-subnet": examine_private_subnet,
+    "way-out": examine_way_out,
+    "inotify": examine_inotify,
+    "clock": examine_clock,
+    "bridge": examine_bridge,
+}
+BRIDGE_CHECKS: dict[str, Check] = {  # where there is one, or where there ought to be
+    "bridge-helper": examine_helper,
+    "bridge-conf": examine_bridge_conf,
+    "bridge-subnet": examine_bridge_subnet,
+    "dnsmasq": examine_dnsmasq,
+    "leases": examine_leases,
+    "publishing": examine_publishing,
+    "forwarding": examine_forwarding,
+    "firewalld": examine_firewalld,
+    "ufw": examine_ufw,
+    "networkmanager": examine_network_manager,
+    "names": examine_names,
+}
+ALL_CHECKS = {**CHECKS, **BRIDGE_CHECKS}
 OURS_ONLY = ("dnsmasq", "publishing", "forwarding", "firewalld", "ufw", "networkmanager", "names")  # else its owner's
+# What is wrong there is a warning where VMs are on the other network.
+OF_NETWORK = {
+    "private": ("namespaces", "private-network", "private-subnet", "inotify"),
+    "bridge": ("bridge", *BRIDGE_CHECKS),
+}
 
 
 def doctor_help() -> str:
     """The end of doctor's help."""
     import textwrap
 
-    names = ", ".join(name for name, _ in (*CHECKS, *BRIDGE_CHECKS))
-    return textwrap.fill(f"CHECKS, all by default: {names}.", 78, break_on_hyphens=False)
+    return textwrap.fill(f"CHECKS, all by default: {', '.join(ALL_CHECKS)}.", 78, break_on_hyphens=False)
 
 
 def examine(names: Sequence[str]) -> Iterator[Finding]:
     """All findings, or those of the checks that are named, as they are found."""
-    known = [name for name, _ in (*CHECKS, *BRIDGE_CHECKS)]
     for name in names:
-        if name not in known:
-            near = nearest(name, known)
-            hint = f"did you mean {near}?" if near else f"one of {', '.join(known)}"
+        if name not in ALL_CHECKS:
+            near = nearest(name, ALL_CHECKS)
+            hint = f"did you mean {near}?" if near else f"one of {', '.join(ALL_CHECKS)}"
             raise UsageError(f"{name}: no such check", hint)
     patient = Patient()
     bridged = patient.has_bridge or patient.config["vmNetwork"] == "bridge"
-    for name, check in (*CHECKS, *(BRIDGE_CHECKS if bridged or names else ())):
-        if names and name not in names:
-            continue
-        for finding in examine_one(name, check, patient):
-            finding.name = name
-            yield finding
+    for name in ALL_CHECKS if bridged or names else CHECKS:
+        if not names or name in names:
+            yield from examine_one(name, patient)
 
 
-def examine_one(name: str, check: Callable[[Patient], Iterator[Finding]], patient: Patient) -> Iterator[Finding]:
+def examine_one(name: str, patient: Patient) -> Iterator[Finding]:
     """A check's findings; one that fails by itself tells why, whatever this host did to it."""
     if name in OURS_ONLY and patient.foreign:
-        yield Finding(OK, f"{patient.bridge.interface} was not made by nocloud: what its owner set holds")
+        yield Finding(name, OK, f"{patient.bridge.interface} was not made by nocloud: what its owner set holds", "")
         return
-    network = "private" if name in ("namespaces", "private-subnet") else ""
-    if (name, check) in BRIDGE_CHECKS:
-        network = "bridge"
-    findings, well = check(patient), True
+    patient.told, well = [], ""
     try:
-        while True:
-            yield next(findings)
-            well = False
-    except StopIteration as end:
-        if well and end.value:
-            yield Finding(OK, end.value)
+        well = ALL_CHECKS[name](patient)
     except Error as error:
-        yield Finding(patient.needs(network) if network else WRONG, str(error), error.hint)
+        patient.tell(WRONG, str(error), error.hint)
     except Exception as error:
         if report.debug:
             raise
-        yield Finding(WARNING, f"it can't be looked at: {type(error).__name__}: {error}", "nocloud doctor --debug")
+        text = f"it can't be looked at: {type(error).__name__}: {error}"
+        patient.tell(WARNING, text, "nocloud doctor --debug")
+    spared = [each for network, names in OF_NETWORK.items() if network != patient.network for each in names]
+    for state, text, mend in patient.told or [(OK, well, "")]:
+        badness = WARNING if state == WRONG and name in spared else state
+        yield Finding(name, badness, printable(text), mend if os.geteuid() else re.sub(r"\bsudo ", "", mend))
 
 
 def bridge_faults(config: Config) -> Iterator[str]:
     """What isn't well with the host's bridge, where there is one, a line each, for `net status`: what doctor finds."""
-    names = ["bridge", "tun", *(name for name, _ in BRIDGE_CHECKS if name != "names")]  # `net up` told of these
+    names = ["bridge", "tun", *BRIDGE_CHECKS]
+    names.remove("names")  # `net up` told of these
     for finding in examine(names) if os.path.exists(f"/sys/class/net/{config['bridgeInterface']}") else ():
         if finding.state != OK:
             yield f"wrong: {finding.text} (mended by: {finding.mend})"
@@ -10543,7 +10509,7 @@ def cmd_manage(config: Config, args: argparse.Namespace, words: list[str]) -> in
 
 @declare(
     Command(
-        "doctor", operands="[CHECKS]", complete=(tuple(name for name, _ in (*CHECKS, *BRIDGE_CHECKS)),),
+        "doctor", operands="[CHECKS]", complete=(tuple(ALL_CHECKS),),
         more=doctor_help, unconfigured=True,
     ),
     Option("--json", "a JSON list: name, state, text, mend"),
