@@ -11437,26 +11437,29 @@ def files_to_install(prefix: str) -> list[InstalledFile]:
 # The program itself: which command is meant, what it raises, and its exit status.
 
 
-def overview() -> str:
-    lines = [
-        "nocloud: a mini-cloud on one Linux machine",
-        "",
-        "usage: nocloud COMMAND [options], or by the command's own name",
-        "",
-    ]
-    lines += [f"  {each.name:<12} {each.alias:<14} {each.help}" for each in visible_commands()]
-    return "\n".join([*lines, "", "nocloud COMMAND -h shows a command's options."])
+OVERVIEW = """nocloud: a mini-cloud on one Linux machine
+
+usage: nocloud COMMAND [options], or by the command's own name
+
+{}
+
+nocloud COMMAND -h shows a command's options."""
 
 
 def run_command(argv: Sequence[str]) -> int:
     """Find the command, parse its words, do it; the exit status."""
     report.debug = report.debug or list(argv[1:2]) == ["--debug"]
     command, report.program, words = find_command(argv)
-    if command is None:
-        return general_options(words)
-    options, operands = split_operands(command, words)
+    options, operands = split_operands(command, words) if command else (words, [])
     if {"-v", "--version"} & set(options):
         report.data(f"nocloud {__version__}")
+        return EXIT_DONE
+    if command is None:
+        for word in options:
+            if word not in ("-h", "--help", "--debug"):
+                raise UsageError(f"{word}: no such option", "nocloud -h lists the commands")
+        rows = (f"  {each.name:<12} {each.alias:<14} {each.help}" for each in visible_commands())
+        report.data(OVERVIEW.format("\n".join(rows)))
         return EXIT_DONE
     report.debug = report.debug or "--debug" in options
     config = Config() if command.unconfigured else load_config()
@@ -11471,18 +11474,6 @@ def run_command(argv: Sequence[str]) -> int:
         no_more(operands)
     status: int = command.function(config, args, operands)
     return status
-
-
-def general_options(words: Sequence[str]) -> int:
-    """`nocloud` alone, and with -h or -v."""
-    for word in words:
-        if word in ("-v", "--version"):
-            report.data(f"nocloud {__version__}")
-            return EXIT_DONE
-        if word not in ("-h", "--help", "--debug"):
-            raise UsageError(f"{word}: no such option", "nocloud -h lists the commands")
-    report.data(overview())
-    return EXIT_DONE
 
 
 def on_signal(number: int, frame: object) -> None:
