@@ -9748,21 +9748,22 @@ class Command:
     help: str = ""
 
     @property
-    def takes_words(self) -> bool:
-        """Whether its operands are another program's words: options end at the first one."""
-        return "..." in self.operands
+    def usage(self) -> str:
+        """What comes after its name."""
+        return " ".join(filter(None, ("[options]" if self.options else "", self.operands)))
 
 
 COMMANDS: dict[str, Command] = {}
+ALIASES: dict[str, Command] = {}
 
 
 def declare(command: Command, *options: Option) -> Callable[[Any], Any]:
     """Declare the command that the function under it does.  The first line of its docstring is its help."""
 
     def declared(function: Any) -> Any:
-        if command.name in COMMANDS:
-            raise ValueError(f"{command.name}: declared twice")
         COMMANDS[command.name] = command
+        if command.alias:
+            ALIASES[command.alias] = command
         command.options, command.function, command.help = options, function, function.__doc__.strip()
         return function
 
@@ -9794,15 +9795,14 @@ def find_command(argv: Sequence[str]) -> tuple[Command | None, str, list[str]]:
     Raises UsageError (127) for a name that there isn't.
     """
     name, words = os.path.basename(argv[0]), list(argv[1:])
-    aliases = {each.alias: each for each in COMMANDS.values() if each.alias}
-    if name in aliases:
-        return aliases[name], name, words
+    if name in ALIASES:
+        return ALIASES[name], name, words
     if words[:1] == ["--debug"]:
         words = words[1:]
     if not words or words[0].startswith("-"):
         return None, "nocloud", words
     word = words[0]
-    found = COMMANDS.get(word) or aliases.get(word)
+    found = COMMANDS.get(word) or ALIASES.get(word)
     if not found:
         near = nearest(word, command_names())
         hint = f"did you mean {near}?" if near else "nocloud -h lists them"
@@ -9825,7 +9825,7 @@ def split_operands(command: Command, words: Sequence[str]) -> tuple[list[str], l
             return options, [*operands, *words[index:]]
         if not word.startswith("-") or word == "-":
             operands.append(word)
-            if command.takes_words:
+            if "..." in command.operands:  # another program's words
                 return options, [*operands, *words[index:]]
             continue
         options.append(word)
@@ -9859,10 +9859,8 @@ def build_parser(command: Command, program: str, config: Config) -> argparse.Arg
         def error(self, message: str) -> Any:
             raise UsageError(message, f"{program} -h shows how it is called")
 
-    options = "[options]" if command.options else ""
     parser = Parser(
-        prog=program, usage=" ".join(part for part in ("%(prog)s", options, command.operands) if part),
-        description=command.help, allow_abbrev=False, add_help=False,
+        prog=program, usage=f"%(prog)s {command.usage}", description=command.help, allow_abbrev=False, add_help=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, width=terminal_width()),
     )  # fmt: skip
     for option in all_options(command):
@@ -10538,8 +10536,7 @@ def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> int
     if not os.path.isdir(folder):
         raise NotFound(f"{folder}: no such folder", f"mkdir -p {folder}")
     program = program_path()
-    names = [*(each.alias for each in COMMANDS.values() if each.alias), "nocloud"]
-    for name in names:
+    for name in (*ALIASES, "nocloud"):
         path = os.path.join(folder, name)
         if os.path.islink(path):
             os.unlink(path)
@@ -10751,8 +10748,7 @@ def filled(name: str, **parts: str) -> str:
 
 def completion(shell: str) -> str:
     """A shell's script, which completes for all names of the program."""
-    names = ["nocloud", "nocloud.pyz", *(each.alias for each in visible_commands() if each.alias)]
-    return filled(f"completion/nocloud.{shell}", NAMES=" ".join(names))
+    return filled(f"completion/nocloud.{shell}", NAMES=" ".join(("nocloud", "nocloud.pyz", *ALIASES)))
 
 
 @declare(Command("completion", operands="bash | zsh | fish", complete=(tuple(SHELLS),)))
@@ -10767,18 +10763,10 @@ def cmd_completion(config: Config, args: argparse.Namespace, words: list[str]) -
 
 # -- the manual pages, in the man(7) macros of roff
 
-ROFF = {  # what roff would take for something else: a hyphen, an accent, a typographic quote
-    "\\": "\\e",
-    "-": "\\-",
-    "'": "\\(aq",
-    "`": "\\(ga",
-    '"': "\\(dq",
-    "^": "\\(ha",
-    "~": "\\(ti",
-    "…": "...",
-    "×": "\\(mu",
-    "–": "\\(en",
-}
+ROFF = str.maketrans({  # what roff would take for something else: a hyphen, an accent, a typographic quote
+    "\\": "\\e", "-": "\\-", "'": "\\(aq", "`": "\\(ga", '"': "\\(dq",
+    "^": "\\(ha", "~": "\\(ti", "…": "...", "×": "\\(mu", "–": "\\(en",
+})  # fmt: skip
 EXIT_STATUSES = {
     EXIT_DONE: "done",
     EXIT_FAILED: "it could not be done, or one of the VMs failed",
@@ -10791,8 +10779,7 @@ EXIT_STATUSES = {
 
 def roff(text: str) -> str:
     """`text` for the page, as it is; a dot at its beginning is no request."""
-    escaped = "".join(ROFF.get(char, char) for char in text)
-    return "\\&" + escaped if escaped.startswith(".") else escaped
+    return ("\\&" if text.startswith((".", "…")) else "") + text.translate(ROFF)
 
 
 def bold(text: str) -> str:
@@ -10828,9 +10815,8 @@ def man_settings(*places: str) -> str:
 
 def man_usage(command: Command) -> str:
     """How a command is called, by each of its names."""
-    words = map(roff, filter(None, ("[options]" if command.options else "", command.operands)))
-    names = map(bold, filter(None, (command.alias, f"nocloud {command.name}")))
-    return "\n.br\n".join(" ".join((name, *words)) for words in [list(words)] for name in names)
+    names = filter(None, (command.alias, f"nocloud {command.name}"))
+    return "\n.br\n".join(f"{bold(name)} {roff(command.usage)}".rstrip() for name in names)
 
 
 def manual() -> str:
@@ -10866,7 +10852,7 @@ def manual_of(command: Command) -> str:
 def cmd_man(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """print the manual page, or that of one command, as in: nocloud man >nocloud.1"""
     no_more(words[1:])
-    names = {name: each for each in visible_commands() for name in (each.name, each.alias) if name}
+    names = {**ALIASES, **{each.name: each for each in visible_commands()}}
     if words and words[0] not in names:
         raise UsageError(f"{words[0]}: no such command", "nocloud -h lists them")
     report.data((manual_of(names[words[0]]) if words else manual()).rstrip("\n"))
