@@ -758,7 +758,6 @@ def bridged(tmp_path_factory: pytest.TempPathFactory, busybox: Path) -> Iterator
         shutil.copy(PROGRAM, prefix / "bin/nocloud.py")
         shutil.copytree(PROGRAM.parent / "etc", prefix / "bin/etc")  # which the zipapp has inside
         shutil.copy(PROGRAM.parent / "etc/nocloud_net.conf", prefix / "etc")
-        shutil.copytree(PROGRAM.parent / "etc", prefix / "bin/etc")
         code = "sys.path.insert(0, sys.argv[1]); import nocloud; sys.exit(nocloud.main(['nocloud', *sys.argv[2:]]))"
         words = f'{sys.executable} -ISc "import sys; {code}" {prefix}/bin'
         (prefix / "bin/nocloud").write_text(f'#!/bin/sh\nexec {words} "$@"\n')  # a script is compiled at each call
