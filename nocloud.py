@@ -10576,24 +10576,25 @@ SHELL_KINDS = ("file", "folder")  # which the shells complete by themselves
 class Typed:
     """A command line that is being typed, as its words up to the cursor, of which the last one is to be completed.
 
-    That word is `prefix`, an option to which its value is joined, and `value`.  `wanted`: what the value can be, as an
-    Option's `complete`, or words with their help.  `given`: the options before it, by each name, with their values.
+    That word is `prefix`, an option to which its value is joined, and `value`.  `words`: what there is to offer for the
+    value, each with its help; `files`: the one of SHELL_KINDS that it can be besides, or ''.  `given`: the options
+    before it, by each name, with their values.
     """
 
     def __init__(self, config: Config, words: Sequence[str]) -> None:
         self.config, self.tree = config, Tree(config)
         *before, self.value = words
-        self.prefix = ""
+        self.prefix = self.files = ""
         self.given: dict[str, str] = {}
-        self.wanted: str | tuple[str, ...] | dict[str, str] = ""
+        self.words: dict[str, str] = {}
         self.command, _, rest = find_command(before)
         if self.command:
-            self._read(self.command, rest)
+            self._offer(self._wanted(self.command, rest))
         elif not rest:
-            self.wanted = option_names(GENERAL_OPTIONS) if self.value.startswith("-") else command_names()
+            self.words = option_names(GENERAL_OPTIONS) if self.value.startswith("-") else command_names()
 
-    def _read(self, command: Command, words: Sequence[str]) -> None:
-        """What is wanted, by what the parser makes of a word in that place."""
+    def _wanted(self, command: Command, words: Sequence[str]) -> str | tuple[str, ...] | dict[str, str]:
+        """What the value can be, by what the parser makes of a word in that place."""
         probe = "-" + PROBE if self.value.startswith("-") else PROBE
         options, operands = split_operands(command, [*words, probe])
         last = "" if operands[-1:] == [probe] else options.pop()
@@ -10601,29 +10602,23 @@ class Typed:
             option, prefix = option_with_value(command, word)
             self.given.update(dict.fromkeys(option.names, word[len(prefix) :]) if option else {word: ""})
         if not last:
-            self.wanted = dict(enumerate(command.complete, 1)).get(len(operands), "")
-            return
+            return dict(enumerate(command.complete, 1)).get(len(operands), "")
         option, prefix = option_with_value(command, self.value if last == probe else last)
         if option and last != probe:  # split_operands() has joined it to the option
-            self.wanted = option.complete
-        elif option and (self.value != prefix or prefix.endswith("=")):
-            self.prefix, self.value, self.wanted = prefix, self.value[len(prefix) :], option.complete
-        else:
-            self.wanted = option_names(each for each in all_options(command) if not self.given.keys() & set(each.names))
+            return option.complete
+        if option and (self.value != prefix or prefix.endswith("=")):
+            self.prefix, self.value = prefix, self.value[len(prefix) :]
+            return option.complete
+        return option_names(each for each in all_options(command) if not self.given.keys() & set(each.names))
 
-    def words(self) -> dict[str, str]:
-        """What there is to offer for the value, each with its help."""
-        if isinstance(self.wanted, dict):
-            return self.wanted
-        if isinstance(self.wanted, tuple):
-            return dict.fromkeys(self.wanted, "")
-        kinds = [kind for kind in self.wanted.split("+") if kind in WORD_KINDS]
-        return {word: "" for kind in kinds for word in WORD_KINDS[kind](self) if word.isprintable()}
-
-    def files(self) -> str:
-        """The one of SHELL_KINDS that is wanted, or ''."""
-        kinds = self.wanted.split("+") if isinstance(self.wanted, str) else []
-        return next((kind for kind in kinds if kind in SHELL_KINDS), "")
+    def _offer(self, wanted: str | tuple[str, ...] | dict[str, str]) -> None:
+        """`wanted`: as an Option's `complete`, or words with their help."""
+        if isinstance(wanted, str):
+            kinds = wanted.split("+")
+            self.files = next((kind for kind in kinds if kind in SHELL_KINDS), "")
+            found = (word for kind in kinds if kind in WORD_KINDS for word in WORD_KINDS[kind](self))
+            wanted = tuple(word for word in found if word.isprintable())
+        self.words = wanted if isinstance(wanted, dict) else dict.fromkeys(wanted, "")
 
     def vms(self, wanted: Callable[[VM], bool] = VM.exists) -> list[str]:
         """What the wanted VMs, in the group and of the type that are named, can be called: NAME where that is enough.
@@ -10639,14 +10634,6 @@ class Typed:
             left = [vm for vm in left if count[way(vm)] > 1]
         return names + [vm.full_name for vm in left]
 
-    def types(self) -> list[str]:
-        group = self.given.get("-g")
-        return [type for each in ([group] if group else self.tree.groups()) for type in self.tree.types(each)]
-
-    def isos(self) -> list[str]:
-        folder = os.path.expanduser(self.config["isoDir"])
-        return [name for name in names_in(folder) if name.lower().endswith(".iso")]
-
 
 WORD_KINDS: dict[str, Callable[[Typed], Iterable[str]]] = {
     "vm": Typed.vms,
@@ -10657,11 +10644,13 @@ WORD_KINDS: dict[str, Callable[[Typed], Iterable[str]]] = {
     "managed-group": lambda typed: [
         group for group in typed.tree.groups() if manager_of(typed.tree, group)[0] == "running"
     ],
-    "type": Typed.types,
+    "type": lambda typed: [vm.type for vm in typed.tree.vms(typed.given.get("-g", "")) if vm.type],
     "template": lambda typed: [vm.name for vm in typed.tree.templates()],
     "catalogue": lambda typed: load_catalogue().entries,
     "template-name": lambda typed: WORD_KINDS["template" if "--delete" in typed.given else "catalogue"](typed),
-    "iso": Typed.isos,
+    "iso": lambda typed: [
+        name for name in names_in(os.path.expanduser(typed.config["isoDir"])) if name.lower().endswith(".iso")
+    ],
     # Those in the confs: to read the bridge's leases is not worth it.
     "address": lambda typed: [vm.get("vmAddress") for vm in typed.tree.running() if vm.is_readable()],
     "command": lambda typed: command_names(),
@@ -10697,11 +10686,10 @@ def answer_bash(config: Config, line: str = "", replaced: str = "") -> list[str]
     words, raw, _ = read_bash(line)
     typed = Typed(config, words)
     kept, _, quote = read_bash(raw[: len(raw) - len(replaced)] if raw.endswith(replaced) else "")
-    start, special = kept[-1], "(?!)" if typed.files() else BASH_SPECIAL[quote]
-    found = [typed.prefix + word for word in typed.words() if word.startswith(typed.value)]
-    kind = typed.files().replace("folder", "directory")
+    start, special = kept[-1], "(?!)" if typed.files else BASH_SPECIAL[quote]
+    found = [typed.prefix + word for word in typed.words if word.startswith(typed.value)]
     return [
-        kind, typed.prefix[len(start) :], start[len(typed.prefix) :], typed.value,
+        typed.files.replace("folder", "directory"), typed.prefix[len(start) :], start[len(typed.prefix) :], typed.value,
         *(re.sub(special, r"\\\g<0>", word[len(start) :]) for word in found),
     ]  # fmt: skip
 
@@ -10711,15 +10699,15 @@ def answer_zsh(config: Config, *words: str) -> list[str]:
     options = typed.command.options if typed.command else ()
     valued = {name for each in options if each.value and not each.is_optional for name in each.names if name[1] == "-"}
     rows = []
-    for word, help in typed.words().items():
+    for word, help in typed.words.items():
         escaped = re.sub(r"[\\:]", r"\\\g<0>", word) + ("=" if word in valued else "")
         rows.append(f"{escaped}:{help}" if help else escaped)
-    return [typed.files(), typed.prefix, *rows]
+    return [typed.files, typed.prefix, *rows]
 
 
 def answer_fish(config: Config, *words: str) -> list[str]:
     typed = Typed(config, words)
-    return [typed.files(), typed.prefix, *(f"{typed.prefix}{word}\t{help}" for word, help in typed.words().items())]
+    return [typed.files, typed.prefix, *(f"{typed.prefix}{word}\t{help}" for word, help in typed.words.items())]
 
 
 SHELLS: dict[str, tuple[Callable[..., list[str]], str]] = {
