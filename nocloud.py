@@ -10854,6 +10854,9 @@ def cmd_man(config: Config, args: argparse.Namespace, words: list[str]) -> int:
 
 INSTALL_RECORD = "share/nocloud/installed.json"  # below PREFIX
 INSTALLED_CONFS = ("nocloud_net.conf", "nocloud_templates.conf")
+GROUP_UNIT = "nocloud@.service"
+UNITS = (*SYSTEMD_UNITS, "nocloud-dnsmasq-reload.service", GROUP_UNIT)
+SYSUSERS = "nocloud-sysusers.conf"
 
 
 @record
@@ -10876,30 +10879,34 @@ class InstalledFile:
         return f"link {self.link}" if self.link else f"sha256 {hashlib.sha256(self.content).hexdigest()}"
 
 
-def planned_files(
-    prefix: str, program: bytes, names: Iterable[str], documents: Mapping[str, str], links: Mapping[str, str]
-) -> list[InstalledFile]:
-    """What an installation consists of.
-
-    `names`: what the program is called by, besides nocloud; `documents`: texts by their path below PREFIX, `links`
-    likewise by where they point.
-    """
-    found = [InstalledFile(f"{prefix}/bin/nocloud", program, mode=0o755)]
-    found += [InstalledFile(f"{prefix}/bin/{name}", link="nocloud") for name in names]
+def planned_files(prefix: str) -> list[InstalledFile]:
+    """What an installation consists of: this program, its names, its settings, what comes with it, and its units."""
+    with open(program_path(), "rb") as file:
+        found = [InstalledFile(f"{prefix}/bin/nocloud", file.read(), mode=0o755)]
+    found += [InstalledFile(f"{prefix}/bin/{name}", link="nocloud") for name in ALIASES]
     found += [InstalledFile(f"{prefix}/etc/{name}", packaged(name).encode(), conf=True) for name in INSTALLED_CONFS]
-    found += [InstalledFile(f"{prefix}/{path}", text.encode()) for path, text in documents.items()]
-    found += [InstalledFile(f"{prefix}/{path}", link=target) for path, target in links.items()]
+    found += planned_documents(prefix)
+    units = [(name, "system", name) for name in UNITS]
+    for source, kind, name in (*units, (GROUP_UNIT, "user", GROUP_UNIT), (SYSUSERS, "sysusers.d", "nocloud.conf")):
+        text = packaged(source, "systemd").replace("@BINDIR@", f"{prefix}/bin")
+        found.append(InstalledFile(f"{systemd_folder(prefix, kind)}/{name}", text.encode()))
     return found
 
 
-def checked_prefix(prefix: str) -> str:
-    """PREFIX without a slash at its end.  Raises UsageError where it can't stand in a unit file as it is."""
-    if not re.fullmatch(r"(/[A-Za-z0-9._+-]+)+/*", prefix) or {".", ".."} & set(prefix.split("/")):
-        raise UsageError(
-            f"PREFIX={prefix}: expected an absolute path of letters, digits and ._+-",
-            "PREFIX=/usr/local is the default",
-        )
-    return prefix.rstrip("/")
+def planned_documents(prefix: str) -> Iterator[InstalledFile]:
+    """The manual and the completion scripts; bash, fish and man look for a command's under the command's own name."""
+    texts = {"man/man1/nocloud.1": manual(), **{place: completion(shell) for shell, (_, place) in SHELLS.items()}}
+    for place, text in texts.items():
+        folder, name = os.path.split(f"{prefix}/share/{place}")
+        yield InstalledFile(f"{folder}/{name}", text.encode())
+        for alias in ALIASES if name.startswith("nocloud") else ():
+            yield InstalledFile(f"{folder}/{name.replace('nocloud', alias)}", link=name)
+
+
+def systemd_folder(prefix: str, name: str) -> str:
+    """Where systemd reads `system`, `sysusers.d` and their like for this PREFIX (systemd.unit(5), sysusers.d(5))."""
+    base = f"{prefix}/lib" if prefix in ("/usr", "/usr/local") else "/etc"
+    return f"{base}/systemd/{name}" if name in ("system", "user") else f"{base}/{name}"
 
 
 class Installation:
@@ -10909,8 +10916,10 @@ class Installation:
     """
 
     def __init__(self, prefix: str, root: str = "") -> None:
-        """Raises Error where the record can't be relied on."""
-        self.prefix, self.root = checked_prefix(prefix), root.rstrip("/")
+        """Raises UsageError where PREFIX can't stand in a unit file, Error where the record can't be relied on."""
+        if not re.fullmatch(r"(/(?!\.\.?(/|$))[A-Za-z0-9._+-]+)+/*", prefix):
+            raise UsageError(f"PREFIX={prefix}: expected an absolute path of letters, digits and ._+-")
+        self.prefix, self.root = prefix.rstrip("/"), root.rstrip("/")
         self.record = self.real(f"{self.prefix}/{INSTALL_RECORD}")
         self.files: dict[str, list[str]] = {}  # path: the fingerprints that it had as we put it there
         self.folders: list[str] = []  # those that weren't there before
@@ -10961,10 +10970,8 @@ class Installation:
             if not known and target not in ("nocloud", "nocloud.pyz", "nocloud.py"):
                 blocked.append(path)
         if blocked:
-            raise WrongState(
-                f"in the way, and not installed by nocloud: {', '.join(blocked[:20])}",
-                "move them away, or set another PREFIX",
-            )
+            text = f"in the way, and not installed by nocloud: {', '.join(blocked)}"
+            raise WrongState(text, "move them away, or set another PREFIX")
 
     def is_changed(self, each: InstalledFile) -> bool:
         """Whether the user's own configuration is there, which is kept."""
@@ -10987,8 +10994,13 @@ class Installation:
         for each in (*files, *writes):
             self.files[each.path] = list(dict.fromkeys([*self.files.get(each.path, ()), each.fingerprint()]))
         self._make_folders([each.path for each in (*files, *writes)])
+        self._sweep()
         for each in writes:
-            self._write(each)
+            if each.link:
+                remove_file(self.real(each.path))
+                os.symlink(each.link, self.real(each.path))
+            else:
+                write_file(self.real(each.path), each.content, each.mode)
         for path in stale:
             self._remove(path)
         self.save()
@@ -11010,39 +11022,29 @@ class Installation:
             os.makedirs(self.real(folder), exist_ok=True)
             os.chmod(self.real(folder), 0o755)  # whatever the umask says
 
-    def _write(self, each: InstalledFile) -> None:
-        path = self.real(each.path)
-        self._sweep(path)
-        if each.link:
-            remove_file(path)
-            os.symlink(each.link, path)
-        else:
-            write_file(path, each.content, each.mode)
-
     def _remove(self, path: str) -> None:
         if self.fingerprint(path) != "folder":
-            self._sweep(self.real(path))
             remove_file(self.real(path))
         self.files.pop(path)
 
-    @staticmethod
-    def _sweep(path: str) -> None:
-        """Remove what a killed call left of a file that it was writing."""
+    def _sweep(self) -> None:
+        """Remove what a killed call left of a file that it was writing: of those in the record, or of that itself."""
         import glob
 
-        for left in glob.glob(f"{glob.escape(path)}.*.tmp"):
-            remove_file(left)
+        for path in (self.record, *map(self.real, self.files)):
+            for left in glob.glob(f"{glob.escape(path)}.*.tmp"):
+                remove_file(left)
 
     def take_away(self) -> list[str]:
         """Remove the files and the record of them; the paths of configuration that was changed, and is kept."""
         kept = []
+        self._sweep()
         for path, prints in list(self.files.items()):
             is_conf = os.path.dirname(path) == f"{self.prefix}/etc" and path.endswith(".conf")
             if is_conf and self.fingerprint(path) not in ("", *prints):
                 kept.append(self.real(path))
             else:
                 self._remove(path)
-        self._sweep(self.record)
         remove_file(self.record)
         for folder in sorted(self.folders, key=len, reverse=True):
             remove_empty(self.real(folder))
@@ -11053,9 +11055,6 @@ class Installation:
 
 KVM_GROUP = "kvm"  # whose members run VMs on the host's bridge, with hardware acceleration
 NEEDED_PROGRAMS = ("qemu-img", "ip", "dnsmasq", "nft", "ssh", "ssh-keygen", "nsenter")
-GROUP_UNIT = "nocloud@.service"
-UNITS = (*SYSTEMD_UNITS, "nocloud-dnsmasq-reload.service", GROUP_UNIT)
-SYSUSERS = "nocloud-sysusers.conf"
 
 
 def check_programs(config: Config) -> None:
@@ -11068,25 +11067,6 @@ def check_programs(config: Config) -> None:
         _, column = host_installer()
         names = [f"{name} (package {package_of(name, column)})" for name in missing]
         raise MissingProgram(f"not here yet: {', '.join(names)}; nothing was changed", install_command(missing))
-
-
-def systemd_folder(prefix: str, name: str) -> str:
-    """Where systemd reads `system`, `sysusers.d` and their like for this PREFIX (systemd.unit(5), sysusers.d(5))."""
-    base = f"{prefix}/lib" if prefix in ("/usr", "/usr/local") else "/etc"
-    return f"{base}/systemd/{name}" if name in ("system", "user") else f"{base}/{name}"
-
-
-def planned_units(prefix: str) -> list[InstalledFile]:
-    """The units, and who they run as."""
-    places = [(name, "system", name) for name in UNITS]
-    places += [(GROUP_UNIT, "user", GROUP_UNIT), (SYSUSERS, "sysusers.d", "nocloud.conf")]
-    return [
-        InstalledFile(
-            f"{systemd_folder(prefix, kind)}/{name}",
-            packaged(source, "systemd").replace("@BINDIR@", f"{prefix}/bin").encode(),
-        )
-        for source, kind, name in places
-    ]
 
 
 def running_vms() -> list[str]:
@@ -11273,50 +11253,38 @@ def plan_subnet(installation: Installation, files: Sequence[InstalledFile]) -> s
     return f"the bridge's network is {subnet}.0/24{since}"
 
 
-def planned_modules(prefix: str) -> tuple[list[str], list[InstalledFile]]:
-    """The kernel modules that VMs want, and the file that has systemd load them at boot; none where there are none.
-
-    Of those that this kernel has: a missing one would fail the boot's unit.  A container has no modprobe(8).
-    """
-    words = read_text("/proc/cpuinfo").split()
-    modules = [module for flag, module in (("vmx", "kvm_intel"), ("svm", "kvm_amd")) if flag in words]
-    modules = [
-        module
-        for module in (*modules, "vhost_net", "tun")
-        if find_program("modprobe") and try_run(["modprobe", "--dry-run", "--quiet", module], 30)[0] == 0
-    ]
-    text = "".join(f"{module}\n" for module in ("# of nocloud: what its VMs want", *modules))
-    place = f"{systemd_folder(prefix, 'modules-load.d')}/nocloud.conf"
-    return modules, [InstalledFile(place, text.encode())] if modules else []
-
-
-def install(installation: Installation, files: Sequence[InstalledFile], only_look: bool) -> None:
-    """Put it there, set the host up for it, and say what was done."""
-    if installation.root:
-        installation.check(files)
-        said = [] if only_look else installation.put(files)
-    else:
-        said = install_on_host(installation, files, only_look)
-    if not only_look:
-        report.say(f"nocloud {__version__} is in {installation.real(installation.prefix)}")
-        for line in filter(None, said):
-            report.say(line)
-
-
-def install_on_host(installation: Installation, files: Sequence[InstalledFile], only_look: bool) -> list[str]:
-    """All that can be in the way is looked at before the first change; what was done."""
-    check_programs(installed_config(installation))
-    modules, modules_files = planned_modules(installation.prefix)
-    files = [*files, *modules_files]
-    installation.check(files)
-    subnet = plan_subnet(installation, files)
-    if only_look:
+def kernel_modules() -> list[str]:
+    """What VMs want of this kernel, and it has: a missing one would fail the boot's unit."""
+    if not find_program("modprobe"):  # a container
         return []
+    words = read_text("/proc/cpuinfo").split()
+    wanted = [module for flag, module in (("vmx", "kvm_intel"), ("svm", "kvm_amd")) if flag in words]
+    wanted += ["vhost_net", "tun"]
+    return [module for module in wanted if try_run(["modprobe", "--dry-run", "--quiet", module], 30)[0] == 0]
+
+
+def install(installation: Installation, only_look: bool) -> None:
+    """Put it there, set the host up for it, and say what was done; all that can be in the way is looked at before."""
+    files, modules, subnet, on_host = planned_files(installation.prefix), [], "", not installation.root
+    if on_host:
+        check_programs(installed_config(installation))
+        modules = kernel_modules()
+        text = "".join(f"{line}\n" for line in ("# of nocloud: what its VMs want", *modules))
+        place = f"{systemd_folder(installation.prefix, 'modules-load.d')}/nocloud.conf"
+        files += [InstalledFile(place, text.encode())] if modules else []
+    installation.check(files)
+    if on_host:
+        subnet = plan_subnet(installation, files)
+    if only_look:
+        return
     said = installation.put(files)
-    setup = HostSetup(installation, installed_config(installation))
-    setup.make_accounts()
-    said += [setup.allow_helper(), setup.allow_bridge(), setup.load_modules(modules), subnet, setup.start_units()]
-    return [*said, setup.membership(), "nocloud doctor looks whether all is well"]
+    if on_host:
+        setup = HostSetup(installation, installed_config(installation))
+        setup.make_accounts()
+        said += [setup.allow_helper(), setup.allow_bridge(), setup.load_modules(modules), subnet, setup.start_units()]
+        said += [setup.membership(), "nocloud doctor looks whether all is well"]
+    for line in (f"nocloud {__version__} is in {installation.real(installation.prefix)}", *filter(None, said)):
+        report.say(line)
 
 
 def undo_installation(installation: Installation) -> None:
@@ -11349,28 +11317,11 @@ def check_nothing_runs() -> None:
     """Raise WrongState, naming them, where VMs or groups run, whoever's they are."""
     units, running = active_groups(), running_vms()
     if units or running:
-        names = ", ".join([*units, *running[:20]]) + (f" and {len(running) - 20} more" if running[20:] else "")
         stop = f"systemctl stop {' '.join(units)}" if units else "vmstop -g GROUP stops a group and keeps it"
-        raise WrongState(f"VMs are running: {names}; nothing was changed", stop)
+        raise WrongState(f"VMs are running: {', '.join((*units, *running))}; nothing was changed", stop)
 
 
 # -- the command
-
-
-def documents() -> dict[str, str]:
-    """What an installation has of these, by its path below PREFIX."""
-    scripts = {f"share/{place}": completion(shell) for shell, (_, place) in SHELLS.items()}
-    return {"share/man/man1/nocloud.1": manual(), **scripts}
-
-
-def document_links() -> dict[str, str]:
-    """bash and fish look for a command's completion, and man for its page, under the command's own name."""
-    return {
-        path.replace("/nocloud", f"/{each.alias}"): os.path.basename(path)
-        for path in documents()
-        for each in visible_commands()
-        if each.alias and "/zsh/" not in path
-    }
 
 
 @declare(
@@ -11385,25 +11336,15 @@ def cmd_setup(config: Config, args: argparse.Namespace, words: list[str]) -> int
     exclusive(args, "check", "undo")
     root = os.path.abspath(args.destdir) if args.destdir else ""
     if not root and os.geteuid() != 0:
-        raise Error(
-            "this changes the host, so it needs root; nothing was changed",
-            "with sudo, or, for the files alone, DESTDIR=FOLDER",
-        )
+        text = "this changes the host, so it needs root; nothing was changed"
+        raise Error(text, "with sudo, or, for the files alone, DESTDIR=FOLDER")
     installation = Installation(args.prefix or own_prefix(), root)
     with FolderLock(existing_parent(installation.real(installation.prefix))):
         if args.undo:
             undo_installation(installation)
         else:
-            install(installation, files_to_install(installation.prefix), args.check)
+            install(installation, args.check)
     return EXIT_DONE
-
-
-def files_to_install(prefix: str) -> list[InstalledFile]:
-    """This program, its names, and what comes with it."""
-    names = sorted({each.alias for each in COMMANDS.values() if each.alias})
-    with open(program_path(), "rb") as file:
-        program = file.read()
-    return [*planned_files(prefix, program, names, documents(), document_links()), *planned_units(prefix)]
 
 
 # Dispatch ############################################################################################
