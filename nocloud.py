@@ -1333,14 +1333,15 @@ def become(argv: Sequence[str]) -> None:
     os.execv(words[0], words)
 
 
-def user_name() -> str:
-    """The login of whoever calls this; his number where he has none, as in some containers."""
+def user_name(uid: int | None = None) -> str:
+    """The login of a user, by default of whoever calls this; his number where he has none, as in some containers."""
     import pwd
 
+    uid = os.geteuid() if uid is None else uid
     try:
-        return pwd.getpwuid(os.geteuid()).pw_name
+        return pwd.getpwuid(uid).pw_name
     except KeyError:
-        return str(os.geteuid())
+        return str(uid)
 
 
 def self_argv(*words: str) -> list[str]:
@@ -4622,15 +4623,15 @@ def helper_rules(path: str, depth: int = 8) -> dict[tuple[str, str], str]:
     return found
 
 
-def group_command(gid: int) -> str:
-    """What makes this user a member of a group."""
+def group_command(gid: int, user: str = "") -> str:
+    """What makes a user, by default this one, a member of a group."""
     import grp
 
     try:
         group = grp.getgrgid(gid).gr_name
     except KeyError:
         group = str(gid)
-    return f"sudo usermod -aG {group} {user_name()}  # and log in again"
+    return f"sudo usermod -aG {group} {user or user_name()}  # and log in again"
 
 
 # Identity ############################################################################################
@@ -9302,10 +9303,6 @@ def examine_qemu(patient: Patient) -> str:
     return ""
 
 
-def found_programs(*names: str) -> str:
-    return ", ".join(map(need_program, names))
-
-
 def examine_acceleration(patient: Patient) -> str:
     reason, mend = kvm_missing()
     wanted = patient.config["vmAccel"]
@@ -9594,9 +9591,9 @@ CHECKS: dict[str, Check] = {
     "space": examine_disk_space,
     "vms": examine_vms,
     "qemu": examine_qemu,
-    "qemu-img": lambda patient: found_programs("qemu-img"),
+    "qemu-img": lambda patient: need_program("qemu-img"),
     "acceleration": examine_acceleration,
-    "ssh": lambda patient: found_programs("ssh", "ssh-keygen"),
+    "ssh": lambda patient: f"{need_program('ssh')}, {need_program('ssh-keygen')}",
     "keys": examine_keys,
     "namespaces": examine_namespaces,
     "tun": examine_tun,
@@ -9785,10 +9782,6 @@ def command_names() -> dict[str, str]:
     return {each.name: each.help for each in visible_commands()}
 
 
-def all_options(command: Command) -> list[Option]:
-    return [*command.options, *GENERAL_OPTIONS]
-
-
 def find_command(argv: Sequence[str]) -> tuple[Command | None, str, list[str]]:
     """(command, the name it was called by, its words); None for `nocloud` alone.
 
@@ -9863,7 +9856,7 @@ def build_parser(command: Command, program: str, config: Config) -> argparse.Arg
         prog=program, usage=f"%(prog)s {command.usage}", description=command.help, allow_abbrev=False, add_help=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, width=terminal_width()),
     )  # fmt: skip
-    for option in all_options(command):
+    for option in (*command.options, *GENERAL_OPTIONS):
         extra: dict[str, Any] = {"action": "store_true"}
         text = option.help + (f" [{config[option.default]}]" if option.default else "")
         if option.value:
@@ -10609,7 +10602,8 @@ class Typed:
         if option and (self.value != prefix or prefix.endswith("=")):
             self.prefix, self.value = prefix, self.value[len(prefix) :]
             return option.complete
-        return option_names(each for each in all_options(command) if not self.given.keys() & set(each.names))
+        known = (*command.options, *GENERAL_OPTIONS)
+        return option_names(each for each in known if not self.given.keys() & set(each.names))
 
     def _offer(self, wanted: str | tuple[str, ...] | dict[str, str]) -> None:
         """`wanted`: as an Option's `complete`, or words with their help."""
@@ -10832,7 +10826,7 @@ def manual_of(command: Command) -> str:
     name = command.alias or f"nocloud-{command.name}"
     return filled(
         "man/command.man", TITLE=roff(name.upper()), VERSION=roff(__version__), NAME=roff(name),
-        HELP=wrapped(command.help), USAGE=man_usage(command), OPTIONS=man_options(all_options(command)),
+        HELP=wrapped(command.help), USAGE=man_usage(command), OPTIONS=man_options((*command.options, *GENERAL_OPTIONS)),
     )  # fmt: skip
 
 
@@ -11069,25 +11063,6 @@ def check_programs(config: Config) -> None:
         raise MissingProgram(f"not here yet: {', '.join(names)}; nothing was changed", install_command(missing))
 
 
-def running_vms() -> list[str]:
-    """The VMs that run on this host, whoever's they are: `GROUP/TYPE/NAME of USER`."""
-    import pwd
-
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        if not is_our_qemu(process_file(int(pid), "cmdline")):
-            continue
-        try:
-            folder, uid = os.readlink(f"/proc/{pid}/cwd"), os.stat(f"/proc/{pid}").st_uid
-            user = pwd.getpwuid(uid).pw_name
-        except KeyError:
-            user = "another user"
-        except OSError:
-            continue  # it has ended
-        found.append(f"{'/'.join(folder.split('/')[-3:])} of {user}")
-    return sorted(found)
-
-
 class HostSetup:
     """What an installation changes on this host beside its own files; each part is harmless the second time.
 
@@ -11199,16 +11174,13 @@ class HostSetup:
 
     def membership(self) -> str:
         """What who called sudo has to do to have VMs on the bridge, or ''."""
-        import grp
         import pwd
 
         user, helper = os.environ.get("SUDO_USER", "root"), os.stat(HostBridge(self.config).helper())
         groups = os.getgrouplist(user, pwd.getpwnam(user).pw_gid)
         if user == "root" or helper.st_mode & stat.S_IXOTH or helper.st_gid in groups:
             return ""
-        group = grp.getgrgid(helper.st_gid).gr_name
-        mend = f"sudo usermod -aG {group} {user}, and log in again"
-        return f"for VMs on the bridge {user} has to be in the group {group}: {mend}"
+        return f"for VMs on the bridge {user} has to be in a group: {group_command(helper.st_gid, user)}"
 
 
 def rewrite(path: str, text: str) -> None:
@@ -11315,10 +11287,17 @@ def undo_installation(installation: Installation) -> None:
 
 def check_nothing_runs() -> None:
     """Raise WrongState, naming them, where VMs or groups run, whoever's they are."""
-    units, running = active_groups(), running_vms()
+    units, running = active_groups(), []
+    for pid in filter(str.isdigit, names_in("/proc")):
+        if is_our_qemu(process_file(int(pid), "cmdline")):
+            try:
+                folder, user = os.readlink(f"/proc/{pid}/cwd"), user_name(os.stat(f"/proc/{pid}").st_uid)
+            except OSError:
+                continue  # it has ended
+            running.append(f"{'/'.join(folder.split('/')[-3:])} of {user}")
     if units or running:
         stop = f"systemctl stop {' '.join(units)}" if units else "vmstop -g GROUP stops a group and keeps it"
-        raise WrongState(f"VMs are running: {', '.join((*units, *running))}; nothing was changed", stop)
+        raise WrongState(f"VMs are running: {', '.join((*units, *sorted(running)))}; nothing was changed", stop)
 
 
 # -- the command
