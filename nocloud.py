@@ -9619,10 +9619,9 @@ BRIDGE_CHECKS: dict[str, Check] = {  # where there is one, or where there ought 
 }
 ALL_CHECKS = {**CHECKS, **BRIDGE_CHECKS}
 OURS_ONLY = ("dnsmasq", "publishing", "forwarding", "firewalld", "ufw", "networkmanager", "names")  # else its owner's
-# What is wrong there is a warning where VMs are on the other network.
-OF_NETWORK = {
-    "private": ("namespaces", "private-network", "private-subnet", "inotify"),
-    "bridge": ("bridge", *BRIDGE_CHECKS),
+OF_NETWORK = {  # what is wrong there is a warning where VMs are on the other one
+    **dict.fromkeys(("namespaces", "private-network", "private-subnet", "inotify"), "private"),
+    **dict.fromkeys(("bridge", *BRIDGE_CHECKS), "bridge"),
 }
 
 
@@ -9662,9 +9661,9 @@ def examine_one(name: str, patient: Patient) -> Iterator[Finding]:
             raise
         text = f"it can't be looked at: {type(error).__name__}: {error}"
         patient.tell(WARNING, text, "nocloud doctor --debug")
-    spared = [each for network, names in OF_NETWORK.items() if network != patient.network for each in names]
+    spared = OF_NETWORK.get(name, patient.network) != patient.network
     for state, text, mend in patient.told or [(OK, well, "")]:
-        badness = WARNING if state == WRONG and name in spared else state
+        badness = WARNING if state == WRONG and spared else state
         yield Finding(name, badness, printable(text), mend if os.geteuid() else re.sub(r"\bsudo ", "", mend))
 
 
@@ -9847,10 +9846,17 @@ def option_with_value(command: Command, word: str) -> tuple[Option | None, str]:
 def build_parser(command: Command, program: str, config: Config) -> argparse.ArgumentParser:
     """The parser of one command; its help shows the defaults in force."""
     import argparse
+    import functools
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
             raise UsageError(message, f"{program} -h shows how it is called")
+
+    def convert(check: Callable[[str], Any], text: str) -> Any:
+        try:
+            return check(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {error}") from None
 
     parser = Parser(
         prog=program, usage=f"%(prog)s {command.usage}", description=command.help, allow_abbrev=False, add_help=False,
@@ -9860,24 +9866,11 @@ def build_parser(command: Command, program: str, config: Config) -> argparse.Arg
         extra: dict[str, Any] = {"action": "store_true"}
         text = option.help + (f" [{config[option.default]}]" if option.default else "")
         if option.value:
-            extra = {"metavar": option.value, "type": _checked(option.check)}
+            extra = {"metavar": option.value, "type": functools.partial(convert, option.check)}
             if option.is_optional:
                 extra.update(nargs="?", const=True)
         parser.add_argument(*option.names, help=text.replace("%", "%%"), **extra)
     return parser
-
-
-def _checked(check: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A setting's check as argparse wants it."""
-    import argparse
-
-    def convert(text: str) -> Any:
-        try:
-            return check(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected {error}") from None
-
-    return convert
 
 
 def terminal_width() -> int:
