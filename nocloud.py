@@ -9111,7 +9111,7 @@ class Finding:
 class Patient:
     """What the checks look at: the configuration as far as it can be read, and the cloud that it describes.
 
-    `told`: what isn't well, as the check tells it that looks just now: state, text, mend.
+    `told`: what isn't well, as the check that is at work told it: state, text and the command that mends it.
     """
 
     def __init__(self) -> None:
