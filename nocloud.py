@@ -51,7 +51,7 @@ import struct
 import sys
 import time
 from collections import ChainMap, Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 
 TYPE_CHECKING = False  # typing costs 7 ms at start-up and nothing here needs it at run time
 if TYPE_CHECKING:
@@ -1269,14 +1269,15 @@ def become(argv: Sequence[str]) -> None:
     os.execv(words[0], words)
 
 
-def user_name() -> str:
-    """The login of whoever calls this; his number where he has none, as in some containers."""
+def user_name(uid: int | None = None) -> str:
+    """The login of a user, by default of whoever calls this; his number where he has none, as in some containers."""
     import pwd
 
+    uid = os.geteuid() if uid is None else uid
     try:
-        return pwd.getpwuid(os.geteuid()).pw_name
+        return pwd.getpwuid(uid).pw_name
     except KeyError:
-        return str(os.geteuid())
+        return str(uid)
 
 
 def self_argv(*words: str) -> list[str]:
@@ -4413,15 +4414,15 @@ def helper_rules(path: str, depth: int = 8) -> dict[tuple[str, str], str]:
     return found
 
 
-def group_command(gid: int) -> str:
-    """What makes this user a member of a group."""
+def group_command(gid: int, user: str = "") -> str:
+    """What makes a user, by default this one, a member of a group."""
     import grp
 
     try:
         group = grp.getgrgid(gid).gr_name
     except KeyError:
         group = str(gid)
-    return f"sudo usermod -aG {group} {user_name()}  # and log in again"
+    return f"sudo usermod -aG {group} {user or user_name()}  # and log in again"
 
 
 # Identity ############################################################################################
@@ -8675,31 +8676,29 @@ SMALLEST_TIME = 1764028800  # 2025-11-25: no clock that is right shows less
 class Finding:
     """What a check found: its state, in words, and the command that mends it, '' where it is well."""
 
+    name: str  # of the check
     state: str
     text: str
-    mend: str = ""
-    name: str = ""  # of the check
-
-    def __post_init__(self) -> None:
-        self.text = printable(self.text)
-        self.mend = self.mend if os.geteuid() else re.sub(r"\bsudo ", "", self.mend)
-
-
-Findings = Generator[Finding, None, str]  # of a check: what isn't well, and in the end the words for all is well
+    mend: str
 
 
 class Patient:
-    """What the checks look at: the configuration as far as it can be read, and the cloud that it describes."""
+    """What the checks look at: the configuration as far as it can be read, and the cloud that it describes.
+
+    `told`: what isn't well, as the check that is at work told it: state, text and the command that mends it.
+    """
 
     def __init__(self) -> None:
+        self.told: list[tuple[str, str, str]] = []
         self.config = Config()
-        self.config_findings = list(self._read_config())
+        self._read_config()
         try:
             self.cloud = Cloud(self.config)
         except Error as error:
-            self.config_findings.append(Finding(WRONG, str(error), f"export NOCLOUD_vmBaseDir={home_folder()}/vms"))
+            self.tell(WRONG, str(error), f"export NOCLOUD_vmBaseDir={home_folder()}/vms")
             self.config.set("vmBaseDir", os.path.join(home_folder(), "vms"), "")
             self.cloud = Cloud(self.config)
+        self.told_of_config = self.told
         self.tree = self.cloud.tree
         self.bridge = self.cloud.bridge
         self.has_bridge = os.path.exists(f"/sys/class/net/{self.bridge.interface}")
@@ -8709,25 +8708,23 @@ class Patient:
         except (Error, OSError):
             self.network = "private"
 
-    def _read_config(self) -> Iterator[Finding]:
+    def tell(self, state: str, text: str, mend: str) -> None:
+        self.told.append((state, text, mend))
+
+    def _read_config(self) -> None:
         for path in config_files():
             said: list[str] = []
             try:
                 self.config.read(path, said.append)
-            except UsageError as error:
-                yield Finding(WRONG, str(error), line_command(str(error), path))
-            except OSError as error:
-                yield Finding(WRONG, f"{path}: {error.strerror}", by_owner(path, f"chmod a+r {quoted(path)}"))
+            except (UsageError, OSError) as error:
+                text = f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error)
+                self.tell(WRONG, text, settings_command(path, text))
             for text in said:
-                yield Finding(WARNING, text, line_command(text, path) or trust_command(path))
+                self.tell(WARNING, text, settings_command(path, text))
         try:
             self.config.read_environment()
         except UsageError as error:
-            yield Finding(WRONG, str(error), f"unset {str(error).partition(':')[0]}")
-
-    def needs(self, network: str) -> str:
-        """How bad it is if something of that network is missing."""
-        return WRONG if network == self.network else WARNING
+            self.tell(WRONG, str(error), f"unset {str(error).partition(':')[0]}")
 
 
 # -- commands that mend
@@ -8740,19 +8737,14 @@ def install_hint(*programs: str) -> str:
 def self_command(words: str) -> str:
     """A call of this program by root.  sudo looks for it in the system's folders only (sudoers(5), secure_path)."""
     ours = program_path()
-    if any(os.path.realpath(f"{place}/nocloud") == ours for place in ("/usr/local/bin", "/usr/bin")):
-        return f"sudo nocloud {words}"
-    if find_program("nocloud"):
-        return f"nocloud {words}" if os.geteuid() == 0 else f'sudo "$(command -v nocloud)" {words}'
-    return f"sudo {quoted(ours)} {words}"
+    known = any(os.path.realpath(f"{place}/nocloud") == ours for place in ("/usr/local/bin", "/usr/bin"))
+    return f"sudo {'nocloud' if known else quoted(ours)} {words}"
 
 
 def by_owner(path: str, command: str) -> str:
     """`command`, with sudo where what it changes is another user's."""
-    try:
-        return command if os.stat(path).st_uid == os.geteuid() else f"sudo {command}"
-    except OSError:
-        return f"sudo {command}"
+    is_own = os.path.exists(path) and os.stat(path).st_uid == os.geteuid()
+    return command if is_own else f"sudo {command}"
 
 
 def trust_command(path: str) -> str:
@@ -8762,26 +8754,23 @@ def trust_command(path: str) -> str:
     return by_owner(path, f"chmod go-w {quoted(path)}")
 
 
-def line_command(text: str, path: str) -> str:
-    """What makes a comment of the line that a message names, FILE:LINE; '' where it names none."""
+def settings_command(path: str, text: str) -> str:
+    """What has a file be read: a comment of the line that is wrong, which a message names FILE:LINE; or rights."""
     found = re.match(rf"{re.escape(path)}:(\d+):", text)
-    return by_owner(path, f"sed -i '{found.group(1)}s/^/# /' {quoted(path)}") if found else ""
-
-
-def mount_point(path: str) -> str:
-    """A shell's words for the place where the file system that a path is on is mounted."""
-    return f'"$(findmnt -no TARGET -T {quoted(path)})"'
+    if found:
+        return by_owner(path, f"sed -i '{found.group(1)}s/^/# /' {quoted(path)}")
+    return trust_command(path) if os.access(path, os.R_OK) else by_owner(path, f"chmod a+r {quoted(path)}")
 
 
 # -- the configuration and the tree
 
 
-def examine_configuration(patient: Patient) -> Findings:
-    yield from patient.config_findings
+def examine_configuration(patient: Patient) -> str:
+    patient.told = patient.told_of_config
     return ", ".join(config_files()) or "the defaults"
 
 
-def examine_catalogue(patient: Patient) -> Findings:
+def examine_catalogue(patient: Patient) -> str:
     """A wrong line of the user's own keeps only downloads from working."""
     said: list[str] = []
     well = ""
@@ -8791,26 +8780,26 @@ def examine_catalogue(patient: Patient) -> Findings:
         said.append(str(error))
     for text in said:
         path = next(path for path in catalogue_files() if text.startswith(path))
-        yield Finding(WARNING, text, line_command(text, path) or trust_command(path))
+        patient.tell(WARNING, text, settings_command(path, text))
     return well
 
 
-def examine_tree(patient: Patient) -> Findings:
+def examine_tree(patient: Patient) -> str:
     base = patient.tree.base
     place = existing_parent(base)
     if os.path.lexists(base) and not os.path.isdir(base):
-        yield Finding(WRONG, f"{base}: is no folder", by_owner(base, f"mv {quoted(base, base + '.old')}"))
+        patient.tell(WRONG, f"{base}: is no folder", by_owner(base, f"mv {quoted(base, base + '.old')}"))
     elif os.statvfs(place).f_flag & os.ST_RDONLY:
-        mend = f"sudo mount -o remount,rw {mount_point(place)}"
-        yield Finding(WRONG, f"{place}: the file system is read-only", mend)
+        mend = f'sudo mount -o remount,rw "$(findmnt -no TARGET -T {quoted(place)})"'
+        patient.tell(WRONG, f"{place}: the file system is read-only", mend)
     elif not os.access(place, os.W_OK | os.X_OK):
-        yield Finding(WRONG, f"{place}: you may not write there", f"sudo install -d -o {user_name()} {quoted(base)}")
+        patient.tell(WRONG, f"{place}: you may not write there", f"sudo install -d -o {user_name()} {quoted(base)}")
     elif place == base and untrusted(base):
-        yield Finding(WARNING, f"{base}: {untrusted(base)}", trust_command(base))
+        patient.tell(WARNING, f"{base}: {untrusted(base)}", trust_command(base))
     return base if place == base else f"{base}, made with the first VM"
 
 
-def examine_disk_space(patient: Patient) -> Findings:
+def examine_disk_space(patient: Patient) -> str:
     place = existing_parent(patient.tree.base)
     free, cache = free_bytes(place), cache_home()
     text = f"{free // MIB} MB are free in {place}"
@@ -8818,142 +8807,127 @@ def examine_disk_space(patient: Patient) -> Findings:
         mend = "vmBaseDir=FOLDER in ~/.nocloud.conf, on a larger file system"
         if os.path.isdir(cache) and os.stat(cache).st_dev == os.stat(place).st_dev:
             mend = f"rm -rf {quoted(cache)}"  # all of it can be made again
-        yield Finding(WRONG if free < 4 * CLONE_BYTES else WARNING, text, mend)
+        patient.tell(WRONG if free < 4 * CLONE_BYTES else WARNING, text, mend)
     return text
 
 
-def examine_vms(patient: Patient) -> Findings:
+def examine_vms(patient: Patient) -> str:
     """What killed commands and vanished files left in the tree."""
     tree = patient.tree
     folders = list(left_over(tree))
     if folders:
         text = f"{plural(len(folders), 'folder')} of commands that were killed"
-        yield Finding(WARNING, text, f"rm -rf {quoted(*folders)}")
+        patient.tell(WARNING, text, f"rm -rf {quoted(*folders)}")
     vms = list(tree.vms())
     for vm in vms:
-        yield from conf_findings(vm)
+        examine_conf(patient, vm)
         if vm.is_readable():
-            yield from disk_findings(vm)
+            examine_disks(patient, vm)
     templates = sum(vm.is_template for vm in vms)
     return f"{plural(len(vms) - templates, 'VM')}, {plural(templates, 'template')}, nothing left over"
 
 
-def conf_findings(vm: VM) -> Iterator[Finding]:
+def examine_conf(patient: Patient, vm: VM) -> None:
     """A VM whose settings can't be used.  One that lost them keeps its disk: its conf is begun anew."""
     try:
-        if vm.conf:
-            return
-        disks = [name for name in names_in(vm.folder) if re.fullmatch(rf"{re.escape(vm.name)}_0\.(img|qcow2)", name)]
-        if not disks:
-            yield Finding(WARNING, f"{vm.conf_file} is empty, and there is no disk", destroy_command(vm, "a disk"))
-            return
-        lines = quoted(f"vmName={vm.name}", f"vmDisk={vm.relative(disks[0])}")
-        mend = f"printf '%s\\n' {lines} | {by_owner(vm.conf_file, f'tee -a {quoted(vm.conf_file)}')}"
-        yield Finding(WARNING, f"{vm.conf_file} is empty", mend)
+        if not vm.conf:
+            there = [name for name in names_in(vm.folder) if re.fullmatch(rf"{re.escape(vm.name)}_0\.\w+", name)]
+            lines = quoted(f"vmName={vm.name}", f"vmDisk={vm.relative([*there, f'{vm.name}_0.img'][0])}")
+            mend = f"printf '%s\\n' {lines} | {by_owner(vm.conf_file, f'tee -a {quoted(vm.conf_file)}')}"
+            patient.tell(WARNING, f"{vm.conf_file} is empty", mend)
     except Error as error:
-        mend = line_command(str(error), vm.conf_file)
-        if not mend and os.access(vm.conf_file, os.R_OK):
-            mend = trust_command(vm.conf_file)
-        yield Finding(WARNING, str(error), mend or by_owner(vm.conf_file, f"chmod u+r {quoted(vm.conf_file)}"))
+        patient.tell(WARNING, str(error), settings_command(vm.conf_file, str(error)))
 
 
-def disk_findings(vm: VM) -> Iterator[Finding]:
+def examine_disks(patient: Patient, vm: VM) -> None:
     """A VM whose disk, or what that lies on, is gone."""
+    needed = vm.disks()
     try:
-        needed = [*vm.disks(), *backing_chain(vm.disks())]
+        needed += backing_chain(needed)
     except FileNotFoundError:
-        needed = vm.disks()
+        pass
     except OSError as error:
         text = f"{vm.full_name}: {error.filename}: {error.strerror}"
-        yield Finding(WARNING, text, f"sudo chmod a+r {error.filename}")
+        patient.tell(WARNING, text, f"sudo chmod a+r {error.filename}")
         return
     for path in [path for path in needed if not os.path.exists(path)][:1]:
-        yield Finding(WARNING, f"{vm.full_name} can't start: {path} is gone", destroy_command(vm, path))
-
-
-def destroy_command(vm: VM, lost: str) -> str:
-    """The last resort: what is lost may be on a disk that isn't mounted just now."""
-    command = f"vmtemplate --delete {quoted(vm.name)}"
-    if not vm.is_template:
-        command = f"vmstop -d -n {quoted(vm.full_name)}"
-    return f"{command}  # destroys it; do so only if {printable(lost)} can't be brought back"
+        command = f"vmtemplate --delete {quoted(vm.name)}"
+        if not vm.is_template:
+            command = f"vmstop -d -n {quoted(vm.full_name)}"
+        # the last resort: what is lost may be on a disk that isn't mounted just now
+        mend = f"{command}  # destroys it; do so only if {printable(path)} can't be brought back"
+        patient.tell(WARNING, f"{vm.full_name} can't start: {path} is gone", mend)
 
 
 # -- what runs the VMs
 
 
-def examine_qemu(patient: Patient) -> Findings:
+def examine_qemu(patient: Patient) -> str:
     qemu = patient.cloud.qemu()
     package = install_hint(f"qemu-system-{os.uname().machine}")
-    yield Finding(OK, f"{qemu.path}, version {qemu.version}")
+    patient.tell(OK, f"{qemu.path}, version {qemu.version}", "")
     if "sandbox" not in qemu.options:
-        yield Finding(WARNING, f"{qemu.path} was built without -sandbox: it runs unconfined", package)
+        patient.tell(WARNING, f"{qemu.path} was built without -sandbox: it runs unconfined", package)
     if not choose_screen(qemu):
-        yield Finding(WARNING, f"{qemu.path} has neither SPICE nor VNC: VMs have no screen", package)
+        patient.tell(WARNING, f"{qemu.path} has neither SPICE nor VNC: VMs have no screen", package)
     try:
         choose_seed(qemu)
     except MissingProgram as error:
-        yield Finding(WARNING, str(error), error.hint)
+        patient.tell(WARNING, str(error), error.hint)
     return ""
 
 
-def found_programs(*names: str) -> Findings:
-    yield from ()
-    return ", ".join(map(need_program, names))
-
-
-def examine_acceleration(patient: Patient) -> Findings:
+def examine_acceleration(patient: Patient) -> str:
     reason, mend = kvm_missing()
     wanted = patient.config["vmAccel"]
     if wanted == "tcg":
         return "software emulation, as vmAccel=tcg asks for"
     if reason:
         text = f"no hardware acceleration, guests will be slow: {reason}"
-        yield Finding(WRONG if wanted == "kvm" else WARNING, text, mend)
+        patient.tell(WRONG if wanted == "kvm" else WARNING, text, mend)
     return "hardware acceleration (KVM)"
 
 
-def examine_keys(patient: Patient) -> Findings:
+def examine_keys(patient: Patient) -> str:
     """nocloud's key and the user's: without a key of his own he has nocloud's to log in with."""
-    yield from own_key_findings(os.path.join(config_home(), "id_ed25519"))
+    examine_own_key(patient, os.path.join(config_home(), "id_ed25519"))
     for path in user_keys():
         if os.stat(path).st_mode & 0o077:
-            yield Finding(WARNING, f"{path}: others may read it; ssh won't use it", f"chmod 600 {quoted(path)}")
+            patient.tell(WARNING, f"{path}: others may read it; ssh won't use it", f"chmod 600 {quoted(path)}")
     if not user_keys(".pub"):
-        yield Finding(WARNING, "no key of yours, ~/.ssh/*.pub, to plant in VMs", "ssh-keygen -t ed25519")
+        patient.tell(WARNING, "no key of yours, ~/.ssh/*.pub, to plant in VMs", "ssh-keygen -t ed25519")
     return f"{plural(len(user_keys('.pub')), 'key')} of yours, and nocloud's own"
 
 
-def own_key_findings(path: str) -> Iterator[Finding]:
+def examine_own_key(patient: Patient, path: str) -> None:
     """nocloud's own key is made at first need; one that is there must be whole, and the user's alone."""
     if not os.path.exists(path):
         folder = existing_parent(os.path.dirname(path))
         if not os.access(folder, os.W_OK | os.X_OK):
             text = f"{folder}: you may not write there, for nocloud's key"
-            yield Finding(WRONG, text, "export XDG_CONFIG_HOME=FOLDER")
+            patient.tell(WRONG, text, "export XDG_CONFIG_HOME=FOLDER")
         return
     if os.stat(path).st_mode & 0o077:
         mend = by_owner(path, f"chmod 600 {quoted(path)}")
-        yield Finding(WRONG, f"{path}: others may read it; ssh won't use it", mend)
+        patient.tell(WRONG, f"{path}: others may read it; ssh won't use it", mend)
     if not os.access(path, os.R_OK):
-        yield Finding(WRONG, f"{path}: you may not read it", f"sudo chown {user_name()} {quoted(path)}")
+        patient.tell(WRONG, f"{path}: you may not read it", f"sudo chown {user_name()} {quoted(path)}")
     elif not os.path.exists(path + ".pub"):
-        yield Finding(WRONG, f"{path}.pub is gone", f"ssh-keygen -y -f {quoted(path)} >{quoted(path + '.pub')}")
+        patient.tell(WRONG, f"{path}.pub is gone", f"ssh-keygen -y -f {quoted(path)} >{quoted(path + '.pub')}")
 
 
 # -- the private network
 
 
-def examine_namespaces(patient: Patient) -> Findings:
+def examine_namespaces(patient: Patient) -> str:
     need_program("ip")
     reason = try_namespaces()
     if reason:
-        error = namespaces_denied(reason)
-        yield Finding(patient.needs("private"), str(error), error.hint)
+        raise namespaces_denied(reason)
     return "this user may make namespaces"
 
 
-def examine_tun(patient: Patient) -> Findings:
+def examine_tun(patient: Patient) -> str:
     """For both networks: qemu-bridge-helper opens it as the user that calls it."""
     path = "/dev/net/tun"
     if not os.path.exists(path):
@@ -8962,30 +8936,29 @@ def examine_tun(patient: Patient) -> Findings:
             mend = f"sudo mkdir -p /dev/net && sudo mknod {path} c 10 200 && sudo chmod 666 {path}"
         elif not os.path.exists(f"/lib/modules/{os.uname().release}"):
             mend = f"in a container: give it the device {path}"
-        yield Finding(WRONG, f"there is no {path}", mend)
+        patient.tell(WRONG, f"there is no {path}", mend)
     elif device_denied(path):
-        yield Finding(WRONG, f"you may not open {path} ({device_denied(path)})", f"sudo chmod 666 {path}")
+        patient.tell(WRONG, f"you may not open {path} ({device_denied(path)})", f"sudo chmod 666 {path}")
     return path
 
 
-def examine_private_programs(patient: Patient) -> Findings:
+def examine_private_programs(patient: Patient) -> str:
     missing = [name for name in ("ip", "dnsmasq", "nsenter") if not find_program(name)]
     if missing:
         text = f"not found, and the private network needs it: {', '.join(missing)}"
-        yield Finding(patient.needs("private"), text, install_hint(*missing))
+        patient.tell(WRONG, text, install_hint(*missing))
     return "ip, dnsmasq and nsenter"
 
 
-def examine_way_out(patient: Patient) -> Findings:
-    filters = ["nft"] if not find_program("nft") and not find_program("iptables") else []
-    missing = [*([] if find_program("pasta") else ["pasta"]), *filters]
+def examine_way_out(patient: Patient) -> str:
+    missing = [names[0] for names in (["pasta"], ["nft", "iptables"]) if not any(map(find_program, names))]
     if missing:
         text = f"VMs on the private network don't reach the Internet: {' and '.join(missing)} not found"
-        yield Finding(WARNING, text, install_hint(*missing))
+        patient.tell(WARNING, text, install_hint(*missing))
     return "pasta"
 
 
-def examine_private_subnet(patient: Patient) -> Findings:
+def examine_private_subnet(patient: Patient) -> str:
     """Once it is chosen it is kept; a VPN that came later may have it as well."""
     network = patient.cloud.private
     if not os.path.exists(network.file("subnet")):
@@ -8998,18 +8971,18 @@ def examine_private_subnet(patient: Patient) -> Findings:
         mend = f"nocloud net --private down && rm -f {quoted(network.file('subnet'))}"
         if any(True for _ in patient.tree.vms()):
             mend = "VMs keep their addresses for life: end that network while they are in use, or use another vmBaseDir"
-        yield Finding(WARNING, text, mend)
+        patient.tell(WARNING, text, mend)
     return f"{subnet}.0/24"
 
 
-def examine_inotify(patient: Patient) -> Findings:
+def examine_inotify(patient: Patient) -> str:
     """dnsmasq waits for changed files by inotify(7), and doesn't start without one."""
     import ctypes
 
     fd = ctypes.CDLL(None, use_errno=True).inotify_init1(os.O_CLOEXEC)
     if fd < 0:
         text = f"no inotify instance is to be had: {os.strerror(ctypes.get_errno())}"
-        yield Finding(patient.needs("private"), text, "sudo sysctl -w user.max_inotify_instances=1024")
+        patient.tell(WRONG, text, "sudo sysctl -w user.max_inotify_instances=1024")
     else:
         os.close(fd)
     return "instances are to be had"
@@ -9018,270 +8991,259 @@ def examine_inotify(patient: Patient) -> Findings:
 # -- the host's bridge
 
 
-def examine_bridge(patient: Patient) -> Iterator[Finding]:
-    bridge = patient.bridge
+def examine_bridge(patient: Patient) -> str:
+    name, why = patient.bridge.interface, patient.bridge.why_down()
     if not patient.has_bridge and patient.config["vmNetwork"] != "bridge":
-        yield Finding(OK, f"there is none called {bridge.interface}: VMs are on the private network")
-    elif bridge.why_down():
-        mend = f"sudo ip link set {bridge.interface} up" if patient.foreign else self_command("net up")
-        yield Finding(patient.needs("bridge"), bridge.why_down(), mend)
-    else:
-        yield Finding(OK, f"{bridge.interface} is up")
+        return f"there is none called {name}: VMs are on the private network"
+    if why:
+        patient.tell(WRONG, why, f"sudo ip link set {name} up" if patient.foreign else self_command("net up"))
+    return f"{name} is up"
 
 
-def examine_helper(patient: Patient) -> Iterator[Finding]:
-    faults = list(patient.bridge.helper_faults())
-    yield from (Finding(patient.needs("bridge"), *each) for each in faults)
-    if not faults:
-        yield Finding(OK, patient.bridge.helper())
+def examine_helper(patient: Patient) -> str:
+    for text, mend in patient.bridge.helper_faults():
+        patient.tell(WRONG, text, mend)
+    return patient.bridge.helper()
 
 
-def examine_bridge_conf(patient: Patient) -> Iterator[Finding]:
-    faults = list(patient.bridge.list_faults())
-    yield from (Finding(patient.needs("bridge") if keeps_off else WARNING, *each) for keeps_off, *each in faults)
-    if not faults:
-        yield Finding(OK, f"{helper_list()} allows {patient.bridge.interface}")
+def examine_bridge_conf(patient: Patient) -> str:
+    for keeps_off, text, mend in patient.bridge.list_faults():
+        patient.tell(WRONG if keeps_off else WARNING, text, mend)
+    return f"{helper_list()} allows {patient.bridge.interface}"
 
 
-def examine_dnsmasq(patient: Patient) -> Iterator[Finding]:
+def examine_dnsmasq(patient: Patient) -> str:
     """Whether the bridge's dnsmasq serves there, and if not, who has its ports."""
-    wanted, bad = BridgeSettings(patient.config).address, patient.needs("bridge")
+    wanted = BridgeSettings(patient.config).address
     for kind, port in (("udp", 53), ("tcp", 53), ("udp", 67)):
         for address, pid in sorted(bound_sockets(kind, port), reverse=True):  # at no address: 0.0.0.0, comes last
             if address not in ("0.0.0.0", wanted):
                 continue
-            if (kind, address) == ("udp", wanted) and (not pid or STATE_FOLDER in read_text(f"/proc/{pid}/cmdline")):
-                yield Finding(OK, f"DHCP and DNS are served at {wanted}")
-                return
+            if (kind, address) == ("udp", wanted) and (not pid or STATE_FOLDER in process_file(pid, "cmdline")):
+                return f"DHCP and DNS are served at {wanted}"
             who, mend = "another user's process", self_command("doctor")
             if pid:
-                who = f"{read_text(f'/proc/{pid}/comm').strip()}, process {pid}"
-                unit = re.search(r"/([^/\n]+\.service)$", read_text(f"/proc/{pid}/cgroup"), re.M)
+                who = f"{process_file(pid, 'comm').strip()}, process {pid}"
+                unit = re.search(r"/([^/\n]+\.service)$", process_file(pid, "cgroup"), re.M)
                 mend = f"sudo systemctl disable --now {unit.group(1)}" if unit else f"sudo kill {pid}"
-            yield Finding(bad, f"no DHCP and DNS at {wanted}: port {port} ({kind}) is taken by {who}", mend)
-            return
-    if find_program("dnsmasq"):
-        yield Finding(bad, f"no DHCP and DNS at {wanted}", self_command("net up"))
-    else:
-        yield Finding(bad, "dnsmasq is not found", install_hint("dnsmasq"))
+            patient.tell(WRONG, f"no DHCP and DNS at {wanted}: port {port} ({kind}) is taken by {who}", mend)
+            return ""
+    need_program("dnsmasq")
+    patient.tell(WRONG, f"no DHCP and DNS at {wanted}", self_command("net up"))
+    return ""
 
 
-def examine_leases(patient: Patient) -> Iterator[Finding]:
+def examine_leases(patient: Patient) -> str:
     """Who may not read them doesn't learn the addresses of guests that have none of their own."""
     for place in patient.bridge.lease_places:
         try:
             read_text(place)
-            yield Finding(OK, place)
-            return
+            return place
         except FileNotFoundError:
             continue
         except PermissionError:
             mend = f"sudo chmod a+rX {quoted(os.path.dirname(place), place)}"
-            yield Finding(WARNING, f"{place}: you may not read it", mend)
-            return
-    yield Finding(OK, "there are none yet")
+            patient.tell(WARNING, f"{place}: you may not read it", mend)
+            break
+    return "there are none yet"
 
 
-def examine_publishing(patient: Patient) -> Iterator[Finding]:
+def examine_publishing(patient: Patient) -> str:
     """Whether this user's VMs get addresses and names of their own on the bridge."""
     denied = patient.bridge.hosts.denied()
-    if not denied:
-        yield Finding(OK, f"names and addresses go to {STATE_FOLDER}")
-    elif not os.path.isdir(denied):
-        yield Finding(WARNING, f"{denied} is gone: DHCP decides on addresses and names", self_command("net up"))
-    else:
+    if denied and not os.path.isdir(denied):
+        patient.tell(WARNING, f"{denied} is gone: DHCP decides on addresses and names", self_command("net up"))
+    elif denied:
         text = f"you may not write to {denied}: DHCP decides on your VMs' addresses and names"
-        yield Finding(WARNING, text, group_command(os.stat(denied).st_gid))
+        patient.tell(WARNING, text, group_command(os.stat(denied).st_gid))
+    return f"names and addresses go to {STATE_FOLDER}"
 
 
-def examine_forwarding(patient: Patient) -> Iterator[Finding]:
+def examine_forwarding(patient: Patient) -> str:
     """Whether the kernel forwards, and the host's packet filters let the guests' packets pass; only root sees those."""
-    name, findings = patient.bridge.interface, []
+    name, mend, is_root = patient.bridge.interface, self_command("net up"), os.geteuid() == 0
     for each in (name, *sorted(outgoing_interfaces())):
         if not forwards(each):
-            findings.append((f"guests have no way out: {each} doesn't forward", self_command("net up")))
+            patient.tell(WARNING, f"guests have no way out: {each} doesn't forward", mend)
     if not find_program("nft"):
-        findings.append(("nft is not found", install_hint("nft")))
-    elif os.geteuid() == 0:
+        patient.tell(WARNING, "nft is not found", install_hint("nft"))
+    elif is_root:
         if not has_nft_table(f"ip {DOMAIN}"):
             text = f"guests have no way out: nocloud's own rules are gone (nft table ip {DOMAIN})"
-            findings.append((text, self_command("net up")))
+            patient.tell(WARNING, text, mend)
         for program in iptables_programs():
             if missing_rules(program, name):
-                findings.append((f"{program} has rules, and doesn't accept the bridge", self_command("net up")))
+                patient.tell(WARNING, f"{program} has rules, and doesn't accept the bridge", mend)
         for chain in dropping_chains(name):
             rules = (f"iifname {name} accept", f"oifname {name} ct state established,related accept")
             mend = " && ".join(f"sudo nft insert rule {chain} {rule}" for rule in rules)
-            findings.append((f"nft chain {chain} drops what guests send", mend))
-    yield from (Finding(WARNING, *each) for each in findings)
-    if not findings:
-        seen = "the packet filters let guests pass" if os.geteuid() == 0 else "only root sees the packet filters"
-        yield Finding(OK, f"{name} forwards; {seen}")
+            patient.tell(WARNING, f"nft chain {chain} drops what guests send", mend)
+    filters = "the packet filters let guests pass" if is_root else "only root sees the packet filters"
+    return f"{name} forwards; {filters}"
 
 
-def examine_firewalld(patient: Patient) -> Iterator[Finding]:
+def examine_firewalld(patient: Patient) -> str:
     name, zone = patient.bridge.interface, firewalld_zone(patient.bridge.interface)
-    if zone is None or zone == "trusted":
-        yield Finding(OK, "it doesn't run" if zone is None else f"{name} is in its zone trusted")
-    else:
+    if zone is None:
+        return "it doesn't run"
+    if zone != "trusted":
         where = f"in its zone {zone}" if zone else "in none of its zones"
         mend = f"sudo firewall-cmd --zone=trusted --change-interface={name}"
-        yield Finding(WARNING, f"it runs, and {name} is {where}: guests get no address", mend)
+        patient.tell(WARNING, f"it runs, and {name} is {where}: guests get no address", mend)
+    return f"{name} is in its zone trusted"
 
 
-def examine_ufw(patient: Patient) -> Iterator[Finding]:
-    if os.geteuid() != 0 or not ufw_runs():
-        yield Finding(OK, "it doesn't run" if os.geteuid() == 0 or not find_program("ufw") else "only root may ask it")
-    elif MADE_BY_US not in try_run(["ufw", "show", "added"], 5)[1]:
-        yield Finding(WARNING, "it runs, and doesn't let guests pass", self_command("net up"))
-    else:
-        yield Finding(OK, "it lets guests pass")
+def examine_ufw(patient: Patient) -> str:
+    if os.geteuid() != 0:
+        return "only root may ask it" if find_program("ufw") else "it doesn't run"
+    if not ufw_runs():
+        return "it doesn't run"
+    if MADE_BY_US not in try_run(["ufw", "show", "added"], 5)[1]:
+        patient.tell(WARNING, "it runs, and doesn't let guests pass", self_command("net up"))
+    return "it lets guests pass"
 
 
-def examine_network_manager(patient: Patient) -> Iterator[Finding]:
+def examine_network_manager(patient: Patient) -> str:
     """NetworkManager leaves a bridge alone that it calls unmanaged, or connected externally."""
     name = patient.bridge.interface
-    status, said = -1, ""
-    if find_program("nmcli"):
-        status, said = try_run(["nmcli", "-g", "GENERAL.STATE", "device", "show", name], 5)
-    if status or "unmanaged" in said or "external" in said:
-        yield Finding(OK, "it doesn't run" if status else f"it leaves {name} alone")
-    else:
+    asked = ["nmcli", "-g", "GENERAL.STATE", "device", "show", name]
+    status, said = try_run(asked, 5) if find_program("nmcli") else (-1, "")
+    if status:
+        return "it doesn't run"
+    if "unmanaged" not in said and "external" not in said:
         mend = f"sudo nmcli device set {name} managed no"
-        yield Finding(WARNING, f"it manages {name} ({said.strip()}), and may take its address away", mend)
+        patient.tell(WARNING, f"it manages {name} ({said.strip()}), and may take its address away", mend)
+    return f"it leaves {name} alone"
 
 
-def examine_bridge_subnet(patient: Patient) -> Iterator[Finding]:
+def examine_bridge_subnet(patient: Patient) -> str:
     settings = BridgeSettings(patient.config)
     clash, there = overlapping(settings), connected_network(settings.interface)
     if clash:
         mend = " && ".join(map(self_command, ("bridge subnet", "net down", "net up")))
-        yield Finding(WARNING, f"{settings.net} is in use: {clash}", mend)
+        patient.tell(WARNING, f"{settings.net} is in use: {clash}", mend)
     elif there not in ("", settings.net) and not patient.foreign:
-        yield Finding(WARNING, f"the bridge has {there}, and the settings say {settings.net}", self_command("net up"))
-    else:
-        yield Finding(OK, settings.net)
+        text = f"the bridge has {there}, and the settings say {settings.net}"
+        patient.tell(WARNING, text, self_command("net up"))
+    return settings.net
 
 
-def examine_names(patient: Patient) -> Iterator[Finding]:
+def examine_names(patient: Patient) -> str:
     """Whether this host itself resolves the guests' names."""
-    name, address = patient.bridge.interface, patient.config["bridgeIpAddress"]
+    address, why, mend = patient.config["bridgeIpAddress"], "", self_command("net up")
     if resolved_runs():
-        asks, mend = f"~{DOMAIN}" in try_run(["resolvectl", "domain", name], 5)[1], self_command("net up")
+        asks = f"~{DOMAIN}" in try_run(["resolvectl", "domain", patient.bridge.interface], 5)[1]
     else:
         text = read_text("/etc/resolv.conf") if os.path.exists("/etc/resolv.conf") else ""
         asks = re.findall(r"^nameserver\s+(\S+)", text, re.M)[:1] == [address]
-        mend = f"{install_hint('resolvectl')} && {self_command('net up')}"
-    if asks:
-        yield Finding(OK, f"this host asks {address} for them")
-    else:
-        why = "" if resolved_runs() else ", which runs no systemd-resolved; vmssh needs none"
-        yield Finding(WARNING, f"VMs' names don't resolve on this host{why}", mend)
+        why = ", which runs no systemd-resolved; vmssh needs none"
+        mend = f"{install_hint('resolvectl')} && {mend}"
+    if not asks:
+        patient.tell(WARNING, f"VMs' names don't resolve on this host{why}", mend)
+    return f"this host asks {address} for them"
 
 
 # -- the rest, and all of it
 
 
-def examine_clock(patient: Patient) -> Findings:
+def examine_clock(patient: Patient) -> str:
     """Certificates aren't valid yet where the clock is behind."""
     now = time.time()
     text = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now))
     if now < max(SMALLEST_TIME, os.stat(program_path()).st_mtime) - 86400:
-        yield Finding(WARNING, f"it shows {text}, and is behind: downloads will fail", "sudo timedatectl set-ntp true")
+        patient.tell(WARNING, f"it shows {text}, and is behind: downloads will fail", "sudo timedatectl set-ntp true")
     return text
 
 
-Check = tuple[str, Callable[[Patient], Iterator[Finding]]]
+Check = Callable[[Patient], str]  # tells the patient what isn't well; the words for all is well
 
-CHECKS: tuple[Check, ...] = (
-    ("configuration", examine_configuration),
-    ("catalogue", examine_catalogue),
-    ("tree", examine_tree),
-    ("space", examine_disk_space),
-    ("vms", examine_vms),
-    ("qemu", examine_qemu),
-    ("qemu-img", lambda patient: found_programs("qemu-img")),
-    ("acceleration", examine_acceleration),
-    ("ssh", lambda patient: found_programs("ssh", "ssh-keygen")),
-    ("keys", examine_keys),
-    ("namespaces", examine_namespaces),
-    ("tun", examine_tun),
-    ("private-network", examine_private_programs),
-    ("private-subnet", examine_private_subnet),
-    ("way-out", examine_way_out),
-    ("inotify", examine_inotify),
-    ("clock", examine_clock),
-    ("bridge", examine_bridge),
-)
-BRIDGE_CHECKS: tuple[Check, ...] = (  # where there is one, or where there ought to be
-    ("bridge-helper", examine_helper),
-    ("bridge-conf", examine_bridge_conf),
-    ("bridge-subnet", examine_bridge_subnet),
-    ("dnsmasq", examine_dnsmasq),
-    ("leases", examine_leases),
-    ("publishing", examine_publishing),
-    ("forwarding", examine_forwarding),
-    ("firewalld", examine_firewalld),
-    ("ufw", examine_ufw),
-    ("networkmanager", examine_network_manager),
-    ("names", examine_names),
-)
+CHECKS: dict[str, Check] = {
+    "configuration": examine_configuration,
+    "catalogue": examine_catalogue,
+    "tree": examine_tree,
+    "space": examine_disk_space,
+    "vms": examine_vms,
+    "qemu": examine_qemu,
+    "qemu-img": lambda patient: need_program("qemu-img"),
+    "acceleration": examine_acceleration,
+    "ssh": lambda patient: f"{need_program('ssh')}, {need_program('ssh-keygen')}",
+    "keys": examine_keys,
+    "namespaces": examine_namespaces,
+    "tun": examine_tun,
+    "private-network": examine_private_programs,
+    "private-subnet": examine_private_subnet,
+    "way-out": examine_way_out,
+    "inotify": examine_inotify,
+    "clock": examine_clock,
+    "bridge": examine_bridge,
+}
+BRIDGE_CHECKS: dict[str, Check] = {  # where there is one, or where there ought to be
+    "bridge-helper": examine_helper,
+    "bridge-conf": examine_bridge_conf,
+    "bridge-subnet": examine_bridge_subnet,
+    "dnsmasq": examine_dnsmasq,
+    "leases": examine_leases,
+    "publishing": examine_publishing,
+    "forwarding": examine_forwarding,
+    "firewalld": examine_firewalld,
+    "ufw": examine_ufw,
+    "networkmanager": examine_network_manager,
+    "names": examine_names,
+}
+ALL_CHECKS = {**CHECKS, **BRIDGE_CHECKS}
 OURS_ONLY = ("dnsmasq", "publishing", "forwarding", "firewalld", "ufw", "networkmanager", "names")  # else its owner's
+OF_NETWORK = {  # what is wrong there is a warning where VMs are on the other one
+    **dict.fromkeys(("namespaces", "private-network", "private-subnet", "inotify"), "private"),
+    **dict.fromkeys(("bridge", *BRIDGE_CHECKS), "bridge"),
+}
 
 
 def doctor_help() -> str:
     """The end of doctor's help."""
     import textwrap
 
-    names = ", ".join(name for name, _ in (*CHECKS, *BRIDGE_CHECKS))
-    return textwrap.fill(f"CHECKS, all by default: {names}.", 78, break_on_hyphens=False)
+    return textwrap.fill(f"CHECKS, all by default: {', '.join(ALL_CHECKS)}.", 78, break_on_hyphens=False)
 
 
 def examine(names: Sequence[str]) -> Iterator[Finding]:
     """All findings, or those of the checks that are named, as they are found."""
-    known = [name for name, _ in (*CHECKS, *BRIDGE_CHECKS)]
     for name in names:
-        if name not in known:
-            near = nearest(name, known)
-            hint = f"did you mean {near}?" if near else f"one of {', '.join(known)}"
+        if name not in ALL_CHECKS:
+            near = nearest(name, ALL_CHECKS)
+            hint = f"did you mean {near}?" if near else f"one of {', '.join(ALL_CHECKS)}"
             raise UsageError(f"{name}: no such check", hint)
     patient = Patient()
     bridged = patient.has_bridge or patient.config["vmNetwork"] == "bridge"
-    for name, check in (*CHECKS, *(BRIDGE_CHECKS if bridged or names else ())):
-        if names and name not in names:
-            continue
-        for finding in examine_one(name, check, patient):
-            finding.name = name
-            yield finding
+    for name in ALL_CHECKS if bridged or names else CHECKS:
+        if not names or name in names:
+            yield from examine_one(name, patient)
 
 
-def examine_one(name: str, check: Callable[[Patient], Iterator[Finding]], patient: Patient) -> Iterator[Finding]:
+def examine_one(name: str, patient: Patient) -> Iterator[Finding]:
     """A check's findings; one that fails by itself tells why, whatever this host did to it."""
     if name in OURS_ONLY and patient.foreign:
-        yield Finding(OK, f"{patient.bridge.interface} was not made by nocloud: what its owner set holds")
+        yield Finding(name, OK, f"{patient.bridge.interface} was not made by nocloud: what its owner set holds", "")
         return
-    network = "private" if name in ("namespaces", "private-subnet") else ""
-    if (name, check) in BRIDGE_CHECKS:
-        network = "bridge"
-    findings, well = check(patient), True
+    patient.told, well = [], ""
     try:
-        while True:
-            yield next(findings)
-            well = False
-    except StopIteration as end:
-        if well and end.value:
-            yield Finding(OK, end.value)
+        well = ALL_CHECKS[name](patient)
     except Error as error:
-        yield Finding(patient.needs(network) if network else WRONG, str(error), error.hint)
+        patient.tell(WRONG, str(error), error.hint)
     except Exception as error:
         if report.debug:
             raise
-        yield Finding(WARNING, f"it can't be looked at: {type(error).__name__}: {error}", "nocloud doctor --debug")
+        text = f"it can't be looked at: {type(error).__name__}: {error}"
+        patient.tell(WARNING, text, "nocloud doctor --debug")
+    spared = OF_NETWORK.get(name, patient.network) != patient.network
+    for state, text, mend in patient.told or [(OK, well, "")]:
+        badness = WARNING if state == WRONG and spared else state
+        yield Finding(name, badness, printable(text), mend if os.geteuid() else re.sub(r"\bsudo ", "", mend))
 
 
 def bridge_faults(config: Config) -> Iterator[str]:
     """What isn't well with the host's bridge, where there is one, a line each, for `net status`: what doctor finds."""
-    names = ["bridge", "tun", *(name for name, _ in BRIDGE_CHECKS if name != "names")]  # `net up` told of these
+    names = ["bridge", "tun", *BRIDGE_CHECKS]
+    names.remove("names")  # `net up` told of these
     for finding in examine(names) if os.path.exists(f"/sys/class/net/{config['bridgeInterface']}") else ():
         if finding.state != OK:
             yield f"wrong: {finding.text} (mended by: {finding.mend})"
@@ -9355,21 +9317,22 @@ class Command:
     help: str = ""
 
     @property
-    def takes_words(self) -> bool:
-        """Whether its operands are another program's words: options end at the first one."""
-        return "..." in self.operands
+    def usage(self) -> str:
+        """What comes after its name."""
+        return " ".join(filter(None, ("[options]" if self.options else "", self.operands)))
 
 
 COMMANDS: dict[str, Command] = {}
+ALIASES: dict[str, Command] = {}
 
 
 def declare(command: Command, *options: Option) -> Callable[[Any], Any]:
     """Declare the command that the function under it does.  The first line of its docstring is its help."""
 
     def declared(function: Any) -> Any:
-        if command.name in COMMANDS:
-            raise ValueError(f"{command.name}: declared twice")
         COMMANDS[command.name] = command
+        if command.alias:
+            ALIASES[command.alias] = command
         command.options, command.function, command.help = options, function, function.__doc__.strip()
         return function
 
@@ -9391,25 +9354,20 @@ def command_names() -> dict[str, str]:
     return {each.name: each.help for each in visible_commands()}
 
 
-def all_options(command: Command) -> list[Option]:
-    return [*command.options, *GENERAL_OPTIONS]
-
-
 def find_command(argv: Sequence[str]) -> tuple[Command | None, str, list[str]]:
     """(command, the name it was called by, its words); None for `nocloud` alone.
 
     Raises UsageError (127) for a name that there isn't.
     """
     name, words = os.path.basename(argv[0]), list(argv[1:])
-    aliases = {each.alias: each for each in COMMANDS.values() if each.alias}
-    if name in aliases:
-        return aliases[name], name, words
+    if name in ALIASES:
+        return ALIASES[name], name, words
     if words[:1] == ["--debug"]:
         words = words[1:]
     if not words or words[0].startswith("-"):
         return None, "nocloud", words
     word = words[0]
-    found = COMMANDS.get(word) or aliases.get(word)
+    found = COMMANDS.get(word) or ALIASES.get(word)
     if not found:
         near = nearest(word, command_names())
         hint = f"did you mean {near}?" if near else "nocloud -h lists them"
@@ -9432,7 +9390,7 @@ def split_operands(command: Command, words: Sequence[str]) -> tuple[list[str], l
             return options, [*operands, *words[index:]]
         if not word.startswith("-") or word == "-":
             operands.append(word)
-            if command.takes_words:
+            if "..." in command.operands:  # another program's words
                 return options, [*operands, *words[index:]]
             continue
         options.append(word)
@@ -9461,39 +9419,31 @@ def option_with_value(command: Command, word: str) -> tuple[Option | None, str]:
 def build_parser(command: Command, program: str, config: Config) -> argparse.ArgumentParser:
     """The parser of one command; its help shows the defaults in force."""
     import argparse
+    import functools
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
             raise UsageError(message, f"{program} -h shows how it is called")
 
-    options = "[options]" if command.options else ""
-    parser = Parser(
-        prog=program, usage=" ".join(part for part in ("%(prog)s", options, command.operands) if part),
-        description=command.help, allow_abbrev=False, add_help=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=terminal_width()),
-    )  # fmt: skip
-    for option in all_options(command):
-        extra: dict[str, Any] = {"action": "store_true"}
-        text = option.help + (f" [{config[option.default]}]" if option.default else "")
-        if option.value:
-            extra = {"metavar": option.value, "type": _checked(option.check)}
-            if option.is_optional:
-                extra.update(nargs="?", const=True)
-        parser.add_argument(*option.names, help=text.replace("%", "%%"), **extra)
-    return parser
-
-
-def _checked(check: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A setting's check as argparse wants it."""
-    import argparse
-
-    def convert(text: str) -> Any:
+    def convert(check: Callable[[str], Any], text: str) -> Any:
         try:
             return check(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text!r}: expected {error}") from None
 
-    return convert
+    parser = Parser(
+        prog=program, usage=f"%(prog)s {command.usage}", description=command.help, allow_abbrev=False, add_help=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=terminal_width()),
+    )  # fmt: skip
+    for option in (*command.options, *GENERAL_OPTIONS):
+        extra: dict[str, Any] = {"action": "store_true"}
+        text = option.help + (f" [{config[option.default]}]" if option.default else "")
+        if option.value:
+            extra = {"metavar": option.value, "type": functools.partial(convert, option.check)}
+            if option.is_optional:
+                extra.update(nargs="?", const=True)
+        parser.add_argument(*option.names, help=text.replace("%", "%%"), **extra)
+    return parser
 
 
 def terminal_width() -> int:
@@ -10098,7 +10048,7 @@ def cmd_manage(config: Config, args: argparse.Namespace, words: list[str]) -> in
 
 @declare(
     Command(
-        "doctor", operands="[CHECKS]", complete=(tuple(name for name, _ in (*CHECKS, *BRIDGE_CHECKS)),),
+        "doctor", operands="[CHECKS]", complete=(tuple(ALL_CHECKS),),
         more=doctor_help, unconfigured=True,
     ),
     Option("--json", "a JSON list: name, state, text, mend"),
@@ -10127,7 +10077,7 @@ def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> Non
     if not os.path.isdir(folder):
         raise NotFound(f"{folder}: no such folder", f"mkdir -p {folder}")
     program = program_path()
-    for name in [*(each.alias for each in COMMANDS.values() if each.alias), "nocloud"]:
+    for name in (*ALIASES, "nocloud"):
         path = os.path.join(folder, name)
         if os.path.islink(path):
             os.unlink(path)
@@ -10165,24 +10115,25 @@ SHELL_KINDS = ("file", "folder")  # which the shells complete by themselves
 class Typed:
     """A command line that is being typed, as its words up to the cursor, of which the last one is to be completed.
 
-    That word is `prefix`, an option to which its value is joined, and `value`.  `wanted`: what the value can be, as an
-    Option's `complete`, or words with their help.  `given`: the options before it, by each name, with their values.
+    That word is `prefix`, an option to which its value is joined, and `value`.  `words`: what there is to offer for the
+    value, each with its help; `files`: the one of SHELL_KINDS that it can be besides, or ''.  `given`: the options
+    before it, by each name, with their values.
     """
 
     def __init__(self, config: Config, words: Sequence[str]) -> None:
         self.config, self.tree = config, Tree(config)
         *before, self.value = words
-        self.prefix = ""
+        self.prefix = self.files = ""
         self.given: dict[str, str] = {}
-        self.wanted: str | tuple[str, ...] | dict[str, str] = ""
+        self.words: dict[str, str] = {}
         self.command, _, rest = find_command(before)
         if self.command:
-            self._read(self.command, rest)
+            self._offer(self._wanted(self.command, rest))
         elif not rest:
-            self.wanted = option_names(GENERAL_OPTIONS) if self.value.startswith("-") else command_names()
+            self.words = option_names(GENERAL_OPTIONS) if self.value.startswith("-") else command_names()
 
-    def _read(self, command: Command, words: Sequence[str]) -> None:
-        """What is wanted, by what the parser makes of a word in that place."""
+    def _wanted(self, command: Command, words: Sequence[str]) -> str | tuple[str, ...] | dict[str, str]:
+        """What the value can be, by what the parser makes of a word in that place."""
         probe = "-" + PROBE if self.value.startswith("-") else PROBE
         options, operands = split_operands(command, [*words, probe])
         last = "" if operands[-1:] == [probe] else options.pop()
@@ -10190,29 +10141,24 @@ class Typed:
             option, prefix = option_with_value(command, word)
             self.given.update(dict.fromkeys(option.names, word[len(prefix) :]) if option else {word: ""})
         if not last:
-            self.wanted = dict(enumerate(command.complete, 1)).get(len(operands), "")
-            return
+            return dict(enumerate(command.complete, 1)).get(len(operands), "")
         option, prefix = option_with_value(command, self.value if last == probe else last)
         if option and last != probe:  # split_operands() has joined it to the option
-            self.wanted = option.complete
-        elif option and (self.value != prefix or prefix.endswith("=")):
-            self.prefix, self.value, self.wanted = prefix, self.value[len(prefix) :], option.complete
-        else:
-            self.wanted = option_names(each for each in all_options(command) if not self.given.keys() & set(each.names))
+            return option.complete
+        if option and (self.value != prefix or prefix.endswith("=")):
+            self.prefix, self.value = prefix, self.value[len(prefix) :]
+            return option.complete
+        known = (*command.options, *GENERAL_OPTIONS)
+        return option_names(each for each in known if not self.given.keys() & set(each.names))
 
-    def words(self) -> dict[str, str]:
-        """What there is to offer for the value, each with its help."""
-        if isinstance(self.wanted, dict):
-            return self.wanted
-        if isinstance(self.wanted, tuple):
-            return dict.fromkeys(self.wanted, "")
-        kinds = [kind for kind in self.wanted.split("+") if kind in WORD_KINDS]
-        return {word: "" for kind in kinds for word in WORD_KINDS[kind](self) if word.isprintable()}
-
-    def files(self) -> str:
-        """The one of SHELL_KINDS that is wanted, or ''."""
-        kinds = self.wanted.split("+") if isinstance(self.wanted, str) else []
-        return next((kind for kind in kinds if kind in SHELL_KINDS), "")
+    def _offer(self, wanted: str | tuple[str, ...] | dict[str, str]) -> None:
+        """`wanted`: as an Option's `complete`, or words with their help."""
+        if isinstance(wanted, str):
+            kinds = wanted.split("+")
+            self.files = next((kind for kind in kinds if kind in SHELL_KINDS), "")
+            found = (word for kind in kinds if kind in WORD_KINDS for word in WORD_KINDS[kind](self))
+            wanted = tuple(word for word in found if word.isprintable())
+        self.words = wanted if isinstance(wanted, dict) else dict.fromkeys(wanted, "")
 
     def vms(self, wanted: Callable[[VM], bool] = VM.exists) -> list[str]:
         """What the wanted VMs, in the group and of the type that are named, can be called: NAME where that is enough.
@@ -10228,14 +10174,6 @@ class Typed:
             left = [vm for vm in left if count[way(vm)] > 1]
         return names + [vm.full_name for vm in left]
 
-    def types(self) -> list[str]:
-        group = self.given.get("-g")
-        return [type for each in ([group] if group else self.tree.groups()) for type in self.tree.types(each) if type]
-
-    def isos(self) -> list[str]:
-        folder = os.path.expanduser(self.config["isoDir"])
-        return [name for name in names_in(folder) if name.lower().endswith(".iso")]
-
 
 WORD_KINDS: dict[str, Callable[[Typed], Iterable[str]]] = {
     "vm": Typed.vms,
@@ -10246,11 +10184,13 @@ WORD_KINDS: dict[str, Callable[[Typed], Iterable[str]]] = {
     "managed-group": lambda typed: [
         group for group in typed.tree.groups() if manager_of(typed.tree, group)[0] == "running"
     ],
-    "type": Typed.types,
+    "type": lambda typed: [vm.type for vm in typed.tree.vms(typed.given.get("-g", "")) if vm.type],
     "template": lambda typed: [vm.name for vm in typed.tree.templates()],
     "catalogue": lambda typed: load_catalogue().entries,
     "template-name": lambda typed: WORD_KINDS["template" if "--delete" in typed.given else "catalogue"](typed),
-    "iso": Typed.isos,
+    "iso": lambda typed: [
+        name for name in names_in(os.path.expanduser(typed.config["isoDir"])) if name.lower().endswith(".iso")
+    ],
     # Those in the confs: to read the bridge's leases is not worth it.
     "address": lambda typed: [vm.get("vmAddress") for vm in typed.tree.running() if vm.is_readable()],
     "command": lambda typed: command_names(),
@@ -10286,11 +10226,10 @@ def answer_bash(config: Config, line: str = "", replaced: str = "") -> list[str]
     words, raw, _ = read_bash(line)
     typed = Typed(config, words)
     kept, _, quote = read_bash(raw[: len(raw) - len(replaced)] if raw.endswith(replaced) else "")
-    start, special = kept[-1], "(?!)" if typed.files() else BASH_SPECIAL[quote]
-    found = [typed.prefix + word for word in typed.words() if word.startswith(typed.value)]
-    kind = typed.files().replace("folder", "directory")
+    start, special = kept[-1], "(?!)" if typed.files else BASH_SPECIAL[quote]
+    found = [typed.prefix + word for word in typed.words if word.startswith(typed.value)]
     return [
-        kind, typed.prefix[len(start) :], start[len(typed.prefix) :], typed.value,
+        typed.files.replace("folder", "directory"), typed.prefix[len(start) :], start[len(typed.prefix) :], typed.value,
         *(re.sub(special, r"\\\g<0>", word[len(start) :]) for word in found),
     ]  # fmt: skip
 
@@ -10300,15 +10239,15 @@ def answer_zsh(config: Config, *words: str) -> list[str]:
     options = typed.command.options if typed.command else ()
     valued = {name for each in options if each.value and not each.is_optional for name in each.names if name[1] == "-"}
     rows = []
-    for word, help in typed.words().items():
+    for word, help in typed.words.items():
         escaped = re.sub(r"[\\:]", r"\\\g<0>", word) + ("=" if word in valued else "")
         rows.append(f"{escaped}:{help}" if help else escaped)
-    return [typed.files(), typed.prefix, *rows]
+    return [typed.files, typed.prefix, *rows]
 
 
 def answer_fish(config: Config, *words: str) -> list[str]:
     typed = Typed(config, words)
-    return [typed.files(), typed.prefix, *(f"{typed.prefix}{word}\t{help}" for word, help in typed.words().items())]
+    return [typed.files, typed.prefix, *(f"{typed.prefix}{word}\t{help}" for word, help in typed.words.items())]
 
 
 SHELLS: dict[str, tuple[Callable[..., list[str]], str]] = {
@@ -10337,8 +10276,7 @@ def filled(name: str, **parts: str) -> str:
 
 def completion(shell: str) -> str:
     """A shell's script, which completes for all names of the program."""
-    names = ["nocloud", "nocloud.pyz", *(each.alias for each in visible_commands() if each.alias)]
-    return filled(f"completion/nocloud.{shell}", NAMES=" ".join(names))
+    return filled(f"completion/nocloud.{shell}", NAMES=" ".join(("nocloud", "nocloud.pyz", *ALIASES)))
 
 
 @declare(Command("completion", operands="bash | zsh | fish", complete=(tuple(SHELLS),)))
@@ -10353,18 +10291,10 @@ def cmd_completion(config: Config, args: argparse.Namespace, words: list[str]) -
 
 # -- the manual pages, in the man(7) macros of roff
 
-ROFF = {  # what roff would take for something else: a hyphen, an accent, a typographic quote
-    "\\": "\\e",
-    "-": "\\-",
-    "'": "\\(aq",
-    "`": "\\(ga",
-    '"': "\\(dq",
-    "^": "\\(ha",
-    "~": "\\(ti",
-    "…": "...",
-    "×": "\\(mu",
-    "–": "\\(en",
-}
+ROFF = str.maketrans({  # what roff would take for something else: a hyphen, an accent, a typographic quote
+    "\\": "\\e", "-": "\\-", "'": "\\(aq", "`": "\\(ga", '"': "\\(dq",
+    "^": "\\(ha", "~": "\\(ti", "…": "...", "×": "\\(mu", "–": "\\(en",
+})  # fmt: skip
 EXIT_STATUSES = {
     EXIT_DONE: "done",
     EXIT_FAILED: "it could not be done, or one of the VMs failed",
@@ -10377,8 +10307,7 @@ EXIT_STATUSES = {
 
 def roff(text: str) -> str:
     """`text` for the page, as it is; a dot at its beginning is no request."""
-    escaped = "".join(ROFF.get(char, char) for char in text)
-    return "\\&" + escaped if escaped.startswith(".") else escaped
+    return ("\\&" if text.startswith((".", "…")) else "") + text.translate(ROFF)
 
 
 def bold(text: str) -> str:
@@ -10414,9 +10343,8 @@ def man_settings(*places: str) -> str:
 
 def man_usage(command: Command) -> str:
     """How a command is called, by each of its names."""
-    words = map(roff, filter(None, ("[options]" if command.options else "", command.operands)))
-    names = map(bold, filter(None, (command.alias, f"nocloud {command.name}")))
-    return "\n.br\n".join(" ".join((name, *words)) for words in [list(words)] for name in names)
+    names = filter(None, (command.alias, f"nocloud {command.name}"))
+    return "\n.br\n".join(f"{bold(name)} {roff(command.usage)}".rstrip() for name in names)
 
 
 def manual() -> str:
@@ -10444,7 +10372,7 @@ def manual_of(command: Command) -> str:
     name = command.alias or f"nocloud-{command.name}"
     return filled(
         "man/command.man", TITLE=roff(name.upper()), VERSION=roff(__version__), NAME=roff(name),
-        HELP=wrapped(command.help), USAGE=man_usage(command), OPTIONS=man_options(all_options(command)),
+        HELP=wrapped(command.help), USAGE=man_usage(command), OPTIONS=man_options((*command.options, *GENERAL_OPTIONS)),
     )  # fmt: skip
 
 
@@ -10452,7 +10380,7 @@ def manual_of(command: Command) -> str:
 def cmd_man(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """print the manual page, or that of one command, as in: nocloud man >nocloud.1"""
     no_more(words[1:])
-    names = {name: each for each in visible_commands() for name in (each.name, each.alias) if name}
+    names = {**ALIASES, **{each.name: each for each in visible_commands()}}
     if words and words[0] not in names:
         raise UsageError(f"{words[0]}: no such command", "nocloud -h lists them")
     report.data((manual_of(names[words[0]]) if words else manual()).rstrip("\n"))
@@ -10466,6 +10394,9 @@ def cmd_man(config: Config, args: argparse.Namespace, words: list[str]) -> int:
 
 INSTALL_RECORD = "share/nocloud/installed.json"  # below PREFIX
 INSTALLED_CONFS = ("nocloud_net.conf", "nocloud_templates.conf")
+GROUP_UNIT = "nocloud@.service"
+UNITS = (*SYSTEMD_UNITS, "nocloud-dnsmasq-reload.service", GROUP_UNIT)
+SYSUSERS = "nocloud-sysusers.conf"
 
 
 @record
@@ -10488,30 +10419,34 @@ class InstalledFile:
         return f"link {self.link}" if self.link else f"sha256 {hashlib.sha256(self.content).hexdigest()}"
 
 
-def planned_files(
-    prefix: str, program: bytes, names: Iterable[str], documents: Mapping[str, str], links: Mapping[str, str]
-) -> list[InstalledFile]:
-    """What an installation consists of.
-
-    `names`: what the program is called by, besides nocloud; `documents`: texts by their path below PREFIX, `links`
-    likewise by where they point.
-    """
-    found = [InstalledFile(f"{prefix}/bin/nocloud", program, mode=0o755)]
-    found += [InstalledFile(f"{prefix}/bin/{name}", link="nocloud") for name in names]
+def planned_files(prefix: str) -> list[InstalledFile]:
+    """What an installation consists of: this program, its names, its settings, what comes with it, and its units."""
+    with open(program_path(), "rb") as file:
+        found = [InstalledFile(f"{prefix}/bin/nocloud", file.read(), mode=0o755)]
+    found += [InstalledFile(f"{prefix}/bin/{name}", link="nocloud") for name in ALIASES]
     found += [InstalledFile(f"{prefix}/etc/{name}", packaged(name).encode(), conf=True) for name in INSTALLED_CONFS]
-    found += [InstalledFile(f"{prefix}/{path}", text.encode()) for path, text in documents.items()]
-    found += [InstalledFile(f"{prefix}/{path}", link=target) for path, target in links.items()]
+    found += planned_documents(prefix)
+    units = [(name, "system", name) for name in UNITS]
+    for source, kind, name in (*units, (GROUP_UNIT, "user", GROUP_UNIT), (SYSUSERS, "sysusers.d", "nocloud.conf")):
+        text = packaged(source, "systemd").replace("@BINDIR@", f"{prefix}/bin")
+        found.append(InstalledFile(f"{systemd_folder(prefix, kind)}/{name}", text.encode()))
     return found
 
 
-def checked_prefix(prefix: str) -> str:
-    """PREFIX without a slash at its end.  Raises UsageError where it can't stand in a unit file as it is."""
-    if not re.fullmatch(r"(/[A-Za-z0-9._+-]+)+/*", prefix) or {".", ".."} & set(prefix.split("/")):
-        raise UsageError(
-            f"PREFIX={prefix}: expected an absolute path of letters, digits and ._+-",
-            "PREFIX=/usr/local is the default",
-        )
-    return prefix.rstrip("/")
+def planned_documents(prefix: str) -> Iterator[InstalledFile]:
+    """The manual and the completion scripts; bash, fish and man look for a command's under the command's own name."""
+    texts = {"man/man1/nocloud.1": manual(), **{place: completion(shell) for shell, (_, place) in SHELLS.items()}}
+    for place, text in texts.items():
+        folder, name = os.path.split(f"{prefix}/share/{place}")
+        yield InstalledFile(f"{folder}/{name}", text.encode())
+        for alias in ALIASES if name.startswith("nocloud") else ():
+            yield InstalledFile(f"{folder}/{name.replace('nocloud', alias)}", link=name)
+
+
+def systemd_folder(prefix: str, name: str) -> str:
+    """Where systemd reads `system`, `sysusers.d` and their like for this PREFIX (systemd.unit(5), sysusers.d(5))."""
+    base = f"{prefix}/lib" if prefix in ("/usr", "/usr/local") else "/etc"
+    return f"{base}/systemd/{name}" if name in ("system", "user") else f"{base}/{name}"
 
 
 class Installation:
@@ -10521,8 +10456,10 @@ class Installation:
     """
 
     def __init__(self, prefix: str, root: str = "") -> None:
-        """Raises Error where the record can't be relied on."""
-        self.prefix, self.root = checked_prefix(prefix), root.rstrip("/")
+        """Raises UsageError where PREFIX can't stand in a unit file, Error where the record can't be relied on."""
+        if not re.fullmatch(r"(/(?!\.\.?(/|$))[A-Za-z0-9._+-]+)+/*", prefix):
+            raise UsageError(f"PREFIX={prefix}: expected an absolute path of letters, digits and ._+-")
+        self.prefix, self.root = prefix.rstrip("/"), root.rstrip("/")
         self.record = self.real(f"{self.prefix}/{INSTALL_RECORD}")
         self.files: dict[str, list[str]] = {}  # path: the fingerprints that it had as we put it there
         self.folders: list[str] = []  # those that weren't there before
@@ -10573,10 +10510,8 @@ class Installation:
             if not known and target not in ("nocloud", "nocloud.pyz", "nocloud.py"):
                 blocked.append(path)
         if blocked:
-            raise WrongState(
-                f"in the way, and not installed by nocloud: {', '.join(blocked[:20])}",
-                "move them away, or set another PREFIX",
-            )
+            text = f"in the way, and not installed by nocloud: {', '.join(blocked)}"
+            raise WrongState(text, "move them away, or set another PREFIX")
 
     def is_changed(self, each: InstalledFile) -> bool:
         """Whether the user's own configuration is there, which is kept."""
@@ -10599,8 +10534,13 @@ class Installation:
         for each in (*files, *writes):
             self.files[each.path] = list(dict.fromkeys([*self.files.get(each.path, ()), each.fingerprint()]))
         self._make_folders([each.path for each in (*files, *writes)])
+        self._sweep()
         for each in writes:
-            self._write(each)
+            if each.link:
+                remove_file(self.real(each.path))
+                os.symlink(each.link, self.real(each.path))
+            else:
+                write_file(self.real(each.path), each.content, each.mode)
         for path in stale:
             self._remove(path)
         self.save()
@@ -10622,39 +10562,29 @@ class Installation:
             os.makedirs(self.real(folder), exist_ok=True)
             os.chmod(self.real(folder), 0o755)  # whatever the umask says
 
-    def _write(self, each: InstalledFile) -> None:
-        path = self.real(each.path)
-        self._sweep(path)
-        if each.link:
-            remove_file(path)
-            os.symlink(each.link, path)
-        else:
-            write_file(path, each.content, each.mode)
-
     def _remove(self, path: str) -> None:
         if self.fingerprint(path) != "folder":
-            self._sweep(self.real(path))
             remove_file(self.real(path))
         self.files.pop(path)
 
-    @staticmethod
-    def _sweep(path: str) -> None:
-        """Remove what a killed call left of a file that it was writing."""
+    def _sweep(self) -> None:
+        """Remove what a killed call left of a file that it was writing: of those in the record, or of that itself."""
         import glob
 
-        for left in glob.glob(f"{glob.escape(path)}.*.tmp"):
-            remove_file(left)
+        for path in (self.record, *map(self.real, self.files)):
+            for left in glob.glob(f"{glob.escape(path)}.*.tmp"):
+                remove_file(left)
 
     def take_away(self) -> list[str]:
         """Remove the files and the record of them; the paths of configuration that was changed, and is kept."""
         kept = []
+        self._sweep()
         for path, prints in list(self.files.items()):
             is_conf = os.path.dirname(path) == f"{self.prefix}/etc" and path.endswith(".conf")
             if is_conf and self.fingerprint(path) not in ("", *prints):
                 kept.append(self.real(path))
             else:
                 self._remove(path)
-        self._sweep(self.record)
         remove_file(self.record)
         for folder in sorted(self.folders, key=len, reverse=True):
             remove_empty(self.real(folder))
@@ -10665,9 +10595,6 @@ class Installation:
 
 KVM_GROUP = "kvm"  # whose members run VMs on the host's bridge, with hardware acceleration
 NEEDED_PROGRAMS = ("qemu-img", "ip", "dnsmasq", "nft", "ssh", "ssh-keygen", "nsenter")
-GROUP_UNIT = "nocloud@.service"
-UNITS = (*SYSTEMD_UNITS, "nocloud-dnsmasq-reload.service", GROUP_UNIT)
-SYSUSERS = "nocloud-sysusers.conf"
 
 
 def check_programs(config: Config) -> None:
@@ -10680,44 +10607,6 @@ def check_programs(config: Config) -> None:
         _, column = host_installer()
         names = [f"{name} (package {package_of(name, column)})" for name in missing]
         raise MissingProgram(f"not here yet: {', '.join(names)}; nothing was changed", install_command(missing))
-
-
-def systemd_folder(prefix: str, name: str) -> str:
-    """Where systemd reads `system`, `sysusers.d` and their like for this PREFIX (systemd.unit(5), sysusers.d(5))."""
-    base = f"{prefix}/lib" if prefix in ("/usr", "/usr/local") else "/etc"
-    return f"{base}/systemd/{name}" if name in ("system", "user") else f"{base}/{name}"
-
-
-def planned_units(prefix: str) -> list[InstalledFile]:
-    """The units, and who they run as."""
-    places = [(name, "system", name) for name in UNITS]
-    places += [(GROUP_UNIT, "user", GROUP_UNIT), (SYSUSERS, "sysusers.d", "nocloud.conf")]
-    return [
-        InstalledFile(
-            f"{systemd_folder(prefix, kind)}/{name}",
-            packaged(source, "systemd").replace("@BINDIR@", f"{prefix}/bin").encode(),
-        )
-        for source, kind, name in places
-    ]
-
-
-def running_vms() -> list[str]:
-    """The VMs that run on this host, whoever's they are: `GROUP/TYPE/NAME of USER`."""
-    import pwd
-
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        if not is_our_qemu(process_file(int(pid), "cmdline")):
-            continue
-        try:
-            folder, uid = os.readlink(f"/proc/{pid}/cwd"), os.stat(f"/proc/{pid}").st_uid
-            user = pwd.getpwuid(uid).pw_name
-        except KeyError:
-            user = "another user"
-        except OSError:
-            continue  # it has ended
-        found.append(f"{'/'.join(folder.split('/')[-3:])} of {user}")
-    return sorted(found)
 
 
 class HostSetup:
@@ -10831,16 +10720,13 @@ class HostSetup:
 
     def membership(self) -> str:
         """What who called sudo has to do to have VMs on the bridge, or ''."""
-        import grp
         import pwd
 
         user, helper = os.environ.get("SUDO_USER", "root"), os.stat(HostBridge(self.config).helper())
         groups = os.getgrouplist(user, pwd.getpwnam(user).pw_gid)
         if user == "root" or helper.st_mode & stat.S_IXOTH or helper.st_gid in groups:
             return ""
-        group = grp.getgrgid(helper.st_gid).gr_name
-        mend = f"sudo usermod -aG {group} {user}, and log in again"
-        return f"for VMs on the bridge {user} has to be in the group {group}: {mend}"
+        return f"for VMs on the bridge {user} has to be in a group: {group_command(helper.st_gid, user)}"
 
 
 def rewrite(path: str, text: str) -> None:
@@ -10885,50 +10771,37 @@ def plan_subnet(installation: Installation, files: Sequence[InstalledFile]) -> s
     return f"the bridge's network is {subnet}.0/24{since}"
 
 
-def planned_modules(prefix: str) -> tuple[list[str], list[InstalledFile]]:
-    """The kernel modules that VMs want, and the file that has systemd load them at boot; none where there are none.
-
-    Of those that this kernel has: a missing one would fail the boot's unit.  A container has no modprobe(8).
-    """
-    words = read_text("/proc/cpuinfo").split()
-    modules = [module for flag, module in KVM_MODULES.items() if flag in words]
-    modules = [
-        module
-        for module in (*modules, "vhost_net", "tun")
-        if find_program("modprobe") and try_run(["modprobe", "--dry-run", "--quiet", module], 30)[0] == 0
-    ]
-    text = "".join(f"{module}\n" for module in ("# of nocloud: what its VMs want", *modules))
-    place = f"{systemd_folder(prefix, 'modules-load.d')}/nocloud.conf"
-    return modules, [InstalledFile(place, text.encode())] if modules else []
-
-
-def install(installation: Installation, files: Sequence[InstalledFile], only_look: bool) -> None:
-    """Put it there, set the host up for it, and say what was done."""
-    if installation.root:
-        installation.check(files)
-        said = [] if only_look else installation.put(files)
-    else:
-        said = install_on_host(installation, files, only_look)
-    if not only_look:
-        report.say(f"nocloud {__version__} is in {installation.real(installation.prefix)}")
-        for line in filter(None, said):
-            report.say(line)
-
-
-def install_on_host(installation: Installation, files: Sequence[InstalledFile], only_look: bool) -> list[str]:
-    """All that can be in the way is looked at before the first change; what was done."""
-    check_programs(installed_config(installation))
-    modules, modules_files = planned_modules(installation.prefix)
-    files = [*files, *modules_files]
-    installation.check(files)
-    subnet = plan_subnet(installation, files)
-    if only_look:
+def kernel_modules() -> list[str]:
+    """What VMs want of this kernel, and it has: a missing one would fail the boot's unit."""
+    if not find_program("modprobe"):  # a container
         return []
+    words = read_text("/proc/cpuinfo").split()
+    wanted = [*(module for flag, module in KVM_MODULES.items() if flag in words), "vhost_net", "tun"]
+    return [module for module in wanted if try_run(["modprobe", "--dry-run", "--quiet", module], 30)[0] == 0]
+
+
+def install(installation: Installation, only_look: bool) -> None:
+    """Put it there, set the host up for it, and say what was done; all that can be in the way is looked at before."""
+    files, modules, subnet, on_host = planned_files(installation.prefix), [], "", not installation.root
+    if on_host:
+        check_programs(installed_config(installation))
+        modules = kernel_modules()
+        text = "".join(f"{line}\n" for line in ("# of nocloud: what its VMs want", *modules))
+        place = f"{systemd_folder(installation.prefix, 'modules-load.d')}/nocloud.conf"
+        files += [InstalledFile(place, text.encode())] if modules else []
+    installation.check(files)
+    if on_host:
+        subnet = plan_subnet(installation, files)
+    if only_look:
+        return
     said = installation.put(files)
-    setup = HostSetup(installation, installed_config(installation))
-    setup.make_accounts()
-    said += [setup.allow_helper(), setup.allow_bridge(), setup.load_modules(modules), subnet, setup.start_units()]
-    return [*said, setup.membership(), "nocloud doctor looks whether all is well"]
+    if on_host:
+        setup = HostSetup(installation, installed_config(installation))
+        setup.make_accounts()
+        said += [setup.allow_helper(), setup.allow_bridge(), setup.load_modules(modules), subnet, setup.start_units()]
+        said += [setup.membership(), "nocloud doctor looks whether all is well"]
+    for line in (f"nocloud {__version__} is in {installation.real(installation.prefix)}", *filter(None, said)):
+        report.say(line)
 
 
 def undo_installation(installation: Installation) -> None:
@@ -10959,30 +10832,20 @@ def undo_installation(installation: Installation) -> None:
 
 def check_nothing_runs() -> None:
     """Raise WrongState, naming them, where VMs or groups run, whoever's they are."""
-    units, running = active_groups(), running_vms()
+    units, running = active_groups(), []
+    for pid in filter(str.isdigit, names_in("/proc")):
+        if is_our_qemu(process_file(int(pid), "cmdline")):
+            try:
+                folder, user = os.readlink(f"/proc/{pid}/cwd"), user_name(os.stat(f"/proc/{pid}").st_uid)
+            except OSError:
+                continue  # it has ended
+            running.append(f"{'/'.join(folder.split('/')[-3:])} of {user}")
     if units or running:
-        names = ", ".join([*units, *running[:20]]) + (f" and {len(running) - 20} more" if running[20:] else "")
         stop = f"systemctl stop {' '.join(units)}" if units else "vmstop -g GROUP stops a group and keeps it"
-        raise WrongState(f"VMs are running: {names}; nothing was changed", stop)
+        raise WrongState(f"VMs are running: {', '.join((*units, *sorted(running)))}; nothing was changed", stop)
 
 
 # -- the command
-
-
-def documents() -> dict[str, str]:
-    """What an installation has of these, by its path below PREFIX."""
-    scripts = {f"share/{place}": completion(shell) for shell, (_, place) in SHELLS.items()}
-    return {"share/man/man1/nocloud.1": manual(), **scripts}
-
-
-def document_links() -> dict[str, str]:
-    """bash and fish look for a command's completion, and man for its page, under the command's own name."""
-    return {
-        path.replace("/nocloud", f"/{each.alias}"): os.path.basename(path)
-        for path in documents()
-        for each in visible_commands()
-        if each.alias and "/zsh/" not in path
-    }
 
 
 @declare(
@@ -10997,25 +10860,15 @@ def cmd_setup(config: Config, args: argparse.Namespace, words: list[str]) -> int
     exclusive(args, "check", "undo")
     root = os.path.abspath(args.destdir) if args.destdir else ""
     if not root and os.geteuid() != 0:
-        raise Error(
-            "this changes the host, so it needs root; nothing was changed",
-            "with sudo, or, for the files alone, DESTDIR=FOLDER",
-        )
+        text = "this changes the host, so it needs root; nothing was changed"
+        raise Error(text, "with sudo, or, for the files alone, DESTDIR=FOLDER")
     installation = Installation(args.prefix or own_prefix(), root)
     with FolderLock(existing_parent(installation.real(installation.prefix))):
         if args.undo:
             undo_installation(installation)
         else:
-            install(installation, files_to_install(installation.prefix), args.check)
+            install(installation, args.check)
     return EXIT_DONE
-
-
-def files_to_install(prefix: str) -> list[InstalledFile]:
-    """This program, its names, and what comes with it."""
-    names = sorted({each.alias for each in COMMANDS.values() if each.alias})
-    with open(program_path(), "rb") as file:
-        program = file.read()
-    return [*planned_files(prefix, program, names, documents(), document_links()), *planned_units(prefix)]
 
 
 # Dispatch ############################################################################################
@@ -11023,26 +10876,29 @@ def files_to_install(prefix: str) -> list[InstalledFile]:
 # The program itself: which command is meant, what it raises, and its exit status.
 
 
-def overview() -> str:
-    lines = [
-        "nocloud: a mini-cloud on one Linux machine",
-        "",
-        "usage: nocloud COMMAND [options], or by the command's own name",
-        "",
-    ]
-    lines += [f"  {each.name:<12} {each.alias:<14} {each.help}" for each in visible_commands()]
-    return "\n".join([*lines, "", "nocloud COMMAND -h shows a command's options."])
+OVERVIEW = """nocloud: a mini-cloud on one Linux machine
+
+usage: nocloud COMMAND [options], or by the command's own name
+
+{}
+
+nocloud COMMAND -h shows a command's options."""
 
 
 def run_command(argv: Sequence[str]) -> int:
     """Find the command, parse its words, do it; the exit status."""
     report.debug = report.debug or list(argv[1:2]) == ["--debug"]
     command, report.program, words = find_command(argv)
-    if command is None:
-        return general_options(words)
-    options, operands = split_operands(command, words)
+    options, operands = split_operands(command, words) if command else (words, [])
     if {"-v", "--version"} & set(options):
         report.data(f"nocloud {__version__}")
+        return EXIT_DONE
+    if command is None:
+        for word in options:
+            if word not in ("-h", "--help", "--debug"):
+                raise UsageError(f"{word}: no such option", "nocloud -h lists the commands")
+        rows = (f"  {each.name:<12} {each.alias:<14} {each.help}" for each in visible_commands())
+        report.data(OVERVIEW.format("\n".join(rows)))
         return EXIT_DONE
     report.debug = report.debug or "--debug" in options
     config = Config() if command.unconfigured else load_config()
@@ -11057,18 +10913,6 @@ def run_command(argv: Sequence[str]) -> int:
         no_more(operands)
     status: int | None = command.function(config, args, operands)
     return status or EXIT_DONE
-
-
-def general_options(words: Sequence[str]) -> int:
-    """`nocloud` alone, and with -h or -v."""
-    for word in words:
-        if word in ("-v", "--version"):
-            report.data(f"nocloud {__version__}")
-            return EXIT_DONE
-        if word not in ("-h", "--help", "--debug"):
-            raise UsageError(f"{word}: no such option", "nocloud -h lists the commands")
-    report.data(overview())
-    return EXIT_DONE
 
 
 def on_signal(number: int, frame: object) -> None:
