@@ -699,6 +699,7 @@ SETTINGS = (
     Setting("vmMem", MEMORY_MB, "512", "both", "memory in MB of new templates; a clone inherits its template's",
             inherited=True),
     Setting("vmCpu", CPU_COUNT, "2", "both", "processors, likewise", inherited=True),
+    Setting("vmCpuCap", CPU_CAP, "", "both", "a limit in per cent of CPU time; kept, not enforced yet", inherited=True),
     Setting("vmCreateDiskSize", DISK_GB, "10", "config", "disk size in GB of new templates"),
     Setting("vmCount", CLONE_COUNT, "1", "config", "how many clones vminstantiate makes"),
     Setting("vmGroup", any_text, "group", "config", "the group of new clones"),
@@ -726,7 +727,6 @@ SETTINGS = (
     Setting("bridgeDhcpStart", ipv4_address, "192.168.1.2", "config", "the first address that VMs get"),
     Setting("bridgeDhcpStop", ipv4_address, "192.168.1.254", "config", "the last one"),
     Setting("bridgeLeases", any_text, "", "config", "the DHCP server's lease file"),
-    Setting("vmCpuCap", CPU_CAP, "", "both", "a limit in per cent of CPU time; kept, not enforced yet", inherited=True),
     Setting("vmName", any_text, "", "vm", "its name"),
     Setting("vmDisk", any_text, "", "vm", "its system disk, relative to vmBaseDir"),
     Setting("vmExtraDisk", any_text, "", "vm", "its other disks, comma-separated"),
@@ -908,7 +908,7 @@ class Config:
 
     def set(self, key: str, value: str, origin: str) -> None:
         check_setting(key, value, origin)
-        self._values[key] = value
+        self._values[key] = value or SETTING[key].default
         same = {"vmDefaultGroup": "vmGroup", "vmDefaultSubGroup": "vmSubGroup"}.get(key)
         if same and value:
             self._values[same] = value
@@ -2106,6 +2106,10 @@ class VM:
         """Whether a yes/no setting is `yes`."""
         return yes_no(self.get(key)) == "yes"
 
+    def settings(self) -> dict[str, str]:
+        """All of them that a VM has, by their keys, as `get` says."""
+        return {each.key: self.get(each.key) for each in SETTINGS if each.where in ("both", "vm")}
+
     def inherited(self) -> dict[str, str]:
         """What the conf of a clone, or of a template that is made of it, gets of its conf."""
         return {key: value for key, value in self.conf.items() if value and key in SETTING and SETTING[key].inherited}
@@ -2477,22 +2481,15 @@ def comma(text: str) -> str:
 
 @record
 class Machine:
-    """All that qemu's command line depends on, as plain values; '' and 0 for none."""
+    """All that qemu's command line depends on, as plain values; '' for none."""
 
     qemu: Qemu
     accel: str
     name: str
-    uuid: str
-    type: str
-    mem: int
-    cpus: int
+    settings: Mapping[str, str]  # the VM's, by their keys: a builder reads what it needs
     disks: list[tuple[str, str, str]]  # (path, format, serial)
-    mac: str
     pid_file: str
     credentials: str
-    kernel: str
-    initrd: str
-    append: str
     extra: list[str]
     iso: str = ""  # an image to boot from
     screen: str = ""  # one of SCREENS
@@ -2515,6 +2512,8 @@ def qemu_argv(machine: Machine, tap: int, vhost: int = -1) -> list[str]:
         *seed_args(machine),
         *net_args(machine, tap, vhost),
         *console_args(),
+        *rng_args(),
+        *balloon_args(),
         *screen_args(machine),
         *monitor_args(machine),
         *record_args(machine),
@@ -2532,9 +2531,9 @@ def machine_args(machine: Machine) -> list[str]:
     return [
         "-name", f"guest={comma(machine.name)}",
         "-nodefaults", "-no-user-config",
-        "-machine", machine.type or LEGACY_MACHINE,
-        "-m", f"{machine.mem}M",
-        "-uuid", machine.uuid,
+        "-machine", machine.settings["vmMachine"] or LEGACY_MACHINE,
+        "-m", f"{machine.settings['vmMem']}M",
+        "-uuid", machine.settings["vmUuid"],
         "-vga", "none", "-device", f"VGA,addr={PCI_SLOTS['vga']:#x}",
         "-display", "none",
         "-rtc", "base=utc",
@@ -2543,7 +2542,8 @@ def machine_args(machine: Machine) -> list[str]:
 
 
 def cpu_args(machine: Machine) -> list[str]:
-    smp = ["-smp", f"{machine.cpus},sockets=1,cores={machine.cpus},threads=1"]
+    cpus = machine.settings["vmCpu"]
+    smp = ["-smp", f"{cpus},sockets=1,cores={cpus},threads=1"]
     if machine.accel == "kvm":
         return ["-accel", "kvm", "-cpu", "host", *smp]
     return ["-accel", "tcg,thread=multi", "-cpu", "max", *smp]
@@ -2641,19 +2641,25 @@ def net_args(machine: Machine, tap: int, vhost: int) -> list[str]:
     kernel_side = f",vhost=on,vhostfd={vhost}" if vhost >= 0 else ""
     return [
         "-netdev", f"tap,id=net0,fd={tap}{kernel_side}",
-        "-device", f"virtio-net-pci,netdev=net0,mac={machine.mac},addr={PCI_SLOTS['nic']:#x},romfile=",
+        "-device", f"virtio-net-pci,netdev=net0,mac={machine.settings['vmMac']},addr={PCI_SLOTS['nic']:#x},romfile=",
     ]  # fmt: skip
 
 
 def console_args() -> list[str]:
     """The serial line is a socket for vmconsole and a log at the same time; logappend=off: since this start."""
-    return [
-        "-chardev", "socket,id=serial0,path=serial.sock,server=on,wait=off,logfile=console.log,logappend=off",
-        "-serial", "chardev:serial0",
-        "-object", "rng-random,id=rng0,filename=/dev/urandom",
-        "-device", f"virtio-rng-pci,rng=rng0,addr={PCI_SLOTS['rng']:#x}",
-        "-device", f"virtio-balloon-pci,addr={PCI_SLOTS['balloon']:#x},free-page-reporting=on",
-    ]  # fmt: skip
+    chardev = "socket,id=serial0,path=serial.sock,server=on,wait=off,logfile=console.log,logappend=off"
+    return ["-chardev", chardev, "-serial", "chardev:serial0"]
+
+
+def rng_args() -> list[str]:
+    """Randomness from the host: a guest that has just been switched on has little of its own."""
+    device = f"virtio-rng-pci,rng=rng0,addr={PCI_SLOTS['rng']:#x}"
+    return ["-object", "rng-random,id=rng0,filename=/dev/urandom", "-device", device]
+
+
+def balloon_args() -> list[str]:
+    """What the guest has no use for goes back to the host (free-page-reporting)."""
+    return ["-device", f"virtio-balloon-pci,addr={PCI_SLOTS['balloon']:#x},free-page-reporting=on"]
 
 
 # The servers of a VM's screen, by what they speak; the first that the binary has is taken.
@@ -2708,8 +2714,8 @@ def record_args(machine: Machine) -> list[str]:
 
 
 def kernel_args(machine: Machine) -> list[str]:
-    words = (("-kernel", machine.kernel), ("-initrd", machine.initrd), ("-append", machine.append))
-    return [word for option, value in words if value for word in (option, value)]
+    words = (("-kernel", "vmKernel"), ("-initrd", "vmInitrd"), ("-append", "vmAppend"))
+    return [word for option, key in words if machine.settings[key] for word in (option, machine.settings[key])]
 
 
 # Networks ############################################################################################
@@ -6691,9 +6697,13 @@ class CloneOption:
 
     name: str
     metavar: str  # what its value is, '' where it takes none; a FILE's name is relative to the description file
-    check: Callable[[str], Any]  # raises ValueError, saying what was expected, or UsageError with all but `NAME=`
-    sets: str  # the setting that the clones get, or else the field of CloneRequest
+    sets: str  # the setting that the clones get, which checks the value; or else the field of CloneRequest
     help: str
+    check: Callable[[str], Any] = any_text  # raises ValueError, saying what was expected, or UsageError without `NAME=`
+
+    def __post_init__(self) -> None:
+        if self.sets in SETTING:
+            self.check = SETTING[self.sets].check
 
     @property
     def text(self) -> str:
@@ -6720,13 +6730,13 @@ def name_prefix(text: str) -> str:
 
 
 CLONE_OPTIONS = (
-    CloneOption("mem", "MB", MEMORY_MB, "vmMem", "memory in MB"),
-    CloneOption("cpu", "N", CPU_COUNT, "vmCpu", "processors"),
-    CloneOption("disk", "GB", DISK_GB, "disk", "size of the system disk in GB"),
-    CloneOption("dsk", "GB,GB", disk_sizes, "disks", "extra disks, in GB (vdb, vdc, …)"),
-    CloneOption("name", "PREFIX", name_prefix, "prefix", "what the names begin with; without it a name is a UUID"),
-    CloneOption("user-data", "FILE", read_user_data, "user_data", "a file for cloud-init"),
-    CloneOption("gui", "", yes_no, "vmGui", "with a screen"),
+    CloneOption("mem", "MB", "vmMem", "memory in MB"),
+    CloneOption("cpu", "N", "vmCpu", "processors"),
+    CloneOption("disk", "GB", "disk", "size of the system disk in GB", DISK_GB),
+    CloneOption("dsk", "GB,GB", "disks", "extra disks, in GB (vdb, vdc, …)", disk_sizes),
+    CloneOption("name", "PREFIX", "prefix", "what the names begin with; without it a name is a UUID", name_prefix),
+    CloneOption("user-data", "FILE", "user_data", "a file for cloud-init", read_user_data),
+    CloneOption("gui", "", "vmGui", "with a screen"),
 )
 CLONE_OPTION = {option.name: option for option in CLONE_OPTIONS}
 
@@ -7302,11 +7312,9 @@ def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False, lay
         for number, (path, format) in enumerate(zip(paths, formats))
     ]
     return Machine(
-        qemu=cloud.qemu(), accel=cloud.accel(vm.get("vmAccel")), name=vm.name, uuid=vm.get("vmUuid"),
-        type=vm.get("vmMachine"), mem=vm.number("vmMem"), cpus=vm.number("vmCpu"), disks=disks, mac=vm.get("vmMac"),
+        qemu=cloud.qemu(), accel=cloud.accel(vm.get("vmAccel")), name=vm.name, settings=vm.settings(), disks=disks,
         pid_file=os.path.basename(vm.pid_file), credentials=write_credentials(vm),
         seed=write_seed(cloud, vm, takes_seed(vm) and not iso),  # an installer would take it for its users' answers
-        kernel=vm.get("vmKernel"), initrd=vm.get("vmInitrd"), append=vm.get("vmAppend"),
         extra=split_words(vm.get("vmExtraOpts")), iso=iso, screen=cloud.screen() if gui or vm.is_set("vmGui") else "",
         record=os.path.basename(layer.record) if layer else "",
     )  # fmt: skip
@@ -9483,7 +9491,7 @@ def one_operand(words: Sequence[str], name: str) -> str:
 GROUP = Option("-g --group GROUP", "only this group")
 TYPE = Option("-t --type TYPE", "only this type")
 FORCE = Option("--force", "though it is more memory than the host has")
-VM_OPTIONS = (
+RUNNING_VM_OPTIONS = (
     Option("-n --name NAME", "the VM: NAME, GROUP/NAME or GROUP/TYPE/NAME", complete="running-vm"),
     Option("-g --group GROUP", "the group it is in"),
     Option("-t --type TYPE", "the type it is of"),
@@ -10009,8 +10017,8 @@ def address_and_port(words: Sequence[str]) -> tuple[str, int]:
     return checked(ipv4_address, address, repr(address)), checked(whole_number(1, 65535), port, repr(port))
 
 
-def vm_of_options(cloud: Cloud, args: argparse.Namespace) -> VM:
-    """The running VM that VM_OPTIONS mean."""
+def running_vm_of_options(cloud: Cloud, args: argparse.Namespace) -> VM:
+    """The running VM that RUNNING_VM_OPTIONS mean."""
     if args.name is None:
         raise UsageError("which VM? give -n NAME", "vmrunning lists them")
     return running_vm(cloud, args.name, args.group, args.type)
@@ -10018,13 +10026,13 @@ def vm_of_options(cloud: Cloud, args: argparse.Namespace) -> VM:
 
 @declare(
     Command("console", "vmconsole"),
-    *VM_OPTIONS,
+    *RUNNING_VM_OPTIONS,
     Option("-s --serial", "its serial console in this terminal; Ctrl-] leaves"),
 )
 def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """a VM's screen; with -s, or without a display, its serial console"""
     with Cloud(config) as cloud:
-        vm = vm_of_options(cloud, args)
+        vm = running_vm_of_options(cloud, args)
     missing = "no display here" if not has_display() else "" if screen_of(vm) else f"{vm.name} runs without a screen"
     if not args.serial and not missing:
         open_screen(vm)
@@ -10035,11 +10043,11 @@ def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> i
     return EXIT_DONE
 
 
-@declare(Command("manage", "vmmanage", "[WORDS...]"), *VM_OPTIONS)
+@declare(Command("manage", "vmmanage", "[WORDS...]"), *RUNNING_VM_OPTIONS)
 def cmd_manage(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """qemu's monitor of a VM; with WORDS, just that command"""
     with Cloud(config) as cloud:
-        vm = vm_of_options(cloud, args)
+        vm = running_vm_of_options(cloud, args)
     if words:
         monitor_command(vm, " ".join(words))
         return EXIT_DONE

@@ -66,7 +66,7 @@ def test_the_settings_file_has_every_key() -> None:
     found = {each.key: each.value for each in nocloud.parse_assignments(lines, "nocloud_net.conf", {})}
     for setting in nocloud.SETTINGS:
         if setting.where in ("config", "both"):
-            assert setting.key in found, setting.key
+            assert setting.key in found, f"{setting.key}: write it into etc/nocloud_net.conf, with its default"
             assert found[setting.key] == os.path.expanduser(setting.default) or not setting.default, setting.key
 
 

@@ -23,22 +23,26 @@ def qemu(*options: str) -> nocloud.Qemu:
     )
 
 
+SETTINGS = {
+    "vmUuid": "6ba7b810-9dad-41d1-80b4-00c04fd430c8",
+    "vmMachine": "pc-q35-7.2",
+    "vmMem": "512",
+    "vmCpu": "2",
+    "vmMac": "00:50:56:6b:a7:b8",
+}
+
+
 def machine(**changes: Any) -> nocloud.Machine:
+    """A VM as it is by default, but for these changes: of its settings, by their keys, and of the rest."""
+    settings = {each.key: each.default for each in nocloud.SETTINGS if each.where in ("both", "vm")} | SETTINGS
     values: dict[str, Any] = {
         "qemu": qemu(),
         "accel": "tcg",
         "name": "web00",
-        "uuid": "6ba7b810-9dad-41d1-80b4-00c04fd430c8",
-        "type": "pc-q35-7.2",
-        "mem": 512,
-        "cpus": 2,
+        "settings": settings | {key: changes.pop(key) for key in list(changes) if key in settings},
         "disks": [("web00_0.img", "qcow2", "web00_0")],
-        "mac": "00:50:56:6b:a7:b8",
         "pid_file": "web00.pid",
         "credentials": "",
-        "kernel": "",
-        "initrd": "",
-        "append": "",
         "extra": [],
     }
     return nocloud.Machine(**{**values, **changes})
@@ -48,14 +52,14 @@ DISKS = [(f"web00_{number}.img", "qcow2", f"web00_{number}") for number in range
 
 CASES: dict[str, tuple[nocloud.Machine, int, int]] = {
     "plain": (machine(), 5, -1),
-    "kvm-vhost": (machine(accel="kvm", mem=4096, cpus=8), 5, 6),
+    "kvm-vhost": (machine(accel="kvm", vmMem="4096", vmCpu="8"), 5, 6),
     "credentials": (machine(credentials="credentials"), 5, -1),
     "data-disks": (machine(disks=DISKS), 5, -1),
     "raw-disk": (machine(disks=[("web00_0.img", "raw", "web00_0")]), 5, -1),
-    "as-bash-ran-it": (machine(type=""), 5, -1),
+    "as-bash-ran-it": (machine(vmMachine=""), 5, -1),
     "no-sandbox": (machine(qemu=qemu("spice")), 5, -1),
     "no-network": (machine(), -1, -1),
-    "kernel": (machine(kernel="vmlinuz", initrd="initrd.img", append="console=ttyS0 root=/dev/vda"), 5, -1),
+    "kernel": (machine(vmKernel="vmlinuz", vmInitrd="initrd.img", vmAppend="console=ttyS0 root=/dev/vda"), 5, -1),
     "extra": (machine(extra=["-s", "-global", "x=y"]), 5, -1),
     "commas": (machine(name="a,b", disks=[("c,d/e,,f.img", "qcow2", "a,b_0")], credentials="g,h"), 5, -1),
     "seed": (machine(disks=DISKS[:2], seed="seed"), 5, -1),
@@ -171,7 +175,7 @@ def test_serials_fit_in_20_bytes_and_tell_disks_apart() -> None:
 
 
 def test_memory_and_processors() -> None:
-    argv = nocloud.qemu_argv(machine(mem=640, cpus=3), 5)
+    argv = nocloud.qemu_argv(machine(vmMem="640", vmCpu="3"), 5)
     assert argv[argv.index("-m") + 1] == "640M"
     assert argv[argv.index("-smp") + 1].startswith("3,")
 

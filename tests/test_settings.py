@@ -545,9 +545,12 @@ def test_any_description_is_read_or_refused(text: str) -> None:
         assert str(error).startswith("FILE:")
 
 
+NAMES = "|".join(option.name for option in nocloud.CLONE_OPTIONS if option.name != "user-data")  # which is a file
+
+
 @given(
     st.from_regex(
-        r"[a-z]{1,9} ?: ?[0-9]{1,5}(:[a-z]{0,5}(:((mem|cpu|dsk|name|gui|x)=?[0-9a-z,]{0,5};?){0,4})?)?", fullmatch=True
+        rf"[a-z]{{1,9}} ?: ?[0-9]{{1,5}}(:[a-z]{{0,5}}(:(({NAMES}|x)=?[0-9a-z,]{{0,5}};?){{0,4}})?)?", fullmatch=True
     )
 )
 def test_lines_that_look_right_are_read_or_refused(line: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import Cloud, tree_at
+from test_lifecycle import INHERITED
 
 import nocloud
 
@@ -280,14 +281,10 @@ def test_a_switch_is_written_in_many_ways(tmp_path: Path, value: str, on: bool) 
 
 
 def test_what_is_inherited(tmp_path: Path) -> None:
-    """These keys, where the conf has them; the configuration's values stay where they are."""
-    keys = "vmMem vmCpu vmUser vmAccel vmExtraOpts vmCpuCap vmInit vmMachine vmKernel vmInitrd vmAppend"
-    assert " ".join(setting.key for setting in nocloud.SETTINGS if setting.inherited) == keys
-    values = {"vmMem": "64", "vmCpu": "1", "vmInit": "none", "vmAccel": "tcg", "vmCpuCap": "50"}
-    conf = {key: values.get(key, "x") for key in keys.split()}
+    """The keys that test_lifecycle has a value for, where the conf has them; not the configuration's."""
     others = "vmName=web00\nvmQemu=/old\nvmUuid=\nvmGui=1\nvmNetwork=private\nmine=1\n"
-    vm = vm_of(tmp_path, others + "".join(f"{key}={value}\n" for key, value in conf.items()))
-    assert vm.inherited() == conf
+    vm = vm_of(tmp_path, others + "".join(f"{key}={value}\n" for key, value in INHERITED.items()))
+    assert vm.inherited() == INHERITED
     assert vm_of(tmp_path, "vmName=web00\nvmExtraOpts=\n", vmUser="ann", vmAccel="tcg").inherited() == {}
 
 
