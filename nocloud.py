@@ -42,6 +42,7 @@ Modules that only some commands need are imported where they are used: a listing
 from __future__ import annotations
 
 import fcntl
+import functools
 import io
 import os
 import re
@@ -49,8 +50,8 @@ import stat
 import struct
 import sys
 import time
-from collections import ChainMap, Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections import ChainMap, Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 
 TYPE_CHECKING = False  # typing costs 7 ms at start-up and nothing here needs it at run time
 if TYPE_CHECKING:
@@ -206,7 +207,6 @@ class Reporter:
         now = time.time_ns()
         stamp = time.strftime("%Y/%m/%d %H:%M:%S", time.localtime(now // 10**9))
         try:
-            self._finish_line()
             self.data(f"{stamp}.{now % 10**9:09d} {printable(text)}")
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
@@ -244,13 +244,6 @@ class Reporter:
         if self._unfinished:
             self._unfinished = False
             sys.stderr.write("\r\x1b[K")
-
-    def trace(self, argv: Sequence[str]) -> None:
-        """Under --debug, each external command before it runs."""
-        if self.debug:
-            import shlex
-
-            self.say("+ " + shlex.join(argv))
 
 
 report = Reporter()
@@ -294,12 +287,12 @@ def read_text(path: str) -> str:
         return file.read()
 
 
-def read_tail(path: str, size: int = 4096) -> str:
-    """The end of a log, as text; '' where there is none."""
+def read_tail(path: str) -> str:
+    """The last 4096 bytes of a log, as text; '' where there is none."""
     try:
         with open(path, "rb") as file:
             file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - size))
+            file.seek(max(0, file.tell() - 4096))
             return file.read().decode("utf-8", "replace")
     except OSError:
         return ""
@@ -323,10 +316,8 @@ def write_file(path: str, content: str | bytes, mode: int = 0o600) -> None:
 def append_line(path: str, text: str) -> None:
     """Add a line to a log that others write to as well."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(fd, (printable(text) + "\n").encode("utf-8", "replace"))
-    finally:
-        os.close(fd)
+    with open(fd, "a", encoding="utf-8", errors="replace") as file:
+        file.write(printable(text) + "\n")
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -365,11 +356,9 @@ def remove_tree(folder: str) -> None:
 def make_private_folder(path: str) -> None:
     """A folder that only its owner enters: it holds keys or sockets."""
     os.makedirs(path, 0o700, exist_ok=True)
-    info = os.stat(path)
+    info = os.stat(path)  # one that others could write to stays as it is: who relies on what is in it looks for that
     if info.st_mode & 0o077 and not info.st_mode & 0o022 and info.st_uid == os.geteuid():
-        os.chmod(
-            path, 0o700
-        )  # one that others could write to stays as it is: who relies on what is in it looks for that
+        os.chmod(path, 0o700)
 
 
 def existing_parent(folder: str) -> str:
@@ -460,13 +449,10 @@ class FolderLock:
                 self._acquire(deadline)
                 if os.path.samestat(os.fstat(self._fd), os.stat(self.path)):
                     return self
-            except FileNotFoundError:
+            except BaseException as error:
                 self.release()
-                if not self._make:
+                if not (self._make and isinstance(error, FileNotFoundError)):
                     raise
-            except BaseException:
-                self.release()
-                raise
             self.release()
 
     def _acquire(self, deadline: float) -> None:
@@ -505,10 +491,6 @@ def is_locked(path: str) -> bool:
         return False
 
 
-# struct flock of Linux on 64-bit machines: l_type, l_whence, l_start, l_len, l_pid.
-_FLOCK = "hhqqi4x"
-
-
 def lock_holder(path: str) -> tuple[str, int]:
     """Who holds the write lock on a pidfile: ("running", pid), ("stopped", 0) or ("unknown", 0).
 
@@ -516,19 +498,15 @@ def lock_holder(path: str) -> tuple[str, int]:
     not the number in the file, says whether it runs: a stale file or a reused pid can't deceive.
     Unknown: the file may not be read, the holder is in another pid namespace (pid 0), or there is no lock service.
     """
+    layout = "hhqqi4x"  # struct flock of Linux on 64-bit machines: l_type, l_whence, l_start, l_len, l_pid
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
     except (FileNotFoundError, NotADirectoryError):
         return "stopped", 0
     except OSError:
         return "unknown", 0
-    try:
-        answer = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
-    except OSError:
-        return "unknown", 0
-    finally:
-        os.close(fd)
-    kind, _, _, _, pid = struct.unpack(_FLOCK, answer)
+    kind, _, _, _, pid = struct.unpack(layout, answer)
     if kind == fcntl.F_UNLCK:
         return "stopped", 0
     return ("running", pid) if pid > 1 else ("unknown", 0)
@@ -558,12 +536,12 @@ cancellation = Cancellation()
 
 
 def wait_for(ready: Callable[[], bool], seconds: float, interval: float = 0.02) -> bool:
-    """Ask until `ready` says yes or the time is over; what it said last."""
+    """Ask until `ready` says yes or the time is over; what it said last.  A cancelled wait ends at once."""
     deadline = time.monotonic() + seconds
     while not ready():
-        cancellation.check()
         if time.monotonic() >= deadline:
             return False
+        cancellation.check()
         time.sleep(interval)
     return True
 
@@ -815,27 +793,22 @@ def parse_assignments(text: str, name: str, known: MutableMapping[str, str]) -> 
         line = raw.strip(" \t\r")
         if not line or line[0] == "#":
             continue
-        plain = match(line)
+        plain, used = match(line), set[str]()
         try:
             if plain:
-                assignment = Assignment(number, plain.group(1), plain.group(2), set())
+                key, value = plain.groups()
             else:
-                assignment = _parse_line(number, line, variables)
+                start = re.compile(_START, re.ASCII).match(line)
+                if not start:
+                    raise ValueError(f"not a KEY=value line: {line[:60]!r}")
+                key, value = start.group(1), _read_value(line[start.end() :], variables, used)
         except ValueError as error:
             raise UsageError(
                 f"{name}:{number}: {error}", "only KEY=value lines with quotes, $VAR and comments are read, never run"
             ) from None
-        variables[assignment.key] = assignment.value
-        found.append(assignment)
+        variables[key] = value
+        found.append(Assignment(number, key, value, used))
     return found
-
-
-def _parse_line(number: int, line: str, variables: Mapping[str, str]) -> Assignment:
-    start = re.compile(_START, re.ASCII).match(line)
-    if not start:
-        raise ValueError(f"not a KEY=value line: {line[:60]!r}")
-    used: set[str] = set()
-    return Assignment(number, start.group(1), _read_value(line[start.end() :], variables, used), used)
 
 
 def _read_value(text: str, variables: Mapping[str, str], used: set[str]) -> str:
@@ -984,12 +957,11 @@ def packaged(name: str, place: str = "etc") -> str:
 
     '' where there is none: nocloud.py copied alone works too.
     """
+    path = os.path.join(os.path.dirname(os.path.realpath(__file__)), place, name)
     try:
-        folder = os.path.dirname(os.path.realpath(__file__))
-        data: bytes = globals()["__loader__"].get_data(os.path.join(folder, place, name))
+        return bytes.decode(globals()["__loader__"].get_data(path))
     except OSError:
         return ""
-    return data.decode()
 
 
 def need_packaged(name: str) -> str:
@@ -1047,14 +1019,9 @@ def installed_settings() -> str:
 
 def config_files() -> list[str]:
     """The files to read, in order: the installation's, then the first of the user's that exists."""
-    files = [path for path in [installed_settings()] if os.path.isfile(path)]
-    own = (
-        "./.nocloud.conf",
-        os.path.expanduser("~/.nocloud.conf"),
-        os.path.join(config_home(), "nocloud.conf"),
-        "/etc/nocloud.conf",
-    )
-    return files + [path for path in own if os.path.isfile(path)][:1]
+    own = ["./.nocloud.conf", "~/.nocloud.conf", f"{config_home()}/nocloud.conf", "/etc/nocloud.conf"]
+    found = [path for path in map(os.path.expanduser, own) if os.path.isfile(path)]
+    return [*filter(os.path.isfile, [installed_settings()]), *found[:1]]
 
 
 def load_config() -> Config:
@@ -1068,12 +1035,11 @@ def load_config() -> Config:
 
 def base_folder(config: Config) -> str:
     """vmBaseDir as an absolute path without symlinks; its default is the bash tools' place if that is there."""
-    path = os.path.expanduser(config["vmBaseDir"])
+    path, old = os.path.expanduser(config["vmBaseDir"]), os.path.expanduser("~/Documents/kvm/VMs")
     if not path:
-        old = os.path.expanduser("~/Documents/kvm/VMs")
         data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
         path = old if os.path.isdir(old) else os.path.join(data, "nocloud", "kvm")
-    if not os.path.isabs(path) and path.startswith("~"):
+    if path.startswith("~"):
         raise UsageError(f"vmBaseDir={path}: no such user or no home folder", "set vmBaseDir to an absolute path")
     return os.path.realpath(path)
 
@@ -1154,19 +1120,28 @@ def install_command(programs: Iterable[str]) -> str:
     return f"sudo {words} {' '.join(packages)}" if words else ""
 
 
-def program_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of every program: messages in English, whatever the user's locale."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("LC_ALL", "LANGUAGE")}
-    environment["LC_ALL"] = "C.UTF-8"
-    environment.update(extra or {})
-    return environment
-
-
 def traced(argv: Sequence[str]) -> list[str]:
     """`argv` with the program's path, as it is about to run: shown under --debug.  Raises MissingProgram."""
     words = [need_program(argv[0]), *argv[1:]]
-    report.trace(words)
+    if report.debug:
+        report.say(f"+ {quoted(*words)}")
     return words
+
+
+def popen(argv: Sequence[str], env: Mapping[str, str] | None = None, **how: Any) -> subprocess.Popen[bytes]:
+    """Start a program, `how` as subprocess.Popen says: in English, with nothing on stdin unless that is given.
+
+    Raises MissingProgram.
+    """
+    import subprocess
+
+    class Child(subprocess.Popen[bytes]):
+        def __del__(self) -> None:
+            """It may outlive us: no warning about that."""
+
+    inherited = {key: value for key, value in os.environ.items() if key != "LANGUAGE"}
+    environment = {**inherited, "LC_ALL": "C.UTF-8", **(env or {})}
+    return Child(traced(argv), env=environment, **{"stdin": subprocess.DEVNULL, **how})
 
 
 def run(
@@ -1176,7 +1151,6 @@ def run(
     check: bool = True,
     timeout: float | None = 60,
     cwd: str | None = None,
-    env: Mapping[str, str] | None = None,
     fds: Sequence[int] = (),
     merge: bool = True,
 ) -> subprocess.CompletedProcess[str]:
@@ -1186,17 +1160,9 @@ def run(
     """
     import subprocess
 
-    words = traced(argv)
-    child = subprocess.Popen(
-        words,
-        stdin=subprocess.DEVNULL if input is None else subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT if merge else subprocess.PIPE,
-        cwd=cwd,
-        env=program_environment(env),
-        pass_fds=fds,
-    )
-    with child:
+    stdin = subprocess.DEVNULL if input is None else subprocess.PIPE
+    stderr = subprocess.STDOUT if merge else subprocess.PIPE
+    with popen(argv, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, cwd=cwd, pass_fds=fds) as child:
         cancellation.children.add(child)
         try:
             said = child.communicate(input, timeout)
@@ -1211,7 +1177,7 @@ def run(
     output, errors = ((each or b"").decode("utf-8", "replace") for each in said)
     if check and child.returncode:
         raise CommandFailed(argv, child.returncode, output + errors)
-    return subprocess.CompletedProcess(words, child.returncode, output, errors)
+    return subprocess.CompletedProcess(argv, child.returncode, output, errors)
 
 
 def try_run(argv: Sequence[str], timeout: float) -> tuple[int, str]:
@@ -1235,51 +1201,38 @@ def run_watched(
     It has a session of its own, all of which ends when we are interrupted, with TimedOut after `timeout` seconds
     (0: never), and as soon as `host` has ended, the qemu that it talks to.
     """
+    import select
     import signal
     import subprocess
-    import threading
 
-    words = traced(argv)
-    child = subprocess.Popen(
-        words,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=program_environment(env),
-        start_new_session=True,
-    )
+    child = popen(argv, env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     assert child.stdout
-    over, late = threading.Event(), threading.Event()
-
-    def watch() -> None:
-        deadline = time.monotonic() + (timeout or float("inf"))
-        while not over.wait(0.25):
-            if time.monotonic() > deadline:
-                late.set()
-            if late.is_set() or (host and host.ended()):
-                try:
-                    os.killpg(child.pid, signal.SIGTERM)
-                except ProcessLookupError:
-                    pass  # it has just ended by itself
-                return
-
-    if timeout or host:
-        threading.Thread(target=watch, daemon=True).start()
+    deadline = time.monotonic() + (timeout or float("inf"))
+    poll = select.poll()
+    poll.register(child.stdout)
+    rest = b""
     try:
-        with child.stdout:
-            for line in child.stdout:
-                on_line(line.decode("utf-8", "replace").rstrip("\n"))
-        over.set()
-        status = child.wait()
+        with child.stdout as output:
+            while True:
+                if time.monotonic() > deadline:
+                    raise TimedOut(f"{argv[0]}: no end after {timeout:.0f} s")
+                if host and host.ended():
+                    os.killpg(child.pid, signal.SIGTERM)
+                    break
+                if poll.poll(250):
+                    piece = os.read(output.fileno(), 65536)
+                    if not piece:
+                        break
+                    *lines, rest = (rest + piece).split(b"\n")
+                    for line in lines:
+                        on_line(line.decode("utf-8", "replace"))
+        if rest:
+            on_line(rest.decode("utf-8", "replace"))
+        return child.wait()
     except BaseException:
         os.killpg(child.pid, signal.SIGTERM)
         child.wait()
         raise
-    finally:
-        over.set()
-    if late.is_set():
-        raise TimedOut(f"{argv[0]}: no end after {timeout:.0f} s")
-    return status
 
 
 def spawn(
@@ -1288,7 +1241,6 @@ def spawn(
     log: str | int,
     cwd: str | None = None,
     fds: Sequence[int] = (),
-    stdin: int | None = None,
     env: Mapping[str, str] | None = None,
     umask: int = -1,
 ) -> subprocess.Popen[bytes]:
@@ -1296,27 +1248,11 @@ def spawn(
 
     `umask`: of the files that it makes; -1: the caller's.  Raises MissingProgram.
     """
-    import subprocess
-
-    class Child(subprocess.Popen[bytes]):
-        def __del__(self) -> None:
-            """It lives on: no warning about that."""
-
-    words = traced(argv)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
     output = os.open(log, flags, 0o600) if isinstance(log, str) else os.dup(log)
     try:
-        return Child(
-            words,
-            stdin=subprocess.DEVNULL if stdin is None else stdin,
-            stdout=output,
-            stderr=output,
-            cwd=cwd,
-            env=program_environment(env),
-            pass_fds=fds,
-            start_new_session=True,
-            umask=umask,
-        )
+        how = {"cwd": cwd, "pass_fds": fds, "umask": umask, "start_new_session": True}
+        return popen(argv, env, stdout=output, stderr=output, **how)
     finally:
         os.close(output)
 
@@ -1333,14 +1269,15 @@ def become(argv: Sequence[str]) -> None:
     os.execv(words[0], words)
 
 
-def user_name() -> str:
-    """The login of whoever calls this; his number where he has none, as in some containers."""
+def user_name(uid: int | None = None) -> str:
+    """The login of a user, by default of whoever calls this; his number where he has none, as in some containers."""
     import pwd
 
+    uid = os.geteuid() if uid is None else uid
     try:
-        return pwd.getpwuid(os.geteuid()).pw_name
+        return pwd.getpwuid(uid).pw_name
     except KeyError:
-        return str(os.geteuid())
+        return str(uid)
 
 
 def self_argv(*words: str) -> list[str]:
@@ -1418,21 +1355,14 @@ class Process:
                 ) from None
 
     def ended(self, seconds: float = 0) -> bool:
-        """Whether it has ended, waiting for that up to `seconds`; a cancelled wait ends at once."""
+        """Whether it has ended, waiting for that up to `seconds`."""
         if self._fd < 0:
             return True
         import select
 
         poll = select.poll()
         poll.register(self._fd, select.POLLIN)
-        deadline = time.monotonic() + seconds
-        while True:
-            left = deadline - time.monotonic()
-            if poll.poll(max(0.0, min(left, 0.25)) * 1000):
-                return True
-            if left <= 0:
-                return False
-            cancellation.check()
+        return wait_for(lambda: bool(poll.poll(min(seconds, 0.1) * 1000)), seconds, 0)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -1479,15 +1409,13 @@ def foreign_image_format(path: str, shown: str = "") -> str:
     `shown` is what messages call it, where that isn't its path.
     """
     shown = shown or path
-    if has_data_file(path):  # `qemu-img info` would open it
+    header = qcow2_header(path)
+    if header and header[1]:  # `qemu-img info` would open it
         raise WrongImage(f"{shown}: refused: the image keeps its data in another file")
     info = image_info(path)
     name = str(info.get("format", ""))
-    data_file = (info.get("format-specific") or {}).get("data", {}).get("data-file")
     if info.get("backing-filename") or info.get("full-backing-filename"):
         raise WrongImage(f"{shown}: refused: the image stands on another file, {info.get('backing-filename')}")
-    if data_file:
-        raise WrongImage(f"{shown}: refused: the image keeps its data in another file, {data_file}")
     if name not in ("qcow2", "raw"):
         raise WrongImage(f"{shown}: a {name} image; only qcow2 and raw are taken", "qemu-img convert -O qcow2 OLD NEW")
     if name == "raw" and not looks_bootable(path):
@@ -1497,18 +1425,26 @@ def foreign_image_format(path: str, shown: str = "") -> str:
     return name
 
 
-def has_data_file(path: str) -> bool:
-    """Whether a qcow2 image keeps its data in another file: bit 2 of the incompatible features of version 3
-    (QEMU docs/interop/qcow2.txt)."""
-    with open(path, "rb") as file:
-        header = file.read(80)
-    return header[:4] == b"QFI\xfb" and header[7:8] >= b"\x03" and len(header) == 80 and bool(header[79] & 4)
-
-
 def looks_bootable(path: str) -> bool:
     """Whether a raw image begins with a boot sector (55 AA at its end): any file at all is "raw" to qemu-img."""
     with open(path, "rb") as file:
         return file.read(512)[510:512] == b"\x55\xaa"
+
+
+def qcow2_header(path: str) -> tuple[str, bool] | None:
+    """(what a qcow2 image stands on or '', whether its data is in another file), by its header; None: no qcow2 image.
+
+    Big-endian magic, version, offset (in the first cluster, of 2 MB at most) and length of the backing file's name;
+    bit 2 of version 3's incompatible features is the data file (QEMU docs/interop/qcow2.txt).  qemu-img would take
+    15 ms a file, and open what the header names; a tree may have a thousand.
+    """
+    with open(path, "rb") as file:
+        magic, version, offset, length, features = struct.unpack(">4sIQI52xQ", file.read(80).ljust(80, b"\0"))
+        if magic != b"QFI\xfb":
+            return None
+        file.seek(min(offset, 2 * MIB))
+        name = file.read(min(length, 1023)) if offset else b""
+    return os.fsdecode(name), version >= 3 and bool(features & 4)
 
 
 def disk_format(path: str) -> str:
@@ -1516,30 +1452,19 @@ def disk_format(path: str) -> str:
 
     A guest writes what it likes into a raw disk, such a header too: what is found out is kept, see known_formats.
     """
-    with open(path, "rb") as file:
-        return "qcow2" if file.read(4) == b"QFI\xfb" else "raw"
+    return "qcow2" if qcow2_header(path) else "raw"
 
 
 def backing_chain(disks: Sequence[str]) -> list[str]:
-    """The real paths of the files under these qcow2 disks, read from their headers.
-
-    The header holds the backing file's offset and length, big-endian, at bytes 8 and 16
-    (QEMU docs/interop/qcow2.txt).  qemu-img would take 15 ms a file; a tree may have a thousand.
-    """
+    """The real paths of the files under these qcow2 disks."""
     found: list[str] = []
     for disk in disks:
         path = os.path.realpath(disk)
         for _ in range(64):  # a chain that names itself must end too
-            with open(path, "rb") as file:
-                header = file.read(20)
-                if len(header) < 20 or header[:4] != b"QFI\xfb":
-                    break
-                offset, length = struct.unpack_from(">QI", header, 8)
-                if not 0 < length <= 1023 or offset == 0:
-                    break
-                file.seek(offset)
-                name = os.fsdecode(file.read(length))
-            path = os.path.realpath(os.path.join(os.path.dirname(path), name))
+            header = qcow2_header(path)
+            if not header or not header[0]:
+                break
+            path = os.path.realpath(os.path.join(os.path.dirname(path), header[0]))
             found.append(path)
             if not os.path.exists(path):
                 break
@@ -1571,19 +1496,19 @@ def first_format(vm: VM, disk: str) -> str:
 
     A header that leads out of the tree may be the guest's own work: whose it is, only the user knows.
     """
-    format = disk_format(disk)
-    if format == "qcow2":
+    header = qcow2_header(disk)
+    if header:
         inside = os.path.realpath(vm.base) + os.sep
         templates = [each for each in vm.tree.templates() if each.is_readable()]
         theirs = {os.path.realpath(path) for each in templates for path in each.disks()}
         strays = [path for path in backing_chain([disk]) if not path.startswith(inside) and path not in theirs]
-        if strays or has_data_file(disk):
+        if strays or header[1]:
             raise WrongImage(
                 f"its disk {disk} needs a file outside the tree: {strays[0] if strays else 'its data file'}",
                 f"the guest may have written that itself; if not, set vmDiskFormat=qcow2 in {vm.conf_file}",
                 vm=vm,
             )
-    return format
+    return "qcow2" if header else "raw"
 
 
 def create_overlay(disk: str, backing: str, format: str = "qcow2", gigabytes: int = 0) -> None:
@@ -1625,12 +1550,10 @@ def checked_iso(path: str) -> str:
     return os.path.abspath(path)
 
 
-ISO_WRITERS = (["xorriso", "-as", "mkisofs"], ["genisoimage"], ["mkisofs"])  # all know mkisofs' options
-
-
 def find_iso_writer() -> list[str]:
-    """The words that call a program which writes ISO images; [] where there is none."""
-    return next((words for words in ISO_WRITERS if find_program(words[0])), [])
+    """The words that call a program which writes ISO images, all with mkisofs' options; [] where there is none."""
+    writers = (["xorriso", "-as", "mkisofs"], ["genisoimage"], ["mkisofs"])
+    return next((words for words in writers if find_program(words[0])), [])
 
 
 def create_iso(path: str, label: str, files: Sequence[str]) -> None:
@@ -1638,25 +1561,17 @@ def create_iso(path: str, label: str, files: Sequence[str]) -> None:
     run([*find_iso_writer(), "-quiet", "-output", path, "-volid", label, "-joliet", "-rock", *files])
 
 
-def convert_image(source: str, format: str, target: str) -> None:
-    """A self-contained qcow2 copy of an image; unused space takes none."""
+def convert_image(source: str, format: str, target: str, *options: str) -> None:
+    """A qcow2 copy of an image, self-contained unless `options` name what it stands on; unused space takes none."""
     paths = [os.path.abspath(source), os.path.abspath(target)]
-    run(["qemu-img", "convert", "-f", format, "-O", "qcow2", *paths], timeout=None)
+    run(["qemu-img", "convert", "-f", format, "-O", "qcow2", *options, *paths], timeout=None)
 
 
-def copy_overlay(source: str, target: str, backing: str, format: str) -> None:
-    """A copy of a qcow2 overlay that stands on the same file, of that format; `backing` is relative to the copy."""
-    paths = [os.path.abspath(source), os.path.abspath(target)]
-    run(["qemu-img", "convert", "-f", "qcow2", "-O", "qcow2", "-B", backing, "-F", format, *paths], timeout=None)
-
-
-def compress_image(source: str, target: str, format: str = "raw") -> None:
+def compress_image(source: str, format: str, target: str) -> None:
     """A compressed, self-contained qcow2 of an image: a third of the size for 3 s; zlib, where qemu lacks zstd, would
     take 20 s."""
-    options = ["-c", "-W", "-m", "8", "-o", "compression_type=zstd"]
-    paths = [os.path.abspath(source), os.path.abspath(target)]
     try:
-        run(["qemu-img", "convert", "-f", format, "-O", "qcow2", *options, *paths], timeout=None)
+        convert_image(source, format, target, "-c", "-W", "-m", "8", "-o", "compression_type=zstd")
     except CommandFailed:
         convert_image(source, format, target)
 
@@ -1679,10 +1594,8 @@ def converted_size(source: str, format: str) -> int:
     """The bytes that convert_image's copy will take; more than the image itself where that is compressed."""
     import json
 
-    answer = run(
-        ["qemu-img", "measure", "--output=json", "-f", format, "-O", "qcow2", os.path.abspath(source)], merge=False
-    )
-    return int(json.loads(answer.stdout)["required"])
+    words = ["measure", "--output=json", "-f", format, "-O", "qcow2", os.path.abspath(source)]
+    return int(json.loads(run(["qemu-img", *words], merge=False).stdout)["required"])
 
 
 # QMP #################################################################################################
@@ -1858,9 +1771,8 @@ class QemuProcess:
 
     def values(self, *names: str) -> list[str]:
         """The values of these options, in their order; qemu takes one dash and two."""
-        return [
-            value for name, value in zip(self.words, self.words[1:]) if name[:1] == "-" and name.lstrip("-") in names
-        ]
+        pairs = zip(self.words, self.words[1:])
+        return [value for name, value in pairs if name[:1] == "-" and name.lstrip("-") in names]
 
     @property
     def mac(self) -> str:
@@ -1903,46 +1815,37 @@ class QemuProcess:
         return False
 
 
-class ForeignQemus:
-    """The qemus that hold no pidfile: started by the bash tools, or left by who removed the file.
-
-    /proc is read once in a process's life, when a VM of the tree has no locked pidfile.
-    """
-
-    def __init__(self) -> None:
-        self._looked: list[QemuProcess] | None = None
-
-    def find(self, vm: VM) -> QemuProcess | None:
-        """The qemu that runs a VM."""
-        if self._looked is None:
-            pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-            self._looked = [QemuProcess(pid) for pid in pids if is_qemu(pid) and self._may_be_ours(pid)]
-        for process in self._looked:
-            try:
-                if process.runs(vm) and process.is_alive():
-                    return process
-            except Error:
-                continue  # its conf can't be read
-        return None
-
-    def of(self, vm: VM) -> QemuProcess | None:
-        """The qemu that runs a VM, where nocloud didn't start it."""
-        state, pid = lock_holder(vm.pid_file)
-        if state == "unknown" or (state == "running" and os.path.exists(vm.file("qmp.sock"))):
-            return None
-        process = self.find(vm) if state == "stopped" else QemuProcess(pid)
-        return process if process and is_qemu(process.pid) and not process.is_ours else None
-
-    @staticmethod
-    def _may_be_ours(pid: int) -> bool:
-        """Whether it is this user's or root's, whom a conf may belong to as well."""
+@functools.cache
+def qemus() -> list[QemuProcess]:
+    """The qemus of this user, and of root, who may own a conf as well: /proc is read once in a process's life."""
+    found = []
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         try:
-            return os.stat(f"/proc/{pid}").st_uid in (os.geteuid(), 0)
+            if is_qemu(pid) and os.stat(f"/proc/{pid}").st_uid in (os.geteuid(), 0):
+                found.append(QemuProcess(pid))
         except FileNotFoundError:
-            return False  # it has ended
+            continue  # it has ended
+    return found
 
 
-foreign_qemus = ForeignQemus()
+def unlocked_qemu(vm: VM) -> QemuProcess | None:
+    """The qemu that runs a VM without a locked pidfile: the bash tools started it, or someone removed the file."""
+    for process in qemus():
+        try:
+            if process.runs(vm) and process.is_alive():
+                return process
+        except Error:
+            continue  # its conf can't be read
+    return None
+
+
+def foreign_qemu(vm: VM) -> QemuProcess | None:
+    """The qemu that runs a VM, where nocloud didn't start it."""
+    state, pid = lock_holder(vm.pid_file)
+    if state == "unknown" or (state == "running" and os.path.exists(vm.file("qmp.sock"))):
+        return None
+    process = unlocked_qemu(vm) if state == "stopped" else QemuProcess(pid)
+    return process if process and is_qemu(process.pid) and not process.is_ours else None
 
 
 class HMP(QMP):
@@ -2032,23 +1935,17 @@ RESERVED_GROUPS = ("all", "ungrouped")  # ansible's own
 MAKING, REMOVING = ".new-", ".del-"  # folders of VMs that aren't there yet, or any more
 MANAGER_PID, MANAGER_LOG = ".vmrun.pid", ".vmrun.log"  # of the vmrun that manages a group, in the group's folder
 
-_NAME_RULES = {
-    "VM": (re.compile(r"[A-Za-z0-9-]"), "letters, digits and '-'"),
-    "group": (re.compile(r"[A-Za-z0-9._-]"), "letters, digits, '.', '_' and '-'"),
-}
-
 
 def checked_name(kind: str, name: str) -> str:
     """`name` if something new may be called so, else UsageError naming the character.
 
     A VM's name is a DNS label (RFC 1123); groups, types and templates may have dots and underscores.
     """
-    allowed, words = _NAME_RULES["VM" if kind == "VM" else "group"]
+    hint = "use letters, digits and '-'" if kind == "VM" else "use letters, digits, '.', '_' and '-'"
     if not name:
-        raise UsageError(f"the {kind} name is empty", f"use {words}")
-    for char in name:
-        if not allowed.match(char):
-            raise UsageError(f"{name!r}: {char!r} is not allowed in a {kind} name", f"use {words}")
+        raise UsageError(f"the {kind} name is empty", hint)
+    if stray := re.search("[^A-Za-z0-9-]" if kind == "VM" else "[^A-Za-z0-9._-]", name):
+        raise UsageError(f"{name!r}: {stray[0]!r} is not allowed in a {kind} name", hint)
     if not name[0].isalnum():
         raise UsageError(f"{name!r}: a {kind} name can't start with {name[0]!r}", "start with a letter or a digit")
     if kind == "VM" and name[-1] == "-":
@@ -2159,12 +2056,12 @@ class VM:
     def state(self) -> tuple[str, int]:
         """("running", pid of qemu), ("stopped", 0) or ("unknown", 0)."""
         state, pid = lock_holder(self.pid_file)
-        unlocked = foreign_qemus.find(self) if state == "stopped" else None
+        unlocked = unlocked_qemu(self) if state == "stopped" else None
         return ("running", unlocked.pid) if unlocked else (state, pid)
 
     def foreign_qemu(self) -> QemuProcess | None:
         """The qemu that runs it, where that was started by the bash tools, or by hand; None where nocloud did it."""
-        return foreign_qemus.of(self)
+        return foreign_qemu(self)
 
     def is_running(self) -> bool:
         return self.state()[0] == "running"
@@ -2172,11 +2069,8 @@ class VM:
     @property
     def conf(self) -> dict[str, str]:
         """Its conf, read once.  Raises UsageError where it can't be trusted or understood."""
-        if self._conf is None:
-            self._conf = self._read_conf()
-        return self._conf
-
-    def _read_conf(self) -> dict[str, str]:
+        if self._conf is not None:
+            return self._conf
         try:
             with open(self.conf_file, encoding="utf-8", errors="surrogateescape") as file:
                 reason = untrusted(self.conf_file, os.fstat(file.fileno()))
@@ -2193,6 +2087,7 @@ class VM:
         for assignment in parse_assignments(text, self.conf_file, ChainMap({"vmBaseDir": self.base}, os.environ)):
             check_setting(assignment.key, assignment.value, f"{self.conf_file}:{assignment.line}")
             values[assignment.key] = assignment.value
+        self._conf = values
         return values
 
     def get(self, key: str) -> str:
@@ -2267,7 +2162,8 @@ class Tree:
         return [name for name in folders_in(self.base) if name != TEMPLATES]
 
     def types(self, group: str) -> list[str]:
-        return folders_in(os.path.join(self.base, group))
+        """The types of a group; the templates have one, without a name."""
+        return folders_in(os.path.join(self.base, group)) if group != TEMPLATES else [""]
 
     def vms(self, group: str = "", type: str = "", name: str = "") -> Iterator[VM]:
         """The VMs of the tree that have a conf, templates last, else by group, type and name.
@@ -2275,24 +2171,17 @@ class Tree:
         `name`, in small letters: only those that are called so, in whatever case.
         """
         for each in [group] if group else [*self.groups(), TEMPLATES]:
-            if each == TEMPLATES:
-                if not type:
-                    yield from self.templates(name)
-                continue
-            for kind in [type] if type else self.types(each):
+            for kind in [kind for kind in self.types(each) if type in ("", kind)]:
                 for folder in folders_in(os.path.join(self.base, each, kind)):
                     vm = VM(self, each, kind, folder)
                     if name in ("", folder.lower()) and vm.exists():
                         yield vm
 
-    def running(self, group: str = "", type: str = "") -> Iterator[VM]:
-        return (vm for vm in self.vms(group, type) if vm.is_running())
+    def running(self, group: str = "") -> Iterator[VM]:
+        return (vm for vm in self.vms(group) if vm.is_running())
 
-    def templates(self, name: str = "") -> Iterator[VM]:
-        for folder in folders_in(os.path.join(self.base, TEMPLATES)):
-            vm = self.template(folder)
-            if name in ("", folder.lower()) and vm.exists():
-                yield vm
+    def templates(self) -> Iterator[VM]:
+        return self.vms(TEMPLATES)
 
     def template(self, name: str) -> VM:
         return VM(self, TEMPLATES, "", name)
@@ -2304,14 +2193,14 @@ class Tree:
             raise no_such("template", name, [each.name for each in self.templates()], TEMPLATES_HINT)
         return template
 
-    def unfinished(self) -> Iterator[VM]:
-        """VMs that are being made just now, or were when their maker was killed."""
-        for group in [*self.groups(), TEMPLATES]:
-            for type in [""] if group == TEMPLATES else self.types(group):
-                place = os.path.join(self.base, group, type)
+    def unfinished(self, group: str = "", prefixes: tuple[str, ...] = (MAKING,)) -> Iterator[VM]:
+        """VMs that are being made just now, or were when their maker was killed; with REMOVING half-removed ones."""
+        for each in [group] if group else [*self.groups(), TEMPLATES]:
+            for kind in self.types(each):
+                place = os.path.join(self.base, each, kind)
                 for entry in names_in(place):
-                    if entry.startswith(MAKING):
-                        yield VM(self, group, type, entry[len(MAKING) :], os.path.join(place, entry))
+                    if entry.startswith(prefixes):
+                        yield VM(self, each, kind, entry[len(MAKING) :], os.path.join(place, entry))
 
     def find(self, words: str) -> list[VM]:
         """All VMs that NAME, GROUP/NAME or GROUP/TYPE/NAME can mean; names are compared without case."""
@@ -2390,17 +2279,13 @@ def no_such(kind: str, name: str, names: Iterable[str], hint: str) -> NotFound:
     return NotFound(f"{name}: no such {kind}", f"did you mean {near}?" if near else hint)
 
 
-def left_over(tree: Tree, group: str) -> Iterator[str]:
-    """The folders that commands which were killed left half-made or half-removed in a group.
+def left_over(tree: Tree, group: str = "") -> Iterator[str]:
+    """The folders that commands which were killed left half-made or half-removed, in a group or in all.
 
     A folder whose maker is alive is locked by it.
     """
-    for type in tree.types(group) if group != TEMPLATES else [""]:
-        place = os.path.join(tree.base, group, type)
-        for name in names_in(place):
-            folder = os.path.join(place, name)
-            if name.startswith((MAKING, REMOVING)) and not os.path.islink(folder) and not is_locked(folder):
-                yield folder
+    folders = (vm.folder for vm in tree.unfinished(group, (MAKING, REMOVING)))
+    return (folder for folder in folders if not os.path.islink(folder) and not is_locked(folder))
 
 
 def sweep(tree: Tree, group: str) -> None:
@@ -4508,15 +4393,15 @@ def helper_rules(path: str, depth: int = 8) -> dict[tuple[str, str], str]:
     return found
 
 
-def group_command(gid: int) -> str:
-    """What makes this user a member of a group."""
+def group_command(gid: int, user: str = "") -> str:
+    """What makes a user, by default this one, a member of a group."""
     import grp
 
     try:
         group = grp.getgrgid(gid).gr_name
     except KeyError:
         group = str(gid)
-    return f"sudo usermod -aG {group} {user_name()}  # and log in again"
+    return f"sudo usermod -aG {group} {user or user_name()}  # and log in again"
 
 
 # Identity ############################################################################################
@@ -4854,9 +4739,7 @@ def web_address(text: str) -> str:
 
 
 def web_addresses(text: str) -> list[str]:
-    if text.split():
-        return [web_address(word) for word in text.split()]
-    raise ValueError("an address that begins with http:// or https://")
+    return [web_address(word) for word in text.split() or [text]]
 
 
 def checksum_text(text: str) -> str:
@@ -5073,7 +4956,6 @@ def web_opener(seconds: float, proxies: Mapping[str, str]) -> urllib.request.Ope
     """urllib's opener for http and https alone, with waits of at most `seconds`, and with proxies from the environment
     and from `proxies`, which names them like the environment does."""
     import http.client
-    import ssl
     import urllib.request
 
     class Response(http.client.HTTPResponse):
@@ -5081,20 +4963,14 @@ def web_opener(seconds: float, proxies: Mapping[str, str]) -> urllib.request.Ope
             super().__init__(*args, **options)
             self.fp = io.BufferedReader(Metered(self.fp.detach(), seconds), PIECE)
 
-    class Plain(http.client.HTTPConnection):
-        response_class = Response
+    class Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+        def do_open(self, http_class: Any, req: Any, **options: Any) -> http.client.HTTPResponse:
+            def connect(*words: Any, **more: Any) -> http.client.HTTPConnection:
+                connection: http.client.HTTPConnection = http_class(*words, **more)
+                connection.response_class = Response
+                return connection
 
-    class Secure(http.client.HTTPSConnection):
-        response_class = Response
-
-    class Handler(urllib.request.HTTPSHandler):
-        def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-            return self.do_open(Plain, req)
-
-        def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-            return self.do_open(Secure, req, context=ssl.create_default_context())
-
-        http_request = urllib.request.HTTPSHandler.https_request
+            return super().do_open(connect, req, **options)
 
     class Redirects(urllib.request.HTTPRedirectHandler):
         http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # Python 3.9 and 3.10 don't know it
@@ -5188,8 +5064,7 @@ class Web:
 
     def text(self, url: str) -> str:
         """A small text file."""
-        found: str = self.patiently(lambda: self._text(url))
-        return found
+        return self.patiently(lambda: self._text(url))  # type: ignore[no-any-return]
 
     def _text(self, url: str) -> str:
         data = bytearray()
@@ -5222,24 +5097,36 @@ class Web:
 
 
 class Progress:
-    """How far a download is: a bar on a terminal, elsewhere a line now and then."""
+    """How far a download is: a bar on a terminal, elsewhere a line now and then; and whether there is room for it."""
 
     LINE_EVERY, BAR_EVERY, WIDTH = 15.0, 0.1, 24
 
-    def __init__(self, name: str) -> None:
-        self.name, self.total, self.done, self.kept, self.resumed = name, 0, 0, 0, False
+    def __init__(self, name: str, base: str, pieces: int = 1) -> None:
+        """`base`: the folder that a disk as large as the image is made in afterwards, at least."""
+        self.name, self.base, self.pieces = name, base, pieces
+        self.total, self.done, self.kept, self.resumed = 0, 0, 0, False
         self.started = self._shown = time.monotonic()
+
+    def expect(self, size: int, folder: str) -> None:
+        """Know from the first piece how much will come into the folder: all pieces but the last are of one size.
+        Raises Error where that and the template's disk don't fit."""
+        if self.total:
+            return
+        self.total = max(0, size) * self.pieces
+        wanted = {folder: self.total - self.done, self.base: self.total}
+        if os.stat(folder).st_dev == os.stat(self.base).st_dev:
+            wanted = {self.base: sum(wanted.values())}
+        hint = "free some disk space, or put XDG_CACHE_HOME and vmBaseDir on larger file systems"
+        for place, need in wanted.items():
+            check_room(place, need, hint=hint)
 
     def advance(self, count: int) -> None:
         self.done += count
         now, terminal = time.monotonic(), sys.stderr.isatty()
-        if now - self._shown < (self.BAR_EVERY if terminal else self.LINE_EVERY):
-            return
-        self._shown = now
-        if terminal:
-            report.progress(f"{self.name}: {self.bar()}", self.numbers(now))
-        else:
-            report.progress(f"{self.name}: {self.numbers(now)}")
+        if now - self._shown >= (self.BAR_EVERY if terminal else self.LINE_EVERY):
+            self._shown = now
+            bar = self.bar() + " " if terminal else ""
+            report.progress(f"{self.name}: {bar}{self.numbers(now)}")
 
     def bar(self) -> str:
         if not self.total:
@@ -5267,8 +5154,8 @@ class Transfer:
         self.done, self.total, self.tag = 0, -1, ""
         self.strict = False  # tags differ between the mirrors that a redirector chooses from
 
-    def run(self, expect: Callable[[Transfer], object] = lambda transfer: None) -> None:
-        """Fetch it all.  `expect` is called when the first answer has come, before its first byte is written."""
+    def run(self) -> None:
+        """Fetch it all."""
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         with open(os.open(self.path, flags, 0o600), "r+b", buffering=0) as file:
             for piece in iter(lambda: file.read(PIECE), b""):
@@ -5276,9 +5163,9 @@ class Transfer:
                 self.done += len(piece)
             self.progress.done += self.done
             self.progress.kept += self.done
-            self.web.patiently(lambda: self.result_of(file, expect), lambda: self.done)
+            self.web.patiently(lambda: self._receive(file), lambda: self.done)
 
-    def result_of(self, file: io.FileIO, expect: Callable[[Transfer], object]) -> None:
+    def _receive(self, file: io.FileIO) -> None:
         try:
             answer = self.web.open(self.url, self.done)
         except Exhausted:
@@ -5287,11 +5174,8 @@ class Transfer:
             return  # it is all here, or another file: the checksum knows
         with answer:
             skip = self._align(answer)
-            expect(self)
-            while True:
-                piece = self.web.read(self.url, answer)
-                if not piece:
-                    break
+            self.progress.expect(self.total, os.path.dirname(self.path))
+            for piece in iter(lambda: self.web.read(self.url, answer), b""):
                 new = piece[skip:]
                 skip -= len(piece) - len(new)
                 self.sink(new)
@@ -5322,18 +5206,10 @@ class Transfer:
 
 def parse_checksums(text: str, algorithm: str) -> list[tuple[str, str]]:
     """(file name or '', digest) of each line that says one: `HASH  NAME`, `HASH *NAME`, `ALG (NAME) = HASH`, `HASH`."""
-    digest = f"([0-9a-f]{{{DIGEST_LENGTHS[algorithm]}}})"
-    plain = re.compile(rf"{digest}(?:\s+\*?(\S.*))?", re.I)
-    tagged = re.compile(rf"{algorithm}\s*\((.+)\)\s*=\s*{digest}", re.I)
-    found = []
-    for line in text.splitlines():
-        match = plain.fullmatch(line.strip())
-        if match:
-            found.append((os.path.basename(match.group(2) or ""), match.group(1).lower()))
-        match = tagged.fullmatch(line.strip())
-        if match:
-            found.append((os.path.basename(match.group(1)), match.group(2).lower()))
-    return found
+    digest = f"[0-9a-f]{{{DIGEST_LENGTHS[algorithm]}}}"
+    pattern = re.compile(rf"(?:{algorithm}\s*\((.+)\)\s*=\s*)?({digest})(?:\s+\*?(\S.*))?", re.I)
+    found = filter(None, (pattern.fullmatch(line.strip()) for line in text.splitlines()))
+    return [(os.path.basename(match[1] or match[3] or ""), match[2].lower()) for match in found]
 
 
 def choose_listed(listed: Sequence[tuple[str, str]], wanted: str) -> tuple[str, str]:
@@ -5370,8 +5246,7 @@ class Unpacker:
     MEMORY = 128 * MIB  # xz -9 takes 65: a stream can ask for 4 GB
 
     def __init__(self, kind: str) -> None:
-        if kind not in ("", "xz", "gzip"):
-            raise ValueError(kind)
+        """`kind`: xz, gzip, or '' for what isn't compressed."""
         self.kind = kind
         self._machine: Any = None  # of the stream that is being read; none between two
 
@@ -5379,36 +5254,26 @@ class Unpacker:
         import lzma
         import zlib
 
+        if not self.kind:
+            yield piece
+            return
         try:
-            yield from self._feed(piece) if self.kind else (piece,)
+            while self._machine or piece.strip(b"\0"):
+                if not self._machine:
+                    piece = piece.lstrip(b"\0")  # streams may be padded
+                    xz = self.kind == "xz"
+                    self._machine = lzma.LZMADecompressor(memlimit=self.MEMORY) if xz else zlib.decompressobj(wbits=31)
+                out = self._machine.decompress(piece, MIB)
+                if out:
+                    yield out
+                if self._machine.eof:
+                    piece, self._machine = self._machine.unused_data, None
+                    continue
+                piece = getattr(self._machine, "unconsumed_tail", b"")  # lzma's keeps it itself
+                if not piece and len(out) < MIB:
+                    return
         except (lzma.LZMAError, zlib.error) as error:
             raise Altered(f"the compressed image is damaged: {error}") from None
-
-    def _feed(self, piece: bytes) -> Iterator[bytes]:
-        while True:
-            if self._machine is None:
-                piece = piece.lstrip(b"\0")  # streams may be padded
-                if not piece:
-                    return
-                self._machine = self._new()
-            out = self._machine.decompress(piece, MIB)
-            if out:
-                yield out
-            if self._machine.eof:
-                piece, self._machine = self._machine.unused_data, None
-                continue
-            piece = b"" if self.kind == "xz" else self._machine.unconsumed_tail
-            if self._machine.needs_input if self.kind == "xz" else not (piece or len(out) == MIB):
-                return
-
-    def _new(self) -> Any:
-        if self.kind == "xz":
-            import lzma
-
-            return lzma.LZMADecompressor(memlimit=self.MEMORY)
-        import zlib
-
-        return zlib.decompressobj(wbits=31)
 
     def finish(self) -> None:
         """Raise where the stream isn't at its end."""
@@ -5427,23 +5292,19 @@ def check_room(folder: str, need: int, shown: str = "", what: str = "the image t
 
 
 class CachedImage:
-    """The place of an image with a known checksum in the user's cache; `with` holds it, so that two commands that want
-    the same image download it once.
+    """The place of an image in the user's cache; `with` holds it, so that two commands that want the same image
+    download or build it once.
 
     An interrupted download stays there and is gone on with; so do images, for some time after their last use.
     """
 
     KEPT = 30 * 86400.0
-    AGAIN = "downloaded"
 
-    def __init__(self, algorithm: str, digest: str, name: str = "") -> None:
-        """`name`: of its folder, where that isn't its checksum."""
+    def __init__(self, name: str, algorithm: str = "sha256", digest: str = "") -> None:
+        """`digest`: '' for an image that is made on this machine; its checksum is kept in a file beside it."""
         self.algorithm, self.digest = algorithm, digest
-        self.folder = os.path.join(cache_home(), "images", name or f"{algorithm}-{digest}")
-
-    @property
-    def image(self) -> str:
-        return os.path.join(self.folder, "image")
+        self.folder = os.path.join(cache_home(), "images", name)
+        self.image, self._checksum = os.path.join(self.folder, "image"), os.path.join(self.folder, "sha256")
 
     def __enter__(self) -> CachedImage:
         images = os.path.dirname(self.folder)
@@ -5473,14 +5334,34 @@ class CachedImage:
 
     def is_there(self) -> bool:
         """Whether the image is there, whole: it is read again each time."""
-        if not os.path.isfile(self.image):
+        digest = self.digest or read_tail(self._checksum).strip()
+        if not digest or not os.path.isfile(self.image):
             return False
-        if file_digest(self.image, self.algorithm) != self.digest:
-            report.warn(f"{self.image} is damaged, it is {self.AGAIN} again")
+        if file_digest(self.image, self.algorithm) != digest:
+            report.warn(f"{self.image} is damaged, it is {'downloaded' if self.digest else 'built'} again")
             self.clear()
             return False
         os.utime(self.folder)
         return True
+
+    def keep(self, disk: str) -> None:
+        """Take a copy of a disk in place of all that have the same name but for its last part.
+
+        Without it the next build takes longer, and no more than that.
+        """
+        import shutil
+
+        self.clear()
+        part = self.image + ".part"
+        try:
+            shutil.copyfile(disk, part)
+            write_file(self._checksum, file_digest(part) + "\n")
+            os.rename(part, self.image)
+        except OSError as error:
+            report.warn(f"the build isn't kept in the cache: {error_from_os(error)}")
+            self.clear()
+        same = self.folder.rpartition("-")[0] + "-"
+        self._forget(lambda folder: folder.startswith(same))
 
     def clear(self) -> None:
         for name in names_in(self.folder):
@@ -5500,22 +5381,21 @@ class Source:
 
     pieces = 1
 
-    def __init__(self, urls: Sequence[str], algorithm: str, digest: str) -> None:
-        self.urls, self.algorithm, self.digest = urls, algorithm, digest
+    def __init__(self, web: Web, urls: Sequence[str], algorithm: str, digest: str) -> None:
+        self.web, self.urls, self.algorithm, self.digest = web, urls, algorithm, digest
 
     @property
     def url(self) -> str:
         return self.urls[0]
 
-    def fetch(self, web: Web, tree: Tree, folder: str, progress: Progress) -> None:
+    def fetch(self, folder: str, progress: Progress) -> None:
         """Make `image` in the folder, going on with what is there.  Raises Altered for what wasn't published."""
         import hashlib
 
         for url in self.urls:
             digest, part = hashlib.new(self.algorithm), os.path.join(folder, "image.part")
-            transfer = Transfer(web, url, part, digest.update, progress)
             try:
-                transfer.run(lambda transfer: self.expect(transfer, tree))
+                Transfer(self.web, url, part, digest.update, progress).run()
             except Absent:
                 if url == self.urls[-1]:
                     raise
@@ -5524,20 +5404,6 @@ class Source:
             self.check(url, digest.hexdigest())
             os.rename(part, os.path.join(folder, "image"))
             return
-
-    def expect(self, transfer: Transfer, tree: Tree) -> None:
-        """Know from the first answer how much will come: all pieces but the last are of one size.  Raises Error where
-        that and the template's disk, which is at least as large, don't fit."""
-        progress, cache = transfer.progress, os.path.dirname(transfer.path)
-        if progress.total:
-            return
-        progress.total = max(0, transfer.total) * self.pieces
-        wanted = {cache: progress.total - progress.done, tree.base: progress.total}
-        if os.stat(cache).st_dev == os.stat(tree.base).st_dev:
-            wanted = {tree.base: sum(wanted.values())}
-        hint = "free some disk space, or put XDG_CACHE_HOME and vmBaseDir on larger file systems"
-        for place, need in wanted.items():
-            check_room(place, need, hint=hint)
 
     def check(self, url: str, found: str) -> None:
         """Raise where what came has another checksum."""
@@ -5551,16 +5417,14 @@ class Source:
 class ClassicSource(Source):
     """An image that a server of the bash tools has: BASE/NAME.img/NAME.img.000… up to the piece number `last`."""
 
-    BLOCK = 64 * 1024
-
-    def __init__(self, base: str, name: str, last: int, algorithm: str, digest: str) -> None:
-        super().__init__([f"{base}/{name}.img/"], algorithm, digest)
+    def __init__(self, web: Web, base: str, name: str, last: int, algorithm: str, digest: str) -> None:
+        super().__init__(web, [f"{base}/{name}.img/"], algorithm, digest)
         self.base, self.name, self.pieces = base, name, last + 1
 
-    def fetch(self, web: Web, tree: Tree, folder: str, progress: Progress) -> None:
+    def fetch(self, folder: str, progress: Progress) -> None:
         import hashlib
 
-        unpacker = Unpacker(self._compression(web))
+        unpacker = Unpacker(self._compression())
         extension = {"xz": ".xz", "gzip": ".gz", "": ""}[unpacker.kind]
         part = os.path.join(folder, "image.part")
         pieces = [f"{self.name}.img.{number:03d}{extension}" for number in range(self.pieces)]
@@ -5571,15 +5435,13 @@ class ClassicSource(Source):
                 def sink(data: bytes) -> None:
                     for out in unpacker.feed(data):
                         digest.update(out)
-                        for block in (out[start : start + self.BLOCK] for start in range(0, len(out), self.BLOCK)):
-                            if block.count(0) == len(block):
-                                image.seek(len(block), os.SEEK_CUR)  # takes no space
-                            else:
-                                image.write(block)
+                        if out.count(0) == len(out):
+                            image.seek(len(out), os.SEEK_CUR)  # takes no space
+                        else:
+                            image.write(out)
 
                 for name in pieces:
-                    transfer = Transfer(web, self.url + name, os.path.join(folder, name), sink, progress)
-                    transfer.run(lambda transfer: self.expect(transfer, tree))
+                    Transfer(self.web, self.url + name, os.path.join(folder, name), sink, progress).run()
                 unpacker.finish()
                 image.truncate()
         except BaseException:
@@ -5590,24 +5452,24 @@ class ClassicSource(Source):
             os.unlink(os.path.join(folder, name))
         os.rename(part, os.path.join(folder, "image"))
 
-    def _compression(self, web: Web) -> str:
+    def _compression(self) -> str:
         try:
-            word = web.text(f"{self.base}/compression").strip()
+            word = self.web.text(f"{self.base}/compression").strip()
         except Absent:
             return ""
         return word if word in ("xz", "gzip") else ""
 
 
-def fetch_verified(source: Source, web: Web, tree: Tree, name: str, cached: CachedImage) -> None:
+def fetch_verified(source: Source, tree: Tree, name: str, cached: CachedImage) -> None:
     """Have the image in the cache.  What was altered is thrown away; it is asked for once more where it was pieced
     together, since the pieces may be of different files."""
     if cached.is_there():
         report.say(f"{name}: the image is in the cache: {cached.folder}")
         return
     while True:
-        progress = Progress(name)
+        progress = Progress(name, tree.base, source.pieces)
         try:
-            source.fetch(web, tree, cached.folder, progress)
+            source.fetch(cached.folder, progress)
             progress.finish()
             return
         except Altered:
@@ -5636,9 +5498,10 @@ def resolve(catalogue: Catalogue, entry: Entry, web: Web) -> Source:
         report.warn(f"{entry.name}: an md5 checksum shows damage, but not who made the image")
     if classic:
         base = catalogue.mirrored(images[0]).rpartition("/")[0]
-        return ClassicSource(base, entry.name, int(entry.need("last")), algorithm, digest)
+        return ClassicSource(web, base, entry.name, int(entry.need("last")), algorithm, digest)
     urls = [urllib.parse.urljoin(url, urllib.parse.quote(name)) for name in names for url in images]
-    return Source([catalogue.mirrored(url) for url in [*urls, *(u for u in images if "*" not in u)]], algorithm, digest)
+    urls = [catalogue.mirrored(url) for url in [*urls, *(url for url in images if "*" not in url)]]
+    return Source(web, urls, algorithm, digest)
 
 
 def read_checksums(web: Web, url: str, algorithm: str, wanted: str) -> tuple[str, str]:
@@ -5671,10 +5534,10 @@ def publishers_key(entry: Entry) -> tuple[str, str]:
         raise Error(f"{path}: ssh can't use this key: {reason}", "chmod 600 it; it must have no passphrase") from None
 
 
-def published_conf(web: Web, source: ClassicSource) -> dict[str, str]:
+def published_conf(source: ClassicSource) -> dict[str, str]:
     """Memory and processors as BASE/NAME.conf gives them; nothing else in it is heeded."""
     url, found = f"{source.base}/{source.name}.conf", {}
-    for assignment in parse_assignments(web.text(url)[: 64 * 1024], url, {}):
+    for assignment in parse_assignments(source.web.text(url)[: 64 * 1024], url, {}):
         if assignment.key in ("vmMem", "vmCpu"):
             check_setting(assignment.key, assignment.value, f"{url}:{assignment.line}")
             found[assignment.key] = assignment.value
@@ -5785,23 +5648,18 @@ def template_from_image(cloud: Cloud, name: str, path: str, settings: Mapping[st
 
 
 def template_from_source(
-    cloud: Cloud,
-    name: str,
-    source: Source,
-    web: Web,
-    settings: Mapping[str, str],
-    first_start: Callable[[NewTemplate], None] | None = None,
+    cloud: Cloud, name: str, source: Source, settings: Mapping[str, str], first_start: Callable[..., None] | None = None
 ) -> None:
     """Download, verify, make the template; or say that another command has made it while we waited for its download.
 
-    `first_start`: what is to be done in its guest before it is a template.
+    `first_start`, given the NewTemplate: what is to be done in its guest before it is a template.
     """
     cloud.tree.prepare()
-    with CachedImage(source.algorithm, source.digest) as cached:
+    with CachedImage(f"{source.algorithm}-{source.digest}", source.algorithm, source.digest) as cached:
         if cloud.tree.template(name).exists():
             report.say(f"{name}: it is there, another command has just made it")
             return
-        fetch_verified(source, web, cloud.tree, name, cached)
+        fetch_verified(source, cloud.tree, name, cached)
         with NewTemplate(cloud, name) as new:
             try:
                 import_image(new, cached.image, source.url)
@@ -5823,18 +5681,17 @@ def template_from_url(
 
     check_new_template(cloud.tree, name)
     web = Web(cloud.config.number("vmDownloadTimeout"))
-    algorithm, _, digest = expected.partition(":")
-    source = Source([url], algorithm, digest)
     if expected:
-        template_from_source(cloud, name, source, web, settings)
+        algorithm, _, digest = expected.partition(":")
+        template_from_source(cloud, name, Source(web, [url], algorithm, digest), settings)
         return
     if not insecure:
         raise UsageError(f"{url}: nothing says what it must be", "give --sha256 HEX or --sha512 HEX, or --insecure")
     with NewTemplate(cloud, name) as new:  # nothing of it goes into the cache, or is gone on with later
-        found, path, progress = hashlib.sha256(), new.vm.file("download"), Progress(name)
+        found, path, progress = hashlib.sha256(), new.vm.file("download"), Progress(name, cloud.tree.base)
         transfer = Transfer(web, url, path, found.update, progress)
         transfer.strict = True
-        transfer.run(lambda transfer: source.expect(transfer, cloud.tree))
+        transfer.run()
         progress.finish()
         import_image(new, path, url)
         os.unlink(path)
@@ -5846,33 +5703,31 @@ def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, Any], t
 
     `take_over`, given a NewTemplate and a `key`, plants the user's keys in a classic image, which that key opens.
     """
-    import functools
-
     catalogue = load_catalogue()
     entry = catalogue.need(name)
     check_new_template(cloud.tree, name)
     web = Web(cloud.config.number("vmDownloadTimeout"))
     source = resolve(catalogue, entry, web)
-    settings = entry_settings(cloud, entry, asked, source, web)
+    settings = entry_settings(cloud, entry, asked, source)
     first_start = None
     if isinstance(source, ClassicSource) and entry["key"]:
         first_start = functools.partial(take_over, key=publishers_key(entry))
     try:
-        template_from_source(cloud, name, source, web, settings, first_start)
+        template_from_source(cloud, name, source, settings, first_start)
     except Altered:
         again = resolve(catalogue, entry, web)
         if again.digest == source.digest:
             raise
         # A new release came while the old one was fetched.
-        template_from_source(cloud, name, again, web, settings, first_start)
+        template_from_source(cloud, name, again, settings, first_start)
     if isinstance(source, ClassicSource) and not first_start:
         report.say(f"{name}: the catalogue names no key of its publisher; only keys that are in the image will open it")
 
 
-def entry_settings(cloud: Cloud, entry: Entry, asked: Mapping[str, Any], source: Source, web: Web) -> dict[str, str]:
+def entry_settings(cloud: Cloud, entry: Entry, asked: Mapping[str, Any], source: Source) -> dict[str, str]:
     """What the clones start with: as the command line says, else the entry, else (classic) the publisher's conf."""
     classic = isinstance(source, ClassicSource)
-    published = published_conf(web, source) if isinstance(source, ClassicSource) else {}
+    published = published_conf(source) if isinstance(source, ClassicSource) else {}
     settings = template_settings(
         cloud,
         asked["mem"] or entry.number("mem") or int(published.get("vmMem", 0)),
@@ -5927,14 +5782,13 @@ class Layer:
         armed, cause = False, ""
         with open(self.record, encoding="utf-8", errors="replace") as file:
             for line in file:
-                if ('"QMP"' in line or '"SHUTDOWN"' in line) and line.endswith("\n"):
-                    try:
-                        message = parse_qmp(line)
-                    except QMPError:
-                        continue  # a crash of the host may leave anything
-                    armed = armed or "QMP" in message
-                    if message.get("event") == "SHUTDOWN":
-                        cause = str(message.get("data", {}).get("reason"))
+                try:
+                    message = parse_qmp(line)
+                except QMPError:
+                    continue  # a crash of the host may leave anything
+                armed = armed or "QMP" in message
+                if message.get("event") == "SHUTDOWN":
+                    cause = str(message.get("data", {}).get("reason"))
         return armed and cause == "guest-shutdown" and is_sound(self.path)
 
     def adopt(self) -> None:
@@ -5984,23 +5838,6 @@ def unused_by_itself(template: VM) -> list[str]:
     return [name for name in own if os.path.realpath(template.file(name)) not in chain]
 
 
-def disks_in_use(tree: Tree, template: VM) -> set[str] | None:
-    """The files that all others' disks stand on; None where that can't be known, so that nothing may be removed."""
-    found: set[str] = set()
-    disks: list[str] = []
-    for vm in tree.unfinished():  # first: one may be finished between the looks; its conf may name no disk yet
-        disks += [vm.file(name) for name in names_in(vm.folder) if name.endswith((".img", ".qcow2"))]
-    try:
-        for vm in tree.vms():
-            disks += vm.disks() if vm.folder != template.folder and vm.exists() else []
-        for disk in disks:
-            if os.path.exists(disk):
-                found.update(backing_chain([disk]))
-    except (Error, OSError):
-        return None  # one has just been finished or destroyed, perhaps: the next command looks again
-    return found
-
-
 def next_layer(template: VM) -> Layer:
     """The next layer's names; nothing is made."""
     number = 1 + max((layer_number(template, name) for name in names_in(template.folder)), default=0)
@@ -6016,33 +5853,32 @@ def new_layer(template: VM) -> Layer:
     return layer
 
 
-def settle(cloud: Cloud, template: VM) -> list[str]:
+def settle(cloud: Cloud, template: VM, warn: bool = True) -> None:
     """Let a change that ended well be the template's, drop one that didn't, and remove what nothing stands on any more.
 
-    Nothing happens while it runs.  Call it under the template's lock, exclusive.  Returns the layers that are lost.
+    Nothing happens while it runs.  Call it under the template's lock, exclusive.  `warn`: of a change that is lost.
     """
     template.reread()
     if template.state()[0] != "stopped" or not template.disks():
-        return []
-    lost = []
-    for name in unused_by_itself(template):
-        layer = Layer(template, name)
-        if not os.path.exists(layer.record):
-            continue
-        base = [os.path.realpath(disk) for disk in template.disks()[:1]]
-        if backing_chain([layer.path])[:1] == base and layer.ended_well():
-            layer.adopt()
-        else:
-            lost.append(name)
-            layer.remove()
-        remove_file(template.command_file)  # it would write to a disk that clones may stand on now
+        return
+    lost = False
+    for layer in [Layer(template, name) for name in unused_by_itself(template)]:
+        if os.path.exists(layer.record):
+            base = os.path.realpath(template.disks()[0])
+            if backing_chain([layer.path])[:1] == [base] and layer.ended_well():
+                layer.adopt()
+            else:
+                lost = True
+                layer.remove()
+            remove_file(template.command_file)  # it would write to a disk that clones may stand on now
     for name in names_in(template.folder):
         if name.endswith(RECORD) and layer_number(template, name[: -len(RECORD)]):
             remove_file(template.file(name))  # of one that was adopted just before a crash
     remove_unused(cloud.tree, template)
     if lost and not is_planted(template):  # the host key that was pinned may be of the guest that is lost
         cloud.known_hosts.update({}, [template.get("vmUuid")])
-    return lost
+    if lost and warn:
+        report.warn(f"{template}: it was not shut down properly: what was changed is lost, it is as it was before")
 
 
 def flatten(cloud: Cloud, template: VM) -> None:
@@ -6060,7 +5896,7 @@ def flatten(cloud: Cloud, template: VM) -> None:
         return
     whole = next_layer(template)
     try:
-        compress_image(disk, whole.path, "qcow2")
+        compress_image(disk, "qcow2", whole.path)
     except BaseException:
         whole.remove()
         raise
@@ -6071,10 +5907,20 @@ def flatten(cloud: Cloud, template: VM) -> None:
 def remove_unused(tree: Tree, template: VM) -> None:
     """Remove the template's own disks that neither it nor any other VM or template stands on."""
     unused = unused_by_itself(template)
-    used = disks_in_use(tree, template) if unused else None
-    for name in unused if used is not None else []:
-        if os.path.realpath(template.file(name)) not in (used or ()):
-            remove_file(template.file(name))
+    if not unused:
+        return
+    disks: list[str] = []
+    for vm in tree.unfinished():  # first: one may be finished between the looks; its conf may name no disk yet
+        disks += [vm.file(name) for name in names_in(vm.folder) if name.endswith((".img", ".qcow2"))]
+    try:
+        for vm in tree.vms():
+            disks += vm.disks() if vm.folder != template.folder and vm.exists() else []
+        used = backing_chain([disk for disk in disks if os.path.exists(disk)])
+    except (Error, OSError):
+        return  # one has just been finished or destroyed, perhaps: the next command looks again
+    for path in map(template.file, unused):
+        if os.path.realpath(path) not in used:
+            remove_file(path)
 
 
 def settle_stopped(cloud: Cloud, templates: Iterable[VM], wait: float = 600.0) -> None:
@@ -6083,7 +5929,7 @@ def settle_stopped(cloud: Cloud, templates: Iterable[VM], wait: float = 600.0) -
         try:
             if unused_by_itself(template) and template.state()[0] == "stopped":
                 with FolderLock(template.folder, wait=wait):
-                    warn_lost(template, settle(cloud, template))
+                    settle(cloud, template)
         except (Error, OSError):
             continue  # at work elsewhere, someone else's, or just gone: whoever changes it settles it
 
@@ -6096,21 +5942,16 @@ def need_stopped(cloud: Cloud, vm: VM) -> None:
         why = "it is running" if state == "running" else f"can't tell whether it runs: {vm.pid_file}"
         raise WrongState(why, f"vmstop -n {vm}", vm=vm)
     if vm.is_template:
-        warn_lost(vm, settle(cloud, vm))
-
-
-def warn_lost(template: VM, lost: Sequence[str]) -> None:
-    if lost:
-        report.warn(f"{template}: it was not shut down properly: what was changed is lost, it is as it was before")
+        settle(cloud, vm)
 
 
 def runs_on_layer(template: VM) -> bool:
     """Whether a template that runs leaves its own disk alone, so that it can be cloned meanwhile."""
     try:
-        layers = [name for name in unused_by_itself(template) if os.path.exists(Layer(template, name).record)]
+        layers = [Layer(template, name) for name in unused_by_itself(template)]
     except OSError:
         return False  # a disk is gone
-    return bool(layers) and not is_written(template.disks()[0])
+    return any(os.path.exists(layer.record) for layer in layers) and not is_written(template.disks()[0])
 
 
 def dependents(vms: Sequence[VM]) -> str:
@@ -6201,47 +6042,41 @@ def template_rows(cloud: Cloud) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-class DiskTree:
-    """The system disks of a tree, by the file that each stands on."""
+def disk_rows(tree: Tree) -> Iterator[str]:
+    """Each template with its system disks, under each of these what stands on it, indented, with sizes on disk."""
+    above: dict[str, set[str]] = {}  # what stands on each disk
+    owners: dict[str, VM] = {}
+    for vm in tree.vms():
+        try:
+            for disk in [*vm.disks()[:1], *map(vm.file, own_disks(vm) if vm.is_template else ())]:
+                files = [os.path.realpath(disk), *backing_chain([disk])]
+                owners[files[0]] = vm
+                for upper, lower in zip(files, files[1:]):
+                    above.setdefault(lower, set()).add(upper)
+        except (Error, OSError) as error:
+            report.warn(str(error))
 
-    def __init__(self, tree: Tree) -> None:
-        self.above: dict[str, set[str]] = {}
-        self.owners: dict[str, VM] = {}
-        for vm in tree.vms():
-            try:
-                own = [*vm.disks()[:1], *map(vm.file, own_disks(vm) if vm.is_template else ())]
-                for disk in own:
-                    files = [os.path.realpath(disk), *backing_chain([disk])]
-                    self.owners[files[0]] = vm
-                    for upper, lower in zip(files, files[1:]):
-                        self.above.setdefault(lower, set()).add(upper)
-            except (Error, OSError) as error:
-                report.warn(str(error))
+    def row(depth: int, name: str, paths: Iterable[str]) -> str:
+        size = sum(os.stat(path).st_blocks * 512 for path in paths if os.path.exists(path))
+        return f"{'  ' * depth}{name}  {size / MIB:.1f} MB"
 
-    def rows(self) -> Iterator[str]:
-        """Each template with its disks, under each of these what stands on it, indented, with sizes on disk."""
-        below = {upper for uppers in self.above.values() for upper in uppers}
-        for path in sorted(path for path, vm in self.owners.items() if vm.is_template and path not in below):
-            yield from self._rows(path, 0)
-
-    def _rows(self, path: str, depth: int, under: VM | None = None) -> Iterator[str]:
+    def rows(path: str, depth: int, under: VM | None) -> Iterator[str]:
         """A disk and what stands on it; where it stands on another's, `under`, or on none, its template comes first."""
-        owner, name, said = self.owners[path], os.path.basename(path), ""
+        owner, name, said = owners[path], os.path.basename(path), ""
         if not owner.is_template:
             name = owner.full_name
         elif path == os.path.realpath(owner.disks()[0]):
             said = "  new clones stand on this"
         if owner.is_template and owner is not under:
-            yield self._row(depth, owner.name, [each for each, vm in self.owners.items() if vm is owner])
+            yield row(depth, owner.name, [each for each, vm in owners.items() if vm is owner])
             depth += 1
-        yield self._row(depth, name, [path]) + said
-        for upper in sorted(self.above.get(path, ()), key=lambda each: (self.owners[each] is owner, each)):
-            yield from self._rows(upper, depth + 1, owner)
+        yield row(depth, name, [path]) + said
+        for upper in sorted(above.get(path, ()), key=lambda each: (owners[each] is owner, each)):
+            yield from rows(upper, depth + 1, owner)
 
-    @staticmethod
-    def _row(depth: int, name: str, paths: Iterable[str]) -> str:
-        size = sum(os.stat(path).st_blocks * 512 for path in paths if os.path.exists(path))
-        return f"{'  ' * depth}{name}  {size / MIB:.1f} MB"
+    standing = {upper for uppers in above.values() for upper in uppers}
+    for path in sorted(path for path, vm in owners.items() if vm.is_template and path not in standing):
+        yield from rows(path, 0, None)
 
 
 # Building templates ##################################################################################
@@ -6438,10 +6273,8 @@ def plan_build(suite: str, more: Sequence[str], gigabytes: int) -> Build:
 
 def check_subordinate_ids() -> None:
     """mmdebstrap needs a range of uids to be root over, unless it is root."""
-    import pwd
-
     need_program("newuidmap")
-    user = pwd.getpwuid(os.geteuid()).pw_name
+    user = user_name()
     for name in ("/etc/subuid", "/etc/subgid"):
         lines = read_text(name).splitlines() if os.path.exists(name) else []
         if not any(line.startswith((f"{user}:", f"{os.geteuid()}:")) for line in lines):
@@ -6630,21 +6463,15 @@ def make_filesystem(tree: str, raw: str, size: int, disk_uuid: str) -> None:
     run(argv, timeout=600)
 
 
-def owner_commands(tree: str, owners: Mapping[str, tuple[int, int]]) -> Iterator[str]:
-    """What debugfs(8) has to be told: mke2fs took the owners from the tree, where they are the caller's."""
+def restore_owners(tree: str, raw: str, owners: Mapping[str, tuple[int, int]], script: str) -> None:
+    """Have debugfs(8) set the owners of all files: mke2fs took them from the tree, where they are the caller's."""
+    lines = []
     for folder, folders, files in os.walk(tree):
         for name in folders + files:
-            path = os.path.join(folder, name)
-            inside = os.path.relpath(path, tree)
-            info, (uid, gid) = os.lstat(path), owners.get(inside, (0, 0))
-            if info.st_uid != uid:
-                yield f'sif "/{inside}" uid {uid}'
-            if info.st_gid != gid:
-                yield f'sif "/{inside}" gid {gid}'
-
-
-def restore_owners(tree: str, raw: str, owners: Mapping[str, tuple[int, int]], script: str) -> None:
-    write_file(script, "\n".join(owner_commands(tree, owners)) + "\n")
+            inside = os.path.relpath(os.path.join(folder, name), tree)
+            uid, gid = owners.get(inside, (0, 0))
+            lines += [f'sif "/{inside}" uid {uid}\n', f'sif "/{inside}" gid {gid}\n']
+    write_file(script, "".join(lines))
     done = run(["debugfs", "-w", "-f", script, f"{raw}?offset={PARTITION_START * SECTOR}"], timeout=600, merge=False)
     said = [line for line in done.stderr.splitlines() if line and not line.startswith("debugfs ")]
     if said:  # its exit status is 0 whatever happened
@@ -6689,13 +6516,13 @@ def build_disk(build: Build, new: NewTemplate) -> None:
     restore_owners(tree, raw, owners, os.path.join(work, "owners"))
     write_boot_loader(tree, raw, size)
     progress.tell("making the disk")
-    compress_image(raw, new.disk)
+    compress_image(raw, "raw", new.disk)
     report.say(f"{build.suite}: built in {time.monotonic() - progress.started:.0f} s")
     remove_tree(work)
 
 
 # What was built is kept for the next template of the same: under what went into it, nocloud's own code and files
-# included.
+# included, and what the archives held then.
 
 
 def build_recipe(build: Build) -> str:
@@ -6732,44 +6559,6 @@ def archive_state(build: Build, web: Web) -> str:
     return hashlib.sha256("\n".join(seen).encode()).hexdigest()[:16]
 
 
-class CachedBuild(CachedImage):
-    """The place in the user's cache of what was built from `recipe` when the archives were in `state`.
-
-    Its checksum is in a file beside it.  A new state takes the place of the older ones.
-    """
-
-    AGAIN = "built"
-
-    def __init__(self, recipe: str, state: str) -> None:
-        super().__init__("sha256", "", f"build-{recipe}-{state}")
-        self._others = f"build-{recipe}-"
-
-    @property
-    def _checksum(self) -> str:
-        return os.path.join(self.folder, "sha256")
-
-    def is_there(self) -> bool:
-        if not os.path.isfile(self._checksum):
-            self.clear()
-            return False
-        self.digest = read_text(self._checksum).strip()
-        return super().is_there()
-
-    def keep(self, disk: str) -> None:
-        """Take a copy of a disk.  Without it the next build takes longer, and no more than that."""
-        import shutil
-
-        part = self.image + ".part"
-        try:
-            shutil.copyfile(disk, part)
-            write_file(self._checksum, file_digest(part) + "\n")
-            os.rename(part, self.image)
-        except OSError as error:
-            report.warn(f"the build isn't kept in the cache: {error_from_os(error)}")
-            self.clear()
-        self._forget(lambda folder: os.path.basename(folder).startswith(self._others))
-
-
 def template_from_packages(cloud: Cloud, name: str, build: Build, settings: Mapping[str, str], again: bool) -> None:
     """A template from a suite's packages: self-contained and bootable, with ssh, DHCP, python3 and no identity.
 
@@ -6778,7 +6567,7 @@ def template_from_packages(cloud: Cloud, name: str, build: Build, settings: Mapp
     import shutil
 
     web = Web(min(10, cloud.config.number("vmDownloadTimeout")), apt_proxies())
-    cached = CachedBuild(build_recipe(build), archive_state(build, web))
+    cached = CachedImage(f"build-{build_recipe(build)}-{archive_state(build, web)}")
     cloud.tree.prepare()
     with cached:
         if cloud.tree.template(name).exists():
@@ -6790,7 +6579,6 @@ def template_from_packages(cloud: Cloud, name: str, build: Build, settings: Mapp
                 shutil.copyfile(cached.image, new.disk)
             else:
                 build_disk(build, new)
-                cached.clear()
                 cached.keep(new.disk)
             new.finish({**settings, "vmSource": build.title})
 
@@ -6808,41 +6596,35 @@ class Cloud:
         self.config = config
         self.tree = Tree(config)
         self.known_hosts = KnownHosts(self.tree)
-        self._qemu: Qemu | None = None
         self.private = PrivateNetwork(self.tree)
         self.bridge = HostBridge(config, self.tree)
         self._networks: dict[str, Network] = {"private": self.private, "bridge": self.bridge}
-        self._accels: dict[str, str] = {}
-        self._screen: str | None = None
-        self._seed: str | None = None
 
+    @functools.cache
     def qemu(self) -> Qemu:
         """The qemu binary, probed once."""
-        if self._qemu is None:
-            self._qemu = probe_qemu(self.config)
-        return self._qemu
+        return probe_qemu(self.config)
 
+    @functools.cache
     def accel(self, wanted: str) -> str:
         """kvm or tcg, for a vmAccel; said once, with the reason, where it is tcg though nobody asked for it."""
-        if wanted not in self._accels:
-            self._accels[wanted], reason = choose_accel(wanted)
-            if reason:
-                report.warn(f"no hardware acceleration, guests will be slow: {reason}")
-        return self._accels[wanted]
+        accel, reason = choose_accel(wanted)
+        if reason:
+            report.warn(f"no hardware acceleration, guests will be slow: {reason}")
+        return accel
 
+    @functools.cache
     def screen(self) -> str:
         """What shows the screens, one of SCREENS; '', and said once, where the qemu binary has neither."""
-        if self._screen is None:
-            self._screen = choose_screen(self.qemu())
-            if not self._screen:
-                report.warn(f"{self.qemu().path} has neither SPICE nor VNC: VMs have no screen")
-        return self._screen
+        screen = choose_screen(self.qemu())
+        if not screen:
+            report.warn(f"{self.qemu().path} has neither SPICE nor VNC: VMs have no screen")
+        return screen
 
+    @functools.cache
     def seed(self) -> str:
         """How cloud-init's seeds are attached, `vvfat` or `iso`.  Raises MissingProgram where neither can be had."""
-        if self._seed is None:
-            self._seed = choose_seed(self.qemu())
-        return self._seed
+        return choose_seed(self.qemu())
 
     def network(self, kind: str) -> Network:
         """The private network, or the host's bridge."""
@@ -7034,7 +6816,8 @@ def check_requests(cloud: Cloud, group: str, requests: Sequence[CloneRequest], f
             elif request.user_data:
                 raise UsageError(f"user-data=: {template.name} takes no seed, its vmInit is {template.get('vmInit')}")
         except Error as error:
-            raise type(error)(f"{request.where}{error}", error.hint) from None
+            error.text, error.vm = f"{request.where}{error}", None
+            raise
     check_memory(cloud.tree, requests, force)
     check_space(cloud.tree.base, requests)
 
@@ -7080,16 +6863,15 @@ def check_disk_size(template: VM, gigabytes: int) -> None:
 def check_collision(tree: Tree, group: str, type: str) -> None:
     """Ansible knows groups by GROUP and GROUP_TYPE: two things must not get one name."""
     pairs = {f"{each}_{kind}": (each, kind) for each in tree.groups() for kind in tree.types(each)}
-    key = f"{group}_{type}"
+    key, clash = f"{group}_{type}", ""
     if pairs.get(key, (group, type)) != (group, type):
-        raise UsageError(
-            f"{group}/{type}: ansible would mix it up with {'/'.join(pairs[key])}: both are {key}",
-            "choose another name",
-        )
-    if key in tree.groups() or key == group:
-        raise UsageError(f"{group}/{type}: ansible would mix it up with the group {key}", "choose another name")
-    if group in pairs:
-        raise UsageError(f"{group}: ansible would mix it up with {'/'.join(pairs[group])}", "choose another name")
+        clash = f"{group}/{type}: ansible would mix it up with {'/'.join(pairs[key])}: both are {key}"
+    elif key in tree.groups():
+        clash = f"{group}/{type}: ansible would mix it up with the group {key}"
+    elif group in pairs:
+        clash = f"{group}: ansible would mix it up with {'/'.join(pairs[group])}"
+    if clash:
+        raise UsageError(clash, "choose another name")
 
 
 def memory_mb(kind: str) -> int:
@@ -7166,8 +6948,7 @@ def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: 
                 clone = NewClone(VM(tree, group, request.type, name or uuid), template, request, uuid, format)
                 clones.append(clone)
                 address = cloud.network(kind).allot(taken.addresses, uuid)
-                network = {"vmNetwork": kind, "vmMac": mac, "vmAddress": address}
-                _reserve_one(cloud, clone, {"vmUuid": uuid, **network})
+                _reserve_one(clone, {"vmUuid": uuid, "vmNetwork": kind, "vmMac": mac, "vmAddress": address})
     return orphans
 
 
@@ -7211,18 +6992,15 @@ def next_names(names: set[str], request: CloneRequest) -> list[str]:
     return found
 
 
-def _reserve_one(cloud: Cloud, clone: NewClone, identity: Mapping[str, str]) -> None:
+def _reserve_one(clone: NewClone, identity: Mapping[str, str]) -> None:
     """Write the clone's conf in a folder that shows it is being made."""
     vm, template = clone.vm, clone.template
     os.makedirs(os.path.dirname(vm.folder), exist_ok=True)
     vm.folder = os.path.join(os.path.dirname(vm.folder), MAKING + vm.name)
     os.mkdir(vm.folder, 0o700)
     clone.lock = FolderLock(vm.folder, wait=0).__enter__()
-    settings = {
-        "vmName": vm.name, "vmInit": "auto", **template.inherited(), **clone.request.settings,
-        "vmDisk": "", "vmExtraDisk": "", **identity, "vmTemplate": template.name,
-    }  # fmt: skip
-    vm.write_conf(settings)
+    settings = {"vmName": vm.name, "vmInit": "auto", **template.inherited(), **clone.request.settings}
+    vm.write_conf({**settings, "vmDisk": "", "vmExtraDisk": "", **identity, "vmTemplate": template.name})
 
 
 class NewClones:
@@ -7374,8 +7152,7 @@ def destroy(cloud: Cloud, vm: VM) -> None:
     for folder in (vm.folder, os.path.dirname(vm.folder), os.path.dirname(os.path.dirname(vm.folder))):
         if os.path.islink(folder) and folder != cloud.tree.base:
             raise Error(f"{folder} is a symlink: nothing behind it is removed", "remove it yourself", vm=vm)
-    place = os.path.relpath(os.path.realpath(vm.folder), os.path.realpath(cloud.tree.base))
-    if vm.is_template or not vm.exists() or place != os.path.join(vm.group, vm.type, vm.name):
+    if vm.is_template or not vm.exists():
         raise WrongState(f"{vm.folder}: that is no clone")
     try:
         with FolderLock(vm.folder):
@@ -7398,13 +7175,12 @@ def destroy_all(cloud: Cloud, vms: Sequence[VM], group: str = "") -> list[Error]
 
     `group`: what a killed command left in that one goes too.
     """
-    uuids = {vm.folder: vm.get("vmUuid") for vm in vms if vm.is_readable()}
+    uuids = {vm: vm.get("vmUuid") for vm in vms if vm.is_readable()}
     if not vms and not os.path.isdir(cloud.tree.base):
         return []
     cloud.private.used = True
     results = in_parallel(lambda vm: destroy(cloud, vm), vms)
-    gone = [vm for vm, result in zip(vms, results) if not isinstance(result, Error)]
-    forget = [uuids[vm.folder] for vm in gone if uuids.get(vm.folder)]
+    forget = [uuids[vm] for vm, result in zip(vms, results) if uuids.get(vm) and not isinstance(result, Error)]
     with cloud.tree.lock():
         for each in {vm.group for vm in vms} | ({group} & set(cloud.tree.groups())):
             sweep(cloud.tree, each)
@@ -7436,7 +7212,14 @@ def start(cloud: Cloud, vm: VM, *, iso: str = "", gui: bool = False) -> None:
             raise WrongState("it is running already", vm=vm)
         if state == "unknown":
             raise WrongState(f"can't tell whether it runs: {vm.pid_file}", "look as the user who started it", vm=vm)
-        layer = prepare_disks(cloud, vm) if vm.is_template else None
+        layer = None
+        if vm.is_template:
+            settle(cloud, vm)
+            if cloud.tree.clones(vm):
+                layer = new_layer(vm)
+            else:
+                for disk in vm.disks():
+                    make_writable(disk)  # cloning made it read-only
         try:
             start_locked(cloud, vm, layer, iso, gui)
             if layer:
@@ -7464,16 +7247,6 @@ def start_locked(
         for fd in (tap, vhost):
             if fd >= 0:
                 os.close(fd)
-
-
-def prepare_disks(cloud: Cloud, template: VM) -> Layer | None:
-    """A layer for a template that others stand on; the right to write to its own disks for one that is alone."""
-    warn_lost(template, settle(cloud, template))
-    if cloud.tree.clones(template):
-        return new_layer(template)
-    for disk in template.disks():
-        make_writable(disk)  # cloning made it read-only
-    return None
 
 
 def ensure_identity(cloud: Cloud, vm: VM) -> None:
@@ -7574,9 +7347,8 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, tie
     for path in (vm.log_file, vm.console_log):
         remove_file(path)
     # A template's folder may be entered by others, and who may write to a socket of qemu's owns the guest.
-    process = spawn(
-        words, log=vm.log_file, cwd=vm.folder, fds=[fd for fd in (*fds, tap, vhost) if fd >= 0], umask=0o077
-    )
+    kept = [fd for fd in (*fds, tap, vhost) if fd >= 0]
+    process = spawn(words, log=vm.log_file, cwd=vm.folder, fds=kept, umask=0o077)
     try:
         if not wait_for(lambda: process.poll() is not None or answers(vm, process.pid), 30, 0.05):
             raise TimedOut("qemu did not answer within 30 s", f"see {vm.log_file}", vm=vm)
@@ -7618,13 +7390,13 @@ def command_script(vm: VM, argv: Sequence[str], network: Network) -> str:
 class Wait:
     """A wait for one VM: which stage it is at, and until when.
 
-    The stages: `running`, `address` (the guest asked for it), `ssh` (the server says its banner), `configured`,
-    `cloud-init` (the guest lets us in, and its cloud-init is still at work).
+    The stages: `address` (the guest asks for it), `ssh` (the server says its banner), `configured`, `cloud-init` (the
+    guest lets us in, and its cloud-init is still at work).
     """
 
     def __init__(self, cloud: Cloud, vm: VM, seconds: float, say: bool = False) -> None:
         self.cloud, self.vm, self.network = cloud, vm, cloud.network_of(vm)
-        self.stage = "running"
+        self.stage = "address"
         self._started = time.monotonic()
         self._deadline = self._started + seconds
         self._say_at = self._started + 1.0 if say else float("inf")
@@ -7636,24 +7408,17 @@ class Wait:
     def check(self) -> None:
         """Raise where the VM ended, the time is over or the user interrupts; say once what is waited for."""
         cancellation.check()
-        now = time.monotonic()
+        now, vm = time.monotonic(), self.vm
         if now - self._checked > 0.5:
             self._checked = now
-            if not self.vm.is_running():
-                raise WrongState(
-                    f"it stopped while it was waited for{self.console()}", f"see {self.vm.log_file}", vm=self.vm
-                )
-            if self.stage == "running":
-                self.stage = "address"
+            if not vm.is_running():
+                raise WrongState(f"it stopped while it was waited for{self.console()}", f"see {vm.log_file}", vm=vm)
         if now >= self._say_at:
             self._say_at = float("inf")
-            report.say(f"{report.program}: waiting for {self.vm}: {STAGES[self.stage]}")
+            report.say(f"{report.program}: waiting for {vm}: {STAGES[self.stage]}")
         if now >= self._deadline:
-            raise TimedOut(
-                f"not ready after {now - self._started:.0f} s: waiting for {STAGES[self.stage]}{self.console()}",
-                f"vmWaitTimeout sets the longest wait; its console: {self.vm.console_log}",
-                vm=self.vm,
-            )
+            text = f"not ready after {now - self._started:.0f} s: waiting for {STAGES[self.stage]}{self.console()}"
+            raise TimedOut(text, f"vmWaitTimeout sets the longest wait; its console: {vm.console_log}", vm=vm)
 
     def tries(self) -> Iterator[float]:
         """For a loop that tries something until it does: how many seconds a try may take.  Raises as `check` does."""
@@ -7670,7 +7435,6 @@ class Wait:
 
 
 STAGES = {
-    "running": "its qemu",
     "address": "the guest to ask for its address",
     "ssh": "ssh to answer",
     "configured": "its configuration",
@@ -7714,10 +7478,9 @@ def wait_ready(wait: Wait) -> None:
     """Return when the VM is ready: ssh answers, and the guest is configured as its vmInit says."""
     wait_ssh(wait)
     find_init_kind(wait)
-    if wait.vm.get("vmInit") == "cloud-init":
-        wait_cloud_init(wait)
-    elif wait.vm.get("vmInit") != "none":
-        configure(wait)
+    kind = wait.vm.get("vmInit")
+    if kind != "none":
+        configure(wait, kind == "cloud-init")
 
 
 def find_init_kind(wait: Wait) -> None:
@@ -7746,43 +7509,31 @@ def find_init_kind(wait: Wait) -> None:
         report.warn(said)
 
 
-def configure(wait: Wait) -> None:
-    """Log in with nocloud's own key, and set the hostname where it isn't what it should be.
-
-    Tried again until the wait is over: sshd answers before the guest lets users in (pam_nologin).
-    """
-    vm = wait.vm
-    if os.path.exists(vm.configured_file):
-        return
-    pin_host_key(wait)
-    script = guest_script("hostname.sh", NAME=vm.host_name)
-    for seconds in wait.tries():
-        status, output = ssh_batch(wait.cloud, vm, script, seconds)
-        if status == 0:
-            write_file(vm.configured_file, "")
-            return
-        check_login(vm, status, output)
-
-
 NOT_YET = 75  # as sysexits.h: try again
 
 
-def wait_cloud_init(wait: Wait) -> None:
-    """Return when the guest's cloud-init has ended.  Raises Error, with its log's last lines, where that failed."""
-    vm, script = wait.vm, cloud_init_script(0)
+def configure(wait: Wait, cloud_init: bool = False) -> None:
+    """Log in with nocloud's own key, and set the hostname where it isn't what it should be.
+
+    Tried again until the wait is over: sshd answers before the guest lets users in (pam_nologin).  `cloud_init`: that
+    has set the name, return when it has ended.  Raises Error, with its log's last lines, where it failed.
+    """
+    vm = wait.vm
+    if not cloud_init:
+        if os.path.exists(vm.configured_file):
+            return
+        pin_host_key(wait)
+    script = cloud_init_script(0) if cloud_init else guest_script("hostname.sh", NAME=vm.host_name)
     for seconds in wait.tries():
         status, output = ssh_batch(wait.cloud, vm, script, seconds)
         if status == 0:
             write_file(vm.configured_file, "")
             return
-        if status == 1:
+        if cloud_init and status == 1:
             lines = [printable(line.strip()) for line in output.splitlines() if line.strip()]
-            raise Error(
-                f"cloud-init failed in it: {' | '.join(lines)[-800:]}",
-                f"vmssh {vm} gets in; see /var/log/cloud-init-output.log there",
-                vm=vm,
-            )
-        if status == NOT_YET:
+            hint = f"vmssh {vm} gets in; see /var/log/cloud-init-output.log there"
+            raise Error(f"cloud-init failed in it: {' | '.join(lines)[-800:]}", hint, vm=vm)
+        if cloud_init and status == NOT_YET:
             wait.stage, script = "cloud-init", cloud_init_script(15)
         else:
             check_login(vm, status, output)
@@ -7792,17 +7543,11 @@ def check_login(vm: VM, status: int, output: str) -> None:
     """Raise where another try would end the same; ssh's own failures have status 255 (ssh(1))."""
     words = last_line(output)
     if "REMOTE HOST IDENTIFICATION" in output or "Host key verification failed" in words:
-        raise Error(
-            "its host key is not the one that was planted or pinned",
-            "destroy it if you can't explain that; --init auto is for templates that may have no cloud-init",
-            vm=vm,
-        )
+        hint = "destroy it if you can't explain that; --init auto is for templates that may have no cloud-init"
+        raise Error("its host key is not the one that was planted or pinned", hint, vm=vm)
     if "Permission denied" in words and not is_planted(vm):
-        raise Error(
-            f"none of your keys lets {vm.get('vmUser')} in, so its hostname can't be set",
-            "put your key into the template, or set vmInit=none in its conf",
-            vm=vm,
-        )
+        hint = "put your key into the template, or set vmInit=none in its conf"
+        raise Error(f"none of your keys lets {vm.get('vmUser')} in, so its hostname can't be set", hint, vm=vm)
     if status not in (255, -1):
         raise Error(f"it can't be configured over ssh: {words}", vm=vm)
 
@@ -7870,12 +7615,7 @@ def cloud_init_script(seconds: int) -> str:
 
 
 def start_all(
-    cloud: Cloud,
-    vms: Sequence[VM],
-    started: Callable[[VM], None] = lambda vm: None,
-    *,
-    iso: str = "",
-    gui: bool = False,
+    cloud: Cloud, vms: Sequence[VM], started: Callable[[VM], None] = lambda vm: None, iso: str = "", gui: bool = False
 ) -> list[Error | None]:
     """Start VMs in parallel, after the networks that they need; for each None, or why it doesn't run."""
     import contextlib
@@ -7905,11 +7645,8 @@ def instantiate(
     errors = [result for result in made if isinstance(result, Error)]
     vms = [result for result in made if isinstance(result, VM)]
     problem = result_of(lambda _: publish_keys(cloud, vms), None)  # one file has the keys of all
-    results: list[Error | None]
-    if problem:
-        results = [Error(problem.text, problem.hint, problem.status, vm) for vm in vms]
-    else:
-        results = start_all(cloud, vms, started)
+    same = [Error(problem.text, problem.hint, problem.status, vm) for vm in vms] if problem else []
+    results = same or start_all(cloud, vms, started)
     errors += filter(None, results)
     failed = [vm for vm, error in zip(vms, results) if error and not vm.is_running()]  # by another command, perhaps
     if failed:
@@ -8001,13 +7738,13 @@ class OwnGuest:
             raise Error(last_line(said) or describe_status(status), vm=self.vm)
         return said
 
-    def clean(self) -> None:
-        """Take out what a clone must not inherit."""
+    def finish(self) -> None:
+        """Take out what a clone must not inherit, and end it properly; from now on that makes its layer count.
+
+        Raises Error where it doesn't end in time.
+        """
         self.output(cleaning_script(self.vm))
         forget_guest(self.cloud, self.vm)
-
-    def shut_down(self) -> None:
-        """End it properly; from now on that makes its layer count.  Raises Error where it doesn't end in time."""
         if self.layer:
             self.layer.arm()
         seconds = max(SHUTDOWN_SECONDS, self.cloud.config.number("vmStopTimeout"))
@@ -8076,14 +7813,14 @@ def stop(cloud: Cloud, vm: VM, seconds: float) -> bool:
             clean_running(cloud, vm)
         proper = stop_locked(vm, seconds)
         if vm.is_template:
-            warn_lost(vm, settle(cloud, vm))
+            settle(cloud, vm)
         return proper
 
 
-def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float, patient: bool = False) -> list[Error]:
+def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float | None = None) -> list[Error]:
     """Stop VMs in parallel; one warning line names those whose plug had to be pulled.
 
-    `patient`: a template on a layer, which would be lost, has longer than `seconds`.
+    `seconds`: by default vmStopTimeout, and longer for a template on a layer, which would be lost.
     """
     cloud.private.used = True
     settle_stopped(cloud, (vm for vm in vms if vm.is_template))
@@ -8093,8 +7830,9 @@ def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float, patient: bool = Fa
             cloud.network(kind).open()  # before there are threads
     except Error:
         pass  # a guest that can't be reached isn't cleaned, but stopped all the same
-    longer = patient and 0 < seconds < SHUTDOWN_SECONDS
-    graces = {vm: SHUTDOWN_SECONDS if longer and vm.is_template and runs_on_layer(vm) else seconds for vm in running}
+    usual = cloud.config.number("vmStopTimeout") if seconds is None else seconds
+    longer = seconds is None and 0 < usual < SHUTDOWN_SECONDS
+    graces = {vm: SHUTDOWN_SECONDS if longer and vm.is_template and runs_on_layer(vm) else usual for vm in running}
     results = in_parallel(lambda vm: stop(cloud, vm, graces[vm]), running, workers=len(running) or 1)
     for grace in dict.fromkeys(graces.values()):
         pulled = [vm.name for vm, result in zip(running, results) if graces[vm] == grace and result is False]
@@ -8120,10 +7858,8 @@ def upgrade_script(name: str, release: Mapping[str, str]) -> str:
         if word in UPGRADES:
             return guest_script(f"upgrade/{UPGRADES[word]}.sh", True, ID=id)
     shown = release.get("PRETTY_NAME") or release.get("ID") or "without /etc/os-release"
-    raise Error(
-        f"{name}: its system is {printable(shown)}: nocloud doesn't know how to upgrade that",
-        f"upgrade it by hand: vm -n {name}, then vmstop -n {TEMPLATES}/{name}",
-    )
+    hint = f"upgrade it by hand: vm -n {name}, then vmstop -n {TEMPLATES}/{name}"
+    raise Error(f"{name}: its system is {printable(shown)}: nocloud doesn't know how to upgrade that", hint)
 
 
 def upgrade(cloud: Cloud, name: str, seconds: float) -> None:
@@ -8148,7 +7884,7 @@ def upgrade(cloud: Cloud, name: str, seconds: float) -> None:
         raise
     finally:
         with FolderLock(template.folder):
-            settle(cloud, template)
+            settle(cloud, template, warn=False)
             adopted = os.path.basename(template.disks()[0]) == layer.name
             if adopted:
                 flatten(cloud, template)
@@ -8169,8 +7905,7 @@ def upgrade_guest(guest: OwnGuest, seconds: float) -> None:
         raise TimedOut(f"no end of the upgrade after {seconds:.0f} s", vm=vm) from None
     if status:
         raise Error(f"the upgrade failed: {describe_status(status)}", vm=vm)
-    guest.clean()
-    guest.shut_down()
+    guest.finish()
 
 
 # -- templates of VMs
@@ -8196,7 +7931,7 @@ def template_from_vm(
             left = ", ".join(map(os.path.basename, source.disks()[1:]))
             report.warn(f"{name}: a template has a system disk only, these are left out: {left}")
         if clean:
-            in_new_guest(cloud, new, clean_and_end, "--no-clean takes it as it is")
+            in_new_guest(cloud, new, OwnGuest.wait, "--no-clean takes it as it is")
         return new.finish({**settings, "vmSource": source.full_name})
 
 
@@ -8208,33 +7943,27 @@ def copy_disk(source: VM, new: NewTemplate, layered: bool) -> None:
     format = known_formats(source)[0]
     if not layered:
         check_image_room(new, disk, format)
-        compress_image(disk, new.disk, format)
+        compress_image(disk, format, new.disk)
         return
     below = backing_chain([disk]) if format == "qcow2" else []  # what a guest wrote into a raw disk isn't asked
     if not below:
         raise WrongState("its disk stands on no other, there is nothing to share", "leave out --layer", vm=source)
     backing = os.path.relpath(below[0], os.path.realpath(new.vm.folder))  # as deep in the tree as where it will lie
-    copy_overlay(
-        disk, new.disk, backing, image_info(disk, format).get("backing-filename-format") or disk_format(below[0])
-    )
+    kind = image_info(disk, format).get("backing-filename-format") or disk_format(below[0])
+    convert_image(disk, format, new.disk, "-B", backing, "-F", kind)
 
 
-def clean_and_end(guest: OwnGuest) -> None:
-    guest.wait()
-    guest.clean()
-    guest.shut_down()
-
-
-def in_new_guest(cloud: Cloud, new: NewTemplate, work: Callable[[OwnGuest], None], hint: str) -> None:
+def in_new_guest(cloud: Cloud, new: NewTemplate, work: Callable[[OwnGuest], object], hint: str) -> None:
     """Boot a template that is being made, on an identity that is thrown away after it, and do `work` in its guest.
 
-    Nothing is left of that in its folder but the disk and the conf.
+    Then it is cleaned and shut down.  Nothing is left of that in its folder but the disk and the conf.
     """
     vm = new.vm
     vm.write_conf({"vmUuid": new_identity(set())[0]})
     try:
         with OwnGuest(cloud, vm) as guest:
             work(guest)
+            guest.finish()
     except Error as error:
         error.vm, error.hint = error.vm or vm, "; ".join(filter(None, (error.hint, hint)))
         raise
@@ -8261,8 +7990,6 @@ def take_over(cloud: Cloud, new: NewTemplate, key: tuple[str, str]) -> None:
         guest.output(guest_script("plant-keys.sh", KEYS="\n".join(login_keys())))
         guest.keys = ssh_key_options(True)  # from here on ours opens it, which proves that it can
         guest.output(guest_script("remove-key.sh", True, KEY=public))
-        guest.clean()
-        guest.shut_down()
 
     in_new_guest(cloud, new, work, f"is {path} the key of its publisher?")
 
@@ -8339,10 +8066,8 @@ def open_screens(vms: Sequence[VM]) -> None:
     shown = [vm for vm in vms if screen_of(vm)]
     if shown and not has_display():
         names = ", ".join(vm.name for vm in shown[:10]) + (" …" if len(shown) > 10 else "")
-        report.say(
-            f"{report.program}: no display here, no window for {names}: "
-            f"vmconsole -s -n {shown[0]} is its serial console"
-        )
+        way = f"vmconsole -s -n {shown[0]} is its serial console"
+        report.say(f"{report.program}: no display here, no window for {names}: {way}")
         return
     for error in filter(None, in_parallel(open_screen, shown)):
         report.warn(str(error))
@@ -8369,11 +8094,8 @@ def connect_line(vm: VM, name: str, what: str) -> socket.socket:
 def serial_console(vm: VM) -> None:
     """The serial line on stdin and stdout, until the user leaves or the guest ends."""
     if vm.foreign_qemu():
-        raise WrongState(
-            "nocloud didn't start it, so its serial console isn't at hand",
-            f"vmmanage -n {vm} is its monitor; started anew, by vm or vmrun -r, it has one",
-            vm=vm,
-        )
+        hint = f"vmmanage -n {vm} is its monitor; started anew, by vm or vmrun -r, it has one"
+        raise WrongState("nocloud didn't start it, so its serial console isn't at hand", hint, vm=vm)
     connection = connect_line(vm, "serial", "serial console")
     join_line(vm, connection, f"the serial console of {vm}; Ctrl-] leaves", SERIAL_LEAVE)
 
@@ -8406,40 +8128,34 @@ def join_line(vm: VM, connection: socket.socket, greeting: str, leave: bytes, dr
 def relay_line(connection: socket.socket, leave: bytes, drop: bytes) -> bool:
     """Until a key that leaves, or silence after the end of stdin (False), or the end of the guest (True)."""
     import select
-    import socket as sockets
-    import threading
-
-    left = threading.Event()
-
-    def send() -> None:
-        rest: list[bytes] = []
-        try:
-            while not rest and (data := os.read(0, 4096)):
-                before, *rest = re.split(leave, data, maxsplit=1)
-                connection.sendall(before.replace(CTRL_C, drop))
-            if os.isatty(0):
-                left.set()
-                connection.shutdown(sockets.SHUT_RD)  # wakes who waits for it below
-        except OSError:
-            pass  # the terminal is gone, or the guest
 
     for fd in (0, 1):
         os.set_blocking(fd, True)  # a terminal that another program shares may not be
-    connection.settimeout(None)
-    sender = threading.Thread(target=send, daemon=True)
-    sender.start()
-    while True:
+    connection.setblocking(False)  # a guest that takes nothing mustn't keep what it says from being shown
+    typed, more = b"", True
+    while typed or more or not os.isatty(0):
+        readers: list[socket.socket | int] = [connection, 0] if more and not typed else [connection]
         # Never without end: Python sees a signal that came just before the call only after it.
-        if select.select([connection], [], [], LINE_QUIET)[0]:
+        readable, writable, _ = select.select(readers, [connection] if typed else [], [], LINE_QUIET)
+        if not (typed or more or readable):
+            break
+        try:
+            if writable:
+                typed = typed[connection.send(typed) :]
+            data = connection.recv(65536) if connection in readable else None
+        except OSError:
+            data = b""
+        if data == b"":
+            return True
+        write_all(1, data or b"")
+        if 0 in readable:
             try:
-                data = connection.recv(65536)
+                data = os.read(0, 4096)
             except OSError:
-                data = b""
-            if not data:
-                return not left.is_set()
-            write_all(1, data)
-        elif not sender.is_alive():
-            return False
+                data = b""  # the terminal is gone
+            before, *rest = re.split(leave, data, maxsplit=1)
+            typed, more = before.replace(CTRL_C, drop), bool(data) and not rest
+    return False
 
 
 MONITOR_SECONDS = 3600.0  # a savevm or a backup takes its time
@@ -8518,10 +8234,8 @@ class Manager:
                 who = f"vmrun (process {pid})" if pid else "a vmrun of another user"
                 raise WrongState(f"{self.group}: {who} manages it already", f"vmrun -s {self.group} stops it")
             if self._new and any(True for _ in self.tree.vms(self.group)):
-                raise WrongState(
-                    f"{self.group}: the group has VMs already",
-                    f"vmrun -r {self.group} runs them, vmstop -d -g {self.group} destroys them, --add adds to them",
-                )
+                hint = f"vmrun -r {self.group} runs them, vmstop -d -g {self.group} destroys them, --add adds to them"
+                raise WrongState(f"{self.group}: the group has VMs already", hint)
             os.makedirs(self.folder, exist_ok=True)
             path = os.path.join(self.folder, MANAGER_PID)
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -8538,42 +8252,47 @@ class Manager:
             remove_if_empty(self.tree, self.group)
 
 
-class Wakeup:
-    """What ends the loop's sleep, as bytes on a socket: signals (their numbers) and workers' posts (0)."""
+class Background:
+    """A vmrun whose caller returns once all VMs are ready: what goes on is a child, in a session of its own."""
 
     def __init__(self) -> None:
-        """Takes the signals over, for good: to the end of the process none of them interrupts it any more."""
+        self._talk = -1
+
+    def start(self) -> int | None:
+        """None in the child, which goes on; in the caller the exit status, when the child has settled or ended."""
         import signal
-        import socket as sockets
-        from collections import deque
 
-        self._mine, self._its = sockets.socketpair()
-        for end in (self._mine, self._its):
-            end.setblocking(False)
-        self._posts: deque[Callable[[], None]] = deque()
-        signal.set_wakeup_fd(self._its.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-                signal.signal(number, lambda number, frame: None)
+        hear, talk = os.pipe()
+        pid = fork_session()
+        if not pid:
+            os.close(hear)
+            self._talk = talk
+            return None
+        os.close(talk)
+        with open(hear, "rb") as pipe:
+            try:
+                said = pipe.read()
+            except (KeyboardInterrupt, SystemExit) as stopped:
+                # ^C and SIGTERM are meant for the child too; when the terminal goes away, SIGHUP, it goes on.
+                if not isinstance(stopped, SystemExit) or stopped.code == 128 + signal.SIGTERM:
+                    os.kill(pid, signal.SIGTERM)
+                    os.waitpid(pid, 0)
+                raise
+        return said[0] if said else os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-    def fileno(self) -> int:
-        return self._mine.fileno()
-
-    def post(self, call: Callable[[], None]) -> None:
-        """From any thread: have the loop call this."""
-        self._posts.append(call)
-        try:
-            self._its.send(b"\0")
-        except BlockingIOError:
-            pass  # it is full of others, so the loop wakes anyway
-
-    def take(self) -> tuple[list[int], list[Callable[[], None]]]:
-        """The signals and posts that came meanwhile."""
-        try:
-            numbers = [number for number in self._mine.recv(4096) if number]
-        except BlockingIOError:
-            numbers = []
-        return numbers, [self._posts.popleft() for _ in range(len(self._posts))]
+    def on_ready(self, status: int, log_file: str) -> None:
+        """In the child: let the caller go, and write to a log from now on.  In the foreground: nothing."""
+        if self._talk < 0:
+            return
+        sys.stdout.flush()
+        log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        for fd, number in ((null, 0), (log, 1), (log, 2)):
+            os.dup2(fd, number)
+        os.close(log)
+        os.close(null)
+        os.write(self._talk, bytes([status]))
+        os.close(self._talk)
 
 
 @record
@@ -8593,34 +8312,35 @@ LOOK_SECONDS = 2.0  # between looks at the tree for VMs that others started
 class Supervisor:
     """The loop of one vmrun.  `on_ready` is called when all VMs are ready, or are known not to get ready."""
 
-    def __init__(self, cloud: Cloud, group: str, wakeup: Wakeup, on_ready: Callable[[int], None]) -> None:
+    def __init__(self, cloud: Cloud, group: str, on_ready: Callable[[int], None]) -> None:
+        """Takes the signals over, for good: to the end of the process none of them interrupts it any more."""
         import selectors
         import threading
 
-        self.cloud, self.group, self._wakeup = cloud, group, wakeup
+        self.cloud, self.group = cloud, group
         self.goal = RUN
         self.status = EXIT_DONE
         self._on_ready: Callable[[int], None] | None = on_ready
         self._members: dict[str, Member] = {}
         self._jobs: set[threading.Thread] = set()
-        self._starting, self._ending, self._finished = True, RUN, False
+        self._starting, self._ending = True, RUN
         self._look_at = time.monotonic() + LOOK_SECONDS
+        self._posts: deque[Callable[[], None]] = deque()
         self._selector = selectors.DefaultSelector()
-        self._selector.register(wakeup, selectors.EVENT_READ, self._woken)
+        self._take_signals()
 
     def run(self, begin: Callable[[Callable[[VM], None]], list[Error]]) -> int:
         """Have `begin` start the VMs, telling each to its argument; watch the group to its end; the exit status."""
 
         def spawned(vm: VM) -> None:
             how = f"of {vm.type} type has been spawned in {vm.group} group"
-            self._wakeup.post(lambda: self._adopt(vm, how))
+            self._post(lambda: self._adopt(vm, how))
 
         self._job(lambda: begin(spawned), self._begun)
-        while not self._finished:
+        while not self._advance():
             for key, _ in self._selector.select(self._timeout()):
                 key.data()
             self._look()
-            self._advance()
         return self.status
 
     def _timeout(self) -> float | None:
@@ -8628,16 +8348,38 @@ class Supervisor:
             return max(0.0, self._look_at - time.monotonic())
         return 0.25 if cancellation.requested else None
 
-    # what wakes it
+    # what wakes it: bytes on a socket, of signals (their numbers) and workers' posts (0); and the end of a qemu
+
+    def _take_signals(self) -> None:
+        import selectors
+        import signal
+        import socket as sockets
+
+        self._bell, self._button = sockets.socketpair()
+        for end in (self._bell, self._button):
+            end.setblocking(False)
+        signal.set_wakeup_fd(self._button.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                signal.signal(number, lambda number, frame: None)
+        self._selector.register(self._bell, selectors.EVENT_READ, self._woken)
+
+    def _post(self, call: Callable[[], None]) -> None:
+        """From any thread: have the loop call this."""
+        self._posts.append(call)
+        try:
+            self._button.send(b"\0")
+        except BlockingIOError:
+            pass  # it is full of others, so the loop wakes anyway
 
     def _woken(self) -> None:
         import signal
 
-        numbers, posts = self._wakeup.take()
-        for call in posts:
-            call()
+        numbers = self._bell.recv(4096)
+        for _ in range(len(self._posts)):
+            self._posts.popleft()()
         goals = {signal.SIGUSR1: KEEP, signal.SIGHUP: LEAVE}
-        for number in numbers:
+        for number in filter(None, numbers):
             self._ask(goals.get(signal.Signals(number), DESTROY))
 
     def _ask(self, goal: str) -> None:
@@ -8700,7 +8442,7 @@ class Supervisor:
                 result = result_of(lambda _: work(), None)
             except Exception as error:
                 result = error
-            self._wakeup.post(lambda: finish(result))
+            self._post(lambda: finish(result))
 
         def finish(result: Any) -> None:
             self._jobs.discard(thread)
@@ -8731,7 +8473,7 @@ class Supervisor:
     def _wait(self, vm: VM) -> None:
         wait = Wait(self.cloud, vm, self.cloud.config.number("vmWaitTimeout"))
         address = next(found for _ in wait.tries() if (found := wait.network.address(vm)))
-        self._wakeup.post(lambda: report.log(f"{vm.name} has IP {address}"))
+        self._post(lambda: report.log(f"{vm.name} has IP {address}"))
         wait_ready(wait)
 
     def _waited(self, member: Member, result: Error | None) -> None:
@@ -8745,31 +8487,27 @@ class Supervisor:
 
     # towards the end
 
-    def _advance(self) -> None:
-        """Once the workers have ended: rest, or do what the goal asks for, or finish."""
-        if self.goal == RUN and not self._starting:
-            if not self._members:
-                self.goal = LEAVE
-            elif not self._jobs:
-                return self._rest()
-        if self.goal == RUN:
-            return None
+    def _advance(self) -> bool:
+        """Once the workers have ended: rest, or do what the goal asks for; whether that is done."""
+        if self.goal == RUN and not self._starting and not self._members:
+            self.goal = LEAVE
         if self._jobs:
             if self._ending != self.goal and (self.goal == DESTROY or not self._starting):
                 cancellation.requested = True
                 cancellation.end_children()
-            return None
-        cancellation.requested = False
-        self._finished = self._ending == self.goal
-        if not self._finished:
+        elif self.goal == RUN:
+            self._rest()
+        else:
+            cancellation.requested = False
+            if self._ending == self.goal:
+                return True
             self._ending = self.goal
             self._job(self._end, self._failed)
-        return None
+        return False
 
     def _rest(self) -> None:
         """All is quiet: hold nothing open that only waits need."""
-        for kind in ("private", "bridge"):
-            self.cloud.network(kind).close()
+        self.cloud.close()
         if self._on_ready:
             late = not all(member.ready for member in self._members.values())
             self._on_ready(self.status or (EXIT_TIMEOUT if late else EXIT_DONE))
@@ -8783,25 +8521,19 @@ class Supervisor:
         vms = list(self.cloud.tree.vms(self.group))
         if self._ending == DESTROY:
             return destroy_all(self.cloud, vms)
-        return stop_all(self.cloud, vms, self.cloud.config.number("vmStopTimeout"))
+        return stop_all(self.cloud, vms)
 
 
 def supervise(
-    cloud: Cloud,
-    group: str,
-    requests: Sequence[CloneRequest],
-    *,
-    new: bool,
-    gui: bool,
-    on_ready: Callable[[int, str], None],
+    cloud: Cloud, group: str, requests: Sequence[CloneRequest], new: bool, gui: bool, background: Background
 ) -> int:
     """Run a group: the VMs that it has and those that are asked for, until it ends; the exit status.
 
-    `new`: it must have none yet; `gui`: those that it has get a screen, this time.  `on_ready` gets the status so far
-    and the log that a vmrun in the background writes.
+    `new`: it must have none yet; `gui`: those that it has get a screen, this time.
     """
-    wakeup = Wakeup()
-    with Manager(cloud.tree, group, new) as manager:
+    manager = Manager(cloud.tree, group, new)
+    supervisor = Supervisor(cloud, group, lambda status: background.on_ready(status, manager.log_file))
+    with manager:
         old = list(cloud.tree.vms(group))
         if not old and not requests:
             raise NotFound(f"{group}: there are no VMs in it", "vmrun -f FILE makes them")
@@ -8821,7 +8553,6 @@ def supervise(
             return errors + (instantiate(cloud, group, requests, spawned)[1] if requests else [])
 
         trim_memory()
-        supervisor = Supervisor(cloud, group, wakeup, lambda status: on_ready(status, manager.log_file))
         return supervisor.run(begin)
 
 
@@ -8838,55 +8569,10 @@ def stop_managed(cloud: Cloud, group: str) -> None:
     with Process(pid) as process:
         if manager_of(cloud.tree, group) == (state, pid):
             process.signal(signal.SIGUSR1)
-        while not process.ended(3600.0):
-            pass
+        process.ended(float("inf"))
     left = [vm.name for vm in cloud.tree.running(group)]
     if left:
         raise Error(f"{group}: these VMs still run: {', '.join(left)}", f"vmstop -g {group} stops them")
-
-
-class Background:
-    """A vmrun whose caller returns once all VMs are ready: what goes on is a child, in a session of its own."""
-
-    def __init__(self) -> None:
-        self._talk = -1
-
-    def start(self) -> int | None:
-        """None in the child, which goes on; in the caller the exit status, when the child has settled or ended."""
-        import signal
-
-        hear, talk = os.pipe()
-        pid = fork_session()
-        if not pid:
-            os.close(hear)
-            self._talk = talk
-            return None
-        os.close(talk)
-        with open(hear, "rb") as pipe:
-            try:
-                said = pipe.read()
-            except (KeyboardInterrupt, SystemExit) as stopped:
-                # ^C and SIGTERM are meant for the child too; when the terminal goes away, SIGHUP, it goes on.
-                if not isinstance(stopped, SystemExit) or stopped.code == 128 + signal.SIGTERM:
-                    os.kill(pid, signal.SIGTERM)
-                    os.waitpid(pid, 0)
-                raise
-        return said[0] if said else os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-    def on_ready(self, status: int, log_file: str) -> None:
-        """In the child: let the caller go, and write to a log from now on.  In the foreground: nothing."""
-        if self._talk < 0:
-            return
-        sys.stdout.flush()
-        log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        for fd, number in ((null, 0), (log, 1), (log, 2)):
-            os.dup2(fd, number)
-        os.close(log)
-        os.close(null)
-        os.write(self._talk, bytes([status]))
-        os.close(self._talk)
-        self._talk = -1
 
 
 # Inventory ###########################################################################################
@@ -8914,14 +8600,11 @@ def address_of(cloud: Cloud, vm: VM) -> str:
 
 def inventory(cloud: Cloud) -> dict[str, Any]:
     """ansible's script inventory of the running VMs that have an address."""
-    members: dict[str, list[tuple[VM, str]]] = {}
-    for vm in cloud.tree.running():
-        address = address_of(cloud, vm)
-        if address:
-            members.setdefault(vm.group, []).append((vm, address))
+    running = [(vm, address) for vm in cloud.tree.running() if (address := address_of(cloud, vm))]
     groups: dict[str, Any] = {}
     hostvars: dict[str, Any] = {}
-    for group, pairs in members.items():
+    for group in dict.fromkeys(vm.group for vm, _ in running):
+        pairs = [(vm, address) for vm, address in running if vm.group == group]
         vms = [vm for vm, _ in pairs]
         users = [vm.get("vmUser") for vm in vms]
         user = max(users, key=users.count)
@@ -8972,31 +8655,29 @@ SMALLEST_TIME = 1764028800  # 2025-11-25: no clock that is right shows less
 class Finding:
     """What a check found: its state, in words, and the command that mends it, '' where it is well."""
 
+    name: str  # of the check
     state: str
     text: str
-    mend: str = ""
-    name: str = ""  # of the check
-
-    def __post_init__(self) -> None:
-        self.text = printable(self.text)
-        self.mend = self.mend if os.geteuid() else re.sub(r"\bsudo ", "", self.mend)
-
-
-Findings = Generator[Finding, None, str]  # of a check: what isn't well, and in the end the words for all is well
+    mend: str
 
 
 class Patient:
-    """What the checks look at: the configuration as far as it can be read, and the cloud that it describes."""
+    """What the checks look at: the configuration as far as it can be read, and the cloud that it describes.
+
+    `told`: what isn't well, as the check that is at work told it: state, text and the command that mends it.
+    """
 
     def __init__(self) -> None:
+        self.told: list[tuple[str, str, str]] = []
         self.config = Config()
-        self.config_findings = list(self._read_config())
+        self._read_config()
         try:
             self.cloud = Cloud(self.config)
         except Error as error:
-            self.config_findings.append(Finding(WRONG, str(error), f"export NOCLOUD_vmBaseDir={home_folder()}/vms"))
+            self.tell(WRONG, str(error), f"export NOCLOUD_vmBaseDir={home_folder()}/vms")
             self.config.set("vmBaseDir", os.path.join(home_folder(), "vms"), "")
             self.cloud = Cloud(self.config)
+        self.told_of_config = self.told
         self.tree = self.cloud.tree
         self.bridge = self.cloud.bridge
         self.has_bridge = os.path.exists(f"/sys/class/net/{self.bridge.interface}")
@@ -9006,25 +8687,23 @@ class Patient:
         except (Error, OSError):
             self.network = "private"
 
-    def _read_config(self) -> Iterator[Finding]:
+    def tell(self, state: str, text: str, mend: str) -> None:
+        self.told.append((state, text, mend))
+
+    def _read_config(self) -> None:
         for path in config_files():
             said: list[str] = []
             try:
                 self.config.read(path, said.append)
-            except UsageError as error:
-                yield Finding(WRONG, str(error), line_command(str(error), path))
-            except OSError as error:
-                yield Finding(WRONG, f"{path}: {error.strerror}", by_owner(path, f"chmod a+r {quoted(path)}"))
+            except (UsageError, OSError) as error:
+                text = f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error)
+                self.tell(WRONG, text, settings_command(path, text))
             for text in said:
-                yield Finding(WARNING, text, line_command(text, path) or trust_command(path))
+                self.tell(WARNING, text, settings_command(path, text))
         try:
             self.config.read_environment()
         except UsageError as error:
-            yield Finding(WRONG, str(error), f"unset {str(error).partition(':')[0]}")
-
-    def needs(self, network: str) -> str:
-        """How bad it is if something of that network is missing."""
-        return WRONG if network == self.network else WARNING
+            self.tell(WRONG, str(error), f"unset {str(error).partition(':')[0]}")
 
 
 # -- commands that mend
@@ -9037,19 +8716,14 @@ def install_hint(*programs: str) -> str:
 def self_command(words: str) -> str:
     """A call of this program by root.  sudo looks for it in the system's folders only (sudoers(5), secure_path)."""
     ours = program_path()
-    if any(os.path.realpath(f"{place}/nocloud") == ours for place in ("/usr/local/bin", "/usr/bin")):
-        return f"sudo nocloud {words}"
-    if find_program("nocloud"):
-        return f"nocloud {words}" if os.geteuid() == 0 else f'sudo "$(command -v nocloud)" {words}'
-    return f"sudo {quoted(ours)} {words}"
+    known = any(os.path.realpath(f"{place}/nocloud") == ours for place in ("/usr/local/bin", "/usr/bin"))
+    return f"sudo {'nocloud' if known else quoted(ours)} {words}"
 
 
 def by_owner(path: str, command: str) -> str:
     """`command`, with sudo where what it changes is another user's."""
-    try:
-        return command if os.stat(path).st_uid == os.geteuid() else f"sudo {command}"
-    except OSError:
-        return f"sudo {command}"
+    is_own = os.path.exists(path) and os.stat(path).st_uid == os.geteuid()
+    return command if is_own else f"sudo {command}"
 
 
 def trust_command(path: str) -> str:
@@ -9059,26 +8733,23 @@ def trust_command(path: str) -> str:
     return by_owner(path, f"chmod go-w {quoted(path)}")
 
 
-def line_command(text: str, path: str) -> str:
-    """What makes a comment of the line that a message names, FILE:LINE; '' where it names none."""
+def settings_command(path: str, text: str) -> str:
+    """What has a file be read: a comment of the line that is wrong, which a message names FILE:LINE; or rights."""
     found = re.match(rf"{re.escape(path)}:(\d+):", text)
-    return by_owner(path, f"sed -i '{found.group(1)}s/^/# /' {quoted(path)}") if found else ""
-
-
-def mount_point(path: str) -> str:
-    """A shell's words for the place where the file system that a path is on is mounted."""
-    return f'"$(findmnt -no TARGET -T {quoted(path)})"'
+    if found:
+        return by_owner(path, f"sed -i '{found.group(1)}s/^/# /' {quoted(path)}")
+    return trust_command(path) if os.access(path, os.R_OK) else by_owner(path, f"chmod a+r {quoted(path)}")
 
 
 # -- the configuration and the tree
 
 
-def examine_configuration(patient: Patient) -> Findings:
-    yield from patient.config_findings
+def examine_configuration(patient: Patient) -> str:
+    patient.told = patient.told_of_config
     return ", ".join(config_files()) or "the defaults"
 
 
-def examine_catalogue(patient: Patient) -> Findings:
+def examine_catalogue(patient: Patient) -> str:
     """A wrong line of the user's own keeps only downloads from working."""
     said: list[str] = []
     well = ""
@@ -9088,26 +8759,26 @@ def examine_catalogue(patient: Patient) -> Findings:
         said.append(str(error))
     for text in said:
         path = next(path for path in catalogue_files() if text.startswith(path))
-        yield Finding(WARNING, text, line_command(text, path) or trust_command(path))
+        patient.tell(WARNING, text, settings_command(path, text))
     return well
 
 
-def examine_tree(patient: Patient) -> Findings:
+def examine_tree(patient: Patient) -> str:
     base = patient.tree.base
     place = existing_parent(base)
     if os.path.lexists(base) and not os.path.isdir(base):
-        yield Finding(WRONG, f"{base}: is no folder", by_owner(base, f"mv {quoted(base, base + '.old')}"))
+        patient.tell(WRONG, f"{base}: is no folder", by_owner(base, f"mv {quoted(base, base + '.old')}"))
     elif os.statvfs(place).f_flag & os.ST_RDONLY:
-        mend = f"sudo mount -o remount,rw {mount_point(place)}"
-        yield Finding(WRONG, f"{place}: the file system is read-only", mend)
+        mend = f'sudo mount -o remount,rw "$(findmnt -no TARGET -T {quoted(place)})"'
+        patient.tell(WRONG, f"{place}: the file system is read-only", mend)
     elif not os.access(place, os.W_OK | os.X_OK):
-        yield Finding(WRONG, f"{place}: you may not write there", f"sudo install -d -o {user_name()} {quoted(base)}")
+        patient.tell(WRONG, f"{place}: you may not write there", f"sudo install -d -o {user_name()} {quoted(base)}")
     elif place == base and untrusted(base):
-        yield Finding(WARNING, f"{base}: {untrusted(base)}", trust_command(base))
+        patient.tell(WARNING, f"{base}: {untrusted(base)}", trust_command(base))
     return base if place == base else f"{base}, made with the first VM"
 
 
-def examine_disk_space(patient: Patient) -> Findings:
+def examine_disk_space(patient: Patient) -> str:
     place = existing_parent(patient.tree.base)
     free, cache = free_bytes(place), cache_home()
     text = f"{free // MIB} MB are free in {place}"
@@ -9115,142 +8786,127 @@ def examine_disk_space(patient: Patient) -> Findings:
         mend = "vmBaseDir=FOLDER in ~/.nocloud.conf, on a larger file system"
         if os.path.isdir(cache) and os.stat(cache).st_dev == os.stat(place).st_dev:
             mend = f"rm -rf {quoted(cache)}"  # all of it can be made again
-        yield Finding(WRONG if free < 4 * CLONE_BYTES else WARNING, text, mend)
+        patient.tell(WRONG if free < 4 * CLONE_BYTES else WARNING, text, mend)
     return text
 
 
-def examine_vms(patient: Patient) -> Findings:
+def examine_vms(patient: Patient) -> str:
     """What killed commands and vanished files left in the tree."""
     tree = patient.tree
-    folders = [folder for group in [*tree.groups(), TEMPLATES] for folder in left_over(tree, group)]
+    folders = list(left_over(tree))
     if folders:
         text = f"{plural(len(folders), 'folder')} of commands that were killed"
-        yield Finding(WARNING, text, f"rm -rf {quoted(*folders)}")
+        patient.tell(WARNING, text, f"rm -rf {quoted(*folders)}")
     vms = list(tree.vms())
     for vm in vms:
-        yield from conf_findings(vm)
+        examine_conf(patient, vm)
         if vm.is_readable():
-            yield from disk_findings(vm)
+            examine_disks(patient, vm)
     templates = sum(vm.is_template for vm in vms)
     return f"{plural(len(vms) - templates, 'VM')}, {plural(templates, 'template')}, nothing left over"
 
 
-def conf_findings(vm: VM) -> Iterator[Finding]:
+def examine_conf(patient: Patient, vm: VM) -> None:
     """A VM whose settings can't be used.  One that lost them keeps its disk: its conf is begun anew."""
     try:
-        if vm.conf:
-            return
-        disks = [name for name in names_in(vm.folder) if re.fullmatch(rf"{re.escape(vm.name)}_0\.(img|qcow2)", name)]
-        if not disks:
-            yield Finding(WARNING, f"{vm.conf_file} is empty, and there is no disk", destroy_command(vm, "a disk"))
-            return
-        lines = quoted(f"vmName={vm.name}", f"vmDisk={vm.relative(disks[0])}")
-        mend = f"printf '%s\\n' {lines} | {by_owner(vm.conf_file, f'tee -a {quoted(vm.conf_file)}')}"
-        yield Finding(WARNING, f"{vm.conf_file} is empty", mend)
+        if not vm.conf:
+            there = [name for name in names_in(vm.folder) if re.fullmatch(rf"{re.escape(vm.name)}_0\.\w+", name)]
+            lines = quoted(f"vmName={vm.name}", f"vmDisk={vm.relative([*there, f'{vm.name}_0.img'][0])}")
+            mend = f"printf '%s\\n' {lines} | {by_owner(vm.conf_file, f'tee -a {quoted(vm.conf_file)}')}"
+            patient.tell(WARNING, f"{vm.conf_file} is empty", mend)
     except Error as error:
-        mend = line_command(str(error), vm.conf_file)
-        if not mend and os.access(vm.conf_file, os.R_OK):
-            mend = trust_command(vm.conf_file)
-        yield Finding(WARNING, str(error), mend or by_owner(vm.conf_file, f"chmod u+r {quoted(vm.conf_file)}"))
+        patient.tell(WARNING, str(error), settings_command(vm.conf_file, str(error)))
 
 
-def disk_findings(vm: VM) -> Iterator[Finding]:
+def examine_disks(patient: Patient, vm: VM) -> None:
     """A VM whose disk, or what that lies on, is gone."""
+    needed = vm.disks()
     try:
-        needed = [*vm.disks(), *backing_chain(vm.disks())]
+        needed += backing_chain(needed)
     except FileNotFoundError:
-        needed = vm.disks()
+        pass
     except OSError as error:
         text = f"{vm.full_name}: {error.filename}: {error.strerror}"
-        yield Finding(WARNING, text, f"sudo chmod a+r {error.filename}")
+        patient.tell(WARNING, text, f"sudo chmod a+r {error.filename}")
         return
     for path in [path for path in needed if not os.path.exists(path)][:1]:
-        yield Finding(WARNING, f"{vm.full_name} can't start: {path} is gone", destroy_command(vm, path))
-
-
-def destroy_command(vm: VM, lost: str) -> str:
-    """The last resort: what is lost may be on a disk that isn't mounted just now."""
-    command = f"vmtemplate --delete {quoted(vm.name)}"
-    if not vm.is_template:
-        command = f"vmstop -d -n {quoted(vm.full_name)}"
-    return f"{command}  # destroys it; do so only if {printable(lost)} can't be brought back"
+        command = f"vmtemplate --delete {quoted(vm.name)}"
+        if not vm.is_template:
+            command = f"vmstop -d -n {quoted(vm.full_name)}"
+        # the last resort: what is lost may be on a disk that isn't mounted just now
+        mend = f"{command}  # destroys it; do so only if {printable(path)} can't be brought back"
+        patient.tell(WARNING, f"{vm.full_name} can't start: {path} is gone", mend)
 
 
 # -- what runs the VMs
 
 
-def examine_qemu(patient: Patient) -> Findings:
+def examine_qemu(patient: Patient) -> str:
     qemu = patient.cloud.qemu()
     package = install_hint(f"qemu-system-{os.uname().machine}")
-    yield Finding(OK, f"{qemu.path}, version {qemu.version}")
+    patient.tell(OK, f"{qemu.path}, version {qemu.version}", "")
     if "sandbox" not in qemu.options:
-        yield Finding(WARNING, f"{qemu.path} was built without -sandbox: it runs unconfined", package)
+        patient.tell(WARNING, f"{qemu.path} was built without -sandbox: it runs unconfined", package)
     if not choose_screen(qemu):
-        yield Finding(WARNING, f"{qemu.path} has neither SPICE nor VNC: VMs have no screen", package)
+        patient.tell(WARNING, f"{qemu.path} has neither SPICE nor VNC: VMs have no screen", package)
     try:
         choose_seed(qemu)
     except MissingProgram as error:
-        yield Finding(WARNING, str(error), error.hint)
+        patient.tell(WARNING, str(error), error.hint)
     return ""
 
 
-def found_programs(*names: str) -> Findings:
-    yield from ()
-    return ", ".join(map(need_program, names))
-
-
-def examine_acceleration(patient: Patient) -> Findings:
+def examine_acceleration(patient: Patient) -> str:
     reason, mend = kvm_missing()
     wanted = patient.config["vmAccel"]
     if wanted == "tcg":
         return "software emulation, as vmAccel=tcg asks for"
     if reason:
         text = f"no hardware acceleration, guests will be slow: {reason}"
-        yield Finding(WRONG if wanted == "kvm" else WARNING, text, mend)
+        patient.tell(WRONG if wanted == "kvm" else WARNING, text, mend)
     return "hardware acceleration (KVM)"
 
 
-def examine_keys(patient: Patient) -> Findings:
+def examine_keys(patient: Patient) -> str:
     """nocloud's key and the user's: without a key of his own he has nocloud's to log in with."""
-    yield from own_key_findings(os.path.join(config_home(), "id_ed25519"))
+    examine_own_key(patient, os.path.join(config_home(), "id_ed25519"))
     for path in user_keys():
         if os.stat(path).st_mode & 0o077:
-            yield Finding(WARNING, f"{path}: others may read it; ssh won't use it", f"chmod 600 {quoted(path)}")
+            patient.tell(WARNING, f"{path}: others may read it; ssh won't use it", f"chmod 600 {quoted(path)}")
     if not user_keys(".pub"):
-        yield Finding(WARNING, "no key of yours, ~/.ssh/*.pub, to plant in VMs", "ssh-keygen -t ed25519")
+        patient.tell(WARNING, "no key of yours, ~/.ssh/*.pub, to plant in VMs", "ssh-keygen -t ed25519")
     return f"{plural(len(user_keys('.pub')), 'key')} of yours, and nocloud's own"
 
 
-def own_key_findings(path: str) -> Iterator[Finding]:
+def examine_own_key(patient: Patient, path: str) -> None:
     """nocloud's own key is made at first need; one that is there must be whole, and the user's alone."""
     if not os.path.exists(path):
         folder = existing_parent(os.path.dirname(path))
         if not os.access(folder, os.W_OK | os.X_OK):
             text = f"{folder}: you may not write there, for nocloud's key"
-            yield Finding(WRONG, text, "export XDG_CONFIG_HOME=FOLDER")
+            patient.tell(WRONG, text, "export XDG_CONFIG_HOME=FOLDER")
         return
     if os.stat(path).st_mode & 0o077:
         mend = by_owner(path, f"chmod 600 {quoted(path)}")
-        yield Finding(WRONG, f"{path}: others may read it; ssh won't use it", mend)
+        patient.tell(WRONG, f"{path}: others may read it; ssh won't use it", mend)
     if not os.access(path, os.R_OK):
-        yield Finding(WRONG, f"{path}: you may not read it", f"sudo chown {user_name()} {quoted(path)}")
+        patient.tell(WRONG, f"{path}: you may not read it", f"sudo chown {user_name()} {quoted(path)}")
     elif not os.path.exists(path + ".pub"):
-        yield Finding(WRONG, f"{path}.pub is gone", f"ssh-keygen -y -f {quoted(path)} >{quoted(path + '.pub')}")
+        patient.tell(WRONG, f"{path}.pub is gone", f"ssh-keygen -y -f {quoted(path)} >{quoted(path + '.pub')}")
 
 
 # -- the private network
 
 
-def examine_namespaces(patient: Patient) -> Findings:
+def examine_namespaces(patient: Patient) -> str:
     need_program("ip")
     reason = try_namespaces()
     if reason:
-        error = namespaces_denied(reason)
-        yield Finding(patient.needs("private"), str(error), error.hint)
+        raise namespaces_denied(reason)
     return "this user may make namespaces"
 
 
-def examine_tun(patient: Patient) -> Findings:
+def examine_tun(patient: Patient) -> str:
     """For both networks: qemu-bridge-helper opens it as the user that calls it."""
     path = "/dev/net/tun"
     if not os.path.exists(path):
@@ -9259,30 +8915,29 @@ def examine_tun(patient: Patient) -> Findings:
             mend = f"sudo mkdir -p /dev/net && sudo mknod {path} c 10 200 && sudo chmod 666 {path}"
         elif not os.path.exists(f"/lib/modules/{os.uname().release}"):
             mend = f"in a container: give it the device {path}"
-        yield Finding(WRONG, f"there is no {path}", mend)
+        patient.tell(WRONG, f"there is no {path}", mend)
     elif device_denied(path):
-        yield Finding(WRONG, f"you may not open {path} ({device_denied(path)})", f"sudo chmod 666 {path}")
+        patient.tell(WRONG, f"you may not open {path} ({device_denied(path)})", f"sudo chmod 666 {path}")
     return path
 
 
-def examine_private_programs(patient: Patient) -> Findings:
+def examine_private_programs(patient: Patient) -> str:
     missing = [name for name in ("ip", "dnsmasq", "nsenter") if not find_program(name)]
     if missing:
         text = f"not found, and the private network needs it: {', '.join(missing)}"
-        yield Finding(patient.needs("private"), text, install_hint(*missing))
+        patient.tell(WRONG, text, install_hint(*missing))
     return "ip, dnsmasq and nsenter"
 
 
-def examine_way_out(patient: Patient) -> Findings:
-    filters = ["nft"] if not find_program("nft") and not find_program("iptables") else []
-    missing = [*([] if find_program("pasta") else ["pasta"]), *filters]
+def examine_way_out(patient: Patient) -> str:
+    missing = [names[0] for names in (["pasta"], ["nft", "iptables"]) if not any(map(find_program, names))]
     if missing:
         text = f"VMs on the private network don't reach the Internet: {' and '.join(missing)} not found"
-        yield Finding(WARNING, text, install_hint(*missing))
+        patient.tell(WARNING, text, install_hint(*missing))
     return "pasta"
 
 
-def examine_private_subnet(patient: Patient) -> Findings:
+def examine_private_subnet(patient: Patient) -> str:
     """Once it is chosen it is kept; a VPN that came later may have it as well."""
     network = patient.cloud.private
     if not os.path.exists(network.file("subnet")):
@@ -9295,18 +8950,18 @@ def examine_private_subnet(patient: Patient) -> Findings:
         mend = f"nocloud net --private down && rm -f {quoted(network.file('subnet'))}"
         if any(True for _ in patient.tree.vms()):
             mend = "VMs keep their addresses for life: end that network while they are in use, or use another vmBaseDir"
-        yield Finding(WARNING, text, mend)
+        patient.tell(WARNING, text, mend)
     return f"{subnet}.0/24"
 
 
-def examine_inotify(patient: Patient) -> Findings:
+def examine_inotify(patient: Patient) -> str:
     """dnsmasq waits for changed files by inotify(7), and doesn't start without one."""
     import ctypes
 
     fd = ctypes.CDLL(None, use_errno=True).inotify_init1(os.O_CLOEXEC)
     if fd < 0:
         text = f"no inotify instance is to be had: {os.strerror(ctypes.get_errno())}"
-        yield Finding(patient.needs("private"), text, "sudo sysctl -w user.max_inotify_instances=1024")
+        patient.tell(WRONG, text, "sudo sysctl -w user.max_inotify_instances=1024")
     else:
         os.close(fd)
     return "instances are to be had"
@@ -9315,270 +8970,259 @@ def examine_inotify(patient: Patient) -> Findings:
 # -- the host's bridge
 
 
-def examine_bridge(patient: Patient) -> Iterator[Finding]:
-    bridge = patient.bridge
+def examine_bridge(patient: Patient) -> str:
+    name, why = patient.bridge.interface, patient.bridge.why_down()
     if not patient.has_bridge and patient.config["vmNetwork"] != "bridge":
-        yield Finding(OK, f"there is none called {bridge.interface}: VMs are on the private network")
-    elif bridge.why_down():
-        mend = f"sudo ip link set {bridge.interface} up" if patient.foreign else self_command("net up")
-        yield Finding(patient.needs("bridge"), bridge.why_down(), mend)
-    else:
-        yield Finding(OK, f"{bridge.interface} is up")
+        return f"there is none called {name}: VMs are on the private network"
+    if why:
+        patient.tell(WRONG, why, f"sudo ip link set {name} up" if patient.foreign else self_command("net up"))
+    return f"{name} is up"
 
 
-def examine_helper(patient: Patient) -> Iterator[Finding]:
-    faults = list(patient.bridge.helper_faults())
-    yield from (Finding(patient.needs("bridge"), *each) for each in faults)
-    if not faults:
-        yield Finding(OK, patient.bridge.helper())
+def examine_helper(patient: Patient) -> str:
+    for text, mend in patient.bridge.helper_faults():
+        patient.tell(WRONG, text, mend)
+    return patient.bridge.helper()
 
 
-def examine_bridge_conf(patient: Patient) -> Iterator[Finding]:
-    faults = list(patient.bridge.list_faults())
-    yield from (Finding(patient.needs("bridge") if keeps_off else WARNING, *each) for keeps_off, *each in faults)
-    if not faults:
-        yield Finding(OK, f"{helper_list()} allows {patient.bridge.interface}")
+def examine_bridge_conf(patient: Patient) -> str:
+    for keeps_off, text, mend in patient.bridge.list_faults():
+        patient.tell(WRONG if keeps_off else WARNING, text, mend)
+    return f"{helper_list()} allows {patient.bridge.interface}"
 
 
-def examine_dnsmasq(patient: Patient) -> Iterator[Finding]:
+def examine_dnsmasq(patient: Patient) -> str:
     """Whether the bridge's dnsmasq serves there, and if not, who has its ports."""
-    wanted, bad = BridgeSettings(patient.config).address, patient.needs("bridge")
+    wanted = BridgeSettings(patient.config).address
     for kind, port in (("udp", 53), ("tcp", 53), ("udp", 67)):
         for address, pid in sorted(bound_sockets(kind, port), reverse=True):  # at no address: 0.0.0.0, comes last
             if address not in ("0.0.0.0", wanted):
                 continue
-            if (kind, address) == ("udp", wanted) and (not pid or STATE_FOLDER in read_text(f"/proc/{pid}/cmdline")):
-                yield Finding(OK, f"DHCP and DNS are served at {wanted}")
-                return
+            if (kind, address) == ("udp", wanted) and (not pid or STATE_FOLDER in process_file(pid, "cmdline")):
+                return f"DHCP and DNS are served at {wanted}"
             who, mend = "another user's process", self_command("doctor")
             if pid:
-                who = f"{read_text(f'/proc/{pid}/comm').strip()}, process {pid}"
-                unit = re.search(r"/([^/\n]+\.service)$", read_text(f"/proc/{pid}/cgroup"), re.M)
+                who = f"{process_file(pid, 'comm').strip()}, process {pid}"
+                unit = re.search(r"/([^/\n]+\.service)$", process_file(pid, "cgroup"), re.M)
                 mend = f"sudo systemctl disable --now {unit.group(1)}" if unit else f"sudo kill {pid}"
-            yield Finding(bad, f"no DHCP and DNS at {wanted}: port {port} ({kind}) is taken by {who}", mend)
-            return
-    if find_program("dnsmasq"):
-        yield Finding(bad, f"no DHCP and DNS at {wanted}", self_command("net up"))
-    else:
-        yield Finding(bad, "dnsmasq is not found", install_hint("dnsmasq"))
+            patient.tell(WRONG, f"no DHCP and DNS at {wanted}: port {port} ({kind}) is taken by {who}", mend)
+            return ""
+    need_program("dnsmasq")
+    patient.tell(WRONG, f"no DHCP and DNS at {wanted}", self_command("net up"))
+    return ""
 
 
-def examine_leases(patient: Patient) -> Iterator[Finding]:
+def examine_leases(patient: Patient) -> str:
     """Who may not read them doesn't learn the addresses of guests that have none of their own."""
     for place in patient.bridge.lease_places:
         try:
             read_text(place)
-            yield Finding(OK, place)
-            return
+            return place
         except FileNotFoundError:
             continue
         except PermissionError:
             mend = f"sudo chmod a+rX {quoted(os.path.dirname(place), place)}"
-            yield Finding(WARNING, f"{place}: you may not read it", mend)
-            return
-    yield Finding(OK, "there are none yet")
+            patient.tell(WARNING, f"{place}: you may not read it", mend)
+            break
+    return "there are none yet"
 
 
-def examine_publishing(patient: Patient) -> Iterator[Finding]:
+def examine_publishing(patient: Patient) -> str:
     """Whether this user's VMs get addresses and names of their own on the bridge."""
     denied = patient.bridge.hosts.denied()
-    if not denied:
-        yield Finding(OK, f"names and addresses go to {STATE_FOLDER}")
-    elif not os.path.isdir(denied):
-        yield Finding(WARNING, f"{denied} is gone: DHCP decides on addresses and names", self_command("net up"))
-    else:
+    if denied and not os.path.isdir(denied):
+        patient.tell(WARNING, f"{denied} is gone: DHCP decides on addresses and names", self_command("net up"))
+    elif denied:
         text = f"you may not write to {denied}: DHCP decides on your VMs' addresses and names"
-        yield Finding(WARNING, text, group_command(os.stat(denied).st_gid))
+        patient.tell(WARNING, text, group_command(os.stat(denied).st_gid))
+    return f"names and addresses go to {STATE_FOLDER}"
 
 
-def examine_forwarding(patient: Patient) -> Iterator[Finding]:
+def examine_forwarding(patient: Patient) -> str:
     """Whether the kernel forwards, and the host's packet filters let the guests' packets pass; only root sees those."""
-    name, findings = patient.bridge.interface, []
+    name, mend, is_root = patient.bridge.interface, self_command("net up"), os.geteuid() == 0
     for each in (name, *sorted(outgoing_interfaces())):
         if not forwards(each):
-            findings.append((f"guests have no way out: {each} doesn't forward", self_command("net up")))
+            patient.tell(WARNING, f"guests have no way out: {each} doesn't forward", mend)
     if not find_program("nft"):
-        findings.append(("nft is not found", install_hint("nft")))
-    elif os.geteuid() == 0:
+        patient.tell(WARNING, "nft is not found", install_hint("nft"))
+    elif is_root:
         if not has_nft_table(f"ip {DOMAIN}"):
             text = f"guests have no way out: nocloud's own rules are gone (nft table ip {DOMAIN})"
-            findings.append((text, self_command("net up")))
+            patient.tell(WARNING, text, mend)
         for program in iptables_programs():
             if missing_rules(program, name):
-                findings.append((f"{program} has rules, and doesn't accept the bridge", self_command("net up")))
+                patient.tell(WARNING, f"{program} has rules, and doesn't accept the bridge", mend)
         for chain in dropping_chains(name):
             rules = (f"iifname {name} accept", f"oifname {name} ct state established,related accept")
             mend = " && ".join(f"sudo nft insert rule {chain} {rule}" for rule in rules)
-            findings.append((f"nft chain {chain} drops what guests send", mend))
-    yield from (Finding(WARNING, *each) for each in findings)
-    if not findings:
-        seen = "the packet filters let guests pass" if os.geteuid() == 0 else "only root sees the packet filters"
-        yield Finding(OK, f"{name} forwards; {seen}")
+            patient.tell(WARNING, f"nft chain {chain} drops what guests send", mend)
+    filters = "the packet filters let guests pass" if is_root else "only root sees the packet filters"
+    return f"{name} forwards; {filters}"
 
 
-def examine_firewalld(patient: Patient) -> Iterator[Finding]:
+def examine_firewalld(patient: Patient) -> str:
     name, zone = patient.bridge.interface, firewalld_zone(patient.bridge.interface)
-    if zone is None or zone == "trusted":
-        yield Finding(OK, "it doesn't run" if zone is None else f"{name} is in its zone trusted")
-    else:
+    if zone is None:
+        return "it doesn't run"
+    if zone != "trusted":
         where = f"in its zone {zone}" if zone else "in none of its zones"
         mend = f"sudo firewall-cmd --zone=trusted --change-interface={name}"
-        yield Finding(WARNING, f"it runs, and {name} is {where}: guests get no address", mend)
+        patient.tell(WARNING, f"it runs, and {name} is {where}: guests get no address", mend)
+    return f"{name} is in its zone trusted"
 
 
-def examine_ufw(patient: Patient) -> Iterator[Finding]:
-    if os.geteuid() != 0 or not ufw_runs():
-        yield Finding(OK, "it doesn't run" if os.geteuid() == 0 or not find_program("ufw") else "only root may ask it")
-    elif MADE_BY_US not in try_run(["ufw", "show", "added"], 5)[1]:
-        yield Finding(WARNING, "it runs, and doesn't let guests pass", self_command("net up"))
-    else:
-        yield Finding(OK, "it lets guests pass")
+def examine_ufw(patient: Patient) -> str:
+    if os.geteuid() != 0:
+        return "only root may ask it" if find_program("ufw") else "it doesn't run"
+    if not ufw_runs():
+        return "it doesn't run"
+    if MADE_BY_US not in try_run(["ufw", "show", "added"], 5)[1]:
+        patient.tell(WARNING, "it runs, and doesn't let guests pass", self_command("net up"))
+    return "it lets guests pass"
 
 
-def examine_network_manager(patient: Patient) -> Iterator[Finding]:
+def examine_network_manager(patient: Patient) -> str:
     """NetworkManager leaves a bridge alone that it calls unmanaged, or connected externally."""
     name = patient.bridge.interface
-    status, said = -1, ""
-    if find_program("nmcli"):
-        status, said = try_run(["nmcli", "-g", "GENERAL.STATE", "device", "show", name], 5)
-    if status or "unmanaged" in said or "external" in said:
-        yield Finding(OK, "it doesn't run" if status else f"it leaves {name} alone")
-    else:
+    asked = ["nmcli", "-g", "GENERAL.STATE", "device", "show", name]
+    status, said = try_run(asked, 5) if find_program("nmcli") else (-1, "")
+    if status:
+        return "it doesn't run"
+    if "unmanaged" not in said and "external" not in said:
         mend = f"sudo nmcli device set {name} managed no"
-        yield Finding(WARNING, f"it manages {name} ({said.strip()}), and may take its address away", mend)
+        patient.tell(WARNING, f"it manages {name} ({said.strip()}), and may take its address away", mend)
+    return f"it leaves {name} alone"
 
 
-def examine_bridge_subnet(patient: Patient) -> Iterator[Finding]:
+def examine_bridge_subnet(patient: Patient) -> str:
     settings = BridgeSettings(patient.config)
     clash, there = overlapping(settings), connected_network(settings.interface)
     if clash:
         mend = " && ".join(map(self_command, ("bridge subnet", "net down", "net up")))
-        yield Finding(WARNING, f"{settings.net} is in use: {clash}", mend)
+        patient.tell(WARNING, f"{settings.net} is in use: {clash}", mend)
     elif there not in ("", settings.net) and not patient.foreign:
-        yield Finding(WARNING, f"the bridge has {there}, and the settings say {settings.net}", self_command("net up"))
-    else:
-        yield Finding(OK, settings.net)
+        text = f"the bridge has {there}, and the settings say {settings.net}"
+        patient.tell(WARNING, text, self_command("net up"))
+    return settings.net
 
 
-def examine_names(patient: Patient) -> Iterator[Finding]:
+def examine_names(patient: Patient) -> str:
     """Whether this host itself resolves the guests' names."""
-    name, address = patient.bridge.interface, patient.config["bridgeIpAddress"]
+    address, why, mend = patient.config["bridgeIpAddress"], "", self_command("net up")
     if resolved_runs():
-        asks, mend = f"~{DOMAIN}" in try_run(["resolvectl", "domain", name], 5)[1], self_command("net up")
+        asks = f"~{DOMAIN}" in try_run(["resolvectl", "domain", patient.bridge.interface], 5)[1]
     else:
         text = read_text("/etc/resolv.conf") if os.path.exists("/etc/resolv.conf") else ""
         asks = re.findall(r"^nameserver\s+(\S+)", text, re.M)[:1] == [address]
-        mend = f"{install_hint('resolvectl')} && {self_command('net up')}"
-    if asks:
-        yield Finding(OK, f"this host asks {address} for them")
-    else:
-        why = "" if resolved_runs() else ", which runs no systemd-resolved; vmssh needs none"
-        yield Finding(WARNING, f"VMs' names don't resolve on this host{why}", mend)
+        why = ", which runs no systemd-resolved; vmssh needs none"
+        mend = f"{install_hint('resolvectl')} && {mend}"
+    if not asks:
+        patient.tell(WARNING, f"VMs' names don't resolve on this host{why}", mend)
+    return f"this host asks {address} for them"
 
 
 # -- the rest, and all of it
 
 
-def examine_clock(patient: Patient) -> Findings:
+def examine_clock(patient: Patient) -> str:
     """Certificates aren't valid yet where the clock is behind."""
     now = time.time()
     text = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now))
     if now < max(SMALLEST_TIME, os.stat(program_path()).st_mtime) - 86400:
-        yield Finding(WARNING, f"it shows {text}, and is behind: downloads will fail", "sudo timedatectl set-ntp true")
+        patient.tell(WARNING, f"it shows {text}, and is behind: downloads will fail", "sudo timedatectl set-ntp true")
     return text
 
 
-Check = tuple[str, Callable[[Patient], Iterator[Finding]]]
+Check = Callable[[Patient], str]  # tells the patient what isn't well; the words for all is well
 
-CHECKS: tuple[Check, ...] = (
-    ("configuration", examine_configuration),
-    ("catalogue", examine_catalogue),
-    ("tree", examine_tree),
-    ("space", examine_disk_space),
-    ("vms", examine_vms),
-    ("qemu", examine_qemu),
-    ("qemu-img", lambda patient: found_programs("qemu-img")),
-    ("acceleration", examine_acceleration),
-    ("ssh", lambda patient: found_programs("ssh", "ssh-keygen")),
-    ("keys", examine_keys),
-    ("namespaces", examine_namespaces),
-    ("tun", examine_tun),
-    ("private-network", examine_private_programs),
-    ("private-subnet", examine_private_subnet),
-    ("way-out", examine_way_out),
-    ("inotify", examine_inotify),
-    ("clock", examine_clock),
-    ("bridge", examine_bridge),
-)
-BRIDGE_CHECKS: tuple[Check, ...] = (  # where there is one, or where there ought to be
-    ("bridge-helper", examine_helper),
-    ("bridge-conf", examine_bridge_conf),
-    ("bridge-subnet", examine_bridge_subnet),
-    ("dnsmasq", examine_dnsmasq),
-    ("leases", examine_leases),
-    ("publishing", examine_publishing),
-    ("forwarding", examine_forwarding),
-    ("firewalld", examine_firewalld),
-    ("ufw", examine_ufw),
-    ("networkmanager", examine_network_manager),
-    ("names", examine_names),
-)
+CHECKS: dict[str, Check] = {
+    "configuration": examine_configuration,
+    "catalogue": examine_catalogue,
+    "tree": examine_tree,
+    "space": examine_disk_space,
+    "vms": examine_vms,
+    "qemu": examine_qemu,
+    "qemu-img": lambda patient: need_program("qemu-img"),
+    "acceleration": examine_acceleration,
+    "ssh": lambda patient: f"{need_program('ssh')}, {need_program('ssh-keygen')}",
+    "keys": examine_keys,
+    "namespaces": examine_namespaces,
+    "tun": examine_tun,
+    "private-network": examine_private_programs,
+    "private-subnet": examine_private_subnet,
+    "way-out": examine_way_out,
+    "inotify": examine_inotify,
+    "clock": examine_clock,
+    "bridge": examine_bridge,
+}
+BRIDGE_CHECKS: dict[str, Check] = {  # where there is one, or where there ought to be
+    "bridge-helper": examine_helper,
+    "bridge-conf": examine_bridge_conf,
+    "bridge-subnet": examine_bridge_subnet,
+    "dnsmasq": examine_dnsmasq,
+    "leases": examine_leases,
+    "publishing": examine_publishing,
+    "forwarding": examine_forwarding,
+    "firewalld": examine_firewalld,
+    "ufw": examine_ufw,
+    "networkmanager": examine_network_manager,
+    "names": examine_names,
+}
+ALL_CHECKS = {**CHECKS, **BRIDGE_CHECKS}
 OURS_ONLY = ("dnsmasq", "publishing", "forwarding", "firewalld", "ufw", "networkmanager", "names")  # else its owner's
+OF_NETWORK = {  # what is wrong there is a warning where VMs are on the other one
+    **dict.fromkeys(("namespaces", "private-network", "private-subnet", "inotify"), "private"),
+    **dict.fromkeys(("bridge", *BRIDGE_CHECKS), "bridge"),
+}
 
 
 def doctor_help() -> str:
     """The end of doctor's help."""
     import textwrap
 
-    names = ", ".join(name for name, _ in (*CHECKS, *BRIDGE_CHECKS))
-    return textwrap.fill(f"CHECKS, all by default: {names}.", 78, break_on_hyphens=False)
+    return textwrap.fill(f"CHECKS, all by default: {', '.join(ALL_CHECKS)}.", 78, break_on_hyphens=False)
 
 
 def examine(names: Sequence[str]) -> Iterator[Finding]:
     """All findings, or those of the checks that are named, as they are found."""
-    known = [name for name, _ in (*CHECKS, *BRIDGE_CHECKS)]
     for name in names:
-        if name not in known:
-            near = nearest(name, known)
-            hint = f"did you mean {near}?" if near else f"one of {', '.join(known)}"
+        if name not in ALL_CHECKS:
+            near = nearest(name, ALL_CHECKS)
+            hint = f"did you mean {near}?" if near else f"one of {', '.join(ALL_CHECKS)}"
             raise UsageError(f"{name}: no such check", hint)
     patient = Patient()
     bridged = patient.has_bridge or patient.config["vmNetwork"] == "bridge"
-    for name, check in (*CHECKS, *(BRIDGE_CHECKS if bridged or names else ())):
-        if names and name not in names:
-            continue
-        for finding in examine_one(name, check, patient):
-            finding.name = name
-            yield finding
+    for name in ALL_CHECKS if bridged or names else CHECKS:
+        if not names or name in names:
+            yield from examine_one(name, patient)
 
 
-def examine_one(name: str, check: Callable[[Patient], Iterator[Finding]], patient: Patient) -> Iterator[Finding]:
+def examine_one(name: str, patient: Patient) -> Iterator[Finding]:
     """A check's findings; one that fails by itself tells why, whatever this host did to it."""
     if name in OURS_ONLY and patient.foreign:
-        yield Finding(OK, f"{patient.bridge.interface} was not made by nocloud: what its owner set holds")
+        yield Finding(name, OK, f"{patient.bridge.interface} was not made by nocloud: what its owner set holds", "")
         return
-    network = "private" if name in ("namespaces", "private-subnet") else ""
-    if (name, check) in BRIDGE_CHECKS:
-        network = "bridge"
-    findings, well = check(patient), True
+    patient.told, well = [], ""
     try:
-        while True:
-            yield next(findings)
-            well = False
-    except StopIteration as end:
-        if well and end.value:
-            yield Finding(OK, end.value)
+        well = ALL_CHECKS[name](patient)
     except Error as error:
-        yield Finding(patient.needs(network) if network else WRONG, str(error), error.hint)
+        patient.tell(WRONG, str(error), error.hint)
     except Exception as error:
         if report.debug:
             raise
-        yield Finding(WARNING, f"it can't be looked at: {type(error).__name__}: {error}", "nocloud doctor --debug")
+        text = f"it can't be looked at: {type(error).__name__}: {error}"
+        patient.tell(WARNING, text, "nocloud doctor --debug")
+    spared = OF_NETWORK.get(name, patient.network) != patient.network
+    for state, text, mend in patient.told or [(OK, well, "")]:
+        badness = WARNING if state == WRONG and spared else state
+        yield Finding(name, badness, printable(text), mend if os.geteuid() else re.sub(r"\bsudo ", "", mend))
 
 
 def bridge_faults(config: Config) -> Iterator[str]:
     """What isn't well with the host's bridge, where there is one, a line each, for `net status`: what doctor finds."""
-    names = ["bridge", "tun", *(name for name, _ in BRIDGE_CHECKS if name != "names")]  # `net up` told of these
+    names = ["bridge", "tun", *BRIDGE_CHECKS]
+    names.remove("names")  # `net up` told of these
     for finding in examine(names) if os.path.exists(f"/sys/class/net/{config['bridgeInterface']}") else ():
         if finding.state != OK:
             yield f"wrong: {finding.text} (mended by: {finding.mend})"
@@ -9652,21 +9296,22 @@ class Command:
     help: str = ""
 
     @property
-    def takes_words(self) -> bool:
-        """Whether its operands are another program's words: options end at the first one."""
-        return "..." in self.operands
+    def usage(self) -> str:
+        """What comes after its name."""
+        return " ".join(filter(None, ("[options]" if self.options else "", self.operands)))
 
 
 COMMANDS: dict[str, Command] = {}
+ALIASES: dict[str, Command] = {}
 
 
 def declare(command: Command, *options: Option) -> Callable[[Any], Any]:
     """Declare the command that the function under it does.  The first line of its docstring is its help."""
 
     def declared(function: Any) -> Any:
-        if command.name in COMMANDS:
-            raise ValueError(f"{command.name}: declared twice")
         COMMANDS[command.name] = command
+        if command.alias:
+            ALIASES[command.alias] = command
         command.options, command.function, command.help = options, function, function.__doc__.strip()
         return function
 
@@ -9688,25 +9333,20 @@ def command_names() -> dict[str, str]:
     return {each.name: each.help for each in visible_commands()}
 
 
-def all_options(command: Command) -> list[Option]:
-    return [*command.options, *GENERAL_OPTIONS]
-
-
 def find_command(argv: Sequence[str]) -> tuple[Command | None, str, list[str]]:
     """(command, the name it was called by, its words); None for `nocloud` alone.
 
     Raises UsageError (127) for a name that there isn't.
     """
     name, words = os.path.basename(argv[0]), list(argv[1:])
-    aliases = {each.alias: each for each in COMMANDS.values() if each.alias}
-    if name in aliases:
-        return aliases[name], name, words
+    if name in ALIASES:
+        return ALIASES[name], name, words
     if words[:1] == ["--debug"]:
         words = words[1:]
     if not words or words[0].startswith("-"):
         return None, "nocloud", words
     word = words[0]
-    found = COMMANDS.get(word) or aliases.get(word)
+    found = COMMANDS.get(word) or ALIASES.get(word)
     if not found:
         near = nearest(word, command_names())
         hint = f"did you mean {near}?" if near else "nocloud -h lists them"
@@ -9729,7 +9369,7 @@ def split_operands(command: Command, words: Sequence[str]) -> tuple[list[str], l
             return options, [*operands, *words[index:]]
         if not word.startswith("-") or word == "-":
             operands.append(word)
-            if command.takes_words:
+            if "..." in command.operands:  # another program's words
                 return options, [*operands, *words[index:]]
             continue
         options.append(word)
@@ -9758,39 +9398,31 @@ def option_with_value(command: Command, word: str) -> tuple[Option | None, str]:
 def build_parser(command: Command, program: str, config: Config) -> argparse.ArgumentParser:
     """The parser of one command; its help shows the defaults in force."""
     import argparse
+    import functools
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
             raise UsageError(message, f"{program} -h shows how it is called")
 
-    options = "[options]" if command.options else ""
-    parser = Parser(
-        prog=program, usage=" ".join(part for part in ("%(prog)s", options, command.operands) if part),
-        description=command.help, allow_abbrev=False, add_help=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=terminal_width()),
-    )  # fmt: skip
-    for option in all_options(command):
-        extra: dict[str, Any] = {"action": "store_true"}
-        text = option.help + (f" [{config[option.default]}]" if option.default else "")
-        if option.value:
-            extra = {"metavar": option.value, "type": _checked(option.check)}
-            if option.is_optional:
-                extra.update(nargs="?", const=True)
-        parser.add_argument(*option.names, help=text.replace("%", "%%"), **extra)
-    return parser
-
-
-def _checked(check: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A setting's check as argparse wants it."""
-    import argparse
-
-    def convert(text: str) -> Any:
+    def convert(check: Callable[[str], Any], text: str) -> Any:
         try:
             return check(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text!r}: expected {error}") from None
 
-    return convert
+    parser = Parser(
+        prog=program, usage=f"%(prog)s {command.usage}", description=command.help, allow_abbrev=False, add_help=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=terminal_width()),
+    )  # fmt: skip
+    for option in (*command.options, *GENERAL_OPTIONS):
+        extra: dict[str, Any] = {"action": "store_true"}
+        text = option.help + (f" [{config[option.default]}]" if option.default else "")
+        if option.value:
+            extra = {"metavar": option.value, "type": functools.partial(convert, option.check)}
+            if option.is_optional:
+                extra.update(nargs="?", const=True)
+        parser.add_argument(*option.names, help=text.replace("%", "%%"), **extra)
+    return parser
 
 
 def terminal_width() -> int:
@@ -9823,8 +9455,8 @@ def one_operand(words: Sequence[str], name: str) -> str:
 
 # Commands ############################################################################################
 #
-# What can be typed.  One declaration a command serves its vm* name, the subcommand and the help; the
-# function under it turns words into values and calls the sections above.
+# What can be typed.  One declaration a command serves its vm* name, the subcommand and the help; the function under it
+# turns words into values and calls the sections above.  It returns the exit status; None: EXIT_DONE.
 
 # Several commands have these.
 GROUP = Option("-g --group GROUP", "only this group")
@@ -9865,17 +9497,17 @@ def _digest(algorithm: str) -> Callable[[str], str]:
     Option("--user LOGIN", "who logs in to its clones", default="vmUser"),
     Option("--init KIND", "how hostname and keys get in: " + ", ".join(INIT_KINDS), INIT_KIND, complete=INIT_KINDS),
 )  # fmt: skip
-def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """get and keep templates"""
-    import functools
-
     with Cloud(config) as cloud:
         if args.list or args.available:
             no_more(words)
-            return report_table(catalogue_rows(cloud.tree) if args.available else template_rows(cloud))
+            report_table(catalogue_rows(cloud.tree) if args.available else template_rows(cloud))
+            return
         if args.tree:
             no_more(words)
-            return report_table([[row] for row in DiskTree(cloud.tree).rows()])
+            report_table([[row] for row in disk_rows(cloud.tree)])
+            return
         name = one_operand(words, "NAME")
         expected = exclusive(args, "sha256", "sha512", "insecure")
         way = exclusive(args, "image", "build", "from", "delete")
@@ -9901,7 +9533,6 @@ def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> 
             template_from_address(cloud, name, args)
         else:
             template_from_catalogue(cloud, name, vars(args), functools.partial(take_over, cloud))
-    return EXIT_DONE
 
 
 def template_from_address(cloud: Cloud, name: str, args: argparse.Namespace) -> None:
@@ -9918,12 +9549,11 @@ def template_from_address(cloud: Cloud, name: str, args: argparse.Namespace) -> 
     template_from_url(cloud, name, args.image, settings, expected, args.insecure)
 
 
-def report_table(rows: Sequence[Sequence[str]]) -> int:
+def report_table(rows: Sequence[Sequence[str]]) -> None:
     """Rows on stdout, their columns aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)] if rows else []
     for row in rows:
         report.data("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[-1]]))
-    return EXIT_DONE
 
 
 @declare(
@@ -9936,7 +9566,7 @@ def report_table(rows: Sequence[Sequence[str]]) -> int:
     Option("-d --disk GB", "disk size; with -a: grow to", default="vmCreateDiskSize"),
     Option("-a --adjust", "change an existing one: only what is given"),
 )
-def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """make a template from an ISO, or adjust one"""
     for value, name in ((args.name, "-n NAME"), (args.adjust or args.iso, "-i ISO")):
         if not value:
@@ -9964,7 +9594,6 @@ def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> in
                 raise error
             report.say(f"{report.program}: {vm} boots {iso}; when it is done: vmstop -n {vm}")
             open_screens([vm])
-    return EXIT_DONE
 
 
 def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, iso: str) -> VM:
@@ -10020,8 +9649,7 @@ def requests_of(config: Config, args: argparse.Namespace) -> tuple[str, list[Clo
         for given, name in ((args.template, "-n"), (args.count, "-C"), (args.options, "-o")):
             if given is not None:
                 raise UsageError(f"-f and {name} exclude each other", "the description file says it all")
-        text, name = read_description(args.file)
-        return group_of_file(args.file) if group is None else group, parse_description(text, name, type)
+        return group_of_file(args.file) if group is None else group, read_description(args.file, type)
     if not args.template:
         raise UsageError("which template? give -n TEMPLATE, or -f FILE", "vmtemplate --list shows what is there")
     request = CloneRequest("", args.template, args.count or config.number("vmCount"), type, {})
@@ -10032,13 +9660,13 @@ def requests_of(config: Config, args: argparse.Namespace) -> tuple[str, list[Clo
     return config["vmGroup"] if group is None else group, [request]
 
 
-def read_description(path: str) -> tuple[str, str]:
-    """The text of a description file, at most 1 MB, and its name in messages; `-` is stdin."""
+def read_description(path: str, default_type: str) -> list[CloneRequest]:
+    """What a description file, of at most 1 MB, asks for; `-` is stdin."""
     try:
         if path == "-":
-            return sys.stdin.read(MIB), "stdin"
+            return parse_description(sys.stdin.read(MIB), "stdin", default_type)
         with open(path, encoding="utf-8") as file:
-            return file.read(MIB), path
+            return parse_description(file.read(MIB), path, default_type)
     except UnicodeDecodeError:
         raise UsageError(f"{path}: not a text file") from None
     except OSError as error:
@@ -10097,29 +9725,25 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
         group, requests = args.resume, []
         if args.file is not None:
             group = args.group or group_of_file(args.file)
-            text, name = read_description(args.file)
-            requests = parse_description(text, name, config["vmSubGroup"])
+            requests = read_description(args.file, config["vmSubGroup"])
             check_requests(cloud, group, requests, args.force)
-            for request in requests:
-                request.settings.update({"vmGui": "yes"} if args.gui else {})
+            for request in requests if args.gui else ():
+                request.settings["vmGui"] = "yes"
         elif group == TEMPLATES:
             raise UsageError("templates are not run as a group", "vm -n NAME runs one")
         else:
             cloud.tree.need_group(group)
-        return supervise(
-            cloud, group, requests, new=bool(requests) and not args.add, gui=args.gui, on_ready=background.on_ready
-        )
+        return supervise(cloud, group, requests, bool(requests) and not args.add, args.gui, background)
 
 
 @declare(Command("running", "vmrunning"), GROUP, TYPE, Option("-a --all", "the stopped ones too, with their state"))
-def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """list running VMs: NAME GROUP/TYPE IP"""
     with Cloud(config) as cloud:
         if args.group is not None:
             cloud.tree.need_group(args.group)
         for row in vm_rows(cloud, args.group or "", args.type or "", every=args.all):
             report.data(row)
-    return EXIT_DONE
 
 
 @declare(
@@ -10138,8 +9762,7 @@ def cmd_stop(config: Config, args: argparse.Namespace, words: list[str]) -> int:
         if args.destroy:
             errors = destroy_all(cloud, vms, args.group or "")
         else:
-            seconds = 0 if args.kill else config.number("vmStopTimeout") if args.timeout is None else args.timeout
-            errors = stop_all(cloud, vms, seconds, patient=args.timeout is None)
+            errors = stop_all(cloud, vms, 0 if args.kill else args.timeout)
     return report_errors(errors)
 
 
@@ -10171,13 +9794,12 @@ def running_vm(cloud: Cloud, words: str, group: str | None = None, type: str | N
 
 
 @declare(Command("ssh", "vmssh", "VM [WORDS...]", ("running-vm",)))
-def cmd_ssh(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_ssh(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """ssh into a VM, or run a command in it"""
     if not words:
         raise UsageError("which VM?", "vmssh VM|IP [WORDS...]; vmrunning lists the VMs")
     with Cloud(config) as cloud:
         become_ssh(cloud, running_vm(cloud, words[0]), words[1:])
-    return EXIT_FAILED  # not reached: become() doesn't come back
 
 
 def become_ssh(cloud: Cloud, vm: VM, words: Sequence[str], fresh: bool = False) -> None:
@@ -10191,8 +9813,7 @@ def become_ssh(cloud: Cloud, vm: VM, words: Sequence[str], fresh: bool = False) 
     wait = Wait(cloud, vm, cloud.config.number("vmWaitTimeout"), say=True)
     wait_ssh(wait)
     find_init_kind(wait)
-    if not cloud.known_hosts.knows(vm.get("vmUuid")):
-        pin_host_key(wait)
+    pin_host_key(wait)
     template = fresh and vm.is_template and vm.get("vmInit") != "none"
     if template or vm.get("vmInit") in ("ssh", "auto"):
         try:
@@ -10213,7 +9834,7 @@ def become_ssh(cloud: Cloud, vm: VM, words: Sequence[str], fresh: bool = False) 
     Option("-i --iso ISO", "boot this ISO first: a path, a name in isoDir, or none"),
     Option("-G --gui", "start it with a screen, and don't connect"),
 )
-def cmd_vm(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_vm(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """run a VM and connect to it by ssh"""
     if not args.name:
         raise UsageError("which VM? give -n NAME", "vmrunning -a lists them, vmtemplate --list the templates")
@@ -10235,19 +9856,17 @@ def cmd_vm(config: Config, args: argparse.Namespace, words: list[str]) -> int:
             open_screens([vm])
         else:
             become_ssh(cloud, vm, words, fresh)
-    return EXIT_DONE
 
 
 @declare(
     Command("upgrade", "vmupgrade", "TEMPLATE", ("template",)),
     Option("--timeout S", f"the longest that it may take, in seconds [{UPGRADE_SECONDS}]", SECONDS),
 )
-def cmd_upgrade(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_upgrade(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """upgrade the system of a template; its clones stay as they are"""
     name = one_operand(words, "TEMPLATE")
     with Cloud(config) as cloud:
         upgrade(cloud, name.removeprefix(f"{TEMPLATES}/"), UPGRADE_SECONDS if args.timeout is None else args.timeout)
-    return EXIT_DONE
 
 
 @declare(
@@ -10255,7 +9874,7 @@ def cmd_upgrade(config: Config, args: argparse.Namespace, words: list[str]) -> i
     Option("--list", "the inventory as JSON, for ansible"),
     Option("--host HOST", "the variables of one host as JSON"),
 )
-def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """what runs, for ansible (--list) and for people"""
     with Cloud(config) as cloud:
         if args.list or args.host is not None:
@@ -10266,7 +9885,6 @@ def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) ->
         else:
             for row in vm_rows(cloud):
                 report.data(row)
-    return EXIT_DONE
 
 
 @declare(
@@ -10279,7 +9897,7 @@ def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) ->
     Option("--tap", "exec: open a tap on the network as descriptor 3"),
     Option("--fdpass", "connect: hand the connection itself to ssh (ProxyUseFdpass)"),
 )  # fmt: skip
-def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """the network between the VMs: up, down, status; exec and connect go into the private one"""
     import contextlib
 
@@ -10313,7 +9931,6 @@ def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> int:
             private.connect(*address_and_port(rest), args.fdpass)
         else:
             raise UsageError(f"{verb or 'no verb'}: expected up, down, status, exec or connect")
-    return EXIT_DONE
 
 
 def kind_of_network(config: Config, args: argparse.Namespace, rest: Sequence[str]) -> str:
@@ -10333,14 +9950,14 @@ def kind_of_network(config: Config, args: argparse.Namespace, rest: Sequence[str
         (("start", "stop", "dnsmasq", "ready", "subnet"), "file"),
     )
 )  # fmt: skip
-def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """the host's bridge, for its units: start, stop; run its dnsmasq, or wait for it; name a free subnet in FILE"""
     verb, rest = (words[0], words[1:]) if words else ("", [])
     if verb == "subnet":
         file = one_operand(rest, "FILE") if rest else installed_settings()
         need_root("setting the bridge's network")
         report.say(free_bridge_subnet(config, file))
-        return EXIT_DONE
+        return
     no_more(rest)
     if verb == "start":
         BridgeSetup(config).start()
@@ -10354,7 +9971,6 @@ def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> in
         BridgeSetup(config).wait(60, os.environ.get("MAINPID", ""))  # systemd.exec(5)
     else:
         raise UsageError(f"{verb or 'no verb'}: expected start, stop, dnsmasq, ready or subnet")
-    return EXIT_DONE
 
 
 def open_tap(network: Network) -> None:
@@ -10371,12 +9987,10 @@ def open_tap(network: Network) -> None:
 
 def address_and_port(words: Sequence[str]) -> tuple[str, int]:
     """connect's two operands, checked."""
-    if len(words) != 2:
+    if len(words) != 2 or not words[0]:
         raise UsageError("connect takes an address and a port", "nocloud net connect 10.88.0.2 22")
-    for word, check in zip(words, (ipv4_address, whole_number(1, 65535))):
-        if not checked(check, word, repr(word)):
-            raise UsageError(f"{word!r}: expected an IPv4 address")
-    return words[0], int(words[1])
+    address, port = words
+    return checked(ipv4_address, address, repr(address)), checked(whole_number(1, 65535), port, repr(port))
 
 
 def vm_of_options(cloud: Cloud, args: argparse.Namespace) -> VM:
@@ -10418,7 +10032,7 @@ def cmd_manage(config: Config, args: argparse.Namespace, words: list[str]) -> in
 
 @declare(
     Command(
-        "doctor", operands="[CHECKS]", complete=(tuple(name for name, _ in (*CHECKS, *BRIDGE_CHECKS)),),
+        "doctor", operands="[CHECKS]", complete=(tuple(ALL_CHECKS),),
         more=doctor_help, unconfigured=True,
     ),
     Option("--json", "a JSON list: name, state, text, mend"),
@@ -10441,14 +10055,13 @@ def cmd_doctor(config: Config, args: argparse.Namespace, words: list[str]) -> in
 
 
 @declare(Command("links", operands="DIR", complete=("folder",)))
-def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """make the vm* commands in DIR, as symlinks to this program"""
     folder = one_operand(words, "DIR")
     if not os.path.isdir(folder):
         raise NotFound(f"{folder}: no such folder", f"mkdir -p {folder}")
     program = program_path()
-    names = [*(each.alias for each in COMMANDS.values() if each.alias), "nocloud"]
-    for name in names:
+    for name in (*ALIASES, "nocloud"):
         path = os.path.join(folder, name)
         if os.path.islink(path):
             os.unlink(path)
@@ -10459,11 +10072,10 @@ def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> int
                 f"{path}: is there and is no symlink; it is kept", "move it away, or choose another folder"
             )
         os.symlink(program, path)
-    return EXIT_DONE
 
 
 @declare(Command("configure", operands="VM...", hidden=True))
-def cmd_configure(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_configure(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """do over ssh what can only be done there, for VMs that have just been started"""
     with Cloud(config) as cloud:
         vms = [vm for name in words for vm in cloud.tree.find(name) if vm.is_readable()]
@@ -10472,7 +10084,6 @@ def cmd_configure(config: Config, args: argparse.Namespace, words: list[str]) ->
         for error in wait_all(cloud, vms, config.number("vmWaitTimeout")):
             if error.vm.exists():
                 append_line(error.vm.log_file, f"nocloud: not configured: {error}")
-    return EXIT_DONE
 
 
 # Completion and manual ###############################################################################
@@ -10488,24 +10099,25 @@ SHELL_KINDS = ("file", "folder")  # which the shells complete by themselves
 class Typed:
     """A command line that is being typed, as its words up to the cursor, of which the last one is to be completed.
 
-    That word is `prefix`, an option to which its value is joined, and `value`.  `wanted`: what the value can be, as an
-    Option's `complete`, or words with their help.  `given`: the options before it, by each name, with their values.
+    That word is `prefix`, an option to which its value is joined, and `value`.  `words`: what there is to offer for the
+    value, each with its help; `files`: the one of SHELL_KINDS that it can be besides, or ''.  `given`: the options
+    before it, by each name, with their values.
     """
 
     def __init__(self, config: Config, words: Sequence[str]) -> None:
         self.config, self.tree = config, Tree(config)
         *before, self.value = words
-        self.prefix = ""
+        self.prefix = self.files = ""
         self.given: dict[str, str] = {}
-        self.wanted: str | tuple[str, ...] | dict[str, str] = ""
+        self.words: dict[str, str] = {}
         self.command, _, rest = find_command(before)
         if self.command:
-            self._read(self.command, rest)
+            self._offer(self._wanted(self.command, rest))
         elif not rest:
-            self.wanted = option_names(GENERAL_OPTIONS) if self.value.startswith("-") else command_names()
+            self.words = option_names(GENERAL_OPTIONS) if self.value.startswith("-") else command_names()
 
-    def _read(self, command: Command, words: Sequence[str]) -> None:
-        """What is wanted, by what the parser makes of a word in that place."""
+    def _wanted(self, command: Command, words: Sequence[str]) -> str | tuple[str, ...] | dict[str, str]:
+        """What the value can be, by what the parser makes of a word in that place."""
         probe = "-" + PROBE if self.value.startswith("-") else PROBE
         options, operands = split_operands(command, [*words, probe])
         last = "" if operands[-1:] == [probe] else options.pop()
@@ -10513,29 +10125,24 @@ class Typed:
             option, prefix = option_with_value(command, word)
             self.given.update(dict.fromkeys(option.names, word[len(prefix) :]) if option else {word: ""})
         if not last:
-            self.wanted = dict(enumerate(command.complete, 1)).get(len(operands), "")
-            return
+            return dict(enumerate(command.complete, 1)).get(len(operands), "")
         option, prefix = option_with_value(command, self.value if last == probe else last)
         if option and last != probe:  # split_operands() has joined it to the option
-            self.wanted = option.complete
-        elif option and (self.value != prefix or prefix.endswith("=")):
-            self.prefix, self.value, self.wanted = prefix, self.value[len(prefix) :], option.complete
-        else:
-            self.wanted = option_names(each for each in all_options(command) if not self.given.keys() & set(each.names))
+            return option.complete
+        if option and (self.value != prefix or prefix.endswith("=")):
+            self.prefix, self.value = prefix, self.value[len(prefix) :]
+            return option.complete
+        known = (*command.options, *GENERAL_OPTIONS)
+        return option_names(each for each in known if not self.given.keys() & set(each.names))
 
-    def words(self) -> dict[str, str]:
-        """What there is to offer for the value, each with its help."""
-        if isinstance(self.wanted, dict):
-            return self.wanted
-        if isinstance(self.wanted, tuple):
-            return dict.fromkeys(self.wanted, "")
-        kinds = [kind for kind in self.wanted.split("+") if kind in WORD_KINDS]
-        return {word: "" for kind in kinds for word in WORD_KINDS[kind](self) if word.isprintable()}
-
-    def files(self) -> str:
-        """The one of SHELL_KINDS that is wanted, or ''."""
-        kinds = self.wanted.split("+") if isinstance(self.wanted, str) else []
-        return next((kind for kind in kinds if kind in SHELL_KINDS), "")
+    def _offer(self, wanted: str | tuple[str, ...] | dict[str, str]) -> None:
+        """`wanted`: as an Option's `complete`, or words with their help."""
+        if isinstance(wanted, str):
+            kinds = wanted.split("+")
+            self.files = next((kind for kind in kinds if kind in SHELL_KINDS), "")
+            found = (word for kind in kinds if kind in WORD_KINDS for word in WORD_KINDS[kind](self))
+            wanted = tuple(word for word in found if word.isprintable())
+        self.words = wanted if isinstance(wanted, dict) else dict.fromkeys(wanted, "")
 
     def vms(self, wanted: Callable[[VM], bool] = VM.exists) -> list[str]:
         """What the wanted VMs, in the group and of the type that are named, can be called: NAME where that is enough.
@@ -10551,14 +10158,6 @@ class Typed:
             left = [vm for vm in left if count[way(vm)] > 1]
         return names + [vm.full_name for vm in left]
 
-    def types(self) -> list[str]:
-        group = self.given.get("-g")
-        return [type for each in ([group] if group else self.tree.groups()) for type in self.tree.types(each)]
-
-    def isos(self) -> list[str]:
-        folder = os.path.expanduser(self.config["isoDir"])
-        return [name for name in names_in(folder) if name.lower().endswith(".iso")]
-
 
 WORD_KINDS: dict[str, Callable[[Typed], Iterable[str]]] = {
     "vm": Typed.vms,
@@ -10569,11 +10168,13 @@ WORD_KINDS: dict[str, Callable[[Typed], Iterable[str]]] = {
     "managed-group": lambda typed: [
         group for group in typed.tree.groups() if manager_of(typed.tree, group)[0] == "running"
     ],
-    "type": Typed.types,
+    "type": lambda typed: [vm.type for vm in typed.tree.vms(typed.given.get("-g", "")) if vm.type],
     "template": lambda typed: [vm.name for vm in typed.tree.templates()],
     "catalogue": lambda typed: load_catalogue().entries,
     "template-name": lambda typed: WORD_KINDS["template" if "--delete" in typed.given else "catalogue"](typed),
-    "iso": Typed.isos,
+    "iso": lambda typed: [
+        name for name in names_in(os.path.expanduser(typed.config["isoDir"])) if name.lower().endswith(".iso")
+    ],
     # Those in the confs: to read the bridge's leases is not worth it.
     "address": lambda typed: [vm.get("vmAddress") for vm in typed.tree.running() if vm.is_readable()],
     "command": lambda typed: command_names(),
@@ -10609,11 +10210,10 @@ def answer_bash(config: Config, line: str = "", replaced: str = "") -> list[str]
     words, raw, _ = read_bash(line)
     typed = Typed(config, words)
     kept, _, quote = read_bash(raw[: len(raw) - len(replaced)] if raw.endswith(replaced) else "")
-    start, special = kept[-1], "(?!)" if typed.files() else BASH_SPECIAL[quote]
-    found = [typed.prefix + word for word in typed.words() if word.startswith(typed.value)]
-    kind = typed.files().replace("folder", "directory")
+    start, special = kept[-1], "(?!)" if typed.files else BASH_SPECIAL[quote]
+    found = [typed.prefix + word for word in typed.words if word.startswith(typed.value)]
     return [
-        kind, typed.prefix[len(start) :], start[len(typed.prefix) :], typed.value,
+        typed.files.replace("folder", "directory"), typed.prefix[len(start) :], start[len(typed.prefix) :], typed.value,
         *(re.sub(special, r"\\\g<0>", word[len(start) :]) for word in found),
     ]  # fmt: skip
 
@@ -10623,15 +10223,15 @@ def answer_zsh(config: Config, *words: str) -> list[str]:
     options = typed.command.options if typed.command else ()
     valued = {name for each in options if each.value and not each.is_optional for name in each.names if name[1] == "-"}
     rows = []
-    for word, help in typed.words().items():
+    for word, help in typed.words.items():
         escaped = re.sub(r"[\\:]", r"\\\g<0>", word) + ("=" if word in valued else "")
         rows.append(f"{escaped}:{help}" if help else escaped)
-    return [typed.files(), typed.prefix, *rows]
+    return [typed.files, typed.prefix, *rows]
 
 
 def answer_fish(config: Config, *words: str) -> list[str]:
     typed = Typed(config, words)
-    return [typed.files(), typed.prefix, *(f"{typed.prefix}{word}\t{help}" for word, help in typed.words().items())]
+    return [typed.files, typed.prefix, *(f"{typed.prefix}{word}\t{help}" for word, help in typed.words.items())]
 
 
 SHELLS: dict[str, tuple[Callable[..., list[str]], str]] = {
@@ -10660,8 +10260,7 @@ def filled(name: str, **parts: str) -> str:
 
 def completion(shell: str) -> str:
     """A shell's script, which completes for all names of the program."""
-    names = ["nocloud", "nocloud.pyz", *(each.alias for each in visible_commands() if each.alias)]
-    return filled(f"completion/nocloud.{shell}", NAMES=" ".join(names))
+    return filled(f"completion/nocloud.{shell}", NAMES=" ".join(("nocloud", "nocloud.pyz", *ALIASES)))
 
 
 @declare(Command("completion", operands="bash | zsh | fish", complete=(tuple(SHELLS),)))
@@ -10676,18 +10275,10 @@ def cmd_completion(config: Config, args: argparse.Namespace, words: list[str]) -
 
 # -- the manual pages, in the man(7) macros of roff
 
-ROFF = {  # what roff would take for something else: a hyphen, an accent, a typographic quote
-    "\\": "\\e",
-    "-": "\\-",
-    "'": "\\(aq",
-    "`": "\\(ga",
-    '"': "\\(dq",
-    "^": "\\(ha",
-    "~": "\\(ti",
-    "…": "...",
-    "×": "\\(mu",
-    "–": "\\(en",
-}
+ROFF = str.maketrans({  # what roff would take for something else: a hyphen, an accent, a typographic quote
+    "\\": "\\e", "-": "\\-", "'": "\\(aq", "`": "\\(ga", '"': "\\(dq",
+    "^": "\\(ha", "~": "\\(ti", "…": "...", "×": "\\(mu", "–": "\\(en",
+})  # fmt: skip
 EXIT_STATUSES = {
     EXIT_DONE: "done",
     EXIT_FAILED: "it could not be done, or one of the VMs failed",
@@ -10700,8 +10291,7 @@ EXIT_STATUSES = {
 
 def roff(text: str) -> str:
     """`text` for the page, as it is; a dot at its beginning is no request."""
-    escaped = "".join(ROFF.get(char, char) for char in text)
-    return "\\&" + escaped if escaped.startswith(".") else escaped
+    return ("\\&" if text.startswith((".", "…")) else "") + text.translate(ROFF)
 
 
 def bold(text: str) -> str:
@@ -10737,9 +10327,8 @@ def man_settings(*places: str) -> str:
 
 def man_usage(command: Command) -> str:
     """How a command is called, by each of its names."""
-    words = map(roff, filter(None, ("[options]" if command.options else "", command.operands)))
-    names = map(bold, filter(None, (command.alias, f"nocloud {command.name}")))
-    return "\n.br\n".join(" ".join((name, *words)) for words in [list(words)] for name in names)
+    names = filter(None, (command.alias, f"nocloud {command.name}"))
+    return "\n.br\n".join(f"{bold(name)} {roff(command.usage)}".rstrip() for name in names)
 
 
 def manual() -> str:
@@ -10767,7 +10356,7 @@ def manual_of(command: Command) -> str:
     name = command.alias or f"nocloud-{command.name}"
     return filled(
         "man/command.man", TITLE=roff(name.upper()), VERSION=roff(__version__), NAME=roff(name),
-        HELP=wrapped(command.help), USAGE=man_usage(command), OPTIONS=man_options(all_options(command)),
+        HELP=wrapped(command.help), USAGE=man_usage(command), OPTIONS=man_options((*command.options, *GENERAL_OPTIONS)),
     )  # fmt: skip
 
 
@@ -10775,7 +10364,7 @@ def manual_of(command: Command) -> str:
 def cmd_man(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """print the manual page, or that of one command, as in: nocloud man >nocloud.1"""
     no_more(words[1:])
-    names = {name: each for each in visible_commands() for name in (each.name, each.alias) if name}
+    names = {**ALIASES, **{each.name: each for each in visible_commands()}}
     if words and words[0] not in names:
         raise UsageError(f"{words[0]}: no such command", "nocloud -h lists them")
     report.data((manual_of(names[words[0]]) if words else manual()).rstrip("\n"))
@@ -10789,6 +10378,9 @@ def cmd_man(config: Config, args: argparse.Namespace, words: list[str]) -> int:
 
 INSTALL_RECORD = "share/nocloud/installed.json"  # below PREFIX
 INSTALLED_CONFS = ("nocloud_net.conf", "nocloud_templates.conf")
+GROUP_UNIT = "nocloud@.service"
+UNITS = (*SYSTEMD_UNITS, "nocloud-dnsmasq-reload.service", GROUP_UNIT)
+SYSUSERS = "nocloud-sysusers.conf"
 
 
 @record
@@ -10811,30 +10403,34 @@ class InstalledFile:
         return f"link {self.link}" if self.link else f"sha256 {hashlib.sha256(self.content).hexdigest()}"
 
 
-def planned_files(
-    prefix: str, program: bytes, names: Iterable[str], documents: Mapping[str, str], links: Mapping[str, str]
-) -> list[InstalledFile]:
-    """What an installation consists of.
-
-    `names`: what the program is called by, besides nocloud; `documents`: texts by their path below PREFIX, `links`
-    likewise by where they point.
-    """
-    found = [InstalledFile(f"{prefix}/bin/nocloud", program, mode=0o755)]
-    found += [InstalledFile(f"{prefix}/bin/{name}", link="nocloud") for name in names]
+def planned_files(prefix: str) -> list[InstalledFile]:
+    """What an installation consists of: this program, its names, its settings, what comes with it, and its units."""
+    with open(program_path(), "rb") as file:
+        found = [InstalledFile(f"{prefix}/bin/nocloud", file.read(), mode=0o755)]
+    found += [InstalledFile(f"{prefix}/bin/{name}", link="nocloud") for name in ALIASES]
     found += [InstalledFile(f"{prefix}/etc/{name}", packaged(name).encode(), conf=True) for name in INSTALLED_CONFS]
-    found += [InstalledFile(f"{prefix}/{path}", text.encode()) for path, text in documents.items()]
-    found += [InstalledFile(f"{prefix}/{path}", link=target) for path, target in links.items()]
+    found += planned_documents(prefix)
+    units = [(name, "system", name) for name in UNITS]
+    for source, kind, name in (*units, (GROUP_UNIT, "user", GROUP_UNIT), (SYSUSERS, "sysusers.d", "nocloud.conf")):
+        text = packaged(source, "systemd").replace("@BINDIR@", f"{prefix}/bin")
+        found.append(InstalledFile(f"{systemd_folder(prefix, kind)}/{name}", text.encode()))
     return found
 
 
-def checked_prefix(prefix: str) -> str:
-    """PREFIX without a slash at its end.  Raises UsageError where it can't stand in a unit file as it is."""
-    if not re.fullmatch(r"(/[A-Za-z0-9._+-]+)+/*", prefix) or {".", ".."} & set(prefix.split("/")):
-        raise UsageError(
-            f"PREFIX={prefix}: expected an absolute path of letters, digits and ._+-",
-            "PREFIX=/usr/local is the default",
-        )
-    return prefix.rstrip("/")
+def planned_documents(prefix: str) -> Iterator[InstalledFile]:
+    """The manual and the completion scripts; bash, fish and man look for a command's under the command's own name."""
+    texts = {"man/man1/nocloud.1": manual(), **{place: completion(shell) for shell, (_, place) in SHELLS.items()}}
+    for place, text in texts.items():
+        folder, name = os.path.split(f"{prefix}/share/{place}")
+        yield InstalledFile(f"{folder}/{name}", text.encode())
+        for alias in ALIASES if name.startswith("nocloud") else ():
+            yield InstalledFile(f"{folder}/{name.replace('nocloud', alias)}", link=name)
+
+
+def systemd_folder(prefix: str, name: str) -> str:
+    """Where systemd reads `system`, `sysusers.d` and their like for this PREFIX (systemd.unit(5), sysusers.d(5))."""
+    base = f"{prefix}/lib" if prefix in ("/usr", "/usr/local") else "/etc"
+    return f"{base}/systemd/{name}" if name in ("system", "user") else f"{base}/{name}"
 
 
 class Installation:
@@ -10844,8 +10440,10 @@ class Installation:
     """
 
     def __init__(self, prefix: str, root: str = "") -> None:
-        """Raises Error where the record can't be relied on."""
-        self.prefix, self.root = checked_prefix(prefix), root.rstrip("/")
+        """Raises UsageError where PREFIX can't stand in a unit file, Error where the record can't be relied on."""
+        if not re.fullmatch(r"(/(?!\.\.?(/|$))[A-Za-z0-9._+-]+)+/*", prefix):
+            raise UsageError(f"PREFIX={prefix}: expected an absolute path of letters, digits and ._+-")
+        self.prefix, self.root = prefix.rstrip("/"), root.rstrip("/")
         self.record = self.real(f"{self.prefix}/{INSTALL_RECORD}")
         self.files: dict[str, list[str]] = {}  # path: the fingerprints that it had as we put it there
         self.folders: list[str] = []  # those that weren't there before
@@ -10896,10 +10494,8 @@ class Installation:
             if not known and target not in ("nocloud", "nocloud.pyz", "nocloud.py"):
                 blocked.append(path)
         if blocked:
-            raise WrongState(
-                f"in the way, and not installed by nocloud: {', '.join(blocked[:20])}",
-                "move them away, or set another PREFIX",
-            )
+            text = f"in the way, and not installed by nocloud: {', '.join(blocked)}"
+            raise WrongState(text, "move them away, or set another PREFIX")
 
     def is_changed(self, each: InstalledFile) -> bool:
         """Whether the user's own configuration is there, which is kept."""
@@ -10922,8 +10518,13 @@ class Installation:
         for each in (*files, *writes):
             self.files[each.path] = list(dict.fromkeys([*self.files.get(each.path, ()), each.fingerprint()]))
         self._make_folders([each.path for each in (*files, *writes)])
+        self._sweep()
         for each in writes:
-            self._write(each)
+            if each.link:
+                remove_file(self.real(each.path))
+                os.symlink(each.link, self.real(each.path))
+            else:
+                write_file(self.real(each.path), each.content, each.mode)
         for path in stale:
             self._remove(path)
         self.save()
@@ -10945,39 +10546,29 @@ class Installation:
             os.makedirs(self.real(folder), exist_ok=True)
             os.chmod(self.real(folder), 0o755)  # whatever the umask says
 
-    def _write(self, each: InstalledFile) -> None:
-        path = self.real(each.path)
-        self._sweep(path)
-        if each.link:
-            remove_file(path)
-            os.symlink(each.link, path)
-        else:
-            write_file(path, each.content, each.mode)
-
     def _remove(self, path: str) -> None:
         if self.fingerprint(path) != "folder":
-            self._sweep(self.real(path))
             remove_file(self.real(path))
         self.files.pop(path)
 
-    @staticmethod
-    def _sweep(path: str) -> None:
-        """Remove what a killed call left of a file that it was writing."""
+    def _sweep(self) -> None:
+        """Remove what a killed call left of a file that it was writing: of those in the record, or of that itself."""
         import glob
 
-        for left in glob.glob(f"{glob.escape(path)}.*.tmp"):
-            remove_file(left)
+        for path in (self.record, *map(self.real, self.files)):
+            for left in glob.glob(f"{glob.escape(path)}.*.tmp"):
+                remove_file(left)
 
     def take_away(self) -> list[str]:
         """Remove the files and the record of them; the paths of configuration that was changed, and is kept."""
         kept = []
+        self._sweep()
         for path, prints in list(self.files.items()):
             is_conf = os.path.dirname(path) == f"{self.prefix}/etc" and path.endswith(".conf")
             if is_conf and self.fingerprint(path) not in ("", *prints):
                 kept.append(self.real(path))
             else:
                 self._remove(path)
-        self._sweep(self.record)
         remove_file(self.record)
         for folder in sorted(self.folders, key=len, reverse=True):
             remove_empty(self.real(folder))
@@ -10988,9 +10579,6 @@ class Installation:
 
 KVM_GROUP = "kvm"  # whose members run VMs on the host's bridge, with hardware acceleration
 NEEDED_PROGRAMS = ("qemu-img", "ip", "dnsmasq", "nft", "ssh", "ssh-keygen", "nsenter")
-GROUP_UNIT = "nocloud@.service"
-UNITS = (*SYSTEMD_UNITS, "nocloud-dnsmasq-reload.service", GROUP_UNIT)
-SYSUSERS = "nocloud-sysusers.conf"
 
 
 def check_programs(config: Config) -> None:
@@ -11003,44 +10591,6 @@ def check_programs(config: Config) -> None:
         _, column = host_installer()
         names = [f"{name} (package {package_of(name, column)})" for name in missing]
         raise MissingProgram(f"not here yet: {', '.join(names)}; nothing was changed", install_command(missing))
-
-
-def systemd_folder(prefix: str, name: str) -> str:
-    """Where systemd reads `system`, `sysusers.d` and their like for this PREFIX (systemd.unit(5), sysusers.d(5))."""
-    base = f"{prefix}/lib" if prefix in ("/usr", "/usr/local") else "/etc"
-    return f"{base}/systemd/{name}" if name in ("system", "user") else f"{base}/{name}"
-
-
-def planned_units(prefix: str) -> list[InstalledFile]:
-    """The units, and who they run as."""
-    places = [(name, "system", name) for name in UNITS]
-    places += [(GROUP_UNIT, "user", GROUP_UNIT), (SYSUSERS, "sysusers.d", "nocloud.conf")]
-    return [
-        InstalledFile(
-            f"{systemd_folder(prefix, kind)}/{name}",
-            packaged(source, "systemd").replace("@BINDIR@", f"{prefix}/bin").encode(),
-        )
-        for source, kind, name in places
-    ]
-
-
-def running_vms() -> list[str]:
-    """The VMs that run on this host, whoever's they are: `GROUP/TYPE/NAME of USER`."""
-    import pwd
-
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        if not is_our_qemu(process_file(int(pid), "cmdline")):
-            continue
-        try:
-            folder, uid = os.readlink(f"/proc/{pid}/cwd"), os.stat(f"/proc/{pid}").st_uid
-            user = pwd.getpwuid(uid).pw_name
-        except KeyError:
-            user = "another user"
-        except OSError:
-            continue  # it has ended
-        found.append(f"{'/'.join(folder.split('/')[-3:])} of {user}")
-    return sorted(found)
 
 
 class HostSetup:
@@ -11154,16 +10704,13 @@ class HostSetup:
 
     def membership(self) -> str:
         """What who called sudo has to do to have VMs on the bridge, or ''."""
-        import grp
         import pwd
 
         user, helper = os.environ.get("SUDO_USER", "root"), os.stat(HostBridge(self.config).helper())
         groups = os.getgrouplist(user, pwd.getpwnam(user).pw_gid)
         if user == "root" or helper.st_mode & stat.S_IXOTH or helper.st_gid in groups:
             return ""
-        group = grp.getgrgid(helper.st_gid).gr_name
-        mend = f"sudo usermod -aG {group} {user}, and log in again"
-        return f"for VMs on the bridge {user} has to be in the group {group}: {mend}"
+        return f"for VMs on the bridge {user} has to be in a group: {group_command(helper.st_gid, user)}"
 
 
 def rewrite(path: str, text: str) -> None:
@@ -11208,50 +10755,37 @@ def plan_subnet(installation: Installation, files: Sequence[InstalledFile]) -> s
     return f"the bridge's network is {subnet}.0/24{since}"
 
 
-def planned_modules(prefix: str) -> tuple[list[str], list[InstalledFile]]:
-    """The kernel modules that VMs want, and the file that has systemd load them at boot; none where there are none.
-
-    Of those that this kernel has: a missing one would fail the boot's unit.  A container has no modprobe(8).
-    """
-    words = read_text("/proc/cpuinfo").split()
-    modules = [module for flag, module in KVM_MODULES.items() if flag in words]
-    modules = [
-        module
-        for module in (*modules, "vhost_net", "tun")
-        if find_program("modprobe") and try_run(["modprobe", "--dry-run", "--quiet", module], 30)[0] == 0
-    ]
-    text = "".join(f"{module}\n" for module in ("# of nocloud: what its VMs want", *modules))
-    place = f"{systemd_folder(prefix, 'modules-load.d')}/nocloud.conf"
-    return modules, [InstalledFile(place, text.encode())] if modules else []
-
-
-def install(installation: Installation, files: Sequence[InstalledFile], only_look: bool) -> None:
-    """Put it there, set the host up for it, and say what was done."""
-    if installation.root:
-        installation.check(files)
-        said = [] if only_look else installation.put(files)
-    else:
-        said = install_on_host(installation, files, only_look)
-    if not only_look:
-        report.say(f"nocloud {__version__} is in {installation.real(installation.prefix)}")
-        for line in filter(None, said):
-            report.say(line)
-
-
-def install_on_host(installation: Installation, files: Sequence[InstalledFile], only_look: bool) -> list[str]:
-    """All that can be in the way is looked at before the first change; what was done."""
-    check_programs(installed_config(installation))
-    modules, modules_files = planned_modules(installation.prefix)
-    files = [*files, *modules_files]
-    installation.check(files)
-    subnet = plan_subnet(installation, files)
-    if only_look:
+def kernel_modules() -> list[str]:
+    """What VMs want of this kernel, and it has: a missing one would fail the boot's unit."""
+    if not find_program("modprobe"):  # a container
         return []
+    words = read_text("/proc/cpuinfo").split()
+    wanted = [*(module for flag, module in KVM_MODULES.items() if flag in words), "vhost_net", "tun"]
+    return [module for module in wanted if try_run(["modprobe", "--dry-run", "--quiet", module], 30)[0] == 0]
+
+
+def install(installation: Installation, only_look: bool) -> None:
+    """Put it there, set the host up for it, and say what was done; all that can be in the way is looked at before."""
+    files, modules, subnet, on_host = planned_files(installation.prefix), [], "", not installation.root
+    if on_host:
+        check_programs(installed_config(installation))
+        modules = kernel_modules()
+        text = "".join(f"{line}\n" for line in ("# of nocloud: what its VMs want", *modules))
+        place = f"{systemd_folder(installation.prefix, 'modules-load.d')}/nocloud.conf"
+        files += [InstalledFile(place, text.encode())] if modules else []
+    installation.check(files)
+    if on_host:
+        subnet = plan_subnet(installation, files)
+    if only_look:
+        return
     said = installation.put(files)
-    setup = HostSetup(installation, installed_config(installation))
-    setup.make_accounts()
-    said += [setup.allow_helper(), setup.allow_bridge(), setup.load_modules(modules), subnet, setup.start_units()]
-    return [*said, setup.membership(), "nocloud doctor looks whether all is well"]
+    if on_host:
+        setup = HostSetup(installation, installed_config(installation))
+        setup.make_accounts()
+        said += [setup.allow_helper(), setup.allow_bridge(), setup.load_modules(modules), subnet, setup.start_units()]
+        said += [setup.membership(), "nocloud doctor looks whether all is well"]
+    for line in (f"nocloud {__version__} is in {installation.real(installation.prefix)}", *filter(None, said)):
+        report.say(line)
 
 
 def undo_installation(installation: Installation) -> None:
@@ -11286,30 +10820,20 @@ def undo_installation(installation: Installation) -> None:
 
 def check_nothing_runs() -> None:
     """Raise WrongState, naming them, where VMs or groups run, whoever's they are."""
-    units, running = active_groups(), running_vms()
+    units, running = active_groups(), []
+    for pid in filter(str.isdigit, names_in("/proc")):
+        if is_our_qemu(process_file(int(pid), "cmdline")):
+            try:
+                folder, user = os.readlink(f"/proc/{pid}/cwd"), user_name(os.stat(f"/proc/{pid}").st_uid)
+            except OSError:
+                continue  # it has ended
+            running.append(f"{'/'.join(folder.split('/')[-3:])} of {user}")
     if units or running:
-        names = ", ".join([*units, *running[:20]]) + (f" and {len(running) - 20} more" if running[20:] else "")
         stop = f"systemctl stop {' '.join(units)}" if units else "vmstop -g GROUP stops a group and keeps it"
-        raise WrongState(f"VMs are running: {names}; nothing was changed", stop)
+        raise WrongState(f"VMs are running: {', '.join((*units, *sorted(running)))}; nothing was changed", stop)
 
 
 # -- the command
-
-
-def documents() -> dict[str, str]:
-    """What an installation has of these, by its path below PREFIX."""
-    scripts = {f"share/{place}": completion(shell) for shell, (_, place) in SHELLS.items()}
-    return {"share/man/man1/nocloud.1": manual(), **scripts}
-
-
-def document_links() -> dict[str, str]:
-    """bash and fish look for a command's completion, and man for its page, under the command's own name."""
-    return {
-        path.replace("/nocloud", f"/{each.alias}"): os.path.basename(path)
-        for path in documents()
-        for each in visible_commands()
-        if each.alias and "/zsh/" not in path
-    }
 
 
 @declare(
@@ -11324,25 +10848,15 @@ def cmd_setup(config: Config, args: argparse.Namespace, words: list[str]) -> int
     exclusive(args, "check", "undo")
     root = os.path.abspath(args.destdir) if args.destdir else ""
     if not root and os.geteuid() != 0:
-        raise Error(
-            "this changes the host, so it needs root; nothing was changed",
-            "with sudo, or, for the files alone, DESTDIR=FOLDER",
-        )
+        text = "this changes the host, so it needs root; nothing was changed"
+        raise Error(text, "with sudo, or, for the files alone, DESTDIR=FOLDER")
     installation = Installation(args.prefix or own_prefix(), root)
     with FolderLock(existing_parent(installation.real(installation.prefix))):
         if args.undo:
             undo_installation(installation)
         else:
-            install(installation, files_to_install(installation.prefix), args.check)
+            install(installation, args.check)
     return EXIT_DONE
-
-
-def files_to_install(prefix: str) -> list[InstalledFile]:
-    """This program, its names, and what comes with it."""
-    names = sorted({each.alias for each in COMMANDS.values() if each.alias})
-    with open(program_path(), "rb") as file:
-        program = file.read()
-    return [*planned_files(prefix, program, names, documents(), document_links()), *planned_units(prefix)]
 
 
 # Dispatch ############################################################################################
@@ -11350,26 +10864,29 @@ def files_to_install(prefix: str) -> list[InstalledFile]:
 # The program itself: which command is meant, what it raises, and its exit status.
 
 
-def overview() -> str:
-    lines = [
-        "nocloud: a mini-cloud on one Linux machine",
-        "",
-        "usage: nocloud COMMAND [options], or by the command's own name",
-        "",
-    ]
-    lines += [f"  {each.name:<12} {each.alias:<14} {each.help}" for each in visible_commands()]
-    return "\n".join([*lines, "", "nocloud COMMAND -h shows a command's options."])
+OVERVIEW = """nocloud: a mini-cloud on one Linux machine
+
+usage: nocloud COMMAND [options], or by the command's own name
+
+{}
+
+nocloud COMMAND -h shows a command's options."""
 
 
 def run_command(argv: Sequence[str]) -> int:
     """Find the command, parse its words, do it; the exit status."""
     report.debug = report.debug or list(argv[1:2]) == ["--debug"]
     command, report.program, words = find_command(argv)
-    if command is None:
-        return general_options(words)
-    options, operands = split_operands(command, words)
+    options, operands = split_operands(command, words) if command else (words, [])
     if {"-v", "--version"} & set(options):
         report.data(f"nocloud {__version__}")
+        return EXIT_DONE
+    if command is None:
+        for word in options:
+            if word not in ("-h", "--help", "--debug"):
+                raise UsageError(f"{word}: no such option", "nocloud -h lists the commands")
+        rows = (f"  {each.name:<12} {each.alias:<14} {each.help}" for each in visible_commands())
+        report.data(OVERVIEW.format("\n".join(rows)))
         return EXIT_DONE
     report.debug = report.debug or "--debug" in options
     config = Config() if command.unconfigured else load_config()
@@ -11382,20 +10899,8 @@ def run_command(argv: Sequence[str]) -> int:
             return EXIT_DONE
     if not command.operands:
         no_more(operands)
-    status: int = command.function(config, args, operands)
-    return status
-
-
-def general_options(words: Sequence[str]) -> int:
-    """`nocloud` alone, and with -h or -v."""
-    for word in words:
-        if word in ("-v", "--version"):
-            report.data(f"nocloud {__version__}")
-            return EXIT_DONE
-        if word not in ("-h", "--help", "--debug"):
-            raise UsageError(f"{word}: no such option", "nocloud -h lists the commands")
-    report.data(overview())
-    return EXIT_DONE
+    status: int | None = command.function(config, args, operands)
+    return status or EXIT_DONE
 
 
 def on_signal(number: int, frame: object) -> None:

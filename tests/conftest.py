@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.register_profile("nocloud", deadline=None)  # a busy machine is no failure
     hypothesis.settings.load_profile("nocloud")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script started us with &; children must know ^C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "long: takes minutes; only make test-all runs it")
 
 

@@ -52,11 +52,13 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
         build(ROOT, program)
         cloud.env["PATH"] = f"{prefix}/bin:{PATH}"
         cloud.execute([program, "links", prefix / "bin"]).quiet()
-        for path, text in nocloud.documents().items():
-            (prefix / path).parent.mkdir(parents=True)
-            (prefix / path).write_text(text)
-        for path, target in nocloud.document_links().items():
-            (prefix / path).symlink_to(target)
+        for each in nocloud.planned_documents(str(prefix)):
+            path = Path(each.path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if each.link:
+                path.symlink_to(each.link)
+            else:
+                path.write_bytes(each.content)
         pidfiles = [add_vm(cloud.base, place) for place in RUNNING]
         for place in STOPPED:
             add_vm(cloud.base, place)

@@ -189,7 +189,7 @@ def try_entry(web: Cloud, site: Site, image: bytes, entry: nocloud.Entry, more: 
     conf = web.conf(f"templates/{entry.name}")
     assert conf["vmChecksum"] == f"{algorithm}:{digest(image, algorithm)}"
     assert conf["vmSource"] == f"{site.base}/{wanted}"
-    assert (conf["vmUser"], conf["vmInit"]) == (entry["user"], "cloud-init")
+    assert (conf["vmUser"], conf["vmInit"]) == (entry["user"], entry["init"] or "auto")
     assert int(conf["vmMem"]) == int(entry["mem"] or 512)
     same_disk(web, entry.name, image)
     asked = [each for each, _ in site.requests]
@@ -220,7 +220,7 @@ def test_check_catalogue(web: Cloud, site: Site, image: bytes) -> None:
     for entry in entries:
         lay_out(site, entry, image)
     send_here(web, site, [*PACKAGED.entries.values()])
-    words = [web.argv("template")[0], "-IS", ROOT / "tests/examine_catalogue.py"]
+    words = [web.argv("template")[0], "-IS", ROOT / "tests/check_catalogue.py"]
     done = web.execute([*words, "debian12", "arch", "rocky9"]).ok()
     assert "3 of 3 entries are right" in done.lines[-1] and f"{DATED['arch'][0]}, 3 MB, sha256:" in done.stdout
     done = web.execute([*words, "debian12", "alpine3.23"])

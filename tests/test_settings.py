@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import Cloud, bash_values
+from support import PROGRAM, Cloud, bash_values
 
 import nocloud
 
@@ -246,6 +247,11 @@ FREE_TEXT = [
 def test_every_setting_has_a_row(key: str) -> None:
     rows = [row[0] for row in CHECKS] + FREE_TEXT
     assert rows.count(key) == 1, f"{key}: type what it may be, and what not, into CHECKS of tests/test_settings.py"
+
+
+@pytest.mark.parametrize("key", [setting.key for setting in nocloud.SETTINGS if setting.where != "unused"])
+def test_every_setting_is_read_by_something(key: str) -> None:
+    assert PROGRAM.read_text().count(f'"{key}"') > 1, f"{key}: it is declared, and nothing in nocloud.py asks for it"
 
 
 @pytest.mark.parametrize(("key", "good", "bad"), CHECKS)
@@ -510,6 +516,19 @@ def test_each_option_sets_something(option: nocloud.CloneOption) -> None:
     with pytest.raises(nocloud.UsageError) as raised:
         nocloud.parse_description("x:1::nonsense", "FILE", "default")
     assert f" {option.text}" in raised.value.hint and option.help
+
+
+def test_any_error_of_a_line_names_it() -> None:
+    """Whatever its constructor takes."""
+
+    def fail(name: str) -> nocloud.VM:
+        raise nocloud.CommandFailed([name], 3, "no")
+
+    cloud = SimpleNamespace(tree=SimpleNamespace(need_template=fail))
+    described = nocloud.parse_description("\nfine:1", "FILE", "default")
+    with pytest.raises(nocloud.CommandFailed, match=r"^FILE:2: fine: no$") as raised:
+        nocloud.check_requests(cloud, "pf", described, False)  # type: ignore[arg-type]
+    assert raised.value.returncode == 3
 
 
 def test_an_empty_description_is_an_error() -> None:

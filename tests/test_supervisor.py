@@ -277,7 +277,11 @@ def test_group_that_has_vms(blank: Cloud) -> None:
     description = describe(blank, "blank:1:web:name=web\n")
     blank.run("vminstantiate", "-f", description).ok()
     with nothing_made(blank):
-        blank.run("vmrun", "-f", description).fails(1, "vmrun -r pf", "vmstop -d -g pf")
+        blank.run("vmrun", "-f", description).says(
+            1,
+            "pf: the group has VMs already",
+            "vmrun -r pf runs them, vmstop -d -g pf destroys them, --add adds to them",
+        )
     run = Run(blank, "-f", description, "--add", "-g")
     run.spawned("web00", "web01")
     assert blank.conf("pf/web/web01")["vmGui"] == "yes"
