@@ -2437,20 +2437,18 @@ def device_command(path: str, group: str) -> str:
     """The command that lets this user open a device: through the group that it belongs to, or that it ought to."""
     import grp
 
-    info, user = os.stat(path), user_name()
+    info, user, mend = os.stat(path), user_name(), ""
     if os.geteuid() == 0:
         return f"in a container: give it the device {path}"
-    mend = ""
-    if not info.st_gid or info.st_mode & 0o060 != 0o060:
-        mend = f"sudo chgrp {group} {path} && sudo chmod 660 {path} && "
-    else:
+    if info.st_gid and info.st_mode & 0o060 == 0o060:
         group = grp.getgrgid(info.st_gid).gr_name
+    else:
+        mend = f"sudo chgrp {group} {path} && sudo chmod 660 {path} && "
     try:
-        is_member = user in grp.getgrnam(group).gr_mem
+        if user in grp.getgrnam(group).gr_mem and not mend:
+            return f"newgrp {group}  # or log in again: {user} was made a member of it since"
     except KeyError:
-        is_member, mend = False, f"sudo groupadd --system {group} && {mend}"
-    if is_member and not mend:
-        return f"newgrp {group}  # or log in again: {user} was made a member of it since"
+        mend = f"sudo groupadd --system {group} && {mend}"
     return f"{mend}sudo usermod -aG {group} {user}  # and log in again"
 
 
@@ -3519,14 +3517,6 @@ class PrivateNetwork(Network):
         way = shlex.join(words).replace("%", "%%")
         return f"{way} %h %p"
 
-    def become_inside(self, words: Sequence[str]) -> None:
-        """Replace this process by a command inside."""
-        argv, fds = self.enter(words)
-        need_program(words[0])
-        for fd in fds:
-            os.set_inheritable(fd, True)
-        become(argv)
-
     def connect(self, address: str, port: int, hand_over: bool = False) -> None:
         """Join stdin and stdout to a port inside.  Raises Error where nothing answers there.
 
@@ -3755,30 +3745,26 @@ def iptables_rules(program: str) -> list[list[str]]:
     return [shlex.split(line) for line in run([program, "-w", "10", "-S"]).stdout.splitlines() if line.startswith("-")]
 
 
-def accepting_rules(interface: str, forward: str) -> list[list[str]]:
-    """CHAIN and rule, in the words of `iptables -S`: DHCP and DNS for the guests, and what is forwarded for them."""
-    rules = (
-        f"INPUT -i {interface} -p udp -m udp --dport 67",
-        f"INPUT -i {interface} -p udp -m udp --dport 53",
-        f"INPUT -i {interface} -p tcp -m tcp --dport 53",
-        f"{forward} -i {interface}",
-        f"{forward} -o {interface} -m conntrack --ctstate RELATED,ESTABLISHED",
-    )
-    return [[*rule.split(), "-m", "comment", "--comment", MADE_BY_US, "-j", "ACCEPT"] for rule in rules]
-
-
 def missing_rules(program: str, interface: str) -> list[list[str]]:
-    """The rules that are needed, where they aren't just those that are there.
+    """The rules that are needed, where they aren't just those that are there: the words of `iptables -S` after -A.
 
-    They go into chains that don't just accept: a rule in one that does would leave an empty chain behind.  Docker jumps
-    to DOCKER-USER first, and leaves it to the host's owner.
+    DHCP and DNS for the guests, and what is forwarded for them, in chains that don't just accept: a rule in one that
+    does would leave an empty chain behind.  Docker jumps to DOCKER-USER first, and leaves it to the host's owner.
     """
     rules = iptables_rules(program)
     there = [rule[1:] for rule in rules if MADE_BY_US in rule]
     others = [rule for rule in rules if MADE_BY_US not in rule]
     forward = "DOCKER-USER" if ["-N", "DOCKER-USER"] in rules else "FORWARD"
     busy = {"DOCKER-USER", *(chain for action, chain, *rule in others if action == "-A" or rule == ["DROP"])}
-    wanted = [rule for rule in accepting_rules(interface, forward) if rule[0] in busy]
+    needed = (
+        f"INPUT -i {interface} -p udp -m udp --dport 67",
+        f"INPUT -i {interface} -p udp -m udp --dport 53",
+        f"INPUT -i {interface} -p tcp -m tcp --dport 53",
+        f"{forward} -i {interface}",
+        f"{forward} -o {interface} -m conntrack --ctstate RELATED,ESTABLISHED",
+    )
+    end = ["-m", "comment", "--comment", MADE_BY_US, "-j", "ACCEPT"]
+    wanted = [[*words, *end] for words in map(str.split, needed) if words[0] in busy]
     return wanted if sorted(wanted) != sorted(there) else []
 
 
@@ -4173,13 +4159,6 @@ def active_groups() -> list[str]:
     states = "--state=active,activating,reloading,deactivating"
     _, said = try_run(["systemctl", "list-units", "--plain", "--no-legend", states, "nocloud@*.service"], 30)
     return re.findall(r"^nocloud@\S+", said, re.M)
-
-
-def enabled_groups() -> list[str]:
-    """Those that start with the system; systemctl lists only the template that they are instances of."""
-    import glob
-
-    return sorted({os.path.basename(path) for path in glob.glob("/etc/systemd/system/*.wants/nocloud@*.service")})
 
 
 # -- a user's VM on it
@@ -9948,9 +9927,14 @@ def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> None:
         elif verb == "exec":
             if not rest:
                 raise UsageError("which command?", "nocloud net exec CMD...")
+            network: Network = bridge if args.bridge else private
             if args.tap:
-                open_tap(bridge if args.bridge else private)
-            become(rest) if args.bridge else private.become_inside(rest)
+                open_tap(network)
+            argv, fds = network.enter(rest)
+            need_program(rest[0])
+            for fd in fds:
+                os.set_inheritable(fd, True)
+            become(argv)
         elif verb == "connect":
             private.connect(*address_and_port(rest), args.fdpass)
         else:
@@ -10814,6 +10798,8 @@ def install(installation: Installation, only_look: bool) -> None:
 
 def undo_installation(installation: Installation) -> None:
     """Take it away, and say what stays.  Twice is harmless.  Raises WrongState where VMs run."""
+    import glob
+
     place = installation.real(installation.prefix)
     if not installation.exists:
         report.say(f"nothing is installed in {place}")
@@ -10822,7 +10808,9 @@ def undo_installation(installation: Installation) -> None:
         check_nothing_runs()
         setup = HostSetup(installation, installed_config(installation))
         if systemd_runs():
-            try_run(["systemctl", "disable", *SYSTEMD_UNITS, *enabled_groups()], 60)
+            # systemctl lists only the template that groups' units are instances of
+            groups = {os.path.basename(path) for path in glob.glob("/etc/systemd/system/*.wants/nocloud@*.service")}
+            try_run(["systemctl", "disable", *SYSTEMD_UNITS, *sorted(groups)], 60)
         if bridge_is_ours(setup.interface):
             BridgeSetup(setup.config).down()
         setup.forbid_bridge()
