@@ -521,7 +521,7 @@ def test_any_error_of_a_line_names_it() -> None:
 
     cloud = SimpleNamespace(tree=SimpleNamespace(need_template=fail))
     described = nocloud.parse_description("\nfine:1", "FILE", "default")
-    with pytest.raises(nocloud.CommandFailed, match="^FILE:2: fine: no$") as raised:
+    with pytest.raises(nocloud.CommandFailed, match=r"^FILE:2: fine: no$") as raised:
         nocloud.check_requests(cloud, "pf", described, False)  # type: ignore[arg-type]
     assert raised.value.returncode == 3
 
