@@ -5051,35 +5051,33 @@ class Catalogue:
             line = re.split(r"(?:^|\s)#", raw, maxsplit=1)[0].strip()
             origin = f"{file}:{number}"
             header = re.fullmatch(r"\[\s*(\S+)\s*\]", line)
-            key, equals, value = (part.strip() for part in line.partition("="))
-            if header:
-                section = self._open(header.group(1), origin)
-            elif line and not (section and equals and key):
-                raise UsageError(f"{origin}: expected [NAME] or KEY = VALUE, not {line[:60]!r}")
-            elif line:
-                self._set(section, key, value, origin)
+            try:
+                if header:
+                    section = self._open(header.group(1), origin)
+                elif line:
+                    self._set(section, line, origin)
+            except UsageError as error:
+                raise UsageError(f"{origin}: {error}", error.hint) from None
 
     def _open(self, section: str, origin: str) -> str:
         if section != MIRRORS:
-            try:
-                checked_name("template", section)
-            except UsageError as error:
-                raise UsageError(f"{origin}: {error}", error.hint) from None
+            checked_name("template", section)
             self.entries.setdefault(section, Entry(section, origin, {"kind": "cloud", "arch": "x86_64"}))
         return section
 
-    def _set(self, section: str, key: str, value: str, origin: str) -> None:
-        try:
-            if section == MIRRORS:
-                self.mirrors[web_address(key)] = web_address(value)
-            elif key in ENTRY_KEYS:
-                ENTRY_KEYS[key](value)
-                self.entries[section].values[key] = value
-            else:
-                near = nearest(key, ENTRY_KEYS)
-                self._warn(f"{origin}: unknown key {key}" + (f", did you mean {near}?" if near else ""))
-        except ValueError as error:
-            raise UsageError(f"{origin}: {key} = {value}: expected {error}") from None
+    def _set(self, section: str, line: str, origin: str) -> None:
+        key, equals, value = (part.strip() for part in line.partition("="))
+        if not (section and equals and key):
+            raise UsageError(f"expected [NAME] or KEY = VALUE, not {line[:60]!r}")
+        shown = f"{key} = {value}"
+        if section == MIRRORS:
+            self.mirrors[checked(web_address, key, shown)] = checked(web_address, value, shown)
+        elif key in ENTRY_KEYS:
+            checked(ENTRY_KEYS[key], value, shown)
+            self.entries[section].values[key] = value
+        else:
+            near = nearest(key, ENTRY_KEYS)
+            self._warn(f"{origin}: unknown key {key}" + (f", did you mean {near}?" if near else ""))
 
     def mirrored(self, url: str) -> str:
         """Where to ask for a URL: the mirror of the longest beginning that has one."""
