@@ -5031,9 +5031,6 @@ class Entry:
             raise UsageError(f"{self.origin}: [{self.name}] has no line {key} =")
         return self[key]
 
-    def number(self, key: str) -> int:
-        return int(self[key] or 0)
-
 
 class Catalogue:
     """All entries, by name, and where downloads are sent instead of where the entries say."""
@@ -5975,8 +5972,8 @@ def entry_settings(cloud: Cloud, entry: Entry, asked: Mapping[str, Any], source:
     published = published_conf(source) if isinstance(source, ClassicSource) else {}
     settings = template_settings(
         cloud,
-        asked["mem"] or entry.number("mem") or int(published.get("vmMem", 0)),
-        asked["cpu"] or entry.number("cpu") or int(published.get("vmCpu", 0)),
+        int(asked["mem"] or entry["mem"] or published.get("vmMem", 0)),
+        int(asked["cpu"] or entry["cpu"] or published.get("vmCpu", 0)),
         asked["user"] or entry["user"],
         asked["init"] or entry["init"] or ("ssh" if classic else "auto"),
     )
