@@ -5852,15 +5852,10 @@ class NewTemplate:
         self._lock.release()
 
 
-def check_image_room(new: NewTemplate, path: str, format: str) -> None:
-    """Raise where a copy of the image has no room."""
-    check_room(new.vm.folder, converted_size(path, format), new.cloud.tree.base, hint="free some disk space")
-
-
 def import_image(new: NewTemplate, path: str, shown: str = "") -> None:
     """Make the disk of a new template from an image of unknown origin, which messages call `shown`."""
     format = foreign_image_format(path, shown)
-    check_image_room(new, path, format)
+    check_room(new.vm.folder, converted_size(path, format), new.cloud.tree.base, hint="free some disk space")
     convert_image(path, format, new.disk)
 
 
@@ -8225,7 +8220,7 @@ def copy_disk(source: VM, new: NewTemplate, layered: bool) -> None:
         raise Error(f"its disk is gone: {disk}", f"see vmDisk in {source.conf_file}", vm=source)
     format = known_formats(source)[0]
     if not layered:
-        check_image_room(new, disk, format)
+        check_room(new.vm.folder, converted_size(disk, format), new.cloud.tree.base, hint="free some disk space")
         compress_image(disk, new.disk, format)
         return
     below = backing_chain([disk]) if format == "qcow2" else []  # what a guest wrote into a raw disk isn't asked
