@@ -5267,15 +5267,13 @@ class Web:
     """Asks web servers; raises Error and nothing else when they don't answer well."""
 
     def __init__(self, seconds: float, proxies: Mapping[str, str] | None = None) -> None:
-        self.seconds, self._proxies = seconds, proxies or {}
-        self._opener: urllib.request.OpenerDirector | None = None
+        self.seconds, self._opener = seconds, web_opener(seconds, proxies or {})
 
     def open(self, url: str, start: int = 0, method: str = "GET") -> http.client.HTTPResponse:
         """The answer to a request for the file, from byte `start` on if the server can (206), else whole (200)."""
         import http.client
         import urllib.request
 
-        self._opener = self._opener or web_opener(self.seconds, self._proxies)
         headers = {"User-Agent": f"nocloud/{__version__}", "Accept-Encoding": "identity"}
         if start:
             headers["Range"] = f"bytes={start}-"
@@ -5625,10 +5623,7 @@ class Source:
 
     def __init__(self, web: Web, urls: Sequence[str], algorithm: str, digest: str) -> None:
         self.web, self.urls, self.algorithm, self.digest = web, urls, algorithm, digest
-
-    @property
-    def url(self) -> str:
-        return self.urls[0]
+        self.url = urls[0]
 
     def fetch(self, folder: str, progress: Progress) -> None:
         """Make `image` in the folder, going on with what is there.  Raises Altered for what wasn't published."""
