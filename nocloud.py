@@ -5277,19 +5277,15 @@ class Web:
         headers = {"User-Agent": f"nocloud/{__version__}", "Accept-Encoding": "identity"}
         if start:
             headers["Range"] = f"bytes={start}-"
+        request = urllib.request.Request(url, headers=headers, method=method)
         try:
-            answer = self._opener.open(
-                urllib.request.Request(url, headers=headers, method=method), timeout=self.seconds
-            )
+            answer = self._opener.open(request, timeout=self.seconds)
         except (OSError, http.client.HTTPException) as error:
             raise web_error(url, error) from None
-        problem = ""
-        if answer.url.partition("?")[0].endswith("/"):
-            problem = "is a folder, not a file"
-        elif answer.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
-            problem = "a web page came, not a file"
-        if problem:
+        folder = answer.url.partition("?")[0].endswith("/")
+        if folder or answer.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
             answer.close()
+            problem = "is a folder, not a file" if folder else "a web page came, not a file"
             raise WebError(f"{url}: {problem}", "open it in a browser: a proxy or a login may stand between")
         return answer  # type: ignore[no-any-return]
 
@@ -7251,9 +7247,7 @@ class NewClones:
         vm, template, request = clone.vm, clone.template, clone.request
         extension = self.cloud.config["vmDiskExt"]
         system = vm.disk_name(0, extension)
-        backing = os.path.relpath(
-            os.path.realpath(template.disks()[0]), os.path.realpath(os.path.dirname(vm.folder) + "/x")
-        )
+        backing = os.path.relpath(os.path.realpath(template.disks()[0]), os.path.realpath(vm.folder))
         create_overlay(vm.file(system), backing, clone.format, request.disk)
         extra = [vm.disk_name(number, extension) for number in range(1, len(request.disks) + 1)]
         for name, size in zip(extra, request.disks):
