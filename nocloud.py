@@ -6113,7 +6113,7 @@ def flatten(cloud: Cloud, template: VM) -> None:
     """Give a template that nobody stands on a disk that stands on nothing itself, where there is room for one.
 
     Call it under its lock, when it has been settled.  The new disk is complete before the conf names it; one that isn't
-    is unused, and swept.
+    is unused, and removed.
     """
     template.reread()
     disk = template.disks()[0]
@@ -6125,11 +6125,9 @@ def flatten(cloud: Cloud, template: VM) -> None:
     whole = next_layer(template)
     try:
         compress_image(disk, whole.path, "qcow2")
-    except BaseException:
-        whole.remove()
-        raise
-    whole.adopt()
-    remove_unused(cloud.tree, template)
+        whole.adopt()
+    finally:
+        remove_unused(cloud.tree, template)
 
 
 def remove_unused(tree: Tree, template: VM) -> None:
