@@ -4790,9 +4790,6 @@ class Entry:
             raise UsageError(f"{self.origin}: [{self.name}] has no line {key} =")
         return self[key]
 
-    def number(self, key: str) -> int:
-        return int(self[key] or 0)
-
 
 class Catalogue:
     """All entries, by name, and where downloads are sent instead of where the entries say."""
@@ -4810,35 +4807,33 @@ class Catalogue:
             line = re.split(r"(?:^|\s)#", raw, maxsplit=1)[0].strip()
             origin = f"{file}:{number}"
             header = re.fullmatch(r"\[\s*(\S+)\s*\]", line)
-            key, equals, value = (part.strip() for part in line.partition("="))
-            if header:
-                section = self._open(header.group(1), origin)
-            elif line and not (section and equals and key):
-                raise UsageError(f"{origin}: expected [NAME] or KEY = VALUE, not {line[:60]!r}")
-            elif line:
-                self._set(section, key, value, origin)
+            try:
+                if header:
+                    section = self._open(header.group(1), origin)
+                elif line:
+                    self._set(section, line, origin)
+            except UsageError as error:
+                raise UsageError(f"{origin}: {error}", error.hint) from None
 
     def _open(self, section: str, origin: str) -> str:
         if section != MIRRORS:
-            try:
-                checked_name("template", section)
-            except UsageError as error:
-                raise UsageError(f"{origin}: {error}", error.hint) from None
+            checked_name("template", section)
             self.entries.setdefault(section, Entry(section, origin, {"kind": "cloud", "arch": "x86_64"}))
         return section
 
-    def _set(self, section: str, key: str, value: str, origin: str) -> None:
-        try:
-            if section == MIRRORS:
-                self.mirrors[web_address(key)] = web_address(value)
-            elif key in ENTRY_KEYS:
-                ENTRY_KEYS[key](value)
-                self.entries[section].values[key] = value
-            else:
-                near = nearest(key, ENTRY_KEYS)
-                self._warn(f"{origin}: unknown key {key}" + (f", did you mean {near}?" if near else ""))
-        except ValueError as error:
-            raise UsageError(f"{origin}: {key} = {value}: expected {error}") from None
+    def _set(self, section: str, line: str, origin: str) -> None:
+        key, equals, value = (part.strip() for part in line.partition("="))
+        if not (section and equals and key):
+            raise UsageError(f"expected [NAME] or KEY = VALUE, not {line[:60]!r}")
+        shown = f"{key} = {value}"
+        if section == MIRRORS:
+            self.mirrors[checked(web_address, key, shown)] = checked(web_address, value, shown)
+        elif key in ENTRY_KEYS:
+            checked(ENTRY_KEYS[key], value, shown)
+            self.entries[section].values[key] = value
+        else:
+            near = nearest(key, ENTRY_KEYS)
+            self._warn(f"{origin}: unknown key {key}" + (f", did you mean {near}?" if near else ""))
 
     def mirrored(self, url: str) -> str:
         """Where to ask for a URL: the mirror of the longest beginning that has one."""
@@ -5031,31 +5026,25 @@ class Web:
     """Asks web servers; raises Error and nothing else when they don't answer well."""
 
     def __init__(self, seconds: float, proxies: Mapping[str, str] | None = None) -> None:
-        self.seconds, self._proxies = seconds, proxies or {}
-        self._opener: urllib.request.OpenerDirector | None = None
+        self.seconds, self._opener = seconds, web_opener(seconds, proxies or {})
 
     def open(self, url: str, start: int = 0, method: str = "GET") -> http.client.HTTPResponse:
         """The answer to a request for the file, from byte `start` on if the server can (206), else whole (200)."""
         import http.client
         import urllib.request
 
-        self._opener = self._opener or web_opener(self.seconds, self._proxies)
         headers = {"User-Agent": f"nocloud/{__version__}", "Accept-Encoding": "identity"}
         if start:
             headers["Range"] = f"bytes={start}-"
+        request = urllib.request.Request(url, headers=headers, method=method)
         try:
-            answer = self._opener.open(
-                urllib.request.Request(url, headers=headers, method=method), timeout=self.seconds
-            )
+            answer = self._opener.open(request, timeout=self.seconds)
         except (OSError, http.client.HTTPException) as error:
             raise web_error(url, error) from None
-        problem = ""
-        if answer.url.partition("?")[0].endswith("/"):
-            problem = "is a folder, not a file"
-        elif answer.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
-            problem = "a web page came, not a file"
-        if problem:
+        folder = answer.url.partition("?")[0].endswith("/")
+        if folder or answer.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
             answer.close()
+            problem = "is a folder, not a file" if folder else "a web page came, not a file"
             raise WebError(f"{url}: {problem}", "open it in a browser: a proxy or a login may stand between")
         return answer  # type: ignore[no-any-return]
 
@@ -5389,10 +5378,7 @@ class Source:
 
     def __init__(self, web: Web, urls: Sequence[str], algorithm: str, digest: str) -> None:
         self.web, self.urls, self.algorithm, self.digest = web, urls, algorithm, digest
-
-    @property
-    def url(self) -> str:
-        return self.urls[0]
+        self.url = urls[0]
 
     def fetch(self, folder: str, progress: Progress) -> None:
         """Make `image` in the folder, going on with what is there.  Raises Altered for what wasn't published."""
@@ -5616,15 +5602,10 @@ class NewTemplate:
         self._lock.release()
 
 
-def check_image_room(new: NewTemplate, path: str, format: str) -> None:
-    """Raise where a copy of the image has no room."""
-    check_room(new.vm.folder, converted_size(path, format), new.cloud.tree.base, hint="free some disk space")
-
-
 def import_image(new: NewTemplate, path: str, shown: str = "") -> None:
     """Make the disk of a new template from an image of unknown origin, which messages call `shown`."""
     format = foreign_image_format(path, shown)
-    check_image_room(new, path, format)
+    check_room(new.vm.folder, converted_size(path, format), new.cloud.tree.base, hint="free some disk space")
     convert_image(path, format, new.disk)
 
 
@@ -5736,8 +5717,8 @@ def entry_settings(cloud: Cloud, entry: Entry, asked: Mapping[str, Any], source:
     published = published_conf(source) if isinstance(source, ClassicSource) else {}
     settings = template_settings(
         cloud,
-        asked["mem"] or entry.number("mem") or int(published.get("vmMem", 0)),
-        asked["cpu"] or entry.number("cpu") or int(published.get("vmCpu", 0)),
+        int(asked["mem"] or entry["mem"] or published.get("vmMem", 0)),
+        int(asked["cpu"] or entry["cpu"] or published.get("vmCpu", 0)),
         asked["user"] or entry["user"],
         asked["init"] or entry["init"] or ("ssh" if classic else "auto"),
     )
@@ -5891,7 +5872,7 @@ def flatten(cloud: Cloud, template: VM) -> None:
     """Give a template that nobody stands on a disk that stands on nothing itself, where there is room for one.
 
     Call it under its lock, when it has been settled.  The new disk is complete before the conf names it; one that isn't
-    is unused, and swept.
+    is unused, and removed.
     """
     template.reread()
     disk = template.disks()[0]
@@ -5903,11 +5884,9 @@ def flatten(cloud: Cloud, template: VM) -> None:
     whole = next_layer(template)
     try:
         compress_image(disk, "qcow2", whole.path)
-    except BaseException:
-        whole.remove()
-        raise
-    whole.adopt()
-    remove_unused(cloud.tree, template)
+        whole.adopt()
+    finally:
+        remove_unused(cloud.tree, template)
 
 
 def remove_unused(tree: Tree, template: VM) -> None:
@@ -7030,9 +7009,7 @@ class NewClones:
         vm, template, request = clone.vm, clone.template, clone.request
         extension = self.cloud.config["vmDiskExt"]
         system = vm.disk_name(0, extension)
-        backing = os.path.relpath(
-            os.path.realpath(template.disks()[0]), os.path.realpath(os.path.dirname(vm.folder) + "/x")
-        )
+        backing = os.path.relpath(os.path.realpath(template.disks()[0]), os.path.realpath(vm.folder))
         create_overlay(vm.file(system), backing, clone.format, request.disk)
         extra = [vm.disk_name(number, extension) for number in range(1, len(request.disks) + 1)]
         for name, size in zip(extra, request.disks):
@@ -7950,7 +7927,7 @@ def copy_disk(source: VM, new: NewTemplate, layered: bool) -> None:
         raise Error(f"its disk is gone: {disk}", f"see vmDisk in {source.conf_file}", vm=source)
     format = known_formats(source)[0]
     if not layered:
-        check_image_room(new, disk, format)
+        check_room(new.vm.folder, converted_size(disk, format), new.cloud.tree.base, hint="free some disk space")
         compress_image(disk, format, new.disk)
         return
     below = backing_chain([disk]) if format == "qcow2" else []  # what a guest wrote into a raw disk isn't asked
