@@ -908,7 +908,8 @@ class Config:
 
     def set(self, key: str, value: str, origin: str) -> None:
         check_setting(key, value, origin)
-        self._values[key] = value or SETTING[key].default
+        empty = SETTING[key].default if SETTING[key].check is yes_no else ""  # as in a VM's conf
+        self._values[key] = value or empty
         same = {"vmDefaultGroup": "vmGroup", "vmDefaultSubGroup": "vmSubGroup"}.get(key)
         if same and value:
             self._values[same] = value
@@ -955,7 +956,7 @@ def program_path() -> str:
 def packaged(name: str, place: str = "etc") -> str:
     """The text of a file of `etc/` (or `systemd/`) as it came with the program: beside it, in the zipapp inside it.
 
-    '' where there is none: nocloud.py copied alone works too.
+    '' where there is none: nocloud.py copied alone does what needs none of them.
     """
     path = os.path.join(os.path.dirname(os.path.realpath(__file__)), place, name)
     try:
@@ -964,11 +965,12 @@ def packaged(name: str, place: str = "etc") -> str:
         return ""
 
 
-def need_packaged(name: str) -> str:
+def need_packaged(name: str, place: str = "etc") -> str:
     """packaged() of a file that the work can't be done without.  Raises Error where it isn't there."""
-    text = packaged(name)
+    text = packaged(name, place)
     if not text:
-        raise Error(f"etc/{name} is missing: {program_path()} was copied without it", "nocloud.pyz is all in one file")
+        said = f"{place}/{name} is missing: {program_path()} was copied without it"
+        raise Error(said, "nocloud.pyz is all in one file")
     return text
 
 
@@ -1362,7 +1364,7 @@ class Process:
 
         poll = select.poll()
         poll.register(self._fd, select.POLLIN)
-        return wait_for(lambda: bool(poll.poll(min(seconds, 0.1) * 1000)), seconds, 0)
+        return wait_for(lambda: bool(poll.poll(max(0, min(seconds, 0.1)) * 1000)), seconds, 0)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -1443,7 +1445,7 @@ def qcow2_header(path: str) -> tuple[str, bool] | None:
         if magic != b"QFI\xfb":
             return None
         file.seek(min(offset, 2 * MIB))
-        name = file.read(min(length, 1023)) if offset else b""
+        name = file.read(min(length, 1023)).partition(b"\0")[0] if offset else b""
     return os.fsdecode(name), version >= 3 and bool(features & 4)
 
 
@@ -2094,10 +2096,12 @@ class VM:
         """A setting of this VM: what its conf says, else the configuration, else the key's default.
 
         All code asks here.  The conf of a clone has got the inherited keys of its template when it was made; keys that
-        only confs have are not looked up in the configuration.
+        only confs have are not looked up in the configuration.  `auto` of one that is in both says nothing.
         """
-        setting = SETTING[key]
-        return self.conf.get(key) or (self.tree.config[key] if setting.where == "both" else setting.default)
+        setting, said = SETTING[key], self.conf.get(key, "")
+        if setting.where == "both" and said in ("", "auto"):
+            return self.tree.config[key]
+        return said or setting.default
 
     def number(self, key: str) -> int:
         return int(self.get(key))
@@ -4352,7 +4356,7 @@ class HostBridge(Network):
     def lease_lines(self) -> Iterator[tuple[str, str, str, int]]:
         """(MAC, address, name, end) of dnsmasq's lease file: `EXPIRY MAC ADDRESS NAME CLIENT-ID` a line."""
         for place in self.lease_places:
-            if os.access(place, os.R_OK):
+            if os.path.isfile(place) and os.access(place, os.R_OK):
                 for words in map(str.split, read_text(place).splitlines()):
                     if len(words) >= 4 and is_ipv4(words[2]):
                         yield words[1].lower(), words[2], words[3], int(words[0]) if words[0].isdecimal() else 0
@@ -6964,8 +6968,9 @@ class Taken:
 
 def group_network(cloud: Cloud, group: str) -> str:
     """All VMs of a group share a network: that of the VMs it has, or for a new group what is configured now."""
-    kinds = (vm.get("vmNetwork") for vm in cloud.tree.vms(group) if vm.is_readable())
-    return cloud.chosen_network(next((kind for kind in kinds if kind != "auto"), cloud.config["vmNetwork"]))
+    kinds = (vm.conf.get("vmNetwork") for vm in cloud.tree.vms(group) if vm.is_readable())  # what was made, no default
+    kind = next((kind for kind in kinds if kind in ("bridge", "private")), cloud.config["vmNetwork"])
+    return cloud.chosen_network(kind)
 
 
 def next_names(names: set[str], request: CloneRequest) -> list[str]:
@@ -6988,7 +6993,8 @@ def _reserve_one(clone: NewClone, identity: Mapping[str, str]) -> None:
     vm.folder = os.path.join(os.path.dirname(vm.folder), MAKING + vm.name)
     os.mkdir(vm.folder, 0o700)
     clone.lock = FolderLock(vm.folder, wait=0).__enter__()
-    settings = {"vmName": vm.name, "vmInit": "auto", **template.inherited(), **clone.request.settings}
+    fixed = {key: template.get(key) for key in ("vmMem", "vmCpu", "vmUser")}  # whatever is configured later
+    settings = {"vmName": vm.name, "vmInit": "auto", **fixed, **template.inherited(), **clone.request.settings}
     vm.write_conf({**settings, "vmDisk": "", "vmExtraDisk": "", **identity, "vmTemplate": template.name})
 
 
@@ -9825,6 +9831,8 @@ def cmd_vm(config: Config, args: argparse.Namespace, words: list[str]) -> None:
         raise UsageError("which VM? give -n NAME", "vmrunning -a lists them, vmtemplate --list the templates")
     iso = "" if args.iso in (None, "none") else find_iso(config, args.iso)
     with Cloud(config) as cloud:
+        if args.group:
+            cloud.tree.need_group(args.group)
         vm = cloud.tree.need(args.name, args.group or None, args.type or None, first=lambda vm: vm.is_template)
         fresh = not vm.is_running()
         if fresh:
@@ -10240,7 +10248,7 @@ def cmd_complete(config: Config, args: argparse.Namespace, words: list[str]) -> 
 
 def filled(name: str, **parts: str) -> str:
     """A file of etc/, in which each @PART@, or the comment .\\" @PART@ of a manual page, is replaced."""
-    return re.sub(r'(?:\.\\" )?@([A-Z_]+)@', lambda match: parts[match[1]], packaged(name))
+    return re.sub(r'(?:\.\\" )?@([A-Z_]+)@', lambda match: parts[match[1]], need_packaged(name))
 
 
 def completion(shell: str) -> str:
@@ -10393,11 +10401,13 @@ def planned_files(prefix: str) -> list[InstalledFile]:
     with open(program_path(), "rb") as file:
         found = [InstalledFile(f"{prefix}/bin/nocloud", file.read(), mode=0o755)]
     found += [InstalledFile(f"{prefix}/bin/{name}", link="nocloud") for name in ALIASES]
-    found += [InstalledFile(f"{prefix}/etc/{name}", packaged(name).encode(), conf=True) for name in INSTALLED_CONFS]
+    found += [
+        InstalledFile(f"{prefix}/etc/{name}", need_packaged(name).encode(), conf=True) for name in INSTALLED_CONFS
+    ]
     found += planned_documents(prefix)
     units = [(name, "system", name) for name in UNITS]
     for source, kind, name in (*units, (GROUP_UNIT, "user", GROUP_UNIT), (SYSUSERS, "sysusers.d", "nocloud.conf")):
-        text = packaged(source, "systemd").replace("@BINDIR@", f"{prefix}/bin")
+        text = need_packaged(source, "systemd").replace("@BINDIR@", f"{prefix}/bin")
         found.append(InstalledFile(f"{systemd_folder(prefix, kind)}/{name}", text.encode()))
     return found
 
@@ -10879,6 +10889,8 @@ def run_command(argv: Sequence[str]) -> int:
     if options or command.options:  # else nothing is to parse: argparse costs 17 ms, and a TAB has to be quick
         parser = build_parser(command, report.program, config)
         args = parser.parse_args(options)
+        for key in [key for key, value in vars(args).items() if value == []]:
+            setattr(args, key, "--")  # the value that argparse drops, up to Python 3.12
         if args.help:
             report.data("\n\n".join(part.rstrip("\n") for part in (parser.format_help(), command.more()) if part))
             return EXIT_DONE

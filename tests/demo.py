@@ -97,7 +97,8 @@ class Demo:
         beside = Path(__file__).resolve().parent.parent / "build/test-venv/bin"  # where `make test` puts one
         program = shutil.which("ansible", path=f"{self.env['PATH']}:{beside}")
         if not program:
-            print("\n(no ansible here: with it, `ansible -i vminventory demo -m ping` would ping the three)")
+            way = 'ansible -i "$(command -v vminventory)" demo -m ping'
+            print(f"\n(no ansible here: with it, `{way}` would ping the three)")
             return
         words = [program, "-i", str(self.inventory), GROUP, "-m", "ping"]
         self.step(*words, shown=f'ansible -i "$(command -v vminventory)" {GROUP} -m ping')

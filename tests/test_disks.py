@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 from pathlib import Path
 
@@ -126,3 +127,12 @@ def test_format_of_a_disk_by_its_header(tmp_path: Path) -> None:
     assert nocloud.disk_format(str(bootable(tmp_path / "b"))) == "raw"
     (tmp_path / "c").touch()
     assert nocloud.disk_format(str(tmp_path / "c")) == "raw"
+
+
+def test_a_name_in_a_header_ends_at_a_nul(tmp_path: Path) -> None:
+    """A guest may write such a header into its own raw disk."""
+    disk = tmp_path / "raw.img"
+    header = struct.pack(">4sIQI", b"QFI\xfb", 3, 104, 5)
+    disk.write_bytes(header.ljust(104, b"\0") + b"x\0img" + bytes(1000))
+    assert nocloud.qcow2_header(str(disk)) == ("x", False)
+    assert nocloud.backing_chain([str(disk)]) == [str(tmp_path / "x")]

@@ -554,6 +554,8 @@ OPTIONS = "options are mem=MB cpu=N disk=GB dsk=GB,GB name=PREFIX user-data=FILE
         ("vmstop --group=", 2, "the group name is empty", "vmrunning -a lists the groups"),
         ("vmstop -g pf", 1, "pf: no such group", NOT_LISTED),
         ("vmstop -n web00", 1, "web00: no such VM", NOT_LISTED),
+        ("vmstop -n --", 1, "--: no such VM", NOT_LISTED),
+        ("vm -n x -g pf", 1, "pf: no such group", NOT_LISTED),
         ("vmstop -n blanc", 1, "blanc: no such VM", "did you mean blank?"),
         ("vmstop -n blank -g pf -t web", 1, "blank: no such VM in pf/web", "did you mean templates/blank?"),
         ("vmssh", 2, "which VM?", "vmssh VM|IP [WORDS...]; vmrunning lists the VMs"),
@@ -947,6 +949,18 @@ for word; do
 done
 exec qemu-system-x86_64 "$@"
 """
+
+
+def test_a_clone_keeps_what_its_template_started_with(blank: Cloud) -> None:
+    """Also where that came from the configuration, which may be another one tomorrow."""
+    file = blank.folder("templates/blank") / "blank.conf"
+    bare = [line for line in file.read_text().splitlines(True) if not line.startswith(("vmMem", "vmCpu", "vmUser"))]
+    file.write_text("".join(bare))
+    mine = {"vmMem": "48", "vmCpu": "1", "vmUser": "ann"}
+    blank.run("vminstantiate", "-n", "blank", "-g", "pf", env={f"NOCLOUD_{k}": v for k, v in mine.items()}).ok()
+    (folder,) = (blank.base / "pf/default").iterdir()
+    conf = blank.conf(f"pf/default/{folder.name}")
+    assert {key: conf[key] for key in mine} == mine
 
 
 def test_clones_and_what_is_made_of_them_inherit_each_of_these_keys(blank: Cloud) -> None:

@@ -288,6 +288,22 @@ def test_what_is_inherited(tmp_path: Path) -> None:
     assert vm_of(tmp_path, "vmName=web00\nvmExtraOpts=\n", vmUser="ann", vmAccel="tcg").inherited() == {}
 
 
+def test_auto_in_a_conf_says_nothing(tmp_path: Path) -> None:
+    assert vm_of(tmp_path, "vmAccel=auto\n", vmAccel="tcg").get("vmAccel") == "tcg"
+    assert vm_of(tmp_path, "vmAccel=kvm\n", vmAccel="tcg").get("vmAccel") == "kvm"
+    assert vm_of(tmp_path, "vmInit=auto\n").get("vmInit") == "auto"  # only confs have that
+
+
+def test_a_group_has_the_network_of_those_that_are_in_it(tmp_path: Path) -> None:
+    """One that says nothing, as bash made it, doesn't hide the others."""
+    for name, conf in (("a", "vmName=a\n"), ("b", "vmName=b\nvmNetwork=private\n")):
+        (tmp_path / "g/t" / name).mkdir(parents=True)
+        (tmp_path / "g/t" / name / f"{name}.conf").write_text(conf)
+    cloud = nocloud.Cloud(nocloud.Config({"vmBaseDir": str(tmp_path), "vmNetwork": "bridge"}))
+    assert nocloud.group_network(cloud, "g") == "private"
+    assert nocloud.group_network(cloud, "new") == "bridge"
+
+
 # States ##############################################################################################
 
 HOLD = """
