@@ -26,8 +26,8 @@ Modules that only some commands need are imported where they are used: a listing
     Building templates               from a distribution's packages
     Clones                           what is asked for, checked; names, addresses, disks made
     Stopping and destroying          power button, plug, and away with it
-    Starting and waiting             from a conf to a guest that is ready; many at once
-    Work in a template's guest       cleaning, upgrades, templates of VMs
+    Starting and waiting             from a conf to a guest that is ready, and ssh into it; many at once
+    Work in a template's guest       cleaning, upgrades, templates of VMs; stopping with care
     Consoles                         screens, the serial line, the monitor
     Supervisor                       vmrun's loop
     Inventory                        lists for people, JSON for ansible
