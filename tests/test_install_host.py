@@ -362,6 +362,7 @@ def test_it_is_refused_while_vms_run(host: Host) -> None:
     host.make("uninstall").ok()
 
 
+@pytest.mark.long
 def test_a_host_that_was_left_half_set_up(host: Host) -> None:
     """Killed at any instant, it is finished by the next call, or undone."""
     seed = random.randrange(1 << 32)
