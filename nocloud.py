@@ -9389,7 +9389,6 @@ def option_with_value(command: Command, word: str) -> tuple[Option | None, str]:
 def build_parser(command: Command, program: str, config: Config) -> argparse.ArgumentParser:
     """The parser of one command; its help shows the defaults in force."""
     import argparse
-    import functools
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
