@@ -7,7 +7,8 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -117,6 +118,27 @@ def debian(tmp_path_factory: pytest.TempPathFactory, vms: None) -> Iterator[Clou
         done = cloud.run("vmtemplate", "deb", "--build", "bookworm", "--mem", 384, timeout=900).ok()
         assert done.stderr, "progress is visible while it works"
         yield cloud
+
+
+@pytest.fixture
+def survived(request: pytest.FixtureRequest) -> Callable[[str, int], None]:
+    """Counts what a storm tried, for the table at the end of the run: `survived("SIGKILL of vmrun", 50)`."""
+
+    def count(what: str, times: int = 1) -> None:
+        request.node.user_properties.append((what, times))
+
+    return count
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One table of what was tried and survived."""
+    tried: Counter[str] = Counter()
+    for told in terminalreporter.stats.get("passed", []):
+        tried.update({what: times for what, times in told.user_properties if told.when == "call"})
+    if tried:
+        terminalreporter.section("tried, and survived")
+        for what, times in tried.items():
+            terminalreporter.line(f"{times:>9,}  {what}")
 
 
 def has_subordinate_ids() -> bool:

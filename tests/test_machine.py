@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -127,7 +127,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory, vms: None) -> Iterator[Mac
         yield Machine(cloud)
 
 
-def test_sudo_make_on_a_real_machine(machine: Machine, tmp_path: Path) -> None:
+def test_sudo_make_on_a_real_machine(machine: Machine, tmp_path: Path, survived: Callable[[str, int], None]) -> None:
     checkout = Checkout(tmp_path / "nocloud")
     checkout.make("build").ok()
     archive = subprocess.run(["tar", "cz", "-C", checkout.folder, "."], capture_output=True, check=True).stdout
@@ -151,6 +151,8 @@ def test_sudo_make_on_a_real_machine(machine: Machine, tmp_path: Path) -> None:
     check_a_members_vm(machine)
     machine.root(STAND_IN)
     check_a_kept_group(machine)
+    check_a_clock_that_jumps(machine)
+    survived("the clock a day on, and two back", 1)
 
     reboot(machine)
     check_the_bridge(machine)
@@ -223,6 +225,17 @@ def check_a_kept_group(machine: Machine) -> None:
     assert "failed" not in machine.root("systemctl is-failed nocloud@shop || :")
     machine.root("systemctl start nocloud@shop")
     machine.eventually("su - bob -c vmrunning | grep web00")
+
+
+def check_a_clock_that_jumps(machine: Machine) -> None:
+    """With VMs running, the host's clock goes a day on, then two back: they stay, others join, and names resolve."""
+    for jump in ("1 day", "-2 days", "1 day"):
+        machine.root(f"date --set='{jump}'")
+        assert "web00 shop/web 192.168.1." in machine.user("bob", "vmrunning")
+        machine.user("bob", "vminstantiate -n blank -g jump -o name=more && vmrunning -g jump")
+        machine.eventually("getent ahostsv4 more00.jump.nocloud | grep ^192.168.1.", 20)
+        machine.user("bob", "vmstop -d -g jump")
+    machine.root("nocloud doctor")
 
 
 def check_a_users_own_unit(machine: Machine) -> None:
