@@ -64,7 +64,7 @@ def call(cloud: Cloud, line: str, timeout: float = 150) -> Result:
 
 def sound(done: Result) -> Result:
     """It did its work, or said in its own words why not."""
-    assert done.status == 0 or done.status > 0 and done.stderr, repr(done)
+    assert done.status == 0 or (done.status > 0 and done.stderr), repr(done)
     assert "Traceback" not in done.stderr and "a defect in nocloud" not in done.stderr, repr(done)
     return done
 
