@@ -10604,7 +10604,9 @@ class HostSetup:
         groups = [name for name in (KVM_GROUP,) if not account((name,), group=True)[1]]
         self.installation.save(users=self.before.get("users") or users, groups=self.before.get("groups") or groups)
         if find_program("systemd-sysusers"):
-            run(["systemd-sysusers", f"{systemd_folder(self.installation.prefix, 'sysusers.d')}/nocloud.conf"])
+            # It dies with us: after a kill the next call may undo it all, and it would make the user after that
+            words = ["setpriv", "--pdeathsig", "KILL", "systemd-sysusers"]
+            run([*words, f"{systemd_folder(self.installation.prefix, 'sysusers.d')}/nocloud.conf"])
         elif groups:
             run(["groupadd", "--system", KVM_GROUP])
 

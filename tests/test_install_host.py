@@ -363,6 +363,21 @@ def test_it_is_refused_while_vms_run(host: Host) -> None:
 
 
 @pytest.mark.long
+def test_no_program_outlives_a_call_that_was_killed(host: Host) -> None:
+    """Else it made the account after the next call had looked for it, and taken the rest away."""
+    before = host.changes()
+    slow = '#!/bin/sh\ncp "$1" /run/read; sleep 5; exec /usr/bin/systemd-sysusers /run/read >/dev/null 2>&1'
+    host.program("systemd-sysusers", slow)
+    host.run(
+        f"{builder()} -IS nocloud.pyz setup --prefix=/usr/local & until pgrep -x sleep -a | grep -q 'sleep 5'\n"
+        "do sleep 0.05; done; kill -9 $!; wait"
+    )
+    host.run(f"{builder()} -IS nocloud.pyz setup --prefix=/usr/local --undo").ok()
+    eventually(lambda: host.run("pgrep -f 'sleep [5]|[s]ysusers'").status, "what was started has ended")
+    assert host.changes() == before
+
+
+@pytest.mark.long
 def test_a_host_that_was_left_half_set_up(host: Host) -> None:
     """Killed at any instant, it is finished by the next call, or undone."""
     seed = random.randrange(1 << 32)
