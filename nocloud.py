@@ -277,8 +277,9 @@ def quoted(*paths: str) -> str:
 
 # Files, locks, waits #################################################################################
 #
-# Small pieces of the file system that every section uses.  Files land by rename; locks are flock on
-# a folder (a shared template that belongs to someone else can be locked too, and no lock file is left).
+# Small pieces of the file system that every section uses.  Files land by rename; what a command that returned 0 has
+# done survives a power cut; locks are flock on a folder (a shared template that belongs to someone else can be locked
+# too, and no lock file is left).
 
 
 def read_text(path: str) -> str:
@@ -298,8 +299,12 @@ def read_tail(path: str) -> str:
         return ""
 
 
-def write_file(path: str, content: str | bytes, mode: int = 0o600) -> None:
-    """Write `path` so that a reader, or a crash, sees the old file or the new one, never half of it."""
+def write_file(path: str, content: str | bytes, mode: int = 0o600, durable: bool = True) -> None:
+    """Write `path` so that a reader, or a power cut, sees the old file or the new one, never half of it.
+
+    The new one is on the disk when this returns; not so where `durable` is off: for what is written anew when it is
+    needed, or lies in a folder that lands later.
+    """
     data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     temporary = f"{path}.{os.getpid()}.{os.urandom(3).hex()}.tmp"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
@@ -307,10 +312,24 @@ def write_file(path: str, content: str | bytes, mode: int = 0o600) -> None:
         with open(fd, "wb") as file:
             os.fchmod(fd, mode)  # whatever the umask says
             file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(fd)
         os.replace(temporary, path)
     except BaseException:
         remove_file(temporary)
         raise
+    if durable:
+        sync(os.path.dirname(path) or ".")
+
+
+def sync(path: str) -> None:
+    """Have a file's content, or the names in a folder, on the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def append_line(path: str, text: str) -> None:
@@ -1180,6 +1199,20 @@ def run(
     if check and child.returncode:
         raise CommandFailed(argv, child.returncode, output + errors)
     return subprocess.CompletedProcess(argv, child.returncode, output, errors)
+
+
+def flush(path: str) -> None:
+    """Have all that was written to a file system on its disk: one flush for many files (syncfs(2), by coreutils)."""
+    run(["sync", "-f", path], timeout=None)
+
+
+def land(moves: Mapping[str, str]) -> None:
+    """Rename files or folders of one file system into place: what they hold is on the disk before they get their new
+    names, and these are when this returns."""
+    for part, path in moves.items():
+        flush(part)
+        os.rename(part, path)
+    flush(path)
 
 
 def try_run(argv: Sequence[str], timeout: float) -> tuple[int, str]:
@@ -2129,7 +2162,7 @@ class VM:
             mode = os.stat(self.conf_file).st_mode & 0o644  # never wider than it was: old ones hold a password
         except FileNotFoundError:
             text, mode = "", 0o644
-        write_file(self.conf_file, update_assignments(text, changes), mode)
+        write_file(self.conf_file, update_assignments(text, changes), mode, durable=not self.is_in_making)
         self._conf = None
 
     def path(self, disk: str) -> str:
@@ -2318,6 +2351,7 @@ def remove_vm(vm: VM) -> None:
     doomed = os.path.join(os.path.dirname(vm.folder), REMOVING + vm.name)
     remove_tree(doomed)  # a killed command's
     os.rename(vm.folder, doomed)
+    sync(os.path.dirname(doomed))
     remove_tree(doomed)
 
 
@@ -2980,7 +3014,7 @@ class HostFiles:
         if os.path.lexists(path) and self._read(path)[1] == text:
             return
         hidden = os.path.join(self.folder_of(kind), "." + uuid)
-        write_file(hidden, text, 0o640 if self.tree else 0o600)
+        write_file(hidden, text, 0o640 if self.tree else 0o600, durable=False)  # each start of the VM writes it
         os.replace(hidden, path)
 
     def _files(self, kind: str) -> list[tuple[str, bool, list[str]]]:
@@ -4445,7 +4479,8 @@ def own_key() -> str:
         make_private_folder(folder)
         with FolderLock(folder):
             if not os.path.exists(path):
-                make_key(path, "nocloud")
+                make_key(path + ".new", "nocloud")
+                land({path + ".new.pub": path + ".pub", path + ".new": path})
     return path
 
 
@@ -5332,7 +5367,7 @@ class CachedImage:
                 pass  # someone uses it, or has just removed it
 
     def is_there(self) -> bool:
-        """Whether the image is there, whole: it is read again each time."""
+        """Whether the image is there, whole: it is read again each time, so that nothing in the cache needs a flush."""
         digest = self.digest or read_tail(self._checksum).strip()
         if not digest or not os.path.isfile(self.image):
             return False
@@ -5594,8 +5629,9 @@ class NewTemplate:
         os.chmod(self.disk, 0o444 if self._read_only else 0o644)
         disk = {"vmDisk": self.final.relative(name), "vmDiskFormat": "qcow2"}
         conf = {"vmName": self.vm.name, **disk, "vmUuid": uuid, **settings}
-        write_file(self.vm.conf_file, update_assignments("", conf), 0o644)  # nothing stays of a first start
-        os.rename(self.vm.folder, self.final.folder)
+        text = update_assignments("", conf)  # nothing stays of a first start
+        write_file(self.vm.conf_file, text, 0o644, durable=False)
+        land({self.vm.folder: self.final.folder})
         self._done = True
         return self.final
 
@@ -5783,8 +5819,9 @@ class Layer:
         return armed and cause == "guest-shutdown" and is_sound(self.path)
 
     def adopt(self) -> None:
-        """Make it the template's disk, in the form in which the conf names disks."""
+        """Make it the template's disk, in the form in which the conf names disks; whole on the disk before that."""
         make_read_only(self.path)
+        sync(self.path)
         folder, disk = os.path.realpath(self.template.folder), self.template.disks()[0]
         if os.path.realpath(os.path.dirname(disk)) == folder:
             name = os.path.join(os.path.dirname(self.template.get("vmDisk")), self.name)
@@ -6368,7 +6405,7 @@ def put_file(tree: str, name: str, text: str = "", link: str = "") -> None:
     if link:
         os.symlink(link, path)
     else:
-        write_file(path, text, 0o644)
+        write_file(path, text, 0o644, durable=False)
 
 
 def clean_system(tree: str) -> None:
@@ -6460,7 +6497,7 @@ def restore_owners(tree: str, raw: str, owners: Mapping[str, tuple[int, int]], s
             inside = os.path.relpath(os.path.join(folder, name), tree)
             uid, gid = owners.get(inside, (0, 0))
             lines += [f'sif "/{inside}" uid {uid}\n', f'sif "/{inside}" gid {gid}\n']
-    write_file(script, "".join(lines))
+    write_file(script, "".join(lines), durable=False)
     done = run(["debugfs", "-w", "-f", script, f"{raw}?offset={PARTITION_START * SECTOR}"], timeout=600, merge=False)
     said = [line for line in done.stderr.splitlines() if line and not line.startswith("debugfs ")]
     if said:  # its exit status is 0 whatever happened
@@ -7010,8 +7047,23 @@ class NewClones:
             self.__exit__()
             raise
 
-    def finish(self, clone: NewClone) -> VM:
-        """Make the disks and keys, then put the folder in its place: from then on the VM is there."""
+    def finish(self) -> list[VM | Error]:
+        """Make them all, then put them in their places: from then on the VMs are there.  What could not be made is an
+        Error in its place."""
+        clones = {clone.vm: clone for clone in self.clones}
+        made = in_parallel(lambda vm: self._make(clones[vm]), list(clones), workers=2 * (os.cpu_count() or 1))
+        flush(self.cloud.tree.base)  # once for all of them
+        made = [each if isinstance(each, Error) else result_of(self._land, each) for each in made]
+        flush(self.cloud.tree.base)
+        return made
+
+    def _land(self, vm: VM) -> VM:
+        final = VM(vm.tree, vm.group, vm.type, vm.name)
+        os.rename(vm.folder, final.folder)
+        return final
+
+    def _make(self, clone: NewClone) -> VM:
+        """Make the disks and keys."""
         vm, template, request = clone.vm, clone.template, clone.request
         extension = self.cloud.config["vmDiskExt"]
         system = vm.disk_name(0, extension)
@@ -7023,13 +7075,11 @@ class NewClones:
         if takes_host_key(vm):
             make_key(vm.host_key, f"root@{vm.name}")
         if request.user_data:
-            write_file(vm.user_data_file, request.user_data)
-        final = VM(vm.tree, vm.group, vm.type, vm.name)
+            write_file(vm.user_data_file, request.user_data, durable=False)
         formats = ",".join(["qcow2"] * (1 + len(extra)))
-        disks = {"vmDisk": final.relative(system), "vmExtraDisk": ",".join(map(final.relative, extra))}
+        disks = {"vmDisk": vm.relative(system), "vmExtraDisk": ",".join(map(vm.relative, extra))}
         vm.write_conf({**disks, "vmDiskFormat": formats})
-        os.rename(vm.folder, final.folder)
-        return final
+        return vm
 
     def __enter__(self) -> NewClones:
         return self
@@ -7061,8 +7111,7 @@ def make_clones(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> l
             make_read_only(template.disks()[0])
         own_key()
         with NewClones(cloud, group, requests) as new:
-            clones = {clone.vm: clone for clone in new.clones}
-            made = in_parallel(lambda vm: new.finish(clones[vm]), list(clones), workers=2 * (os.cpu_count() or 1))
+            made = new.finish()
     for network in cloud.networks():  # not under those locks: who starts a template takes the network's first
         network.withdraw(new.orphans)
     cloud.known_hosts.update({}, new.orphans)
@@ -7295,7 +7344,7 @@ def write_credentials(vm: VM) -> str:
     """The name of the credentials file, written anew for this start; '' where the guest takes none."""
     if vm.get("vmInit") != "systemd" or not os.path.exists(vm.host_key):
         return ""
-    write_file(vm.credentials_file, credentials(vm, login_keys()))
+    write_file(vm.credentials_file, credentials(vm, login_keys()), durable=False)
     return os.path.basename(vm.credentials_file)
 
 
@@ -7315,7 +7364,7 @@ def write_seed(cloud: Cloud, vm: VM, wanted: bool) -> str:
     make_private_folder(vm.seed_folder)
     files = {os.path.join(vm.seed_folder, name): data for name, data in seed_files(vm, login_keys(), added).items()}
     for path, data in files.items():
-        write_file(path, data)
+        write_file(path, data, durable=False)
     folder = os.path.basename(vm.seed_folder)
     if cloud.seed() == "vvfat":
         return folder
@@ -7334,7 +7383,7 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, tie
     if tied:
         need_program(TIE[0])
     words, fds = network.enter([*(TIE if tied else ()), *qemu_argv(machine, tap, vhost)])
-    write_file(vm.command_file, command_script(vm, qemu_argv(machine, 3), network), 0o700)
+    write_file(vm.command_file, command_script(vm, qemu_argv(machine, 3), network), 0o700, durable=False)
     for path in (vm.log_file, vm.console_log):
         remove_file(path)
     # A template's folder may be entered by others, and who may write to a socket of qemu's owns the guest.
