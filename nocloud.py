@@ -1445,7 +1445,7 @@ def foreign_image_format(path: str, shown: str = "") -> str:
     """
     shown = shown or path
     header = qcow2_header(path)
-    if header and header[1]:  # `qemu-img info` would open it
+    if header and header.outside:  # `qemu-img info` would open it
         raise WrongImage(f"{shown}: refused: the image keeps its data in another file")
     info = image_info(path)
     name = str(info.get("format", ""))
@@ -1466,20 +1466,39 @@ def looks_bootable(path: str) -> bool:
         return file.read(512)[510:512] == b"\x55\xaa"
 
 
-def qcow2_header(path: str) -> tuple[str, bool] | None:
-    """(what a qcow2 image stands on or '', whether its data is in another file), by its header; None: no qcow2 image.
+@record
+class Qcow2:
+    """What the header of a qcow2 image says: the file that it stands on, or '', and the format of that, or '';
+    `outside`: its data is in another file."""
 
-    Big-endian magic, version, offset (in the first cluster, of 2 MB at most) and length of the backing file's name;
-    bit 2 of version 3's incompatible features is the data file (QEMU docs/interop/qcow2.txt).  qemu-img would take
-    15 ms a file, and open what the header names; a tree may have a thousand.
+    backing: str
+    format: str
+    outside: bool
+
+
+def qcow2_header(path: str) -> Qcow2 | None:
+    """The header of a qcow2 image; None: it is none.
+
+    Big-endian magic, version, offset (in the first cluster, of 2 MB at most) and length of the backing file's name; bit
+    2 of version 3's incompatible features is the data file; extensions follow, 0xE2792ACA is the backing file's format
+    (QEMU docs/interop/qcow2.txt).  qemu-img would take 15 ms a file, and open what the header names; a tree may have a
+    thousand.  A guest may have led us here: what is no regular file isn't opened.
     """
-    with open(path, "rb") as file:
-        magic, version, offset, length, features = struct.unpack(">4sIQI52xQ", file.read(80).ljust(80, b"\0"))
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        return None
+    with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+        head = file.read(4096).ljust(4096, b"\0")
+        magic, version, offset, length, features, end = struct.unpack_from(">4sIQI52xQ20xI", head)
         if magic != b"QFI\xfb":
             return None
         file.seek(min(offset, 2 * MIB))
         name = file.read(min(length, 1023)).partition(b"\0")[0] if offset else b""
-    return os.fsdecode(name), version >= 3 and bool(features & 4)
+    kind, size, position, format = 1, 0, end if version >= 3 else 72, b""
+    while kind and position <= len(head) - 8:
+        kind, size = struct.unpack_from(">II", head, position)
+        format = head[position + 8 : position + 8 + size] if kind == 0xE2792ACA else format
+        position += 8 + (size + 7) // 8 * 8
+    return Qcow2(os.fsdecode(name), os.fsdecode(format), version >= 3 and bool(features & 4))
 
 
 def disk_format(path: str) -> str:
@@ -1490,19 +1509,22 @@ def disk_format(path: str) -> str:
     return "qcow2" if qcow2_header(path) else "raw"
 
 
-def backing_chain(disks: Sequence[str]) -> list[str]:
-    """The real paths of the files under these qcow2 disks."""
+def backing_chain(disk: str, format: str, followed: Callable[[str], bool]) -> list[str]:
+    """The real paths of the files under a disk of this format ('': what it looks like).
+
+    What a guest wrote into a raw disk isn't asked, nor is a file that isn't to be `followed`, see Tree.holder: it is
+    named, and the last one.
+    """
     found: list[str] = []
-    for disk in disks:
-        path = os.path.realpath(disk)
-        for _ in range(64):  # a chain that names itself must end too
-            header = qcow2_header(path)
-            if not header or not header[0]:
-                break
-            path = os.path.realpath(os.path.join(os.path.dirname(path), header[0]))
-            found.append(path)
-            if not os.path.exists(path):
-                break
+    path = os.path.realpath(disk)
+    while format != "raw" and len(found) < 64:  # a chain that names itself must end too
+        header = qcow2_header(path)
+        if not header or not header.backing:
+            break
+        path, format = os.path.realpath(os.path.join(os.path.dirname(path), header.backing)), header.format
+        found.append(path)
+        if not followed(path) or not os.path.exists(path):
+            break
     return found
 
 
@@ -1533,11 +1555,9 @@ def first_format(vm: VM, disk: str) -> str:
     """
     header = qcow2_header(disk)
     if header:
-        inside = os.path.realpath(vm.base) + os.sep
-        templates = [each for each in vm.tree.templates() if each.is_readable()]
-        theirs = {os.path.realpath(path) for each in templates for path in each.disks()}
-        strays = [path for path in backing_chain([disk]) if not path.startswith(inside) and path not in theirs]
-        if strays or header[1]:
+        inside = vm.tree.holder()
+        strays = [path for path in backing_chain(disk, "qcow2", inside) if not inside(path)]
+        if strays or header.outside:
             raise WrongImage(
                 f"its disk {disk} needs a file outside the tree: {strays[0] if strays else 'its data file'}",
                 f"the guest may have written that itself; if not, set vmDiskFormat=qcow2 in {vm.conf_file}",
@@ -1566,9 +1586,9 @@ def resize_disk(disk: str, format: str, gigabytes: int) -> None:
     run(["qemu-img", "resize", "-q", "-f", format, disk, f"{gigabytes}G"])
 
 
-def is_written(disk: str) -> bool:
-    """Whether a qemu may be writing to the disk: its lock on the image keeps other readers out."""
-    return run(["qemu-img", "info", os.path.abspath(disk)], check=False).returncode != 0
+def is_written(disk: str, format: str) -> bool:
+    """Whether a qemu may be writing to the disk, of this format: its lock on the image keeps other readers out."""
+    return run(["qemu-img", "info", "-f", format, os.path.abspath(disk)], check=False).returncode != 0
 
 
 def is_sound(disk: str) -> bool:
@@ -2177,6 +2197,20 @@ class VM:
         names = [self.get("vmDisk"), *self.get("vmExtraDisk").split(",")]
         return [self.path(name.strip()) for name in names if name.strip()]
 
+    def chains(self, followed: Callable[[str], bool] | None = None) -> Iterator[tuple[str, list[str]]]:
+        """Each of its disks with the real paths of the files under it; the format that its conf tells decides.
+
+        `followed`: as Tree.holder() gives it, for who asks many VMs.
+        """
+        disks, followed = self.disks(), followed or self.tree.holder()
+        formats = [*map(str.strip, self.get("vmDiskFormat").split(",")), *("" for _ in disks)]
+        for disk, format in zip(disks, formats):
+            yield disk, backing_chain(disk, format, followed) if os.path.exists(disk) else []
+
+    def below(self, followed: Callable[[str], bool] | None = None) -> list[str]:
+        """The files under its system disk; none where it has no disk."""
+        return next(self.chains(followed), ("", []))[1]
+
 
 class Tree:
     """vmBaseDir: finds what is in it.  Where a VM's conf doesn't say something, `config` does."""
@@ -2294,16 +2328,24 @@ class Tree:
         if group != TEMPLATES and group not in self.groups():
             raise no_such("group", group, self.groups(), VMS_HINT)
 
+    def holder(self) -> Callable[[str], bool]:
+        """What tells whether a disk may stand on a file: on what is in the tree or in the folder of a template, which
+        may be a link to elsewhere, and on the disks that templates name."""
+        templates = list(self.templates())
+        folders = tuple(os.path.realpath(each) + os.sep for each in (self.base, *(vm.folder for vm in templates)))
+        disks = {os.path.realpath(disk) for vm in templates if vm.is_readable() for disk in vm.disks()}
+        return lambda path: path in disks or path.startswith(folders)
+
     def clones(self, template: VM) -> list[VM]:
         """The VMs and templates, finished or not, whose disk stands on one in the template's folder, old or new."""
-        folder = os.path.realpath(template.folder)
+        folder, followed = os.path.realpath(template.folder), self.holder()
         mine = {os.path.realpath(disk) for disk in template.disks()[:1]}
         found = []
         for vm in [*self.unfinished(), *self.vms()]:  # in this order: one may be finished between the looks
             try:
                 if vm.folder != template.folder and (
                     vm.get("vmTemplate") == template.name
-                    or any(path in mine or os.path.dirname(path) == folder for path in backing_chain(vm.disks()[:1]))
+                    or any(path in mine or os.path.dirname(path) == folder for path in vm.below(followed))
                 ):
                     found.append(vm)
             except (Error, OSError):
@@ -5858,11 +5900,11 @@ def own_disks(template: VM) -> list[str]:
 
 def unused_by_itself(template: VM) -> list[str]:
     """Those of its own disks that its present disk doesn't stand on."""
-    own = own_disks(template)
-    if not own:
+    own, disk = own_disks(template), template.disks()[:1]
+    if not own or not disk:
         return []
-    disk = template.disks()[:1]
-    chain = {*map(os.path.realpath, disk), *backing_chain(disk)}
+    os.stat(disk[0])  # where it is gone, nothing is unused
+    chain = {os.path.realpath(disk[0]), *template.below()}
     return [name for name in own if os.path.realpath(template.file(name)) not in chain]
 
 
@@ -5893,7 +5935,7 @@ def settle(cloud: Cloud, template: VM, warn: bool = True) -> None:
     for layer in [Layer(template, name) for name in unused_by_itself(template)]:
         if os.path.exists(layer.record):
             base = os.path.realpath(template.disks()[0])
-            if backing_chain([layer.path])[:1] == [base] and layer.ended_well():
+            if backing_chain(layer.path, "qcow2", lambda path: False) == [base] and layer.ended_well():
                 layer.adopt()
             else:
                 lost = True
@@ -5917,7 +5959,7 @@ def flatten(cloud: Cloud, template: VM) -> None:
     """
     template.reread()
     disk = template.disks()[0]
-    if not backing_chain([disk]) or cloud.tree.clones(template):
+    if not template.below() or cloud.tree.clones(template):
         return
     if converted_size(disk, "qcow2") > free_bytes(template.folder):
         report.warn(f"{template}: no room to make one disk of its layers; it stays as it is")
@@ -5935,13 +5977,15 @@ def remove_unused(tree: Tree, template: VM) -> None:
     unused = unused_by_itself(template)
     if not unused:
         return
-    disks: list[str] = []
-    for vm in tree.unfinished():  # first: one may be finished between the looks; its conf may name no disk yet
-        disks += [vm.file(name) for name in names_in(vm.folder) if name.endswith((".img", ".qcow2"))]
+    used: list[str] = []
+    followed = tree.holder()
     try:
+        for vm in tree.unfinished():  # first: one may be finished between the looks; its conf may name no disk yet
+            for name in [name for name in names_in(vm.folder) if name.endswith((".img", ".qcow2"))]:
+                used += backing_chain(vm.file(name), "", followed)
         for vm in tree.vms():
-            disks += vm.disks() if vm.folder != template.folder and vm.exists() else []
-        used = backing_chain([disk for disk in disks if os.path.exists(disk)])
+            if vm.folder != template.folder and vm.exists():
+                used += [path for _, chain in vm.chains(followed) for path in chain]
     except (Error, OSError):
         return  # one has just been finished or destroyed, perhaps: the next command looks again
     for path in map(template.file, unused):
@@ -5977,7 +6021,9 @@ def runs_on_layer(template: VM) -> bool:
         layers = [Layer(template, name) for name in unused_by_itself(template)]
     except OSError:
         return False  # a disk is gone
-    return any(os.path.exists(layer.record) for layer in layers) and not is_written(template.disks()[0])
+    if not any(os.path.exists(layer.record) for layer in layers):
+        return False
+    return not is_written(template.disks()[0], known_formats(template)[0])
 
 
 def dependents(vms: Sequence[VM]) -> str:
@@ -6070,17 +6116,23 @@ def template_rows(cloud: Cloud) -> list[tuple[str, str, str, str]]:
 
 def disk_rows(tree: Tree) -> Iterator[str]:
     """Each template with its system disks, under each of these what stands on it, indented, with sizes on disk."""
-    above: dict[str, set[str]] = {}  # what stands on each disk
     owners: dict[str, VM] = {}
+    below: dict[str, list[str]] = {}  # what each disk stands on
+    followed = tree.holder()
     for vm in tree.vms():
         try:
-            for disk in [*vm.disks()[:1], *map(vm.file, own_disks(vm) if vm.is_template else ())]:
-                files = [os.path.realpath(disk), *backing_chain([disk])]
-                owners[files[0]] = vm
-                for upper, lower in zip(files, files[1:]):
-                    above.setdefault(lower, set()).add(upper)
+            own = list(map(vm.file, own_disks(vm) if vm.is_template else ()))
+            layers = [path for path in own if layer_number(vm, os.path.basename(path))]  # never raw
+            chains = [*vm.chains(followed)][:1] + [(path, backing_chain(path, "qcow2", followed)) for path in layers]
+            for disk, chain in chains:
+                files = [os.path.realpath(disk), *chain]
+                below.update((path, files[number:]) for number, path in enumerate(files, 1))
+            owners.update((os.path.realpath(path), vm) for path in [*vm.disks()[:1], *own])
         except (Error, OSError) as error:
             report.warn(str(error))
+    above: dict[str, set[str]] = {}  # what stands on each disk, '' for none
+    for path in owners:
+        above.setdefault(next((lower for lower in below.get(path, ()) if lower in owners), ""), set()).add(path)
 
     def row(depth: int, name: str, paths: Iterable[str]) -> str:
         size = sum(os.stat(path).st_blocks * 512 for path in paths if os.path.exists(path))
@@ -6100,8 +6152,7 @@ def disk_rows(tree: Tree) -> Iterator[str]:
         for upper in sorted(above.get(path, ()), key=lambda each: (owners[each] is owner, each)):
             yield from rows(upper, depth + 1, owner)
 
-    standing = {upper for uppers in above.values() for upper in uppers}
-    for path in sorted(path for path, vm in owners.items() if vm.is_template and path not in standing):
+    for path in sorted(path for path in above.get("", ()) if owners[path].is_template):
         yield from rows(path, 0, None)
 
 
@@ -7985,7 +8036,7 @@ def copy_disk(source: VM, new: NewTemplate, layered: bool) -> None:
         check_room(new.vm.folder, converted_size(disk, format), new.cloud.tree.base, hint="free some disk space")
         compress_image(disk, format, new.disk)
         return
-    below = backing_chain([disk]) if format == "qcow2" else []  # what a guest wrote into a raw disk isn't asked
+    below = source.below()
     if not below:
         raise WrongState("its disk stands on no other, there is nothing to share", "leave out --layer", vm=source)
     backing = os.path.relpath(below[0], os.path.realpath(new.vm.folder))  # as deep in the tree as where it will lie
@@ -8837,11 +8888,11 @@ def examine_vms(patient: Patient) -> str:
     if folders:
         text = f"{plural(len(folders), 'folder')} of commands that were killed"
         patient.tell(WARNING, text, f"rm -rf {quoted(*folders)}")
-    vms = list(tree.vms())
+    vms, followed = list(tree.vms()), tree.holder()
     for vm in vms:
         examine_conf(patient, vm)
         if vm.is_readable():
-            examine_disks(patient, vm)
+            examine_disks(patient, vm, followed)
     templates = sum(vm.is_template for vm in vms)
     return f"{plural(len(vms) - templates, 'VM')}, {plural(templates, 'template')}, nothing left over"
 
@@ -8858,13 +8909,10 @@ def examine_conf(patient: Patient, vm: VM) -> None:
         patient.tell(WARNING, str(error), settings_command(vm.conf_file, str(error)))
 
 
-def examine_disks(patient: Patient, vm: VM) -> None:
+def examine_disks(patient: Patient, vm: VM, followed: Callable[[str], bool]) -> None:
     """A VM whose disk, or what that lies on, is gone."""
-    needed = vm.disks()
     try:
-        needed += backing_chain(needed)
-    except FileNotFoundError:
-        pass
+        needed = [path for disk, chain in vm.chains(followed) for path in (disk, *chain)]
     except OSError as error:
         text = f"{vm.full_name}: {error.filename}: {error.strerror}"
         patient.tell(WARNING, text, f"sudo chmod a+r {error.filename}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 from pathlib import Path
@@ -132,7 +133,99 @@ def test_format_of_a_disk_by_its_header(tmp_path: Path) -> None:
 def test_a_name_in_a_header_ends_at_a_nul(tmp_path: Path) -> None:
     """A guest may write such a header into its own raw disk."""
     disk = tmp_path / "raw.img"
-    header = struct.pack(">4sIQI", b"QFI\xfb", 3, 104, 5)
-    disk.write_bytes(header.ljust(104, b"\0") + b"x\0img" + bytes(1000))
-    assert nocloud.qcow2_header(str(disk)) == ("x", False)
-    assert nocloud.backing_chain([str(disk)]) == [str(tmp_path / "x")]
+    start = struct.pack(">4sIQI", b"QFI\xfb", 3, 104, 5)
+    disk.write_bytes(start.ljust(104, b"\0") + b"x\0img" + bytes(1000))
+    found = nocloud.qcow2_header(str(disk))
+    assert found and (found.backing, found.format, found.outside) == ("x", "", False)
+    assert nocloud.backing_chain(str(disk), "", lambda path: True) == [str(tmp_path / "x")]
+    assert nocloud.backing_chain(str(disk), "raw", lambda path: True) == []
+
+
+# What a guest may have written #######################################################################
+
+
+def header(name: str, version: int = 3, features: int = 0) -> bytes:
+    """The first 64 KB of a disk whose guest wants `name` to be read."""
+    start = struct.pack(">4sIQI", b"QFI\xfb", version, 104, len(name.encode())).ljust(72, b"\0")
+    return (struct.pack(">72sQ", start, features).ljust(104, b"\0") + name.encode()).ljust(1 << 16, b"\0")
+
+
+def add_raw(base: Path, place: str, content: bytes, recorded: str = "") -> Path:
+    """A VM, or a template, as the bash tools made them, with a raw disk; its folder."""
+    folder = base / place
+    folder.mkdir(parents=True)
+    name = folder.name
+    conf = f"vmName={name}\nvmMem=64\nvmCpu=1\nvmDisk={place}/{name}_0.img\nvmUuid=\nvmExtraDisk=\n"
+    (folder / f"{name}.conf").write_text(conf + (f"vmDiskFormat={recorded}\n" if recorded else ""))
+    (folder / f"{name}_0.img").write_bytes(content)
+    return folder
+
+
+def test_what_a_guest_wrote_into_a_raw_disk_opens_nothing(cloud: Cloud) -> None:
+    """Not where the conf says what the disk is, and elsewhere nothing that isn't a file of the tree."""
+    fifo, secret = cloud.home / "fifo", cloud.home / "secret"
+    os.mkfifo(fifo)
+    create(secret)
+    (cloud.base / "pf").mkdir(parents=True)
+    (cloud.base / "pf/device").symlink_to("/dev/tty")
+    named = [str(fifo), str(secret), "/proc/self/mem", f"{cloud.base}/pf/device", "bad00_0.img", "x" * 1000, "\n"]
+    for number, name in enumerate(named):
+        for recorded in ("", "raw"):
+            for place in (f"templates/t{recorded}{number:02d}", f"pf/x/bad{recorded}{number:02d}"):
+                add_raw(cloud.base, place, header(name, features=4 * (number % 2)), recorded)
+    for words in LISTS:
+        trace = cloud.home / "trace"
+        opened = ["strace", "-f", "-qq", "-e", "trace=open,openat", "-o", str(trace)] if shutil.which("strace") else []
+        shown = cloud.execute([*opened, *cloud.argv(words[0], *words[1:])], timeout=60)
+        assert "Traceback" not in shown.stderr and "a defect in" not in shown.stderr, repr(shown)
+        if opened:
+            assert not [name for name in named[:4] if f'"{name}"' in trace.read_text()], repr(shown)
+
+
+LISTS = (
+    ["vmtemplate", "--list"], ["vmtemplate", "--tree"], ["vmrunning", "-a"], ["vminventory"], ["vminventory", "--list"],
+    ["doctor"],
+)  # fmt: skip
+
+
+def spoil(folder: Path, kind: str) -> None:
+    """Make one thing about a VM, or a template, wrong."""
+    conf, disk = folder / f"{folder.name}.conf", folder / f"{folder.name}_0.img"
+    others = {"pid": f"{folder.name}.pid", "layer": f"{folder.name}.l1.img"}
+    what, _, how = kind.partition(" ")
+    path = {"conf": conf, "disk": disk}.get(what) or folder / others.get(what, what)
+    path.unlink(missing_ok=True)
+    if how == "fifo":
+        os.mkfifo(path)
+    elif how == "folder":
+        path.mkdir()
+    elif how == "loop":
+        path.symlink_to(path.name)
+    elif how == "device":
+        path.symlink_to("/dev/full")
+    elif how == "noise":
+        path.write_bytes(bytes(range(256)) * 64)
+    elif how == "qcow2":
+        path.write_bytes(b"QFI\xfb" + b"\xff" * 8000)
+    elif how == "itself":
+        path.write_bytes(header(disk.name))
+
+
+def test_a_defect_of_one_vm_hides_no_other(cloud: Cloud) -> None:
+    """Whatever is wrong with some, all lists show the others."""
+    hows = ("", "fifo", "folder", "loop", "device", "noise", "qcow2", "itself")
+    kinds = [f"{what} {how}" for what in ("conf", "disk", "pid", "layer") for how in hows]
+    for number, kind in enumerate(kinds):
+        for place in (f"templates/t{number:02d}", f"pf/x/bad{number:02d}"):
+            spoil(add_raw(cloud.base, place, bytes(1024)), kind)
+    for place in ("templates/good", "pf/x/zgood"):
+        add_raw(cloud.base, place, bytes(1024))
+    create(cloud.base / "pf/x/zgood/zgood_0.img", "-F", "raw", "-b", cloud.base / "templates/good/good_0.img")
+    for words in LISTS:
+        shown = cloud.run(words[0], *words[1:], timeout=60)
+        assert "Traceback" not in shown.stderr and "a defect in" not in shown.stderr, repr(shown)
+        if words[0] != "doctor":
+            assert shown.status == 0 and ("good" in shown.stdout or words[0] == "vminventory"), repr(shown)
+    shown = cloud.run("vmtemplate", "--list")
+    assert next(line for line in shown.lines if line.startswith("good ")).split()[3:5] == ["1", "clone"]
+    shutil.rmtree(cloud.base)  # nothing of it can be stopped
