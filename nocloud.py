@@ -1420,8 +1420,8 @@ class WrongImage(Error):
     """A file that can't be a VM's disk."""
 
 
-def image_info(path: str, format: str = "") -> dict[str, Any]:
-    """`qemu-img info` of an image, of this format where it is known; raises WrongImage where it can't be read.
+def image_info(path: str, format: str) -> dict[str, Any]:
+    """`qemu-img info` of an image of this format; raises WrongImage where it can't be read.
 
     -U: a running VM holds the image's lock, and looking does no harm.  Absolute, here and below: a relative name with
     a colon would be taken for a protocol (nbd:HOST:PORT, json:{…}).
@@ -1429,35 +1429,68 @@ def image_info(path: str, format: str = "") -> dict[str, Any]:
     import json
 
     try:
-        known = ["-f", format] if format else []
-        answer = run(["qemu-img", "info", "-U", "--output=json", *known, os.path.abspath(path)], merge=False)
+        answer = run(["qemu-img", "info", "-U", "--output=json", "-f", format, os.path.abspath(path)], merge=False)
     except CommandFailed as failed:
         raise WrongImage(f"{path}: not a disk image that qemu-img can read: {last_line(failed.output)}") from None
     info: dict[str, Any] = json.loads(answer.stdout)
     return info
 
 
-def foreign_image_format(path: str, shown: str = "") -> str:
-    """The format of an image from outside: qcow2 or raw, standing on no other file.  Raises WrongImage otherwise.
+# What is given instead of a disk: where it has which bytes (see file(1)), what it is, what helps.
+PACKERS = {"gzip": b"\x1f\x8b", "xz": b"\xfd7zXZ\0", "bzip2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd"}
+FORMATS = {"vmdk": b"KDMV", "vhdx": b"vhdxfile", "vpc": b"conectix", "vdi": b"<<< "}
+NO_DISKS = (
+    (0x8001, b"CD001", "an ISO image", "vmcreate -n NAME -i {}"),
+    (0, b"LUKS\xba\xbe", "an encrypted disk (LUKS)", "cryptsetup open {} NAME makes what is in it /dev/mapper/NAME"),
+    (257, b"ustar", "a tar archive, as OVA files are", "tar -xf {}"),
+    (0, b"PK\3\4", "a zip archive", "unzip {}"),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z x {}"),
+    *((0, magic, f"compressed by {name}", f"{name} -d {{}}") for name, magic in PACKERS.items()),
+    *((0, magic, f"a {name} image", "qemu-img convert -O qcow2 {} NEW") for name, magic in FORMATS.items()),
+)
 
-    An image may name any file of the host as its backing or data file, and a guest would read it.
-    `shown` is what messages call it, where that isn't its path.
+
+def foreign_image_format(path: str, shown: str = "") -> str:
+    """The format of an image from outside: qcow2 or raw, whole, standing on no other file.  Else raises WrongImage.
+
+    An image may name any file of the host as its backing or data file, and a guest would read it; so qemu-img isn't
+    asked what it is.  `shown` is what messages call it, where that isn't its path.
     """
     shown = shown or path
-    header = qcow2_header(path)
-    if header and header.outside:  # `qemu-img info` would open it
-        raise WrongImage(f"{shown}: refused: the image keeps its data in another file")
-    info = image_info(path)
-    name = str(info.get("format", ""))
-    if info.get("backing-filename") or info.get("full-backing-filename"):
-        raise WrongImage(f"{shown}: refused: the image stands on another file, {info.get('backing-filename')}")
-    if name not in ("qcow2", "raw"):
-        raise WrongImage(f"{shown}: a {name} image; only qcow2 and raw are taken", "qemu-img convert -O qcow2 OLD NEW")
-    if name == "raw" and not looks_bootable(path):
+    with open(path, "rb") as file:
+        head = file.read(0x8006)
+    for offset, magic, what, way in NO_DISKS:
+        if head.startswith(magic, offset):
+            name = path if shown == path else shown.rpartition("/")[2]
+            raise WrongImage(f"{shown}: {what}; only qcow2 and raw are taken", way.format(quoted(name)))
+    header, size = qcow2_header(path), os.path.getsize(path)
+    if header and (header.outside or header.backing):
+        how = f"stands on another file, {header.backing}" if header.backing else "keeps its data in another file"
+        raise WrongImage(f"{shown}: refused: the image {how}")
+    if header and image_info(path, "qcow2").get("encrypted"):
+        raise WrongImage(f"{shown}: refused: the image is encrypted", "see qemu-img(1), --object secret")
+    if not header and not looks_bootable(path):
         raise WrongImage(
             f"{shown}: neither a qcow2 image nor a raw disk with a boot sector", "is it a disk image at all?"
         )
-    return name
+    if (header.end if header else partitions_end(head)) > size or (header and not is_sound(path)):
+        said = f"{shown}: it ends before its data does, or is damaged: an incomplete download?"
+        raise WrongImage(said, "get it again, and compare its checksum")
+    return "qcow2" if header else "raw"
+
+
+def partitions_end(head: bytes) -> int:
+    """Where the partitions of a raw disk end, in bytes; 0 where it has none: its file system may begin in sector 0.
+
+    GPT: the last sector, where its copy is, at byte 32 of the header in sector 1 (UEFI 2.10, 5.3.2).  MBR: four entries
+    from byte 446 on: flag, type, first sector, number of sectors.
+    """
+    if head[512:520] == b"EFI PART":
+        return 512 * (1 + int.from_bytes(head[544:552], "little"))
+    entries = [struct.unpack_from("<B3xB3xII", head, at) for at in range(446, 510, 16)]
+    if (head[11:13] == b"\0\2" and head[21] >= 0xF0) or any(flag & 0x7F for flag, *_ in entries):
+        return 0  # FAT or NTFS: bytes in a sector, kind of medium
+    return 512 * max(first + count if kind not in (0, 0xEE) else 0 for _, kind, first, count in entries)
 
 
 def looks_bootable(path: str) -> bool:
@@ -1469,36 +1502,41 @@ def looks_bootable(path: str) -> bool:
 @record
 class Qcow2:
     """What the header of a qcow2 image says: the file that it stands on, or '', and the format of that, or '';
-    `outside`: its data is in another file."""
+    `outside`: its data is in another file; `end`: where its tables end in the file, in bytes."""
 
     backing: str
     format: str
     outside: bool
+    end: int
 
 
 def qcow2_header(path: str) -> Qcow2 | None:
     """The header of a qcow2 image; None: it is none.
 
-    Big-endian magic, version, offset (in the first cluster, of 2 MB at most) and length of the backing file's name; bit
-    2 of version 3's incompatible features is the data file; extensions follow, 0xE2792ACA is the backing file's format
-    (QEMU docs/interop/qcow2.txt).  qemu-img would take 15 ms a file, and open what the header names; a tree may have a
-    thousand.  A guest may have led us here: what is no regular file isn't opened.
+    Big-endian magic, version, offset (in the first cluster, of 2 MB at most) and length of the backing file's name,
+    where the tables are; bit 2 of version 3's incompatible features is the data file; extensions follow, 0xE2792ACA is
+    the backing file's format (QEMU docs/interop/qcow2.txt).  qemu-img would take 15 ms a file, and open what the header
+    names; a tree may have a thousand.  A guest may have led us here: what is no regular file isn't opened.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         return None
     with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
         head = file.read(4096).ljust(4096, b"\0")
-        magic, version, offset, length, features, end = struct.unpack_from(">4sIQI52xQ20xI", head)
+        magic, version, offset, length, bits, *tables, features, position = struct.unpack_from(
+            ">4sIQII12xIQQI12xQ20xI", head
+        )
         if magic != b"QFI\xfb":
             return None
         file.seek(min(offset, 2 * MIB))
         name = file.read(min(length, 1023)).partition(b"\0")[0] if offset else b""
-    kind, size, position, format = 1, 0, end if version >= 3 else 72, b""
+    kind, size, position, format = 1, 0, position if version >= 3 else 72, b""
     while kind and position <= len(head) - 8:
         kind, size = struct.unpack_from(">II", head, position)
         format = head[position + 8 : position + 8 + size] if kind == 0xE2792ACA else format
         position += 8 + (size + 7) // 8 * 8
-    return Qcow2(os.fsdecode(name), os.fsdecode(format), version >= 3 and bool(features & 4))
+    entries, l1, refcounts, clusters = tables
+    end = max(l1 + 8 * entries, refcounts + (clusters << min(bits, 21)))
+    return Qcow2(os.fsdecode(name), os.fsdecode(format), version >= 3 and bool(features & 4), end)
 
 
 def disk_format(path: str) -> str:
@@ -1593,7 +1631,8 @@ def is_written(disk: str, format: str) -> bool:
 
 def is_sound(disk: str) -> bool:
     """Whether a qcow2 image's own tables are consistent; clusters that are only lost (status 3) do no harm."""
-    return run(["qemu-img", "check", "-q", "-f", "qcow2", os.path.abspath(disk)], check=False).returncode in (0, 3)
+    words = ["qemu-img", "check", "-q", "-f", "qcow2", os.path.abspath(disk)]
+    return run(words, check=False, timeout=600).returncode in (0, 3)
 
 
 def checked_iso(path: str) -> str:
