@@ -277,8 +277,9 @@ def quoted(*paths: str) -> str:
 
 # Files, locks, waits #################################################################################
 #
-# Small pieces of the file system that every section uses.  Files land by rename; locks are flock on
-# a folder (a shared template that belongs to someone else can be locked too, and no lock file is left).
+# Small pieces of the file system that every section uses.  Files land by rename; what a command that returned 0 has
+# done survives a power cut; locks are flock on a folder (a shared template that belongs to someone else can be locked
+# too, and no lock file is left).
 
 
 def read_text(path: str) -> str:
@@ -298,8 +299,12 @@ def read_tail(path: str) -> str:
         return ""
 
 
-def write_file(path: str, content: str | bytes, mode: int = 0o600) -> None:
-    """Write `path` so that a reader, or a crash, sees the old file or the new one, never half of it."""
+def write_file(path: str, content: str | bytes, mode: int = 0o600, durable: bool = True) -> None:
+    """Write `path` so that a reader, or a power cut, sees the old file or the new one, never half of it.
+
+    The new one is on the disk when this returns; not so where `durable` is off: for what is written anew when it is
+    needed, or lies in a folder that lands later.
+    """
     data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     temporary = f"{path}.{os.getpid()}.{os.urandom(3).hex()}.tmp"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
@@ -307,10 +312,24 @@ def write_file(path: str, content: str | bytes, mode: int = 0o600) -> None:
         with open(fd, "wb") as file:
             os.fchmod(fd, mode)  # whatever the umask says
             file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(fd)
         os.replace(temporary, path)
     except BaseException:
         remove_file(temporary)
         raise
+    if durable:
+        sync(os.path.dirname(path) or ".")
+
+
+def sync(path: str) -> None:
+    """Have a file's content, or the names in a folder, on the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def append_line(path: str, text: str) -> None:
@@ -1182,6 +1201,20 @@ def run(
     return subprocess.CompletedProcess(argv, child.returncode, output, errors)
 
 
+def flush(path: str) -> None:
+    """Have all that was written to a file system on its disk: one flush for many files (syncfs(2), by coreutils)."""
+    run(["sync", "-f", path], timeout=None)
+
+
+def land(moves: Mapping[str, str]) -> None:
+    """Rename files or folders of one file system into place: what they hold is on the disk before they get their new
+    names, and these are when this returns."""
+    for part, path in moves.items():
+        flush(part)
+        os.rename(part, path)
+    flush(path)
+
+
 def try_run(argv: Sequence[str], timeout: float) -> tuple[int, str]:
     """(exit status, output) of a program that may fail; (-1, why) where it doesn't end within `timeout` seconds."""
     try:
@@ -1387,8 +1420,8 @@ class WrongImage(Error):
     """A file that can't be a VM's disk."""
 
 
-def image_info(path: str, format: str = "") -> dict[str, Any]:
-    """`qemu-img info` of an image, of this format where it is known; raises WrongImage where it can't be read.
+def image_info(path: str, format: str) -> dict[str, Any]:
+    """`qemu-img info` of an image of this format; raises WrongImage where it can't be read.
 
     -U: a running VM holds the image's lock, and looking does no harm.  Absolute, here and below: a relative name with
     a colon would be taken for a protocol (nbd:HOST:PORT, json:{…}).
@@ -1396,35 +1429,68 @@ def image_info(path: str, format: str = "") -> dict[str, Any]:
     import json
 
     try:
-        known = ["-f", format] if format else []
-        answer = run(["qemu-img", "info", "-U", "--output=json", *known, os.path.abspath(path)], merge=False)
+        answer = run(["qemu-img", "info", "-U", "--output=json", "-f", format, os.path.abspath(path)], merge=False)
     except CommandFailed as failed:
         raise WrongImage(f"{path}: not a disk image that qemu-img can read: {last_line(failed.output)}") from None
     info: dict[str, Any] = json.loads(answer.stdout)
     return info
 
 
-def foreign_image_format(path: str, shown: str = "") -> str:
-    """The format of an image from outside: qcow2 or raw, standing on no other file.  Raises WrongImage otherwise.
+# What is given instead of a disk: where it has which bytes (see file(1)), what it is, what helps.
+PACKERS = {"gzip": b"\x1f\x8b", "xz": b"\xfd7zXZ\0", "bzip2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd"}
+FORMATS = {"vmdk": b"KDMV", "vhdx": b"vhdxfile", "vpc": b"conectix", "vdi": b"<<< "}
+NO_DISKS = (
+    (0x8001, b"CD001", "an ISO image", "vmcreate -n NAME -i {}"),
+    (0, b"LUKS\xba\xbe", "an encrypted disk (LUKS)", "cryptsetup open {} NAME makes what is in it /dev/mapper/NAME"),
+    (257, b"ustar", "a tar archive, as OVA files are", "tar -xf {}"),
+    (0, b"PK\3\4", "a zip archive", "unzip {}"),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z x {}"),
+    *((0, magic, f"compressed by {name}", f"{name} -d {{}}") for name, magic in PACKERS.items()),
+    *((0, magic, f"a {name} image", "qemu-img convert -O qcow2 {} NEW") for name, magic in FORMATS.items()),
+)
 
-    An image may name any file of the host as its backing or data file, and a guest would read it.
-    `shown` is what messages call it, where that isn't its path.
+
+def foreign_image_format(path: str, shown: str = "") -> str:
+    """The format of an image from outside: qcow2 or raw, whole, standing on no other file.  Else raises WrongImage.
+
+    An image may name any file of the host as its backing or data file, and a guest would read it; so qemu-img isn't
+    asked what it is.  `shown` is what messages call it, where that isn't its path.
     """
     shown = shown or path
-    header = qcow2_header(path)
-    if header and header[1]:  # `qemu-img info` would open it
-        raise WrongImage(f"{shown}: refused: the image keeps its data in another file")
-    info = image_info(path)
-    name = str(info.get("format", ""))
-    if info.get("backing-filename") or info.get("full-backing-filename"):
-        raise WrongImage(f"{shown}: refused: the image stands on another file, {info.get('backing-filename')}")
-    if name not in ("qcow2", "raw"):
-        raise WrongImage(f"{shown}: a {name} image; only qcow2 and raw are taken", "qemu-img convert -O qcow2 OLD NEW")
-    if name == "raw" and not looks_bootable(path):
+    with open(path, "rb") as file:
+        head = file.read(0x8006)
+    for offset, magic, what, way in NO_DISKS:
+        if head.startswith(magic, offset):
+            name = path if shown == path else shown.rpartition("/")[2]
+            raise WrongImage(f"{shown}: {what}; only qcow2 and raw are taken", way.format(quoted(name)))
+    header, size = qcow2_header(path), os.path.getsize(path)
+    if header and (header.outside or header.backing):
+        how = f"stands on another file, {header.backing}" if header.backing else "keeps its data in another file"
+        raise WrongImage(f"{shown}: refused: the image {how}")
+    if header and image_info(path, "qcow2").get("encrypted"):
+        raise WrongImage(f"{shown}: refused: the image is encrypted", "see qemu-img(1), --object secret")
+    if not header and not looks_bootable(path):
         raise WrongImage(
             f"{shown}: neither a qcow2 image nor a raw disk with a boot sector", "is it a disk image at all?"
         )
-    return name
+    if (header.end if header else partitions_end(head)) > size or (header and not is_sound(path)):
+        said = f"{shown}: it ends before its data does, or is damaged: an incomplete download?"
+        raise WrongImage(said, "get it again, and compare its checksum")
+    return "qcow2" if header else "raw"
+
+
+def partitions_end(head: bytes) -> int:
+    """Where the partitions of a raw disk end, in bytes; 0 where it has none: its file system may begin in sector 0.
+
+    GPT: the last sector, where its copy is, at byte 32 of the header in sector 1 (UEFI 2.10, 5.3.2).  MBR: four entries
+    from byte 446 on: flag, type, first sector, number of sectors.
+    """
+    if head[512:520] == b"EFI PART":
+        return 512 * (1 + int.from_bytes(head[544:552], "little"))
+    entries = [struct.unpack_from("<B3xB3xII", head, at) for at in range(446, 510, 16)]
+    if (head[11:13] == b"\0\2" and head[21] >= 0xF0) or any(flag & 0x7F for flag, *_ in entries):
+        return 0  # FAT or NTFS: bytes in a sector, kind of medium
+    return 512 * max(first + count if kind not in (0, 0xEE) else 0 for _, kind, first, count in entries)
 
 
 def looks_bootable(path: str) -> bool:
@@ -1433,20 +1499,44 @@ def looks_bootable(path: str) -> bool:
         return file.read(512)[510:512] == b"\x55\xaa"
 
 
-def qcow2_header(path: str) -> tuple[str, bool] | None:
-    """(what a qcow2 image stands on or '', whether its data is in another file), by its header; None: no qcow2 image.
+@record
+class Qcow2:
+    """What the header of a qcow2 image says: the file that it stands on, or '', and the format of that, or '';
+    `outside`: its data is in another file; `end`: where its tables end in the file, in bytes."""
 
-    Big-endian magic, version, offset (in the first cluster, of 2 MB at most) and length of the backing file's name;
-    bit 2 of version 3's incompatible features is the data file (QEMU docs/interop/qcow2.txt).  qemu-img would take
-    15 ms a file, and open what the header names; a tree may have a thousand.
+    backing: str
+    format: str
+    outside: bool
+    end: int
+
+
+def qcow2_header(path: str) -> Qcow2 | None:
+    """The header of a qcow2 image; None: it is none.
+
+    Big-endian magic, version, offset (in the first cluster, of 2 MB at most) and length of the backing file's name,
+    where the tables are; bit 2 of version 3's incompatible features is the data file; extensions follow, 0xE2792ACA is
+    the backing file's format (QEMU docs/interop/qcow2.txt).  qemu-img would take 15 ms a file, and open what the header
+    names; a tree may have a thousand.  A guest may have led us here: what is no regular file isn't opened.
     """
-    with open(path, "rb") as file:
-        magic, version, offset, length, features = struct.unpack(">4sIQI52xQ", file.read(80).ljust(80, b"\0"))
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        return None
+    with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+        head = file.read(4096).ljust(4096, b"\0")
+        magic, version, offset, length, bits, *tables, features, position = struct.unpack_from(
+            ">4sIQII12xIQQI12xQ20xI", head
+        )
         if magic != b"QFI\xfb":
             return None
         file.seek(min(offset, 2 * MIB))
         name = file.read(min(length, 1023)).partition(b"\0")[0] if offset else b""
-    return os.fsdecode(name), version >= 3 and bool(features & 4)
+    kind, size, position, format = 1, 0, position if version >= 3 else 72, b""
+    while kind and position <= len(head) - 8:
+        kind, size = struct.unpack_from(">II", head, position)
+        format = head[position + 8 : position + 8 + size] if kind == 0xE2792ACA else format
+        position += 8 + (size + 7) // 8 * 8
+    entries, l1, refcounts, clusters = tables
+    end = max(l1 + 8 * entries, refcounts + (clusters << min(bits, 21)))
+    return Qcow2(os.fsdecode(name), os.fsdecode(format), version >= 3 and bool(features & 4), end)
 
 
 def disk_format(path: str) -> str:
@@ -1457,19 +1547,22 @@ def disk_format(path: str) -> str:
     return "qcow2" if qcow2_header(path) else "raw"
 
 
-def backing_chain(disks: Sequence[str]) -> list[str]:
-    """The real paths of the files under these qcow2 disks."""
+def backing_chain(disk: str, format: str, followed: Callable[[str], bool]) -> list[str]:
+    """The real paths of the files under a disk of this format ('': what it looks like).
+
+    What a guest wrote into a raw disk isn't asked, nor is a file that isn't to be `followed`, see Tree.holder: it is
+    named, and the last one.
+    """
     found: list[str] = []
-    for disk in disks:
-        path = os.path.realpath(disk)
-        for _ in range(64):  # a chain that names itself must end too
-            header = qcow2_header(path)
-            if not header or not header[0]:
-                break
-            path = os.path.realpath(os.path.join(os.path.dirname(path), header[0]))
-            found.append(path)
-            if not os.path.exists(path):
-                break
+    path = os.path.realpath(disk)
+    while format != "raw" and len(found) < 64:  # a chain that names itself must end too
+        header = qcow2_header(path)
+        if not header or not header.backing:
+            break
+        path, format = os.path.realpath(os.path.join(os.path.dirname(path), header.backing)), header.format
+        found.append(path)
+        if not followed(path) or not os.path.exists(path):
+            break
     return found
 
 
@@ -1500,11 +1593,9 @@ def first_format(vm: VM, disk: str) -> str:
     """
     header = qcow2_header(disk)
     if header:
-        inside = os.path.realpath(vm.base) + os.sep
-        templates = [each for each in vm.tree.templates() if each.is_readable()]
-        theirs = {os.path.realpath(path) for each in templates for path in each.disks()}
-        strays = [path for path in backing_chain([disk]) if not path.startswith(inside) and path not in theirs]
-        if strays or header[1]:
+        inside = vm.tree.holder()
+        strays = [path for path in backing_chain(disk, "qcow2", inside) if not inside(path)]
+        if strays or header.outside:
             raise WrongImage(
                 f"its disk {disk} needs a file outside the tree: {strays[0] if strays else 'its data file'}",
                 f"the guest may have written that itself; if not, set vmDiskFormat=qcow2 in {vm.conf_file}",
@@ -1533,14 +1624,15 @@ def resize_disk(disk: str, format: str, gigabytes: int) -> None:
     run(["qemu-img", "resize", "-q", "-f", format, disk, f"{gigabytes}G"])
 
 
-def is_written(disk: str) -> bool:
-    """Whether a qemu may be writing to the disk: its lock on the image keeps other readers out."""
-    return run(["qemu-img", "info", os.path.abspath(disk)], check=False).returncode != 0
+def is_written(disk: str, format: str) -> bool:
+    """Whether a qemu may be writing to the disk, of this format: its lock on the image keeps other readers out."""
+    return run(["qemu-img", "info", "-f", format, os.path.abspath(disk)], check=False).returncode != 0
 
 
 def is_sound(disk: str) -> bool:
     """Whether a qcow2 image's own tables are consistent; clusters that are only lost (status 3) do no harm."""
-    return run(["qemu-img", "check", "-q", "-f", "qcow2", os.path.abspath(disk)], check=False).returncode in (0, 3)
+    words = ["qemu-img", "check", "-q", "-f", "qcow2", os.path.abspath(disk)]
+    return run(words, check=False, timeout=600).returncode in (0, 3)
 
 
 def checked_iso(path: str) -> str:
@@ -2129,7 +2221,7 @@ class VM:
             mode = os.stat(self.conf_file).st_mode & 0o644  # never wider than it was: old ones hold a password
         except FileNotFoundError:
             text, mode = "", 0o644
-        write_file(self.conf_file, update_assignments(text, changes), mode)
+        write_file(self.conf_file, update_assignments(text, changes), mode, durable=not self.is_in_making)
         self._conf = None
 
     def path(self, disk: str) -> str:
@@ -2143,6 +2235,20 @@ class VM:
         """The paths of its disks: the system disk, then the others in order."""
         names = [self.get("vmDisk"), *self.get("vmExtraDisk").split(",")]
         return [self.path(name.strip()) for name in names if name.strip()]
+
+    def chains(self, followed: Callable[[str], bool] | None = None) -> Iterator[tuple[str, list[str]]]:
+        """Each of its disks with the real paths of the files under it; the format that its conf tells decides.
+
+        `followed`: as Tree.holder() gives it, for who asks many VMs.
+        """
+        disks, followed = self.disks(), followed or self.tree.holder()
+        formats = [*map(str.strip, self.get("vmDiskFormat").split(",")), *("" for _ in disks)]
+        for disk, format in zip(disks, formats):
+            yield disk, backing_chain(disk, format, followed) if os.path.exists(disk) else []
+
+    def below(self, followed: Callable[[str], bool] | None = None) -> list[str]:
+        """The files under its system disk; none where it has no disk."""
+        return next(self.chains(followed), ("", []))[1]
 
 
 class Tree:
@@ -2261,16 +2367,24 @@ class Tree:
         if group != TEMPLATES and group not in self.groups():
             raise no_such("group", group, self.groups(), VMS_HINT)
 
+    def holder(self) -> Callable[[str], bool]:
+        """What tells whether a disk may stand on a file: on what is in the tree or in the folder of a template, which
+        may be a link to elsewhere, and on the disks that templates name."""
+        templates = list(self.templates())
+        folders = tuple(os.path.realpath(each) + os.sep for each in (self.base, *(vm.folder for vm in templates)))
+        disks = {os.path.realpath(disk) for vm in templates if vm.is_readable() for disk in vm.disks()}
+        return lambda path: path in disks or path.startswith(folders)
+
     def clones(self, template: VM) -> list[VM]:
         """The VMs and templates, finished or not, whose disk stands on one in the template's folder, old or new."""
-        folder = os.path.realpath(template.folder)
+        folder, followed = os.path.realpath(template.folder), self.holder()
         mine = {os.path.realpath(disk) for disk in template.disks()[:1]}
         found = []
         for vm in [*self.unfinished(), *self.vms()]:  # in this order: one may be finished between the looks
             try:
                 if vm.folder != template.folder and (
                     vm.get("vmTemplate") == template.name
-                    or any(path in mine or os.path.dirname(path) == folder for path in backing_chain(vm.disks()[:1]))
+                    or any(path in mine or os.path.dirname(path) == folder for path in vm.below(followed))
                 ):
                     found.append(vm)
             except (Error, OSError):
@@ -2318,6 +2432,7 @@ def remove_vm(vm: VM) -> None:
     doomed = os.path.join(os.path.dirname(vm.folder), REMOVING + vm.name)
     remove_tree(doomed)  # a killed command's
     os.rename(vm.folder, doomed)
+    sync(os.path.dirname(doomed))
     remove_tree(doomed)
 
 
@@ -2980,7 +3095,7 @@ class HostFiles:
         if os.path.lexists(path) and self._read(path)[1] == text:
             return
         hidden = os.path.join(self.folder_of(kind), "." + uuid)
-        write_file(hidden, text, 0o640 if self.tree else 0o600)
+        write_file(hidden, text, 0o640 if self.tree else 0o600, durable=False)  # each start of the VM writes it
         os.replace(hidden, path)
 
     def _files(self, kind: str) -> list[tuple[str, bool, list[str]]]:
@@ -4445,7 +4560,8 @@ def own_key() -> str:
         make_private_folder(folder)
         with FolderLock(folder):
             if not os.path.exists(path):
-                make_key(path, "nocloud")
+                make_key(path + ".new", "nocloud")
+                land({path + ".new.pub": path + ".pub", path + ".new": path})
     return path
 
 
@@ -5332,7 +5448,7 @@ class CachedImage:
                 pass  # someone uses it, or has just removed it
 
     def is_there(self) -> bool:
-        """Whether the image is there, whole: it is read again each time."""
+        """Whether the image is there, whole: it is read again each time, so that nothing in the cache needs a flush."""
         digest = self.digest or read_tail(self._checksum).strip()
         if not digest or not os.path.isfile(self.image):
             return False
@@ -5594,8 +5710,9 @@ class NewTemplate:
         os.chmod(self.disk, 0o444 if self._read_only else 0o644)
         disk = {"vmDisk": self.final.relative(name), "vmDiskFormat": "qcow2"}
         conf = {"vmName": self.vm.name, **disk, "vmUuid": uuid, **settings}
-        write_file(self.vm.conf_file, update_assignments("", conf), 0o644)  # nothing stays of a first start
-        os.rename(self.vm.folder, self.final.folder)
+        text = update_assignments("", conf)  # nothing stays of a first start
+        write_file(self.vm.conf_file, text, 0o644, durable=False)
+        land({self.vm.folder: self.final.folder})
         self._done = True
         return self.final
 
@@ -5783,8 +5900,9 @@ class Layer:
         return armed and cause == "guest-shutdown" and is_sound(self.path)
 
     def adopt(self) -> None:
-        """Make it the template's disk, in the form in which the conf names disks."""
+        """Make it the template's disk, in the form in which the conf names disks; whole on the disk before that."""
         make_read_only(self.path)
+        sync(self.path)
         folder, disk = os.path.realpath(self.template.folder), self.template.disks()[0]
         if os.path.realpath(os.path.dirname(disk)) == folder:
             name = os.path.join(os.path.dirname(self.template.get("vmDisk")), self.name)
@@ -5821,11 +5939,11 @@ def own_disks(template: VM) -> list[str]:
 
 def unused_by_itself(template: VM) -> list[str]:
     """Those of its own disks that its present disk doesn't stand on."""
-    own = own_disks(template)
-    if not own:
+    own, disk = own_disks(template), template.disks()[:1]
+    if not own or not disk:
         return []
-    disk = template.disks()[:1]
-    chain = {*map(os.path.realpath, disk), *backing_chain(disk)}
+    os.stat(disk[0])  # where it is gone, nothing is unused
+    chain = {os.path.realpath(disk[0]), *template.below()}
     return [name for name in own if os.path.realpath(template.file(name)) not in chain]
 
 
@@ -5856,7 +5974,7 @@ def settle(cloud: Cloud, template: VM, warn: bool = True) -> None:
     for layer in [Layer(template, name) for name in unused_by_itself(template)]:
         if os.path.exists(layer.record):
             base = os.path.realpath(template.disks()[0])
-            if backing_chain([layer.path])[:1] == [base] and layer.ended_well():
+            if backing_chain(layer.path, "qcow2", lambda path: False) == [base] and layer.ended_well():
                 layer.adopt()
             else:
                 lost = True
@@ -5880,7 +5998,7 @@ def flatten(cloud: Cloud, template: VM) -> None:
     """
     template.reread()
     disk = template.disks()[0]
-    if not backing_chain([disk]) or cloud.tree.clones(template):
+    if not template.below() or cloud.tree.clones(template):
         return
     if converted_size(disk, "qcow2") > free_bytes(template.folder):
         report.warn(f"{template}: no room to make one disk of its layers; it stays as it is")
@@ -5898,13 +6016,15 @@ def remove_unused(tree: Tree, template: VM) -> None:
     unused = unused_by_itself(template)
     if not unused:
         return
-    disks: list[str] = []
-    for vm in tree.unfinished():  # first: one may be finished between the looks; its conf may name no disk yet
-        disks += [vm.file(name) for name in names_in(vm.folder) if name.endswith((".img", ".qcow2"))]
+    used: list[str] = []
+    followed = tree.holder()
     try:
+        for vm in tree.unfinished():  # first: one may be finished between the looks; its conf may name no disk yet
+            for name in [name for name in names_in(vm.folder) if name.endswith((".img", ".qcow2"))]:
+                used += backing_chain(vm.file(name), "", followed)
         for vm in tree.vms():
-            disks += vm.disks() if vm.folder != template.folder and vm.exists() else []
-        used = backing_chain([disk for disk in disks if os.path.exists(disk)])
+            if vm.folder != template.folder and vm.exists():
+                used += [path for _, chain in vm.chains(followed) for path in chain]
     except (Error, OSError):
         return  # one has just been finished or destroyed, perhaps: the next command looks again
     for path in map(template.file, unused):
@@ -5940,7 +6060,9 @@ def runs_on_layer(template: VM) -> bool:
         layers = [Layer(template, name) for name in unused_by_itself(template)]
     except OSError:
         return False  # a disk is gone
-    return any(os.path.exists(layer.record) for layer in layers) and not is_written(template.disks()[0])
+    if not any(os.path.exists(layer.record) for layer in layers):
+        return False
+    return not is_written(template.disks()[0], known_formats(template)[0])
 
 
 def dependents(vms: Sequence[VM]) -> str:
@@ -6033,17 +6155,23 @@ def template_rows(cloud: Cloud) -> list[tuple[str, str, str, str]]:
 
 def disk_rows(tree: Tree) -> Iterator[str]:
     """Each template with its system disks, under each of these what stands on it, indented, with sizes on disk."""
-    above: dict[str, set[str]] = {}  # what stands on each disk
     owners: dict[str, VM] = {}
+    below: dict[str, list[str]] = {}  # what each disk stands on
+    followed = tree.holder()
     for vm in tree.vms():
         try:
-            for disk in [*vm.disks()[:1], *map(vm.file, own_disks(vm) if vm.is_template else ())]:
-                files = [os.path.realpath(disk), *backing_chain([disk])]
-                owners[files[0]] = vm
-                for upper, lower in zip(files, files[1:]):
-                    above.setdefault(lower, set()).add(upper)
+            own = list(map(vm.file, own_disks(vm) if vm.is_template else ()))
+            layers = [path for path in own if layer_number(vm, os.path.basename(path))]  # never raw
+            chains = [*vm.chains(followed)][:1] + [(path, backing_chain(path, "qcow2", followed)) for path in layers]
+            for disk, chain in chains:
+                files = [os.path.realpath(disk), *chain]
+                below.update((path, files[number:]) for number, path in enumerate(files, 1))
+            owners.update((os.path.realpath(path), vm) for path in [*vm.disks()[:1], *own])
         except (Error, OSError) as error:
             report.warn(str(error))
+    above: dict[str, set[str]] = {}  # what stands on each disk, '' for none
+    for path in owners:
+        above.setdefault(next((lower for lower in below.get(path, ()) if lower in owners), ""), set()).add(path)
 
     def row(depth: int, name: str, paths: Iterable[str]) -> str:
         size = sum(os.stat(path).st_blocks * 512 for path in paths if os.path.exists(path))
@@ -6063,8 +6191,7 @@ def disk_rows(tree: Tree) -> Iterator[str]:
         for upper in sorted(above.get(path, ()), key=lambda each: (owners[each] is owner, each)):
             yield from rows(upper, depth + 1, owner)
 
-    standing = {upper for uppers in above.values() for upper in uppers}
-    for path in sorted(path for path, vm in owners.items() if vm.is_template and path not in standing):
+    for path in sorted(path for path in above.get("", ()) if owners[path].is_template):
         yield from rows(path, 0, None)
 
 
@@ -6368,7 +6495,7 @@ def put_file(tree: str, name: str, text: str = "", link: str = "") -> None:
     if link:
         os.symlink(link, path)
     else:
-        write_file(path, text, 0o644)
+        write_file(path, text, 0o644, durable=False)
 
 
 def clean_system(tree: str) -> None:
@@ -6460,7 +6587,7 @@ def restore_owners(tree: str, raw: str, owners: Mapping[str, tuple[int, int]], s
             inside = os.path.relpath(os.path.join(folder, name), tree)
             uid, gid = owners.get(inside, (0, 0))
             lines += [f'sif "/{inside}" uid {uid}\n', f'sif "/{inside}" gid {gid}\n']
-    write_file(script, "".join(lines))
+    write_file(script, "".join(lines), durable=False)
     done = run(["debugfs", "-w", "-f", script, f"{raw}?offset={PARTITION_START * SECTOR}"], timeout=600, merge=False)
     said = [line for line in done.stderr.splitlines() if line and not line.startswith("debugfs ")]
     if said:  # its exit status is 0 whatever happened
@@ -7010,8 +7137,23 @@ class NewClones:
             self.__exit__()
             raise
 
-    def finish(self, clone: NewClone) -> VM:
-        """Make the disks and keys, then put the folder in its place: from then on the VM is there."""
+    def finish(self) -> list[VM | Error]:
+        """Make them all, then put them in their places: from then on the VMs are there.  What could not be made is an
+        Error in its place."""
+        clones = {clone.vm: clone for clone in self.clones}
+        made = in_parallel(lambda vm: self._make(clones[vm]), list(clones), workers=2 * (os.cpu_count() or 1))
+        flush(self.cloud.tree.base)  # once for all of them
+        made = [each if isinstance(each, Error) else result_of(self._land, each) for each in made]
+        flush(self.cloud.tree.base)
+        return made
+
+    def _land(self, vm: VM) -> VM:
+        final = VM(vm.tree, vm.group, vm.type, vm.name)
+        os.rename(vm.folder, final.folder)
+        return final
+
+    def _make(self, clone: NewClone) -> VM:
+        """Make the disks and keys."""
         vm, template, request = clone.vm, clone.template, clone.request
         extension = self.cloud.config["vmDiskExt"]
         system = vm.disk_name(0, extension)
@@ -7023,13 +7165,11 @@ class NewClones:
         if takes_host_key(vm):
             make_key(vm.host_key, f"root@{vm.name}")
         if request.user_data:
-            write_file(vm.user_data_file, request.user_data)
-        final = VM(vm.tree, vm.group, vm.type, vm.name)
+            write_file(vm.user_data_file, request.user_data, durable=False)
         formats = ",".join(["qcow2"] * (1 + len(extra)))
-        disks = {"vmDisk": final.relative(system), "vmExtraDisk": ",".join(map(final.relative, extra))}
+        disks = {"vmDisk": vm.relative(system), "vmExtraDisk": ",".join(map(vm.relative, extra))}
         vm.write_conf({**disks, "vmDiskFormat": formats})
-        os.rename(vm.folder, final.folder)
-        return final
+        return vm
 
     def __enter__(self) -> NewClones:
         return self
@@ -7061,8 +7201,7 @@ def make_clones(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> l
             make_read_only(template.disks()[0])
         own_key()
         with NewClones(cloud, group, requests) as new:
-            clones = {clone.vm: clone for clone in new.clones}
-            made = in_parallel(lambda vm: new.finish(clones[vm]), list(clones), workers=2 * (os.cpu_count() or 1))
+            made = new.finish()
     for network in cloud.networks():  # not under those locks: who starts a template takes the network's first
         network.withdraw(new.orphans)
     cloud.known_hosts.update({}, new.orphans)
@@ -7295,7 +7434,7 @@ def write_credentials(vm: VM) -> str:
     """The name of the credentials file, written anew for this start; '' where the guest takes none."""
     if vm.get("vmInit") != "systemd" or not os.path.exists(vm.host_key):
         return ""
-    write_file(vm.credentials_file, credentials(vm, login_keys()))
+    write_file(vm.credentials_file, credentials(vm, login_keys()), durable=False)
     return os.path.basename(vm.credentials_file)
 
 
@@ -7315,7 +7454,7 @@ def write_seed(cloud: Cloud, vm: VM, wanted: bool) -> str:
     make_private_folder(vm.seed_folder)
     files = {os.path.join(vm.seed_folder, name): data for name, data in seed_files(vm, login_keys(), added).items()}
     for path, data in files.items():
-        write_file(path, data)
+        write_file(path, data, durable=False)
     folder = os.path.basename(vm.seed_folder)
     if cloud.seed() == "vvfat":
         return folder
@@ -7334,7 +7473,7 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, tie
     if tied:
         need_program(TIE[0])
     words, fds = network.enter([*(TIE if tied else ()), *qemu_argv(machine, tap, vhost)])
-    write_file(vm.command_file, command_script(vm, qemu_argv(machine, 3), network), 0o700)
+    write_file(vm.command_file, command_script(vm, qemu_argv(machine, 3), network), 0o700, durable=False)
     for path in (vm.log_file, vm.console_log):
         remove_file(path)
     # A template's folder may be entered by others, and who may write to a socket of qemu's owns the guest.
@@ -7936,7 +8075,7 @@ def copy_disk(source: VM, new: NewTemplate, layered: bool) -> None:
         check_room(new.vm.folder, converted_size(disk, format), new.cloud.tree.base, hint="free some disk space")
         compress_image(disk, format, new.disk)
         return
-    below = backing_chain([disk]) if format == "qcow2" else []  # what a guest wrote into a raw disk isn't asked
+    below = source.below()
     if not below:
         raise WrongState("its disk stands on no other, there is nothing to share", "leave out --layer", vm=source)
     backing = os.path.relpath(below[0], os.path.realpath(new.vm.folder))  # as deep in the tree as where it will lie
@@ -8788,11 +8927,11 @@ def examine_vms(patient: Patient) -> str:
     if folders:
         text = f"{plural(len(folders), 'folder')} of commands that were killed"
         patient.tell(WARNING, text, f"rm -rf {quoted(*folders)}")
-    vms = list(tree.vms())
+    vms, followed = list(tree.vms()), tree.holder()
     for vm in vms:
         examine_conf(patient, vm)
         if vm.is_readable():
-            examine_disks(patient, vm)
+            examine_disks(patient, vm, followed)
     templates = sum(vm.is_template for vm in vms)
     return f"{plural(len(vms) - templates, 'VM')}, {plural(templates, 'template')}, nothing left over"
 
@@ -8809,13 +8948,10 @@ def examine_conf(patient: Patient, vm: VM) -> None:
         patient.tell(WARNING, str(error), settings_command(vm.conf_file, str(error)))
 
 
-def examine_disks(patient: Patient, vm: VM) -> None:
+def examine_disks(patient: Patient, vm: VM, followed: Callable[[str], bool]) -> None:
     """A VM whose disk, or what that lies on, is gone."""
-    needed = vm.disks()
     try:
-        needed += backing_chain(needed)
-    except FileNotFoundError:
-        pass
+        needed = [path for disk, chain in vm.chains(followed) for path in (disk, *chain)]
     except OSError as error:
         text = f"{vm.full_name}: {error.filename}: {error.strerror}"
         patient.tell(WARNING, text, f"sudo chmod a+r {error.filename}")

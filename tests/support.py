@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING
 import tinyguest
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     import nocloud
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -240,7 +242,7 @@ class Cloud:
         told += [f"file is left: {path}" for path in self.temporary.iterdir()]
         return told
 
-    def __enter__(self) -> Cloud:
+    def __enter__(self) -> Self:
         open_homes.add(str(self.home))
         return self
 

@@ -439,10 +439,10 @@ def test_backing_chains_are_read_from_headers(tmp_path: Path) -> None:
     create("-F", "qcow2", "-b", "../a.img", "sub/b.img")
     create("-F", "qcow2", "-b", "sub/b.img", "c.img")
     base = str(tmp_path)
-    assert nocloud.backing_chain([f"{base}/c.img"]) == [f"{base}/sub/b.img", f"{base}/a.img"]
-    assert nocloud.backing_chain([f"{base}/a.img"]) == []
+    assert nocloud.backing_chain(f"{base}/c.img", "", lambda path: True) == [f"{base}/sub/b.img", f"{base}/a.img"]
+    assert nocloud.backing_chain(f"{base}/a.img", "", lambda path: True) == []
     (tmp_path / "raw").write_bytes(b"QFI\xfb")
-    assert nocloud.backing_chain([f"{base}/raw"]) == []
+    assert nocloud.backing_chain(f"{base}/raw", "", lambda path: True) == []
 
 
 def test_a_killed_commands_leavings_are_swept(cloud: Cloud) -> None:
