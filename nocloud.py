@@ -1,4 +1,4 @@
-#!/usr/bin/env -S python3 -IS
+#!/usr/bin/env -S python3 -X utf8 -IS
 # SPDX-License-Identifier: MIT
 """nocloud: a mini-cloud on one Linux machine.
 
@@ -199,6 +199,9 @@ class Reporter:
     def data(self, text: str) -> None:
         """A line on stdout, flushed: scripts read it as it comes."""
         self._finish_line()
+        text = re.sub(
+            "[\ud800-\udc7f\udd00-\udfff]", "?", text
+        )  # half a character that JSON had: it stands for no byte
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 
@@ -1282,9 +1285,19 @@ def user_name(uid: int | None = None) -> str:
         return str(uid)
 
 
+# As in the `#!` line: paths have one codec, whatever the locale, in confs, in /proc and for qemu.
+PYTHON_OPTIONS = ("-X", "utf8", "-IS")
+
+
 def self_argv(*words: str) -> list[str]:
     """The argv that calls this program again, with the same interpreter and the caller's PYTHON* variables unheeded."""
-    return [sys.executable or "python3", "-IS", program_path(), *words]
+    return [sys.executable or "python3", *PYTHON_OPTIONS, program_path(), *words]
+
+
+def ensure_utf8() -> None:
+    """Begin again in UTF-8 mode where `python3 nocloud.pyz` was called in a locale that has another codec."""
+    if sys.executable and sys.getfilesystemencoding() != "utf-8":
+        os.execv(sys.executable, [sys.executable, *PYTHON_OPTIONS, *sys.argv])
 
 
 def fork_child(work: Callable[[], None], keep: Sequence[int]) -> int:
@@ -10913,15 +10926,17 @@ def open_standard_streams() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-    reconfigure = getattr(sys.stdout, "reconfigure", None)
-    if reconfigure:
-        reconfigure(errors="surrogateescape")
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns the exit status.  The only place that catches errors."""
     import signal
 
+    if argv is None:
+        ensure_utf8()
     open_standard_streams()
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
