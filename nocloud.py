@@ -416,6 +416,16 @@ def untrusted(path: str, info: os.stat_result | None = None) -> str:
     return ""
 
 
+def read_trusted(path: str) -> tuple[str, str]:
+    """(the text of a configuration file, at most 1 MB, '') or ('', why it must not be used, see untrusted).
+
+    What is open is asked: the name may be another file's by now.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        reason = untrusted(path, os.fstat(file.fileno()))
+        return "" if reason else file.read(MIB).decode("utf-8", "surrogateescape"), reason
+
+
 def process_file(pid: int, name: str) -> str:
     """A file of /proc/PID; '' where the process has ended or is not ours to look at."""
     try:
@@ -604,7 +614,8 @@ class Setting:
 
     `check` raises ValueError, saying what was expected.  `where` is `config` (configuration files and the
     environment), `vm` (a VM's own conf), `both`, or `unused` (read without a warning, for old files' sake).
-    `inherited`: a clone's conf gets it from its template's, where that has it.
+    `inherited`: a clone's conf gets it from its template's, where that has it.  `harmless`: it can't have anything run
+    or opened, so that it counts in a ./.nocloud.conf as well, which may have come with somebody's repository.
     """
 
     key: str
@@ -613,6 +624,7 @@ class Setting:
     where: str
     help: str
     inherited: bool = False
+    harmless: bool = False
 
 
 def any_text(text: str) -> str:
@@ -700,25 +712,30 @@ NETWORK_KIND = one_of("auto", "bridge", "private")
 SETTINGS = (
     Setting("vmBaseDir", any_text, "", "config", "the VM tree"),
     Setting("vmMem", MEMORY_MB, "512", "both", "memory in MB of new templates; a clone inherits its template's",
-            inherited=True),
-    Setting("vmCpu", CPU_COUNT, "2", "both", "processors, likewise", inherited=True),
-    Setting("vmCpuCap", CPU_CAP, "", "both", "a limit in per cent of CPU time; kept, not enforced yet", inherited=True),
-    Setting("vmCreateDiskSize", DISK_GB, "10", "config", "disk size in GB of new templates"),
-    Setting("vmCount", CLONE_COUNT, "1", "config", "how many clones vminstantiate makes"),
-    Setting("vmGroup", any_text, "group", "config", "the group of new clones"),
-    Setting("vmSubGroup", any_text, "default", "config", "the type of new clones"),
-    Setting("vmDefaultGroup", any_text, "", "config", "the same as vmGroup"),
-    Setting("vmDefaultSubGroup", any_text, "", "config", "the same as vmSubGroup"),
-    Setting("vmCreateGroup", any_text, "templates", "config", "the group that vmcreate makes VMs in; no other yet"),
+            inherited=True, harmless=True),
+    Setting("vmCpu", CPU_COUNT, "2", "both", "processors, likewise", inherited=True, harmless=True),
+    Setting("vmCpuCap", CPU_CAP, "", "both", "a limit in per cent of CPU time; kept, not enforced yet",
+            inherited=True, harmless=True),
+    Setting("vmCreateDiskSize", DISK_GB, "10", "config", "disk size in GB of new templates", harmless=True),
+    Setting("vmCount", CLONE_COUNT, "1", "config", "how many clones vminstantiate makes", harmless=True),
+    Setting("vmGroup", any_text, "group", "config", "the group of new clones", harmless=True),
+    Setting("vmSubGroup", any_text, "default", "config", "the type of new clones", harmless=True),
+    Setting("vmDefaultGroup", any_text, "", "config", "the same as vmGroup", harmless=True),
+    Setting("vmDefaultSubGroup", any_text, "", "config", "the same as vmSubGroup", harmless=True),
+    Setting("vmCreateGroup", any_text, "templates", "config", "the group that vmcreate makes VMs in; no other yet",
+            harmless=True),
     Setting("isoDir", any_text, "~/Documents/distribs/linux", "config", "where ISO images are looked up by name"),
     Setting("vmDiskExt", one_of("img", "qcow2"), "img", "config", "the extension of disk images"),
     Setting("vmUser", LOGIN_NAME, "root", "both", "who vmssh and ansible log in as", inherited=True),
     Setting("vmAccel", one_of("auto", "kvm", "tcg"), "auto", "both", "hardware (kvm) or software (tcg) emulation",
             inherited=True),
     Setting("vmNetwork", NETWORK_KIND, "auto", "both", "bridge (the host's), private (no root), auto"),
-    Setting("vmStopTimeout", SECONDS, "30", "config", "seconds a guest has to shut down before it is switched off"),
-    Setting("vmWaitTimeout", SECONDS, "300", "config", "the longest wait, in seconds, for a VM to be ready"),
-    Setting("vmDownloadTimeout", whole_number(1, 3600, "seconds"), "30", "config", "seconds that a download may stall"),
+    Setting("vmStopTimeout", SECONDS, "30", "config", "seconds a guest has to shut down before it is switched off",
+            harmless=True),
+    Setting("vmWaitTimeout", SECONDS, "300", "config", "the longest wait, in seconds, for a VM to be ready",
+            harmless=True),
+    Setting("vmDownloadTimeout", whole_number(1, 3600, "seconds"), "30", "config", "seconds that a download may stall",
+            harmless=True),
     Setting("vmExtraOpts", any_text, "", "both", "more words for qemu's command line", inherited=True),
     Setting("vmQemu", any_text, "", "config", "the qemu program, by default qemu-system-ARCH or /usr/libexec/qemu-kvm"),
     Setting("vmBridgeHelper", any_text, "", "config", "the qemu-bridge-helper program"),
@@ -748,7 +765,7 @@ SETTINGS = (
     Setting("vmSource", any_text, "", "vm", "where a template came from"),
     Setting("vmChecksum", any_text, "", "vm", "the checksum of what it was made from"),
     *(
-        Setting(key, any_text, "", "unused", "of old configuration files; not used")
+        Setting(key, any_text, "", "unused", "of old configuration files; not used", harmless=True)
         for key in (
             "netInterface", "vmMemVid", "vmSpicePassword", "vmBackend", "vmSystemType", "vmConfExt", "vmPidExt",
             "vmDefaultContext", "vmDefaultType", "vmCreateContext", "vmCreateType",
@@ -923,21 +940,33 @@ class Config:
         `warn` is told of that, and of unknown keys; by default the user is.
         """
         warn = warn or report.warn
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            reason = untrusted(path, os.fstat(file.fileno()))  # of what is open: the name may be another file's by now
-            text = "" if reason else file.read()
+        text, reason = read_trusted(path)
         if reason:
             warn(f"{path} is skipped: {reason}")
             return
+        allowed = path != LOCAL_CONF or is_allowed(path, text)
+        try:
+            self._take(text, path, allowed, warn)
+        except UsageError as error:
+            if allowed:
+                raise
+            warn(str(error))  # somebody's repository keeps no one from working
+
+    def _take(self, text: str, path: str, allowed: bool, warn: Callable[[str], None]) -> None:
         assignments = parse_assignments(text, path, ChainMap(self._values, os.environ))
         used = {name for assignment in assignments for name in assignment.used}
+        refused = []
         for assignment in assignments:
             origin = f"{path}:{assignment.line}"
-            if assignment.key in SETTING:
+            if assignment.key in SETTING and not (allowed or SETTING[assignment.key].harmless):
+                refused.append(assignment.key)
+            elif assignment.key in SETTING:
                 self.set(assignment.key, assignment.value, origin)
             elif assignment.key not in used:
                 near = nearest(assignment.key, SETTING)
                 warn(f"{origin}: unknown key {assignment.key}" + (f", did you mean {near}?" if near else ""))
+        if refused:
+            warn(f"{path}: not used, as they can have things run or opened: {', '.join(refused)} ({ALLOW} allows them)")
 
     def read_environment(self) -> None:
         """Take the settings of the environment's variables."""
@@ -1022,11 +1051,46 @@ def installed_settings() -> str:
     return os.path.join(os.path.dirname(os.path.dirname(program_path())), "etc", "nocloud_net.conf")
 
 
+LOCAL_CONF = "./.nocloud.conf"
+ALLOW = f"nocloud trust {LOCAL_CONF}"
+
+
 def config_files() -> list[str]:
-    """The files to read, in order: the installation's, then the first of the user's that exists."""
-    own = ["./.nocloud.conf", "~/.nocloud.conf", f"{config_home()}/nocloud.conf", "/etc/nocloud.conf"]
-    found = [path for path in map(os.path.expanduser, own) if os.path.isfile(path)]
-    return [*filter(os.path.isfile, [installed_settings()]), *found[:1]]
+    """The files to read, in order: the installation's, the first of the user's that may be used (and those before it,
+    which are told of and skipped), and on top of it the current folder's."""
+    found = list(filter(os.path.isfile, [installed_settings()]))
+    for path in map(os.path.expanduser, ("~/.nocloud.conf", f"{config_home()}/nocloud.conf", "/etc/nocloud.conf")):
+        if os.path.isfile(path):
+            found.append(path)
+            if not untrusted(path):
+                break
+    is_local = os.path.isfile(LOCAL_CONF) and not any(os.path.samefile(path, LOCAL_CONF) for path in found)
+    return [*found, *([LOCAL_CONF] if is_local else [])]
+
+
+def allowing_line(path: str, text: str) -> str:
+    """What `trusted` says of a file that is allowed as it is: a line of sha256sum(1)."""
+    import hashlib
+
+    return f"{hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()}  {os.path.realpath(path)}"
+
+
+def is_allowed(path: str, text: str) -> bool:
+    try:
+        return allowing_line(path, text) in split_lines(read_trusted(os.path.join(config_home(), "trusted"))[0])
+    except OSError:
+        return False
+
+
+def allow_file(path: str) -> None:
+    """Have all settings of a file count as long as it is what it is now.  Raises Error where that can't be."""
+    text, reason = read_trusted(path)
+    line = allowing_line(path, text)
+    if reason or not line.isprintable():
+        raise Error(f"{path}: {reason or 'its path has control characters'}", "use a copy of your own")
+    Config().read(os.path.realpath(path))
+    make_private_folder(config_home())
+    append_line(os.path.join(config_home(), "trusted"), line)
 
 
 def load_config() -> Config:
@@ -2087,9 +2151,7 @@ class VM:
         if self._conf is not None:
             return self._conf
         try:
-            with open(self.conf_file, encoding="utf-8", errors="surrogateescape") as file:
-                reason = untrusted(self.conf_file, os.fstat(file.fileno()))
-                text = file.read(1 << 20)
+            text, reason = read_trusted(self.conf_file)
         except FileNotFoundError:
             raise NotFound(f"its conf is gone: {self.conf_file}", vm=self) from None
         except OSError as error:
@@ -4882,11 +4944,11 @@ def load_catalogue(warn: Callable[[str], None] | None = None) -> Catalogue:
     catalogue, warn = Catalogue(warn), warn or report.warn
     catalogue.read(packaged(CATALOGUE), CATALOGUE)
     for path in catalogue_files():
-        reason = untrusted(path)
+        text, reason = read_trusted(path)
         if reason:
             warn(f"{path} is skipped: {reason}")
         else:
-            catalogue.read(read_text(path), path)
+            catalogue.read(text, path)
     return catalogue
 
 
@@ -8740,6 +8802,8 @@ def trust_command(path: str) -> str:
 def settings_command(path: str, text: str) -> str:
     """What has a file be read: a comment of the line that is wrong, which a message names FILE:LINE; or rights."""
     found = re.match(rf"{re.escape(path)}:(\d+):", text)
+    if ALLOW in text:
+        return ALLOW
     if found:
         return by_owner(path, f"sed -i '{found.group(1)}s/^/# /' {quoted(path)}")
     return trust_command(path) if os.access(path, os.R_OK) else by_owner(path, f"chmod a+r {quoted(path)}")
@@ -10077,6 +10141,12 @@ def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> Non
                 f"{path}: is there and is no symlink; it is kept", "move it away, or choose another folder"
             )
         os.symlink(program, path)
+
+
+@declare(Command("trust", operands="FILE", complete=("file",), unconfigured=True))
+def cmd_trust(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+    """have all settings of a ./.nocloud.conf count, as long as it isn't changed"""
+    allow_file(one_operand(words, "FILE"))
 
 
 @declare(Command("configure", operands="VM...", hidden=True))
