@@ -280,8 +280,8 @@ def quoted(*paths: str) -> str:
 
 # Files, locks, waits #################################################################################
 #
-# Small pieces of the file system that every section uses.  Files land by rename; locks are flock on
-# a folder (a shared template that belongs to someone else can be locked too, and no lock file is left).
+# Small pieces of the file system that every section uses.  Files land by rename; locks are flock on what only the
+# folder's owner can open, and go with the folder.
 
 
 def read_text(path: str) -> str:
@@ -357,7 +357,9 @@ def remove_tree(folder: str) -> None:
 
 
 def make_private_folder(path: str) -> None:
-    """A folder that only its owner enters: it holds keys or sockets."""
+    """A folder that only its owner enters: it holds keys or sockets.  Those above it that weren't there are so, too."""
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        make_private_folder(os.path.dirname(path))
     os.makedirs(path, 0o700, exist_ok=True)
     info = os.stat(path)  # one that others could write to stays as it is: who relies on what is in it looks for that
     if info.st_mode & 0o077 and not info.st_mode & 0o022 and info.st_uid == os.geteuid():
@@ -430,7 +432,7 @@ def process_file(pid: int, name: str) -> str:
     """A file of /proc/PID; '' where the process has ended or is not ours to look at."""
     try:
         return read_text(f"/proc/{pid}/{name}")
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return ""
 
 
@@ -442,9 +444,13 @@ def is_our_qemu(command_line: str) -> bool:
 class FolderLock:
     """A `flock` on a folder, kept until `release` or the end of the `with`.
 
-    Who waits longer than a second says so.  The folder may be removed or replaced by whoever holds the
-    lock before us, so what was locked is compared with what the path names now.
+    Who can open a file can lock it, for ever.  So where others may look into the folder, the lock is on a file in it
+    that only its owner can open, and that goes with the folder; a sticky folder is shared by its users, lock and all.
+    Who waits longer than a second says so.  What is locked may be removed or replaced by whoever holds the lock before
+    us, so it is compared with what the path names now.
     """
+
+    FILE = ".lock"
 
     def __init__(self, path: str, shared: bool = False, wait: float = 600.0, make: bool = False) -> None:
         """`make`: the folder is made where it isn't there, as often as someone else removes it meanwhile."""
@@ -459,8 +465,13 @@ class FolderLock:
                 make_private_folder(self.path)
             try:
                 self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                info = os.fstat(self._fd)
+                if info.st_mode & 0o077 and not info.st_mode & stat.S_ISVTX:
+                    self.release()
+                    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+                    self._fd = os.open(os.path.join(self.path, self.FILE), flags, 0o600)
                 self._acquire(deadline)
-                if os.path.samestat(os.fstat(self._fd), os.stat(self.path)):
+                if os.path.samestat(info, os.stat(self.path)) and os.fstat(self._fd).st_nlink:
                     return self
             except BaseException as error:
                 self.release()
@@ -494,14 +505,14 @@ class FolderLock:
 
 
 def is_locked(path: str) -> bool:
-    """Whether someone holds the folder's lock; a folder that is gone isn't locked."""
+    """Whether someone holds the folder's lock, or may hold it; a folder that is gone isn't locked."""
     try:
         with FolderLock(path, wait=0):
             return False
-    except WrongState:
-        return True
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    except (WrongState, OSError):
+        return True
 
 
 def lock_holder(path: str) -> tuple[str, int]:
@@ -2229,9 +2240,10 @@ class Tree:
         self.managed = ""  # the group whose manager this process is
 
     def prepare(self) -> None:
-        """Make the tree's folder, or say why that can't be."""
+        """Make the tree's folder, or say why that can't be.  One that is there keeps its mode."""
         try:
-            os.makedirs(self.base, 0o755, exist_ok=True)
+            if not os.path.isdir(self.base):
+                make_private_folder(self.base)
         except OSError as error:
             raise Error(f"vmBaseDir {self.base}: {error.strerror}", "set vmBaseDir to a folder of yours") from None
         if not os.access(self.base, os.W_OK | os.X_OK):
@@ -3706,6 +3718,7 @@ def pump(source: Callable[[], bytes], sink: Callable[[bytes], object], finish: C
 # -- what is wanted, and what is there
 
 STATE_FOLDER = "/var/lib/nocloud"  # the leases, and the folders in which users publish their VMs
+SETUP_FOLDER = "/run/nocloud-setup"  # the lock of who installs
 RUN_FOLDER = "/run/nocloud"  # what `up` switched on; gone with the next boot, as that is
 MADE_BY_US = "made by nocloud"  # the comment of each rule of ours
 OUR_MAC = "02:6e:63"  # a bridge whose MAC begins so is one of ours; locally administered
@@ -6990,7 +7003,9 @@ def check_space(folder: str, requests: Sequence[CloneRequest]) -> None:
 # -- making clones
 
 
-def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: list[NewClone]) -> list[str]:
+def reserve(
+    cloud: Cloud, group: str, requests: Sequence[CloneRequest], templates: Mapping[str, VM], clones: list[NewClone]
+) -> list[str]:
     """Allot names, UUIDs, MACs and addresses, and hold each with a conf in a locked folder of its own (.new-NAME).
 
     All under the tree's lock: two commands at once never get the same.  What killed commands left is swept here.  Each
@@ -7009,7 +7024,7 @@ def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: 
         taken.addresses |= cloud.private.hosts.addresses()
         for request in requests:
             check_collision(tree, group, request.type)  # again, now that nobody else can make one
-            template = tree.need_template(request.template)
+            template = templates[request.template]
             format = known_formats(template)[0]
             for name in next_names(names, request):
                 uuid, mac = new_identity(taken.macs)
@@ -7076,11 +7091,11 @@ def _reserve_one(clone: NewClone, identity: Mapping[str, str]) -> None:
 class NewClones:
     """The clones that this command makes: their folders are locked while it lives, and gone if it fails."""
 
-    def __init__(self, cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> None:
+    def __init__(self, cloud: Cloud, group: str, requests: Sequence[CloneRequest], templates: Mapping[str, VM]) -> None:
         self.cloud, self.group = cloud, group
         self.clones: list[NewClone] = []
         try:
-            self.orphans = reserve(cloud, group, requests, self.clones)
+            self.orphans = reserve(cloud, group, requests, templates, self.clones)
         except BaseException:
             self.__exit__()
             raise
@@ -7090,7 +7105,8 @@ class NewClones:
         vm, template, request = clone.vm, clone.template, clone.request
         extension = self.cloud.config["vmDiskExt"]
         system = vm.disk_name(0, extension)
-        backing = os.path.relpath(os.path.realpath(template.disks()[0]), os.path.realpath(vm.folder))
+        disk = os.path.realpath(template.disks()[0])
+        backing = os.path.relpath(disk, os.path.realpath(vm.folder))
         create_overlay(vm.file(system), backing, clone.format, request.disk)
         extra = [vm.disk_name(number, extension) for number in range(1, len(request.disks) + 1)]
         for name, size in zip(extra, request.disks):
@@ -7103,6 +7119,8 @@ class NewClones:
         formats = ",".join(["qcow2"] * (1 + len(extra)))
         disks = {"vmDisk": final.relative(system), "vmExtraDisk": ",".join(map(final.relative, extra))}
         vm.write_conf({**disks, "vmDiskFormat": formats})
+        if not os.path.exists(disk):  # someone else's template may go though it is cloned
+            raise Error(f"its disk has just gone: {disk}", "ask the template's owner for it", vm=template)
         os.rename(vm.folder, final.folder)
         return final
 
@@ -7130,12 +7148,13 @@ def make_clones(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> l
     settle_stopped(cloud, templates)
     with contextlib.ExitStack() as locks:
         for template in templates:
-            locks.enter_context(FolderLock(template.folder, shared=True))
+            if os.access(template.folder, os.W_OK):  # else it is someone else's, whose lock isn't ours to take
+                locks.enter_context(FolderLock(template.folder, shared=True))
             template.reread()
             check_clonable(template)
             make_read_only(template.disks()[0])
         own_key()
-        with NewClones(cloud, group, requests) as new:
+        with NewClones(cloud, group, requests, {template.name: template for template in templates}) as new:
             clones = {clone.vm: clone for clone in new.clones}
             made = in_parallel(lambda vm: new.finish(clones[vm]), list(clones), workers=2 * (os.cpu_count() or 1))
     for network in cloud.networks():  # not under those locks: who starts a template takes the network's first
@@ -8843,7 +8862,9 @@ def examine_tree(patient: Patient) -> str:
         patient.tell(WRONG, f"{place}: you may not write there", f"sudo install -d -o {user_name()} {quoted(base)}")
     elif place == base and untrusted(base):
         patient.tell(WARNING, f"{base}: {untrusted(base)}", trust_command(base))
-    return base if place == base else f"{base}, made with the first VM"
+    if place != base:
+        return f"{base}, made with the first VM"
+    return f"{base}, which others may look into (chmod 700 keeps them out)" if os.stat(base).st_mode & 0o077 else base
 
 
 def examine_disk_space(patient: Patient) -> str:
@@ -10922,17 +10943,19 @@ def check_nothing_runs() -> None:
 )
 def cmd_setup(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """install this program on the host, as `make install` does"""
+    import contextlib
+
     exclusive(args, "check", "undo")
     root = os.path.abspath(args.destdir) if args.destdir else ""
     if not root and os.geteuid() != 0:
         text = "this changes the host, so it needs root; nothing was changed"
         raise Error(text, "with sudo, or, for the files alone, DESTDIR=FOLDER")
     installation = Installation(args.prefix or own_prefix(), root)
-    with FolderLock(existing_parent(installation.real(installation.prefix))):
-        if args.undo:
-            undo_installation(installation)
-        else:
-            install(installation, args.check)
+    with contextlib.nullcontext() if root else FolderLock(SETUP_FOLDER, make=True):
+        try:
+            undo_installation(installation) if args.undo else install(installation, args.check)
+        finally:
+            remove_empty(SETUP_FOLDER)
     return EXIT_DONE
 
 
