@@ -169,6 +169,21 @@ class QMPClosed(QMPError):
     """qemu closed the connection: it ended."""
 
 
+class Parsing:
+    """The context of each parser of what comes from outside: whatever it raises but an Error or an OSError means that
+    it didn't understand, and becomes an Error of this kind, with this text."""
+
+    def __init__(self, kind: type[Error], text: str) -> None:
+        self.kind, self.text = kind, text
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, raised: object, trace: object) -> None:
+        if isinstance(raised, Exception) and not isinstance(raised, (Error, OSError)):
+            raise self.kind(self.text) from None
+
+
 def last_line(text: str) -> str:
     """The last line of `text` that says something, cut to a length that fits an error message."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -199,10 +214,7 @@ class Reporter:
     def data(self, text: str) -> None:
         """A line on stdout, flushed: scripts read it as it comes."""
         self._finish_line()
-        text = re.sub(
-            "[\ud800-\udc7f\udd00-\udfff]", "?", text
-        )  # half a character that JSON had: it stands for no byte
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(re.sub("[\ud800-\udc7f\udd00-\udfff]", "?", text) + "\n")  # JSON's halves stand for no byte
         sys.stdout.flush()
 
     def log(self, text: str) -> None:
@@ -228,8 +240,10 @@ class Reporter:
 
     def error(self, error: Error) -> None:
         self.say(f"{self.program}: {error}")
-        if error.hint:
-            self.say(f"(hint: {error.hint})")
+        named = re.compile("(?:^|; )(?:see|its console:) (/[^;]+)")  # a file that may have gone with what failed
+        hint = named.sub(lambda found: found[0] if os.path.exists(found[1]) else "", error.hint).removeprefix("; ")
+        if hint:
+            self.say(f"(hint: {hint})")
 
     def progress(self, stage: str, detail: str = "") -> None:
         """How far long work is: one line that is rewritten on a terminal; elsewhere a line for each stage."""
@@ -802,8 +816,8 @@ _START = r"(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)="
 _VARIABLE = r"\$(?P<brace>\{)?(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?(brace)(?::-(?P<word>[^{}`$\\\"']*))?\})"
 # The pieces of a value, outside double quotes and inside; which of the two it is, each `"` changes.
 _PIECES = (
-    rf"""(?P<quote>")|{_VARIABLE}|'(?P<single>[^']*)'|\\(?P<char>.)|(?P<text>[^ \t'"$\\`;&|<>(){{}}]+)""",
-    rf"""(?P<quote>")|{_VARIABLE}|\\(?P<char>["$\\`])|(?P<text>[^"$\\`]+|\\)""",
+    rf"""(?P<quote>")|{_VARIABLE}|'(?P<single>[^'\0]*)'|\\(?P<char>[^\0])|(?P<text>[^ \t'"$\\`;&|<>(){{}}\0]+)""",
+    rf"""(?P<quote>")|{_VARIABLE}|\\(?P<char>["$\\`])|(?P<text>[^"$\\`\0]+|\\)""",
 )
 
 
@@ -870,7 +884,7 @@ def _check_end(rest: str, quoted: bool) -> None:
     if char == "$":
         raise ValueError("a '$' that is neither $NAME, ${NAME} nor ${NAME:-word}: commands are not run here")
     if quoted:
-        raise ValueError("a backtick: commands are not run here" if char else 'a " that is not closed')
+        raise ValueError(f"{char!r} in quotes: commands are not run here" if char else 'a " that is not closed')
     if char == "'":
         raise ValueError("a ' that is not closed")
     if char == "\\":
@@ -1806,13 +1820,9 @@ def parse_qmp(line: bytes | str) -> dict[str, Any]:
     """A QMP message; raises QMPError where it is none."""
     import json
 
-    try:
-        message = json.loads(line)
-    except ValueError:
-        message = None
-    if not isinstance(message, dict):
-        raise QMPError("qemu: what it said on its control socket is not QMP")
-    return message
+    with Parsing(QMPError, "qemu: what it said on its control socket is not QMP"):
+        message: dict[str, Any] = json.loads(line)
+        return {**message, **{key: {**message[key]} for key in ("data", "error") if key in message}}
 
 
 # VMs that the bash tools started #####################################################################
@@ -2654,7 +2664,7 @@ def disk_args(machine: Machine) -> list[str]:
     virtio-blk serials hold 20 bytes (VIRTIO_BLK_ID_BYTES), so a long name keeps its end, which tells disks apart.
     """
     words: list[str] = []
-    first = 1 if machine.iso else 0
+    first = 1 if machine.iso or machine.settings["vmKernel"] else 0
     for number, (path, format, serial) in enumerate(machine.disks):
         node = f"disk{number}"
         words += [
@@ -2803,6 +2813,9 @@ def record_args(machine: Machine) -> list[str]:
 
 
 def kernel_args(machine: Machine) -> list[str]:
+    """qemu gives its loader of kernels bootindex 0, as we do an ISO, which boots first (hw/i386/x86.c)."""
+    if machine.iso:
+        return []
     words = (("-kernel", "vmKernel"), ("-initrd", "vmInitrd"), ("-append", "vmAppend"))
     return [word for option, key in words if machine.settings[key] for word in (option, machine.settings[key])]
 
@@ -4447,7 +4460,8 @@ class HostBridge(Network):
             if os.path.isfile(place) and os.access(place, os.R_OK):
                 for words in map(str.split, read_text(place).splitlines()):
                     if len(words) >= 4 and is_ipv4(words[2]):
-                        yield words[1].lower(), words[2], words[3], int(words[0]) if words[0].isdecimal() else 0
+                        until = int(words[0]) if re.fullmatch("[0-9]{1,11}", words[0]) else 0
+                        yield words[1].lower(), words[2], words[3], until
                 return
 
 
@@ -4583,7 +4597,7 @@ class KnownHosts:
 
     def _lines(self) -> list[str]:
         try:
-            return [line for line in read_text(self.path).splitlines() if line.strip()]
+            return [line for line in read_text(self.path).splitlines() if " " in line.strip()]
         except FileNotFoundError:
             return []
 
@@ -4831,7 +4845,7 @@ DIGEST_LENGTHS = {"sha512": 128, "sha256": 64, "md5": 32}
 
 def web_address(text: str) -> str:
     """A URL that can be downloaded from; a password in it would end up in confs and messages."""
-    if re.fullmatch(r"https?://[!-?A-~]+", text):
+    if re.fullmatch(r"https?://(\[[0-9A-Fa-f:.]+\]|[!-?A-Z\\^-~])[!-?A-Z\\^-~]*", text):  # brackets: of an IPv6 address
         return text
     raise ValueError("an address that begins with http:// or https://, without spaces or a login")
 
@@ -5129,10 +5143,11 @@ class Web:
         if start:
             headers["Range"] = f"bytes={start}-"
         request = urllib.request.Request(url, headers=headers, method=method)
-        try:
-            answer = self._opener.open(request, timeout=self.seconds)
-        except (OSError, http.client.HTTPException) as error:
-            raise web_error(url, error) from None
+        with Parsing(WebError, f"{url}: the server's answer, or where it sends us on to, is not understood"):
+            try:
+                answer = self._opener.open(request, timeout=self.seconds)
+            except (OSError, http.client.HTTPException) as error:
+                raise web_error(url, error) from None
         folder = answer.url.partition("?")[0].endswith("/")
         if folder or answer.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
             answer.close()
@@ -5276,7 +5291,8 @@ class Transfer:
         """How many bytes of this answer we have already.  Raises Altered where it is of another file than ours."""
         total, skip = answer.length if answer.length is not None else -1, self.done
         if answer.status == 206:
-            found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", "").strip())
+            part = answer.headers.get("Content-Range", "").strip()
+            found = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]+/([0-9]{1,18}|\*)", part)
             if not found or int(found.group(1)) != self.done:
                 raise Altered(f"{self.url}: the server sent another part than it was asked for")
             total, skip = int(found.group(2)) if found.group(2) != "*" else -1, 0
@@ -5315,7 +5331,8 @@ def choose_listed(listed: Sequence[tuple[str, str]], wanted: str) -> tuple[str, 
     if not fitting:
         raise ValueError("doesn't list")
     # Ordered by the numbers in the names: text and numbers alternate.
-    parts = [[int(part) if part.isdigit() else part for part in re.split(r"(\d+)", each[0])] for each in fitting]
+    splits = (re.split("([0-9]{1,18})", each[0]) for each in fitting)
+    parts = [[int(part) if place % 2 else part for place, part in enumerate(split)] for split in splits]
     name, digest = fitting[parts.index(max(parts))]
     if any(each != digest for other, each in fitting if other == name):
         raise ValueError("has two checksums for")
@@ -5591,7 +5608,8 @@ def resolve(catalogue: Catalogue, entry: Entry, web: Web) -> Source:
 def read_checksums(web: Web, url: str, algorithm: str, wanted: str) -> tuple[str, str]:
     """(name of the image, digest) as a published checksum file gives them."""
     text = web.text(url)
-    listed = parse_checksums(text, algorithm)
+    with Parsing(WebError, f"{url}: the checksum file is not understood"):
+        listed = parse_checksums(text, algorithm)
     if not listed:
         what = "it is a web page" if text.lstrip().startswith("<") else f"it holds no {algorithm} checksums"
         raise WebError(f"{url}: not the checksum file that was expected: {what}")
@@ -6285,7 +6303,7 @@ def signed_by(entry: str) -> str:
     except OSError:
         return ""
     parts = text.splitlines() if name.endswith(".list") else [p for p in re.split(r"\n\s*\n", text) if p.strip()]
-    part = parts[int(number) - 1] if number.isdigit() and 0 < int(number) <= len(parts) else ""
+    part = parts[int(number) - 1] if re.fullmatch("[0-9]{1,9}", number) and 0 < int(number) <= len(parts) else ""
     found = re.search(r"signed-by[=:]\s*(/[^\s\],]+)", part, re.I)
     return found.group(1) if found else ""
 
@@ -6850,6 +6868,8 @@ def parse_description(text: str, name: str, default_type: str) -> list[CloneRequ
         if line:
             origin = f"{name}:{number}"
             try:
+                if "\0" in line:
+                    raise UsageError("a NUL character: not a text file")
                 requests.append(_parse_request(line, origin, default_type, os.path.dirname(name)))
             except UsageError as error:
                 raise UsageError(f"{origin}: {error}", error.hint) from None
@@ -8820,9 +8840,9 @@ def trust_command(path: str) -> str:
 
 def settings_command(path: str, text: str) -> str:
     """What has a file be read: a comment of the line that is wrong, which a message names FILE:LINE; or rights."""
-    found = re.match(rf"{re.escape(path)}:(\d+):", text)
     if ALLOW in text:
         return ALLOW
+    found = re.match(rf"{re.escape(path)}:(\d+):", text)
     if found:
         return by_owner(path, f"sed -i '{found.group(1)}s/^/# /' {quoted(path)}")
     return trust_command(path) if os.access(path, os.R_OK) else by_owner(path, f"chmod a+r {quoted(path)}")
