@@ -372,7 +372,7 @@ def remove_tree(folder: str) -> None:
 
 def make_private_folder(path: str) -> None:
     """A folder that only its owner enters: it holds keys or sockets.  Those above it that weren't there are so, too."""
-    if not os.path.isdir(os.path.dirname(path) or "."):
+    if not os.path.exists(os.path.dirname(path) or "."):
         make_private_folder(os.path.dirname(path))
     os.makedirs(path, 0o700, exist_ok=True)
     info = os.stat(path)  # one that others could write to stays as it is: who relies on what is in it looks for that
@@ -433,12 +433,9 @@ def untrusted(path: str, info: os.stat_result | None = None) -> str:
 
 
 def read_trusted(path: str) -> tuple[str, str]:
-    """(the text of a configuration file, at most 1 MB, '') or ('', why it must not be used, see untrusted).
-
-    What is open is asked: the name may be another file's by now.
-    """
+    """(the text of a configuration file, at most 1 MB, '') or ('', why it must not be used, see untrusted)."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        reason = untrusted(path, os.fstat(file.fileno()))
+        reason = untrusted(path, os.fstat(file.fileno()))  # of what is open: the name may be another file's by now
         return "" if reason else file.read(MIB).decode("utf-8", "surrogateescape"), reason
 
 
@@ -464,8 +461,6 @@ class FolderLock:
     us, so it is compared with what the path names now.
     """
 
-    FILE = ".lock"
-
     def __init__(self, path: str, shared: bool = False, wait: float = 600.0, make: bool = False) -> None:
         """`make`: the folder is made where it isn't there, as often as someone else removes it meanwhile."""
         self.path = path
@@ -483,9 +478,9 @@ class FolderLock:
                 if info.st_mode & 0o077 and not info.st_mode & stat.S_ISVTX:
                     self.release()
                     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-                    self._fd = os.open(os.path.join(self.path, self.FILE), flags, 0o600)
+                    self._fd = os.open(os.path.join(self.path, ".lock"), flags, 0o600)
                 self._acquire(deadline)
-                if os.path.samestat(info, os.stat(self.path)) and os.fstat(self._fd).st_nlink:
+                if os.path.samestat(info, os.stat(self.path)):
                     return self
             except BaseException as error:
                 self.release()
@@ -1083,12 +1078,10 @@ ALLOW = f"nocloud trust {LOCAL_CONF}"
 def config_files() -> list[str]:
     """The files to read, in order: the installation's, the first of the user's that may be used (and those before it,
     which are told of and skipped), and on top of it the current folder's."""
-    found = list(filter(os.path.isfile, [installed_settings()]))
-    for path in map(os.path.expanduser, ("~/.nocloud.conf", f"{config_home()}/nocloud.conf", "/etc/nocloud.conf")):
-        if os.path.isfile(path):
-            found.append(path)
-            if not untrusted(path):
-                break
+    names = ("~/.nocloud.conf", f"{config_home()}/nocloud.conf", "/etc/nocloud.conf")
+    own = list(filter(os.path.isfile, map(os.path.expanduser, names)))
+    first = next((number for number, path in enumerate(own) if not untrusted(path)), len(own))
+    found = [*filter(os.path.isfile, [installed_settings()]), *own[: first + 1]]
     is_local = os.path.isfile(LOCAL_CONF) and not any(os.path.samefile(path, LOCAL_CONF) for path in found)
     return [*found, *([LOCAL_CONF] if is_local else [])]
 
@@ -1101,10 +1094,8 @@ def allowing_line(path: str, text: str) -> str:
 
 
 def is_allowed(path: str, text: str) -> bool:
-    try:
-        return allowing_line(path, text) in split_lines(read_trusted(os.path.join(config_home(), "trusted"))[0])
-    except OSError:
-        return False
+    place = os.path.join(config_home(), "trusted")
+    return os.path.isfile(place) and allowing_line(path, text) in split_lines(read_trusted(place)[0])
 
 
 def allow_file(path: str) -> None:
@@ -10972,10 +10963,8 @@ def cmd_setup(config: Config, args: argparse.Namespace, words: list[str]) -> int
         raise Error(text, "with sudo, or, for the files alone, DESTDIR=FOLDER")
     installation = Installation(args.prefix or own_prefix(), root)
     with contextlib.nullcontext() if root else FolderLock(SETUP_FOLDER, make=True):
-        try:
-            undo_installation(installation) if args.undo else install(installation, args.check)
-        finally:
-            remove_empty(SETUP_FOLDER)
+        undo_installation(installation) if args.undo else install(installation, args.check)
+        remove_empty(SETUP_FOLDER)
     return EXIT_DONE
 
 
@@ -11048,8 +11037,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns the exit status.  The only place that catches errors."""
     import signal
 
-    if argv is None:
-        ensure_utf8()
+    ensure_utf8()
     open_standard_streams()
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup

@@ -403,7 +403,7 @@ def test_a_folder_whose_lock_can_not_be_asked_for_is_taken_for_locked(tmp_path: 
     """What is half-made is removed only where nobody can be at work on it."""
     folder = tmp_path / "x"
     folder.mkdir(0o755)
-    (folder / nocloud.FolderLock.FILE).symlink_to("/dev/null")
+    (folder / ".lock").symlink_to("/dev/null")
     assert nocloud.is_locked(str(folder))
     assert not nocloud.is_locked(str(tmp_path / "nothing"))
 
