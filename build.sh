@@ -173,7 +173,7 @@ except KeyboardInterrupt:  # while nocloud.py was still being compiled
     sys.exit(130)
 END
 
-"$python" -I -m shiv --reproducible --uncompressed --entry-point nocloud:main --python '/usr/bin/env -S python3 -IS' \
+"$python" -I -m shiv --reproducible --uncompressed --entry-point nocloud:main --python '/usr/bin/env -S python3 -X utf8 -IS' \
     --site-packages "$tmp/files" --output-file "$tmp/shiv.pyz"
 # Stored, not deflated: it starts sooner, and zlib's output differs between its versions.
 "$python" -I - "$tmp/shiv.pyz" "$tmp/main.py" "$tmp/nocloud.pyz" <<'END'

@@ -1,4 +1,4 @@
-#!/usr/bin/env -S python3 -IS
+#!/usr/bin/env -S python3 -X utf8 -IS
 # SPDX-License-Identifier: MIT
 """nocloud: a mini-cloud on one Linux machine.
 
@@ -169,6 +169,21 @@ class QMPClosed(QMPError):
     """qemu closed the connection: it ended."""
 
 
+class Parsing:
+    """The context of each parser of what comes from outside: whatever it raises but an Error or an OSError means that
+    it didn't understand, and becomes an Error of this kind, with this text."""
+
+    def __init__(self, kind: type[Error], text: str) -> None:
+        self.kind, self.text = kind, text
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, raised: object, trace: object) -> None:
+        if isinstance(raised, Exception) and not isinstance(raised, (Error, OSError)):
+            raise self.kind(self.text) from None
+
+
 def last_line(text: str) -> str:
     """The last line of `text` that says something, cut to a length that fits an error message."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -199,7 +214,7 @@ class Reporter:
     def data(self, text: str) -> None:
         """A line on stdout, flushed: scripts read it as it comes."""
         self._finish_line()
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(re.sub("[\ud800-\udc7f\udd00-\udfff]", "?", text) + "\n")  # JSON's halves stand for no byte
         sys.stdout.flush()
 
     def log(self, text: str) -> None:
@@ -225,8 +240,10 @@ class Reporter:
 
     def error(self, error: Error) -> None:
         self.say(f"{self.program}: {error}")
-        if error.hint:
-            self.say(f"(hint: {error.hint})")
+        named = re.compile("(?:^|; )(?:see|its console:) (/[^;]+)")  # a file that may have gone with what failed
+        hint = named.sub(lambda found: found[0] if os.path.exists(found[1]) else "", error.hint).removeprefix("; ")
+        if hint:
+            self.say(f"(hint: {hint})")
 
     def progress(self, stage: str, detail: str = "") -> None:
         """How far long work is: one line that is rewritten on a terminal; elsewhere a line for each stage."""
@@ -278,8 +295,7 @@ def quoted(*paths: str) -> str:
 # Files, locks, waits #################################################################################
 #
 # Small pieces of the file system that every section uses.  Files land by rename; what a command that returned 0 has
-# done survives a power cut; locks are flock on a folder (a shared template that belongs to someone else can be locked
-# too, and no lock file is left).
+# done survives a power cut; locks are flock on what only the folder's owner can open, and go with the folder.
 
 
 def read_text(path: str) -> str:
@@ -373,7 +389,9 @@ def remove_tree(folder: str) -> None:
 
 
 def make_private_folder(path: str) -> None:
-    """A folder that only its owner enters: it holds keys or sockets."""
+    """A folder that only its owner enters: it holds keys or sockets.  Those above it that weren't there are so, too."""
+    if not os.path.exists(os.path.dirname(path) or "."):
+        make_private_folder(os.path.dirname(path))
     os.makedirs(path, 0o700, exist_ok=True)
     info = os.stat(path)  # one that others could write to stays as it is: who relies on what is in it looks for that
     if info.st_mode & 0o077 and not info.st_mode & 0o022 and info.st_uid == os.geteuid():
@@ -432,11 +450,18 @@ def untrusted(path: str, info: os.stat_result | None = None) -> str:
     return ""
 
 
+def read_trusted(path: str) -> tuple[str, str]:
+    """(the text of a configuration file, at most 1 MB, '') or ('', why it must not be used, see untrusted)."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        reason = untrusted(path, os.fstat(file.fileno()))  # of what is open: the name may be another file's by now
+        return "" if reason else file.read(MIB).decode("utf-8", "surrogateescape"), reason
+
+
 def process_file(pid: int, name: str) -> str:
     """A file of /proc/PID; '' where the process has ended or is not ours to look at."""
     try:
         return read_text(f"/proc/{pid}/{name}")
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return ""
 
 
@@ -448,8 +473,10 @@ def is_our_qemu(command_line: str) -> bool:
 class FolderLock:
     """A `flock` on a folder, kept until `release` or the end of the `with`.
 
-    Who waits longer than a second says so.  The folder may be removed or replaced by whoever holds the
-    lock before us, so what was locked is compared with what the path names now.
+    Who can open a file can lock it, for ever.  So where others may look into the folder, the lock is on a file in it
+    that only its owner can open, and that goes with the folder; a sticky folder is shared by its users, lock and all.
+    Who waits longer than a second says so.  What is locked may be removed or replaced by whoever holds the lock before
+    us, so it is compared with what the path names now.
     """
 
     def __init__(self, path: str, shared: bool = False, wait: float = 600.0, make: bool = False) -> None:
@@ -465,8 +492,13 @@ class FolderLock:
                 make_private_folder(self.path)
             try:
                 self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                info = os.fstat(self._fd)
+                if info.st_mode & 0o077 and not info.st_mode & stat.S_ISVTX:
+                    self.release()
+                    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+                    self._fd = os.open(os.path.join(self.path, ".lock"), flags, 0o600)
                 self._acquire(deadline)
-                if os.path.samestat(os.fstat(self._fd), os.stat(self.path)):
+                if os.path.samestat(info, os.stat(self.path)):
                     return self
             except BaseException as error:
                 self.release()
@@ -500,14 +532,14 @@ class FolderLock:
 
 
 def is_locked(path: str) -> bool:
-    """Whether someone holds the folder's lock; a folder that is gone isn't locked."""
+    """Whether someone holds the folder's lock, or may hold it; a folder that is gone isn't locked."""
     try:
         with FolderLock(path, wait=0):
             return False
-    except WrongState:
-        return True
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    except (WrongState, OSError):
+        return True
 
 
 def lock_holder(path: str) -> tuple[str, int]:
@@ -620,7 +652,8 @@ class Setting:
 
     `check` raises ValueError, saying what was expected.  `where` is `config` (configuration files and the
     environment), `vm` (a VM's own conf), `both`, or `unused` (read without a warning, for old files' sake).
-    `inherited`: a clone's conf gets it from its template's, where that has it.
+    `inherited`: a clone's conf gets it from its template's, where that has it.  `harmless`: it can't have anything run
+    or opened, so that it counts in a ./.nocloud.conf as well, which may have come with somebody's repository.
     """
 
     key: str
@@ -629,6 +662,7 @@ class Setting:
     where: str
     help: str
     inherited: bool = False
+    harmless: bool = False
 
 
 def any_text(text: str) -> str:
@@ -716,25 +750,30 @@ NETWORK_KIND = one_of("auto", "bridge", "private")
 SETTINGS = (
     Setting("vmBaseDir", any_text, "", "config", "the VM tree"),
     Setting("vmMem", MEMORY_MB, "512", "both", "memory in MB of new templates; a clone inherits its template's",
-            inherited=True),
-    Setting("vmCpu", CPU_COUNT, "2", "both", "processors, likewise", inherited=True),
-    Setting("vmCpuCap", CPU_CAP, "", "both", "a limit in per cent of CPU time; kept, not enforced yet", inherited=True),
-    Setting("vmCreateDiskSize", DISK_GB, "10", "config", "disk size in GB of new templates"),
-    Setting("vmCount", CLONE_COUNT, "1", "config", "how many clones vminstantiate makes"),
-    Setting("vmGroup", any_text, "group", "config", "the group of new clones"),
-    Setting("vmSubGroup", any_text, "default", "config", "the type of new clones"),
-    Setting("vmDefaultGroup", any_text, "", "config", "the same as vmGroup"),
-    Setting("vmDefaultSubGroup", any_text, "", "config", "the same as vmSubGroup"),
-    Setting("vmCreateGroup", any_text, "templates", "config", "the group that vmcreate makes VMs in; no other yet"),
+            inherited=True, harmless=True),
+    Setting("vmCpu", CPU_COUNT, "2", "both", "processors, likewise", inherited=True, harmless=True),
+    Setting("vmCpuCap", CPU_CAP, "", "both", "a limit in per cent of CPU time; kept, not enforced yet",
+            inherited=True, harmless=True),
+    Setting("vmCreateDiskSize", DISK_GB, "10", "config", "disk size in GB of new templates", harmless=True),
+    Setting("vmCount", CLONE_COUNT, "1", "config", "how many clones vminstantiate makes", harmless=True),
+    Setting("vmGroup", any_text, "group", "config", "the group of new clones", harmless=True),
+    Setting("vmSubGroup", any_text, "default", "config", "the type of new clones", harmless=True),
+    Setting("vmDefaultGroup", any_text, "", "config", "the same as vmGroup", harmless=True),
+    Setting("vmDefaultSubGroup", any_text, "", "config", "the same as vmSubGroup", harmless=True),
+    Setting("vmCreateGroup", any_text, "templates", "config", "the group that vmcreate makes VMs in; no other yet",
+            harmless=True),
     Setting("isoDir", any_text, "~/Documents/distribs/linux", "config", "where ISO images are looked up by name"),
     Setting("vmDiskExt", one_of("img", "qcow2"), "img", "config", "the extension of disk images"),
     Setting("vmUser", LOGIN_NAME, "root", "both", "who vmssh and ansible log in as", inherited=True),
     Setting("vmAccel", one_of("auto", "kvm", "tcg"), "auto", "both", "hardware (kvm) or software (tcg) emulation",
             inherited=True),
     Setting("vmNetwork", NETWORK_KIND, "auto", "both", "bridge (the host's), private (no root), auto"),
-    Setting("vmStopTimeout", SECONDS, "30", "config", "seconds a guest has to shut down before it is switched off"),
-    Setting("vmWaitTimeout", SECONDS, "300", "config", "the longest wait, in seconds, for a VM to be ready"),
-    Setting("vmDownloadTimeout", whole_number(1, 3600, "seconds"), "30", "config", "seconds that a download may stall"),
+    Setting("vmStopTimeout", SECONDS, "30", "config", "seconds a guest has to shut down before it is switched off",
+            harmless=True),
+    Setting("vmWaitTimeout", SECONDS, "300", "config", "the longest wait, in seconds, for a VM to be ready",
+            harmless=True),
+    Setting("vmDownloadTimeout", whole_number(1, 3600, "seconds"), "30", "config", "seconds that a download may stall",
+            harmless=True),
     Setting("vmExtraOpts", any_text, "", "both", "more words for qemu's command line", inherited=True),
     Setting("vmQemu", any_text, "", "config", "the qemu program, by default qemu-system-ARCH or /usr/libexec/qemu-kvm"),
     Setting("vmBridgeHelper", any_text, "", "config", "the qemu-bridge-helper program"),
@@ -764,7 +803,7 @@ SETTINGS = (
     Setting("vmSource", any_text, "", "vm", "where a template came from"),
     Setting("vmChecksum", any_text, "", "vm", "the checksum of what it was made from"),
     *(
-        Setting(key, any_text, "", "unused", "of old configuration files; not used")
+        Setting(key, any_text, "", "unused", "of old configuration files; not used", harmless=True)
         for key in (
             "netInterface", "vmMemVid", "vmSpicePassword", "vmBackend", "vmSystemType", "vmConfExt", "vmPidExt",
             "vmDefaultContext", "vmDefaultType", "vmCreateContext", "vmCreateType",
@@ -790,8 +829,8 @@ _START = r"(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)="
 _VARIABLE = r"\$(?P<brace>\{)?(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?(brace)(?::-(?P<word>[^{}`$\\\"']*))?\})"
 # The pieces of a value, outside double quotes and inside; which of the two it is, each `"` changes.
 _PIECES = (
-    rf"""(?P<quote>")|{_VARIABLE}|'(?P<single>[^']*)'|\\(?P<char>.)|(?P<text>[^ \t'"$\\`;&|<>(){{}}]+)""",
-    rf"""(?P<quote>")|{_VARIABLE}|\\(?P<char>["$\\`])|(?P<text>[^"$\\`]+|\\)""",
+    rf"""(?P<quote>")|{_VARIABLE}|'(?P<single>[^'\0]*)'|\\(?P<char>[^\0])|(?P<text>[^ \t'"$\\`;&|<>(){{}}\0]+)""",
+    rf"""(?P<quote>")|{_VARIABLE}|\\(?P<char>["$\\`])|(?P<text>[^"$\\`\0]+|\\)""",
 )
 
 
@@ -858,7 +897,7 @@ def _check_end(rest: str, quoted: bool) -> None:
     if char == "$":
         raise ValueError("a '$' that is neither $NAME, ${NAME} nor ${NAME:-word}: commands are not run here")
     if quoted:
-        raise ValueError("a backtick: commands are not run here" if char else 'a " that is not closed')
+        raise ValueError(f"{char!r} in quotes: commands are not run here" if char else 'a " that is not closed')
     if char == "'":
         raise ValueError("a ' that is not closed")
     if char == "\\":
@@ -939,21 +978,33 @@ class Config:
         `warn` is told of that, and of unknown keys; by default the user is.
         """
         warn = warn or report.warn
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            reason = untrusted(path, os.fstat(file.fileno()))  # of what is open: the name may be another file's by now
-            text = "" if reason else file.read()
+        text, reason = read_trusted(path)
         if reason:
             warn(f"{path} is skipped: {reason}")
             return
+        allowed = path != LOCAL_CONF or is_allowed(path, text)
+        try:
+            self._take(text, path, allowed, warn)
+        except UsageError as error:
+            if allowed:
+                raise
+            warn(str(error))  # somebody's repository keeps no one from working
+
+    def _take(self, text: str, path: str, allowed: bool, warn: Callable[[str], None]) -> None:
         assignments = parse_assignments(text, path, ChainMap(self._values, os.environ))
         used = {name for assignment in assignments for name in assignment.used}
+        refused = []
         for assignment in assignments:
             origin = f"{path}:{assignment.line}"
-            if assignment.key in SETTING:
+            if assignment.key in SETTING and not (allowed or SETTING[assignment.key].harmless):
+                refused.append(assignment.key)
+            elif assignment.key in SETTING:
                 self.set(assignment.key, assignment.value, origin)
             elif assignment.key not in used:
                 near = nearest(assignment.key, SETTING)
                 warn(f"{origin}: unknown key {assignment.key}" + (f", did you mean {near}?" if near else ""))
+        if refused:
+            warn(f"{path}: not used, as they can have things run or opened: {', '.join(refused)} ({ALLOW} allows them)")
 
     def read_environment(self) -> None:
         """Take the settings of the environment's variables."""
@@ -1038,11 +1089,42 @@ def installed_settings() -> str:
     return os.path.join(os.path.dirname(os.path.dirname(program_path())), "etc", "nocloud_net.conf")
 
 
+LOCAL_CONF = "./.nocloud.conf"
+ALLOW = f"nocloud trust {LOCAL_CONF}"
+
+
 def config_files() -> list[str]:
-    """The files to read, in order: the installation's, then the first of the user's that exists."""
-    own = ["./.nocloud.conf", "~/.nocloud.conf", f"{config_home()}/nocloud.conf", "/etc/nocloud.conf"]
-    found = [path for path in map(os.path.expanduser, own) if os.path.isfile(path)]
-    return [*filter(os.path.isfile, [installed_settings()]), *found[:1]]
+    """The files to read, in order: the installation's, the first of the user's that may be used (and those before it,
+    which are told of and skipped), and on top of it the current folder's."""
+    names = ("~/.nocloud.conf", f"{config_home()}/nocloud.conf", "/etc/nocloud.conf")
+    own = list(filter(os.path.isfile, map(os.path.expanduser, names)))
+    first = next((number for number, path in enumerate(own) if not untrusted(path)), len(own))
+    found = [*filter(os.path.isfile, [installed_settings()]), *own[: first + 1]]
+    is_local = os.path.isfile(LOCAL_CONF) and not any(os.path.samefile(path, LOCAL_CONF) for path in found)
+    return [*found, *([LOCAL_CONF] if is_local else [])]
+
+
+def allowing_line(path: str, text: str) -> str:
+    """What `trusted` says of a file that is allowed as it is: a line of sha256sum(1)."""
+    import hashlib
+
+    return f"{hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()}  {os.path.realpath(path)}"
+
+
+def is_allowed(path: str, text: str) -> bool:
+    place = os.path.join(config_home(), "trusted")
+    return os.path.isfile(place) and allowing_line(path, text) in split_lines(read_trusted(place)[0])
+
+
+def allow_file(path: str) -> None:
+    """Have all settings of a file count as long as it is what it is now.  Raises Error where that can't be."""
+    text, reason = read_trusted(path)
+    line = allowing_line(path, text)
+    if reason or not line.isprintable():
+        raise Error(f"{path}: {reason or 'its path has control characters'}", "use a copy of your own")
+    Config().read(os.path.realpath(path))
+    make_private_folder(config_home())
+    append_line(os.path.join(config_home(), "trusted"), line)
 
 
 def load_config() -> Config:
@@ -1315,9 +1397,19 @@ def user_name(uid: int | None = None) -> str:
         return str(uid)
 
 
+# As in the `#!` line: paths have one codec, whatever the locale, in confs, in /proc and for qemu.
+PYTHON_OPTIONS = ("-X", "utf8", "-IS")
+
+
 def self_argv(*words: str) -> list[str]:
     """The argv that calls this program again, with the same interpreter and the caller's PYTHON* variables unheeded."""
-    return [sys.executable or "python3", "-IS", program_path(), *words]
+    return [sys.executable or "python3", *PYTHON_OPTIONS, program_path(), *words]
+
+
+def ensure_utf8() -> None:
+    """Begin again in UTF-8 mode where `python3 nocloud.pyz` was called in a locale that has another codec."""
+    if sys.executable and sys.getfilesystemencoding() != "utf-8":
+        os.execv(sys.executable, [sys.executable, *PYTHON_OPTIONS, *sys.argv])
 
 
 def fork_child(work: Callable[[], None], keep: Sequence[int]) -> int:
@@ -1810,13 +1902,9 @@ def parse_qmp(line: bytes | str) -> dict[str, Any]:
     """A QMP message; raises QMPError where it is none."""
     import json
 
-    try:
-        message = json.loads(line)
-    except ValueError:
-        message = None
-    if not isinstance(message, dict):
-        raise QMPError("qemu: what it said on its control socket is not QMP")
-    return message
+    with Parsing(QMPError, "qemu: what it said on its control socket is not QMP"):
+        message: dict[str, Any] = json.loads(line)
+        return {**message, **{key: {**message[key]} for key in ("data", "error") if key in message}}
 
 
 # VMs that the bash tools started #####################################################################
@@ -2166,9 +2254,7 @@ class VM:
         if self._conf is not None:
             return self._conf
         try:
-            with open(self.conf_file, encoding="utf-8", errors="surrogateescape") as file:
-                reason = untrusted(self.conf_file, os.fstat(file.fileno()))
-                text = file.read(1 << 20)
+            text, reason = read_trusted(self.conf_file)
         except FileNotFoundError:
             raise NotFound(f"its conf is gone: {self.conf_file}", vm=self) from None
         except OSError as error:
@@ -2260,9 +2346,10 @@ class Tree:
         self.managed = ""  # the group whose manager this process is
 
     def prepare(self) -> None:
-        """Make the tree's folder, or say why that can't be."""
+        """Make the tree's folder, or say why that can't be.  One that is there keeps its mode."""
         try:
-            os.makedirs(self.base, 0o755, exist_ok=True)
+            if not os.path.isdir(self.base):
+                make_private_folder(self.base)
         except OSError as error:
             raise Error(f"vmBaseDir {self.base}: {error.strerror}", "set vmBaseDir to a folder of yours") from None
         if not os.access(self.base, os.W_OK | os.X_OK):
@@ -2682,7 +2769,7 @@ def disk_args(machine: Machine) -> list[str]:
     virtio-blk serials hold 20 bytes (VIRTIO_BLK_ID_BYTES), so a long name keeps its end, which tells disks apart.
     """
     words: list[str] = []
-    first = 1 if machine.iso else 0
+    first = 1 if machine.iso or machine.settings["vmKernel"] else 0
     for number, (path, format, serial) in enumerate(machine.disks):
         node = f"disk{number}"
         words += [
@@ -2831,6 +2918,9 @@ def record_args(machine: Machine) -> list[str]:
 
 
 def kernel_args(machine: Machine) -> list[str]:
+    """qemu gives its loader of kernels bootindex 0, as we do an ISO, which boots first (hw/i386/x86.c)."""
+    if machine.iso:
+        return []
     words = (("-kernel", "vmKernel"), ("-initrd", "vmInitrd"), ("-append", "vmAppend"))
     return [word for option, key in words if machine.settings[key] for word in (option, machine.settings[key])]
 
@@ -3746,6 +3836,7 @@ def pump(source: Callable[[], bytes], sink: Callable[[bytes], object], finish: C
 # -- what is wanted, and what is there
 
 STATE_FOLDER = "/var/lib/nocloud"  # the leases, and the folders in which users publish their VMs
+SETUP_FOLDER = "/run/nocloud-setup"  # the lock of who installs
 RUN_FOLDER = "/run/nocloud"  # what `up` switched on; gone with the next boot, as that is
 MADE_BY_US = "made by nocloud"  # the comment of each rule of ours
 OUR_MAC = "02:6e:63"  # a bridge whose MAC begins so is one of ours; locally administered
@@ -4474,7 +4565,8 @@ class HostBridge(Network):
             if os.path.isfile(place) and os.access(place, os.R_OK):
                 for words in map(str.split, read_text(place).splitlines()):
                     if len(words) >= 4 and is_ipv4(words[2]):
-                        yield words[1].lower(), words[2], words[3], int(words[0]) if words[0].isdecimal() else 0
+                        until = int(words[0]) if re.fullmatch("[0-9]{1,11}", words[0]) else 0
+                        yield words[1].lower(), words[2], words[3], until
                 return
 
 
@@ -4611,7 +4703,7 @@ class KnownHosts:
 
     def _lines(self) -> list[str]:
         try:
-            return [line for line in read_text(self.path).splitlines() if line.strip()]
+            return [line for line in read_text(self.path).splitlines() if " " in line.strip()]
         except FileNotFoundError:
             return []
 
@@ -4859,7 +4951,7 @@ DIGEST_LENGTHS = {"sha512": 128, "sha256": 64, "md5": 32}
 
 def web_address(text: str) -> str:
     """A URL that can be downloaded from; a password in it would end up in confs and messages."""
-    if re.fullmatch(r"https?://[!-?A-~]+", text):
+    if re.fullmatch(r"https?://(\[[0-9A-Fa-f:.]+\]|[!-?A-Z\\^-~])[!-?A-Z\\^-~]*", text):  # brackets: of an IPv6 address
         return text
     raise ValueError("an address that begins with http:// or https://, without spaces or a login")
 
@@ -4985,11 +5077,11 @@ def load_catalogue(warn: Callable[[str], None] | None = None) -> Catalogue:
     catalogue, warn = Catalogue(warn), warn or report.warn
     catalogue.read(packaged(CATALOGUE), CATALOGUE)
     for path in catalogue_files():
-        reason = untrusted(path)
+        text, reason = read_trusted(path)
         if reason:
             warn(f"{path} is skipped: {reason}")
         else:
-            catalogue.read(read_text(path), path)
+            catalogue.read(text, path)
     return catalogue
 
 
@@ -5157,10 +5249,11 @@ class Web:
         if start:
             headers["Range"] = f"bytes={start}-"
         request = urllib.request.Request(url, headers=headers, method=method)
-        try:
-            answer = self._opener.open(request, timeout=self.seconds)
-        except (OSError, http.client.HTTPException) as error:
-            raise web_error(url, error) from None
+        with Parsing(WebError, f"{url}: the server's answer, or where it sends us on to, is not understood"):
+            try:
+                answer = self._opener.open(request, timeout=self.seconds)
+            except (OSError, http.client.HTTPException) as error:
+                raise web_error(url, error) from None
         folder = answer.url.partition("?")[0].endswith("/")
         if folder or answer.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
             answer.close()
@@ -5304,7 +5397,8 @@ class Transfer:
         """How many bytes of this answer we have already.  Raises Altered where it is of another file than ours."""
         total, skip = answer.length if answer.length is not None else -1, self.done
         if answer.status == 206:
-            found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", "").strip())
+            part = answer.headers.get("Content-Range", "").strip()
+            found = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]+/([0-9]{1,18}|\*)", part)
             if not found or int(found.group(1)) != self.done:
                 raise Altered(f"{self.url}: the server sent another part than it was asked for")
             total, skip = int(found.group(2)) if found.group(2) != "*" else -1, 0
@@ -5343,7 +5437,8 @@ def choose_listed(listed: Sequence[tuple[str, str]], wanted: str) -> tuple[str, 
     if not fitting:
         raise ValueError("doesn't list")
     # Ordered by the numbers in the names: text and numbers alternate.
-    parts = [[int(part) if part.isdigit() else part for part in re.split(r"(\d+)", each[0])] for each in fitting]
+    splits = (re.split("([0-9]{1,18})", each[0]) for each in fitting)
+    parts = [[int(part) if place % 2 else part for place, part in enumerate(split)] for split in splits]
     name, digest = fitting[parts.index(max(parts))]
     if any(each != digest for other, each in fitting if other == name):
         raise ValueError("has two checksums for")
@@ -5619,7 +5714,8 @@ def resolve(catalogue: Catalogue, entry: Entry, web: Web) -> Source:
 def read_checksums(web: Web, url: str, algorithm: str, wanted: str) -> tuple[str, str]:
     """(name of the image, digest) as a published checksum file gives them."""
     text = web.text(url)
-    listed = parse_checksums(text, algorithm)
+    with Parsing(WebError, f"{url}: the checksum file is not understood"):
+        listed = parse_checksums(text, algorithm)
     if not listed:
         what = "it is a web page" if text.lstrip().startswith("<") else f"it holds no {algorithm} checksums"
         raise WebError(f"{url}: not the checksum file that was expected: {what}")
@@ -6324,7 +6420,7 @@ def signed_by(entry: str) -> str:
     except OSError:
         return ""
     parts = text.splitlines() if name.endswith(".list") else [p for p in re.split(r"\n\s*\n", text) if p.strip()]
-    part = parts[int(number) - 1] if number.isdigit() and 0 < int(number) <= len(parts) else ""
+    part = parts[int(number) - 1] if re.fullmatch("[0-9]{1,9}", number) and 0 < int(number) <= len(parts) else ""
     found = re.search(r"signed-by[=:]\s*(/[^\s\],]+)", part, re.I)
     return found.group(1) if found else ""
 
@@ -6889,6 +6985,8 @@ def parse_description(text: str, name: str, default_type: str) -> list[CloneRequ
         if line:
             origin = f"{name}:{number}"
             try:
+                if "\0" in line:
+                    raise UsageError("a NUL character: not a text file")
                 requests.append(_parse_request(line, origin, default_type, os.path.dirname(name)))
             except UsageError as error:
                 raise UsageError(f"{origin}: {error}", error.hint) from None
@@ -7042,7 +7140,9 @@ def check_space(folder: str, requests: Sequence[CloneRequest]) -> None:
 # -- making clones
 
 
-def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: list[NewClone]) -> list[str]:
+def reserve(
+    cloud: Cloud, group: str, requests: Sequence[CloneRequest], templates: Mapping[str, VM], clones: list[NewClone]
+) -> list[str]:
     """Allot names, UUIDs, MACs and addresses, and hold each with a conf in a locked folder of its own (.new-NAME).
 
     All under the tree's lock: two commands at once never get the same.  What killed commands left is swept here.  Each
@@ -7061,7 +7161,7 @@ def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: 
         taken.addresses |= cloud.private.hosts.addresses()
         for request in requests:
             check_collision(tree, group, request.type)  # again, now that nobody else can make one
-            template = tree.need_template(request.template)
+            template = templates[request.template]
             format = known_formats(template)[0]
             for name in next_names(names, request):
                 uuid, mac = new_identity(taken.macs)
@@ -7128,11 +7228,11 @@ def _reserve_one(clone: NewClone, identity: Mapping[str, str]) -> None:
 class NewClones:
     """The clones that this command makes: their folders are locked while it lives, and gone if it fails."""
 
-    def __init__(self, cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> None:
+    def __init__(self, cloud: Cloud, group: str, requests: Sequence[CloneRequest], templates: Mapping[str, VM]) -> None:
         self.cloud, self.group = cloud, group
         self.clones: list[NewClone] = []
         try:
-            self.orphans = reserve(cloud, group, requests, self.clones)
+            self.orphans = reserve(cloud, group, requests, templates, self.clones)
         except BaseException:
             self.__exit__()
             raise
@@ -7157,7 +7257,8 @@ class NewClones:
         vm, template, request = clone.vm, clone.template, clone.request
         extension = self.cloud.config["vmDiskExt"]
         system = vm.disk_name(0, extension)
-        backing = os.path.relpath(os.path.realpath(template.disks()[0]), os.path.realpath(vm.folder))
+        disk = os.path.realpath(template.disks()[0])
+        backing = os.path.relpath(disk, os.path.realpath(vm.folder))
         create_overlay(vm.file(system), backing, clone.format, request.disk)
         extra = [vm.disk_name(number, extension) for number in range(1, len(request.disks) + 1)]
         for name, size in zip(extra, request.disks):
@@ -7169,6 +7270,8 @@ class NewClones:
         formats = ",".join(["qcow2"] * (1 + len(extra)))
         disks = {"vmDisk": vm.relative(system), "vmExtraDisk": ",".join(map(vm.relative, extra))}
         vm.write_conf({**disks, "vmDiskFormat": formats})
+        if not os.path.exists(disk):  # someone else's template may go though it is cloned
+            raise Error(f"its disk has just gone: {disk}", "ask the template's owner for it", vm=template)
         return vm
 
     def __enter__(self) -> NewClones:
@@ -7195,12 +7298,13 @@ def make_clones(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> l
     settle_stopped(cloud, templates)
     with contextlib.ExitStack() as locks:
         for template in templates:
-            locks.enter_context(FolderLock(template.folder, shared=True))
+            if os.access(template.folder, os.W_OK):  # else it is someone else's, whose lock isn't ours to take
+                locks.enter_context(FolderLock(template.folder, shared=True))
             template.reread()
             check_clonable(template)
             make_read_only(template.disks()[0])
         own_key()
-        with NewClones(cloud, group, requests) as new:
+        with NewClones(cloud, group, requests, {template.name: template for template in templates}) as new:
             made = new.finish()
     for network in cloud.networks():  # not under those locks: who starts a template takes the network's first
         network.withdraw(new.orphans)
@@ -8865,6 +8969,8 @@ def trust_command(path: str) -> str:
 
 def settings_command(path: str, text: str) -> str:
     """What has a file be read: a comment of the line that is wrong, which a message names FILE:LINE; or rights."""
+    if ALLOW in text:
+        return ALLOW
     found = re.match(rf"{re.escape(path)}:(\d+):", text)
     if found:
         return by_owner(path, f"sed -i '{found.group(1)}s/^/# /' {quoted(path)}")
@@ -8905,7 +9011,9 @@ def examine_tree(patient: Patient) -> str:
         patient.tell(WRONG, f"{place}: you may not write there", f"sudo install -d -o {user_name()} {quoted(base)}")
     elif place == base and untrusted(base):
         patient.tell(WARNING, f"{base}: {untrusted(base)}", trust_command(base))
-    return base if place == base else f"{base}, made with the first VM"
+    if place != base:
+        return f"{base}, made with the first VM"
+    return f"{base}, which others may look into (chmod 700 keeps them out)" if os.stat(base).st_mode & 0o077 else base
 
 
 def examine_disk_space(patient: Patient) -> str:
@@ -10202,6 +10310,12 @@ def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> Non
         os.symlink(program, path)
 
 
+@declare(Command("trust", operands="FILE", complete=("file",), unconfigured=True))
+def cmd_trust(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+    """have all settings of a ./.nocloud.conf count, as long as it isn't changed"""
+    allow_file(one_operand(words, "FILE"))
+
+
 @declare(Command("configure", operands="VM...", hidden=True))
 def cmd_configure(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """do over ssh what can only be done there, for VMs that have just been started"""
@@ -10977,17 +11091,17 @@ def check_nothing_runs() -> None:
 )
 def cmd_setup(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """install this program on the host, as `make install` does"""
+    import contextlib
+
     exclusive(args, "check", "undo")
     root = os.path.abspath(args.destdir) if args.destdir else ""
     if not root and os.geteuid() != 0:
         text = "this changes the host, so it needs root; nothing was changed"
         raise Error(text, "with sudo, or, for the files alone, DESTDIR=FOLDER")
     installation = Installation(args.prefix or own_prefix(), root)
-    with FolderLock(existing_parent(installation.real(installation.prefix))):
-        if args.undo:
-            undo_installation(installation)
-        else:
-            install(installation, args.check)
+    with contextlib.nullcontext() if root else FolderLock(SETUP_FOLDER, make=True):
+        undo_installation(installation) if args.undo else install(installation, args.check)
+        remove_empty(SETUP_FOLDER)
     return EXIT_DONE
 
 
@@ -11051,15 +11165,16 @@ def open_standard_streams() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-    reconfigure = getattr(sys.stdout, "reconfigure", None)
-    if reconfigure:
-        reconfigure(errors="surrogateescape")
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns the exit status.  The only place that catches errors."""
     import signal
 
+    ensure_utf8()
     open_standard_streams()
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -179,6 +180,17 @@ def test_a_file_that_others_may_write(cloud: Cloud, programs: Path) -> None:
     (cloud.home / ".nocloud.conf").chmod(0o666)
     mend(cloud, ill(cloud.run, "configuration", "warning", "others may write"))
     well(cloud.run, "configuration")
+
+
+def test_a_file_that_came_with_a_repository(cloud: Cloud, programs: Path) -> None:
+    here = cloud.home / "here"
+    here.mkdir()
+    (here / ".nocloud.conf").write_text("vmQemu=/bin/false\nvmExtraOpts=\n")
+    run = functools.partial(cloud.run, cwd=here)
+    command = ill(run, "configuration", "warning", "vmQemu, vmExtraOpts")
+    assert command == "nocloud trust ./.nocloud.conf"
+    cloud.run("trust", "./.nocloud.conf", cwd=here).ok()
+    well(run, "configuration")
 
 
 @root_only

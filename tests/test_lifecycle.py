@@ -984,6 +984,21 @@ def test_clones_and_what_is_made_of_them_inherit_each_of_these_keys(blank: Cloud
         assert not {"vmQemu", "vmGui"} & set(blank.conf(vm)), vm
 
 
+APPEND = "console=ttyS0 no_timer_check marker=of-the-test"
+
+
+def test_a_kernel_of_the_host_is_booted(blank: Cloud, guest_cache: Path, tiny_image: Path) -> None:
+    """Directly, with its ramdisk and its command line, as the conf says."""
+    parts = tinyguest._parts(guest_cache)
+    conf = blank.folder("templates/blank") / "blank.conf"
+    boot = {"vmMem": "128", "vmKernel": f"{parts}/vmlinuz", "vmInitrd": f"{parts}/initrd", "vmAppend": APPEND}
+    conf.write_text(nocloud.update_assignments(conf.read_text(), boot))
+    instantiate(blank, "-g", "pf", "-o", "name=web").ok()
+    log = blank.folder("pf/default/web00") / "console.log"
+    words = (f"Command line: {APPEND}", "Run /init as init process")
+    eventually(lambda: all(each in log.read_text(errors="replace") for each in words), str(words), 90)
+
+
 def test_no_interface_of_the_host(blank: Cloud) -> None:
     before = interfaces()
     instantiate(blank, "-g", "pf", "-C", 2, "-o", "name=web").ok()

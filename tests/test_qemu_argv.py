@@ -93,6 +93,17 @@ def test_every_golden_file_is_a_case() -> None:
     assert {file.stem for file in GOLDEN.iterdir()} == set(CASES)
 
 
+@pytest.mark.parametrize("kernel", ["", "vmlinuz"])
+@pytest.mark.parametrize("iso", ["", "/x.iso"])
+def test_what_boots_first_is_one_thing(kernel: str, iso: str) -> None:
+    """qemu refuses two devices with the same bootindex, and its loader of a kernel takes 0."""
+    argv = nocloud.qemu_argv(machine(disks=DISKS, vmKernel=kernel, iso=iso), 5)
+    order = [match.group(1) for word in argv for match in re.finditer(r"bootindex=([0-9]+)", word)]
+    order += ["0"] if "-kernel" in argv else []
+    assert len(order) == len(set(order)) and sorted(order)[0] == "0"
+    assert ("-kernel" in argv) == (kernel != "" and iso == "")  # an ISO that is given boots first
+
+
 def addresses(argv: list[str]) -> list[str]:
     return [match.group(1) for word in argv for match in re.finditer(r"\baddr=(0x[0-9a-f]+)", word)]
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import PROGRAM, Cloud, bash_values
+from support import PROGRAM, Cloud, Result, bash_values
 
 import nocloud
 
@@ -337,7 +339,7 @@ def test_the_first_own_file_counts_and_the_environment_overrides(cloud: Cloud) -
     files[0].write_text("vmMem=1002\nvmCpu=3\n")
     assert memory_in_force(cloud) == "1002"
     done = cloud.run("vmtemplate", "-h", cwd=here).ok()
-    assert "[1003]" in done.stdout and "[3]" not in done.stdout  # ./ is the first; no other is read
+    assert "[1003]" in done.stdout and "[3]" in done.stdout  # ./ comes on top of it
     files[0].unlink()
     assert memory_in_force(cloud) == "1001"
     assert memory_in_force(cloud, NOCLOUD_vmMem="77") == "77"
@@ -349,9 +351,6 @@ def test_the_first_own_file_counts_and_the_environment_overrides(cloud: Cloud) -
 
 def test_the_installations_own_file_comes_first(cloud: Cloud) -> None:
     import shutil
-    import sys
-
-    from support import PROGRAM
 
     prefix = cloud.home / "prefix"
     (prefix / "bin").mkdir(parents=True)
@@ -425,6 +424,127 @@ def test_files_of_other_users_are_skipped(cloud: Cloud) -> None:
     os.chown(file, 65534, 65534)
     done = cloud.run("vmtemplate", "-h").ok()
     assert "[512]" in done.stdout and "another user" in done.stderr
+
+
+def test_a_file_that_may_not_be_used_hides_no_other(cloud: Cloud) -> None:
+    """Another user's `.nocloud.conf`, in the current folder or at home, counts as if it weren't there."""
+    (cloud.home / ".nocloud.conf").write_text("vmMem=333\n")
+    (cloud.home / ".nocloud.conf").chmod(0o666)
+    second = cloud.home / "config/nocloud/nocloud.conf"
+    second.parent.mkdir(parents=True)
+    second.write_text("vmMem=444\n")
+    done = cloud.run("vmtemplate", "-h").ok()
+    assert "[444]" in done.stdout and done.stderr.count("warning") == 1
+    here = cloud.home / "here"
+    here.mkdir()
+    (here / ".nocloud.conf").write_text("vmMem=555\n")
+    (here / ".nocloud.conf").chmod(0o666)
+    done = cloud.run("vmtemplate", "-h", cwd=here).ok()
+    assert "[444]" in done.stdout and "./.nocloud.conf is skipped: others may write to it" in done.stderr
+
+
+# What counts from a ./.nocloud.conf that nobody allowed; typed by hand.
+HARMLESS = [
+    "vmMem", "vmCpu", "vmCpuCap", "vmCreateDiskSize", "vmCount", "vmGroup", "vmSubGroup", "vmDefaultGroup",
+    "vmDefaultSubGroup", "vmCreateGroup", "vmStopTimeout", "vmWaitTimeout", "vmDownloadTimeout",
+]  # fmt: skip
+
+
+def test_which_settings_can_do_no_harm() -> None:
+    assert [each.key for each in nocloud.SETTINGS if each.harmless and each.where != "unused"] == HARMLESS
+
+
+TOLD = "not used, as they can have things run or opened: vmQemu, vmBaseDir (nocloud trust ./.nocloud.conf allows them)"
+
+
+def test_a_repository_runs_and_opens_nothing(cloud: Cloud) -> None:
+    """What its `.nocloud.conf` says of memory counts; what could have something run, only once it was allowed."""
+    del cloud.env["NOCLOUD_vmBaseDir"]
+    (cloud.home / ".nocloud.conf").write_text(f"vmBaseDir={cloud.base}\n")
+    here = cloud.home / "repository"
+    here.mkdir()
+    conf, program = here / ".nocloud.conf", here / "q"
+    program.write_text(f"#!/bin/sh\ntouch {here}/ran\n")
+    program.chmod(0o755)
+    conf.write_text("vmQemu=$PWD/q\nvmBaseDir=$PWD/tree\nvmMem=1003\n")
+    cloud.env["PWD"] = str(here)
+    code = (
+        f"import os, sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); import nocloud; config = nocloud.load_config()\n"
+        "print(*map(config.__getitem__, ('vmQemu', 'vmBaseDir', 'vmMem')), sep=';')"
+    )
+
+    def in_force() -> Result:
+        return cloud.execute([sys.executable, "-IS", "-c", code], cwd=here).ok()
+
+    def refused() -> None:
+        done = in_force()
+        assert done.stdout == f";{cloud.base};1003\n"
+        assert done.stderr == f"nocloud: warning: ./.nocloud.conf: {TOLD}\n"
+
+    refused()
+    image = cloud.home / "disk"
+    cloud.execute(["qemu-img", "create", "-q", "-f", "qcow2", image, "8M"]).ok()
+    cloud.run("vmtemplate", "x", "--image", image, cwd=here).ok()
+    assert not (here / "ran").exists() and (cloud.base / "templates/x").is_dir()
+
+    cloud.run("trust", "./.nocloud.conf", cwd=here).quiet()
+    done = in_force()
+    assert (done.stdout, done.stderr) == (f"{program};{here}/tree;1003\n", "")
+    list_ = cloud.home / "config/nocloud/trusted"
+    assert list_.stat().st_mode & 0o777 == 0o600
+    cloud.execute(["sha256sum", "--check", "--strict", list_]).ok()
+    list_.chmod(0o666)
+    refused()  # whoever could write there could allow anything
+    list_.chmod(0o600)
+
+    conf.write_text(conf.read_text() + "# changed\n")
+    refused()
+    moved = cloud.home / "elsewhere"
+    here.rename(moved)
+    here.mkdir()
+    conf.write_text((moved / ".nocloud.conf").read_text().replace("# changed\n", ""))
+    assert in_force().stderr == ""  # it is the path and what is in it that was allowed
+
+
+@pytest.mark.parametrize("line", ["vmMem=lots", "vmMem=$(touch x)", "if true; then", "vmQemu=`touch x`"])
+def test_a_repository_keeps_nobody_from_working(cloud: Cloud, line: str) -> None:
+    """Its mistakes are warnings, and errors once it was allowed, which it can't be then."""
+    here = cloud.home / "repository"
+    here.mkdir()
+    (here / ".nocloud.conf").write_text(f"# first\n{line}\n")
+    done = cloud.run("vmrunning", cwd=here).ok()
+    assert done.stderr.startswith("nocloud running: warning: ./.nocloud.conf:2: ") and done.stderr.count("\n") == 1
+    cloud.run("trust", ".nocloud.conf", cwd=here).fails(2, f"{here}/.nocloud.conf:2: ")
+    assert not (cloud.home / "config/nocloud/trusted").exists() and not (here / "x").exists()
+
+
+def test_what_can_not_be_allowed(cloud: Cloud) -> None:
+    cloud.run("trust", "nothing").fails(1, "nothing")
+    file = cloud.home / "conf"
+    file.write_text("vmMem=64\n")
+    file.chmod(0o666)
+    cloud.run("trust", file).says(1, f"{file}: others may write to it", "use a copy of your own")
+    odd = cloud.home / "a\n0  b"
+    odd.mkdir()
+    (odd / ".nocloud.conf").write_text("vmMem=64\n")
+    cloud.run("trust", ".nocloud.conf", cwd=odd).fails(1, "its path has control characters")
+
+
+@settings(max_examples=25)
+@given(st.binary())
+def test_any_repository_lets_one_work(content: bytes) -> None:
+    told: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / ".nocloud.conf"
+        path.write_bytes(content)
+        before = os.getcwd()
+        os.chdir(folder)
+        try:
+            config = nocloud.Config()
+            config.read(nocloud.LOCAL_CONF, told.append)
+        finally:
+            os.chdir(before)
+    assert config["vmQemu"] == "" and all(map(str.isprintable, map(nocloud.printable, told)))
 
 
 def test_nokvm_means_tcg(cloud: Cloud) -> None:

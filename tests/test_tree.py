@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import Cloud, tree_at
+from support import NOBODY, Cloud, add_blank, replace_program, tree_at
 from test_lifecycle import INHERITED
 
 import nocloud
@@ -361,42 +362,157 @@ def test_a_pipe_in_the_pidfiles_place_blocks_nobody(tmp_path: Path) -> None:
 # Locks and files #####################################################################################
 
 
-def test_a_folders_lock_excludes_and_shares(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", [0o700, 0o755])
+def test_a_folders_lock_excludes_and_shares(tmp_path: Path, mode: int) -> None:
     path = str(tmp_path)
+    tmp_path.chmod(mode)
     with nocloud.FolderLock(path, shared=True), nocloud.FolderLock(path, shared=True):
         with pytest.raises(nocloud.WrongState), nocloud.FolderLock(path, wait=0):
             pass
         assert nocloud.is_locked(path)
     assert not nocloud.is_locked(path)
     with nocloud.FolderLock(path):
-        fd = os.open(path, os.O_RDONLY)
-        with pytest.raises(BlockingIOError):
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        os.close(fd)
+        assert nocloud.is_locked(path)
     with pytest.raises(FileNotFoundError), nocloud.FolderLock(str(tmp_path / "nothing")):
         pass
 
 
-def test_a_lock_of_a_folder_that_was_replaced_is_no_lock(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", [0o700, 0o755, 0o775])
+def test_nobody_else_can_lock_a_folder(public_folder: Path, mode: int) -> None:
+    """What its lock is on can't be opened by others, who could hold it for ever."""
+    public_folder.chmod(mode)
+    with nocloud.FolderLock(str(public_folder)):
+        places = [public_folder, *public_folder.iterdir()]
+        locked = [place for place in places if not takes_lock(place)]
+    assert len(locked) == 1 and locked[0].stat().st_mode & 0o077 == 0
+    assert nocloud.is_locked(str(public_folder)) is False
+
+
+def takes_lock(place: Path) -> bool:
+    fd = os.open(place, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def test_a_folder_whose_lock_can_not_be_asked_for_is_taken_for_locked(tmp_path: Path) -> None:
+    """What is half-made is removed only where nobody can be at work on it."""
+    folder = tmp_path / "x"
+    folder.mkdir(0o755)
+    (folder / ".lock").symlink_to("/dev/null")
+    assert nocloud.is_locked(str(folder))
+    assert not nocloud.is_locked(str(tmp_path / "nothing"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may be another user")
+def test_another_user_holds_up_no_command(public_folder: Path, vms: None) -> None:
+    """In a tree that others may look into: not with a lock on it, nor on a template, nor on a VM."""
+    with Cloud(public_folder / "home", public_folder / "vms") as blank:
+        blank.base.mkdir(0o755)
+        add_blank(blank)
+        blank.run("vminstantiate", "-n", "blank", "-g", "pf", "-o", "name=web").ok()
+        folders = [blank.base, blank.base / "templates/blank", *blank.base.glob("pf/**/"), *blank.base.rglob(".lock")]
+        code = (
+            "import fcntl, os, sys\n"
+            "os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)\n"
+            "for place in sys.argv[1:]:\n"
+            "    try:\n"
+            "        fcntl.flock(os.open(place, os.O_RDONLY), fcntl.LOCK_EX)\n"
+            "    except PermissionError:\n"
+            "        pass\n"
+            "print('held', flush=True); sys.stdin.read()\n"
+        )
+        argv = [sys.executable, "-c", code, *map(str, folders)]
+        with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as neighbour:
+            assert neighbour.stdout and neighbour.stdout.readline() == "held\n"
+            try:
+                done = blank.run("vminstantiate", "-n", "blank", "-g", "pf", "-o", "name=web", timeout=60).ok()
+                assert "waiting for another command" not in done.stderr
+                blank.run("vmstop", "-d", "-g", "pf", timeout=60).quiet()
+                blank.run("vmtemplate", "blank", "--delete", timeout=60).ok()
+            finally:
+                neighbour.communicate("", 20)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a template to others")
+def test_a_template_of_somebody_else_is_cloned_without_its_lock(public_folder: Path, vms: None) -> None:
+    """Nothing is written beside it; where its disk goes meanwhile, that is an error, and nothing half-made stays."""
+    owner = Cloud(public_folder / "owner")
+    owner.base.mkdir(0o755)
+    disk = add_blank(owner)
+    user = Cloud(public_folder / "user")  # none of them runs anything
+    (user.base / "templates").mkdir(parents=True)
+    (user.base / "templates/blank").symlink_to(disk.parent)
+    programs = public_folder / "bin"
+    gone = f'"$REAL" "$@" || exit; [ "$1" != create ] || mv {disk.parent} {disk.parent}.gone'
+    shutil.copy(nocloud.__file__, public_folder / "nocloud.py")
+    code = (
+        f"import sys; sys.path.insert(0, {str(public_folder)!r}); import nocloud\n"
+        "with nocloud.Cloud(nocloud.load_config()) as cloud:\n"
+        "    request = nocloud.CloneRequest('', 'blank', 1, 'web', {}, prefix='web')\n"
+        "    print(*nocloud.make_clones(cloud, 'pf', [request]))\n"
+    )
+    argv = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-IS", "-c", code]
+    for path in (user.home, *user.home.rglob("*")):
+        os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
+    with nocloud.FolderLock(str(disk.parent)):
+        before = sorted(disk.parent.iterdir())
+        done = user.execute(argv, timeout=60).ok()
+    assert (done.stdout, done.stderr) == ("web00\n", "")
+    assert sorted(disk.parent.iterdir()) == before
+    kept = user.files()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(user.env, "PATH", replace_program(programs, "qemu-img", gone))
+        (programs / "qemu-img").chmod(0o755)
+        disk.parent.parent.chmod(0o777)  # so that this user may move it, in its owner's place
+        done = user.execute(argv, timeout=60).ok()
+    assert done.stdout == f"blank: its disk has just gone: {disk}\n"
+    assert user.files() == kept
+
+
+def test_a_tree_is_its_owners_alone(cloud: Cloud) -> None:
+    """One that is made; one that others may look into stays so."""
+    cloud.env.pop("NOCLOUD_vmBaseDir")
+    cloud.env["XDG_DATA_HOME"] = str(cloud.home / "share/data")
+    code = "tree = nocloud.Tree(nocloud.load_config()); tree.prepare(); print(tree.base)"
+    base = Path(cloud.script(code).ok().stdout.strip())
+    for folder in (base, base.parent, cloud.home / "share"):
+        assert folder.stat().st_mode & 0o777 == 0o700, folder
+    base.chmod(0o755)
+    cloud.script(code).ok()
+    assert base.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_private_folder_makes_no_other_folder_public(tmp_path: Path) -> None:
+    nocloud.make_private_folder(str(tmp_path / "a/b/c"))
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")} == {0o700}
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o755])
+def test_a_lock_of_a_folder_that_was_replaced_is_no_lock(tmp_path: Path, mode: int) -> None:
     """Who waited for a folder that was removed and made again gets the new one's lock."""
     path = tmp_path / "vm"
-    path.mkdir()
+    path.mkdir(mode)
     first = nocloud.FolderLock(str(path)).__enter__()
     waiter = subprocess.Popen(
         [
             sys.executable,
             "-c",
-            f"import nocloud\nwith nocloud.FolderLock({str(path)!r}): print(len(nocloud.os.listdir({str(path)!r})))",
+            f"import nocloud, os\nwith nocloud.FolderLock({str(path)!r}): print('new' in os.listdir({str(path)!r}))",
         ],
         stdout=subprocess.PIPE,
         text=True,
         cwd=Path(nocloud.__file__).parent,
     )
     path.rename(tmp_path / "gone")
-    path.mkdir()
+    path.mkdir(mode)
     (path / "new").touch()
     first.release()
-    assert waiter.communicate(timeout=20)[0] == "1\n"
+    assert waiter.communicate(timeout=20)[0] == "True\n"
 
 
 def test_files_land_whole_with_their_mode(tmp_path: Path) -> None:

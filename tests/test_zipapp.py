@@ -102,7 +102,7 @@ def test_archive_is_readable_and_complete(pyz: Path) -> None:
     assert {"nocloud.py", "__main__.py"} <= set(names.split())
     for file in filter(Path.is_file, [*(ROOT / "etc").rglob("*"), *(ROOT / "systemd").rglob("*")]):
         assert str(file.relative_to(ROOT)) in names
-    assert pyz.read_bytes().startswith(b"#!/usr/bin/env -S python3 -IS\n")
+    assert pyz.read_bytes().startswith(b"#!/usr/bin/env -S python3 -X utf8 -IS\n")
     assert stat.S_IMODE(pyz.stat().st_mode) == 0o755
 
 
