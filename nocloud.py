@@ -1985,6 +1985,7 @@ class VM:
     log_file = FileOf("{}.log")
     command_file = FileOf("{}.command")
     console_log = FileOf("console.log")
+    old_console_log = FileOf("console.log.1")  # what was in it before, where it became too long
     credentials_file = FileOf("credentials")  # the SMBIOS string that hands keys and hostname to systemd (0600)
     seed_folder = FileOf("seed")  # what cloud-init in the guest reads (0700: the host key is in it)
     user_data_file = FileOf("user-data")  # what the user adds to the seed, as it was when the VM was made (0600)
@@ -2648,8 +2649,9 @@ def net_args(machine: Machine, tap: int, vhost: int) -> list[str]:
 
 
 def console_args() -> list[str]:
-    """The serial line is a socket for vmconsole and a log at the same time; logappend=off: since this start."""
-    chardev = "socket,id=serial0,path=serial.sock,server=on,wait=off,logfile=console.log,logappend=off"
+    """The serial line is a socket for vmconsole and a log at the same time, of this start; logappend=on: what writes
+    to it in the middle, after etc/console.sh has emptied it, would leave a hole before that."""
+    chardev = "socket,id=serial0,path=serial.sock,server=on,wait=off,logfile=console.log,logappend=on"
     return ["-chardev", chardev, "-serial", "chardev:serial0"]
 
 
@@ -7327,6 +7329,7 @@ def write_seed(cloud: Cloud, vm: VM, wanted: bool) -> str:
 
 # prctl(2), PR_SET_PDEATHSIG: set where nothing but the exec of qemu follows, for entering a namespace would clear it.
 TIE = ("setpriv", "--pdeathsig", "KILL", "--")
+CONSOLE_BYTES, CONSOLE_SECONDS = 24 * MIB, "20"  # how long console.log may get, and how often that is looked at
 
 
 def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, tied: bool = False) -> None:
@@ -7335,12 +7338,16 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, tie
         need_program(TIE[0])
     words, fds = network.enter([*(TIE if tied else ()), *qemu_argv(machine, tap, vhost)])
     write_file(vm.command_file, command_script(vm, qemu_argv(machine, 3), network), 0o700)
-    for path in (vm.log_file, vm.console_log):
+    for path in (vm.log_file, vm.console_log, vm.old_console_log):
         remove_file(path)
-    # A template's folder may be entered by others, and who may write to a socket of qemu's owns the guest.
-    kept = [fd for fd in (*fds, tap, vhost) if fd >= 0]
-    process = spawn(words, log=vm.log_file, cwd=vm.folder, fds=kept, umask=0o077)
+    with open(os.open(vm.console_log, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as console:
+        fcntl.flock(console, fcntl.LOCK_EX)  # qemu's from now on: that tells what bounds the log whether it runs
+        # A template's folder may be entered by others, and who may write to a socket of qemu's owns the guest.
+        kept = [fd for fd in (*fds, tap, vhost, console.fileno()) if fd >= 0]
+        process = spawn(words, log=vm.log_file, cwd=vm.folder, fds=kept, umask=0o077)
     try:
+        bound = ["sh", "-c", "\n".join(packaged_list("console.sh")), "sh", str(CONSOLE_BYTES), CONSOLE_SECONDS]
+        spawn(bound, log=os.devnull, cwd=vm.folder, umask=0o077).wait()  # it goes on in the background
         if not wait_for(lambda: process.poll() is not None or answers(vm, process.pid), 30, 0.05):
             raise TimedOut("qemu did not answer within 30 s", f"see {vm.log_file}", vm=vm)
         if process.returncode is not None:
@@ -7420,7 +7427,8 @@ class Wait:
 
     def console(self) -> str:
         """The last lines that the guest wrote on its console, for an error message."""
-        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]", "", read_tail(self.vm.console_log))
+        said = read_tail(self.vm.old_console_log) + read_tail(self.vm.console_log)
+        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]", "", said)
         lines = [printable(line.strip())[:160] for line in text.splitlines() if line.strip()]
         return f"; its console says: {' | '.join(lines[-3:])}" if lines else "; its console says nothing"
 
