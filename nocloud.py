@@ -1059,6 +1059,9 @@ _INSTALLERS = (
 )
 
 
+GUEST_OUTPUT = 64 << 10  # how much of what a guest says is kept: the last bytes
+
+
 def find_program(name: str) -> str:
     """The path of a program, or ''.  The sbin folders are looked in too: a Debian user's PATH lacks them."""
     if os.path.isabs(name):
@@ -1155,9 +1158,11 @@ def run(
     cwd: str | None = None,
     fds: Sequence[int] = (),
     merge: bool = True,
+    keep: int = 0,
 ) -> subprocess.CompletedProcess[str]:
     """Run a program to its end; its stdout as text, its stderr mixed in unless `merge` is off.
 
+    `keep`: only that many bytes, the last, of what it writes (0: all), for one that a guest has write what it likes.
     Raises MissingProgram, CommandFailed (unless `check` is off) and TimedOut after `timeout` seconds.
     """
     import subprocess
@@ -1167,7 +1172,7 @@ def run(
     with popen(argv, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, cwd=cwd, pass_fds=fds) as child:
         cancellation.children.add(child)
         try:
-            said = child.communicate(input, timeout)
+            said = (last_output(child, timeout or 0, keep), b"") if keep else child.communicate(input, timeout)
         except subprocess.TimeoutExpired:
             child.kill()
             raise TimedOut(f"{argv[0]}: no end after {timeout:.0f} s") from None
@@ -1182,10 +1187,28 @@ def run(
     return subprocess.CompletedProcess(argv, child.returncode, output, errors)
 
 
-def try_run(argv: Sequence[str], timeout: float) -> tuple[int, str]:
+def last_output(child: subprocess.Popen[bytes], timeout: float, keep: int) -> bytes:
+    """The last `keep` bytes of what a program writes to its end.  Raises subprocess.TimeoutExpired."""
+    import select
+    import subprocess
+
+    assert child.stdout
+    said, deadline, poll = b"", time.monotonic() + timeout, select.poll()
+    poll.register(child.stdout)
+    while (left := deadline - time.monotonic()) > 0:
+        if poll.poll(left * 1000):
+            piece = os.read(child.stdout.fileno(), 65536)
+            if not piece:
+                child.wait(left)
+                return said
+            said = (said + piece)[-keep:]
+    raise subprocess.TimeoutExpired(child.args, timeout)
+
+
+def try_run(argv: Sequence[str], timeout: float, keep: int = 0) -> tuple[int, str]:
     """(exit status, output) of a program that may fail; (-1, why) where it doesn't end within `timeout` seconds."""
     try:
-        done = run(argv, check=False, timeout=timeout)
+        done = run(argv, check=False, timeout=timeout, keep=keep)
     except TimedOut as error:
         return -1, str(error)
     return done.returncode, done.stdout
@@ -1226,6 +1249,7 @@ def run_watched(
                     if not piece:
                         break
                     *lines, rest = (rest + piece).split(b"\n")
+                    rest = rest[-GUEST_OUTPUT:]
                     for line in lines:
                         on_line(line.decode("utf-8", "replace"))
         if rest:
@@ -5097,6 +5121,9 @@ class Web:
             time.sleep(min(1.0, self.seconds / 30) * 2 ** (tries - 1))
 
 
+ROOM_HINT = "free some disk space, or put XDG_CACHE_HOME and vmBaseDir on larger file systems"
+
+
 class Progress:
     """How far a download is: a bar on a terminal, elsewhere a line now and then; and whether there is room for it."""
 
@@ -5117,9 +5144,8 @@ class Progress:
         wanted = {folder: self.total - self.done, self.base: self.total}
         if os.stat(folder).st_dev == os.stat(self.base).st_dev:
             wanted = {self.base: sum(wanted.values())}
-        hint = "free some disk space, or put XDG_CACHE_HOME and vmBaseDir on larger file systems"
         for place, need in wanted.items():
-            check_room(place, need, hint=hint)
+            check_room(place, need, hint=ROOM_HINT)
 
     def advance(self, count: int) -> None:
         self.done += count
@@ -5180,6 +5206,11 @@ class Transfer:
                 new = piece[skip:]
                 skip -= len(piece) - len(new)
                 self.sink(new)
+                try:
+                    check_reserve(os.path.dirname(self.path))  # it may be longer than it was said to be
+                except Error:
+                    file.truncate(0)
+                    raise
                 write_all(file.fileno(), new)
                 self.done += len(new)
                 self.progress.advance(len(new))
@@ -5290,6 +5321,14 @@ def check_room(folder: str, need: int, shown: str = "", what: str = "the image t
     free = free_bytes(folder)
     if need > free:
         raise Error(f"{shown or folder}: {what.format(need // MIB)}, {free // MIB} MB are free", hint)
+
+
+RESERVE = 64 * MIB
+
+
+def check_reserve(folder: str) -> None:
+    """Raise where so little room is left in a folder that what comes into it without an end would have taken it all."""
+    check_room(folder, RESERVE, what="what comes there has no end in sight, {} MB are kept free", hint=ROOM_HINT)
 
 
 class CachedImage:
@@ -5433,6 +5472,7 @@ class ClassicSource(Source):
                 def sink(data: bytes) -> None:
                     for out in unpacker.feed(data):
                         digest.update(out)
+                        check_reserve(folder)
                         if out.count(0) == len(out):
                             image.seek(len(out), os.SEEK_CUR)  # takes no space
                         else:
@@ -7561,7 +7601,7 @@ def pin_host_key(wait: Wait) -> None:
     try:
         for seconds in wait.tries():
             trust = ssh_trust_options(place, strict=False)
-            try_run([*ssh_argv(cloud, vm, trust, ssh_key_options(True), batch=True), "true"], seconds)
+            try_run([*ssh_argv(cloud, vm, trust, ssh_key_options(True), batch=True), "true"], seconds, GUEST_OUTPUT)
             if os.path.exists(place):
                 break
         lines = read_text(place).splitlines()
@@ -7573,7 +7613,8 @@ def pin_host_key(wait: Wait) -> None:
 def ssh_batch(cloud: Cloud, vm: VM, script: str, timeout: float) -> tuple[int, str]:
     """Run a command in the guest with nocloud's own key and no ssh configuration of the user's; (status, output)."""
     trust = ssh_trust_options(cloud.known_hosts.path, strict=True)
-    return try_run([*ssh_argv(cloud, vm, trust, ssh_key_options(is_planted(vm)), batch=True), script], timeout)
+    argv = [*ssh_argv(cloud, vm, trust, ssh_key_options(is_planted(vm)), batch=True), script]
+    return try_run(argv, timeout, GUEST_OUTPUT)
 
 
 def ssh_way(network: Network) -> list[str]:
@@ -7709,11 +7750,11 @@ class OwnGuest:
     def wait_login(self) -> None:
         """Return when one can log in to it with `keys`, which may be others than ours."""
         for seconds in self.wait(wait_ssh).tries():
-            said: list[str] = []
-            if not self.run("true", said.append, seconds):
+            status, said = self.ask("true", seconds)
+            if not status:
                 return
-            if any("Permission denied" in line for line in said):
-                raise Error(f"no key lets {self.vm.get('vmUser')} in: {last_line(chr(10).join(said))}", vm=self.vm)
+            if "Permission denied" in said:
+                raise Error(f"no key lets {self.vm.get('vmUser')} in: {last_line(said)}", vm=self.vm)
 
     def run(self, script: str, on_line: Callable[[str], None], seconds: float) -> int:
         """Run a script in it, giving each line that it writes to `on_line`; its status, 255 where ssh failed.
@@ -7728,11 +7769,19 @@ class OwnGuest:
             raise WrongState("its guest ended in the middle of the work", f"see {self.vm.console_log}", vm=self.vm)
         return status
 
+    def ask(self, script: str, seconds: float) -> tuple[int, str]:
+        """The status of a script in it, and what it says last."""
+        said = ""
+
+        def hear(line: str) -> None:
+            nonlocal said
+            said = f"{said}{line}\n"[-GUEST_OUTPUT:]
+
+        return self.run(script, hear, seconds), said
+
     def output(self, script: str, seconds: float = 120) -> str:
         """What a script says in it.  Raises Error where its status isn't 0."""
-        lines: list[str] = []
-        status = self.run(script, lines.append, seconds)
-        said = "\n".join(lines)
+        status, said = self.ask(script, seconds)
         if status:
             raise Error(last_line(said) or describe_status(status), vm=self.vm)
         return said

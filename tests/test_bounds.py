@@ -6,10 +6,13 @@ import fcntl
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from support import ROOT, Cloud, eventually, is_alive
+
+import nocloud
 
 MIB = 1 << 20
 
@@ -77,3 +80,26 @@ def test_a_vm_that_floods_its_console(blank: Cloud) -> None:
     blank.run("vmstop", "--kill", "-g", "pf").quiet()
     blank.start("pf/web00").ok()
     assert not (folder / "console.log.1").exists(), "it is of this start"
+
+
+def memory_after(code: str) -> int:
+    """How many MB a Python that did this with the module has had at most."""
+    before = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import nocloud\n"
+    after = "\nprint(nocloud.process_file('self', 'status').partition('VmHWM:')[2].split()[0])"
+    words = [sys.executable, "-IS", "-c", before + code + after]
+    return int(subprocess.run(words, check=True, capture_output=True, timeout=60).stdout) // 1024
+
+
+FLOOD = "head -c 300000000 /dev/zero | tr '\\0' '{}'; echo; echo the end"
+
+
+def test_only_the_end_of_what_a_guest_says_is_kept() -> None:
+    status, output = nocloud.try_run(["sh", "-c", FLOOD.format("x") + "; exit 3"], 60, 1000)
+    assert (status, len(output), output[-9:]) == (3, 1000, "\nthe end\n"[-9:])
+    assert nocloud.try_run(["sh", "-c", "yes"], 0.5, 1000) == (-1, "sh: no end after 0 s")
+    flood = ["sh", "-c", FLOOD.format("x")]
+    assert memory_after(f"nocloud.try_run({flood!r}, 60, 65536)") < 100
+    lines: list[str] = []
+    nocloud.run_watched(flood, lines.append)
+    assert len(lines[0]) <= 65536 and lines[1:] == ["the end"]
+    assert memory_after(f"nocloud.run_watched({flood!r}, len)") < 100
