@@ -8360,12 +8360,15 @@ LOOK_SECONDS = 2.0  # between looks at the tree for VMs that others started
 class Supervisor:
     """The loop of one vmrun.  `on_ready` is called when all VMs are ready, or are known not to get ready."""
 
-    def __init__(self, cloud: Cloud, group: str, on_ready: Callable[[int], None]) -> None:
-        """Takes the signals over, for good: to the end of the process none of them interrupts it any more."""
+    def __init__(self, cloud: Cloud, group: str, end: str, on_ready: Callable[[int], None]) -> None:
+        """Takes the signals over, for good: to the end of the process none of them interrupts it any more.
+
+        `end`: the goal that SIGINT and SIGTERM set.
+        """
         import selectors
         import threading
 
-        self.cloud, self.group = cloud, group
+        self.cloud, self.group, self._end_goal = cloud, group, end
         self.goal = RUN
         self.status = EXIT_DONE
         self._on_ready: Callable[[int], None] | None = on_ready
@@ -8428,7 +8431,7 @@ class Supervisor:
             self._posts.popleft()()
         goals = {signal.SIGUSR1: KEEP, signal.SIGHUP: LEAVE}
         for number in filter(None, numbers):
-            self._ask(goals.get(signal.Signals(number), DESTROY))
+            self._ask(goals.get(signal.Signals(number), self._end_goal))
 
     def _ask(self, goal: str) -> None:
         """A signal.  Who has asked to keep the VMs may still have them destroyed, but not the other way round."""
@@ -8573,14 +8576,14 @@ class Supervisor:
 
 
 def supervise(
-    cloud: Cloud, group: str, requests: Sequence[CloneRequest], new: bool, gui: bool, background: Background
+    cloud: Cloud, group: str, requests: Sequence[CloneRequest], new: bool, gui: bool, background: Background, end: str
 ) -> int:
     """Run a group: the VMs that it has and those that are asked for, until it ends; the exit status.
 
-    `new`: it must have none yet; `gui`: those that it has get a screen, this time.
+    `new`: it must have none yet; `gui`: those that it has get a screen, this time; `end`: KEEP or DESTROY, which ^C does.
     """
     manager = Manager(cloud.tree, group, new)
-    supervisor = Supervisor(cloud, group, lambda status: background.on_ready(status, manager.log_file))
+    supervisor = Supervisor(cloud, group, end, lambda status: background.on_ready(status, manager.log_file))
     with manager:
         old = list(cloud.tree.vms(group))
         if not old and not requests:
@@ -9737,8 +9740,8 @@ def report_errors(errors: Sequence[Error]) -> int:
 
 @declare(
     Command("run", "vmrun"),
-    Option("-f --file FILE", "make what a description file lists, and run it; -: stdin"),
-    Option("-r --resume GROUP", "run the VMs of GROUP that were kept", complete="group"),
+    Option("-f --file FILE", "make what a description file lists (-: stdin), and run it; ^C destroys it all"),
+    Option("-r --resume GROUP", "run the VMs of GROUP that were kept; ^C shuts them down and keeps them", complete="group"),
     Option(
         "-s --stop GROUP", "tell the vmrun that manages GROUP to stop its VMs and keep them", complete="managed-group"
     ),
@@ -9746,6 +9749,7 @@ def report_errors(errors: Sequence[Error]) -> int:
     Option("--group GROUP", "with -f: the group's name, instead of the file's", complete="group"),
     Option("--add", "with -f: though the group has VMs already; they are run too"),
     Option("--background", "return when all VMs are ready"),
+    Option("--destroy", "with -r: ^C destroys them"),
     FORCE,
 )
 def cmd_run(config: Config, args: argparse.Namespace, words: list[str]) -> int:
@@ -9755,6 +9759,8 @@ def cmd_run(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     for given, name in ((args.group, "--group"), (args.add, "--add"), (args.force, "--force")):
         if given and args.file is None:
             raise UsageError(f"{name} goes with -f FILE only")
+    if args.destroy and args.resume is None:
+        raise UsageError("--destroy goes with -r GROUP only")
     if args.gui and args.stop is not None:
         raise UsageError("-g goes with -f FILE and -r GROUP")
     if args.stop is not None:
@@ -9780,7 +9786,8 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
             raise UsageError("templates are not run as a group", "vm -n NAME runs one")
         else:
             cloud.tree.need_group(group)
-        return supervise(cloud, group, requests, bool(requests) and not args.add, args.gui, background)
+        end = KEEP if args.resume is not None and not args.destroy else DESTROY
+        return supervise(cloud, group, requests, bool(requests) and not args.add, args.gui, background, end)
 
 
 @declare(Command("running", "vmrunning"), GROUP, TYPE, Option("-a --all", "the stopped ones too, with their state"))
