@@ -2409,6 +2409,60 @@ def connect_qemu(vm: VM, seconds: float = 5.0) -> QMP:
     return connect_foreign(foreign, vm, seconds) if foreign else QMP(vm.folder, seconds)
 
 
+# -- what a guest does
+
+
+DISK_FULL, DISK_ERROR = "paused (disk full)", "paused (disk error)"
+AT_WORK = ("running", "stopped", "unknown", "prelaunch", "inmigrate", "finish-migrate", "restore-vm", "save-vm")
+
+
+def guest_state(vm: VM) -> str:
+    """What a VM does: `running`, `stopped`, `unknown`, or what QMP's RunState calls it (paused, guest-panicked …).
+
+    io-error is two: qemu pauses the guest where the host's disk is full, and where it fails.  A qemu that hangs, or is
+    busy with another client, counts as running after a second: no list waits longer.  So does one of the bash tools'.
+    """
+    state, _ = vm.state()
+    if state != "running" or vm.foreign_qemu():
+        return state
+    try:
+        with QMP(vm.folder, 1.0) as qemu:
+            state = str(qemu.execute("query-status")["status"])
+            full = state == "io-error" and any(
+                each.get("io-status") == "nospace" for each in qemu.execute("query-block")
+            )
+    except (Error, OSError, LookupError, TypeError, AttributeError):
+        return "running"
+    return (DISK_FULL if full else DISK_ERROR) if state == "io-error" else state
+
+
+def wake(vm: VM, resume: bool = False) -> str:
+    """Its state, after a guest that a full disk paused, or with `resume` anyone, was told to go on."""
+    state = guest_state(vm)
+    if state in (DISK_FULL, DISK_ERROR, "paused" if resume else ""):
+        try:
+            with QMP(vm.folder) as qemu:
+                qemu.execute("cont")
+        except (Error, OSError):
+            pass  # it is ending, or is in that state for another reason: the state tells
+        wait_for(lambda: guest_state(vm) != "running", 0.5, 0.1)  # what couldn't be written is tried again
+        state = guest_state(vm)
+    return state
+
+
+def need_awake(vm: VM) -> None:
+    """wake(), raising WrongState for a guest that does nothing, and won't by itself."""
+    state = wake(vm)
+    if state not in AT_WORK:
+        raise WrongState(f"it is {state}", remedy(vm, state), vm=vm)
+
+
+def remedy(vm: VM, state: str) -> str:
+    """The command that gets a guest out of a state."""
+    room = f"  # once there is room in {vm.folder}" if state == DISK_FULL else ""
+    return f"vmmanage -n {vm} cont{room}" if state.startswith("paused") else f"vmstop --kill -n {vm}"
+
+
 # -- acceleration
 
 
@@ -7148,8 +7202,17 @@ def stop_locked(vm: VM, seconds: float) -> bool:
 
 
 def press_power_button(vm: VM, process: Process, seconds: float) -> bool:
-    """Whether the guest shut down in time.  The button is pressed every 3 s: a guest that is booting misses it."""
+    """Whether the guest shut down in time.  The button is pressed every 3 s: a guest that is booting misses it.
+
+    Raises WrongState where a full disk has paused it: the plug would cost it what it couldn't write.
+    """
+    state = wake(vm, resume=True)
+    if state in (DISK_FULL, DISK_ERROR):
+        raise WrongState(f"it is {state}", f"{remedy(vm, state)}; --kill switches it off as it is", vm=vm)
+    if state not in AT_WORK:
+        return False
     deadline = time.monotonic() + seconds
+    said = False
     while True:
         try:
             with connect_qemu(vm) as qemu:
@@ -7161,6 +7224,9 @@ def press_power_button(vm: VM, process: Process, seconds: float) -> bool:
             return True
         if left <= 3.0:
             return False
+        if not said:
+            said = True
+            report.say(f"{report.program}: waiting for {vm} to shut down, for up to {seconds:.0f} s")
 
 
 def pull_the_plug(vm: VM, process: Process) -> None:
@@ -7438,7 +7504,7 @@ class Wait:
         self._started = time.monotonic()
         self._deadline = self._started + seconds
         self._say_at = self._started + 1.0 if say else float("inf")
-        self._checked = 0.0
+        self._checked = self._woken = 0.0
 
     def left(self) -> float:
         return self._deadline - time.monotonic()
@@ -7451,6 +7517,9 @@ class Wait:
             self._checked = now
             if not vm.is_running():
                 raise WrongState(f"it stopped while it was waited for{self.console()}", f"see {vm.log_file}", vm=vm)
+            if now - self._woken > 5.0:
+                self._woken = now
+                need_awake(vm)
         if now >= self._say_at:
             self._say_at = float("inf")
             report.say(f"{report.program}: waiting for {vm}: {STAGES[self.stage]}")
@@ -8376,6 +8445,7 @@ class Supervisor:
         self._jobs: set[threading.Thread] = set()
         self._starting, self._ending = True, RUN
         self._look_at = time.monotonic() + LOOK_SECONDS
+        self._stuck: set[str] = set()  # the guests that a full disk has paused
         self._posts: deque[Callable[[], None]] = deque()
         self._selector = selectors.DefaultSelector()
         self._take_signals()
@@ -8481,6 +8551,18 @@ class Supervisor:
         for vm in self.cloud.tree.vms(self.group):
             if vm.folder not in self._members and vm.is_running():
                 self._adopt(vm, "has joined")
+        if not self._jobs and (self._stuck or free_bytes(self.cloud.tree.base) < RESERVE):
+            vms = [member.vm for member in self._members.values()]
+            self._job(lambda: in_parallel(wake, vms), lambda states: self._awake(vms, states))
+
+    def _awake(self, vms: Sequence[VM], states: Sequence[str]) -> None:
+        """Log whose disk has become full, and who could go on."""
+        for vm, state in zip(vms, states):
+            if state == DISK_FULL and vm.name not in self._stuck:
+                report.log(f"{vm.name} is {state}, and goes on when there is room in {vm.folder}")
+            elif state == "running" and vm.name in self._stuck:
+                report.log(f"{vm.name} goes on")
+        self._stuck = {vm.name for vm, state in zip(vms, states) if state == DISK_FULL}
 
     # workers
 
@@ -8580,7 +8662,7 @@ def supervise(
 ) -> int:
     """Run a group: the VMs that it has and those that are asked for, until it ends; the exit status.
 
-    `new`: it must have none yet; `gui`: those that it has get a screen, this time; `end`: KEEP or DESTROY, which ^C does.
+    `new`: it must have none yet; `gui`: those that it has get a screen, this time; `end`: what ^C does.
     """
     manager = Manager(cloud.tree, group, new)
     supervisor = Supervisor(cloud, group, end, lambda status: background.on_ready(status, manager.log_file))
@@ -8632,12 +8714,16 @@ def stop_managed(cloud: Cloud, group: str) -> None:
 
 
 def vm_rows(cloud: Cloud, group: str = "", type: str = "", *, every: bool = False) -> Iterator[str]:
-    """A line per running VM, NAME GROUP/TYPE IP, or for every one, NAME GROUP/TYPE STATE IP; IP once it has one."""
-    for vm in cloud.tree.vms(group, type):
-        state, _ = vm.state()
-        if every or state == "running":
-            words = (vm.name, vm.place, state if every else "", address_of(cloud, vm))
-            yield " ".join(filter(None, words))
+    """A line per running VM, NAME GROUP/TYPE IP, or for every one, NAME GROUP/TYPE STATE IP; IP once it has one.
+
+    Where a guest doesn't run though its qemu does, STATE is there in any case.
+    """
+    vms = [(vm, state) for vm in cloud.tree.vms(group, type) if (state := vm.state()[0]) == "running" or every]
+    asked = iter(in_parallel(guest_state, [vm for vm, state in vms if state == "running"]))
+    for vm, known in vms:
+        state = next(asked) if known == "running" else known
+        words = (vm.name, vm.place, state if every or state != "running" else "", address_of(cloud, vm))
+        yield " ".join(filter(None, words))
 
 
 def address_of(cloud: Cloud, vm: VM) -> str:
@@ -8842,7 +8928,7 @@ def examine_disk_space(patient: Patient) -> str:
 
 
 def examine_vms(patient: Patient) -> str:
-    """What killed commands and vanished files left in the tree."""
+    """What killed commands and vanished files left in the tree, and guests that don't run though their qemu does."""
     tree = patient.tree
     folders = list(left_over(tree))
     if folders:
@@ -8853,6 +8939,9 @@ def examine_vms(patient: Patient) -> str:
         examine_conf(patient, vm)
         if vm.is_readable():
             examine_disks(patient, vm)
+    for vm, state in zip(vms, in_parallel(guest_state, vms)):
+        if state not in AT_WORK:
+            patient.tell(WARNING, f"{vm.full_name} is {state}", remedy(vm, state))
     templates = sum(vm.is_template for vm in vms)
     return f"{plural(len(vms) - templates, 'VM')}, {plural(templates, 'template')}, nothing left over"
 
@@ -9741,7 +9830,9 @@ def report_errors(errors: Sequence[Error]) -> int:
 @declare(
     Command("run", "vmrun"),
     Option("-f --file FILE", "make what a description file lists (-: stdin), and run it; ^C destroys it all"),
-    Option("-r --resume GROUP", "run the VMs of GROUP that were kept; ^C shuts them down and keeps them", complete="group"),
+    Option(
+        "-r --resume GROUP", "run the VMs of GROUP that were kept; ^C shuts them down and keeps them", complete="group"
+    ),
     Option(
         "-s --stop GROUP", "tell the vmrun that manages GROUP to stop its VMs and keep them", complete="managed-group"
     ),
