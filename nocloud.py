@@ -2210,6 +2210,18 @@ class Tree:
                     if name in ("", folder.lower()) and vm.exists():
                         yield vm
 
+    def renamed(self, group: str = "") -> Iterator[str]:
+        """Says of each folder that isn't taken for a VM's, since it was renamed by hand, what isn't found in it."""
+        for each in [group] if group else [*self.groups(), TEMPLATES]:
+            for vm in (
+                VM(self, each, kind, name)
+                for kind in self.types(each)
+                for name in folders_in(os.path.join(self.base, each, kind))
+            ):
+                confs = [] if vm.exists() else [name for name in names_in(vm.folder) if name.endswith(".conf")]
+                if confs:
+                    yield f"{vm.folder} is no VM: {confs[0]} is in it, and not {vm.name}.conf (renamed by hand?)"
+
     def running(self, group: str = "") -> Iterator[VM]:
         return (vm for vm in self.vms(group) if vm.is_running())
 
@@ -2279,12 +2291,15 @@ class Tree:
             raise NotFound(f"{words}: no such VM{place}", f"did you mean {found[0].full_name}?")
         raise no_such(f"VM{place}", words, [vm.name for vm in self.vms(group or "", type or "")], VMS_HINT)
 
-    def need_group(self, group: str) -> None:
-        """Raise NotFound, with the nearest name, where the group isn't there."""
-        if not group:
+    def need_group(self, group: str | None, type: str | None = None) -> None:
+        """Raise NotFound, with the nearest name, where the group isn't there, or in it the type; None: any."""
+        if group == "":
             raise UsageError("the group name is empty", "vmrunning -a lists the groups")
-        if group != TEMPLATES and group not in self.groups():
-            raise no_such("group", group, self.groups(), VMS_HINT)
+        if group not in (None, TEMPLATES, *self.groups()):
+            raise no_such("group", str(group), self.groups(), VMS_HINT)
+        types = {kind for each in ([group] if group else self.groups()) for kind in self.types(each)}
+        if type is not None and type not in types:
+            raise no_such(f"type in {group}" if group else "type", type, types, VMS_HINT)
 
     def clones(self, template: VM) -> list[VM]:
         """The VMs and templates, finished or not, whose disk stands on one in the template's folder, old or new."""
@@ -6110,6 +6125,13 @@ def grow_disk(cloud: Cloud, vm: VM, gigabytes: int) -> None:
 # -- what there is
 
 
+def told_of(vm: VM, error: Error | OSError) -> str:
+    """What a list says of a VM that it can't look at."""
+    if isinstance(error, FileNotFoundError):
+        return f"{vm.full_name}: its disk is gone: {error.filename} (moved by hand? see vmDisk in {vm.conf_file})"
+    return f"{vm.full_name}: {error_from_os(error)}" if isinstance(error, OSError) else str(error)
+
+
 def template_rows(cloud: Cloud) -> list[tuple[str, str, str, str]]:
     """(name, size on disk, number of clones, where from) of each template."""
     rows = []
@@ -6119,7 +6141,7 @@ def template_rows(cloud: Cloud) -> list[tuple[str, str, str, str]]:
             size = sum(os.stat(disk).st_blocks * 512 for disk in disks)
             source = template.get("vmSource") or "-"
         except (Error, OSError) as error:
-            report.warn(str(error))
+            report.warn(told_of(template, error))
             continue
         rows.append(
             (template.name, f"{size / MIB:.0f} MB", dependents(cloud.tree.clones(template)) or "0 clones", source)
@@ -6137,9 +6159,14 @@ def disk_rows(tree: Tree) -> Iterator[str]:
                 files = [os.path.realpath(disk), *backing_chain([disk])]
                 owners[files[0]] = vm
                 for upper, lower in zip(files, files[1:]):
-                    above.setdefault(lower, set()).add(upper)
+                    if os.path.exists(lower):
+                        above.setdefault(lower, set()).add(upper)
+                    else:
+                        report.warn(f"{vm.full_name}: what its disk stands on is gone: {lower}")
         except (Error, OSError) as error:
-            report.warn(str(error))
+            report.warn(told_of(vm, error))
+    for text in tree.renamed():
+        report.warn(text)
 
     def row(depth: int, name: str, paths: Iterable[str]) -> str:
         size = sum(os.stat(path).st_blocks * 512 for path in paths if os.path.exists(path))
@@ -7498,7 +7525,9 @@ class Wait:
     guest lets us in, and its cloud-init is still at work).
     """
 
-    def __init__(self, cloud: Cloud, vm: VM, seconds: float, say: bool = False) -> None:
+    def __init__(self, cloud: Cloud, vm: VM, seconds: float, say: bool = False, limit: str = "") -> None:
+        """`limit`: the option that `seconds` come from, by default vmWaitTimeout."""
+        self.limit = limit or "vmWaitTimeout"
         self.cloud, self.vm, self.network = cloud, vm, cloud.network_of(vm)
         self.stage = "address"
         self._started = time.monotonic()
@@ -7525,7 +7554,7 @@ class Wait:
             report.say(f"{report.program}: waiting for {vm}: {STAGES[self.stage]}")
         if now >= self._deadline:
             text = f"not ready after {now - self._started:.0f} s: waiting for {STAGES[self.stage]}{self.console()}"
-            raise TimedOut(text, f"vmWaitTimeout sets the longest wait; its console: {vm.console_log}", vm=vm)
+            raise TimedOut(text, f"{self.limit} sets the longest wait; its console: {vm.console_log}", vm=vm)
 
     def tries(self) -> Iterator[float]:
         """For a loop that tries something until it does: how many seconds a try may take.  Raises as `check` does."""
@@ -7763,9 +7792,13 @@ def instantiate(
     return [vm for vm in vms if vm not in failed], errors
 
 
-def wait_all(cloud: Cloud, vms: Sequence[VM], seconds: float) -> list[Error]:
-    """Wait for VMs in parallel until each is ready."""
-    results = in_parallel(lambda vm: wait_ready(Wait(cloud, vm, seconds)), vms, workers=len(vms) or 1)
+def wait_all(cloud: Cloud, vms: Sequence[VM], seconds: float, limit: str = "") -> list[Error]:
+    """Wait for VMs in parallel until each is ready.  `limit`: as Wait says."""
+    try:
+        results = in_parallel(lambda vm: wait_ready(Wait(cloud, vm, seconds, limit=limit)), vms, workers=len(vms) or 1)
+    except KeyboardInterrupt:
+        report.say(f"{report.program}: these VMs run on: {', '.join(vm.name for vm in vms)}")
+        raise
     return [result for result in results if isinstance(result, Error)]
 
 
@@ -8019,7 +8052,7 @@ def upgrade_guest(guest: OwnGuest, seconds: float) -> None:
     try:
         status = guest.run(script, lambda line: report.say(line.rstrip("\r").rpartition("\r")[2]), seconds)
     except TimedOut:
-        raise TimedOut(f"no end of the upgrade after {seconds:.0f} s", vm=vm) from None
+        raise TimedOut(f"no end of the upgrade after {seconds:.0f} s", "--timeout S gives it longer", vm=vm) from None
     if status:
         raise Error(f"the upgrade failed: {describe_status(status)}", vm=vm)
     guest.finish()
@@ -8718,9 +8751,14 @@ def vm_rows(cloud: Cloud, group: str = "", type: str = "", *, every: bool = Fals
 
     Where a guest doesn't run though its qemu does, STATE is there in any case.
     """
+    for text in cloud.tree.renamed(group):
+        report.warn(text)
     vms = [(vm, state) for vm in cloud.tree.vms(group, type) if (state := vm.state()[0]) == "running" or every]
     asked = iter(in_parallel(guest_state, [vm for vm, state in vms if state == "running"]))
     for vm, known in vms:
+        for disk in vm.disks() if every and vm.is_readable() else ():
+            if not os.path.exists(disk):
+                report.warn(told_of(vm, FileNotFoundError(0, "", disk)))
         state = next(asked) if known == "running" else known
         words = (vm.name, vm.place, state if every or state != "running" else "", address_of(cloud, vm))
         yield " ".join(filter(None, words))
@@ -9771,7 +9809,8 @@ def cmd_instantiate(config: Config, args: argparse.Namespace, words: list[str]) 
             return EXIT_DONE
         vms, errors = instantiate(cloud, group, requests)
         if args.wait is not None:
-            errors += wait_all(cloud, vms, args.wait if args.wait is not True else config.number("vmWaitTimeout"))
+            seconds, limit = (config.number("vmWaitTimeout"), "") if args.wait is True else (args.wait, "-w SECONDS")
+            errors += wait_all(cloud, vms, seconds, limit)
         else:
             configure_later(cloud, vms)
         for vm in vms:
@@ -9885,8 +9924,7 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
 def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """list running VMs: NAME GROUP/TYPE IP"""
     with Cloud(config) as cloud:
-        if args.group is not None:
-            cloud.tree.need_group(args.group)
+        cloud.tree.need_group(args.group, args.type)
         for row in vm_rows(cloud, args.group or "", args.type or "", every=args.all):
             report.data(row)
 
@@ -9912,15 +9950,20 @@ def cmd_stop(config: Config, args: argparse.Namespace, words: list[str]) -> int:
 
 
 def vms_to_stop(cloud: Cloud, args: argparse.Namespace) -> list[VM]:
-    """What vmstop's options mean.  What is gone already is no error."""
+    """What vmstop's options mean.  To destroy what is gone already is no error, but said: the name may be mistyped."""
     if args.name == "":
         raise UsageError("the VM's name is empty", "vmrunning lists the VMs")
     if args.name is not None:
         vms = [cloud.tree.need(args.name, args.group, args.type)]
     elif args.group is not None:
-        if args.group and args.destroy and args.group not in (TEMPLATES, *cloud.tree.groups()):
+        try:
+            cloud.tree.need_group(args.group, args.type)
+        except NotFound as error:
+            if not args.destroy:
+                raise
+            error.text += ", so there is nothing to destroy"
+            report.error(error)
             return []
-        cloud.tree.need_group(args.group)
         vms = [vm for vm in cloud.tree.vms(args.group) if args.type in (None, vm.type)]
     else:
         raise UsageError("which group? give -g GROUP, or -n NAME for one VM", "vmrunning lists them")
@@ -10070,6 +10113,8 @@ def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> None:
             if args.tap:
                 open_tap(network)
             argv, fds = network.enter(rest)
+            if not find_program(rest[0]) and package_of(rest[0], 0) == rest[0]:
+                raise MissingProgram(f"{rest[0]}: not found")  # any word may stand there: no package is guessed
             need_program(rest[0])
             for fd in fds:
                 os.set_inheritable(fd, True)
