@@ -2203,24 +2203,21 @@ class Tree:
 
         `name`, in small letters: only those that are called so, in whatever case.
         """
+        return (vm for vm in self._folders(group, type) if name in ("", vm.name.lower()) and vm.exists())
+
+    def _folders(self, group: str, type: str = "") -> Iterator[VM]:
+        """What would be VMs if each folder in their place were one's."""
         for each in [group] if group else [*self.groups(), TEMPLATES]:
             for kind in [kind for kind in self.types(each) if type in ("", kind)]:
                 for folder in folders_in(os.path.join(self.base, each, kind)):
-                    vm = VM(self, each, kind, folder)
-                    if name in ("", folder.lower()) and vm.exists():
-                        yield vm
+                    yield VM(self, each, kind, folder)
 
     def renamed(self, group: str = "") -> Iterator[str]:
         """Says of each folder that isn't taken for a VM's, since it was renamed by hand, what isn't found in it."""
-        for each in [group] if group else [*self.groups(), TEMPLATES]:
-            for vm in (
-                VM(self, each, kind, name)
-                for kind in self.types(each)
-                for name in folders_in(os.path.join(self.base, each, kind))
-            ):
-                confs = [] if vm.exists() else [name for name in names_in(vm.folder) if name.endswith(".conf")]
-                if confs:
-                    yield f"{vm.folder} is no VM: {confs[0]} is in it, and not {vm.name}.conf (renamed by hand?)"
+        for vm in self._folders(group):
+            confs = [] if vm.exists() else [name for name in names_in(vm.folder) if name.endswith(".conf")]
+            if confs:
+                yield f"{vm.folder} is no VM: {confs[0]} is in it, and not {vm.name}.conf (renamed by hand?)"
 
     def running(self, group: str = "") -> Iterator[VM]:
         return (vm for vm in self.vms(group) if vm.is_running())
@@ -2428,6 +2425,7 @@ def connect_qemu(vm: VM, seconds: float = 5.0) -> QMP:
 
 
 DISK_FULL, DISK_ERROR = "paused (disk full)", "paused (disk error)"
+DEAD = ("internal-error", "guest-panicked", "shutdown")  # no power button helps
 AT_WORK = ("running", "stopped", "unknown", "prelaunch", "inmigrate", "finish-migrate", "restore-vm", "save-vm")
 
 
@@ -2474,8 +2472,10 @@ def need_awake(vm: VM) -> None:
 
 def remedy(vm: VM, state: str) -> str:
     """The command that gets a guest out of a state."""
+    if state in DEAD:
+        return f"vmstop --kill -n {vm}"
     room = f"  # once there is room in {vm.folder}" if state == DISK_FULL else ""
-    return f"vmmanage -n {vm} cont{room}" if state.startswith("paused") else f"vmstop --kill -n {vm}"
+    return f"vmmanage -n {vm} {'system_wakeup' if state == 'suspended' else 'cont'}{room}"
 
 
 # -- acceleration
@@ -7236,7 +7236,7 @@ def press_power_button(vm: VM, process: Process, seconds: float) -> bool:
     state = wake(vm, resume=True)
     if state in (DISK_FULL, DISK_ERROR):
         raise WrongState(f"it is {state}", f"{remedy(vm, state)}; --kill switches it off as it is", vm=vm)
-    if state not in AT_WORK:
+    if state in DEAD:
         return False
     deadline = time.monotonic() + seconds
     said = False
