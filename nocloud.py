@@ -1160,6 +1160,9 @@ _INSTALLERS = (
 )
 
 
+GUEST_OUTPUT = 64 << 10  # how much of what a guest says is kept: the last bytes
+
+
 def find_program(name: str) -> str:
     """The path of a program, or ''.  The sbin folders are looked in too: a Debian user's PATH lacks them."""
     if os.path.isabs(name):
@@ -1256,9 +1259,11 @@ def run(
     cwd: str | None = None,
     fds: Sequence[int] = (),
     merge: bool = True,
+    keep: int = 0,
 ) -> subprocess.CompletedProcess[str]:
     """Run a program to its end; its stdout as text, its stderr mixed in unless `merge` is off.
 
+    `keep`: only that many bytes, the last, of what it writes (0: all), for one that a guest has write what it likes.
     Raises MissingProgram, CommandFailed (unless `check` is off) and TimedOut after `timeout` seconds.
     """
     import subprocess
@@ -1268,7 +1273,7 @@ def run(
     with popen(argv, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, cwd=cwd, pass_fds=fds) as child:
         cancellation.children.add(child)
         try:
-            said = child.communicate(input, timeout)
+            said = (last_output(child, timeout or 0, keep), b"") if keep else child.communicate(input, timeout)
         except subprocess.TimeoutExpired:
             child.kill()
             raise TimedOut(f"{argv[0]}: no end after {timeout:.0f} s") from None
@@ -1297,10 +1302,28 @@ def land(moves: Mapping[str, str]) -> None:
     flush(path)
 
 
-def try_run(argv: Sequence[str], timeout: float) -> tuple[int, str]:
+def last_output(child: subprocess.Popen[bytes], timeout: float, keep: int) -> bytes:
+    """The last `keep` bytes of what a program writes to its end.  Raises subprocess.TimeoutExpired."""
+    import select
+    import subprocess
+
+    assert child.stdout
+    said, deadline, poll = b"", time.monotonic() + timeout, select.poll()
+    poll.register(child.stdout)
+    while (left := deadline - time.monotonic()) > 0:
+        if poll.poll(left * 1000):
+            piece = os.read(child.stdout.fileno(), 65536)
+            if not piece:
+                child.wait(left)
+                return said
+            said = (said + piece)[-keep:]
+    raise subprocess.TimeoutExpired(child.args, timeout)
+
+
+def try_run(argv: Sequence[str], timeout: float, keep: int = 0) -> tuple[int, str]:
     """(exit status, output) of a program that may fail; (-1, why) where it doesn't end within `timeout` seconds."""
     try:
-        done = run(argv, check=False, timeout=timeout)
+        done = run(argv, check=False, timeout=timeout, keep=keep)
     except TimedOut as error:
         return -1, str(error)
     return done.returncode, done.stdout
@@ -1341,6 +1364,7 @@ def run_watched(
                     if not piece:
                         break
                     *lines, rest = (rest + piece).split(b"\n")
+                    rest = rest[-GUEST_OUTPUT:]
                     for line in lines:
                         on_line(line.decode("utf-8", "replace"))
         if rest:
@@ -2165,6 +2189,7 @@ class VM:
     log_file = FileOf("{}.log")
     command_file = FileOf("{}.command")
     console_log = FileOf("console.log")
+    old_console_log = FileOf("console.log.1")  # what was in it before, where it became too long
     credentials_file = FileOf("credentials")  # the SMBIOS string that hands keys and hostname to systemd (0600)
     seed_folder = FileOf("seed")  # what cloud-init in the guest reads (0700: the host key is in it)
     user_data_file = FileOf("user-data")  # what the user adds to the seed, as it was when the VM was made (0600)
@@ -2371,12 +2396,21 @@ class Tree:
 
         `name`, in small letters: only those that are called so, in whatever case.
         """
+        return (vm for vm in self._folders(group, type) if name in ("", vm.name.lower()) and vm.exists())
+
+    def _folders(self, group: str, type: str = "") -> Iterator[VM]:
+        """What would be VMs if each folder in their place were one's."""
         for each in [group] if group else [*self.groups(), TEMPLATES]:
             for kind in [kind for kind in self.types(each) if type in ("", kind)]:
                 for folder in folders_in(os.path.join(self.base, each, kind)):
-                    vm = VM(self, each, kind, folder)
-                    if name in ("", folder.lower()) and vm.exists():
-                        yield vm
+                    yield VM(self, each, kind, folder)
+
+    def renamed(self, group: str = "") -> Iterator[str]:
+        """Says of each folder that isn't taken for a VM's, since it was renamed by hand, what isn't found in it."""
+        for vm in self._folders(group):
+            confs = [] if vm.exists() else [name for name in names_in(vm.folder) if name.endswith(".conf")]
+            if confs:
+                yield f"{vm.folder} is no VM: {confs[0]} is in it, and not {vm.name}.conf (renamed by hand?)"
 
     def running(self, group: str = "") -> Iterator[VM]:
         return (vm for vm in self.vms(group) if vm.is_running())
@@ -2447,12 +2481,15 @@ class Tree:
             raise NotFound(f"{words}: no such VM{place}", f"did you mean {found[0].full_name}?")
         raise no_such(f"VM{place}", words, [vm.name for vm in self.vms(group or "", type or "")], VMS_HINT)
 
-    def need_group(self, group: str) -> None:
-        """Raise NotFound, with the nearest name, where the group isn't there."""
-        if not group:
+    def need_group(self, group: str | None, type: str | None = None) -> None:
+        """Raise NotFound, with the nearest name, where the group isn't there, or in it the type; None: any."""
+        if group == "":
             raise UsageError("the group name is empty", "vmrunning -a lists the groups")
-        if group != TEMPLATES and group not in self.groups():
-            raise no_such("group", group, self.groups(), VMS_HINT)
+        if group not in (None, TEMPLATES, *self.groups()):
+            raise no_such("group", str(group), self.groups(), VMS_HINT)
+        types = {kind for each in ([group] if group else self.groups()) for kind in self.types(each)}
+        if type is not None and type not in types:
+            raise no_such(f"type in {group}" if group else "type", type, types, VMS_HINT)
 
     def holder(self) -> Callable[[str], bool]:
         """What tells whether a disk may stand on a file: on what is in the tree or in the folder of a template, which
@@ -2584,6 +2621,63 @@ def connect_qemu(vm: VM, seconds: float = 5.0) -> QMP:
     """A connection to the qemu of a running VM: our socket in its folder, or a monitor that the bash tools gave it."""
     foreign = vm.foreign_qemu()
     return connect_foreign(foreign, vm, seconds) if foreign else QMP(vm.folder, seconds)
+
+
+# -- what a guest does
+
+
+DISK_FULL, DISK_ERROR = "paused (disk full)", "paused (disk error)"
+DEAD = ("internal-error", "guest-panicked", "shutdown")  # no power button helps
+AT_WORK = ("running", "stopped", "unknown", "prelaunch", "inmigrate", "finish-migrate", "restore-vm", "save-vm")
+
+
+def guest_state(vm: VM) -> str:
+    """What a VM does: `running`, `stopped`, `unknown`, or what QMP's RunState calls it (paused, guest-panicked …).
+
+    io-error is two: qemu pauses the guest where the host's disk is full, and where it fails.  A qemu that hangs, or is
+    busy with another client, counts as running after a second: no list waits longer.  So does one of the bash tools'.
+    """
+    state, _ = vm.state()
+    if state != "running" or vm.foreign_qemu():
+        return state
+    try:
+        with QMP(vm.folder, 1.0) as qemu:
+            state = str(qemu.execute("query-status")["status"])
+            full = state == "io-error" and any(
+                each.get("io-status") == "nospace" for each in qemu.execute("query-block")
+            )
+    except (Error, OSError, LookupError, TypeError, AttributeError):
+        return "running"
+    return (DISK_FULL if full else DISK_ERROR) if state == "io-error" else state
+
+
+def wake(vm: VM, resume: bool = False) -> str:
+    """Its state, after a guest that a full disk paused, or with `resume` anyone, was told to go on."""
+    state = guest_state(vm)
+    if state in (DISK_FULL, DISK_ERROR, "paused" if resume else ""):
+        try:
+            with QMP(vm.folder) as qemu:
+                qemu.execute("cont")
+        except (Error, OSError):
+            pass  # it is ending, or is in that state for another reason: the state tells
+        wait_for(lambda: guest_state(vm) != "running", 0.5, 0.1)  # what couldn't be written is tried again
+        state = guest_state(vm)
+    return state
+
+
+def need_awake(vm: VM) -> None:
+    """wake(), raising WrongState for a guest that does nothing, and won't by itself."""
+    state = wake(vm)
+    if state not in AT_WORK:
+        raise WrongState(f"it is {state}", remedy(vm, state), vm=vm)
+
+
+def remedy(vm: VM, state: str) -> str:
+    """The command that gets a guest out of a state."""
+    if state in DEAD:
+        return f"vmstop --kill -n {vm}"
+    room = f"  # once there is room in {vm.folder}" if state == DISK_FULL else ""
+    return f"vmmanage -n {vm} {'system_wakeup' if state == 'suspended' else 'cont'}{room}"
 
 
 # -- acceleration
@@ -2850,8 +2944,9 @@ def net_args(machine: Machine, tap: int, vhost: int) -> list[str]:
 
 
 def console_args() -> list[str]:
-    """The serial line is a socket for vmconsole and a log at the same time; logappend=off: since this start."""
-    chardev = "socket,id=serial0,path=serial.sock,server=on,wait=off,logfile=console.log,logappend=off"
+    """The serial line is a socket for vmconsole and a log at the same time, of this start; logappend=on: what writes
+    to it in the middle, after etc/console.sh has emptied it, would leave a hole before that."""
+    chardev = "socket,id=serial0,path=serial.sock,server=on,wait=off,logfile=console.log,logappend=on"
     return ["-chardev", chardev, "-serial", "chardev:serial0"]
 
 
@@ -5304,6 +5399,9 @@ class Web:
             time.sleep(min(1.0, self.seconds / 30) * 2 ** (tries - 1))
 
 
+ROOM_HINT = "free some disk space, or put XDG_CACHE_HOME and vmBaseDir on larger file systems"
+
+
 class Progress:
     """How far a download is: a bar on a terminal, elsewhere a line now and then; and whether there is room for it."""
 
@@ -5324,9 +5422,8 @@ class Progress:
         wanted = {folder: self.total - self.done, self.base: self.total}
         if os.stat(folder).st_dev == os.stat(self.base).st_dev:
             wanted = {self.base: sum(wanted.values())}
-        hint = "free some disk space, or put XDG_CACHE_HOME and vmBaseDir on larger file systems"
         for place, need in wanted.items():
-            check_room(place, need, hint=hint)
+            check_room(place, need, hint=ROOM_HINT)
 
     def advance(self, count: int) -> None:
         self.done += count
@@ -5387,6 +5484,11 @@ class Transfer:
                 new = piece[skip:]
                 skip -= len(piece) - len(new)
                 self.sink(new)
+                try:
+                    check_reserve(os.path.dirname(self.path))  # it may be longer than it was said to be
+                except Error:
+                    file.truncate(0)
+                    raise
                 write_all(file.fileno(), new)
                 self.done += len(new)
                 self.progress.advance(len(new))
@@ -5499,6 +5601,14 @@ def check_room(folder: str, need: int, shown: str = "", what: str = "the image t
     free = free_bytes(folder)
     if need > free:
         raise Error(f"{shown or folder}: {what.format(need // MIB)}, {free // MIB} MB are free", hint)
+
+
+RESERVE = 64 * MIB
+
+
+def check_reserve(folder: str) -> None:
+    """Raise where so little room is left in a folder that what comes into it without an end would have taken it all."""
+    check_room(folder, RESERVE, what="what comes there has no end in sight, {} MB are kept free", hint=ROOM_HINT)
 
 
 class CachedImage:
@@ -5642,6 +5752,7 @@ class ClassicSource(Source):
                 def sink(data: bytes) -> None:
                     for out in unpacker.feed(data):
                         digest.update(out)
+                        check_reserve(folder)
                         if out.count(0) == len(out):
                             image.seek(len(out), os.SEEK_CUR)  # takes no space
                         else:
@@ -6232,6 +6343,13 @@ def grow_disk(cloud: Cloud, vm: VM, gigabytes: int) -> None:
 # -- what there is
 
 
+def told_of(vm: VM, error: Error | OSError) -> str:
+    """What a list says of a VM that it can't look at."""
+    if isinstance(error, FileNotFoundError):
+        return f"{vm.full_name}: its disk is gone: {error.filename} (moved by hand? see vmDisk in {vm.conf_file})"
+    return f"{vm.full_name}: {error_from_os(error)}" if isinstance(error, OSError) else str(error)
+
+
 def template_rows(cloud: Cloud) -> list[tuple[str, str, str, str]]:
     """(name, size on disk, number of clones, where from) of each template."""
     rows = []
@@ -6241,7 +6359,7 @@ def template_rows(cloud: Cloud) -> list[tuple[str, str, str, str]]:
             size = sum(os.stat(disk).st_blocks * 512 for disk in disks)
             source = template.get("vmSource") or "-"
         except (Error, OSError) as error:
-            report.warn(str(error))
+            report.warn(told_of(template, error))
             continue
         rows.append(
             (template.name, f"{size / MIB:.0f} MB", dependents(cloud.tree.clones(template)) or "0 clones", source)
@@ -6260,11 +6378,16 @@ def disk_rows(tree: Tree) -> Iterator[str]:
             layers = [path for path in own if layer_number(vm, os.path.basename(path))]  # never raw
             chains = [*vm.chains(followed)][:1] + [(path, backing_chain(path, "qcow2", followed)) for path in layers]
             for disk, chain in chains:
+                os.stat(disk)
+                if chain and not os.path.exists(chain[-1]):
+                    report.warn(f"{vm.full_name}: what its disk stands on is gone: {chain[-1]}")
                 files = [os.path.realpath(disk), *chain]
                 below.update((path, files[number:]) for number, path in enumerate(files, 1))
             owners.update((os.path.realpath(path), vm) for path in [*vm.disks()[:1], *own])
         except (Error, OSError) as error:
-            report.warn(str(error))
+            report.warn(told_of(vm, error))
+    for text in tree.renamed():
+        report.warn(text)
     above: dict[str, set[str]] = {}  # what stands on each disk, '' for none
     for path in owners:
         above.setdefault(next((lower for lower in below.get(path, ()) if lower in owners), ""), set()).add(path)
@@ -7349,8 +7472,17 @@ def stop_locked(vm: VM, seconds: float) -> bool:
 
 
 def press_power_button(vm: VM, process: Process, seconds: float) -> bool:
-    """Whether the guest shut down in time.  The button is pressed every 3 s: a guest that is booting misses it."""
+    """Whether the guest shut down in time.  The button is pressed every 3 s: a guest that is booting misses it.
+
+    Raises WrongState where a full disk has paused it: the plug would cost it what it couldn't write.
+    """
+    state = wake(vm, resume=True)
+    if state in (DISK_FULL, DISK_ERROR):
+        raise WrongState(f"it is {state}", f"{remedy(vm, state)}; --kill switches it off as it is", vm=vm)
+    if state in DEAD:
+        return False
     deadline = time.monotonic() + seconds
+    said = False
     while True:
         try:
             with connect_qemu(vm) as qemu:
@@ -7362,6 +7494,9 @@ def press_power_button(vm: VM, process: Process, seconds: float) -> bool:
             return True
         if left <= 3.0:
             return False
+        if not said:
+            said = True
+            report.say(f"{report.program}: waiting for {vm} to shut down, for up to {seconds:.0f} s")
 
 
 def pull_the_plug(vm: VM, process: Process) -> None:
@@ -7570,6 +7705,7 @@ def write_seed(cloud: Cloud, vm: VM, wanted: bool) -> str:
 
 # prctl(2), PR_SET_PDEATHSIG: set where nothing but the exec of qemu follows, for entering a namespace would clear it.
 TIE = ("setpriv", "--pdeathsig", "KILL", "--")
+CONSOLE_BYTES, CONSOLE_SECONDS = 24 * MIB, "20"  # how long console.log may get, and how often that is looked at
 
 
 def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, tied: bool = False) -> None:
@@ -7578,12 +7714,16 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, tie
         need_program(TIE[0])
     words, fds = network.enter([*(TIE if tied else ()), *qemu_argv(machine, tap, vhost)])
     write_file(vm.command_file, command_script(vm, qemu_argv(machine, 3), network), 0o700, durable=False)
-    for path in (vm.log_file, vm.console_log):
+    for path in (vm.log_file, vm.console_log, vm.old_console_log):
         remove_file(path)
-    # A template's folder may be entered by others, and who may write to a socket of qemu's owns the guest.
-    kept = [fd for fd in (*fds, tap, vhost) if fd >= 0]
-    process = spawn(words, log=vm.log_file, cwd=vm.folder, fds=kept, umask=0o077)
+    with open(os.open(vm.console_log, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as console:
+        fcntl.flock(console, fcntl.LOCK_EX)  # qemu's from now on: that tells what bounds the log whether it runs
+        # A template's folder may be entered by others, and who may write to a socket of qemu's owns the guest.
+        kept = [fd for fd in (*fds, tap, vhost, console.fileno()) if fd >= 0]
+        process = spawn(words, log=vm.log_file, cwd=vm.folder, fds=kept, umask=0o077)
     try:
+        bound = ["sh", "-c", "\n".join(packaged_list("console.sh")), "sh", str(CONSOLE_BYTES), CONSOLE_SECONDS]
+        spawn(bound, log=os.devnull, cwd=vm.folder, umask=0o077).wait()  # it goes on in the background
         if not wait_for(lambda: process.poll() is not None or answers(vm, process.pid), 30, 0.05):
             raise TimedOut("qemu did not answer within 30 s", f"see {vm.log_file}", vm=vm)
         if process.returncode is not None:
@@ -7628,13 +7768,15 @@ class Wait:
     guest lets us in, and its cloud-init is still at work).
     """
 
-    def __init__(self, cloud: Cloud, vm: VM, seconds: float, say: bool = False) -> None:
+    def __init__(self, cloud: Cloud, vm: VM, seconds: float, say: bool = False, limit: str = "") -> None:
+        """`limit`: the option that `seconds` come from, by default vmWaitTimeout."""
+        self.limit = limit or "vmWaitTimeout"
         self.cloud, self.vm, self.network = cloud, vm, cloud.network_of(vm)
         self.stage = "address"
         self._started = time.monotonic()
         self._deadline = self._started + seconds
         self._say_at = self._started + 1.0 if say else float("inf")
-        self._checked = 0.0
+        self._checked = self._woken = 0.0
 
     def left(self) -> float:
         return self._deadline - time.monotonic()
@@ -7647,12 +7789,15 @@ class Wait:
             self._checked = now
             if not vm.is_running():
                 raise WrongState(f"it stopped while it was waited for{self.console()}", f"see {vm.log_file}", vm=vm)
+            if now - self._woken > 5.0:
+                self._woken = now
+                need_awake(vm)
         if now >= self._say_at:
             self._say_at = float("inf")
             report.say(f"{report.program}: waiting for {vm}: {STAGES[self.stage]}")
         if now >= self._deadline:
             text = f"not ready after {now - self._started:.0f} s: waiting for {STAGES[self.stage]}{self.console()}"
-            raise TimedOut(text, f"vmWaitTimeout sets the longest wait; its console: {vm.console_log}", vm=vm)
+            raise TimedOut(text, f"{self.limit} sets the longest wait; its console: {vm.console_log}", vm=vm)
 
     def tries(self) -> Iterator[float]:
         """For a loop that tries something until it does: how many seconds a try may take.  Raises as `check` does."""
@@ -7663,7 +7808,8 @@ class Wait:
 
     def console(self) -> str:
         """The last lines that the guest wrote on its console, for an error message."""
-        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]", "", read_tail(self.vm.console_log))
+        said = read_tail(self.vm.old_console_log) + read_tail(self.vm.console_log)
+        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]", "", said)
         lines = [printable(line.strip())[:160] for line in text.splitlines() if line.strip()]
         return f"; its console says: {' | '.join(lines[-3:])}" if lines else "; its console says nothing"
 
@@ -7796,7 +7942,7 @@ def pin_host_key(wait: Wait) -> None:
     try:
         for seconds in wait.tries():
             trust = ssh_trust_options(place, strict=False)
-            try_run([*ssh_argv(cloud, vm, trust, ssh_key_options(True), batch=True), "true"], seconds)
+            try_run([*ssh_argv(cloud, vm, trust, ssh_key_options(True), batch=True), "true"], seconds, GUEST_OUTPUT)
             if os.path.exists(place):
                 break
         lines = read_text(place).splitlines()
@@ -7808,7 +7954,8 @@ def pin_host_key(wait: Wait) -> None:
 def ssh_batch(cloud: Cloud, vm: VM, script: str, timeout: float) -> tuple[int, str]:
     """Run a command in the guest with nocloud's own key and no ssh configuration of the user's; (status, output)."""
     trust = ssh_trust_options(cloud.known_hosts.path, strict=True)
-    return try_run([*ssh_argv(cloud, vm, trust, ssh_key_options(is_planted(vm)), batch=True), script], timeout)
+    argv = [*ssh_argv(cloud, vm, trust, ssh_key_options(is_planted(vm)), batch=True), script]
+    return try_run(argv, timeout, GUEST_OUTPUT)
 
 
 def ssh_way(network: Network) -> list[str]:
@@ -7888,9 +8035,13 @@ def instantiate(
     return [vm for vm in vms if vm not in failed], errors
 
 
-def wait_all(cloud: Cloud, vms: Sequence[VM], seconds: float) -> list[Error]:
-    """Wait for VMs in parallel until each is ready."""
-    results = in_parallel(lambda vm: wait_ready(Wait(cloud, vm, seconds)), vms, workers=len(vms) or 1)
+def wait_all(cloud: Cloud, vms: Sequence[VM], seconds: float, limit: str = "") -> list[Error]:
+    """Wait for VMs in parallel until each is ready.  `limit`: as Wait says."""
+    try:
+        results = in_parallel(lambda vm: wait_ready(Wait(cloud, vm, seconds, limit=limit)), vms, workers=len(vms) or 1)
+    except KeyboardInterrupt:
+        report.say(f"{report.program}: these VMs run on: {', '.join(vm.name for vm in vms)}")
+        raise
     return [result for result in results if isinstance(result, Error)]
 
 
@@ -7944,11 +8095,11 @@ class OwnGuest:
     def wait_login(self) -> None:
         """Return when one can log in to it with `keys`, which may be others than ours."""
         for seconds in self.wait(wait_ssh).tries():
-            said: list[str] = []
-            if not self.run("true", said.append, seconds):
+            status, said = self.ask("true", seconds)
+            if not status:
                 return
-            if any("Permission denied" in line for line in said):
-                raise Error(f"no key lets {self.vm.get('vmUser')} in: {last_line(chr(10).join(said))}", vm=self.vm)
+            if "Permission denied" in said:
+                raise Error(f"no key lets {self.vm.get('vmUser')} in: {last_line(said)}", vm=self.vm)
 
     def run(self, script: str, on_line: Callable[[str], None], seconds: float) -> int:
         """Run a script in it, giving each line that it writes to `on_line`; its status, 255 where ssh failed.
@@ -7963,11 +8114,19 @@ class OwnGuest:
             raise WrongState("its guest ended in the middle of the work", f"see {self.vm.console_log}", vm=self.vm)
         return status
 
+    def ask(self, script: str, seconds: float) -> tuple[int, str]:
+        """The status of a script in it, and what it says last."""
+        said = ""
+
+        def hear(line: str) -> None:
+            nonlocal said
+            said = f"{said}{line}\n"[-GUEST_OUTPUT:]
+
+        return self.run(script, hear, seconds), said
+
     def output(self, script: str, seconds: float = 120) -> str:
         """What a script says in it.  Raises Error where its status isn't 0."""
-        lines: list[str] = []
-        status = self.run(script, lines.append, seconds)
-        said = "\n".join(lines)
+        status, said = self.ask(script, seconds)
         if status:
             raise Error(last_line(said) or describe_status(status), vm=self.vm)
         return said
@@ -8136,7 +8295,7 @@ def upgrade_guest(guest: OwnGuest, seconds: float) -> None:
     try:
         status = guest.run(script, lambda line: report.say(line.rstrip("\r").rpartition("\r")[2]), seconds)
     except TimedOut:
-        raise TimedOut(f"no end of the upgrade after {seconds:.0f} s", vm=vm) from None
+        raise TimedOut(f"no end of the upgrade after {seconds:.0f} s", "--timeout S gives it longer", vm=vm) from None
     if status:
         raise Error(f"the upgrade failed: {describe_status(status)}", vm=vm)
     guest.finish()
@@ -8546,12 +8705,15 @@ LOOK_SECONDS = 2.0  # between looks at the tree for VMs that others started
 class Supervisor:
     """The loop of one vmrun.  `on_ready` is called when all VMs are ready, or are known not to get ready."""
 
-    def __init__(self, cloud: Cloud, group: str, on_ready: Callable[[int], None]) -> None:
-        """Takes the signals over, for good: to the end of the process none of them interrupts it any more."""
+    def __init__(self, cloud: Cloud, group: str, end: str, on_ready: Callable[[int], None]) -> None:
+        """Takes the signals over, for good: to the end of the process none of them interrupts it any more.
+
+        `end`: the goal that SIGINT and SIGTERM set.
+        """
         import selectors
         import threading
 
-        self.cloud, self.group = cloud, group
+        self.cloud, self.group, self._end_goal = cloud, group, end
         self.goal = RUN
         self.status = EXIT_DONE
         self._on_ready: Callable[[int], None] | None = on_ready
@@ -8559,6 +8721,7 @@ class Supervisor:
         self._jobs: set[threading.Thread] = set()
         self._starting, self._ending = True, RUN
         self._look_at = time.monotonic() + LOOK_SECONDS
+        self._stuck: set[str] = set()  # the guests that a full disk has paused
         self._posts: deque[Callable[[], None]] = deque()
         self._selector = selectors.DefaultSelector()
         self._take_signals()
@@ -8614,7 +8777,7 @@ class Supervisor:
             self._posts.popleft()()
         goals = {signal.SIGUSR1: KEEP, signal.SIGHUP: LEAVE}
         for number in filter(None, numbers):
-            self._ask(goals.get(signal.Signals(number), DESTROY))
+            self._ask(goals.get(signal.Signals(number), self._end_goal))
 
     def _ask(self, goal: str) -> None:
         """A signal.  Who has asked to keep the VMs may still have them destroyed, but not the other way round."""
@@ -8664,6 +8827,18 @@ class Supervisor:
         for vm in self.cloud.tree.vms(self.group):
             if vm.folder not in self._members and vm.is_running():
                 self._adopt(vm, "has joined")
+        if not self._jobs and (self._stuck or free_bytes(self.cloud.tree.base) < RESERVE):
+            vms = [member.vm for member in self._members.values()]
+            self._job(lambda: in_parallel(wake, vms), lambda states: self._awake(vms, states))
+
+    def _awake(self, vms: Sequence[VM], states: Sequence[str]) -> None:
+        """Log whose disk has become full, and who could go on."""
+        for vm, state in zip(vms, states):
+            if state == DISK_FULL and vm.name not in self._stuck:
+                report.log(f"{vm.name} is {state}, and goes on when there is room in {vm.folder}")
+            elif state == "running" and vm.name in self._stuck:
+                report.log(f"{vm.name} goes on")
+        self._stuck = {vm.name for vm, state in zip(vms, states) if state == DISK_FULL}
 
     # workers
 
@@ -8759,14 +8934,14 @@ class Supervisor:
 
 
 def supervise(
-    cloud: Cloud, group: str, requests: Sequence[CloneRequest], new: bool, gui: bool, background: Background
+    cloud: Cloud, group: str, requests: Sequence[CloneRequest], new: bool, gui: bool, background: Background, end: str
 ) -> int:
     """Run a group: the VMs that it has and those that are asked for, until it ends; the exit status.
 
-    `new`: it must have none yet; `gui`: those that it has get a screen, this time.
+    `new`: it must have none yet; `gui`: those that it has get a screen, this time; `end`: what ^C does.
     """
     manager = Manager(cloud.tree, group, new)
-    supervisor = Supervisor(cloud, group, lambda status: background.on_ready(status, manager.log_file))
+    supervisor = Supervisor(cloud, group, end, lambda status: background.on_ready(status, manager.log_file))
     with manager:
         old = list(cloud.tree.vms(group))
         if not old and not requests:
@@ -8815,12 +8990,21 @@ def stop_managed(cloud: Cloud, group: str) -> None:
 
 
 def vm_rows(cloud: Cloud, group: str = "", type: str = "", *, every: bool = False) -> Iterator[str]:
-    """A line per running VM, NAME GROUP/TYPE IP, or for every one, NAME GROUP/TYPE STATE IP; IP once it has one."""
-    for vm in cloud.tree.vms(group, type):
-        state, _ = vm.state()
-        if every or state == "running":
-            words = (vm.name, vm.place, state if every else "", address_of(cloud, vm))
-            yield " ".join(filter(None, words))
+    """A line per running VM, NAME GROUP/TYPE IP, or for every one, NAME GROUP/TYPE STATE IP; IP once it has one.
+
+    Where a guest doesn't run though its qemu does, STATE is there in any case.
+    """
+    for text in cloud.tree.renamed(group):
+        report.warn(text)
+    vms = [(vm, state) for vm in cloud.tree.vms(group, type) if (state := vm.state()[0]) == "running" or every]
+    asked = iter(in_parallel(guest_state, [vm for vm, state in vms if state == "running"]))
+    for vm, known in vms:
+        for disk in vm.disks() if every and vm.is_readable() else ():
+            if not os.path.exists(disk):
+                report.warn(told_of(vm, FileNotFoundError(0, "", disk)))
+        state = next(asked) if known == "running" else known
+        words = (vm.name, vm.place, state if every or state != "running" else "", address_of(cloud, vm))
+        yield " ".join(filter(None, words))
 
 
 def address_of(cloud: Cloud, vm: VM) -> str:
@@ -9029,7 +9213,7 @@ def examine_disk_space(patient: Patient) -> str:
 
 
 def examine_vms(patient: Patient) -> str:
-    """What killed commands and vanished files left in the tree."""
+    """What killed commands and vanished files left in the tree, and guests that don't run though their qemu does."""
     tree = patient.tree
     folders = list(left_over(tree))
     if folders:
@@ -9040,6 +9224,9 @@ def examine_vms(patient: Patient) -> str:
         examine_conf(patient, vm)
         if vm.is_readable():
             examine_disks(patient, vm, followed)
+    for vm, state in zip(vms, in_parallel(guest_state, vms)):
+        if state not in AT_WORK:
+            patient.tell(WARNING, f"{vm.full_name} is {state}", remedy(vm, state))
     templates = sum(vm.is_template for vm in vms)
     return f"{plural(len(vms) - templates, 'VM')}, {plural(templates, 'template')}, nothing left over"
 
@@ -9866,7 +10053,8 @@ def cmd_instantiate(config: Config, args: argparse.Namespace, words: list[str]) 
             return EXIT_DONE
         vms, errors = instantiate(cloud, group, requests)
         if args.wait is not None:
-            errors += wait_all(cloud, vms, args.wait if args.wait is not True else config.number("vmWaitTimeout"))
+            seconds, limit = (config.number("vmWaitTimeout"), "") if args.wait is True else (args.wait, "-w SECONDS")
+            errors += wait_all(cloud, vms, seconds, limit)
         else:
             configure_later(cloud, vms)
         for vm in vms:
@@ -9924,8 +10112,10 @@ def report_errors(errors: Sequence[Error]) -> int:
 
 @declare(
     Command("run", "vmrun"),
-    Option("-f --file FILE", "make what a description file lists, and run it; -: stdin"),
-    Option("-r --resume GROUP", "run the VMs of GROUP that were kept", complete="group"),
+    Option("-f --file FILE", "make what a description file lists (-: stdin), and run it; ^C destroys it all"),
+    Option(
+        "-r --resume GROUP", "run the VMs of GROUP that were kept; ^C shuts them down and keeps them", complete="group"
+    ),
     Option(
         "-s --stop GROUP", "tell the vmrun that manages GROUP to stop its VMs and keep them", complete="managed-group"
     ),
@@ -9933,6 +10123,7 @@ def report_errors(errors: Sequence[Error]) -> int:
     Option("--group GROUP", "with -f: the group's name, instead of the file's", complete="group"),
     Option("--add", "with -f: though the group has VMs already; they are run too"),
     Option("--background", "return when all VMs are ready"),
+    Option("--destroy", "with -r: ^C destroys them"),
     FORCE,
 )
 def cmd_run(config: Config, args: argparse.Namespace, words: list[str]) -> int:
@@ -9942,6 +10133,8 @@ def cmd_run(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     for given, name in ((args.group, "--group"), (args.add, "--add"), (args.force, "--force")):
         if given and args.file is None:
             raise UsageError(f"{name} goes with -f FILE only")
+    if args.destroy and args.resume is None:
+        raise UsageError("--destroy goes with -r GROUP only")
     if args.gui and args.stop is not None:
         raise UsageError("-g goes with -f FILE and -r GROUP")
     if args.stop is not None:
@@ -9967,15 +10160,15 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
             raise UsageError("templates are not run as a group", "vm -n NAME runs one")
         else:
             cloud.tree.need_group(group)
-        return supervise(cloud, group, requests, bool(requests) and not args.add, args.gui, background)
+        end = KEEP if args.resume is not None and not args.destroy else DESTROY
+        return supervise(cloud, group, requests, bool(requests) and not args.add, args.gui, background, end)
 
 
 @declare(Command("running", "vmrunning"), GROUP, TYPE, Option("-a --all", "the stopped ones too, with their state"))
 def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """list running VMs: NAME GROUP/TYPE IP"""
     with Cloud(config) as cloud:
-        if args.group is not None:
-            cloud.tree.need_group(args.group)
+        cloud.tree.need_group(args.group, args.type)
         for row in vm_rows(cloud, args.group or "", args.type or "", every=args.all):
             report.data(row)
 
@@ -10001,15 +10194,20 @@ def cmd_stop(config: Config, args: argparse.Namespace, words: list[str]) -> int:
 
 
 def vms_to_stop(cloud: Cloud, args: argparse.Namespace) -> list[VM]:
-    """What vmstop's options mean.  What is gone already is no error."""
+    """What vmstop's options mean.  To destroy what is gone already is no error, but said: the name may be mistyped."""
     if args.name == "":
         raise UsageError("the VM's name is empty", "vmrunning lists the VMs")
     if args.name is not None:
         vms = [cloud.tree.need(args.name, args.group, args.type)]
     elif args.group is not None:
-        if args.group and args.destroy and args.group not in (TEMPLATES, *cloud.tree.groups()):
+        try:
+            cloud.tree.need_group(args.group, args.type)
+        except NotFound as error:
+            if not args.destroy:
+                raise
+            error.text += ", so there is nothing to destroy"
+            report.error(error)
             return []
-        cloud.tree.need_group(args.group)
         vms = [vm for vm in cloud.tree.vms(args.group) if args.type in (None, vm.type)]
     else:
         raise UsageError("which group? give -g GROUP, or -n NAME for one VM", "vmrunning lists them")
@@ -10159,6 +10357,8 @@ def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> None:
             if args.tap:
                 open_tap(network)
             argv, fds = network.enter(rest)
+            if not find_program(rest[0]) and package_of(rest[0], 0) == rest[0]:
+                raise MissingProgram(f"{rest[0]}: not found")  # any word may stand there: no package is guessed
             need_program(rest[0])
             for fd in fds:
                 os.set_inheritable(fd, True)

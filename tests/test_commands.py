@@ -58,6 +58,7 @@ OPTIONS: dict[str, Options] = {
         "--group": True,
         "--add": False,
         "--background": False,
+        "--destroy": False,
         "--force": False,
     },
     "vm": {"-n": True, "-g": True, "-t": True, "-i": True, "-G": False},

@@ -25,7 +25,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import ROOT, Cloud, Result, eventually
-from webserver import Content, Site, announce, break_off, drip, hold, make_certificate, page, redirect, status
+from webserver import Content, Handler, Site, announce, break_off, drip, hold, make_certificate, page, redirect, status
 
 import nocloud
 
@@ -733,6 +733,28 @@ def test_no_space(web: Cloud, site: Site, image: bytes) -> None:
     site.tricks[path] = announce(1 << 60)
     template(web, "x").fails(1, "the image takes", "are free", "free some disk space")
     nothing_came(web)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a tmpfs")
+def test_a_download_without_an_end(web: Cloud, site: Site, image: bytes) -> None:
+    """It says no length, and never stops: the disk isn't filled, and nothing of it stays."""
+    cache = web.home / "cache"
+    cache.mkdir()
+    path = offer(web, site, image)
+
+    def endless(handler: Handler) -> bool:
+        handler.send_response(200)
+        handler.end_headers()
+        while True:
+            handler.wfile.write(bytes(1 << 20))
+
+    site.tricks[path] = endless
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80m", "nocloud-test", cache], check=True)
+    try:
+        template(web, "x").fails(1, str(cache), "no end in sight, 64 MB are kept free", "free some disk space")
+        assert not sum(path.stat().st_size for path in cached(web))
+    finally:
+        subprocess.run(["umount", "-l", cache], check=True)
 
 
 # How it is told ######################################################################################

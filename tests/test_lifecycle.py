@@ -252,7 +252,7 @@ def test_destroyed_nothing_of_it_is_left(pair: Cloud) -> None:
     assert not (pair.base / "pf").exists()
     assert {path.name for path in pair.base.iterdir()} == {"templates"}
     assert not pair.processes()
-    pair.run("vmstop", "-d", "-g", "pf").quiet()  # gone already
+    pair.run("vmstop", "-d", "-g", "pf").fails(0, "pf: no such group, so there is nothing to destroy")
 
 
 # Names and numbers ###################################################################################
@@ -420,8 +420,57 @@ def test_templates_are_not_destroyed(blank: Cloud) -> None:
 def test_a_group_that_is_not_there(blank: Cloud) -> None:
     instantiate(blank, "-g", "pftest", "-o", "name=web").ok()
     blank.run("vmstop", "-g", "pftets").says(1, "pftets: no such group", "did you mean pftest?")
-    blank.run("vmstop", "-d", "-g", "pftets").quiet()
-    assert len(rows(blank)) == 1
+    blank.run("vmrunning", "-g", "pftets").says(1, "pftets: no such group", "did you mean pftest?")
+    for words in (("vmstop", "-g", "pftest"), ("vmrunning", "-g", "pftest")):
+        blank.run(*words, "-t", "defualt").says(1, "defualt: no such type in pftest", "did you mean default?")
+    blank.run("vmrunning", "-t", "defualt").says(1, "defualt: no such type", "did you mean default?")
+    nothing = "so there is nothing to destroy"
+    blank.run("vmstop", "-d", "-g", "pftets").says(0, f"pftets: no such group, {nothing}", "did you mean pftest?")
+    done = blank.run("vmstop", "-d", "-g", "pftest", "-t", "x").says(
+        0, f"x: no such type in pftest, {nothing}", "vmrunning -a lists them"
+    )
+    assert not done.stdout and len(rows(blank)) == 1
+
+
+def test_folders_that_were_moved_by_hand(blank: Cloud) -> None:
+    """Lists, and the tree of disks, say what they no longer find."""
+    blank.run("vminstantiate", "-n", "blank", "-C", 3, "-g", "pf", "-o", "name=web").ok()
+    blank.run("vmstop", "--kill", "-g", "pf").ok()
+    place = blank.base / "pf/default"
+    (place / "web00").rename(place / "renamed")
+    (blank.base / "shop/default").mkdir(parents=True)
+    (place / "web01").rename(blank.base / "shop/default/web01")
+    renamed = f"warning: {place}/renamed is no VM: web00.conf is in it, and not renamed.conf (renamed by hand?)"
+    conf = blank.base / "shop/default/web01/web01.conf"
+    disk = f"{place}/web01/web01_0.img"
+    gone = f"warning: shop/default/web01: its disk is gone: {disk} (moved by hand? see vmDisk in {conf})"
+    for words in (("vmrunning", "-a"), ("vmtemplate", "--tree")):
+        done = blank.run(*words).ok()
+        said = [line.partition(": ")[2] for line in done.stderr.splitlines()]
+        assert sorted(said) == sorted([renamed, gone]), repr(done)
+        assert "web02" in done.stdout
+    blank.run("vmtemplate", "--list").ok()
+    (blank.base / "templates/blank").rename(blank.base / "templates/other")
+    done = blank.run("vmtemplate", "--tree").ok()
+    assert "warning: pf/default/web02: what its disk stands on is gone: " in done.stderr and "Errno" not in done.stderr
+
+
+def test_interrupted_in_a_wait(blank: Cloud) -> None:
+    """What was made runs on, and that is told; a wait that runs out names the option that set it."""
+    child = blank.spawn("vminstantiate", "-n", "blank", "-C", 2, "-g", "pf", "-o", "name=web", "-w", 100)
+    eventually(lambda: len(rows(blank)) == 2, "both run")
+    eventually(lambda: len(list(blank.base.glob("pf/default/web0?/web0?.command"))) == 2, "both are made")
+    assert child.stderr
+    time.sleep(1)
+    child.send_signal(signal.SIGINT)
+    assert child.wait(30) == 130
+    assert ": these VMs run on: web00, web01\n" in child.stderr.read() and len(rows(blank)) == 2
+    done = blank.run("vminstantiate", "-n", "blank", "-g", "pf", "-o", "name=db", "-w", 1)
+    assert done.status == 124 and "(hint: -w SECONDS sets the longest wait; its console: " in done.stderr, repr(done)
+    blank.run("net", "exec", "nosuchcmd").says(127, "nosuchcmd: not found")  # and no package is guessed
+    env = {"NOCLOUD_vmWaitTimeout": "1"}
+    done = blank.run("vminstantiate", "-n", "blank", "-g", "pf", "-o", "name=db", "-w", env=env)
+    assert done.status == 124 and "(hint: vmWaitTimeout sets the longest wait; " in done.stderr, repr(done)
 
 
 # The state of a VM is asked of the lock ##############################################################
@@ -777,7 +826,7 @@ def test_disk_full_in_the_middle(cloud: Cloud, vms: None) -> None:
         left = os.listdir(cloud.base / "pf/default") if (cloud.base / "pf").exists() else []
         assert sorted(left) == done.lines, repr(done)
         (cloud.base / "ballast").unlink()
-        cloud.run("vmstop", "-d", "-g", "pf").quiet()
+        cloud.run("vmstop", "-d", "-g", "pf").ok()
         assert not (cloud.base / "pf").exists() and not cloud.processes()
     finally:
         subprocess.run(["umount", "-l", cloud.base], check=True)  # -l: also where something was left in it

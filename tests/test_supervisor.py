@@ -128,7 +128,9 @@ def test_ready_kept_and_run_again(tiny: Cloud) -> None:
     assert {vm: tiny.conf(vm) for vm in before} == before
     assert tiny.ssh("web00", "hostname; cat /data/mine").ok().stdout == "web00\nkept\n"
     again.stops(signal.SIGINT)
-    destroyed(tiny)
+    assert "shutting down and keeping the VMs of pf group" in again.log()
+    assert "switched off" not in again.err.read_text(), "properly"
+    assert rows(tiny) == [] and {vm: tiny.conf(vm) for vm in before} == before
     assert template.read_bytes() == untouched
 
 
@@ -187,13 +189,37 @@ def test_stopped_by_usr1_then_destroyed(running: tuple[Cloud, Run]) -> None:
     run.stops(signal.SIGUSR1)
     assert "switched off: web00, web01" in run.err.read_text()
     assert (cloud.base / "pf/web/web00").is_dir() and rows(cloud) == []
-    again = Run(cloud, "-r", "pf", env=QUICK | {"NOCLOUD_vmStopTimeout": "300"})
+    again = Run(cloud, "-r", "pf", "--destroy", env=QUICK | {"NOCLOUD_vmStopTimeout": "300"})
     again.spawned("web00", "web01")
     again.signal(signal.SIGUSR1)
     again.says("shutting down and keeping the VMs of pf group")
     time.sleep(0.5)
     again.stops(signal.SIGINT)
     destroyed(cloud)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_kept_on_purpose(running: tuple[Cloud, Run], number: int) -> None:
+    """What -r runs isn't destroyed by ^C, however often, nor by SIGTERM; in the background neither."""
+    cloud, run = running
+    run.stops(signal.SIGUSR1)
+    before = cloud.files()
+    again = Run(cloud, "-r", "pf")
+    again.spawned("web00", "web01")
+    for each in (number, signal.SIGINT, signal.SIGTERM):
+        again.signal(each)
+    again.ends(0)
+    assert rows(cloud) == [] and before <= cloud.files()
+    assert cloud.run("vmrun", "-r", "pf", "--background", env=QUICK | {"NOCLOUD_vmWaitTimeout": "1"}).status == 124
+    os.kill(manager(cloud), number)
+    eventually(lambda: not (cloud.base / "pf/.vmrun.pid").exists(), "it ended")
+    assert rows(cloud) == [] and before <= cloud.files()
+
+
+def manager(cloud: Cloud) -> int:
+    """The vmrun in the background."""
+    (pid,) = [pid for pid, words in cloud.processes().items() if " run -r pf" in words]
+    return pid
 
 
 def test_hangup_leaves_the_vms_running(running: tuple[Cloud, Run]) -> None:
@@ -298,7 +324,7 @@ def test_one_does_not_start(running: tuple[Cloud, Run]) -> None:
     run.stops(signal.SIGUSR1)
     disk = cloud.base / "pf/web/web00/web00_0.img"
     disk.write_bytes(b"QFI\xfbnonsense")
-    again = Run(cloud, "-r", "pf")
+    again = Run(cloud, "-r", "pf", "--destroy")
     again.spawned("web01")
     eventually(
         lambda: "vmrun: web00: qemu did not start" in again.err.read_text().replace("nocloud run", "vmrun"), "why"
@@ -332,6 +358,7 @@ def test_not_ready_is_told(blank: Cloud) -> None:
         (("-s", "nosuch"), 1, "no such group"),
         (("-r", "templates"), 2, "vm -n NAME"),
         (("-r", "x", "--add"), 2, "-f FILE only"),
+        (("-f", "x", "--destroy"), 2, "--destroy goes with -r GROUP only"),
         (("-f", "-"), 2, "--group"),
         (("-f", "nosuch"), 2, "No such file"),
         (("-f", "bad"), 2, "bad:2"),
@@ -460,7 +487,7 @@ def test_killed_at_any_instant(blank: Cloud) -> None:
         here = [row[0] for row in listed if row[0] != "blank"]
         qemus = {name: blank.qemu(f"pf/web/{name}") for name, _, state, *_ in listed if state == "running"}
         if here and number % 3 == 0:
-            again = Run(blank, "-r", "pf")
+            again = Run(blank, "-r", "pf", "--destroy")
             again.spawned(*here)
             assert all(blank.qemu(f"pf/web/{name}") == pid for name, pid in qemus.items())  # none was started anew
             again.stops(signal.SIGINT)
