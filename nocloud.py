@@ -2858,11 +2858,14 @@ def networks_in_use(without: str = "") -> Iterator[tuple[str, int, int]]:
 
 
 def daemon_pid(pid_file: str) -> int:
-    """The pid of the daemon that wrote the file, or 0.  It names the file on its command line: a reused pid doesn't."""
+    """The pid of the daemon that wrote the file, or 0.  It names the file on its command line: a reused pid doesn't.
+
+    Raises OSError where that can't be found out, for want of descriptors say: it isn't started a second time then.
+    """
     try:
         pid = int(read_text(pid_file))
         words = read_text(f"/proc/{pid}/cmdline").split("\0")
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, PermissionError, ProcessLookupError, ValueError):
         return 0
     return pid if any(word.endswith(pid_file) for word in words) else 0
 
@@ -2901,7 +2904,7 @@ def start_daemon(argv: Sequence[str], fds: Sequence[int]) -> None:
         finally:
             os.close(its)
         said = pipe.read().decode("utf-8", "replace")
-    if wait_for(lambda: child.poll() is not None, 0.02, 0.005) and child.returncode:
+    if wait_for(lambda: child.poll() is not None, 0.02, 0.005):
         program = argv[argv.index("--") + 1] if "--" in argv else argv[0]  # after nsenter's own words
         raise Error(f"{os.path.basename(program)}: {last_line(said) or describe_status(child.returncode)}")
 
@@ -3274,8 +3277,11 @@ class PrivateNetwork(Network):
     # up and down
 
     def holder(self) -> int:
-        """The pid of the process that keeps the namespaces, or 0."""
-        return lock_holder(self.file("holder.pid"))[1]
+        """The pid of the process that keeps the namespaces, or 0.  Raises Error where that can't be found out."""
+        state, pid = lock_holder(self.file("holder.pid"))
+        if state == "unknown":
+            raise Error(f"can't tell whether the private network is up: {self.file('holder.pid')} can't be looked at")
+        return pid
 
     def hold(self) -> Any:
         """The folder's lock, held shared.  Another command may have ended the network that we know and made it anew."""
@@ -3283,12 +3289,15 @@ class PrivateNetwork(Network):
 
         self.used = True
         stack = contextlib.ExitStack()
-        while True:
+        for _ in range(5):
             stack.enter_context(FolderLock(self.folder, shared=True, make=True))
             if self.is_complete():
                 break
             stack.close()
             self.up()
+        else:
+            log = self.file("dnsmasq.log")
+            raise Error(f"the private network doesn't stay up: {last_line(read_tail(log)) or 'its dnsmasq ends'}", log)
         pid = self.holder()
         if pid and self._spaces and not os.path.samestat(os.fstat(self._spaces.net), os.stat(f"/proc/{pid}/ns/net")):
             self.close()

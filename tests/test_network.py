@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import READY, Cloud, interfaces, is_alive, kill_hard, open_ports
+from support import READY, Cloud, interfaces, is_alive, kill_hard, nothing_made, open_ports, replace_program
 
 import nocloud
 
@@ -169,6 +169,39 @@ def test_namespaces_denied_names_a_way_out(cloud: Cloud, vms: None) -> None:
         pytest.skip("this kernel has no such limit")
     done.fails(1, "private network", "bridge")
     assert not cloud.processes()
+
+
+def test_a_dnsmasq_that_ends_is_an_error(blank: Cloud) -> None:
+    """At once, or after a while: it isn't started again and again."""
+    path = replace_program(blank.home / "bin", "dnsmasq", "echo 'no luck' >&2; exit 0")
+    with nothing_made(blank):
+        blank.run("vminstantiate", "-n", "blank", env={"PATH": path}).fails(1, "dnsmasq: no luck")
+    path = replace_program(blank.home / "bin", "dnsmasq", "exec >/dev/null 2>&1; sleep 0.2")
+    words = ("net", "--tap", "exec", "true")
+    blank.run(*words, env={"PATH": path}).fails(1, "the private network doesn't stay up: its dnsmasq ends", "log")
+    blank.run("net", "down").quiet()
+
+
+def test_few_descriptors_orphan_nothing(cloud: Cloud, vms: None) -> None:
+    """What can't be found out for want of them is an error: nothing is taken for ended that runs."""
+    cloud.run("net", "up").ok()
+    code = (
+        "import errno, os, resource\n"
+        "folder = sys.argv[1]\n"
+        "network = nocloud.PrivateNetwork(nocloud.Tree(nocloud.load_config()))\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (os.dup(0), 4096))\n"
+        "for ask in (lambda: nocloud.daemon_pid(folder + '/dnsmasq.pid'), network.holder, network.down):\n"
+        "    try:\n"
+        "        print('it says', ask())\n"
+        "    except (OSError, nocloud.Error) as error:\n"
+        "        print('error')\n"
+    )
+    assert cloud.script(code, cloud.base / ".net").ok().lines == ["error"] * 3
+    for limit in range(13, 17):
+        cloud.run("net", "up").ok()
+        cloud.execute(["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh", *cloud.argv("net", "down")])
+        cloud.run("net", "down").quiet()
+        assert not cloud.processes(), limit
 
 
 # With VMs ############################################################################################
