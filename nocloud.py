@@ -3931,7 +3931,7 @@ class BridgeSetup:
         need_root("the host's bridge")
         self.check()
         with FolderLock(RUN_FOLDER, make=True):
-            new = not self.is_there()
+            new, first = not self.is_there(), not os.path.exists(STATE_FOLDER)
             try:
                 prepare_state_folder()
                 self._make_bridge()
@@ -3943,6 +3943,8 @@ class BridgeSetup:
                 if new:
                     self._take_down()
                     remove_empty(RUN_FOLDER)
+                if first:
+                    remove_tree(STATE_FOLDER)
                 raise
             self.tell_resolver()
         for chain in dropping_chains(self.interface):

@@ -323,7 +323,7 @@ def test_an_up_that_fails_leaves_nothing(host: Host) -> None:
     before = host.state()
     path = replace_program(host.cloud.home / "bin", "nft", 'case "$*" in "-f -") exit 1;; esac; exec "$REAL" "$@"')
     host.run("net", "up", env={"PATH": path}).fails(1, "nft")
-    assert host.state() == before
+    assert host.state() == before and host.shell("ls /var/lib").stdout == ""
     path = replace_program(
         host.cloud.home / "bin", "nft", 'case "$*" in "-f -") kill -9 $PPID;; esac; exec "$REAL" "$@"'
     )
