@@ -713,6 +713,7 @@ SETTINGS = (
     Setting("vmAccel", one_of("auto", "kvm", "tcg"), "auto", "both", "hardware (kvm) or software (tcg) emulation",
             inherited=True),
     Setting("vmNetwork", NETWORK_KIND, "auto", "both", "bridge (the host's), private (no root), auto"),
+    Setting("vmHostAccess", yes_no, "no", "config", "yes: VMs may open connections to the host itself"),
     Setting("vmStopTimeout", SECONDS, "30", "config", "seconds a guest has to shut down before it is switched off"),
     Setting("vmWaitTimeout", SECONDS, "300", "config", "the longest wait, in seconds, for a VM to be ready"),
     Setting("vmDownloadTimeout", whole_number(1, 3600, "seconds"), "30", "config", "seconds that a download may stall"),
@@ -3881,6 +3882,7 @@ class BridgeSetup:
     def __init__(self, config: Config) -> None:
         self.settings = BridgeSettings(config)
         self.interface = self.settings.interface
+        self.closed = yes_no(config["vmHostAccess"]) == "no"
         self.hosts = HostFiles(STATE_FOLDER, "?")
         self.forwarding = os.path.join(RUN_FOLDER, "forwarding")
         self.pid_file, self.log = (os.path.join(RUN_FOLDER, f"dnsmasq.{name}") for name in ("pid", "log"))
@@ -3935,7 +3937,9 @@ class BridgeSetup:
             try:
                 prepare_state_folder()
                 self._make_bridge()
-                rules = nft_rules("bridge.nft", guests=f'"{self.interface}"', subnet=self.settings.net)
+                guests = f'"{self.interface}"'
+                closed = guests if self.closed else '"/"'  # which no interface is called
+                rules = nft_rules("bridge.nft", guests=guests, closed=closed, subnet=self.settings.net)
                 guarded = "".join(f'add element ip {DOMAIN} guarded {{ "{each}" }}\n' for each in self._forward())
                 run(["nft", "-f", "-"], input=rules + guarded.encode())
                 open_firewalls(self.interface)
@@ -4020,8 +4024,9 @@ class BridgeSetup:
 
     def _take_down(self) -> None:
         close_firewalls(self.interface)
-        if has_nft_table(f"ip {DOMAIN}"):
-            run(["nft", "delete", "table", "ip", DOMAIN])
+        for family in ("ip", "inet"):
+            if has_nft_table(f"{family} {DOMAIN}"):
+                run(["nft", "delete", "table", family, DOMAIN])
         if read_text("/proc/sys/net/ipv4/ip_forward").strip() == "0":  # else another one wants them to forward by now
             for each in self._forwarders():
                 write_proc(sysctl_file(each, "forwarding"), "0")
@@ -9049,9 +9054,9 @@ def examine_forwarding(patient: Patient) -> str:
     if not find_program("nft"):
         patient.tell(WARNING, "nft is not found", install_hint("nft"))
     elif is_root:
-        if not has_nft_table(f"ip {DOMAIN}"):
-            text = f"guests have no way out: nocloud's own rules are gone (nft table ip {DOMAIN})"
-            patient.tell(WARNING, text, mend)
+        for family, what in (("ip", "guests have no way out"), ("inet", "guests reach this host")):
+            if not has_nft_table(f"{family} {DOMAIN}"):
+                patient.tell(WARNING, f"{what}: nocloud's own rules are gone (nft table {family} {DOMAIN})", mend)
         for program in iptables_programs():
             if missing_rules(program, name):
                 patient.tell(WARNING, f"{program} has rules, and doesn't accept the bridge", mend)

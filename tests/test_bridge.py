@@ -135,9 +135,9 @@ class Host:
         """Take all guests off the bridge."""
         self.shell("for port in $(ls /sys/class/net/nocloud/brif); do ip link delete $port; done")
 
-    def spawn(self, *argv: object) -> subprocess.Popen[str]:
-        """A program on the host that goes on; its output is thrown away."""
-        words = ["nsenter", "-t", str(self.pid), "-n", "-m", "--", *map(str, argv)]
+    def spawn(self, *argv: object, at: int = 0) -> subprocess.Popen[str]:
+        """A program on the host, or in the namespaces of a process, that goes on; its output is thrown away."""
+        words = ["nsenter", "-t", str(at or self.pid), "-n", "-m", "--", *map(str, argv)]
         null, env = subprocess.DEVNULL, self.cloud.env | self.variables
         child = subprocess.Popen(words, stdin=null, stdout=null, stderr=null, text=True, env=env, cwd="/")
         self.children.append(child)
@@ -427,6 +427,56 @@ def test_dnsmasq_runs_as_the_unit_starts_it(host: Host) -> None:
     host.unplug()
     host.run("bridge", "stop").quiet()
     host.run("bridge", "stop").quiet()
+
+
+# What guests reach ###################################################################################
+
+PORT = 8080
+ACCEPT = """import socket, sys
+s = socket.create_server(("", int(sys.argv[1])), family=socket.AF_INET6, dualstack_ipv6=True)
+while True:
+    s.accept()
+"""
+
+
+def listen(host: Host, at: int = 0) -> None:
+    """A service on all addresses of the host, or of the router."""
+    host.spawn(sys.executable, "-c", ACCEPT, PORT, at=at)
+    place = at or host.pid
+    eventually(lambda: f":{PORT:04X}" in host.at(place, "cat", "/proc/net/tcp6").stdout, "it listens")
+
+
+@pytest.mark.parametrize("access", ["no", "yes"])
+def test_guests_on_the_bridge_begin_nothing_on_the_host(host: Host, access: str) -> None:
+    """By none of its addresses, IPv6 included, nor by a port that something like Docker leads elsewhere."""
+    for place in (host.pid, host.router):
+        listen(host, place)
+    host.shell(
+        "nft add table ip docker; nft add chain ip docker c '{ type nat hook prerouting priority dstnat; }';"
+        f"nft add rule ip docker c ip daddr 203.0.113.1 tcp dport 81 dnat to {OUTSIDE}:{PORT}"
+    ).ok()
+    host.variables["NOCLOUD_vmHostAccess"] = access
+    host.run("net", "up").ok()
+    guest, told = host.guest("00:50:56:00:00:01", "stand-in")
+    host.shell("ip addr add 203.0.113.77/24 dev eth0").ok()
+    code = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 2)"
+
+    def reaches(address: str, port: int = PORT) -> bool:
+        return host.at(guest, sys.executable, "-c", code, address, port).status == 0
+
+    places = [("192.168.1.1", PORT), ("203.0.113.1", PORT), ("203.0.113.77", PORT), ("203.0.113.1", 81)]
+    link = re.search(r"inet6 (fe80\S+)/", host.shell("ip -6 -o addr show dev nocloud").stdout)
+    places += [(f"{link.group(1)}%ens3", PORT)] if link else []
+    if access == "yes":
+        eventually(lambda: reaches(*places[-1]), "the guest's own IPv6 address is settled")
+    assert [reaches(*place) for place in places] == [access == "yes"] * len(places)
+    assert reaches(OUTSIDE) and host.reaches(guest, "192.168.1.1")
+    assert host.resolve(guest, "stand-in.nocloud") == told["address"]
+    listen(host, guest)
+    assert host.at(host.pid, sys.executable, "-c", code, told["address"], PORT).status == 0, "answers don't pass"
+    host.unplug()
+    host.run("net", "down").quiet()
+    assert "made by nocloud" not in host.state()
 
 
 # VMs on it ###########################################################################################

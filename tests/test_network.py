@@ -444,7 +444,10 @@ def test_the_bridge_helpers_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(
     ("name", "defines"),
-    [("private.nft", {"out": "out"}), ("bridge.nft", {"guests": '"br-7.x"', "subnet": "192.168.1.0/24"})],
+    [
+        ("private.nft", {"out": "out"}),
+        ("bridge.nft", {"guests": '"br-7.x"', "closed": '"/"', "subnet": "192.168.1.0/24"}),
+    ],
 )
 def test_nft_accepts_the_rules(name: str, defines: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """And where the file is missing, no network is left without rules."""
