@@ -47,13 +47,22 @@ def test_free_subnet(networks: str, subnet: str | None) -> None:
             nocloud.free_subnet([*taken, *((network, length + 1) for network, length in taken if length == 17)])
 
 
+def test_the_hosts_addresses() -> None:
+    """As ip(8) has them; the loopback's are no way to the host from elsewhere."""
+    shown = subprocess.run(["ip", "-4", "-br", "address"], capture_output=True, text=True, check=True).stdout
+    known = {f"{address}/32" for address in re.findall(r"([0-9.]+)/\d+", shown) if not address.startswith("127.")}
+    assert known <= set(nocloud.host_addresses()) and not [a for a in nocloud.host_addresses() if a.startswith("127.")]
+
+
 def daemons(cloud: Cloud) -> dict[str, int]:
     """The network's processes by the name of their program."""
     found: dict[str, int] = {}
     for pid, words in cloud.processes().items():
-        for name in ("dnsmasq", "pasta", "sleep"):
+        for name in ("dnsmasq", "pasta"):
             if words.split(" ", 1)[0].rpartition("/")[2] == name:
                 found[name] = pid
+        if " net follow " in words:
+            found["holder"] = pid
     return found
 
 
@@ -71,7 +80,7 @@ def test_up_and_down_twice(cloud: Cloud, vms: None) -> None:
     cloud.run("net", "up").ok()
     first = daemons(cloud)
     cloud.run("net", "up").ok()
-    assert daemons(cloud) == first and {"dnsmasq", "sleep"} <= set(first)
+    assert daemons(cloud) == first and {"dnsmasq", "holder"} <= set(first)
     assert re.match(r"private network: up, 10\.\d+\.\d+\.0/24", lines(cloud)[0])
     assert open_ports(cloud) == set()
     assert not {name for name in interfaces() - before if name.startswith(("tap", "nocloud", "out"))}
@@ -321,7 +330,7 @@ def test_a_killed_pasta_is_restarted_by_the_next_start(two: Cloud) -> None:
 def test_a_killed_holder_is_put_back_while_a_vm_runs(two: Cloud) -> None:
     """The namespaces live in qemu; a new holder finds them there, and everything goes on."""
     inside = two.run("net", "exec", "readlink", "/proc/self/ns/net").ok().stdout
-    kill_hard(daemons(two)["sleep"])
+    kill_hard(daemons(two)["holder"])
     two.run("net", "up").ok()
     assert two.run("net", "exec", "readlink", "/proc/self/ns/net").ok().stdout == inside
     assert two.ssh("one/web00", "hostname").ok().stdout == "web00\n"
@@ -330,7 +339,7 @@ def test_a_killed_holder_is_put_back_while_a_vm_runs(two: Cloud) -> None:
 
 def test_vmssh_heals_what_was_killed(two: Cloud) -> None:
     """The next command, whichever it is, puts back what it needs."""
-    kill_hard(daemons(two)["sleep"])
+    kill_hard(daemons(two)["holder"])
     done = two.ssh("one/web00", "hostname")
     two.run("net", "up").ok()  # the tests below need it
     assert done.ok().stdout == "web00\n"
@@ -445,7 +454,7 @@ def test_the_bridge_helpers_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("name", "defines"),
     [
-        ("private.nft", {"out": "out"}),
+        ("private.nft", {"out": "out", "guests": "nocloud"}),
         ("bridge.nft", {"guests": '"br-7.x"', "closed": '"/"', "subnet": "192.168.1.0/24"}),
     ],
 )
