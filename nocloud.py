@@ -2745,8 +2745,8 @@ class Network:
         self.up()
         return contextlib.nullcontext()
 
-    def tap(self) -> tuple[int, int]:
-        """(tap, vhost-net or -1): descriptors for qemu; the tap is gone when the last one is closed."""
+    def tap(self, mac: str = "", address: str = "") -> tuple[int, int]:
+        """(tap, vhost-net or -1): descriptors for qemu, of a VM; the tap is gone when the last one is closed."""
         raise NotImplementedError
 
     def socket(self) -> socket.socket:
@@ -3131,12 +3131,14 @@ def ask_child(work: Callable[[], None], keep: Sequence[int] = ()) -> tuple[int, 
         return pid, pipe.read().decode("utf-8", "replace")
 
 
-def new_namespaces(subnet: str) -> Namespaces:
-    """make_namespaces() in a child, which is needed no longer once they are open here."""
+def new_namespaces(subnet: str, rules: bytes = b"") -> Namespaces:
+    """make_namespaces() in a child, which is needed no longer once they are open here; with these rules for nft(8)."""
     import signal
 
     def make_and_wait() -> None:
         make_namespaces(subnet)
+        if rules:
+            run(["nft", "-f", "-"], input=rules)
         become(["sleep", "10"])
 
     pid, reason = ask_child(make_and_wait)
@@ -3165,7 +3167,7 @@ class Gate:
         its.close()
 
     def open(self, kind: bytes) -> int:
-        """A descriptor: `tap`, on the network's bridge, or `tcp`, a socket.  Raises OSError with the gate's words."""
+        """A descriptor: `tap MAC ADDRESS`, on the network's bridge, or `tcp`, a socket.  OSError: the gate's words."""
         import errno
         import socket as sockets
 
@@ -3187,9 +3189,9 @@ def serve_gate(spaces: Namespaces, asked: socket.socket) -> None:
     import socket as sockets
 
     spaces.enter()
-    for kind in iter(lambda: asked.recv(16), b""):
+    for words in iter(lambda: asked.recv(64).decode().split(), []):
         try:
-            fd = make_tap() if kind == b"tap" else sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM).detach()
+            fd = make_tap(*words[1:]) if words[0] == "tap" else sockets.socket().detach()
         except OSError as error:
             asked.send(str(error_from_os(error)).encode())
         else:
@@ -3202,14 +3204,24 @@ TUNSETIFF, SIOCSIFFLAGS, SIOCGIFINDEX, SIOCBRADDIF = 0x400454CA, 0x8914, 0x8933,
 IFF_UP, IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x1, 0x2, 0x1000, 0x4000
 
 
-def make_tap() -> int:
-    """A tap on the bridge of the private network that we are in, for `-netdev tap,fd=N`."""
+def make_tap(mac: str = "", address: str = "") -> int:
+    """A tap on the bridge of the private network that we are in, for `-netdev tap,fd=N`.
+
+    From no other one comes what has this MAC or address, where nft has rules for bridges.  None had its name before.
+    """
+    import contextlib
     import socket as sockets
 
+    card = f"tap{os.urandom(4).hex()}"
+    if address and find_program("nft"):
+        pairs = {"macs": mac, "addresses": address, "own": f'"{card}" . {mac}', "has": f'"{card}" . {address}'}
+        rules = "".join(f"add element bridge {DOMAIN} {name} {{ {each} }}\n" for name, each in pairs.items())
+        with contextlib.suppress(Error):
+            run(["nft", "-f", "-"], input=rules.encode())
     tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         with sockets.socket(sockets.AF_INET, sockets.SOCK_DGRAM) as control:
-            request = struct.pack("16sH22x", b"tap%d", IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
+            request = struct.pack("16sH22x", card.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
             name = fcntl.ioctl(tap, TUNSETIFF, request)[:16]
             index = struct.unpack_from("i", fcntl.ioctl(control, SIOCGIFINDEX, name + bytes(24)), 16)[0]
             fcntl.ioctl(control, SIOCBRADDIF, struct.pack("16si20x", BRIDGE.encode(), index))
@@ -3486,6 +3498,8 @@ class PrivateNetwork(Network):
             rules = nft_rules("private.nft", out=OUT_INTERFACE, guests=BRIDGE)
             rules += "".join(f"add element ip {DOMAIN} host {{ {each} }}\n" for each in closed).encode()
             self._run_inside(["nft", "-f", "-"], rules)
+            among = nft_rules("guests.nft", gateway=f"{self.subnet()}.1", mac=BRIDGE_MAC)
+            self._run_inside(["nft", "-f", "-"], among, check=False)  # doctor tells
             return
         masquerade = f"POSTROUTING -o {OUT_INTERFACE} -j MASQUERADE"
         if self._run_inside(f"iptables -t nat -C {masquerade}".split(), check=False):
@@ -3598,9 +3612,9 @@ class PrivateNetwork(Network):
             self._gate = Gate(self.namespaces())
         return self._gate
 
-    def tap(self) -> tuple[int, int]:
+    def tap(self, mac: str = "", address: str = "") -> tuple[int, int]:
         try:
-            return self.gate().open(b"tap"), vhost_net()
+            return self.gate().open(f"tap {mac} {address}".encode()), vhost_net()
         except OSError as error:
             raise Error(f"no tap for the private network: {error.strerror}") from None
 
@@ -4419,7 +4433,7 @@ class HostBridge(Network):
                 f"{mend}; a new group can be on the private network: NOCLOUD_vmNetwork=private",
             )
 
-    def tap(self) -> tuple[int, int]:
+    def tap(self, mac: str = "", address: str = "") -> tuple[int, int]:
         """The helper makes the tap, puts it on the bridge and sends it over a socket pair (qemu-bridge-helper.c)."""
         import socket as sockets
 
@@ -7341,7 +7355,7 @@ def start_locked(
     remove_runtime_files(vm)
     ensure_identity(cloud, vm)
     network = cloud.network_of(vm)
-    tap, vhost = network.tap()
+    tap, vhost = network.tap(vm.get("vmMac"), vm.get("vmAddress"))
     try:
         network.publish(vm)
         launch(vm, describe_machine(cloud, vm, iso, gui, layer), network, tap, vhost, tied)
@@ -9001,6 +9015,11 @@ def examine_own_key(patient: Patient, path: str) -> None:
 def examine_namespaces(patient: Patient) -> str:
     need_program("ip")
     new_namespaces("10.88.0").close()
+    try:
+        new_namespaces("10.88.0", nft_rules("guests.nft", gateway="10.88.0.1", mac=BRIDGE_MAC)).close()
+    except Error:
+        text = "VMs on the private network can take each other's addresses: nft has no rules for bridges here"
+        patient.tell(WARNING, text, install_hint("nft") + ", and a kernel with CONFIG_NF_TABLES_BRIDGE")
     return "this user may make namespaces"
 
 

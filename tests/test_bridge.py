@@ -487,6 +487,35 @@ class PrivateGuest:
         return "".join(re.findall(r"^Address: ([0-9.]+)$", said, re.M))
 
 
+def test_a_vm_cannot_pass_for_another_or_for_the_network(host: Host, vms: None) -> None:
+    """Neither with its address nor with its MAC; it answers no DHCP.  What is nobody's may be anybody's."""
+    cloud = host.cloud
+    add_blank(cloud)
+    host.variables["NOCLOUD_vmNetwork"] = "private"
+    host.run("net", "up", "--private").ok()
+    host.run("vminstantiate", "-n", "blank", "-g", "pf", "-o", "name=x").ok()
+    conf, guest = cloud.conf("pf/default/x00"), PrivateGuest(host)
+    ping = (host.busybox, "ping", "-c", "1", "-W", "2", "10.88.0.1")
+    assert guest.run(*ping).status == 0
+    assert guest.run(*ping, address=conf["vmAddress"]).status == 1
+    assert guest.run(*ping, mac=conf["vmMac"]).status == 1
+    assert guest.run(*ping, mac=nocloud.BRIDGE_MAC).status == 1
+    code = "import socket, sys; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(('', int(sys.argv[1])));"
+    code += "s.sendto(b'x', ('10.88.0.1', 9))"
+    for port, arrives in ((67, False), (68, True)):
+        script = (
+            "nft delete table ip t 2>/dev/null; nft add table ip t; nft add counter ip t seen;"
+            "nft add chain ip t c '{ type filter hook input priority 0; }';"
+            f"nft add rule ip t c udp sport {port} udp dport 9 counter name seen"
+        )
+        host.run("net", "exec", "sh", "-c", script).ok()
+        guest.run(sys.executable, "-c", code, port).ok()
+        counted = host.run("net", "exec", "nft", "list", "counter", "ip", "t", "seen").ok().stdout
+        assert ("packets 1 " in counted) == arrives, counted
+    host.run("vmstop", "-d", "-g", "pf").quiet()
+    host.run("net", "down", "--private").ok()
+
+
 @pytest.mark.parametrize("access", ["no", "yes"])
 def test_guests_on_the_bridge_begin_nothing_on_the_host(host: Host, access: str) -> None:
     """By none of its addresses, IPv6 included, nor by a port that something like Docker leads elsewhere."""

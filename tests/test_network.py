@@ -456,6 +456,7 @@ def test_the_bridge_helpers_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     [
         ("private.nft", {"out": "out", "guests": "nocloud"}),
         ("bridge.nft", {"guests": '"br-7.x"', "closed": '"/"', "subnet": "192.168.1.0/24"}),
+        ("guests.nft", {"gateway": "192.168.1.1", "mac": "02:6e:63:a8:01:01"}),
     ],
 )
 def test_nft_accepts_the_rules(name: str, defines: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
