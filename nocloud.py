@@ -768,6 +768,7 @@ SETTINGS = (
     Setting("vmAccel", one_of("auto", "kvm", "tcg"), "auto", "both", "hardware (kvm) or software (tcg) emulation",
             inherited=True),
     Setting("vmNetwork", NETWORK_KIND, "auto", "both", "bridge (the host's), private (no root), auto"),
+    Setting("vmHostAccess", yes_no, "no", "config", "yes: VMs may open connections to the host itself"),
     Setting("vmStopTimeout", SECONDS, "30", "config", "seconds a guest has to shut down before it is switched off",
             harmless=True),
     Setting("vmWaitTimeout", SECONDS, "300", "config", "the longest wait, in seconds, for a VM to be ready",
@@ -3044,8 +3045,8 @@ class Network:
         self.up()
         return contextlib.nullcontext()
 
-    def tap(self) -> tuple[int, int]:
-        """(tap, vhost-net or -1): descriptors for qemu; the tap is gone when the last one is closed."""
+    def tap(self, mac: str = "", address: str = "") -> tuple[int, int]:
+        """(tap, vhost-net or -1): descriptors for qemu, of a VM; the tap is gone when the last one is closed."""
         raise NotImplementedError
 
     def socket(self) -> socket.socket:
@@ -3158,11 +3159,14 @@ def networks_in_use(without: str = "") -> Iterator[tuple[str, int, int]]:
 
 
 def daemon_pid(pid_file: str) -> int:
-    """The pid of the daemon that wrote the file, or 0.  It names the file on its command line: a reused pid doesn't."""
+    """The pid of the daemon that wrote the file, or 0.  It names the file on its command line: a reused pid doesn't.
+
+    Raises OSError where that can't be found out, for want of descriptors say: it isn't started a second time then.
+    """
     try:
         pid = int(read_text(pid_file))
         words = read_text(f"/proc/{pid}/cmdline").split("\0")
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, PermissionError, ProcessLookupError, ValueError):
         return 0
     return pid if any(word.endswith(pid_file) for word in words) else 0
 
@@ -3201,7 +3205,7 @@ def start_daemon(argv: Sequence[str], fds: Sequence[int]) -> None:
         finally:
             os.close(its)
         said = pipe.read().decode("utf-8", "replace")
-    if wait_for(lambda: child.poll() is not None, 0.02, 0.005) and child.returncode:
+    if wait_for(lambda: child.poll() is not None, 0.02, 0.005):
         program = argv[argv.index("--") + 1] if "--" in argv else argv[0]  # after nsenter's own words
         raise Error(f"{os.path.basename(program)}: {last_line(said) or describe_status(child.returncode)}")
 
@@ -3345,7 +3349,7 @@ class HostFiles:
 #
 # A bridge, dnsmasq and a way out in namespaces of our own, which need no root; one for each VM tree.
 
-BRIDGE = "nocloud"  # the bridge inside the private network
+BRIDGE, BRIDGE_MAC = "nocloud", "02:00:6e:63:00:01"  # the bridge inside the private network
 
 
 # -- namespaces, entered by descriptors
@@ -3377,10 +3381,10 @@ class Namespaces:
 
     __slots__ = ("user", "net")
 
-    def __init__(self, pid: int) -> None:
-        self.user, self.net = (
-            os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC) for kind in ("user", "net")
-        )
+    def __init__(self, pid: int, *files: str) -> None:
+        """Those that a process is in, or that it has open as these files of its /proc folder."""
+        places = files or ("ns/user", "ns/net")
+        self.user, self.net = (os.open(f"/proc/{pid}/{place}", os.O_RDONLY | os.O_CLOEXEC) for place in places)
 
     def enter(self) -> None:
         """Put this process, of one thread, inside: the user namespace first, since it gives the right to the other."""
@@ -3399,9 +3403,8 @@ def make_namespaces(subnet: str) -> None:
     its own takes its lowest port's: guests would lose the gateway.
     """
     uid, gid = os.geteuid(), os.getegid()
-    mac = "02:00:" + ":".join(f"{int(number):02x}" for number in f"{subnet}.1".split("."))
     batch = (
-        f"link set lo up\nlink add {BRIDGE} address {mac} type bridge forward_delay 0\n"
+        f"link set lo up\nlink add {BRIDGE} address {BRIDGE_MAC} type bridge forward_delay 0\n"
         f"addr add {subnet}.1/24 dev {BRIDGE}\nlink set {BRIDGE} up\n"
     )
     libc_call("unshare", CLONE_NEWUSER | CLONE_NEWNET)
@@ -3428,11 +3431,24 @@ def ask_child(work: Callable[[], None], keep: Sequence[int] = ()) -> tuple[int, 
         return pid, pipe.read().decode("utf-8", "replace")
 
 
-def try_namespaces() -> str:
-    """Why a private network's namespaces can't be made here, or ''.  They go with the child that makes them."""
-    pid, reason = ask_child(lambda: make_namespaces("10.88.0"))
-    os.waitpid(pid, 0)
-    return reason
+def new_namespaces(subnet: str, rules: bytes = b"") -> Namespaces:
+    """make_namespaces() in a child, which is needed no longer once they are open here; with these rules for nft(8)."""
+    import signal
+
+    def make_and_wait() -> None:
+        make_namespaces(subnet)
+        if rules:
+            run(["nft", "-f", "-"], input=rules)
+        become(["sleep", "10"])
+
+    pid, reason = ask_child(make_and_wait)
+    try:
+        if reason:
+            raise namespaces_denied(reason)
+        return Namespaces(pid)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 class Gate:
@@ -3451,7 +3467,7 @@ class Gate:
         its.close()
 
     def open(self, kind: bytes) -> int:
-        """A descriptor: `tap`, on the network's bridge, or `tcp`, a socket.  Raises OSError with the gate's words."""
+        """A descriptor: `tap MAC ADDRESS`, on the network's bridge, or `tcp`, a socket.  OSError: the gate's words."""
         import errno
         import socket as sockets
 
@@ -3473,9 +3489,9 @@ def serve_gate(spaces: Namespaces, asked: socket.socket) -> None:
     import socket as sockets
 
     spaces.enter()
-    for kind in iter(lambda: asked.recv(16), b""):
+    for words in iter(lambda: asked.recv(64).decode().split(), []):
         try:
-            fd = make_tap() if kind == b"tap" else sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM).detach()
+            fd = make_tap(*words[1:]) if words[0] == "tap" else sockets.socket().detach()
         except OSError as error:
             asked.send(str(error_from_os(error)).encode())
         else:
@@ -3488,14 +3504,24 @@ TUNSETIFF, SIOCSIFFLAGS, SIOCGIFINDEX, SIOCBRADDIF = 0x400454CA, 0x8914, 0x8933,
 IFF_UP, IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x1, 0x2, 0x1000, 0x4000
 
 
-def make_tap() -> int:
-    """A tap on the bridge of the private network that we are in, for `-netdev tap,fd=N`."""
+def make_tap(mac: str = "", address: str = "") -> int:
+    """A tap on the bridge of the private network that we are in, for `-netdev tap,fd=N`.
+
+    From no other one comes what has this MAC or address, where nft has rules for bridges.  None had its name before.
+    """
+    import contextlib
     import socket as sockets
 
+    card = f"tap{os.urandom(4).hex()}"
+    if address and find_program("nft"):
+        pairs = {"macs": mac, "addresses": address, "own": f'"{card}" . {mac}', "has": f'"{card}" . {address}'}
+        rules = "".join(f"add element bridge {DOMAIN} {name} {{ {each} }}\n" for name, each in pairs.items())
+        with contextlib.suppress(Error):
+            run(["nft", "-f", "-"], input=rules.encode())
     tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         with sockets.socket(sockets.AF_INET, sockets.SOCK_DGRAM) as control:
-            request = struct.pack("16sH22x", b"tap%d", IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
+            request = struct.pack("16sH22x", card.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
             name = fcntl.ioctl(tap, TUNSETIFF, request)[:16]
             index = struct.unpack_from("i", fcntl.ioctl(control, SIOCGIFINDEX, name + bytes(24)), 16)[0]
             fcntl.ioctl(control, SIOCBRADDIF, struct.pack("16si20x", BRIDGE.encode(), index))
@@ -3511,6 +3537,27 @@ def make_tap() -> int:
 # pasta's end inside has addresses that are no one's: the block that RFC 7335 set apart for the inside ends of tunnels.
 # Copied from the host, as pasta does by default, they would hide the host's own network from here.
 OUT_INTERFACE, OUT_ADDRESS, OUT_GATEWAY, OUT_DNS = "out", "192.0.0.2", "192.0.0.1", "192.0.0.3"
+CLOSED_TABLE = 88  # of routes, where there is no nft: what VMs don't reach
+RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE = 0x10, 0x40  # linux/rtnetlink.h
+FOLLOW_SECONDS = 2.0  # between looks at resolv.conf; the rest is told by netlink
+
+
+def name_servers() -> list[str]:
+    """The servers of resolv.conf(5) that have an IPv4 address, in their order."""
+    text = read_text("/etc/resolv.conf") if os.path.exists("/etc/resolv.conf") else ""
+    return list(filter(is_ipv4, re.findall(r"^nameserver[ \t]+(\S+)", text, re.M)))
+
+
+def host_addresses() -> list[str]:
+    """This host's IPv4 addresses, or ranges of them, without the loopback's: /proc/net/fib_trie needs no program."""
+    leaves = re.findall(r"-- (\S+)\n(?: +/\d+ \S+ [A-KM-Z].*\n)*? +(/\d+) host LOCAL", read_text("/proc/net/fib_trie"))
+    return sorted({address + length for address, length in leaves if address[:4] != "127."})
+
+
+def host_state() -> str:
+    """What the private network copies of the host, as text: its servers, its addresses, which way it goes out."""
+    ways = re.findall(r"^(\S+)\t00000000\t", read_text("/proc/net/route"), re.M)
+    return "\n\n".join("\n".join(each) for each in (name_servers(), host_addresses(), ways))
 
 
 class PrivateNetwork(Network):
@@ -3574,8 +3621,11 @@ class PrivateNetwork(Network):
     # up and down
 
     def holder(self) -> int:
-        """The pid of the process that keeps the namespaces, or 0."""
-        return lock_holder(self.file("holder.pid"))[1]
+        """The pid of the process that keeps the namespaces, or 0.  Raises Error where that can't be found out."""
+        state, pid = lock_holder(self.file("holder.pid"))
+        if state == "unknown":
+            raise Error(f"can't tell whether the private network is up: {self.file('holder.pid')} can't be looked at")
+        return pid
 
     def hold(self) -> Any:
         """The folder's lock, held shared.  Another command may have ended the network that we know and made it anew."""
@@ -3583,14 +3633,17 @@ class PrivateNetwork(Network):
 
         self.used = True
         stack = contextlib.ExitStack()
-        while True:
+        for _ in range(5):
             stack.enter_context(FolderLock(self.folder, shared=True, make=True))
             if self.is_complete():
                 break
             stack.close()
             self.up()
-        pid = self.holder()
-        if pid and self._spaces and not os.path.samestat(os.fstat(self._spaces.net), os.stat(f"/proc/{pid}/ns/net")):
+        else:
+            log = self.file("dnsmasq.log")
+            raise Error(f"the private network doesn't stay up: {last_line(read_tail(log)) or 'its dnsmasq ends'}", log)
+        net = (read_text(self.file("holder.pid")).split() or ["ns/net"])[-1]
+        if self._spaces and not os.path.samestat(os.fstat(self._spaces.net), os.stat(f"/proc/{self.holder()}/{net}")):
             self.close()
         self.gate()
         return stack
@@ -3599,9 +3652,14 @@ class PrivateNetwork(Network):
         return bool(
             self.holder()
             and daemon_pid(self.file("dnsmasq.pid"))
-            # without a pidfile it didn't start when the network came up: that isn't tried again by each command
+            # without a pidfile it didn't start, with the host as it is: that isn't tried again by each command
             and (daemon_pid(self.file("pasta.pid")) or not os.path.exists(self.file("pasta.pid")))
+            and self.is_current()
         )
+
+    def is_current(self) -> bool:
+        """Whether what was copied from the host is what the host has now."""
+        return os.path.exists(self.file("host")) and read_text(self.file("host")) == host_state()
 
     def up(self, keep: bool = False) -> None:
         """Bring up what isn't up.  `keep`: it stays though no VM is on it yet, until the last that comes has gone."""
@@ -3612,7 +3670,7 @@ class PrivateNetwork(Network):
                 write_file(self.file("kept"), "")
 
     def _complete(self) -> None:
-        """Start what is missing: the holder, dnsmasq, pasta.  Call it under the lock."""
+        """Start what is missing: the holder, dnsmasq, pasta; copy anew what the host has.  Call it under the lock."""
         for name in ("ip", "dnsmasq", "nsenter"):
             need_program(name)
         if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
@@ -3622,61 +3680,99 @@ class PrivateNetwork(Network):
         if not self.holder():
             self.close()
             self._start_holder()
-        way_out = bool(find_program("pasta") and (find_program("nft") or find_program("iptables")))
-        if way_out and not daemon_pid(self.file("pasta.pid")):
-            way_out = self._start_pasta()
-        elif not way_out:
+        if not (find_program("pasta") and (find_program("nft") or find_program("iptables"))):
             report.say(f"{report.program}: the private network has no way out (pasta and nft would give it one)")
+        self._serve()
+
+    def _serve(self) -> None:
+        """Start dnsmasq and pasta where they don't run, and have them and the packet filter know the host as it is."""
+        state, servers = host_state(), name_servers()
+        # A server on the loopback is reached by OUT_DNS, which pasta passes on to the first one that it finds at start.
+        local = "".join(each for each in servers[:1] if each[:4] == "127.")
+        reached = [OUT_DNS if each == local else each for each in servers if each == local or each[:4] != "127."]
+        write_file(self.file("resolv.conf"), "".join(f"nameserver {each}\n" for each in reached))
         if not daemon_pid(self.file("dnsmasq.pid")):
             self.hosts.prepare()
-            start_daemon(*self.enter(self._dnsmasq_argv(way_out)))
+            start_daemon(*self.enter(self._dnsmasq_argv()))
+        if find_program("nft") or find_program("iptables"):
+            self._filter()
+            if not os.path.exists(self.file("pasta.dns")) or read_text(self.file("pasta.dns")) != local:
+                stop_daemon(self.file("pasta.pid"))
+                write_file(self.file("pasta.dns"), local)
+            if find_program("pasta") and not daemon_pid(self.file("pasta.pid")):
+                self._start_pasta(["--dns-forward", OUT_DNS] if local else [])
+        write_file(self.file("host"), state)
 
     def _start_holder(self) -> None:
-        """A child that makes the namespaces and the bridge, or enters a survivor's, and becomes `sleep`.
+        """A child that keeps the namespaces open, new ones or a survivor's, and follows the host from outside.
 
-        It locks its pidfile last: locked means whole, whoever is killed in between.
+        It locks its pidfile, which says as what it has them open, before that gets its name: there means whole,
+        whoever is killed in between.
         """
-        subnet, survivor = self.subnet(), self._surviving_namespaces()
+        spaces = self._surviving_namespaces() or new_namespaces(self.subnet())
 
         def hold_namespaces() -> None:
-            if survivor:
-                survivor.enter()
-            else:
-                make_namespaces(subnet)
-            fd = os.open(self.file("holder.pid"), os.O_RDWR | os.O_CREAT, 0o600)
+            words = [f"fd/{fd}" for fd in (spaces.user, spaces.net)]
+            new = self.file("holder.new")
+            fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.set_inheritable(fd, True)
+            os.write(fd, " ".join(words).encode())
+            os.replace(new, self.file("holder.pid"))
+            for each in (fd, spaces.user, spaces.net):
+                os.set_inheritable(each, True)
+            known = {"vmBaseDir": self.tree.base, "vmHostAccess": self.tree.config["vmHostAccess"]}
+            os.environ.update({f"NOCLOUD_{key}": value for key, value in known.items()})
             os.chdir("/")
-            become(["sleep", "infinity"])
+            become(self_argv("net", "follow", *words))
 
-        pid, reason = ask_child(hold_namespaces, (survivor.user, survivor.net) if survivor else ())
-        if survivor:
-            survivor.close()
+        pid, reason = ask_child(hold_namespaces, (spaces.user, spaces.net))
+        spaces.close()
         if reason:
             os.waitpid(pid, 0)
-            raise namespaces_denied(reason)
+            raise Error(f"the private network can't be made: {reason}")
+
+    def follow(self, places: Sequence[str]) -> None:
+        """What the holder does until it is ended: pass on what changes on the host, which it isn't told again.
+
+        It must not look at its own pidfile: the lock would be gone when that is closed.
+        """
+        import contextlib
+        import socket as sockets
+
+        self._spaces = Namespaces(os.getpid(), *places)
+        with sockets.socket(sockets.AF_NETLINK, sockets.SOCK_RAW) as changes:
+            changes.bind((0, RTMGRP_IPV4_IFADDR | RTMGRP_IPV4_ROUTE))
+            changes.settimeout(FOLLOW_SECONDS)
+            while True:
+                trim_memory()
+                with contextlib.suppress(OSError):  # nothing has changed in that time, or more than it keeps
+                    changes.recv(65536)
+                with contextlib.suppress(OSError, Error):
+                    if not self.is_current():
+                        with FolderLock(self.folder, shared=True):
+                            self._serve()
 
     def _surviving_namespaces(self) -> Namespaces | None:
         """The namespaces of a VM that runs on though the holder was killed."""
         pid = next((vm.state()[1] for vm in self._users() if vm.is_readable() and vm.state()[1]), 0)
         return Namespaces(pid) if pid else None
 
-    def _dnsmasq_argv(self, way_out: bool) -> list[str]:
+    def _dnsmasq_argv(self) -> list[str]:
         """User and group empty: it can't change to others in a namespace of one id.  No lease file: every address is
         fixed, and a lease of a VM that is gone would keep its address from the next one."""
         return dnsmasq_argv(
             BRIDGE, self.hosts, "--user=", "--group=",
             f"--pid-file={self.file('dnsmasq.pid')}", f"--log-facility={self.file('dnsmasq.log')}",
-            "--no-resolv", "--no-poll", f"--dhcp-range={self.subnet()}.0,static,255.255.255.0,infinite",
-            "--leasefile-ro", "--dhcp-ignore-names", *([f"--server={OUT_DNS}"] if way_out else []),
+            f"--resolv-file={self.file('resolv.conf')}", "--strict-order",
+            f"--dhcp-range={self.subnet()}.0,static,255.255.255.0,infinite", "--leasefile-ro", "--dhcp-ignore-names",
         )  # fmt: skip
 
-    def _start_pasta(self) -> bool:
+    def _start_pasta(self, words: Sequence[str]) -> None:
         """The way out, pasta(1), which leaves the foreground when its interface is there.
 
         A private network without one still serves, so a failure is said and no error.  By default pasta opens on the
         host's 0.0.0.0 what listens inside, and gives the gateway's address to the host's loopback: all of that is
-        turned off.  As root it would become nobody, who may not enter.
+        turned off.  As root it would become nobody, who may not enter.  It gets in by a process inside: dnsmasq.
         """
         pid_file = self.file("pasta.pid")
         remove_file(pid_file)
@@ -3685,32 +3781,53 @@ class PrivateNetwork(Network):
             *(["--runas", "0:0"] if os.geteuid() == 0 else []),
             "-t", "none", "-u", "none", "-T", "none", "-U", "none", "--no-map-gw",
             "--config-net", "--ns-ifname", OUT_INTERFACE, "--address", OUT_ADDRESS, "--netmask", "29",
-            "--gateway", OUT_GATEWAY, "--dns-forward", OUT_DNS, str(self.holder()),
+            "--gateway", OUT_GATEWAY, *words, str(daemon_pid(self.file("dnsmasq.pid"))),
         ]  # fmt: skip
         try:
             run(argv, cwd="/")
-            self._masquerade()
         except Error as error:
             if not daemon_pid(pid_file):
                 remove_file(pid_file)
             report.warn(f"the private network has no way out: {error}")
-            return False
-        return True
 
-    def _masquerade(self) -> None:
-        """pasta knows one address inside, so the VMs leave under that; by nft(8), or iptables where that is all."""
-        words = ["nft", "-f", "-"]
-        if not find_program("nft"):
-            words = f"iptables -t nat -A POSTROUTING -o {OUT_INTERFACE} -j MASQUERADE".split()
-        argv, fds = self.enter(words)
-        run(argv, input=nft_rules("private.nft", out=OUT_INTERFACE) if words[0] == "nft" else None, fds=fds)
+    def _filter(self) -> None:
+        """pasta knows one address inside, so the VMs leave under that, by nft(8) or iptables.  To the host they would
+        come as one of its own programs: unless vmHostAccess says yes they begin nothing there, whatever its address."""
+        closed = [] if yes_no(self.tree.config["vmHostAccess"]) == "yes" else host_addresses()
+        if find_program("nft"):
+            rules = nft_rules("private.nft", out=OUT_INTERFACE, guests=BRIDGE)
+            rules += "".join(f"add element ip {DOMAIN} host {{ {each} }}\n" for each in closed).encode()
+            self._run_inside(["nft", "-f", "-"], rules)
+            among = nft_rules("guests.nft", gateway=f"{self.subnet()}.1", mac=BRIDGE_MAC)
+            self._run_inside(["nft", "-f", "-"], among, check=False)  # doctor tells
+            return
+        masquerade = f"POSTROUTING -o {OUT_INTERFACE} -j MASQUERADE"
+        if self._run_inside(f"iptables -t nat -C {masquerade}".split(), check=False):
+            self._run_inside(f"iptables -t nat -A {masquerade}".split())
+        rule = f"iif {BRIDGE} table {CLOSED_TABLE}"
+        batch = [f"rule delete {rule}", f"rule add {rule}", f"route flush table {CLOSED_TABLE}"]
+        batch += [f"route add prohibit {each} table {CLOSED_TABLE}" for each in closed]
+        self._run_inside(["ip", "-force", "-batch", "-"], "\n".join(batch).encode(), check=False)
+
+    def _run_inside(self, argv: Sequence[str], input: bytes | None = None, check: bool = True) -> int:
+        words, fds = self.enter(argv)
+        return run(words, input=input, fds=fds, check=check).returncode
 
     def down(self) -> None:
         """End it: dnsmasq, pasta, the holder, and with them everything inside.  Call it under the lock."""
         for name in ("dnsmasq.pid", "pasta.pid"):
             stop_daemon(self.file(name))
         end_process(self.holder)
-        for name in ("holder.pid", "dnsmasq.log", "pasta.log", "kept"):
+        for name in (
+            "holder.pid",
+            "holder.new",
+            "dnsmasq.log",
+            "pasta.log",
+            "kept",
+            "host",
+            "resolv.conf",
+            "pasta.dns",
+        ):
             remove_file(self.file(name))
 
     def down_if_unused(self) -> None:
@@ -3772,7 +3889,7 @@ class PrivateNetwork(Network):
             pid = self.holder()
             if not pid:
                 raise WrongState("the private network is not up", "nocloud net --private up")
-            spaces = Namespaces(pid)
+            spaces = Namespaces(pid, *read_text(self.file("holder.pid")).split())
             if self.holder() != pid:
                 spaces.close()
                 raise WrongState("the private network has just gone down", "try again")
@@ -3795,9 +3912,9 @@ class PrivateNetwork(Network):
             self._gate = Gate(self.namespaces())
         return self._gate
 
-    def tap(self) -> tuple[int, int]:
+    def tap(self, mac: str = "", address: str = "") -> tuple[int, int]:
         try:
-            return self.gate().open(b"tap"), vhost_net()
+            return self.gate().open(f"tap {mac} {address}".encode()), vhost_net()
         except OSError as error:
             raise Error(f"no tap for the private network: {error.strerror}") from None
 
@@ -4173,6 +4290,7 @@ class BridgeSetup:
     def __init__(self, config: Config) -> None:
         self.settings = BridgeSettings(config)
         self.interface = self.settings.interface
+        self.closed = yes_no(config["vmHostAccess"]) == "no"
         self.hosts = HostFiles(STATE_FOLDER, "?")
         self.forwarding = os.path.join(RUN_FOLDER, "forwarding")
         self.pid_file, self.log = (os.path.join(RUN_FOLDER, f"dnsmasq.{name}") for name in ("pid", "log"))
@@ -4223,11 +4341,13 @@ class BridgeSetup:
         need_root("the host's bridge")
         self.check()
         with FolderLock(RUN_FOLDER, make=True):
-            new = not self.is_there()
+            new, first = not self.is_there(), not os.path.exists(STATE_FOLDER)
             try:
                 prepare_state_folder()
                 self._make_bridge()
-                rules = nft_rules("bridge.nft", guests=f'"{self.interface}"', subnet=self.settings.net)
+                guests = f'"{self.interface}"'
+                closed = guests if self.closed else '"/"'  # which no interface is called
+                rules = nft_rules("bridge.nft", guests=guests, closed=closed, subnet=self.settings.net)
                 guarded = "".join(f'add element ip {DOMAIN} guarded {{ "{each}" }}\n' for each in self._forward())
                 run(["nft", "-f", "-"], input=rules + guarded.encode())
                 open_firewalls(self.interface)
@@ -4235,6 +4355,8 @@ class BridgeSetup:
                 if new:
                     self._take_down()
                     remove_empty(RUN_FOLDER)
+                if first:
+                    remove_tree(STATE_FOLDER)
                 raise
             self.tell_resolver()
         for chain in dropping_chains(self.interface):
@@ -4310,8 +4432,9 @@ class BridgeSetup:
 
     def _take_down(self) -> None:
         close_firewalls(self.interface)
-        if has_nft_table(f"ip {DOMAIN}"):
-            run(["nft", "delete", "table", "ip", DOMAIN])
+        for family in ("ip", "inet"):
+            if has_nft_table(f"{family} {DOMAIN}"):
+                run(["nft", "delete", "table", family, DOMAIN])
         if read_text("/proc/sys/net/ipv4/ip_forward").strip() == "0":  # else another one wants them to forward by now
             for each in self._forwarders():
                 write_proc(sysctl_file(each, "forwarding"), "0")
@@ -4611,7 +4734,7 @@ class HostBridge(Network):
                 f"{mend}; a new group can be on the private network: NOCLOUD_vmNetwork=private",
             )
 
-    def tap(self) -> tuple[int, int]:
+    def tap(self, mac: str = "", address: str = "") -> tuple[int, int]:
         """The helper makes the tap, puts it on the bridge and sends it over a socket pair (qemu-bridge-helper.c)."""
         import socket as sockets
 
@@ -7610,7 +7733,7 @@ def start_locked(
     remove_runtime_files(vm)
     ensure_identity(cloud, vm)
     network = cloud.network_of(vm)
-    tap, vhost = network.tap()
+    tap, vhost = network.tap(vm.get("vmMac"), vm.get("vmAddress"))
     try:
         network.publish(vm)
         launch(vm, describe_machine(cloud, vm, iso, gui, layer), network, tap, vhost, tied)
@@ -9322,9 +9445,12 @@ def examine_own_key(patient: Patient, path: str) -> None:
 
 def examine_namespaces(patient: Patient) -> str:
     need_program("ip")
-    reason = try_namespaces()
-    if reason:
-        raise namespaces_denied(reason)
+    new_namespaces("10.88.0").close()
+    try:
+        new_namespaces("10.88.0", nft_rules("guests.nft", gateway="10.88.0.1", mac=BRIDGE_MAC)).close()
+    except Error:
+        text = "VMs on the private network can take each other's addresses: nft has no rules for bridges here"
+        patient.tell(WARNING, text, install_hint("nft") + ", and a kernel with CONFIG_NF_TABLES_BRIDGE")
     return "this user may make namespaces"
 
 
@@ -9356,6 +9482,10 @@ def examine_way_out(patient: Patient) -> str:
     if missing:
         text = f"VMs on the private network don't reach the Internet: {' and '.join(missing)} not found"
         patient.tell(WARNING, text, install_hint(*missing))
+    network = patient.cloud.private
+    if network.holder() and not network.is_current():
+        text = "the private network doesn't know this host's present name servers, addresses or routes"
+        patient.tell(WARNING, text, "nocloud net --private up")
     return "pasta"
 
 
@@ -9469,9 +9599,9 @@ def examine_forwarding(patient: Patient) -> str:
     if not find_program("nft"):
         patient.tell(WARNING, "nft is not found", install_hint("nft"))
     elif is_root:
-        if not has_nft_table(f"ip {DOMAIN}"):
-            text = f"guests have no way out: nocloud's own rules are gone (nft table ip {DOMAIN})"
-            patient.tell(WARNING, text, mend)
+        for family, what in (("ip", "guests have no way out"), ("inet", "guests reach this host")):
+            if not has_nft_table(f"{family} {DOMAIN}"):
+                patient.tell(WARNING, f"{what}: nocloud's own rules are gone (nft table {family} {DOMAIN})", mend)
         for program in iptables_programs():
             if missing_rules(program, name):
                 patient.tell(WARNING, f"{program} has rules, and doesn't accept the bridge", mend)
@@ -9535,8 +9665,7 @@ def examine_names(patient: Patient) -> str:
     if resolved_runs():
         asks = f"~{DOMAIN}" in try_run(["resolvectl", "domain", patient.bridge.interface], 5)[1]
     else:
-        text = read_text("/etc/resolv.conf") if os.path.exists("/etc/resolv.conf") else ""
-        asks = re.findall(r"^nameserver\s+(\S+)", text, re.M)[:1] == [address]
+        asks = name_servers()[:1] == [address]
         why = ", which runs no systemd-resolved; vmssh needs none"
         mend = f"{install_hint('resolvectl')} && {mend}"
     if not asks:
@@ -10363,6 +10492,8 @@ def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> None:
             for fd in fds:
                 os.set_inheritable(fd, True)
             become(argv)
+        elif verb == "follow":  # the network's holder
+            private.follow(rest)
         elif verb == "connect":
             private.connect(*address_and_port(rest), args.fdpass)
         else:

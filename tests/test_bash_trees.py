@@ -79,7 +79,7 @@ def open_files(pid: int) -> set[Path]:
 
 def holder(cloud: Cloud) -> int:
     """The process that keeps the private network's namespaces."""
-    (found,) = (pid for pid, words in cloud.processes().items() if words.rstrip().endswith("sleep infinity"))
+    (found,) = (pid for pid, words in cloud.processes().items() if " net follow " in words)
     return found
 
 

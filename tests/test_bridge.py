@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from support import (
     add_template,
     eventually,
     kill_all,
+    link_programs,
     pids,
     replace_program,
 )
@@ -135,9 +138,9 @@ class Host:
         """Take all guests off the bridge."""
         self.shell("for port in $(ls /sys/class/net/nocloud/brif); do ip link delete $port; done")
 
-    def spawn(self, *argv: object) -> subprocess.Popen[str]:
-        """A program on the host that goes on; its output is thrown away."""
-        words = ["nsenter", "-t", str(self.pid), "-n", "-m", "--", *map(str, argv)]
+    def spawn(self, *argv: object, at: int = 0) -> subprocess.Popen[str]:
+        """A program on the host, or in the namespaces of a process, that goes on; its output is thrown away."""
+        words = ["nsenter", "-t", str(at or self.pid), "-n", "-m", "--", *map(str, argv)]
         null, env = subprocess.DEVNULL, self.cloud.env | self.variables
         child = subprocess.Popen(words, stdin=null, stdout=null, stderr=null, text=True, env=env, cwd="/")
         self.children.append(child)
@@ -323,7 +326,7 @@ def test_an_up_that_fails_leaves_nothing(host: Host) -> None:
     before = host.state()
     path = replace_program(host.cloud.home / "bin", "nft", 'case "$*" in "-f -") exit 1;; esac; exec "$REAL" "$@"')
     host.run("net", "up", env={"PATH": path}).fails(1, "nft")
-    assert host.state() == before
+    assert host.state() == before and host.shell("ls /var/lib").stdout == ""
     path = replace_program(
         host.cloud.home / "bin", "nft", 'case "$*" in "-f -") kill -9 $PPID;; esac; exec "$REAL" "$@"'
     )
@@ -401,7 +404,7 @@ def capabilities() -> list[str]:
     ]
 
 
-def test_dnsmasq_runs_as_the_unit_starts_it(host: Host) -> None:
+def test_dnsmasq_runs_as_the_unit_starts_it(host: Host, busybox: Path) -> None:
     """In the foreground as a user of its own, who has the unit's capabilities and its group, and no more."""
     host.run("bridge", "start").ok()
     host.run("bridge", "start").ok()
@@ -412,6 +415,7 @@ def test_dnsmasq_runs_as_the_unit_starts_it(host: Host) -> None:
     assert f"Uid:\t{DNSMASQ}\t{DNSMASQ}\t" in Path(f"/proc/{server.pid}/status").read_text()
     publish(host, "/one", "pf/web00").ok()
     eventually(lambda: host.resolve(host.pid, "web00.pf.nocloud") == "192.168.1.2", "it sees what is published")
+    assert "name = web00.pf.nocloud" in host.at(host.pid, busybox, "nslookup", "192.168.1.2", "192.168.1.1").stdout
     guest, told = host.guest("00:50:56:00:00:01", "stand-in")
     assert host.resolve(guest, "stand-in") == told["address"]
     host.shell("echo 1 00:50:56:00:00:09 192.168.1.9 gone '*' >> /var/lib/nocloud/dnsmasq.leases").ok()
@@ -427,6 +431,191 @@ def test_dnsmasq_runs_as_the_unit_starts_it(host: Host) -> None:
     host.unplug()
     host.run("bridge", "stop").quiet()
     host.run("bridge", "stop").quiet()
+
+
+# What guests reach ###################################################################################
+
+PORT = 8080
+ACCEPT = """import socket, sys
+s = socket.create_server(("", int(sys.argv[1])), family=socket.AF_INET6, dualstack_ipv6=True)
+while True:
+    s.accept()
+"""
+ANSWER = """import socket, sys
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.bind((sys.argv[1], 53))
+while True:
+    asked, who = s.recvfrom(512)
+    end = asked.index(b"\\0", 12) + 5
+    record = b"\\xc0\\x0c\\0\\1\\0\\1\\0\\0\\0\\0\\0\\4" + socket.inet_aton(sys.argv[2])
+    s.sendto(asked[:2] + b"\\x81\\x80" + asked[4:6] + b"\\0\\1\\0\\0\\0\\0" + asked[12:end] + record, who)
+"""
+
+
+def listen(host: Host, at: int = 0) -> None:
+    """A service on all addresses of the host, or of the router."""
+    host.spawn(sys.executable, "-c", ACCEPT, PORT, at=at)
+    place = at or host.pid
+    eventually(lambda: f":{PORT:04X}" in host.at(place, "cat", "/proc/net/tcp6").stdout, "it listens")
+
+
+class PrivateGuest:
+    """What a VM on the private network of such a host sees: a namespace on the bridge in there."""
+
+    ADDRESS, MAC = "10.88.0.200", "00:50:56:00:00:c8"
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+
+    def run(self, *argv: object, address: str = ADDRESS, mac: str = MAC) -> Result:
+        script = (
+            "unshare -n sleep infinity & pid=$!; trap 'kill $pid' EXIT;"
+            'until [ "$(readlink /proc/$pid/ns/net)" != "$(readlink /proc/$$/ns/net)" ]; do :; done;'
+            f"ip link add t$pid type veth peer name ens3 address {mac} netns $pid &&"
+            "ip link set t$pid master nocloud up;"
+            f"nsenter -t $pid -n sh -c 'ip addr add {address}/24 dev ens3; ip link set ens3 up;"
+            'ip route add default via 10.88.0.1\'; nsenter -t $pid -n -- "$@"'
+        )
+        return self.host.run("net", "exec", "sh", "-c", script, "sh", *argv)
+
+    def reaches(self, address: str, port: int = PORT) -> bool:
+        code = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 2)"
+        return self.run(sys.executable, "-c", code, address, port).status == 0
+
+    def resolve(self, name: str = "www.example.org") -> str:
+        said = self.run(self.host.busybox, "nslookup", "-type=a", name, "10.88.0.1").stdout
+        return "".join(re.findall(r"^Address: ([0-9.]+)$", said, re.M))
+
+
+def test_a_vm_cannot_pass_for_another_or_for_the_network(host: Host, vms: None) -> None:
+    """Neither with its address nor with its MAC; it answers no DHCP.  What is nobody's may be anybody's."""
+    cloud = host.cloud
+    add_blank(cloud)
+    host.variables["NOCLOUD_vmNetwork"] = "private"
+    host.run("net", "up", "--private").ok()
+    host.run("vminstantiate", "-n", "blank", "-g", "pf", "-o", "name=x").ok()
+    conf, guest = cloud.conf("pf/default/x00"), PrivateGuest(host)
+    ping = (host.busybox, "ping", "-c", "1", "-W", "2", "10.88.0.1")
+    assert guest.run(*ping).status == 0
+    assert guest.run(*ping, address=conf["vmAddress"]).status == 1
+    assert guest.run(*ping, mac=conf["vmMac"]).status == 1
+    assert guest.run(*ping, mac=nocloud.BRIDGE_MAC).status == 1
+    code = "import socket, sys; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(('', int(sys.argv[1])));"
+    code += "s.sendto(b'x', ('10.88.0.1', 9))"
+    for port, arrives in ((67, False), (68, True)):
+        script = (
+            "nft delete table ip t 2>/dev/null; nft add table ip t; nft add counter ip t seen;"
+            "nft add chain ip t c '{ type filter hook input priority 0; }';"
+            f"nft add rule ip t c udp sport {port} udp dport 9 counter name seen"
+        )
+        host.run("net", "exec", "sh", "-c", script).ok()
+        guest.run(sys.executable, "-c", code, port).ok()
+        counted = host.run("net", "exec", "nft", "list", "counter", "ip", "t", "seen").ok().stdout
+        assert ("packets 1 " in counted) == arrives, counted
+    host.run("vmstop", "-d", "-g", "pf").quiet()
+    host.run("net", "down", "--private").ok()
+
+
+@pytest.mark.parametrize("access", ["no", "yes"])
+def test_guests_on_the_bridge_begin_nothing_on_the_host(host: Host, access: str) -> None:
+    """By none of its addresses, IPv6 included, nor by a port that something like Docker leads elsewhere."""
+    for place in (host.pid, host.router):
+        listen(host, place)
+    host.shell(
+        "nft add table ip docker; nft add chain ip docker c '{ type nat hook prerouting priority dstnat; }';"
+        f"nft add rule ip docker c ip daddr 203.0.113.1 tcp dport 81 dnat to {OUTSIDE}:{PORT}"
+    ).ok()
+    host.variables["NOCLOUD_vmHostAccess"] = access
+    host.run("net", "up").ok()
+    guest, told = host.guest("00:50:56:00:00:01", "stand-in")
+    host.shell("ip addr add 203.0.113.77/24 dev eth0").ok()
+    code = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 2)"
+
+    def reaches(address: str, port: int = PORT) -> bool:
+        return host.at(guest, sys.executable, "-c", code, address, port).status == 0
+
+    places = [("192.168.1.1", PORT), ("203.0.113.1", PORT), ("203.0.113.77", PORT), ("203.0.113.1", 81)]
+    link = re.search(r"inet6 (fe80\S+)/", host.shell("ip -6 -o addr show dev nocloud").stdout)
+    places += [(f"{link.group(1)}%ens3", PORT)] if link else []
+    if access == "yes":
+        eventually(lambda: reaches(*places[-1]), "the guest's own IPv6 address is settled")
+    assert [reaches(*place) for place in places] == [access == "yes"] * len(places)
+    assert reaches(OUTSIDE) and host.reaches(guest, "192.168.1.1")
+    assert host.resolve(guest, "stand-in.nocloud") == told["address"]
+    listen(host, guest)
+    assert host.at(host.pid, sys.executable, "-c", code, told["address"], PORT).status == 0, "answers don't pass"
+    host.unplug()
+    host.run("net", "down").quiet()
+    assert "made by nocloud" not in host.state()
+
+
+@pytest.mark.parametrize("without", ["", "nft"])
+def test_vms_on_the_private_network_begin_nothing_on_the_host(host: Host, without: str) -> None:
+    """By none of its addresses, also one that comes later; where nft isn't installed, routes see to that."""
+    if without:
+        host.variables["PATH"] = link_programs(host.cloud.home / "bin", without)
+    guest = PrivateGuest(host)
+    for place in (host.pid, host.router):
+        listen(host, place)
+    host.run("net", "up", "--private").ok()
+    assert guest.reaches(OUTSIDE) and not guest.reaches("203.0.113.1")
+    host.run("net", "down", "--private").quiet()
+    host.variables["NOCLOUD_vmHostAccess"] = "yes"
+    host.run("net", "up", "--private").ok()
+    assert guest.reaches("203.0.113.1")
+    host.run("net", "down", "--private").quiet()
+    del host.variables["NOCLOUD_vmHostAccess"]
+    host.run("net", "up", "--private").ok()
+    host.shell("ip addr add 203.0.113.77/24 dev eth0; ip addr add 198.51.100.7/24 dev lo").ok()
+    eventually(lambda: not guest.reaches("203.0.113.77"), "a new address is closed to VMs", 10)
+    assert not guest.reaches("198.51.100.7")
+    host.shell("ip addr del 203.0.113.77/24 dev eth0").ok()
+    host.at(host.router, "ip", "addr", "add", "203.0.113.77/24", "dev", "eth0").ok()
+    eventually(lambda: guest.reaches("203.0.113.77"), "it is another host's by now", 10)
+    host.run("net", "down", "--private").quiet()
+
+
+def test_the_private_network_follows_the_hosts_name_servers(host: Host) -> None:
+    """All of them, in their order, without a command; and the next command does what a holder that hangs didn't."""
+    resolv_conf = host.cloud.home / "etc/resolv.conf"
+    for at, address, answer in ((host.pid, "127.0.0.53", "192.0.2.53"), (host.router, OUTSIDE, "192.0.2.2")):
+        host.spawn(sys.executable, "-c", ANSWER, address, answer, at=at)
+    guest = PrivateGuest(host)
+
+    def answers(address: str) -> bool:
+        return guest.resolve() == address
+
+    resolv_conf.write_text("nameserver 127.0.0.53\n")
+    host.run("net", "up", "--private").ok()
+    eventually(lambda: guest.resolve() == "192.0.2.53", "the server on the host's loopback answers", 10)
+    steps = {
+        f"search example.org\nnameserver {OUTSIDE}\n": "192.0.2.2",
+        "nameserver 127.0.0.53\n": "192.0.2.53",
+        f"nameserver fe80::1%eth0\nnameserver 203.0.113.99\nnameserver {OUTSIDE}\n": "192.0.2.2",
+    }
+    for text, answer in steps.items():
+        resolv_conf.write_text(text)
+        eventually(functools.partial(answers, answer), f"{text!r} is heeded", 20)
+    (holder,) = (pid for pid, words in host.cloud.processes().items() if " net follow " in words)
+    os.kill(holder, signal.SIGSTOP)
+    resolv_conf.write_text("nameserver 127.0.0.53\n")
+    doctor = host.run("doctor", env={"NOCLOUD_vmNetwork": "private"}).stdout
+    assert "present name servers" in doctor and "nocloud net --private up" in doctor
+    host.run("net", "up", "--private").ok()
+    eventually(lambda: guest.resolve() == "192.0.2.53", "`net up` notices", 10)
+    os.kill(holder, signal.SIGCONT)
+    host.run("net", "down", "--private").quiet()
+
+
+def test_a_default_route_that_comes_later_is_a_way_out(host: Host) -> None:
+    listen(host, host.router)
+    host.shell("ip route del default").ok()
+    guest = PrivateGuest(host)
+    assert "no way out" in host.run("net", "up", "--private").ok().stderr
+    assert not guest.reaches(OUTSIDE)
+    host.shell(f"ip route add default via {OUTSIDE}").ok()
+    eventually(lambda: guest.reaches(OUTSIDE), "VMs have a way out", 20)
+    host.run("net", "down", "--private").quiet()
 
 
 # VMs on it ###########################################################################################

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import READY, Cloud, interfaces, is_alive, kill_hard, open_ports
+from support import READY, Cloud, interfaces, is_alive, kill_hard, nothing_made, open_ports, replace_program
 
 import nocloud
 
@@ -47,13 +47,22 @@ def test_free_subnet(networks: str, subnet: str | None) -> None:
             nocloud.free_subnet([*taken, *((network, length + 1) for network, length in taken if length == 17)])
 
 
+def test_the_hosts_addresses() -> None:
+    """As ip(8) has them; the loopback's are no way to the host from elsewhere."""
+    shown = subprocess.run(["ip", "-4", "-br", "address"], capture_output=True, text=True, check=True).stdout
+    known = {f"{address}/32" for address in re.findall(r"([0-9.]+)/\d+", shown) if not address.startswith("127.")}
+    assert known <= set(nocloud.host_addresses()) and not [a for a in nocloud.host_addresses() if a.startswith("127.")]
+
+
 def daemons(cloud: Cloud) -> dict[str, int]:
     """The network's processes by the name of their program."""
     found: dict[str, int] = {}
     for pid, words in cloud.processes().items():
-        for name in ("dnsmasq", "pasta", "sleep"):
+        for name in ("dnsmasq", "pasta"):
             if words.split(" ", 1)[0].rpartition("/")[2] == name:
                 found[name] = pid
+        if " net follow " in words:
+            found["holder"] = pid
     return found
 
 
@@ -71,7 +80,7 @@ def test_up_and_down_twice(cloud: Cloud, vms: None) -> None:
     cloud.run("net", "up").ok()
     first = daemons(cloud)
     cloud.run("net", "up").ok()
-    assert daemons(cloud) == first and {"dnsmasq", "sleep"} <= set(first)
+    assert daemons(cloud) == first and {"dnsmasq", "holder"} <= set(first)
     assert re.match(r"private network: up, 10\.\d+\.\d+\.0/24", lines(cloud)[0])
     assert open_ports(cloud) == set()
     assert not {name for name in interfaces() - before if name.startswith(("tap", "nocloud", "out"))}
@@ -169,6 +178,39 @@ def test_namespaces_denied_names_a_way_out(cloud: Cloud, vms: None) -> None:
         pytest.skip("this kernel has no such limit")
     done.fails(1, "private network", "bridge")
     assert not cloud.processes()
+
+
+def test_a_dnsmasq_that_ends_is_an_error(blank: Cloud) -> None:
+    """At once, or after a while: it isn't started again and again."""
+    path = replace_program(blank.home / "bin", "dnsmasq", "echo 'no luck' >&2; exit 0")
+    with nothing_made(blank):
+        blank.run("vminstantiate", "-n", "blank", env={"PATH": path}).fails(1, "dnsmasq: no luck")
+    path = replace_program(blank.home / "bin", "dnsmasq", "exec >/dev/null 2>&1; sleep 0.2")
+    words = ("net", "--tap", "exec", "true")
+    blank.run(*words, env={"PATH": path}).fails(1, "the private network doesn't stay up: its dnsmasq ends", "log")
+    blank.run("net", "down").quiet()
+
+
+def test_few_descriptors_orphan_nothing(cloud: Cloud, vms: None) -> None:
+    """What can't be found out for want of them is an error: nothing is taken for ended that runs."""
+    cloud.run("net", "up").ok()
+    code = (
+        "import errno, os, resource\n"
+        "folder = sys.argv[1]\n"
+        "network = nocloud.PrivateNetwork(nocloud.Tree(nocloud.load_config()))\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (os.dup(0), 4096))\n"
+        "for ask in (lambda: nocloud.daemon_pid(folder + '/dnsmasq.pid'), network.holder, network.down):\n"
+        "    try:\n"
+        "        print('it says', ask())\n"
+        "    except (OSError, nocloud.Error) as error:\n"
+        "        print('error')\n"
+    )
+    assert cloud.script(code, cloud.base / ".net").ok().lines == ["error"] * 3
+    for limit in range(13, 17):
+        cloud.run("net", "up").ok()
+        cloud.execute(["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh", *cloud.argv("net", "down")])
+        cloud.run("net", "down").quiet()
+        assert not cloud.processes(), limit
 
 
 # With VMs ############################################################################################
@@ -288,7 +330,7 @@ def test_a_killed_pasta_is_restarted_by_the_next_start(two: Cloud) -> None:
 def test_a_killed_holder_is_put_back_while_a_vm_runs(two: Cloud) -> None:
     """The namespaces live in qemu; a new holder finds them there, and everything goes on."""
     inside = two.run("net", "exec", "readlink", "/proc/self/ns/net").ok().stdout
-    kill_hard(daemons(two)["sleep"])
+    kill_hard(daemons(two)["holder"])
     two.run("net", "up").ok()
     assert two.run("net", "exec", "readlink", "/proc/self/ns/net").ok().stdout == inside
     assert two.ssh("one/web00", "hostname").ok().stdout == "web00\n"
@@ -297,7 +339,7 @@ def test_a_killed_holder_is_put_back_while_a_vm_runs(two: Cloud) -> None:
 
 def test_vmssh_heals_what_was_killed(two: Cloud) -> None:
     """The next command, whichever it is, puts back what it needs."""
-    kill_hard(daemons(two)["sleep"])
+    kill_hard(daemons(two)["holder"])
     done = two.ssh("one/web00", "hostname")
     two.run("net", "up").ok()  # the tests below need it
     assert done.ok().stdout == "web00\n"
@@ -411,7 +453,11 @@ def test_the_bridge_helpers_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(
     ("name", "defines"),
-    [("private.nft", {"out": "out"}), ("bridge.nft", {"guests": '"br-7.x"', "subnet": "192.168.1.0/24"})],
+    [
+        ("private.nft", {"out": "out", "guests": "nocloud"}),
+        ("bridge.nft", {"guests": '"br-7.x"', "closed": '"/"', "subnet": "192.168.1.0/24"}),
+        ("guests.nft", {"gateway": "192.168.1.1", "mac": "02:6e:63:a8:01:01"}),
+    ],
 )
 def test_nft_accepts_the_rules(name: str, defines: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """And where the file is missing, no network is left without rules."""
