@@ -80,6 +80,7 @@ EXIT_INTERRUPTED = 130  # as the shell: 128 + SIGINT
 
 MIB = 1 << 20
 GIB = 1 << 30
+TEXT = "utf-8-sig"  # files that people write: without the byte order mark that some editors begin them with
 
 if not TYPE_CHECKING:
 
@@ -283,7 +284,7 @@ def quoted(*paths: str) -> str:
 
 def read_text(path: str) -> str:
     """The text of a small file; OSError where it can't be read."""
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+    with open(path, encoding=TEXT, errors="surrogateescape") as file:
         return file.read()
 
 
@@ -920,7 +921,7 @@ class Config:
         `warn` is told of that, and of unknown keys; by default the user is.
         """
         warn = warn or report.warn
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        with open(path, encoding=TEXT, errors="surrogateescape") as file:
             reason = untrusted(path, os.fstat(file.fileno()))  # of what is open: the name may be another file's by now
             text = "" if reason else file.read()
         if reason:
@@ -2074,7 +2075,7 @@ class VM:
         if self._conf is not None:
             return self._conf
         try:
-            with open(self.conf_file, encoding="utf-8", errors="surrogateescape") as file:
+            with open(self.conf_file, encoding=TEXT, errors="surrogateescape") as file:
                 reason = untrusted(self.conf_file, os.fstat(file.fileno()))
                 text = file.read(1 << 20)
         except FileNotFoundError:
@@ -4573,19 +4574,40 @@ USER_DATA_STARTS = ("#!", "#cloud-config", "#include", "#cloud-boothook", "#part
 
 def read_user_data(path: str) -> bytes:
     """A file of the user's own additions, at most 1 MB.  Raises UsageError where cloud-init would pass over it."""
+    import gzip
+    import zlib
+
     try:
         with open(path, "rb") as file:
             data = file.read(MIB + 1)
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}", "user-data=FILE is what cloud-init is given besides") from None
+            if data[:2] == b"\x1f\x8b":  # cloud-init takes that, too
+                file.seek(0)
+                data = gzip.GzipFile(fileobj=file).read(MIB + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{path}: {reason}", "user-data=FILE is what cloud-init is given besides") from None
+    data = data.removeprefix(b"\xef\xbb\xbf")  # see TEXT
     if len(data) > MIB:
         raise UsageError(f"{path}: more than 1 MB", "let the guest fetch the rest: #include, or a script")
+    if re.match(rb"\s*#cloud-config\s", data, re.I) and not is_mime(data):
+        check_yaml(path, data)
     if not is_mime(data) and not data.lstrip().lower().startswith(tuple(start.encode() for start in USER_DATA_STARTS)):
         raise UsageError(
             f"{path}: cloud-init would not know what to do with it",
             f"it begins with one of {', '.join(USER_DATA_STARTS)}, or is a MIME message",
         )
     return data
+
+
+def check_yaml(path: str, data: bytes) -> None:
+    """Raise where a #cloud-config is no YAML.  Where the host has no reader of that, the guest's cloud-init tells."""
+    code = (
+        "import sys, yaml\ntry: yaml.safe_load(sys.stdin.buffer.read())\nexcept yaml.YAMLError as e: sys.exit(str(e))"
+    )
+    python = "/usr/bin/python3"  # the one that distributions' python3-yaml is for
+    done = run([python, "-I", "-c", code], input=data, check=False) if os.access(python, os.X_OK) else None
+    if done and done.returncode and "Traceback" not in done.stdout:
+        raise UsageError(f"{path}: cloud-init would drop it, it is not YAML: {' '.join(done.stdout.split())}")
 
 
 def is_mime(user_data: bytes) -> bool:
@@ -9654,11 +9676,11 @@ def read_description(path: str, default_type: str) -> list[CloneRequest]:
     """What a description file, of at most 1 MB, asks for; `-` is stdin."""
     try:
         if path == "-":
-            return parse_description(sys.stdin.read(MIB), "stdin", default_type)
-        with open(path, encoding="utf-8") as file:
+            return parse_description(sys.stdin.read(MIB).removeprefix("\ufeff"), "stdin", default_type)
+        with open(path, encoding=TEXT) as file:
             return parse_description(file.read(MIB), path, default_type)
     except UnicodeDecodeError:
-        raise UsageError(f"{path}: not a text file") from None
+        raise UsageError(f"{path}: not a text file in UTF-8") from None
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}", "-f takes a description file") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email
+import gzip
 import importlib
 import json
 import re
@@ -235,6 +236,43 @@ def test_what_cloud_init_would_pass_over_is_told(tmp_path: Path, content: bytes 
     assert word in f"{caught.value} {caught.value.hint}" and str(path) in str(caught.value)
     with pytest.raises(nocloud.UsageError, match="directory"):
         nocloud.read_user_data(str(tmp_path))
+
+
+def broken_yaml_is_found() -> bool:
+    """Whether this host can read YAML; elsewhere the guest's cloud-init tells."""
+    words = ["/usr/bin/python3", "-I", "-c", "import yaml"]
+    return subprocess.run(words, check=False, capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not broken_yaml_is_found(), reason="no python3-yaml on this host")
+@pytest.mark.parametrize("text", ["foo: [a\n", "a: b: c\n", "a: !thing b\n", "a: \xff\n", "\tb: c"])
+def test_broken_yaml_is_told_before_the_first_vm(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"#cloud-config\n" + text.encode("latin-1"))
+    with pytest.raises(nocloud.UsageError, match="not YAML") as caught:
+        nocloud.read_user_data(str(path))
+    assert str(path) in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["#cloud-config\n", "#cloud-config\n# a\na: [ä]\n", "#cloud-config-archive\n- a: [\n"])
+def test_what_is_no_broken_yaml_is_taken(tmp_path: Path, text: str) -> None:
+    """Another kind of user-data isn't read as YAML; nor is anything where no Python can."""
+    (tmp_path / "file").write_text(text)
+    assert nocloud.read_user_data(str(tmp_path / "file")) == text.encode()
+
+
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf"])
+def test_gzip_and_a_byte_order_mark_are_no_hindrance(tmp_path: Path, before: bytes) -> None:
+    path = tmp_path / "file"
+    for data in (before + SCRIPT, gzip.compress(before + SCRIPT)):
+        path.write_bytes(data)
+        assert nocloud.read_user_data(str(path)) == SCRIPT
+    whole = gzip.compress(SCRIPT)
+    broken = ((gzip.compress(b"#!" * MIB), "1 MB"), (whole[:-9], "ended"), (whole[:-8] + bytes(8), "CRC"))
+    for data, word in (*broken, (whole[:10] + b"\xff" * 40, "invalid")):
+        path.write_bytes(data)
+        with pytest.raises(nocloud.UsageError, match=word):
+            nocloud.read_user_data(str(path))
 
 
 def test_additions_and_disks_are_checked_first(blank: Cloud) -> None:
