@@ -4680,6 +4680,7 @@ def cloud_config(vm: VM, keys: Sequence[str]) -> dict[str, Any]:
 
     `user` renames the distribution's default user, who may use sudo, and the keys are that user's; root gets them too,
     in force where disable_root is off.  prefer_fqdn_over_hostname: Fedora would take the whole name for the hostname.
+    manage_etc_hosts: one line of /etc/hosts has the whole name, for `hostname -f`; the rest is left alone.
     The host key is the one made on the host: those of the image go, and no others are made.
     """
     user = vm.get("vmUser")
@@ -4688,6 +4689,7 @@ def cloud_config(vm: VM, keys: Sequence[str]) -> dict[str, Any]:
         "fqdn": f"{vm.name}.{vm.group}.{DOMAIN}",
         "preserve_hostname": False,
         "prefer_fqdn_over_hostname": False,
+        "manage_etc_hosts": "localhost",
         **({"disable_root": False} if user == "root" else {"user": {"name": user}}),
         "ssh_authorized_keys": [printable_ascii(key) for key in keys],
         "ssh_deletekeys": True,

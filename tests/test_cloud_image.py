@@ -98,11 +98,11 @@ def test_each_is_who_it_should_be(clones: Cloud) -> None:
         planted = (clones.folder(f"pf/web/{name}") / "ssh_host_ed25519_key.pub").read_text().split()[1]
         assert f"{conf['vmUuid']},{conf['vmAddress']} ssh-ed25519 {planted}\n" in known
         script = (
-            "hostname; cat /etc/hostname; whoami; sudo -n id -un; sudo -n cat /etc/ssh/ssh_host_*.pub;"
+            "hostname; cat /etc/hostname; hostname -f; whoami; sudo -n id -un; sudo -n cat /etc/ssh/ssh_host_*.pub;"
             " cat ~/.ssh/authorized_keys /etc/machine-id"
         )
         said = clones.ssh(name, script).ok().stdout
-        assert said.split()[:4] == [name, name, "debian", "root"]
+        assert said.split()[:5] == [name, name, f"{name}.pf.nocloud", "debian", "root"]
         assert said.count(planted) == 1 and said.count("theirs") == 1
         assert (clones.home / "config/nocloud/id_ed25519.pub").read_text() in said
         machines.add(said.split()[-1])

@@ -86,6 +86,7 @@ def test_what_a_seed_says(tmp_path: Path) -> None:
         "fqdn": "web00.pf.nocloud",
         "preserve_hostname": False,
         "prefer_fqdn_over_hostname": False,
+        "manage_etc_hosts": "localhost",
         "disable_root": False,
         "ssh_authorized_keys": ["ssh-ed25519 AAAA one", "ssh-rsa BBBB"],
         "ssh_deletekeys": True,
