@@ -975,6 +975,18 @@ def need_packaged(name: str, place: str = "etc") -> str:
     return text
 
 
+def guest_script(name: str, root: bool = False, **given: object) -> str:
+    """A script of etc/guest for a guest's shell, after assignments of what it is given.
+
+    `root`: it is run by root, or by a login that may become root without a password.
+    """
+    import shlex
+
+    values = "".join(f"{key}={shlex.quote(str(value))}\n" for key, value in given.items())
+    script = values + need_packaged(f"guest/{name}")
+    return f's=; [ "$(id -u)" = 0 ] || s="sudo -n"; exec $s sh -c {shlex.quote(script)}' if root else script
+
+
 def packaged_list(name: str) -> list[str]:
     """The lines of a packaged file but for comments and empty ones."""
     return [line for line in packaged(name).splitlines() if line and not line.startswith("#")]
@@ -4527,24 +4539,36 @@ class KnownHosts:
                 write_file(self.path, "\n".join(lines) + "\n")
 
 
+# nocloud's own way in, whatever else is done to a guest's logins: sshd (sshd_config(5)) looks here first.  Who has the
+# key is root, or whoever there is; without its default user, which user-data can keep from being made, root is.
+LOGIN_KEYS = "/etc/ssh/nocloud_keys"
+LOGIN_LINE = f"AuthorizedKeysFile {LOGIN_KEYS} .ssh/authorized_keys .ssh/authorized_keys2"
+
+
 def credentials(vm: VM, keys: Sequence[str]) -> bytes:
-    """The SMBIOS type 11 string with what systemd in the guest sets up before sshd starts.
+    """The SMBIOS type 11 string with what systemd in the guest sets up before sshd, and cloud-init, start.
 
     See systemd.system-credentials(7).
 
-    tmpfiles.extra (systemd 252 and later, tmpfiles.d(5)) carries files: the host key, the login keys, /etc/hostname.
-    `ssh.authorized_keys.root` would only write where no file is.  The first boot's hostname comes by DHCP, or from
-    system.hostname (systemd 254), since PID 1 has set it by the time that /etc/hostname is written.
+    tmpfiles.extra (systemd 252 and later, tmpfiles.d(5)) carries files: the host key and the login keys, and what else
+    is cloud-init's where there is one.  `ssh.authorized_keys.root` would only write where no file is.  The first boot's
+    hostname comes by DHCP, or from system.hostname (systemd 254), since PID 1 has set it by the time that /etc/hostname
+    is written.
     """
-    home = "/root" if vm.get("vmUser") == "root" else f"/home/{vm.get('vmUser')}"
-    owner = vm.get("vmUser")
+    owner, text = vm.get("vmUser"), "\n".join(keys) + "\n"
+    home = "/root" if owner == "root" else f"/home/{owner}"
     lines = [
         _tmpfile("/etc/ssh/ssh_host_ed25519_key", "0600", "root", read_text(vm.host_key)),
         _tmpfile("/etc/ssh/ssh_host_ed25519_key.pub", "0644", "root", read_text(vm.host_key + ".pub")),
-        _tmpfile("/etc/hostname", "0644", "root", vm.name + "\n"),
-        f"d {home}/.ssh 0700 {owner} {owner} -",
-        _tmpfile(f"{home}/.ssh/authorized_keys", "0600", owner, "\n".join(keys) + "\n"),
+        _tmpfile("/etc/ssh/sshd_config.d/00-nocloud.conf", "0644", "root", LOGIN_LINE + "\n"),
+        _tmpfile(LOGIN_KEYS, "0644", "root", text),
     ]
+    if vm.get("vmInit") == "systemd":
+        lines += [
+            _tmpfile("/etc/hostname", "0644", "root", vm.name + "\n"),
+            f"d {home}/.ssh 0700 {owner} {owner} -",
+            _tmpfile(f"{home}/.ssh/authorized_keys", "0600", owner, text),
+        ]
     extra = _base64("\n".join(lines) + "\n")
     return f"io.systemd.credential.binary:tmpfiles.extra={extra}".encode()
 
@@ -4643,28 +4667,29 @@ def seed_files(vm: VM, keys: Sequence[str], added: bytes = b"") -> dict[str, byt
 
 
 def user_data(vm: VM, keys: Sequence[str], added: bytes) -> bytes:
-    """Our cloud-config; with the user's additions a MIME message of both, whose parts cloud-init merges in order.
+    """A MIME message of our boothook, our cloud-config and the user's additions; cloud-init merges its parts in order.
 
     A key of a later part takes the place of an earlier one's.  So the user's part comes after our defaults, and wins;
     what vmssh stands on, login and host key, comes after the user's; and the last part's list of login keys is put at
-    the end of the user's (Merge-Type).  Were ours vendor-data, a list of keys in the user's would take its place.
+    the end of the user's (Merge-Type).  Were ours vendor-data, a list of keys in the user's would take its place.  The
+    boothook is run even where no part after it can be read.
     """
-    config, start = cloud_config(vm, keys), b"#cloud-config\n"
-    if not added:
-        return start + _json(config)
     import base64
 
+    config, kind = cloud_config(vm, keys), b"Content-Type: text/cloud-config\n"
     binding: dict[str, Any] = {name: config.pop(name) for name in BINDING if name in config}
     last = {"ssh_authorized_keys": config.pop("ssh_authorized_keys")}
-    if not is_mime(added):
-        added = b"Content-Type: text/plain\nContent-Transfer-Encoding: base64\n\n" + base64.encodebytes(added)
-    kind = b"Content-Type: text/cloud-config\n"
+    if added and not is_mime(added):
+        head = b'Content-Type: text/plain\nContent-Disposition: attachment; filename="user-data"\n'
+        added = head + b"Content-Transfer-Encoding: base64\n\n" + base64.encodebytes(added)
     merge = b"Merge-Type: list(append)+dict(no_replace,recurse_list)+str()\n"
+    hook = guest_script("login.sh", KEYS="\n".join(map(printable_ascii, keys)), FILE=LOGIN_KEYS, LINE=LOGIN_LINE)
     parts = [
-        kind + b"\n" + start + _json(config),
-        added.lstrip(),
-        kind + b"\n" + start + _json(binding),
-        kind + merge + b"\n" + start + _json(last),
+        b"Content-Type: text/cloud-boothook\n\n#!/bin/sh\n" + hook.encode(),
+        kind + b"\n#cloud-config\n" + _json(config),
+        *([added.lstrip()] if added else []),
+        kind + b"\n#cloud-config\n" + _json(binding),
+        kind + merge + b"\n#cloud-config\n" + _json(last),
     ]
     boundary = f"nocloud-{vm.get('vmUuid')}"
     head = f'MIME-Version: 1.0\nContent-Type: multipart/mixed; boundary="{boundary}"\n'.encode()
@@ -4736,9 +4761,9 @@ def ssh_trust_options(known_hosts: str, strict: bool) -> list[str]:
 
 def ssh_key_options(planted: bool) -> list[str]:
     """Which keys ssh offers.  Where ours was planted, no others but the user's default ones: an agent full of keys
-    would use up the tries that a server grants (MaxAuthTries, 6)."""
+    would use up the tries that a server grants (MaxAuthTries, 6); and no password is asked for that nobody has."""
     words = [word for path in (own_key(), *user_keys()) for word in ssh_options(IdentityFile=ssh_path(path))]
-    return [*words, *ssh_options(IdentitiesOnly="yes")] if planted else words
+    return [*words, *ssh_options(IdentitiesOnly="yes", PreferredAuthentications="publickey")] if planted else words
 
 
 def is_planted(vm: VM) -> bool:
@@ -7317,7 +7342,7 @@ def split_words(text: str) -> list[str]:
 
 def write_credentials(vm: VM) -> str:
     """The name of the credentials file, written anew for this start; '' where the guest takes none."""
-    if vm.get("vmInit") != "systemd" or not os.path.exists(vm.host_key):
+    if not is_planted(vm) or not os.path.exists(vm.host_key):
         return ""
     write_file(vm.credentials_file, credentials(vm, login_keys()))
     return os.path.basename(vm.credentials_file)
@@ -7415,7 +7440,7 @@ class Wait:
         self._started = time.monotonic()
         self._deadline = self._started + seconds
         self._say_at = self._started + 1.0 if say else float("inf")
-        self._checked = 0.0
+        self._checked = self.denied = 0.0  # denied: since when no login is let in
 
     def left(self) -> float:
         return self._deadline - time.monotonic()
@@ -7505,26 +7530,36 @@ def find_init_kind(wait: Wait) -> None:
     has none, and is configured over ssh; its key is pinned.  (cloud-init ends with host keys before sshd is started.)
     Either key is the only one accepted from then on.
     """
-    import contextlib
-
     vm, known = wait.vm, wait.cloud.known_hosts
     if vm.get("vmInit") != "auto" or not os.path.isdir(vm.seed_folder):
         return
     pin_host_key(wait)
     planted = read_text(vm.host_key + ".pub").split()[:2]
     kind = "cloud-init" if known.key(vm.get("vmUuid")).split() == planted else "ssh"
+    keep_shown(vm, "vmInit", kind)
+    if kind == "ssh" and os.path.exists(vm.user_data_file):
+        warn_of_guest(vm, "it has no cloud-init, so the user-data that it was given does nothing")
+
+
+def keep_shown(vm: VM, key: str, value: str) -> None:
+    """Keep in its conf what a running guest has shown."""
+    import contextlib
+
     try:
         with contextlib.nullcontext() if vm.is_in_making else FolderLock(vm.folder):  # who makes it holds its lock
-            vm.write_conf({"vmInit": kind})
+            vm.write_conf({key: value})
     except FileNotFoundError:
         raise NotFound("it is gone", vm=vm) from None
-    if kind == "ssh" and os.path.exists(vm.user_data_file):
-        said = f"{vm}: it has no cloud-init, so the user-data that it was given does nothing"
-        append_line(vm.log_file, said)
-        report.warn(said)
+
+
+def warn_of_guest(vm: VM, text: str) -> None:
+    """Say it, and in the VM's log: this may be a helper that nobody sees."""
+    append_line(vm.log_file, f"{vm}: {text}")
+    report.warn(f"{vm}: {text}")
 
 
 NOT_YET = 75  # as sysexits.h: try again
+DENIED_SECONDS = 5  # where sshd is not started after what plants the keys
 
 
 def configure(wait: Wait, cloud_init: bool = False) -> None:
@@ -7541,6 +7576,12 @@ def configure(wait: Wait, cloud_init: bool = False) -> None:
     script = cloud_init_script(0) if cloud_init else guest_script("hostname.sh", NAME=vm.host_name)
     for seconds in wait.tries():
         status, output = ssh_batch(wait.cloud, vm, script, seconds)
+        login = vm.get("vmUser")
+        if cloud_init and login != "root" and status == 255 and "Permission denied" in output:
+            status, output = ssh_batch(wait.cloud, vm, script, seconds, "root")
+            if status in (0, 1):  # cloud-init has ended, and has not made its default user
+                keep_shown(vm, "vmUser", "root")
+                warn_of_guest(vm, f"{login} can't log in there, root can: vmssh and ansible are root from now on")
         if status == 0:
             write_file(vm.configured_file, "")
             return
@@ -7551,19 +7592,24 @@ def configure(wait: Wait, cloud_init: bool = False) -> None:
         if cloud_init and status == NOT_YET:
             wait.stage, script = "cloud-init", cloud_init_script(15)
         else:
-            check_login(vm, status, output)
+            check_login(wait, status, output)
 
 
-def check_login(vm: VM, status: int, output: str) -> None:
+def check_login(wait: Wait, status: int, output: str) -> None:
     """Raise where another try would end the same; ssh's own failures have status 255 (ssh(1))."""
-    words = last_line(output)
+    vm, words = wait.vm, last_line(output)
     if "REMOTE HOST IDENTIFICATION" in output or "Host key verification failed" in words:
         hint = "destroy it if you can't explain that; --init auto is for templates that may have no cloud-init"
         raise Error("its host key is not the one that was planted or pinned", hint, vm=vm)
     if "Permission denied" in words and not is_planted(vm):
         hint = "put your key into the template, or set vmInit=none in its conf"
         raise Error(f"none of your keys lets {vm.get('vmUser')} in, so its hostname can't be set", hint, vm=vm)
-    if status not in (255, -1):
+    if "Permission denied" in words:
+        wait.denied = wait.denied or time.monotonic()
+        if time.monotonic() - wait.denied > DENIED_SECONDS:
+            hint = f"vmconsole -s -n {vm} is another way in; its console: {vm.console_log}"
+            raise Error(f"the key that was planted lets nobody in: {words}{wait.console()}", hint, vm=vm)
+    elif status not in (255, -1):
         raise Error(f"it can't be configured over ssh: {words}", vm=vm)
 
 
@@ -7586,10 +7632,12 @@ def pin_host_key(wait: Wait) -> None:
         remove_file(place)
 
 
-def ssh_batch(cloud: Cloud, vm: VM, script: str, timeout: float) -> tuple[int, str]:
+def ssh_batch(cloud: Cloud, vm: VM, script: str, timeout: float, user: str = "") -> tuple[int, str]:
     """Run a command in the guest with nocloud's own key and no ssh configuration of the user's; (status, output)."""
     trust = ssh_trust_options(cloud.known_hosts.path, strict=True)
-    return try_run([*ssh_argv(cloud, vm, trust, ssh_key_options(is_planted(vm)), batch=True), script], timeout)
+    argv = ssh_argv(cloud, vm, trust, ssh_key_options(is_planted(vm)), batch=True)
+    argv[1:1] = ["-l", user] if user else []  # the first one counts
+    return try_run([*argv, script], timeout)
 
 
 def ssh_way(network: Network) -> list[str]:
@@ -7606,18 +7654,6 @@ def ssh_argv(cloud: Cloud, vm: VM, trust: Sequence[str], keys: Sequence[str], ba
         "ssh", *quiet, *ssh_options(ControlPath="none", HostKeyAlias=vm.get("vmUuid")), *trust, *keys,
         *ssh_way(network), "-l", vm.get("vmUser"), network.address(vm),
     ]  # fmt: skip
-
-
-def guest_script(name: str, root: bool = False, **given: object) -> str:
-    """A script of etc/guest for a guest's shell, after assignments of what it is given.
-
-    `root`: it is run by root, or by a login that may become root without a password.
-    """
-    import shlex
-
-    values = "".join(f"{key}={shlex.quote(str(value))}\n" for key, value in given.items())
-    script = values + need_packaged(f"guest/{name}")
-    return f's=; [ "$(id -u)" = 0 ] || s="sudo -n"; exec $s sh -c {shlex.quote(script)}' if root else script
 
 
 def cloud_init_script(seconds: int) -> str:

@@ -56,12 +56,13 @@ def fake_clone(base: Path, name: str = "web00", user: str = "root", comment: str
 
 
 def cloud_config(files: dict[str, bytes]) -> dict[str, Any]:
-    first, _, rest = files["user-data"].partition(b"\n")
-    assert first == b"#cloud-config"
-    found = yaml.safe_load(files["user-data"])
-    assert found == json.loads(rest)
-    assert isinstance(found, dict)
-    return found
+    """What the seed alone makes of a guest, by its YAML and by its JSON, which are one."""
+    boothook, *found = parts(files["user-data"])
+    assert boothook.get_content_type() == "text/cloud-boothook"
+    for part in found:
+        data = part.get_payload(decode=True)
+        assert isinstance(data, bytes) and yaml.safe_load(data) == json.loads(data.partition(b"\n")[2])
+    return merged(found)
 
 
 # The seed ############################################################################################
@@ -193,10 +194,9 @@ def test_additions_arrive_as_they_are(tmp_path_factory: pytest.TempPathFactory, 
     added = b"#!" + data
     if not nocloud.is_mime(added):
         found = parts(nocloud.seed_files(vm, [], added)["user-data"])
-        assert [part.get_content_type() for part in found] == ["text/cloud-config", "text/plain"] + 2 * [
-            "text/cloud-config"
-        ]
-        assert found[1].get_payload(decode=True) == added
+        kinds = ["text/cloud-boothook", "text/cloud-config", "text/plain", "text/cloud-config", "text/cloud-config"]
+        assert [part.get_content_type() for part in found] == kinds
+        assert found[2].get_payload(decode=True) == added
 
 
 def test_a_message_of_many_parts_keeps_them(tmp_path: Path) -> None:
@@ -204,10 +204,10 @@ def test_a_message_of_many_parts_keeps_them(tmp_path: Path) -> None:
     message.attach(MIMEText("#cloud-config\nhostname: a\n", "cloud-config"))
     message.attach(MIMEText("#!/bin/sh\necho ä\n", "x-shellscript", "utf-8"))
     found = parts(nocloud.seed_files(fake_clone(tmp_path), ["ssh-rsa OURS"], message.as_bytes())["user-data"])
-    kinds = ["text/cloud-config", "text/cloud-config", "text/x-shellscript", "text/cloud-config", "text/cloud-config"]
-    assert [part.get_content_type() for part in found] == kinds
+    kinds = ["cloud-boothook", "cloud-config", "cloud-config", "x-shellscript", "cloud-config", "cloud-config"]
+    assert [part.get_content_type() for part in found] == [f"text/{kind}" for kind in kinds]
     assert merged(found)["hostname"] == "a" and merged(found)["ssh_authorized_keys"] == ["ssh-rsa OURS"]
-    assert found[2].get_payload(decode=True) == "#!/bin/sh\necho ä\n".encode()
+    assert found[3].get_payload(decode=True) == "#!/bin/sh\necho ä\n".encode()
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_additions_are_kept_with_the_clone(blank: Cloud) -> None:
     for name, text in (("d00", b"default"), ("o00", b"own")):
         folder = blank.folder(f"group/default/{name}")
         assert modes(folder)["user-data"] == 0o600
-        assert text in (parts((folder / "seed/user-data").read_bytes())[1].get_payload(decode=True) or b"")
+        assert text in (parts((folder / "seed/user-data").read_bytes())[2].get_payload(decode=True) or b"")
     for disk, size in (("d00_0", 8 << 20), ("o00_0", 2 << 30), ("o00_1", 1 << 30)):
         image = blank.folder(f"group/default/{disk[:3]}") / f"{disk}.img"
         info = json.loads(blank.execute(["qemu-img", "info", "-U", "--output=json", image]).ok().stdout)
@@ -405,6 +405,52 @@ def test_what_the_guest_is_asked(tmp_path: Path, result: str, said: str, code: i
         early = seconds == 0 and not result  # not even asked
         assert done.returncode == (nocloud.NOT_YET if early else status), done
         assert ("the last words" in done.stdout) == (done.returncode == 1)
+
+
+# nocloud's own way in ################################################################################
+
+INCLUDE = "# sshd_config(5)\nInclude /etc/ssh/sshd_config.d/*.conf\nPermitRootLogin no\n"
+MATCH = "Port 22\nMatch User bob\n  AuthorizedKeysFile none\n"
+
+
+@pytest.mark.parametrize("config", [INCLUDE, MATCH, None])
+def test_the_boothook_has_sshd_read_our_keys_first(tmp_path: Path, config: str | None) -> None:
+    """As often as it runs, where sshd_config includes others' files and where it doesn't, or lies elsewhere."""
+    folder = tmp_path / "ssh"
+    folder.mkdir()
+    if config:
+        (folder / "sshd_config").write_text(config)
+    hook = parts(nocloud.seed_files(fake_clone(tmp_path / "vms"), ["ssh-rsa A it's", "ssh-rsa B"])["user-data"])[0]
+    script = str(hook.get_payload()).replace("/etc/ssh", str(folder)).replace("/run/sshd.pid", f"{tmp_path}/pid")
+    assert script.startswith("#!/bin/sh\n")
+    (tmp_path / "hook").write_text(script)
+    (tmp_path / "hook").chmod(0o755)
+    sshd = subprocess.Popen(["sleep", "60"])
+    try:
+        for _ in range(2):
+            subprocess.run([tmp_path / "hook"], check=True)
+        (tmp_path / "pid").write_text(str(sshd.pid))
+        subprocess.run([tmp_path / "hook"], check=True)
+        assert sshd.wait(10) == -1  # SIGHUP, by which sshd reads its configuration again
+    finally:
+        sshd.kill()
+        sshd.wait()
+    assert (folder / "nocloud_keys").read_text() == "ssh-rsa A it's\nssh-rsa B\n"
+    assert stat.S_IMODE((folder / "nocloud_keys").stat().st_mode) == 0o644  # sshd reads it as the one who logs in
+    line = nocloud.LOGIN_LINE.replace("/etc/ssh", str(folder)) + "\n"
+    assert (folder / "sshd_config.d/00-nocloud.conf").read_text() == line
+    if config:
+        assert (folder / "sshd_config").read_text() == (config if config == INCLUDE else line + config)
+    assert sorted(path.name for path in folder.iterdir() if path.name != "sshd_config") == [
+        "nocloud_keys",
+        "sshd_config.d",
+    ]
+
+
+def test_no_password_is_asked_for_where_our_key_was_planted(cloud: Cloud) -> None:
+    """Elsewhere one may be the only way in."""
+    said = cloud.script("print(nocloud.ssh_key_options(True)); print(nocloud.ssh_key_options(False))").ok().lines
+    assert ["PreferredAuthentications=publickey" in words for words in said] == [True, False]
 
 
 # Guests ##############################################################################################
@@ -498,6 +544,17 @@ def test_ready_means_that_cloud_init_is_done(seeded: Cloud) -> None:
     assert "gone" in seeded.ssh("late00", "ls /root").ok().stdout
     wait_for_it(seeded, "broken00", int(READY)).fails(1, "broken00: cloud-init failed", "broken on purpose", "vmssh")
     seeded.run("vmstop", "-d", "-g", "two").quiet()
+
+
+def test_a_login_that_is_denied_is_told_within_seconds(seeded: Cloud) -> None:
+    """With what the console says; vmssh ends as ssh does."""
+    seeded.run("vminstantiate", "-n", "seeded", "-g", "shut", "-o", "name=shut", "-w", READY).ok()
+    seeded.ssh("shut00", "rm /root/.ssh/authorized_keys").ok()
+    told = ("shut00: the key that was planted lets nobody in: root@", "Permission denied", "; its console says: [")
+    done = wait_for_it(seeded, "shut00", 120).fails(1, *told)
+    assert done.seconds < 60
+    assert "Permission denied" in seeded.ssh("shut00", "true").stderr
+    seeded.run("vmstop", "-d", "-g", "shut").quiet()
 
 
 def init_of(cloud: Cloud, vm: str) -> str:
