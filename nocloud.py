@@ -7562,11 +7562,11 @@ NOT_YET = 75  # as sysexits.h: try again
 DENIED_SECONDS = 5  # where sshd is not started after what plants the keys
 
 
-def configure(wait: Wait, cloud_init: bool = False) -> None:
+def configure(wait: Wait, cloud_init: bool = False, once: bool = False) -> None:
     """Log in with nocloud's own key, and set the hostname where it isn't what it should be.
 
     Tried again until the wait is over: sshd answers before the guest lets users in (pam_nologin).  `cloud_init`: that
-    has set the name, return when it has ended.  Raises Error, with its log's last lines, where it failed.
+    has set the name, return when it has ended, or, with `once`, is at work.  Raises Error where it failed, with causes.
     """
     vm = wait.vm
     if not cloud_init:
@@ -7579,20 +7579,31 @@ def configure(wait: Wait, cloud_init: bool = False) -> None:
         login = vm.get("vmUser")
         if cloud_init and login != "root" and status == 255 and "Permission denied" in output:
             status, output = ssh_batch(wait.cloud, vm, script, seconds, "root")
-            if status in (0, 1):  # cloud-init has ended, and has not made its default user
+            if status in (0, 1, 2):  # cloud-init has ended, and has not made its default user
                 keep_shown(vm, "vmUser", "root")
                 warn_of_guest(vm, f"{login} can't log in there, root can: vmssh and ansible are root from now on")
-        if status == 0:
+        if cloud_init and status in (1, 2):
+            check_cloud_init(vm, status, output)
+        if status == 0 or (cloud_init and status == 2):
             write_file(vm.configured_file, "")
             return
-        if cloud_init and status == 1:
-            lines = [printable(line.strip()) for line in output.splitlines() if line.strip()]
-            hint = f"vmssh {vm} gets in; see /var/log/cloud-init-output.log there"
-            raise Error(f"cloud-init failed in it: {' | '.join(lines)[-800:]}", hint, vm=vm)
         if cloud_init and status == NOT_YET:
+            if once:
+                return
             wait.stage, script = "cloud-init", cloud_init_script(15)
         else:
             check_login(wait, status, output)
+
+
+def check_cloud_init(vm: VM, status: int, output: str) -> None:
+    """Raise where it failed (1); warn, once, where it left something out (2).  `output`: the causes, in its words."""
+    given = f" ({vm.user_data_file})" if os.path.exists(vm.user_data_file) else ""
+    causes = " | ".join(printable(line.strip()) for line in output.splitlines() if line.strip())[:800]
+    if status == 1:
+        hint = f"vmssh {vm} gets in; see /var/log/cloud-init-output.log there"
+        raise Error(f"cloud-init failed in it{given}: {causes}", hint, vm=vm)
+    if not os.path.exists(vm.configured_file):
+        warn_of_guest(vm, f"cloud-init in it did not do all that it was given{given}: {causes}")
 
 
 def check_login(wait: Wait, status: int, output: str) -> None:
@@ -7657,8 +7668,8 @@ def ssh_argv(cloud: Cloud, vm: VM, trust: Sequence[str], keys: Sequence[str], ba
 
 
 def cloud_init_script(seconds: int) -> str:
-    """For the guest's shell: 0 where its cloud-init has ended well, 1 where it failed, NOT_YET where it is at work, and
-    still is after `seconds`."""
+    """For the guest's shell: 0 where its cloud-init has done all, 1 where it failed, 2 where it left something out,
+    NOT_YET where it is at work, and still is after `seconds`."""
     return guest_script("cloud-init.sh", PATIENCE=seconds, NOT_YET=NOT_YET)
 
 
@@ -9865,9 +9876,10 @@ def become_ssh(cloud: Cloud, vm: VM, words: Sequence[str], fresh: bool = False) 
     find_init_kind(wait)
     pin_host_key(wait)
     template = fresh and vm.is_template and vm.get("vmInit") != "none"
-    if template or vm.get("vmInit") in ("ssh", "auto"):
+    seeded = vm.get("vmInit") == "cloud-init" and not os.path.exists(vm.configured_file)
+    if template or seeded or vm.get("vmInit") in ("ssh", "auto"):
         try:
-            configure(wait)
+            configure(wait, cloud_init=seeded, once=True)
             if template:
                 clean_at_shutdown(cloud, vm)
         except Error as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email
+import functools
 import gzip
 import importlib
 import json
@@ -363,7 +364,7 @@ def test_neither_vvfat_nor_an_iso_writer(cloud: Cloud, tiny_image: Path, vms: No
 
 # When it is done #####################################################################################
 
-DONE, FAILED = 'echo \'{"v1": {"errors": []}}\'', 'echo \'{"v1": {"errors": ["no"]}}\''
+DONE, FAILED = '{"v1":{"errors":[]}}', '{"v1":{"errors":["no"]}}'
 
 
 @pytest.mark.parametrize(
@@ -371,8 +372,11 @@ DONE, FAILED = 'echo \'{"v1": {"errors": []}}\'', 'echo \'{"v1": {"errors": ["no
     [
         (DONE, "must not be asked", 1, 0),
         (FAILED, "status: error", 1, 1),
-        (FAILED, "status: done", 0, 0),  # an old one, that doesn't count what went wrong
-        (FAILED, "status: degraded done", 2, 0),  # warnings, since 23.4
+        (FAILED, "status: done", 0, 2),  # an old one, that doesn't count what went wrong
+        (FAILED, "status: degraded done", 2, 2),
+        (DONE + " degraded", "status: degraded done", 2, 2),  # warnings, since 23.4
+        (DONE + " WARNING", "must not be asked", 1, 2),  # before that, only its log tells
+        (DONE + " DEPRECATED", "must not be asked", 1, 0),
         ("", "status: running", 0, nocloud.NOT_YET),
         ("", "status: not started", 0, nocloud.NOT_YET),
         ("", "status: not run", 0, nocloud.NOT_YET),
@@ -386,17 +390,20 @@ def test_what_the_guest_is_asked(tmp_path: Path, result: str, said: str, code: i
     state, programs = tmp_path / "run", tmp_path / "bin"
     state.mkdir()
     programs.mkdir()
-    for name in ("sh", "grep", "tail", "id", "env"):
+    for name in ("sh", "grep", "cat", "awk", "id", "env"):
         (programs / name).symlink_to(shutil.which(name) or name)
     (programs / "sleep").symlink_to(shutil.which("true") or "true")
     if result == "disabled":
         (state / "disabled").touch()
-    elif result.startswith("echo"):
-        (state / "result.json").write_bytes(subprocess.check_output(["sh", "-c", result]))
+    elif result:
+        (state / "result.json").write_text(result.partition(" ")[0])
+    if result.endswith("degraded"):
+        (state / "status.json").write_text('{"v1": {"init": {"recoverable_errors": {"WARNING": ["a"]}}}}')
     if result != "none":
         (programs / "cloud-init").write_text(f"#!/bin/sh\necho '{said}'\nexit {code}\n")
         (programs / "cloud-init").chmod(0o755)
-    (tmp_path / "cloud-init-output.log").write_text("the last words\n")
+    text = "2026-11-26 01:26:24,516 - util.py[{}]: its words\n".format(result.rpartition(" ")[2])
+    (tmp_path / "cloud-init-output.log").write_text(text)
     for seconds in (0, 1):
         script = nocloud.cloud_init_script(seconds).replace("/run/cloud-init", str(state))
         script = script.replace("/var/log", str(tmp_path)).replace("sudo -n", "env")
@@ -404,7 +411,62 @@ def test_what_the_guest_is_asked(tmp_path: Path, result: str, said: str, code: i
         done = subprocess.run(words, env={"PATH": str(programs)}, capture_output=True, text=True, check=False)
         early = seconds == 0 and not result  # not even asked
         assert done.returncode == (nocloud.NOT_YET if early else status), done
-        assert ("the last words" in done.stdout) == (done.returncode == 1)
+        assert bool(done.stdout) == (done.returncode in (1, 2)), done
+        assert ("its words" in done.stdout) == result.endswith("WARNING")
+
+
+# What cloud-init 22.4 wrote in a Debian 12: an earlier boot, then a boot with a broken part and a failing runcmd.
+LOG = """\
+Cloud-init v. 22.4.2 running 'init-local' at Thu, 26 Nov 2026 01:06:16 +0000. Up 98.07 seconds.
+2026-11-26 01:06:34,731 - util.py[WARNING]: Of an earlier boot
+Cloud-init v. 22.4.2 running 'init-local' at Thu, 26 Nov 2026 01:26:16 +0000. Up 98.07 seconds.
+2026-11-26 01:26:23,740 - util.py[WARNING]: Failed loading yaml blob. Invalid format at line 2 column 6: "while parsing
+  in "<unicode string>", line 2, column 6:
+    foo: [a
+         ^
+expected ',' or ']', but got '<stream end>'
+    ^"
+2026-11-26 01:26:24,516 - util.py[WARNING]: Failed loading yaml blob. Invalid format at line 2 column 6: "while parsing
+2026-11-26 01:26:24,517 - util.py[WARNING]: DEPRECATED: this and that
+2026-11-26 01:26:24,518 - util.py[WARNING]: failed stage init-local
+Traceback (most recent call last):
+  File "/usr/lib/python3/dist-packages/cloudinit/cmd/main.py", line 766, in status_wrapper
+Exception: Failed to establish a new connection for url: http://127.0.0.1:9/x
+Cloud-init v. 22.4.2 running 'init' at Thu, 26 Nov 2026 01:26:57 +0000. Up 140.05 seconds.
+ci-info: +-------+-------------+---------+-----------+-------+
+Cloud-init v. 22.4.2 running 'modules:final' at Thu, 26 Nov 2026 01:28:03 +0000. Up 205.49 seconds.
+starting
+/var/lib/cloud/instance/scripts/runcmd: 3: nosuchcmd: not found
+cat: /nonexistent/cause: No such file or directory
+2026-11-26 01:28:09,142 - cc_scripts_user.py[WARNING]: Failed to run module scripts-user (scripts in /var/lib)
+2026-11-26 01:28:09,193 - util.py[WARNING]: Running module scripts-user failed
+Cloud-init v. 22.4.2 finished at Thu, 26 Nov 2026 01:28:15 +0000. Datasource DataSourceNoCloud.  Up 217.62 seconds
+"""
+CAUSES = """\
+util.py[WARNING]: Failed loading yaml blob. Invalid format at line 2 column 6: "while parsing
+expected ',' or ']', but got '<stream end>'
+util.py[WARNING]: failed stage init-local
+Exception: Failed to establish a new connection for url: http://127.0.0.1:9/x
+starting
+/var/lib/cloud/instance/scripts/runcmd: 3: nosuchcmd: not found
+"""
+
+
+@pytest.mark.parametrize("awk", ["mawk", "gawk", "busybox awk"])
+def test_the_cause_is_told_and_not_only_that_it_failed(tmp_path: Path, awk: str) -> None:
+    program = shutil.which(awk.split(maxsplit=1)[0])
+    if not program:
+        pytest.skip(f"no {awk} here")
+    for name, text in {"result.json": FAILED, "cloud-init-output.log": LOG}.items():
+        (tmp_path / name).write_text(text)
+    for name, text in {"cloud-init": "echo status: error; exit 1", "awk": f'exec {awk} "$@"', "sudo": "exit 1"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    script = nocloud.cloud_init_script(0).replace("/run/cloud-init", str(tmp_path)).replace("/var/log", str(tmp_path))
+    script = script.replace("sudo -n", "env")
+    path = f"{tmp_path}:/usr/bin:/bin"
+    done = subprocess.run(["sh", "-c", script], env={"PATH": path}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, CAUSES, "")
 
 
 # nocloud's own way in ################################################################################
@@ -544,6 +606,28 @@ def test_ready_means_that_cloud_init_is_done(seeded: Cloud) -> None:
     assert "gone" in seeded.ssh("late00", "ls /root").ok().stdout
     wait_for_it(seeded, "broken00", int(READY)).fails(1, "broken00: cloud-init failed", "broken on purpose", "vmssh")
     seeded.run("vmstop", "-d", "-g", "two").quiet()
+
+
+def has_booted(folder: Path) -> bool:
+    return "ready after" in (folder / "console.log").read_text(errors="replace")
+
+
+def test_what_was_left_out_is_told_once(seeded: Cloud) -> None:
+    """At the first contact, whichever that is, with the file and cloud-init's own line."""
+    message = MIMEMultipart()
+    message.attach(MIMEText("#!/bin/sh\n", "x-shellscript"))
+    message.attach(MIMEText("what is this\n"))
+    (seeded.home / "mime").write_bytes(message.as_bytes())
+    (seeded.home / "half").write_text("seeded:2::name=half;user-data=mime\n")
+    seeded.run("vminstantiate", "-f", seeded.home / "half").ok()
+    for name in ("half00", "half01"):
+        folder = seeded.folder(f"half/default/{name}")
+        eventually(functools.partial(has_booted, folder), "it has booted", 60)
+        said = wait_for_it(seeded, name, int(READY)) if name == "half00" else seeded.ssh(name, "true")
+        assert said.ok().stderr.count("\n") == 1 and "warning: half" in said.stderr, said
+        for word in (f"{folder}/user-data", "[WARNING]: Unhandled part"):
+            assert word in said.stderr and word in (folder / f"{name}.log").read_text()
+        assert wait_for_it(seeded, name, int(READY)).quiet() and seeded.ssh(name, "true").quiet()
 
 
 def test_a_login_that_is_denied_is_told_within_seconds(seeded: Cloud) -> None:
