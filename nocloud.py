@@ -7582,10 +7582,10 @@ def configure(wait: Wait, cloud_init: bool = False, once: bool = False) -> None:
             if status in (0, 1, 2):  # cloud-init has ended, and has not made its default user
                 keep_shown(vm, "vmUser", "root")
                 warn_of_guest(vm, f"{login} can't log in there, root can: vmssh and ansible are root from now on")
-        if cloud_init and status in (1, 2):
-            check_cloud_init(vm, status, output)
-        if status == 0 or (cloud_init and status == 2):
+        if status == 0 or (cloud_init and status in (1, 2)):
+            told = os.path.exists(vm.configured_file)
             write_file(vm.configured_file, "")
+            check_cloud_init(vm, status, output, told)
             return
         if cloud_init and status == NOT_YET:
             if once:
@@ -7595,14 +7595,14 @@ def configure(wait: Wait, cloud_init: bool = False, once: bool = False) -> None:
             check_login(wait, status, output)
 
 
-def check_cloud_init(vm: VM, status: int, output: str) -> None:
+def check_cloud_init(vm: VM, status: int, output: str, told: bool) -> None:
     """Raise where it failed (1); warn, once, where it left something out (2).  `output`: the causes, in its words."""
     given = f" ({vm.user_data_file})" if os.path.exists(vm.user_data_file) else ""
     causes = " | ".join(printable(line.strip()) for line in output.splitlines() if line.strip())[:800]
     if status == 1:
         hint = f"vmssh {vm} gets in; see /var/log/cloud-init-output.log there"
         raise Error(f"cloud-init failed in it{given}: {causes}", hint, vm=vm)
-    if not os.path.exists(vm.configured_file):
+    if status == 2 and not told:
         warn_of_guest(vm, f"cloud-init in it did not do all that it was given{given}: {causes}")
 
 

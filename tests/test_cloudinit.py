@@ -452,14 +452,10 @@ starting
 """
 
 
-@pytest.mark.parametrize("awk", ["mawk", "gawk", "busybox awk"])
-def test_the_cause_is_told_and_not_only_that_it_failed(tmp_path: Path, awk: str) -> None:
-    program = shutil.which(awk.split(maxsplit=1)[0])
-    if not program:
-        pytest.skip(f"no {awk} here")
+def test_the_cause_is_told_and_not_only_that_it_failed(tmp_path: Path) -> None:
     for name, text in {"result.json": FAILED, "cloud-init-output.log": LOG}.items():
         (tmp_path / name).write_text(text)
-    for name, text in {"cloud-init": "echo status: error; exit 1", "awk": f'exec {awk} "$@"', "sudo": "exit 1"}.items():
+    for name, text in {"cloud-init": "echo status: error; exit 1", "sudo": "exit 1"}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
     script = nocloud.cloud_init_script(0).replace("/run/cloud-init", str(tmp_path)).replace("/var/log", str(tmp_path))
@@ -605,6 +601,7 @@ def test_ready_means_that_cloud_init_is_done(seeded: Cloud) -> None:
     wait_for_it(seeded, "late00", int(READY)).quiet()
     assert "gone" in seeded.ssh("late00", "ls /root").ok().stdout
     wait_for_it(seeded, "broken00", int(READY)).fails(1, "broken00: cloud-init failed", "broken on purpose", "vmssh")
+    seeded.ssh("broken00", "true").quiet()
     seeded.run("vmstop", "-d", "-g", "two").quiet()
 
 
