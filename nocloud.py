@@ -7598,7 +7598,7 @@ def configure(wait: Wait, cloud_init: bool = False, once: bool = False) -> None:
 def check_cloud_init(vm: VM, status: int, output: str, told: bool) -> None:
     """Raise where it failed (1); warn, once, where it left something out (2).  `output`: the causes, in its words."""
     given = f" ({vm.user_data_file})" if os.path.exists(vm.user_data_file) else ""
-    causes = " | ".join(printable(line.strip()) for line in output.splitlines() if line.strip())[:800]
+    causes = " | ".join(printable(line.strip()) for line in output.splitlines() if line.strip())[:1000]
     if status == 1:
         hint = f"vmssh {vm} gets in; see /var/log/cloud-init-output.log there"
         raise Error(f"cloud-init failed in it{given}: {causes}", hint, vm=vm)

@@ -449,6 +449,9 @@ util.py[WARNING]: failed stage init-local
 Exception: Failed to establish a new connection for url: http://127.0.0.1:9/x
 starting
 /var/lib/cloud/instance/scripts/runcmd: 3: nosuchcmd: not found
+cat: /nonexistent/cause: No such file or directory
+cc_scripts_user.py[WARNING]: Failed to run module scripts-user (scripts in /var/lib)
+util.py[WARNING]: Running module scripts-user failed
 """
 
 

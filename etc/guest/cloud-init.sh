@@ -24,7 +24,7 @@ complaints() {
             tell[told++] = $0
             bad = 1
         }
-        END { for (i = 0; bad && i < told && shown < 6; i++) if (!seen[tell[i]]++) { print tell[i]; shown++ } }'
+        END { for (i = 0; bad && i < told && shown < 10; i++) if (!seen[tell[i]]++) { print tell[i]; shown++ } }'
 }
 
 cd /run/cloud-init 2>/dev/null || : # it may be too early for the folder, too
