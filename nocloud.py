@@ -80,6 +80,7 @@ EXIT_INTERRUPTED = 130  # as the shell: 128 + SIGINT
 
 MIB = 1 << 20
 GIB = 1 << 30
+TEXT = "utf-8-sig"  # files that people write: without the byte order mark that some editors begin them with
 
 if not TYPE_CHECKING:
 
@@ -300,7 +301,7 @@ def quoted(*paths: str) -> str:
 
 def read_text(path: str) -> str:
     """The text of a small file; OSError where it can't be read."""
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+    with open(path, encoding=TEXT, errors="surrogateescape") as file:
         return file.read()
 
 
@@ -454,7 +455,7 @@ def read_trusted(path: str) -> tuple[str, str]:
     """(the text of a configuration file, at most 1 MB, '') or ('', why it must not be used, see untrusted)."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         reason = untrusted(path, os.fstat(file.fileno()))  # of what is open: the name may be another file's by now
-        return "" if reason else file.read(MIB).decode("utf-8", "surrogateescape"), reason
+        return "" if reason else file.read(MIB).decode(TEXT, "surrogateescape"), reason
 
 
 def process_file(pid: int, name: str) -> str:
@@ -1043,6 +1044,18 @@ def need_packaged(name: str, place: str = "etc") -> str:
         said = f"{place}/{name} is missing: {program_path()} was copied without it"
         raise Error(said, "nocloud.pyz is all in one file")
     return text
+
+
+def guest_script(name: str, root: bool = False, **given: object) -> str:
+    """A script of etc/guest for a guest's shell, after assignments of what it is given.
+
+    `root`: it is run by root, or by a login that may become root without a password.
+    """
+    import shlex
+
+    values = "".join(f"{key}={shlex.quote(str(value))}\n" for key, value in given.items())
+    script = values + need_packaged(f"guest/{name}")
+    return f's=; [ "$(id -u)" = 0 ] || s="sudo -n"; exec $s sh -c {shlex.quote(script)}' if root else script
 
 
 def packaged_list(name: str) -> list[str]:
@@ -4952,24 +4965,36 @@ class KnownHosts:
                 write_file(self.path, "\n".join(lines) + "\n")
 
 
+# nocloud's own way in, whatever else is done to a guest's logins: sshd (sshd_config(5)) looks here first.  Who has the
+# key is root, or whoever there is; without its default user, which user-data can keep from being made, root is.
+LOGIN_KEYS = "/etc/ssh/nocloud_keys"
+LOGIN_LINE = f"AuthorizedKeysFile {LOGIN_KEYS} .ssh/authorized_keys .ssh/authorized_keys2"
+
+
 def credentials(vm: VM, keys: Sequence[str]) -> bytes:
-    """The SMBIOS type 11 string with what systemd in the guest sets up before sshd starts.
+    """The SMBIOS type 11 string with what systemd in the guest sets up before sshd, and cloud-init, start.
 
     See systemd.system-credentials(7).
 
-    tmpfiles.extra (systemd 252 and later, tmpfiles.d(5)) carries files: the host key, the login keys, /etc/hostname.
-    `ssh.authorized_keys.root` would only write where no file is.  The first boot's hostname comes by DHCP, or from
-    system.hostname (systemd 254), since PID 1 has set it by the time that /etc/hostname is written.
+    tmpfiles.extra (systemd 252 and later, tmpfiles.d(5)) carries files: the host key and the login keys, and what else
+    is cloud-init's where there is one.  `ssh.authorized_keys.root` would only write where no file is.  The first boot's
+    hostname comes by DHCP, or from system.hostname (systemd 254), since PID 1 has set it by the time that /etc/hostname
+    is written.
     """
-    home = "/root" if vm.get("vmUser") == "root" else f"/home/{vm.get('vmUser')}"
-    owner = vm.get("vmUser")
+    owner, text = vm.get("vmUser"), "\n".join(keys) + "\n"
+    home = "/root" if owner == "root" else f"/home/{owner}"
     lines = [
         _tmpfile("/etc/ssh/ssh_host_ed25519_key", "0600", "root", read_text(vm.host_key)),
         _tmpfile("/etc/ssh/ssh_host_ed25519_key.pub", "0644", "root", read_text(vm.host_key + ".pub")),
-        _tmpfile("/etc/hostname", "0644", "root", vm.name + "\n"),
-        f"d {home}/.ssh 0700 {owner} {owner} -",
-        _tmpfile(f"{home}/.ssh/authorized_keys", "0600", owner, "\n".join(keys) + "\n"),
+        _tmpfile("/etc/ssh/sshd_config.d/00-nocloud.conf", "0644", "root", LOGIN_LINE + "\n"),
+        _tmpfile(LOGIN_KEYS, "0644", "root", text),
     ]
+    if vm.get("vmInit") == "systemd":
+        lines += [
+            _tmpfile("/etc/hostname", "0644", "root", vm.name + "\n"),
+            f"d {home}/.ssh 0700 {owner} {owner} -",
+            _tmpfile(f"{home}/.ssh/authorized_keys", "0600", owner, text),
+        ]
     extra = _base64("\n".join(lines) + "\n")
     return f"io.systemd.credential.binary:tmpfiles.extra={extra}".encode()
 
@@ -4999,19 +5024,40 @@ USER_DATA_STARTS = ("#!", "#cloud-config", "#include", "#cloud-boothook", "#part
 
 def read_user_data(path: str) -> bytes:
     """A file of the user's own additions, at most 1 MB.  Raises UsageError where cloud-init would pass over it."""
+    import gzip
+    import zlib
+
     try:
         with open(path, "rb") as file:
             data = file.read(MIB + 1)
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}", "user-data=FILE is what cloud-init is given besides") from None
+            if data[:2] == b"\x1f\x8b":  # cloud-init takes that, too
+                file.seek(0)
+                data = gzip.GzipFile(fileobj=file).read(MIB + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{path}: {reason}", "user-data=FILE is what cloud-init is given besides") from None
+    data = data.removeprefix(b"\xef\xbb\xbf")  # see TEXT
     if len(data) > MIB:
         raise UsageError(f"{path}: more than 1 MB", "let the guest fetch the rest: #include, or a script")
+    if re.match(rb"\s*#cloud-config\s", data, re.I) and not is_mime(data):
+        check_yaml(path, data)
     if not is_mime(data) and not data.lstrip().lower().startswith(tuple(start.encode() for start in USER_DATA_STARTS)):
         raise UsageError(
             f"{path}: cloud-init would not know what to do with it",
             f"it begins with one of {', '.join(USER_DATA_STARTS)}, or is a MIME message",
         )
     return data
+
+
+def check_yaml(path: str, data: bytes) -> None:
+    """Raise where a #cloud-config is no YAML.  Where the host has no reader of that, the guest's cloud-init tells."""
+    code = (
+        "import sys, yaml\ntry: yaml.safe_load(sys.stdin.buffer.read())\nexcept yaml.YAMLError as e: sys.exit(str(e))"
+    )
+    python = "/usr/bin/python3"  # the one that distributions' python3-yaml is for
+    done = run([python, "-I", "-c", code], input=data, check=False) if os.access(python, os.X_OK) else None
+    if done and done.returncode and "Traceback" not in done.stdout:
+        raise UsageError(f"{path}: cloud-init would drop it, it is not YAML: {' '.join(done.stdout.split())}")
 
 
 def is_mime(user_data: bytes) -> bool:
@@ -5047,28 +5093,29 @@ def seed_files(vm: VM, keys: Sequence[str], added: bytes = b"") -> dict[str, byt
 
 
 def user_data(vm: VM, keys: Sequence[str], added: bytes) -> bytes:
-    """Our cloud-config; with the user's additions a MIME message of both, whose parts cloud-init merges in order.
+    """A MIME message of our boothook, our cloud-config and the user's additions; cloud-init merges its parts in order.
 
     A key of a later part takes the place of an earlier one's.  So the user's part comes after our defaults, and wins;
     what vmssh stands on, login and host key, comes after the user's; and the last part's list of login keys is put at
-    the end of the user's (Merge-Type).  Were ours vendor-data, a list of keys in the user's would take its place.
+    the end of the user's (Merge-Type).  Were ours vendor-data, a list of keys in the user's would take its place.  The
+    boothook is run even where no part after it can be read.
     """
-    config, start = cloud_config(vm, keys), b"#cloud-config\n"
-    if not added:
-        return start + _json(config)
     import base64
 
+    config, kind = cloud_config(vm, keys), b"Content-Type: text/cloud-config\n"
     binding: dict[str, Any] = {name: config.pop(name) for name in BINDING if name in config}
     last = {"ssh_authorized_keys": config.pop("ssh_authorized_keys")}
-    if not is_mime(added):
-        added = b"Content-Type: text/plain\nContent-Transfer-Encoding: base64\n\n" + base64.encodebytes(added)
-    kind = b"Content-Type: text/cloud-config\n"
+    if added and not is_mime(added):
+        head = b'Content-Type: text/plain\nContent-Disposition: attachment; filename="user-data"\n'
+        added = head + b"Content-Transfer-Encoding: base64\n\n" + base64.encodebytes(added)
     merge = b"Merge-Type: list(append)+dict(no_replace,recurse_list)+str()\n"
+    hook = guest_script("login.sh", KEYS="\n".join(map(printable_ascii, keys)), FILE=LOGIN_KEYS, LINE=LOGIN_LINE)
     parts = [
-        kind + b"\n" + start + _json(config),
-        added.lstrip(),
-        kind + b"\n" + start + _json(binding),
-        kind + merge + b"\n" + start + _json(last),
+        b"Content-Type: text/cloud-boothook\n\n#!/bin/sh\n" + hook.encode(),
+        kind + b"\n#cloud-config\n" + _json(config),
+        *([added.lstrip()] if added else []),
+        kind + b"\n#cloud-config\n" + _json(binding),
+        kind + merge + b"\n#cloud-config\n" + _json(last),
     ]
     boundary = f"nocloud-{vm.get('vmUuid')}"
     head = f'MIME-Version: 1.0\nContent-Type: multipart/mixed; boundary="{boundary}"\n'.encode()
@@ -5084,6 +5131,7 @@ def cloud_config(vm: VM, keys: Sequence[str]) -> dict[str, Any]:
 
     `user` renames the distribution's default user, who may use sudo, and the keys are that user's; root gets them too,
     in force where disable_root is off.  prefer_fqdn_over_hostname: Fedora would take the whole name for the hostname.
+    manage_etc_hosts: one line of /etc/hosts has the whole name, for `hostname -f`; the rest is left alone.
     The host key is the one made on the host: those of the image go, and no others are made.
     """
     user = vm.get("vmUser")
@@ -5092,6 +5140,7 @@ def cloud_config(vm: VM, keys: Sequence[str]) -> dict[str, Any]:
         "fqdn": f"{vm.name}.{vm.group}.{DOMAIN}",
         "preserve_hostname": False,
         "prefer_fqdn_over_hostname": False,
+        "manage_etc_hosts": "localhost",
         **({"disable_root": False} if user == "root" else {"user": {"name": user}}),
         "ssh_authorized_keys": [printable_ascii(key) for key in keys],
         "ssh_deletekeys": True,
@@ -5138,9 +5187,9 @@ def ssh_trust_options(known_hosts: str, strict: bool) -> list[str]:
 
 def ssh_key_options(planted: bool) -> list[str]:
     """Which keys ssh offers.  Where ours was planted, no others but the user's default ones: an agent full of keys
-    would use up the tries that a server grants (MaxAuthTries, 6)."""
+    would use up the tries that a server grants (MaxAuthTries, 6); and no password is asked for that nobody has."""
     words = [word for path in (own_key(), *user_keys()) for word in ssh_options(IdentityFile=ssh_path(path))]
-    return [*words, *ssh_options(IdentitiesOnly="yes")] if planted else words
+    return [*words, *ssh_options(IdentitiesOnly="yes", PreferredAuthentications="publickey")] if planted else words
 
 
 def is_planted(vm: VM) -> bool:
@@ -7794,7 +7843,7 @@ def split_words(text: str) -> list[str]:
 
 def write_credentials(vm: VM) -> str:
     """The name of the credentials file, written anew for this start; '' where the guest takes none."""
-    if vm.get("vmInit") != "systemd" or not os.path.exists(vm.host_key):
+    if not is_planted(vm) or not os.path.exists(vm.host_key):
         return ""
     write_file(vm.credentials_file, credentials(vm, login_keys()), durable=False)
     return os.path.basename(vm.credentials_file)
@@ -7900,6 +7949,7 @@ class Wait:
         self._deadline = self._started + seconds
         self._say_at = self._started + 1.0 if say else float("inf")
         self._checked = self._woken = 0.0
+        self.denied = 0.0  # since when no login is let in
 
     def left(self) -> float:
         return self._deadline - time.monotonic()
@@ -7993,33 +8043,43 @@ def find_init_kind(wait: Wait) -> None:
     has none, and is configured over ssh; its key is pinned.  (cloud-init ends with host keys before sshd is started.)
     Either key is the only one accepted from then on.
     """
-    import contextlib
-
     vm, known = wait.vm, wait.cloud.known_hosts
     if vm.get("vmInit") != "auto" or not os.path.isdir(vm.seed_folder):
         return
     pin_host_key(wait)
     planted = read_text(vm.host_key + ".pub").split()[:2]
     kind = "cloud-init" if known.key(vm.get("vmUuid")).split() == planted else "ssh"
+    keep_shown(vm, "vmInit", kind)
+    if kind == "ssh" and os.path.exists(vm.user_data_file):
+        warn_of_guest(vm, "it has no cloud-init, so the user-data that it was given does nothing")
+
+
+def keep_shown(vm: VM, key: str, value: str) -> None:
+    """Keep in its conf what a running guest has shown."""
+    import contextlib
+
     try:
         with contextlib.nullcontext() if vm.is_in_making else FolderLock(vm.folder):  # who makes it holds its lock
-            vm.write_conf({"vmInit": kind})
+            vm.write_conf({key: value})
     except FileNotFoundError:
         raise NotFound("it is gone", vm=vm) from None
-    if kind == "ssh" and os.path.exists(vm.user_data_file):
-        said = f"{vm}: it has no cloud-init, so the user-data that it was given does nothing"
-        append_line(vm.log_file, said)
-        report.warn(said)
+
+
+def warn_of_guest(vm: VM, text: str) -> None:
+    """Say it, and in the VM's log: this may be a helper that nobody sees."""
+    append_line(vm.log_file, f"{vm}: {text}")
+    report.warn(f"{vm}: {text}")
 
 
 NOT_YET = 75  # as sysexits.h: try again
+DENIED_SECONDS = 5  # where sshd is not started after what plants the keys
 
 
-def configure(wait: Wait, cloud_init: bool = False) -> None:
+def configure(wait: Wait, cloud_init: bool = False, once: bool = False) -> None:
     """Log in with nocloud's own key, and set the hostname where it isn't what it should be.
 
     Tried again until the wait is over: sshd answers before the guest lets users in (pam_nologin).  `cloud_init`: that
-    has set the name, return when it has ended.  Raises Error, with its log's last lines, where it failed.
+    has set the name, return when it has ended, or, with `once`, is at work.  Raises Error where it failed, with causes.
     """
     vm = wait.vm
     if not cloud_init:
@@ -8029,29 +8089,51 @@ def configure(wait: Wait, cloud_init: bool = False) -> None:
     script = cloud_init_script(0) if cloud_init else guest_script("hostname.sh", NAME=vm.host_name)
     for seconds in wait.tries():
         status, output = ssh_batch(wait.cloud, vm, script, seconds)
-        if status == 0:
+        login = vm.get("vmUser")
+        if cloud_init and login != "root" and status == 255 and "Permission denied" in output:
+            status, output = ssh_batch(wait.cloud, vm, script, seconds, "root")
+            if status in (0, 1, 2):  # cloud-init has ended, and has not made its default user
+                keep_shown(vm, "vmUser", "root")
+                warn_of_guest(vm, f"{login} can't log in there, root can: vmssh and ansible are root from now on")
+        if status == 0 or (cloud_init and status in (1, 2)):
+            told = os.path.exists(vm.configured_file)
             write_file(vm.configured_file, "")
+            check_cloud_init(vm, status, output, told)
             return
-        if cloud_init and status == 1:
-            lines = [printable(line.strip()) for line in output.splitlines() if line.strip()]
-            hint = f"vmssh {vm} gets in; see /var/log/cloud-init-output.log there"
-            raise Error(f"cloud-init failed in it: {' | '.join(lines)[-800:]}", hint, vm=vm)
         if cloud_init and status == NOT_YET:
+            if once:
+                return
             wait.stage, script = "cloud-init", cloud_init_script(15)
         else:
-            check_login(vm, status, output)
+            check_login(wait, status, output)
 
 
-def check_login(vm: VM, status: int, output: str) -> None:
+def check_cloud_init(vm: VM, status: int, output: str, told: bool) -> None:
+    """Raise where it failed (1); warn, once, where it left something out (2).  `output`: the causes, in its words."""
+    given = f" ({vm.user_data_file})" if os.path.exists(vm.user_data_file) else ""
+    causes = " | ".join(printable(line.strip()) for line in output.splitlines() if line.strip())[:1000]
+    if status == 1:
+        hint = f"vmssh {vm} gets in; see /var/log/cloud-init-output.log there"
+        raise Error(f"cloud-init failed in it{given}: {causes}", hint, vm=vm)
+    if status == 2 and not told:
+        warn_of_guest(vm, f"cloud-init in it did not do all that it was given{given}: {causes}")
+
+
+def check_login(wait: Wait, status: int, output: str) -> None:
     """Raise where another try would end the same; ssh's own failures have status 255 (ssh(1))."""
-    words = last_line(output)
+    vm, words = wait.vm, last_line(output)
     if "REMOTE HOST IDENTIFICATION" in output or "Host key verification failed" in words:
         hint = "destroy it if you can't explain that; --init auto is for templates that may have no cloud-init"
         raise Error("its host key is not the one that was planted or pinned", hint, vm=vm)
     if "Permission denied" in words and not is_planted(vm):
         hint = "put your key into the template, or set vmInit=none in its conf"
         raise Error(f"none of your keys lets {vm.get('vmUser')} in, so its hostname can't be set", hint, vm=vm)
-    if status not in (255, -1):
+    if "Permission denied" in words:
+        wait.denied = wait.denied or time.monotonic()
+        if time.monotonic() - wait.denied > DENIED_SECONDS:
+            hint = f"vmconsole -s -n {vm} is another way in; its console: {vm.console_log}"
+            raise Error(f"the key that was planted lets nobody in: {words}{wait.console()}", hint, vm=vm)
+    elif status not in (255, -1):
         raise Error(f"it can't be configured over ssh: {words}", vm=vm)
 
 
@@ -8074,11 +8156,12 @@ def pin_host_key(wait: Wait) -> None:
         remove_file(place)
 
 
-def ssh_batch(cloud: Cloud, vm: VM, script: str, timeout: float) -> tuple[int, str]:
+def ssh_batch(cloud: Cloud, vm: VM, script: str, timeout: float, user: str = "") -> tuple[int, str]:
     """Run a command in the guest with nocloud's own key and no ssh configuration of the user's; (status, output)."""
     trust = ssh_trust_options(cloud.known_hosts.path, strict=True)
-    argv = [*ssh_argv(cloud, vm, trust, ssh_key_options(is_planted(vm)), batch=True), script]
-    return try_run(argv, timeout, GUEST_OUTPUT)
+    argv = ssh_argv(cloud, vm, trust, ssh_key_options(is_planted(vm)), batch=True)
+    argv[1:1] = ["-l", user] if user else []  # the first one counts
+    return try_run([*argv, script], timeout, GUEST_OUTPUT)
 
 
 def ssh_way(network: Network) -> list[str]:
@@ -8097,21 +8180,9 @@ def ssh_argv(cloud: Cloud, vm: VM, trust: Sequence[str], keys: Sequence[str], ba
     ]  # fmt: skip
 
 
-def guest_script(name: str, root: bool = False, **given: object) -> str:
-    """A script of etc/guest for a guest's shell, after assignments of what it is given.
-
-    `root`: it is run by root, or by a login that may become root without a password.
-    """
-    import shlex
-
-    values = "".join(f"{key}={shlex.quote(str(value))}\n" for key, value in given.items())
-    script = values + need_packaged(f"guest/{name}")
-    return f's=; [ "$(id -u)" = 0 ] || s="sudo -n"; exec $s sh -c {shlex.quote(script)}' if root else script
-
-
 def cloud_init_script(seconds: int) -> str:
-    """For the guest's shell: 0 where its cloud-init has ended well, 1 where it failed, NOT_YET where it is at work, and
-    still is after `seconds`."""
+    """For the guest's shell: 0 where its cloud-init has done all, 1 where it failed, 2 where it left something out,
+    NOT_YET where it is at work, and still is after `seconds`."""
     return guest_script("cloud-init.sh", PATIENCE=seconds, NOT_YET=NOT_YET)
 
 
@@ -10215,11 +10286,11 @@ def read_description(path: str, default_type: str) -> list[CloneRequest]:
     """What a description file, of at most 1 MB, asks for; `-` is stdin."""
     try:
         if path == "-":
-            return parse_description(sys.stdin.read(MIB), "stdin", default_type)
-        with open(path, encoding="utf-8") as file:
+            return parse_description(sys.stdin.read(MIB).removeprefix("\ufeff"), "stdin", default_type)
+        with open(path, encoding=TEXT) as file:
             return parse_description(file.read(MIB), path, default_type)
     except UnicodeDecodeError:
-        raise UsageError(f"{path}: not a text file") from None
+        raise UsageError(f"{path}: not a text file in UTF-8") from None
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}", "-f takes a description file") from None
 
@@ -10376,9 +10447,10 @@ def become_ssh(cloud: Cloud, vm: VM, words: Sequence[str], fresh: bool = False) 
     find_init_kind(wait)
     pin_host_key(wait)
     template = fresh and vm.is_template and vm.get("vmInit") != "none"
-    if template or vm.get("vmInit") in ("ssh", "auto"):
+    seeded = vm.get("vmInit") == "cloud-init" and not os.path.exists(vm.configured_file)
+    if template or seeded or vm.get("vmInit") in ("ssh", "auto"):
         try:
-            configure(wait)
+            configure(wait, cloud_init=seeded, once=True)
             if template:
                 clean_at_shutdown(cloud, vm)
         except Error as error:

@@ -39,6 +39,35 @@ runcmd:
 """
 
 
+BROKEN = """\
+MIME-Version: 1.0
+Content-Type: multipart/mixed; boundary="b"
+
+--b
+Content-Type: text/cloud-config; charset="utf-8"
+
+#cloud-config
+foo: [a
+--b
+Content-Type: text/cloud-config
+Content-Disposition: attachment; filename="mine"
+
+#cloud-config
+ssh_authorized_keys:
+runcmd:
+ - echo starting
+ - cat /nonexistent/cause
+--b--
+"""
+# What each does to a guest: the words that tell, and who can log in.
+HOSTILE = {
+    "null": ("#cloud-config\nssh_authorized_keys:\n", ["did not do all", "ssh_authorized_keys: None"], "debian"),
+    "users": ("#cloud-config\nusers:\n - 17\n - [a]\n", ["failed", "users-groups"], "root"),
+    "include": ("#include\nhttp://127.0.0.1:9/x\n", ["failed", "for url: http://127.0.0.1:9/x"], "root"),
+    "parts": (BROKEN, ["failed", "Invalid format at line 2 column 6", "cat: /nonexistent/cause"], "debian"),
+}
+
+
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory, vms: None) -> Path:
     """The image: what --build makes, with cloud-init, and without what makes that a template of nocloud's."""
@@ -78,7 +107,7 @@ def clones(web: Cloud) -> Cloud:
     (web.home / "added").write_text(ADDED)
     (web.home / "pf").write_text("debian12:3:web:name=web;disk=12;dsk=1;user-data=added\n")
     done = web.run("vminstantiate", "-f", web.home / "pf", "-w", WAIT, timeout=1000).ok()
-    assert done.lines == ["web00", "web01", "web02"]
+    assert done.lines == ["web00", "web01", "web02"] and "cloud-init" not in done.stderr
     return web
 
 
@@ -98,11 +127,11 @@ def test_each_is_who_it_should_be(clones: Cloud) -> None:
         planted = (clones.folder(f"pf/web/{name}") / "ssh_host_ed25519_key.pub").read_text().split()[1]
         assert f"{conf['vmUuid']},{conf['vmAddress']} ssh-ed25519 {planted}\n" in known
         script = (
-            "hostname; cat /etc/hostname; whoami; sudo -n id -un; sudo -n cat /etc/ssh/ssh_host_*.pub;"
+            "hostname; cat /etc/hostname; hostname -f; whoami; sudo -n id -un; sudo -n cat /etc/ssh/ssh_host_*.pub;"
             " cat ~/.ssh/authorized_keys /etc/machine-id"
         )
         said = clones.ssh(name, script).ok().stdout
-        assert said.split()[:4] == [name, name, "debian", "root"]
+        assert said.split()[:5] == [name, name, f"{name}.pf.nocloud", "debian", "root"]
         assert said.count(planted) == 1 and said.count("theirs") == 1
         assert (clones.home / "config/nocloud/id_ed25519.pub").read_text() in said
         machines.add(said.split()[-1])
@@ -146,6 +175,25 @@ def test_started_again_it_is_the_same_machine(clones: Cloud) -> None:
     assert (status["status"], status["errors"]) == ("done", [])
     assert clones.ssh("web00", "sudo -n ls /root/ran").status == 2
     clones.run("vmstop", "-d", "-g", "pf").quiet()
+
+
+def test_no_user_data_keeps_us_out_or_fails_in_silence(web: Cloud) -> None:
+    """What breaks cloud-init is told with the file and the cause, and vmssh gets in all the same: as root, at least."""
+    lines = [f"debian12:1::name={name};user-data={name}\n" for name in HOSTILE]
+    for name, (text, _, _) in HOSTILE.items():
+        (web.home / name).write_text(text)
+    (web.home / "hostile").write_text("".join(lines))
+    done = web.run("vminstantiate", "-f", web.home / "hostile", "-w", WAIT, timeout=1000)
+    assert done.status == 1, done
+    for name, (_, words, user) in HOSTILE.items():
+        (told,) = [line for line in done.stderr.splitlines() if f"{name}00: cloud-init" in line]
+        for word in (*words, str(web.folder(f"hostile/default/{name}00") / "user-data")):
+            assert word in told, done
+        assert f"{name}00: debian can't log in" in done.stderr or user == "debian", done
+        said = web.ssh(f"{name}00", "id -un; hostname -f").ok().stdout
+        assert said.split()[0] == user and web.conf(f"hostile/default/{name}00")["vmUser"] == user
+        assert said.split()[1] == f"{name}00.hostile.nocloud" or name in ("users", "include")
+    web.run("vmstop", "-d", "-g", "hostile").quiet()
 
 
 def test_an_image_that_nobody_knows_about(web: Cloud, image: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import email
+import functools
+import gzip
 import importlib
 import json
 import re
@@ -55,12 +57,13 @@ def fake_clone(base: Path, name: str = "web00", user: str = "root", comment: str
 
 
 def cloud_config(files: dict[str, bytes]) -> dict[str, Any]:
-    first, _, rest = files["user-data"].partition(b"\n")
-    assert first == b"#cloud-config"
-    found = yaml.safe_load(files["user-data"])
-    assert found == json.loads(rest)
-    assert isinstance(found, dict)
-    return found
+    """What the seed alone makes of a guest, by its YAML and by its JSON, which are one."""
+    boothook, *found = parts(files["user-data"])
+    assert boothook.get_content_type() == "text/cloud-boothook"
+    for part in found:
+        data = part.get_payload(decode=True)
+        assert isinstance(data, bytes) and yaml.safe_load(data) == json.loads(data.partition(b"\n")[2])
+    return merged(found)
 
 
 # The seed ############################################################################################
@@ -85,6 +88,7 @@ def test_what_a_seed_says(tmp_path: Path) -> None:
         "fqdn": "web00.pf.nocloud",
         "preserve_hostname": False,
         "prefer_fqdn_over_hostname": False,
+        "manage_etc_hosts": "localhost",
         "disable_root": False,
         "ssh_authorized_keys": ["ssh-ed25519 AAAA one", "ssh-rsa BBBB"],
         "ssh_deletekeys": True,
@@ -191,10 +195,9 @@ def test_additions_arrive_as_they_are(tmp_path_factory: pytest.TempPathFactory, 
     added = b"#!" + data
     if not nocloud.is_mime(added):
         found = parts(nocloud.seed_files(vm, [], added)["user-data"])
-        assert [part.get_content_type() for part in found] == ["text/cloud-config", "text/plain"] + 2 * [
-            "text/cloud-config"
-        ]
-        assert found[1].get_payload(decode=True) == added
+        kinds = ["text/cloud-boothook", "text/cloud-config", "text/plain", "text/cloud-config", "text/cloud-config"]
+        assert [part.get_content_type() for part in found] == kinds
+        assert found[2].get_payload(decode=True) == added
 
 
 def test_a_message_of_many_parts_keeps_them(tmp_path: Path) -> None:
@@ -202,10 +205,10 @@ def test_a_message_of_many_parts_keeps_them(tmp_path: Path) -> None:
     message.attach(MIMEText("#cloud-config\nhostname: a\n", "cloud-config"))
     message.attach(MIMEText("#!/bin/sh\necho ä\n", "x-shellscript", "utf-8"))
     found = parts(nocloud.seed_files(fake_clone(tmp_path), ["ssh-rsa OURS"], message.as_bytes())["user-data"])
-    kinds = ["text/cloud-config", "text/cloud-config", "text/x-shellscript", "text/cloud-config", "text/cloud-config"]
-    assert [part.get_content_type() for part in found] == kinds
+    kinds = ["cloud-boothook", "cloud-config", "cloud-config", "x-shellscript", "cloud-config", "cloud-config"]
+    assert [part.get_content_type() for part in found] == [f"text/{kind}" for kind in kinds]
     assert merged(found)["hostname"] == "a" and merged(found)["ssh_authorized_keys"] == ["ssh-rsa OURS"]
-    assert found[2].get_payload(decode=True) == "#!/bin/sh\necho ä\n".encode()
+    assert found[3].get_payload(decode=True) == "#!/bin/sh\necho ä\n".encode()
 
 
 @pytest.mark.parametrize(
@@ -235,6 +238,43 @@ def test_what_cloud_init_would_pass_over_is_told(tmp_path: Path, content: bytes 
     assert word in f"{caught.value} {caught.value.hint}" and str(path) in str(caught.value)
     with pytest.raises(nocloud.UsageError, match="directory"):
         nocloud.read_user_data(str(tmp_path))
+
+
+def broken_yaml_is_found() -> bool:
+    """Whether this host can read YAML; elsewhere the guest's cloud-init tells."""
+    words = ["/usr/bin/python3", "-I", "-c", "import yaml"]
+    return subprocess.run(words, check=False, capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not broken_yaml_is_found(), reason="no python3-yaml on this host")
+@pytest.mark.parametrize("text", ["foo: [a\n", "a: b: c\n", "a: !thing b\n", "a: \xff\n", "\tb: c"])
+def test_broken_yaml_is_told_before_the_first_vm(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"#cloud-config\n" + text.encode("latin-1"))
+    with pytest.raises(nocloud.UsageError, match="not YAML") as caught:
+        nocloud.read_user_data(str(path))
+    assert str(path) in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["#cloud-config\n", "#cloud-config\n# a\na: [ä]\n", "#cloud-config-archive\n- a: [\n"])
+def test_what_is_no_broken_yaml_is_taken(tmp_path: Path, text: str) -> None:
+    """Another kind of user-data isn't read as YAML; nor is anything where no Python can."""
+    (tmp_path / "file").write_text(text)
+    assert nocloud.read_user_data(str(tmp_path / "file")) == text.encode()
+
+
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf"])
+def test_gzip_and_a_byte_order_mark_are_no_hindrance(tmp_path: Path, before: bytes) -> None:
+    path = tmp_path / "file"
+    for data in (before + SCRIPT, gzip.compress(before + SCRIPT)):
+        path.write_bytes(data)
+        assert nocloud.read_user_data(str(path)) == SCRIPT
+    whole = gzip.compress(SCRIPT)
+    broken = ((gzip.compress(b"#!" * MIB), "1 MB"), (whole[:-9], "ended"), (whole[:-8] + bytes(8), "CRC"))
+    for data, word in (*broken, (whole[:10] + b"\xff" * 40, "invalid")):
+        path.write_bytes(data)
+        with pytest.raises(nocloud.UsageError, match=word):
+            nocloud.read_user_data(str(path))
 
 
 def test_additions_and_disks_are_checked_first(blank: Cloud) -> None:
@@ -284,7 +324,7 @@ def test_additions_are_kept_with_the_clone(blank: Cloud) -> None:
     for name, text in (("d00", b"default"), ("o00", b"own")):
         folder = blank.folder(f"group/default/{name}")
         assert modes(folder)["user-data"] == 0o600
-        assert text in (parts((folder / "seed/user-data").read_bytes())[1].get_payload(decode=True) or b"")
+        assert text in (parts((folder / "seed/user-data").read_bytes())[2].get_payload(decode=True) or b"")
     for disk, size in (("d00_0", 8 << 20), ("o00_0", 2 << 30), ("o00_1", 1 << 30)):
         image = blank.folder(f"group/default/{disk[:3]}") / f"{disk}.img"
         info = json.loads(blank.execute(["qemu-img", "info", "-U", "--output=json", image]).ok().stdout)
@@ -324,7 +364,7 @@ def test_neither_vvfat_nor_an_iso_writer(cloud: Cloud, tiny_image: Path, vms: No
 
 # When it is done #####################################################################################
 
-DONE, FAILED = 'echo \'{"v1": {"errors": []}}\'', 'echo \'{"v1": {"errors": ["no"]}}\''
+DONE, FAILED = '{"v1":{"errors":[]}}', '{"v1":{"errors":["no"]}}'
 
 
 @pytest.mark.parametrize(
@@ -332,8 +372,11 @@ DONE, FAILED = 'echo \'{"v1": {"errors": []}}\'', 'echo \'{"v1": {"errors": ["no
     [
         (DONE, "must not be asked", 1, 0),
         (FAILED, "status: error", 1, 1),
-        (FAILED, "status: done", 0, 0),  # an old one, that doesn't count what went wrong
-        (FAILED, "status: degraded done", 2, 0),  # warnings, since 23.4
+        (FAILED, "status: done", 0, 2),  # an old one, that doesn't count what went wrong
+        (FAILED, "status: degraded done", 2, 2),
+        (DONE + " degraded", "status: degraded done", 2, 2),  # warnings, since 23.4
+        (DONE + " WARNING", "must not be asked", 1, 2),  # before that, only its log tells
+        (DONE + " DEPRECATED", "must not be asked", 1, 0),
         ("", "status: running", 0, nocloud.NOT_YET),
         ("", "status: not started", 0, nocloud.NOT_YET),
         ("", "status: not run", 0, nocloud.NOT_YET),
@@ -347,17 +390,20 @@ def test_what_the_guest_is_asked(tmp_path: Path, result: str, said: str, code: i
     state, programs = tmp_path / "run", tmp_path / "bin"
     state.mkdir()
     programs.mkdir()
-    for name in ("sh", "grep", "tail", "id", "env"):
+    for name in ("sh", "grep", "cat", "awk", "id", "env"):
         (programs / name).symlink_to(shutil.which(name) or name)
     (programs / "sleep").symlink_to(shutil.which("true") or "true")
     if result == "disabled":
         (state / "disabled").touch()
-    elif result.startswith("echo"):
-        (state / "result.json").write_bytes(subprocess.check_output(["sh", "-c", result]))
+    elif result:
+        (state / "result.json").write_text(result.partition(" ")[0])
+    if result.endswith("degraded"):
+        (state / "status.json").write_text('{"v1": {"init": {"recoverable_errors": {"WARNING": ["a"]}}}}')
     if result != "none":
         (programs / "cloud-init").write_text(f"#!/bin/sh\necho '{said}'\nexit {code}\n")
         (programs / "cloud-init").chmod(0o755)
-    (tmp_path / "cloud-init-output.log").write_text("the last words\n")
+    text = "2026-11-26 01:26:24,516 - util.py[{}]: its words\n".format(result.rpartition(" ")[2])
+    (tmp_path / "cloud-init-output.log").write_text(text)
     for seconds in (0, 1):
         script = nocloud.cloud_init_script(seconds).replace("/run/cloud-init", str(state))
         script = script.replace("/var/log", str(tmp_path)).replace("sudo -n", "env")
@@ -365,7 +411,107 @@ def test_what_the_guest_is_asked(tmp_path: Path, result: str, said: str, code: i
         done = subprocess.run(words, env={"PATH": str(programs)}, capture_output=True, text=True, check=False)
         early = seconds == 0 and not result  # not even asked
         assert done.returncode == (nocloud.NOT_YET if early else status), done
-        assert ("the last words" in done.stdout) == (done.returncode == 1)
+        assert bool(done.stdout) == (done.returncode in (1, 2)), done
+        assert ("its words" in done.stdout) == result.endswith("WARNING")
+
+
+# What cloud-init 22.4 wrote in a Debian 12: an earlier boot, then a boot with a broken part and a failing runcmd.
+LOG = """\
+Cloud-init v. 22.4.2 running 'init-local' at Thu, 26 Nov 2026 01:06:16 +0000. Up 98.07 seconds.
+2026-11-26 01:06:34,731 - util.py[WARNING]: Of an earlier boot
+Cloud-init v. 22.4.2 running 'init-local' at Thu, 26 Nov 2026 01:26:16 +0000. Up 98.07 seconds.
+2026-11-26 01:26:23,740 - util.py[WARNING]: Failed loading yaml blob. Invalid format at line 2 column 6: "while parsing
+  in "<unicode string>", line 2, column 6:
+    foo: [a
+         ^
+expected ',' or ']', but got '<stream end>'
+    ^"
+2026-11-26 01:26:24,516 - util.py[WARNING]: Failed loading yaml blob. Invalid format at line 2 column 6: "while parsing
+2026-11-26 01:26:24,517 - util.py[WARNING]: DEPRECATED: this and that
+2026-11-26 01:26:24,518 - util.py[WARNING]: failed stage init-local
+Traceback (most recent call last):
+  File "/usr/lib/python3/dist-packages/cloudinit/cmd/main.py", line 766, in status_wrapper
+Exception: Failed to establish a new connection for url: http://127.0.0.1:9/x
+Cloud-init v. 22.4.2 running 'init' at Thu, 26 Nov 2026 01:26:57 +0000. Up 140.05 seconds.
+ci-info: +-------+-------------+---------+-----------+-------+
+Cloud-init v. 22.4.2 running 'modules:final' at Thu, 26 Nov 2026 01:28:03 +0000. Up 205.49 seconds.
+starting
+/var/lib/cloud/instance/scripts/runcmd: 3: nosuchcmd: not found
+cat: /nonexistent/cause: No such file or directory
+2026-11-26 01:28:09,142 - cc_scripts_user.py[WARNING]: Failed to run module scripts-user (scripts in /var/lib)
+2026-11-26 01:28:09,193 - util.py[WARNING]: Running module scripts-user failed
+Cloud-init v. 22.4.2 finished at Thu, 26 Nov 2026 01:28:15 +0000. Datasource DataSourceNoCloud.  Up 217.62 seconds
+"""
+CAUSES = """\
+util.py[WARNING]: Failed loading yaml blob. Invalid format at line 2 column 6: "while parsing
+expected ',' or ']', but got '<stream end>'
+util.py[WARNING]: failed stage init-local
+Exception: Failed to establish a new connection for url: http://127.0.0.1:9/x
+starting
+/var/lib/cloud/instance/scripts/runcmd: 3: nosuchcmd: not found
+cat: /nonexistent/cause: No such file or directory
+cc_scripts_user.py[WARNING]: Failed to run module scripts-user (scripts in /var/lib)
+util.py[WARNING]: Running module scripts-user failed
+"""
+
+
+def test_the_cause_is_told_and_not_only_that_it_failed(tmp_path: Path) -> None:
+    for name, text in {"result.json": FAILED, "cloud-init-output.log": LOG}.items():
+        (tmp_path / name).write_text(text)
+    for name, text in {"cloud-init": "echo status: error; exit 1", "sudo": "exit 1"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    script = nocloud.cloud_init_script(0).replace("/run/cloud-init", str(tmp_path)).replace("/var/log", str(tmp_path))
+    script = script.replace("sudo -n", "env")
+    path = f"{tmp_path}:/usr/bin:/bin"
+    done = subprocess.run(["sh", "-c", script], env={"PATH": path}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, CAUSES, "")
+
+
+# nocloud's own way in ################################################################################
+
+INCLUDE = "# sshd_config(5)\nInclude /etc/ssh/sshd_config.d/*.conf\nPermitRootLogin no\n"
+MATCH = "Port 22\nMatch User bob\n  AuthorizedKeysFile none\n"
+
+
+@pytest.mark.parametrize("config", [INCLUDE, MATCH, None])
+def test_the_boothook_has_sshd_read_our_keys_first(tmp_path: Path, config: str | None) -> None:
+    """As often as it runs, where sshd_config includes others' files and where it doesn't, or lies elsewhere."""
+    folder = tmp_path / "ssh"
+    folder.mkdir()
+    if config:
+        (folder / "sshd_config").write_text(config)
+    hook = parts(nocloud.seed_files(fake_clone(tmp_path / "vms"), ["ssh-rsa A it's", "ssh-rsa B"])["user-data"])[0]
+    script = str(hook.get_payload()).replace("/etc/ssh", str(folder)).replace("/run/sshd.pid", f"{tmp_path}/pid")
+    assert script.startswith("#!/bin/sh\n")
+    (tmp_path / "hook").write_text(script)
+    (tmp_path / "hook").chmod(0o755)
+    sshd = subprocess.Popen(["sleep", "60"])
+    try:
+        for _ in range(2):
+            subprocess.run([tmp_path / "hook"], check=True)
+        (tmp_path / "pid").write_text(str(sshd.pid))
+        subprocess.run([tmp_path / "hook"], check=True)
+        assert sshd.wait(10) == -1  # SIGHUP, by which sshd reads its configuration again
+    finally:
+        sshd.kill()
+        sshd.wait()
+    assert (folder / "nocloud_keys").read_text() == "ssh-rsa A it's\nssh-rsa B\n"
+    assert stat.S_IMODE((folder / "nocloud_keys").stat().st_mode) == 0o644  # sshd reads it as the one who logs in
+    line = nocloud.LOGIN_LINE.replace("/etc/ssh", str(folder)) + "\n"
+    assert (folder / "sshd_config.d/00-nocloud.conf").read_text() == line
+    if config:
+        assert (folder / "sshd_config").read_text() == (config if config == INCLUDE else line + config)
+    assert sorted(path.name for path in folder.iterdir() if path.name != "sshd_config") == [
+        "nocloud_keys",
+        "sshd_config.d",
+    ]
+
+
+def test_no_password_is_asked_for_where_our_key_was_planted(cloud: Cloud) -> None:
+    """Elsewhere one may be the only way in."""
+    said = cloud.script("print(nocloud.ssh_key_options(True)); print(nocloud.ssh_key_options(False))").ok().lines
+    assert ["PreferredAuthentications=publickey" in words for words in said] == [True, False]
 
 
 # Guests ##############################################################################################
@@ -458,7 +604,41 @@ def test_ready_means_that_cloud_init_is_done(seeded: Cloud) -> None:
     wait_for_it(seeded, "late00", int(READY)).quiet()
     assert "gone" in seeded.ssh("late00", "ls /root").ok().stdout
     wait_for_it(seeded, "broken00", int(READY)).fails(1, "broken00: cloud-init failed", "broken on purpose", "vmssh")
+    seeded.ssh("broken00", "true").quiet()
     seeded.run("vmstop", "-d", "-g", "two").quiet()
+
+
+def has_booted(folder: Path) -> bool:
+    return "ready after" in (folder / "console.log").read_text(errors="replace")
+
+
+def test_what_was_left_out_is_told_once(seeded: Cloud) -> None:
+    """At the first contact, whichever that is, with the file and cloud-init's own line."""
+    message = MIMEMultipart()
+    message.attach(MIMEText("#!/bin/sh\n", "x-shellscript"))
+    message.attach(MIMEText("what is this\n"))
+    (seeded.home / "mime").write_bytes(message.as_bytes())
+    (seeded.home / "half").write_text("seeded:2::name=half;user-data=mime\n")
+    seeded.run("vminstantiate", "-f", seeded.home / "half").ok()
+    for name in ("half00", "half01"):
+        folder = seeded.folder(f"half/default/{name}")
+        eventually(functools.partial(has_booted, folder), "it has booted", 60)
+        said = wait_for_it(seeded, name, int(READY)) if name == "half00" else seeded.ssh(name, "true")
+        assert said.ok().stderr.count("\n") == 1 and "warning: half" in said.stderr, said
+        for word in (f"{folder}/user-data", "[WARNING]: Unhandled part"):
+            assert word in said.stderr and word in (folder / f"{name}.log").read_text()
+        assert wait_for_it(seeded, name, int(READY)).quiet() and seeded.ssh(name, "true").quiet()
+
+
+def test_a_login_that_is_denied_is_told_within_seconds(seeded: Cloud) -> None:
+    """With what the console says; vmssh ends as ssh does."""
+    seeded.run("vminstantiate", "-n", "seeded", "-g", "shut", "-o", "name=shut", "-w", READY).ok()
+    seeded.ssh("shut00", "rm /root/.ssh/authorized_keys").ok()
+    told = ("shut00: the key that was planted lets nobody in: root@", "Permission denied", "; its console says: [")
+    done = wait_for_it(seeded, "shut00", 120).fails(1, *told)
+    assert done.seconds < 60
+    assert "Permission denied" in seeded.ssh("shut00", "true").stderr
+    seeded.run("vmstop", "-d", "-g", "shut").quiet()
 
 
 def init_of(cloud: Cloud, vm: str) -> str:

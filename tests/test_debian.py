@@ -52,6 +52,13 @@ def test_each_has_a_name_an_identity_and_keys_of_its_own(clones: Cloud, names: l
     assert known.count("\n") == len(names) and "ecdsa" not in known
 
 
+def test_our_way_in_is_a_file_of_our_own(clones: Cloud) -> None:
+    """Whatever becomes of the login's own list of keys."""
+    clones.ssh("deb00", "rm /root/.ssh/authorized_keys").ok()
+    ours = (clones.home / "config/nocloud/id_ed25519.pub").read_text()
+    assert clones.ssh("deb00", "ls -A /root/.ssh; cat /etc/ssh/nocloud_keys").ok().stdout == ours
+
+
 def test_the_root_file_system_fills_a_larger_disk(clones: Cloud) -> None:
     """The template has 10 GB, the clones 12: at the first boot the partition and what is in it have grown."""
     script = "cd /sys/block/vda; cat size vda1/size; df -B512 --output=size / | tail -n 1; ls /usr/lib/nocloud"

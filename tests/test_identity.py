@@ -77,15 +77,18 @@ def test_keys_land_whole(tmp_path: Path) -> None:
 def fake_clone(tmp_path: Path, user: str = "root") -> nocloud.VM:
     vm = nocloud.VM(tree_at(tmp_path), "pf", "web", "web00")
     os.makedirs(vm.folder)
-    vm.write_conf({"vmName": "web00", "vmUser": user})
+    vm.write_conf({"vmName": "web00", "vmUser": user, "vmInit": "systemd"})
     Path(vm.host_key).write_text("PRIVATE\n")
     Path(vm.host_key + ".pub").write_text("PUBLIC\n")
     return vm
 
 
+@pytest.mark.parametrize("init", ["systemd", "cloud-init"])
 @pytest.mark.parametrize(("user", "home"), [("root", "/root"), ("ann", "/home/ann")])
-def test_credentials_are_tmpfiles_lines(tmp_path: Path, user: str, home: str) -> None:
-    text = nocloud.credentials(fake_clone(tmp_path, user), ["ssh-ed25519 AAAA one", "ssh-ed25519 BBBB two"]).decode()
+def test_credentials_are_tmpfiles_lines(tmp_path: Path, user: str, home: str, init: str) -> None:
+    vm = fake_clone(tmp_path, user)
+    vm.write_conf({"vmInit": init})
+    text = nocloud.credentials(vm, ["ssh-ed25519 AAAA one", "ssh-ed25519 BBBB two"]).decode()
     kind, _, value = text.partition("=")
     assert kind == "io.systemd.credential.binary:tmpfiles.extra" and "\n" not in text
     files = {}
@@ -93,13 +96,19 @@ def test_credentials_are_tmpfiles_lines(tmp_path: Path, user: str, home: str) ->
         what, path, mode, owner, group, age, *rest = line.split(" ")
         assert age == "-" and owner == group
         files[path] = (what, mode, owner, base64.b64decode(rest[0]).decode() if rest else "")
-    assert files == {
+    keys = "ssh-ed25519 AAAA one\nssh-ed25519 BBBB two\n"
+    ours = {
         "/etc/ssh/ssh_host_ed25519_key": ("f+~", "0600", "root", "PRIVATE\n"),
         "/etc/ssh/ssh_host_ed25519_key.pub": ("f+~", "0644", "root", "PUBLIC\n"),
+        "/etc/ssh/nocloud_keys": ("f+~", "0644", "root", keys),
+        "/etc/ssh/sshd_config.d/00-nocloud.conf": ("f+~", "0644", "root", nocloud.LOGIN_LINE + "\n"),
+    }
+    without_cloud_init = {
         "/etc/hostname": ("f+~", "0644", "root", "web00\n"),
         f"{home}/.ssh": ("d", "0700", user, ""),
-        f"{home}/.ssh/authorized_keys": ("f+~", "0600", user, "ssh-ed25519 AAAA one\nssh-ed25519 BBBB two\n"),
+        f"{home}/.ssh/authorized_keys": ("f+~", "0600", user, keys),
     }
+    assert files == {**ours, **(without_cloud_init if init == "systemd" else {})}
 
 
 def test_the_users_keys_are_planted_besides_ours(cloud: Cloud) -> None:

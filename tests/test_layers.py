@@ -437,7 +437,7 @@ def identity(disk: Path) -> dict[str, str]:
     raw = disk.parent / "disk.raw"
     subprocess.run(["qemu-img", "convert", "-O", "raw", disk, raw], check=True)
     names = ["/etc/debian_version", "/etc/machine-id", "/etc/hostname"]
-    names += ["/etc/ssh/ssh_host_ed25519_key", "/root/.ssh/authorized_keys"]
+    names += ["/etc/ssh/ssh_host_ed25519_key", "/root/.ssh/authorized_keys", "/etc/ssh/nocloud_keys"]
     debugfs = shutil.which("debugfs", path="/usr/sbin:/sbin") or "debugfs"
     found = {}
     for name in names:

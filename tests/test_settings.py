@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import PROGRAM, Cloud, Result, bash_values
+from support import PROGRAM, ROOT, Cloud, Result, add_blank, bash_values
 
 import nocloud
 
@@ -682,6 +682,24 @@ def test_lines_that_look_right_are_read_or_refused(line: str) -> None:
         assert str(error).startswith("FILE:1: ")
         return
     assert 1 <= int(str(request[1])) <= 1000
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(cloud: Cloud) -> None:
+    """Of a configuration, a description from a file or stdin, a VM's conf: some editors begin UTF-8 with one."""
+    add_blank(cloud)
+    text = "\ufeffblank:1:web:name=web\n"
+    (cloud.home / "shop").write_text(text)
+    (cloud.home / ".nocloud.conf").write_text("\ufeffvmGroup=marked\n")
+    conf = cloud.base / "templates/blank/blank.conf"
+    conf.write_text("\ufeff" + conf.read_text())
+    cloud.run("vminstantiate", "-f", cloud.home / "shop", "--dry-run").ok()
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import nocloud\n"
+        "config = nocloud.load_config(); print(config['vmGroup'], nocloud.read_description('-', 'web')[0].template)\n"
+        "with nocloud.Cloud(config) as cloud: print(cloud.tree.need_template('blank').conf['vmName'])"
+    )
+    said = cloud.execute([sys.executable, "-IS", "-c", code], input=text)
+    assert (said.ok().stdout, said.stderr) == ("marked blank\nblank\n", "")
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"\x00" * 100])

@@ -110,7 +110,7 @@ while :; do wait; sleep 1; done
 READ_CREDENTIALS = r"""#!/bin/sh
 # What systemd does with the strings of SMBIOS type 11, once per instance (the machine's UUID).
 id="smbios $(cat /sys/class/dmi/id/product_uuid)"
-[ "$(cat /etc/instance-id 2> /dev/null)" = "$id" ] && exit
+[ "$(cat /etc/credentials-id 2> /dev/null)" = "$id" ] && exit
 umask 077
 mkdir -p /run/credentials; cd /run/credentials || exit
 for raw in /sys/firmware/dmi/entries/11-*/raw; do
@@ -128,7 +128,7 @@ keys=/root/.ssh/authorized_keys
 # Like systemd: only where there is none.
 [ -e ssh.authorized_keys.root ] && [ ! -e $keys ] && mkdir -p /root/.ssh && cp ssh.authorized_keys.root $keys
 [ -e system.hostname ] && hostname "$(cat system.hostname)"
-echo "$id" > /etc/instance-id
+echo "$id" > /etc/credentials-id
 echo "tinyguest: read credentials:" *
 """
 
@@ -165,10 +165,11 @@ meta() { sed -n "s/^ *\"$1\": \"\(.*\)\",*$/\1/p" meta-data; }
 
 parts() { # user-data as files 1, 2 …: the parts of a MIME message, or all of it as one
     cd /run/parts || exit
-    boundary=$(sed -n 's/^Content-Type: multipart.*boundary="\(.*\)".*/\1/p' ../seed/user-data)
+    boundary=$(sed -n 's/^Content-Type: multipart.*boundary="\(.*\)".*/\1/p' ../seed/user-data | head -n 1)
     [ "$boundary" ] || { cp ../seed/user-data 1; return; }
     awk -v b="--$boundary" '$0 == b "--" { exit } $0 == b { n++; head = 1; next } !n { next }
         head && tolower($0) ~ /^content-transfer-encoding: base64/ { print > (n ".base64") }
+        head && /^Content-Type: text.cloud-boothook/ { print > (n ".boothook") }
         head { if ($0 == "") head = 0; next } { print > n }' ../seed/user-data
     for f in *.base64; do [ -e "$f" ] && { base64 -d "${f%.*}" > "$f"; mv "$f" "${f%.*}"; }; done
 }
@@ -188,11 +189,12 @@ if [ "$id" != "seed " ] && [ "$(cat /etc/instance-id 2> /dev/null)" != "$id" ]; 
     rm -f /etc/dropbear/* /etc/ssh/ssh_host_*
     name=$(meta local-hostname); [ "$name" ] && echo "$name" > /etc/hostname
     parts
-    for f in $(ls | sort -n); do
+    for f in $(ls | grep -v boothook | sort -n); do
+        [ -e "$f.boothook" ] && { sh "$f"; continue; }
         case $(head -n 1 "$f") in
         '#cloud-config'*) cloud_config "$f";;
         '#!'*) cp "$f" "/run/user-data/$f";;
-        *) echo "tinyguest: no #cloud-config and no script: part $f";;
+        *) echo "2026-11-26 01:26:24,516 - __init__.py[WARNING]: Unhandled part $f" >> /var/log/cloud-init-output.log;;
         esac
     done
     echo "$id" > /etc/instance-id
@@ -208,7 +210,7 @@ errors=
 for f in $(ls | sort -n); do
     sh -e "$f" >> /var/log/cloud-init-output.log 2>&1 || errors='"scripts-user failed"'
 done
-[ -z "$errors" ] || echo "WARNING: failed to run module scripts-user" >> /var/log/cloud-init.log
+[ -z "$errors" ] || echo "scripts.py[WARNING]: Failed to run module scripts-user" >> /var/log/cloud-init-output.log
 printf '{\n "v1": {\n  "errors": [%s]\n }\n}\n' "$errors" > /run/cloud-init/new
 mv /run/cloud-init/new /run/cloud-init/result.json
 """

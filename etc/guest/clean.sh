@@ -30,6 +30,7 @@ find /var/log -type f -exec sh -c 'for log; do : >"$log"; done' sh {} +
 for mark in /etc/.updated /var/.updated; do if [ -e $mark ]; then touch $mark; fi; done
 
 if [ "$PLANTED" ]; then
+    rm -f /etc/ssh/nocloud_keys /etc/ssh/sshd_config.d/00-nocloud.conf
     for file in /root/.ssh/authorized_keys /home/*/.ssh/authorized_keys; do
         [ -f "$file" ] || continue
         grep -vF "$KEYS" "$file" >"$file.kept"
