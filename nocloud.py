@@ -1880,51 +1880,27 @@ class HMP(QMP):
         return text.decode("utf-8", "replace").replace("\r\n", "\n")
 
 
-def connect_foreign(process: QemuProcess, vm: VM, seconds: float) -> QMP:
-    """A connection to the first of a qemu's monitors that answers."""
-    for kind, address in monitors(process):
-        connection = connect_monitor(process, vm, address, seconds)
-        if connection:
-            return (QMP if kind == "control" else HMP)("", seconds, connection=connection)
-    raise QMPClosed("nocloud didn't start it, and its qemu has no monitor to talk to", vm=vm)
-
-
-def monitors(process: QemuProcess) -> Iterator[tuple[str, dict[str, str]]]:
-    """The monitors in a qemu's words, as (`control` for QMP or `readline`, options of a socket chardev).
-
-    `-monitor telnet:HOST:PORT,server,nowait`, `unix:PATH,server`, `-qmp …` likewise, `-mon chardev=ID,mode=…`.
-    """
-    chardevs = {options.get("id", ""): options for options in map(suboptions, process.values("chardev"))}
-    for kind, names in (("control", ("qmp", "qmp-pretty")), ("readline", ("monitor",))):
-        for options in map(suboptions, process.values(*names)):
-            way, _, rest = next(iter(options)).partition(":")
-            host, _, port = rest.rpartition(":")
-            more = {"unix": {"path": rest}, "telnet": {"host": host, "port": port}, "tcp": {"host": host, "port": port}}
-            yield kind, {**options, **more[way]} if way in more else chardevs.get(rest, {})
-    for options in map(suboptions, process.values("mon")):
-        yield options.get("mode", "readline"), chardevs.get(options.get("chardev") or next(iter(options)), {})
-
-
-def connect_monitor(process: QemuProcess, vm: VM, address: Mapping[str, str], seconds: float) -> socket.socket | None:
-    """A connection to one of them; None where that can't be.
+def connect_foreign(process: QemuProcess, vm: VM, seconds: float) -> HMP:
+    """A connection to a monitor that the bash tools opened: `-monitor unix:PATH,…` or `-monitor telnet:HOST:PORT,…`.
 
     A port is only taken for qemu's where it listens on this host's loopback, in the network namespace that we are in.
     """
     import socket as sockets
 
-    if address.get("server", "off") not in ("", "on"):
-        return None
-    try:
-        if "path" in address:
-            places = [os.path.join(folder, address["path"]) for folder in (process.folder or "/", vm.base, vm.folder)]
-            place = next(filter(os.path.exists, places), "")
-            return connect_unix(os.path.dirname(place), os.path.basename(place), seconds) if place else None
-        here = os.path.samefile(f"/proc/{process.pid}/ns/net", "/proc/self/ns/net")
-        if here and address.get("host") in ("", "localhost", "127.0.0.1", "0.0.0.0"):
-            return sockets.create_connection(("127.0.0.1", int(address.get("port", ""))), seconds)
-    except (QMPClosed, OSError, ValueError, OverflowError):
-        pass  # another one, perhaps
-    return None
+    for options in map(suboptions, process.values("monitor")):
+        way, _, place = next(iter(options)).partition(":")
+        host, _, port = place.rpartition(":")
+        try:
+            if way == "unix":
+                paths = [os.path.join(folder, place) for folder in (process.folder or "/", vm.base, vm.folder)]
+                path = next(filter(os.path.exists, paths), place)
+                return HMP("", seconds, connection=connect_unix(os.path.dirname(path), os.path.basename(path), seconds))
+            here = os.path.samefile(f"/proc/{process.pid}/ns/net", "/proc/self/ns/net")
+            if way == "telnet" and here and host in ("", "localhost", "127.0.0.1", "0.0.0.0"):
+                return HMP("", seconds, connection=sockets.create_connection(("127.0.0.1", int(port)), seconds))
+        except (QMPClosed, OSError, ValueError, OverflowError):
+            continue  # another one, perhaps
+    raise QMPClosed("nocloud didn't start it, and its qemu has no monitor to talk to", vm=vm)
 
 
 # Names and the VM tree ###############################################################################
