@@ -4905,53 +4905,10 @@ class Altered(WebError):
     """What has arrived is not what was published."""
 
 
-class Metered(io.RawIOBase):
-    """What comes from a socket; raises TimeoutError where it comes too slowly to get anywhere.
-
-    A socket's own timeout starts anew with each byte, and http.client waits for whole lines and blocks.
-    """
-
-    def __init__(self, raw: Any, seconds: float) -> None:
-        self._raw, self._seconds = raw, seconds
-        self._since, self._count = time.monotonic(), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        count: int = self._raw.readinto(buffer)
-        self._count += count
-        now = time.monotonic()
-        if count and now - self._since > self._seconds:
-            if self._count < SLOWEST * self._seconds:
-                raise TimeoutError(f"less than {SLOWEST} bytes a second")
-            self._since, self._count = now, 0
-        return count
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
-def web_opener(seconds: float, proxies: Mapping[str, str]) -> urllib.request.OpenerDirector:
-    """urllib's opener for http and https alone, with waits of at most `seconds`, and with proxies from the environment
-    and from `proxies`, which names them like the environment does."""
-    import http.client
+def web_opener(proxies: Mapping[str, str]) -> urllib.request.OpenerDirector:
+    """urllib's opener for http and https alone, with proxies from the environment and from `proxies`, which names them
+    like the environment does."""
     import urllib.request
-
-    class Response(http.client.HTTPResponse):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options)
-            self.fp = io.BufferedReader(Metered(self.fp.detach(), seconds), PIECE)
-
-    class Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-        def do_open(self, http_class: Any, req: Any, **options: Any) -> http.client.HTTPResponse:
-            def connect(*words: Any, **more: Any) -> http.client.HTTPConnection:
-                connection: http.client.HTTPConnection = http_class(*words, **more)
-                connection.response_class = Response
-                return connection
-
-            return super().do_open(connect, req, **options)
 
     class Redirects(urllib.request.HTTPRedirectHandler):
         http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # Python 3.9 and 3.10 don't know it
@@ -4966,9 +4923,10 @@ def web_opener(seconds: float, proxies: Mapping[str, str]) -> urllib.request.Ope
     opener = urllib.request.OpenerDirector()
     more = {name.partition("_")[0]: value for name, value in proxies.items()}
     opener.add_handler(urllib.request.ProxyHandler({**urllib.request.getproxies(), **more}))
-    others = (urllib.request.UnknownHandler, urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor)
-    for handler in (Handler, Redirects, *others):
-        opener.add_handler(handler())
+    for name in ("HTTP", "HTTPS", "Unknown", "HTTPDefaultError"):
+        opener.add_handler(getattr(urllib.request, f"{name}Handler")())
+    opener.add_handler(Redirects())
+    opener.add_handler(urllib.request.HTTPErrorProcessor())
     return opener
 
 
@@ -5006,7 +4964,7 @@ class Web:
     """Asks web servers; raises Error and nothing else when they don't answer well."""
 
     def __init__(self, seconds: float, proxies: Mapping[str, str] | None = None) -> None:
-        self.seconds, self._opener = seconds, web_opener(seconds, proxies or {})
+        self.seconds, self._opener = seconds, web_opener(proxies or {})
 
     def open(self, url: str, start: int = 0, method: str = "GET") -> http.client.HTTPResponse:
         """The answer to a request for the file, from byte `start` on if the server can (206), else whole (200)."""
@@ -5028,14 +4986,27 @@ class Web:
             raise WebError(f"{url}: {problem}", "open it in a browser: a proxy or a login may stand between")
         return answer  # type: ignore[no-any-return]
 
-    def read(self, url: str, answer: http.client.HTTPResponse) -> bytes:
-        """What has arrived of the body, at most PIECE; b'' at its end.  (read() would wait for a whole PIECE.)"""
+    def pieces(self, url: str, answer: http.client.HTTPResponse) -> Iterator[bytes]:
+        """The body, as it arrives.  (read() would wait for a whole PIECE.)
+
+        Raises TryAgain where it comes too slowly to get anywhere: a socket's own timeout starts anew with each byte.
+        """
         import http.client
 
-        try:
-            return answer.read1(PIECE)
-        except (OSError, http.client.HTTPException) as error:
-            raise web_error(url, error) from None
+        since, count = time.monotonic(), 0
+        while True:
+            try:
+                piece = answer.read1(PIECE)
+            except (OSError, http.client.HTTPException) as error:
+                raise web_error(url, error) from None
+            if not piece:
+                return
+            count += len(piece)
+            if time.monotonic() - since > self.seconds:
+                if count < SLOWEST * self.seconds:
+                    raise TryAgain(f"{url}: too slow: less than {SLOWEST} bytes a second")
+                since, count = time.monotonic(), 0
+            yield piece
 
     def text(self, url: str) -> str:
         """A small text file."""
@@ -5044,14 +5015,13 @@ class Web:
     def _text(self, url: str) -> str:
         data = bytearray()
         with self.open(url) as answer:
-            while len(data) <= TEXT_LIMIT:
-                piece = self.read(url, answer)
+            for piece in self.pieces(url, answer):
                 data += piece
-                if not piece:
-                    if answer.length:
-                        raise TryAgain(f"{url}: the server broke off")
-                    return data.decode("utf-8", "replace")
-        raise WebError(f"{url}: longer than {TEXT_LIMIT // MIB} MB: not a text file")
+                if len(data) > TEXT_LIMIT:
+                    raise WebError(f"{url}: longer than {TEXT_LIMIT // MIB} MB: not a text file")
+            if answer.length:
+                raise TryAgain(f"{url}: the server broke off")
+        return data.decode("utf-8", "replace")
 
     def patiently(self, work: Callable[[], Any], position: Callable[[], int] = lambda: 0) -> Any:
         """The result of `work`, tried again after a pause as long as there is hope; `position` tells how far it is.
@@ -5150,7 +5120,7 @@ class Transfer:
         with answer:
             skip = self._align(answer)
             self.progress.expect(self.total, os.path.dirname(self.path))
-            for piece in iter(lambda: self.web.read(self.url, answer), b""):
+            for piece in self.web.pieces(self.url, answer):
                 new = piece[skip:]
                 skip -= len(piece) - len(new)
                 self.sink(new)

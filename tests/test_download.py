@@ -547,34 +547,14 @@ def test_https(web: Cloud, site: Site, image: bytes, certificate: tuple[Path, Pa
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("headers", [False, True])
-def test_endless_trickle(web: Cloud, site: Site, image: bytes, headers: bool) -> None:
+def test_endless_trickle(web: Cloud, site: Site, image: bytes) -> None:
     stop = threading.Event()
-    site.tricks[offer(web, site, image)] = drip(stop, headers)
+    site.tricks[offer(web, site, image)] = drip(stop)
     try:
         template(web, "x").fails(1, "too slow")
     finally:
         stop.set()
     nothing_came(web, parts=True)
-
-
-@pytest.mark.parametrize(("count", "slow"), [(1, True), (4096, False)])
-def test_slower_than_anyone_waits_for(count: int, slow: bool) -> None:
-    """A socket that has something each time it is asked, and yet gets nowhere."""
-
-    class Raw:
-        def readinto(self, buffer: bytearray) -> int:
-            time.sleep(0.01)
-            return count
-
-    metered = nocloud.Metered(Raw(), 0.1)
-    until = time.monotonic() + 0.5
-    try:
-        while time.monotonic() < until:
-            metered.readinto(bytearray(count))
-        assert not slow
-    except TimeoutError:
-        assert slow
 
 
 def test_silence(web: Cloud, site: Site, image: bytes) -> None:
