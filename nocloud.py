@@ -4906,8 +4906,7 @@ class Altered(WebError):
 
 
 def web_opener(proxies: Mapping[str, str]) -> urllib.request.OpenerDirector:
-    """urllib's opener for http and https alone, with proxies from the environment and from `proxies`, which names them
-    like the environment does."""
+    """urllib's opener, with proxies from the environment and from `proxies`, which names them like that does."""
     import urllib.request
 
     class Redirects(urllib.request.HTTPRedirectHandler):
@@ -4920,14 +4919,8 @@ def web_opener(proxies: Mapping[str, str]) -> urllib.request.OpenerDirector:
                 raise WebError(refused)
             return super().redirect_request(req, fp, 302 if code == 308 else code, msg, headers, newurl)
 
-    opener = urllib.request.OpenerDirector()
     more = {name.partition("_")[0]: value for name, value in proxies.items()}
-    opener.add_handler(urllib.request.ProxyHandler({**urllib.request.getproxies(), **more}))
-    for name in ("HTTP", "HTTPS", "Unknown", "HTTPDefaultError"):
-        opener.add_handler(getattr(urllib.request, f"{name}Handler")())
-    opener.add_handler(Redirects())
-    opener.add_handler(urllib.request.HTTPErrorProcessor())
-    return opener
+    return urllib.request.build_opener(Redirects, urllib.request.ProxyHandler({**urllib.request.getproxies(), **more}))
 
 
 def status_error(url: str, code: int, reason: str) -> WebError:
@@ -5431,8 +5424,9 @@ def resolve(catalogue: Catalogue, entry: Entry, web: Web) -> Source:
         names = []
     else:
         algorithm, wanted = entry.need("algorithm"), images[0].rpartition("/")[2]
-        address = catalogue.mirrored(urllib.parse.urljoin(images[0], entry.need("checksums")))
-        listed, digest = read_checksums(web, address, algorithm, wanted)
+        address = urllib.parse.urljoin(images[0], entry.need("checksums"))
+        checked(web_address, address, f"{entry.origin}: [{entry.name}]: checksums = {entry['checksums']}")
+        listed, digest = read_checksums(web, catalogue.mirrored(address), algorithm, wanted)
         names = [listed] if listed != wanted else []
     if algorithm == "md5":  # what old servers publish: it shows a damaged download, and no more than that
         if not classic:

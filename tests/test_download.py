@@ -278,6 +278,10 @@ def test_users_lines_win(web: Cloud, site: Site, image: bytes) -> None:
         ("[x]\nchecksum = sha256:12", ["templates.conf:2", "all digits"]),
         ("[x]\n", ["templates.conf:1", "image ="]),
         ("[x]\nimage = http://127.0.0.1:9/y.img", ["templates.conf:1", "algorithm ="]),
+        (
+            "[x]\nimage = http://127.0.0.1:9/y.img\nalgorithm = sha256\nchecksums = file:///etc/passwd",
+            ["templates.conf:1", "checksums = file:///etc/passwd", "http"],
+        ),
         ("[x]\nimage = http://127.0.0.1:9/y.img\nchecksum = md5:" + "0" * 32, ["templates.conf:1", "md5"]),
     ],
 )
