@@ -5042,7 +5042,7 @@ class Progress:
     def __init__(self, name: str, base: str, pieces: int = 1) -> None:
         """`base`: the folder that a disk as large as the image is made in afterwards, at least."""
         self.name, self.base, self.pieces = name, base, pieces
-        self.total, self.done, self.kept, self.resumed = 0, 0, 0, False
+        self.total, self.done, self.kept = 0, 0, 0
         self.started = self._shown = time.monotonic()
 
     def expect(self, size: int, folder: str) -> None:
@@ -5135,7 +5135,6 @@ class Transfer:
         if 0 <= total < max(self.done, self.total) or (self.strict and self.tag not in ("", tag)):
             raise Altered(f"{self.url}: the file on the server has changed meanwhile", "try again")
         self.total, self.tag = max(total, self.total), tag
-        self.progress.resumed = self.progress.resumed or self.done > 0
         return skip
 
 
@@ -5396,21 +5395,17 @@ class ClassicSource(Source):
 
 
 def fetch_verified(source: Source, tree: Tree, name: str, cached: CachedImage) -> None:
-    """Have the image in the cache.  What was altered is thrown away; it is asked for once more where it was pieced
-    together, since the pieces may be of different files."""
+    """Have the image in the cache.  What was altered is thrown away: the next call begins anew."""
     if cached.is_there():
         report.say(f"{name}: the image is in the cache: {cached.folder}")
         return
-    while True:
-        progress = Progress(name, tree.base, source.pieces)
-        try:
-            source.fetch(cached.folder, progress)
-            progress.finish()
-            return
-        except Altered:
-            cached.clear()
-            if not progress.resumed and not progress.kept:
-                raise
+    progress = Progress(name, tree.base, source.pieces)
+    try:
+        source.fetch(cached.folder, progress)
+    except Altered:
+        cached.clear()
+        raise
+    progress.finish()
 
 
 def resolve(catalogue: Catalogue, entry: Entry, web: Web) -> Source:

@@ -441,11 +441,13 @@ def test_wrong_checksum(web: Cloud, site: Site, image: bytes) -> None:
 
 
 def test_part_of_another_file(web: Cloud, site: Site, image: bytes) -> None:
-    """What was pieced together of two files is thrown away, and fetched anew, once."""
+    """What was pieced together of two files is thrown away, and the next command fetches it anew."""
     path = offer(web, site, image)
     folder = web.home / f"cache/nocloud/images/sha256-{digest(image)}"
     folder.mkdir(parents=True)
     (folder / "image.part").write_bytes(b"x" * 5000)
+    template(web, "x").fails(1, "checksum is not the published one", "try again")
+    nothing_came(web)
     template(web, "x").ok()
     assert site.asked(path) == ["bytes=5000-", ""]
     same_disk(web, "x", image)
