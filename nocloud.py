@@ -4905,8 +4905,8 @@ class Altered(WebError):
     """What has arrived is not what was published."""
 
 
-def web_opener(proxies: Mapping[str, str]) -> urllib.request.OpenerDirector:
-    """urllib's opener, with proxies from the environment and from `proxies`, which names them like that does."""
+def web_opener() -> urllib.request.OpenerDirector:
+    """urllib's, which goes by the proxies of the environment, and sends nobody on to where we wouldn't ask."""
     import urllib.request
 
     class Redirects(urllib.request.HTTPRedirectHandler):
@@ -4919,8 +4919,7 @@ def web_opener(proxies: Mapping[str, str]) -> urllib.request.OpenerDirector:
                 raise WebError(refused)
             return super().redirect_request(req, fp, 302 if code == 308 else code, msg, headers, newurl)
 
-    more = {name.partition("_")[0]: value for name, value in proxies.items()}
-    return urllib.request.build_opener(Redirects, urllib.request.ProxyHandler({**urllib.request.getproxies(), **more}))
+    return urllib.request.build_opener(Redirects)
 
 
 def status_error(url: str, code: int, reason: str) -> WebError:
@@ -4956,8 +4955,8 @@ def web_error(url: str, error: Exception) -> WebError:
 class Web:
     """Asks web servers; raises Error and nothing else when they don't answer well."""
 
-    def __init__(self, seconds: float, proxies: Mapping[str, str] | None = None) -> None:
-        self.seconds, self._opener = seconds, web_opener(proxies or {})
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self._opener = seconds, web_opener()
 
     def open(self, url: str, start: int = 0, method: str = "GET") -> http.client.HTTPResponse:
         """The answer to a request for the file, from byte `start` on if the server can (206), else whole (200)."""
@@ -6237,13 +6236,13 @@ def install_packages(build: Build, archive: str, progress: BuildProgress) -> Non
         "--include=" + ",".join(build.packages), "--customize-hook=" + need_packaged("build/target.sh"),
         build.suite, archive, *build.sources,
     ]  # fmt: skip
-    env = {"TMPDIR": build_tmpdir(), "INITRD": "No", "DEBIAN_FRONTEND": "noninteractive", **apt_proxies()}
+    env = {"TMPDIR": build_tmpdir(), "INITRD": "No", "DEBIAN_FRONTEND": "noninteractive"}
     if run_watched(argv, progress, env):
         raise build_error(build, progress.errors)
 
 
 def apt_proxies() -> dict[str, str]:
-    """mmdebstrap's apt doesn't read the host's apt.conf, but takes a proxy from the environment."""
+    """The proxies of the host's apt.conf, for the environment: mmdebstrap's apt doesn't read that file, nor do we."""
     if not find_program("apt-config"):
         return {}
     words = [word for kind in ("http", "https") for word in (f"{kind}_proxy", f"Acquire::{kind}::Proxy")]
@@ -6490,7 +6489,8 @@ def template_from_packages(cloud: Cloud, name: str, build: Build, settings: Mapp
     """
     import shutil
 
-    web = Web(min(10, cloud.config.number("vmDownloadTimeout")), apt_proxies())
+    os.environ.update(apt_proxies())
+    web = Web(min(10, cloud.config.number("vmDownloadTimeout")))
     cached = CachedImage(f"build-{build_recipe(build)}-{archive_state(build, web)}")
     cloud.tree.prepare()
     with cached:
