@@ -1761,7 +1761,6 @@ class QemuProcess:
         self._command_line = process_file(pid, "cmdline")
         self.words = self._command_line.rstrip("\0").split("\0")
         self.is_ours = is_our_qemu(self._command_line)
-        self._files: dict[tuple[int, int] | None, bool] = {}
         try:
             self.folder = os.readlink(f"/proc/{pid}/cwd")
         except OSError:
@@ -1785,35 +1784,31 @@ class QemuProcess:
                 return ":".join(f"{int(each, 16):02x}" for each in found.split(":"))
         return ""
 
-    def _open_files(self) -> dict[tuple[int, int] | None, bool] | None:
-        """The files that it has open, and whether to write to them; None where we may not look.  Found out once."""
-        folder = f"/proc/{self.pid}/fd"
-        if not self._files:
-            try:
-                names = os.listdir(folder)
-            except OSError:
-                return None
-            for name in names:
-                key = file_key(f"{folder}/{name}")
-                flags = re.search("^flags:.*([0-7])$", process_file(self.pid, f"fdinfo/{name}"), re.M)
-                if key and flags:
-                    writes = int(flags[1]) & os.O_ACCMODE != os.O_RDONLY
-                    self._files[key] = self._files.get(key, False) or writes
-        return self._files
+    @functools.cached_property
+    def written(self) -> set[tuple[int, int] | None] | None:
+        """The files that it has open to write to them; None where we may not look."""
+        folder, found = f"/proc/{self.pid}/fd", set()
+        try:
+            names = os.listdir(folder)
+        except OSError:
+            return None
+        for name in names:
+            flags = re.search("^flags:.*([0-7])$", process_file(self.pid, f"fdinfo/{name}"), re.M)
+            if flags and int(flags[1]) & os.O_ACCMODE != os.O_RDONLY:
+                found.add(file_key(f"{folder}/{name}"))
+        return found - {None}
 
     def runs(self, vm: VM) -> bool:
         """Whether it writes to a VM's system disk; to a disk that is below its own it doesn't.
 
-        Where we may not look, its words tell; -snapshot writes to another file.
+        Where we may not look, its words tell.
         """
         if self.is_ours:
             return self.folder == vm.folder
         for disk in vm.disks()[:1]:
-            key, files = file_key(disk), self._open_files()
-            if files is None:
+            if self.written is None:
                 return any(name in word for word in self.words for name in (disk, os.path.relpath(disk, vm.base)))
-            named = "-snapshot" in self.words and any(os.path.basename(disk) in word for word in self.words)
-            return key in files and (files[key] or named)
+            return file_key(disk) in self.written
         return False
 
 
