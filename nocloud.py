@@ -4719,10 +4719,6 @@ def web_address(text: str) -> str:
     raise ValueError("an address that begins with http:// or https://, without spaces or a login")
 
 
-def web_addresses(text: str) -> list[str]:
-    return [web_address(word) for word in text.split() or [text]]
-
-
 def checksum_text(text: str) -> str:
     """ALGORITHM:HEX."""
     algorithm, _, digest = text.lower().partition(":")
@@ -4735,7 +4731,7 @@ ENTRY_KEYS: dict[str, Callable[[str], object]] = {
     "title": any_text,
     "kind": one_of("cloud", "classic"),
     "arch": one_of("x86_64"),
-    "image": web_addresses,
+    "image": lambda text: [web_address(word) for word in text.split() or [text]],
     "checksums": any_text,
     "algorithm": one_of("sha512", "sha256", "md5"),
     "checksum": checksum_text,
