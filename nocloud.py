@@ -1761,10 +1761,12 @@ class QemuProcess:
         self._command_line = process_file(pid, "cmdline")
         self.words = self._command_line.rstrip("\0").split("\0")
         self.is_ours = is_our_qemu(self._command_line)
+        self.uid, self.folder = -1, ""
         try:
+            self.uid = os.stat(f"/proc/{pid}").st_uid
             self.folder = os.readlink(f"/proc/{pid}/cwd")
         except OSError:
-            self.folder = ""
+            pass  # it has ended, or we may not look
 
     def is_alive(self) -> bool:
         """A pid may be another process's by now, and one that nobody has waited for yet has no words any more."""
@@ -1814,22 +1816,15 @@ class QemuProcess:
 
 @functools.cache
 def qemus() -> list[QemuProcess]:
-    """The qemus of this user, and of root, who may own a conf as well: /proc is read once in a process's life."""
-    found = []
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-        try:
-            if is_qemu(pid) and os.stat(f"/proc/{pid}").st_uid in (os.geteuid(), 0):
-                found.append(QemuProcess(pid))
-        except FileNotFoundError:
-            continue  # it has ended
-    return found
+    """All users' qemus: /proc is read once in a process's life."""
+    return [QemuProcess(pid) for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_qemu(pid)]
 
 
 def unlocked_qemu(vm: VM) -> QemuProcess | None:
     """The qemu that runs a VM without a locked pidfile: the bash tools started it, or someone removed the file."""
     for process in qemus():
-        try:
-            if process.runs(vm) and process.is_alive():
+        try:  # root may own a conf as well
+            if process.uid in (os.geteuid(), 0) and process.runs(vm) and process.is_alive():
                 return process
         except Error:
             continue  # its conf can't be read
@@ -10740,14 +10735,8 @@ def undo_installation(installation: Installation) -> None:
 
 def check_nothing_runs() -> None:
     """Raise WrongState, naming them, where VMs or groups run, whoever's they are."""
-    units, running = active_groups(), []
-    for pid in filter(str.isdigit, names_in("/proc")):
-        if is_our_qemu(process_file(int(pid), "cmdline")):
-            try:
-                folder, user = os.readlink(f"/proc/{pid}/cwd"), user_name(os.stat(f"/proc/{pid}").st_uid)
-            except OSError:
-                continue  # it has ended
-            running.append(f"{'/'.join(folder.split('/')[-3:])} of {user}")
+    units, ours = active_groups(), [each for each in qemus() if each.is_ours and each.folder]
+    running = [f"{'/'.join(each.folder.split('/')[-3:])} of {user_name(each.uid)}" for each in ours]
     if units or running:
         stop = f"systemctl stop {' '.join(units)}" if units else "vmstop -g GROUP stops a group and keeps it"
         raise WrongState(f"VMs are running: {', '.join((*units, *sorted(running)))}; nothing was changed", stop)
