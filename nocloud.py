@@ -4930,7 +4930,8 @@ def web_error(url: str, error: Exception) -> WebError:
     if hasattr(error, "code"):
         return status_error(url, error.code, str(reason))
     if isinstance(reason, ssl.SSLCertVerificationError):
-        return WebError(f"{url}: the server's certificate is refused: {reason.verify_message}")
+        refused = f"{url}: the server's certificate is refused: {reason.verify_message}"
+        return WebError(refused, "this machine's clock may be wrong, or a proxy stand in between")
     if isinstance(reason, socket.gaierror):
         return WebError(f"{url}: {reason.strerror}", "is this machine online? A proxy goes into https_proxy")
     if isinstance(reason, (TimeoutError, socket.timeout)):
@@ -8560,7 +8561,6 @@ def ansible_ssh_args(cloud: Cloud, vms: Sequence[VM]) -> str:
 
 OK, WARNING, WRONG = "ok", "warning", "wrong"  # wrong: as it is, no VM starts
 PLENTY_OF_SPACE = 2 * GIB
-SMALLEST_TIME = 1764028800  # 2025-11-25: no clock that is right shows less
 
 
 @record
@@ -9034,17 +9034,7 @@ def examine_names(patient: Patient) -> str:
     return f"this host asks {address} for them"
 
 
-# -- the rest, and all of it
-
-
-def examine_clock(patient: Patient) -> str:
-    """Certificates aren't valid yet where the clock is behind."""
-    now = time.time()
-    text = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now))
-    if now < max(SMALLEST_TIME, os.stat(program_path()).st_mtime) - 86400:
-        patient.tell(WARNING, f"it shows {text}, and is behind: downloads will fail", "sudo timedatectl set-ntp true")
-    return text
-
+# -- all of it
 
 Check = Callable[[Patient], str]  # tells the patient what isn't well; the words for all is well
 
@@ -9065,7 +9055,6 @@ CHECKS: dict[str, Check] = {
     "private-subnet": examine_private_subnet,
     "way-out": examine_way_out,
     "inotify": examine_inotify,
-    "clock": examine_clock,
     "bridge": examine_bridge,
 }
 BRIDGE_CHECKS: dict[str, Check] = {  # where there is one, or where there ought to be
