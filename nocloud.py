@@ -10122,13 +10122,8 @@ def answer_bash(config: Config, line: str = "", replaced: str = "") -> list[str]
 
 def answer_zsh(config: Config, *words: str) -> list[str]:
     typed = Typed(config, words)
-    options = typed.command.options if typed.command else ()
-    valued = {name for each in options if each.value and not each.is_optional for name in each.names if name[1] == "-"}
-    rows = []
-    for word, help in typed.words.items():
-        escaped = re.sub(r"[\\:]", r"\\\g<0>", word) + ("=" if word in valued else "")
-        rows.append(f"{escaped}:{help}" if help else escaped)
-    return [typed.files, typed.prefix, *rows]
+    escaped = {re.sub(r"[\\:]", r"\\\g<0>", word): help for word, help in typed.words.items()}
+    return [typed.files, typed.prefix, *(f"{word}:{help}" if help else word for word, help in escaped.items())]
 
 
 def answer_fish(config: Config, *words: str) -> list[str]:
