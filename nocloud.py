@@ -5163,45 +5163,44 @@ def choose_listed(listed: Sequence[tuple[str, str]], wanted: str) -> tuple[str, 
 # -- the classic kind: a compressed image in pieces
 
 
-class Unpacker:
-    """Decompresses a stream as it comes, in bounded memory: `feed` gives what has come out, in pieces."""
+UNPACK_MEMORY = 128 * MIB  # xz -9 takes 65: a stream can ask for 4 GB
 
-    MEMORY = 128 * MIB  # xz -9 takes 65: a stream can ask for 4 GB
 
-    def __init__(self, kind: str) -> None:
-        """`kind`: xz, gzip, or '' for what isn't compressed."""
-        self.kind = kind
-        self._machine: Any = None  # of the stream that is being read; none between two
+def unpacked(kind: str, pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """What comes out of a stream, xz or gzip, in pieces and in bounded memory.  Raises Altered where it isn't whole."""
+    import lzma
+    import zlib
 
-    def feed(self, piece: bytes) -> Iterator[bytes]:
-        import lzma
-        import zlib
-
-        if not self.kind:
-            yield piece
-            return
-        try:
-            while self._machine or piece.strip(b"\0"):
-                if not self._machine:
-                    piece = piece.lstrip(b"\0")  # streams may be padded
-                    xz = self.kind == "xz"
-                    self._machine = lzma.LZMADecompressor(memlimit=self.MEMORY) if xz else zlib.decompressobj(wbits=31)
-                out = self._machine.decompress(piece, MIB)
+    machine: Any = None  # of the stream that is being read; none between two
+    try:
+        for piece in pieces:
+            left = piece
+            while machine or left.strip(b"\0"):
+                if not machine:
+                    left = left.lstrip(b"\0")  # streams may be padded
+                    xz = kind == "xz"
+                    machine = lzma.LZMADecompressor(memlimit=UNPACK_MEMORY) if xz else zlib.decompressobj(wbits=31)
+                out = machine.decompress(left, MIB)
                 if out:
                     yield out
-                if self._machine.eof:
-                    piece, self._machine = self._machine.unused_data, None
+                if machine.eof:
+                    left, machine = machine.unused_data, None
                     continue
-                piece = getattr(self._machine, "unconsumed_tail", b"")  # lzma's keeps it itself
-                if not piece and len(out) < MIB:
-                    return
-        except (lzma.LZMAError, zlib.error) as error:
-            raise Altered(f"the compressed image is damaged: {error}") from None
+                left = getattr(machine, "unconsumed_tail", b"")  # lzma's keeps it itself
+                if not left and len(out) < MIB:
+                    break
+    except (lzma.LZMAError, zlib.error) as error:
+        raise Altered(f"the compressed image is damaged: {error}") from None
+    if machine:
+        raise Altered("the compressed image ends in the middle")
 
-    def finish(self) -> None:
-        """Raise where the stream isn't at its end."""
-        if self._machine is not None:
-            raise Altered("the compressed image ends in the middle")
+
+def file_pieces(paths: Iterable[str]) -> Iterator[bytes]:
+    """What is in these files, one after the other."""
+    for path in paths:
+        with open(path, "rb") as file:
+            while piece := file.read(PIECE):
+                yield piece
 
 
 # -- images that came
@@ -5344,32 +5343,27 @@ class ClassicSource(Source):
     def fetch(self, folder: str, progress: Progress) -> None:
         import hashlib
 
-        unpacker = Unpacker(self._compression())
-        extension = {"xz": ".xz", "gzip": ".gz", "": ""}[unpacker.kind]
-        part = os.path.join(folder, "image.part")
-        pieces = [f"{self.name}.img.{number:03d}{extension}" for number in range(self.pieces)]
-        digest = hashlib.new(self.algorithm)
+        kind, part, digest = self._compression(), os.path.join(folder, "image.part"), hashlib.new(self.algorithm)
+        extension = {"xz": ".xz", "gzip": ".gz", "": ""}[kind]
+        names = [f"{self.name}.img.{number:03d}{extension}" for number in range(self.pieces)]
+        paths = [os.path.join(folder, name) for name in names]
+        for name, path in zip(names, paths):
+            Transfer(self.web, self.url + name, path, len, progress).run()  # nobody looks into them yet
         try:
             with open(part, "wb") as image:
-
-                def sink(data: bytes) -> None:
-                    for out in unpacker.feed(data):
-                        digest.update(out)
-                        if out.count(0) == len(out):
-                            image.seek(len(out), os.SEEK_CUR)  # takes no space
-                        else:
-                            image.write(out)
-
-                for name in pieces:
-                    Transfer(self.web, self.url + name, os.path.join(folder, name), sink, progress).run()
-                unpacker.finish()
+                for piece in unpacked(kind, file_pieces(paths)) if kind else file_pieces(paths):
+                    digest.update(piece)
+                    if piece.count(0) == len(piece):
+                        image.seek(len(piece), os.SEEK_CUR)  # takes no space
+                    else:
+                        image.write(piece)
                 image.truncate()
         except BaseException:
             remove_file(part)  # the compressed pieces stay, and are less
             raise
         self.check(self.url, digest.hexdigest())
-        for name in pieces:
-            os.unlink(os.path.join(folder, name))
+        for path in paths:
+            os.unlink(path)
         os.rename(part, os.path.join(folder, "image"))
 
     def _compression(self) -> str:

@@ -967,9 +967,7 @@ def test_classic_conf_is_input(web: Cloud, site: Site, image: bytes) -> None:
 
 
 def unpack(kind: str, data: bytes, size: int) -> bytes:
-    unpacker = nocloud.Unpacker(kind)
-    pieces = [out for start in range(0, len(data), size) for out in unpacker.feed(data[start : start + size])]
-    unpacker.finish()
+    pieces = list(nocloud.unpacked(kind, (data[start : start + size] for start in range(0, len(data), size))))
     assert all(len(piece) <= 1 << 20 for piece in pieces)
     return b"".join(pieces)
 
