@@ -1979,11 +1979,12 @@ class QemuProcess:
         self._command_line = process_file(pid, "cmdline")
         self.words = self._command_line.rstrip("\0").split("\0")
         self.is_ours = is_our_qemu(self._command_line)
-        self._files: dict[tuple[int, int] | None, bool] = {}
+        self.uid, self.folder = -1, ""
         try:
+            self.uid = os.stat(f"/proc/{pid}").st_uid
             self.folder = os.readlink(f"/proc/{pid}/cwd")
         except OSError:
-            self.folder = ""
+            pass  # it has ended, or we may not look
 
     def is_alive(self) -> bool:
         """A pid may be another process's by now, and one that nobody has waited for yet has no words any more."""
@@ -2003,56 +2004,45 @@ class QemuProcess:
                 return ":".join(f"{int(each, 16):02x}" for each in found.split(":"))
         return ""
 
-    def _open_files(self) -> dict[tuple[int, int] | None, bool] | None:
-        """The files that it has open, and whether to write to them; None where we may not look.  Found out once."""
-        folder = f"/proc/{self.pid}/fd"
-        if not self._files:
-            try:
-                names = os.listdir(folder)
-            except OSError:
-                return None
-            for name in names:
-                key = file_key(f"{folder}/{name}")
-                flags = re.search("^flags:.*([0-7])$", process_file(self.pid, f"fdinfo/{name}"), re.M)
-                if key and flags:
-                    writes = int(flags[1]) & os.O_ACCMODE != os.O_RDONLY
-                    self._files[key] = self._files.get(key, False) or writes
-        return self._files
+    @functools.cached_property
+    def written(self) -> set[tuple[int, int] | None] | None:
+        """The files that it has open to write to them; None where we may not look."""
+        folder, found = f"/proc/{self.pid}/fd", set()
+        try:
+            names = os.listdir(folder)
+        except OSError:
+            return None
+        for name in names:
+            flags = re.search("^flags:.*([0-7])$", process_file(self.pid, f"fdinfo/{name}"), re.M)
+            if flags and int(flags[1]) & os.O_ACCMODE != os.O_RDONLY:
+                found.add(file_key(f"{folder}/{name}"))
+        return found - {None}
 
     def runs(self, vm: VM) -> bool:
         """Whether it writes to a VM's system disk; to a disk that is below its own it doesn't.
 
-        Where we may not look, its words tell; -snapshot writes to another file.
+        Where we may not look, its words tell.
         """
         if self.is_ours:
             return self.folder == vm.folder
         for disk in vm.disks()[:1]:
-            key, files = file_key(disk), self._open_files()
-            if files is None:
+            if self.written is None:
                 return any(name in word for word in self.words for name in (disk, os.path.relpath(disk, vm.base)))
-            named = "-snapshot" in self.words and any(os.path.basename(disk) in word for word in self.words)
-            return key in files and (files[key] or named)
+            return file_key(disk) in self.written
         return False
 
 
 @functools.cache
 def qemus() -> list[QemuProcess]:
-    """The qemus of this user, and of root, who may own a conf as well: /proc is read once in a process's life."""
-    found = []
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-        try:
-            if is_qemu(pid) and os.stat(f"/proc/{pid}").st_uid in (os.geteuid(), 0):
-                found.append(QemuProcess(pid))
-        except FileNotFoundError:
-            continue  # it has ended
-    return found
+    """All users' qemus: /proc is read once in a process's life."""
+    return [QemuProcess(pid) for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_qemu(pid)]
 
 
 def unlocked_qemu(vm: VM) -> QemuProcess | None:
     """The qemu that runs a VM without a locked pidfile: the bash tools started it, or someone removed the file."""
     for process in qemus():
-        try:
-            if process.runs(vm) and process.is_alive():
+        try:  # root may own a conf as well
+            if process.uid in (os.geteuid(), 0) and process.runs(vm) and process.is_alive():
                 return process
         except Error:
             continue  # its conf can't be read
@@ -2098,51 +2088,27 @@ class HMP(QMP):
         return text.decode("utf-8", "replace").replace("\r\n", "\n")
 
 
-def connect_foreign(process: QemuProcess, vm: VM, seconds: float) -> QMP:
-    """A connection to the first of a qemu's monitors that answers."""
-    for kind, address in monitors(process):
-        connection = connect_monitor(process, vm, address, seconds)
-        if connection:
-            return (QMP if kind == "control" else HMP)("", seconds, connection=connection)
-    raise QMPClosed("nocloud didn't start it, and its qemu has no monitor to talk to", vm=vm)
-
-
-def monitors(process: QemuProcess) -> Iterator[tuple[str, dict[str, str]]]:
-    """The monitors in a qemu's words, as (`control` for QMP or `readline`, options of a socket chardev).
-
-    `-monitor telnet:HOST:PORT,server,nowait`, `unix:PATH,server`, `-qmp …` likewise, `-mon chardev=ID,mode=…`.
-    """
-    chardevs = {options.get("id", ""): options for options in map(suboptions, process.values("chardev"))}
-    for kind, names in (("control", ("qmp", "qmp-pretty")), ("readline", ("monitor",))):
-        for options in map(suboptions, process.values(*names)):
-            way, _, rest = next(iter(options)).partition(":")
-            host, _, port = rest.rpartition(":")
-            more = {"unix": {"path": rest}, "telnet": {"host": host, "port": port}, "tcp": {"host": host, "port": port}}
-            yield kind, {**options, **more[way]} if way in more else chardevs.get(rest, {})
-    for options in map(suboptions, process.values("mon")):
-        yield options.get("mode", "readline"), chardevs.get(options.get("chardev") or next(iter(options)), {})
-
-
-def connect_monitor(process: QemuProcess, vm: VM, address: Mapping[str, str], seconds: float) -> socket.socket | None:
-    """A connection to one of them; None where that can't be.
+def connect_foreign(process: QemuProcess, vm: VM, seconds: float) -> HMP:
+    """A connection to a monitor that the bash tools opened: `-monitor unix:PATH,…` or `-monitor telnet:HOST:PORT,…`.
 
     A port is only taken for qemu's where it listens on this host's loopback, in the network namespace that we are in.
     """
     import socket as sockets
 
-    if address.get("server", "off") not in ("", "on"):
-        return None
-    try:
-        if "path" in address:
-            places = [os.path.join(folder, address["path"]) for folder in (process.folder or "/", vm.base, vm.folder)]
-            place = next(filter(os.path.exists, places), "")
-            return connect_unix(os.path.dirname(place), os.path.basename(place), seconds) if place else None
-        here = os.path.samefile(f"/proc/{process.pid}/ns/net", "/proc/self/ns/net")
-        if here and address.get("host") in ("", "localhost", "127.0.0.1", "0.0.0.0"):
-            return sockets.create_connection(("127.0.0.1", int(address.get("port", ""))), seconds)
-    except (QMPClosed, OSError, ValueError, OverflowError):
-        pass  # another one, perhaps
-    return None
+    for options in map(suboptions, process.values("monitor")):
+        way, _, place = next(iter(options)).partition(":")
+        host, _, port = place.rpartition(":")
+        try:
+            if way == "unix":
+                paths = [os.path.join(folder, place) for folder in (process.folder or "/", vm.base, vm.folder)]
+                path = next(filter(os.path.exists, paths), place)
+                return HMP("", seconds, connection=connect_unix(os.path.dirname(path), os.path.basename(path), seconds))
+            here = os.path.samefile(f"/proc/{process.pid}/ns/net", "/proc/self/ns/net")
+            if way == "telnet" and here and host in ("", "localhost", "127.0.0.1", "0.0.0.0"):
+                return HMP("", seconds, connection=sockets.create_connection(("127.0.0.1", int(port)), seconds))
+        except (QMPClosed, OSError, ValueError, OverflowError):
+            continue  # another one, perhaps
+    raise QMPClosed("nocloud didn't start it, and its qemu has no monitor to talk to", vm=vm)
 
 
 # Names and the VM tree ###############################################################################
@@ -5223,10 +5189,6 @@ def web_address(text: str) -> str:
     raise ValueError("an address that begins with http:// or https://, without spaces or a login")
 
 
-def web_addresses(text: str) -> list[str]:
-    return [web_address(word) for word in text.split() or [text]]
-
-
 def checksum_text(text: str) -> str:
     """ALGORITHM:HEX."""
     algorithm, _, digest = text.lower().partition(":")
@@ -5239,7 +5201,7 @@ ENTRY_KEYS: dict[str, Callable[[str], object]] = {
     "title": any_text,
     "kind": one_of("cloud", "classic"),
     "arch": one_of("x86_64"),
-    "image": web_addresses,
+    "image": lambda text: [web_address(word) for word in text.split() or [text]],
     "checksums": any_text,
     "algorithm": one_of("sha512", "sha256", "md5"),
     "checksum": checksum_text,
@@ -5404,53 +5366,9 @@ class Altered(WebError):
     """What has arrived is not what was published."""
 
 
-class Metered(io.RawIOBase):
-    """What comes from a socket; raises TimeoutError where it comes too slowly to get anywhere.
-
-    A socket's own timeout starts anew with each byte, and http.client waits for whole lines and blocks.
-    """
-
-    def __init__(self, raw: Any, seconds: float) -> None:
-        self._raw, self._seconds = raw, seconds
-        self._since, self._count = time.monotonic(), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        count: int = self._raw.readinto(buffer)
-        self._count += count
-        now = time.monotonic()
-        if count and now - self._since > self._seconds:
-            if self._count < SLOWEST * self._seconds:
-                raise TimeoutError(f"less than {SLOWEST} bytes a second")
-            self._since, self._count = now, 0
-        return count
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
-def web_opener(seconds: float, proxies: Mapping[str, str]) -> urllib.request.OpenerDirector:
-    """urllib's opener for http and https alone, with waits of at most `seconds`, and with proxies from the environment
-    and from `proxies`, which names them like the environment does."""
-    import http.client
+def web_opener() -> urllib.request.OpenerDirector:
+    """urllib's, which goes by the proxies of the environment, and sends nobody on to where we wouldn't ask."""
     import urllib.request
-
-    class Response(http.client.HTTPResponse):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options)
-            self.fp = io.BufferedReader(Metered(self.fp.detach(), seconds), PIECE)
-
-    class Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-        def do_open(self, http_class: Any, req: Any, **options: Any) -> http.client.HTTPResponse:
-            def connect(*words: Any, **more: Any) -> http.client.HTTPConnection:
-                connection: http.client.HTTPConnection = http_class(*words, **more)
-                connection.response_class = Response
-                return connection
-
-            return super().do_open(connect, req, **options)
 
     class Redirects(urllib.request.HTTPRedirectHandler):
         http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # Python 3.9 and 3.10 don't know it
@@ -5462,13 +5380,7 @@ def web_opener(seconds: float, proxies: Mapping[str, str]) -> urllib.request.Ope
                 raise WebError(refused)
             return super().redirect_request(req, fp, 302 if code == 308 else code, msg, headers, newurl)
 
-    opener = urllib.request.OpenerDirector()
-    more = {name.partition("_")[0]: value for name, value in proxies.items()}
-    opener.add_handler(urllib.request.ProxyHandler({**urllib.request.getproxies(), **more}))
-    others = (urllib.request.UnknownHandler, urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor)
-    for handler in (Handler, Redirects, *others):
-        opener.add_handler(handler())
-    return opener
+    return urllib.request.build_opener(Redirects)
 
 
 def status_error(url: str, code: int, reason: str) -> WebError:
@@ -5493,7 +5405,8 @@ def web_error(url: str, error: Exception) -> WebError:
     if hasattr(error, "code"):
         return status_error(url, error.code, str(reason))
     if isinstance(reason, ssl.SSLCertVerificationError):
-        return WebError(f"{url}: the server's certificate is refused: {reason.verify_message}")
+        refused = f"{url}: the server's certificate is refused: {reason.verify_message}"
+        return WebError(refused, "this machine's clock may be wrong, or a proxy stand in between")
     if isinstance(reason, socket.gaierror):
         return WebError(f"{url}: {reason.strerror}", "is this machine online? A proxy goes into https_proxy")
     if isinstance(reason, (TimeoutError, socket.timeout)):
@@ -5504,8 +5417,8 @@ def web_error(url: str, error: Exception) -> WebError:
 class Web:
     """Asks web servers; raises Error and nothing else when they don't answer well."""
 
-    def __init__(self, seconds: float, proxies: Mapping[str, str] | None = None) -> None:
-        self.seconds, self._opener = seconds, web_opener(seconds, proxies or {})
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self._opener = seconds, web_opener()
 
     def open(self, url: str, start: int = 0, method: str = "GET") -> http.client.HTTPResponse:
         """The answer to a request for the file, from byte `start` on if the server can (206), else whole (200)."""
@@ -5528,14 +5441,27 @@ class Web:
             raise WebError(f"{url}: {problem}", "open it in a browser: a proxy or a login may stand between")
         return answer  # type: ignore[no-any-return]
 
-    def read(self, url: str, answer: http.client.HTTPResponse) -> bytes:
-        """What has arrived of the body, at most PIECE; b'' at its end.  (read() would wait for a whole PIECE.)"""
+    def pieces(self, url: str, answer: http.client.HTTPResponse) -> Iterator[bytes]:
+        """The body, as it arrives.  (read() would wait for a whole PIECE.)
+
+        Raises TryAgain where it comes too slowly to get anywhere: a socket's own timeout starts anew with each byte.
+        """
         import http.client
 
-        try:
-            return answer.read1(PIECE)
-        except (OSError, http.client.HTTPException) as error:
-            raise web_error(url, error) from None
+        since, count = time.monotonic(), 0
+        while True:
+            try:
+                piece = answer.read1(PIECE)
+            except (OSError, http.client.HTTPException) as error:
+                raise web_error(url, error) from None
+            if not piece:
+                return
+            count += len(piece)
+            if time.monotonic() - since > self.seconds:
+                if count < SLOWEST * self.seconds:
+                    raise TryAgain(f"{url}: too slow: less than {SLOWEST} bytes a second")
+                since, count = time.monotonic(), 0
+            yield piece
 
     def text(self, url: str) -> str:
         """A small text file."""
@@ -5544,14 +5470,13 @@ class Web:
     def _text(self, url: str) -> str:
         data = bytearray()
         with self.open(url) as answer:
-            while len(data) <= TEXT_LIMIT:
-                piece = self.read(url, answer)
+            for piece in self.pieces(url, answer):
                 data += piece
-                if not piece:
-                    if answer.length:
-                        raise TryAgain(f"{url}: the server broke off")
-                    return data.decode("utf-8", "replace")
-        raise WebError(f"{url}: longer than {TEXT_LIMIT // MIB} MB: not a text file")
+                if len(data) > TEXT_LIMIT:
+                    raise WebError(f"{url}: longer than {TEXT_LIMIT // MIB} MB: not a text file")
+            if answer.length:
+                raise TryAgain(f"{url}: the server broke off")
+        return data.decode("utf-8", "replace")
 
     def patiently(self, work: Callable[[], Any], position: Callable[[], int] = lambda: 0) -> Any:
         """The result of `work`, tried again after a pause as long as there is hope; `position` tells how far it is.
@@ -5582,7 +5507,7 @@ class Progress:
     def __init__(self, name: str, base: str, pieces: int = 1) -> None:
         """`base`: the folder that a disk as large as the image is made in afterwards, at least."""
         self.name, self.base, self.pieces = name, base, pieces
-        self.total, self.done, self.kept, self.resumed = 0, 0, 0, False
+        self.total, self.done, self.kept = 0, 0, 0
         self.started = self._shown = time.monotonic()
 
     def expect(self, size: int, folder: str) -> None:
@@ -5652,7 +5577,7 @@ class Transfer:
         with answer:
             skip = self._align(answer)
             self.progress.expect(self.total, os.path.dirname(self.path))
-            for piece in iter(lambda: self.web.read(self.url, answer), b""):
+            for piece in self.web.pieces(self.url, answer):
                 new = piece[skip:]
                 skip -= len(piece) - len(new)
                 self.sink(new)
@@ -5680,7 +5605,6 @@ class Transfer:
         if 0 <= total < max(self.done, self.total) or (self.strict and self.tag not in ("", tag)):
             raise Altered(f"{self.url}: the file on the server has changed meanwhile", "try again")
         self.total, self.tag = max(total, self.total), tag
-        self.progress.resumed = self.progress.resumed or self.done > 0
         return skip
 
 
@@ -5724,45 +5648,44 @@ def choose_listed(listed: Sequence[tuple[str, str]], wanted: str) -> tuple[str, 
 # -- the classic kind: a compressed image in pieces
 
 
-class Unpacker:
-    """Decompresses a stream as it comes, in bounded memory: `feed` gives what has come out, in pieces."""
+UNPACK_MEMORY = 128 * MIB  # xz -9 takes 65: a stream can ask for 4 GB
 
-    MEMORY = 128 * MIB  # xz -9 takes 65: a stream can ask for 4 GB
 
-    def __init__(self, kind: str) -> None:
-        """`kind`: xz, gzip, or '' for what isn't compressed."""
-        self.kind = kind
-        self._machine: Any = None  # of the stream that is being read; none between two
+def unpacked(kind: str, pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """What comes out of a stream, xz or gzip, in pieces and in bounded memory.  Raises Altered where it isn't whole."""
+    import lzma
+    import zlib
 
-    def feed(self, piece: bytes) -> Iterator[bytes]:
-        import lzma
-        import zlib
-
-        if not self.kind:
-            yield piece
-            return
-        try:
-            while self._machine or piece.strip(b"\0"):
-                if not self._machine:
-                    piece = piece.lstrip(b"\0")  # streams may be padded
-                    xz = self.kind == "xz"
-                    self._machine = lzma.LZMADecompressor(memlimit=self.MEMORY) if xz else zlib.decompressobj(wbits=31)
-                out = self._machine.decompress(piece, MIB)
+    machine: Any = None  # of the stream that is being read; none between two
+    try:
+        for piece in pieces:
+            left = piece
+            while machine or left.strip(b"\0"):
+                if not machine:
+                    left = left.lstrip(b"\0")  # streams may be padded
+                    xz = kind == "xz"
+                    machine = lzma.LZMADecompressor(memlimit=UNPACK_MEMORY) if xz else zlib.decompressobj(wbits=31)
+                out = machine.decompress(left, MIB)
                 if out:
                     yield out
-                if self._machine.eof:
-                    piece, self._machine = self._machine.unused_data, None
+                if machine.eof:
+                    left, machine = machine.unused_data, None
                     continue
-                piece = getattr(self._machine, "unconsumed_tail", b"")  # lzma's keeps it itself
-                if not piece and len(out) < MIB:
-                    return
-        except (lzma.LZMAError, zlib.error) as error:
-            raise Altered(f"the compressed image is damaged: {error}") from None
+                left = getattr(machine, "unconsumed_tail", b"")  # lzma's keeps it itself
+                if not left and len(out) < MIB:
+                    break
+    except (lzma.LZMAError, zlib.error) as error:
+        raise Altered(f"the compressed image is damaged: {error}") from None
+    if machine:
+        raise Altered("the compressed image ends in the middle")
 
-    def finish(self) -> None:
-        """Raise where the stream isn't at its end."""
-        if self._machine is not None:
-            raise Altered("the compressed image ends in the middle")
+
+def file_pieces(paths: Iterable[str]) -> Iterator[bytes]:
+    """What is in these files, one after the other."""
+    for path in paths:
+        with open(path, "rb") as file:
+            while piece := file.read(PIECE):
+                yield piece
 
 
 # -- images that came
@@ -5913,33 +5836,28 @@ class ClassicSource(Source):
     def fetch(self, folder: str, progress: Progress) -> None:
         import hashlib
 
-        unpacker = Unpacker(self._compression())
-        extension = {"xz": ".xz", "gzip": ".gz", "": ""}[unpacker.kind]
-        part = os.path.join(folder, "image.part")
-        pieces = [f"{self.name}.img.{number:03d}{extension}" for number in range(self.pieces)]
-        digest = hashlib.new(self.algorithm)
+        kind, part, digest = self._compression(), os.path.join(folder, "image.part"), hashlib.new(self.algorithm)
+        extension = {"xz": ".xz", "gzip": ".gz", "": ""}[kind]
+        names = [f"{self.name}.img.{number:03d}{extension}" for number in range(self.pieces)]
+        paths = [os.path.join(folder, name) for name in names]
+        for name, path in zip(names, paths):
+            Transfer(self.web, self.url + name, path, len, progress).run()  # nobody looks into them yet
         try:
             with open(part, "wb") as image:
-
-                def sink(data: bytes) -> None:
-                    for out in unpacker.feed(data):
-                        digest.update(out)
-                        check_reserve(folder)
-                        if out.count(0) == len(out):
-                            image.seek(len(out), os.SEEK_CUR)  # takes no space
-                        else:
-                            image.write(out)
-
-                for name in pieces:
-                    Transfer(self.web, self.url + name, os.path.join(folder, name), sink, progress).run()
-                unpacker.finish()
+                for piece in unpacked(kind, file_pieces(paths)) if kind else file_pieces(paths):
+                    digest.update(piece)
+                    check_reserve(folder)
+                    if piece.count(0) == len(piece):
+                        image.seek(len(piece), os.SEEK_CUR)  # takes no space
+                    else:
+                        image.write(piece)
                 image.truncate()
         except BaseException:
             remove_file(part)  # the compressed pieces stay, and are less
             raise
         self.check(self.url, digest.hexdigest())
-        for name in pieces:
-            os.unlink(os.path.join(folder, name))
+        for path in paths:
+            os.unlink(path)
         os.rename(part, os.path.join(folder, "image"))
 
     def _compression(self) -> str:
@@ -5951,21 +5869,17 @@ class ClassicSource(Source):
 
 
 def fetch_verified(source: Source, tree: Tree, name: str, cached: CachedImage) -> None:
-    """Have the image in the cache.  What was altered is thrown away; it is asked for once more where it was pieced
-    together, since the pieces may be of different files."""
+    """Have the image in the cache.  What was altered is thrown away: the next call begins anew."""
     if cached.is_there():
         report.say(f"{name}: the image is in the cache: {cached.folder}")
         return
-    while True:
-        progress = Progress(name, tree.base, source.pieces)
-        try:
-            source.fetch(cached.folder, progress)
-            progress.finish()
-            return
-        except Altered:
-            cached.clear()
-            if not progress.resumed and not progress.kept:
-                raise
+    progress = Progress(name, tree.base, source.pieces)
+    try:
+        source.fetch(cached.folder, progress)
+    except Altered:
+        cached.clear()
+        raise
+    progress.finish()
 
 
 def resolve(catalogue: Catalogue, entry: Entry, web: Web) -> Source:
@@ -5979,8 +5893,9 @@ def resolve(catalogue: Catalogue, entry: Entry, web: Web) -> Source:
         names = []
     else:
         algorithm, wanted = entry.need("algorithm"), images[0].rpartition("/")[2]
-        address = catalogue.mirrored(urllib.parse.urljoin(images[0], entry.need("checksums")))
-        listed, digest = read_checksums(web, address, algorithm, wanted)
+        address = urllib.parse.urljoin(images[0], entry.need("checksums"))
+        checked(web_address, address, f"{entry.origin}: [{entry.name}]: checksums = {entry['checksums']}")
+        listed, digest = read_checksums(web, catalogue.mirrored(address), algorithm, wanted)
         names = [listed] if listed != wanted else []
     if algorithm == "md5":  # what old servers publish: it shows a damaged download, and no more than that
         if not classic:
@@ -6820,13 +6735,13 @@ def install_packages(build: Build, archive: str, progress: BuildProgress) -> Non
         "--include=" + ",".join(build.packages), "--customize-hook=" + need_packaged("build/target.sh"),
         build.suite, archive, *build.sources,
     ]  # fmt: skip
-    env = {"TMPDIR": build_tmpdir(), "INITRD": "No", "DEBIAN_FRONTEND": "noninteractive", **apt_proxies()}
+    env = {"TMPDIR": build_tmpdir(), "INITRD": "No", "DEBIAN_FRONTEND": "noninteractive"}
     if run_watched(argv, progress, env):
         raise build_error(build, progress.errors)
 
 
 def apt_proxies() -> dict[str, str]:
-    """mmdebstrap's apt doesn't read the host's apt.conf, but takes a proxy from the environment."""
+    """The proxies of the host's apt.conf, for the environment: mmdebstrap's apt doesn't read that file, nor do we."""
     if not find_program("apt-config"):
         return {}
     words = [word for kind in ("http", "https") for word in (f"{kind}_proxy", f"Acquire::{kind}::Proxy")]
@@ -7073,7 +6988,8 @@ def template_from_packages(cloud: Cloud, name: str, build: Build, settings: Mapp
     """
     import shutil
 
-    web = Web(min(10, cloud.config.number("vmDownloadTimeout")), apt_proxies())
+    os.environ.update(apt_proxies())
+    web = Web(min(10, cloud.config.number("vmDownloadTimeout")))
     cached = CachedImage(f"build-{build_recipe(build)}-{archive_state(build, web)}")
     cloud.tree.prepare()
     with cached:
@@ -9260,7 +9176,6 @@ def ansible_ssh_args(cloud: Cloud, vms: Sequence[VM]) -> str:
 
 OK, WARNING, WRONG = "ok", "warning", "wrong"  # wrong: as it is, no VM starts
 PLENTY_OF_SPACE = 2 * GIB
-SMALLEST_TIME = 1764028800  # 2025-11-25: no clock that is right shows less
 
 
 @record
@@ -9744,17 +9659,7 @@ def examine_names(patient: Patient) -> str:
     return f"this host asks {address} for them"
 
 
-# -- the rest, and all of it
-
-
-def examine_clock(patient: Patient) -> str:
-    """Certificates aren't valid yet where the clock is behind."""
-    now = time.time()
-    text = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now))
-    if now < max(SMALLEST_TIME, os.stat(program_path()).st_mtime) - 86400:
-        patient.tell(WARNING, f"it shows {text}, and is behind: downloads will fail", "sudo timedatectl set-ntp true")
-    return text
-
+# -- all of it
 
 Check = Callable[[Patient], str]  # tells the patient what isn't well; the words for all is well
 
@@ -9775,7 +9680,6 @@ CHECKS: dict[str, Check] = {
     "private-subnet": examine_private_subnet,
     "way-out": examine_way_out,
     "inotify": examine_inotify,
-    "clock": examine_clock,
     "bridge": examine_bridge,
 }
 BRIDGE_CHECKS: dict[str, Check] = {  # where there is one, or where there ought to be
@@ -10865,13 +10769,8 @@ def answer_bash(config: Config, line: str = "", replaced: str = "") -> list[str]
 
 def answer_zsh(config: Config, *words: str) -> list[str]:
     typed = Typed(config, words)
-    options = typed.command.options if typed.command else ()
-    valued = {name for each in options if each.value and not each.is_optional for name in each.names if name[1] == "-"}
-    rows = []
-    for word, help in typed.words.items():
-        escaped = re.sub(r"[\\:]", r"\\\g<0>", word) + ("=" if word in valued else "")
-        rows.append(f"{escaped}:{help}" if help else escaped)
-    return [typed.files, typed.prefix, *rows]
+    escaped = {re.sub(r"[\\:]", r"\\\g<0>", word): help for word, help in typed.words.items()}
+    return [typed.files, typed.prefix, *(f"{word}:{help}" if help else word for word, help in escaped.items())]
 
 
 def answer_fish(config: Config, *words: str) -> list[str]:
@@ -11469,14 +11368,8 @@ def undo_installation(installation: Installation) -> None:
 
 def check_nothing_runs() -> None:
     """Raise WrongState, naming them, where VMs or groups run, whoever's they are."""
-    units, running = active_groups(), []
-    for pid in filter(str.isdigit, names_in("/proc")):
-        if is_our_qemu(process_file(int(pid), "cmdline")):
-            try:
-                folder, user = os.readlink(f"/proc/{pid}/cwd"), user_name(os.stat(f"/proc/{pid}").st_uid)
-            except OSError:
-                continue  # it has ended
-            running.append(f"{'/'.join(folder.split('/')[-3:])} of {user}")
+    units, ours = active_groups(), [each for each in qemus() if each.is_ours and each.folder]
+    running = [f"{'/'.join(each.folder.split('/')[-3:])} of {user_name(each.uid)}" for each in ours]
     if units or running:
         stop = f"systemctl stop {' '.join(units)}" if units else "vmstop -g GROUP stops a group and keeps it"
         raise WrongState(f"VMs are running: {', '.join((*units, *sorted(running)))}; nothing was changed", stop)

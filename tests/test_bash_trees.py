@@ -98,17 +98,15 @@ def tree(cloud: Cloud, vms: None) -> Cloud:
 WAYS = {
     "telnet": ("{base}", ["-hda", "{folder}/web00_0.img", "-monitor", "telnet:127.0.0.1:{port},server,nowait"]),
     "unix": ("{base}", ["-drive", "file=pf/web/web00/web00_0.img,if=virtio", "-monitor", "unix:m.sock,server,nowait"]),
-    "qmp": ("{folder}", ["-drive", "if=virtio,file=web00_0.img", "-qmp", "unix:{folder}/q.sock,server=on,wait=off"]),
     "left its folder": (
         "{folder}",
         ["-drive", "file=web00_0.img", "-daemonize", "-monitor", "telnet:localhost:{port},server=on,wait=off"],
     ),
-    "chardev": (
+    "blockdev": (
         "/",
         [
             *("-blockdev", "driver=qcow2,node-name=d,file.driver=file,file.filename={folder}/web00_0.img"),
-            *("-device", "virtio-blk-pci,drive=d", "--chardev", "socket,id=m,path={folder}/m.sock,server=on,wait=off"),
-            *("--mon", "chardev=m,mode=readline"),
+            *("-device", "virtio-blk-pci,drive=d", "--monitor", "unix:{folder}/m.sock,server=on,wait=off"),
         ],
     ),
     "a pidfile": ("{base}", ["pf/web/web00/web00_0.img", "-pidfile", "{folder}/web00.pid", "-monitor", "none"]),

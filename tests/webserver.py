@@ -193,14 +193,11 @@ def announce(length: int) -> Trick:
     return trick
 
 
-def drip(stop: threading.Event, headers: bool = False) -> Trick:
-    """A byte now and then, for ever: of the body, or even of the headers."""
+def drip(stop: threading.Event) -> Trick:
+    """A byte of the body now and then, for ever."""
 
     def trick(handler: Handler) -> bool:
-        if headers:
-            handler.wfile.write(b"HTTP/1.0 200 OK\r\nX-Long: ")
-        else:
-            handler.answer(200, 1 << 30, [])
+        handler.answer(200, 1 << 30, [])
         while not stop.wait(0.1):
             handler.wfile.write(b"x")
         return True

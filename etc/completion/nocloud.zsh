@@ -4,19 +4,18 @@
 
 _nocloud() {
     local program=nocloud name=${service:t} found=1
-    local -a answer plain valued
+    local -a answer offered
     if [[ $name == nocloud(|.*) ]]; then program=${~${(Q)words[1]}}; fi
     # The answer: file or folder, or nothing; what the current word begins with before its value; a line for each word,
-    # WORD:HELP, with = after an option that takes a value.
+    # WORD:HELP.
     answer=("${(@f)$("$program" complete zsh "$name" "${(@Q)words[2,CURRENT-1]}" "${(Q)PREFIX}" 2>/dev/null)}")
     compset -p ${#answer[2]}
     case $answer[1] in
         file) _files && found=0 ;;
         folder) _files -/ && found=0 ;;
     esac
-    plain=(${answer[3,-1]:#--*=(|:*)})
-    valued=(${${(M)answer[3,-1]:#--*=(|:*)}/=/})
-    _describe -t words word plain -- valued -qS = && found=0
+    offered=($answer[3,-1])
+    _describe -t words word offered && found=0
     return found
 }
 
