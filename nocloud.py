@@ -20,6 +20,7 @@ Modules that only some commands need are imported where they are used: a listing
     Networks                         what both kinds share: taps, addresses, dnsmasq and what it knows
     The private network              namespaces of our own, the way out, ports inside
     The host's bridge                root's side: bridge, firewalls, DHCP; and the user's
+    Ports                            ports of this host that lead to VMs, and the process that forwards them
     Identity                         MAC, keys, credentials and seeds; ssh's options
     Catalogue and downloads          what there is to have, and getting it verified
     Templates                        making, changing, deleting them; layers
@@ -682,6 +683,9 @@ INTERFACE_NAME = matching(
     "[A-Za-z0-9][A-Za-z0-9._-]{0,14}", "a network interface's name: at most 15 letters, digits, '.', '_' and '-'"
 )
 UUID = matching("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", "a UUID")
+_PORT = "(?:[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+_PUBLISHED = rf"(?:[0-9.]+:)?{_PORT}:(?!0+\b){_PORT}"
+PORTS = matching(rf"({_PUBLISHED}(,{_PUBLISHED})*)?", "[IP:]HOST:GUEST, ports of TCP (no others), comma-separated")
 IMAGE_FORMATS = matching("(qcow2|raw)(,(qcow2|raw))*", "qcow2 or raw for each disk, comma-separated")
 MACHINE_TYPE = matching("[A-Za-z0-9][A-Za-z0-9._+-]{0,63}", "a machine type of qemu, as pc-q35-7.2")
 MEMORY_MB = whole_number(16, 16 * 1024 * 1024, "MB")
@@ -742,6 +746,7 @@ SETTINGS = (
     Setting("vmKernel", any_text, "", "vm", "a kernel to boot directly", inherited=True),
     Setting("vmInitrd", any_text, "", "vm", "its initial ramdisk", inherited=True),
     Setting("vmAppend", any_text, "", "vm", "its command line", inherited=True),
+    Setting("vmPorts", PORTS, "", "vm", "ports of this host that lead to it: IP:HOST:GUEST, comma-separated"),
     Setting("vmSource", any_text, "", "vm", "where a template came from"),
     Setting("vmChecksum", any_text, "", "vm", "the checksum of what it was made from"),
     *(
@@ -4414,6 +4419,270 @@ def group_command(gid: int, user: str = "") -> str:
     return f"sudo usermod -aG {group} {user or user_name()}  # and log in again"
 
 
+# Ports ###############################################################################################
+#
+# A port of this host that leads to one of a VM's.  Whoever starts the VM opens the listener, outside, and hands it to
+# the network's forwarder: a process of ours that runs where the VMs are, and ends with the last VM that has a port.
+
+
+def parse_ports(text: str) -> list[tuple[str, int, int]]:
+    """(IP, port of the host or 0, port of the guest) of each that vmPorts names."""
+    words = (["127.0.0.1", *each.split(":")][-3:] for each in text.split(",") if each)
+    return [(ip, int(host), int(guest)) for ip, host, guest in words]
+
+
+def join_ports(ports: Iterable[tuple[str, int, int]]) -> str:
+    return ",".join(f"{ip}:{host}:{guest}" for ip, host, guest in ports)
+
+
+def numbered_ports(text: str, number: int) -> str:
+    """The ports of the VM of that number in a set of clones: HOST counts up.  Raises UsageError after the last one."""
+    ports = join_ports((ip, host and host + number, guest) for ip, host, guest in parse_ports(text))
+    return str(checked(PORTS, ports, f"port={ports}"))
+
+
+def free_ports(tree: Tree, ports: Sequence[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+    """`ports` with a number for each HOST 0, to be kept: no VM's, and below those of outgoing connections (32768).
+
+    Call it under the tree's lock.
+    """
+    taken = {host for vm in tree.vms() if vm.is_readable() for _, host, _ in parse_ports(vm.get("vmPorts"))}
+    taken |= set(map(int, re.findall(r":([0-9]+) ", run(["ss", "-Hltn"]).stdout)))
+    free = (number for number in range(20000, 32768) if number not in taken)
+    return [(ip, host or next(free), guest) for ip, host, guest in ports]
+
+
+def clash(one: str, other: str) -> bool:
+    """Whether the same port can't be opened at both addresses of this host."""
+    return one == other or "0.0.0.0" in (one, other)
+
+
+def listen(tree: Tree, ip: str, host: int) -> socket.socket:
+    """A listener of this host.  Raises Error, which says who has the port where that can be known.
+
+    One that is taken is tried for a second: it may be a VM's that has ended just now.
+    """
+    import errno
+    import socket as sockets
+
+    what = f"port {host} of {ip} can't be published"
+    for _ in range(50):
+        try:
+            return sockets.create_server((ip, host), backlog=4096)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                hint = f"sudo sysctl -w net.ipv4.ip_unprivileged_port_start={host}"
+                reason = str(error.strerror).partition(" (")[0]
+                raise Error(f"{what}: {reason}", hint if error.errno == errno.EACCES else "") from None
+        time.sleep(0.02)
+    raise Error(f"{what}: {port_owner(tree, ip, host)} has it", "publish another one")
+
+
+def port_owner(tree: Tree, ip: str, host: int) -> str:
+    """Who listens at a port of this host: a VM, or the process that ss(8) shows, if it is this user's."""
+    for vm in tree.running():
+        ports = parse_ports(vm.get("vmPorts")) if vm.is_readable() else []
+        if any(host == its and clash(ip, at) for at, its, _ in ports):
+            return vm.full_name
+    shown = re.search(r'\(\("(.+?)",pid=(\d+)', run(["ss", "-Hltnp", f"sport = :{host}"], check=False).stdout)
+    return f"{shown[1]} (process {shown[2]})" if shown else "another user"
+
+
+class Forwarder:
+    """The way to the process that forwards the ports of a network's VMs: a socket in a folder of `.net`.
+
+    Someone is behind it as long as it can be connected to; who ends properly removes it.
+    """
+
+    def __init__(self, tree: Tree, network: Network) -> None:
+        self.tree, self.network = tree, network
+        self.folder = os.path.join(tree.base, ".net", f"ports-{network.kind}")
+        self.path, self.log_file = (os.path.join(self.folder, name) for name in ("socket", "log"))
+
+    def is_there(self) -> bool:
+        try:
+            connect_unix(self.folder, "socket", 30).close()
+        except (QMPClosed, FileNotFoundError):
+            return False
+        return True
+
+    def ask(self, text: str, *fds: int) -> set[str]:
+        """Tell it something; the ports that it serves then, as IP:HOST.  Raises Error where it doesn't answer.
+
+        With a listener for it, `fds`, it is started where it isn't there.
+        """
+        import socket as sockets
+
+        if not fds and not self.is_there():
+            return set()
+        with FolderLock(self.folder, make=True):  # under which it ends, too
+            if not self.is_there():
+                self._start()
+            with connect_unix(self.folder, "socket", 30) as control:
+                sockets.send_fds(control, [text.encode()], fds)
+                answer = b"".join(iter(lambda: control.recv(65536), b"")).decode()
+        if not answer:
+            raise Error(f"ports are not forwarded: {last_line(read_tail(self.log_file)) or 'no answer'}")
+        return set(answer.split()[1:])
+
+    def _start(self) -> None:
+        import socket as sockets
+
+        remove_file(self.path)
+        place = os.open(self.folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        with sockets.socket(sockets.AF_UNIX) as control:
+            control.bind(f"/proc/self/fd/{place}/socket")
+            control.listen()
+            os.close(place)
+            words = self_argv("forward", self.network.kind, str(control.fileno()))
+            environment = {"NOCLOUD_vmBaseDir": self.tree.base}
+            spawn(words, log=self.log_file, cwd="/", fds=[control.fileno()], env=environment)
+
+    def open(self, stack: Any, ports: Iterable[tuple[str, int, int]]) -> dict[str, tuple[int, socket.socket]]:
+        """IP:HOST → (the port of the guest, a listener, which the ExitStack closes)."""
+        return {f"{ip}:{host}": (guest, stack.enter_context(listen(self.tree, ip, host))) for ip, host, guest in ports}
+
+    def serve(self, vm: VM, listeners: Mapping[str, tuple[int, socket.socket]]) -> None:
+        """Hand it the listeners of a VM that runs."""
+        for place, (guest, listener) in listeners.items():
+            address = self.network.address(vm) or vm.full_name
+            self.ask(f"serve {place} {guest} {vm.state()[1]} {address}", listener.fileno())
+
+    def mend(self, vm: VM) -> None:
+        """Have it serve what it doesn't, though the VM runs; what can't be is said."""
+        import contextlib
+
+        try:
+            with contextlib.ExitStack() as stack:
+                served = self.ask("list")
+                ports = [each for each in parse_ports(vm.get("vmPorts")) if f"{each[0]}:{each[1]}" not in served]
+                self.serve(vm, self.open(stack, ports))
+        except (Error, OSError) as error:
+            report.warn(f"{vm}: {error}")
+
+    def end(self) -> bool:
+        """For the process itself, when it has nothing to do: leave nothing behind, unless someone is about to ask."""
+        try:
+            with FolderLock(self.folder, wait=0):
+                remove_tree(self.folder)
+        except (WrongState, FileNotFoundError):
+            return not os.path.exists(self.folder)
+        remove_empty(os.path.dirname(self.folder))
+        return True
+
+
+class Forwarding:
+    """What the forwarder does, in one thread.  `close` ends what it serves, by IP:HOST."""
+
+    def __init__(self, forwarder: Forwarder, control: socket.socket) -> None:
+        import asyncio
+        import resource
+
+        self.forwarder, self.control = forwarder, control
+        self.close: dict[str, Callable[[], None]] = {}
+        self.most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (self.most, self.most))
+        self.loop = asyncio.new_event_loop()
+        self.loop.add_reader(control, self._asked)
+
+    def run(self) -> None:
+        trim_memory()
+        while self.close or not self.forwarder.end():
+            self.loop.call_later(0.05, self._rest)
+            self.loop.run_forever()
+
+    def _rest(self) -> None:
+        if not self.close:
+            self.loop.stop()
+
+    def _asked(self) -> None:
+        """Someone connects who asks something, Forwarder.ask(), or only whether we live."""
+        import socket as sockets
+
+        with self.control.accept()[0] as asker:
+            asker.settimeout(5)
+            text, fds, _, _ = sockets.recv_fds(asker, 4096, 1)
+            if not text:
+                return
+            verb, *words = text.decode().split()
+            if verb == "serve":
+                self._serve(sockets.socket(fileno=fds[0]), *words)
+            elif verb == "drop":
+                self._drop(words[0])
+            asker.sendall(" ".join([verb, *self.close]).encode())
+
+    def _drop(self, place: str) -> None:
+        if place in self.close:
+            self.close.pop(place)()
+            self.loop.call_later(0.05, self._rest)  # what came by it has to end, too
+
+    def _serve(self, listener: socket.socket, place: str, port: str, pid: str, address: str) -> None:
+        """Join what comes to `listener` to a port of the VM whose qemu is the process `pid`, as long as that runs."""
+        process = Process(int(pid))
+        links: set[Any] = set()
+
+        def accept() -> None:
+            try:
+                client = listener.accept()[0]
+            except OSError:
+                return  # it has hung up already
+            if client.fileno() > self.most - 16:  # the lowest number that is free: so many are in use
+                client.close()
+                return
+            link = self.loop.create_task(self._join(client, address, int(port)))
+            links.add(link)
+            link.add_done_callback(links.discard)
+
+        def close() -> None:
+            for each in (listener, process):
+                self.loop.remove_reader(each)
+                each.close()
+            for link in links:
+                link.cancel()
+
+        self._drop(place)
+        self.close[place] = close
+        listener.setblocking(False)
+        self.loop.add_reader(listener, accept)
+        self.loop.add_reader(process, self._drop, place)
+
+    async def _join(self, client: socket.socket, address: str, port: int) -> None:
+        """Join a connection to one of the guest's until both directions have ended; where that can't be, reset both.
+
+        By recv and send: splice(2), through pipes of 64 KB or of 1 MB, was not faster when it was measured.
+        """
+        import asyncio
+        import socket as sockets
+
+        async def flow(source: socket.socket, sink: socket.socket) -> None:
+            while data := await self.loop.sock_recv(source, RELAY_BYTES):
+                await self.loop.sock_sendall(sink, data)
+                await asyncio.sleep(0)  # the others' turn: neither waits where it needn't
+            sink.shutdown(sockets.SHUT_WR)
+
+        with client, sockets.socket() as guest:
+            for end in (client, guest):
+                end.setblocking(False)
+                end.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_NODELAY, 1)
+                end.setsockopt(sockets.SOL_SOCKET, sockets.SO_KEEPALIVE, 1)
+                end.setsockopt(sockets.SOL_SOCKET, sockets.SO_LINGER, struct.pack("ii", 1, 0))  # to close is to reset
+            try:
+                if not is_ipv4(address):  # only DHCP knows it
+                    address = self.forwarder.network.address(self.forwarder.tree.need(address))
+                await self.loop.sock_connect(guest, (address, port))
+                flows = [self.loop.create_task(flow(*ends)) for ends in ((client, guest), (guest, client))]
+                try:
+                    await asyncio.gather(*flows)
+                finally:
+                    for each in flows:
+                        each.cancel()
+                    await asyncio.gather(*flows, return_exceptions=True)
+            except (OSError, Error):
+                return
+            for end in (client, guest):
+                end.setsockopt(sockets.SOL_SOCKET, sockets.SO_LINGER, struct.pack("ii", 0, 0))
+
+
 # Identity ############################################################################################
 #
 # Who a VM is: UUID, MAC, host key, login keys, hostname; and how ssh is called so that it checks that.
@@ -6588,6 +6857,7 @@ class Cloud:
         self.private = PrivateNetwork(self.tree)
         self.bridge = HostBridge(config, self.tree)
         self._networks: dict[str, Network] = {"private": self.private, "bridge": self.bridge}
+        self.forwarders = {kind: Forwarder(self.tree, network) for kind, network in self._networks.items()}
 
     @functools.cache
     def qemu(self) -> Qemu:
@@ -6629,6 +6899,17 @@ class Cloud:
         """Which network a VM is on.  The bash tools knew the host's bridge only."""
         return "bridge" if vm.foreign_qemu() else self.chosen_network(vm.get("vmNetwork"))
 
+    def forwarder(self, vm: VM) -> Forwarder:
+        """What forwards the ports of a VM."""
+        return self.forwarders[self.network_kind(vm)]
+
+    def mend_ports(self) -> None:
+        """Where a forwarder was killed, have another one do what it did."""
+        lost = [kind for kind, each in self.forwarders.items() if os.path.exists(each.path) and not each.is_there()]
+        for vm in self.tree.running() if lost else ():
+            if vm.is_readable() and vm.get("vmPorts") and self.network_kind(vm) in lost:
+                self.forwarder(vm).mend(vm)
+
     def chosen_network(self, wanted: str) -> str:
         """bridge or private, for a vmNetwork: `auto` is what this host has now."""
         if wanted != "auto":
@@ -6642,6 +6923,7 @@ class Cloud:
 
     def __enter__(self) -> Cloud:
         self.private.tend()
+        self.mend_ports()
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -6698,6 +6980,7 @@ CLONE_OPTIONS = (
     CloneOption("dsk", "GB,GB", "disks", "extra disks, in GB (vdb, vdc, …)", disk_sizes),
     CloneOption("name", "PREFIX", "prefix", "what the names begin with; without it a name is a UUID", name_prefix),
     CloneOption("user-data", "FILE", "user_data", "a file for cloud-init", read_user_data),
+    CloneOption("port", "[IP:]HOST:GUEST", "vmPorts", "ports of this host that lead to it; HOST counts up per VM"),
     CloneOption("gui", "", "vmGui", "with a screen"),
 )
 CLONE_OPTION = {option.name: option for option in CLONE_OPTIONS}
@@ -6797,8 +7080,10 @@ class NewClone:
 def check_requests(cloud: Cloud, group: str, requests: Sequence[CloneRequest], force: bool) -> None:
     """Everything that can be known before the first VM is made; each error names its FILE:LINE."""
     checked_group(group)
+    asked: list[tuple[str, int, str]] = []
     for request in requests:
         try:
+            check_ports(cloud.tree, request, asked)
             template = cloud.tree.need_template(request.template)
             check_clonable(template)
             check_collision(cloud.tree, group, request.type)
@@ -6837,6 +7122,17 @@ def check_clonable(template: VM) -> None:
             "make it again: vmtemplate NAME --image FILE",
             vm=template,
         )
+
+
+def check_ports(tree: Tree, request: CloneRequest, asked: list[tuple[str, int, str]]) -> None:
+    """Raise where a port is another VM's of the same description (`asked`: by whom), or isn't to be had now."""
+    for number in range(request.count):
+        for ip, host, _ in parse_ports(numbered_ports(request.settings.get("vmPorts", ""), number)):
+            others = [who for at, its, who in asked if host and host == its and clash(ip, at)]
+            if others:
+                raise UsageError(f"port={host}: {others[0]} asks for port {host} of {ip} too")
+            asked.append((ip, host, request.origin or "another of the VMs"))
+            listen(tree, ip, host).close()
 
 
 def check_disk_size(template: VM, gigabytes: int) -> None:
@@ -6936,12 +7232,14 @@ def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: 
             check_collision(tree, group, request.type)  # again, now that nobody else can make one
             template = tree.need_template(request.template)
             format = known_formats(template)[0]
-            for name in next_names(names, request):
+            for number, name in enumerate(next_names(names, request)):
                 uuid, mac = new_identity(taken.macs)
                 clone = NewClone(VM(tree, group, request.type, name or uuid), template, request, uuid, format)
                 clones.append(clone)
                 address = cloud.network(kind).allot(taken.addresses, uuid)
-                _reserve_one(clone, {"vmUuid": uuid, "vmNetwork": kind, "vmMac": mac, "vmAddress": address})
+                ports = numbered_ports(request.settings.get("vmPorts", ""), number)
+                own = {"vmUuid": uuid, "vmNetwork": kind, "vmMac": mac, "vmAddress": address, "vmPorts": ports}
+                _reserve_one(clone, own if ports else {key: own[key] for key in own if key != "vmPorts"})
     return orphans
 
 
@@ -7229,29 +7527,35 @@ def start_locked(
     cloud: Cloud, vm: VM, layer: Layer | None, iso: str = "", gui: bool = False, tied: bool = False
 ) -> None:
     """What `start` does, for who holds the lock of a VM that is stopped.  `tied`: it ends when this process does."""
+    import contextlib
+
     remove_runtime_files(vm)
     ensure_identity(cloud, vm)
-    network = cloud.network_of(vm)
-    tap, vhost = network.tap()
-    try:
-        network.publish(vm)
-        launch(vm, describe_machine(cloud, vm, iso, gui, layer), network, tap, vhost, tied)
-    finally:
+    network, forwarder = cloud.network_of(vm), cloud.forwarder(vm)
+    with contextlib.ExitStack() as stack:
+        listeners = forwarder.open(stack, parse_ports(vm.get("vmPorts")))
+        tap, vhost = network.tap()
         for fd in (tap, vhost):
             if fd >= 0:
-                os.close(fd)
+                stack.callback(os.close, fd)
+        network.publish(vm)
+        launch(vm, describe_machine(cloud, vm, iso, gui, layer), network, tap, vhost, tied)
+        forwarder.serve(vm, listeners)
 
 
 def ensure_identity(cloud: Cloud, vm: VM) -> None:
-    """A VM that bash made may have no UUID, MAC or address: they are made now, and kept."""
+    """A VM that bash made may have no UUID, MAC or address: they are made now, and kept; as is a port that is free."""
     kind = cloud.chosen_network(vm.get("vmNetwork"))
-    fits = cloud.network(kind).fits(vm.get("vmAddress"))
-    if fits and vm.get("vmUuid") and vm.get("vmMac") and vm.conf.get("vmNetwork") == kind:
+    fits, ports = cloud.network(kind).fits(vm.get("vmAddress")), parse_ports(vm.get("vmPorts"))
+    chosen = all(host for _, host, _ in ports)
+    if fits and chosen and vm.get("vmUuid") and vm.get("vmMac") and vm.conf.get("vmNetwork") == kind:
         return
     with cloud.tree.lock():
         taken = Taken(cloud.tree)
         uuid = vm.get("vmUuid") or new_identity(taken.macs)[0]
         changes = {"vmUuid": uuid, "vmMac": vm.get("vmMac") or mac_of_uuid(uuid), "vmNetwork": kind}
+        if not chosen:
+            changes["vmPorts"] = join_ports(free_ports(cloud.tree, ports))
         if not fits:
             changes["vmAddress"] = cloud.network(kind).allot(taken.addresses, uuid)
         vm.write_conf({key: value for key, value in changes.items() if value != vm.conf.get(key)})
@@ -7580,6 +7884,7 @@ def ssh_argv(cloud: Cloud, vm: VM, trust: Sequence[str], keys: Sequence[str], ba
     quiet = ["-F", "none", *ssh_options(BatchMode="yes", ConnectTimeout="20")] if batch else []
     return [
         "ssh", *quiet, *ssh_options(ControlPath="none", HostKeyAlias=vm.get("vmUuid")), *trust, *keys,
+        *ssh_options(ServerAliveInterval="15"),  # a VM that is switched off closes no connection: ssh ends, after 45 s
         *ssh_way(network), "-l", vm.get("vmUser"), network.address(vm),
     ]  # fmt: skip
 
@@ -8394,6 +8699,8 @@ class Supervisor:
         member = self._members[vm.folder] = Member(vm, process)
         self._selector.register(process, selectors.EVENT_READ, lambda: self._gone(member))
         report.log(f"{vm.name} has console vmconsole -n {vm.name} -g {vm.group} -t {vm.type}")
+        for ip, host, guest in parse_ports(vm.get("vmPorts")):
+            report.log(f"{vm.name} has port {ip}:{host} for its port {guest}")
         if self.goal == RUN:
             result = result_of(lambda vm: self.cloud.network_of(vm).open(), vm)
             if isinstance(result, Error):
@@ -8418,6 +8725,7 @@ class Supervisor:
         if self.goal != RUN or self._starting or time.monotonic() < self._look_at:
             return
         self._look_at = time.monotonic() + LOOK_SECONDS
+        self.cloud.mend_ports()
         for vm in self.cloud.tree.vms(self.group):
             if vm.folder not in self._members and vm.is_running():
                 self._adopt(vm, "has joined")
@@ -9726,6 +10034,58 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
         return supervise(cloud, group, requests, bool(requests) and not args.add, args.gui, background)
 
 
+@declare(
+    Command("port", "vmport", "[[IP:]HOST:GUEST]"),
+    Option("-n --name NAME", "the VM: NAME, GROUP/NAME or GROUP/TYPE/NAME", complete="vm"),
+    GROUP,
+    TYPE,
+    Option("-L --list", "list published ports: NAME GROUP/TYPE IP:HOST GUEST"),
+    Option("--delete", "publish it no more"),
+)
+def cmd_port(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+    """publish a VM's TCP ports on this host, until it is destroyed: 8080:80, on 127.0.0.1 if no IP is said"""
+    with Cloud(config) as cloud:
+        vm = cloud.tree.need(args.name, args.group, args.type, first=VM.is_running) if args.name is not None else None
+        if args.list:
+            no_more(words)
+            for each in [vm] if vm else cloud.tree.vms(args.group or "", args.type or ""):
+                for ip, host, guest in parse_ports(each.get("vmPorts")) if each.is_readable() else ():
+                    report.data(f"{each.name} {each.place} {ip}:{host} {guest}")
+            return
+        if not vm:
+            raise UsageError("which VM? give -n NAME", "vmport -L lists what is published")
+        asked = checked(PORTS, one_operand(words, "[IP:]HOST:GUEST"), repr(words[0]))
+        with FolderLock(vm.folder):
+            vm.reread()
+            new = change_ports(cloud, vm, parse_ports(asked), args.delete)
+        for ip, host, guest in new:
+            report.data(f"{vm.name} {vm.place} {ip}:{host} {guest}")
+
+
+def change_ports(
+    cloud: Cloud, vm: VM, asked: Sequence[tuple[str, int, int]], delete: bool
+) -> Sequence[tuple[str, int, int]]:
+    """Publish these ports of a VM too, or no more, at once where it runs; the new ones.  For who holds its lock."""
+    import contextlib
+
+    has, forwarder = parse_ports(vm.get("vmPorts")), cloud.forwarder(vm)
+    if vm.is_running():
+        forwarder.mend(vm)  # of a VM that was started by hand, perhaps
+    new = [each for each in asked if each not in has]
+    if delete and new:
+        raise NotFound(f"{join_ports(new)} is not published", "vmport -L lists what is", vm=vm)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(cloud.tree.lock())
+        kept, new = ([each for each in has if each not in asked], []) if delete else (has, free_ports(cloud.tree, new))
+        listeners = forwarder.open(stack, new)
+        if vm.is_running():
+            forwarder.serve(vm, listeners)
+        vm.write_conf({"vmPorts": join_ports([*kept, *new])})
+        for ip, host, _ in asked if delete else ():
+            forwarder.ask(f"drop {ip}:{host}")
+    return new
+
+
 @declare(Command("running", "vmrunning"), GROUP, TYPE, Option("-a --all", "the stopped ones too, with their state"))
 def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """list running VMs: NAME GROUP/TYPE IP"""
@@ -10064,6 +10424,18 @@ def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> Non
                 f"{path}: is there and is no symlink; it is kept", "move it away, or choose another folder"
             )
         os.symlink(program, path)
+
+
+@declare(Command("forward", operands="private|bridge FD", hidden=True))
+def cmd_forward(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+    """forward the ports of a network's VMs that are handed over at the socket FD"""
+    import socket as sockets
+
+    cloud = Cloud(config)
+    if words[0] == "private":
+        cloud.private.namespaces().enter()
+    trim_memory()
+    Forwarding(cloud.forwarders[words[0]], sockets.socket(fileno=int(words[1]))).run()
 
 
 @declare(Command("configure", operands="VM...", hidden=True))
