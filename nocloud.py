@@ -682,6 +682,7 @@ MAC_ADDRESS = matching("[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}", "six pairs of hexad
 INTERFACE_NAME = matching(
     "[A-Za-z0-9][A-Za-z0-9._-]{0,14}", "a network interface's name: at most 15 letters, digits, '.', '_' and '-'"
 )
+HOST_NAME = matching("[A-Za-z0-9][A-Za-z0-9._-]{0,252}", "an address or a name")
 UUID = matching("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", "a UUID")
 _PORT = "(?:[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
 _PUBLISHED = rf"(?:[0-9.]+:)?{_PORT}:(?!0+\b){_PORT}"
@@ -2763,6 +2764,9 @@ class Network:
         """(words, descriptors to pass on) that run `argv` where the network is."""
         return list(argv), []
 
+    def move_in(self) -> None:
+        """Put this process, of one thread, where the network is, and where names resolve as its VMs resolve them."""
+
     def allot(self, taken: set[str], uuid: str) -> str:
         """A free address for the VM, added to `taken`; '' where the network's DHCP server decides."""
         return ""
@@ -3055,7 +3059,7 @@ BRIDGE = "nocloud"  # the bridge inside the private network
 
 # -- namespaces, entered by descriptors
 
-CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000  # linux/sched.h
+CLONE_NEWUSER, CLONE_NEWNET, CLONE_NEWNS = 0x10000000, 0x40000000, 0x20000  # linux/sched.h
 
 
 def trim_memory() -> None:
@@ -3415,7 +3419,7 @@ class PrivateNetwork(Network):
         for name in ("dnsmasq.pid", "pasta.pid"):
             stop_daemon(self.file(name))
         end_process(self.holder)
-        for name in ("holder.pid", "dnsmasq.log", "pasta.log", "kept"):
+        for name in ("holder.pid", "dnsmasq.log", "pasta.log", "kept", "resolv.conf", "nsswitch.conf"):
             remove_file(self.file(name))
 
     def down_if_unused(self) -> None:
@@ -3518,6 +3522,29 @@ class PrivateNetwork(Network):
         program = find_program(argv[0]) or argv[0]
         return ["nsenter", *ways, "--preserve-credentials", "--", program, *argv[1:]], [spaces.user, spaces.net]
 
+    def move_in(self) -> None:
+        """In a mount namespace: glibc asks dnsmasq, and neither systemd-resolved nor nscd, which are outside."""
+        self.namespaces().enter()
+        try:
+            libc_call("unshare", CLONE_NEWNS)
+            for folder in filter(os.path.isdir, ("/run/systemd/resolve", "/run/nscd")):
+                run(["mount", "-n", "-t", "tmpfs", "tmpfs", folder])
+            self._replace("/etc/resolv.conf", f"search {DOMAIN}\nnameserver {self.subnet()}.1\n")
+            if os.path.exists("/etc/nsswitch.conf"):  # musl has none
+                lines = read_text("/etc/nsswitch.conf")
+                self._replace("/etc/nsswitch.conf", re.sub(r"(?m)^\s*hosts:.*", "hosts: files dns", lines))
+        except (OSError, Error) as error:
+            report.warn(f"names of VMs don't resolve: {error}")
+
+    def _replace(self, path: str, text: str) -> None:
+        """Have a file be another one in this mount namespace; it may be a link into a folder that is hidden here."""
+        place, own = os.path.realpath(path), self.file(os.path.basename(path))
+        if not os.path.exists(place):
+            write_file(place, text, 0o644)
+        else:
+            write_file(own, text, 0o644)
+            run(["mount", "-n", "--bind", own, place])
+
     def proxy_command(self) -> str:
         """ssh runs outside: inside, root's files in ssh_config.d look foreign to it, and the home is root's."""
         import shlex
@@ -3534,7 +3561,10 @@ class PrivateNetwork(Network):
         """
         import socket as sockets
 
-        self.namespaces().enter()
+        if is_ipv4(address):
+            self.namespaces().enter()
+        else:
+            self.move_in()
         connection = sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM)
         try:
             connection.settimeout(30)
@@ -4649,13 +4679,13 @@ class Forwarding:
     async def _join(self, client: socket.socket, address: str, port: int) -> None:
         """Join a connection to one of the guest's until both directions have ended; where that can't be, reset both.
 
-        By recv and send: splice(2), through pipes of 64 KB or of 1 MB, was not faster when it was measured.
+        By recv and send: splice(2), through pipes of 64 KB or 1 MB, was no faster when it was measured.
         """
         import asyncio
         import socket as sockets
 
         async def flow(source: socket.socket, sink: socket.socket) -> None:
-            while data := await self.loop.sock_recv(source, RELAY_BYTES):
+            while data := await self.loop.sock_recv(source, MIB):
                 await self.loop.sock_sendall(sink, data)
                 await asyncio.sleep(0)  # the others' turn: neither waits where it needn't
             sink.shutdown(sockets.SHUT_WR)
@@ -4669,6 +4699,8 @@ class Forwarding:
             try:
                 if not is_ipv4(address):  # only DHCP knows it
                     address = self.forwarder.network.address(self.forwarder.tree.need(address))
+                    if not address:  # connect(2) would take none for this host
+                        return
                 await self.loop.sock_connect(guest, (address, port))
                 flows = [self.loop.create_task(flow(*ends)) for ends in ((client, guest), (guest, client))]
                 try:
@@ -10086,7 +10118,17 @@ def change_ports(
     return new
 
 
-@declare(Command("running", "vmrunning"), GROUP, TYPE, Option("-a --all", "the stopped ones too, with their state"))
+WAYS_IN = """\
+From this host into a VM: vmssh VM; a port that is published (vmport); on a private network nocloud net exec CMD; and,
+for a browser that sees all VMs by their names, vmssh VM -N -D 1080, with socks5h://127.0.0.1:1080 as its proxy."""
+
+
+@declare(
+    Command("running", "vmrunning", more=lambda: WAYS_IN),
+    GROUP,
+    TYPE,
+    Option("-a --all", "the stopped ones too, with their state"),
+)
 def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """list running VMs: NAME GROUP/TYPE IP"""
     with Cloud(config) as cloud:
@@ -10272,10 +10314,12 @@ def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> None:
             if not rest:
                 raise UsageError("which command?", "nocloud net exec CMD...")
             network: Network = bridge if args.bridge else private
-            if args.tap:
-                open_tap(network)
-            argv, fds = network.enter(rest)
             need_program(rest[0])
+            if not args.tap:
+                network.move_in()
+                become(rest)
+            open_tap(network)
+            argv, fds = network.enter(rest)
             for fd in fds:
                 os.set_inheritable(fd, True)
             become(argv)
@@ -10342,7 +10386,7 @@ def address_and_port(words: Sequence[str]) -> tuple[str, int]:
     if len(words) != 2 or not words[0]:
         raise UsageError("connect takes an address and a port", "nocloud net connect 10.88.0.2 22")
     address, port = words
-    return checked(ipv4_address, address, repr(address)), checked(whole_number(1, 65535), port, repr(port))
+    return checked(HOST_NAME, address, repr(address)), checked(whole_number(1, 65535), port, repr(port))
 
 
 def running_vm_of_options(cloud: Cloud, args: argparse.Namespace) -> VM:

@@ -617,7 +617,7 @@ OPTIONS = (
         ("vmtemplate new --insecure", 2, "--insecure goes with --image", ""),
         ("vmstop -d -n blank", 2, "templates are not destroyed with vmstop", "vmtemplate --delete NAME"),
         ("net up --private --bridge", 2, "--private and --bridge: one of them", ""),
-        ("net connect x 22", 2, "'x': expected an IPv4 address", ""),
+        ("net connect x/y 22", 2, "'x/y': expected an address or a name", ""),
         ("net connect", 2, "connect takes an address and a port", "nocloud net connect 10.88.0.2 22"),
         ("net exec", 2, "which command?", "nocloud net exec CMD..."),
         ("bridge", 2, "no verb: expected start, stop, dnsmasq, ready or subnet", ""),

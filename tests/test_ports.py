@@ -41,7 +41,9 @@ def listening(cloud: Cloud) -> set[str]:
     found = set()
     for each in open_ports(cloud):
         address, _, port = each.split()[1].partition(":")
-        found.add(f"{socket.inet_ntoa(bytes.fromhex(address)[::-1])}:{int(port, 16)}")
+        words = b"".join(bytes.fromhex(address[at : at + 8])[::-1] for at in range(0, len(address), 8))
+        text = socket.inet_ntop(socket.AF_INET if len(words) == 4 else socket.AF_INET6, words)
+        found.add(f"{text}:{int(port, 16)}")
     return found
 
 
@@ -361,3 +363,17 @@ def test_much_and_many_and_again(tiny: Cloud) -> None:
     kill_hard(pid)
     tiny.run("vmrunning").ok()
     assert tiny.execute(["curl", "-sS", url]).ok().stdout == "hello\n"
+
+
+@pytest.mark.long
+def test_a_browsers_way_by_name_ends_with_the_vm(tiny: Cloud) -> None:
+    """`vmssh VM -N -D PORT`: what asks it for web00.shop is answered; when the VM is switched off, so is ssh."""
+    tiny.run("vminstantiate", "-n", "tiny", "-g", "shop", "-o", "name=web", "-w", READY).ok()
+    tiny.ssh("web00", PAGE).ok()
+    port = free()
+    child = tiny.spawn("vmssh", "web00", "-N", "-D", port)
+    curl = ["curl", "-sS", "--socks5-hostname", f"127.0.0.1:{port}", "http://web00.shop/"]
+    eventually(lambda: tiny.execute(curl).stdout == "hello\n", "the page by its name")
+    assert listening(tiny) <= {f"127.0.0.1:{port}", f"::1:{port}"}
+    tiny.run("vmstop", "-n", "web00", "--kill").ok()
+    assert child.wait(90) == 255
