@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import READY, Cloud, eventually, is_alive, kill_hard, open_ports
+from support import NOBODY, PROGRAM, READY, Cloud, eventually, is_alive, kill_hard, open_ports, processes_with
 
 import nocloud
 
@@ -377,3 +377,40 @@ def test_a_browsers_way_by_name_ends_with_the_vm(tiny: Cloud) -> None:
     assert listening(tiny) <= {f"127.0.0.1:{port}", f"::1:{port}"}
     tiny.run("vmstop", "-n", "web00", "--kill").ok()
     assert child.wait(90) == 255
+
+
+# A server at the VM's own address, in the place of a guest that isn't there.
+ORDINARY = """
+set -e
+alias vms='python3 -IS ./nocloud.py'
+qemu-img create -q -f qcow2 blank.qcow2 8M
+vms template blank --image blank.qcow2 --mem 32 --cpu 1 --init none
+vms instantiate -n blank -g pf -o name=web\\;port=$PORT:80
+address=$(sed -n s/^vmAddress=//p vms/pf/default/web00/web00.conf)
+vms net exec ip addr add $address/32 dev nocloud
+code="import socket as s; l = s.create_server(('$address', 80)); print(flush=True); c = l.accept()[0]; c.recv(999)
+c.send(b'hello')"
+vms net exec python3 -c "$code" >up &
+until [ -s up ]; do sleep 0.05; done
+ss -Hltn
+curl -sS --http0.9 http://127.0.0.1:$PORT/
+vms stop -d -g pf
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(os.geteuid() != 0, reason="who isn't root is one already")
+def test_an_ordinary_user_publishes(public_folder: Path, vms: None) -> None:
+    port, uid = free(), NOBODY
+    (public_folder / "nocloud.py").write_text(PROGRAM.read_text())
+    os.chown(public_folder, uid, uid)
+    tun = "mknod tun c 10 200 && chmod 666 tun && mount --bind tun /dev/net/tun && rm tun"
+    user = f"setpriv --reuid {uid} --regid {uid} --clear-groups --inh-caps=-all"
+    variables = {"HOME": public_folder, "PORT": port, "NOCLOUD_vmBaseDir": public_folder / "vms", "NOCLOUD_NOKVM": 1}
+    env = [f"{key}={value}" for key, value in variables.items()]
+    script = f'{tun} && exec {user} env -i PATH=/usr/bin:/usr/sbin NOCLOUD_vmNetwork=private "$@"'
+    argv = ["unshare", "-m", "sh", "-c", script, "sh", *env, "bash", "-O", "expand_aliases", "-c", ORDINARY]
+    done = subprocess.run(argv, cwd=public_folder, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0 and done.stdout.endswith("\nhello"), done
+    assert f" 127.0.0.1:{port} " in done.stdout
+    eventually(lambda: not processes_with(str(public_folder)), "nothing of it is left")
