@@ -20,6 +20,7 @@ Modules that only some commands need are imported where they are used: a listing
     Networks                         what both kinds share: taps, addresses, dnsmasq and what it knows
     The private network              namespaces of our own, the way out, ports inside
     The host's bridge                root's side: bridge, firewalls, DHCP; and the user's
+    Ports                            ports of this host that lead to VMs, and the process that forwards them
     Identity                         MAC, keys, credentials and seeds; ssh's options
     Catalogue and downloads          what there is to have, and getting it verified
     Templates                        making, changing, deleting them; layers
@@ -735,7 +736,11 @@ MAC_ADDRESS = matching("[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}", "six pairs of hexad
 INTERFACE_NAME = matching(
     "[A-Za-z0-9][A-Za-z0-9._-]{0,14}", "a network interface's name: at most 15 letters, digits, '.', '_' and '-'"
 )
+HOST_NAME = matching("[A-Za-z0-9][A-Za-z0-9._-]{0,252}", "an address or a name")
 UUID = matching("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", "a UUID")
+_PORT = "(?:[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+_PUBLISHED = rf"(?:[0-9.]+:)?{_PORT}:(?!0+\b){_PORT}"
+PORTS = matching(rf"({_PUBLISHED}(,{_PUBLISHED})*)?", "[IP:]HOST:GUEST, ports of TCP (no others), comma-separated")
 IMAGE_FORMATS = matching("(qcow2|raw)(,(qcow2|raw))*", "qcow2 or raw for each disk, comma-separated")
 MACHINE_TYPE = matching("[A-Za-z0-9][A-Za-z0-9._+-]{0,63}", "a machine type of qemu, as pc-q35-7.2")
 MEMORY_MB = whole_number(16, 16 * 1024 * 1024, "MB")
@@ -802,6 +807,7 @@ SETTINGS = (
     Setting("vmKernel", any_text, "", "vm", "a kernel to boot directly", inherited=True),
     Setting("vmInitrd", any_text, "", "vm", "its initial ramdisk", inherited=True),
     Setting("vmAppend", any_text, "", "vm", "its command line", inherited=True),
+    Setting("vmPorts", PORTS, "", "vm", "ports of this host that lead to it: IP:HOST:GUEST, comma-separated"),
     Setting("vmSource", any_text, "", "vm", "where a template came from"),
     Setting("vmChecksum", any_text, "", "vm", "the checksum of what it was made from"),
     *(
@@ -3038,6 +3044,9 @@ class Network:
         """(words, descriptors to pass on) that run `argv` where the network is."""
         return list(argv), []
 
+    def move_in(self) -> None:
+        """Put this process, of one thread, where the network is, and where names resolve as its VMs resolve them."""
+
     def allot(self, taken: set[str], uuid: str) -> str:
         """A free address for the VM, added to `taken`; '' where the network's DHCP server decides."""
         return ""
@@ -3333,7 +3342,7 @@ BRIDGE, BRIDGE_MAC = "nocloud", "02:00:6e:63:00:01"  # the bridge inside the pri
 
 # -- namespaces, entered by descriptors
 
-CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000  # linux/sched.h
+CLONE_NEWUSER, CLONE_NEWNET, CLONE_NEWNS = 0x10000000, 0x40000000, 0x20000  # linux/sched.h
 
 
 def trim_memory() -> None:
@@ -3669,7 +3678,7 @@ class PrivateNetwork(Network):
         # A server on the loopback is reached by OUT_DNS, which pasta passes on to the first one that it finds at start.
         local = "".join(each for each in servers[:1] if each[:4] == "127.")
         reached = [OUT_DNS if each == local else each for each in servers if each == local or each[:4] != "127."]
-        write_file(self.file("resolv.conf"), "".join(f"nameserver {each}\n" for each in reached))
+        write_file(self.file("upstream.conf"), "".join(f"nameserver {each}\n" for each in reached))
         if not daemon_pid(self.file("dnsmasq.pid")):
             self.hosts.prepare()
             start_daemon(*self.enter(self._dnsmasq_argv()))
@@ -3742,7 +3751,7 @@ class PrivateNetwork(Network):
         return dnsmasq_argv(
             BRIDGE, self.hosts, "--user=", "--group=",
             f"--pid-file={self.file('dnsmasq.pid')}", f"--log-facility={self.file('dnsmasq.log')}",
-            f"--resolv-file={self.file('resolv.conf')}", "--strict-order",
+            f"--resolv-file={self.file('upstream.conf')}", "--strict-order",
             f"--dhcp-range={self.subnet()}.0,static,255.255.255.0,infinite", "--leasefile-ro", "--dhcp-ignore-names",
         )  # fmt: skip
 
@@ -3798,15 +3807,9 @@ class PrivateNetwork(Network):
             stop_daemon(self.file(name))
         end_process(self.holder)
         for name in (
-            "holder.pid",
-            "holder.new",
-            "dnsmasq.log",
-            "pasta.log",
-            "kept",
-            "host",
-            "resolv.conf",
-            "pasta.dns",
-        ):
+            "holder.pid", "holder.new", "dnsmasq.log", "pasta.log", "pasta.dns", "kept", "host",
+            "upstream.conf", "resolv.conf", "nsswitch.conf",
+        ):  # fmt: skip
             remove_file(self.file(name))
 
     def down_if_unused(self) -> None:
@@ -3909,6 +3912,29 @@ class PrivateNetwork(Network):
         program = find_program(argv[0]) or argv[0]
         return ["nsenter", *ways, "--preserve-credentials", "--", program, *argv[1:]], [spaces.user, spaces.net]
 
+    def move_in(self) -> None:
+        """In a mount namespace: glibc asks dnsmasq, and neither systemd-resolved nor nscd, which are outside."""
+        self.namespaces().enter()
+        try:
+            libc_call("unshare", CLONE_NEWNS)
+            for folder in filter(os.path.isdir, ("/run/systemd/resolve", "/run/nscd")):
+                run(["mount", "-n", "-t", "tmpfs", "tmpfs", folder])
+            self._replace("/etc/resolv.conf", f"search {DOMAIN}\nnameserver {self.subnet()}.1\n")
+            if os.path.exists("/etc/nsswitch.conf"):  # musl has none
+                lines = read_text("/etc/nsswitch.conf")
+                self._replace("/etc/nsswitch.conf", re.sub(r"(?m)^\s*hosts:.*", "hosts: files dns", lines))
+        except (OSError, Error) as error:
+            report.warn(f"names of VMs don't resolve: {error}")
+
+    def _replace(self, path: str, text: str) -> None:
+        """Have a file be another one in this mount namespace; it may be a link into a folder that is hidden here."""
+        place, own = os.path.realpath(path), self.file(os.path.basename(path))
+        if not os.path.exists(place):
+            write_file(place, text, 0o644)
+        else:
+            write_file(own, text, 0o644, durable=False)
+            run(["mount", "-n", "--bind", own, place])
+
     def proxy_command(self) -> str:
         """ssh runs outside: inside, root's files in ssh_config.d look foreign to it, and the home is root's."""
         import shlex
@@ -3925,7 +3951,10 @@ class PrivateNetwork(Network):
         """
         import socket as sockets
 
-        self.namespaces().enter()
+        if is_ipv4(address):
+            self.namespaces().enter()
+        else:
+            self.move_in()
         connection = sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM)
         try:
             connection.settimeout(30)
@@ -4816,6 +4845,272 @@ def group_command(gid: int, user: str = "") -> str:
     except KeyError:
         group = str(gid)
     return f"sudo usermod -aG {group} {user or user_name()}  # and log in again"
+
+
+# Ports ###############################################################################################
+#
+# A port of this host that leads to one of a VM's.  Whoever starts the VM opens the listener, outside, and hands it to
+# the network's forwarder: a process of ours that runs where the VMs are, and ends with the last VM that has a port.
+
+
+def parse_ports(text: str) -> list[tuple[str, int, int]]:
+    """(IP, port of the host or 0, port of the guest) of each that vmPorts names."""
+    words = (["127.0.0.1", *each.split(":")][-3:] for each in text.split(",") if each)
+    return [(ip, int(host), int(guest)) for ip, host, guest in words]
+
+
+def join_ports(ports: Iterable[tuple[str, int, int]]) -> str:
+    return ",".join(f"{ip}:{host}:{guest}" for ip, host, guest in ports)
+
+
+def numbered_ports(text: str, number: int) -> str:
+    """The ports of the VM of that number in a set of clones: HOST counts up.  Raises UsageError after the last one."""
+    ports = join_ports((ip, host and host + number, guest) for ip, host, guest in parse_ports(text))
+    return str(checked(PORTS, ports, f"port={ports}"))
+
+
+def free_ports(tree: Tree, ports: Sequence[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+    """`ports` with a number for each HOST 0, to be kept: no VM's, and below those of outgoing connections (32768).
+
+    Call it under the tree's lock.
+    """
+    taken = {host for vm in tree.vms() if vm.is_readable() for _, host, _ in parse_ports(vm.get("vmPorts"))}
+    taken |= set(map(int, re.findall(r":([0-9]+) ", run(["ss", "-Hltn"]).stdout)))
+    free = (number for number in range(20000, 32768) if number not in taken)
+    return [(ip, host or next(free), guest) for ip, host, guest in ports]
+
+
+def clash(one: str, other: str) -> bool:
+    """Whether the same port can't be opened at both addresses of this host."""
+    return one == other or "0.0.0.0" in (one, other)
+
+
+def listen(tree: Tree, ip: str, host: int) -> socket.socket:
+    """A listener of this host.  Raises Error, which says who has the port where that can be known.
+
+    One that is taken is tried for a second: it may be a VM's that has ended just now.
+    """
+    import errno
+    import socket as sockets
+
+    what = f"port {host} of {ip} can't be published"
+    for _ in range(50):
+        try:
+            return sockets.create_server((ip, host), backlog=4096)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                hint = f"sudo sysctl -w net.ipv4.ip_unprivileged_port_start={host}"
+                reason = str(error.strerror).partition(" (")[0]
+                raise Error(f"{what}: {reason}", hint if error.errno == errno.EACCES else "") from None
+        time.sleep(0.02)
+    raise Error(f"{what}: {port_owner(tree, ip, host)} has it", "publish another one")
+
+
+def port_owner(tree: Tree, ip: str, host: int) -> str:
+    """Who listens at a port of this host: a VM, or the process that ss(8) shows, if it is this user's."""
+    for vm in tree.running():
+        ports = parse_ports(vm.get("vmPorts")) if vm.is_readable() else []
+        if any(host == its and clash(ip, at) for at, its, _ in ports):
+            return vm.full_name
+    shown = re.search(r'\(\("(.+?)",pid=(\d+)', run(["ss", "-Hltnp", f"sport = :{host}"], check=False).stdout)
+    return f"{shown[1]} (process {shown[2]})" if shown else "another user"
+
+
+class Forwarder:
+    """The way to the process that forwards the ports of a network's VMs: a socket in a folder of `.net`.
+
+    Someone is behind it as long as it can be connected to; who ends properly removes it.
+    """
+
+    def __init__(self, tree: Tree, network: Network) -> None:
+        self.tree, self.network = tree, network
+        self.folder = os.path.join(tree.base, ".net", f"ports-{network.kind}")
+        self.path, self.log_file = (os.path.join(self.folder, name) for name in ("socket", "log"))
+
+    def is_there(self) -> bool:
+        try:
+            connect_unix(self.folder, "socket", 30).close()
+        except (QMPClosed, FileNotFoundError):
+            return False
+        return True
+
+    def ask(self, text: str, *fds: int) -> set[str]:
+        """Tell it something; the ports that it serves then, as IP:HOST.  Raises Error where it doesn't answer.
+
+        With a listener for it, `fds`, it is started where it isn't there.
+        """
+        import socket as sockets
+
+        if not fds and not self.is_there():
+            return set()
+        with FolderLock(self.folder, make=True):  # under which it ends, too
+            if not self.is_there():
+                self._start()
+            with connect_unix(self.folder, "socket", 30) as control:
+                sockets.send_fds(control, [text.encode()], fds)
+                answer = b"".join(iter(lambda: control.recv(65536), b"")).decode()
+        if not answer:
+            raise Error(f"ports are not forwarded: {last_line(read_tail(self.log_file)) or 'no answer'}")
+        return set(answer.split()[1:])
+
+    def _start(self) -> None:
+        import socket as sockets
+
+        remove_file(self.path)
+        place = os.open(self.folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        with sockets.socket(sockets.AF_UNIX) as control:
+            control.bind(f"/proc/self/fd/{place}/socket")
+            control.listen()
+            os.close(place)
+            words = self_argv("forward", self.network.kind, str(control.fileno()))
+            environment = {"NOCLOUD_vmBaseDir": self.tree.base}
+            spawn(words, log=self.log_file, cwd="/", fds=[control.fileno()], env=environment)
+
+    def open(self, stack: Any, ports: Iterable[tuple[str, int, int]]) -> dict[str, tuple[int, socket.socket]]:
+        """IP:HOST → (the port of the guest, a listener, which the ExitStack closes)."""
+        return {f"{ip}:{host}": (guest, stack.enter_context(listen(self.tree, ip, host))) for ip, host, guest in ports}
+
+    def serve(self, vm: VM, listeners: Mapping[str, tuple[int, socket.socket]]) -> None:
+        """Hand it the listeners of a VM that runs."""
+        for place, (guest, listener) in listeners.items():
+            address = self.network.address(vm) or vm.full_name
+            self.ask(f"serve {place} {guest} {vm.state()[1]} {address}", listener.fileno())
+
+    def mend(self, vm: VM) -> None:
+        """Have it serve what it doesn't, though the VM runs; what can't be is said."""
+        import contextlib
+
+        try:
+            with contextlib.ExitStack() as stack:
+                served = self.ask("list")
+                ports = [each for each in parse_ports(vm.get("vmPorts")) if f"{each[0]}:{each[1]}" not in served]
+                self.serve(vm, self.open(stack, ports))
+        except (Error, OSError) as error:
+            report.warn(f"{vm}: {error}")
+
+    def end(self) -> bool:
+        """For the process itself, when it has nothing to do: leave nothing behind, unless someone is about to ask."""
+        try:
+            with FolderLock(self.folder, wait=0):
+                remove_tree(self.folder)
+        except (WrongState, FileNotFoundError):
+            return not os.path.exists(self.folder)
+        remove_empty(os.path.dirname(self.folder))
+        return True
+
+
+class Forwarding:
+    """What the forwarder does, in one thread.  `close` ends what it serves, by IP:HOST."""
+
+    def __init__(self, forwarder: Forwarder, control: socket.socket) -> None:
+        import asyncio
+        import resource
+
+        self.forwarder, self.control = forwarder, control
+        self.close: dict[str, Callable[[], None]] = {}
+        self.most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (self.most, self.most))
+        self.loop = asyncio.new_event_loop()
+        self.loop.add_reader(control, self._asked)
+
+    def run(self) -> None:
+        trim_memory()
+        while self.close or not self.forwarder.end():
+            self.loop.call_later(0.05, self._rest)
+            self.loop.run_forever()
+
+    def _rest(self) -> None:
+        if not self.close:
+            self.loop.stop()
+
+    def _asked(self) -> None:
+        """Someone connects who asks something, Forwarder.ask(), or only whether we live."""
+        import socket as sockets
+
+        with self.control.accept()[0] as asker:
+            asker.settimeout(5)
+            text, fds, _, _ = sockets.recv_fds(asker, 4096, 1)
+            if not text:
+                return
+            verb, *words = text.decode().split()
+            if verb == "serve":
+                self._serve(sockets.socket(fileno=fds[0]), *words)
+            elif verb == "drop":
+                self._drop(words[0])
+            asker.sendall(" ".join([verb, *self.close]).encode())
+
+    def _drop(self, place: str) -> None:
+        if place in self.close:
+            self.close.pop(place)()
+            self.loop.call_later(0.05, self._rest)  # what came by it has to end, too
+
+    def _serve(self, listener: socket.socket, place: str, port: str, pid: str, address: str) -> None:
+        """Join what comes to `listener` to a port of the VM whose qemu is the process `pid`, as long as that runs."""
+        process = Process(int(pid))
+        links: set[Any] = set()
+
+        def accept() -> None:
+            try:
+                client = listener.accept()[0]
+            except OSError:
+                return  # it has hung up already
+            if client.fileno() > self.most - 16:  # the lowest number that is free: so many are in use
+                client.close()
+                return
+            link = self.loop.create_task(self._join(client, address, int(port)))
+            links.add(link)
+            link.add_done_callback(links.discard)
+
+        def close() -> None:
+            for each in (listener, process):
+                self.loop.remove_reader(each)
+                each.close()
+            for link in links:
+                link.cancel()
+
+        self._drop(place)
+        self.close[place] = close
+        listener.setblocking(False)
+        self.loop.add_reader(listener, accept)
+        self.loop.add_reader(process, self._drop, place)
+
+    async def _join(self, client: socket.socket, address: str, port: int) -> None:
+        """Join a connection to one of the guest's until both directions have ended; where that can't be, reset both.
+
+        By recv and send: splice(2), through pipes of 64 KB or 1 MB, was no faster when it was measured.
+        """
+        import asyncio
+        import socket as sockets
+
+        async def flow(source: socket.socket, sink: socket.socket) -> None:
+            while data := await self.loop.sock_recv(source, MIB):
+                await self.loop.sock_sendall(sink, data)
+                await asyncio.sleep(0)  # the others' turn: neither waits where it needn't
+            sink.shutdown(sockets.SHUT_WR)
+
+        with client, sockets.socket() as guest:
+            for end in (client, guest):
+                end.setblocking(False)
+                end.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_NODELAY, 1)
+                end.setsockopt(sockets.SOL_SOCKET, sockets.SO_KEEPALIVE, 1)
+                end.setsockopt(sockets.SOL_SOCKET, sockets.SO_LINGER, struct.pack("ii", 1, 0))  # to close is to reset
+            try:
+                if not is_ipv4(address):  # only DHCP knows it
+                    address = self.forwarder.network.address(self.forwarder.tree.need(address))
+                    if not address:  # connect(2) would take none for this host
+                        return
+                await self.loop.sock_connect(guest, (address, port))
+                flows = [self.loop.create_task(flow(*ends)) for ends in ((client, guest), (guest, client))]
+                try:
+                    await asyncio.gather(*flows)
+                finally:
+                    for each in flows:
+                        each.cancel()
+                    await asyncio.gather(*flows, return_exceptions=True)
+            except (OSError, Error):
+                return
+            for end in (client, guest):
+                end.setsockopt(sockets.SOL_SOCKET, sockets.SO_LINGER, struct.pack("ii", 0, 0))
 
 
 # Identity ############################################################################################
@@ -7022,6 +7317,7 @@ class Cloud:
         self.private = PrivateNetwork(self.tree)
         self.bridge = HostBridge(config, self.tree)
         self._networks: dict[str, Network] = {"private": self.private, "bridge": self.bridge}
+        self.forwarders = {kind: Forwarder(self.tree, network) for kind, network in self._networks.items()}
 
     @functools.cache
     def qemu(self) -> Qemu:
@@ -7063,6 +7359,17 @@ class Cloud:
         """Which network a VM is on.  The bash tools knew the host's bridge only."""
         return "bridge" if vm.foreign_qemu() else self.chosen_network(vm.get("vmNetwork"))
 
+    def forwarder(self, vm: VM) -> Forwarder:
+        """What forwards the ports of a VM."""
+        return self.forwarders[self.network_kind(vm)]
+
+    def mend_ports(self) -> None:
+        """Where a forwarder was killed, have another one do what it did."""
+        lost = [kind for kind, each in self.forwarders.items() if os.path.exists(each.path) and not each.is_there()]
+        for vm in self.tree.running() if lost else ():
+            if vm.is_readable() and vm.get("vmPorts") and self.network_kind(vm) in lost:
+                self.forwarder(vm).mend(vm)
+
     def chosen_network(self, wanted: str) -> str:
         """bridge or private, for a vmNetwork: `auto` is what this host has now."""
         if wanted != "auto":
@@ -7076,6 +7383,7 @@ class Cloud:
 
     def __enter__(self) -> Cloud:
         self.private.tend()
+        self.mend_ports()
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -7132,6 +7440,7 @@ CLONE_OPTIONS = (
     CloneOption("dsk", "GB,GB", "disks", "extra disks, in GB (vdb, vdc, …)", disk_sizes),
     CloneOption("name", "PREFIX", "prefix", "what the names begin with; without it a name is a UUID", name_prefix),
     CloneOption("user-data", "FILE", "user_data", "a file for cloud-init", read_user_data),
+    CloneOption("port", "[IP:]HOST:GUEST", "vmPorts", "ports of this host that lead to it; HOST counts up per VM"),
     CloneOption("gui", "", "vmGui", "with a screen"),
 )
 CLONE_OPTION = {option.name: option for option in CLONE_OPTIONS}
@@ -7233,8 +7542,10 @@ class NewClone:
 def check_requests(cloud: Cloud, group: str, requests: Sequence[CloneRequest], force: bool) -> None:
     """Everything that can be known before the first VM is made; each error names its FILE:LINE."""
     checked_group(group)
+    asked: list[tuple[str, int, str]] = []
     for request in requests:
         try:
+            check_ports(cloud.tree, request, asked)
             template = cloud.tree.need_template(request.template)
             check_clonable(template)
             check_collision(cloud.tree, group, request.type)
@@ -7273,6 +7584,17 @@ def check_clonable(template: VM) -> None:
             "make it again: vmtemplate NAME --image FILE",
             vm=template,
         )
+
+
+def check_ports(tree: Tree, request: CloneRequest, asked: list[tuple[str, int, str]]) -> None:
+    """Raise where a port is another VM's of the same description (`asked`: by whom), or isn't to be had now."""
+    for number in range(request.count):
+        for ip, host, _ in parse_ports(numbered_ports(request.settings.get("vmPorts", ""), number)):
+            others = [who for at, its, who in asked if host and host == its and clash(ip, at)]
+            if others:
+                raise UsageError(f"port={host}: {others[0]} asks for port {host} of {ip} too")
+            asked.append((ip, host, request.origin or "another of the VMs"))
+            listen(tree, ip, host).close()
 
 
 def check_disk_size(template: VM, gigabytes: int) -> None:
@@ -7374,12 +7696,14 @@ def reserve(
             check_collision(tree, group, request.type)  # again, now that nobody else can make one
             template = templates[request.template]
             format = known_formats(template)[0]
-            for name in next_names(names, request):
+            for number, name in enumerate(next_names(names, request)):
                 uuid, mac = new_identity(taken.macs)
                 clone = NewClone(VM(tree, group, request.type, name or uuid), template, request, uuid, format)
                 clones.append(clone)
                 address = cloud.network(kind).allot(taken.addresses, uuid)
-                _reserve_one(clone, {"vmUuid": uuid, "vmNetwork": kind, "vmMac": mac, "vmAddress": address})
+                ports = numbered_ports(request.settings.get("vmPorts", ""), number)
+                own = {"vmUuid": uuid, "vmNetwork": kind, "vmMac": mac, "vmAddress": address, "vmPorts": ports}
+                _reserve_one(clone, own if ports else {key: own[key] for key in own if key != "vmPorts"})
     return orphans
 
 
@@ -7695,29 +8019,35 @@ def start_locked(
     cloud: Cloud, vm: VM, layer: Layer | None, iso: str = "", gui: bool = False, tied: bool = False
 ) -> None:
     """What `start` does, for who holds the lock of a VM that is stopped.  `tied`: it ends when this process does."""
+    import contextlib
+
     remove_runtime_files(vm)
     ensure_identity(cloud, vm)
-    network = cloud.network_of(vm)
-    tap, vhost = network.tap(vm.get("vmMac"), vm.get("vmAddress"))
-    try:
-        network.publish(vm)
-        launch(vm, describe_machine(cloud, vm, iso, gui, layer), network, tap, vhost, tied)
-    finally:
+    network, forwarder = cloud.network_of(vm), cloud.forwarder(vm)
+    with contextlib.ExitStack() as stack:
+        listeners = forwarder.open(stack, parse_ports(vm.get("vmPorts")))
+        tap, vhost = network.tap(vm.get("vmMac"), vm.get("vmAddress"))
         for fd in (tap, vhost):
             if fd >= 0:
-                os.close(fd)
+                stack.callback(os.close, fd)
+        network.publish(vm)
+        launch(vm, describe_machine(cloud, vm, iso, gui, layer), network, tap, vhost, tied)
+        forwarder.serve(vm, listeners)
 
 
 def ensure_identity(cloud: Cloud, vm: VM) -> None:
-    """A VM that bash made may have no UUID, MAC or address: they are made now, and kept."""
+    """A VM that bash made may have no UUID, MAC or address: they are made now, and kept; as is a port that is free."""
     kind = cloud.chosen_network(vm.get("vmNetwork"))
-    fits = cloud.network(kind).fits(vm.get("vmAddress"))
-    if fits and vm.get("vmUuid") and vm.get("vmMac") and vm.conf.get("vmNetwork") == kind:
+    fits, ports = cloud.network(kind).fits(vm.get("vmAddress")), parse_ports(vm.get("vmPorts"))
+    chosen = all(host for _, host, _ in ports)
+    if fits and chosen and vm.get("vmUuid") and vm.get("vmMac") and vm.conf.get("vmNetwork") == kind:
         return
     with cloud.tree.lock():
         taken = Taken(cloud.tree)
         uuid = vm.get("vmUuid") or new_identity(taken.macs)[0]
         changes = {"vmUuid": uuid, "vmMac": vm.get("vmMac") or mac_of_uuid(uuid), "vmNetwork": kind}
+        if not chosen:
+            changes["vmPorts"] = join_ports(free_ports(cloud.tree, ports))
         if not fits:
             changes["vmAddress"] = cloud.network(kind).allot(taken.addresses, uuid)
         vm.write_conf({key: value for key, value in changes.items() if value != vm.conf.get(key)})
@@ -8092,6 +8422,7 @@ def ssh_argv(cloud: Cloud, vm: VM, trust: Sequence[str], keys: Sequence[str], ba
     quiet = ["-F", "none", *ssh_options(BatchMode="yes", ConnectTimeout="20")] if batch else []
     return [
         "ssh", *quiet, *ssh_options(ControlPath="none", HostKeyAlias=vm.get("vmUuid")), *trust, *keys,
+        *ssh_options(ServerAliveInterval="15"),  # a VM that is switched off closes no connection: ssh ends, after 45 s
         *ssh_way(network), "-l", vm.get("vmUser"), network.address(vm),
     ]  # fmt: skip
 
@@ -8910,6 +9241,8 @@ class Supervisor:
         member = self._members[vm.folder] = Member(vm, process)
         self._selector.register(process, selectors.EVENT_READ, lambda: self._gone(member))
         report.log(f"{vm.name} has console vmconsole -n {vm.name} -g {vm.group} -t {vm.type}")
+        for ip, host, guest in parse_ports(vm.get("vmPorts")):
+            report.log(f"{vm.name} has port {ip}:{host} for its port {guest}")
         if self.goal == RUN:
             result = result_of(lambda vm: self.cloud.network_of(vm).open(), vm)
             if isinstance(result, Error):
@@ -8934,6 +9267,7 @@ class Supervisor:
         if self.goal != RUN or self._starting or time.monotonic() < self._look_at:
             return
         self._look_at = time.monotonic() + LOOK_SECONDS
+        self.cloud.mend_ports()
         for vm in self.cloud.tree.vms(self.group):
             if vm.folder not in self._members and vm.is_running():
                 self._adopt(vm, "has joined")
@@ -10268,7 +10602,69 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
         return supervise(cloud, group, requests, bool(requests) and not args.add, args.gui, background, end)
 
 
-@declare(Command("running", "vmrunning"), GROUP, TYPE, Option("-a --all", "the stopped ones too, with their state"))
+@declare(
+    Command("port", "vmport", "[[IP:]HOST:GUEST]"),
+    Option("-n --name NAME", "the VM: NAME, GROUP/NAME or GROUP/TYPE/NAME", complete="vm"),
+    GROUP,
+    TYPE,
+    Option("-L --list", "list published ports: NAME GROUP/TYPE IP:HOST GUEST"),
+    Option("--delete", "publish it no more"),
+)
+def cmd_port(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+    """publish a VM's TCP ports on this host, until it is destroyed: 8080:80, on 127.0.0.1 if no IP is said"""
+    with Cloud(config) as cloud:
+        vm = cloud.tree.need(args.name, args.group, args.type, first=VM.is_running) if args.name is not None else None
+        if args.list:
+            no_more(words)
+            for each in [vm] if vm else cloud.tree.vms(args.group or "", args.type or ""):
+                for ip, host, guest in parse_ports(each.get("vmPorts")) if each.is_readable() else ():
+                    report.data(f"{each.name} {each.place} {ip}:{host} {guest}")
+            return
+        if not vm:
+            raise UsageError("which VM? give -n NAME", "vmport -L lists what is published")
+        asked = checked(PORTS, one_operand(words, "[IP:]HOST:GUEST"), repr(words[0]))
+        with FolderLock(vm.folder):
+            vm.reread()
+            new = change_ports(cloud, vm, parse_ports(asked), args.delete)
+        for ip, host, guest in new:
+            report.data(f"{vm.name} {vm.place} {ip}:{host} {guest}")
+
+
+def change_ports(
+    cloud: Cloud, vm: VM, asked: Sequence[tuple[str, int, int]], delete: bool
+) -> Sequence[tuple[str, int, int]]:
+    """Publish these ports of a VM too, or no more, at once where it runs; the new ones.  For who holds its lock."""
+    import contextlib
+
+    has, forwarder = parse_ports(vm.get("vmPorts")), cloud.forwarder(vm)
+    if vm.is_running():
+        forwarder.mend(vm)  # of a VM that was started by hand, perhaps
+    new = [each for each in asked if each not in has]
+    if delete and new:
+        raise NotFound(f"{join_ports(new)} is not published", "vmport -L lists what is", vm=vm)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(cloud.tree.lock())
+        kept, new = ([each for each in has if each not in asked], []) if delete else (has, free_ports(cloud.tree, new))
+        listeners = forwarder.open(stack, new)
+        if vm.is_running():
+            forwarder.serve(vm, listeners)
+        vm.write_conf({"vmPorts": join_ports([*kept, *new])})
+        for ip, host, _ in asked if delete else ():
+            forwarder.ask(f"drop {ip}:{host}")
+    return new
+
+
+WAYS_IN = """\
+From this host into a VM: vmssh VM; a port that is published (vmport); on a private network nocloud net exec CMD; and,
+for a browser that sees all VMs by their names, vmssh VM -N -D 1080, with socks5h://127.0.0.1:1080 as its proxy."""
+
+
+@declare(
+    Command("running", "vmrunning", more=lambda: WAYS_IN),
+    GROUP,
+    TYPE,
+    Option("-a --all", "the stopped ones too, with their state"),
+)
 def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """list running VMs: NAME GROUP/TYPE IP"""
     with Cloud(config) as cloud:
@@ -10456,24 +10852,30 @@ def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> None:
         elif verb == "down":
             private.down_if_unused()
         elif verb == "exec":
-            if not rest:
-                raise UsageError("which command?", "nocloud net exec CMD...")
-            network: Network = bridge if args.bridge else private
-            if args.tap:
-                open_tap(network)
-            argv, fds = network.enter(rest)
-            if not find_program(rest[0]) and package_of(rest[0], 0) == rest[0]:
-                raise MissingProgram(f"{rest[0]}: not found")  # any word may stand there: no package is guessed
-            need_program(rest[0])
-            for fd in fds:
-                os.set_inheritable(fd, True)
-            become(argv)
+            run_inside(bridge if args.bridge else private, rest, args.tap)
         elif verb == "follow":  # the network's holder
             private.follow(rest)
         elif verb == "connect":
             private.connect(*address_and_port(rest), args.fdpass)
         else:
             raise UsageError(f"{verb or 'no verb'}: expected up, down, status, exec or connect")
+
+
+def run_inside(network: Network, argv: Sequence[str], tap: bool) -> None:
+    """`net exec`: become a program in the network, where names of VMs resolve; `tap`: it gets one as descriptor 3."""
+    if not argv:
+        raise UsageError("which command?", "nocloud net exec CMD...")
+    if not find_program(argv[0]) and package_of(argv[0], 0) == argv[0]:
+        raise MissingProgram(f"{argv[0]}: not found")  # any word may stand there: no package is guessed
+    need_program(argv[0])
+    if not tap:
+        network.move_in()
+        become(argv)
+    open_tap(network)
+    words, fds = network.enter(argv)
+    for fd in fds:
+        os.set_inheritable(fd, True)
+    become(words)
 
 
 def kind_of_network(config: Config, args: argparse.Namespace, rest: Sequence[str]) -> str:
@@ -10533,7 +10935,7 @@ def address_and_port(words: Sequence[str]) -> tuple[str, int]:
     if len(words) != 2 or not words[0]:
         raise UsageError("connect takes an address and a port", "nocloud net connect 10.88.0.2 22")
     address, port = words
-    return checked(ipv4_address, address, repr(address)), checked(whole_number(1, 65535), port, repr(port))
+    return checked(HOST_NAME, address, repr(address)), checked(whole_number(1, 65535), port, repr(port))
 
 
 def running_vm_of_options(cloud: Cloud, args: argparse.Namespace) -> VM:
@@ -10621,6 +11023,18 @@ def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> Non
 def cmd_trust(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """have all settings of a ./.nocloud.conf count, as long as it isn't changed"""
     allow_file(one_operand(words, "FILE"))
+
+
+@declare(Command("forward", operands="private|bridge FD", hidden=True))
+def cmd_forward(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+    """forward the ports of a network's VMs that are handed over at the socket FD"""
+    import socket as sockets
+
+    cloud = Cloud(config)
+    if words[0] == "private":
+        cloud.private.namespaces().enter()
+    trim_memory()
+    Forwarding(cloud.forwarders[words[0]], sockets.socket(fileno=int(words[1]))).run()
 
 
 @declare(Command("configure", operands="VM...", hidden=True))

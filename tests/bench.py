@@ -59,6 +59,19 @@ for address in sys.argv[1:]:
     print(time.time(), flush=True)
     server.accept()[0].sendall(b"SSH-2.0-bench\\r\\n")
 """
+# A server for the address of a guest that isn't up, likewise; it sends as much as it can.
+SENDER = """
+import socket, subprocess, sys
+subprocess.run(["ip", "addr", "add", sys.argv[1] + "/32", "dev", "nocloud"], check=True)
+server, piece, size = socket.create_server((sys.argv[1], 80)), bytes(1 << 20), int(sys.argv[2])
+print("up", flush=True)
+while True:
+    with server.accept()[0] as client:
+        client.recv(4096)
+        client.sendall(b"HTTP/1.0 200 OK\\r\\nContent-Length: %d\\r\\n\\r\\n" % size)
+        for _ in range(size >> 20):
+            client.sendall(piece)
+"""
 # A job that waited for its qemu would make the bare commands slower, and ours look better than they are.
 BARE = """cd "$1" || exit
 qemu-img create -q -f qcow2 -F qcow2 -b ../template.img "$1_0.img" || exit
@@ -352,6 +365,29 @@ def banners(bench: Bench, table: Table) -> None:
     table.row("from ssh banner to vmrun saying so", milliseconds(max(late)), "", 1000 * max(late), 300, " ms")
 
 
+def port(bench: Bench, table: Table, runs: int) -> None:
+    """1 GB through a published port, against the same inside the network. A server stands in for the guest."""
+    env = {**bench.env, "NOCLOUD_vmBaseDir": str(bench.tree)}
+    bench.call(bench.tree, "vminstantiate", "-n", "plain", "-g", "port", "-o", "name=web;port=0:80")
+    conf = (bench.tree / "port/default/web00/web00.conf").read_text()
+    address, number = (re.findall(rf"^{key}=(.*)", conf, re.M)[0] for key in ("vmAddress", "vmPorts"))
+    argv = ["nocloud", "net", "exec", sys.executable, "-IS", "-c", SENDER, address, str(1 << 30)]
+    server = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        if not server.stdout or server.stdout.readline() != "up\n":
+            raise Failed("the server in the network didn't start")
+        holder = lock_holder(bench.tree / ".net/holder.pid")
+        curl = ["curl", "-sSf", "-o", "/dev/null"]
+        inside = ["nsenter", "-t", holder, "-U", "-n", "--preserve-credentials", *curl, f"http://{address}/"]
+        outside = [*curl, f"http://127.0.0.1:{number.split(':')[1]}/"]
+        pairs = in_turn(lambda: timed(outside, env), lambda: timed(inside, env), runs)
+    finally:
+        server.kill()
+        server.wait()
+    bench.stop("port")
+    table.pairs("1 GB through a published port; by nsenter", pairs, 2)
+
+
 def log_time(line: str) -> float:
     """The time at the beginning of a line of vmrun's log."""
     day, clock, *_ = line.split()
@@ -484,6 +520,7 @@ def measure(program: Path, runs: int, rounds: int) -> Table:
             thousand(bench, table, runs)
             twenty(bench, table, runs)
             banners(bench, table)
+            port(bench, table, rounds)
             clones(bench, table, rounds)
             download(bench, table, rounds)
         finally:

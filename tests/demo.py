@@ -23,7 +23,7 @@ TEMPLATE, SUITE = "debian12", "bookworm"
 DESCRIPTION = f"""\
 # TEMPLATE:COUNT:TYPE:OPTIONS
 {TEMPLATE}:1:db:name=db
-{TEMPLATE}:2:web:name=web
+{TEMPLATE}:2:web:name=web;port=0:80
 """
 BOLD, PLAIN = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
 
@@ -88,6 +88,7 @@ class Demo:
 
     def look(self) -> None:
         self.step("vmrunning", "-g", GROUP)
+        self.step("vmport", "-L", "-g", GROUP)
         self.step("vminventory", "--list")
         self.step("vmssh", f"{GROUP}/db00", "hostname; uname -sr; uptime -p")
         self.step("vmssh", f"{GROUP}/web00", f"ping -c 2 db00.{GROUP}")

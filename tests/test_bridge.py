@@ -782,13 +782,29 @@ def test_ordinary_users_share_the_bridge(host: Host, vms: None) -> None:
         call(uid, "qemu-img", "create", "-q", "-f", "qcow2", "blank.qcow2", "8M").ok()
         words = ("--image", "blank.qcow2", "--mem", 32, "--cpu", 1, "--init", "none")
         call(uid, *nocloud_py, "template", "blank", *words).ok()
-        done = call(uid, *nocloud_py, "instantiate", "-n", "blank", "-g", "pf", "-o", "name=web").ok()
+        options = f"name=web;port={uid}:80"
+        done = call(uid, *nocloud_py, "instantiate", "-n", "blank", "-g", "pf", "-o", options).ok()
         assert done.stdout == "web00\n"
         assert ("left to DHCP" in done.stderr and "kvm" in done.stderr) == (uid == USERS[1]), done
         conf = call(uid, "sh", "-c", "cat .local/share/nocloud/kvm/pf/default/web00/web00.conf").ok().stdout
         assert "vmNetwork=bridge\n" in conf
         assert ("vmAddress=192.168.1.2\n" in conf) == (uid == USERS[0])
     assert host.resolve(host.pid, "web00.pf.nocloud") == "192.168.1.2"
+    # A port, by a server in the guest's stead; the other VM's address nobody knows, for it has asked for none.
+    host.shell("ip addr add 192.168.1.2/32 dev nocloud").ok()
+    page = "print(s.create_server(('192.168.1.2', 80)).accept()[0].sendall(b'hello'))"
+    server = subprocess.Popen(
+        ["nsenter", "-t", str(host.pid), "-n", sys.executable, "-c", f"import socket as s; {page}"]
+    )
+    try:
+        read = "import socket as s; print(s.create_connection(('127.0.0.1', {})).recv(9))"
+        look = (sys.executable, "-c", read.format(USERS[0]))
+        eventually(lambda: host.at(host.pid, *look).stdout == "b'hello'\n", "the port leads to the VM's address", 20)
+    finally:
+        server.kill()
+        server.wait()
+    host.shell("ip addr delete 192.168.1.2/32 dev nocloud").ok()
+    assert "ConnectionResetError" in host.at(host.pid, sys.executable, "-c", read.format(USERS[1])).stderr
     host.run("net", "down").fails(1, "2 VMs")
     modes = host.shell("stat -c '%u %G %a' /var/lib/nocloud/hosts/*").ok().stdout
     assert modes == "64001 kvm 640\n"
@@ -796,6 +812,7 @@ def test_ordinary_users_share_the_bridge(host: Host, vms: None) -> None:
     for uid in USERS:
         call(uid, *nocloud_py, "net", "up").fails(1, "needs root; nothing was changed")
         call(uid, *nocloud_py, "stop", "-d", "-g", "pf").ok()
+    eventually(lambda: not host.shell("ss -Hltn | grep 127.0.0.1:6400").stdout, "no port is open")
     assert host.resolve(host.pid, "web00.pf.nocloud") == ""
     assert host.shell(register()).stdout == ""
     host.run("net", "down").quiet()

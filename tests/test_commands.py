@@ -65,6 +65,7 @@ OPTIONS: dict[str, Options] = {
     "vmconsole": {"-n": True, "-g": True, "-t": True, "-s": False},
     "vmmanage": {"-n": True, "-g": True, "-t": True},
     "vmrunning": {"-g": True, "-t": True, "-a": False},
+    "vmport": {"-n": True, "-g": True, "-t": True, "-L": False, "--delete": False},
     "vmstop": {"-g": True, "-t": True, "-d": False, "-n": True, "--kill": False, "--timeout": True},
     "vmssh": {},
     "vmupgrade": {"--timeout": True},

@@ -29,6 +29,7 @@ SECTIONS = [
     "Networks",
     "The private network",
     "The host's bridge",
+    "Ports",
     "Identity",
     "Catalogue and downloads",
     "Templates",

@@ -587,8 +587,12 @@ NOT_LISTED, HELP = "vmrunning -a lists them", "-h shows how it is called"
 NO_TEMPLATE, ANOTHER = "vmtemplate --list shows what is there", "choose another name"
 GROUP_CHARACTERS = "use letters, digits, '.', '_' and '-'"
 A_B = "-o: name=a_b: 'a_b00': '_' is not allowed in a VM name"
+PORTS = "[IP:]HOST:GUEST, ports of TCP (no others), comma-separated"
+TWICE = "another of the VMs asks for port 8080 of 127.0.0.1 too"
 A_LINE = "a line is TEMPLATE:COUNT[:TYPE[:OPTIONS]]"
-OPTIONS = "options are mem=MB cpu=N disk=GB dsk=GB,GB name=PREFIX user-data=FILE gui, separated by ';'"
+OPTIONS = (
+    "options are mem=MB cpu=N disk=GB dsk=GB,GB name=PREFIX user-data=FILE port=[IP:]HOST:GUEST gui, separated by ';'"
+)
 
 
 @pytest.mark.parametrize(
@@ -644,6 +648,15 @@ OPTIONS = "options are mem=MB cpu=N disk=GB dsk=GB,GB name=PREFIX user-data=FILE
         ("vminstantiate -n blank -o mme=64", 2, "-o: unknown option 'mme', did you mean mem?", OPTIONS),
         ("vminstantiate -n blank -o gui=1", 2, "-o: gui takes no value", ""),
         ("vminstantiate -n blank -o mem=1G", 2, "-o: mem=1G: expected a whole number from 16 to 16777216, in MB", ""),
+        ("vminstantiate -n blank -o port=80/udp", 2, f"-o: port=80/udp: expected {PORTS}", ""),
+        ("vminstantiate -n blank -o port=8080:80,8080:81", 2, f"port=8080: {TWICE}", ""),
+        ("vminstantiate -n blank -C 2 -o port=65535:80", 2, f"port=127.0.0.1:65536:80: expected {PORTS}", ""),
+        ("vmport -n blank", 2, "[IP:]HOST:GUEST is missing", HELP),
+        ("vmport 8080:80", 2, "which VM? give -n NAME", "vmport -L lists what is published"),
+        ("vmport -n x 8080:80", 1, "x: no such VM", NOT_LISTED),
+        ("vmport -n blank 8080", 2, f"'8080': expected {PORTS}", ""),
+        ("vmport -n blank 8080:80 --delete", 1, "blank: 127.0.0.1:8080:80 is not published", "vmport -L lists what is"),
+        ("vmport -L x", 2, "'x': one word too many", HELP),
         ("vminstantiate -f /dev/null", 2, "/dev/null: no VM is described in it", A_LINE),
         ("vminstantiate -f /dev/null -n blank", 2, "-f and -n exclude each other", "the description file says it all"),
         ("vmrun -r pf --add", 2, "--add goes with -f FILE only", ""),
@@ -653,7 +666,7 @@ OPTIONS = "options are mem=MB cpu=N disk=GB dsk=GB,GB name=PREFIX user-data=FILE
         ("vmtemplate new --insecure", 2, "--insecure goes with --image", ""),
         ("vmstop -d -n blank", 2, "templates are not destroyed with vmstop", "vmtemplate --delete NAME"),
         ("net up --private --bridge", 2, "--private and --bridge: one of them", ""),
-        ("net connect x 22", 2, "'x': expected an IPv4 address", ""),
+        ("net connect x/y 22", 2, "'x/y': expected an address or a name", ""),
         ("net connect", 2, "connect takes an address and a port", "nocloud net connect 10.88.0.2 22"),
         ("net exec", 2, "which command?", "nocloud net exec CMD..."),
         ("bridge", 2, "no verb: expected start, stop, dnsmasq, ready or subnet", ""),

@@ -87,7 +87,7 @@ def test_every_command_option_and_setting_is_named(cloud: Cloud) -> None:
     for setting in nocloud.SETTINGS:
         assert re.search(rf"\b{setting.key}\b", text), setting.key
     for each in nocloud.CLONE_OPTIONS:
-        assert re.search(rf"^ +{each.text}\s+{re.escape(each.help[:20])}", text, re.M), each.name
+        assert re.search(rf"^ +{re.escape(each.text)}\s+{re.escape(each.help[:20])}", text, re.M), each.name
     assert not re.search("@[A-Z_]+@", text)
     for title in (
         "NAME", "SYNOPSIS", "DESCRIPTION", "COMMANDS", "CONFIGURATION", "FILES", "EXIT STATUS", "ENVIRONMENT",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import socket
 import subprocess
 import threading
@@ -95,6 +96,7 @@ def test_up_and_down_twice(cloud: Cloud, vms: None) -> None:
 def test_commands_need_it_up(cloud: Cloud) -> None:
     cloud.run("net", "exec", "true").fails(1, "not up")
     cloud.run("net", "connect", "10.88.0.2", "22").fails(1)
+    cloud.run("net", "connect", "web00", "22").fails(1, "not up")
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,7 @@ def test_commands_need_it_up(cloud: Cloud) -> None:
         ("connect", "10.88.0.2"),
         ("connect", "10.88.0.2", "0"),
         ("connect", "10.88.0.2", "65536"),
-        ("connect", "web00", "22"),
+        ("connect", "web 00", "22"),
         ("connect", "", "22"),
     ],
 )
@@ -248,6 +250,47 @@ def test_names_resolve_for_both_groups(two: Cloud) -> None:
     assert resolve(two, "web00.two") == resolve(two, "web00.two.nocloud") == other
     assert resolve(two, "web00") == resolve(two, "web00.nocloud") == one  # the older one's
     assert resolve(two, "nothere.nocloud") == "nothing"
+
+
+def test_names_resolve_in_exec_and_connect(two: Cloud) -> None:
+    """As in the VMs: whatever the host's own resolver is."""
+    one, other = (two.conf(f"{group}/default/web00")["vmAddress"] for group in ("one", "two"))
+    names = ("web00", "web00.one", "web00.nocloud", "web00.two", "web00.two.nocloud")
+    code = "import socket, sys; print(*map(socket.gethostbyname, sys.argv[1:]))"
+    done = two.run("net", "exec", "python3", "-c", code, *names).ok()
+    assert done.stdout.split() == [one, one, one, other, other] and done.stderr == ""
+    done = two.run("net", "connect", "web00.one", "22", input="SSH-2.0-x\r\n", timeout=30)
+    assert done.stdout.startswith("SSH-2.0-")
+    two.run("net", "connect", "nothere.nocloud", "22").fails(1, "nothere.nocloud:22: ")
+
+
+def test_the_hosts_resolver_is_not_asked_inside(cloud: Cloud, vms: None) -> None:
+    """systemd-resolved's files and nscd's socket are hidden, though /etc/resolv.conf is a link to one of them."""
+    etc, run = cloud.home / "etc", cloud.home / "host-run"
+    subprocess.run(["cp", "-a", "/etc", etc], check=False, stderr=subprocess.DEVNULL)  # what an ordinary user may read
+    for folder in ("systemd/resolve", "nscd"):
+        (run / folder).mkdir(parents=True)
+    (run / "nscd/socket").touch()
+    (run / "systemd/resolve/stub-resolv.conf").write_text("nameserver 127.0.0.53\n")
+    for name in ("resolv.conf", "nsswitch.conf"):
+        (etc / name).unlink(missing_ok=True)
+    (etc / "resolv.conf").symlink_to("/run/systemd/resolve/stub-resolv.conf")
+    (etc / "nsswitch.conf").write_text("passwd: files\n hosts:  mymachines resolve [!UNAVAIL=return] files\n")
+    look = (
+        "cat /etc/resolv.conf /etc/nsswitch.conf; ls /run/nscd /run/systemd/resolve;"
+        "python3 -c 'import socket; print(socket.gethostbyname(\"web00.pf\"))'"
+    )
+    net, hosts = shlex.join(cloud.argv("net")), cloud.base / ".net/hosts"
+    script = (
+        f"mount --bind {etc} /etc && mount --bind {run} /run && {net} up && echo 10.88.0.77 web00.pf >{hosts}/x && "
+        f"{net} exec sh -c {shlex.quote(look)}; cat /etc/resolv.conf; ls /run/nscd; rm {hosts}/x; {net} down"
+    )
+    done = cloud.execute(["unshare", "-m" if os.geteuid() == 0 else "-Urm", "sh", "-c", script]).ok()
+    assert re.fullmatch(
+        r"search nocloud\nnameserver 10\.[0-9.]+\.1\npasswd: files\nhosts: files dns\n"
+        r"/run/nscd:\n\n/run/systemd/resolve:\nstub-resolv.conf\n10\.88\.0\.77\nnameserver 127\.0\.0\.53\nsocket\n",
+        done.stdout,
+    ), repr(done)
 
 
 def test_both_are_reached_and_reach_each_other(two: Cloud) -> None:

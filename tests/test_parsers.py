@@ -77,12 +77,12 @@ class Parsers:
     def monitors(self, data: bytes) -> object:
         process = nocloud.QemuProcess(0)
         process.words = data.decode("utf-8", "surrogateescape").split("\0")
-        return list(nocloud.monitors(process)), process.mac
+        return list(map(nocloud.suboptions, process.values("monitor"))), process.mac
 
     def read(self, data: bytes) -> object:
         catalogue = nocloud.Catalogue(lambda text: None)
         catalogue.read(text(data), "FILE")
-        return [nocloud.web_addresses(each["image"]) for each in catalogue.entries.values() if each["image"]]
+        return [nocloud.ENTRY_KEYS["image"](each["image"]) for each in catalogue.entries.values() if each["image"]]
 
 
 ROWS = [name for name in vars(Parsers) if not name.startswith("_") and name != "kept"]
