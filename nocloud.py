@@ -10012,6 +10012,91 @@ def cmd_ssh_config(config: Config, args: argparse.Namespace, words: list[str]) -
             remove_file(ours.path)
 
 
+COPYING = """\
+SRC and DST are [LOGIN@]VM:PATH, or a path of this host (./a:b where it has a
+colon), or - for stdin or stdout. DST may be several VMs, by a pattern of their
+names: 'web*:/srv/'.
+
+A folder SRC (-r) becomes a folder in DST where that is one, else DST itself; a
+slash after SRC changes nothing, as with scp. With --sync, as with rsync, SRC/
+is what is in SRC; nothing is deleted. The guest needs an sftp-server, for -O
+scp, for --sync rsync."""
+
+
+@declare(
+    Command("cp", "vmcp", "SRC… DST", ("running-vm+file",), more=lambda: COPYING),
+    Option("-r --recursive", "folders too"),
+    Option("-p --preserve", "keep times and modes"),
+    Option("-O --old", "scp's old protocol, for a guest that has scp and no sftp-server"),
+    Option("--sync", "by rsync: only what differs; folders, links, times and modes too"),
+)
+def cmd_cp(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """copy files into VMs, out of them, and between them"""
+    if len(words) < 2:
+        raise UsageError("SRC and DST are needed", "vmcp FILE VM:PATH, or vmcp VM:PATH FILE")
+    with Cloud(config) as cloud:
+        found = [find_places(cloud, word) for word in words]
+        inside = [vm for places in found for vm, _ in places if vm]
+        if not inside:
+            raise UsageError("none of them is in a VM", "VM:PATH is, and ./a:b is a file of this host")
+        if any(len(places) > 1 for places in found[:-1]):
+            raise UsageError("several VMs to copy from", "only DST may be a pattern that several fit")
+        if "-" in words and (args.sync or len(words) > 2 or len(inside) > 1):
+            raise UsageError("- is for one file, in one VM, without --sync")
+        if "-" in words:
+            become_cat(cloud, inside[0], *words)
+        sources, targets = [places[0] for places in found[:-1]], dict(found[-1])
+        if len(targets) == 1:
+            become(copy_argv(cloud, args, [*sources, *targets.items()]))
+        copy = functools.partial(copy_argv, cloud, args)
+        results = in_parallel(lambda vm: run(copy([*sources, (vm, targets[vm])]), timeout=None), list(targets))
+    return report_errors([each for each in results if isinstance(each, Error)])
+
+
+def find_places(cloud: Cloud, word: str) -> list[tuple[VM | None, str]]:
+    """An operand of vmcp: (its VM, None for this host; as scp is told it); several where it is a pattern of VMs."""
+    import fnmatch
+
+    head, colon, path = word.partition(":")
+    login, at, name = head.rpartition("@")
+    if not colon or word[0] in "./":
+        return [(None, word)]
+    if re.search("[*?[]", name):
+        way = (lambda vm: vm.name, lambda vm: f"{vm.group}/{vm.name}", lambda vm: vm.full_name)[min(2, name.count("/"))]
+        vms = [vm for vm in cloud.tree.running() if fnmatch.fnmatchcase(way(vm).lower(), name.lower())]
+    else:
+        vms = [running_vm(cloud, name)]
+    if not vms:
+        raise NotFound(f"{name}: no such running VM", VMS_HINT)
+    return [(vm, f"{login}{at}{vm.full_name.replace('/', '.')}:{path}") for vm in vms]
+
+
+def copy_argv(cloud: Cloud, args: argparse.Namespace, places: Sequence[tuple[VM | None, str]]) -> list[str]:
+    """scp, or rsync, with a configuration for the VMs of these places, after which the user's own counts."""
+    call, blocks = ssh_options(**OWN_CALL, SessionType="default"), []
+    for vm in [vm for vm, _ in places if vm]:
+        wait_login(cloud, vm)
+        blocks.append(ssh_block(cloud, vm, [vm.full_name.replace("/", ".")], *call))
+    fd = os.memfd_create("ssh_config", 0)
+    write_all(fd, "".join(["IgnoreUnknown *\n", *blocks, "Host *\n    Include config\n"]).encode())
+    config, spelt = f"/proc/{os.getpid()}/fd/{fd}", [word for _, word in places]  # ssh closes what it inherits
+    if args.sync:
+        shown = ["--info=progress2"] if sys.stdout.isatty() else []
+        return ["rsync", "-a", *shown, "-e", f"ssh -F {config}", "--", *spelt]
+    flags = {"-3": places[0][0] and places[-1][0], "-r": args.recursive, "-p": args.preserve, "-O": args.old}
+    return ["scp", "-F", config, *(flag for flag, given in flags.items() if given), "--", *spelt]
+
+
+def become_cat(cloud: Cloud, vm: VM, source: str, target: str) -> None:
+    """Copy a file of a VM to stdout, or stdin to one."""
+    import shlex
+
+    head, _, path = (source if target == "-" else target).partition(":")
+    login = head.rpartition("@")[0]
+    script = f"cat {'<' if target == '-' else '>'}{shlex.quote(path.removeprefix('~/'))}"
+    become_ssh(cloud, vm, [script], first=["-l", login] if login else [])
+
+
 @declare(
     Command("vm", "vm", "[WORDS...]"),
     Option("-n --name NAME", "the VM, or the template", complete="vm"),

@@ -166,6 +166,10 @@ def says_its_name(people: Resident) -> None:
 def test_no_configuration_of_the_users_keeps_vmssh_out(people: Resident) -> None:
     people.configure("Host *\n" + "".join(f" {line}\n" for line in LINES))
     says_its_name(people)
+    (people.home / "a file").write_text("copied\n")
+    for words in (("--sync",), ()):
+        people.run("vmcp", *words, "a file", "web00:/tmp/").ok()
+    assert people.run("vmcp", "web00:/tmp/a file", "-").ok().stdout == "copied\n"
 
 
 @pytest.mark.long
@@ -216,6 +220,59 @@ def test_a_port_forwarded_while_a_command_runs(people: Resident) -> None:
         assert child.communicate("the end\n", 30)[0] == "the end\n"
     finally:
         end_child(child)
+
+
+# vmcp ################################################################################################
+
+
+def test_files_into_and_out_of_a_vm(people: Resident) -> None:
+    (people.home / "in/deep").mkdir(parents=True)
+    (people.home / "in/deep/file").write_text("deep\n")
+    (people.home / "a:b").write_text("a colon\n")
+    people.own()
+    people.run("vmcp", "-r", "in/", "web00:/new").ok()  # DST isn't there: it becomes it, with a slash or without
+    people.run("vmcp", "-r", "in/", "./a:b", "root@shop/web/web00:/new").ok()  # it is: they come into it
+    listed = people.ssh("web00", "cd /new; find . -type f | sort").ok().lines
+    assert listed == ["./a:b", "./deep/file", "./in/deep/file"]
+    people.run("vmcp", "web00:/new/a:b", "web00:/new/deep/file", ".").ok()
+    assert (people.home / "a:b").read_text() == "a colon\n" and (people.home / "file").read_text() == "deep\n"
+
+
+def test_streams(people: Resident) -> None:
+    people.run("vmcp", "-", "web00:it's a file", input="in\n").ok()
+    assert people.run("vmcp", "web00:~/it's a file", "-").ok().stdout == "in\n"
+    assert people.ssh("web00", "cat", "/root/it*").ok().stdout == "in\n"
+    assert people.run("vmcp", "web00:/no/such", "-").status == 1
+
+
+def test_from_vm_to_vm_and_to_several(people: Resident) -> None:
+    people.ssh("web00", "echo between >/tmp/between").ok()
+    people.run("vmcp", "web00:/tmp/between", "web01:/tmp/").ok()
+    assert people.ssh("web01", "cat /tmp/between").ok().stdout == "between\n"
+    (people.home / "all").write_text("all\n")
+    people.own()
+    for pattern in ("web*:/tmp/", "shop/*:/tmp/", "shop/web/web0?:/tmp/"):
+        people.run("vmcp", "all", pattern).quiet()
+        for name in ("web00", "web01"):
+            assert people.ssh(name, "cat /tmp/all; rm /tmp/all").ok().stdout == "all\n"
+    people.ssh("web01", "mkdir /tmp/only-here").ok()
+    done = people.run("vmcp", "all", "web*:/tmp/only-here/")
+    assert done.status == 1 and "web00: scp: " in done.stderr and "web01" not in done.stderr
+    assert people.ssh("web01", "cat /tmp/only-here/all").ok().stdout == "all\n"
+
+
+def test_sync_copies_what_differs(people: Resident) -> None:
+    folder = people.home / "tree"
+    folder.mkdir()
+    for name in ("one", "two"):
+        (folder / name).write_text(name)
+    people.own()
+    people.run("vmcp", "--sync", "tree/", "web*:/mirror").quiet()
+    people.ssh("web00", "echo changed >/mirror/one; echo kept >/mirror/three").ok()
+    people.run("vmcp", "--sync", "tree/", "web00:/mirror").ok()
+    assert people.ssh("web00", "cd /mirror; cat one two three").ok().stdout == "onetwokept\n"
+    people.run("vmcp", "--sync", "web00:/mirror/", "back-again").ok()
+    assert {path.name for path in (people.home / "back-again").iterdir()} == {"one", "two", "three"}
 
 
 def test_a_vm_of_the_same_name_again(people: Resident) -> None:
@@ -336,3 +393,25 @@ def test_it_is_kept_up_to_date(resident: Resident, vms: None) -> None:
     assert offered(file.read_text()) == ["web00.test.nocloud test/web00 web00.test web00"]
     resident.run("vmstop", "-d", "-g", "test").ok()
     assert file.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "text", "hint"),
+    [
+        ("one", 2, "SRC and DST are needed", "vmcp FILE VM:PATH, or vmcp VM:PATH FILE"),
+        ("one two", 2, "none of them is in a VM", "VM:PATH is, and ./a:b is a file of this host"),
+        ("one web00:/x", 1, "web00: no such VM", "vmrunning -a lists them"),
+        ("one shop/w*:/x", 1, "shop/w*: no such running VM", "vmrunning -a lists them"),
+    ],
+)
+def test_what_vmcp_says(cloud: Cloud, words: str, status: int, text: str, hint: str) -> None:
+    cloud.run("vmcp", *words.split()).says(status, text, hint)
+
+
+def test_what_vmcp_cannot(blank: Cloud) -> None:
+    blank.run("vminstantiate", "-n", "blank", "-g", "shop", "-C", 2, "-o", "name=web").ok()
+    streams = "- is for one file, in one VM, without --sync"
+    for words in ("- web*:/x", "- one web00:/x", "--sync - web00:/x", "web00:/x web01:/x -"):
+        blank.run("vmcp", *words.split()).says(2, streams)
+    hint = "only DST may be a pattern that several fit"
+    blank.run("vmcp", "web*:/x", "here").says(2, "several VMs to copy from", hint)
