@@ -784,6 +784,7 @@ SETTINGS = (
     Setting("vmExtraOpts", any_text, "", "both", "more words for qemu's command line", inherited=True),
     Setting("vmQemu", any_text, "", "config", "the qemu program, by default qemu-system-ARCH or /usr/libexec/qemu-kvm"),
     Setting("vmBridgeHelper", any_text, "", "config", "the qemu-bridge-helper program"),
+    Setting("vmInventoryHosts", one_of("address", "name"), "address", "config", "what ansible's hosts are called"),
     Setting("bridgeInterface", INTERFACE_NAME, "nocloud", "config", "the host's bridge"),
     Setting("bridgeAddress", ipv4_prefix, "192.168.1.1/24", "config", "its address"),
     Setting("bridgeNet", ipv4_prefix, "192.168.1.0/24", "config", "its network"),
@@ -2222,6 +2223,11 @@ class VM:
         return re.sub(r"[^A-Za-z0-9_-]", "-", self.name)[:63].strip("-") or "vm"
 
     @property
+    def dns_name(self) -> str:
+        """NAME.GROUP on the network."""
+        return f"{self.host_name}.{re.sub(r'[^A-Za-z0-9._-]', '-', self.group)}"
+
+    @property
     def full_name(self) -> str:
         """GROUP/TYPE/NAME: says which VM is meant even where names are the same."""
         return f"{self.place}/{self.name}"
@@ -2430,6 +2436,12 @@ class Tree:
             return []
         group, type = parts[0] if len(parts) > 1 else "", parts[1] if len(parts) == 3 else ""
         return list(self.vms(group, type, parts[-1].lower()))
+
+    def unique_names(self) -> dict[str, list[str]]:
+        """What a VM, by its full name, is called among hosts: NAME.GROUP and NAME, where no other is called so."""
+        names = {vm.full_name: [vm.dns_name, vm.host_name] for vm in self.vms()}
+        count = Counter(name.lower() for each in names.values() for name in each)
+        return {vm: [name for name in each if count[name.lower()] == 1] for vm, each in names.items()}
 
     def need(
         self,
@@ -3252,9 +3264,9 @@ class HostFiles:
         if not self.tree:
             self.prepare()
         uuid, address = vm.get("vmUuid"), vm.get("vmAddress")
-        name, group = vm.host_name, re.sub(r"[^A-Za-z0-9._-]", "-", vm.group)
+        name = vm.host_name
         taken = {word for other, _, words in self._files("hosts") if other != uuid for word in words[1:]}
-        names = [f"{name}.{group}.{DOMAIN}", f"{name}.{group}"] if not vm.is_template else []
+        names = [f"{vm.dns_name}.{DOMAIN}", vm.dns_name] if not vm.is_template else []
         names = [each.lower() for each in (*names, f"{name}.{DOMAIN}", name)]
         names = [each for each in names if each not in taken]
         self._write_once("hosts", uuid, " ".join([address, *names]) if names else "")
@@ -5427,6 +5439,21 @@ def _json(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, indent=1).encode() + b"\n"
 
 
+# What the user's ssh configuration doesn't decide, since it would lead elsewhere or keep the keys away (ssh_config(5)).
+# Agents, forwarding, the environment, ciphers and all the rest are his.  `+`: ssh's own list, and with it ed25519.
+OWN_WAY = {
+    "Port": "22", "AddressFamily": "inet", "CanonicalizeHostname": "no",
+    "PubkeyAuthentication": "yes", "PreferredAuthentications": "publickey,keyboard-interactive,password",
+    "HostKeyAlgorithms": "+ssh-ed25519", "PubkeyAcceptedKeyTypes": "+ssh-ed25519",
+    "ServerAliveInterval": "15",  # a VM that is switched off closes no connection: ssh ends, after 45 s
+}  # fmt: skip
+# Nor what a call of ours does.  The last two came with OpenSSH 8.7; `*` covers what the user's own IgnoreUnknown says.
+OWN_CALL = {
+    "IgnoreUnknown": "*", "RemoteCommand": "none", "RequestTTY": "auto", "StdinNull": "no",
+    "ForkAfterAuthentication": "no",
+}  # fmt: skip
+
+
 def ssh_options(**values: str) -> list[str]:
     """The words of a call of ssh that set these (ssh_config(5))."""
     return [word for name, value in values.items() for word in ("-o", f"{name}={value}")]
@@ -5450,7 +5477,122 @@ def ssh_key_options(planted: bool) -> list[str]:
     """Which keys ssh offers.  Where ours was planted, no others but the user's default ones: an agent full of keys
     would use up the tries that a server grants (MaxAuthTries, 6); and no password is asked for that nobody has."""
     words = [word for path in (own_key(), *user_keys()) for word in ssh_options(IdentityFile=ssh_path(path))]
-    return [*words, *ssh_options(IdentitiesOnly="yes", PreferredAuthentications="publickey")] if planted else words
+    only = {"IdentitiesOnly": "yes", "PreferredAuthentications": "publickey"} if planted else {"IdentitiesOnly": "no"}
+    return [*words, *ssh_options(**only)]
+
+
+def ssh_way(network: Network, trust: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """How ssh, and what calls it, gets into the VMs of a network, whatever the user's own configuration says."""
+    proxy = network.proxy_command()
+    way = {"ProxyCommand": proxy, "ProxyUseFdpass": "yes"} if proxy else {"ProxyCommand": "none"}
+    return [*trust, *keys, *ssh_options(**OWN_WAY, **way)]  # of two values the first counts
+
+
+def ssh_host(vm: VM, address: str) -> list[str]:
+    """Where it is, whose host key is expected, and who logs in."""
+    return ssh_options(HostName=address, HostKeyAlias=vm.get("vmUuid"), User=vm.get("vmUser"))
+
+
+def ssh_block(cloud: Cloud, vm: VM, names: Sequence[str], *words: str) -> str:
+    """A block of ssh_config(5) that gives these names to a VM; `words` as of ssh_options()."""
+    network, known = cloud.network_of(vm), cloud.known_hosts
+    trust = ssh_trust_options(known.path, strict=known.knows(vm.get("vmUuid")))
+    way = ssh_way(network, trust, ssh_key_options(is_planted(vm)))
+    words = (*words, *ssh_options(ControlPath="none"), *ssh_host(vm, network.address(vm)), *way)
+    return "\n    ".join([f"Host {' '.join(names)}", *(word.replace("=", " ", 1) for word in words[1::2])]) + "\n\n"
+
+
+class SshConfig:
+    """An ssh configuration with the VMs' names, which lies in the tree.
+
+    Where the user asked for that, ~/.ssh/config includes it, and it is written anew as VMs come and go.
+    """
+
+    # What may be this host's or the Internet's, as github of a group com is, and all of a group io.
+    OTHERS = r"localhost(\..*)?|.*\.(..|com|net|org|edu|gov|mil|int|info|dev|app|cloud|local|lan|home)"
+
+    def __init__(self, cloud: Cloud) -> None:
+        self.cloud, self.path = cloud, os.path.join(cloud.tree.base, ".ssh_config")
+
+    def users(self, name: str) -> str:
+        """A file of the user's, where ssh looks for it: it heeds no HOME."""
+        import pwd
+
+        return os.path.join(pwd.getpwuid(os.getuid()).pw_dir, ".ssh", name)
+
+    def text(self) -> tuple[str, list[str]]:
+        """(a block for each VM, what is not offered, and why)."""
+        names, patterns = self.cloud.tree.unique_names(), self._patterns()
+        blocks, left = [], []
+        for vm in (vm for vm in self.cloud.tree.vms() if not vm.is_template and vm.is_readable()):
+            own = names[vm.full_name]
+            why = {name: self._taken(vm, name, own, patterns) for name in (vm.dns_name, vm.host_name)}
+            full = [f"{vm.dns_name}.{DOMAIN}", f"{vm.group}/{vm.name}"] if vm.dns_name in own else []
+            if not vm.get("vmUuid") or not self.cloud.network_of(vm).address(vm):
+                full, why = [], {vm.full_name: "it has no address yet"}
+            left += [f"{name}: {reason}" for name, reason in why.items() if reason]
+            if full:
+                blocks.append(ssh_block(self.cloud, vm, [*full, *(name for name in why if not why[name])]))
+        return "".join([*(f"# not offered: {each}\n" for each in left), *blocks]), left
+
+    def _taken(self, vm: VM, name: str, own: Sequence[str], patterns: Sequence[str]) -> str:
+        """Why the VM doesn't get this name, or ''."""
+        import fnmatch
+
+        if name not in own:
+            return "another VM is called so"
+        if "." in vm.group or re.fullmatch(self.OTHERS, name.lower()):
+            return "it may be a name of this host's or the Internet's"
+        if any(fnmatch.fnmatchcase(name.lower(), pattern.lower()) for pattern in patterns):
+            return f"{self.users('config')} has it"
+        file = self.users("known_hosts")
+        known = os.path.exists(file) and not run(["ssh-keygen", "-F", name, "-f", file], check=False).returncode
+        return f"{file} has it" if known else ""
+
+    def _patterns(self) -> list[str]:
+        """What the Host and Match lines of the user's configuration name, but for what means any host."""
+        import glob
+
+        files, found = [self.users("config")], []
+        for path in files:  # grows by what is included
+            for line in read_text(path).splitlines() if os.path.isfile(path) else ():
+                keyword, *words = re.split(r'[\s=,"]+', line.strip())
+                if keyword.lower() == "include":
+                    places = (self.users(re.sub("^~/", "../", word)) for word in words if word)
+                    files += sorted({each for place in places for each in glob.glob(place)} - {self.path, *files})
+                elif keyword.lower() in ("host", "match"):
+                    found += [word for word in words if re.search("[^*?.]", word)]
+        return found
+
+    def write(self) -> list[str]:
+        """Write the file; what it doesn't offer, and why."""
+        with self.cloud.tree.lock():
+            text, left = self.text()
+            write_file(self.path, text)
+        return left
+
+    def refresh(self) -> None:
+        """VMs came or went: write the file anew, where it is used."""
+        try:
+            if os.path.exists(self.path):
+                self.write()
+        except (Error, OSError) as error:  # of less weight than what has been done
+            report.warn(f"{self.path} is not up to date: {error}")
+
+    def include(self, wanted: bool) -> None:
+        """Have ~/.ssh/config begin with the one Include, which is in no block of a host's there; or take it away."""
+        if re.search(r"[^\w ./+,:@=-]", self.path):
+            raise Error(f"{self.path}: ssh's Include can't take this path", "set vmBaseDir to a plainer one")
+        path, line, old = os.path.realpath(self.users("config")), f'Include "{self.path}"'.encode(), b""
+        make_private_folder(os.path.dirname(path))
+        with FolderLock(os.path.dirname(path)):
+            if os.path.exists(path):
+                with open(path, "rb") as file:
+                    old = file.read()
+            rest = [each for each in old.splitlines(keepends=True) if each.strip() != line]
+            new = b"".join([line + b"\n", *rest] if wanted else rest)
+            if new != old:
+                write_file(path, new)
 
 
 def is_planted(vm: VM) -> bool:
@@ -7612,10 +7754,12 @@ def check_disk_size(template: VM, gigabytes: int) -> None:
 
 
 def check_collision(tree: Tree, group: str, type: str) -> None:
-    """Ansible knows groups by GROUP and GROUP_TYPE: two things must not get one name."""
+    """Ansible knows groups by GROUP, GROUP_TYPE and type_TYPE: two things must not get one name."""
     pairs = {f"{each}_{kind}": (each, kind) for each in tree.groups() for kind in tree.types(each)}
     key, clash = f"{group}_{type}", ""
-    if pairs.get(key, (group, type)) != (group, type):
+    if f"{group}_".startswith("type_") and group not in tree.groups():
+        clash = f"{group}: ansible would mix it up with type_TYPE, the VMs of a type in all groups"
+    elif pairs.get(key, (group, type)) != (group, type):
         clash = f"{group}/{type}: ansible would mix it up with {'/'.join(pairs[key])}: both are {key}"
     elif key in tree.groups():
         clash = f"{group}/{type}: ansible would mix it up with the group {key}"
@@ -7848,10 +7992,11 @@ def make_clones(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> l
 
 
 def publish_keys(cloud: Cloud, vms: Sequence[VM]) -> None:
-    """Make the planted host keys of these VMs known."""
+    """Make these VMs known to ssh: the host keys that are planted, and their names."""
     lines = {vm.get("vmUuid"): (vm.get("vmAddress"), read_text(vm.host_key + ".pub")) for vm in vms if is_planted(vm)}
     if lines:
         cloud.known_hosts.update(lines)
+    SshConfig(cloud).refresh()
 
 
 # Stopping and destroying #############################################################################
@@ -7951,6 +8096,7 @@ def forget_identity(cloud: Cloud, uuids: Sequence[str]) -> None:
     for network in cloud.networks():
         network.withdraw(uuids)
     cloud.known_hosts.update({}, uuids)
+    SshConfig(cloud).refresh()
 
 
 def destroy_all(cloud: Cloud, vms: Sequence[VM], group: str = "") -> list[Error]:
@@ -8393,7 +8539,7 @@ def pin_host_key(wait: Wait) -> None:
     try:
         for seconds in wait.tries():
             trust = ssh_trust_options(place, strict=False)
-            try_run([*ssh_argv(cloud, vm, trust, ssh_key_options(True), batch=True), "true"], seconds, GUEST_OUTPUT)
+            try_run([*ssh_argv(cloud, vm, BATCH, trust, ssh_key_options(True)), "true"], seconds, GUEST_OUTPUT)
             if os.path.exists(place):
                 break
         lines = read_text(place).splitlines()
@@ -8404,27 +8550,39 @@ def pin_host_key(wait: Wait) -> None:
 
 def ssh_batch(cloud: Cloud, vm: VM, script: str, timeout: float, user: str = "") -> tuple[int, str]:
     """Run a command in the guest with nocloud's own key and no ssh configuration of the user's; (status, output)."""
-    trust = ssh_trust_options(cloud.known_hosts.path, strict=True)
-    argv = ssh_argv(cloud, vm, trust, ssh_key_options(is_planted(vm)), batch=True)
-    argv[1:1] = ["-l", user] if user else []  # the first one counts
-    return try_run([*argv, script], timeout, GUEST_OUTPUT)
+    first = [*BATCH, *(["-l", user] if user else [])]
+    return try_run([*ssh_argv(cloud, vm, first), script], timeout, GUEST_OUTPUT)
 
 
-def ssh_way(network: Network) -> list[str]:
-    """The option that takes ssh into a private network."""
-    proxy = network.proxy_command()
-    return ssh_options(ProxyCommand=proxy, ProxyUseFdpass="yes") if proxy else []
+BATCH = ("-F", "none", *ssh_options(BatchMode="yes", ConnectTimeout="20"))  # nobody is asked anything
 
 
-def ssh_argv(cloud: Cloud, vm: VM, trust: Sequence[str], keys: Sequence[str], batch: bool = False) -> list[str]:
-    """ssh's argv up to the host: who is checked, with which keys, by which way.  `batch`: nobody is asked anything."""
-    network = cloud.network_of(vm)
-    quiet = ["-F", "none", *ssh_options(BatchMode="yes", ConnectTimeout="20")] if batch else []
-    return [
-        "ssh", *quiet, *ssh_options(ControlPath="none", HostKeyAlias=vm.get("vmUuid")), *trust, *keys,
-        *ssh_options(ServerAliveInterval="15"),  # a VM that is switched off closes no connection: ssh ends, after 45 s
-        *ssh_way(network), "-l", vm.get("vmUser"), network.address(vm),
-    ]  # fmt: skip
+def ssh_argv(
+    cloud: Cloud, vm: VM, first: Sequence[str] = (), trust: Sequence[str] = (), keys: Sequence[str] = ()
+) -> list[str]:
+    """ssh's argv up to the host: who is checked, with which keys, by which way.
+
+    `first`: options that win: of two values ssh takes the first, and -N excludes a SessionType before it.
+    """
+    network, address = cloud.network_of(vm), cloud.network_of(vm).address(vm)
+    trust = trust or ssh_trust_options(cloud.known_hosts.path, strict=True)
+    way = ssh_way(network, trust, keys or ssh_key_options(is_planted(vm)))
+    call = ssh_options(**OWN_CALL, SessionType="default", ControlPath="none")
+    return ["ssh", *first, *call, *ssh_host(vm, address), *way, address]
+
+
+SSH_FLAGS = "46AaCfGgKkMNnqsTtXxYy"  # ssh(1): its options, but for -V and -v, and those that take a value
+SSH_VALUES = "BbcDEeFIiJLlmOopQRSWw"
+
+
+def split_ssh_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the options that ssh's words begin with, with their values; the rest)."""
+    count = 0
+    while count < len(words) and re.match("-[^-]", words[count]):
+        letters = words[count][1:]
+        value = next((at for at, letter in enumerate(letters, 1) if letter in SSH_VALUES), 0)
+        count += 2 if value == len(letters) else 1  # the value is the next word
+    return list(words[:count]), list(words[count:])
 
 
 def cloud_init_script(seconds: int) -> str:
@@ -8547,8 +8705,7 @@ class OwnGuest:
 
         Raises TimedOut after `seconds`.
         """
-        trust = ssh_trust_options(self.cloud.known_hosts.path, strict=True)
-        words = ssh_argv(self.cloud, self.vm, trust, self.keys, batch=True)
+        words = ssh_argv(self.cloud, self.vm, BATCH, keys=self.keys)
         tied = [*TIE, need_program(words[0]), *words[1:], script]
         status = run_watched(tied, on_line, timeout=seconds, host=self._process)
         if status and not self.vm.is_running():
@@ -9463,44 +9620,56 @@ def address_of(cloud: Cloud, vm: VM) -> str:
 def inventory(cloud: Cloud) -> dict[str, Any]:
     """ansible's script inventory of the running VMs that have an address."""
     running = [(vm, address) for vm in cloud.tree.running() if (address := address_of(cloud, vm))]
+    by_name = cloud.config["vmInventoryHosts"] == "name"
+    taken = {"all", "ungrouped", "localhost", *cloud.tree.groups()}
+    names = cloud.tree.unique_names() if by_name else {}
+    known, ssh_args = cloud.known_hosts.names(), functools.cache(functools.partial(ansible_ssh_args, cloud))
     groups: dict[str, Any] = {}
     hostvars: dict[str, Any] = {}
     for group in dict.fromkeys(vm.group for vm, _ in running):
         pairs = [(vm, address) for vm, address in running if vm.group == group]
-        vms = [vm for vm, _ in pairs]
-        users = [vm.get("vmUser") for vm in vms]
+        users = [vm.get("vmUser") for vm, _ in pairs]
         user = max(users, key=users.count)
         kinds: dict[str, Any] = {}
         for vm, address in pairs:
-            kinds.setdefault(f"{group}_{vm.type or TEMPLATES}", {"hosts": []})["hosts"].append(address)
-            hostvars[address] = host_variables(vm, user)
-        variables = {"ansible_user": user, "ansible_ssh_common_args": ansible_ssh_args(cloud, vms)}
-        for name, values in [*kinds.items(), (group, {"children": list(kinds), "vars": variables})]:
+            host = next((name for name in reversed(names.get(vm.full_name, [])) if name not in taken), address)
+            kinds.setdefault(f"{group}_{vm.type or TEMPLATES}", {"hosts": []})["hosts"].append(host)
+            words = ssh_args(cloud.network_kind(vm), vm.get("vmUuid") in known, is_planted(vm))
+            hostvars[host] = host_variables(vm, user, words, address if by_name else "")
+        for name, values in [*kinds.items(), (group, {"children": list(kinds), "vars": {"ansible_user": user}})]:
             groups.setdefault(name, {}).update(values)
+    types = {f"type_{vm.type}" for vm, _ in running if vm.type} - groups.keys()  # an old tree may have such a group
+    for vm, _ in running:
+        if f"type_{vm.type}" in types:
+            children = groups.setdefault(f"type_{vm.type}", {"children": []})["children"]
+            children += {f"{vm.group}_{vm.type}"} - {*children}
     return {**groups, "_meta": {"hostvars": hostvars}}
 
 
-def host_variables(vm: VM, user: str) -> dict[str, str]:
-    """What ansible is told of a host; `user`: who logs in to those of its group."""
+def host_variables(vm: VM, user: str, ssh_args: str, address: str) -> dict[str, Any]:
+    """What ansible is told of a host; `user`: who logs in to those of its group; `address`: where that isn't its name.
+
+    The way in is here and not at the group, so that no group_vars of a playbook replaces it.
+    """
     uuid, login = vm.get("vmUuid"), vm.get("vmUser")
     names = {"name": vm.name, "group": vm.group, "type": vm.type or TEMPLATES}
     names.update(template=vm.get("vmTemplate"), uuid=uuid)
-    values = {f"nocloud_{key}": value for key, value in names.items()}
+    values: dict[str, Any] = {f"nocloud_{key}": value for key, value in names.items()}
     # ansible's own is named by the address, which another VM had before, or has in another tree
     values["ansible_control_path"] = f"%(directory)s/{uuid or vm.full_name.replace('/', '-')}"
-    if uuid and not vm.get("vmAddress"):  # known by its UUID only
-        values.update({f"ansible_{each}_extra_args": f"-o HostKeyAlias={uuid}" for each in ("ssh", "sftp", "scp")})
+    alias = f"-o HostKeyAlias={uuid} " if uuid else ""
+    values.update(ansible_port=22, ansible_ssh_common_args=alias + ssh_args)
+    values["ansible_ssh_extra_args"] = "-o SessionType=default"  # sftp has one of its own
+    values.update({"ansible_host": address} if address else {})
     return values if login == user else {**values, "ansible_user": login}
 
 
-def ansible_ssh_args(cloud: Cloud, vms: Sequence[VM]) -> str:
-    """ssh's options for a group: our known_hosts, the keys, and the way into a private network."""
+def ansible_ssh_args(cloud: Cloud, network: str, known: bool, planted: bool) -> str:
+    """ssh's options for many VMs: our known_hosts, the keys, and the way into a private network."""
     import shlex
 
-    strict = {vm.get("vmUuid") or "?" for vm in vms} <= cloud.known_hosts.names()
-    planted = all(is_planted(vm) for vm in vms)
-    words = [*ssh_trust_options(cloud.known_hosts.path, strict), *ssh_key_options(planted)]
-    return shlex.join([*words, *ssh_way(cloud.network_of(vms[0]))])
+    way = ssh_way(cloud.network(network), ssh_trust_options(cloud.known_hosts.path, known), ssh_key_options(planted))
+    return shlex.join([*ssh_options(**OWN_CALL, HostName="%h"), *way])
 
 
 # Doctor ##############################################################################################
@@ -10140,7 +10309,8 @@ class Option:
 class Command:
     """A command: how it is called, its options, and what it does.  declare() gives it the last three.
 
-    `complete`: what a shell offers for each operand, as of an Option.  `more` makes the end of its help.
+    `complete`: what a shell offers for each operand, as of an Option.  `more` makes the end of its help.  `passes`: the
+    letters of another program's options, with the first of which its operands begin.
     `unconfigured`: it gets the defaults, and finds the configuration by itself.
     """
 
@@ -10149,6 +10319,7 @@ class Command:
     operands: str = ""
     complete: tuple[str | tuple[str, ...], ...] = ()
     more: Callable[[], str] = str
+    passes: str = ""
     hidden: bool = False
     unconfigured: bool = False
     options: tuple[Option, ...] = ()
@@ -10227,7 +10398,7 @@ def split_operands(command: Command, words: Sequence[str]) -> tuple[list[str], l
         index += 1
         if word == "--":
             return options, [*operands, *words[index:]]
-        if not word.startswith("-") or word == "-":
+        if not word.startswith("-") or word == "-" or word[1] in command.passes:
             operands.append(word)
             if "..." in command.operands:  # another program's words
                 return options, [*operands, *words[index:]]
@@ -10725,20 +10896,26 @@ def running_vm(cloud: Cloud, words: str, group: str | None = None, type: str | N
     return vm
 
 
-@declare(Command("ssh", "vmssh", "VM [WORDS...]", ("running-vm",)))
+@declare(Command("ssh", "vmssh", "[LOGIN@]VM [WORDS...]", ("running-vm",), passes=SSH_FLAGS + SSH_VALUES))
 def cmd_ssh(config: Config, args: argparse.Namespace, words: list[str]) -> None:
-    """ssh into a VM, or run a command in it"""
-    if not words:
+    """ssh into a VM, or run a command in it; ssh's options, before or after the VM, are ssh's"""
+    options, rest = split_ssh_words(words)
+    if not rest:
         raise UsageError("which VM?", "vmssh VM|IP [WORDS...]; vmrunning lists the VMs")
     with Cloud(config) as cloud:
-        become_ssh(cloud, running_vm(cloud, words[0]), words[1:])
+        login, _, name = rest[0].rpartition("@")
+        become_ssh(cloud, running_vm(cloud, name), rest[1:], first=[*options, *(["-l", login] if login else [])])
 
 
-def become_ssh(cloud: Cloud, vm: VM, words: Sequence[str], fresh: bool = False) -> None:
-    """Wait for a running VM's ssh, then be ssh: stdin, terminal and exit status are its own.
+def become_ssh(cloud: Cloud, vm: VM, words: Sequence[str], fresh: bool = False, first: Sequence[str] = ()) -> None:
+    """Wait until one can log in to a running VM, then be ssh: stdin, terminal and exit status are its own."""
+    wait_login(cloud, vm, fresh)
+    options, command = split_ssh_words(words)
+    become([*ssh_argv(cloud, vm, [*first, *options]), *command])
 
-    `fresh`: it has just been started.
-    """
+
+def wait_login(cloud: Cloud, vm: VM, fresh: bool = False) -> None:
+    """Wait for a running VM's ssh; then its host key is known, and its name set.  `fresh`: it has just been started."""
     if not vm.get("vmUuid"):  # bash started it: its host key is pinned under a UUID all the same
         with FolderLock(vm.folder):
             vm.write_conf({"vmUuid": new_identity(set())[0]})
@@ -10755,8 +10932,112 @@ def become_ssh(cloud: Cloud, vm: VM, words: Sequence[str], fresh: bool = False) 
                 clean_at_shutdown(cloud, vm)
         except Error as error:
             report.warn(str(error))
-    trust = ssh_trust_options(cloud.known_hosts.path, strict=True)
-    become([*ssh_argv(cloud, vm, trust, ssh_key_options(is_planted(vm))), *words])
+
+
+@declare(
+    Command("ssh-config"),
+    Option("--install", "have ~/.ssh/config include it, and keep it up to date as VMs come and go"),
+    Option("--remove", "take that away again"),
+)
+def cmd_ssh_config(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+    """print an ssh configuration with the VMs' names, for ssh, scp, sftp, rsync, git and editors"""
+    with Cloud(config) as cloud:
+        ours = SshConfig(cloud)
+        if not exclusive(args, "install", "remove"):
+            report.data(ours.text()[0].rstrip("\n"))
+            return
+        if args.install:
+            cloud.tree.prepare()
+            for each in ours.write():
+                report.say(f"{report.program}: not offered: {each}")
+        ours.include(args.install)
+        if args.remove:
+            remove_file(ours.path)
+
+
+COPYING = """\
+SRC and DST are [LOGIN@]VM:PATH, or a path of this host (./a:b where it has a
+colon), or - for stdin or stdout. DST may be several VMs, by a pattern of their
+names: 'web*:/srv/'.
+
+A folder SRC (-r) becomes a folder in DST where that is one, else DST itself; a
+slash after SRC changes nothing, as with scp. With --sync, as with rsync, SRC/
+is what is in SRC; nothing is deleted. The guest needs an sftp-server, for -O
+scp, for --sync rsync."""
+
+
+@declare(
+    Command("cp", "vmcp", "SRC… DST", ("running-vm+file",), more=lambda: COPYING),
+    Option("-r --recursive", "folders too"),
+    Option("-p --preserve", "keep times and modes"),
+    Option("-O --old", "scp's old protocol, for a guest that has scp and no sftp-server"),
+    Option("--sync", "by rsync: only what differs; folders, links, times and modes too"),
+)
+def cmd_cp(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """copy files into VMs, out of them, and between them"""
+    if len(words) < 2:
+        raise UsageError("SRC and DST are needed", "vmcp FILE VM:PATH, or vmcp VM:PATH FILE")
+    with Cloud(config) as cloud:
+        found = [find_places(cloud, word) for word in words]
+        inside = [vm for places in found for vm, _ in places if vm]
+        if not inside:
+            raise UsageError("none of them is in a VM", "VM:PATH is, and ./a:b is a file of this host")
+        if any(len(places) > 1 for places in found[:-1]):
+            raise UsageError("several VMs to copy from", "only DST may be a pattern that several fit")
+        if "-" in words and (args.sync or len(words) > 2 or len(inside) > 1):
+            raise UsageError("- is for one file, in one VM, without --sync")
+        if "-" in words:
+            become_cat(cloud, inside[0], *words)
+        sources, targets = [places[0] for places in found[:-1]], dict(found[-1])
+        if len(targets) == 1:
+            become(copy_argv(cloud, args, [*sources, *targets.items()]))
+        copy = functools.partial(copy_argv, cloud, args)
+        results = in_parallel(lambda vm: run(copy([*sources, (vm, targets[vm])]), timeout=None), list(targets))
+    return report_errors([each for each in results if isinstance(each, Error)])
+
+
+def find_places(cloud: Cloud, word: str) -> list[tuple[VM | None, str]]:
+    """An operand of vmcp: (its VM, None for this host; as scp is told it); several where it is a pattern of VMs."""
+    import fnmatch
+
+    head, colon, path = word.partition(":")
+    login, at, name = head.rpartition("@")
+    if not colon or word[0] in "./":
+        return [(None, word)]
+    if re.search("[*?[]", name):
+        way = (lambda vm: vm.name, lambda vm: f"{vm.group}/{vm.name}", lambda vm: vm.full_name)[min(2, name.count("/"))]
+        vms = [vm for vm in cloud.tree.running() if fnmatch.fnmatchcase(way(vm).lower(), name.lower())]
+    else:
+        vms = [running_vm(cloud, name)]
+    if not vms:
+        raise NotFound(f"{name}: no such running VM", VMS_HINT)
+    return [(vm, f"{login}{at}{vm.full_name.replace('/', '.')}:{path}") for vm in vms]
+
+
+def copy_argv(cloud: Cloud, args: argparse.Namespace, places: Sequence[tuple[VM | None, str]]) -> list[str]:
+    """scp, or rsync, with a configuration for the VMs of these places, after which the user's own counts."""
+    call, blocks = ssh_options(**OWN_CALL, SessionType="default"), []
+    for vm in [vm for vm, _ in places if vm]:
+        wait_login(cloud, vm)
+        blocks.append(ssh_block(cloud, vm, [vm.full_name.replace("/", ".")], *call))
+    fd = os.memfd_create("ssh_config", 0)
+    write_all(fd, "".join(["IgnoreUnknown *\n", *blocks, "Host *\n    Include config\n"]).encode())
+    config, spelt = f"/proc/{os.getpid()}/fd/{fd}", [word for _, word in places]  # ssh closes what it inherits
+    if args.sync:
+        shown = ["--info=progress2"] if sys.stdout.isatty() else []
+        return ["rsync", "-a", *shown, "-e", f"ssh -F {config}", "--", *spelt]
+    flags = {"-3": places[0][0] and places[-1][0], "-r": args.recursive, "-p": args.preserve, "-O": args.old}
+    return ["scp", "-F", config, *(flag for flag, given in flags.items() if given), "--", *spelt]
+
+
+def become_cat(cloud: Cloud, vm: VM, source: str, target: str) -> None:
+    """Copy a file of a VM to stdout, or stdin to one."""
+    import shlex
+
+    head, _, path = (source if target == "-" else target).partition(":")
+    login = head.rpartition("@")[0]
+    script = f"cat {'<' if target == '-' else '>'}{shlex.quote(path.removeprefix('~/'))}"
+    become_ssh(cloud, vm, [script], first=["-l", login] if login else [])
 
 
 @declare(
@@ -11088,7 +11369,8 @@ class Typed:
             option, prefix = option_with_value(command, word)
             self.given.update(dict.fromkeys(option.names, word[len(prefix) :]) if option else {word: ""})
         if not last:
-            return dict(enumerate(command.complete, 1)).get(len(operands), "")
+            others = split_ssh_words(operands)[0] if command.passes else []
+            return dict(enumerate(command.complete, 1)).get(len(operands) - len(others), "")
         option, prefix = option_with_value(command, self.value if last == probe else last)
         if option and last != probe:  # split_operands() has joined it to the option
             return option.complete

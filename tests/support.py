@@ -65,7 +65,7 @@ class Result:
         lines = self.stderr.splitlines()
         told = [line for line in lines if ": warning: " not in line]
         assert 1 <= len(told) <= 2, repr(self)
-        assert re.match(r"(nocloud( [a-z]+)?|vm[a-z]*): \S", told[0]), repr(self)
+        assert re.match(r"(nocloud( [a-z-]+)?|vm[a-z]*): \S", told[0]), repr(self)
         assert len(told) == 1 or re.fullmatch(r"\(hint: .+\)", told[1]), repr(self)
         for word in words:
             assert word in self.stderr, f"no {word!r} in: {self!r}"

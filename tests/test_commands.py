@@ -68,6 +68,16 @@ OPTIONS: dict[str, Options] = {
     "vmport": {"-n": True, "-g": True, "-t": True, "-L": False, "--delete": False},
     "vmstop": {"-g": True, "-t": True, "-d": False, "-n": True, "--kill": False, "--timeout": True},
     "vmssh": {},
+    "vmcp": {
+        "-r": False,
+        "--recursive": False,
+        "-p": False,
+        "--preserve": False,
+        "-O": False,
+        "--old": False,
+        "--sync": False,
+    },
+    "ssh-config": {"--install": False, "--remove": False},
     "vmupgrade": {"--timeout": True},
     "vminventory": {"--list": False, "--host": True},
     "net": {"--private": False, "--bridge": False},
@@ -245,17 +255,21 @@ def test_two_dashes_end_the_options(blank: Cloud) -> None:
 
 
 def test_an_operand_ends_the_options_of_vmssh(cloud: Cloud) -> None:
-    """What follows the VM belongs to ssh, also what looks like ours; before it, options are ours."""
+    """What follows the VM belongs to ssh, also what looks like ours; before it, what ssh hasn't is ours."""
     cloud.run("vmssh", "web00", "-h").fails(1, "web00: no such VM")
     cloud.run("vmssh", "web00", "--debug", "--version").fails(1, "web00")
     cloud.run("vmssh", "--", "web00", "-v").fails(1, "web00")
     assert cloud.run("vmssh", "-h", "web00").ok().stdout.startswith("usage")
-    cloud.run("vmssh", "-x", "web00").fails(2, "-x")
+    cloud.run("vmssh", "-Z", "web00").fails(2, "-Z")
+    for words in ("-x", "-4", "-L 8080:localhost:80", "-L8080:localhost:80", "-NfD 1080", "-o Port=2", "--debug -l -v"):
+        cloud.run("vmssh", *words.split(), "web00", "-h").fails(1, "web00: no such VM")
+        cloud.run("vmssh", *words.split()).says(2, "which VM?", "vmssh VM|IP [WORDS...]; vmrunning lists the VMs")
+    cloud.run("vmssh", "-L").fails(2, "which VM")
     cloud.run("vmssh").fails(2, "which VM")
 
 
 def test_words_go_to_ssh_untouched(blank: Cloud) -> None:
-    """ssh is replaced by a program that shows its words: after ours come the address and the user's."""
+    """ssh is replaced by a program that shows its words: the user's options, which win, ours, the address, the rest."""
     from support import replace_program
 
     blank.run("vminstantiate", "-n", "blank", "-g", "pf", "-o", "name=web").ok()
@@ -263,11 +277,12 @@ def test_words_go_to_ssh_untouched(blank: Cloud) -> None:
     path = replace_program(blank.home / "bin", "ssh", 'printf "%s\\n" "$@"')
     script = (
         "nocloud.wait_ssh = nocloud.pin_host_key = lambda wait: None\n"  # the guest `blank` has no ssh to wait for
-        "sys.exit(nocloud.main(['vmssh', 'web00', '-L', '8080:localhost:80', 'ls -l', '--', '-t']))\n"
+        "sys.exit(nocloud.main(['vmssh', '-4', 'ann@web00', '-L', '8080:localhost:80', 'ls -l', '--', '-t']))\n"
     )
     before = f"import sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); import nocloud\n"
     done = blank.execute([sys.executable, "-IS", "-c", before + script], env={"PATH": path}).ok()
-    assert done.lines[done.lines.index(address) :] == [address, "-L", "8080:localhost:80", "ls -l", "--", "-t"]
+    assert done.lines[:5] == ["-4", "-l", "ann", "-L", "8080:localhost:80"]
+    assert done.lines[done.lines.index(address) :] == [address, "ls -l", "--", "-t"]
     assert "StrictHostKeyChecking=yes" in done.lines and "GlobalKnownHostsFile=/dev/null" in done.lines
 
 

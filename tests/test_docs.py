@@ -49,7 +49,7 @@ def test_the_examples_options_are_declared() -> None:
     shown = re.findall(r"^(?:\$ )?((?:vm|nocloud).*?)(?:  +#.*)?$", README.read_text(), re.M)
     assert len(shown) > 40
     for line in shown:
-        found = re.match(r"(?:\$ )?(nocloud [a-z]+|[a-z-]+)", line)
+        found = re.match(r"(?:\$ )?(nocloud [a-z-]+|[a-z-]+)", line)
         command = names.get(found[1]) if found else None
         if not command:
             continue

@@ -28,13 +28,14 @@ def inventory(cloud: Cloud) -> dict[str, Any]:
     return answer
 
 
-def ansible(cloud: Cloud, name: str, *words: object) -> Result:
+def ansible(cloud: Cloud, name: str, *words: object, env: dict[str, str] | None = None) -> Result:
     """A program of ansible, with vminventory as it is installed: a link named so."""
     folder = cloud.home / "links"
     if not folder.exists():
         folder.mkdir()
         cloud.run("links", folder).ok()
     env = {
+        **(env or {}),
         "ANSIBLE_NOCOLOR": "1",
         "ANSIBLE_SSH_ARGS": "-o ControlMaster=no",  # a shared connection would outlive the test
         "ANSIBLE_DEPRECATION_WARNINGS": "False",
@@ -69,12 +70,17 @@ def test_groups_types_templates_and_users(blank: Cloud) -> None:
     assert known["two"]["children"] == ["two_web"]
     assert known["templates"]["children"] == ["templates_templates"]
     assert known["templates_templates"] == {"hosts": [address["templates/other"]]}
-    assert set(known) == {"pf", "pf_web", "pf_sql", "two", "two_web", "templates", "templates_templates", "_meta"}
-    assert known["pf"]["vars"]["ansible_user"] == "root"
-    args = known["pf"]["vars"]["ansible_ssh_common_args"]
-    assert str(blank.base / ".known_hosts") in args and "ProxyCommand" in args
+    assert known["type_web"] == {"children": ["pf_web", "two_web"]} and known["type_sql"] == {"children": ["pf_sql"]}
+    groups = {"pf", "pf_web", "pf_sql", "two", "two_web", "templates", "templates_templates", "type_web", "type_sql"}
+    assert set(known) == {*groups, "_meta"}
+    assert known["pf"]["vars"] == {"ansible_user": "root"}
 
     hosts = known["_meta"]["hostvars"]
+    for values in hosts.values():
+        args = values["ansible_ssh_common_args"]
+        assert str(blank.base / ".known_hosts") in args and "ProxyCommand" in args
+        assert values["ansible_port"] == 22 and f"-o HostKeyAlias={values['nocloud_uuid']} " in args
+        assert "ansible_host" not in values
     assert set(hosts) == set(address.values())
     conf = blank.conf("pf/sql/ann00")
     ann = hosts[address["pf/sql/ann00"]]
@@ -97,12 +103,30 @@ def test_groups_types_templates_and_users(blank: Cloud) -> None:
     assert set(shown["_meta"]["hostvars"]) == set(address.values())
     assert shown["_meta"]["hostvars"][address["pf/sql/ann00"]]["ansible_user"] == "ann"
     graph = ansible(blank, "ansible-inventory", "--graph").ok()
-    assert "@pf_web:" in graph.stdout and "@templates_templates:" in graph.stdout
+    for group in ("pf_web", "templates_templates", "type_web"):
+        assert f"@{group}:" in graph.stdout
     assert "WARNING" not in graph.stderr
+
+    check_names(blank, hosts, address)
 
     blank.run("vmstop", "--kill", "-g", "two").quiet()
     assert "two" not in inventory(blank)
     blank.run("vmstop", "--kill", "-g", "templates").quiet()
+
+
+def check_names(blank: Cloud, hosts: dict[str, Any], address: dict[str, str]) -> None:
+    """With vmInventoryHosts=name the same hosts have names, of which no two are one."""
+    named = {"NOCLOUD_vmInventoryHosts": "name"}
+    known = json.loads(blank.run("vminventory", "--list", env=named).ok().stdout)
+    assert known["pf_web"] == {"hosts": ["web00.pf", "web01"]} and known["two_web"] == {"hosts": ["web00.two"]}
+    assert known["templates_templates"] == {"hosts": ["other"]}
+    for name, values in known["_meta"]["hostvars"].items():
+        full = f"{values['nocloud_group']}/{values['nocloud_type']}/{values['nocloud_name']}"
+        assert values.pop("ansible_host") == address[full.replace("templates/templates", "templates")], name
+        assert values in hosts.values()
+    shown = blank.run("vminventory", "--host", "web01", env=named).ok().stdout
+    assert json.loads(shown)["ansible_host"] == address["pf/web/web01"]
+    blank.run("vminventory", env={"NOCLOUD_vmInventoryHosts": "x"}).fails(2, "vmInventoryHosts", "address, name")
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +141,26 @@ def test_ansible_reaches_all(guests: Cloud) -> None:
     assert done.stdout.count("rc=0") == 2
     done = ansible(guests, "ansible", "pf_web", "-m", "raw", "-a", "true").ok()
     assert done.stdout.count("rc=0") == 2
+
+
+def test_nothing_of_a_playbook_or_of_the_user_takes_the_way_in_away(guests: Cloud) -> None:
+    """A role's copy over sftp too, with group_vars of its own; hosts are names, and have host_vars."""
+    play = guests.home / "play"
+    for folder in ("group_vars", "host_vars", "roles/one/tasks"):
+        (play / folder).mkdir(parents=True)
+    (play / "group_vars/all.yml").write_text(
+        "ansible_ssh_common_args: -o ProxyJump=192.0.2.1\nansible_port: 2222\nwhat: all\n"
+    )
+    (play / "host_vars/web01.yml").write_text("what: one\n")
+    (play / "roles/one/tasks/main.yml").write_text("- ansible.builtin.raw: echo {{ what }} >/tmp/{{ nocloud_name }}\n")
+    (play / "site.yml").write_text("- hosts: type_web\n  gather_facts: false\n  roles: [one]\n")
+    named = {"NOCLOUD_vmInventoryHosts": "name"}
+    done = ansible(guests, "ansible-playbook", "--limit", "web01", play / "site.yml", env=named).ok()
+    assert "web01 " in done.stdout and "web00" not in done.stdout
+    assert guests.ssh("web01", "cat /tmp/web01").ok().stdout == "one\n"
+    for env in (named, {}):  # both kinds of hosts
+        ansible(guests, "ansible-playbook", play / "site.yml", env=env).ok()
+        assert guests.ssh("web00", "cat /tmp/web00; rm /tmp/web00").ok().stdout == "all\n"
 
 
 def test_ansible_checks_host_keys(guests: Cloud) -> None:

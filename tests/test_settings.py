@@ -226,6 +226,7 @@ CHECKS: list[tuple[str, list[str], list[str]]] = [
     ("vmStopTimeout", ["0", "30"], ["-1", "1.5", "never"]),
     ("vmWaitTimeout", ["0", "300"], ["-1", "", "86401"]),
     ("vmDownloadTimeout", ["1", "3600"], ["0", "3601", "1.5", ""]),
+    ("vmInventoryHosts", ["address", "name"], ["", "names"]),
     ("vmMachine", ["", "pc", "pc-q35-7.2"], ["pc,accel=kvm", "-x", "a b"]),
     ("vmCpuCap", ["0", "100"], ["101", "-1", "half"]),
     ("vmDiskFormat", ["qcow2", "qcow2,raw"], ["vmdk", "qcow2,", "qcow2 raw"]),
