@@ -293,8 +293,25 @@ def twenty(bench: Bench, table: Table, runs: int) -> None:
     settle([lock_holder(path) for path in bench.pid_files("many")])
     pairs = in_turn(lambda: bench.list_time(bench.tree), lambda: bench.list_time(bench.empty), runs)
     table.pairs(f"vminventory --list, {VMS} VMs run; bare: no VM", pairs, 1.3)
+    resident = keepers_memory(bench)
+    table.row("what bounds a VM's console: resident", f"{resident / 1024:.1f} MB", "", resident / 1024, 2, " MB")
     idle(bench, table)
     bench.stop("many")
+
+
+def keepers_memory(bench: Bench) -> float:
+    """The KB that run beside each qemu, the pages that all of them share divided among them (proc(5), Pss)."""
+    total = count = 0
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            if (place / "comm").read_text() in ("sh\n", "flock\n") and bench.tree in (place / "cwd").readlink().parents:
+                total += int((place / "smaps_rollup").read_text().partition("\nPss:")[2].split()[0])
+                count += (place / "comm").read_text() == "sh\n"
+        except OSError:
+            continue  # it has ended
+    if count != VMS:
+        raise Failed(f"{count} of {VMS} VMs have a bound on their console")
+    return total / count
 
 
 class Supervisor:
