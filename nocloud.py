@@ -3694,13 +3694,18 @@ class PrivateNetwork(Network):
         if not daemon_pid(self.file("dnsmasq.pid")):
             self.hosts.prepare()
             start_daemon(*self.enter(self._dnsmasq_argv()))
-        if find_program("nft") or find_program("iptables"):
-            self._filter()
-            if not os.path.exists(self.file("pasta.dns")) or read_text(self.file("pasta.dns")) != local:
-                stop_daemon(self.file("pasta.pid"))
-                write_file(self.file("pasta.dns"), local)
-            if find_program("pasta") and not daemon_pid(self.file("pasta.pid")):
-                self._start_pasta(["--dns-forward", OUT_DNS] if local else [])
+        try:
+            if find_program("nft") or find_program("iptables"):
+                self._filter()
+                if not os.path.exists(self.file("pasta.dns")) or read_text(self.file("pasta.dns")) != local:
+                    stop_daemon(self.file("pasta.pid"))
+                    write_file(self.file("pasta.dns"), local)
+                if find_program("pasta") and not daemon_pid(self.file("pasta.pid")):
+                    self._start_pasta(["--dns-forward", OUT_DNS] if local else [])
+        except Error as error:  # it still serves
+            if not daemon_pid(self.file("pasta.pid")):
+                remove_file(self.file("pasta.pid"))
+            report.warn(f"the private network has no way out: {error}")
         write_file(self.file("host"), state)
 
     def _start_holder(self) -> None:
@@ -3770,9 +3775,9 @@ class PrivateNetwork(Network):
     def _start_pasta(self, words: Sequence[str]) -> None:
         """The way out, pasta(1), which leaves the foreground when its interface is there.
 
-        A private network without one still serves, so a failure is said and no error.  By default pasta opens on the
-        host's 0.0.0.0 what listens inside, and gives the gateway's address to the host's loopback: all of that is
-        turned off.  As root it would become nobody, who may not enter.  It gets in by a process inside: dnsmasq.
+        By default it opens on the host's 0.0.0.0 what listens inside, and gives the gateway's address to the host's
+        loopback: all of that is turned off.  As root it would become nobody, who may not enter.  It gets in by a
+        process inside: dnsmasq.
         """
         pid_file = self.file("pasta.pid")
         remove_file(pid_file)
@@ -3783,12 +3788,7 @@ class PrivateNetwork(Network):
             "--config-net", "--ns-ifname", OUT_INTERFACE, "--address", OUT_ADDRESS, "--netmask", "29",
             "--gateway", OUT_GATEWAY, *words, str(daemon_pid(self.file("dnsmasq.pid"))),
         ]  # fmt: skip
-        try:
-            run(argv, cwd="/")
-        except Error as error:
-            if not daemon_pid(pid_file):
-                remove_file(pid_file)
-            report.warn(f"the private network has no way out: {error}")
+        run(argv, cwd="/")
 
     def _filter(self) -> None:
         """pasta knows one address inside, so the VMs leave under that, by nft(8) or iptables.  To the host they would
@@ -9939,7 +9939,7 @@ def examine_namespaces(patient: Patient) -> str:
         new_namespaces("10.88.0", nft_rules("guests.nft", gateway="10.88.0.1", mac=BRIDGE_MAC)).close()
     except Error:
         text = "VMs on the private network can take each other's addresses: nft has no rules for bridges here"
-        patient.tell(WARNING, text, install_hint("nft") + ", and a kernel with CONFIG_NF_TABLES_BRIDGE")
+        patient.tell(WARNING, text, f"{install_hint('nft')}  # and have a kernel with CONFIG_NF_TABLES_BRIDGE")
     return "this user may make namespaces"
 
 

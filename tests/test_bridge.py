@@ -516,7 +516,7 @@ def test_a_vm_cannot_pass_for_another_or_for_the_network(host: Host, vms: None) 
     host.run("net", "down", "--private").ok()
 
 
-@pytest.mark.parametrize("access", ["no", "yes"])
+@pytest.mark.parametrize("access", ["no", pytest.param("yes", marks=pytest.mark.long)])
 def test_guests_on_the_bridge_begin_nothing_on_the_host(host: Host, access: str) -> None:
     """By none of its addresses, IPv6 included, nor by a port that something like Docker leads elsewhere."""
     for place in (host.pid, host.router):
@@ -549,7 +549,7 @@ def test_guests_on_the_bridge_begin_nothing_on_the_host(host: Host, access: str)
     assert "made by nocloud" not in host.state()
 
 
-@pytest.mark.parametrize("without", ["", "nft"])
+@pytest.mark.parametrize("without", ["", pytest.param("nft", marks=pytest.mark.long)])
 def test_vms_on_the_private_network_begin_nothing_on_the_host(host: Host, without: str) -> None:
     """By none of its addresses, also one that comes later; where nft isn't installed, routes see to that."""
     if without:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import READY, Cloud, interfaces, is_alive, kill_hard, nothing_made, open_ports, replace_program
+from support import PROGRAM, READY, Cloud, interfaces, is_alive, kill_hard, nothing_made, open_ports, replace_program
 
 import nocloud
 
@@ -169,6 +171,15 @@ def test_without_pasta_it_serves_and_says_so(cloud: Cloud, tmp_path: Path, vms: 
     done = cloud.run("net", "up", env={"PATH": link_programs(tmp_path / "bin", "pasta", "passt")}).ok()
     assert "no way out" in done.stderr and len(done.stderr.splitlines()) == 1
     assert "pasta" not in daemons(cloud)
+
+
+def test_without_its_rules_it_serves_and_says_so(cloud: Cloud, vms: None) -> None:
+    """nocloud.py copied alone: nothing is let out that no rule keeps from the host."""
+    alone = cloud.home / "nocloud.py"
+    shutil.copyfile(PROGRAM, alone)
+    done = cloud.execute([sys.executable, "-IS", alone, "net", "up"]).ok()
+    assert "no way out: etc/private.nft is missing" in done.stderr and len(done.stderr.splitlines()) == 1, done
+    assert "pasta" not in daemons(cloud) and "dnsmasq" in daemons(cloud)
 
 
 def test_namespaces_denied_names_a_way_out(cloud: Cloud, vms: None) -> None:

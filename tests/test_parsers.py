@@ -74,6 +74,9 @@ class Parsers:
             Path(hosts.folder_of(kind), "uuid").write_bytes(data)
         return list(hosts.members()), hosts.addresses(), hosts.orphans(set())
 
+    def parse_ports(self, data: bytes) -> object:
+        return nocloud.parse_ports(nocloud.checked(nocloud.PORTS, text(data), "port="))
+
     def monitors(self, data: bytes) -> object:
         process = nocloud.QemuProcess(0)
         process.words = data.decode("utf-8", "surrogateescape").split("\0")
