@@ -4871,6 +4871,11 @@ def parse_ports(text: str) -> list[tuple[str, int, int]]:
     return [(ip, int(host), int(guest)) for ip, host, guest in words]
 
 
+def ports_of(vm: VM) -> list[tuple[str, int, int]]:
+    """Those of a VM; none where its conf can't be read."""
+    return parse_ports(vm.get("vmPorts")) if vm.is_readable() else []
+
+
 def join_ports(ports: Iterable[tuple[str, int, int]]) -> str:
     return ",".join(f"{ip}:{host}:{guest}" for ip, host, guest in ports)
 
@@ -4886,10 +4891,10 @@ def free_ports(tree: Tree, ports: Sequence[tuple[str, int, int]]) -> list[tuple[
 
     Call it under the tree's lock.
     """
-    taken = {host for vm in tree.vms() if vm.is_readable() for _, host, _ in parse_ports(vm.get("vmPorts"))}
+    taken = {host for vm in tree.vms() for _, host, _ in ports_of(vm)}
     taken |= set(map(int, re.findall(r":([0-9]+) ", run(["ss", "-Hltn"]).stdout)))
     free = (number for number in range(20000, 32768) if number not in taken)
-    return [(ip, host or next(free), guest) for ip, host, guest in ports]
+    return [(ip, host or next(free, 0), guest) for ip, host, guest in ports]
 
 
 def clash(one: str, other: str) -> bool:
@@ -4921,8 +4926,7 @@ def listen(tree: Tree, ip: str, host: int) -> socket.socket:
 def port_owner(tree: Tree, ip: str, host: int) -> str:
     """Who listens at a port of this host: a VM, or the process that ss(8) shows, if it is this user's."""
     for vm in tree.running():
-        ports = parse_ports(vm.get("vmPorts")) if vm.is_readable() else []
-        if any(host == its and clash(ip, at) for at, its, _ in ports):
+        if any(host == its and clash(ip, at) for at, its, _ in ports_of(vm)):
             return vm.full_name
     shown = re.search(r'\(\("(.+?)",pid=(\d+)', run(["ss", "-Hltnp", f"sport = :{host}"], check=False).stdout)
     return f"{shown[1]} (process {shown[2]})" if shown else "another user"
@@ -4995,7 +4999,7 @@ class Forwarder:
         try:
             with contextlib.ExitStack() as stack:
                 served = self.ask("list")
-                ports = [each for each in parse_ports(vm.get("vmPorts")) if f"{each[0]}:{each[1]}" not in served]
+                ports = [each for each in ports_of(vm) if f"{each[0]}:{each[1]}" not in served]
                 self.serve(vm, self.open(stack, ports))
         except (Error, OSError) as error:
             report.warn(f"{vm}: {error}")
@@ -7509,8 +7513,12 @@ class Cloud:
         """Where a forwarder was killed, have another one do what it did."""
         lost = [kind for kind, each in self.forwarders.items() if os.path.exists(each.path) and not each.is_there()]
         for vm in self.tree.running() if lost else ():
-            if vm.is_readable() and vm.get("vmPorts") and self.network_kind(vm) in lost:
-                self.forwarder(vm).mend(vm)
+            if ports_of(vm) and self.network_kind(vm) in lost:
+                try:
+                    with FolderLock(vm.folder, wait=0):
+                        self.forwarder(vm).mend(vm)
+                except (WrongState, FileNotFoundError):
+                    continue  # another command is at work on it, at this perhaps
 
     def chosen_network(self, wanted: str) -> str:
         """bridge or private, for a vmNetwork: `auto` is what this host has now."""
@@ -7687,11 +7695,11 @@ def check_requests(cloud: Cloud, group: str, requests: Sequence[CloneRequest], f
     asked: list[tuple[str, int, str]] = []
     for request in requests:
         try:
-            check_ports(cloud.tree, request, asked)
             template = cloud.tree.need_template(request.template)
             check_clonable(template)
             check_collision(cloud.tree, group, request.type)
             check_disk_size(template, request.disk)
+            check_ports(cloud.tree, request, asked)
             if takes_seed(template):
                 cloud.seed()
                 request.user_data = request.user_data or default_user_data()
@@ -7846,8 +7854,8 @@ def reserve(
                 clones.append(clone)
                 address = cloud.network(kind).allot(taken.addresses, uuid)
                 ports = numbered_ports(request.settings.get("vmPorts", ""), number)
-                own = {"vmUuid": uuid, "vmNetwork": kind, "vmMac": mac, "vmAddress": address, "vmPorts": ports}
-                _reserve_one(clone, own if ports else {key: own[key] for key in own if key != "vmPorts"})
+                own = {"vmUuid": uuid, "vmNetwork": kind, "vmMac": mac, "vmAddress": address}
+                _reserve_one(clone, {**own, **({"vmPorts": ports} if ports else {})})
     return orphans
 
 
@@ -9398,7 +9406,7 @@ class Supervisor:
         member = self._members[vm.folder] = Member(vm, process)
         self._selector.register(process, selectors.EVENT_READ, lambda: self._gone(member))
         report.log(f"{vm.name} has console vmconsole -n {vm.name} -g {vm.group} -t {vm.type}")
-        for ip, host, guest in parse_ports(vm.get("vmPorts")):
+        for ip, host, guest in ports_of(vm):
             report.log(f"{vm.name} has port {ip}:{host} for its port {guest}")
         if self.goal == RUN:
             result = result_of(lambda vm: self.cloud.network_of(vm).open(), vm)
@@ -10788,7 +10796,7 @@ def cmd_port(config: Config, args: argparse.Namespace, words: list[str]) -> None
         if args.list:
             no_more(words)
             for each in [vm] if vm else cloud.tree.vms(args.group or "", args.type or ""):
-                for ip, host, guest in parse_ports(each.get("vmPorts")) if each.is_readable() else ():
+                for ip, host, guest in ports_of(each):
                     report.data(f"{each.name} {each.place} {ip}:{host} {guest}")
             return
         if not vm:
@@ -11314,7 +11322,6 @@ def cmd_forward(config: Config, args: argparse.Namespace, words: list[str]) -> N
     cloud = Cloud(config)
     if words[0] == "private":
         cloud.private.namespaces().enter()
-    trim_memory()
     Forwarding(cloud.forwarders[words[0]], sockets.socket(fileno=int(words[1]))).run()
 
 
