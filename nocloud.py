@@ -8586,10 +8586,8 @@ SSH_VALUES = "BbcDEeFIiJLlmOopQRSWw"
 def split_ssh_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """(the options that ssh's words begin with, with their values; the rest)."""
     count = 0
-    while count < len(words) and re.match("-[^-]", words[count]):
-        letters = words[count][1:]
-        value = next((at for at, letter in enumerate(letters, 1) if letter in SSH_VALUES), 0)
-        count += 2 if value == len(letters) else 1  # the value is the next word
+    while count < len(words) and re.match("-[^-]", words[count]):  # the value may be the next word
+        count += 2 if re.fullmatch(f"-[^{SSH_VALUES}]*[{SSH_VALUES}]", words[count]) else 1
     return list(words[:count]), list(words[count:])
 
 
@@ -9632,6 +9630,7 @@ def inventory(cloud: Cloud) -> dict[str, Any]:
     taken = {"all", "ungrouped", "localhost", *cloud.tree.groups()}
     names = cloud.tree.unique_names() if by_name else {}
     known, ssh_args = cloud.known_hosts.names(), functools.cache(functools.partial(ansible_ssh_args, cloud))
+    types: dict[str, dict[str, None]] = {}
     groups: dict[str, Any] = {}
     hostvars: dict[str, Any] = {}
     for group in dict.fromkeys(vm.group for vm, _ in running):
@@ -9641,17 +9640,16 @@ def inventory(cloud: Cloud) -> dict[str, Any]:
         kinds: dict[str, Any] = {}
         for vm, address in pairs:
             host = next((name for name in reversed(names.get(vm.full_name, [])) if name not in taken), address)
-            kinds.setdefault(f"{group}_{vm.type or TEMPLATES}", {"hosts": []})["hosts"].append(host)
+            kind = f"{group}_{vm.type or TEMPLATES}"
+            kinds.setdefault(kind, {"hosts": []})["hosts"].append(host)
+            types.setdefault(f"type_{vm.type}", {})[kind] = None
             words = ssh_args(cloud.network_kind(vm), vm.get("vmUuid") in known, is_planted(vm))
             hostvars[host] = host_variables(vm, user, words, address if by_name else "")
         for name, values in [*kinds.items(), (group, {"children": list(kinds), "vars": {"ansible_user": user}})]:
             groups.setdefault(name, {}).update(values)
-    types = {f"type_{vm.type}" for vm, _ in running if vm.type} - groups.keys()  # an old tree may have such a group
-    for vm, _ in running:
-        if f"type_{vm.type}" in types:
-            children = groups.setdefault(f"type_{vm.type}", {"children": []})["children"]
-            children += {f"{vm.group}_{vm.type}"} - {*children}
-    return {**groups, "_meta": {"hostvars": hostvars}}
+    types.pop("type_", None)  # of templates
+    of_types = {name: {"children": list(kinds)} for name, kinds in types.items()}
+    return {**of_types, **groups, "_meta": {"hostvars": hostvars}}
 
 
 def host_variables(vm: VM, user: str, ssh_args: str, address: str) -> dict[str, Any]:
