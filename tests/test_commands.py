@@ -375,7 +375,8 @@ def test_things_that_are_not_there_are_1(cloud: Cloud) -> None:
         ("vmssh", "10.88.0.9"),
     ):
         cloud.run(*words).fails(1, words[-1])
-    cloud.run("vmstop", "-d", "-g", "pf").says(0, "pf: no such group, so there is nothing to destroy", VMS_HINT)
+    said = "pf: no such group, so there is nothing to destroy"
+    cloud.run("vmstop", "-d", "-g", "pf").says(0, said, "vmrunning -a lists them")
     cloud.run("vmrunning").quiet()
     assert not cloud.base.exists()
 
