@@ -3198,16 +3198,27 @@ def start_daemon(argv: Sequence[str], fds: Sequence[int]) -> None:
     Ready is the end of its standard error: dnsmasq turns that to /dev/null once it listens, as a daemon does when it
     leaves the terminal.
     """
+    import select
+
     mine, its = os.pipe()
-    with open(mine, "rb") as pipe:
+    said = b""
+    with open(mine, "rb", buffering=0) as pipe:
         try:
             child = spawn(argv, log=its, cwd="/", fds=fds)
         finally:
             os.close(its)
-        said = pipe.read().decode("utf-8", "replace")
+        while select.select([pipe], [], [], 30)[0]:
+            piece = pipe.read(65536)
+            if not piece:
+                break
+            said += piece
+        else:  # for want of descriptors it may have no /dev/null
+            child.kill()
+            child.wait()
     if wait_for(lambda: child.poll() is not None, 0.02, 0.005):
         program = argv[argv.index("--") + 1] if "--" in argv else argv[0]  # after nsenter's own words
-        raise Error(f"{os.path.basename(program)}: {last_line(said) or describe_status(child.returncode)}")
+        reason = last_line(said.decode("utf-8", "replace")) or describe_status(child.returncode)
+        raise Error(f"{os.path.basename(program)}: {reason}")
 
 
 def dnsmasq_argv(interface: str, hosts: HostFiles, *words: str) -> list[str]:
