@@ -4461,6 +4461,11 @@ def parse_ports(text: str) -> list[tuple[str, int, int]]:
     return [(ip, int(host), int(guest)) for ip, host, guest in words]
 
 
+def ports_of(vm: VM) -> list[tuple[str, int, int]]:
+    """Those of a VM; none where its conf can't be read."""
+    return parse_ports(vm.get("vmPorts")) if vm.is_readable() else []
+
+
 def join_ports(ports: Iterable[tuple[str, int, int]]) -> str:
     return ",".join(f"{ip}:{host}:{guest}" for ip, host, guest in ports)
 
@@ -4476,10 +4481,10 @@ def free_ports(tree: Tree, ports: Sequence[tuple[str, int, int]]) -> list[tuple[
 
     Call it under the tree's lock.
     """
-    taken = {host for vm in tree.vms() if vm.is_readable() for _, host, _ in parse_ports(vm.get("vmPorts"))}
+    taken = {host for vm in tree.vms() for _, host, _ in ports_of(vm)}
     taken |= set(map(int, re.findall(r":([0-9]+) ", run(["ss", "-Hltn"]).stdout)))
     free = (number for number in range(20000, 32768) if number not in taken)
-    return [(ip, host or next(free), guest) for ip, host, guest in ports]
+    return [(ip, host or next(free, 0), guest) for ip, host, guest in ports]
 
 
 def clash(one: str, other: str) -> bool:
@@ -4511,8 +4516,7 @@ def listen(tree: Tree, ip: str, host: int) -> socket.socket:
 def port_owner(tree: Tree, ip: str, host: int) -> str:
     """Who listens at a port of this host: a VM, or the process that ss(8) shows, if it is this user's."""
     for vm in tree.running():
-        ports = parse_ports(vm.get("vmPorts")) if vm.is_readable() else []
-        if any(host == its and clash(ip, at) for at, its, _ in ports):
+        if any(host == its and clash(ip, at) for at, its, _ in ports_of(vm)):
             return vm.full_name
     shown = re.search(r'\(\("(.+?)",pid=(\d+)', run(["ss", "-Hltnp", f"sport = :{host}"], check=False).stdout)
     return f"{shown[1]} (process {shown[2]})" if shown else "another user"
@@ -4585,7 +4589,7 @@ class Forwarder:
         try:
             with contextlib.ExitStack() as stack:
                 served = self.ask("list")
-                ports = [each for each in parse_ports(vm.get("vmPorts")) if f"{each[0]}:{each[1]}" not in served]
+                ports = [each for each in ports_of(vm) if f"{each[0]}:{each[1]}" not in served]
                 self.serve(vm, self.open(stack, ports))
         except (Error, OSError) as error:
             report.warn(f"{vm}: {error}")
@@ -4618,12 +4622,9 @@ class Forwarding:
     def run(self) -> None:
         trim_memory()
         while self.close or not self.forwarder.end():
-            self.loop.call_later(0.05, self._rest)
+            if not self.close:
+                self.loop.call_later(0.05, self.loop.stop)
             self.loop.run_forever()
-
-    def _rest(self) -> None:
-        if not self.close:
-            self.loop.stop()
 
     def _asked(self) -> None:
         """Someone connects who asks something, Forwarder.ask(), or only whether we live."""
@@ -4644,7 +4645,7 @@ class Forwarding:
     def _drop(self, place: str) -> None:
         if place in self.close:
             self.close.pop(place)()
-            self.loop.call_later(0.05, self._rest)  # what came by it has to end, too
+            self.loop.call_later(0.05, self.loop.stop)  # what came by it has to end, too
 
     def _serve(self, listener: socket.socket, place: str, port: str, pid: str, address: str) -> None:
         """Join what comes to `listener` to a port of the VM whose qemu is the process `pid`, as long as that runs."""
@@ -6939,8 +6940,12 @@ class Cloud:
         """Where a forwarder was killed, have another one do what it did."""
         lost = [kind for kind, each in self.forwarders.items() if os.path.exists(each.path) and not each.is_there()]
         for vm in self.tree.running() if lost else ():
-            if vm.is_readable() and vm.get("vmPorts") and self.network_kind(vm) in lost:
-                self.forwarder(vm).mend(vm)
+            if ports_of(vm) and self.network_kind(vm) in lost:
+                try:
+                    with FolderLock(vm.folder, wait=0):
+                        self.forwarder(vm).mend(vm)
+                except (WrongState, FileNotFoundError):
+                    continue  # another command is at work on it, at this perhaps
 
     def chosen_network(self, wanted: str) -> str:
         """bridge or private, for a vmNetwork: `auto` is what this host has now."""
@@ -7115,11 +7120,11 @@ def check_requests(cloud: Cloud, group: str, requests: Sequence[CloneRequest], f
     asked: list[tuple[str, int, str]] = []
     for request in requests:
         try:
-            check_ports(cloud.tree, request, asked)
             template = cloud.tree.need_template(request.template)
             check_clonable(template)
             check_collision(cloud.tree, group, request.type)
             check_disk_size(template, request.disk)
+            check_ports(cloud.tree, request, asked)
             if takes_seed(template):
                 cloud.seed()
                 request.user_data = request.user_data or default_user_data()
@@ -7270,8 +7275,8 @@ def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: 
                 clones.append(clone)
                 address = cloud.network(kind).allot(taken.addresses, uuid)
                 ports = numbered_ports(request.settings.get("vmPorts", ""), number)
-                own = {"vmUuid": uuid, "vmNetwork": kind, "vmMac": mac, "vmAddress": address, "vmPorts": ports}
-                _reserve_one(clone, own if ports else {key: own[key] for key in own if key != "vmPorts"})
+                own = {"vmUuid": uuid, "vmNetwork": kind, "vmMac": mac, "vmAddress": address}
+                _reserve_one(clone, {**own, **({"vmPorts": ports} if ports else {})})
     return orphans
 
 
@@ -8731,7 +8736,7 @@ class Supervisor:
         member = self._members[vm.folder] = Member(vm, process)
         self._selector.register(process, selectors.EVENT_READ, lambda: self._gone(member))
         report.log(f"{vm.name} has console vmconsole -n {vm.name} -g {vm.group} -t {vm.type}")
-        for ip, host, guest in parse_ports(vm.get("vmPorts")):
+        for ip, host, guest in ports_of(vm):
             report.log(f"{vm.name} has port {ip}:{host} for its port {guest}")
         if self.goal == RUN:
             result = result_of(lambda vm: self.cloud.network_of(vm).open(), vm)
@@ -10081,7 +10086,7 @@ def cmd_port(config: Config, args: argparse.Namespace, words: list[str]) -> None
         if args.list:
             no_more(words)
             for each in [vm] if vm else cloud.tree.vms(args.group or "", args.type or ""):
-                for ip, host, guest in parse_ports(each.get("vmPorts")) if each.is_readable() else ():
+                for ip, host, guest in ports_of(each):
                     report.data(f"{each.name} {each.place} {ip}:{host} {guest}")
             return
         if not vm:
@@ -10476,10 +10481,12 @@ def cmd_forward(config: Config, args: argparse.Namespace, words: list[str]) -> N
     import socket as sockets
 
     cloud = Cloud(config)
-    if words[0] == "private":
+    kind, fd = [*words, "", ""][:2]
+    if kind not in cloud.forwarders or not fd.isdecimal():
+        raise UsageError("this is started by what publishes ports", "vmport -h")
+    if kind == "private":
         cloud.private.namespaces().enter()
-    trim_memory()
-    Forwarding(cloud.forwarders[words[0]], sockets.socket(fileno=int(words[1]))).run()
+    Forwarding(cloud.forwarders[kind], sockets.socket(fileno=int(fd))).run()
 
 
 @declare(Command("configure", operands="VM...", hidden=True))
