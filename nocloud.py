@@ -5043,12 +5043,9 @@ class Forwarding:
     def run(self) -> None:
         trim_memory()
         while self.close or not self.forwarder.end():
-            self.loop.call_later(0.05, self._rest)
+            if not self.close:
+                self.loop.call_later(0.05, self.loop.stop)
             self.loop.run_forever()
-
-    def _rest(self) -> None:
-        if not self.close:
-            self.loop.stop()
 
     def _asked(self) -> None:
         """Someone connects who asks something, Forwarder.ask(), or only whether we live."""
@@ -5069,7 +5066,7 @@ class Forwarding:
     def _drop(self, place: str) -> None:
         if place in self.close:
             self.close.pop(place)()
-            self.loop.call_later(0.05, self._rest)  # what came by it has to end, too
+            self.loop.call_later(0.05, self.loop.stop)  # what came by it has to end, too
 
     def _serve(self, listener: socket.socket, place: str, port: str, pid: str, address: str) -> None:
         """Join what comes to `listener` to a port of the VM whose qemu is the process `pid`, as long as that runs."""
@@ -11329,9 +11326,12 @@ def cmd_forward(config: Config, args: argparse.Namespace, words: list[str]) -> N
     import socket as sockets
 
     cloud = Cloud(config)
-    if words[0] == "private":
+    kind, fd = [*words, "", ""][:2]
+    if kind not in cloud.forwarders or not fd.isdecimal():
+        raise UsageError("this is started by what publishes ports", "vmport -h")
+    if kind == "private":
         cloud.private.namespaces().enter()
-    Forwarding(cloud.forwarders[words[0]], sockets.socket(fileno=int(words[1]))).run()
+    Forwarding(cloud.forwarders[kind], sockets.socket(fileno=int(fd))).run()
 
 
 @declare(Command("configure", operands="VM...", hidden=True))

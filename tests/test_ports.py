@@ -385,6 +385,7 @@ set -e
 alias vms='python3 -IS ./nocloud.py'
 qemu-img create -q -f qcow2 blank.qcow2 8M
 vms template blank --image blank.qcow2 --mem 32 --cpu 1 --init none
+trap 'vms stop -d -g pf' EXIT
 vms instantiate -n blank -g pf -o name=web\\;port=$PORT:80
 address=$(sed -n s/^vmAddress=//p vms/pf/default/web00/web00.conf)
 vms net exec ip addr add $address/32 dev nocloud
@@ -394,7 +395,6 @@ vms net exec python3 -c "$code" >up &
 until [ -s up ]; do sleep 0.05; done
 ss -Hltn
 curl -sS --http0.9 http://127.0.0.1:$PORT/
-vms stop -d -g pf
 """
 
 
