@@ -130,6 +130,8 @@ CASES = [
     ("nocloud ssh two/w", ["nocloud", "ssh", "two/west"]),
     ("nocloud --debug vmssh wes", ["nocloud", "--debug", "vmssh", "west"]),
     ("vmssh web01 wes", ["vmssh", "web01", "wes"]),  # the guest's words
+    ("vmssh -4 -L 80:a:80 wes", ["vmssh", "-4", "-L", "80:a:80", "west"]),  # ssh's before it
+    ("vmssh -NL wes", ["vmssh", "-NL", "wes"]),
     ("vmssh we\\'", ["vmssh", "we'ird $x"]),
     ("vm -n wet", ["vm", "-n", "wet00"]),
     ("vmstop -g two -n s", ["vmstop", "-g", "two", "-n", "sql00"]),

@@ -732,6 +732,9 @@ def test_a_group_that_ansible_would_mix_up(blank: Cloud) -> None:
         instantiate(blank, "-g", "a_b_c").says(2, said, "choose another name")
         said = "a_b/c: ansible would mix it up with a/b_c: both are a_b_c"
         instantiate(blank, "-g", "a_b", "-t", "c").says(2, said, "choose another name")
+        for group in ("type", "type_b"):
+            said = f"{group}: ansible would mix it up with type_TYPE, the VMs of a type in all groups"
+            instantiate(blank, "-g", group).says(2, said, "choose another name")
         file = blank.home / "a_b_c"
         file.write_text("blank:1")
         blank.run("vminstantiate", "-f", file).fails(2, f"{file}:1: ")

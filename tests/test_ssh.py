@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from support import NOBODY, READY, Cloud, Result, add_blank, add_template, end_child, eventually
+from test_inventory import program
 
 # ssh asks no HOME but /etc/passwd where its user's home is.  /dev/net/tun may be closed to an ordinary user.
 ENTER = """set -e
@@ -63,13 +64,13 @@ def equipment() -> bytes:
     """A tar of what the tiny guest lacks: sftp-server, rsync and git, with their libraries, and a repository."""
     programs = {"/usr/lib/sftp-server": "/usr/lib/openssh/sftp-server"}
     programs.update({f"/usr/bin/{name}": f"/usr/bin/{name}" for name in ("rsync", "git")})
-    for program in list(programs.values()):
-        if not os.path.exists(program):
-            pytest.fail(f"{program} is not installed: make test installs what the tests need")
-        shown = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
-        for path in re.findall(r"=> (/\S+)", shown):
-            if "libc.so" not in path:
-                programs[f"/lib/{os.path.basename(path)}"] = path
+    for path in list(programs.values()):
+        if not os.path.exists(path):
+            pytest.fail(f"{path} is not installed: make test installs what the tests need")
+        shown = subprocess.run(["ldd", path], capture_output=True, text=True, check=True).stdout
+        for library in re.findall(r"=> (/\S+)", shown):
+            if "libc.so" not in library:
+                programs[f"/lib/{os.path.basename(library)}"] = library
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", dereference=True) as tar, tempfile.TemporaryDirectory() as folder:
         for name, path in programs.items():
@@ -170,6 +171,23 @@ def test_no_configuration_of_the_users_keeps_vmssh_out(people: Resident) -> None
     for words in (("--sync",), ()):
         people.run("vmcp", *words, "a file", "web00:/tmp/").ok()
     assert people.run("vmcp", "web00:/tmp/a file", "-").ok().stdout == "copied\n"
+
+
+@pytest.mark.long
+def test_nor_ansible(people: Resident) -> None:
+    """By ssh, and with a file that it copies by sftp first."""
+    people.configure("Host *\n" + "".join(f" {line}\n" for line in LINES))
+    links = people.home / "links"
+    links.mkdir()
+    (people.home / "script").write_text("#!/bin/sh\nhostname\n")
+    people.own()
+    people.run("links", links).ok()
+    for way in ("sftp", "piped"):
+        argv = [program("ansible"), "-i", links / "vminventory", "all", "-m", "script", "-a", "./script"]
+        env = {"ANSIBLE_SSH_ARGS": "-o ControlMaster=no", "ANSIBLE_SSH_TRANSFER_METHOD": way, "ANSIBLE_NOCOLOR": "1"}
+        path = f"{Path(program('ansible')).parent}:{people.env['PATH']}"
+        done = people.execute(argv, env=env | {"PATH": path}).ok()
+        assert '"web00"' in done.stdout and '"web01"' in done.stdout, repr(done)
 
 
 @pytest.mark.long
@@ -275,6 +293,7 @@ def test_sync_copies_what_differs(people: Resident) -> None:
     assert {path.name for path in (people.home / "back-again").iterdir()} == {"one", "two", "three"}
 
 
+@pytest.mark.long
 def test_a_vm_of_the_same_name_again(people: Resident) -> None:
     """Its host key is another one, and no stale one is in the way."""
     before = people.execute(["ssh", "web01.shop", "hostname; cat /etc/ssh/ssh_host_ed25519_key.pub"]).ok().lines
