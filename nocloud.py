@@ -8332,7 +8332,7 @@ def command_script(vm: VM, argv: Sequence[str], network: Network) -> str:
 
     # an option a line: its value begins with no dash
     words = "".join((" \\\n  " if word[:1] == "-" else " ") + shlex.quote(word) for word in argv)
-    tap = self_argv("net", "--tap", f"--{network.kind}", "exec")  # as descriptor 3
+    tap = self_argv("net", f"--tap={vm.full_name}", f"--{network.kind}", "exec")  # as descriptor 3
     before = shlex.join(["env", f"NOCLOUD_vmBaseDir={vm.tree.base}", *tap])
     start = f"#!/bin/sh\n# Starts {vm.name} by hand, as nocloud does.\ncd {shlex.quote(vm.folder)} &&\n"
     return f"{start}exec {before}{words}\n"
@@ -11124,7 +11124,7 @@ def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) ->
     ),
     Option("--private", "up, down, status: the user's own network, which needs no root"),
     Option("--bridge", "the host's bridge, which is root's"),
-    Option("--tap", "exec: open a tap on the network as descriptor 3"),
+    Option("--tap [VM]", "exec: open a tap on the network, of a VM's, as descriptor 3"),
     Option("--fdpass", "connect: hand the connection itself to ssh (ProxyUseFdpass)"),
 )  # fmt: skip
 def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> None:
@@ -11147,7 +11147,8 @@ def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> None:
         elif verb == "down":
             private.down_if_unused()
         elif verb == "exec":
-            run_inside(bridge if args.bridge else private, rest, args.tap)
+            vm = cloud.tree.need(args.tap) if isinstance(args.tap, str) else None
+            run_inside(bridge if args.bridge else private, rest, bool(args.tap), vm)
         elif verb == "follow":  # the network's holder
             private.follow(rest)
         elif verb == "connect":
@@ -11156,7 +11157,7 @@ def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> None:
             raise UsageError(f"{verb or 'no verb'}: expected up, down, status, exec or connect")
 
 
-def run_inside(network: Network, argv: Sequence[str], tap: bool) -> None:
+def run_inside(network: Network, argv: Sequence[str], tap: bool, vm: VM | None) -> None:
     """`net exec`: become a program in the network, where names of VMs resolve; `tap`: it gets one as descriptor 3."""
     if not argv:
         raise UsageError("which command?", "nocloud net exec CMD...")
@@ -11166,7 +11167,7 @@ def run_inside(network: Network, argv: Sequence[str], tap: bool) -> None:
     if not tap:
         network.move_in()
         become(argv)
-    open_tap(network)
+    open_tap(network, vm)
     words, fds = network.enter(argv)
     for fd in fds:
         os.set_inheritable(fd, True)
@@ -11213,10 +11214,10 @@ def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> No
         raise UsageError(f"{verb or 'no verb'}: expected start, stop, dnsmasq, ready or subnet")
 
 
-def open_tap(network: Network) -> None:
-    """A tap as descriptor 3, for the program that this process becomes."""
+def open_tap(network: Network, vm: VM | None) -> None:
+    """A tap, that of a VM, as descriptor 3, for the program that this process becomes."""
     with network.hold():
-        tap, vhost = network.tap()
+        tap, vhost = network.tap(*((vm.get("vmMac"), vm.get("vmAddress")) if vm else ()))
     if vhost >= 0:
         os.close(vhost)
     network.close()  # descriptor 3 may be one of its own
