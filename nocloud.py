@@ -243,7 +243,9 @@ class Reporter:
     def error(self, error: Error) -> None:
         self.say(f"{self.program}: {error}")
         named = re.compile("(?:^|; )(?:see|its console:) (/[^;]+)")  # a file that may have gone with what failed
-        hint = named.sub(lambda found: found[0] if os.path.exists(found[1]) else "", error.hint).removeprefix("; ")
+        hint = named.sub(
+            lambda found: found[0] if os.path.exists(re.sub(r":\d+$", "", found[1])) else "", error.hint
+        ).removeprefix("; ")
         if hint:
             self.say(f"(hint: {hint})")
 
@@ -476,16 +478,16 @@ class FolderLock:
     """A `flock` on a folder, kept until `release` or the end of the `with`.
 
     Who can open a file can lock it, for ever.  So where others may look into the folder, the lock is on a file in it
-    that only its owner can open, and that goes with the folder; a sticky folder is shared by its users, lock and all.
-    Who waits longer than a second says so.  What is locked may be removed or replaced by whoever holds the lock before
-    us, so it is compared with what the path names now.
+    that only its owner can open, and that is gone when none has it; a sticky folder is shared by its users, lock and
+    all.  Who waits longer than a second says so.  What is locked may be removed or replaced by whoever holds the lock
+    before us, so it is compared with what the path names now.
     """
 
     def __init__(self, path: str, shared: bool = False, wait: float = 600.0, make: bool = False) -> None:
         """`make`: the folder is made where it isn't there, as often as someone else removes it meanwhile."""
         self.path = path
         self._shared, self._wait, self._make = shared, wait, make
-        self._fd = -1
+        self._fd = self._folder = -1  # what is locked; the folder that it is in, where it is a file
 
     def __enter__(self) -> FolderLock:
         deadline = time.monotonic() + self._wait
@@ -496,11 +498,11 @@ class FolderLock:
                 self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 info = os.fstat(self._fd)
                 if info.st_mode & 0o077 and not info.st_mode & stat.S_ISVTX:
-                    self.release()
+                    self._fd, self._folder = -1, self._fd
                     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-                    self._fd = os.open(os.path.join(self.path, ".lock"), flags, 0o600)
+                    self._fd = os.open(".lock", flags, 0o600, dir_fd=self._folder)
                 self._acquire(deadline)
-                if os.path.samestat(info, os.stat(self.path)):
+                if os.path.samestat(info, os.stat(self.path)) and os.fstat(self._fd).st_nlink:
                     return self
             except BaseException as error:
                 self.release()
@@ -525,9 +527,17 @@ class FolderLock:
             time.sleep(0.02)
 
     def release(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._folder >= 0 and self._fd >= 0:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(self._fd).st_nlink:
+                    os.unlink(".lock", dir_fd=self._folder)
+            except OSError:
+                pass  # another one has it
+        for fd in (self._fd, self._folder):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._folder = -1
 
     def __exit__(self, *exc: object) -> None:
         self.release()

@@ -384,8 +384,8 @@ def test_nobody_else_can_lock_a_folder(public_folder: Path, mode: int) -> None:
     with nocloud.FolderLock(str(public_folder)):
         places = [public_folder, *public_folder.iterdir()]
         locked = [place for place in places if not takes_lock(place)]
-    assert len(locked) == 1 and locked[0].stat().st_mode & 0o077 == 0
-    assert nocloud.is_locked(str(public_folder)) is False
+        assert len(locked) == 1 and locked[0].stat().st_mode & 0o077 == 0
+    assert nocloud.is_locked(str(public_folder)) is False and not list(public_folder.iterdir())
 
 
 def takes_lock(place: Path) -> bool:
@@ -459,8 +459,8 @@ def test_a_template_of_somebody_else_is_cloned_without_its_lock(public_folder: P
     argv = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-IS", "-c", code]
     for path in (user.home, *user.home.rglob("*")):
         os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
+    before = sorted(disk.parent.iterdir())
     with nocloud.FolderLock(str(disk.parent)):
-        before = sorted(disk.parent.iterdir())
         done = user.execute(argv, timeout=60).ok()
     assert (done.stdout, done.stderr) == ("web00\n", "")
     assert sorted(disk.parent.iterdir()) == before
