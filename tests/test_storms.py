@@ -85,8 +85,9 @@ def cleared(cloud: Cloud, before: set[str]) -> None:
     """The next commands go on as if nothing had been, and leave nothing."""
     call(cloud, "vminstantiate -n blank -g pf").ok()
     call(cloud, "vmstop -d -g pf").ok()
-    if (cloud.base / "templates/more").exists():
-        call(cloud, "vmtemplate --delete more").ok()
+    if not (cloud.base / "templates/more").exists():
+        call(cloud, MORE).ok()
+    call(cloud, "vmtemplate --delete more").ok()
     call(cloud, "net --private down").ok()
     assert cloud.files() == before
     assert until(lambda: not cloud.processes(), 10), cloud.processes()
