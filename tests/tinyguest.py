@@ -216,7 +216,7 @@ mv /run/cloud-init/new /run/cloud-init/result.json
 """
 
 CLOUD_INIT = r"""#!/bin/sh
-[ "$1" = clean ] && exec rm -f /etc/instance-id
+[ "$1" = clean ] && exec rm -f /etc/instance-id /etc/credentials-id
 [ "$1" = status ] || exit 2
 if [ ! -e /run/cloud-init/result.json ]; then echo "status: running"
 elif grep -q failed /run/cloud-init/result.json; then echo "status: error"; exit 1
