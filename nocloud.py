@@ -3238,27 +3238,31 @@ def host_names(label: str, group: str) -> list[str]:
     return [each.lower() for each in (*names, f"{label}.{DOMAIN}", label)]
 
 
-def small_files(folder: str) -> list[tuple[str, os.stat_result, str]]:
-    """(name, whose and how old, text) of each file, the oldest first: by its last change, which nobody can set.
+def small_file(path: str) -> tuple[os.stat_result, str]:
+    """(whose and how old, text); a link, a pipe and what is over 4 KB count for nothing.  Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        info = os.fstat(fd)
+        small = stat.S_ISREG(info.st_mode) and info.st_size <= 4096
+        return info, os.read(fd, 4096).decode("utf-8", "surrogateescape") if small else ""
+    finally:
+        os.close(fd)
 
-    A link, a pipe and what isn't small count for nothing, nor does what is hidden.
-    """
+
+def small_files(folder: str) -> list[tuple[str, os.stat_result, str]]:
+    """The name too, of each that isn't hidden, the oldest first: by its last change, a time that nobody can set."""
     found = []
     for name in names_in(folder):
         try:
-            fd = os.open(os.path.join(folder, name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            if name[0] != ".":
+                found.append((name, *small_file(os.path.join(folder, name))))
         except OSError:
             continue  # gone meanwhile, or none of ours
-        try:
-            info = os.fstat(fd)
-            if stat.S_ISREG(info.st_mode) and info.st_size <= SMALL and name[0] != ".":
-                found.append((name, info, os.read(fd, SMALL).decode("utf-8", "surrogateescape")))
-        finally:
-            os.close(fd)
     return sorted(found, key=lambda each: (each[1].st_ctime_ns, each[0]))
 
 
-SMALL = 4096  # bytes; two lines are written
+def has_text(path: str, text: str) -> bool:
+    return os.path.isfile(path) and small_file(path)[1] == text
 
 
 class HostFiles:
@@ -3288,8 +3292,8 @@ class HostFiles:
 
     def write(self, kind: str, uuid: str, line: str, mode: int = 0o600) -> None:
         """Where it isn't so already; through a name with a leading dot, which dnsmasq passes over."""
-        if self.lines(kind).get(uuid) != line:
-            hidden, path = (os.path.join(self.folder_of(kind), name) for name in ("." + uuid, uuid))
+        hidden, path = (os.path.join(self.folder_of(kind), name) for name in ("." + uuid, uuid))
+        if not has_text(path, f"{line}\n"):
             write_file(hidden, f"{line}\n", mode, durable=False)  # each start of the VM writes it
             os.replace(hidden, path)
 
@@ -3380,9 +3384,9 @@ class Inbox:
 
     def _write(self, uuid: str, line: str) -> None:
         """Where it isn't so already: its age counts."""
-        text = f"{line}\n{self.mark}"
-        if (uuid, text) not in ((name, kept) for name, _, kept in small_files(self.folder)):
-            write_file(os.path.join(self.folder, uuid), text, 0o640, durable=False)
+        path, text = os.path.join(self.folder, uuid), f"{line}\n{self.mark}"
+        if not has_text(path, text):
+            write_file(path, text, 0o640, durable=False)
 
     def orphans(self, known: set[str]) -> list[str]:
         """The UUIDs of this tree's VMs that are here though no such VM is known: its folder was removed by hand."""
@@ -4537,7 +4541,7 @@ class BridgeSetup:
             pid_file, log = self.pid_file, self.log
         return dnsmasq_argv(
             settings.interface, self.served, f"--user={user}", f"--group={group}",
-            f"--host-record={os.uname().nodename},{settings.address}",  # else a guest that says so is called that
+            f"--host-record={own_name()},{own_name()}.{DOMAIN},{settings.address}",  # not a guest's that says so
             f"--pid-file={pid_file}", f"--log-facility={log}",
             f"--dhcp-range={first},{last},{mask},12h", f"--dhcp-leasefile={LEASES}",
         )  # fmt: skip
@@ -4599,9 +4603,8 @@ class BridgeSetup:
                 names.remove(f"{label}.{group}".lower())
             if self.settings.allots(address):
                 asked[uuid] = (address, mac, label, names)
-        host = os.uname().nodename.lower()
         owners = {word: uuid for uuid, each in asked.items() for word in {*each[:2], *each[3]} & had.get(uuid, set())}
-        owners.update(dict.fromkeys(("localhost", host, host.partition(".")[0]), ""))
+        owners.update(dict.fromkeys(("localhost", os.uname().nodename.lower(), *host_names(own_name(), "")), ""))
         found = {}
         for uuid, (address, mac, label, names) in asked.items():
             if all(owners.get(each, uuid) == uuid for each in (address, mac) if each):
@@ -4618,6 +4621,11 @@ class BridgeSetup:
                 stop_daemon(self.pid_file)
                 self.forget()
                 start_daemon(self.argv(), ())
+
+
+def own_name() -> str:
+    """What this host is called, without a domain."""
+    return os.uname().nodename.partition(".")[0].lower()
 
 
 def outgoing_interfaces() -> set[str]:
@@ -10206,10 +10214,10 @@ def examine_publishing(patient: Patient) -> str:
     elif patient.bridge.hosts.denied():
         text = f"you may not write to {INBOX}: DHCP decides on your VMs' addresses and names"
         patient.tell(WARNING, text, group_command(os.stat(INBOX).st_gid))
-    elif unwatched:
+    elif unwatched and systemd_runs():
         text = f"DHCP decides on your VMs' addresses and names: {unwatched}"
-        patient.tell(WARNING, text, f"sudo systemctl start {SYSTEMD_UNITS[2]}" if systemd_runs() else "")
-    return f"names and addresses go to {INBOX}"
+        patient.tell(WARNING, text, f"sudo systemctl start {SYSTEMD_UNITS[2]}")
+    return f"DHCP decides on names and addresses: {unwatched}" if unwatched else f"names and addresses go to {INBOX}"
 
 
 def examine_forwarding(patient: Patient) -> str:

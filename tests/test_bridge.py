@@ -836,10 +836,11 @@ def test_no_member_owns_the_dhcp_and_dns_of_others(host: Host) -> None:
     assert host.resolve(host.pid, "deb.debian.org") == ""
     assert host.resolve(host.pid, "deb.debian.org.nocloud") == "192.168.1.9"
     assert host.resolve(host.pid, "web00") == "192.168.1.2"
-    assert host.resolve(host.pid, os.uname().nodename) == "192.168.1.1"
+    assert host.resolve(host.pid, os.uname().nodename.partition(".")[0]) == "192.168.1.1"
     guest, told = host.guest(mac, os.uname().nodename)
     assert told["address"] == "192.168.1.2", "DHCP serves the VM as before"
-    assert host.resolve(guest, os.uname().nodename) == "192.168.1.1"
+    own = os.uname().nodename.partition(".")[0]
+    assert host.resolve(guest, own) == host.resolve(guest, f"{own}.nocloud") == "192.168.1.1"
 
 
 def test_what_is_served_stays_its_vms(host: Host) -> None:
@@ -889,6 +890,21 @@ def test_no_member_can_keep_others_from_publishing(host: Host) -> None:
     finally:
         child.kill()
         child.communicate()
+
+
+def test_a_member_whom_nothing_serves_is_left_to_dhcp(host: Host) -> None:
+    """And told so, and by doctor what mends it."""
+    host.run("net", "up").ok()
+    member = Member(host)
+    program = ("python3", "-IS", "/run/nocloud.py")
+    assert member.call(*program, "doctor", "publishing").ok().stdout.startswith("ok ")
+    host.shell("echo '#!/bin/sh' > /run/units/systemctl; echo exit 3 >> /run/units/systemctl").ok()
+    said = member.call(*program, "doctor", "publishing").stdout
+    assert "reload.path doesn't run" in said and "sudo systemctl start nocloud-dnsmasq-reload.path" in said
+    code = "import sys; sys.path.insert(0, '/run'); import nocloud; c = nocloud.load_config();"
+    code += "print([nocloud.HostBridge(c).allot(set(), 'x')])"
+    done = member.call("python3", "-IS", "-c", code).ok()
+    assert done.stdout == "['']\n" and "left to DHCP: nocloud-dnsmasq-reload.path doesn't run" in done.stderr
 
 
 def test_two_at_once_never_get_one_address(host: Host) -> None:
