@@ -2228,11 +2228,6 @@ class VM:
         return f"{self.host_name}.{re.sub(r'[^A-Za-z0-9._-]', '-', self.group)}"
 
     @property
-    def dns_group(self) -> str:
-        """What GROUP is there; '' for a template, which has none."""
-        return "" if self.is_template else self.dns_name.partition(".")[2]
-
-    @property
     def full_name(self) -> str:
         """GROUP/TYPE/NAME: says which VM is meant even where names are the same."""
         return f"{self.place}/{self.name}"
@@ -3232,10 +3227,10 @@ def dnsmasq_argv(interface: str, hosts: HostFiles, *words: str) -> list[str]:
 # -- what dnsmasq knows of the VMs
 
 
-def host_names(label: str, group: str) -> list[str]:
-    """What a VM is called in DNS, the full name first; a template has no group."""
-    names = [f"{label}.{group}.{DOMAIN}", f"{label}.{group}"] if group else []
-    return [each.lower() for each in (*names, f"{label}.{DOMAIN}", label)]
+def host_names(name: str) -> list[str]:
+    """What a VM NAME.GROUP, or a template, is called in DNS, the full name first."""
+    parts = dict.fromkeys((name.lower(), name.lower().partition(".")[0]))
+    return [each for part in parts for each in (f"{part}.{DOMAIN}", part)]
 
 
 def small_file(path: str) -> tuple[os.stat_result, str]:
@@ -3286,7 +3281,7 @@ class HostFiles:
         self.prepare()
         uuid, address = vm.get("vmUuid"), vm.get("vmAddress")
         taken = {word for other, words in self._files("hosts") if other != uuid for word in words[1:]}
-        names = [each for each in host_names(vm.host_name, vm.dns_group) if each not in taken]
+        names = [each for each in host_names(vm.host_name if vm.is_template else vm.dns_name) if each not in taken]
         self.write("hosts", uuid, " ".join([address, *names]) if names else "")
         self.write("dhcp", uuid, f"{vm.get('vmMac')},{address},{vm.host_name},infinite")  # no lease is remembered
 
@@ -3345,7 +3340,7 @@ class Inbox:
     """
 
     FORM = re.compile(
-        r"([0-9.]{7,15})(?: ((?:[0-9a-f]{2}:){5}[0-9a-f]{2}) ([A-Za-z0-9_-]{1,63})(?:\.([A-Za-z0-9._-]{1,63}))?)?\n"
+        r"([0-9.]{7,15})(?: ((?:[0-9a-f]{2}:){5}[0-9a-f]{2}) ([A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9._-]{1,63})?))?\n"
         r"(# tree [0-9a-f]{16}\n)"
     )
     UUID = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
@@ -3361,14 +3356,14 @@ class Inbox:
         return not os.access(self.folder, os.R_OK | os.W_OK | os.X_OK)
 
     def entries(self) -> Iterator[tuple[str, os.stat_result, list[str]]]:
-        """(UUID, whose and how old, [address, MAC, name, group, mark]) of each file, the oldest first; '': not said."""
+        """(UUID, whose and how old, [address, MAC, name, mark]) of each file, the oldest first; '': not said."""
         for uuid, info, text in small_files(self.folder):
             match = self.FORM.fullmatch(text)
             if match and self.UUID.fullmatch(uuid) and is_ipv4(match.group(1)):
                 yield uuid, info, [each or "" for each in match.groups()]
 
     def publish(self, vm: VM) -> None:
-        name = f"{vm.host_name}.{vm.dns_group}" if vm.dns_group else vm.host_name
+        name = vm.host_name if vm.is_template else vm.dns_name
         self._write(vm.get("vmUuid"), f"{vm.get('vmAddress')} {vm.get('vmMac').lower()} {name}")
 
     def reserve(self, uuid: str, address: str) -> bool:
@@ -3390,7 +3385,7 @@ class Inbox:
 
     def orphans(self, known: set[str]) -> list[str]:
         """The UUIDs of this tree's VMs that are here though no such VM is known: its folder was removed by hand."""
-        mine = [each[0] for each in self.entries() if each[1].st_uid == os.geteuid() and each[2][4] == self.mark]
+        mine = [each[0] for each in self.entries() if each[1].st_uid == os.geteuid() and each[2][3] == self.mark]
         return [uuid for uuid in mine if uuid not in known]
 
     def withdraw(self, uuids: Sequence[str]) -> bool:
@@ -4597,14 +4592,12 @@ class BridgeSetup:
         asked, had = {}, {uuid: set(line.split()) for uuid, line in self.served.lines("hosts").items()}
         for uuid, line in self.served.lines("dhcp").items():
             had.setdefault(uuid, set()).update(re.findall(r"[^#,\s]+", line)[:2])
-        for uuid, _, (address, mac, label, group, _) in self.inbox.entries():
-            names = host_names(label, group) if label else []
-            if TOP_LEVEL.search(group):
-                names.remove(f"{label}.{group}".lower())
+        for uuid, _, (address, mac, name, _) in self.inbox.entries():
             if self.settings.allots(address):
-                asked[uuid] = (address, mac, label, names)
+                names = [each for each in host_names(name) if name and not FOREIGN.search(each)]
+                asked[uuid] = (address, mac, name.partition(".")[0], names)
         owners = {word: uuid for uuid, each in asked.items() for word in {*each[:2], *each[3]} & had.get(uuid, set())}
-        owners.update(dict.fromkeys(("localhost", os.uname().nodename.lower(), *host_names(own_name(), "")), ""))
+        owners.update(dict.fromkeys(("localhost", os.uname().nodename.lower(), *host_names(own_name())), ""))
         found = {}
         for uuid, (address, mac, label, names) in asked.items():
             if all(owners.get(each, uuid) == uuid for each in (address, mac) if each):
@@ -4671,8 +4664,8 @@ def account(names: Sequence[str], group: bool = False) -> tuple[str, int]:
 
 DNSMASQ_USERS = ("nocloud-dnsmasq", "dnsmasq", "nobody")
 INBOX, LEASES, CHANGED = (os.path.join(STATE_FOLDER, name) for name in ("published", "dnsmasq.leases", "changed"))
-# Groups that are no second part of a VM's name without our domain: names of others would be, as debian.org is.
-TOP_LEVEL = re.compile(r"(?i)\.|^(..|com|edu|gov|int|mil|net|org|arpa)$")  # countries', and those of RFC 1591
+# What others may be called: names that end in a country's domain or one of RFC 1591, or have more than two parts.
+FOREIGN = re.compile(rf"\.(..|com|edu|gov|int|mil|net|org|arpa)$|\..*\.(?!{DOMAIN}$)[^.]*$")
 
 
 def prepare_state_folder() -> None:
