@@ -3343,7 +3343,6 @@ class Inbox:
         r"([0-9.]{7,15})(?: ((?:[0-9a-f]{2}:){5}[0-9a-f]{2}) ([A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9._-]{1,63})?))?\n"
         r"(# tree [0-9a-f]{16}\n)"
     )
-    UUID = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 
     def __init__(self, folder: str, tree: str) -> None:
         import hashlib
@@ -3359,7 +3358,7 @@ class Inbox:
         """(UUID, whose and how old, [address, MAC, name, mark]) of each file, the oldest first; '': not said."""
         for uuid, info, text in small_files(self.folder):
             match = self.FORM.fullmatch(text)
-            if match and self.UUID.fullmatch(uuid) and is_ipv4(match.group(1)):
+            if match and re.fullmatch("[0-9A-Fa-f-]{36}", uuid) and is_ipv4(match.group(1)):
                 yield uuid, info, [each or "" for each in match.groups()]
 
     def publish(self, vm: VM) -> None:
@@ -4155,9 +4154,9 @@ class BridgeSettings:
         return is_ipv4(address) and bool(address) and overlap(ipv4_number(address), 32, self.network, self.length)
 
     def allots(self, address: str) -> bool:
-        """Whether it is one for VMs."""
+        """Whether it is one for VMs, written as we do: 192.168.1.02 would be a second name of another's."""
         number = ipv4_number(address) if self.holds(address) else 0
-        return self.first <= number < self.first_dynamic and address != self.address
+        return self.first <= number < self.first_dynamic and address != self.address and ipv4_text(number) == address
 
 
 def overlapping(settings: BridgeSettings) -> str:

@@ -822,6 +822,7 @@ def test_no_member_owns_the_dhcp_and_dns_of_others(host: Host) -> None:
         ("192.168.1.254", "00:50:56:00:00:77", "x.pf"),  # DHCP's own
         ("203.0.113.2", "00:50:56:00:00:77", "x.pf"),
         ("192.168.1.2", "00:50:56:00:00:77", "x.pf"),  # another VM's
+        ("192.168.1.02", "00:50:56:00:00:77", "x.pf"),
         ("192.168.1.9", mac, "x.pf"),
     )):  # fmt: skip
         mallory.says(address, its_mac, name, f"bbbbbbbb-0000-4000-8000-{number:012x}")
