@@ -3040,7 +3040,7 @@ class Network:
     """What the lifecycle needs of a network."""
 
     kind = ""
-    hosts: HostFiles  # the VMs that have names on it
+    hosts: HostFiles | Inbox  # the VMs that have names on it
 
     def up(self, keep: bool = False) -> None:
         """Bring up what isn't up, where that is ours to do.  Raises Error where the network can't be had."""
@@ -3248,25 +3248,47 @@ def dnsmasq_argv(interface: str, hosts: HostFiles, *words: str) -> list[str]:
 # -- what dnsmasq knows of the VMs
 
 
+def host_names(name: str) -> list[str]:
+    """What a VM NAME.GROUP, or a template, is called in DNS, the full name first."""
+    parts = dict.fromkeys((name.lower(), name.lower().partition(".")[0]))
+    return [each for part in parts for each in (f"{part}.{DOMAIN}", part)]
+
+
+def small_file(path: str) -> tuple[os.stat_result, str]:
+    """(whose and how old, text); a link, a pipe and what is over 4 KB count for nothing.  Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        info = os.fstat(fd)
+        small = stat.S_ISREG(info.st_mode) and info.st_size <= 4096
+        return info, os.read(fd, 4096).decode("utf-8", "surrogateescape") if small else ""
+    finally:
+        os.close(fd)
+
+
+def small_files(folder: str) -> list[tuple[str, os.stat_result, str]]:
+    """The name too, of each that isn't hidden, the oldest first: by its last change, a time that nobody can set."""
+    found = []
+    for name in names_in(folder):
+        try:
+            if name[0] != ".":
+                found.append((name, *small_file(os.path.join(folder, name))))
+        except OSError:
+            continue  # gone meanwhile, or none of ours
+    return sorted(found, key=lambda each: (each[1].st_ctime_ns, each[0]))
+
+
+def has_text(path: str, text: str) -> bool:
+    return os.path.isfile(path) and small_file(path)[1] == text
+
+
 class HostFiles:
     """The VMs that have names and addresses: a file for DHCP and one for DNS each, named by the VM's UUID.
 
-    They lie in `dhcp/` and `hosts/` of `folder`, where dnsmasq sees a new one at once (inotify).  Where several users
-    share them, a comment says of which tree a VM is, and what others wrote is read with care and left alone.
+    They lie in `dhcp/` and `hosts/` of `folder`, where dnsmasq sees a new one at once (inotify).
     """
 
-    MOST_BYTES = 4096  # of a file: two lines
-
-    def __init__(self, folder: str, tree: str = "") -> None:
-        """`tree`: the folders are shared; the path of this tree."""
-        self.folder, self.tree = folder, tree
-
-    def mark(self) -> str:
-        """The comment that says which tree a file is of: not by its path, which tells others too much."""
-        import hashlib
-
-        name = hashlib.sha256(self.tree.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-        return f"# tree {name}\n" if self.tree else ""
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
 
     def folder_of(self, kind: str) -> str:
         return os.path.join(self.folder, kind)
@@ -3275,94 +3297,125 @@ class HostFiles:
         for kind in ("dhcp", "hosts"):
             make_private_folder(self.folder_of(kind))
 
-    def denied(self) -> str:
-        """The folder of them that this user may not use, or ''."""
-        places = map(self.folder_of, ("dhcp", "hosts"))
-        return next((place for place in places if not os.access(place, os.R_OK | os.W_OK | os.X_OK)), "")
-
     def publish(self, vm: VM) -> None:
         """Make the VM's names resolve, and its address its own.  A name that another VM has stays the other's."""
-        if not self.tree:
-            self.prepare()
+        self.prepare()
         uuid, address = vm.get("vmUuid"), vm.get("vmAddress")
-        name = vm.host_name
-        taken = {word for other, _, words in self._files("hosts") if other != uuid for word in words[1:]}
-        names = [f"{vm.dns_name}.{DOMAIN}", vm.dns_name] if not vm.is_template else []
-        names = [each.lower() for each in (*names, f"{name}.{DOMAIN}", name)]
-        names = [each for each in names if each not in taken]
-        self._write_once("hosts", uuid, " ".join([address, *names]) if names else "")
-        lease = "1h" if self.tree else "infinite"  # a private network remembers no leases
-        self._write_once("dhcp", uuid, f"{vm.get('vmMac')},{address},{name},{lease}")
+        taken = {word for other, words in self._files("hosts") if other != uuid for word in words[1:]}
+        names = [each for each in host_names(vm.host_name if vm.is_template else vm.dns_name) if each not in taken]
+        self.write("hosts", uuid, " ".join([address, *names]) if names else "")
+        self.write("dhcp", uuid, f"{vm.get('vmMac')},{address},{vm.host_name},infinite")  # no lease is remembered
 
-    def reserve(self, uuid: str, address: str) -> None:
-        """Hold an address for a VM that is being made: a comment, which dnsmasq passes over."""
-        self._write_once("dhcp", uuid, f"# {address}")
+    def write(self, kind: str, uuid: str, line: str, mode: int = 0o600) -> None:
+        """Where it isn't so already; through a name with a leading dot, which dnsmasq passes over."""
+        hidden, path = (os.path.join(self.folder_of(kind), name) for name in ("." + uuid, uuid))
+        if not has_text(path, f"{line}\n"):
+            write_file(hidden, f"{line}\n", mode, durable=False)  # each start of the VM writes it
+            os.replace(hidden, path)
 
-    def _write_once(self, kind: str, uuid: str, line: str) -> None:
-        """Through a name with a leading dot, which dnsmasq passes over."""
-        path = os.path.join(self.folder_of(kind), uuid)
-        text = f"{line}\n{self.mark()}"
-        if os.path.lexists(path) and self._read(path)[1] == text:
-            return
-        hidden = os.path.join(self.folder_of(kind), "." + uuid)
-        write_file(hidden, text, 0o640 if self.tree else 0o600, durable=False)  # each start of the VM writes it
-        os.replace(hidden, path)
+    def lines(self, kind: str) -> dict[str, str]:
+        """UUID → line, the oldest first."""
+        return {uuid: text.partition("\n")[0] for uuid, _, text in small_files(self.folder_of(kind))}
 
-    def _files(self, kind: str) -> list[tuple[str, bool, list[str]]]:
-        """(uuid, whether it is ours to change, the first line's words) of each file, the oldest first."""
-        found = []
-        for uuid in names_in(self.folder_of(kind)):
-            try:
-                if uuid[0] != ".":
-                    info, text = self._read(os.path.join(self.folder_of(kind), uuid))
-                    mine = not self.tree or (info.st_uid == os.geteuid() and self.mark() in text)
-                    found.append((info.st_mtime_ns, uuid, mine, re.findall(r"[^,\s]+", text.partition("\n")[0])))
-            except OSError:
-                continue  # gone meanwhile, or none of ours
-        return [each[1:] for each in sorted(found)]
-
-    def _read(self, path: str) -> tuple[os.stat_result, str]:
-        """(whose and how old, text); a link, a pipe and what isn't small count for nothing.  Raises OSError."""
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            info = os.fstat(fd)
-            small = stat.S_ISREG(info.st_mode) and info.st_size <= self.MOST_BYTES
-            return info, os.read(fd, self.MOST_BYTES).decode("utf-8", "surrogateescape") if small else ""
-        finally:
-            os.close(fd)
+    def _files(self, kind: str) -> list[tuple[str, list[str]]]:
+        return [(uuid, re.findall(r"[^,\s]+", line)) for uuid, line in self.lines(kind).items()]
 
     def orphans(self, known: set[str]) -> list[str]:
         """The UUIDs that have files here though no such VM is known: its folder was removed by hand."""
-        return [uuid for uuid, mine, _ in self._files("dhcp") if mine and uuid not in known]
+        return [uuid for uuid, _ in self._files("dhcp") if uuid not in known]
 
     def addresses(self) -> set[str]:
         """The addresses that VMs have: also those whose conf can't be read just now."""
-        return {word for _, _, words in self._files("dhcp") for word in words if is_ipv4(word)}
+        return {word for _, words in self._files("dhcp") for word in words if is_ipv4(word)}
 
     def members(self) -> Iterator[tuple[str, str, str]]:
         """(name, MAC, address) of each VM; the name in full."""
-        names = {uuid: words[1] for uuid, _, words in self._files("hosts") if len(words) > 1}
-        for uuid, _, words in self._files("dhcp"):
+        names = {uuid: words[1] for uuid, words in self._files("hosts") if len(words) > 1}
+        for uuid, words in self._files("dhcp"):
             if len(words) == 4 and is_ipv4(words[1]):
                 yield names.get(uuid, words[2]), words[0].lower(), words[1]
 
     def withdraw(self, uuids: Sequence[str]) -> bool:
         """Remove the files of VMs; the next oldest VM of a name gets the bare name.  Whether there were any."""
-        there = [(uuid, mine, words) for uuid, mine, words in self._files("hosts") if len(words) > 1] if uuids else []
+        there = [(uuid, words) for uuid, words in self._files("hosts") if len(words) > 1] if uuids else []
         paths = [os.path.join(self.folder_of(kind), uuid) for uuid in uuids for kind in ("dhcp", "hosts")]
         paths = list(filter(os.path.exists, paths))
+        for path in paths:
+            remove_file(path)
+        bares = {words[-1] for uuid, words in there if uuid in uuids}
+        for uuid, words in there:
+            bare = words[1].split(".")[0]
+            if uuid not in uuids and bare in bares:
+                bares.discard(bare)
+                if bare not in words:
+                    self.write("hosts", uuid, " ".join([*words, f"{bare}.{DOMAIN}", bare]))
+        return bool(paths)
+
+
+class Inbox:
+    """What users say of their VMs on a network that they share: a file each, named by the VM's UUID.
+
+    `ADDRESS MAC NAME.GROUP`; for a VM that is being made ADDRESS alone, which is held for it.  Each user can add files
+    here and remove only his own; what is in others' is input.  A comment says of which tree the VM is: not by its path,
+    which tells others too much.
+    """
+
+    FORM = re.compile(
+        r"([0-9.]{7,15})(?: ((?:[0-9a-f]{2}:){5}[0-9a-f]{2}) ([A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9._-]{1,63})?))?\n"
+        r"(# tree [0-9a-f]{16}\n)"
+    )
+
+    def __init__(self, folder: str, tree: str) -> None:
+        import hashlib
+
+        self.folder = folder
+        self.mark = f"# tree {hashlib.sha256(tree.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}\n"
+
+    def denied(self) -> bool:
+        """Whether this user may not use it."""
+        return not os.access(self.folder, os.R_OK | os.W_OK | os.X_OK)
+
+    def entries(self) -> Iterator[tuple[str, os.stat_result, list[str]]]:
+        """(UUID, whose and how old, [address, MAC, name, mark]) of each file, the oldest first; '': not said."""
+        for uuid, info, text in small_files(self.folder):
+            match = self.FORM.fullmatch(text)
+            if match and re.fullmatch("[0-9A-Fa-f-]{36}", uuid) and is_ipv4(match.group(1)):
+                yield uuid, info, [each or "" for each in match.groups()]
+
+    def publish(self, vm: VM) -> None:
+        name = vm.host_name if vm.is_template else vm.dns_name
+        self._write(vm.get("vmUuid"), f"{vm.get('vmAddress')} {vm.get('vmMac').lower()} {name}")
+
+    def reserve(self, uuid: str, address: str) -> bool:
+        """Hold an address for a VM that is being made, unless another one has it.
+
+        Not under a lock, which whoever may take it could keep: who finds another's file that isn't younger than his own
+        gives way.  Of two at once both may, and neither has it with the other.
+        """
+        self._write(uuid, address)
+        ages = {other: info.st_ctime_ns for other, info, words in self.entries() if words[0] == address}
+        mine = ages.pop(uuid, 0)
+        return all(mine < age for age in ages.values())
+
+    def _write(self, uuid: str, line: str) -> None:
+        """Where it isn't so already: its age counts."""
+        path, text = os.path.join(self.folder, uuid), f"{line}\n{self.mark}"
+        if not has_text(path, text):
+            write_file(path, text, 0o640, durable=False)
+
+    def orphans(self, known: set[str]) -> list[str]:
+        """The UUIDs of this tree's VMs that are here though no such VM is known: its folder was removed by hand."""
+        mine = [each[0] for each in self.entries() if each[1].st_uid == os.geteuid() and each[2][3] == self.mark]
+        return [uuid for uuid in mine if uuid not in known]
+
+    def withdraw(self, uuids: Sequence[str]) -> bool:
+        """Remove the files of VMs that are gone.  Whether there were any."""
+        paths = list(filter(os.path.lexists, (os.path.join(self.folder, uuid) for uuid in uuids)))
         for path in paths:
             try:
                 remove_file(path)
             except PermissionError:
                 report.warn(f"{path} stays: it is another user's")
-        bares = {words[-1] for uuid, _, words in there if uuid in uuids}
-        for uuid, mine, words in there:
-            bare = words[1].split(".")[0]
-            if uuid not in uuids and bare in bares:
-                bares.discard(bare)
-                if bare not in words and mine:
-                    self._write_once("hosts", uuid, " ".join([*words, f"{bare}.{DOMAIN}", bare]))
         return bool(paths)
 
 
@@ -3593,7 +3646,7 @@ class PrivateNetwork(Network):
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
         self.folder = os.path.join(tree.base, ".net")
-        self.hosts = HostFiles(self.folder)
+        self.hosts: HostFiles = HostFiles(self.folder)
         self.used = False  # this command may leave it without a VM, and ends it then
         self._gate: Gate | None = None
         self._spaces: Namespaces | None = None
@@ -4088,7 +4141,7 @@ def pump(source: Callable[[], bytes], sink: Callable[[bytes], object], finish: C
 
 # -- what is wanted, and what is there
 
-STATE_FOLDER = "/var/lib/nocloud"  # the leases, and the folders in which users publish their VMs
+STATE_FOLDER = "/var/lib/nocloud"  # the leases, what users publish of their VMs, and what of that is served
 SETUP_FOLDER = "/run/nocloud-setup"  # the lock of who installs
 RUN_FOLDER = "/run/nocloud"  # what `up` switched on; gone with the next boot, as that is
 MADE_BY_US = "made by nocloud"  # the comment of each rule of ours
@@ -4120,6 +4173,11 @@ class BridgeSettings:
 
     def holds(self, address: str) -> bool:
         return is_ipv4(address) and bool(address) and overlap(ipv4_number(address), 32, self.network, self.length)
+
+    def allots(self, address: str) -> bool:
+        """Whether it is one for VMs, written as we do: 192.168.1.02 would be a second name of another's."""
+        number = ipv4_number(address) if self.holds(address) else 0
+        return self.first <= number < self.first_dynamic and address != self.address and ipv4_text(number) == address
 
 
 def overlapping(settings: BridgeSettings) -> str:
@@ -4332,7 +4390,7 @@ class BridgeSetup:
         self.settings = BridgeSettings(config)
         self.interface = self.settings.interface
         self.closed = yes_no(config["vmHostAccess"]) == "no"
-        self.hosts = HostFiles(STATE_FOLDER, "?")
+        self.inbox, self.served = Inbox(INBOX, "?"), HostFiles(STATE_FOLDER)
         self.forwarding = os.path.join(RUN_FOLDER, "forwarding")
         self.pid_file, self.log = (os.path.join(RUN_FOLDER, f"dnsmasq.{name}") for name in ("pid", "log"))
 
@@ -4400,6 +4458,7 @@ class BridgeSetup:
                     remove_tree(STATE_FOLDER)
                 raise
             self.tell_resolver()
+        self.accept()
         for chain in dropping_chains(self.interface):
             report.warn(f"nft chain {chain} drops what it doesn't name: guests need iifname {self.interface} accepted")
 
@@ -4496,7 +4555,8 @@ class BridgeSetup:
             user, group = account(DNSMASQ_USERS)[0], account(("kvm",), group=True)[0]
             pid_file, log = self.pid_file, self.log
         return dnsmasq_argv(
-            settings.interface, self.hosts, f"--user={user}", f"--group={group}",
+            settings.interface, self.served, f"--user={user}", f"--group={group}",
+            f"--host-record={own_name()},{own_name()}.{DOMAIN},{settings.address}",  # not a guest's that says so
             f"--pid-file={pid_file}", f"--log-facility={log}",
             f"--dhcp-range={first},{last},{mask},12h", f"--dhcp-leasefile={LEASES}",
         )  # fmt: skip
@@ -4514,7 +4574,7 @@ class BridgeSetup:
     def forget(self) -> None:
         """Take the leases of VMs that are gone out of the file, while dnsmasq doesn't run."""
         first, dynamic = self.settings.first, self.settings.first_dynamic
-        members = {(mac, address) for _, mac, address in self.hosts.members()}
+        members = {(mac, address) for _, mac, address in self.served.members()}
         lines = read_text(LEASES).splitlines(True) if os.path.exists(LEASES) else []
         kept = []
         for line in lines:
@@ -4527,6 +4587,46 @@ class BridgeSetup:
                 file.writelines(kept)
                 file.truncate()
 
+    def accept(self) -> None:
+        """Have dnsmasq serve what users say of their VMs, as far as that is theirs to say, and forget what is gone."""
+        if connected_network(self.interface) != self.settings.net or not os.path.isdir(INBOX):
+            return
+        with FolderLock(STATE_FOLDER):
+            wanted, stale = self._allowed(), False
+            for kind in ("hosts", "dhcp"):  # in this order: who finds himself in the second is in both
+                for uuid, line in self.served.lines(kind).items():
+                    kept = uuid in wanted
+                    stale |= bool(line) and line[0] != "#" and not (kept and line == wanted[uuid][kind])
+                    if not kept:
+                        remove_file(os.path.join(self.served.folder_of(kind), uuid))
+                for uuid, lines in wanted.items():
+                    self.served.write(kind, uuid, lines[kind], 0o640)
+        if stale and units_installed():  # not waited for: the next change would be missed
+            run(["systemctl", "--no-block", "try-restart", SYSTEMD_UNITS[1]])
+        elif stale and daemon_pid(self.pid_file):
+            self.serve(anew=True)
+
+    def _allowed(self) -> dict[str, dict[str, str]]:
+        """UUID → its lines of both kinds: with an address of the range and a MAC that no other VM has, and the names of
+        its own that none has.  What is served stays with its VM; else who came first has it."""
+        asked, had = {}, {uuid: set(line.split()) for uuid, line in self.served.lines("hosts").items()}
+        for uuid, line in self.served.lines("dhcp").items():
+            had.setdefault(uuid, set()).update(re.findall(r"[^#,\s]+", line)[:2])
+        for uuid, _, (address, mac, name, _) in self.inbox.entries():
+            if self.settings.allots(address):
+                names = [each for each in host_names(name) if name and not FOREIGN.search(each)]
+                asked[uuid] = (address, mac, name.partition(".")[0], names)
+        owners = {word: uuid for uuid, each in asked.items() for word in {*each[:2], *each[3]} & had.get(uuid, set())}
+        owners.update(dict.fromkeys(("localhost", os.uname().nodename.lower(), *host_names(own_name())), ""))
+        found = {}
+        for uuid, (address, mac, label, names) in asked.items():
+            if all(owners.get(each, uuid) == uuid for each in (address, mac) if each):
+                own = [each for each in (address, *names) if owners.setdefault(each, uuid) == uuid]
+                owners[mac] = uuid
+                dhcp = f"{mac},{address},{label},1h" if mac else f"# {address}"
+                found[uuid] = {"dhcp": dhcp, "hosts": " ".join(own) if len(own) > 1 else ""}
+        return found
+
     def serve(self, anew: bool = False) -> None:
         """As a daemon of our own, unless it runs; anew where that is asked, or the bridge has got another address."""
         with FolderLock(RUN_FOLDER, make=True):
@@ -4534,6 +4634,11 @@ class BridgeSetup:
                 stop_daemon(self.pid_file)
                 self.forget()
                 start_daemon(self.argv(), ())
+
+
+def own_name() -> str:
+    """What this host is called, without a domain."""
+    return os.uname().nodename.partition(".")[0].lower()
 
 
 def outgoing_interfaces() -> set[str]:
@@ -4578,22 +4683,24 @@ def account(names: Sequence[str], group: bool = False) -> tuple[str, int]:
 
 
 DNSMASQ_USERS = ("nocloud-dnsmasq", "dnsmasq", "nobody")
-LEASES, REMOVED = (os.path.join(STATE_FOLDER, name) for name in ("dnsmasq.leases", "removed"))
+INBOX, LEASES, CHANGED = (os.path.join(STATE_FOLDER, name) for name in ("published", "dnsmasq.leases", "changed"))
+# What others may be called: names that end in a country's domain or one of RFC 1591, or have more than two parts.
+FOREIGN = re.compile(rf"\.(..|com|edu|gov|int|mil|net|org|arpa)$|\..*\.(?!{DOMAIN}$)[^.]*$")
 
 
 def prepare_state_folder() -> None:
-    """The folders that members of kvm publish their VMs in, each removing only their own, and dnsmasq's lease file.
+    """The folder that members of kvm publish their VMs in, each removing only their own, those that are served, for
+    root alone to write to, and dnsmasq's lease file.
 
-    `removed` is a file that the same people write to: systemd has dnsmasq forget what is gone when that changes.
+    `changed` is a file that the same people write to: systemd has the folder looked at when that changes.
     """
     group = account(("kvm",), group=True)[1]
-    os.makedirs(STATE_FOLDER, 0o755, exist_ok=True)
-    for kind in ("dhcp", "hosts"):
-        path = os.path.join(STATE_FOLDER, kind)
+    served = HostFiles(STATE_FOLDER)
+    for path, mode in ((INBOX, 0o3770), (served.folder_of("dhcp"), 0o2750), (served.folder_of("hosts"), 0o2750)):
         os.makedirs(path, exist_ok=True)
         os.chown(path, 0, group)
-        os.chmod(path, 0o3770)
-    for path, mode, owner in ((LEASES, 0o644, (account(DNSMASQ_USERS)[1], -1)), (REMOVED, 0o660, (0, group))):
+        os.chmod(path, mode)
+    for path, mode, owner in ((LEASES, 0o644, (account(DNSMASQ_USERS)[1], -1)), (CHANGED, 0o660, (0, group))):
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode))
         os.chown(path, *owner)
         os.chmod(path, mode)
@@ -4647,7 +4754,8 @@ class HostBridge(Network):
         self.interface = config["bridgeInterface"]
         self.helper_places = [config["vmBridgeHelper"]] if config["vmBridgeHelper"] else HELPERS
         self.lease_places = [config["bridgeLeases"]] if config["bridgeLeases"] else LEASE_FILES
-        self.hosts = HostFiles(STATE_FOLDER, tree.base if tree else "?")
+        self.hosts: Inbox = Inbox(INBOX, tree.base if tree else "?")
+        self.served = HostFiles(STATE_FOLDER)
         self._publishes: bool | None = None
 
     # addresses and names
@@ -4657,7 +4765,9 @@ class HostBridge(Network):
         if self._publishes is None:
             ours, why = bridge_is_ours(self.interface) and os.path.isdir(STATE_FOLDER), ""
             if self.hosts.denied():
-                why = f"you may not write to {STATE_FOLDER}; who is in the group kvm may"
+                why = f"you may not write to {INBOX}; who is in the group kvm may"
+            elif ours and self.unwatched():
+                why = self.unwatched()
             elif ours and connected_network(self.interface) != BridgeSettings(self.config).net:
                 why = f"{self.interface} is not the bridge of your settings, where bridgeNet={self.config['bridgeNet']}"
             if ours and why:
@@ -4665,42 +4775,56 @@ class HostBridge(Network):
             self._publishes = ours and not why
         return self._publishes
 
+    def unwatched(self) -> str:
+        """Why nobody takes what this user publishes, or ''; root does that itself."""
+        unit = SYSTEMD_UNITS[2]
+        runs = not os.geteuid() or (systemd_runs() and not try_run(["systemctl", "is-active", "--quiet", unit], 30)[0])
+        return "" if runs else f"{unit} doesn't run, which takes what users publish"
+
     def allot(self, taken: set[str], uuid: str) -> str:
-        """An address below those that DHCP gives to others, held by a file.  The folder's lock is for all users."""
+        """An address below those that DHCP gives to others, held by a file."""
         if not self.publishes():
             return ""
         settings = BridgeSettings(self.config)
-        with FolderLock(self.hosts.folder_of("dhcp")):
-            taken |= {settings.address, *self.hosts.addresses(), *self.leases().values()}
-            for number in range(settings.first, settings.first_dynamic):
-                address = ipv4_text(number)
-                if address not in taken:
-                    taken.add(address)
-                    self.hosts.reserve(uuid, address)
+        published = {words[0] for other, _, words in self.hosts.entries() if other != uuid}
+        taken |= {settings.address, *published, *self.served.addresses(), *self.leases().values()}
+        for number in range(settings.first, settings.first_dynamic):
+            address = ipv4_text(number)
+            if address not in taken:
+                taken.add(address)
+                if self.hosts.reserve(uuid, address):
                     return address
+        self.withdraw([uuid])
         raise Error(f"no address is free on {self.interface}, {settings.net}", "destroy VMs that are not needed")
 
     def fits(self, address: str) -> bool:
         """Not after the bridge has got another network."""
-        return bool(address) and (not self.publishes() or BridgeSettings(self.config).holds(address))
+        return bool(address) and (not self.publishes() or BridgeSettings(self.config).allots(address))
 
     def publish(self, vm: VM) -> None:
+        """Raises Error where another VM has its MAC or address."""
         if vm.get("vmAddress") and self.publishes():
             super().publish(vm)
+            member = (vm.get("vmMac").lower(), vm.get("vmAddress"))
+            if not self._taken_over(lambda: any(each[1:] == member for each in self.served.members())):
+                text = f"{member[1]} isn't served on {self.interface}: another VM has it, or the MAC {member[0]}"
+                raise Error(text, "nocloud net status; nocloud doctor", vm=vm)
 
     def withdraw(self, uuids: Sequence[str]) -> None:
-        """dnsmasq forgets none by itself: a unit that watches this file starts it anew, or root does."""
-        if not uuids or not self.hosts.withdraw(uuids):
-            return
-        try:
-            with open(REMOVED, "r+", encoding="ascii") as file:
-                file.write(f"{time.time_ns()}\n")
-        except OSError:
-            pass  # it isn't there: nobody watches it
+        if uuids and self.hosts.withdraw(uuids) and self.publishes():
+            self._taken_over(lambda: not {*uuids} & {*names_in(self.served.folder_of("dhcp"))})
+
+    def _taken_over(self, done: Callable[[], bool]) -> bool:
+        """Have what changed taken over: by us as root, else by a unit that watches a file.  Whether it was in 10 s."""
         if os.geteuid() == 0:
-            bridge = BridgeSetup(self.config)
-            if daemon_pid(bridge.pid_file):  # which isn't the unit's
-                bridge.serve(anew=True)
+            BridgeSetup(self.config).accept()
+            return done()
+        for _ in range(10):  # what changes while the unit is at work it doesn't notice
+            with open(CHANGED, "r+", encoding="ascii") as file:
+                file.write(f"{time.time_ns()}\n")
+            if wait_for(done, 1.0):
+                return True
+        return False
 
     # attaching to it
 
@@ -4808,7 +4932,7 @@ class HostBridge(Network):
             server = BridgeSetup(self.config)
             yield "dnsmasq: " + (f"answers at {server.settings.address}" if server.answers() else "not running")
         leased = {mac: (address, name, until) for mac, address, name, until in self.lease_lines()}
-        for name, mac, address in self.hosts.members():
+        for name, mac, address in self.served.members():
             has = leased.pop(mac, ("", "", 0))
             yield printable(f"{name} {mac} {address} " + (lease_text(has[2]) if has[0] == address else "no lease"))
         for mac, (address, name, until) in leased.items():
@@ -10094,13 +10218,16 @@ def examine_leases(patient: Patient) -> str:
 
 def examine_publishing(patient: Patient) -> str:
     """Whether this user's VMs get addresses and names of their own on the bridge."""
-    denied = patient.bridge.hosts.denied()
-    if denied and not os.path.isdir(denied):
-        patient.tell(WARNING, f"{denied} is gone: DHCP decides on addresses and names", self_command("net up"))
-    elif denied:
-        text = f"you may not write to {denied}: DHCP decides on your VMs' addresses and names"
-        patient.tell(WARNING, text, group_command(os.stat(denied).st_gid))
-    return f"names and addresses go to {STATE_FOLDER}"
+    unwatched = patient.bridge.unwatched()
+    if not os.path.isdir(INBOX):
+        patient.tell(WARNING, f"{INBOX} is gone: DHCP decides on addresses and names", self_command("net up"))
+    elif patient.bridge.hosts.denied():
+        text = f"you may not write to {INBOX}: DHCP decides on your VMs' addresses and names"
+        patient.tell(WARNING, text, group_command(os.stat(INBOX).st_gid))
+    elif unwatched and systemd_runs():
+        text = f"DHCP decides on your VMs' addresses and names: {unwatched}"
+        patient.tell(WARNING, text, f"sudo systemctl start {SYSTEMD_UNITS[2]}")
+    return f"DHCP decides on names and addresses: {unwatched}" if unwatched else f"names and addresses go to {INBOX}"
 
 
 def examine_forwarding(patient: Patient) -> str:
@@ -11197,12 +11324,12 @@ def kind_of_network(config: Config, args: argparse.Namespace, rest: Sequence[str
 
 @declare(
     Command(
-        "bridge", "nocloud-bridge", "start | stop | dnsmasq | ready | subnet [FILE]",
-        (("start", "stop", "dnsmasq", "ready", "subnet"), "file"),
+        "bridge", "nocloud-bridge", "start | stop | accept | dnsmasq | ready | subnet [FILE]",
+        (("start", "stop", "accept", "dnsmasq", "ready", "subnet"), "file"),
     )
 )  # fmt: skip
 def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> None:
-    """the host's bridge, for its units: start, stop; run its dnsmasq, or wait for it; name a free subnet in FILE"""
+    """the host's bridge, for its units: start, stop; serve what users publish; dnsmasq itself; a free subnet"""
     verb, rest = (words[0], words[1:]) if words else ("", [])
     if verb == "subnet":
         file = one_operand(rest, "FILE") if rest else installed_settings()
@@ -11214,6 +11341,9 @@ def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> No
         BridgeSetup(config).start()
     elif verb == "stop":
         BridgeSetup(config).stop()
+    elif verb == "accept":
+        need_root("taking what users publish")
+        BridgeSetup(config).accept()
     elif verb == "dnsmasq":
         setup = BridgeSetup(config)
         setup.forget()
@@ -11221,7 +11351,7 @@ def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> No
     elif verb == "ready":
         BridgeSetup(config).wait(60, os.environ.get("MAINPID", ""))  # systemd.exec(5)
     else:
-        raise UsageError(f"{verb or 'no verb'}: expected start, stop, dnsmasq, ready or subnet")
+        raise UsageError(f"{verb or 'no verb'}: expected start, stop, accept, dnsmasq, ready or subnet")
 
 
 def open_tap(network: Network, vm: VM | None) -> None:
@@ -11970,7 +12100,7 @@ class HostSetup:
         ran = try_run(["systemctl", "is-active", "--quiet", SYSTEMD_UNITS[1]], 30)[0] == 0
         BridgeSetup(self.config).up()
         if ran:
-            systemctl("restart", SYSTEMD_UNITS[1])  # it may be another version's
+            systemctl("restart", *SYSTEMD_UNITS[1:])  # they may be another version's
         return f"{', '.join(SYSTEMD_UNITS)}: run, now and from each boot on"
 
     def membership(self) -> str:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -622,8 +623,8 @@ def test_a_default_route_that_comes_later_is_a_way_out(host: Host) -> None:
 
 
 def register() -> str:
-    """The folders in which users publish their VMs, for a shell on the host."""
-    return "grep -s '' /var/lib/nocloud/dhcp/* /var/lib/nocloud/hosts/*; true"
+    """What users publish of their VMs, and what of that is served, for a shell on the host."""
+    return "cd /var/lib/nocloud; grep -s '' published/* dhcp/* hosts/*; true"
 
 
 def test_a_vm_has_its_address_and_name_at_once(host: Host, tiny_image: Path, vms: None) -> None:
@@ -646,11 +647,9 @@ def test_a_vm_has_its_address_and_name_at_once(host: Host, tiny_image: Path, vms
     shown = host.run("net", "status").ok().stdout
     assert f"web00.pf.nocloud {conf['vmMac']} 192.168.1.2 leased until " in shown and "wrong:" not in shown, shown
     host.run("net", "down").fails(1, "in use", "1 VM")
-    watched = host.shell("stat -c %y /var/lib/nocloud/removed").stdout
     host.run("vmstop", "-d", "-g", "pf").quiet()
     assert host.resolve(host.pid, "web00.pf.nocloud") == ""
     assert host.shell(register()).stdout == host.shell("cat /var/lib/nocloud/dnsmasq.leases").stdout == ""
-    assert host.shell("stat -c %y /var/lib/nocloud/removed").stdout != watched
     host.run("net", "down").quiet()
     host.shell("ip link add nocloud type bridge; ip link set nocloud up; echo > /etc/qemu/bridge.conf").ok()
     host.run("vm", "-n", "tiny", env={"NOCLOUD_vmNetwork": "bridge"}).fails(1, "no line: allow nocloud")
@@ -745,18 +744,179 @@ def test_an_address_is_given_back_and_changed_with_the_network(host: Host, vms: 
     host.run("net", "up").ok()
     host.run("vm", "-n", "x00", "-g", "pf", "-G").ok()
     assert cloud.conf("pf/default/x00")["vmAddress"] == "10.7.7.2"
-    assert host.resolve(host.pid, "x00.pf", "10.7.7.1") == "10.7.7.2"
+    assert host.resolve(host.pid, "x00.pf.nocloud", "10.7.7.1") == "10.7.7.2"
     host.run("vmstop", "-d", "-g", "pf").quiet()
 
 
-def test_what_others_put_into_the_folders_is_input(host: Host) -> None:
+class Member:
+    """A member of kvm, on a host where something stands in for systemd and its path unit."""
+
+    def __init__(self, host: Host, uid: int = USERS[0], member: bool = True) -> None:
+        self.host, self.uid, self.home = host, uid, f"/run/u{uid}"
+        kvm = host.shell("getent group kvm").stdout.split(":")[2]
+        groups = ["--groups", kvm] if member else ["--clear-groups"]
+        self.user = ["setpriv", "--reuid", uid, "--regid", uid, *groups, "--inh-caps=-all", "env", "-i"]
+        if host.shell(f"mkdir {self.home} && chown {uid}:{uid} {self.home}").status == 0:
+            watch_changes(host)
+
+    def call(self, *words: object, **variables: str) -> Result:
+        known = {"HOME": self.home, "PATH": "/run/units:/usr/bin:/usr/sbin", "NOCLOUD_vmNetwork": "auto", **variables}
+        own = [f"{key}={value}" for key, value in known.items()]
+        return self.host.at(self.host.pid, *self.user, f"--chdir={self.home}", *own, *words)
+
+    def says(self, address: str, mac: str, name: str, uuid: str = "") -> str:
+        """Write a file by hand, and wait until it has been looked at; its UUID."""
+        self.count = getattr(self, "count", 0) + 1
+        uuid = uuid or f"{self.uid:08x}-0000-4000-8000-{self.count:012x}"
+        line = f"{address} {mac} {name}" if mac else address
+        text = f"{line}\\n# tree 0123456789abcdef\\n"
+        self.call("sh", "-c", f"printf '{text}' > /var/lib/nocloud/published/{uuid}").ok()
+        self.host.run("bridge", "accept").quiet()
+        return uuid
+
+
+def watch_changes(host: Host) -> None:
+    """Programs in the place of systemd and its path unit: whoever writes to `changed` has `bridge accept` run."""
+    if host.shell("mkdir -p /run/systemd/system /run/units").ok() and not host.shell("ls /run/units").stdout:
+        host.shell(
+            f"cp {PROGRAM} /run/nocloud.py && chmod 644 /run/nocloud.py;"
+            "printf '#!/bin/sh\\n[ $1 = is-active ]\\n' > /run/units/systemctl && chmod 755 /run/units/systemctl"
+        ).ok()
+        host.variables["PATH"] = f"/run/units:{host.cloud.env['PATH']}"
+        accept = " ".join(map(str, host.cloud.argv("bridge", "accept")))
+        watch = "seen=; while sleep 0.1; do now=$(stat -c %y /var/lib/nocloud/changed);"
+        host.spawn("sh", "-c", f'{watch} [ "$now" = "$seen" ] || {accept}; seen=$now; done')
+
+
+def served(host: Host) -> str:
+    return host.shell("cd /var/lib/nocloud; cat dhcp/* hosts/*").stdout
+
+
+def test_what_others_put_into_the_folder_is_input(host: Host) -> None:
     host.run("net", "up").ok()
     host.shell(
-        "cd /var/lib/nocloud/dhcp; mkfifo fifo; ln -s /dev/zero zero; head -c 9999 /dev/urandom > noise; mkdir folder;"
-        "printf '\\377,192.168.1.2,\\n' > bytes; cp bytes ../hosts; mkfifo ../hosts/fifo"
+        "cd /var/lib/nocloud/published; mkfifo fifo; ln -s /dev/zero zero; head -c 9999 /dev/urandom > noise;"
+        "mkdir folder; printf '\\377,192.168.1.2,\\n' > bytes"
     ).ok()
-    assert publish(host, "/one", "pf/web00").ok().lines == ["192.168.1.3"]
+    assert publish(host, "/one", "pf/web00").ok().lines == ["192.168.1.2"]
     assert "web00.pf.nocloud" in host.run("net", "status").ok().stdout
+
+
+def test_no_member_owns_the_dhcp_and_dns_of_others(host: Host) -> None:
+    """What a member of kvm says counts where it has the form, is of his own VM, and nobody else has it."""
+    host.run("net", "up").ok()
+    assert publish(host, "/one", "pf/web00").ok().lines == ["192.168.1.2"]
+    before, mallory = served(host), Member(host)
+    mac = before.partition(",")[0]
+    for folder in ("dhcp", "hosts", "."):
+        assert mallory.call("sh", "-c", f"echo > /var/lib/nocloud/{folder}/x").status != 0
+    everybody = "echo '*:*:*:*:*:*,ignore' > /var/lib/nocloud/published/aaaaaaaa-0000-4000-8000-000000000000"
+    mallory.call("sh", "-c", everybody).ok()
+    for number, (address, its_mac, name) in enumerate((
+        ("*:*:*:*:*:*,ignore", "", ""),
+        ("192.168.1.9", "*:*:*:*:*:*", "x.pf"),
+        ("192.168.1.9", "00:50:56:00:00:77", "x.pf,ignore"),
+        ("192.168.1.9", "00:50:56:00:00:77", "x.pf\\n192.168.1.9 deb.debian.org"),
+        ("192.168.1.9", "00:50:56:00:00:77", "x.pf gateway"),
+        ("192.168.1.1", "00:50:56:00:00:77", "x.pf"),  # the host's
+        ("192.168.1.254", "00:50:56:00:00:77", "x.pf"),  # DHCP's own
+        ("203.0.113.2", "00:50:56:00:00:77", "x.pf"),
+        ("192.168.1.2", "00:50:56:00:00:77", "x.pf"),  # another VM's
+        ("192.168.1.02", "00:50:56:00:00:77", "x.pf"),
+        ("192.168.1.9", mac, "x.pf"),
+    )):  # fmt: skip
+        mallory.says(address, its_mac, name, f"bbbbbbbb-0000-4000-8000-{number:012x}")
+        assert served(host) == before, (address, its_mac, name)
+    mallory.says("192.168.1.9", "00:50:56:00:00:77", "deb.debian.org")
+    mallory.says("192.168.1.10", "00:50:56:00:00:78", "github.com")
+    mallory.says("192.168.1.11", "00:50:56:00:00:79", "web00.pf")
+    mallory.says("192.168.1.12", "00:50:56:00:00:7a", f"{os.uname().nodename.partition('.')[0]}.pf")
+    names = {"deb.debian.org", "github.com", "web00.pf.nocloud", "web00", os.uname().nodename.lower()}
+    words = [line.split() for line in served(host).splitlines() if "," not in line]
+    assert {word for line in words for word in line if word in names and line[0] != "192.168.1.2"} == set()
+    assert host.resolve(host.pid, "deb.debian.org") == ""
+    assert host.resolve(host.pid, "deb.debian.org.nocloud") == "192.168.1.9"
+    assert host.resolve(host.pid, "web00") == "192.168.1.2"
+    assert host.resolve(host.pid, os.uname().nodename.partition(".")[0]) == "192.168.1.1"
+    guest, told = host.guest(mac, os.uname().nodename)
+    assert told["address"] == "192.168.1.2", "DHCP serves the VM as before"
+    own = os.uname().nodename.partition(".")[0]
+    assert host.resolve(guest, own) == host.resolve(guest, f"{own}.nocloud") == "192.168.1.1"
+
+
+def test_what_is_served_stays_its_vms(host: Host) -> None:
+    """Whoever says later that it is his doesn't get it, though his file looks older or is older; nor what is held."""
+    host.run("net", "up").ok()
+    mallory = Member(host)
+    older = mallory.says("192.168.1.5", "00:50:56:00:00:77", "x.pf")
+    assert publish(host, "/one", "pf/web00").ok().lines == ["192.168.1.2"]
+    before = served(host)
+    for uuid in (older, ""):
+        said = mallory.says("192.168.1.5", "00:50:56:00:00:77", "web00.pf", uuid)
+        mallory.call("touch", "-d", "2001-01-01", f"/var/lib/nocloud/published/{said}").ok()
+        host.run("bridge", "accept").quiet()
+        assert host.resolve(host.pid, "web00.pf.nocloud") == "192.168.1.2"
+        assert "192.168.1.2 web00.pf.nocloud web00.nocloud web00\n" in served(host)
+    for uuid in (older, ""):
+        mallory.says("192.168.1.2", "00:50:56:00:00:77", "x.pf", uuid)
+    assert before.splitlines()[-1] in served(host).splitlines() and served(host).count("192.168.1.2") == 2
+    # Held for one that isn't made yet, by a file that is its owner's to change later.
+    held = Member(host, USERS[1])
+    uuid = held.says("192.168.1.7", "", "")
+    mallory.says("192.168.1.7", "00:50:56:00:00:78", "y.pf")
+    held.says("192.168.1.7", "00:50:56:00:00:79", "z.pf", uuid)
+    assert host.resolve(host.pid, "z.pf.nocloud") == "192.168.1.7" and host.resolve(host.pid, "y.pf.nocloud") == ""
+
+
+def test_no_member_can_keep_others_from_publishing(host: Host) -> None:
+    """Not by a lock on the folder, which he may open."""
+    host.run("net", "up").ok()
+    mallory = Member(host)
+    hold = "import fcntl, os, signal; fcntl.flock(os.open('/var/lib/nocloud/published', 0), fcntl.LOCK_EX);"
+    words = [
+        *mallory.user,
+        f"PATH={os.environ['PATH']}",
+        "python3",
+        "-IS",
+        "-c",
+        hold + "print(1, flush=True); signal.pause()",
+    ]
+    child = subprocess.Popen(
+        ["nsenter", "-t", str(host.pid), "-n", "-m", "--", *map(str, words)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert child.stdout and child.stdout.read(1) == "1"
+        assert publish(host, "/one", "pf/web00").ok().stderr == ""
+        assert host.resolve(host.pid, "web00.pf.nocloud") == "192.168.1.2"
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def test_a_member_whom_nothing_serves_is_left_to_dhcp(host: Host) -> None:
+    """And told so, and by doctor what mends it."""
+    host.run("net", "up").ok()
+    member = Member(host)
+    program = ("python3", "-IS", "/run/nocloud.py")
+    assert member.call(*program, "doctor", "publishing").ok().stdout.startswith("ok ")
+    host.shell("echo '#!/bin/sh' > /run/units/systemctl; echo exit 3 >> /run/units/systemctl").ok()
+    said = member.call(*program, "doctor", "publishing").stdout
+    assert "reload.path doesn't run" in said and "sudo systemctl start nocloud-dnsmasq-reload.path" in said
+    code = "import sys; sys.path.insert(0, '/run'); import nocloud; c = nocloud.load_config();"
+    code += "print([nocloud.HostBridge(c).allot(set(), 'x')])"
+    done = member.call("python3", "-IS", "-c", code).ok()
+    assert done.stdout == "['']\n" and "left to DHCP: nocloud-dnsmasq-reload.path doesn't run" in done.stderr
+
+
+def test_two_at_once_never_get_one_address(host: Host) -> None:
+    """Nor do many, who know nothing of each other but their files."""
+    host.run("net", "up").ok()
+    vms = [f"g{number}/x{each:02}" for number in range(4) for each in range(6)]
+    ways = ThreadPoolExecutor(4)
+    done = list(ways.map(lambda at: publish(host, f"/{at}", *vms[at * 6 : at * 6 + 6]).ok(), range(4)))
+    addresses = [line for each in done for line in each.lines]
+    assert len(set(addresses)) == len(addresses) == len(vms)
+    assert sum("," in line for line in served(host).splitlines()) == len(vms)
 
 
 @pytest.mark.long
@@ -764,20 +924,14 @@ def test_ordinary_users_share_the_bridge(host: Host, vms: None) -> None:
     """By the setuid helper: who is in the group kvm allots and publishes, others are served by DHCP."""
     host.run("net", "up").ok()
     host.shell("cp /usr/lib/qemu/qemu-bridge-helper /run/helper && chmod 4755 /run/helper").ok()
-    host.shell(f"cp {PROGRAM} /run/nocloud.py && chmod 644 /run/nocloud.py").ok()
     # The helper opens this as its caller, who may on every distribution.
     host.shell("mknod /run/tun c 10 200 && chmod 666 /run/tun && mount --bind /run/tun /dev/net/tun").ok()
-    kvm = host.shell("getent group kvm").stdout.split(":")[2]
+    users = {uid: Member(host, uid, uid == USERS[0]) for uid in USERS}
 
     def call(uid: int, *words: object) -> Result:
-        home = f"/run/u{uid}"
-        groups = ["--groups", kvm] if uid == USERS[0] else ["--clear-groups"]
-        variables = [f"HOME={home}", "NOCLOUD_vmBridgeHelper=/run/helper", "NOCLOUD_NOKVM=1", "NOCLOUD_vmNetwork=auto"]
-        user = ["setpriv", "--reuid", uid, "--regid", uid, *groups, "--inh-caps=-all", "env", "-i", f"--chdir={home}"]
-        return host.at(host.pid, *user, *variables, "PATH=/usr/bin:/usr/sbin", *words)
+        return users[uid].call(*words, NOCLOUD_vmBridgeHelper="/run/helper", NOCLOUD_NOKVM="1")
 
     for uid in USERS:
-        host.shell(f"mkdir /run/u{uid} && chown {uid}:{uid} /run/u{uid}").ok()
         nocloud_py = ("python3", "-IS", "/run/nocloud.py")
         call(uid, "qemu-img", "create", "-q", "-f", "qcow2", "blank.qcow2", "8M").ok()
         words = ("--image", "blank.qcow2", "--mem", 32, "--cpu", 1, "--init", "none")
@@ -806,8 +960,8 @@ def test_ordinary_users_share_the_bridge(host: Host, vms: None) -> None:
     host.shell("ip addr delete 192.168.1.2/32 dev nocloud").ok()
     assert "ConnectionResetError" in host.at(host.pid, sys.executable, "-c", read.format(USERS[1])).stderr
     host.run("net", "down").fails(1, "2 VMs")
-    modes = host.shell("stat -c '%u %G %a' /var/lib/nocloud/hosts/*").ok().stdout
-    assert modes == "64001 kvm 640\n"
+    modes = host.shell("stat -c '%u %G %a' /var/lib/nocloud/published/* /var/lib/nocloud/hosts/*").ok().stdout
+    assert modes == "64001 kvm 640\n0 kvm 640\n"
     assert "web00.pf.nocloud" in call(USERS[0], *nocloud_py, "net", "status").ok().stdout
     for uid in USERS:
         call(uid, *nocloud_py, "net", "up").fails(1, "needs root; nothing was changed")
@@ -868,8 +1022,9 @@ def analyze(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(argv, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C.UTF-8"})
 
 
-def test_the_dnsmasq_unit_is_hardened(units: Path) -> None:
-    done = analyze("security", "--offline=true", "--no-pager", units / "nocloud-dnsmasq.service")
+@pytest.mark.parametrize("name", ["nocloud-dnsmasq", "nocloud-dnsmasq-reload"])
+def test_the_units_that_read_what_others_say_are_hardened(units: Path, name: str) -> None:
+    done = analyze("security", "--offline=true", "--no-pager", units / f"{name}.service")
     match = re.search(r"Overall exposure level for \S+: ([0-9.]+)", done.stdout)
     assert match and float(match.group(1)) <= 2.5, done.stdout + done.stderr
 

@@ -709,8 +709,7 @@ def test_who_may_publish_on_the_bridge(room: Room) -> None:
     room.root(
         "mount -t sysfs sysfs /sys; mount -t tmpfs lib /var/lib;"
         "ip link add nocloud address 02:6e:63:00:00:01 type bridge;"
-        "mkdir -p /var/lib/nocloud/dhcp /var/lib/nocloud/hosts;"
-        "chgrp kvm /var/lib/nocloud/*; chmod 3770 /var/lib/nocloud/*"
+        "mkdir -p /var/lib/nocloud/published; chgrp kvm /var/lib/nocloud/*; chmod 3770 /var/lib/nocloud/*"
     )
     command = ill(room.run, "publishing", "warning", "may not write")
     assert command.startswith("sudo usermod -aG kvm nobody")
@@ -860,7 +859,7 @@ def test_forwarding_that_others_forbid(host: Host, who: str) -> None:
 
 
 def test_folders_that_are_gone(host: Host) -> None:
-    host.shell("rm -rf /var/lib/nocloud/dhcp").ok()
+    host.shell("rm -rf /var/lib/nocloud/published").ok()
     mend_at(host, ill(look(host), "publishing", "warning", "is gone"))
     well(look(host), "publishing")
 

@@ -669,7 +669,7 @@ OPTIONS = (
         ("net connect x/y 22", 2, "'x/y': expected an address or a name", ""),
         ("net connect", 2, "connect takes an address and a port", "nocloud net connect 10.88.0.2 22"),
         ("net exec", 2, "which command?", "nocloud net exec CMD..."),
-        ("bridge", 2, "no verb: expected start, stop, dnsmasq, ready or subnet", ""),
+        ("bridge", 2, "no verb: expected start, stop, accept, dnsmasq, ready or subnet", ""),
         ("completion tcsh", 2, "tcsh: no completion for that shell", "one of bash, zsh, fish"),
         ("links /nothere", 1, "/nothere: no such folder", "mkdir -p /nothere"),
         ("man nothing", 2, "nothing: no such command", "nocloud -h lists them"),

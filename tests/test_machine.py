@@ -188,8 +188,9 @@ def check_the_bridge(machine: Machine) -> None:
 def check_the_units(machine: Machine) -> None:
     machine.root("systemd-analyze verify --man=no /usr/local/lib/systemd/system/nocloud*")
     machine.root("systemd-analyze verify --man=no nocloud@shop.service")
-    level = machine.root("systemd-analyze security --no-pager nocloud-dnsmasq.service | tail -1")
-    assert " OK " in level or " SAFE " in level or " PERFECT " in level, level
+    for unit in ("nocloud-dnsmasq", "nocloud-dnsmasq-reload"):
+        level = machine.root(f"systemd-analyze security --no-pager {unit}.service | tail -1")
+        assert " OK " in level or " SAFE " in level or " PERFECT " in level, level
 
 
 def check_a_members_vm(machine: Machine) -> None:
@@ -198,14 +199,16 @@ def check_a_members_vm(machine: Machine) -> None:
         "bob",
         "printf 'vmBaseDir=~/vms\\nvmStopTimeout=2\\nvmAccel=tcg\\n' >.nocloud.conf\n"
         "qemu-img create -q -f qcow2 blank.qcow2 8M\n"
-        "vmtemplate blank --image blank.qcow2 --init none --mem 32 --cpu 1",
+        "vmtemplate blank --image blank.qcow2 --init none --mem 32 --cpu 1\n"
+        "echo '*:*:*:*:*:*,ignore' >/var/lib/nocloud/published/$(cat /proc/sys/kernel/random/uuid)",  # and nobody cares
     )
     said = machine.user(
         "bob",
         "vminstantiate -n blank -g shop -t web -o name=web && "
         "dig +short @192.168.1.1 web00.shop.nocloud && getent ahostsv4 web00.shop.nocloud && vmrunning",
     )
-    assert "web00 shop/web 192.168.1." in said, said
+    assert "web00 shop/web 192.168.1." in said and "left to DHCP" not in said, said
+    assert machine.root("stat -c %U /var/lib/nocloud/hosts/*").split() == ["root"]
     assert machine.root("ls /sys/class/net/nocloud/brif").strip()
     outsider = "su - nobody -s /bin/sh -c '/usr/lib/qemu/qemu-bridge-helper --br=nocloud --fd=3'"
     assert "Permission denied" in machine.fails(outsider)

@@ -68,11 +68,17 @@ class Parsers:
         return nocloud.helper_rules(self.kept(data))
 
     def members(self, data: bytes) -> object:
-        hosts = nocloud.HostFiles(str(self.file.parent / "hosts of"), "tree")
+        hosts = nocloud.HostFiles(str(self.file.parent / "hosts of"))
         for kind in ("dhcp", "hosts"):
             os.makedirs(hosts.folder_of(kind), exist_ok=True)
             Path(hosts.folder_of(kind), "uuid").write_bytes(data)
         return list(hosts.members()), hosts.addresses(), hosts.orphans(set())
+
+    def entries(self, data: bytes) -> object:
+        inbox = nocloud.Inbox(str(self.file.parent / "inbox"), "tree")
+        os.makedirs(inbox.folder, exist_ok=True)
+        Path(inbox.folder, "00000000-0000-4000-8000-000000000000").write_bytes(data)
+        return [words for _, _, words in inbox.entries()], inbox.orphans(set())
 
     def parse_ports(self, data: bytes) -> object:
         return nocloud.parse_ports(nocloud.checked(nocloud.PORTS, text(data), "port="))
