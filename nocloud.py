@@ -5398,8 +5398,10 @@ def credentials(vm: VM, keys: Sequence[str]) -> bytes:
     tmpfiles.extra (systemd 252 and later, tmpfiles.d(5)) carries files: the host key and the login keys, and what else
     is cloud-init's where there is one.  `ssh.authorized_keys.root` would only write where no file is.  The first boot's
     hostname comes by DHCP, or from system.hostname (systemd 254), since PID 1 has set it by the time that /etc/hostname
-    is written.
+    is written.  /etc/hosts, for `hostname -f`, only where there is none, as in templates of ours.
     """
+    full = f"{vm.name if vm.is_template else vm.dns_name}.{DOMAIN}"
+    hosts = f"127.0.0.1 localhost\n127.0.1.1 {full} {vm.name}\n::1 localhost ip6-localhost ip6-loopback\n"
     owner, text = vm.get("vmUser"), "\n".join(keys) + "\n"
     home = "/root" if owner == "root" else f"/home/{owner}"
     lines = [
@@ -5411,6 +5413,7 @@ def credentials(vm: VM, keys: Sequence[str]) -> bytes:
     if vm.get("vmInit") == "systemd":
         lines += [
             _tmpfile("/etc/hostname", "0644", "root", vm.name + "\n"),
+            _tmpfile("/etc/hosts", "0644", "root", hosts, "f~"),
             f"d {home}/.ssh 0700 {owner} {owner} -",
             _tmpfile(f"{home}/.ssh/authorized_keys", "0600", owner, text),
         ]
@@ -5418,9 +5421,9 @@ def credentials(vm: VM, keys: Sequence[str]) -> bytes:
     return f"io.systemd.credential.binary:tmpfiles.extra={extra}".encode()
 
 
-def _tmpfile(path: str, mode: str, owner: str, content: str) -> str:
+def _tmpfile(path: str, mode: str, owner: str, content: str, kind: str = "f+~") -> str:
     """A tmpfiles.d line that writes a file, over what is there (+), its content in base64 (~)."""
-    return f"f+~ {path} {mode} {owner} {owner} - {_base64(content)}"
+    return f"{kind} {path} {mode} {owner} {owner} - {_base64(content)}"
 
 
 def _base64(text: str) -> str:
@@ -7408,7 +7411,8 @@ def configure_system(tree: str, disk_uuid: str, build: Build) -> None:
     words.update({"UUID": disk_uuid, "KERNEL": kernel, "INITRD": initrd})
     for name in packaged_files("build/tree"):
         text = re.sub("@([A-Z]+)@", lambda found: words[found.group(1)], packaged(f"build/tree/{name}"))
-        put_file(tree, name, text)
+        if name != "etc/hosts" or build.init != "systemd":  # else each clone's own names it, see credentials()
+            put_file(tree, name, text)
         wanted = re.search(r"^WantedBy=(.+)$", text, re.M)
         if wanted:
             put_file(tree, f"etc/systemd/system/{wanted.group(1)}.wants/{os.path.basename(name)}", link=f"/{name}")

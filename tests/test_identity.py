@@ -83,6 +83,12 @@ def fake_clone(tmp_path: Path, user: str = "root") -> nocloud.VM:
     return vm
 
 
+HOSTS = """127.0.0.1 localhost
+127.0.1.1 web00.pf.nocloud web00
+::1 localhost ip6-localhost ip6-loopback
+"""
+
+
 @pytest.mark.parametrize("init", ["systemd", "cloud-init"])
 @pytest.mark.parametrize(("user", "home"), [("root", "/root"), ("ann", "/home/ann")])
 def test_credentials_are_tmpfiles_lines(tmp_path: Path, user: str, home: str, init: str) -> None:
@@ -105,6 +111,7 @@ def test_credentials_are_tmpfiles_lines(tmp_path: Path, user: str, home: str, in
     }
     without_cloud_init = {
         "/etc/hostname": ("f+~", "0644", "root", "web00\n"),
+        "/etc/hosts": ("f~", "0644", "root", HOSTS),
         f"{home}/.ssh": ("d", "0700", user, ""),
         f"{home}/.ssh/authorized_keys": ("f+~", "0600", user, keys),
     }

@@ -38,7 +38,11 @@ if [ "$PLANTED" ]; then
         rm -f "$file.kept"
     done
 fi
-# It would win over the name that DHCP brings at the first boot.
-if [ "$INIT" = systemd ]; then rm -f /etc/hostname; fi
+# The first would win over the name that DHCP brings at the first boot; the second has this one's name, if it is ours.
+if [ "$INIT" = systemd ]; then
+    name=$(cat /etc/hostname)
+    rm -f /etc/hostname
+    if grep -q "^127.0.1.1 $name.*nocloud $name\$" /etc/hosts; then rm -f /etc/hosts; fi
+fi
 sync
 exit 0
