@@ -7850,7 +7850,8 @@ def check_requests(cloud: Cloud, group: str, requests: Sequence[CloneRequest], f
                 cloud.seed()
                 request.user_data = request.user_data or default_user_data()
             elif request.user_data:
-                raise UsageError(f"user-data=: {template.name} takes no seed, its vmInit is {template.get('vmInit')}")
+                text = f"user-data=: {template.name} takes no seed, its vmInit is {template.get('vmInit')}"
+                raise UsageError(text, "vmtemplate NAME --build SUITE --include cloud-init --init cloud-init makes one")
         except Error as error:
             error.text, error.vm = f"{request.where}{error}", None
             raise
@@ -10942,6 +10943,7 @@ def cmd_port(config: Config, args: argparse.Namespace, words: list[str]) -> None
         vm = cloud.tree.need(args.name, args.group, args.type, first=VM.is_running) if args.name is not None else None
         if args.list:
             no_more(words)
+            cloud.tree.need_group(args.group, args.type)
             for each in [vm] if vm else cloud.tree.vms(args.group or "", args.type or ""):
                 for ip, host, guest in ports_of(each):
                     report.data(f"{each.name} {each.place} {ip}:{host} {guest}")
