@@ -749,7 +749,8 @@ INTERFACE_NAME = matching(
 HOST_NAME = matching("[A-Za-z0-9][A-Za-z0-9._-]{0,252}", "an address or a name")
 UUID = matching("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", "a UUID")
 _PORT = "(?:[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
-_PUBLISHED = rf"(?:[0-9.]+:)?{_PORT}:(?!0+\b){_PORT}"
+_BYTE = "(?:[1-9]?[0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])"  # no shorter form, as 127.1 or 0, which would be 0.0.0.0
+_PUBLISHED = rf"(?:(?!22[4-9]|2[3-5][0-9]){_BYTE}(?:\.{_BYTE}){{3}}:)?{_PORT}:(?!0+\b){_PORT}"
 PORTS = matching(rf"({_PUBLISHED}(,{_PUBLISHED})*)?", "[IP:]HOST:GUEST, ports of TCP (no others), comma-separated")
 IMAGE_FORMATS = matching("(qcow2|raw)(,(qcow2|raw))*", "qcow2 or raw for each disk, comma-separated")
 MACHINE_TYPE = matching("[A-Za-z0-9][A-Za-z0-9._+-]{0,63}", "a machine type of qemu, as pc-q35-7.2")
@@ -2407,12 +2408,18 @@ class Tree:
                 for folder in folders_in(os.path.join(self.base, each, kind)):
                     yield VM(self, each, kind, folder)
 
-    def renamed(self, group: str = "") -> Iterator[str]:
-        """Says of each folder that isn't taken for a VM's, since it was renamed by hand, what isn't found in it."""
+    def strays(self, group: str = "") -> Iterator[VM]:
+        """The VMs that aren't taken for such, since their folders were renamed by hand; by the conf that is in them."""
         for vm in self._folders(group):
             confs = [] if vm.exists() else [name for name in names_in(vm.folder) if name.endswith(".conf")]
-            if confs:
-                yield f"{vm.folder} is no VM: {confs[0]} is in it, and not {vm.name}.conf (renamed by hand?)"
+            for name in confs[:1]:
+                yield VM(self, vm.group, vm.type, name[: -len(".conf")], vm.folder)
+
+    def renamed(self, group: str = "") -> Iterator[str]:
+        """Says of each of them what isn't found."""
+        for vm in self.strays(group):
+            wanted = f"{os.path.basename(vm.folder)}.conf"
+            yield f"{vm.folder} is no VM: {vm.name}.conf is in it, and not {wanted} (renamed by hand?)"
 
     def running(self, group: str = "") -> Iterator[VM]:
         return (vm for vm in self.vms(group) if vm.is_running())
@@ -2512,7 +2519,8 @@ class Tree:
         folder, followed = os.path.realpath(template.folder), self.holder()
         mine = {os.path.realpath(disk) for disk in template.disks()[:1]}
         found = []
-        for vm in [*self.unfinished(), *self.vms()]:  # in this order: one may be finished between the looks
+        # In this order: one may be finished between the looks
+        for vm in [*self.unfinished(), *self.vms(), *self.strays()]:
             try:
                 if vm.folder != template.folder and (
                     vm.get("vmTemplate") == template.name
@@ -4815,11 +4823,11 @@ class HostBridge(Network):
             self._taken_over(lambda: not {*uuids} & {*names_in(self.served.folder_of("dhcp"))})
 
     def _taken_over(self, done: Callable[[], bool]) -> bool:
-        """Have what changed taken over: by us as root, else by a unit that watches a file.  Whether it was in 10 s."""
+        """Have what changed taken over: by us as root, else by a unit that watches a file.  Whether it was in 30 s."""
         if os.geteuid() == 0:
             BridgeSetup(self.config).accept()
             return done()
-        for _ in range(10):  # what changes while the unit is at work it doesn't notice
+        for _ in range(30):  # what changes while the unit is at work it doesn't notice
             with open(CHANGED, "r+", encoding="ascii") as file:
                 file.write(f"{time.time_ns()}\n")
             if wait_for(done, 1.0):
@@ -5191,7 +5199,7 @@ class Forwarding:
             if not text:
                 return
             verb, *words = text.decode().split()
-            if verb == "serve":
+            if verb == "serve" and fds:  # else there were no descriptors left
                 self._serve(sockets.socket(fileno=fds[0]), *words)
             elif verb == "drop":
                 self._drop(words[0])
@@ -5246,7 +5254,12 @@ class Forwarding:
                 await asyncio.sleep(0)  # the others' turn: neither waits where it needn't
             sink.shutdown(sockets.SHUT_WR)
 
-        with client, sockets.socket() as guest:
+        try:
+            guest = sockets.socket()
+        except OSError:  # no descriptor is left
+            client.close()
+            return
+        with client, guest:
             for end in (client, guest):
                 end.setblocking(False)
                 end.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_NODELAY, 1)
@@ -5450,6 +5463,8 @@ def read_user_data(path: str) -> bytes:
     import zlib
 
     try:
+        if stat.S_ISFIFO(os.stat(path).st_mode) and not path.startswith("/dev/fd/"):  # a shell's <(…) has a writer
+            raise UsageError(f"{path}: a pipe, and no file", "write it into a file")
         with open(path, "rb") as file:
             data = file.read(MIB + 1)
             if data[:2] == b"\x1f\x8b":  # cloud-init takes that, too
@@ -5733,9 +5748,10 @@ class SshConfig:
         if re.search(r"[^\w ./+,:@=-]", self.path):
             raise Error(f"{self.path}: ssh's Include can't take this path", "set vmBaseDir to a plainer one")
         path, line, old = os.path.realpath(self.users("config")), f'Include "{self.path}"'.encode(), b""
-        make_private_folder(os.path.dirname(path))
-        with FolderLock(os.path.dirname(path)):
+        with FolderLock(os.path.dirname(self.users("config")), make=True):
             if os.path.exists(path):
+                if not os.path.isfile(path):
+                    raise Error(f"{path}: not a regular file")
                 with open(path, "rb") as file:
                     old = file.read()
             rest = [each for each in old.splitlines(keepends=True) if each.strip() != line]
@@ -6740,7 +6756,8 @@ def check_no_clones(cloud: Cloud, template: VM) -> None:
     """Raise, naming them, where clones depend on the template's disk."""
     clones = cloud.tree.clones(template)
     if clones:
-        names = ", ".join(vm.full_name for vm in clones[:20]) + (" …" if len(clones) > 20 else "")
+        places = [os.path.relpath(vm.folder, vm.base).replace(MAKING, "") for vm in clones[:20]]
+        names = ", ".join(places) + (" …" if len(clones) > 20 else "")
         ways = {True: "vmtemplate --delete deletes templates", False: "vmstop -d destroys clones"}
         hint = ", ".join(dict.fromkeys(ways[each.is_template] for each in clones))
         raise WrongState(f"{dependents(clones)} would break: {names}", hint, vm=template)
@@ -6899,7 +6916,8 @@ def remove_unused(tree: Tree, template: VM) -> None:
     used: list[str] = []
     followed = tree.holder()
     try:
-        for vm in tree.unfinished():  # first: one may be finished between the looks; its conf may name no disk yet
+        # First: one may be finished between the looks; its conf may name no disk yet
+        for vm in (*tree.unfinished(), *tree.strays()):
             for name in [name for name in names_in(vm.folder) if name.endswith((".img", ".qcow2"))]:
                 used += backing_chain(vm.file(name), "", followed)
         for vm in tree.vms():
@@ -10950,7 +10968,7 @@ def cmd_port(config: Config, args: argparse.Namespace, words: list[str]) -> None
             return
         if not vm:
             raise UsageError("which VM? give -n NAME", "vmport -L lists what is published")
-        asked = checked(PORTS, one_operand(words, "[IP:]HOST:GUEST"), repr(words[0]))
+        asked = checked(PORTS, one_operand(words, "[IP:]HOST:GUEST") or "-", repr(words[0]))
         with FolderLock(vm.folder):
             vm.reread()
             new = change_ports(cloud, vm, parse_ports(asked), args.delete)
@@ -11168,7 +11186,12 @@ def find_places(cloud: Cloud, word: str) -> list[tuple[VM | None, str]]:
         vms = [running_vm(cloud, name)]
     if not vms:
         raise NotFound(f"{name}: no such running VM", VMS_HINT)
-    return [(vm, f"{login}{at}{vm.full_name.replace('/', '.')}:{path}") for vm in vms]
+    return [(vm, f"{login}{at}{copy_host(vm)}:{path}") for vm in vms]
+
+
+def copy_host(vm: VM) -> str:
+    """What scp and rsync are told as its host: no name of another VM's, which one with dots could become."""
+    return vm.get("vmUuid") if "." in vm.full_name else vm.full_name.replace("/", ".")
 
 
 def copy_argv(cloud: Cloud, args: argparse.Namespace, places: Sequence[tuple[VM | None, str]]) -> list[str]:
@@ -11176,7 +11199,7 @@ def copy_argv(cloud: Cloud, args: argparse.Namespace, places: Sequence[tuple[VM 
     call, blocks = ssh_options(**OWN_CALL, SessionType="default"), []
     for vm in [vm for vm, _ in places if vm]:
         wait_login(cloud, vm)
-        blocks.append(ssh_block(cloud, vm, [vm.full_name.replace("/", ".")], *call))
+        blocks.append(ssh_block(cloud, vm, [copy_host(vm)], *call))
     fd = os.memfd_create("ssh_config", 0)
     write_all(fd, "".join(["IgnoreUnknown *\n", *blocks, "Host *\n    Include config\n"]).encode())
     config, spelt = f"/proc/{os.getpid()}/fd/{fd}", [word for _, word in places]  # ssh closes what it inherits

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import NOBODY, READY, Cloud, Result, add_blank, add_template, end_child, eventually
+from support import NOBODY, READY, Cloud, Result, add_blank, add_template, end_child, eventually, tree_at
 from test_inventory import program
+
+import nocloud
 
 # ssh asks no HOME but /etc/passwd where its user's home is.  /dev/net/tun may be closed to an ordinary user.
 ENTER = """set -e
@@ -380,6 +382,7 @@ def test_one_include_at_the_top(resident: Resident) -> None:
     target = resident.home / "dotfiles"
     target.write_bytes(own)
     target.chmod(0o644)
+    resident.home.chmod(0o755)
     resident.config.symlink_to("../dotfiles")
     before = target.stat().st_ino
     for _ in range(2):
@@ -396,6 +399,10 @@ def test_one_include_at_the_top(resident: Resident) -> None:
         assert not (resident.base / ".ssh_config").exists()
     resident.run("ssh-config", "--remove", "--install").says(2, "--install and --remove exclude each other")
     assert not list((resident.home / ".ssh").glob("*.tmp"))
+    assert resident.home.stat().st_mode & 0o777 == 0o755  # where the link leads is no folder of ssh's
+    resident.config.unlink()
+    os.mkfifo(resident.config)
+    resident.run("ssh-config", "--install").says(1, f"{resident.config}: not a regular file")
 
 
 def test_it_is_kept_up_to_date(resident: Resident, vms: None) -> None:
@@ -425,6 +432,15 @@ def test_it_is_kept_up_to_date(resident: Resident, vms: None) -> None:
 )
 def test_what_vmcp_says(cloud: Cloud, words: str, status: int, text: str, hint: str) -> None:
     cloud.run("vmcp", *words.split()).says(status, text, hint)
+
+
+def test_names_with_dots_are_no_other_vms() -> None:
+    """a.b/c/d and a/b.c/d: scp is told neither by the dots alone."""
+    tree = tree_at(Path("/nowhere"))
+    vms = [nocloud.VM(tree, "a.b", "c", "d"), nocloud.VM(tree, "a", "b.c", "d"), nocloud.VM(tree, "a", "b", "d")]
+    for number, vm in enumerate(vms):
+        vm._conf = {"vmUuid": f"uuid-{number}"}
+    assert [nocloud.copy_host(vm) for vm in vms] == ["uuid-0", "uuid-1", "a.b.d"]
 
 
 def test_what_vmcp_cannot(blank: Cloud) -> None:
