@@ -4994,7 +4994,7 @@ def helper_rules(path: str, depth: int = 8) -> dict[tuple[str, str], str]:
         if verb == "include":
             try:
                 found.update(helper_rules(name.strip(), depth - 1) if depth else {})
-            except OSError:
+            except (OSError, ValueError):  # the latter for a NUL in its name
                 continue
         elif verb and not verb.startswith("#"):
             found[verb, name.strip()] = path

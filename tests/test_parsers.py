@@ -182,6 +182,7 @@ def test_every_parser_has_a_row() -> None:
         ("key", b"nothing\nuuid ssh-ed25519 AAAA\n"),
         ("parse_description", b"x:1:web:user-data=a\0b"),
         ("parse_assignments", b"vmDisk=a\0b"),
+        ("helper_rules", b"include\x1f\0"),
     ],
 )
 def test_what_once_was_a_defect(tmp_path: Path, name: str, data: bytes) -> None:
