@@ -216,7 +216,9 @@ class Reporter:
     def data(self, text: str) -> None:
         """A line on stdout, flushed: scripts read it as it comes."""
         self._finish_line()
-        sys.stdout.write(re.sub("[\ud800-\udc7f\udd00-\udfff]", "?", text) + "\n")  # JSON's halves stand for no byte
+        if not text.isascii():
+            text = re.sub("[\ud800-\udc7f\udd00-\udfff]", "?", text)  # JSON's halves stand for no byte
+        sys.stdout.write(text + "\n")
         sys.stdout.flush()
 
     def log(self, text: str) -> None:
