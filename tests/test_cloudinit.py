@@ -7,6 +7,7 @@ import functools
 import gzip
 import importlib
 import json
+import os
 import re
 import shutil
 import stat
@@ -275,6 +276,12 @@ def test_gzip_and_a_byte_order_mark_are_no_hindrance(tmp_path: Path, before: byt
         path.write_bytes(data)
         with pytest.raises(nocloud.UsageError, match=word):
             nocloud.read_user_data(str(path))
+
+
+def test_a_pipe_that_nobody_writes_to_is_no_user_data(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(nocloud.UsageError, match="a pipe, and no file"):
+        nocloud.read_user_data(str(tmp_path / "pipe"))
 
 
 def test_additions_and_disks_are_checked_first(blank: Cloud) -> None:

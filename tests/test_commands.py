@@ -371,6 +371,7 @@ def test_things_that_are_not_there_are_1(cloud: Cloud) -> None:
         ("vmstop", "-g", "pf"),
         ("vmstop", "-n", "web00"),
         ("vmrunning", "-g", "pf"),
+        ("vmport", "-L", "-g", "pf"),
         ("vmssh", "web00"),
         ("vmssh", "10.88.0.9"),
     ):
