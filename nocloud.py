@@ -1700,8 +1700,8 @@ def disk_format(path: str) -> str:
 def backing_chain(disk: str, format: str, followed: Callable[[str], bool]) -> list[str]:
     """The real paths of the files under a disk of this format ('': what it looks like).
 
-    What a guest wrote into a raw disk isn't asked, nor is a file that isn't to be `followed`, see Tree.holder: it is
-    named, and the last one.
+    What a guest wrote into a raw disk isn't asked, nor is a file that isn't to be `followed`, see Tree.followable: it
+    is named, and the last one.
     """
     found: list[str] = []
     path = os.path.realpath(disk)
@@ -1743,7 +1743,7 @@ def first_format(vm: VM, disk: str) -> str:
     """
     header = qcow2_header(disk)
     if header:
-        inside = vm.tree.holder()
+        inside = vm.tree.followable()
         strays = [path for path in backing_chain(disk, "qcow2", inside) if not inside(path)]
         if strays or header.outside:
             raise WrongImage(
@@ -2355,9 +2355,9 @@ class VM:
     def chains(self, followed: Callable[[str], bool] | None = None) -> Iterator[tuple[str, list[str]]]:
         """Each of its disks with the real paths of the files under it; the format that its conf tells decides.
 
-        `followed`: as Tree.holder() gives it, for who asks many VMs.
+        `followed`: as Tree.followable() gives it, for who asks many VMs.
         """
-        disks, followed = self.disks(), followed or self.tree.holder()
+        disks, followed = self.disks(), followed or self.tree.followable()
         formats = [*map(str.strip, self.get("vmDiskFormat").split(",")), *("" for _ in disks)]
         for disk, format in zip(disks, formats):
             yield disk, backing_chain(disk, format, followed) if os.path.exists(disk) else []
@@ -2508,7 +2508,7 @@ class Tree:
         if type is not None and type not in types:
             raise no_such(f"type in {group}" if group else "type", type, types, VMS_HINT)
 
-    def holder(self) -> Callable[[str], bool]:
+    def followable(self) -> Callable[[str], bool]:
         """What tells whether a disk may stand on a file: on what is in the tree or in the folder of a template, which
         may be a link to elsewhere, and on the disks that templates name."""
         templates = list(self.templates())
@@ -2518,7 +2518,7 @@ class Tree:
 
     def clones(self, template: VM) -> list[VM]:
         """The VMs and templates, finished or not, whose disk stands on one in the template's folder, old or new."""
-        folder, followed = os.path.realpath(template.folder), self.holder()
+        folder, followed = os.path.realpath(template.folder), self.followable()
         mine = {os.path.realpath(disk) for disk in template.disks()[:1]}
         found = []
         # In this order: one may be finished between the looks
@@ -6916,7 +6916,7 @@ def remove_unused(tree: Tree, template: VM) -> None:
     if not unused:
         return
     used: list[str] = []
-    followed = tree.holder()
+    followed = tree.followable()
     try:
         # First: one may be finished between the looks; its conf may name no disk yet
         for vm in (*tree.unfinished(), *tree.strays()):
@@ -7064,7 +7064,7 @@ def disk_rows(tree: Tree) -> Iterator[str]:
     """Each template with its system disks, under each of these what stands on it, indented, with sizes on disk."""
     owners: dict[str, VM] = {}
     below: dict[str, list[str]] = {}  # what each disk stands on
-    followed = tree.holder()
+    followed = tree.followable()
     for vm in tree.vms():
         try:
             own = list(map(vm.file, own_disks(vm) if vm.is_template else ()))
@@ -10004,7 +10004,7 @@ def examine_vms(patient: Patient) -> str:
     if folders:
         text = f"{plural(len(folders), 'folder')} of commands that were killed"
         patient.tell(WARNING, text, f"rm -rf {quoted(*folders)}")
-    vms, followed = list(tree.vms()), tree.holder()
+    vms, followed = list(tree.vms()), tree.followable()
     for vm in vms:
         examine_conf(patient, vm)
         if vm.is_readable():
