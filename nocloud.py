@@ -3751,7 +3751,7 @@ class PrivateNetwork(Network):
         with FolderLock(self.folder, make=True):
             self._complete()
             if keep:
-                write_file(self.file("kept"), "")
+                write_file(self.file("kept"), "", durable=False)
 
     def _complete(self) -> None:
         """Start what is missing: the holder, dnsmasq, pasta; copy anew what the host has.  Call it under the lock."""
@@ -3774,7 +3774,8 @@ class PrivateNetwork(Network):
         # A server on the loopback is reached by OUT_DNS, which pasta passes on to the first one that it finds at start.
         local = "".join(each for each in servers[:1] if each[:4] == "127.")
         reached = [OUT_DNS if each == local else each for each in servers if each == local or each[:4] != "127."]
-        write_file(self.file("upstream.conf"), "".join(f"nameserver {each}\n" for each in reached))
+        upstream = "".join(f"nameserver {each}\n" for each in reached)
+        write_file(self.file("upstream.conf"), upstream, durable=False)
         if not daemon_pid(self.file("dnsmasq.pid")):
             self.hosts.prepare()
             start_daemon(*self.enter(self._dnsmasq_argv()))
@@ -3783,14 +3784,14 @@ class PrivateNetwork(Network):
                 self._filter()
                 if not os.path.exists(self.file("pasta.dns")) or read_text(self.file("pasta.dns")) != local:
                     stop_daemon(self.file("pasta.pid"))
-                    write_file(self.file("pasta.dns"), local)
+                    write_file(self.file("pasta.dns"), local, durable=False)
                 if find_program("pasta") and not daemon_pid(self.file("pasta.pid")):
                     self._start_pasta(["--dns-forward", OUT_DNS] if local else [])
         except Error as error:  # it still serves
             if not daemon_pid(self.file("pasta.pid")):
                 remove_file(self.file("pasta.pid"))
             report.warn(f"the private network has no way out: {error}")
-        write_file(self.file("host"), state)
+        write_file(self.file("host"), state, durable=False)
 
     def _start_holder(self) -> None:
         """A child that keeps the namespaces open, new ones or a survivor's, and follows the host from outside.
