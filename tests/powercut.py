@@ -115,15 +115,8 @@ class CutCloud(Cloud):
         super().__init__(disk.seen / "home")
         self.env = {key: value.replace(str(disk.seen), str(disk.mount)) for key, value in self.env.items()}
 
-    def execute(
-        self,
-        argv: Iterable[object],
-        input: str | None = None,
-        timeout: float = 150,
-        env: dict[str, str] | None = None,
-        cwd: Path | None = None,
-    ) -> Result:
-        return super().execute(self.disk.inside(*argv), input, timeout, env, cwd)
+    def execute(self, argv: Iterable[object], *more: Any, **how: Any) -> Result:
+        return super().execute(self.disk.inside(*argv), *more, **how)
 
     def begin(self, commands: Iterable[Iterable[object]]) -> subprocess.Popen[bytes]:
         """Start commands, one after the other as long as they return 0; the next cut ends them."""
