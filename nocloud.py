@@ -3400,10 +3400,12 @@ class Inbox:
         """Hold an address for a VM that is being made, unless another one has it.
 
         Not under a lock, which whoever may take it could keep: who finds another's file that isn't younger than his own
-        gives way.  Of two at once both may, and neither has it with the other.
+        gives way, and so does who finds one with a MAC, for publishing makes it young again.  Of two at once both may,
+        and neither has it with the other.
         """
         self._write(uuid, address)
-        ages = {other: info.st_ctime_ns for other, info, words in self.entries() if words[0] == address}
+        others = [each for each in self.entries() if each[2][0] == address]
+        ages = {other: 0 if words[1] else info.st_ctime_ns for other, info, words in others}
         mine = ages.pop(uuid, 0)
         return all(mine < age for age in ages.values())
 

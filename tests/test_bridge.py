@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -917,6 +918,17 @@ def test_two_at_once_never_get_one_address(host: Host) -> None:
     addresses = [line for each in done for line in each.lines]
     assert len(set(addresses)) == len(addresses) == len(vms)
     assert sum("," in line for line in served(host).splitlines()) == len(vms)
+
+
+def test_publishing_loses_no_address_to_who_reserves_it_meanwhile(tmp_path: Path) -> None:
+    """The file is younger then than the other's; the second looks at the first's only after that."""
+    inbox, (first, second) = nocloud.Inbox(str(tmp_path), "/1"), (nocloud.new_identity(set())[0] for _ in range(2))
+    assert inbox.reserve(first, "192.168.1.2")
+    (tmp_path / second).write_text(f"192.168.1.2\n{inbox.mark}")
+    published = f"192.168.1.2 00:50:56:aa:00:01 x00.g\n{inbox.mark}"
+    time.sleep(0.02)  # more than a tick of the clock that files are dated by
+    (tmp_path / first).write_text(published)
+    assert not inbox.reserve(second, "192.168.1.2")
 
 
 @pytest.mark.long
