@@ -3062,7 +3062,10 @@ class Network:
         self.up()
         return contextlib.nullcontext()
 
-    def tap(self, mac: str = "", address: str = "") -> tuple[int, int]:
+    def admit(self, vms: Iterable[VM]) -> None:
+        """Take note that these VMs get taps next: for many at once that is quicker."""
+
+    def tap(self, vm: VM | None = None) -> tuple[int, int]:
         """(tap, vhost-net or -1): descriptors for qemu, of a VM; the tap is gone when the last one is closed."""
         raise NotImplementedError
 
@@ -3553,7 +3556,7 @@ class Gate:
         its.close()
 
     def open(self, kind: bytes) -> int:
-        """A descriptor: `tap MAC ADDRESS`, on the network's bridge, or `tcp`, a socket.  OSError: the gate's words."""
+        """A descriptor: `tap NAME`, on the network's bridge, or `tcp`, a socket.  OSError: the gate's words."""
         import errno
         import socket as sockets
 
@@ -3577,7 +3580,7 @@ def serve_gate(spaces: Namespaces, asked: socket.socket) -> None:
     spaces.enter()
     for words in iter(lambda: asked.recv(64).decode().split(), []):
         try:
-            fd = make_tap(*words[1:]) if words[0] == "tap" else sockets.socket().detach()
+            fd = make_tap(words[1]) if words[0] == "tap" else sockets.socket().detach()
         except OSError as error:
             asked.send(str(error_from_os(error)).encode())
         else:
@@ -3590,20 +3593,15 @@ TUNSETIFF, SIOCSIFFLAGS, SIOCGIFINDEX, SIOCBRADDIF = 0x400454CA, 0x8914, 0x8933,
 IFF_UP, IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x1, 0x2, 0x1000, 0x4000
 
 
-def make_tap(mac: str = "", address: str = "") -> int:
-    """A tap on the bridge of the private network that we are in, for `-netdev tap,fd=N`.
+def tap_name(address: str) -> str:
+    """What the tap of the VM that has this address is called; without one, as no other is."""
+    return f"tap{ipv4_number(address):08x}" if address else f"tap{os.urandom(5).hex()}"
 
-    From no other one comes what has this MAC or address, where nft has rules for bridges.  None had its name before.
-    """
-    import contextlib
+
+def make_tap(card: str) -> int:
+    """A tap of this name on the bridge of the private network that we are in, for `-netdev tap,fd=N`."""
     import socket as sockets
 
-    card = f"tap{os.urandom(4).hex()}"
-    if address and find_program("nft"):
-        pairs = {"macs": mac, "addresses": address, "own": f'"{card}" . {mac}', "has": f'"{card}" . {address}'}
-        rules = "".join(f"add element bridge {DOMAIN} {name} {{ {each} }}\n" for name, each in pairs.items())
-        with contextlib.suppress(Error):
-            run(["nft", "-f", "-"], input=rules.encode())
     tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         with sockets.socket(sockets.AF_INET, sockets.SOCK_DGRAM) as control:
@@ -3661,6 +3659,7 @@ class PrivateNetwork(Network):
         self.hosts: HostFiles = HostFiles(self.folder)
         self.used = False  # this command may leave it without a VM, and ends it then
         self._gate: Gate | None = None
+        self._admitted: set[tuple[str, str]] = set()
         self._spaces: Namespaces | None = None
 
     def file(self, name: str) -> str:
@@ -3986,6 +3985,7 @@ class PrivateNetwork(Network):
         if self._spaces:
             self._spaces.close()
         self._gate = self._spaces = None
+        self._admitted.clear()
 
     def gate(self) -> Gate:
         """The gate; opened before threads are, since it forks."""
@@ -3993,9 +3993,24 @@ class PrivateNetwork(Network):
             self._gate = Gate(self.namespaces())
         return self._gate
 
-    def tap(self, mac: str = "", address: str = "") -> tuple[int, int]:
+    def admit(self, vms: Iterable[VM]) -> None:
+        """From no other VM's tap comes what has the MACs and addresses of these, where nft has rules for bridges."""
+        pairs = {(vm.get("vmMac"), vm.get("vmAddress")) for vm in vms if vm.get("vmMac") and vm.get("vmAddress")}
+        new = pairs - self._admitted
+        if new and find_program("nft"):
+            macs, addresses = zip(*new)
+            cards = [f'"{tap_name(each)}"' for each in addresses]
+            own, has = (map(" . ".join, zip(cards, each)) for each in (macs, addresses))
+            sets = {"macs": macs, "addresses": addresses, "own": own, "has": has}
+            rules = [f"add element bridge {DOMAIN} {name} {{ {', '.join(each)} }}\n" for name, each in sets.items()]
+            self._run_inside(["nft", "-f", "-"], "".join(rules).encode(), check=False)
+            self._admitted.update(new)
+
+    def tap(self, vm: VM | None = None) -> tuple[int, int]:
+        if vm:
+            self.admit([vm])
         try:
-            return self.gate().open(f"tap {mac} {address}".encode()), vhost_net()
+            return self.gate().open(f"tap {tap_name(vm.get('vmAddress') if vm else '')}".encode()), vhost_net()
         except OSError as error:
             raise Error(f"no tap for the private network: {error.strerror}") from None
 
@@ -4912,7 +4927,7 @@ class HostBridge(Network):
                 f"{mend}; a new group can be on the private network: NOCLOUD_vmNetwork=private",
             )
 
-    def tap(self, mac: str = "", address: str = "") -> tuple[int, int]:
+    def tap(self, vm: VM | None = None) -> tuple[int, int]:
         """The helper makes the tap, puts it on the bridge and sends it over a socket pair (qemu-bridge-helper.c)."""
         import socket as sockets
 
@@ -8350,7 +8365,7 @@ def start_locked(
     network, forwarder = cloud.network_of(vm), cloud.forwarder(vm)
     with contextlib.ExitStack() as stack:
         listeners = forwarder.open(stack, parse_ports(vm.get("vmPorts")))
-        tap, vhost = network.tap(vm.get("vmMac"), vm.get("vmAddress"))
+        tap, vhost = network.tap(vm)
         for fd in (tap, vhost):
             if fd >= 0:
                 stack.callback(os.close, fd)
@@ -8465,7 +8480,7 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, tie
         process = spawn(words, log=vm.log_file, cwd=vm.folder, fds=kept, umask=0o077)
     try:
         bound = ["sh", "-c", "\n".join(packaged_list("console.sh")), "sh", str(CONSOLE_BYTES), CONSOLE_SECONDS]
-        spawn(bound, log=os.devnull, cwd=vm.folder, umask=0o077).wait()  # it goes on in the background
+        spawn(bound, log=os.devnull, cwd=vm.folder, umask=0o077)
         if not wait_for(lambda: process.poll() is not None or answers(vm, process.pid), 30, 0.05):
             raise TimedOut("qemu did not answer within 30 s", f"see {vm.log_file}", vm=vm)
         if process.returncode is not None:
@@ -8780,10 +8795,14 @@ def start_all(
         start(cloud, vm, iso=iso, gui=gui)
         started(vm)
 
-    kinds = {cloud.network_kind(vm) for vm in vms if vm.is_readable() and not vm.foreign_qemu()}
+    members: dict[str, list[VM]] = {}
+    for vm in vms:
+        if vm.is_readable() and not vm.foreign_qemu():
+            members.setdefault(cloud.network_kind(vm), []).append(vm)
     with contextlib.ExitStack() as stack:
-        for kind in sorted(kinds):
+        for kind in sorted(members):
             stack.enter_context(cloud.network(kind).hold())
+            cloud.network(kind).admit(members[kind])
         return in_parallel(start_one, vms)
 
 
@@ -11391,7 +11410,7 @@ def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> No
 def open_tap(network: Network, vm: VM | None) -> None:
     """A tap, that of a VM, as descriptor 3, for the program that this process becomes."""
     with network.hold():
-        tap, vhost = network.tap(*((vm.get("vmMac"), vm.get("vmAddress")) if vm else ()))
+        tap, vhost = network.tap(vm)
     if vhost >= 0:
         os.close(vhost)
     network.close()  # descriptor 3 may be one of its own

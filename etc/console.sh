@@ -14,4 +14,4 @@ while flock -E 75 -w "$2" 9; [ $? = 75 ]; do
         cp console.log console.log.1
         : >console.log
     fi
-done &
+done

@@ -27,9 +27,7 @@ def test_a_console_log_keeps_its_last_part(tmp_path: Path) -> None:
     log, old = tmp_path / "console.log", tmp_path / "console.log.1"
     with log.open("ab", buffering=0) as qemu:
         fcntl.flock(qemu, fcntl.LOCK_EX)
-        words = ["sh", str(ROOT / "etc/console.sh"), "1000", "0.05"]
-        keeper = subprocess.run(words, cwd=tmp_path, check=True, timeout=10)
-        assert keeper.returncode == 0, "it goes on in the background"
+        keeper = subprocess.Popen(["sh", ROOT / "etc/console.sh", "1000", "0.05"], cwd=tmp_path)
         qemu.write(b"a" * 1000)
         qemu.write(b"b" * 500)
         eventually(lambda: old.exists() and not log.stat().st_size, "the first part is put aside")
@@ -39,6 +37,7 @@ def test_a_console_log_keeps_its_last_part(tmp_path: Path) -> None:
         assert old.read_bytes() == b"c" * 1001
         qemu.write(b"end")
         assert log.read_bytes() == b"end", "there is no hole before it"
+    assert keeper.wait(10) == 0
     assert log.read_bytes() == b"end"
 
 
@@ -48,9 +47,10 @@ def test_a_console_log_on_a_full_disk_is_emptied_all_the_same(tmp_path: Path) ->
     (tmp_path / "console.log.1/console.log").mkdir()
     with log.open("ab", buffering=0) as qemu:
         fcntl.flock(qemu, fcntl.LOCK_EX)
-        subprocess.run(["sh", ROOT / "etc/console.sh", "10", "0.05"], cwd=tmp_path, check=True, timeout=10)
+        keeper = subprocess.Popen(["sh", ROOT / "etc/console.sh", "10", "0.05"], cwd=tmp_path)
         qemu.write(b"a" * 100)
         eventually(lambda: not log.stat().st_size, "it is emptied")
+    assert keeper.wait(10) == 0
 
 
 def test_each_vm_has_one_that_bounds_its_console(blank: Cloud) -> None:
@@ -87,18 +87,18 @@ def memory_after(code: str) -> int:
     before = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import nocloud\n"
     after = "\nprint(nocloud.process_file('self', 'status').partition('VmHWM:')[2].split()[0])"
     words = [sys.executable, "-IS", "-c", before + code + after]
-    return int(subprocess.run(words, check=True, capture_output=True, timeout=60).stdout) // 1024
+    return int(subprocess.run(words, check=True, capture_output=True, timeout=180).stdout) // 1024
 
 
 FLOOD = "head -c 300000000 /dev/zero | tr '\\0' '{}'; echo; echo the end"
 
 
 def test_only_the_end_of_what_a_guest_says_is_kept() -> None:
-    status, output = nocloud.try_run(["sh", "-c", FLOOD.format("x") + "; exit 3"], 60, 1000)
+    status, output = nocloud.try_run(["sh", "-c", FLOOD.format("x") + "; exit 3"], 180, 1000)
     assert (status, len(output), output[-9:]) == (3, 1000, "\nthe end\n"[-9:])
     assert nocloud.try_run(["sh", "-c", "yes"], 0.5, 1000) == (-1, "sh: no end after 0 s")
     flood = ["sh", "-c", FLOOD.format("x")]
-    assert memory_after(f"nocloud.try_run({flood!r}, 60, 65536)") < 100
+    assert memory_after(f"nocloud.try_run({flood!r}, 180, 65536)") < 100
     lines: list[str] = []
     nocloud.run_watched(flood, lines.append)
     assert len(lines[0]) <= 65536 and lines[1:] == ["the end"]
