@@ -3379,10 +3379,13 @@ class Inbox:
     )
 
     def __init__(self, folder: str, tree: str) -> None:
-        import hashlib
+        self.folder, self._tree = folder, tree
 
-        self.folder = folder
-        self.mark = f"# tree {hashlib.sha256(tree.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}\n"
+    @property
+    def mark(self) -> str:
+        import hashlib  # 3 ms, which most commands don't need
+
+        return f"# tree {hashlib.sha256(self._tree.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}\n"
 
     def denied(self) -> bool:
         """Whether this user may not use it."""
@@ -9804,17 +9807,22 @@ def vm_rows(cloud: Cloud, group: str = "", type: str = "", *, every: bool = Fals
 
 
 def address_of(cloud: Cloud, vm: VM) -> str:
-    """A VM's address, or '' where it has none yet or its conf can't be used (which is said)."""
+    return reached_at(cloud, vm)[1]
+
+
+def reached_at(cloud: Cloud, vm: VM) -> tuple[str, str]:
+    """The kind of a VM's network, and its address: '' where it has none yet or its conf is useless (which is said)."""
     try:
-        return cloud.network_of(vm).address(vm)
+        kind = cloud.network_kind(vm)
+        return kind, cloud.network(kind).address(vm)
     except Error as error:
         report.warn(str(error))
-        return ""
+        return "", ""
 
 
 def inventory(cloud: Cloud) -> dict[str, Any]:
     """ansible's script inventory of the running VMs that have an address."""
-    running = [(vm, address) for vm in cloud.tree.running() if (address := address_of(cloud, vm))]
+    running = [(vm, *reached) for vm in cloud.tree.running() if (reached := reached_at(cloud, vm))[1]]
     by_name = cloud.config["vmInventoryHosts"] == "name"
     taken = {"all", "ungrouped", "localhost", *cloud.tree.groups()}
     names = cloud.tree.unique_names() if by_name else {}
@@ -9822,17 +9830,17 @@ def inventory(cloud: Cloud) -> dict[str, Any]:
     types: dict[str, dict[str, None]] = {}
     groups: dict[str, Any] = {}
     hostvars: dict[str, Any] = {}
-    for group in dict.fromkeys(vm.group for vm, _ in running):
-        pairs = [(vm, address) for vm, address in running if vm.group == group]
-        users = [vm.get("vmUser") for vm, _ in pairs]
+    for group in dict.fromkeys(vm.group for vm, *_ in running):
+        members = [each for each in running if each[0].group == group]
+        users = [vm.get("vmUser") for vm, *_ in members]
         user = max(users, key=users.count)
         kinds: dict[str, Any] = {}
-        for vm, address in pairs:
+        for vm, network, address in members:
             host = next((name for name in reversed(names.get(vm.full_name, [])) if name not in taken), address)
             kind = f"{group}_{vm.type or TEMPLATES}"
             kinds.setdefault(kind, {"hosts": []})["hosts"].append(host)
             types.setdefault(f"type_{vm.type}", {})[kind] = None
-            words = ssh_args(cloud.network_kind(vm), vm.get("vmUuid") in known, is_planted(vm))
+            words = ssh_args(network, vm.get("vmUuid") in known, is_planted(vm))
             hostvars[host] = host_variables(vm, user, words, address if by_name else "")
         for name, values in [*kinds.items(), (group, {"children": list(kinds), "vars": {"ansible_user": user}})]:
             groups.setdefault(name, {}).update(values)
