@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import sys
-import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -27,34 +26,15 @@ def code(text: object) -> str:
     return f"`{text}`" if text else "–"
 
 
-def command_rows() -> Iterable[Sequence[str]]:
-    for command in nocloud.visible_commands():
-        name = command.alias or f"nocloud {command.name}"
-        options = []
-        for option in command.options:
-            value = f" [{option.value}]" if option.is_optional else f" {option.value}" if option.value else ""
-            options.append(code(option.names[0] + value))
-        yield code(" ".join(filter(None, (name, command.operands)))), command.help, ", ".join(options)
-
-
 def tables() -> dict[str, str]:
     """Each table by its name."""
-    settings = [each for each in nocloud.SETTINGS if each.where in ("config", "both")]
-    conf_keys = [each for each in nocloud.SETTINGS if each.where == "vm"]
-    unused = [each for each in nocloud.SETTINGS if each.where == "unused"]
     return {
-        "commands": table(("command", "what it does", "options"), command_rows()),
         "exit statuses": table(
             ("exit status", "meaning"), [(str(status), text) for status, text in nocloud.EXIT_STATUSES.items()]
         ),
         "description options": table(
             ("option", "meaning"), [(code(each.text), each.help) for each in nocloud.CLONE_OPTIONS]
         ),
-        "settings": table(
-            ("key", "default", "meaning"), [(code(each.key), code(each.default), each.help) for each in settings]
-        ),
-        "conf keys": table(("key", "meaning"), [(code(each.key), each.help) for each in conf_keys]),
-        "unused keys": textwrap.fill(", ".join(f"`{each.key}`" for each in unused) + ".", 120),
     }
 
 
