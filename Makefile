@@ -13,6 +13,7 @@ FOR_VMS := qemu-system-x86 qemu-utils dnsmasq-base iproute2 openssh-client util-
 FOR_TEMPLATES := mmdebstrap e2fsprogs uidmap debian-archive-keyring?
 FOR_CHECKS := shellcheck systemd bash zsh fish mandoc
 FOR_TESTS := fdisk iptables mtools syslinux isolinux syslinux-common xorriso zip unzip rsync git openssh-sftp-server bash-completion man-db groff-base python3-yaml linux-image-cloud-amd64! busybox-static! dropbear-bin! locales!
+FOR_LONG_TESTS := chromium-headless-shell?
 FOR_BENCH := curl xz-utils
 SOURCES := nocloud.py build.sh pyproject.toml $(shell find etc systemd -type f)
 
@@ -29,7 +30,7 @@ AS_OWNER := $(if $(filter-out $(OWNER),$(ME)),$(if $(filter 0,$(ME)),setpriv --r
 
 .DEFAULT_GOAL := $(if $(filter 0,$(ME)),install,build)
 .PHONY: build install uninstall demo test test-all check check-catalogue docs bench clean help
-.PHONY: install-for-build install-for-vms install-for-templates install-for-checks install-for-tests install-for-bench
+.PHONY: install-for-build install-for-vms install-for-templates install-for-checks install-for-tests install-for-long-tests install-for-bench
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -54,7 +55,7 @@ test: $(VENV)/done install-for-vms install-for-templates install-for-checks inst
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m pytest $(IN_TWO) $(PYTEST)
 
 test-all: PYTEST += --long
-test-all: test ## the long tests too
+test-all: install-for-long-tests test ## the long tests too
 
 check: $(VENV)/done install-for-checks ## the linters only, each language's own
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m pytest tests/test_lint.py
@@ -101,6 +102,9 @@ install-for-checks:
 
 install-for-tests:
 	@tests/install.sh $(FOR_TESTS)
+
+install-for-long-tests:
+	@tests/install.sh $(FOR_LONG_TESTS)
 
 install-for-bench:
 	@tests/install.sh $(FOR_BENCH)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -336,6 +338,50 @@ def test_a_page_of_a_guest(tiny: Cloud) -> None:
     assert refuses(port)  # nobody listens there yet
     tiny.ssh("web00", PAGE).ok()
     assert get(port) == b"hello\n"
+
+
+GREEN = "<title>A page of web00</title><body bgcolor=#00ff00><h1>hello, browser</h1>"
+
+
+def browse(folder: Path, url: str, *words: str) -> str:
+    """The document that a Chromium without a display has of a page, once it has shown it; it is green."""
+    picture, quiet = folder / "page.png", "MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"  # it asks no DNS for servers of its own
+    argv = ["chromium-headless-shell", "--no-sandbox", f"--user-data-dir={folder}", f"--host-resolver-rules={quiet}"]
+    argv += [
+        "--disable-background-networking",
+        "--window-size=320,200",
+        f"--screenshot={picture}",
+        "--dump-dom",
+        *words,
+    ]
+    done = subprocess.run([*argv, url], stdout=subprocess.PIPE, timeout=180, check=True, text=True)
+    data = picture.read_bytes()
+    start = data.index(b"IDAT") + 4
+    pixels = zlib.decompressobj().decompress(data[start:], 4)
+    assert pixels[1:4] == b"\0\xff\0", "the first pixel, after its line's filter"
+    return done.stdout
+
+
+@pytest.mark.long
+def test_a_browser_opens_a_page_by_port_and_by_name(tiny: Cloud, tmp_path: Path) -> None:
+    if not shutil.which("chromium-headless-shell"):
+        pytest.skip("needs chromium-headless-shell, which make test-all installs")
+    port, socks = free(), 0
+    tiny.run("vminstantiate", "-n", "tiny", "-g", "shop", "-o", f"name=web;port={port}:80", "-w", READY).ok()
+    tiny.ssh("web00", f"mkdir -p /srv && echo '{GREEN}' >/srv/index.html && httpd -h /srv").ok()
+    document = browse(tmp_path, f"http://127.0.0.1:{port}/")
+    assert "<title>A page of web00</title>" in document and "<h1>hello, browser</h1>" in document
+
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        socks = one.getsockname()[1]
+    tunnel = tiny.spawn("vmssh", "web00", "-N", "-D", socks)
+    eventually(lambda: f"127.0.0.1:{socks}" in listening(tiny), "ssh listens", 60)
+    proxy = f"--proxy-server=socks5://127.0.0.1:{socks}"
+    for name in ("web00", "web00.shop.nocloud"):
+        assert "<h1>hello, browser</h1>" in browse(tmp_path, f"http://{name}/", proxy)
+    tiny.run("vmstop", "--kill", "-n", "web00").ok()
+    assert tunnel.wait(60), "it ends with the VM"
 
 
 @pytest.mark.long
