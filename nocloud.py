@@ -10576,8 +10576,9 @@ def find_command(argv: Sequence[str]) -> tuple[Command | None, str, list[str]]:
     Raises UsageError (127) for a name that there isn't.
     """
     name, words = os.path.basename(argv[0]), list(argv[1:])
-    if name in ALIASES:
-        return ALIASES[name], name, words
+    alias = "vminventory" if name.endswith("inventory") else name  # a link in a folder of inventories
+    if alias in ALIASES:
+        return ALIASES[alias], name, words
     if words[:1] == ["--debug"]:
         words = words[1:]
     if not words or words[0].startswith("-"):
