@@ -1290,12 +1290,11 @@ def run(
     input: bytes | None = None,
     check: bool = True,
     timeout: float | None = 60,
-    cwd: str | None = None,
-    fds: Sequence[int] = (),
     merge: bool = True,
     keep: int = 0,
+    **how: Any,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end; its stdout as text, its stderr mixed in unless `merge` is off.
+    """Run a program to its end, `how` as for popen(); its stdout as text, its stderr mixed in unless `merge` is off.
 
     `keep`: only that many bytes, the last, of what it writes (0: all), for one that a guest has write what it likes.
     Raises MissingProgram, CommandFailed (unless `check` is off) and TimedOut after `timeout` seconds.
@@ -1304,7 +1303,7 @@ def run(
 
     stdin = subprocess.DEVNULL if input is None else subprocess.PIPE
     stderr = subprocess.STDOUT if merge else subprocess.PIPE
-    with popen(argv, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, cwd=cwd, pass_fds=fds) as child:
+    with popen(argv, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, **how) as child:
         cancellation.children.add(child)
         try:
             said = (last_output(child, timeout or 0, keep), b"") if keep else child.communicate(input, timeout)
@@ -1410,24 +1409,12 @@ def run_watched(
         raise
 
 
-def spawn(
-    argv: Sequence[str],
-    *,
-    log: str | int,
-    cwd: str | None = None,
-    fds: Sequence[int] = (),
-    env: Mapping[str, str] | None = None,
-    umask: int = -1,
-) -> subprocess.Popen[bytes]:
-    """Start a program that outlives us: a session of its own, its output appended to the file `log` (0600).
-
-    `umask`: of the files that it makes; -1: the caller's.  Raises MissingProgram.
-    """
+def spawn(argv: Sequence[str], log: str | int, **how: Any) -> subprocess.Popen[bytes]:
+    """popen() of a program that outlives us: a session of its own, its output appended to the file `log` (0600)."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
     output = os.open(log, flags, 0o600) if isinstance(log, str) else os.dup(log)
     try:
-        how = {"cwd": cwd, "pass_fds": fds, "umask": umask, "start_new_session": True}
-        return popen(argv, env, stdout=output, stderr=output, **how)
+        return popen(argv, stdout=output, stderr=output, start_new_session=True, **how)
     finally:
         os.close(output)
 
@@ -3224,7 +3211,7 @@ def start_daemon(argv: Sequence[str], fds: Sequence[int]) -> None:
     said = b""
     with open(mine, "rb", buffering=0) as pipe:
         try:
-            child = spawn(argv, log=its, cwd="/", fds=fds)
+            child = spawn(argv, log=its, cwd="/", pass_fds=fds)
         finally:
             os.close(its)
         while select.select([pipe], [], [], 30)[0]:
@@ -3898,7 +3885,7 @@ class PrivateNetwork(Network):
 
     def _run_inside(self, argv: Sequence[str], input: bytes | None = None, check: bool = True) -> int:
         words, fds = self.enter(argv)
-        return run(words, input=input, fds=fds, check=check).returncode
+        return run(words, input=input, pass_fds=fds, check=check).returncode
 
     def down(self) -> None:
         """End it: dnsmasq, pasta, the holder, and with them everything inside.  Call it under the lock."""
@@ -4919,7 +4906,7 @@ class HostBridge(Network):
         mine, its = sockets.socketpair(sockets.AF_UNIX, sockets.SOCK_STREAM)
         with mine, its:
             words = ["--use-vnet", f"--br={self.interface}", f"--fd={its.fileno()}"]
-            run([self.helper() or "qemu-bridge-helper", *words], fds=[its.fileno()])
+            run([self.helper() or "qemu-bridge-helper", *words], pass_fds=[its.fileno()])
             mine.settimeout(5)
             _, fds, _, _ = sockets.recv_fds(mine, 16, 1)
         if not fds:
@@ -5138,7 +5125,7 @@ class Forwarder:
             os.close(place)
             words = self_argv("forward", self.network.kind, str(control.fileno()))
             environment = {"NOCLOUD_vmBaseDir": self.tree.base}
-            spawn(words, log=self.log_file, cwd="/", fds=[control.fileno()], env=environment)
+            spawn(words, log=self.log_file, cwd="/", pass_fds=[control.fileno()], env=environment)
 
     def open(self, stack: Any, ports: Iterable[tuple[str, int, int]]) -> dict[str, tuple[int, socket.socket]]:
         """IP:HOST → (the port of the guest, a listener, which the ExitStack closes)."""
@@ -8462,7 +8449,7 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, tie
         fcntl.flock(console, fcntl.LOCK_EX)  # qemu's from now on: that tells what bounds the log whether it runs
         # A template's folder may be entered by others, and who may write to a socket of qemu's owns the guest.
         kept = [fd for fd in (*fds, tap, vhost, console.fileno()) if fd >= 0]
-        process = spawn(words, log=vm.log_file, cwd=vm.folder, fds=kept, umask=0o077)
+        process = spawn(words, log=vm.log_file, cwd=vm.folder, pass_fds=kept, umask=0o077)
     try:
         bound = ["sh", "-c", "\n".join(packaged_list("console.sh")), "sh", str(CONSOLE_BYTES), CONSOLE_SECONDS]
         spawn(bound, log=os.devnull, cwd=vm.folder, umask=0o077).wait()  # it goes on in the background
@@ -9206,7 +9193,7 @@ def open_screen(vm: VM) -> None:
     try:
         argv = viewer_argv(screen, path)
         remove_file(log)
-        child = spawn(argv, log=log, cwd="/", fds=[place])
+        child = spawn(argv, log=log, cwd="/", pass_fds=[place])
     finally:
         os.close(place)
     wait_for(lambda: child.poll() is not None or has_viewer(vm), VIEWER_SECONDS, 0.1)

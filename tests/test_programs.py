@@ -142,7 +142,7 @@ def test_no_descriptor_of_ours_leaks(tmp_path: Path) -> None:
         os.set_inheritable(file.fileno(), True)
         shown = nocloud.run(["ls", "-l", "/proc/self/fd"]).stdout
         assert "/file" not in shown
-        shown = nocloud.run(["ls", "-l", "/proc/self/fd"], fds=[file.fileno()]).stdout
+        shown = nocloud.run(["ls", "-l", "/proc/self/fd"], pass_fds=[file.fileno()]).stdout
         assert "/file" in shown
 
 
