@@ -1291,12 +1291,10 @@ def run(
     check: bool = True,
     timeout: float | None = 60,
     merge: bool = True,
-    keep: int = 0,
     **how: Any,
 ) -> subprocess.CompletedProcess[str]:
     """Run a program to its end, `how` as for popen(); its stdout as text, its stderr mixed in unless `merge` is off.
 
-    `keep`: only that many bytes, the last, of what it writes (0: all), for one that a guest has write what it likes.
     Raises MissingProgram, CommandFailed (unless `check` is off) and TimedOut after `timeout` seconds.
     """
     import subprocess
@@ -1306,7 +1304,7 @@ def run(
     with popen(argv, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, **how) as child:
         cancellation.children.add(child)
         try:
-            said = (last_output(child, timeout or 0, keep), b"") if keep else child.communicate(input, timeout)
+            said = child.communicate(input, timeout)
         except subprocess.TimeoutExpired:
             child.kill()
             raise TimedOut(f"{argv[0]}: no end after {timeout:.0f} s") from None
@@ -1335,41 +1333,15 @@ def land(moves: Mapping[str, str]) -> None:
     flush(path)
 
 
-def last_output(child: subprocess.Popen[bytes], timeout: float, keep: int) -> bytes:
-    """The last `keep` bytes of what a program writes to its end.  Raises subprocess.TimeoutExpired."""
-    import select
-    import subprocess
-
-    assert child.stdout
-    said, deadline, poll = b"", time.monotonic() + timeout, select.poll()
-    poll.register(child.stdout)
-    while (left := deadline - time.monotonic()) > 0:
-        if poll.poll(left * 1000):
-            piece = os.read(child.stdout.fileno(), 65536)
-            if not piece:
-                child.wait(left)
-                return said
-            said = (said + piece)[-keep:]
-    raise subprocess.TimeoutExpired(child.args, timeout)
-
-
-def try_run(argv: Sequence[str], timeout: float, keep: int = 0) -> tuple[int, str]:
-    """(exit status, output) of a program that may fail; (-1, why) where it doesn't end within `timeout` seconds."""
-    try:
-        done = run(argv, check=False, timeout=timeout, keep=keep)
-    except TimedOut as error:
-        return -1, str(error)
-    return done.returncode, done.stdout
-
-
 def run_watched(
     argv: Sequence[str],
-    on_line: Callable[[str], None],
-    env: Mapping[str, str] | None = None,
+    on_line: Callable[[str], None] = lambda line: None,
     timeout: float = 0,
     host: Process | None = None,
-) -> int:
-    """Run a long program, giving each line that it writes to `on_line`; its exit status.
+    **how: Any,
+) -> tuple[int, str]:
+    """Run a long program, or one that a guest has write what it likes, giving each line to `on_line`, `how` as for
+    popen(); (its exit status, the last GUEST_OUTPUT bytes of what it wrote).
 
     It has a session of its own, all of which ends when we are interrupted, with TimedOut after `timeout` seconds
     (0: never), and as soon as `host` has ended, the qemu that it talks to.
@@ -1378,12 +1350,13 @@ def run_watched(
     import signal
     import subprocess
 
-    child = popen(argv, env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    child = popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **how)
     assert child.stdout
+    cancellation.children.add(child)
     deadline = time.monotonic() + (timeout or float("inf"))
     poll = select.poll()
     poll.register(child.stdout)
-    rest = b""
+    said = rest = b""
     try:
         with child.stdout as output:
             while True:
@@ -1396,17 +1369,34 @@ def run_watched(
                     piece = os.read(output.fileno(), 65536)
                     if not piece:
                         break
+                    said = (said + piece)[-GUEST_OUTPUT:]
                     *lines, rest = (rest + piece).split(b"\n")
                     rest = rest[-GUEST_OUTPUT:]
                     for line in lines:
                         on_line(line.decode("utf-8", "replace"))
         if rest:
             on_line(rest.decode("utf-8", "replace"))
-        return child.wait()
+        return child.wait(), said.decode("utf-8", "replace")
     except BaseException:
         os.killpg(child.pid, signal.SIGTERM)
         child.wait()
         raise
+    finally:
+        cancellation.children.discard(child)
+
+
+def try_run(argv: Sequence[str], timeout: float, guest: bool = False) -> tuple[int, str]:
+    """(exit status, output) of a program that may fail; (-1, why) where it doesn't end within `timeout` seconds.
+
+    `guest`: a guest has it write what it likes; only the end of that is kept.
+    """
+    try:
+        if guest:
+            return run_watched(argv, timeout=timeout)
+        done = run(argv, check=False, timeout=timeout)
+    except TimedOut as error:
+        return -1, str(error)
+    return done.returncode, done.stdout
 
 
 def spawn(argv: Sequence[str], log: str | int, **how: Any) -> subprocess.Popen[bytes]:
@@ -7332,7 +7322,7 @@ def install_packages(build: Build, archive: str, progress: BuildProgress) -> Non
         build.suite, archive, *build.sources,
     ]  # fmt: skip
     env = {"TMPDIR": build_tmpdir(), "INITRD": "No", "DEBIAN_FRONTEND": "noninteractive"}
-    if run_watched(argv, progress, env):
+    if run_watched(argv, progress, env=env)[0]:
         raise build_error(build, progress.errors)
 
 
@@ -8704,7 +8694,7 @@ def pin_host_key(wait: Wait) -> None:
     try:
         for seconds in wait.tries():
             trust = ssh_trust_options(place, strict=False)
-            try_run([*ssh_argv(cloud, vm, BATCH, trust, ssh_key_options(True)), "true"], seconds, GUEST_OUTPUT)
+            try_run([*ssh_argv(cloud, vm, BATCH, trust, ssh_key_options(True)), "true"], seconds, guest=True)
             if os.path.exists(place):
                 break
         lines = read_text(place).splitlines()
@@ -8716,7 +8706,7 @@ def pin_host_key(wait: Wait) -> None:
 def ssh_batch(cloud: Cloud, vm: VM, script: str, timeout: float, user: str = "") -> tuple[int, str]:
     """Run a command in the guest with nocloud's own key and no ssh configuration of the user's; (status, output)."""
     first = [*BATCH, *(["-l", user] if user else [])]
-    return try_run([*ssh_argv(cloud, vm, first), script], timeout, GUEST_OUTPUT)
+    return try_run([*ssh_argv(cloud, vm, first), script], timeout, guest=True)
 
 
 BATCH = ("-F", "none", *ssh_options(BatchMode="yes", ConnectTimeout="20"))  # nobody is asked anything
@@ -8857,37 +8847,27 @@ class OwnGuest:
     def wait_login(self) -> None:
         """Return when one can log in to it with `keys`, which may be others than ours."""
         for seconds in self.wait(wait_ssh).tries():
-            status, said = self.ask("true", seconds)
+            status, said = self.run("true", seconds)
             if not status:
                 return
             if "Permission denied" in said:
                 raise Error(f"no key lets {self.vm.get('vmUser')} in: {last_line(said)}", vm=self.vm)
 
-    def run(self, script: str, on_line: Callable[[str], None], seconds: float) -> int:
-        """Run a script in it, giving each line that it writes to `on_line`; its status, 255 where ssh failed.
+    def run(self, script: str, seconds: float, on_line: Callable[[str], None] = lambda line: None) -> tuple[int, str]:
+        """Run a script in it, giving each line that it writes to `on_line`; (its status, what it says last).
 
-        Raises TimedOut after `seconds`.
+        The status is 255 where ssh failed.  Raises TimedOut after `seconds`.
         """
         words = ssh_argv(self.cloud, self.vm, BATCH, keys=self.keys)
         tied = [*TIE, need_program(words[0]), *words[1:], script]
-        status = run_watched(tied, on_line, timeout=seconds, host=self._process)
+        status, said = run_watched(tied, on_line, timeout=seconds, host=self._process)
         if status and not self.vm.is_running():
             raise WrongState("its guest ended in the middle of the work", f"see {self.vm.console_log}", vm=self.vm)
-        return status
-
-    def ask(self, script: str, seconds: float) -> tuple[int, str]:
-        """The status of a script in it, and what it says last."""
-        said = ""
-
-        def hear(line: str) -> None:
-            nonlocal said
-            said = f"{said}{line}\n"[-GUEST_OUTPUT:]
-
-        return self.run(script, hear, seconds), said
+        return status, said
 
     def output(self, script: str, seconds: float = 120) -> str:
         """What a script says in it.  Raises Error where its status isn't 0."""
-        status, said = self.ask(script, seconds)
+        status, said = self.run(script, seconds)
         if status:
             raise Error(last_line(said) or describe_status(status), vm=self.vm)
         return said
@@ -9054,7 +9034,7 @@ def upgrade_guest(guest: OwnGuest, seconds: float) -> None:
     script = upgrade_script(vm.name, release)
     report.say(f"{report.program}: {vm}: upgrading {release.get('PRETTY_NAME') or release['ID']}")
     try:
-        status = guest.run(script, lambda line: report.say(line.rstrip("\r").rpartition("\r")[2]), seconds)
+        status, _ = guest.run(script, seconds, lambda line: report.say(line.rstrip("\r").rpartition("\r")[2]))
     except TimedOut:
         raise TimedOut(f"no end of the upgrade after {seconds:.0f} s", "--timeout S gives it longer", vm=vm) from None
     if status:
