@@ -720,10 +720,9 @@ def matching(pattern: str, expected: str) -> Callable[[str], str]:
     return check
 
 
-def ipv4_address(text: str) -> str:
-    if not text or (re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,3}){3}", text) and all(int(n) < 256 for n in text.split("."))):
-        return text
-    raise ValueError("an IPv4 address")
+_BYTE = "(?:[1-9]?[0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])"
+_IPV4 = rf"{_BYTE}(?:\.{_BYTE}){{3}}"  # no shorter form, as 127.1 or 0, which would be 0.0.0.0, and none in octal
+ipv4_address = matching(f"({_IPV4})?", "an IPv4 address")
 
 
 def ipv4_prefix(text: str) -> str:
@@ -735,10 +734,7 @@ def ipv4_prefix(text: str) -> str:
 
 def is_ipv4(text: str) -> bool:
     """Whether a word of a file that others write is an IPv4 address."""
-    try:
-        return bool(ipv4_address(text))
-    except ValueError:
-        return False
+    return bool(re.fullmatch(_IPV4, text))
 
 
 LOGIN_NAME = matching(  # it ends up in ssh's arguments and in the guest's files
@@ -751,8 +747,7 @@ INTERFACE_NAME = matching(
 HOST_NAME = matching("[A-Za-z0-9][A-Za-z0-9._-]{0,252}", "an address or a name")
 UUID = matching("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", "a UUID")
 _PORT = "(?:[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
-_BYTE = "(?:[1-9]?[0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])"  # no shorter form, as 127.1 or 0, which would be 0.0.0.0
-_PUBLISHED = rf"(?:(?!22[4-9]|2[3-5][0-9]){_BYTE}(?:\.{_BYTE}){{3}}:)?{_PORT}:(?!0+\b){_PORT}"
+_PUBLISHED = rf"(?:(?!22[4-9]|2[3-5][0-9]){_IPV4}:)?{_PORT}:(?!0+\b){_PORT}"
 PORTS = matching(rf"({_PUBLISHED}(,{_PUBLISHED})*)?", "[IP:]HOST:GUEST, ports of TCP (no others), comma-separated")
 IMAGE_FORMATS = matching("(qcow2|raw)(,(qcow2|raw))*", "qcow2 or raw for each disk, comma-separated")
 MACHINE_TYPE = matching("[A-Za-z0-9][A-Za-z0-9._+-]{0,63}", "a machine type of qemu, as pc-q35-7.2")
