@@ -695,12 +695,7 @@ def whole_number(low: int, high: int, unit: str = "") -> Callable[[str], int]:
 
 
 def one_of(*words: str) -> Callable[[str], str]:
-    def check(text: str) -> str:
-        if text in words:
-            return text
-        raise ValueError("one of " + ", ".join(words))
-
-    return check
+    return matching("|".join(map(re.escape, words)), f"one of {', '.join(words)}")
 
 
 def yes_no(text: str) -> str:
