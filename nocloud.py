@@ -679,10 +679,6 @@ class Setting:
     harmless: bool = False
 
 
-def any_text(text: str) -> str:
-    return text
-
-
 def whole_number(low: int, high: int, unit: str = "") -> Callable[[str], int]:
     """A check for a plain decimal number in a range; `unit` is named in the error."""
 
@@ -757,7 +753,7 @@ INIT_KIND = one_of(*INIT_KINDS)
 NETWORK_KIND = one_of("auto", "bridge", "private")
 
 SETTINGS = (
-    Setting("vmBaseDir", any_text, "", "config", "the VM tree"),
+    Setting("vmBaseDir", str, "", "config", "the VM tree"),
     Setting("vmMem", MEMORY_MB, "512", "both", "memory in MB of new templates; a clone inherits its template's",
             inherited=True, harmless=True),
     Setting("vmCpu", CPU_COUNT, "2", "both", "processors, likewise", inherited=True, harmless=True),
@@ -765,13 +761,13 @@ SETTINGS = (
             inherited=True, harmless=True),
     Setting("vmCreateDiskSize", DISK_GB, "10", "config", "disk size in GB of new templates", harmless=True),
     Setting("vmCount", CLONE_COUNT, "1", "config", "how many clones vminstantiate makes", harmless=True),
-    Setting("vmGroup", any_text, "group", "config", "the group of new clones", harmless=True),
-    Setting("vmSubGroup", any_text, "default", "config", "the type of new clones", harmless=True),
-    Setting("vmDefaultGroup", any_text, "", "config", "the same as vmGroup", harmless=True),
-    Setting("vmDefaultSubGroup", any_text, "", "config", "the same as vmSubGroup", harmless=True),
-    Setting("vmCreateGroup", any_text, "templates", "config", "the group that vmcreate makes VMs in; no other yet",
+    Setting("vmGroup", str, "group", "config", "the group of new clones", harmless=True),
+    Setting("vmSubGroup", str, "default", "config", "the type of new clones", harmless=True),
+    Setting("vmDefaultGroup", str, "", "config", "the same as vmGroup", harmless=True),
+    Setting("vmDefaultSubGroup", str, "", "config", "the same as vmSubGroup", harmless=True),
+    Setting("vmCreateGroup", str, "templates", "config", "the group that vmcreate makes VMs in; no other yet",
             harmless=True),
-    Setting("isoDir", any_text, "~/Documents/distribs/linux", "config", "where ISO images are looked up by name"),
+    Setting("isoDir", str, "~/Documents/distribs/linux", "config", "where ISO images are looked up by name"),
     Setting("vmDiskExt", one_of("img", "qcow2"), "img", "config", "the extension of disk images"),
     Setting("vmUser", LOGIN_NAME, "root", "both", "who vmssh and ansible log in as", inherited=True),
     Setting("vmAccel", one_of("auto", "kvm", "tcg"), "auto", "both", "hardware (kvm) or software (tcg) emulation",
@@ -784,38 +780,38 @@ SETTINGS = (
             harmless=True),
     Setting("vmDownloadTimeout", whole_number(1, 3600, "seconds"), "30", "config", "seconds that a download may stall",
             harmless=True),
-    Setting("vmExtraOpts", any_text, "", "both", "more words for qemu's command line", inherited=True),
-    Setting("vmQemu", any_text, "", "config", "the qemu program, by default qemu-system-ARCH or /usr/libexec/qemu-kvm"),
-    Setting("vmBridgeHelper", any_text, "", "config", "the qemu-bridge-helper program"),
+    Setting("vmExtraOpts", str, "", "both", "more words for qemu's command line", inherited=True),
+    Setting("vmQemu", str, "", "config", "the qemu program, by default qemu-system-ARCH or /usr/libexec/qemu-kvm"),
+    Setting("vmBridgeHelper", str, "", "config", "the qemu-bridge-helper program"),
     Setting("vmInventoryHosts", one_of("address", "name"), "address", "config", "what ansible's hosts are called"),
     Setting("bridgeInterface", INTERFACE_NAME, "nocloud", "config", "the host's bridge"),
     Setting("bridgeAddress", ipv4_prefix, "192.168.1.1/24", "config", "its address"),
     Setting("bridgeNet", ipv4_prefix, "192.168.1.0/24", "config", "its network"),
-    Setting("bridgeSubnet", any_text, "192.168.1", "config", "the first three numbers of that network"),
+    Setting("bridgeSubnet", str, "192.168.1", "config", "the first three numbers of that network"),
     Setting("bridgeIpAddress", ipv4_address, "192.168.1.1", "config", "the bridge's address without the mask"),
     Setting("bridgeDhcpStart", ipv4_address, "192.168.1.2", "config", "the first address that VMs get"),
     Setting("bridgeDhcpStop", ipv4_address, "192.168.1.254", "config", "the last one"),
-    Setting("bridgeLeases", any_text, "", "config", "the DHCP server's lease file"),
-    Setting("vmName", any_text, "", "vm", "its name"),
-    Setting("vmDisk", any_text, "", "vm", "its system disk, relative to vmBaseDir"),
-    Setting("vmExtraDisk", any_text, "", "vm", "its other disks, comma-separated"),
+    Setting("bridgeLeases", str, "", "config", "the DHCP server's lease file"),
+    Setting("vmName", str, "", "vm", "its name"),
+    Setting("vmDisk", str, "", "vm", "its system disk, relative to vmBaseDir"),
+    Setting("vmExtraDisk", str, "", "vm", "its other disks, comma-separated"),
     Setting("vmDiskFormat", IMAGE_FORMATS, "", "vm", "the format of each disk, found out once and kept"),
     Setting("vmUuid", UUID, "", "vm", "its UUID, made once and kept"),
     Setting("vmMac", MAC_ADDRESS, "", "vm", "its network card's address"),
     Setting("vmAddress", ipv4_address, "", "vm", "its IPv4 address"),
-    Setting("vmTemplate", any_text, "", "vm", "the template that it was cloned from"),
+    Setting("vmTemplate", str, "", "vm", "the template that it was cloned from"),
     Setting("vmInit", INIT_KIND, "ssh", "vm", "how hostname and keys get into it", inherited=True),
     Setting("vmMachine", MACHINE_TYPE, "", "vm", "qemu's machine type; none: pc, as the bash tools ran it",
             inherited=True),
     Setting("vmGui", yes_no, "no", "vm", "yes: it has a screen"),
-    Setting("vmKernel", any_text, "", "vm", "a kernel to boot directly", inherited=True),
-    Setting("vmInitrd", any_text, "", "vm", "its initial ramdisk", inherited=True),
-    Setting("vmAppend", any_text, "", "vm", "its command line", inherited=True),
+    Setting("vmKernel", str, "", "vm", "a kernel to boot directly", inherited=True),
+    Setting("vmInitrd", str, "", "vm", "its initial ramdisk", inherited=True),
+    Setting("vmAppend", str, "", "vm", "its command line", inherited=True),
     Setting("vmPorts", PORTS, "", "vm", "ports of this host that lead to it: IP:HOST:GUEST, comma-separated"),
-    Setting("vmSource", any_text, "", "vm", "where a template came from"),
-    Setting("vmChecksum", any_text, "", "vm", "the checksum of what it was made from"),
+    Setting("vmSource", str, "", "vm", "where a template came from"),
+    Setting("vmChecksum", str, "", "vm", "the checksum of what it was made from"),
     *(
-        Setting(key, any_text, "", "unused", "of old configuration files; not used", harmless=True)
+        Setting(key, str, "", "unused", "of old configuration files; not used", harmless=True)
         for key in (
             "netInterface", "vmMemVid", "vmSpicePassword", "vmBackend", "vmSystemType", "vmConfExt", "vmPidExt",
             "vmDefaultContext", "vmDefaultType", "vmCreateContext", "vmCreateType",
@@ -5772,16 +5768,16 @@ def checksum_text(text: str) -> str:
 
 
 ENTRY_KEYS: dict[str, Callable[[str], object]] = {
-    "title": any_text,
+    "title": str,
     "kind": one_of("cloud", "classic"),
     "arch": one_of("x86_64"),
     "image": lambda text: [web_address(word) for word in text.split() or [text]],
-    "checksums": any_text,
+    "checksums": str,
     "algorithm": one_of("sha512", "sha256", "md5"),
     "checksum": checksum_text,
     "base": web_address,
     "last": whole_number(0, 999),
-    "key": any_text,
+    "key": str,
     "user": LOGIN_NAME,
     "init": INIT_KIND,
     "mem": MEMORY_MB,
@@ -7689,7 +7685,7 @@ class CloneOption:
     metavar: str  # what its value is, '' where it takes none; a FILE's name is relative to the description file
     sets: str  # the setting that the clones get, which checks the value; or else the field of CloneRequest
     help: str
-    check: Callable[[str], Any] = any_text  # raises ValueError, saying what was expected, or UsageError without `NAME=`
+    check: Callable[[str], Any] = str  # raises ValueError, saying what was expected, or UsageError without `NAME=`
 
     def __post_init__(self) -> None:
         if self.sets in SETTING:
@@ -10416,12 +10412,12 @@ class Option:
 
     usage: str
     help: str
-    check: Callable[[str], Any] = any_text
+    check: Callable[[str], Any] = str
     default: str = ""
     complete: str | tuple[str, ...] = ""
 
     def __post_init__(self) -> None:
-        if self.default and self.check is any_text:
+        if self.default and self.check is str:
             self.check = SETTING[self.default].check
         self.complete = self.complete or OFFERED.get(self.value, "")
 
