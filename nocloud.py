@@ -411,20 +411,18 @@ def existing_parent(folder: str) -> str:
     return folder
 
 
-def names_in(path: str) -> list[str]:
+def names_in(path: str, wanted: Callable[[os.DirEntry[str]], bool] = lambda entry: True) -> list[str]:
+    """The names of what is in a folder, sorted; none where there is no such folder, or we may not look."""
     try:
-        return sorted(os.listdir(path))
+        with os.scandir(path) as entries:
+            return sorted(entry.name for entry in entries if wanted(entry))
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return []
 
 
 def folders_in(path: str) -> list[str]:
     """The names of the folders in `path`, sorted, without the hidden ones."""
-    try:
-        with os.scandir(path) as entries:
-            return sorted(entry.name for entry in entries if entry.name[0] != "." and entry.is_dir())
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return []
+    return names_in(path, lambda entry: entry.name[0] != "." and entry.is_dir())
 
 
 def free_bytes(path: str) -> int:
