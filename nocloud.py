@@ -1183,14 +1183,9 @@ GUEST_OUTPUT = 64 << 10  # how much of what a guest says is kept: the last bytes
 
 def find_program(name: str) -> str:
     """The path of a program, or ''.  The sbin folders are looked in too: a Debian user's PATH lacks them."""
-    if os.path.isabs(name):
-        return name if os.path.isfile(name) and os.access(name, os.X_OK) else ""
     places = [*os.environ.get("PATH", os.defpath).split(os.pathsep), "/usr/local/sbin", "/usr/sbin", "/sbin"]
-    for place in places:
-        path = os.path.join(place, name)
-        if place and os.path.isfile(path) and os.access(path, os.X_OK):
-            return path
-    return ""
+    paths = (os.path.join(place, name) for place in places if place)  # of a `name` that is a path: that path
+    return next((path for path in paths if os.path.isfile(path) and os.access(path, os.X_OK)), "")
 
 
 def need_program(name: str) -> str:
