@@ -198,10 +198,8 @@ def describe_status(returncode: int) -> str:
         return f"exit status {returncode}"
     import signal
 
-    try:
-        return f"killed by {signal.Signals(-returncode).name}"
-    except ValueError:
-        return f"killed by signal {-returncode}"
+    names = {each.value: each.name for each in signal.Signals}  # not those between SIGRTMIN and SIGRTMAX
+    return f"killed by {names.get(-returncode, f'signal {-returncode}')}"
 
 
 class Reporter:
