@@ -2024,7 +2024,7 @@ def unlocked_qemu(vm: VM) -> QemuProcess | None:
 
 
 def foreign_qemu(vm: VM) -> QemuProcess | None:
-    """The qemu that runs a VM, where nocloud didn't start it."""
+    """The qemu that runs a VM, where that was started by the bash tools, or by hand; None where nocloud did it."""
     state, pid = lock_holder(vm.pid_file)
     if state == "unknown" or (state == "running" and os.path.exists(vm.file("qmp.sock"))):
         return None
@@ -2224,10 +2224,6 @@ class VM:
         state, pid = lock_holder(self.pid_file)
         unlocked = unlocked_qemu(self) if state == "stopped" else None
         return ("running", unlocked.pid) if unlocked else (state, pid)
-
-    def foreign_qemu(self) -> QemuProcess | None:
-        """The qemu that runs it, where that was started by the bash tools, or by hand; None where nocloud did it."""
-        return foreign_qemu(self)
 
     def is_running(self) -> bool:
         return self.state()[0] == "running"
@@ -2591,7 +2587,7 @@ def probe_qemu(config: Config) -> Qemu:
 
 def connect_qemu(vm: VM, seconds: float = 5.0) -> QMP:
     """A connection to the qemu of a running VM: our socket in its folder, or a monitor that the bash tools gave it."""
-    foreign = vm.foreign_qemu()
+    foreign = foreign_qemu(vm)
     return connect_foreign(foreign, vm, seconds) if foreign else QMP(vm.folder, seconds)
 
 
@@ -2610,7 +2606,7 @@ def guest_state(vm: VM) -> str:
     busy with another client, counts as running after a second: no list waits longer.  So does one of the bash tools'.
     """
     state, _ = vm.state()
-    if state != "running" or vm.foreign_qemu():
+    if state != "running" or foreign_qemu(vm):
         return state
     try:
         with QMP(vm.folder, 1.0) as qemu:
@@ -3901,7 +3897,7 @@ class PrivateNetwork(Network):
     def _users(self) -> Iterator[VM]:
         """The VMs that are on it: running, or not known to have stopped; a template in the making may be booted too."""
         for vm in [*self.tree.unfinished(), *self.tree.vms()]:
-            if vm.state()[0] == "stopped" or vm.foreign_qemu():
+            if vm.state()[0] == "stopped" or foreign_qemu(vm):
                 continue
             if not vm.is_readable() or vm.get("vmNetwork") != "bridge":
                 yield vm
@@ -4883,7 +4879,7 @@ class HostBridge(Network):
 
     def address(self, vm: VM) -> str:
         """What the DHCP server gave to the VM's MAC, or ''.  The bash tools drew another MAC at each start."""
-        foreign = vm.foreign_qemu()
+        foreign = foreign_qemu(vm)
         if foreign:
             return self.leases().get(foreign.mac, "")
         return vm.get("vmAddress") or self.leases().get(vm.get("vmMac"), "")
@@ -7626,7 +7622,7 @@ class Cloud:
 
     def network_kind(self, vm: VM) -> str:
         """Which network a VM is on.  The bash tools knew the host's bridge only."""
-        return "bridge" if vm.foreign_qemu() else self.chosen_network(vm.get("vmNetwork"))
+        return "bridge" if foreign_qemu(vm) else self.chosen_network(vm.get("vmNetwork"))
 
     def forwarder(self, vm: VM) -> Forwarder:
         """What forwards the ports of a VM."""
@@ -8734,7 +8730,7 @@ def start_all(
         start(cloud, vm, iso=iso, gui=gui)
         started(vm)
 
-    kinds = {cloud.network_kind(vm) for vm in vms if vm.is_readable() and not vm.foreign_qemu()}
+    kinds = {cloud.network_kind(vm) for vm in vms if vm.is_readable() and not foreign_qemu(vm)}
     with contextlib.ExitStack() as stack:
         for kind in sorted(kinds):
             stack.enter_context(cloud.network(kind).hold())
@@ -9204,7 +9200,7 @@ def connect_line(vm: VM, name: str, what: str) -> socket.socket:
 
 def serial_console(vm: VM) -> None:
     """The serial line on stdin and stdout, until the user leaves or the guest ends."""
-    if vm.foreign_qemu():
+    if foreign_qemu(vm):
         hint = f"vmmanage -n {vm} is its monitor; started anew, by vm or vmrun -r, it has one"
         raise WrongState("nocloud didn't start it, so its serial console isn't at hand", hint, vm=vm)
     connection = connect_line(vm, "serial", "serial console")
@@ -9300,7 +9296,7 @@ def monitor_session(vm: VM) -> int:
     status = EXIT_DONE
     terminal = os.isatty(0)
     greeting = f"qemu's monitor of {vm.name}; Ctrl-D leaves, `quit` switches {vm.name} off"
-    if terminal and os.isatty(1) and os.path.exists(vm.file("monitor.sock")) and not vm.foreign_qemu():
+    if terminal and os.isatty(1) and os.path.exists(vm.file("monitor.sock")) and not foreign_qemu(vm):
         join_line(vm, connect_line(vm, "monitor", "monitor"), greeting, MONITOR_LEAVE, DROP_LINE)
         return EXIT_DONE
     if terminal:
