@@ -467,11 +467,6 @@ def process_file(pid: int, name: str) -> str:
         return ""
 
 
-def is_our_qemu(command_line: str) -> bool:
-    """Whether nocloud started it: that shows in its words, whoever's it is."""
-    return ",path=qmp.sock,server=on,wait=off\0" in command_line
-
-
 class FolderLock:
     """A `flock` on a folder, kept until `release` or the end of the `with`.
 
@@ -1952,7 +1947,7 @@ class QemuProcess:
         self.pid = pid
         self._command_line = process_file(pid, "cmdline")
         self.words = self._command_line.rstrip("\0").split("\0")
-        self.is_ours = is_our_qemu(self._command_line)
+        self.is_ours = ",path=qmp.sock,server=on,wait=off\0" in self._command_line  # nocloud's, whoever started it
         self.uid, self.folder = -1, ""
         try:
             self.uid = os.stat(f"/proc/{pid}").st_uid
