@@ -1703,19 +1703,14 @@ def first_format(vm: VM, disk: str) -> str:
     return "qcow2" if header else "raw"
 
 
-def create_overlay(disk: str, backing: str, format: str = "qcow2", gigabytes: int = 0) -> None:
-    """A qcow2 overlay, about 200 KB until the guest writes.
+def create_disk(disk: str, gigabytes: int = 0, backing: str = "", format: str = "") -> None:
+    """A qcow2 disk that grows as it is written to, from about 200 KB: an empty one, or an overlay on a backing file.
 
-    `backing`, of this format, is relative to the overlay's folder; `gigabytes` is the overlay's size, by default that
-    of the backing file.
+    `backing`, of this format, is relative to the disk's folder; without a size the disk has that of the file.
     """
+    below = ["-F", format, "-b", backing] if backing else []
     size = [f"{gigabytes}G"] if gigabytes else []
-    run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", format, "-b", backing, os.path.abspath(disk), *size])
-
-
-def create_disk(disk: str, gigabytes: int) -> None:
-    """An empty qcow2 disk that grows as it is written to."""
-    run(["qemu-img", "create", "-q", "-f", "qcow2", os.path.abspath(disk), f"{gigabytes}G"])
+    run(["qemu-img", "create", "-q", "-f", "qcow2", *below, os.path.abspath(disk), *size])
 
 
 def resize_disk(disk: str, format: str, gigabytes: int) -> None:
@@ -6804,8 +6799,8 @@ def next_layer(template: VM) -> Layer:
 def new_layer(template: VM) -> Layer:
     """An empty layer on the template's present disk.  Call it under the template's lock, when it has been settled."""
     layer, disk = next_layer(template), template.disks()[0]
-    folder = os.path.realpath(template.folder)
-    create_overlay(layer.path, os.path.relpath(os.path.realpath(disk), folder), known_formats(template)[0])
+    backing = os.path.relpath(os.path.realpath(disk), os.path.realpath(template.folder))
+    create_disk(layer.path, backing=backing, format=known_formats(template)[0])
     return layer
 
 
@@ -8061,7 +8056,7 @@ class NewClones:
         system = vm.disk_name(0, extension)
         disk = os.path.realpath(template.disks()[0])
         backing = os.path.relpath(disk, os.path.realpath(vm.folder))
-        create_overlay(vm.file(system), backing, clone.format, request.disk)
+        create_disk(vm.file(system), request.disk, backing, clone.format)
         extra = [vm.disk_name(number, extension) for number in range(1, len(request.disks) + 1)]
         for name, size in zip(extra, request.disks):
             create_disk(vm.file(name), size)
