@@ -1764,18 +1764,13 @@ def compress_image(source: str, format: str, target: str) -> None:
         convert_image(source, format, target)
 
 
-def make_read_only(path: str) -> None:
-    """Take away everyone's right to write; a file of someone else's stays as it is."""
+def set_writable(path: str, writable: bool) -> None:
+    """Give the owner the right to write to a file, or take it away from everyone; someone else's stays as it is."""
     info = os.stat(path)
-    if info.st_mode & 0o222 and info.st_uid == os.geteuid():
-        os.chmod(path, stat.S_IMODE(info.st_mode) & ~0o222)
-
-
-def make_writable(path: str) -> None:
-    """Give the owner the right to write to his own file; someone else's stays as it is."""
-    info = os.stat(path)
-    if not info.st_mode & stat.S_IWUSR and info.st_uid == os.geteuid():
-        os.chmod(path, stat.S_IMODE(info.st_mode) | stat.S_IWUSR)
+    mode = stat.S_IMODE(info.st_mode)
+    wanted = mode | stat.S_IWUSR if writable else mode & ~0o222
+    if wanted != mode and info.st_uid == os.geteuid():
+        os.chmod(path, wanted)
 
 
 def converted_size(source: str, format: str) -> int:
@@ -6743,7 +6738,7 @@ class Layer:
 
     def adopt(self) -> None:
         """Make it the template's disk, in the form in which the conf names disks; whole on the disk before that."""
-        make_read_only(self.path)
+        set_writable(self.path, False)
         sync(self.path)
         folder, disk = os.path.realpath(self.template.folder), self.template.disks()[0]
         if os.path.realpath(os.path.dirname(disk)) == folder:
@@ -6972,7 +6967,7 @@ def grow_disk(cloud: Cloud, vm: VM, gigabytes: int) -> None:
     if gigabytes * GIB > size:
         if vm.is_template:
             check_no_clones(cloud, vm)
-        make_writable(disk)
+        set_writable(disk, True)
         resize_disk(disk, format, gigabytes)
 
 
@@ -8099,7 +8094,7 @@ def make_clones(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> l
                 locks.enter_context(FolderLock(template.folder, shared=True))
             template.reread()
             check_clonable(template)
-            make_read_only(template.disks()[0])
+            set_writable(template.disks()[0], False)
         own_key()
         with NewClones(cloud, group, requests, {template.name: template for template in templates}) as new:
             made = new.finish()
@@ -8266,7 +8261,7 @@ def start(cloud: Cloud, vm: VM, *, iso: str = "", gui: bool = False) -> None:
                 layer = new_layer(vm)
             else:
                 for disk in vm.disks():
-                    make_writable(disk)  # cloning made it read-only
+                    set_writable(disk, True)  # cloning made it read-only
         try:
             start_locked(cloud, vm, layer, iso, gui)
             if layer:

@@ -107,13 +107,13 @@ def test_read_only(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch(0o664)
     file.chmod(0o664)
-    nocloud.make_read_only(str(file))
-    nocloud.make_read_only(str(file))
+    nocloud.set_writable(str(file), False)
+    nocloud.set_writable(str(file), False)
     assert file.stat().st_mode & 0o777 == 0o444
     if os.geteuid() == 0:
         file.chmod(0o664)
         os.chown(file, 65534, 65534)
-        nocloud.make_read_only(str(file))
+        nocloud.set_writable(str(file), False)
         assert file.stat().st_mode & 0o777 == 0o664  # someone else's stays as it is
 
 
