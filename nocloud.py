@@ -960,9 +960,6 @@ class Config:
     def number(self, key: str) -> int:
         return int(self._values[key])
 
-    def values(self) -> dict[str, str]:
-        return dict(self._values)
-
     def set(self, key: str, value: str, origin: str) -> None:
         check_setting(key, value, origin)
         empty = SETTING[key].default if SETTING[key].check is yes_no else ""  # as in a VM's conf
@@ -971,25 +968,25 @@ class Config:
         if same and value:
             self._values[same] = value
 
-    def read(self, path: str, warn: Callable[[str], None] | None = None) -> None:
+    def read(self, path: str, warn: Callable[[str], None] = report.warn) -> None:
         """Take the settings of a file.  One that others could have written is skipped with a warning.
 
         `warn` is told of that, and of unknown keys; by default the user is.
         """
-        warn = warn or report.warn
         text, reason = read_trusted(path)
         if reason:
             warn(f"{path} is skipped: {reason}")
             return
         allowed = path != LOCAL_CONF or is_allowed(path, text)
         try:
-            self._take(text, path, allowed, warn)
+            self.take(text, path, warn, allowed)
         except UsageError as error:
             if allowed:
                 raise
             warn(str(error))  # somebody's repository keeps no one from working
 
-    def _take(self, text: str, path: str, allowed: bool, warn: Callable[[str], None]) -> None:
+    def take(self, text: str, path: str, warn: Callable[[str], None], allowed: bool = True) -> None:
+        """Take the settings of a file's text; where it isn't `allowed` to set all, only the harmless ones."""
         assignments = parse_assignments(text, path, ChainMap(self._values, os.environ))
         used = {name for assignment in assignments for name in assignment.used}
         refused = []
@@ -4159,9 +4156,7 @@ def free_bridge_subnet(config: Config, path: str) -> str:
     if not clash:
         return f"the bridge's network is {net}"
     text, config = update_assignments(read_text(path), {"bridgeSubnet": subnet}), Config()
-    for line in parse_assignments(text, path, ChainMap({}, config.values(), os.environ)):
-        if line.key in SETTING:
-            config.set(line.key, line.value, f"{path}:{line.line}")
+    config.take(text, path, warn=lambda text: None)
     if not BridgeSettings(config).holds(f"{subnet}.0"):
         raise Error(
             f"{path}: bridgeNet and bridgeAddress don't follow bridgeSubnet", f"set them to {subnet}.0/24 by hand"
