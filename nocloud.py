@@ -2247,10 +2247,6 @@ class VM:
     def number(self, key: str) -> int:
         return int(self.get(key))
 
-    def is_set(self, key: str) -> bool:
-        """Whether a yes/no setting is `yes`."""
-        return yes_no(self.get(key)) == "yes"
-
     def settings(self) -> dict[str, str]:
         """All of them that a VM has, by their keys, as `get` says."""
         return {each.key: self.get(each.key) for each in SETTINGS if each.where in ("both", "vm")}
@@ -8323,11 +8319,12 @@ def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False, lay
         (os.path.relpath(path, vm.folder), format, f"{vm.name}_{number}")
         for number, (path, format) in enumerate(zip(paths, formats))
     ]
+    has_screen = gui or yes_no(vm.get("vmGui")) == "yes"
     return Machine(
         qemu=cloud.qemu(), accel=cloud.accel(vm.get("vmAccel")), name=vm.name, settings=vm.settings(), disks=disks,
         pid_file=os.path.basename(vm.pid_file), credentials=write_credentials(vm),
         seed=write_seed(cloud, vm, takes_seed(vm) and not iso),  # an installer would take it for its users' answers
-        extra=split_words(vm.get("vmExtraOpts")), iso=iso, screen=cloud.screen() if gui or vm.is_set("vmGui") else "",
+        extra=split_words(vm.get("vmExtraOpts")), iso=iso, screen=cloud.screen() if has_screen else "",
         record=os.path.basename(layer.record) if layer else "",
     )  # fmt: skip
 
