@@ -1438,12 +1438,9 @@ def fork_child(work: Callable[[], None], keep: Sequence[int]) -> int:
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
-        for name in os.listdir("/proc/self/fd"):
-            if int(name) > 2 and int(name) not in keep:
-                try:
-                    os.close(int(name))
-                except OSError:
-                    pass  # the listing's own
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            if fd > 2 and fd not in keep:
+                os.closerange(fd, fd + 1)  # which passes over the listing's own, closed by now
         work()
     finally:
         os._exit(EXIT_FAILED)
