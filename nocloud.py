@@ -582,8 +582,9 @@ class Cancellation:
         if self.requested:
             raise Error("interrupted", status=EXIT_INTERRUPTED)
 
-    def end_children(self) -> None:
-        """SIGTERM: ssh takes its ProxyCommand with it, which SIGKILL would leave."""
+    def request(self) -> None:
+        """End what is waited for.  SIGTERM: ssh takes its ProxyCommand with it, which SIGKILL would leave."""
+        self.requested = True
         for child in list(self.children):
             child.terminate()
 
@@ -615,8 +616,7 @@ def in_parallel(work: Callable[[Any], Any], items: Sequence[Any], workers: int =
     try:  # around the submits too: a signal may come between two of them, and the first thread would be waited for
         return [future.result() for future in [pool.submit(result_of, work, item) for item in items]]
     except BaseException:
-        cancellation.requested = True
-        cancellation.end_children()
+        cancellation.request()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -9592,8 +9592,7 @@ class Supervisor:
             self.goal = LEAVE
         if self._jobs:
             if self._ending != self.goal and (self.goal == DESTROY or not self._starting):
-                cancellation.requested = True
-                cancellation.end_children()
+                cancellation.request()
         elif self.goal == RUN:
             self._rest()
         else:
