@@ -923,11 +923,10 @@ def update_assignments(text: str, changes: Mapping[str, str]) -> str:
     for line in split_lines(text):
         start = re.compile(_START, re.ASCII).match(line.strip(" \t"))
         key = start.group(1) if start else ""
-        if key in changes:
-            if key in left:
-                lines.append(f"{key}={quote_value(left.pop(key))}")
-        else:
+        if key not in changes:
             lines.append(line)
+        elif key in left:
+            lines.append(f"{key}={quote_value(left.pop(key))}")
     lines += [f"{key}={quote_value(value)}" for key, value in left.items()]
     return "\n".join(lines) + "\n"
 
