@@ -702,18 +702,6 @@ def matching(pattern: str, expected: str) -> Callable[[str], str]:
     return check
 
 
-_BYTE = "(?:[1-9]?[0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])"
-_IPV4 = rf"{_BYTE}(?:\.{_BYTE}){{3}}"  # no shorter form, as 127.1 or 0, which would be 0.0.0.0, and none in octal
-ipv4_address = matching(f"({_IPV4})?", "an IPv4 address")
-
-
-def ipv4_prefix(text: str) -> str:
-    address, _, length = text.partition("/")
-    if address and re.fullmatch("[0-9]{1,2}", length) and 8 <= int(length) <= 30:
-        return f"{ipv4_address(address)}/{length}"
-    raise ValueError("an IPv4 address and the length of its network's prefix, as 192.168.1.1/24")
-
-
 def is_ipv4(text: str) -> bool:
     """Whether a word of a file that others write is an IPv4 address."""
     return bool(re.fullmatch(_IPV4, text))
@@ -728,6 +716,12 @@ INTERFACE_NAME = matching(
 )
 HOST_NAME = matching("[A-Za-z0-9][A-Za-z0-9._-]{0,252}", "an address or a name")
 UUID = matching("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", "a UUID")
+_BYTE = "(?:[1-9]?[0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])"
+_IPV4 = rf"{_BYTE}(?:\.{_BYTE}){{3}}"  # no shorter form, as 127.1 or 0, which would be 0.0.0.0, and none in octal
+IPV4_ADDRESS = matching(f"({_IPV4})?", "an IPv4 address")
+IPV4_PREFIX = matching(
+    f"{_IPV4}/([89]|[12][0-9]|30)", "an IPv4 address and the length of its network's prefix, as 192.168.1.1/24"
+)
 _PORT = "(?:[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
 _PUBLISHED = rf"(?:(?!22[4-9]|2[3-5][0-9]){_IPV4}:)?{_PORT}:(?!0+\b){_PORT}"
 PORTS = matching(rf"({_PUBLISHED}(,{_PUBLISHED})*)?", "[IP:]HOST:GUEST, ports of TCP (no others), comma-separated")
@@ -776,12 +770,12 @@ SETTINGS = (
     Setting("vmBridgeHelper", str, "", "config", "the qemu-bridge-helper program"),
     Setting("vmInventoryHosts", one_of("address", "name"), "address", "config", "what ansible's hosts are called"),
     Setting("bridgeInterface", INTERFACE_NAME, "nocloud", "config", "the host's bridge"),
-    Setting("bridgeAddress", ipv4_prefix, "192.168.1.1/24", "config", "its address"),
-    Setting("bridgeNet", ipv4_prefix, "192.168.1.0/24", "config", "its network"),
+    Setting("bridgeAddress", IPV4_PREFIX, "192.168.1.1/24", "config", "its address"),
+    Setting("bridgeNet", IPV4_PREFIX, "192.168.1.0/24", "config", "its network"),
     Setting("bridgeSubnet", str, "192.168.1", "config", "the first three numbers of that network"),
-    Setting("bridgeIpAddress", ipv4_address, "192.168.1.1", "config", "the bridge's address without the mask"),
-    Setting("bridgeDhcpStart", ipv4_address, "192.168.1.2", "config", "the first address that VMs get"),
-    Setting("bridgeDhcpStop", ipv4_address, "192.168.1.254", "config", "the last one"),
+    Setting("bridgeIpAddress", IPV4_ADDRESS, "192.168.1.1", "config", "the bridge's address without the mask"),
+    Setting("bridgeDhcpStart", IPV4_ADDRESS, "192.168.1.2", "config", "the first address that VMs get"),
+    Setting("bridgeDhcpStop", IPV4_ADDRESS, "192.168.1.254", "config", "the last one"),
     Setting("bridgeLeases", str, "", "config", "the DHCP server's lease file"),
     Setting("vmName", str, "", "vm", "its name"),
     Setting("vmDisk", str, "", "vm", "its system disk, relative to vmBaseDir"),
@@ -789,7 +783,7 @@ SETTINGS = (
     Setting("vmDiskFormat", IMAGE_FORMATS, "", "vm", "the format of each disk, found out once and kept"),
     Setting("vmUuid", UUID, "", "vm", "its UUID, made once and kept"),
     Setting("vmMac", MAC_ADDRESS, "", "vm", "its network card's address"),
-    Setting("vmAddress", ipv4_address, "", "vm", "its IPv4 address"),
+    Setting("vmAddress", IPV4_ADDRESS, "", "vm", "its IPv4 address"),
     Setting("vmTemplate", str, "", "vm", "the template that it was cloned from"),
     Setting("vmInit", INIT_KIND, "ssh", "vm", "how hostname and keys get into it", inherited=True),
     Setting("vmMachine", MACHINE_TYPE, "", "vm", "qemu's machine type; none: pc, as the bash tools ran it",

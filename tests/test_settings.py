@@ -253,7 +253,7 @@ CHECKS: list[tuple[str, list[str], list[str]]] = [
     ("vmGui", ["", "0", "1", "yes", "no", "true", "False", "on", "OFF"], ["2", "y", "screen"]),
     ("bridgeInterface", ["nocloud", "br0"], ["br0,x", "-x"]),
     ("bridgeAddress", ["10.0.0.1/8", "192.168.1.1/30"], ["", "10.0.0.1", "10.0.0.1/7", "10.0.0.1/31", "x/24"]),
-    ("bridgeNet", ["10.0.0.0/8"], ["", "10.0.0.0", "10.0.0/24"]),
+    ("bridgeNet", ["10.0.0.0/8"], ["", "10.0.0.0", "10.0.0/24", "10.0.0.0/08"]),
     *(
         (key, ["192.168.1.2"], ["192.168.1", "192.168.1.256", "192.168.1.2/24"])
         for key in ("bridgeIpAddress", "bridgeDhcpStart", "bridgeDhcpStop")
