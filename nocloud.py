@@ -1410,6 +1410,14 @@ def ensure_utf8() -> None:
         os.execv(sys.executable, [sys.executable, *PYTHON_OPTIONS, *sys.argv])
 
 
+def fork_session() -> int:
+    """fork(2): the child's pid, and 0 in the child, which goes on as we are, in a session of its own."""
+    pid = os.fork()
+    if not pid:
+        os.setsid()
+    return pid
+
+
 def fork_child(work: Callable[[], None], keep: Sequence[int]) -> int:
     """Do `work` in a child, a session of its own, that keeps nothing of ours but the descriptors `keep`; its pid.
 
@@ -1420,14 +1428,13 @@ def fork_child(work: Callable[[], None], keep: Sequence[int]) -> int:
     import signal
     import subprocess  # noqa: F401
 
-    pid = os.fork()
+    pid = fork_session()
     if pid:
         return pid
     try:
         signal.set_wakeup_fd(-1)  # a supervisor's, shared with us
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)
-        os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
@@ -1437,14 +1444,6 @@ def fork_child(work: Callable[[], None], keep: Sequence[int]) -> int:
         work()
     finally:
         os._exit(EXIT_FAILED)
-
-
-def fork_session() -> int:
-    """fork(2): the child's pid, and 0 in the child, which goes on as we are, in a session of its own."""
-    pid = os.fork()
-    if not pid:
-        os.setsid()
-    return pid
 
 
 class Process:
