@@ -510,8 +510,7 @@ class FolderLock:
             try:
                 return fcntl.flock(self._fd, operation)
             except BlockingIOError:
-                pass
-            now = time.monotonic()
+                now = time.monotonic()
             if now >= deadline:
                 raise WrongState(f"{self.path}: another command is at work on it", "try again when it has ended")
             if now >= said:
