@@ -1730,11 +1730,6 @@ def find_iso_writer() -> list[str]:
     return next((words for words in writers if find_program(words[0])), [])
 
 
-def create_iso(path: str, label: str, files: Sequence[str]) -> None:
-    """An ISO image of these files, by their lower-case names (Rock Ridge, Joliet)."""
-    run([*find_iso_writer(), "-quiet", "-output", path, "-volid", label, "-joliet", "-rock", *files])
-
-
 def convert_image(source: str, format: str, target: str, *options: str) -> None:
     """A qcow2 copy of an image, self-contained unless `options` name what it stands on; unused space takes none."""
     paths = [os.path.abspath(source), os.path.abspath(target)]
@@ -8355,7 +8350,8 @@ def write_seed(cloud: Cloud, vm: VM, wanted: bool) -> str:
     if cloud.seed() == "vvfat":
         return folder
     image = os.path.join(vm.seed_folder, SEED_ISO)
-    create_iso(image, "cidata", list(files))
+    # Rock Ridge and Joliet keep the names in lower case.
+    run([*find_iso_writer(), "-quiet", "-output", image, "-volid", "cidata", "-joliet", "-rock", *files])
     os.chmod(image, 0o600)
     return os.path.join(folder, SEED_ISO)
 
