@@ -1179,10 +1179,10 @@ def need_program(name: str) -> str:
     raise MissingProgram(f"{base}: not found; it is needed for this", install_command(base))
 
 
-def os_release(path: str = "/etc/os-release") -> dict[str, str]:
+def os_release() -> dict[str, str]:
     """os-release(5) of the host; empty where there is none."""
     try:
-        return parse_os_release(read_text(path))
+        return parse_os_release(read_text("/etc/os-release"))
     except OSError:
         return {}
 
@@ -1191,13 +1191,13 @@ def parse_os_release(text: str) -> dict[str, str]:
     return dict(re.findall(r"""^(\w+)=["']?([^"'\n]*)["']?$""", text, re.M))
 
 
-def choose_installer(release: Mapping[str, str], present: Sequence[str]) -> tuple[str, int]:
+def choose_installer(release: Mapping[str, str]) -> tuple[str, int]:
     """(how packages are installed, column of etc/packages) with the package managers that are there, or ("", 0).
 
     The distribution decides between several: Debian has a game called pacman, and dnf as well.
     """
     family = [release.get("ID", ""), *release.get("ID_LIKE", "").split()]
-    rows = [row for row in _INSTALLERS if row[0] in present]
+    rows = [row for row in _INSTALLERS if find_program(row[0])]
     rows.sort(key=lambda row: not set(row[3]) & set(family))
     return (rows[0][1], rows[0][2]) if rows else ("", 0)
 
@@ -1208,14 +1208,9 @@ def package_of(program: str, column: int) -> str:
     return next((packages[column] for name, *packages in rows if name == program), program)
 
 
-def host_installer() -> tuple[str, int]:
-    """choose_installer() of this host."""
-    return choose_installer(os_release(), [row[0] for row in _INSTALLERS if find_program(row[0])])
-
-
 def install_command(*programs: str) -> str:
     """The command that installs these programs here, or advice where no package manager is known."""
-    words, column = host_installer()
+    words, column = choose_installer(os_release())
     packages = dict.fromkeys(package_of(program, column) for program in programs)
     if not words:
         return f"install {' and '.join(programs)} from your distribution's packages"
@@ -11916,7 +11911,7 @@ def check_programs(config: Config) -> None:
     missing += [name for name in NEEDED_PROGRAMS if not find_program(name)]
     missing += [] if HostBridge(config).helper() else ["qemu-bridge-helper"]
     if missing:
-        _, column = host_installer()
+        _, column = choose_installer(os_release())
         names = [f"{name} (package {package_of(name, column)})" for name in missing]
         raise MissingProgram(f"not here yet: {', '.join(names)}; nothing was changed", install_command(*missing))
 
