@@ -312,8 +312,7 @@ def read_tail(path: str) -> str:
     """The last 4096 bytes of a log, as text; '' where there is none."""
     try:
         with open(path, "rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 4096))
+            file.seek(max(0, os.path.getsize(file.fileno()) - 4096))
             return file.read().decode("utf-8", "replace")
     except OSError:
         return ""
@@ -998,8 +997,7 @@ class Config:
         """Take the settings of the environment's variables."""
         by_name = {f"NOCLOUD_{key}".upper(): key for key in SETTING}
         for name, value in os.environ.items():
-            key = by_name.get(name.upper())
-            if key:
+            if key := by_name.get(name.upper()):
                 self.set(key, value, name)
         if os.environ.get("NOCLOUD_NOKVM", "") not in ("", "0"):
             self.set("vmAccel", "tcg", "NOCLOUD_NOKVM")
@@ -1172,8 +1170,7 @@ def find_program(name: str) -> str:
 
 def need_program(name: str) -> str:
     """The path of a program; raises MissingProgram with the command that installs it here."""
-    path = find_program(name)
-    if path:
+    if path := find_program(name):
         return path
     base = os.path.basename(name)
     raise MissingProgram(f"{base}: not found; it is needed for this", install_command(base))
