@@ -198,10 +198,8 @@ def describe_status(returncode: int) -> str:
         return f"exit status {returncode}"
     import signal
 
-    try:
-        return f"killed by {signal.Signals(-returncode).name}"
-    except ValueError:
-        return f"killed by signal {-returncode}"
+    names = {each.value: each.name for each in signal.Signals}  # not those between SIGRTMIN and SIGRTMAX
+    return f"killed by {names.get(-returncode, f'signal {-returncode}')}"
 
 
 class Reporter:
@@ -314,8 +312,7 @@ def read_tail(path: str) -> str:
     """The last 4096 bytes of a log, as text; '' where there is none."""
     try:
         with open(path, "rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 4096))
+            file.seek(max(0, os.path.getsize(file.fileno()) - 4096))
             return file.read().decode("utf-8", "replace")
     except OSError:
         return ""
@@ -411,20 +408,18 @@ def existing_parent(folder: str) -> str:
     return folder
 
 
-def names_in(path: str) -> list[str]:
+def names_in(path: str, wanted: Callable[[os.DirEntry[str]], bool] = lambda entry: True) -> list[str]:
+    """The names of what is in a folder, sorted; none where there is no such folder, or we may not look."""
     try:
-        return sorted(os.listdir(path))
+        with os.scandir(path) as entries:
+            return sorted(entry.name for entry in entries if wanted(entry))
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return []
 
 
 def folders_in(path: str) -> list[str]:
     """The names of the folders in `path`, sorted, without the hidden ones."""
-    try:
-        with os.scandir(path) as entries:
-            return sorted(entry.name for entry in entries if entry.name[0] != "." and entry.is_dir())
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return []
+    return names_in(path, lambda entry: entry.name[0] != "." and entry.is_dir())
 
 
 def free_bytes(path: str) -> int:
@@ -471,11 +466,6 @@ def process_file(pid: int, name: str) -> str:
         return ""
 
 
-def is_our_qemu(command_line: str) -> bool:
-    """Whether nocloud started it: that shows in its words, whoever's it is."""
-    return ",path=qmp.sock,server=on,wait=off\0" in command_line
-
-
 class FolderLock:
     """A `flock` on a folder, kept until `release` or the end of the `with`.
 
@@ -519,8 +509,7 @@ class FolderLock:
             try:
                 return fcntl.flock(self._fd, operation)
             except BlockingIOError:
-                pass
-            now = time.monotonic()
+                now = time.monotonic()
             if now >= deadline:
                 raise WrongState(f"{self.path}: another command is at work on it", "try again when it has ended")
             if now >= said:
@@ -591,8 +580,9 @@ class Cancellation:
         if self.requested:
             raise Error("interrupted", status=EXIT_INTERRUPTED)
 
-    def end_children(self) -> None:
-        """SIGTERM: ssh takes its ProxyCommand with it, which SIGKILL would leave."""
+    def request(self) -> None:
+        """End what is waited for.  SIGTERM: ssh takes its ProxyCommand with it, which SIGKILL would leave."""
+        self.requested = True
         for child in list(self.children):
             child.terminate()
 
@@ -624,8 +614,7 @@ def in_parallel(work: Callable[[Any], Any], items: Sequence[Any], workers: int =
     try:  # around the submits too: a signal may come between two of them, and the first thread would be waited for
         return [future.result() for future in [pool.submit(result_of, work, item) for item in items]]
     except BaseException:
-        cancellation.requested = True
-        cancellation.end_children()
+        cancellation.request()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -679,10 +668,6 @@ class Setting:
     harmless: bool = False
 
 
-def any_text(text: str) -> str:
-    return text
-
-
 def whole_number(low: int, high: int, unit: str = "") -> Callable[[str], int]:
     """A check for a plain decimal number in a range; `unit` is named in the error."""
 
@@ -695,12 +680,7 @@ def whole_number(low: int, high: int, unit: str = "") -> Callable[[str], int]:
 
 
 def one_of(*words: str) -> Callable[[str], str]:
-    def check(text: str) -> str:
-        if text in words:
-            return text
-        raise ValueError("one of " + ", ".join(words))
-
-    return check
+    return matching("|".join(map(re.escape, words)), f"one of {', '.join(words)}")
 
 
 def yes_no(text: str) -> str:
@@ -720,25 +700,9 @@ def matching(pattern: str, expected: str) -> Callable[[str], str]:
     return check
 
 
-def ipv4_address(text: str) -> str:
-    if not text or (re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,3}){3}", text) and all(int(n) < 256 for n in text.split("."))):
-        return text
-    raise ValueError("an IPv4 address")
-
-
-def ipv4_prefix(text: str) -> str:
-    address, _, length = text.partition("/")
-    if address and re.fullmatch("[0-9]{1,2}", length) and 8 <= int(length) <= 30:
-        return f"{ipv4_address(address)}/{length}"
-    raise ValueError("an IPv4 address and the length of its network's prefix, as 192.168.1.1/24")
-
-
 def is_ipv4(text: str) -> bool:
     """Whether a word of a file that others write is an IPv4 address."""
-    try:
-        return bool(ipv4_address(text))
-    except ValueError:
-        return False
+    return bool(re.fullmatch(_IPV4, text))
 
 
 LOGIN_NAME = matching(  # it ends up in ssh's arguments and in the guest's files
@@ -750,9 +714,14 @@ INTERFACE_NAME = matching(
 )
 HOST_NAME = matching("[A-Za-z0-9][A-Za-z0-9._-]{0,252}", "an address or a name")
 UUID = matching("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", "a UUID")
+_BYTE = "(?:[1-9]?[0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])"
+_IPV4 = rf"{_BYTE}(?:\.{_BYTE}){{3}}"  # no shorter form, as 127.1 or 0, which would be 0.0.0.0, and none in octal
+IPV4_ADDRESS = matching(f"({_IPV4})?", "an IPv4 address")
+IPV4_PREFIX = matching(
+    f"{_IPV4}/([89]|[12][0-9]|30)", "an IPv4 address and the length of its network's prefix, as 192.168.1.1/24"
+)
 _PORT = "(?:[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
-_BYTE = "(?:[1-9]?[0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])"  # no shorter form, as 127.1 or 0, which would be 0.0.0.0
-_PUBLISHED = rf"(?:(?!22[4-9]|2[3-5][0-9]){_BYTE}(?:\.{_BYTE}){{3}}:)?{_PORT}:(?!0+\b){_PORT}"
+_PUBLISHED = rf"(?:(?!22[4-9]|2[3-5][0-9]){_IPV4}:)?{_PORT}:(?!0+\b){_PORT}"
 PORTS = matching(rf"({_PUBLISHED}(,{_PUBLISHED})*)?", "[IP:]HOST:GUEST, ports of TCP (no others), comma-separated")
 IMAGE_FORMATS = matching("(qcow2|raw)(,(qcow2|raw))*", "qcow2 or raw for each disk, comma-separated")
 MACHINE_TYPE = matching("[A-Za-z0-9][A-Za-z0-9._+-]{0,63}", "a machine type of qemu, as pc-q35-7.2")
@@ -767,7 +736,7 @@ INIT_KIND = one_of(*INIT_KINDS)
 NETWORK_KIND = one_of("auto", "bridge", "private")
 
 SETTINGS = (
-    Setting("vmBaseDir", any_text, "", "config", "the VM tree"),
+    Setting("vmBaseDir", str, "", "config", "the VM tree"),
     Setting("vmMem", MEMORY_MB, "512", "both", "memory in MB of new templates; a clone inherits its template's",
             inherited=True, harmless=True),
     Setting("vmCpu", CPU_COUNT, "2", "both", "processors, likewise", inherited=True, harmless=True),
@@ -775,13 +744,13 @@ SETTINGS = (
             inherited=True, harmless=True),
     Setting("vmCreateDiskSize", DISK_GB, "10", "config", "disk size in GB of new templates", harmless=True),
     Setting("vmCount", CLONE_COUNT, "1", "config", "how many clones vminstantiate makes", harmless=True),
-    Setting("vmGroup", any_text, "group", "config", "the group of new clones", harmless=True),
-    Setting("vmSubGroup", any_text, "default", "config", "the type of new clones", harmless=True),
-    Setting("vmDefaultGroup", any_text, "", "config", "the same as vmGroup", harmless=True),
-    Setting("vmDefaultSubGroup", any_text, "", "config", "the same as vmSubGroup", harmless=True),
-    Setting("vmCreateGroup", any_text, "templates", "config", "the group that vmcreate makes VMs in; no other yet",
+    Setting("vmGroup", str, "group", "config", "the group of new clones", harmless=True),
+    Setting("vmSubGroup", str, "default", "config", "the type of new clones", harmless=True),
+    Setting("vmDefaultGroup", str, "", "config", "the same as vmGroup", harmless=True),
+    Setting("vmDefaultSubGroup", str, "", "config", "the same as vmSubGroup", harmless=True),
+    Setting("vmCreateGroup", str, "templates", "config", "the group that vmcreate makes VMs in; no other yet",
             harmless=True),
-    Setting("isoDir", any_text, "~/Documents/distribs/linux", "config", "where ISO images are looked up by name"),
+    Setting("isoDir", str, "~/Documents/distribs/linux", "config", "where ISO images are looked up by name"),
     Setting("vmDiskExt", one_of("img", "qcow2"), "img", "config", "the extension of disk images"),
     Setting("vmUser", LOGIN_NAME, "root", "both", "who vmssh and ansible log in as", inherited=True),
     Setting("vmAccel", one_of("auto", "kvm", "tcg"), "auto", "both", "hardware (kvm) or software (tcg) emulation",
@@ -794,38 +763,38 @@ SETTINGS = (
             harmless=True),
     Setting("vmDownloadTimeout", whole_number(1, 3600, "seconds"), "30", "config", "seconds that a download may stall",
             harmless=True),
-    Setting("vmExtraOpts", any_text, "", "both", "more words for qemu's command line", inherited=True),
-    Setting("vmQemu", any_text, "", "config", "the qemu program, by default qemu-system-ARCH or /usr/libexec/qemu-kvm"),
-    Setting("vmBridgeHelper", any_text, "", "config", "the qemu-bridge-helper program"),
+    Setting("vmExtraOpts", str, "", "both", "more words for qemu's command line", inherited=True),
+    Setting("vmQemu", str, "", "config", "the qemu program, by default qemu-system-ARCH or /usr/libexec/qemu-kvm"),
+    Setting("vmBridgeHelper", str, "", "config", "the qemu-bridge-helper program"),
     Setting("vmInventoryHosts", one_of("address", "name"), "address", "config", "what ansible's hosts are called"),
     Setting("bridgeInterface", INTERFACE_NAME, "nocloud", "config", "the host's bridge"),
-    Setting("bridgeAddress", ipv4_prefix, "192.168.1.1/24", "config", "its address"),
-    Setting("bridgeNet", ipv4_prefix, "192.168.1.0/24", "config", "its network"),
-    Setting("bridgeSubnet", any_text, "192.168.1", "config", "the first three numbers of that network"),
-    Setting("bridgeIpAddress", ipv4_address, "192.168.1.1", "config", "the bridge's address without the mask"),
-    Setting("bridgeDhcpStart", ipv4_address, "192.168.1.2", "config", "the first address that VMs get"),
-    Setting("bridgeDhcpStop", ipv4_address, "192.168.1.254", "config", "the last one"),
-    Setting("bridgeLeases", any_text, "", "config", "the DHCP server's lease file"),
-    Setting("vmName", any_text, "", "vm", "its name"),
-    Setting("vmDisk", any_text, "", "vm", "its system disk, relative to vmBaseDir"),
-    Setting("vmExtraDisk", any_text, "", "vm", "its other disks, comma-separated"),
+    Setting("bridgeAddress", IPV4_PREFIX, "192.168.1.1/24", "config", "its address"),
+    Setting("bridgeNet", IPV4_PREFIX, "192.168.1.0/24", "config", "its network"),
+    Setting("bridgeSubnet", str, "192.168.1", "config", "the first three numbers of that network"),
+    Setting("bridgeIpAddress", IPV4_ADDRESS, "192.168.1.1", "config", "the bridge's address without the mask"),
+    Setting("bridgeDhcpStart", IPV4_ADDRESS, "192.168.1.2", "config", "the first address that VMs get"),
+    Setting("bridgeDhcpStop", IPV4_ADDRESS, "192.168.1.254", "config", "the last one"),
+    Setting("bridgeLeases", str, "", "config", "the DHCP server's lease file"),
+    Setting("vmName", str, "", "vm", "its name"),
+    Setting("vmDisk", str, "", "vm", "its system disk, relative to vmBaseDir"),
+    Setting("vmExtraDisk", str, "", "vm", "its other disks, comma-separated"),
     Setting("vmDiskFormat", IMAGE_FORMATS, "", "vm", "the format of each disk, found out once and kept"),
     Setting("vmUuid", UUID, "", "vm", "its UUID, made once and kept"),
     Setting("vmMac", MAC_ADDRESS, "", "vm", "its network card's address"),
-    Setting("vmAddress", ipv4_address, "", "vm", "its IPv4 address"),
-    Setting("vmTemplate", any_text, "", "vm", "the template that it was cloned from"),
+    Setting("vmAddress", IPV4_ADDRESS, "", "vm", "its IPv4 address"),
+    Setting("vmTemplate", str, "", "vm", "the template that it was cloned from"),
     Setting("vmInit", INIT_KIND, "ssh", "vm", "how hostname and keys get into it", inherited=True),
     Setting("vmMachine", MACHINE_TYPE, "", "vm", "qemu's machine type; none: pc, as the bash tools ran it",
             inherited=True),
     Setting("vmGui", yes_no, "no", "vm", "yes: it has a screen"),
-    Setting("vmKernel", any_text, "", "vm", "a kernel to boot directly", inherited=True),
-    Setting("vmInitrd", any_text, "", "vm", "its initial ramdisk", inherited=True),
-    Setting("vmAppend", any_text, "", "vm", "its command line", inherited=True),
+    Setting("vmKernel", str, "", "vm", "a kernel to boot directly", inherited=True),
+    Setting("vmInitrd", str, "", "vm", "its initial ramdisk", inherited=True),
+    Setting("vmAppend", str, "", "vm", "its command line", inherited=True),
     Setting("vmPorts", PORTS, "", "vm", "ports of this host that lead to it: IP:HOST:GUEST, comma-separated"),
-    Setting("vmSource", any_text, "", "vm", "where a template came from"),
-    Setting("vmChecksum", any_text, "", "vm", "the checksum of what it was made from"),
+    Setting("vmSource", str, "", "vm", "where a template came from"),
+    Setting("vmChecksum", str, "", "vm", "the checksum of what it was made from"),
     *(
-        Setting(key, any_text, "", "unused", "of old configuration files; not used", harmless=True)
+        Setting(key, str, "", "unused", "of old configuration files; not used", harmless=True)
         for key in (
             "netInterface", "vmMemVid", "vmSpicePassword", "vmBackend", "vmSystemType", "vmConfExt", "vmPidExt",
             "vmDefaultContext", "vmDefaultType", "vmCreateContext", "vmCreateType",
@@ -946,11 +915,10 @@ def update_assignments(text: str, changes: Mapping[str, str]) -> str:
     for line in split_lines(text):
         start = re.compile(_START, re.ASCII).match(line.strip(" \t"))
         key = start.group(1) if start else ""
-        if key in changes:
-            if key in left:
-                lines.append(f"{key}={quote_value(left.pop(key))}")
-        else:
+        if key not in changes:
             lines.append(line)
+        elif key in left:
+            lines.append(f"{key}={quote_value(left.pop(key))}")
     lines += [f"{key}={quote_value(value)}" for key, value in left.items()]
     return "\n".join(lines) + "\n"
 
@@ -983,9 +951,6 @@ class Config:
     def number(self, key: str) -> int:
         return int(self._values[key])
 
-    def values(self) -> dict[str, str]:
-        return dict(self._values)
-
     def set(self, key: str, value: str, origin: str) -> None:
         check_setting(key, value, origin)
         empty = SETTING[key].default if SETTING[key].check is yes_no else ""  # as in a VM's conf
@@ -994,25 +959,25 @@ class Config:
         if same and value:
             self._values[same] = value
 
-    def read(self, path: str, warn: Callable[[str], None] | None = None) -> None:
+    def read(self, path: str, warn: Callable[[str], None] = report.warn) -> None:
         """Take the settings of a file.  One that others could have written is skipped with a warning.
 
         `warn` is told of that, and of unknown keys; by default the user is.
         """
-        warn = warn or report.warn
         text, reason = read_trusted(path)
         if reason:
             warn(f"{path} is skipped: {reason}")
             return
         allowed = path != LOCAL_CONF or is_allowed(path, text)
         try:
-            self._take(text, path, allowed, warn)
+            self.take(text, path, warn, allowed)
         except UsageError as error:
             if allowed:
                 raise
             warn(str(error))  # somebody's repository keeps no one from working
 
-    def _take(self, text: str, path: str, allowed: bool, warn: Callable[[str], None]) -> None:
+    def take(self, text: str, path: str, warn: Callable[[str], None], allowed: bool = True) -> None:
+        """Take the settings of a file's text; where it isn't `allowed` to set all, only the harmless ones."""
         assignments = parse_assignments(text, path, ChainMap(self._values, os.environ))
         used = {name for assignment in assignments for name in assignment.used}
         refused = []
@@ -1032,8 +997,7 @@ class Config:
         """Take the settings of the environment's variables."""
         by_name = {f"NOCLOUD_{key}".upper(): key for key in SETTING}
         for name, value in os.environ.items():
-            key = by_name.get(name.upper())
-            if key:
+            if key := by_name.get(name.upper()):
                 self.set(key, value, name)
         if os.environ.get("NOCLOUD_NOKVM", "") not in ("", "0"):
             self.set("vmAccel", "tcg", "NOCLOUD_NOKVM")
@@ -1199,30 +1163,23 @@ GUEST_OUTPUT = 64 << 10  # how much of what a guest says is kept: the last bytes
 
 def find_program(name: str) -> str:
     """The path of a program, or ''.  The sbin folders are looked in too: a Debian user's PATH lacks them."""
-    if os.path.isabs(name):
-        return name if os.path.isfile(name) and os.access(name, os.X_OK) else ""
     places = [*os.environ.get("PATH", os.defpath).split(os.pathsep), "/usr/local/sbin", "/usr/sbin", "/sbin"]
-    for place in places:
-        path = os.path.join(place, name)
-        if place and os.path.isfile(path) and os.access(path, os.X_OK):
-            return path
-    return ""
+    paths = (os.path.join(place, name) for place in places if place)  # of a `name` that is a path: that path
+    return next((path for path in paths if os.path.isfile(path) and os.access(path, os.X_OK)), "")
 
 
 def need_program(name: str) -> str:
     """The path of a program; raises MissingProgram with the command that installs it here."""
-    path = find_program(name)
-    if path:
+    if path := find_program(name):
         return path
     base = os.path.basename(name)
-    hint = install_command([base]) or f"install it, in the package that has {base}"
-    raise MissingProgram(f"{base}: not found; it is needed for this", hint)
+    raise MissingProgram(f"{base}: not found; it is needed for this", install_command(base))
 
 
-def os_release(path: str = "/etc/os-release") -> dict[str, str]:
+def os_release() -> dict[str, str]:
     """os-release(5) of the host; empty where there is none."""
     try:
-        return parse_os_release(read_text(path))
+        return parse_os_release(read_text("/etc/os-release"))
     except OSError:
         return {}
 
@@ -1231,13 +1188,13 @@ def parse_os_release(text: str) -> dict[str, str]:
     return dict(re.findall(r"""^(\w+)=["']?([^"'\n]*)["']?$""", text, re.M))
 
 
-def choose_installer(release: Mapping[str, str], present: Sequence[str]) -> tuple[str, int]:
+def choose_installer(release: Mapping[str, str]) -> tuple[str, int]:
     """(how packages are installed, column of etc/packages) with the package managers that are there, or ("", 0).
 
     The distribution decides between several: Debian has a game called pacman, and dnf as well.
     """
     family = [release.get("ID", ""), *release.get("ID_LIKE", "").split()]
-    rows = [row for row in _INSTALLERS if row[0] in present]
+    rows = [row for row in _INSTALLERS if find_program(row[0])]
     rows.sort(key=lambda row: not set(row[3]) & set(family))
     return (rows[0][1], rows[0][2]) if rows else ("", 0)
 
@@ -1248,16 +1205,13 @@ def package_of(program: str, column: int) -> str:
     return next((packages[column] for name, *packages in rows if name == program), program)
 
 
-def host_installer() -> tuple[str, int]:
-    """choose_installer() of this host."""
-    return choose_installer(os_release(), [row[0] for row in _INSTALLERS if find_program(row[0])])
-
-
-def install_command(programs: Iterable[str]) -> str:
-    """The command that installs these programs here; '' where no package manager is known."""
-    words, column = host_installer()
+def install_command(*programs: str) -> str:
+    """The command that installs these programs here, or advice where no package manager is known."""
+    words, column = choose_installer(os_release())
     packages = dict.fromkeys(package_of(program, column) for program in programs)
-    return f"sudo {words} {' '.join(packages)}" if words else ""
+    if not words:
+        return f"install {' and '.join(programs)} from your distribution's packages"
+    return f"sudo {words} {' '.join(packages)}"
 
 
 def traced(argv: Sequence[str]) -> list[str]:
@@ -1290,24 +1244,21 @@ def run(
     input: bytes | None = None,
     check: bool = True,
     timeout: float | None = 60,
-    cwd: str | None = None,
-    fds: Sequence[int] = (),
     merge: bool = True,
-    keep: int = 0,
+    **how: Any,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end; its stdout as text, its stderr mixed in unless `merge` is off.
+    """Run a program to its end, `how` as for popen(); its stdout as text, its stderr mixed in unless `merge` is off.
 
-    `keep`: only that many bytes, the last, of what it writes (0: all), for one that a guest has write what it likes.
     Raises MissingProgram, CommandFailed (unless `check` is off) and TimedOut after `timeout` seconds.
     """
     import subprocess
 
     stdin = subprocess.DEVNULL if input is None else subprocess.PIPE
     stderr = subprocess.STDOUT if merge else subprocess.PIPE
-    with popen(argv, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, cwd=cwd, pass_fds=fds) as child:
+    with popen(argv, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, **how) as child:
         cancellation.children.add(child)
         try:
-            said = (last_output(child, timeout or 0, keep), b"") if keep else child.communicate(input, timeout)
+            said = child.communicate(input, timeout)
         except subprocess.TimeoutExpired:
             child.kill()
             raise TimedOut(f"{argv[0]}: no end after {timeout:.0f} s") from None
@@ -1336,41 +1287,15 @@ def land(moves: Mapping[str, str]) -> None:
     flush(path)
 
 
-def last_output(child: subprocess.Popen[bytes], timeout: float, keep: int) -> bytes:
-    """The last `keep` bytes of what a program writes to its end.  Raises subprocess.TimeoutExpired."""
-    import select
-    import subprocess
-
-    assert child.stdout
-    said, deadline, poll = b"", time.monotonic() + timeout, select.poll()
-    poll.register(child.stdout)
-    while (left := deadline - time.monotonic()) > 0:
-        if poll.poll(left * 1000):
-            piece = os.read(child.stdout.fileno(), 65536)
-            if not piece:
-                child.wait(left)
-                return said
-            said = (said + piece)[-keep:]
-    raise subprocess.TimeoutExpired(child.args, timeout)
-
-
-def try_run(argv: Sequence[str], timeout: float, keep: int = 0) -> tuple[int, str]:
-    """(exit status, output) of a program that may fail; (-1, why) where it doesn't end within `timeout` seconds."""
-    try:
-        done = run(argv, check=False, timeout=timeout, keep=keep)
-    except TimedOut as error:
-        return -1, str(error)
-    return done.returncode, done.stdout
-
-
 def run_watched(
     argv: Sequence[str],
-    on_line: Callable[[str], None],
-    env: Mapping[str, str] | None = None,
+    on_line: Callable[[str], None] = lambda line: None,
     timeout: float = 0,
     host: Process | None = None,
-) -> int:
-    """Run a long program, giving each line that it writes to `on_line`; its exit status.
+    **how: Any,
+) -> tuple[int, str]:
+    """Run a long program, or one that a guest has write what it likes, giving each line to `on_line`, `how` as for
+    popen(); (its exit status, the last GUEST_OUTPUT bytes of what it wrote).
 
     It has a session of its own, all of which ends when we are interrupted, with TimedOut after `timeout` seconds
     (0: never), and as soon as `host` has ended, the qemu that it talks to.
@@ -1379,12 +1304,13 @@ def run_watched(
     import signal
     import subprocess
 
-    child = popen(argv, env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    child = popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **how)
     assert child.stdout
+    cancellation.children.add(child)
     deadline = time.monotonic() + (timeout or float("inf"))
     poll = select.poll()
     poll.register(child.stdout)
-    rest = b""
+    said = rest = b""
     try:
         with child.stdout as output:
             while True:
@@ -1397,37 +1323,42 @@ def run_watched(
                     piece = os.read(output.fileno(), 65536)
                     if not piece:
                         break
+                    said = (said + piece)[-GUEST_OUTPUT:]
                     *lines, rest = (rest + piece).split(b"\n")
                     rest = rest[-GUEST_OUTPUT:]
                     for line in lines:
                         on_line(line.decode("utf-8", "replace"))
         if rest:
             on_line(rest.decode("utf-8", "replace"))
-        return child.wait()
+        return child.wait(), said.decode("utf-8", "replace")
     except BaseException:
         os.killpg(child.pid, signal.SIGTERM)
         child.wait()
         raise
+    finally:
+        cancellation.children.discard(child)
 
 
-def spawn(
-    argv: Sequence[str],
-    *,
-    log: str | int,
-    cwd: str | None = None,
-    fds: Sequence[int] = (),
-    env: Mapping[str, str] | None = None,
-    umask: int = -1,
-) -> subprocess.Popen[bytes]:
-    """Start a program that outlives us: a session of its own, its output appended to the file `log` (0600).
+def try_run(argv: Sequence[str], timeout: float, guest: bool = False) -> tuple[int, str]:
+    """(exit status, output) of a program that may fail; (-1, why) where it doesn't end within `timeout` seconds.
 
-    `umask`: of the files that it makes; -1: the caller's.  Raises MissingProgram.
+    `guest`: a guest has it write what it likes; only the end of that is kept.
     """
+    try:
+        if guest:
+            return run_watched(argv, timeout=timeout)
+        done = run(argv, check=False, timeout=timeout)
+    except TimedOut as error:
+        return -1, str(error)
+    return done.returncode, done.stdout
+
+
+def spawn(argv: Sequence[str], log: str | int, **how: Any) -> subprocess.Popen[bytes]:
+    """popen() of a program that outlives us: a session of its own, its output appended to the file `log` (0600)."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
     output = os.open(log, flags, 0o600) if isinstance(log, str) else os.dup(log)
     try:
-        how = {"cwd": cwd, "pass_fds": fds, "umask": umask, "start_new_session": True}
-        return popen(argv, env, stdout=output, stderr=output, **how)
+        return popen(argv, stdout=output, stderr=output, start_new_session=True, **how)
     finally:
         os.close(output)
 
@@ -1470,6 +1401,14 @@ def ensure_utf8() -> None:
         os.execv(sys.executable, [sys.executable, *PYTHON_OPTIONS, *sys.argv])
 
 
+def fork_session() -> int:
+    """fork(2): the child's pid, and 0 in the child, which goes on as we are, in a session of its own."""
+    pid = os.fork()
+    if not pid:
+        os.setsid()
+    return pid
+
+
 def fork_child(work: Callable[[], None], keep: Sequence[int]) -> int:
     """Do `work` in a child, a session of its own, that keeps nothing of ours but the descriptors `keep`; its pid.
 
@@ -1480,34 +1419,22 @@ def fork_child(work: Callable[[], None], keep: Sequence[int]) -> int:
     import signal
     import subprocess  # noqa: F401
 
-    pid = os.fork()
+    pid = fork_session()
     if pid:
         return pid
     try:
         signal.set_wakeup_fd(-1)  # a supervisor's, shared with us
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)
-        os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
-        for name in os.listdir("/proc/self/fd"):
-            if int(name) > 2 and int(name) not in keep:
-                try:
-                    os.close(int(name))
-                except OSError:
-                    pass  # the listing's own
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            if fd > 2 and fd not in keep:
+                os.closerange(fd, fd + 1)  # which passes over the listing's own, closed by now
         work()
     finally:
         os._exit(EXIT_FAILED)
-
-
-def fork_session() -> int:
-    """fork(2): the child's pid, and 0 in the child, which goes on as we are, in a session of its own."""
-    pid = os.fork()
-    if not pid:
-        os.setsid()
-    return pid
 
 
 class Process:
@@ -1754,19 +1681,14 @@ def first_format(vm: VM, disk: str) -> str:
     return "qcow2" if header else "raw"
 
 
-def create_overlay(disk: str, backing: str, format: str = "qcow2", gigabytes: int = 0) -> None:
-    """A qcow2 overlay, about 200 KB until the guest writes.
+def create_disk(disk: str, gigabytes: int = 0, backing: str = "", format: str = "") -> None:
+    """A qcow2 disk that grows as it is written to, from about 200 KB: an empty one, or an overlay on a backing file.
 
-    `backing`, of this format, is relative to the overlay's folder; `gigabytes` is the overlay's size, by default that
-    of the backing file.
+    `backing`, of this format, is relative to the disk's folder; without a size the disk has that of the file.
     """
+    below = ["-F", format, "-b", backing] if backing else []
     size = [f"{gigabytes}G"] if gigabytes else []
-    run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", format, "-b", backing, os.path.abspath(disk), *size])
-
-
-def create_disk(disk: str, gigabytes: int) -> None:
-    """An empty qcow2 disk that grows as it is written to."""
-    run(["qemu-img", "create", "-q", "-f", "qcow2", os.path.abspath(disk), f"{gigabytes}G"])
+    run(["qemu-img", "create", "-q", "-f", "qcow2", *below, os.path.abspath(disk), *size])
 
 
 def resize_disk(disk: str, format: str, gigabytes: int) -> None:
@@ -1800,11 +1722,6 @@ def find_iso_writer() -> list[str]:
     return next((words for words in writers if find_program(words[0])), [])
 
 
-def create_iso(path: str, label: str, files: Sequence[str]) -> None:
-    """An ISO image of these files, by their lower-case names (Rock Ridge, Joliet)."""
-    run([*find_iso_writer(), "-quiet", "-output", path, "-volid", label, "-joliet", "-rock", *files])
-
-
 def convert_image(source: str, format: str, target: str, *options: str) -> None:
     """A qcow2 copy of an image, self-contained unless `options` name what it stands on; unused space takes none."""
     paths = [os.path.abspath(source), os.path.abspath(target)]
@@ -1820,18 +1737,13 @@ def compress_image(source: str, format: str, target: str) -> None:
         convert_image(source, format, target)
 
 
-def make_read_only(path: str) -> None:
-    """Take away everyone's right to write; a file of someone else's stays as it is."""
+def set_writable(path: str, writable: bool) -> None:
+    """Give the owner the right to write to a file, or take it away from everyone; someone else's stays as it is."""
     info = os.stat(path)
-    if info.st_mode & 0o222 and info.st_uid == os.geteuid():
-        os.chmod(path, stat.S_IMODE(info.st_mode) & ~0o222)
-
-
-def make_writable(path: str) -> None:
-    """Give the owner the right to write to his own file; someone else's stays as it is."""
-    info = os.stat(path)
-    if not info.st_mode & stat.S_IWUSR and info.st_uid == os.geteuid():
-        os.chmod(path, stat.S_IMODE(info.st_mode) | stat.S_IWUSR)
+    mode = stat.S_IMODE(info.st_mode)
+    wanted = mode | stat.S_IWUSR if writable else mode & ~0o222
+    if wanted != mode and info.st_uid == os.geteuid():
+        os.chmod(path, wanted)
 
 
 def converted_size(source: str, format: str) -> int:
@@ -1998,7 +1910,7 @@ class QemuProcess:
         self.pid = pid
         self._command_line = process_file(pid, "cmdline")
         self.words = self._command_line.rstrip("\0").split("\0")
-        self.is_ours = is_our_qemu(self._command_line)
+        self.is_ours = ",path=qmp.sock,server=on,wait=off\0" in self._command_line  # nocloud's, whoever started it
         self.uid, self.folder = -1, ""
         try:
             self.uid = os.stat(f"/proc/{pid}").st_uid
@@ -2070,7 +1982,7 @@ def unlocked_qemu(vm: VM) -> QemuProcess | None:
 
 
 def foreign_qemu(vm: VM) -> QemuProcess | None:
-    """The qemu that runs a VM, where nocloud didn't start it."""
+    """The qemu that runs a VM, where that was started by the bash tools, or by hand; None where nocloud did it."""
     state, pid = lock_holder(vm.pid_file)
     if state == "unknown" or (state == "running" and os.path.exists(vm.file("qmp.sock"))):
         return None
@@ -2271,10 +2183,6 @@ class VM:
         unlocked = unlocked_qemu(self) if state == "stopped" else None
         return ("running", unlocked.pid) if unlocked else (state, pid)
 
-    def foreign_qemu(self) -> QemuProcess | None:
-        """The qemu that runs it, where that was started by the bash tools, or by hand; None where nocloud did it."""
-        return foreign_qemu(self)
-
     def is_running(self) -> bool:
         return self.state()[0] == "running"
 
@@ -2313,10 +2221,6 @@ class VM:
 
     def number(self, key: str) -> int:
         return int(self.get(key))
-
-    def is_set(self, key: str) -> bool:
-        """Whether a yes/no setting is `yes`."""
-        return yes_no(self.get(key)) == "yes"
 
     def settings(self) -> dict[str, str]:
         """All of them that a VM has, by their keys, as `get` says."""
@@ -2629,15 +2533,14 @@ def probe_qemu(config: Config) -> Qemu:
         raise Error(f"{path}: it doesn't answer as qemu does: {last_line(answer.stderr + answer.stdout)}") from None
     version = ".".join(map(str, release))
     if release < (6, 2):
-        newest = install_command([os.path.basename(path)])
-        hint = newest or "set vmQemu to a newer one"
+        hint = f"{install_command(os.path.basename(path))}  # or set vmQemu to a newer one"
         raise Error(f"{path}: qemu {version} is too old: 6.2 or newer is needed", hint)
     return Qemu(path, version, machine, options)
 
 
 def connect_qemu(vm: VM, seconds: float = 5.0) -> QMP:
     """A connection to the qemu of a running VM: our socket in its folder, or a monitor that the bash tools gave it."""
-    foreign = vm.foreign_qemu()
+    foreign = foreign_qemu(vm)
     return connect_foreign(foreign, vm, seconds) if foreign else QMP(vm.folder, seconds)
 
 
@@ -2656,7 +2559,7 @@ def guest_state(vm: VM) -> str:
     busy with another client, counts as running after a second: no list waits longer.  So does one of the bash tools'.
     """
     state, _ = vm.state()
-    if state != "running" or vm.foreign_qemu():
+    if state != "running" or foreign_qemu(vm):
         return state
     try:
         with QMP(vm.folder, 1.0) as qemu:
@@ -2946,7 +2849,7 @@ def choose_seed(qemu: Qemu) -> str:
     raise MissingProgram(
         f"{qemu.path} has no vvfat driver, and there is no program that writes ISO images: one of them has to make"
         " cloud-init's seed",
-        install_command(["xorriso"]) or "install xorriso",
+        install_command("xorriso"),
     )
 
 
@@ -3227,7 +3130,7 @@ def start_daemon(argv: Sequence[str], fds: Sequence[int]) -> None:
     said = b""
     with open(mine, "rb", buffering=0) as pipe:
         try:
-            child = spawn(argv, log=its, cwd="/", fds=fds)
+            child = spawn(argv, log=its, cwd="/", pass_fds=fds)
         finally:
             os.close(its)
         while select.select([pipe], [], [], 30)[0]:
@@ -3900,7 +3803,7 @@ class PrivateNetwork(Network):
 
     def _run_inside(self, argv: Sequence[str], input: bytes | None = None, check: bool = True) -> int:
         words, fds = self.enter(argv)
-        return run(words, input=input, fds=fds, check=check).returncode
+        return run(words, input=input, pass_fds=fds, check=check).returncode
 
     def down(self) -> None:
         """End it: dnsmasq, pasta, the holder, and with them everything inside.  Call it under the lock."""
@@ -3949,7 +3852,7 @@ class PrivateNetwork(Network):
     def _users(self) -> Iterator[VM]:
         """The VMs that are on it: running, or not known to have stopped; a template in the making may be booted too."""
         for vm in [*self.tree.unfinished(), *self.tree.vms()]:
-            if vm.state()[0] == "stopped" or vm.foreign_qemu():
+            if vm.state()[0] == "stopped" or foreign_qemu(vm):
                 continue
             if not vm.is_readable() or vm.get("vmNetwork") != "bridge":
                 yield vm
@@ -4242,9 +4145,7 @@ def free_bridge_subnet(config: Config, path: str) -> str:
     if not clash:
         return f"the bridge's network is {net}"
     text, config = update_assignments(read_text(path), {"bridgeSubnet": subnet}), Config()
-    for line in parse_assignments(text, path, ChainMap({}, config.values(), os.environ)):
-        if line.key in SETTING:
-            config.set(line.key, line.value, f"{path}:{line.line}")
+    config.take(text, path, warn=lambda text: None)
     if not BridgeSettings(config).holds(f"{subnet}.0"):
         raise Error(
             f"{path}: bridgeNet and bridgeAddress don't follow bridgeSubnet", f"set them to {subnet}.0/24 by hand"
@@ -4884,7 +4785,7 @@ class HostBridge(Network):
         """Why this user can't use qemu-bridge-helper, which root's rights are needed for, and what mends it."""
         place = self.helper() or next(filter(os.path.isfile, self.helper_places), "")
         if not place:
-            yield "qemu-bridge-helper is not there", install_command(["qemu-bridge-helper"]) or "install it from QEMU"
+            yield "qemu-bridge-helper is not there", install_command("qemu-bridge-helper")
             return
         info = os.stat(place)
         if os.geteuid() and (info.st_uid or not info.st_mode & stat.S_ISUID):
@@ -4937,7 +4838,7 @@ class HostBridge(Network):
         mine, its = sockets.socketpair(sockets.AF_UNIX, sockets.SOCK_STREAM)
         with mine, its:
             words = ["--use-vnet", f"--br={self.interface}", f"--fd={its.fileno()}"]
-            run([self.helper() or "qemu-bridge-helper", *words], fds=[its.fileno()])
+            run([self.helper() or "qemu-bridge-helper", *words], pass_fds=[its.fileno()])
             mine.settimeout(5)
             _, fds, _, _ = sockets.recv_fds(mine, 16, 1)
         if not fds:
@@ -4947,7 +4848,7 @@ class HostBridge(Network):
 
     def address(self, vm: VM) -> str:
         """What the DHCP server gave to the VM's MAC, or ''.  The bash tools drew another MAC at each start."""
-        foreign = vm.foreign_qemu()
+        foreign = foreign_qemu(vm)
         if foreign:
             return self.leases().get(foreign.mac, "")
         return vm.get("vmAddress") or self.leases().get(vm.get("vmMac"), "")
@@ -5156,7 +5057,7 @@ class Forwarder:
             os.close(place)
             words = self_argv("forward", self.network.kind, str(control.fileno()))
             environment = {"NOCLOUD_vmBaseDir": self.tree.base}
-            spawn(words, log=self.log_file, cwd="/", fds=[control.fileno()], env=environment)
+            spawn(words, log=self.log_file, cwd="/", pass_fds=[control.fileno()], env=environment)
 
     def open(self, stack: Any, ports: Iterable[tuple[str, int, int]]) -> dict[str, tuple[int, socket.socket]]:
         """IP:HOST → (the port of the guest, a listener, which the ExitStack closes)."""
@@ -5823,16 +5724,16 @@ def checksum_text(text: str) -> str:
 
 
 ENTRY_KEYS: dict[str, Callable[[str], object]] = {
-    "title": any_text,
+    "title": str,
     "kind": one_of("cloud", "classic"),
     "arch": one_of("x86_64"),
     "image": lambda text: [web_address(word) for word in text.split() or [text]],
-    "checksums": any_text,
+    "checksums": str,
     "algorithm": one_of("sha512", "sha256", "md5"),
     "checksum": checksum_text,
     "base": web_address,
     "last": whole_number(0, 999),
-    "key": any_text,
+    "key": str,
     "user": LOGIN_NAME,
     "init": INIT_KIND,
     "mem": MEMORY_MB,
@@ -6821,7 +6722,7 @@ class Layer:
 
     def adopt(self) -> None:
         """Make it the template's disk, in the form in which the conf names disks; whole on the disk before that."""
-        make_read_only(self.path)
+        set_writable(self.path, False)
         sync(self.path)
         folder, disk = os.path.realpath(self.template.folder), self.template.disks()[0]
         if os.path.realpath(os.path.dirname(disk)) == folder:
@@ -6877,8 +6778,8 @@ def next_layer(template: VM) -> Layer:
 def new_layer(template: VM) -> Layer:
     """An empty layer on the template's present disk.  Call it under the template's lock, when it has been settled."""
     layer, disk = next_layer(template), template.disks()[0]
-    folder = os.path.realpath(template.folder)
-    create_overlay(layer.path, os.path.relpath(os.path.realpath(disk), folder), known_formats(template)[0])
+    backing = os.path.relpath(os.path.realpath(disk), os.path.realpath(template.folder))
+    create_disk(layer.path, backing=backing, format=known_formats(template)[0])
     return layer
 
 
@@ -7050,7 +6951,7 @@ def grow_disk(cloud: Cloud, vm: VM, gigabytes: int) -> None:
     if gigabytes * GIB > size:
         if vm.is_template:
             check_no_clones(cloud, vm)
-        make_writable(disk)
+        set_writable(disk, True)
         resize_disk(disk, format, gigabytes)
 
 
@@ -7363,7 +7264,7 @@ def install_packages(build: Build, archive: str, progress: BuildProgress) -> Non
         build.suite, archive, *build.sources,
     ]  # fmt: skip
     env = {"TMPDIR": build_tmpdir(), "INITRD": "No", "DEBIAN_FRONTEND": "noninteractive"}
-    if run_watched(argv, progress, env):
+    if run_watched(argv, progress, env=env)[0]:
         raise build_error(build, progress.errors)
 
 
@@ -7690,7 +7591,7 @@ class Cloud:
 
     def network_kind(self, vm: VM) -> str:
         """Which network a VM is on.  The bash tools knew the host's bridge only."""
-        return "bridge" if vm.foreign_qemu() else self.chosen_network(vm.get("vmNetwork"))
+        return "bridge" if foreign_qemu(vm) else self.chosen_network(vm.get("vmNetwork"))
 
     def forwarder(self, vm: VM) -> Forwarder:
         """What forwards the ports of a VM."""
@@ -7740,7 +7641,7 @@ class CloneOption:
     metavar: str  # what its value is, '' where it takes none; a FILE's name is relative to the description file
     sets: str  # the setting that the clones get, which checks the value; or else the field of CloneRequest
     help: str
-    check: Callable[[str], Any] = any_text  # raises ValueError, saying what was expected, or UsageError without `NAME=`
+    check: Callable[[str], Any] = str  # raises ValueError, saying what was expected, or UsageError without `NAME=`
 
     def __post_init__(self) -> None:
         if self.sets in SETTING:
@@ -8134,7 +8035,7 @@ class NewClones:
         system = vm.disk_name(0, extension)
         disk = os.path.realpath(template.disks()[0])
         backing = os.path.relpath(disk, os.path.realpath(vm.folder))
-        create_overlay(vm.file(system), backing, clone.format, request.disk)
+        create_disk(vm.file(system), request.disk, backing, clone.format)
         extra = [vm.disk_name(number, extension) for number in range(1, len(request.disks) + 1)]
         for name, size in zip(extra, request.disks):
             create_disk(vm.file(name), size)
@@ -8177,7 +8078,7 @@ def make_clones(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> l
                 locks.enter_context(FolderLock(template.folder, shared=True))
             template.reread()
             check_clonable(template)
-            make_read_only(template.disks()[0])
+            set_writable(template.disks()[0], False)
         own_key()
         with NewClones(cloud, group, requests, {template.name: template for template in templates}) as new:
             made = new.finish()
@@ -8344,7 +8245,7 @@ def start(cloud: Cloud, vm: VM, *, iso: str = "", gui: bool = False) -> None:
                 layer = new_layer(vm)
             else:
                 for disk in vm.disks():
-                    make_writable(disk)  # cloning made it read-only
+                    set_writable(disk, True)  # cloning made it read-only
         try:
             start_locked(cloud, vm, layer, iso, gui)
             if layer:
@@ -8411,11 +8312,12 @@ def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False, lay
         (os.path.relpath(path, vm.folder), format, f"{vm.name}_{number}")
         for number, (path, format) in enumerate(zip(paths, formats))
     ]
+    has_screen = gui or yes_no(vm.get("vmGui")) == "yes"
     return Machine(
         qemu=cloud.qemu(), accel=cloud.accel(vm.get("vmAccel")), name=vm.name, settings=vm.settings(), disks=disks,
         pid_file=os.path.basename(vm.pid_file), credentials=write_credentials(vm),
         seed=write_seed(cloud, vm, takes_seed(vm) and not iso),  # an installer would take it for its users' answers
-        extra=split_words(vm.get("vmExtraOpts")), iso=iso, screen=cloud.screen() if gui or vm.is_set("vmGui") else "",
+        extra=split_words(vm.get("vmExtraOpts")), iso=iso, screen=cloud.screen() if has_screen else "",
         record=os.path.basename(layer.record) if layer else "",
     )  # fmt: skip
 
@@ -8458,7 +8360,8 @@ def write_seed(cloud: Cloud, vm: VM, wanted: bool) -> str:
     if cloud.seed() == "vvfat":
         return folder
     image = os.path.join(vm.seed_folder, SEED_ISO)
-    create_iso(image, "cidata", list(files))
+    # Rock Ridge and Joliet keep the names in lower case.
+    run([*find_iso_writer(), "-quiet", "-output", image, "-volid", "cidata", "-joliet", "-rock", *files])
     os.chmod(image, 0o600)
     return os.path.join(folder, SEED_ISO)
 
@@ -8480,7 +8383,7 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, tie
         fcntl.flock(console, fcntl.LOCK_EX)  # qemu's from now on: that tells what bounds the log whether it runs
         # A template's folder may be entered by others, and who may write to a socket of qemu's owns the guest.
         kept = [fd for fd in (*fds, tap, vhost, console.fileno()) if fd >= 0]
-        process = spawn(words, log=vm.log_file, cwd=vm.folder, fds=kept, umask=0o077)
+        process = spawn(words, log=vm.log_file, cwd=vm.folder, pass_fds=kept, umask=0o077)
     try:
         bound = ["sh", "-c", "\n".join(packaged_list("console.sh")), "sh", str(CONSOLE_BYTES), CONSOLE_SECONDS]
         spawn(bound, log=os.devnull, cwd=vm.folder, umask=0o077)
@@ -8735,7 +8638,7 @@ def pin_host_key(wait: Wait) -> None:
     try:
         for seconds in wait.tries():
             trust = ssh_trust_options(place, strict=False)
-            try_run([*ssh_argv(cloud, vm, BATCH, trust, ssh_key_options(True)), "true"], seconds, GUEST_OUTPUT)
+            try_run([*ssh_argv(cloud, vm, BATCH, trust, ssh_key_options(True)), "true"], seconds, guest=True)
             if os.path.exists(place):
                 break
         lines = read_text(place).splitlines()
@@ -8747,7 +8650,7 @@ def pin_host_key(wait: Wait) -> None:
 def ssh_batch(cloud: Cloud, vm: VM, script: str, timeout: float, user: str = "") -> tuple[int, str]:
     """Run a command in the guest with nocloud's own key and no ssh configuration of the user's; (status, output)."""
     first = [*BATCH, *(["-l", user] if user else [])]
-    return try_run([*ssh_argv(cloud, vm, first), script], timeout, GUEST_OUTPUT)
+    return try_run([*ssh_argv(cloud, vm, first), script], timeout, guest=True)
 
 
 BATCH = ("-F", "none", *ssh_options(BatchMode="yes", ConnectTimeout="20"))  # nobody is asked anything
@@ -8800,7 +8703,7 @@ def start_all(
 
     members: dict[str, list[VM]] = {}
     for vm in vms:
-        if vm.is_readable() and not vm.foreign_qemu():
+        if vm.is_readable() and not foreign_qemu(vm):
             members.setdefault(cloud.network_kind(vm), []).append(vm)
     with contextlib.ExitStack() as stack:
         for kind in sorted(members):
@@ -8892,37 +8795,27 @@ class OwnGuest:
     def wait_login(self) -> None:
         """Return when one can log in to it with `keys`, which may be others than ours."""
         for seconds in self.wait(wait_ssh).tries():
-            status, said = self.ask("true", seconds)
+            status, said = self.run("true", seconds)
             if not status:
                 return
             if "Permission denied" in said:
                 raise Error(f"no key lets {self.vm.get('vmUser')} in: {last_line(said)}", vm=self.vm)
 
-    def run(self, script: str, on_line: Callable[[str], None], seconds: float) -> int:
-        """Run a script in it, giving each line that it writes to `on_line`; its status, 255 where ssh failed.
+    def run(self, script: str, seconds: float, on_line: Callable[[str], None] = lambda line: None) -> tuple[int, str]:
+        """Run a script in it, giving each line that it writes to `on_line`; (its status, what it says last).
 
-        Raises TimedOut after `seconds`.
+        The status is 255 where ssh failed.  Raises TimedOut after `seconds`.
         """
         words = ssh_argv(self.cloud, self.vm, BATCH, keys=self.keys)
         tied = [*TIE, need_program(words[0]), *words[1:], script]
-        status = run_watched(tied, on_line, timeout=seconds, host=self._process)
+        status, said = run_watched(tied, on_line, timeout=seconds, host=self._process)
         if status and not self.vm.is_running():
             raise WrongState("its guest ended in the middle of the work", f"see {self.vm.console_log}", vm=self.vm)
-        return status
-
-    def ask(self, script: str, seconds: float) -> tuple[int, str]:
-        """The status of a script in it, and what it says last."""
-        said = ""
-
-        def hear(line: str) -> None:
-            nonlocal said
-            said = f"{said}{line}\n"[-GUEST_OUTPUT:]
-
-        return self.run(script, hear, seconds), said
+        return status, said
 
     def output(self, script: str, seconds: float = 120) -> str:
         """What a script says in it.  Raises Error where its status isn't 0."""
-        status, said = self.ask(script, seconds)
+        status, said = self.run(script, seconds)
         if status:
             raise Error(last_line(said) or describe_status(status), vm=self.vm)
         return said
@@ -9089,7 +8982,7 @@ def upgrade_guest(guest: OwnGuest, seconds: float) -> None:
     script = upgrade_script(vm.name, release)
     report.say(f"{report.program}: {vm}: upgrading {release.get('PRETTY_NAME') or release['ID']}")
     try:
-        status = guest.run(script, lambda line: report.say(line.rstrip("\r").rpartition("\r")[2]), seconds)
+        status, _ = guest.run(script, seconds, lambda line: report.say(line.rstrip("\r").rpartition("\r")[2]))
     except TimedOut:
         raise TimedOut(f"no end of the upgrade after {seconds:.0f} s", "--timeout S gives it longer", vm=vm) from None
     if status:
@@ -9211,8 +9104,7 @@ def viewer_argv(screen: str, path: str) -> list[str]:
         if find_program(program):
             return [program, before + path]
     names = [program for program, _ in VIEWERS[screen]]
-    hint = install_command(names[:1]) or f"install it, in the package that has {names[0]}"
-    raise MissingProgram(f"no viewer for its screen: {' or '.join(names)} is needed", hint)
+    raise MissingProgram(f"no viewer for its screen: {' or '.join(names)} is needed", install_command(names[0]))
 
 
 def open_screen(vm: VM) -> None:
@@ -9228,7 +9120,7 @@ def open_screen(vm: VM) -> None:
     try:
         argv = viewer_argv(screen, path)
         remove_file(log)
-        child = spawn(argv, log=log, cwd="/", fds=[place])
+        child = spawn(argv, log=log, cwd="/", pass_fds=[place])
     finally:
         os.close(place)
     wait_for(lambda: child.poll() is not None or has_viewer(vm), VIEWER_SECONDS, 0.1)
@@ -9282,7 +9174,7 @@ def connect_line(vm: VM, name: str, what: str) -> socket.socket:
 
 def serial_console(vm: VM) -> None:
     """The serial line on stdin and stdout, until the user leaves or the guest ends."""
-    if vm.foreign_qemu():
+    if foreign_qemu(vm):
         hint = f"vmmanage -n {vm} is its monitor; started anew, by vm or vmrun -r, it has one"
         raise WrongState("nocloud didn't start it, so its serial console isn't at hand", hint, vm=vm)
     connection = connect_line(vm, "serial", "serial console")
@@ -9378,7 +9270,7 @@ def monitor_session(vm: VM) -> int:
     status = EXIT_DONE
     terminal = os.isatty(0)
     greeting = f"qemu's monitor of {vm.name}; Ctrl-D leaves, `quit` switches {vm.name} off"
-    if terminal and os.isatty(1) and os.path.exists(vm.file("monitor.sock")) and not vm.foreign_qemu():
+    if terminal and os.isatty(1) and os.path.exists(vm.file("monitor.sock")) and not foreign_qemu(vm):
         join_line(vm, connect_line(vm, "monitor", "monitor"), greeting, MONITOR_LEAVE, DROP_LINE)
         return EXIT_DONE
     if terminal:
@@ -9701,8 +9593,7 @@ class Supervisor:
             self.goal = LEAVE
         if self._jobs:
             if self._ending != self.goal and (self.goal == DESTROY or not self._starting):
-                cancellation.requested = True
-                cancellation.end_children()
+                cancellation.request()
         elif self.goal == RUN:
             self._rest()
         else:
@@ -9942,10 +9833,6 @@ class Patient:
 # -- commands that mend
 
 
-def install_hint(*programs: str) -> str:
-    return install_command(programs) or f"install {' and '.join(programs)}"
-
-
 def self_command(words: str) -> str:
     """A call of this program by root.  sudo looks for it in the system's folders only (sudoers(5), secure_path)."""
     ours = program_path()
@@ -10080,7 +9967,7 @@ def examine_disks(patient: Patient, vm: VM, followed: Callable[[str], bool]) -> 
 
 def examine_qemu(patient: Patient) -> str:
     qemu = patient.cloud.qemu()
-    package = install_hint(f"qemu-system-{os.uname().machine}")
+    package = install_command(f"qemu-system-{os.uname().machine}")
     patient.tell(OK, f"{qemu.path}, version {qemu.version}", "")
     if "sandbox" not in qemu.options:
         patient.tell(WARNING, f"{qemu.path} was built without -sandbox: it runs unconfined", package)
@@ -10142,7 +10029,7 @@ def examine_namespaces(patient: Patient) -> str:
         new_namespaces("10.88.0", nft_rules("guests.nft", gateway="10.88.0.1", mac=BRIDGE_MAC)).close()
     except Error:
         text = "VMs on the private network can take each other's addresses: nft has no rules for bridges here"
-        patient.tell(WARNING, text, f"{install_hint('nft')}  # and have a kernel with CONFIG_NF_TABLES_BRIDGE")
+        patient.tell(WARNING, text, f"{install_command('nft')}  # and have a kernel with CONFIG_NF_TABLES_BRIDGE")
     return "this user may make namespaces"
 
 
@@ -10165,7 +10052,7 @@ def examine_private_programs(patient: Patient) -> str:
     missing = [name for name in ("ip", "dnsmasq", "nsenter") if not find_program(name)]
     if missing:
         text = f"not found, and the private network needs it: {', '.join(missing)}"
-        patient.tell(WRONG, text, install_hint(*missing))
+        patient.tell(WRONG, text, install_command(*missing))
     return "ip, dnsmasq and nsenter"
 
 
@@ -10173,7 +10060,7 @@ def examine_way_out(patient: Patient) -> str:
     missing = [names[0] for names in (["pasta"], ["nft", "iptables"]) if not any(map(find_program, names))]
     if missing:
         text = f"VMs on the private network don't reach the Internet: {' and '.join(missing)} not found"
-        patient.tell(WARNING, text, install_hint(*missing))
+        patient.tell(WARNING, text, install_command(*missing))
     network = patient.cloud.private
     if network.holder() and not network.is_current():
         text = "the private network doesn't know this host's present name servers, addresses or routes"
@@ -10292,7 +10179,7 @@ def examine_forwarding(patient: Patient) -> str:
         if not forwards(each):
             patient.tell(WARNING, f"guests have no way out: {each} doesn't forward", mend)
     if not find_program("nft"):
-        patient.tell(WARNING, "nft is not found", install_hint("nft"))
+        patient.tell(WARNING, "nft is not found", install_command("nft"))
     elif is_root:
         for family, what in (("ip", "guests have no way out"), ("inet", "guests reach this host")):
             if not has_nft_table(f"{family} {DOMAIN}"):
@@ -10362,7 +10249,7 @@ def examine_names(patient: Patient) -> str:
     else:
         asks = name_servers()[:1] == [address]
         why = ", which runs no systemd-resolved; vmssh needs none"
-        mend = f"{install_hint('resolvectl')} && {mend}"
+        mend = f"{install_command('resolvectl')} && {mend}"
     if not asks:
         patient.tell(WARNING, f"VMs' names don't resolve on this host{why}", mend)
     return f"this host asks {address} for them"
@@ -10486,12 +10373,12 @@ class Option:
 
     usage: str
     help: str
-    check: Callable[[str], Any] = any_text
+    check: Callable[[str], Any] = str
     default: str = ""
     complete: str | tuple[str, ...] = ""
 
     def __post_init__(self) -> None:
-        if self.default and self.check is any_text:
+        if self.default and self.check is str:
             self.check = SETTING[self.default].check
         self.complete = self.complete or OFFERED.get(self.value, "")
 
@@ -12049,9 +11936,9 @@ def check_programs(config: Config) -> None:
     missing += [name for name in NEEDED_PROGRAMS if not find_program(name)]
     missing += [] if HostBridge(config).helper() else ["qemu-bridge-helper"]
     if missing:
-        _, column = host_installer()
+        _, column = choose_installer(os_release())
         names = [f"{name} (package {package_of(name, column)})" for name in missing]
-        raise MissingProgram(f"not here yet: {', '.join(names)}; nothing was changed", install_command(missing))
+        raise MissingProgram(f"not here yet: {', '.join(names)}; nothing was changed", install_command(*missing))
 
 
 class HostSetup:

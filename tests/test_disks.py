@@ -87,7 +87,7 @@ def test_names_of_image_files_are_names_of_files(cloud: Cloud, name: str) -> Non
 
 def test_overlay_and_disk(tmp_path: Path) -> None:
     create(tmp_path / "base")
-    nocloud.create_overlay(str(tmp_path / "over"), "base")
+    nocloud.create_disk(str(tmp_path / "over"), backing="base", format="qcow2")
     nocloud.create_disk(str(tmp_path / "disk"), 3)
     info = nocloud.image_info(str(tmp_path / "over"), "qcow2")
     assert (info["backing-filename"], info["backing-filename-format"]) == ("base", "qcow2")
@@ -107,13 +107,13 @@ def test_read_only(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch(0o664)
     file.chmod(0o664)
-    nocloud.make_read_only(str(file))
-    nocloud.make_read_only(str(file))
+    nocloud.set_writable(str(file), False)
+    nocloud.set_writable(str(file), False)
     assert file.stat().st_mode & 0o777 == 0o444
     if os.geteuid() == 0:
         file.chmod(0o664)
         os.chown(file, 65534, 65534)
-        nocloud.make_read_only(str(file))
+        nocloud.set_writable(str(file), False)
         assert file.stat().st_mode & 0o777 == 0o664  # someone else's stays as it is
 
 

@@ -66,13 +66,18 @@ def test_a_program_that_is_not_there(tmp_path: Path) -> None:
     assert nocloud.find_program(str(tmp_path)) == ""
 
 
+def put_programs(folder: Path, *names: str) -> str:
+    """Make programs of these names in a new folder, which may be PATH."""
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text("#!/bin/sh\n")
+        (folder / name).chmod(0o755)
+    return str(folder)
+
+
 def test_the_hint_names_this_systems_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for manager, words in (("apt-get", "apt install"), ("dnf", "dnf install"), ("pacman", "pacman -S")):
-        folder = tmp_path / manager
-        folder.mkdir()
-        (folder / manager).write_text("#!/bin/sh\n")
-        (folder / manager).chmod(0o755)
-        monkeypatch.setenv("PATH", str(folder))
+        monkeypatch.setenv("PATH", put_programs(tmp_path / manager, manager))
         with pytest.raises(nocloud.MissingProgram) as raised:
             nocloud.need_program("no-such-program")
         assert raised.value.hint == f"sudo {words} no-such-program"
@@ -94,10 +99,10 @@ def test_the_hint_names_this_systems_package(tmp_path: Path, monkeypatch: pytest
     ],
 )
 def test_the_distribution_says_how_packages_are_installed(
-    release: str, present: str, chosen: tuple[str, int], tmp_path: Path
+    release: str, present: str, chosen: tuple[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "os-release").write_text(f"{release}\nVERSION_ID=1\n")
-    assert nocloud.choose_installer(nocloud.os_release(str(tmp_path / "os-release")), present.split()) == chosen
+    monkeypatch.setenv("PATH", put_programs(tmp_path / "bin", *present.split()))
+    assert nocloud.choose_installer(nocloud.parse_os_release(f"{release}\nVERSION_ID=1\n")) == chosen
 
 
 def test_each_distribution_has_its_own_packages() -> None:
@@ -142,7 +147,7 @@ def test_no_descriptor_of_ours_leaks(tmp_path: Path) -> None:
         os.set_inheritable(file.fileno(), True)
         shown = nocloud.run(["ls", "-l", "/proc/self/fd"]).stdout
         assert "/file" not in shown
-        shown = nocloud.run(["ls", "-l", "/proc/self/fd"], fds=[file.fileno()]).stdout
+        shown = nocloud.run(["ls", "-l", "/proc/self/fd"], pass_fds=[file.fileno()]).stdout
         assert "/file" in shown
 
 

@@ -221,7 +221,7 @@ CHECKS: list[tuple[str, list[str], list[str]]] = [
     ("vmInit", ["auto", "systemd", "cloud-init", "ssh", "none"], ["x"]),
     ("vmUser", ["root", "_a-b1"], ["", "-oProxyCommand=x", "a b", "Root", "a" * 33, "a,b"]),
     ("vmMac", ["", "00:50:56:ab:cd:ef"], ["00:50:56", "00:50:56:ab:cd:eg", "00:50:56:ab:cd:ef,id=x"]),
-    ("vmAddress", ["", "10.88.0.2"], ["10.88.0", "256.1.1.1", "::1", "x"]),
+    ("vmAddress", ["", "10.88.0.2"], ["10.88.0", "10.88.0.02", "256.1.1.1", "::1", "x"]),
     ("vmUuid", ["", "6ba7b810-9dad-41d1-80b4-00c04fd430c8"], ["6ba7b810", "x"]),
     ("vmStopTimeout", ["0", "30"], ["-1", "1.5", "never"]),
     ("vmWaitTimeout", ["0", "300"], ["-1", "", "86401"]),
@@ -253,7 +253,7 @@ CHECKS: list[tuple[str, list[str], list[str]]] = [
     ("vmGui", ["", "0", "1", "yes", "no", "true", "False", "on", "OFF"], ["2", "y", "screen"]),
     ("bridgeInterface", ["nocloud", "br0"], ["br0,x", "-x"]),
     ("bridgeAddress", ["10.0.0.1/8", "192.168.1.1/30"], ["", "10.0.0.1", "10.0.0.1/7", "10.0.0.1/31", "x/24"]),
-    ("bridgeNet", ["10.0.0.0/8"], ["", "10.0.0.0", "10.0.0/24"]),
+    ("bridgeNet", ["10.0.0.0/8"], ["", "10.0.0.0", "10.0.0/24", "10.0.0.0/08"]),
     *(
         (key, ["192.168.1.2"], ["192.168.1", "192.168.1.256", "192.168.1.2/24"])
         for key in ("bridgeIpAddress", "bridgeDhcpStart", "bridgeDhcpStop")
