@@ -6156,10 +6156,15 @@ class Progress:
 
 
 class Transfer:
-    """A file that comes into `path`, after what is in it already; each byte of it, the old ones too, goes to `sink`."""
+    """A file that comes into `path`, after what is in it already; each byte of it, the old ones too, goes to `sink`.
 
-    def __init__(self, web: Web, url: str, path: str, sink: Callable[[bytes], object], progress: Progress) -> None:
-        self.web, self.url, self.path, self.sink, self.progress = web, url, path, sink, progress
+    `urls` are tried in turn; one at which no file is, is taken out.
+    """
+
+    def __init__(
+        self, web: Web, urls: list[str], path: str, sink: Callable[[bytes], object], progress: Progress
+    ) -> None:
+        self.web, self.urls, self.path, self.sink, self.progress = web, urls, path, sink, progress
         self.done, self.total, self.tag = 0, -1, ""
         self.strict = False  # tags differ between the mirrors that a redirector chooses from
 
@@ -6175,16 +6180,23 @@ class Transfer:
             self.web.patiently(lambda: self._receive(file), lambda: self.done)
 
     def _receive(self, file: io.FileIO) -> None:
+        url = self.urls[0]
         try:
-            answer = self.web.open(self.url, self.done)
+            answer = self.web.open(url, self.done)
+        except Absent:
+            if len(self.urls) == 1:
+                raise
+            del self.urls[0]
+            self._receive(file)
+            return
         except Exhausted:
             if self.done < self.total:
                 raise
             return  # it is all here, or another file: the checksum knows
         with answer:
-            skip = self._align(answer)
+            skip = self._align(url, answer)
             self.progress.expect(self.total, os.path.dirname(self.path))
-            for piece in self.web.pieces(self.url, answer):
+            for piece in self.web.pieces(url, answer):
                 new = piece[skip:]
                 skip -= len(piece) - len(new)
                 self.sink(new)
@@ -6197,20 +6209,20 @@ class Transfer:
                 self.done += len(new)
                 self.progress.advance(len(new))
             if answer.length or (self.total >= 0 and self.done < self.total):
-                raise TryAgain(f"{self.url}: the server broke off after {self.done // MIB} MB")
+                raise TryAgain(f"{url}: the server broke off after {self.done // MIB} MB")
 
-    def _align(self, answer: http.client.HTTPResponse) -> int:
+    def _align(self, url: str, answer: http.client.HTTPResponse) -> int:
         """How many bytes of this answer we have already.  Raises Altered where it is of another file than ours."""
         total, skip = answer.length if answer.length is not None else -1, self.done
         if answer.status == 206:
             part = answer.headers.get("Content-Range", "").strip()
             found = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]+/([0-9]{1,18}|\*)", part)
             if not found or int(found.group(1)) != self.done:
-                raise Altered(f"{self.url}: the server sent another part than it was asked for")
+                raise Altered(f"{url}: the server sent another part than it was asked for")
             total, skip = int(found.group(2)) if found.group(2) != "*" else -1, 0
         tag = answer.headers.get("ETag", "") or answer.headers.get("Last-Modified", "")
         if 0 <= total < max(self.done, self.total) or (self.strict and self.tag not in ("", tag)):
-            raise Altered(f"{self.url}: the file on the server has changed meanwhile", "try again")
+            raise Altered(f"{url}: the file on the server has changed meanwhile", "try again")
         self.total, self.tag = max(total, self.total), tag
         return skip
 
@@ -6389,7 +6401,9 @@ class CachedImage:
         for name in names_in(self.folder):
             os.unlink(os.path.join(self.folder, name))
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, raised: object, trace: object) -> None:
+        if isinstance(raised, (Altered, WrongImage)):
+            self.clear()  # the next call begins anew
         for name in names_in(self.folder):
             path = os.path.join(self.folder, name)
             if os.path.getsize(path) == 0:
@@ -6403,34 +6417,31 @@ class Source:
 
     pieces = 1
 
-    def __init__(self, web: Web, urls: Sequence[str], algorithm: str, digest: str) -> None:
+    def __init__(self, web: Web, urls: list[str], algorithm: str, digest: str) -> None:
         self.web, self.urls, self.algorithm, self.digest = web, urls, algorithm, digest
-        self.url = urls[0]
+
+    @property
+    def url(self) -> str:
+        """Where it is, or once it has come, was."""
+        return self.urls[0]
 
     def fetch(self, folder: str, progress: Progress) -> None:
         """Make `image` in the folder, going on with what is there.  Raises Altered for what wasn't published."""
         import hashlib
 
-        for url in self.urls:
-            digest, part = hashlib.new(self.algorithm), os.path.join(folder, "image.part")
-            try:
-                Transfer(self.web, url, part, digest.update, progress).run()
-            except Absent:
-                if url == self.urls[-1]:
-                    raise
-                progress.done = progress.kept = 0
-                continue
-            self.check(url, digest.hexdigest())
-            os.rename(part, os.path.join(folder, "image"))
-            return
-
-    def check(self, url: str, found: str) -> None:
-        """Raise where what came has another checksum."""
-        if found != self.digest:
+        digest, part = hashlib.new(self.algorithm), os.path.join(folder, "image.part")
+        self.receive(part, digest.update, progress)
+        if digest.hexdigest() != self.digest:
             raise Altered(
-                f"{url}: refused: its {self.algorithm} checksum is not the published one",
+                f"{self.url}: refused: its {self.algorithm} checksum is not the published one",
                 "it was cut short, altered, or replaced just now; try again later",
             )
+        os.rename(part, os.path.join(folder, "image"))
+        progress.finish()
+
+    def receive(self, part: str, sink: Callable[[bytes], object], progress: Progress) -> None:
+        """Have the image in the file `part`, and give each byte of it to `sink`."""
+        Transfer(self.web, self.urls, part, sink, progress).run()
 
 
 class ClassicSource(Source):
@@ -6440,19 +6451,20 @@ class ClassicSource(Source):
         super().__init__(web, [f"{base}/{name}.img/"], algorithm, digest)
         self.base, self.name, self.pieces = base, name, last + 1
 
-    def fetch(self, folder: str, progress: Progress) -> None:
-        import hashlib
-
-        kind, part, digest = self._compression(), os.path.join(folder, "image.part"), hashlib.new(self.algorithm)
-        extension = {"xz": ".xz", "gzip": ".gz", "": ""}[kind]
+    def receive(self, part: str, sink: Callable[[bytes], object], progress: Progress) -> None:
+        try:
+            kind = self.web.text(f"{self.base}/compression").strip()
+        except Absent:
+            kind = ""
+        extension, folder = {"xz": ".xz", "gzip": ".gz"}.get(kind, ""), os.path.dirname(part)
         names = [f"{self.name}.img.{number:03d}{extension}" for number in range(self.pieces)]
         paths = [os.path.join(folder, name) for name in names]
         for name, path in zip(names, paths):
-            Transfer(self.web, self.url + name, path, len, progress).run()  # nobody looks into them yet
+            Transfer(self.web, [self.url + name], path, len, progress).run()  # nobody looks into them yet
         try:
             with open(part, "wb") as image:
-                for piece in unpacked(kind, file_pieces(paths)) if kind else file_pieces(paths):
-                    digest.update(piece)
+                for piece in unpacked(kind, file_pieces(paths)) if extension else file_pieces(paths):
+                    sink(piece)
                     check_reserve(folder)
                     if piece.count(0) == len(piece):
                         image.seek(len(piece), os.SEEK_CUR)  # takes no space
@@ -6462,31 +6474,8 @@ class ClassicSource(Source):
         except BaseException:
             remove_file(part)  # the compressed pieces stay, and are less
             raise
-        self.check(self.url, digest.hexdigest())
         for path in paths:
             os.unlink(path)
-        os.rename(part, os.path.join(folder, "image"))
-
-    def _compression(self) -> str:
-        try:
-            word = self.web.text(f"{self.base}/compression").strip()
-        except Absent:
-            return ""
-        return word if word in ("xz", "gzip") else ""
-
-
-def fetch_verified(source: Source, tree: Tree, name: str, cached: CachedImage) -> None:
-    """Have the image in the cache.  What was altered is thrown away: the next call begins anew."""
-    if cached.is_there():
-        report.say(f"{name}: the image is in the cache: {cached.folder}")
-        return
-    progress = Progress(name, tree.base, source.pieces)
-    try:
-        source.fetch(cached.folder, progress)
-    except Altered:
-        cached.clear()
-        raise
-    progress.finish()
 
 
 def resolve(catalogue: Catalogue, entry: Entry, web: Web) -> Source:
@@ -6668,13 +6657,12 @@ def template_from_source(
         if cloud.tree.template(name).exists():
             report.say(f"{name}: it is there, another command has just made it")
             return
-        fetch_verified(source, cloud.tree, name, cached)
+        if cached.is_there():
+            report.say(f"{name}: the image is in the cache: {cached.folder}")
+        else:
+            source.fetch(cached.folder, Progress(name, cloud.tree.base, source.pieces))
         with NewTemplate(cloud, name) as new:
-            try:
-                import_image(new, cached.image, source.url)
-            except WrongImage:
-                cached.clear()
-                raise
+            import_image(new, cached.image, source.url)
             if first_start:
                 new.write_draft(settings)
                 first_start(new)
@@ -6698,7 +6686,7 @@ def template_from_url(
         raise UsageError(f"{url}: nothing says what it must be", "give --sha256 HEX or --sha512 HEX, or --insecure")
     with NewTemplate(cloud, name) as new:  # nothing of it goes into the cache, or is gone on with later
         found, path, progress = hashlib.sha256(), new.vm.file("download"), Progress(name, cloud.tree.base)
-        transfer = Transfer(web, url, path, found.update, progress)
+        transfer = Transfer(web, [url], path, found.update, progress)
         transfer.strict = True
         transfer.run()
         progress.finish()
