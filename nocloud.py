@@ -6162,11 +6162,11 @@ class Transfer:
     """
 
     def __init__(
-        self, web: Web, urls: list[str], path: str, sink: Callable[[bytes], object], progress: Progress
+        self, web: Web, urls: list[str], path: str, sink: Callable[[bytes], object], progress: Progress, strict: bool
     ) -> None:
-        self.web, self.urls, self.path, self.sink, self.progress = web, urls, path, sink, progress
+        """`strict`: another tag is another file; they differ between the mirrors that a redirector chooses from."""
+        self.web, self.urls, self.path, self.sink, self.progress, self.strict = web, urls, path, sink, progress, strict
         self.done, self.total, self.tag = 0, -1, ""
-        self.strict = False  # tags differ between the mirrors that a redirector chooses from
 
     def run(self) -> None:
         """Fetch it all."""
@@ -6413,7 +6413,7 @@ class CachedImage:
 
 
 class Source:
-    """An image that a server has: its URLs, to be tried in turn, and what it must hash to."""
+    """An image that a server has: its URLs, to be tried in turn, and what it must hash to; '' where nobody knows."""
 
     pieces = 1
 
@@ -6431,17 +6431,19 @@ class Source:
 
         digest, part = hashlib.new(self.algorithm), os.path.join(folder, "image.part")
         self.receive(part, digest.update, progress)
-        if digest.hexdigest() != self.digest:
+        found = digest.hexdigest()
+        if self.digest not in ("", found):
             raise Altered(
                 f"{self.url}: refused: its {self.algorithm} checksum is not the published one",
                 "it was cut short, altered, or replaced just now; try again later",
             )
+        self.digest = found
         os.rename(part, os.path.join(folder, "image"))
         progress.finish()
 
     def receive(self, part: str, sink: Callable[[bytes], object], progress: Progress) -> None:
         """Have the image in the file `part`, and give each byte of it to `sink`."""
-        Transfer(self.web, self.urls, part, sink, progress).run()
+        Transfer(self.web, self.urls, part, sink, progress, strict=not self.digest).run()
 
 
 class ClassicSource(Source):
@@ -6460,7 +6462,7 @@ class ClassicSource(Source):
         names = [f"{self.name}.img.{number:03d}{extension}" for number in range(self.pieces)]
         paths = [os.path.join(folder, name) for name in names]
         for name, path in zip(names, paths):
-            Transfer(self.web, [self.url + name], path, len, progress).run()  # nobody looks into them yet
+            Transfer(self.web, [self.url + name], path, len, progress, False).run()  # nobody looks into them yet
         try:
             with open(part, "wb") as image:
                 for piece in unpacked(kind, file_pieces(paths)) if extension else file_pieces(paths):
@@ -6674,8 +6676,6 @@ def template_from_url(
     cloud: Cloud, name: str, url: str, settings: Mapping[str, str], expected: str, insecure: bool
 ) -> None:
     """A template from an image of the web, with the checksum that the user gives, or without any."""
-    import hashlib
-
     check_new_template(cloud.tree, name)
     web = Web(cloud.config.number("vmDownloadTimeout"))
     if expected:
@@ -6685,14 +6685,11 @@ def template_from_url(
     if not insecure:
         raise UsageError(f"{url}: nothing says what it must be", "give --sha256 HEX or --sha512 HEX, or --insecure")
     with NewTemplate(cloud, name) as new:  # nothing of it goes into the cache, or is gone on with later
-        found, path, progress = hashlib.sha256(), new.vm.file("download"), Progress(name, cloud.tree.base)
-        transfer = Transfer(web, [url], path, found.update, progress)
-        transfer.strict = True
-        transfer.run()
-        progress.finish()
+        source, path = Source(web, [url], "sha256", ""), new.vm.file("image")
+        source.fetch(new.vm.folder, Progress(name, cloud.tree.base))
         import_image(new, path, url)
         os.unlink(path)
-        new.finish({**settings, "vmSource": url, "vmChecksum": f"sha256:{found.hexdigest()}"})
+        new.finish({**settings, "vmSource": url, "vmChecksum": f"sha256:{source.digest}"})
 
 
 def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, Any], take_over: Callable[..., None]) -> None:
