@@ -6983,9 +6983,8 @@ def find_iso(config: Config, name: str) -> str:
     found = next((place for place in places if os.path.isfile(place)), "")
     if found:
         return checked_iso(found)
-    near = "" if "/" in name else nearest(name, names_in(folder))
-    hint = f"did you mean {near}?" if near else f"-i takes a path, or a name in isoDir, {folder}"
-    raise NotFound(f"{name}: no such ISO image", hint)
+    others = [] if "/" in name else names_in(folder)
+    raise no_such("ISO image", name, others, f"-i takes a path, or a name in isoDir, {folder}")
 
 
 def template_for_installer(cloud: Cloud, name: str, gigabytes: int, settings: Mapping[str, str]) -> VM:
