@@ -6590,20 +6590,17 @@ class NewTemplate:
         """Where its disk is to be made."""
         return self.vm.file(self.vm.disk_name(0, self.cloud.config["vmDiskExt"]))
 
-    def write_draft(self, settings: Mapping[str, str]) -> None:
-        """A conf that it can be started with where it is being made."""
+    def write_conf(self, settings: Mapping[str, str]) -> None:
+        """Write a conf that it can be started with where it is being made."""
         disk = {"vmDisk": os.path.basename(self.disk), "vmDiskFormat": "qcow2"}
         self.vm.write_conf({"vmName": self.vm.name, **disk, **settings})
 
     def finish(self, settings: Mapping[str, str]) -> VM:
         """Write its conf and put it in its place."""
-        name = os.path.basename(self.disk)
-        uuid, _ = new_identity(set())
+        name, (uuid, _) = os.path.basename(self.disk), new_identity(set())
         os.chmod(self.disk, 0o444 if self._read_only else 0o644)
-        disk = {"vmDisk": self.final.relative(name), "vmDiskFormat": "qcow2"}
-        conf = {"vmName": self.vm.name, **disk, "vmUuid": uuid, **settings}
-        text = update_assignments("", conf)  # nothing stays of a first start
-        write_file(self.vm.conf_file, text, 0o644, durable=False)
+        remove_file(self.vm.conf_file)  # nothing stays of a first start
+        self.write_conf({"vmDisk": self.final.relative(name), "vmUuid": uuid, **settings})
         land({self.vm.folder: self.final.folder})
         self._done = True
         return self.final
@@ -6666,7 +6663,7 @@ def template_from_source(
         with NewTemplate(cloud, name) as new:
             import_image(new, cached.image, source.url)
             if first_start:
-                new.write_draft(settings)
+                new.write_conf(settings)
                 first_start(new)
             checksum = f"{source.algorithm}:{source.digest}"
             new.finish({**settings, "vmSource": source.url, "vmChecksum": checksum})
@@ -9077,7 +9074,7 @@ def template_from_vm(
             need_stopped(cloud, source)
             copy_disk(source, new, layered)
             settings = {"vmInit": "auto", **source.inherited(), **asked}
-            new.write_draft(settings)
+            new.write_conf(settings)
         if len(source.disks()) > 1:
             left = ", ".join(map(os.path.basename, source.disks()[1:]))
             report.warn(f"{name}: a template has a system disk only, these are left out: {left}")
