@@ -6386,11 +6386,9 @@ class CachedImage:
         import shutil
 
         self.clear()
-        part = self.image + ".part"
         try:
-            shutil.copyfile(disk, part)
-            write_file(self._checksum, file_digest(part) + "\n")
-            os.rename(part, self.image)
+            shutil.copyfile(disk, self.image)
+            write_file(self._checksum, file_digest(self.image) + "\n")  # one that has none isn't used
         except OSError as error:
             report.warn(f"the build isn't kept in the cache: {error_from_os(error)}")
             self.clear()
