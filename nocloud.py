@@ -7381,7 +7381,7 @@ def unpack_system(archive: str, tree: str) -> dict[str, tuple[int, int]]:
     return owners
 
 
-def put_file(tree: str, name: str, text: str = "", link: str = "") -> None:
+def put_file(tree: str, name: str, content: str | bytes = "", link: str = "") -> None:
     """Write a file, or make a symlink, over what is there."""
     path = os.path.join(tree, name)
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -7389,7 +7389,7 @@ def put_file(tree: str, name: str, text: str = "", link: str = "") -> None:
     if link:
         os.symlink(link, path)
     else:
-        write_file(path, text, 0o644, durable=False)
+        write_file(path, content, 0o644, durable=False)
 
 
 def clean_system(tree: str) -> None:
@@ -7427,16 +7427,13 @@ def configure_system(tree: str, disk_uuid: str, build: Build) -> None:
 def put_sources(tree: str, sources: Sequence[str]) -> None:
     """Let the guest's apt have its packages from where they came from, with the same keys; mmdebstrap does so itself
     where it chose them."""
-    import shutil
-
     if not sources:
         return
     put_file(tree, "etc/apt/sources.list", "\n".join(sources) + "\n")
-    for key in set(re.findall(r"signed-by=([^\s\]]+)", " ".join(sources))):
-        target = os.path.join(tree, key.lstrip("/"))
-        if not os.path.exists(target):
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            shutil.copyfile(key, target)
+    for key in set(re.findall(r"signed-by=/([^\s\]]+)", " ".join(sources))):
+        if not os.path.exists(os.path.join(tree, key)):
+            with open(f"/{key}", "rb") as file:
+                put_file(tree, key, file.read())
 
 
 def boot_links(tree: str) -> tuple[str, str]:
