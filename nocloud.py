@@ -5857,17 +5857,14 @@ class Catalogue:
             header = re.fullmatch(r"\[\s*(\S+)\s*\]", line)
             try:
                 if header:
-                    section = self._open(header.group(1), origin)
+                    section = header.group(1)
+                    if section != MIRRORS:
+                        entry = Entry(section, origin, {"kind": "cloud", "arch": "x86_64"})
+                        self.entries.setdefault(checked_name("template", section), entry)
                 elif line:
                     self._set(section, line, origin)
             except UsageError as error:
                 raise UsageError(f"{origin}: {error}", error.hint) from None
-
-    def _open(self, section: str, origin: str) -> str:
-        if section != MIRRORS:
-            checked_name("template", section)
-            self.entries.setdefault(section, Entry(section, origin, {"kind": "cloud", "arch": "x86_64"}))
-        return section
 
     def _set(self, section: str, line: str, origin: str) -> None:
         key, equals, value = (part.strip() for part in line.partition("="))
@@ -6980,23 +6977,6 @@ def find_iso(config: Config, name: str) -> str:
         return checked_iso(found)
     others = [] if "/" in name else names_in(folder)
     raise no_such("ISO image", name, others, f"-i takes a path, or a name in isoDir, {folder}")
-
-
-def template_for_installer(cloud: Cloud, name: str, gigabytes: int, settings: Mapping[str, str]) -> VM:
-    """A template with an empty disk, which an installer is about to fill."""
-    with NewTemplate(cloud, name, read_only=False) as new:
-        create_disk(new.disk, gigabytes)
-        return new.finish(settings)
-
-
-def adjust(cloud: Cloud, vm: VM, changes: Mapping[str, str], gigabytes: int) -> None:
-    """Change settings of a VM or template that is stopped, and make its system disk larger (0: as it is)."""
-    with FolderLock(vm.folder):
-        need_stopped(cloud, vm)
-        if gigabytes:
-            grow_disk(cloud, vm, gigabytes)
-        if changes:
-            vm.write_conf(changes)
 
 
 def grow_disk(cloud: Cloud, vm: VM, gigabytes: int) -> None:
@@ -10770,7 +10750,9 @@ def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> No
                 settings["vmCpuCap"] = str(args.cpu_cap)
             warn_of_memory(int(settings["vmMem"]))
             gigabytes = args.disk or config.number("vmCreateDiskSize")
-            vm = template_for_installer(cloud, args.name, gigabytes, settings)
+            with NewTemplate(cloud, args.name, read_only=False) as new:
+                create_disk(new.disk, gigabytes)
+                vm = new.finish(settings)
         if iso:
             error = start_all(cloud, [vm], iso=iso, gui=True)[0]
             if error:
@@ -10790,7 +10772,12 @@ def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, iso: str) -> VM:
     vm = cloud.tree.need(args.name, first=lambda vm: vm.is_template)
     if iso and vm.is_template:
         check_no_clones(cloud, vm)  # what boots from the ISO may write to the disk
-    adjust(cloud, vm, changes, args.disk or 0)
+    with FolderLock(vm.folder):
+        need_stopped(cloud, vm)
+        if args.disk:
+            grow_disk(cloud, vm, args.disk)
+        if changes:
+            vm.write_conf(changes)
     return vm
 
 
