@@ -5294,8 +5294,6 @@ class Forwarding:
 # Who a VM is: UUID, MAC, host key, login keys, hostname; and how ssh is called so that it checks that.
 # Key material goes by files of mode 0600, never through arguments, messages or logs.
 
-MAC_PREFIX = "00:50:56"
-
 
 def new_identity(taken: set[str]) -> tuple[str, str]:
     """A UUID (random, RFC 4122 version 4) and its MAC: 00:50:56 and the UUID's first three bytes, not among `taken`."""
@@ -5309,16 +5307,14 @@ def new_identity(taken: set[str]) -> tuple[str, str]:
 
 def mac_of_uuid(uuid: str) -> str:
     digits = uuid.replace("-", "").lower()
-    return f"{MAC_PREFIX}:{digits[0:2]}:{digits[2:4]}:{digits[4:6]}"
+    return f"00:50:56:{digits[0:2]}:{digits[2:4]}:{digits[4:6]}"
 
 
 def own_key() -> str:
     """nocloud's own login key, made at first need; the path of its private half (ed25519, no passphrase)."""
-    folder = config_home()
-    path = os.path.join(folder, "id_ed25519")
+    path = os.path.join(config_home(), "id_ed25519")
     if not os.path.exists(path):
-        make_private_folder(folder)
-        with FolderLock(folder):
+        with FolderLock(config_home(), make=True):
             if not os.path.exists(path):
                 make_key(path + ".new", "nocloud")
                 land({path + ".new.pub": path + ".pub", path + ".new": path})
@@ -5901,8 +5897,8 @@ class Catalogue:
 
 def catalogue_files() -> list[str]:
     """The files on disk that add to the packaged catalogue: the installation's, then the user's."""
-    prefix = os.path.dirname(os.path.dirname(program_path()))
-    places = [os.path.join(prefix, "etc", CATALOGUE), os.path.join(config_home(), "templates.conf")]
+    folder = os.path.dirname(installed_settings())
+    places = [os.path.join(folder, CATALOGUE), os.path.join(config_home(), "templates.conf")]
     return [path for path in places if os.path.isfile(path)]
 
 
@@ -7016,9 +7012,8 @@ def template_rows(cloud: Cloud) -> list[tuple[str, str, str, str]]:
         except (Error, OSError) as error:
             report.warn(told_of(template, error))
             continue
-        rows.append(
-            (template.name, f"{size / MIB:.0f} MB", dependents(cloud.tree.clones(template)) or "0 clones", source)
-        )
+        clones = dependents(cloud.tree.clones(template)) or "0 clones"
+        rows.append((template.name, f"{size / MIB:.0f} MB", clones, source))
     return rows
 
 
@@ -7355,8 +7350,7 @@ def unpack_system(archive: str, tree: str) -> dict[str, tuple[int, int]]:
             yield member
 
     with tarfile.open(archive) as tar:
-        if hasattr(tarfile, "fully_trusted_filter"):  # the default of 3.14 would drop setuid bits
-            tar.extraction_filter = staticmethod(tarfile.fully_trusted_filter)
+        tar.extraction_filter = lambda member, path: member  # the default of Python 3.14 would drop setuid bits
         tar.extractall(tree, members=members(tar), numeric_owner=True)
     return owners
 
