@@ -6610,15 +6610,15 @@ def import_image(new: NewTemplate, path: str, shown: str = "") -> None:
     convert_image(path, format, new.disk)
 
 
-def template_settings(cloud: Cloud, mem: int, cpu: int, user: str, init: str) -> dict[str, str]:
-    """What a new template's clones start with."""
-    return {
-        "vmMem": str(mem or cloud.config.number("vmMem")),
-        "vmCpu": str(cpu or cloud.config.number("vmCpu")),
-        "vmUser": user or cloud.config["vmUser"],
-        "vmInit": init or "auto",
-        "vmMachine": cloud.qemu().machine,
-    }
+def asked_settings(given: Mapping[str, Any] | Entry) -> dict[str, str]:
+    """What options, or lines of the catalogue, say of mem, cpu, user and init, as settings."""
+    return {f"vm{name.capitalize()}": str(given[name]) for name in ("mem", "cpu", "user", "init") if given[name]}
+
+
+def template_settings(cloud: Cloud, asked: Mapping[str, str]) -> dict[str, str]:
+    """What a new template's clones start with: `asked`, else what is configured."""
+    configured = {key: cloud.config[key] for key in ("vmMem", "vmCpu", "vmUser")}
+    return {**configured, "vmInit": "auto", "vmMachine": cloud.qemu().machine, **asked}
 
 
 def template_from_image(cloud: Cloud, name: str, path: str, settings: Mapping[str, str], expected: str = "") -> VM:
@@ -6680,7 +6680,7 @@ def template_from_url(
         new.finish({**settings, "vmSource": url, "vmChecksum": f"sha256:{source.digest}"})
 
 
-def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, Any], take_over: Callable[..., None]) -> None:
+def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, str], take_over: Callable[..., None]) -> None:
     """Download what the catalogue has under that name; `asked` are the settings of the command line.
 
     `take_over`, given a NewTemplate and a `key`, plants the user's keys in a classic image, which that key opens.
@@ -6706,19 +6706,13 @@ def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, Any], t
         report.say(f"{name}: the catalogue names no key of its publisher; only keys that are in the image will open it")
 
 
-def entry_settings(cloud: Cloud, entry: Entry, asked: Mapping[str, Any], source: Source) -> dict[str, str]:
+def entry_settings(cloud: Cloud, entry: Entry, asked: Mapping[str, str], source: Source) -> dict[str, str]:
     """What the clones start with: as the command line says, else the entry, else (classic) the publisher's conf."""
-    classic = isinstance(source, ClassicSource)
-    published = published_conf(source) if isinstance(source, ClassicSource) else {}
-    settings = template_settings(
-        cloud,
-        int(asked["mem"] or entry["mem"] or published.get("vmMem", 0)),
-        int(asked["cpu"] or entry["cpu"] or published.get("vmCpu", 0)),
-        asked["user"] or entry["user"],
-        asked["init"] or entry["init"] or ("ssh" if classic else "auto"),
-    )
-    if classic:
-        del settings["vmMachine"]  # without it a VM runs as the bash tools ran it, whose guests know their card's name
+    if not isinstance(source, ClassicSource):
+        return template_settings(cloud, {**asked_settings(entry), **asked})
+    published = published_conf(source)
+    settings = template_settings(cloud, {"vmInit": "ssh", **published, **asked_settings(entry), **asked})
+    del settings["vmMachine"]  # without it a VM runs as the bash tools ran it, whose guests know their card's name
     return settings
 
 
@@ -10677,26 +10671,24 @@ def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> 
             raise UsageError(f"--{stray} goes with --build")
         if (args.layer or args.no_clean) and way != "from":
             raise UsageError(f"--{'layer' if args.layer else 'no-clean'} goes with --from")
+        asked = asked_settings(vars(args))
         if way == "delete":
             delete_template(cloud, name)
         elif way == "from":
-            given = {"vmMem": args.mem, "vmCpu": args.cpu, "vmUser": args.user, "vmInit": args.init}
-            asked = {key: str(value) for key, value in given.items() if value}
             template_from_vm(cloud, name, getattr(args, "from"), asked, args.layer, not args.no_clean)
         elif way == "build":
             check_new_template(cloud.tree, name)
             build = plan_build(args.build, args.include or [], cloud.config.number("vmCreateDiskSize"))
-            settings = template_settings(cloud, args.mem, args.cpu, args.user, args.init or build.init)
+            settings = template_settings(cloud, {"vmInit": build.init, **asked})
             template_from_packages(cloud, name, build, settings, args.rebuild)
         elif way == "image":
-            template_from_address(cloud, name, args)
+            template_from_address(cloud, name, args, template_settings(cloud, asked))
         else:
-            template_from_catalogue(cloud, name, vars(args), functools.partial(take_over, cloud))
+            template_from_catalogue(cloud, name, asked, functools.partial(take_over, cloud))
 
 
-def template_from_address(cloud: Cloud, name: str, args: argparse.Namespace) -> None:
+def template_from_address(cloud: Cloud, name: str, args: argparse.Namespace, settings: Mapping[str, str]) -> None:
     """--image: a path, or a URL."""
-    settings = template_settings(cloud, args.mem, args.cpu, args.user, args.init)
     expected = args.sha256 or args.sha512 or ""
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", args.image):
         template_from_image(cloud, name, args.image, settings, expected)
@@ -10736,12 +10728,12 @@ def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> No
         report.warn(f"vmCreateGroup={config['vmCreateGroup']}: not used, what vmcreate makes is a template")
     with Cloud(config) as cloud:
         iso = find_iso(config, args.iso) if args.iso else ""
+        given = {"vmMem": args.mem, "vmCpu": args.cpu, "vmCpuCap": args.cpu_cap}
+        asked = {key: str(value) for key, value in given.items() if value is not None}
         if args.adjust:
-            vm = adjust_as_asked(cloud, args, iso)
+            vm = adjust_as_asked(cloud, args, asked, iso)
         else:
-            settings = template_settings(cloud, args.mem, args.cpu, "", "")
-            if args.cpu_cap is not None:
-                settings["vmCpuCap"] = str(args.cpu_cap)
+            settings = template_settings(cloud, asked)
             warn_of_memory(int(settings["vmMem"]))
             gigabytes = args.disk or config.number("vmCreateDiskSize")
             with NewTemplate(cloud, args.name, read_only=False) as new:
@@ -10757,10 +10749,8 @@ def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> No
             open_screens([vm])
 
 
-def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, iso: str) -> VM:
+def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, changes: Mapping[str, str], iso: str) -> VM:
     """What vmcreate -a does."""
-    given = {"vmMem": args.mem, "vmCpu": args.cpu, "vmCpuCap": args.cpu_cap}
-    changes = {key: str(value) for key, value in given.items() if value is not None}
     if not changes and not args.disk and not iso:
         raise UsageError("nothing to adjust: give -m, -c, -C or -d", "-h shows how it is called")
     vm = cloud.tree.need(args.name, first=lambda vm: vm.is_template)
