@@ -6404,17 +6404,15 @@ class CachedImage:
 
 
 class Source:
-    """An image that a server has: its URLs, to be tried in turn, and what it must hash to; '' where nobody knows."""
+    """An image that a server has, and what it must hash to; '' where nobody knows.
+
+    `urls` are tried in turn; the first of them is where it came from in the end.
+    """
 
     pieces = 1
 
     def __init__(self, web: Web, urls: list[str], algorithm: str, digest: str) -> None:
         self.web, self.urls, self.algorithm, self.digest = web, urls, algorithm, digest
-
-    @property
-    def url(self) -> str:
-        """Where it is, or once it has come, was."""
-        return self.urls[0]
 
     def fetch(self, folder: str, progress: Progress) -> None:
         """Make `image` in the folder, going on with what is there.  Raises Altered for what wasn't published."""
@@ -6425,7 +6423,7 @@ class Source:
         found = digest.hexdigest()
         if self.digest not in ("", found):
             raise Altered(
-                f"{self.url}: refused: its {self.algorithm} checksum is not the published one",
+                f"{self.urls[0]}: refused: its {self.algorithm} checksum is not the published one",
                 "it was cut short, altered, or replaced just now; try again later",
             )
         self.digest = found
@@ -6453,7 +6451,7 @@ class ClassicSource(Source):
         names = [f"{self.name}.img.{number:03d}{extension}" for number in range(self.pieces)]
         paths = [os.path.join(folder, name) for name in names]
         for name, path in zip(names, paths):
-            Transfer(self.web, [self.url + name], path, len, progress, False).run()  # nobody looks into them yet
+            Transfer(self.web, [self.urls[0] + name], path, len, progress, False).run()  # nobody looks into them yet
         try:
             with open(part, "wb") as image:
                 for piece in unpacked(kind, file_pieces(paths)) if extension else file_pieces(paths):
@@ -6652,12 +6650,12 @@ def template_from_source(
         else:
             source.fetch(cached.folder, Progress(name, cloud.tree.base, source.pieces))
         with NewTemplate(cloud, name) as new:
-            import_image(new, cached.image, source.url)
+            import_image(new, cached.image, source.urls[0])
             if first_start:
                 new.write_conf(settings)
                 first_start(new)
             checksum = f"{source.algorithm}:{source.digest}"
-            new.finish({**settings, "vmSource": source.url, "vmChecksum": checksum})
+            new.finish({**settings, "vmSource": source.urls[0], "vmChecksum": checksum})
 
 
 def template_from_url(
