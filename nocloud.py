@@ -5540,9 +5540,7 @@ def user_data(vm: VM, keys: Sequence[str], added: bytes) -> bytes:
     """
     import base64
 
-    config, kind = cloud_config(vm, keys), b"Content-Type: text/cloud-config\n"
-    binding: dict[str, Any] = {name: config.pop(name) for name in BINDING if name in config}
-    last = {"ssh_authorized_keys": config.pop("ssh_authorized_keys")}
+    (defaults, binding, last), kind = cloud_config(vm, keys), b"Content-Type: text/cloud-config\n"
     if added and not is_mime(added):
         head = b'Content-Type: text/plain\nContent-Disposition: attachment; filename="user-data"\n'
         added = head + b"Content-Transfer-Encoding: base64\n\n" + base64.encodebytes(added)
@@ -5550,7 +5548,7 @@ def user_data(vm: VM, keys: Sequence[str], added: bytes) -> bytes:
     hook = guest_script("login.sh", KEYS="\n".join(map(printable_ascii, keys)), FILE=LOGIN_KEYS, LINE=LOGIN_LINE)
     parts = [
         b"Content-Type: text/cloud-boothook\n\n#!/bin/sh\n" + hook.encode(),
-        kind + b"\n#cloud-config\n" + _json(config),
+        kind + b"\n#cloud-config\n" + _json(defaults),
         *([added.lstrip()] if added else []),
         kind + b"\n#cloud-config\n" + _json(binding),
         kind + merge + b"\n#cloud-config\n" + _json(last),
@@ -5561,11 +5559,8 @@ def user_data(vm: VM, keys: Sequence[str], added: bytes) -> bytes:
     return head + b"".join(line + b"\n" + part for part in parts) + line + b"--\n"
 
 
-BINDING = ("disable_root", "user", "ssh_deletekeys", "ssh_keys")  # what the user's own can't replace
-
-
-def cloud_config(vm: VM, keys: Sequence[str]) -> dict[str, Any]:
-    """What cloud-init does in the guest: name, login, keys, host key, a root file system as large as the disk.
+def cloud_config(vm: VM, keys: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """What cloud-init does in the guest: our defaults; what the user's own can't replace; the login keys.
 
     `user` renames the distribution's default user, who may use sudo, and the keys are that user's; root gets them too,
     in force where disable_root is off.  prefer_fqdn_over_hostname: Fedora would take the whole name for the hostname.
@@ -5573,24 +5568,26 @@ def cloud_config(vm: VM, keys: Sequence[str]) -> dict[str, Any]:
     The host key is the one made on the host: those of the image go, and no others are made.
     """
     user = vm.get("vmUser")
-    return {
+    defaults = {
         "hostname": vm.name,
         "fqdn": f"{vm.name}.{vm.group}.{DOMAIN}",
         "preserve_hostname": False,
         "prefer_fqdn_over_hostname": False,
         "manage_etc_hosts": "localhost",
-        **({"disable_root": False} if user == "root" else {"user": {"name": user}}),
-        "ssh_authorized_keys": [printable_ascii(key) for key in keys],
-        "ssh_deletekeys": True,
-        "ssh_keys": {
-            "ed25519_private": read_text(vm.host_key),
-            "ed25519_public": printable_ascii(read_text(vm.host_key + ".pub").strip()),
-        },
         "growpart": {"mode": "auto", "devices": ["/"]},
         "resize_rootfs": True,
         "package_update": False,
         "package_upgrade": False,
     }
+    binding = {
+        **({"disable_root": False} if user == "root" else {"user": {"name": user}}),
+        "ssh_deletekeys": True,
+        "ssh_keys": {
+            "ed25519_private": read_text(vm.host_key),
+            "ed25519_public": printable_ascii(read_text(vm.host_key + ".pub").strip()),
+        },
+    }
+    return defaults, binding, {"ssh_authorized_keys": [printable_ascii(key) for key in keys]}
 
 
 def printable_ascii(text: str) -> str:
