@@ -6651,18 +6651,14 @@ def template_from_source(
             new.finish({**settings, "vmSource": source.urls[0], "vmChecksum": checksum})
 
 
-def template_from_url(
-    cloud: Cloud, name: str, url: str, settings: Mapping[str, str], expected: str, insecure: bool
-) -> None:
-    """A template from an image of the web, with the checksum that the user gives, or without any."""
+def template_from_url(cloud: Cloud, name: str, url: str, settings: Mapping[str, str], expected: str) -> None:
+    """A template from an image of the web; `expected`: the checksum that the user gives, or '' for none."""
     check_new_template(cloud.tree, name)
     web = Web(cloud.config.number("vmDownloadTimeout"))
     if expected:
         algorithm, _, digest = expected.partition(":")
         template_from_source(cloud, name, Source(web, [url], algorithm, digest), settings)
         return
-    if not insecure:
-        raise UsageError(f"{url}: nothing says what it must be", "give --sha256 HEX or --sha512 HEX, or --insecure")
     with NewTemplate(cloud, name) as new:  # nothing of it goes into the cache, or is gone on with later
         source, path = Source(web, [url], "sha256", ""), new.vm.file("image")
         source.fetch(new.vm.folder, Progress(name, cloud.tree.base))
@@ -6918,12 +6914,10 @@ def need_stopped(cloud: Cloud, vm: VM) -> None:
 def runs_on_layer(template: VM) -> bool:
     """Whether a template that runs leaves its own disk alone, so that it can be cloned meanwhile."""
     try:
-        layers = [Layer(template, name) for name in unused_by_itself(template)]
+        has_layer = any(os.path.exists(Layer(template, name).record) for name in unused_by_itself(template))
     except OSError:
         return False  # a disk is gone
-    if not any(os.path.exists(layer.record) for layer in layers):
-        return False
-    return not is_written(template.disks()[0], known_formats(template)[0])
+    return has_layer and not is_written(template.disks()[0], known_formats(template)[0])
 
 
 def dependents(vms: Sequence[VM]) -> str:
@@ -9021,7 +9015,6 @@ def template_from_vm(
     booted once, as itself and on no one's disk, to take out what clones must not inherit.
     """
     source = cloud.tree.need(words)
-    check_new_template(cloud.tree, name)
     with NewTemplate(cloud, name) as new:
         with FolderLock(source.folder):
             need_stopped(cloud, source)
@@ -10686,7 +10679,10 @@ def template_from_address(cloud: Cloud, name: str, args: argparse.Namespace, set
         web_address(args.image)
     except ValueError as error:
         raise UsageError(f"{args.image}: expected {error}, or a path") from None
-    template_from_url(cloud, name, args.image, settings, expected, args.insecure)
+    if not expected and not args.insecure:
+        hint = "give --sha256 HEX or --sha512 HEX, or --insecure"
+        raise UsageError(f"{args.image}: nothing says what it must be", hint)
+    template_from_url(cloud, name, args.image, settings, expected)
 
 
 def report_table(rows: Sequence[Sequence[str]]) -> None:
