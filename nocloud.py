@@ -5872,10 +5872,8 @@ class Catalogue:
 
     def mirrored(self, url: str) -> str:
         """Where to ask for a URL: the mirror of the longest beginning that has one."""
-        for start in sorted(self.mirrors, key=len, reverse=True):
-            if url.startswith(start):
-                return self.mirrors[start] + url[len(start) :]
-        return url
+        start = max(filter(url.startswith, self.mirrors), key=len, default="")
+        return self.mirrors[start] + url[len(start) :] if start else url
 
     def need(self, name: str) -> Entry:
         checked_name("template", name)
