@@ -7069,14 +7069,14 @@ class BuildProgress:
     def __init__(self, suite: str) -> None:
         self.suite, self.total = suite, 0
         self.counts: Counter[str] = Counter()
-        self.errors: list[str] = []
+        self.cause = ""
         self.started = time.monotonic()
 
     def __call__(self, line: str) -> None:
         if report.debug:
             report.say(line)
         if line.startswith("E: "):
-            self.errors.append(line[3:].strip())
+            self.cause = self.cause or line[3:].strip()  # the rest follows from what was said first
         found = re.search(r"(\d+) newly installed", line)
         if found:  # a new run of apt begins
             self.total, self.counts = int(found.group(1)), Counter()
@@ -7277,7 +7277,7 @@ def install_packages(build: Build, archive: str, progress: BuildProgress) -> Non
     ]  # fmt: skip
     env = {"TMPDIR": build_tmpdir(), "INITRD": "No", "DEBIAN_FRONTEND": "noninteractive"}
     if run_watched(argv, progress, env):
-        raise build_error(build, progress.errors)
+        raise build_error(build, progress.cause or "mmdebstrap failed")
 
 
 def apt_proxies() -> dict[str, str]:
@@ -7294,19 +7294,18 @@ def no_such_suite(suite: str, archive: str) -> Error:
     return NotFound(f"{suite}: no such suite on {archive}", BUILD_HINT)
 
 
-def build_error(build: Build, said: Sequence[str]) -> Error:
-    """What apt or mmdebstrap said first is the cause, the rest follows from it."""
-    first = said[0] if said else "mmdebstrap failed"
-    missing = re.search(r"repository '(\S+) .*does not have a Release file", first)
+def build_error(build: Build, cause: str) -> Error:
+    """What apt or mmdebstrap said, as an Error that says what helps."""
+    missing = re.search(r"repository '(\S+) .*does not have a Release file", cause)
     if missing:
         return no_such_suite(build.suite, missing.group(1))
-    if "NO_PUBKEY" in first or "is not signed" in first:
-        return Error(f"{build.suite}: {first}", f"sudo apt install {build.distribution.keyring}")
-    unknown = re.match(r"Unable to locate package (\S+)|Package '(\S+)' has no installation candidate", first)
+    if "NO_PUBKEY" in cause or "is not signed" in cause:
+        return Error(f"{build.suite}: {cause}", f"sudo apt install {build.distribution.keyring}")
+    unknown = re.match(r"Unable to locate package (\S+)|Package '(\S+)' has no installation candidate", cause)
     if unknown:
         name = unknown.group(1) or unknown.group(2)
         return NotFound(f"{name}: no such package in {build.suite}", "apt-cache search finds names")
-    return Error(f"{build.suite}: {first}", "--debug shows the whole command, and what it says")
+    return Error(f"{build.suite}: {cause}", "--debug shows the whole command, and what it says")
 
 
 # From the tar to a tree that belongs to the caller, and from that to a disk: no mount, no loop device.
