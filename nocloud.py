@@ -7290,15 +7290,11 @@ def apt_proxies() -> dict[str, str]:
     return {name: value for name, value in found if name not in os.environ}
 
 
-def no_such_suite(suite: str, archive: str) -> Error:
-    return NotFound(f"{suite}: no such suite on {archive}", BUILD_HINT)
-
-
 def build_error(build: Build, cause: str) -> Error:
     """What apt or mmdebstrap said, as an Error that says what helps."""
     missing = re.search(r"repository '(\S+) .*does not have a Release file", cause)
     if missing:
-        return no_such_suite(build.suite, missing.group(1))
+        return no_such(f"suite on {missing.group(1)}", build.suite, (), BUILD_HINT)
     if "NO_PUBKEY" in cause or "is not signed" in cause:
         return Error(f"{build.suite}: {cause}", f"sudo apt install {build.distribution.keyring}")
     unknown = re.match(r"Unable to locate package (\S+)|Package '(\S+)' has no installation candidate", cause)
@@ -7510,7 +7506,7 @@ def archive_state(build: Build, web: Web) -> str:
         try:
             text = web.text(f"{web_address(archive).rstrip('/')}/dists/{suite}/InRelease")
         except Absent:
-            raise no_such_suite(suite, archive) from None
+            raise no_such(f"suite on {archive}", suite, (), BUILD_HINT) from None
         except (WebError, ValueError):
             return time.strftime("%Y%m%d")
         seen += [line, *(re.findall(index, text, re.M) or [text])]
