@@ -281,13 +281,13 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def nearest(word: str, candidates: Iterable[str]) -> str:
-    """The candidate most like `word`, or ''."""
+def did_you_mean(word: str, names: Iterable[str], otherwise: str = "", before: str = "") -> str:
+    """`before` and the question whether the name most like `word` is meant; `otherwise` where none is like it."""
     import difflib
 
-    lower = {candidate.lower(): candidate for candidate in candidates}
+    lower = {name.lower(): name for name in names}
     found = difflib.get_close_matches(word.lower(), lower, 1)
-    return lower[found[0]] if found else ""
+    return f"{before}did you mean {lower[found[0]]}?" if found else otherwise
 
 
 def quoted(*paths: str) -> str:
@@ -988,8 +988,7 @@ class Config:
             elif assignment.key in SETTING:
                 self.set(assignment.key, assignment.value, origin)
             elif assignment.key not in used:
-                near = nearest(assignment.key, SETTING)
-                warn(f"{origin}: unknown key {assignment.key}" + (f", did you mean {near}?" if near else ""))
+                warn(f"{origin}: unknown key {assignment.key}{did_you_mean(assignment.key, SETTING, before=', ')}")
         if refused:
             warn(f"{path}: not used, as they can have things run or opened: {', '.join(refused)} ({ALLOW} allows them)")
 
@@ -2443,8 +2442,7 @@ VMS_HINT, TEMPLATES_HINT = "vmrunning -a lists them", "vmtemplate --list shows w
 
 def no_such(kind: str, name: str, names: Iterable[str], hint: str) -> NotFound:
     """The error for a name that there isn't; the nearest of `names` is its hint, else `hint`."""
-    near = nearest(name, names)
-    return NotFound(f"{name}: no such {kind}", f"did you mean {near}?" if near else hint)
+    return NotFound(f"{name}: no such {kind}", did_you_mean(name, names, hint))
 
 
 def left_over(tree: Tree, group: str = "") -> Iterator[str]:
@@ -5213,8 +5211,6 @@ class Forwarding:
 # Who a VM is: UUID, MAC, host key, login keys, hostname; and how ssh is called so that it checks that.
 # Key material goes by files of mode 0600, never through arguments, messages or logs.
 
-MAC_PREFIX = "00:50:56"
-
 
 def new_identity(taken: set[str]) -> tuple[str, str]:
     """A UUID (random, RFC 4122 version 4) and its MAC: 00:50:56 and the UUID's first three bytes, not among `taken`."""
@@ -5228,16 +5224,14 @@ def new_identity(taken: set[str]) -> tuple[str, str]:
 
 def mac_of_uuid(uuid: str) -> str:
     digits = uuid.replace("-", "").lower()
-    return f"{MAC_PREFIX}:{digits[0:2]}:{digits[2:4]}:{digits[4:6]}"
+    return f"00:50:56:{digits[0:2]}:{digits[2:4]}:{digits[4:6]}"
 
 
 def own_key() -> str:
     """nocloud's own login key, made at first need; the path of its private half (ed25519, no passphrase)."""
-    folder = config_home()
-    path = os.path.join(folder, "id_ed25519")
+    path = os.path.join(config_home(), "id_ed25519")
     if not os.path.exists(path):
-        make_private_folder(folder)
-        with FolderLock(folder):
+        with FolderLock(config_home(), make=True):
             if not os.path.exists(path):
                 make_key(path + ".new", "nocloud")
                 land({path + ".new.pub": path + ".pub", path + ".new": path})
@@ -5463,9 +5457,7 @@ def user_data(vm: VM, keys: Sequence[str], added: bytes) -> bytes:
     """
     import base64
 
-    config, kind = cloud_config(vm, keys), b"Content-Type: text/cloud-config\n"
-    binding: dict[str, Any] = {name: config.pop(name) for name in BINDING if name in config}
-    last = {"ssh_authorized_keys": config.pop("ssh_authorized_keys")}
+    (defaults, binding, last), kind = cloud_config(vm, keys), b"Content-Type: text/cloud-config\n"
     if added and not is_mime(added):
         head = b'Content-Type: text/plain\nContent-Disposition: attachment; filename="user-data"\n'
         added = head + b"Content-Transfer-Encoding: base64\n\n" + base64.encodebytes(added)
@@ -5473,7 +5465,7 @@ def user_data(vm: VM, keys: Sequence[str], added: bytes) -> bytes:
     hook = guest_script("login.sh", KEYS="\n".join(map(printable_ascii, keys)), FILE=LOGIN_KEYS, LINE=LOGIN_LINE)
     parts = [
         b"Content-Type: text/cloud-boothook\n\n#!/bin/sh\n" + hook.encode(),
-        kind + b"\n#cloud-config\n" + _json(config),
+        kind + b"\n#cloud-config\n" + _json(defaults),
         *([added.lstrip()] if added else []),
         kind + b"\n#cloud-config\n" + _json(binding),
         kind + merge + b"\n#cloud-config\n" + _json(last),
@@ -5484,11 +5476,8 @@ def user_data(vm: VM, keys: Sequence[str], added: bytes) -> bytes:
     return head + b"".join(line + b"\n" + part for part in parts) + line + b"--\n"
 
 
-BINDING = ("disable_root", "user", "ssh_deletekeys", "ssh_keys")  # what the user's own can't replace
-
-
-def cloud_config(vm: VM, keys: Sequence[str]) -> dict[str, Any]:
-    """What cloud-init does in the guest: name, login, keys, host key, a root file system as large as the disk.
+def cloud_config(vm: VM, keys: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """What cloud-init does in the guest: our defaults; what the user's own can't replace; the login keys.
 
     `user` renames the distribution's default user, who may use sudo, and the keys are that user's; root gets them too,
     in force where disable_root is off.  prefer_fqdn_over_hostname: Fedora would take the whole name for the hostname.
@@ -5496,24 +5485,26 @@ def cloud_config(vm: VM, keys: Sequence[str]) -> dict[str, Any]:
     The host key is the one made on the host: those of the image go, and no others are made.
     """
     user = vm.get("vmUser")
-    return {
+    defaults = {
         "hostname": vm.name,
         "fqdn": f"{vm.name}.{vm.group}.{DOMAIN}",
         "preserve_hostname": False,
         "prefer_fqdn_over_hostname": False,
         "manage_etc_hosts": "localhost",
-        **({"disable_root": False} if user == "root" else {"user": {"name": user}}),
-        "ssh_authorized_keys": [printable_ascii(key) for key in keys],
-        "ssh_deletekeys": True,
-        "ssh_keys": {
-            "ed25519_private": read_text(vm.host_key),
-            "ed25519_public": printable_ascii(read_text(vm.host_key + ".pub").strip()),
-        },
         "growpart": {"mode": "auto", "devices": ["/"]},
         "resize_rootfs": True,
         "package_update": False,
         "package_upgrade": False,
     }
+    binding = {
+        **({"disable_root": False} if user == "root" else {"user": {"name": user}}),
+        "ssh_deletekeys": True,
+        "ssh_keys": {
+            "ed25519_private": read_text(vm.host_key),
+            "ed25519_public": printable_ascii(read_text(vm.host_key + ".pub").strip()),
+        },
+    }
+    return defaults, binding, {"ssh_authorized_keys": [printable_ascii(key) for key in keys]}
 
 
 def printable_ascii(text: str) -> str:
@@ -5776,17 +5767,14 @@ class Catalogue:
             header = re.fullmatch(r"\[\s*(\S+)\s*\]", line)
             try:
                 if header:
-                    section = self._open(header.group(1), origin)
+                    section = header.group(1)
+                    if section != MIRRORS:
+                        entry = Entry(section, origin, {"kind": "cloud", "arch": "x86_64"})
+                        self.entries.setdefault(checked_name("template", section), entry)
                 elif line:
                     self._set(section, line, origin)
             except UsageError as error:
                 raise UsageError(f"{origin}: {error}", error.hint) from None
-
-    def _open(self, section: str, origin: str) -> str:
-        if section != MIRRORS:
-            checked_name("template", section)
-            self.entries.setdefault(section, Entry(section, origin, {"kind": "cloud", "arch": "x86_64"}))
-        return section
 
     def _set(self, section: str, line: str, origin: str) -> None:
         key, equals, value = (part.strip() for part in line.partition("="))
@@ -5799,21 +5787,17 @@ class Catalogue:
             checked(ENTRY_KEYS[key], value, shown)
             self.entries[section].values[key] = value
         else:
-            near = nearest(key, ENTRY_KEYS)
-            self._warn(f"{origin}: unknown key {key}" + (f", did you mean {near}?" if near else ""))
+            self._warn(f"{origin}: unknown key {key}{did_you_mean(key, ENTRY_KEYS, before=', ')}")
 
     def mirrored(self, url: str) -> str:
         """Where to ask for a URL: the mirror of the longest beginning that has one."""
-        for start in sorted(self.mirrors, key=len, reverse=True):
-            if url.startswith(start):
-                return self.mirrors[start] + url[len(start) :]
-        return url
+        start = max(filter(url.startswith, self.mirrors), key=len, default="")
+        return self.mirrors[start] + url[len(start) :] if start else url
 
     def need(self, name: str) -> Entry:
         checked_name("template", name)
         if name not in self.entries:
-            near = nearest(name, self.entries)
-            hint = f"did you mean {near}?" if near else "vmtemplate --list --available shows what there is"
+            hint = did_you_mean(name, self.entries, "vmtemplate --list --available shows what there is")
             raise NotFound(f"{name}: not in the catalogue", hint)
         entry = self.entries[name]
         if entry["arch"] != os.uname().machine:
@@ -5823,8 +5807,8 @@ class Catalogue:
 
 def catalogue_files() -> list[str]:
     """The files on disk that add to the packaged catalogue: the installation's, then the user's."""
-    prefix = os.path.dirname(os.path.dirname(program_path()))
-    places = [os.path.join(prefix, "etc", CATALOGUE), os.path.join(config_home(), "templates.conf")]
+    folder = os.path.dirname(installed_settings())
+    places = [os.path.join(folder, CATALOGUE), os.path.join(config_home(), "templates.conf")]
     return [path for path in places if os.path.isfile(path)]
 
 
@@ -6075,12 +6059,17 @@ class Progress:
 
 
 class Transfer:
-    """A file that comes into `path`, after what is in it already; each byte of it, the old ones too, goes to `sink`."""
+    """A file that comes into `path`, after what is in it already; each byte of it, the old ones too, goes to `sink`.
 
-    def __init__(self, web: Web, url: str, path: str, sink: Callable[[bytes], object], progress: Progress) -> None:
-        self.web, self.url, self.path, self.sink, self.progress = web, url, path, sink, progress
+    `urls` are tried in turn; one at which no file is, is taken out.
+    """
+
+    def __init__(
+        self, web: Web, urls: list[str], path: str, sink: Callable[[bytes], object], progress: Progress, strict: bool
+    ) -> None:
+        """`strict`: another tag is another file; they differ between the mirrors that a redirector chooses from."""
+        self.web, self.urls, self.path, self.sink, self.progress, self.strict = web, urls, path, sink, progress, strict
         self.done, self.total, self.tag = 0, -1, ""
-        self.strict = False  # tags differ between the mirrors that a redirector chooses from
 
     def run(self) -> None:
         """Fetch it all."""
@@ -6094,16 +6083,23 @@ class Transfer:
             self.web.patiently(lambda: self._receive(file), lambda: self.done)
 
     def _receive(self, file: io.FileIO) -> None:
+        url = self.urls[0]
         try:
-            answer = self.web.open(self.url, self.done)
+            answer = self.web.open(url, self.done)
+        except Absent:
+            if len(self.urls) == 1:
+                raise
+            del self.urls[0]
+            self._receive(file)
+            return
         except Exhausted:
             if self.done < self.total:
                 raise
             return  # it is all here, or another file: the checksum knows
         with answer:
-            skip = self._align(answer)
+            skip = self._align(url, answer)
             self.progress.expect(self.total, os.path.dirname(self.path))
-            for piece in self.web.pieces(self.url, answer):
+            for piece in self.web.pieces(url, answer):
                 new = piece[skip:]
                 skip -= len(piece) - len(new)
                 self.sink(new)
@@ -6116,20 +6112,20 @@ class Transfer:
                 self.done += len(new)
                 self.progress.advance(len(new))
             if answer.length or (self.total >= 0 and self.done < self.total):
-                raise TryAgain(f"{self.url}: the server broke off after {self.done // MIB} MB")
+                raise TryAgain(f"{url}: the server broke off after {self.done // MIB} MB")
 
-    def _align(self, answer: http.client.HTTPResponse) -> int:
+    def _align(self, url: str, answer: http.client.HTTPResponse) -> int:
         """How many bytes of this answer we have already.  Raises Altered where it is of another file than ours."""
         total, skip = answer.length if answer.length is not None else -1, self.done
         if answer.status == 206:
             part = answer.headers.get("Content-Range", "").strip()
             found = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]+/([0-9]{1,18}|\*)", part)
             if not found or int(found.group(1)) != self.done:
-                raise Altered(f"{self.url}: the server sent another part than it was asked for")
+                raise Altered(f"{url}: the server sent another part than it was asked for")
             total, skip = int(found.group(2)) if found.group(2) != "*" else -1, 0
         tag = answer.headers.get("ETag", "") or answer.headers.get("Last-Modified", "")
         if 0 <= total < max(self.done, self.total) or (self.strict and self.tag not in ("", tag)):
-            raise Altered(f"{self.url}: the file on the server has changed meanwhile", "try again")
+            raise Altered(f"{url}: the file on the server has changed meanwhile", "try again")
         self.total, self.tag = max(total, self.total), tag
         return skip
 
@@ -6293,11 +6289,9 @@ class CachedImage:
         import shutil
 
         self.clear()
-        part = self.image + ".part"
         try:
-            shutil.copyfile(disk, part)
-            write_file(self._checksum, file_digest(part) + "\n")
-            os.rename(part, self.image)
+            shutil.copyfile(disk, self.image)
+            write_file(self._checksum, file_digest(self.image) + "\n")  # one that has none isn't used
         except OSError as error:
             report.warn(f"the build isn't kept in the cache: {error_from_os(error)}")
             self.clear()
@@ -6308,7 +6302,9 @@ class CachedImage:
         for name in names_in(self.folder):
             os.unlink(os.path.join(self.folder, name))
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, raised: object, trace: object) -> None:
+        if isinstance(raised, (Altered, WrongImage)):
+            self.clear()  # the next call begins anew
         for name in names_in(self.folder):
             path = os.path.join(self.folder, name)
             if os.path.getsize(path) == 0:
@@ -6318,38 +6314,35 @@ class CachedImage:
 
 
 class Source:
-    """An image that a server has: its URLs, to be tried in turn, and what it must hash to."""
+    """An image that a server has, and what it must hash to; '' where nobody knows.
+
+    `urls` are tried in turn; the first of them is where it came from in the end.
+    """
 
     pieces = 1
 
-    def __init__(self, web: Web, urls: Sequence[str], algorithm: str, digest: str) -> None:
+    def __init__(self, web: Web, urls: list[str], algorithm: str, digest: str) -> None:
         self.web, self.urls, self.algorithm, self.digest = web, urls, algorithm, digest
-        self.url = urls[0]
 
     def fetch(self, folder: str, progress: Progress) -> None:
         """Make `image` in the folder, going on with what is there.  Raises Altered for what wasn't published."""
         import hashlib
 
-        for url in self.urls:
-            digest, part = hashlib.new(self.algorithm), os.path.join(folder, "image.part")
-            try:
-                Transfer(self.web, url, part, digest.update, progress).run()
-            except Absent:
-                if url == self.urls[-1]:
-                    raise
-                progress.done = progress.kept = 0
-                continue
-            self.check(url, digest.hexdigest())
-            os.rename(part, os.path.join(folder, "image"))
-            return
-
-    def check(self, url: str, found: str) -> None:
-        """Raise where what came has another checksum."""
-        if found != self.digest:
+        digest, part = hashlib.new(self.algorithm), os.path.join(folder, "image.part")
+        self.receive(part, digest.update, progress)
+        found = digest.hexdigest()
+        if self.digest not in ("", found):
             raise Altered(
-                f"{url}: refused: its {self.algorithm} checksum is not the published one",
+                f"{self.urls[0]}: refused: its {self.algorithm} checksum is not the published one",
                 "it was cut short, altered, or replaced just now; try again later",
             )
+        self.digest = found
+        os.rename(part, os.path.join(folder, "image"))
+        progress.finish()
+
+    def receive(self, part: str, sink: Callable[[bytes], object], progress: Progress) -> None:
+        """Have the image in the file `part`, and give each byte of it to `sink`."""
+        Transfer(self.web, self.urls, part, sink, progress, strict=not self.digest).run()
 
 
 class ClassicSource(Source):
@@ -6359,19 +6352,20 @@ class ClassicSource(Source):
         super().__init__(web, [f"{base}/{name}.img/"], algorithm, digest)
         self.base, self.name, self.pieces = base, name, last + 1
 
-    def fetch(self, folder: str, progress: Progress) -> None:
-        import hashlib
-
-        kind, part, digest = self._compression(), os.path.join(folder, "image.part"), hashlib.new(self.algorithm)
-        extension = {"xz": ".xz", "gzip": ".gz", "": ""}[kind]
+    def receive(self, part: str, sink: Callable[[bytes], object], progress: Progress) -> None:
+        try:
+            kind = self.web.text(f"{self.base}/compression").strip()
+        except Absent:
+            kind = ""
+        extension, folder = {"xz": ".xz", "gzip": ".gz"}.get(kind, ""), os.path.dirname(part)
         names = [f"{self.name}.img.{number:03d}{extension}" for number in range(self.pieces)]
         paths = [os.path.join(folder, name) for name in names]
         for name, path in zip(names, paths):
-            Transfer(self.web, self.url + name, path, len, progress).run()  # nobody looks into them yet
+            Transfer(self.web, [self.urls[0] + name], path, len, progress, False).run()  # nobody looks into them yet
         try:
             with open(part, "wb") as image:
-                for piece in unpacked(kind, file_pieces(paths)) if kind else file_pieces(paths):
-                    digest.update(piece)
+                for piece in unpacked(kind, file_pieces(paths)) if extension else file_pieces(paths):
+                    sink(piece)
                     check_reserve(folder)
                     if piece.count(0) == len(piece):
                         image.seek(len(piece), os.SEEK_CUR)  # takes no space
@@ -6381,31 +6375,8 @@ class ClassicSource(Source):
         except BaseException:
             remove_file(part)  # the compressed pieces stay, and are less
             raise
-        self.check(self.url, digest.hexdigest())
         for path in paths:
             os.unlink(path)
-        os.rename(part, os.path.join(folder, "image"))
-
-    def _compression(self) -> str:
-        try:
-            word = self.web.text(f"{self.base}/compression").strip()
-        except Absent:
-            return ""
-        return word if word in ("xz", "gzip") else ""
-
-
-def fetch_verified(source: Source, tree: Tree, name: str, cached: CachedImage) -> None:
-    """Have the image in the cache.  What was altered is thrown away: the next call begins anew."""
-    if cached.is_there():
-        report.say(f"{name}: the image is in the cache: {cached.folder}")
-        return
-    progress = Progress(name, tree.base, source.pieces)
-    try:
-        source.fetch(cached.folder, progress)
-    except Altered:
-        cached.clear()
-        raise
-    progress.finish()
 
 
 def resolve(catalogue: Catalogue, entry: Entry, web: Web) -> Source:
@@ -6518,20 +6489,17 @@ class NewTemplate:
         """Where its disk is to be made."""
         return self.vm.file(self.vm.disk_name(0, self.cloud.config["vmDiskExt"]))
 
-    def write_draft(self, settings: Mapping[str, str]) -> None:
-        """A conf that it can be started with where it is being made."""
+    def write_conf(self, settings: Mapping[str, str]) -> None:
+        """Write a conf that it can be started with where it is being made."""
         disk = {"vmDisk": os.path.basename(self.disk), "vmDiskFormat": "qcow2"}
         self.vm.write_conf({"vmName": self.vm.name, **disk, **settings})
 
     def finish(self, settings: Mapping[str, str]) -> VM:
         """Write its conf and put it in its place."""
-        name = os.path.basename(self.disk)
-        uuid, _ = new_identity(set())
+        name, (uuid, _) = os.path.basename(self.disk), new_identity(set())
         os.chmod(self.disk, 0o444 if self._read_only else 0o644)
-        disk = {"vmDisk": self.final.relative(name), "vmDiskFormat": "qcow2"}
-        conf = {"vmName": self.vm.name, **disk, "vmUuid": uuid, **settings}
-        text = update_assignments("", conf)  # nothing stays of a first start
-        write_file(self.vm.conf_file, text, 0o644, durable=False)
+        remove_file(self.vm.conf_file)  # nothing stays of a first start
+        self.write_conf({"vmDisk": self.final.relative(name), "vmUuid": uuid, **settings})
         land({self.vm.folder: self.final.folder})
         self._done = True
         return self.final
@@ -6550,15 +6518,15 @@ def import_image(new: NewTemplate, path: str, shown: str = "") -> None:
     convert_image(path, format, new.disk)
 
 
-def template_settings(cloud: Cloud, mem: int, cpu: int, user: str, init: str) -> dict[str, str]:
-    """What a new template's clones start with."""
-    return {
-        "vmMem": str(mem or cloud.config.number("vmMem")),
-        "vmCpu": str(cpu or cloud.config.number("vmCpu")),
-        "vmUser": user or cloud.config["vmUser"],
-        "vmInit": init or "auto",
-        "vmMachine": cloud.qemu().machine,
-    }
+def asked_settings(given: Mapping[str, Any] | Entry) -> dict[str, str]:
+    """What options, or lines of the catalogue, say of mem, cpu, user and init, as settings."""
+    return {f"vm{name.capitalize()}": str(given[name]) for name in ("mem", "cpu", "user", "init") if given[name]}
+
+
+def template_settings(cloud: Cloud, asked: Mapping[str, str]) -> dict[str, str]:
+    """What a new template's clones start with: `asked`, else what is configured."""
+    configured = {key: cloud.config[key] for key in ("vmMem", "vmCpu", "vmUser")}
+    return {**configured, "vmInit": "auto", "vmMachine": cloud.qemu().machine, **asked}
 
 
 def template_from_image(cloud: Cloud, name: str, path: str, settings: Mapping[str, str], expected: str = "") -> VM:
@@ -6587,46 +6555,36 @@ def template_from_source(
         if cloud.tree.template(name).exists():
             report.say(f"{name}: it is there, another command has just made it")
             return
-        fetch_verified(source, cloud.tree, name, cached)
+        if cached.is_there():
+            report.say(f"{name}: the image is in the cache: {cached.folder}")
+        else:
+            source.fetch(cached.folder, Progress(name, cloud.tree.base, source.pieces))
         with NewTemplate(cloud, name) as new:
-            try:
-                import_image(new, cached.image, source.url)
-            except WrongImage:
-                cached.clear()
-                raise
+            import_image(new, cached.image, source.urls[0])
             if first_start:
-                new.write_draft(settings)
+                new.write_conf(settings)
                 first_start(new)
             checksum = f"{source.algorithm}:{source.digest}"
-            new.finish({**settings, "vmSource": source.url, "vmChecksum": checksum})
+            new.finish({**settings, "vmSource": source.urls[0], "vmChecksum": checksum})
 
 
-def template_from_url(
-    cloud: Cloud, name: str, url: str, settings: Mapping[str, str], expected: str, insecure: bool
-) -> None:
-    """A template from an image of the web, with the checksum that the user gives, or without any."""
-    import hashlib
-
+def template_from_url(cloud: Cloud, name: str, url: str, settings: Mapping[str, str], expected: str) -> None:
+    """A template from an image of the web; `expected`: the checksum that the user gives, or '' for none."""
     check_new_template(cloud.tree, name)
     web = Web(cloud.config.number("vmDownloadTimeout"))
     if expected:
         algorithm, _, digest = expected.partition(":")
         template_from_source(cloud, name, Source(web, [url], algorithm, digest), settings)
         return
-    if not insecure:
-        raise UsageError(f"{url}: nothing says what it must be", "give --sha256 HEX or --sha512 HEX, or --insecure")
     with NewTemplate(cloud, name) as new:  # nothing of it goes into the cache, or is gone on with later
-        found, path, progress = hashlib.sha256(), new.vm.file("download"), Progress(name, cloud.tree.base)
-        transfer = Transfer(web, url, path, found.update, progress)
-        transfer.strict = True
-        transfer.run()
-        progress.finish()
+        source, path = Source(web, [url], "sha256", ""), new.vm.file("image")
+        source.fetch(new.vm.folder, Progress(name, cloud.tree.base))
         import_image(new, path, url)
         os.unlink(path)
-        new.finish({**settings, "vmSource": url, "vmChecksum": f"sha256:{found.hexdigest()}"})
+        new.finish({**settings, "vmSource": url, "vmChecksum": f"sha256:{source.digest}"})
 
 
-def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, Any], take_over: Callable[..., None]) -> None:
+def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, str], take_over: Callable[..., None]) -> None:
     """Download what the catalogue has under that name; `asked` are the settings of the command line.
 
     `take_over`, given a NewTemplate and a `key`, plants the user's keys in a classic image, which that key opens.
@@ -6652,19 +6610,13 @@ def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, Any], t
         report.say(f"{name}: the catalogue names no key of its publisher; only keys that are in the image will open it")
 
 
-def entry_settings(cloud: Cloud, entry: Entry, asked: Mapping[str, Any], source: Source) -> dict[str, str]:
+def entry_settings(cloud: Cloud, entry: Entry, asked: Mapping[str, str], source: Source) -> dict[str, str]:
     """What the clones start with: as the command line says, else the entry, else (classic) the publisher's conf."""
-    classic = isinstance(source, ClassicSource)
-    published = published_conf(source) if isinstance(source, ClassicSource) else {}
-    settings = template_settings(
-        cloud,
-        int(asked["mem"] or entry["mem"] or published.get("vmMem", 0)),
-        int(asked["cpu"] or entry["cpu"] or published.get("vmCpu", 0)),
-        asked["user"] or entry["user"],
-        asked["init"] or entry["init"] or ("ssh" if classic else "auto"),
-    )
-    if classic:
-        del settings["vmMachine"]  # without it a VM runs as the bash tools ran it, whose guests know their card's name
+    if not isinstance(source, ClassicSource):
+        return template_settings(cloud, {**asked_settings(entry), **asked})
+    published = published_conf(source)
+    settings = template_settings(cloud, {"vmInit": "ssh", **published, **asked_settings(entry), **asked})
+    del settings["vmMachine"]  # without it a VM runs as the bash tools ran it, whose guests know their card's name
     return settings
 
 
@@ -6879,12 +6831,10 @@ def need_stopped(cloud: Cloud, vm: VM) -> None:
 def runs_on_layer(template: VM) -> bool:
     """Whether a template that runs leaves its own disk alone, so that it can be cloned meanwhile."""
     try:
-        layers = [Layer(template, name) for name in unused_by_itself(template)]
+        has_layer = any(os.path.exists(Layer(template, name).record) for name in unused_by_itself(template))
     except OSError:
         return False  # a disk is gone
-    if not any(os.path.exists(layer.record) for layer in layers):
-        return False
-    return not is_written(template.disks()[0], known_formats(template)[0])
+    return has_layer and not is_written(template.disks()[0], known_formats(template)[0])
 
 
 def dependents(vms: Sequence[VM]) -> str:
@@ -6917,26 +6867,8 @@ def find_iso(config: Config, name: str) -> str:
     found = next((place for place in places if os.path.isfile(place)), "")
     if found:
         return checked_iso(found)
-    near = "" if "/" in name else nearest(name, names_in(folder))
-    hint = f"did you mean {near}?" if near else f"-i takes a path, or a name in isoDir, {folder}"
-    raise NotFound(f"{name}: no such ISO image", hint)
-
-
-def template_for_installer(cloud: Cloud, name: str, gigabytes: int, settings: Mapping[str, str]) -> VM:
-    """A template with an empty disk, which an installer is about to fill."""
-    with NewTemplate(cloud, name, read_only=False) as new:
-        create_disk(new.disk, gigabytes)
-        return new.finish(settings)
-
-
-def adjust(cloud: Cloud, vm: VM, changes: Mapping[str, str], gigabytes: int) -> None:
-    """Change settings of a VM or template that is stopped, and make its system disk larger (0: as it is)."""
-    with FolderLock(vm.folder):
-        need_stopped(cloud, vm)
-        if gigabytes:
-            grow_disk(cloud, vm, gigabytes)
-        if changes:
-            vm.write_conf(changes)
+    others = [] if "/" in name else names_in(folder)
+    raise no_such("ISO image", name, others, f"-i takes a path, or a name in isoDir, {folder}")
 
 
 def grow_disk(cloud: Cloud, vm: VM, gigabytes: int) -> None:
@@ -6976,9 +6908,8 @@ def template_rows(cloud: Cloud) -> list[tuple[str, str, str, str]]:
         except (Error, OSError) as error:
             report.warn(told_of(template, error))
             continue
-        rows.append(
-            (template.name, f"{size / MIB:.0f} MB", dependents(cloud.tree.clones(template)) or "0 clones", source)
-        )
+        clones = dependents(cloud.tree.clones(template)) or "0 clones"
+        rows.append((template.name, f"{size / MIB:.0f} MB", clones, source))
     return rows
 
 
@@ -7057,14 +6988,14 @@ class BuildProgress:
     def __init__(self, suite: str) -> None:
         self.suite, self.total = suite, 0
         self.counts: Counter[str] = Counter()
-        self.errors: list[str] = []
+        self.cause = ""
         self.started = time.monotonic()
 
     def __call__(self, line: str) -> None:
         if report.debug:
             report.say(line)
         if line.startswith("E: "):
-            self.errors.append(line[3:].strip())
+            self.cause = self.cause or line[3:].strip()  # the rest follows from what was said first
         found = re.search(r"(\d+) newly installed", line)
         if found:  # a new run of apt begins
             self.total, self.counts = int(found.group(1)), Counter()
@@ -7265,7 +7196,7 @@ def install_packages(build: Build, archive: str, progress: BuildProgress) -> Non
     ]  # fmt: skip
     env = {"TMPDIR": build_tmpdir(), "INITRD": "No", "DEBIAN_FRONTEND": "noninteractive"}
     if run_watched(argv, progress, env=env)[0]:
-        raise build_error(build, progress.errors)
+        raise build_error(build, progress.cause or "mmdebstrap failed")
 
 
 def apt_proxies() -> dict[str, str]:
@@ -7278,23 +7209,18 @@ def apt_proxies() -> dict[str, str]:
     return {name: value for name, value in found if name not in os.environ}
 
 
-def no_such_suite(suite: str, archive: str) -> Error:
-    return NotFound(f"{suite}: no such suite on {archive}", BUILD_HINT)
-
-
-def build_error(build: Build, said: Sequence[str]) -> Error:
-    """What apt or mmdebstrap said first is the cause, the rest follows from it."""
-    first = said[0] if said else "mmdebstrap failed"
-    missing = re.search(r"repository '(\S+) .*does not have a Release file", first)
+def build_error(build: Build, cause: str) -> Error:
+    """What apt or mmdebstrap said, as an Error that says what helps."""
+    missing = re.search(r"repository '(\S+) .*does not have a Release file", cause)
     if missing:
-        return no_such_suite(build.suite, missing.group(1))
-    if "NO_PUBKEY" in first or "is not signed" in first:
-        return Error(f"{build.suite}: {first}", f"sudo apt install {build.distribution.keyring}")
-    unknown = re.match(r"Unable to locate package (\S+)|Package '(\S+)' has no installation candidate", first)
+        return no_such(f"suite on {missing.group(1)}", build.suite, (), BUILD_HINT)
+    if "NO_PUBKEY" in cause or "is not signed" in cause:
+        return Error(f"{build.suite}: {cause}", f"sudo apt install {build.distribution.keyring}")
+    unknown = re.match(r"Unable to locate package (\S+)|Package '(\S+)' has no installation candidate", cause)
     if unknown:
         name = unknown.group(1) or unknown.group(2)
         return NotFound(f"{name}: no such package in {build.suite}", "apt-cache search finds names")
-    return Error(f"{build.suite}: {first}", "--debug shows the whole command, and what it says")
+    return Error(f"{build.suite}: {cause}", "--debug shows the whole command, and what it says")
 
 
 # From the tar to a tree that belongs to the caller, and from that to a disk: no mount, no loop device.
@@ -7315,13 +7241,12 @@ def unpack_system(archive: str, tree: str) -> dict[str, tuple[int, int]]:
             yield member
 
     with tarfile.open(archive) as tar:
-        if hasattr(tarfile, "fully_trusted_filter"):  # the default of 3.14 would drop setuid bits
-            tar.extraction_filter = staticmethod(tarfile.fully_trusted_filter)
+        tar.extraction_filter = lambda member, path: member  # the default of Python 3.14 would drop setuid bits
         tar.extractall(tree, members=members(tar), numeric_owner=True)
     return owners
 
 
-def put_file(tree: str, name: str, text: str = "", link: str = "") -> None:
+def put_file(tree: str, name: str, content: str | bytes = "", link: str = "") -> None:
     """Write a file, or make a symlink, over what is there."""
     path = os.path.join(tree, name)
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -7329,7 +7254,7 @@ def put_file(tree: str, name: str, text: str = "", link: str = "") -> None:
     if link:
         os.symlink(link, path)
     else:
-        write_file(path, text, 0o644, durable=False)
+        write_file(path, content, 0o644, durable=False)
 
 
 def clean_system(tree: str) -> None:
@@ -7367,16 +7292,13 @@ def configure_system(tree: str, disk_uuid: str, build: Build) -> None:
 def put_sources(tree: str, sources: Sequence[str]) -> None:
     """Let the guest's apt have its packages from where they came from, with the same keys; mmdebstrap does so itself
     where it chose them."""
-    import shutil
-
     if not sources:
         return
     put_file(tree, "etc/apt/sources.list", "\n".join(sources) + "\n")
-    for key in set(re.findall(r"signed-by=([^\s\]]+)", " ".join(sources))):
-        target = os.path.join(tree, key.lstrip("/"))
-        if not os.path.exists(target):
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            shutil.copyfile(key, target)
+    for key in set(re.findall(r"signed-by=/([^\s\]]+)", " ".join(sources))):
+        if not os.path.exists(os.path.join(tree, key)):
+            with open(f"/{key}", "rb") as file:
+                put_file(tree, key, file.read())
 
 
 def boot_links(tree: str) -> tuple[str, str]:
@@ -7503,7 +7425,7 @@ def archive_state(build: Build, web: Web) -> str:
         try:
             text = web.text(f"{web_address(archive).rstrip('/')}/dists/{suite}/InRelease")
         except Absent:
-            raise no_such_suite(suite, archive) from None
+            raise no_such(f"suite on {archive}", suite, (), BUILD_HINT) from None
         except (WebError, ValueError):
             return time.strftime("%Y%m%d")
         seen += [line, *(re.findall(index, text, re.M) or [text])]
@@ -7711,9 +7633,8 @@ class CloneRequest:
             if option:
                 self._set_option(option, value if separator else None, folder)
             elif name:
-                near = nearest(name, CLONE_OPTION)
                 raise UsageError(
-                    f"unknown option {name!r}" + (f", did you mean {near}?" if near else ""),
+                    f"unknown option {name!r}{did_you_mean(name, CLONE_OPTION, before=', ')}",
                     f"options are {' '.join(each.text for each in CLONE_OPTIONS)}, separated by ';'",
                 )
 
@@ -9002,13 +8923,12 @@ def template_from_vm(
     booted once, as itself and on no one's disk, to take out what clones must not inherit.
     """
     source = cloud.tree.need(words)
-    check_new_template(cloud.tree, name)
     with NewTemplate(cloud, name) as new:
         with FolderLock(source.folder):
             need_stopped(cloud, source)
             copy_disk(source, new, layered)
             settings = {"vmInit": "auto", **source.inherited(), **asked}
-            new.write_draft(settings)
+            new.write_conf(settings)
         if len(source.disks()) > 1:
             left = ", ".join(map(os.path.basename, source.disks()[1:]))
             report.warn(f"{name}: a template has a system disk only, these are left out: {left}")
@@ -10310,9 +10230,9 @@ def examine(names: Sequence[str]) -> Iterator[Finding]:
     """All findings, or those of the checks that are named, as they are found."""
     for name in names:
         if name not in ALL_CHECKS:
-            near = nearest(name, ALL_CHECKS)
-            hint = f"did you mean {near}?" if near else f"one of {', '.join(ALL_CHECKS)}"
-            raise UsageError(f"{name}: no such check", hint)
+            raise UsageError(
+                f"{name}: no such check", did_you_mean(name, ALL_CHECKS, f"one of {', '.join(ALL_CHECKS)}")
+            )
     patient = Patient()
     bridged = patient.has_bridge or patient.config["vmNetwork"] == "bridge"
     for name in ALL_CHECKS if bridged or names else CHECKS:
@@ -10473,8 +10393,7 @@ def find_command(argv: Sequence[str]) -> tuple[Command | None, str, list[str]]:
     word = words[0]
     found = COMMANDS.get(word) or ALIASES.get(word)
     if not found:
-        near = nearest(word, command_names())
-        hint = f"did you mean {near}?" if near else "nocloud -h lists them"
+        hint = did_you_mean(word, command_names(), "nocloud -h lists them")
         raise UsageError(f"{word}: no such command", hint, EXIT_MISSING)
     return found, f"nocloud {word}", words[1:]
 
@@ -10642,26 +10561,24 @@ def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> 
             raise UsageError(f"--{stray} goes with --build")
         if (args.layer or args.no_clean) and way != "from":
             raise UsageError(f"--{'layer' if args.layer else 'no-clean'} goes with --from")
+        asked = asked_settings(vars(args))
         if way == "delete":
             delete_template(cloud, name)
         elif way == "from":
-            given = {"vmMem": args.mem, "vmCpu": args.cpu, "vmUser": args.user, "vmInit": args.init}
-            asked = {key: str(value) for key, value in given.items() if value}
             template_from_vm(cloud, name, getattr(args, "from"), asked, args.layer, not args.no_clean)
         elif way == "build":
             check_new_template(cloud.tree, name)
             build = plan_build(args.build, args.include or [], cloud.config.number("vmCreateDiskSize"))
-            settings = template_settings(cloud, args.mem, args.cpu, args.user, args.init or build.init)
+            settings = template_settings(cloud, {"vmInit": build.init, **asked})
             template_from_packages(cloud, name, build, settings, args.rebuild)
         elif way == "image":
-            template_from_address(cloud, name, args)
+            template_from_address(cloud, name, args, template_settings(cloud, asked))
         else:
-            template_from_catalogue(cloud, name, vars(args), functools.partial(take_over, cloud))
+            template_from_catalogue(cloud, name, asked, functools.partial(take_over, cloud))
 
 
-def template_from_address(cloud: Cloud, name: str, args: argparse.Namespace) -> None:
+def template_from_address(cloud: Cloud, name: str, args: argparse.Namespace, settings: Mapping[str, str]) -> None:
     """--image: a path, or a URL."""
-    settings = template_settings(cloud, args.mem, args.cpu, args.user, args.init)
     expected = args.sha256 or args.sha512 or ""
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", args.image):
         template_from_image(cloud, name, args.image, settings, expected)
@@ -10670,7 +10587,10 @@ def template_from_address(cloud: Cloud, name: str, args: argparse.Namespace) -> 
         web_address(args.image)
     except ValueError as error:
         raise UsageError(f"{args.image}: expected {error}, or a path") from None
-    template_from_url(cloud, name, args.image, settings, expected, args.insecure)
+    if not expected and not args.insecure:
+        hint = "give --sha256 HEX or --sha512 HEX, or --insecure"
+        raise UsageError(f"{args.image}: nothing says what it must be", hint)
+    template_from_url(cloud, name, args.image, settings, expected)
 
 
 def report_table(rows: Sequence[Sequence[str]]) -> None:
@@ -10701,15 +10621,17 @@ def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> No
         report.warn(f"vmCreateGroup={config['vmCreateGroup']}: not used, what vmcreate makes is a template")
     with Cloud(config) as cloud:
         iso = find_iso(config, args.iso) if args.iso else ""
+        given = {"vmMem": args.mem, "vmCpu": args.cpu, "vmCpuCap": args.cpu_cap}
+        asked = {key: str(value) for key, value in given.items() if value is not None}
         if args.adjust:
-            vm = adjust_as_asked(cloud, args, iso)
+            vm = adjust_as_asked(cloud, args, asked, iso)
         else:
-            settings = template_settings(cloud, args.mem, args.cpu, "", "")
-            if args.cpu_cap is not None:
-                settings["vmCpuCap"] = str(args.cpu_cap)
+            settings = template_settings(cloud, asked)
             warn_of_memory(int(settings["vmMem"]))
             gigabytes = args.disk or config.number("vmCreateDiskSize")
-            vm = template_for_installer(cloud, args.name, gigabytes, settings)
+            with NewTemplate(cloud, args.name, read_only=False) as new:
+                create_disk(new.disk, gigabytes)
+                vm = new.finish(settings)
         if iso:
             error = start_all(cloud, [vm], iso=iso, gui=True)[0]
             if error:
@@ -10720,16 +10642,19 @@ def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> No
             open_screens([vm])
 
 
-def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, iso: str) -> VM:
+def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, changes: Mapping[str, str], iso: str) -> VM:
     """What vmcreate -a does."""
-    given = {"vmMem": args.mem, "vmCpu": args.cpu, "vmCpuCap": args.cpu_cap}
-    changes = {key: str(value) for key, value in given.items() if value is not None}
     if not changes and not args.disk and not iso:
         raise UsageError("nothing to adjust: give -m, -c, -C or -d", "-h shows how it is called")
     vm = cloud.tree.need(args.name, first=lambda vm: vm.is_template)
     if iso and vm.is_template:
         check_no_clones(cloud, vm)  # what boots from the ISO may write to the disk
-    adjust(cloud, vm, changes, args.disk or 0)
+    with FolderLock(vm.folder):
+        need_stopped(cloud, vm)
+        if args.disk:
+            grow_disk(cloud, vm, args.disk)
+        if changes:
+            vm.write_conf(changes)
     return vm
 
 

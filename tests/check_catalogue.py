@@ -18,7 +18,7 @@ def check(catalogue: nocloud.Catalogue, name: str, web: nocloud.Web) -> str:
     """What the entry means today; raises nocloud.Error where it means nothing."""
     source = nocloud.resolve(catalogue, catalogue.need(name), web)
     if isinstance(source, nocloud.ClassicSource):
-        pieces = f"{source.url}{source.name}.img"
+        pieces = f"{source.urls[0]}{source.name}.img"
         return f"{pieces}, {source.algorithm}:{source.digest[:12]}…"
     for url in source.urls:
         try:
