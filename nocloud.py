@@ -1215,8 +1215,7 @@ def need_program(name: str) -> str:
     if path:
         return path
     base = os.path.basename(name)
-    hint = install_command([base]) or f"install it, in the package that has {base}"
-    raise MissingProgram(f"{base}: not found; it is needed for this", hint)
+    raise MissingProgram(f"{base}: not found; it is needed for this", install_command(base))
 
 
 def os_release(path: str = "/etc/os-release") -> dict[str, str]:
@@ -1253,11 +1252,13 @@ def host_installer() -> tuple[str, int]:
     return choose_installer(os_release(), [row[0] for row in _INSTALLERS if find_program(row[0])])
 
 
-def install_command(programs: Iterable[str]) -> str:
-    """The command that installs these programs here; '' where no package manager is known."""
+def install_command(*programs: str) -> str:
+    """The command that installs these programs here, or advice where no package manager is known."""
     words, column = host_installer()
     packages = dict.fromkeys(package_of(program, column) for program in programs)
-    return f"sudo {words} {' '.join(packages)}" if words else ""
+    if not words:
+        return f"install {' and '.join(programs)} from your distribution's packages"
+    return f"sudo {words} {' '.join(packages)}"
 
 
 def traced(argv: Sequence[str]) -> list[str]:
@@ -2629,8 +2630,7 @@ def probe_qemu(config: Config) -> Qemu:
         raise Error(f"{path}: it doesn't answer as qemu does: {last_line(answer.stderr + answer.stdout)}") from None
     version = ".".join(map(str, release))
     if release < (6, 2):
-        newest = install_command([os.path.basename(path)])
-        hint = newest or "set vmQemu to a newer one"
+        hint = f"{install_command(os.path.basename(path))}  # or set vmQemu to a newer one"
         raise Error(f"{path}: qemu {version} is too old: 6.2 or newer is needed", hint)
     return Qemu(path, version, machine, options)
 
@@ -2946,7 +2946,7 @@ def choose_seed(qemu: Qemu) -> str:
     raise MissingProgram(
         f"{qemu.path} has no vvfat driver, and there is no program that writes ISO images: one of them has to make"
         " cloud-init's seed",
-        install_command(["xorriso"]) or "install xorriso",
+        install_command("xorriso"),
     )
 
 
@@ -4866,7 +4866,7 @@ class HostBridge(Network):
         """Why this user can't use qemu-bridge-helper, which root's rights are needed for, and what mends it."""
         place = self.helper() or next(filter(os.path.isfile, self.helper_places), "")
         if not place:
-            yield "qemu-bridge-helper is not there", install_command(["qemu-bridge-helper"]) or "install it from QEMU"
+            yield "qemu-bridge-helper is not there", install_command("qemu-bridge-helper")
             return
         info = os.stat(place)
         if os.geteuid() and (info.st_uid or not info.st_mode & stat.S_ISUID):
@@ -9189,8 +9189,7 @@ def viewer_argv(screen: str, path: str) -> list[str]:
         if find_program(program):
             return [program, before + path]
     names = [program for program, _ in VIEWERS[screen]]
-    hint = install_command(names[:1]) or f"install it, in the package that has {names[0]}"
-    raise MissingProgram(f"no viewer for its screen: {' or '.join(names)} is needed", hint)
+    raise MissingProgram(f"no viewer for its screen: {' or '.join(names)} is needed", install_command(names[0]))
 
 
 def open_screen(vm: VM) -> None:
@@ -9915,10 +9914,6 @@ class Patient:
 # -- commands that mend
 
 
-def install_hint(*programs: str) -> str:
-    return install_command(programs) or f"install {' and '.join(programs)}"
-
-
 def self_command(words: str) -> str:
     """A call of this program by root.  sudo looks for it in the system's folders only (sudoers(5), secure_path)."""
     ours = program_path()
@@ -10053,7 +10048,7 @@ def examine_disks(patient: Patient, vm: VM, followed: Callable[[str], bool]) -> 
 
 def examine_qemu(patient: Patient) -> str:
     qemu = patient.cloud.qemu()
-    package = install_hint(f"qemu-system-{os.uname().machine}")
+    package = install_command(f"qemu-system-{os.uname().machine}")
     patient.tell(OK, f"{qemu.path}, version {qemu.version}", "")
     if "sandbox" not in qemu.options:
         patient.tell(WARNING, f"{qemu.path} was built without -sandbox: it runs unconfined", package)
@@ -10115,7 +10110,7 @@ def examine_namespaces(patient: Patient) -> str:
         new_namespaces("10.88.0", nft_rules("guests.nft", gateway="10.88.0.1", mac=BRIDGE_MAC)).close()
     except Error:
         text = "VMs on the private network can take each other's addresses: nft has no rules for bridges here"
-        patient.tell(WARNING, text, f"{install_hint('nft')}  # and have a kernel with CONFIG_NF_TABLES_BRIDGE")
+        patient.tell(WARNING, text, f"{install_command('nft')}  # and have a kernel with CONFIG_NF_TABLES_BRIDGE")
     return "this user may make namespaces"
 
 
@@ -10138,7 +10133,7 @@ def examine_private_programs(patient: Patient) -> str:
     missing = [name for name in ("ip", "dnsmasq", "nsenter") if not find_program(name)]
     if missing:
         text = f"not found, and the private network needs it: {', '.join(missing)}"
-        patient.tell(WRONG, text, install_hint(*missing))
+        patient.tell(WRONG, text, install_command(*missing))
     return "ip, dnsmasq and nsenter"
 
 
@@ -10146,7 +10141,7 @@ def examine_way_out(patient: Patient) -> str:
     missing = [names[0] for names in (["pasta"], ["nft", "iptables"]) if not any(map(find_program, names))]
     if missing:
         text = f"VMs on the private network don't reach the Internet: {' and '.join(missing)} not found"
-        patient.tell(WARNING, text, install_hint(*missing))
+        patient.tell(WARNING, text, install_command(*missing))
     network = patient.cloud.private
     if network.holder() and not network.is_current():
         text = "the private network doesn't know this host's present name servers, addresses or routes"
@@ -10265,7 +10260,7 @@ def examine_forwarding(patient: Patient) -> str:
         if not forwards(each):
             patient.tell(WARNING, f"guests have no way out: {each} doesn't forward", mend)
     if not find_program("nft"):
-        patient.tell(WARNING, "nft is not found", install_hint("nft"))
+        patient.tell(WARNING, "nft is not found", install_command("nft"))
     elif is_root:
         for family, what in (("ip", "guests have no way out"), ("inet", "guests reach this host")):
             if not has_nft_table(f"{family} {DOMAIN}"):
@@ -10335,7 +10330,7 @@ def examine_names(patient: Patient) -> str:
     else:
         asks = name_servers()[:1] == [address]
         why = ", which runs no systemd-resolved; vmssh needs none"
-        mend = f"{install_hint('resolvectl')} && {mend}"
+        mend = f"{install_command('resolvectl')} && {mend}"
     if not asks:
         patient.tell(WARNING, f"VMs' names don't resolve on this host{why}", mend)
     return f"this host asks {address} for them"
@@ -12023,7 +12018,7 @@ def check_programs(config: Config) -> None:
     if missing:
         _, column = host_installer()
         names = [f"{name} (package {package_of(name, column)})" for name in missing]
-        raise MissingProgram(f"not here yet: {', '.join(names)}; nothing was changed", install_command(missing))
+        raise MissingProgram(f"not here yet: {', '.join(names)}; nothing was changed", install_command(*missing))
 
 
 class HostSetup:

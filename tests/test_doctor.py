@@ -663,7 +663,7 @@ def test_the_bridge_helper(room: Room) -> None:
     well(room.run, "bridge-helper")
     room.root(f"mv {helper} {room.cloud.home}/kept")
     command = ill(room.run, "bridge-helper", "wrong", "not there", env=env)
-    assert command == nocloud.install_command(["qemu-bridge-helper"])  # apt itself: see the missing programs
+    assert command == nocloud.install_command("qemu-bridge-helper")  # apt itself: see the missing programs
     assert ill(room.run, "bridge-helper", "warning", "not there") == command  # the private network serves
 
 
