@@ -283,13 +283,13 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def nearest(word: str, candidates: Iterable[str]) -> str:
-    """The candidate most like `word`, or ''."""
+def did_you_mean(word: str, names: Iterable[str], otherwise: str = "", before: str = "") -> str:
+    """`before` and the question whether the name most like `word` is meant; `otherwise` where none is like it."""
     import difflib
 
-    lower = {candidate.lower(): candidate for candidate in candidates}
+    lower = {name.lower(): name for name in names}
     found = difflib.get_close_matches(word.lower(), lower, 1)
-    return lower[found[0]] if found else ""
+    return f"{before}did you mean {lower[found[0]]}?" if found else otherwise
 
 
 def quoted(*paths: str) -> str:
@@ -1023,8 +1023,7 @@ class Config:
             elif assignment.key in SETTING:
                 self.set(assignment.key, assignment.value, origin)
             elif assignment.key not in used:
-                near = nearest(assignment.key, SETTING)
-                warn(f"{origin}: unknown key {assignment.key}" + (f", did you mean {near}?" if near else ""))
+                warn(f"{origin}: unknown key {assignment.key}{did_you_mean(assignment.key, SETTING, before=', ')}")
         if refused:
             warn(f"{path}: not used, as they can have things run or opened: {', '.join(refused)} ({ALLOW} allows them)")
 
@@ -2540,8 +2539,7 @@ VMS_HINT, TEMPLATES_HINT = "vmrunning -a lists them", "vmtemplate --list shows w
 
 def no_such(kind: str, name: str, names: Iterable[str], hint: str) -> NotFound:
     """The error for a name that there isn't; the nearest of `names` is its hint, else `hint`."""
-    near = nearest(name, names)
-    return NotFound(f"{name}: no such {kind}", f"did you mean {near}?" if near else hint)
+    return NotFound(f"{name}: no such {kind}", did_you_mean(name, names, hint))
 
 
 def left_over(tree: Tree, group: str = "") -> Iterator[str]:
@@ -5880,8 +5878,7 @@ class Catalogue:
             checked(ENTRY_KEYS[key], value, shown)
             self.entries[section].values[key] = value
         else:
-            near = nearest(key, ENTRY_KEYS)
-            self._warn(f"{origin}: unknown key {key}" + (f", did you mean {near}?" if near else ""))
+            self._warn(f"{origin}: unknown key {key}{did_you_mean(key, ENTRY_KEYS, before=', ')}")
 
     def mirrored(self, url: str) -> str:
         """Where to ask for a URL: the mirror of the longest beginning that has one."""
@@ -5893,8 +5890,7 @@ class Catalogue:
     def need(self, name: str) -> Entry:
         checked_name("template", name)
         if name not in self.entries:
-            near = nearest(name, self.entries)
-            hint = f"did you mean {near}?" if near else "vmtemplate --list --available shows what there is"
+            hint = did_you_mean(name, self.entries, "vmtemplate --list --available shows what there is")
             raise NotFound(f"{name}: not in the catalogue", hint)
         entry = self.entries[name]
         if entry["arch"] != os.uname().machine:
@@ -6998,9 +6994,8 @@ def find_iso(config: Config, name: str) -> str:
     found = next((place for place in places if os.path.isfile(place)), "")
     if found:
         return checked_iso(found)
-    near = "" if "/" in name else nearest(name, names_in(folder))
-    hint = f"did you mean {near}?" if near else f"-i takes a path, or a name in isoDir, {folder}"
-    raise NotFound(f"{name}: no such ISO image", hint)
+    others = [] if "/" in name else names_in(folder)
+    raise no_such("ISO image", name, others, f"-i takes a path, or a name in isoDir, {folder}")
 
 
 def template_for_installer(cloud: Cloud, name: str, gigabytes: int, settings: Mapping[str, str]) -> VM:
@@ -7792,9 +7787,8 @@ class CloneRequest:
             if option:
                 self._set_option(option, value if separator else None, folder)
             elif name:
-                near = nearest(name, CLONE_OPTION)
                 raise UsageError(
-                    f"unknown option {name!r}" + (f", did you mean {near}?" if near else ""),
+                    f"unknown option {name!r}{did_you_mean(name, CLONE_OPTION, before=', ')}",
                     f"options are {' '.join(each.text for each in CLONE_OPTIONS)}, separated by ';'",
                 )
 
@@ -10391,9 +10385,9 @@ def examine(names: Sequence[str]) -> Iterator[Finding]:
     """All findings, or those of the checks that are named, as they are found."""
     for name in names:
         if name not in ALL_CHECKS:
-            near = nearest(name, ALL_CHECKS)
-            hint = f"did you mean {near}?" if near else f"one of {', '.join(ALL_CHECKS)}"
-            raise UsageError(f"{name}: no such check", hint)
+            raise UsageError(
+                f"{name}: no such check", did_you_mean(name, ALL_CHECKS, f"one of {', '.join(ALL_CHECKS)}")
+            )
     patient = Patient()
     bridged = patient.has_bridge or patient.config["vmNetwork"] == "bridge"
     for name in ALL_CHECKS if bridged or names else CHECKS:
@@ -10553,8 +10547,7 @@ def find_command(argv: Sequence[str]) -> tuple[Command | None, str, list[str]]:
     word = words[0]
     found = COMMANDS.get(word) or ALIASES.get(word)
     if not found:
-        near = nearest(word, command_names())
-        hint = f"did you mean {near}?" if near else "nocloud -h lists them"
+        hint = did_you_mean(word, command_names(), "nocloud -h lists them")
         raise UsageError(f"{word}: no such command", hint, EXIT_MISSING)
     return found, f"nocloud {word}", words[1:]
 
