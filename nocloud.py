@@ -11408,18 +11408,17 @@ def running_vm_of_options(cloud: Cloud, args: argparse.Namespace) -> VM:
     *RUNNING_VM_OPTIONS,
     Option("-s --serial", "its serial console in this terminal; Ctrl-] leaves"),
 )
-def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """a VM's screen; with -s, or without a display, its serial console"""
     with Cloud(config) as cloud:
         vm = running_vm_of_options(cloud, args)
     missing = "no display here" if not has_display() else "" if screen_of(vm) else f"{vm.name} runs without a screen"
     if not args.serial and not missing:
         open_screen(vm)
-        return EXIT_DONE
+        return
     if not args.serial:
         report.say(f"{report.program}: {missing}: its serial console instead")
     serial_console(vm)
-    return EXIT_DONE
 
 
 @declare(Command("manage", "vmmanage", "[WORDS...]"), *RUNNING_VM_OPTIONS)
@@ -11662,14 +11661,13 @@ SHELLS: dict[str, tuple[Callable[..., list[str]], str]] = {
 
 
 @declare(Command("complete", operands="SHELL WORDS...", hidden=True))
-def cmd_complete(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_complete(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """what a shell's script offers for a line that is being typed; nothing is started, mended or written for that"""
     if not words or words[0] not in SHELLS:
         raise UsageError(f"which shell? one of {', '.join(SHELLS)}")
     answer = SHELLS[words[0]][0](config, *words[1:])
     if not any("\n" in line for line in answer):
         report.data("\n".join(answer))
-    return EXIT_DONE
 
 
 def filled(name: str, **parts: str) -> str:
@@ -11683,13 +11681,12 @@ def completion(shell: str) -> str:
 
 
 @declare(Command("completion", operands="bash | zsh | fish", complete=(tuple(SHELLS),)))
-def cmd_completion(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_completion(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """print a shell's completion of all commands, as in: source <(nocloud completion bash)"""
     shell = one_operand(words, "the shell")
     if shell not in SHELLS:
         raise UsageError(f"{shell}: no completion for that shell", f"one of {', '.join(SHELLS)}")
     report.data(completion(shell).rstrip("\n"))
-    return EXIT_DONE
 
 
 # -- the manual pages, in the man(7) macros of roff
@@ -11780,14 +11777,13 @@ def manual_of(command: Command) -> str:
 
 
 @declare(Command("man", operands="[COMMAND]", complete=("command",)))
-def cmd_man(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_man(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """print the manual page, or that of one command, as in: nocloud man >nocloud.1"""
     no_more(words[1:])
     names = {**ALIASES, **{each.name: each for each in visible_commands()}}
     if words and words[0] not in names:
         raise UsageError(f"{words[0]}: no such command", "nocloud -h lists them")
     report.data((manual_of(names[words[0]]) if words else manual()).rstrip("\n"))
-    return EXIT_DONE
 
 
 # Installation ########################################################################################
@@ -12260,7 +12256,7 @@ def check_nothing_runs() -> None:
     Option("--check", "only look whether it could be done"),
     Option("--undo", "take away what was installed"),
 )
-def cmd_setup(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_setup(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """install this program on the host, as `make install` does"""
     import contextlib
 
@@ -12273,7 +12269,6 @@ def cmd_setup(config: Config, args: argparse.Namespace, words: list[str]) -> int
     with contextlib.nullcontext() if root else FolderLock(SETUP_FOLDER, make=True):
         undo_installation(installation) if args.undo else install(installation, args.check)
         remove_empty(SETUP_FOLDER)
-    return EXIT_DONE
 
 
 # Dispatch ############################################################################################
