@@ -10067,31 +10067,24 @@ def examine_acceleration(patient: Patient) -> str:
 
 
 def examine_keys(patient: Patient) -> str:
-    """nocloud's key and the user's: without a key of his own he has nocloud's to log in with."""
-    examine_own_key(patient, os.path.join(config_home(), "id_ed25519"))
-    for path in user_keys():
+    """nocloud's own key, which is made at first need, and the user's: without any of his he has nocloud's to log in
+    with.  One that is there must be whole, and the user's alone."""
+    own = os.path.join(config_home(), "id_ed25519")
+    folder, is_there = existing_parent(os.path.dirname(own)), os.path.exists(own)
+    for path in ([own] if is_there else []) + user_keys():
         if os.stat(path).st_mode & 0o077:
-            patient.tell(WARNING, f"{path}: others may read it; ssh won't use it", f"chmod 600 {quoted(path)}")
+            state, mend = WRONG if path == own else WARNING, by_owner(path, f"chmod 600 {quoted(path)}")
+            patient.tell(state, f"{path}: others may read it; ssh won't use it", mend)
+    if is_there and not os.access(own, os.R_OK):
+        patient.tell(WRONG, f"{own}: you may not read it", f"sudo chown {user_name()} {quoted(own)}")
+    elif is_there and not os.path.exists(own + ".pub"):
+        patient.tell(WRONG, f"{own}.pub is gone", f"ssh-keygen -y -f {quoted(own)} >{quoted(own + '.pub')}")
+    elif not is_there and not os.access(folder, os.W_OK | os.X_OK):
+        text = f"{folder}: you may not write there, for nocloud's key"
+        patient.tell(WRONG, text, "export XDG_CONFIG_HOME=FOLDER")
     if not user_keys(".pub"):
         patient.tell(WARNING, "no key of yours, ~/.ssh/*.pub, to plant in VMs", "ssh-keygen -t ed25519")
     return f"{plural(len(user_keys('.pub')), 'key')} of yours, and nocloud's own"
-
-
-def examine_own_key(patient: Patient, path: str) -> None:
-    """nocloud's own key is made at first need; one that is there must be whole, and the user's alone."""
-    if not os.path.exists(path):
-        folder = existing_parent(os.path.dirname(path))
-        if not os.access(folder, os.W_OK | os.X_OK):
-            text = f"{folder}: you may not write there, for nocloud's key"
-            patient.tell(WRONG, text, "export XDG_CONFIG_HOME=FOLDER")
-        return
-    if os.stat(path).st_mode & 0o077:
-        mend = by_owner(path, f"chmod 600 {quoted(path)}")
-        patient.tell(WRONG, f"{path}: others may read it; ssh won't use it", mend)
-    if not os.access(path, os.R_OK):
-        patient.tell(WRONG, f"{path}: you may not read it", f"sudo chown {user_name()} {quoted(path)}")
-    elif not os.path.exists(path + ".pub"):
-        patient.tell(WRONG, f"{path}.pub is gone", f"ssh-keygen -y -f {quoted(path)} >{quoted(path + '.pub')}")
 
 
 # -- the private network
