@@ -11048,8 +11048,10 @@ def vms_to_stop(cloud: Cloud, args: argparse.Namespace) -> list[VM]:
     return vms
 
 
-def running_vm(cloud: Cloud, words: str, group: str | None = None, type: str | None = None) -> VM:
+def running_vm(cloud: Cloud, words: str | None, group: str | None = None, type: str | None = None) -> VM:
     """The running VM that `words`, -g and -t mean."""
+    if words is None:
+        raise UsageError("which VM? give -n NAME", "vmrunning lists them")
     vm = cloud.tree.need(words, group, type, first=VM.is_running, address_of=lambda vm: address_of(cloud, vm))
     state, _ = vm.state()
     if state != "running":
@@ -11389,13 +11391,6 @@ def address_and_port(words: Sequence[str]) -> tuple[str, int]:
     return checked(HOST_NAME, address, repr(address)), checked(whole_number(1, 65535), port, repr(port))
 
 
-def running_vm_of_options(cloud: Cloud, args: argparse.Namespace) -> VM:
-    """The running VM that RUNNING_VM_OPTIONS mean."""
-    if args.name is None:
-        raise UsageError("which VM? give -n NAME", "vmrunning lists them")
-    return running_vm(cloud, args.name, args.group, args.type)
-
-
 @declare(
     Command("console", "vmconsole"),
     *RUNNING_VM_OPTIONS,
@@ -11404,7 +11399,7 @@ def running_vm_of_options(cloud: Cloud, args: argparse.Namespace) -> VM:
 def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """a VM's screen; with -s, or without a display, its serial console"""
     with Cloud(config) as cloud:
-        vm = running_vm_of_options(cloud, args)
+        vm = running_vm(cloud, args.name, args.group, args.type)
     missing = "no display here" if not has_display() else "" if screen_of(vm) else f"{vm.name} runs without a screen"
     if not args.serial and not missing:
         open_screen(vm)
@@ -11418,7 +11413,7 @@ def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> N
 def cmd_manage(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """qemu's monitor of a VM; with WORDS, just that command"""
     with Cloud(config) as cloud:
-        vm = running_vm_of_options(cloud, args)
+        vm = running_vm(cloud, args.name, args.group, args.type)
     if words:
         monitor_command(vm, " ".join(words))
         return EXIT_DONE
@@ -11426,12 +11421,9 @@ def cmd_manage(config: Config, args: argparse.Namespace, words: list[str]) -> in
 
 
 @declare(
-    Command(
-        "doctor", operands="[CHECKS]", complete=(tuple(ALL_CHECKS),),
-        more=doctor_help, unconfigured=True,
-    ),
+    Command("doctor", operands="[CHECKS]", complete=(tuple(ALL_CHECKS),), more=doctor_help, unconfigured=True),
     Option("--json", "a JSON list: name, state, text, mend"),
-)  # fmt: skip
+)
 def cmd_doctor(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """look at this host, and say what isn't well and which command mends it"""
     findings = []
