@@ -12302,11 +12302,6 @@ def run_command(argv: Sequence[str]) -> int:
     return status or EXIT_DONE
 
 
-def on_signal(number: int, frame: object) -> None:
-    """SIGTERM and SIGHUP end the command as ^C does: what is half-made is removed on the way out."""
-    raise SystemExit(128 + number)
-
-
 def open_standard_streams() -> None:
     """Descriptors 0 to 2 are never another file's, whatever the caller closed; names go out as they came in."""
     fd = os.open(os.devnull, os.O_RDWR)
@@ -12327,9 +12322,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     ensure_utf8()
     open_standard_streams()
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as ^C does: what is half-made is removed on the way out
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
-            signal.signal(number, on_signal)
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         return run_command(sys.argv if argv is None else argv)
     except Error as error:
