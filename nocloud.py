@@ -10882,12 +10882,8 @@ def report_errors(errors: Sequence[Error]) -> int:
 @declare(
     Command("run", "vmrun"),
     Option("-f --file FILE", "make what a description file lists (-: stdin), and run it; ^C destroys it all"),
-    Option(
-        "-r --resume GROUP", "run the VMs of GROUP that were kept; ^C shuts them down and keeps them", complete="group"
-    ),
-    Option(
-        "-s --stop GROUP", "tell the vmrun that manages GROUP to stop its VMs and keep them", complete="managed-group"
-    ),
+    Option("-r --resume GROUP", "run GROUP's VMs, which were kept; ^C stops them and keeps them", complete="group"),
+    Option("-s --stop GROUP", "have the vmrun that manages GROUP stop and keep its VMs", complete="managed-group"),
     Option("-g --gui", "each VM has a screen"),
     Option("--group GROUP", "with -f: the group's name, instead of the file's", complete="group"),
     Option("--add", "with -f: though the group has VMs already; they are run too"),
