@@ -11308,7 +11308,8 @@ def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> None:
 
 
 def run_inside(network: Network, argv: Sequence[str], tap: bool, vm: VM | None) -> None:
-    """`net exec`: become a program in the network, where names of VMs resolve; `tap`: it gets one as descriptor 3."""
+    """`net exec`: become a program in the network, where names of VMs resolve; `tap`: it gets one, `vm`'s, as
+    descriptor 3."""
     if not argv:
         raise UsageError("which command?", "nocloud net exec CMD...")
     if not find_program(argv[0]) and package_of(argv[0], 0) == argv[0]:
@@ -11317,10 +11318,17 @@ def run_inside(network: Network, argv: Sequence[str], tap: bool, vm: VM | None) 
     if not tap:
         network.move_in()
         become(argv)
-    open_tap(network, vm)
+    with network.hold():
+        fd, vhost = network.tap(*((vm.get("vmMac"), vm.get("vmAddress")) if vm else ()))
+    if vhost >= 0:
+        os.close(vhost)
+    network.close()  # descriptor 3 may be one of its own
+    os.dup2(fd, 3, inheritable=True)
+    if fd != 3:
+        os.close(fd)
     words, fds = network.enter(argv)
-    for fd in fds:
-        os.set_inheritable(fd, True)
+    for each in fds:
+        os.set_inheritable(each, True)
     become(words)
 
 
@@ -11365,18 +11373,6 @@ def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> No
         BridgeSetup(config).wait(60, os.environ.get("MAINPID", ""))  # systemd.exec(5)
     else:
         raise UsageError(f"{verb or 'no verb'}: expected start, stop, accept, dnsmasq, ready or subnet")
-
-
-def open_tap(network: Network, vm: VM | None) -> None:
-    """A tap, that of a VM, as descriptor 3, for the program that this process becomes."""
-    with network.hold():
-        tap, vhost = network.tap(*((vm.get("vmMac"), vm.get("vmAddress")) if vm else ()))
-    if vhost >= 0:
-        os.close(vhost)
-    network.close()  # descriptor 3 may be one of its own
-    os.dup2(tap, 3, inheritable=True)
-    if tap != 3:
-        os.close(tap)
 
 
 def address_and_port(words: Sequence[str]) -> tuple[str, int]:
