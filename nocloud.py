@@ -11795,20 +11795,19 @@ class InstalledFile:
         return f"link {self.link}" if self.link else f"sha256 {hashlib.sha256(self.content).hexdigest()}"
 
 
-def planned_files(prefix: str) -> list[InstalledFile]:
+def planned_files(prefix: str) -> Iterator[InstalledFile]:
     """What an installation consists of: this program, its names, its settings, what comes with it, and its units."""
     with open(program_path(), "rb") as file:
-        found = [InstalledFile(f"{prefix}/bin/nocloud", file.read(), mode=0o755)]
-    found += [InstalledFile(f"{prefix}/bin/{name}", link="nocloud") for name in ALIASES]
-    found += [
-        InstalledFile(f"{prefix}/etc/{name}", need_packaged(name).encode(), conf=True) for name in INSTALLED_CONFS
-    ]
-    found += planned_documents(prefix)
+        yield InstalledFile(f"{prefix}/bin/nocloud", file.read(), mode=0o755)
+    for name in ALIASES:
+        yield InstalledFile(f"{prefix}/bin/{name}", link="nocloud")
+    for name in INSTALLED_CONFS:
+        yield InstalledFile(f"{prefix}/etc/{name}", need_packaged(name).encode(), conf=True)
+    yield from planned_documents(prefix)
     units = [(name, "system", name) for name in UNITS]
     for source, kind, name in (*units, (GROUP_UNIT, "user", GROUP_UNIT), (SYSUSERS, "sysusers.d", "nocloud.conf")):
         text = need_packaged(source, "systemd").replace("@BINDIR@", f"{prefix}/bin")
-        found.append(InstalledFile(f"{systemd_folder(prefix, kind)}/{name}", text.encode()))
-    return found
+        yield InstalledFile(f"{systemd_folder(prefix, kind)}/{name}", text.encode())
 
 
 def planned_documents(prefix: str) -> Iterator[InstalledFile]:
@@ -12162,7 +12161,7 @@ def kernel_modules() -> list[str]:
 
 def install(installation: Installation, only_look: bool) -> None:
     """Put it there, set the host up for it, and say what was done; all that can be in the way is looked at before."""
-    files, modules, subnet, on_host = planned_files(installation.prefix), [], "", not installation.root
+    files, modules, subnet, on_host = [*planned_files(installation.prefix)], [], "", not installation.root
     if on_host:
         check_programs(installed_config(installation))
         modules = kernel_modules()
