@@ -9912,31 +9912,24 @@ def examine_acceleration(patient: Patient) -> str:
 
 
 def examine_keys(patient: Patient) -> str:
-    """nocloud's key and the user's: without a key of his own he has nocloud's to log in with."""
-    examine_own_key(patient, os.path.join(config_home(), "id_ed25519"))
-    for path in user_keys():
+    """nocloud's own key, which is made at first need, and the user's: without any of his he has nocloud's to log in
+    with.  One that is there must be whole, and the user's alone."""
+    own = os.path.join(config_home(), "id_ed25519")
+    folder, is_there = existing_parent(os.path.dirname(own)), os.path.exists(own)
+    for path in ([own] if is_there else []) + user_keys():
         if os.stat(path).st_mode & 0o077:
-            patient.tell(WARNING, f"{path}: others may read it; ssh won't use it", f"chmod 600 {quoted(path)}")
+            state, mend = WRONG if path == own else WARNING, by_owner(path, f"chmod 600 {quoted(path)}")
+            patient.tell(state, f"{path}: others may read it; ssh won't use it", mend)
+    if is_there and not os.access(own, os.R_OK):
+        patient.tell(WRONG, f"{own}: you may not read it", f"sudo chown {user_name()} {quoted(own)}")
+    elif is_there and not os.path.exists(own + ".pub"):
+        patient.tell(WRONG, f"{own}.pub is gone", f"ssh-keygen -y -f {quoted(own)} >{quoted(own + '.pub')}")
+    elif not is_there and not os.access(folder, os.W_OK | os.X_OK):
+        text = f"{folder}: you may not write there, for nocloud's key"
+        patient.tell(WRONG, text, "export XDG_CONFIG_HOME=FOLDER")
     if not user_keys(".pub"):
         patient.tell(WARNING, "no key of yours, ~/.ssh/*.pub, to plant in VMs", "ssh-keygen -t ed25519")
     return f"{plural(len(user_keys('.pub')), 'key')} of yours, and nocloud's own"
-
-
-def examine_own_key(patient: Patient, path: str) -> None:
-    """nocloud's own key is made at first need; one that is there must be whole, and the user's alone."""
-    if not os.path.exists(path):
-        folder = existing_parent(os.path.dirname(path))
-        if not os.access(folder, os.W_OK | os.X_OK):
-            text = f"{folder}: you may not write there, for nocloud's key"
-            patient.tell(WRONG, text, "export XDG_CONFIG_HOME=FOLDER")
-        return
-    if os.stat(path).st_mode & 0o077:
-        mend = by_owner(path, f"chmod 600 {quoted(path)}")
-        patient.tell(WRONG, f"{path}: others may read it; ssh won't use it", mend)
-    if not os.access(path, os.R_OK):
-        patient.tell(WRONG, f"{path}: you may not read it", f"sudo chown {user_name()} {quoted(path)}")
-    elif not os.path.exists(path + ".pub"):
-        patient.tell(WRONG, f"{path}.pub is gone", f"ssh-keygen -y -f {quoted(path)} >{quoted(path + '.pub')}")
 
 
 # -- the private network
@@ -10741,12 +10734,8 @@ def report_errors(errors: Sequence[Error]) -> int:
 @declare(
     Command("run", "vmrun"),
     Option("-f --file FILE", "make what a description file lists (-: stdin), and run it; ^C destroys it all"),
-    Option(
-        "-r --resume GROUP", "run the VMs of GROUP that were kept; ^C shuts them down and keeps them", complete="group"
-    ),
-    Option(
-        "-s --stop GROUP", "tell the vmrun that manages GROUP to stop its VMs and keep them", complete="managed-group"
-    ),
+    Option("-r --resume GROUP", "run GROUP's VMs, which were kept; ^C stops them and keeps them", complete="group"),
+    Option("-s --stop GROUP", "have the vmrun that manages GROUP stop and keep its VMs", complete="managed-group"),
     Option("-g --gui", "each VM has a screen"),
     Option("--group GROUP", "with -f: the group's name, instead of the file's", complete="group"),
     Option("--add", "with -f: though the group has VMs already; they are run too"),
@@ -10907,8 +10896,10 @@ def vms_to_stop(cloud: Cloud, args: argparse.Namespace) -> list[VM]:
     return vms
 
 
-def running_vm(cloud: Cloud, words: str, group: str | None = None, type: str | None = None) -> VM:
+def running_vm(cloud: Cloud, words: str | None, group: str | None = None, type: str | None = None) -> VM:
     """The running VM that `words`, -g and -t mean."""
+    if words is None:
+        raise UsageError("which VM? give -n NAME", "vmrunning lists them")
     vm = cloud.tree.need(words, group, type, first=VM.is_running, address_of=lambda vm: address_of(cloud, vm))
     state, _ = vm.state()
     if state != "running":
@@ -11169,7 +11160,8 @@ def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> None:
 
 
 def run_inside(network: Network, argv: Sequence[str], tap: bool, vm: VM | None) -> None:
-    """`net exec`: become a program in the network, where names of VMs resolve; `tap`: it gets one as descriptor 3."""
+    """`net exec`: become a program in the network, where names of VMs resolve; `tap`: it gets one, `vm`'s, as
+    descriptor 3."""
     if not argv:
         raise UsageError("which command?", "nocloud net exec CMD...")
     if not find_program(argv[0]) and package_of(argv[0], 0) == argv[0]:
@@ -11178,10 +11170,17 @@ def run_inside(network: Network, argv: Sequence[str], tap: bool, vm: VM | None) 
     if not tap:
         network.move_in()
         become(argv)
-    open_tap(network, vm)
+    with network.hold():
+        fd, vhost = network.tap(vm)
+    if vhost >= 0:
+        os.close(vhost)
+    network.close()  # descriptor 3 may be one of its own
+    os.dup2(fd, 3, inheritable=True)
+    if fd != 3:
+        os.close(fd)
     words, fds = network.enter(argv)
-    for fd in fds:
-        os.set_inheritable(fd, True)
+    for each in fds:
+        os.set_inheritable(each, True)
     become(words)
 
 
@@ -11228,18 +11227,6 @@ def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> No
         raise UsageError(f"{verb or 'no verb'}: expected start, stop, accept, dnsmasq, ready or subnet")
 
 
-def open_tap(network: Network, vm: VM | None) -> None:
-    """A tap, that of a VM, as descriptor 3, for the program that this process becomes."""
-    with network.hold():
-        tap, vhost = network.tap(vm)
-    if vhost >= 0:
-        os.close(vhost)
-    network.close()  # descriptor 3 may be one of its own
-    os.dup2(tap, 3, inheritable=True)
-    if tap != 3:
-        os.close(tap)
-
-
 def address_and_port(words: Sequence[str]) -> tuple[str, int]:
     """connect's two operands, checked."""
     if len(words) != 2 or not words[0]:
@@ -11248,37 +11235,29 @@ def address_and_port(words: Sequence[str]) -> tuple[str, int]:
     return checked(HOST_NAME, address, repr(address)), checked(whole_number(1, 65535), port, repr(port))
 
 
-def running_vm_of_options(cloud: Cloud, args: argparse.Namespace) -> VM:
-    """The running VM that RUNNING_VM_OPTIONS mean."""
-    if args.name is None:
-        raise UsageError("which VM? give -n NAME", "vmrunning lists them")
-    return running_vm(cloud, args.name, args.group, args.type)
-
-
 @declare(
     Command("console", "vmconsole"),
     *RUNNING_VM_OPTIONS,
     Option("-s --serial", "its serial console in this terminal; Ctrl-] leaves"),
 )
-def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """a VM's screen; with -s, or without a display, its serial console"""
     with Cloud(config) as cloud:
-        vm = running_vm_of_options(cloud, args)
+        vm = running_vm(cloud, args.name, args.group, args.type)
     missing = "no display here" if not has_display() else "" if screen_of(vm) else f"{vm.name} runs without a screen"
     if not args.serial and not missing:
         open_screen(vm)
-        return EXIT_DONE
+        return
     if not args.serial:
         report.say(f"{report.program}: {missing}: its serial console instead")
     serial_console(vm)
-    return EXIT_DONE
 
 
 @declare(Command("manage", "vmmanage", "[WORDS...]"), *RUNNING_VM_OPTIONS)
 def cmd_manage(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """qemu's monitor of a VM; with WORDS, just that command"""
     with Cloud(config) as cloud:
-        vm = running_vm_of_options(cloud, args)
+        vm = running_vm(cloud, args.name, args.group, args.type)
     if words:
         monitor_command(vm, " ".join(words))
         return EXIT_DONE
@@ -11286,12 +11265,9 @@ def cmd_manage(config: Config, args: argparse.Namespace, words: list[str]) -> in
 
 
 @declare(
-    Command(
-        "doctor", operands="[CHECKS]", complete=(tuple(ALL_CHECKS),),
-        more=doctor_help, unconfigured=True,
-    ),
+    Command("doctor", operands="[CHECKS]", complete=(tuple(ALL_CHECKS),), more=doctor_help, unconfigured=True),
     Option("--json", "a JSON list: name, state, text, mend"),
-)  # fmt: skip
+)
 def cmd_doctor(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """look at this host, and say what isn't well and which command mends it"""
     findings = []
@@ -11514,14 +11490,13 @@ SHELLS: dict[str, tuple[Callable[..., list[str]], str]] = {
 
 
 @declare(Command("complete", operands="SHELL WORDS...", hidden=True))
-def cmd_complete(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_complete(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """what a shell's script offers for a line that is being typed; nothing is started, mended or written for that"""
     if not words or words[0] not in SHELLS:
         raise UsageError(f"which shell? one of {', '.join(SHELLS)}")
     answer = SHELLS[words[0]][0](config, *words[1:])
     if not any("\n" in line for line in answer):
         report.data("\n".join(answer))
-    return EXIT_DONE
 
 
 def filled(name: str, **parts: str) -> str:
@@ -11535,13 +11510,12 @@ def completion(shell: str) -> str:
 
 
 @declare(Command("completion", operands="bash | zsh | fish", complete=(tuple(SHELLS),)))
-def cmd_completion(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_completion(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """print a shell's completion of all commands, as in: source <(nocloud completion bash)"""
     shell = one_operand(words, "the shell")
     if shell not in SHELLS:
         raise UsageError(f"{shell}: no completion for that shell", f"one of {', '.join(SHELLS)}")
     report.data(completion(shell).rstrip("\n"))
-    return EXIT_DONE
 
 
 # -- the manual pages, in the man(7) macros of roff
@@ -11632,14 +11606,13 @@ def manual_of(command: Command) -> str:
 
 
 @declare(Command("man", operands="[COMMAND]", complete=("command",)))
-def cmd_man(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_man(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """print the manual page, or that of one command, as in: nocloud man >nocloud.1"""
     no_more(words[1:])
     names = {**ALIASES, **{each.name: each for each in visible_commands()}}
     if words and words[0] not in names:
         raise UsageError(f"{words[0]}: no such command", "nocloud -h lists them")
     report.data((manual_of(names[words[0]]) if words else manual()).rstrip("\n"))
-    return EXIT_DONE
 
 
 # Installation ########################################################################################
@@ -11674,20 +11647,19 @@ class InstalledFile:
         return f"link {self.link}" if self.link else f"sha256 {hashlib.sha256(self.content).hexdigest()}"
 
 
-def planned_files(prefix: str) -> list[InstalledFile]:
+def planned_files(prefix: str) -> Iterator[InstalledFile]:
     """What an installation consists of: this program, its names, its settings, what comes with it, and its units."""
     with open(program_path(), "rb") as file:
-        found = [InstalledFile(f"{prefix}/bin/nocloud", file.read(), mode=0o755)]
-    found += [InstalledFile(f"{prefix}/bin/{name}", link="nocloud") for name in ALIASES]
-    found += [
-        InstalledFile(f"{prefix}/etc/{name}", need_packaged(name).encode(), conf=True) for name in INSTALLED_CONFS
-    ]
-    found += planned_documents(prefix)
+        yield InstalledFile(f"{prefix}/bin/nocloud", file.read(), mode=0o755)
+    for name in ALIASES:
+        yield InstalledFile(f"{prefix}/bin/{name}", link="nocloud")
+    for name in INSTALLED_CONFS:
+        yield InstalledFile(f"{prefix}/etc/{name}", need_packaged(name).encode(), conf=True)
+    yield from planned_documents(prefix)
     units = [(name, "system", name) for name in UNITS]
     for source, kind, name in (*units, (GROUP_UNIT, "user", GROUP_UNIT), (SYSUSERS, "sysusers.d", "nocloud.conf")):
         text = need_packaged(source, "systemd").replace("@BINDIR@", f"{prefix}/bin")
-        found.append(InstalledFile(f"{systemd_folder(prefix, kind)}/{name}", text.encode()))
-    return found
+        yield InstalledFile(f"{systemd_folder(prefix, kind)}/{name}", text.encode())
 
 
 def planned_documents(prefix: str) -> Iterator[InstalledFile]:
@@ -12041,7 +12013,7 @@ def kernel_modules() -> list[str]:
 
 def install(installation: Installation, only_look: bool) -> None:
     """Put it there, set the host up for it, and say what was done; all that can be in the way is looked at before."""
-    files, modules, subnet, on_host = planned_files(installation.prefix), [], "", not installation.root
+    files, modules, subnet, on_host = [*planned_files(installation.prefix)], [], "", not installation.root
     if on_host:
         check_programs(installed_config(installation))
         modules = kernel_modules()
@@ -12112,7 +12084,7 @@ def check_nothing_runs() -> None:
     Option("--check", "only look whether it could be done"),
     Option("--undo", "take away what was installed"),
 )
-def cmd_setup(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_setup(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """install this program on the host, as `make install` does"""
     import contextlib
 
@@ -12125,7 +12097,6 @@ def cmd_setup(config: Config, args: argparse.Namespace, words: list[str]) -> int
     with contextlib.nullcontext() if root else FolderLock(SETUP_FOLDER, make=True):
         undo_installation(installation) if args.undo else install(installation, args.check)
         remove_empty(SETUP_FOLDER)
-    return EXIT_DONE
 
 
 # Dispatch ############################################################################################
@@ -12174,11 +12145,6 @@ def run_command(argv: Sequence[str]) -> int:
     return status or EXIT_DONE
 
 
-def on_signal(number: int, frame: object) -> None:
-    """SIGTERM and SIGHUP end the command as ^C does: what is half-made is removed on the way out."""
-    raise SystemExit(128 + number)
-
-
 def open_standard_streams() -> None:
     """Descriptors 0 to 2 are never another file's, whatever the caller closed; names go out as they came in."""
     fd = os.open(os.devnull, os.O_RDWR)
@@ -12199,9 +12165,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     ensure_utf8()
     open_standard_streams()
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as ^C does: what is half-made is removed on the way out
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
-            signal.signal(number, on_signal)
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         return run_command(sys.argv if argv is None else argv)
     except Error as error:
