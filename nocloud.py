@@ -3212,42 +3212,14 @@ def stop_daemon(pid_file: str) -> None:
     remove_file(pid_file)
 
 
-def start_daemon(argv: Sequence[str], fds: Sequence[int]) -> None:
-    """Start a daemon in its foreground form, and return when it is ready.  Raises Error with its own words.
-
-    Ready is the end of its standard error: dnsmasq turns that to /dev/null once it listens, as a daemon does when it
-    leaves the terminal.
-    """
-    import select
-
-    mine, its = os.pipe()
-    said = b""
-    with open(mine, "rb", buffering=0) as pipe:
-        try:
-            child = spawn(argv, log=its, cwd="/", fds=fds)
-        finally:
-            os.close(its)
-        while select.select([pipe], [], [], 30)[0]:
-            piece = pipe.read(65536)
-            if not piece:
-                break
-            said += piece
-        else:  # for want of descriptors it may have no /dev/null
-            child.kill()
-            child.wait()
-    if wait_for(lambda: child.poll() is not None, 0.02, 0.005):
-        program = argv[argv.index("--") + 1] if "--" in argv else argv[0]  # after nsenter's own words
-        reason = last_line(said.decode("utf-8", "replace")) or describe_status(child.returncode)
-        raise Error(f"{os.path.basename(program)}: {reason}")
-
-
 def dnsmasq_argv(interface: str, hosts: HostFiles, *words: str) -> list[str]:
     """dnsmasq(8), 2.90, for the VMs of a bridge; `words`: what differs between networks.
 
-    Not -d: in debug mode one idle TCP client of port 53 stops DNS and DHCP for all.
+    It leaves the foreground when it serves.  Not -d: in debug mode one idle TCP client of port 53 stops DNS and DHCP
+    for all.
     """
     return [
-        "dnsmasq", "--keep-in-foreground", "--quiet-dhcp", "--conf-file=/dev/null", "--no-hosts",
+        "dnsmasq", "--quiet-dhcp", "--conf-file=/dev/null", "--no-hosts",
         f"--interface={interface}", "--except-interface=lo", "--bind-interfaces",
         f"--domain={DOMAIN}", f"--local=/{DOMAIN}/", "--domain-needed", "--bogus-priv",
         "--dhcp-authoritative", "--dhcp-rapid-commit", "--no-ping", "--dhcp-ignore-clid",
@@ -3780,7 +3752,7 @@ class PrivateNetwork(Network):
         write_file(self.file("upstream.conf"), upstream, durable=False)
         if not daemon_pid(self.file("dnsmasq.pid")):
             self.hosts.prepare()
-            start_daemon(*self.enter(self._dnsmasq_argv()))
+            self._run_inside(self._dnsmasq_argv())
         try:
             if find_program("nft") or find_program("iptables"):
                 self._filter()
@@ -3898,7 +3870,10 @@ class PrivateNetwork(Network):
 
     def _run_inside(self, argv: Sequence[str], input: bytes | None = None, check: bool = True) -> int:
         words, fds = self.enter(argv)
-        return run(words, input=input, fds=fds, check=check).returncode
+        done = run(words, input=input, fds=fds, cwd="/", check=False)
+        if check and done.returncode:
+            raise CommandFailed(argv, done.returncode, done.stdout)  # nsenter's name would say nothing
+        return done.returncode
 
     def down(self) -> None:
         """End it: dnsmasq, pasta, the holder, and with them everything inside.  Call it under the lock."""
@@ -4646,7 +4621,7 @@ class BridgeSetup:
             if anew or not daemon_pid(self.pid_file) or not self.answers():
                 stop_daemon(self.pid_file)
                 self.forget()
-                start_daemon(self.argv(), ())
+                run(self.argv(), cwd="/")
 
 
 def own_name() -> str:
@@ -11381,7 +11356,7 @@ def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> No
     elif verb == "dnsmasq":
         setup = BridgeSetup(config)
         setup.forget()
-        become(setup.argv())
+        become([*setup.argv(), "--keep-in-foreground"])
     elif verb == "ready":
         BridgeSetup(config).wait(60, os.environ.get("MAINPID", ""))  # systemd.exec(5)
     else:
