@@ -3773,7 +3773,9 @@ class PrivateNetwork(Network):
         It locks its pidfile, which says as what it has them open, before that gets its name: there means whole,
         whoever is killed in between.
         """
-        spaces = self._surviving_namespaces() or new_namespaces(self.subnet())
+        # of the VMs that run on though the last holder was killed
+        survivor = next((vm.state()[1] for vm in self._users() if vm.is_readable() and vm.state()[1]), 0)
+        spaces = Namespaces(survivor) if survivor else new_namespaces(self.subnet())
 
         def hold_namespaces() -> None:
             words = [f"fd/{fd}" for fd in (spaces.user, spaces.net)]
@@ -3815,11 +3817,6 @@ class PrivateNetwork(Network):
                     if not self.is_current():
                         with FolderLock(self.folder, shared=True):
                             self._serve()
-
-    def _surviving_namespaces(self) -> Namespaces | None:
-        """The namespaces of a VM that runs on though the holder was killed."""
-        pid = next((vm.state()[1] for vm in self._users() if vm.is_readable() and vm.state()[1]), 0)
-        return Namespaces(pid) if pid else None
 
     def _dnsmasq_argv(self) -> list[str]:
         """User and group empty: it can't change to others in a namespace of one id.  No lease file: every address is
@@ -3876,7 +3873,10 @@ class PrivateNetwork(Network):
         return done.returncode
 
     def down(self) -> None:
-        """End it: dnsmasq, pasta, the holder, and with them everything inside.  Call it under the lock."""
+        """End it: dnsmasq, pasta, the holder, and with them everything inside.  Call it under the lock.
+
+        Nothing stays where the tree has no VM any more; else the subnet and the names do.
+        """
         for name in ("dnsmasq.pid", "pasta.pid"):
             stop_daemon(self.file(name))
         end_process(self.holder)
@@ -3885,6 +3885,11 @@ class PrivateNetwork(Network):
             "upstream.conf", "resolv.conf", "nsswitch.conf",
         ):  # fmt: skip
             remove_file(self.file(name))
+        for name in ("dhcp", "hosts"):
+            remove_empty(self.file(name))
+        if not {"dhcp", "hosts"} & set(names_in(self.folder)):
+            remove_file(self.file("subnet"))
+            remove_empty(self.folder)
 
     def down_if_unused(self) -> None:
         """`net down`: refused while VMs are on it.  Twice is harmless."""
@@ -3895,7 +3900,6 @@ class PrivateNetwork(Network):
             if users:
                 raise WrongState(f"the private network is in use by {users}", "vmstop -g GROUP stops a group")
             self.down()
-            self._remove_folder()
 
     def tend(self) -> None:
         """End it where its last VM has ended; where VMs are on it, or it was asked to stay, start what was killed.
@@ -3906,14 +3910,12 @@ class PrivateNetwork(Network):
             return
         try:
             with FolderLock(self.folder, wait=0):
-                if os.path.exists(self.file("holder.pid")):
-                    kept = not self.used and os.path.exists(self.file("kept"))
-                    if kept or any(True for _ in self._users()):
-                        if not self.is_complete():
-                            self._complete()
-                        return
+                kept = not self.used and os.path.exists(self.file("kept"))
+                wanted = os.path.exists(self.file("holder.pid")) and (kept or any(True for _ in self._users()))
+                if not wanted:
                     self.down()
-                self._remove_folder()
+                elif not self.is_complete():
+                    self._complete()
         except (WrongState, FileNotFoundError):
             pass
         except Error as error:
@@ -3926,14 +3928,6 @@ class PrivateNetwork(Network):
                 continue
             if not vm.is_readable() or vm.get("vmNetwork") != "bridge":
                 yield vm
-
-    def _remove_folder(self) -> None:
-        """Leave nothing behind where the tree has no VM any more; else the subnet and the names stay."""
-        for name in ("dhcp", "hosts"):
-            remove_empty(self.file(name))
-        if os.path.isdir(self.folder) and not {"dhcp", "hosts"} & set(names_in(self.folder)):
-            remove_file(self.file("subnet"))
-            remove_empty(self.folder)
 
     # what others use it for
 
@@ -4029,13 +4023,11 @@ class PrivateNetwork(Network):
             self.namespaces().enter()
         else:
             self.move_in()
-        connection = sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM)
         try:
-            connection.settimeout(30)
-            connection.connect((address, port))
-            connection.settimeout(None)
+            connection = sockets.create_connection((address, port), 30)
         except OSError as error:
             raise Error(f"{address}:{port}: {error.strerror or 'no answer within 30 s'}") from None
+        connection.settimeout(None)
         connection.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_NODELAY, 1)
         if not hand_over:
             relay(connection)
