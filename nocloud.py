@@ -4553,14 +4553,12 @@ class BridgeSetup:
 
     def forget(self) -> None:
         """Take the leases of VMs that are gone out of the file, while dnsmasq doesn't run."""
-        first, dynamic = self.settings.first, self.settings.first_dynamic
         members = {(mac, address) for _, mac, address in self.served.members()}
         lines = read_text(LEASES).splitlines(True) if os.path.exists(LEASES) else []
         kept = []
         for line in lines:
-            words = line.split()
-            allotted = len(words) > 2 and is_ipv4(words[2]) and first <= ipv4_number(words[2]) < dynamic
-            if not allotted or (words[1].lower(), words[2]) in members:
+            mac, address = [*line.split(), "", "", ""][1:3]
+            if not self.settings.allots(address) or (mac.lower(), address) in members:
                 kept.append(line)
         if kept != lines:
             with open(LEASES, "r+", encoding="utf-8", errors="surrogateescape") as file:  # the folder is root's
