@@ -5216,6 +5216,7 @@ class Forwarding:
         By recv and send: splice(2), through pipes of 64 KB or 1 MB, was no faster when it was measured.
         """
         import asyncio
+        import contextlib
         import socket as sockets
 
         async def flow(source: socket.socket, sink: socket.socket) -> None:
@@ -5224,32 +5225,24 @@ class Forwarding:
                 await asyncio.sleep(0)  # the others' turn: neither waits where it needn't
             sink.shutdown(sockets.SHUT_WR)
 
-        try:
-            guest = sockets.socket()
-        except OSError:  # no descriptor is left
-            client.close()
-            return
-        with client, guest:
+        with contextlib.suppress(OSError, Error), client, sockets.socket() as guest:
             for end in (client, guest):
                 end.setblocking(False)
                 end.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_NODELAY, 1)
                 end.setsockopt(sockets.SOL_SOCKET, sockets.SO_KEEPALIVE, 1)
                 end.setsockopt(sockets.SOL_SOCKET, sockets.SO_LINGER, struct.pack("ii", 1, 0))  # to close is to reset
+            if not is_ipv4(address):  # only DHCP knows it
+                address = self.forwarder.network.address(self.forwarder.tree.need(address))
+                if not address:  # connect(2) would take none for this host
+                    return
+            await self.loop.sock_connect(guest, (address, port))
+            flows = [self.loop.create_task(flow(*ends)) for ends in ((client, guest), (guest, client))]
             try:
-                if not is_ipv4(address):  # only DHCP knows it
-                    address = self.forwarder.network.address(self.forwarder.tree.need(address))
-                    if not address:  # connect(2) would take none for this host
-                        return
-                await self.loop.sock_connect(guest, (address, port))
-                flows = [self.loop.create_task(flow(*ends)) for ends in ((client, guest), (guest, client))]
-                try:
-                    await asyncio.gather(*flows)
-                finally:
-                    for each in flows:
-                        each.cancel()
-                    await asyncio.gather(*flows, return_exceptions=True)
-            except (OSError, Error):
-                return
+                await asyncio.gather(*flows)
+            finally:
+                for each in flows:
+                    each.cancel()
+                await asyncio.gather(*flows, return_exceptions=True)
             for end in (client, guest):
                 end.setsockopt(sockets.SOL_SOCKET, sockets.SO_LINGER, struct.pack("ii", 0, 0))
 
