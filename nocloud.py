@@ -3319,18 +3319,17 @@ class HostFiles:
 
     def withdraw(self, uuids: Sequence[str]) -> bool:
         """Remove the files of VMs; the next oldest VM of a name gets the bare name.  Whether there were any."""
-        there = [(uuid, words) for uuid, words in self._files("hosts") if len(words) > 1] if uuids else []
         paths = [os.path.join(self.folder_of(kind), uuid) for uuid in uuids for kind in ("dhcp", "hosts")]
         paths = list(filter(os.path.exists, paths))
         for path in paths:
             remove_file(path)
-        bares = {words[-1] for uuid, words in there if uuid in uuids}
-        for uuid, words in there:
-            bare = words[1].split(".")[0]
-            if uuid not in uuids and bare in bares:
-                bares.discard(bare)
-                if bare not in words:
-                    self.write("hosts", uuid, " ".join([*words, f"{bare}.{DOMAIN}", bare]))
+        named = [(uuid, words) for uuid, words in self._files("hosts") if len(words) > 1] if paths else []
+        taken = {word for _, words in named for word in words}
+        for uuid, words in named:
+            bare = words[1].partition(".")[0]
+            if bare not in taken:
+                taken.add(bare)
+                self.write("hosts", uuid, " ".join([*words, f"{bare}.{DOMAIN}", bare]))
         return bool(paths)
 
 
