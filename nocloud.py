@@ -5050,8 +5050,8 @@ def port_owner(tree: Tree, ip: str, host: int) -> str:
     for vm in tree.running():
         if any(host == its and clash(ip, at) for at, its, _ in ports_of(vm)):
             return vm.full_name
-    shown = re.search(r'\(\("(.+?)",pid=(\d+)', run(["ss", "-Hltnp", f"sport = :{host}"], check=False).stdout)
-    return f"{shown[1]} (process {shown[2]})" if shown else "another user"
+    pid = next((pid for at, pid in bound_sockets("tcp", host) if pid and clash(ip, at)), 0)
+    return f"{process_file(pid, 'comm').strip()} (process {pid})" if pid else "another user"
 
 
 class Forwarder:
