@@ -3436,8 +3436,6 @@ def libc_call(name: str, *numbers: int) -> None:
 class Namespaces:
     """A user and a network namespace, held open."""
 
-    __slots__ = ("user", "net")
-
     def __init__(self, pid: int, *files: str) -> None:
         """Those that a process is in, or that it has open as these files of its /proc folder."""
         places = files or ("ns/user", "ns/net")
@@ -4278,18 +4276,6 @@ def ufw_runs() -> bool:
     return bool(find_program("ufw")) and "Status: active" in try_run(["ufw", "status"], 30)[1]
 
 
-def close_ufw() -> None:
-    """Its rules outlive a reboot and ufw's own end, so they are looked for wherever ufw is installed."""
-    import shlex
-
-    if find_program("ufw"):
-        for line in try_run(["ufw", "show", "added"], 30)[1].splitlines():
-            if line.startswith("ufw ") and line.endswith(f"comment '{MADE_BY_US}'"):
-                rule = shlex.split(line)[1:-2]
-                at = 1 if rule[0] == "route" else 0
-                run(["ufw", *rule[:at], "delete", *rule[at:]])
-
-
 def firewalld_zone(interface: str) -> str | None:
     """The zone of firewalld that the interface is in, '' for none; None where firewalld doesn't run."""
     if not find_program("firewall-cmd") or try_run(["firewall-cmd", "--state"], 30)[0]:
@@ -4315,10 +4301,17 @@ def open_firewalls(interface: str) -> None:
 
 
 def close_firewalls(interface: str) -> None:
-    """Take away exactly what open_firewalls added."""
+    """Take away exactly what open_firewalls added.  ufw's rules outlive its end, and are looked for wherever it is."""
+    import shlex
+
     for program in iptables_programs():
         close_iptables(program)
-    close_ufw()
+    added = try_run(["ufw", "show", "added"], 30)[1] if find_program("ufw") else ""
+    for line in added.splitlines():
+        if line.startswith("ufw ") and line.endswith(f"comment '{MADE_BY_US}'"):
+            rule = shlex.split(line)[1:-2]
+            at = 1 if rule[0] == "route" else 0
+            run(["ufw", *rule[:at], "delete", *rule[at:]])
     if firewalld_zone(interface) == "trusted":
         run(["firewall-cmd", "--zone=trusted", f"--remove-interface={interface}"])
 
