@@ -4562,23 +4562,22 @@ class BridgeSetup:
         if connected_network(self.interface) != self.settings.net or not os.path.isdir(INBOX):
             return
         with FolderLock(STATE_FOLDER):
-            wanted, stale = self._allowed(), False
-            for kind in ("hosts", "dhcp"):  # in this order: who finds himself in the second is in both
+            stale = False
+            for kind, wanted in self._allowed().items():
                 for uuid, line in self.served.lines(kind).items():
-                    kept = uuid in wanted
-                    stale |= bool(line) and line[0] != "#" and not (kept and line == wanted[uuid][kind])
-                    if not kept:
+                    stale |= line[:1] not in ("", "#") and line != wanted.get(uuid)
+                    if uuid not in wanted:
                         remove_file(os.path.join(self.served.folder_of(kind), uuid))
-                for uuid, lines in wanted.items():
-                    self.served.write(kind, uuid, lines[kind], 0o640)
+                for uuid, line in wanted.items():
+                    self.served.write(kind, uuid, line, 0o640)
         if stale and units_installed():  # not waited for: the next change would be missed
             run(["systemctl", "--no-block", "try-restart", SYSTEMD_UNITS[1]])
         elif stale and daemon_pid(self.pid_file):
             self.serve(anew=True)
 
     def _allowed(self) -> dict[str, dict[str, str]]:
-        """UUID → its lines of both kinds: with an address of the range and a MAC that no other VM has, and the names of
-        its own that none has.  What is served stays with its VM; else who came first has it."""
+        """The lines of both kinds, by UUID: an address of the range and a MAC that no other VM has, and those of its
+        names that none has.  What is served stays with its VM; else who came first has it."""
         asked, had = {}, {uuid: set(line.split()) for uuid, line in self.served.lines("hosts").items()}
         for uuid, line in self.served.lines("dhcp").items():
             had.setdefault(uuid, set()).update(re.findall(r"[^#,\s]+", line)[:2])
@@ -4588,13 +4587,14 @@ class BridgeSetup:
                 asked[uuid] = (address, mac, name.partition(".")[0], names)
         owners = {word: uuid for uuid, each in asked.items() for word in {*each[:2], *each[3]} & had.get(uuid, set())}
         owners.update(dict.fromkeys(("localhost", os.uname().nodename.lower(), *host_names(own_name())), ""))
-        found = {}
+        # in this order: who finds himself in the second is in both
+        found: dict[str, dict[str, str]] = {"hosts": {}, "dhcp": {}}
         for uuid, (address, mac, label, names) in asked.items():
             if all(owners.get(each, uuid) == uuid for each in (address, mac) if each):
                 own = [each for each in (address, *names) if owners.setdefault(each, uuid) == uuid]
                 owners[mac] = uuid
-                dhcp = f"{mac},{address},{label},1h" if mac else f"# {address}"
-                found[uuid] = {"dhcp": dhcp, "hosts": " ".join(own) if len(own) > 1 else ""}
+                found["hosts"][uuid] = " ".join(own) if len(own) > 1 else ""
+                found["dhcp"][uuid] = f"{mac},{address},{label},1h" if mac else f"# {address}"
         return found
 
     def serve(self, anew: bool = False) -> None:
