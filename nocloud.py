@@ -3116,42 +3116,14 @@ def stop_daemon(pid_file: str) -> None:
     remove_file(pid_file)
 
 
-def start_daemon(argv: Sequence[str], fds: Sequence[int]) -> None:
-    """Start a daemon in its foreground form, and return when it is ready.  Raises Error with its own words.
-
-    Ready is the end of its standard error: dnsmasq turns that to /dev/null once it listens, as a daemon does when it
-    leaves the terminal.
-    """
-    import select
-
-    mine, its = os.pipe()
-    said = b""
-    with open(mine, "rb", buffering=0) as pipe:
-        try:
-            child = spawn(argv, log=its, cwd="/", pass_fds=fds)
-        finally:
-            os.close(its)
-        while select.select([pipe], [], [], 30)[0]:
-            piece = pipe.read(65536)
-            if not piece:
-                break
-            said += piece
-        else:  # for want of descriptors it may have no /dev/null
-            child.kill()
-            child.wait()
-    if wait_for(lambda: child.poll() is not None, 0.02, 0.005):
-        program = argv[argv.index("--") + 1] if "--" in argv else argv[0]  # after nsenter's own words
-        reason = last_line(said.decode("utf-8", "replace")) or describe_status(child.returncode)
-        raise Error(f"{os.path.basename(program)}: {reason}")
-
-
 def dnsmasq_argv(interface: str, hosts: HostFiles, *words: str) -> list[str]:
     """dnsmasq(8), 2.90, for the VMs of a bridge; `words`: what differs between networks.
 
-    Not -d: in debug mode one idle TCP client of port 53 stops DNS and DHCP for all.
+    It leaves the foreground when it serves.  Not -d: in debug mode one idle TCP client of port 53 stops DNS and DHCP
+    for all.
     """
     return [
-        "dnsmasq", "--keep-in-foreground", "--quiet-dhcp", "--conf-file=/dev/null", "--no-hosts",
+        "dnsmasq", "--quiet-dhcp", "--conf-file=/dev/null", "--no-hosts",
         f"--interface={interface}", "--except-interface=lo", "--bind-interfaces",
         f"--domain={DOMAIN}", f"--local=/{DOMAIN}/", "--domain-needed", "--bogus-priv",
         "--dhcp-authoritative", "--dhcp-rapid-commit", "--no-ping", "--dhcp-ignore-clid",
@@ -3251,18 +3223,17 @@ class HostFiles:
 
     def withdraw(self, uuids: Sequence[str]) -> bool:
         """Remove the files of VMs; the next oldest VM of a name gets the bare name.  Whether there were any."""
-        there = [(uuid, words) for uuid, words in self._files("hosts") if len(words) > 1] if uuids else []
         paths = [os.path.join(self.folder_of(kind), uuid) for uuid in uuids for kind in ("dhcp", "hosts")]
         paths = list(filter(os.path.exists, paths))
         for path in paths:
             remove_file(path)
-        bares = {words[-1] for uuid, words in there if uuid in uuids}
-        for uuid, words in there:
-            bare = words[1].split(".")[0]
-            if uuid not in uuids and bare in bares:
-                bares.discard(bare)
-                if bare not in words:
-                    self.write("hosts", uuid, " ".join([*words, f"{bare}.{DOMAIN}", bare]))
+        named = [(uuid, words) for uuid, words in self._files("hosts") if len(words) > 1] if paths else []
+        taken = {word for _, words in named for word in words}
+        for uuid, words in named:
+            bare = words[1].partition(".")[0]
+            if bare not in taken:
+                taken.add(bare)
+                self.write("hosts", uuid, " ".join([*words, f"{bare}.{DOMAIN}", bare]))
         return bool(paths)
 
 
@@ -3371,8 +3342,6 @@ def libc_call(name: str, *numbers: int) -> None:
 
 class Namespaces:
     """A user and a network namespace, held open."""
-
-    __slots__ = ("user", "net")
 
     def __init__(self, pid: int, *files: str) -> None:
         """Those that a process is in, or that it has open as these files of its /proc folder."""
@@ -3683,7 +3652,7 @@ class PrivateNetwork(Network):
         write_file(self.file("upstream.conf"), upstream, durable=False)
         if not daemon_pid(self.file("dnsmasq.pid")):
             self.hosts.prepare()
-            start_daemon(*self.enter(self._dnsmasq_argv()))
+            self._run_inside(self._dnsmasq_argv())
         try:
             if find_program("nft") or find_program("iptables"):
                 self._filter()
@@ -3704,7 +3673,9 @@ class PrivateNetwork(Network):
         It locks its pidfile, which says as what it has them open, before that gets its name: there means whole,
         whoever is killed in between.
         """
-        spaces = self._surviving_namespaces() or new_namespaces(self.subnet())
+        # of the VMs that run on though the last holder was killed
+        survivor = next((vm.state()[1] for vm in self._users() if vm.is_readable() and vm.state()[1]), 0)
+        spaces = Namespaces(survivor) if survivor else new_namespaces(self.subnet())
 
         def hold_namespaces() -> None:
             words = [f"fd/{fd}" for fd in (spaces.user, spaces.net)]
@@ -3746,11 +3717,6 @@ class PrivateNetwork(Network):
                     if not self.is_current():
                         with FolderLock(self.folder, shared=True):
                             self._serve()
-
-    def _surviving_namespaces(self) -> Namespaces | None:
-        """The namespaces of a VM that runs on though the holder was killed."""
-        pid = next((vm.state()[1] for vm in self._users() if vm.is_readable() and vm.state()[1]), 0)
-        return Namespaces(pid) if pid else None
 
     def _dnsmasq_argv(self) -> list[str]:
         """User and group empty: it can't change to others in a namespace of one id.  No lease file: every address is
@@ -3801,10 +3767,16 @@ class PrivateNetwork(Network):
 
     def _run_inside(self, argv: Sequence[str], input: bytes | None = None, check: bool = True) -> int:
         words, fds = self.enter(argv)
-        return run(words, input=input, pass_fds=fds, check=check).returncode
+        done = run(words, input=input, pass_fds=fds, cwd="/", check=False)
+        if check and done.returncode:
+            raise CommandFailed(argv, done.returncode, done.stdout)  # nsenter's name would say nothing
+        return done.returncode
 
     def down(self) -> None:
-        """End it: dnsmasq, pasta, the holder, and with them everything inside.  Call it under the lock."""
+        """End it: dnsmasq, pasta, the holder, and with them everything inside.  Call it under the lock.
+
+        Nothing stays where the tree has no VM any more; else the subnet and the names do.
+        """
         for name in ("dnsmasq.pid", "pasta.pid"):
             stop_daemon(self.file(name))
         end_process(self.holder)
@@ -3813,6 +3785,11 @@ class PrivateNetwork(Network):
             "upstream.conf", "resolv.conf", "nsswitch.conf",
         ):  # fmt: skip
             remove_file(self.file(name))
+        for name in ("dhcp", "hosts"):
+            remove_empty(self.file(name))
+        if not {"dhcp", "hosts"} & set(names_in(self.folder)):
+            remove_file(self.file("subnet"))
+            remove_empty(self.folder)
 
     def down_if_unused(self) -> None:
         """`net down`: refused while VMs are on it.  Twice is harmless."""
@@ -3823,7 +3800,6 @@ class PrivateNetwork(Network):
             if users:
                 raise WrongState(f"the private network is in use by {users}", "vmstop -g GROUP stops a group")
             self.down()
-            self._remove_folder()
 
     def tend(self) -> None:
         """End it where its last VM has ended; where VMs are on it, or it was asked to stay, start what was killed.
@@ -3834,14 +3810,12 @@ class PrivateNetwork(Network):
             return
         try:
             with FolderLock(self.folder, wait=0):
-                if os.path.exists(self.file("holder.pid")):
-                    kept = not self.used and os.path.exists(self.file("kept"))
-                    if kept or any(True for _ in self._users()):
-                        if not self.is_complete():
-                            self._complete()
-                        return
+                kept = not self.used and os.path.exists(self.file("kept"))
+                wanted = os.path.exists(self.file("holder.pid")) and (kept or any(True for _ in self._users()))
+                if not wanted:
                     self.down()
-                self._remove_folder()
+                elif not self.is_complete():
+                    self._complete()
         except (WrongState, FileNotFoundError):
             pass
         except Error as error:
@@ -3854,14 +3828,6 @@ class PrivateNetwork(Network):
                 continue
             if not vm.is_readable() or vm.get("vmNetwork") != "bridge":
                 yield vm
-
-    def _remove_folder(self) -> None:
-        """Leave nothing behind where the tree has no VM any more; else the subnet and the names stay."""
-        for name in ("dhcp", "hosts"):
-            remove_empty(self.file(name))
-        if os.path.isdir(self.folder) and not {"dhcp", "hosts"} & set(names_in(self.folder)):
-            remove_file(self.file("subnet"))
-            remove_empty(self.folder)
 
     # what others use it for
 
@@ -3973,13 +3939,11 @@ class PrivateNetwork(Network):
             self.namespaces().enter()
         else:
             self.move_in()
-        connection = sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM)
         try:
-            connection.settimeout(30)
-            connection.connect((address, port))
-            connection.settimeout(None)
+            connection = sockets.create_connection((address, port), 30)
         except OSError as error:
             raise Error(f"{address}:{port}: {error.strerror or 'no answer within 30 s'}") from None
+        connection.settimeout(None)
         connection.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_NODELAY, 1)
         if not hand_over:
             relay(connection)
@@ -4229,18 +4193,6 @@ def ufw_runs() -> bool:
     return bool(find_program("ufw")) and "Status: active" in try_run(["ufw", "status"], 30)[1]
 
 
-def close_ufw() -> None:
-    """Its rules outlive a reboot and ufw's own end, so they are looked for wherever ufw is installed."""
-    import shlex
-
-    if find_program("ufw"):
-        for line in try_run(["ufw", "show", "added"], 30)[1].splitlines():
-            if line.startswith("ufw ") and line.endswith(f"comment '{MADE_BY_US}'"):
-                rule = shlex.split(line)[1:-2]
-                at = 1 if rule[0] == "route" else 0
-                run(["ufw", *rule[:at], "delete", *rule[at:]])
-
-
 def firewalld_zone(interface: str) -> str | None:
     """The zone of firewalld that the interface is in, '' for none; None where firewalld doesn't run."""
     if not find_program("firewall-cmd") or try_run(["firewall-cmd", "--state"], 30)[0]:
@@ -4266,10 +4218,17 @@ def open_firewalls(interface: str) -> None:
 
 
 def close_firewalls(interface: str) -> None:
-    """Take away exactly what open_firewalls added."""
+    """Take away exactly what open_firewalls added.  ufw's rules outlive its end, and are looked for wherever it is."""
+    import shlex
+
     for program in iptables_programs():
         close_iptables(program)
-    close_ufw()
+    added = try_run(["ufw", "show", "added"], 30)[1] if find_program("ufw") else ""
+    for line in added.splitlines():
+        if line.startswith("ufw ") and line.endswith(f"comment '{MADE_BY_US}'"):
+            rule = shlex.split(line)[1:-2]
+            at = 1 if rule[0] == "route" else 0
+            run(["ufw", *rule[:at], "delete", *rule[at:]])
     if firewalld_zone(interface) == "trusted":
         run(["firewall-cmd", "--zone=trusted", f"--remove-interface={interface}"])
 
@@ -4503,14 +4462,12 @@ class BridgeSetup:
 
     def forget(self) -> None:
         """Take the leases of VMs that are gone out of the file, while dnsmasq doesn't run."""
-        first, dynamic = self.settings.first, self.settings.first_dynamic
         members = {(mac, address) for _, mac, address in self.served.members()}
         lines = read_text(LEASES).splitlines(True) if os.path.exists(LEASES) else []
         kept = []
         for line in lines:
-            words = line.split()
-            allotted = len(words) > 2 and is_ipv4(words[2]) and first <= ipv4_number(words[2]) < dynamic
-            if not allotted or (words[1].lower(), words[2]) in members:
+            mac, address = [*line.split(), "", "", ""][1:3]
+            if not self.settings.allots(address) or (mac.lower(), address) in members:
                 kept.append(line)
         if kept != lines:
             with open(LEASES, "r+", encoding="utf-8", errors="surrogateescape") as file:  # the folder is root's
@@ -4522,23 +4479,22 @@ class BridgeSetup:
         if connected_network(self.interface) != self.settings.net or not os.path.isdir(INBOX):
             return
         with FolderLock(STATE_FOLDER):
-            wanted, stale = self._allowed(), False
-            for kind in ("hosts", "dhcp"):  # in this order: who finds himself in the second is in both
+            stale = False
+            for kind, wanted in self._allowed().items():
                 for uuid, line in self.served.lines(kind).items():
-                    kept = uuid in wanted
-                    stale |= bool(line) and line[0] != "#" and not (kept and line == wanted[uuid][kind])
-                    if not kept:
+                    stale |= line[:1] not in ("", "#") and line != wanted.get(uuid)
+                    if uuid not in wanted:
                         remove_file(os.path.join(self.served.folder_of(kind), uuid))
-                for uuid, lines in wanted.items():
-                    self.served.write(kind, uuid, lines[kind], 0o640)
+                for uuid, line in wanted.items():
+                    self.served.write(kind, uuid, line, 0o640)
         if stale and units_installed():  # not waited for: the next change would be missed
             run(["systemctl", "--no-block", "try-restart", SYSTEMD_UNITS[1]])
         elif stale and daemon_pid(self.pid_file):
             self.serve(anew=True)
 
     def _allowed(self) -> dict[str, dict[str, str]]:
-        """UUID → its lines of both kinds: with an address of the range and a MAC that no other VM has, and the names of
-        its own that none has.  What is served stays with its VM; else who came first has it."""
+        """The lines of both kinds, by UUID: an address of the range and a MAC that no other VM has, and those of its
+        names that none has.  What is served stays with its VM; else who came first has it."""
         asked, had = {}, {uuid: set(line.split()) for uuid, line in self.served.lines("hosts").items()}
         for uuid, line in self.served.lines("dhcp").items():
             had.setdefault(uuid, set()).update(re.findall(r"[^#,\s]+", line)[:2])
@@ -4548,13 +4504,14 @@ class BridgeSetup:
                 asked[uuid] = (address, mac, name.partition(".")[0], names)
         owners = {word: uuid for uuid, each in asked.items() for word in {*each[:2], *each[3]} & had.get(uuid, set())}
         owners.update(dict.fromkeys(("localhost", os.uname().nodename.lower(), *host_names(own_name())), ""))
-        found = {}
+        # in this order: who finds himself in the second is in both
+        found: dict[str, dict[str, str]] = {"hosts": {}, "dhcp": {}}
         for uuid, (address, mac, label, names) in asked.items():
             if all(owners.get(each, uuid) == uuid for each in (address, mac) if each):
                 own = [each for each in (address, *names) if owners.setdefault(each, uuid) == uuid]
                 owners[mac] = uuid
-                dhcp = f"{mac},{address},{label},1h" if mac else f"# {address}"
-                found[uuid] = {"dhcp": dhcp, "hosts": " ".join(own) if len(own) > 1 else ""}
+                found["hosts"][uuid] = " ".join(own) if len(own) > 1 else ""
+                found["dhcp"][uuid] = f"{mac},{address},{label},1h" if mac else f"# {address}"
         return found
 
     def serve(self, anew: bool = False) -> None:
@@ -4563,7 +4520,7 @@ class BridgeSetup:
             if anew or not daemon_pid(self.pid_file) or not self.answers():
                 stop_daemon(self.pid_file)
                 self.forget()
-                start_daemon(self.argv(), ())
+                run(self.argv(), cwd="/")
 
 
 def own_name() -> str:
@@ -5003,8 +4960,8 @@ def port_owner(tree: Tree, ip: str, host: int) -> str:
     for vm in tree.running():
         if any(host == its and clash(ip, at) for at, its, _ in ports_of(vm)):
             return vm.full_name
-    shown = re.search(r'\(\("(.+?)",pid=(\d+)', run(["ss", "-Hltnp", f"sport = :{host}"], check=False).stdout)
-    return f"{shown[1]} (process {shown[2]})" if shown else "another user"
+    pid = next((pid for at, pid in bound_sockets("tcp", host) if pid and clash(ip, at)), 0)
+    return f"{process_file(pid, 'comm').strip()} (process {pid})" if pid else "another user"
 
 
 class Forwarder:
@@ -5168,6 +5125,7 @@ class Forwarding:
         By recv and send: splice(2), through pipes of 64 KB or 1 MB, was no faster when it was measured.
         """
         import asyncio
+        import contextlib
         import socket as sockets
 
         async def flow(source: socket.socket, sink: socket.socket) -> None:
@@ -5176,32 +5134,24 @@ class Forwarding:
                 await asyncio.sleep(0)  # the others' turn: neither waits where it needn't
             sink.shutdown(sockets.SHUT_WR)
 
-        try:
-            guest = sockets.socket()
-        except OSError:  # no descriptor is left
-            client.close()
-            return
-        with client, guest:
+        with contextlib.suppress(OSError, Error), client, sockets.socket() as guest:
             for end in (client, guest):
                 end.setblocking(False)
                 end.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_NODELAY, 1)
                 end.setsockopt(sockets.SOL_SOCKET, sockets.SO_KEEPALIVE, 1)
                 end.setsockopt(sockets.SOL_SOCKET, sockets.SO_LINGER, struct.pack("ii", 1, 0))  # to close is to reset
+            if not is_ipv4(address):  # only DHCP knows it
+                address = self.forwarder.network.address(self.forwarder.tree.need(address))
+                if not address:  # connect(2) would take none for this host
+                    return
+            await self.loop.sock_connect(guest, (address, port))
+            flows = [self.loop.create_task(flow(*ends)) for ends in ((client, guest), (guest, client))]
             try:
-                if not is_ipv4(address):  # only DHCP knows it
-                    address = self.forwarder.network.address(self.forwarder.tree.need(address))
-                    if not address:  # connect(2) would take none for this host
-                        return
-                await self.loop.sock_connect(guest, (address, port))
-                flows = [self.loop.create_task(flow(*ends)) for ends in ((client, guest), (guest, client))]
-                try:
-                    await asyncio.gather(*flows)
-                finally:
-                    for each in flows:
-                        each.cancel()
-                    await asyncio.gather(*flows, return_exceptions=True)
-            except (OSError, Error):
-                return
+                await asyncio.gather(*flows)
+            finally:
+                for each in flows:
+                    each.cancel()
+                await asyncio.gather(*flows, return_exceptions=True)
             for end in (client, guest):
                 end.setsockopt(sockets.SOL_SOCKET, sockets.SO_LINGER, struct.pack("ii", 0, 0))
 
@@ -11220,7 +11170,7 @@ def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> No
     elif verb == "dnsmasq":
         setup = BridgeSetup(config)
         setup.forget()
-        become(setup.argv())
+        become([*setup.argv(), "--keep-in-foreground"])
     elif verb == "ready":
         BridgeSetup(config).wait(60, os.environ.get("MAINPID", ""))  # systemd.exec(5)
     else:

@@ -195,7 +195,7 @@ def test_namespaces_denied_names_a_way_out(cloud: Cloud, vms: None) -> None:
 
 def test_a_dnsmasq_that_ends_is_an_error(blank: Cloud) -> None:
     """At once, or after a while: it isn't started again and again."""
-    path = replace_program(blank.home / "bin", "dnsmasq", "echo 'no luck' >&2; exit 0")
+    path = replace_program(blank.home / "bin", "dnsmasq", "echo 'no luck' >&2; exit 5")
     with nothing_made(blank):
         blank.run("vminstantiate", "-n", "blank", env={"PATH": path}).fails(1, "dnsmasq: no luck")
     path = replace_program(blank.home / "bin", "dnsmasq", "exec >/dev/null 2>&1; sleep 0.2")
