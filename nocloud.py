@@ -7631,8 +7631,8 @@ class Cloud:
         self.known_hosts = KnownHosts(self.tree)
         self.private = PrivateNetwork(self.tree)
         self.bridge = HostBridge(config, self.tree)
-        self._networks: dict[str, Network] = {"private": self.private, "bridge": self.bridge}
-        self.forwarders = {kind: Forwarder(self.tree, network) for kind, network in self._networks.items()}
+        self.networks: dict[str, Network] = {"private": self.private, "bridge": self.bridge}
+        self.forwarders = {kind: Forwarder(self.tree, network) for kind, network in self.networks.items()}
 
     @functools.cache
     def qemu(self) -> Qemu:
@@ -7660,15 +7660,8 @@ class Cloud:
         """How cloud-init's seeds are attached, `vvfat` or `iso`.  Raises MissingProgram where neither can be had."""
         return choose_seed(self.qemu())
 
-    def network(self, kind: str) -> Network:
-        """The private network, or the host's bridge."""
-        return self._networks[kind]
-
-    def networks(self) -> Iterable[Network]:
-        return self._networks.values()
-
     def network_of(self, vm: VM) -> Network:
-        return self.network(self.network_kind(vm))
+        return self.networks[self.network_kind(vm)]
 
     def network_kind(self, vm: VM) -> str:
         """Which network a VM is on.  The bash tools knew the host's bridge only."""
@@ -7697,7 +7690,7 @@ class Cloud:
 
     def close(self) -> None:
         """Close what this process holds of the networks."""
-        for network in self.networks():
+        for network in self.networks.values():
             network.close()
 
     def __enter__(self) -> Cloud:
@@ -8012,7 +8005,7 @@ def reserve(
         taken = Taken(tree)
         names = {vm.name.lower() for vm in taken.vms if vm.group == group}
         known = taken.uuids | {vm.get("vmUuid") for vm in tree.templates() if vm.is_readable()}
-        orphans = [uuid for each in cloud.networks() for uuid in each.hosts.orphans(known)] if taken.complete else []
+        orphans = [uuid for each in cloud.networks.values() for uuid in each.hosts.orphans(known) if taken.complete]
         taken.addresses |= cloud.private.hosts.addresses()
         for request in requests:
             check_collision(tree, group, request.type)  # again, now that nobody else can make one
@@ -8022,7 +8015,7 @@ def reserve(
                 uuid, mac = new_identity(taken.macs)
                 clone = NewClone(VM(tree, group, request.type, name or uuid), template, request, uuid, format)
                 clones.append(clone)
-                address = cloud.network(kind).allot(taken.addresses, uuid)
+                address = cloud.networks[kind].allot(taken.addresses, uuid)
                 ports = numbered_ports(request.settings.get("vmPorts", ""), number)
                 own = {"vmUuid": uuid, "vmNetwork": kind, "vmMac": mac, "vmAddress": address}
                 _reserve_one(clone, {**own, **({"vmPorts": ports} if ports else {})})
@@ -8163,7 +8156,7 @@ def make_clones(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> l
         own_key()
         with NewClones(cloud, group, requests, {template.name: template for template in templates}) as new:
             made = new.finish()
-    for network in cloud.networks():  # not under those locks: who starts a template takes the network's first
+    for network in cloud.networks.values():  # not under those locks: who starts a template takes the network's first
         network.withdraw(new.orphans)
     cloud.known_hosts.update({}, new.orphans)
     return made
@@ -8271,7 +8264,7 @@ def destroy(cloud: Cloud, vm: VM) -> None:
 
 def forget_identity(cloud: Cloud, uuids: Sequence[str]) -> None:
     """Take VMs that are gone out of what is known of them outside their folders."""
-    for network in cloud.networks():
+    for network in cloud.networks.values():
         network.withdraw(uuids)
     cloud.known_hosts.update({}, uuids)
     SshConfig(cloud).refresh()
@@ -8362,7 +8355,7 @@ def start_locked(
 def ensure_identity(cloud: Cloud, vm: VM) -> None:
     """A VM that bash made may have no UUID, MAC or address: they are made now, and kept; as is a port that is free."""
     kind = cloud.chosen_network(vm.get("vmNetwork"))
-    fits, ports = cloud.network(kind).fits(vm.get("vmAddress")), parse_ports(vm.get("vmPorts"))
+    fits, ports = cloud.networks[kind].fits(vm.get("vmAddress")), parse_ports(vm.get("vmPorts"))
     chosen = all(host for _, host, _ in ports)
     if fits and chosen and vm.get("vmUuid") and vm.get("vmMac") and vm.conf.get("vmNetwork") == kind:
         return
@@ -8373,7 +8366,7 @@ def ensure_identity(cloud: Cloud, vm: VM) -> None:
         if not chosen:
             changes["vmPorts"] = join_ports(free_ports(cloud.tree, ports))
         if not fits:
-            changes["vmAddress"] = cloud.network(kind).allot(taken.addresses, uuid)
+            changes["vmAddress"] = cloud.networks[kind].allot(taken.addresses, uuid)
         vm.write_conf({key: value for key, value in changes.items() if value != vm.conf.get(key)})
     if not fits and os.path.exists(vm.host_key + ".pub"):  # planted, and the address was another one
         publish_keys(cloud, [vm])
@@ -8783,7 +8776,7 @@ def start_all(
     kinds = {cloud.network_kind(vm) for vm in vms if vm.is_readable() and not vm.foreign_qemu()}
     with contextlib.ExitStack() as stack:
         for kind in sorted(kinds):
-            stack.enter_context(cloud.network(kind).hold())
+            stack.enter_context(cloud.networks[kind].hold())
         return in_parallel(start_one, vms)
 
 
@@ -8796,7 +8789,7 @@ def instantiate(
     """
     cloud.qemu()
     cloud.accel(cloud.config["vmAccel"])
-    cloud.network(group_network(cloud, group)).up()  # where that can't be, nothing is made
+    cloud.networks[group_network(cloud, group)].up()  # where that can't be, nothing is made
     made = make_clones(cloud, group, requests)
     errors = [result for result in made if isinstance(result, Error)]
     vms = [result for result in made if isinstance(result, VM)]
@@ -8994,7 +8987,7 @@ def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float | None = None) -> l
     running = [vm for vm in vms if vm.state()[0] != "stopped"]
     try:
         for kind in {cloud.network_kind(vm) for vm in running if vm.is_template and vm.is_readable()}:
-            cloud.network(kind).open()  # before there are threads
+            cloud.networks[kind].open()  # before there are threads
     except Error:
         pass  # a guest that can't be reached isn't cleaned, but stopped all the same
     usual = cloud.config.number("vmStopTimeout") if seconds is None else seconds
@@ -9844,7 +9837,7 @@ def ansible_ssh_args(cloud: Cloud, network: str, known: bool, planted: bool) -> 
     """ssh's options for many VMs: our known_hosts, the keys, and the way into a private network."""
     import shlex
 
-    way = ssh_way(cloud.network(network), ssh_trust_options(cloud.known_hosts.path, known), ssh_key_options(planted))
+    way = ssh_way(cloud.networks[network], ssh_trust_options(cloud.known_hosts.path, known), ssh_key_options(planted))
     return shlex.join([*ssh_options(**OWN_CALL, HostName="%h"), *way])
 
 
@@ -11515,7 +11508,7 @@ def cmd_configure(config: Config, args: argparse.Namespace, words: list[str]) ->
     with Cloud(config) as cloud:
         vms = [vm for name in words for vm in cloud.tree.find(name) if vm.is_readable()]
         for kind in {cloud.network_kind(vm) for vm in vms}:
-            cloud.network(kind).open()  # before there are threads
+            cloud.networks[kind].open()  # before there are threads
         for error in wait_all(cloud, vms, config.number("vmWaitTimeout")):
             if error.vm.exists():
                 append_line(error.vm.log_file, f"nocloud: not configured: {error}")
