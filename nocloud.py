@@ -8156,9 +8156,8 @@ def make_clones(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> l
         own_key()
         with NewClones(cloud, group, requests, {template.name: template for template in templates}) as new:
             made = new.finish()
-    for network in cloud.networks.values():  # not under those locks: who starts a template takes the network's first
-        network.withdraw(new.orphans)
-    cloud.known_hosts.update({}, new.orphans)
+    if new.orphans:  # not under those locks: who starts a template takes the network's first
+        forget_identity(cloud, new.orphans)
     return made
 
 
@@ -8167,6 +8166,14 @@ def publish_keys(cloud: Cloud, vms: Sequence[VM]) -> None:
     lines = {vm.get("vmUuid"): (vm.get("vmAddress"), read_text(vm.host_key + ".pub")) for vm in vms if is_planted(vm)}
     if lines:
         cloud.known_hosts.update(lines)
+    SshConfig(cloud).refresh()
+
+
+def forget_identity(cloud: Cloud, uuids: Sequence[str]) -> None:
+    """Take VMs that are gone out of what is known of them outside their folders."""
+    for network in cloud.networks.values():
+        network.withdraw(uuids)
+    cloud.known_hosts.update({}, uuids)
     SshConfig(cloud).refresh()
 
 
@@ -8260,14 +8267,6 @@ def destroy(cloud: Cloud, vm: VM) -> None:
     except FileNotFoundError:
         if os.path.lexists(vm.folder):
             raise
-
-
-def forget_identity(cloud: Cloud, uuids: Sequence[str]) -> None:
-    """Take VMs that are gone out of what is known of them outside their folders."""
-    for network in cloud.networks.values():
-        network.withdraw(uuids)
-    cloud.known_hosts.update({}, uuids)
-    SshConfig(cloud).refresh()
 
 
 def destroy_all(cloud: Cloud, vms: Sequence[VM], group: str = "") -> list[Error]:
