@@ -8513,9 +8513,6 @@ class Wait:
         self._checked = self._woken = 0.0
         self.denied = 0.0  # since when no login is let in
 
-    def left(self) -> float:
-        return self._deadline - time.monotonic()
-
     def check(self) -> None:
         """Raise where the VM ended, the time is over or the user interrupts; say once what is waited for."""
         cancellation.check()
@@ -8538,7 +8535,7 @@ class Wait:
         """For a loop that tries something until it does: how many seconds a try may take.  Raises as `check` does."""
         while True:
             self.check()
-            yield max(5.0, min(60.0, self.left()))
+            yield max(5.0, min(60.0, self._deadline - time.monotonic()))
             time.sleep(0.2)
 
     def console(self) -> str:
@@ -8562,18 +8559,18 @@ def wait_ssh(wait: Wait) -> None:
     for _ in wait.tries():
         address = wait.network.address(wait.vm)
         if address:
-            wait.stage = stage_of_port(wait.network, address, min(1.0, max(0.05, wait.left())))
+            wait.stage = stage_of_port(wait.network, address)
             if wait.stage == "configured":
                 return
 
 
-def stage_of_port(network: Network, address: str, seconds: float) -> str:
+def stage_of_port(network: Network, address: str) -> str:
     """The stage that a try to connect shows: silence (`address`), an answer (`ssh`), an SSH banner (`configured`)."""
     import select
 
     stage = "address"
     with network.socket() as connection:
-        connection.settimeout(seconds)
+        connection.settimeout(1.0)
         try:
             connection.connect((address, 22))
             stage = "ssh"
@@ -8952,7 +8949,7 @@ def clean_running(cloud: Cloud, template: VM) -> None:
     network = cloud.network_of(template)
     address = network.address(template)
     try:
-        reached = bool(address) and stage_of_port(network, address, 1.0) == "configured"
+        reached = bool(address) and stage_of_port(network, address) == "configured"
         if reached and cloud.known_hosts.knows(template.get("vmUuid")):
             status, output = ssh_batch(cloud, template, cleaning_script(template), 60)
             if status and is_planted(template):
