@@ -7772,11 +7772,6 @@ class CloneRequest:
     user_data: bytes = b""
     prefix: str = ""  # of their names; '': they are called by their UUIDs
 
-    @property
-    def where(self) -> str:
-        """`FILE:LINE: ` before an error's words; nothing for the command line."""
-        return f"{self.origin}: " if self.origin else ""
-
     def set_options(self, text: str, folder: str = "") -> None:
         """CLONE_OPTIONS, in any order, separated by `;`.  Files are looked for in the folder.  Raises UsageError."""
         for word in text.split(";"):
@@ -7855,6 +7850,7 @@ def check_requests(cloud: Cloud, group: str, requests: Sequence[CloneRequest], f
     """Everything that can be known before the first VM is made; each error names its FILE:LINE."""
     checked_group(group)
     asked: list[tuple[str, int, str]] = []
+    memory = images = 0
     for request in requests:
         try:
             template = cloud.tree.need_template(request.template)
@@ -7868,11 +7864,14 @@ def check_requests(cloud: Cloud, group: str, requests: Sequence[CloneRequest], f
             elif request.user_data:
                 text = f"user-data=: {template.name} takes no seed, its vmInit is {template.get('vmInit')}"
                 raise UsageError(text, "vmtemplate NAME --build SUITE --include cloud-init --init cloud-init makes one")
+            memory += request.count * int(request.settings.get("vmMem") or template.get("vmMem"))
+            images += request.count * (1 + len(request.disks))
+            check_memory(memory, force)
+            check_space(cloud.tree.base, images)
         except Error as error:
-            error.text, error.vm = f"{request.where}{error}", None
+            error.text, error.vm = f"{request.origin}: {error}" if request.origin else str(error), None
             raise
-    check_memory(cloud.tree, requests, force)
-    check_space(cloud.tree.base, requests)
+    warn_of_memory(memory)
 
 
 def check_clonable(template: VM) -> None:
@@ -7949,17 +7948,12 @@ def memory_mb(kind: str) -> int:
     return int(found.group(1)) // 1024 if found else 0
 
 
-def check_memory(tree: Tree, requests: Sequence[CloneRequest], force: bool) -> None:
-    """Over what is available: a warning; over what the host has: an error, unless forced."""
-    total, asked = memory_mb("MemTotal"), 0
-    for request in requests:
-        asked += request.count * int(request.settings.get("vmMem") or tree.template(request.template).get("vmMem"))
-        if total and asked > total and not force:
-            raise Error(
-                f"{request.where}{asked} MB of memory are asked for up to here, the host has {total} MB",
-                "ask for less, or say --force",
-            )
-    warn_of_memory(asked)
+def check_memory(asked: int, force: bool) -> None:
+    """Raise where it is more than the host has, unless forced."""
+    total = memory_mb("MemTotal")
+    if total and asked > total and not force:
+        text = f"{asked} MB of memory are asked for up to here, the host has {total} MB"
+        raise Error(text, "ask for less, or say --force")
 
 
 def warn_of_memory(asked: int) -> None:
@@ -7972,17 +7966,11 @@ def warn_of_memory(asked: int) -> None:
 CLONE_BYTES = 512 * 1024  # what an empty overlay, its keys and its logs take, rounded up
 
 
-def check_space(folder: str, requests: Sequence[CloneRequest]) -> None:
+def check_space(folder: str, images: int) -> None:
     """Raise where the file system has no room for what is written at once (not for what the guests may write later)."""
-    free, images = free_bytes(existing_parent(folder)), 0
-    for request in requests:
-        images += request.count * (1 + len(request.disks))
-        if free < images * CLONE_BYTES:
-            raise Error(
-                f"{request.where}{folder}: {plural(images, 'image')} up to here take "
-                f"{images * CLONE_BYTES // MIB + 1} MB, {free // MIB} MB are free",
-                "free some disk space, or put vmBaseDir on a larger file system",
-            )
+    what = f"{plural(images, 'image')} up to here take {{}} MB"
+    hint = "free some disk space, or put vmBaseDir on a larger file system"
+    check_room(existing_parent(folder), images * CLONE_BYTES + MIB, folder, what, hint)
 
 
 # -- making clones
