@@ -611,6 +611,15 @@ def wait_for(ready: Callable[[], bool], seconds: float, interval: float = 0.02) 
     return True
 
 
+def readable(file: Any, seconds: float) -> bool:
+    """Whether there is something to read, or its end, within `seconds`.  A cancelled wait ends at once."""
+    import select
+
+    poll = select.poll()
+    poll.register(file, select.POLLIN)
+    return wait_for(lambda: bool(poll.poll(max(0, min(seconds, 0.1)) * 1000)), seconds, 0)
+
+
 def in_parallel(work: Callable[[Any], Any], items: Sequence[Any], workers: int = 0) -> list[Any]:
     """`work(item)` for each item at once; the results in order, an Error as the result of the item that raised it.
 
@@ -1541,13 +1550,7 @@ class Process:
 
     def ended(self, seconds: float = 0) -> bool:
         """Whether it has ended, waiting for that up to `seconds`."""
-        if self._fd < 0:
-            return True
-        import select
-
-        poll = select.poll()
-        poll.register(self._fd, select.POLLIN)
-        return wait_for(lambda: bool(poll.poll(max(0, min(seconds, 0.1)) * 1000)), seconds, 0)
+        return self._fd < 0 or readable(self._fd, seconds)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -8554,18 +8557,14 @@ def wait_ssh(wait: Wait) -> None:
 
 def stage_of_port(network: Network, address: str) -> str:
     """The stage that a try to connect shows: silence (`address`), an answer (`ssh`), an SSH banner (`configured`)."""
-    import select
-
     stage = "address"
     with network.socket() as connection:
         connection.settimeout(1.0)
         try:
             connection.connect((address, 22))
             stage = "ssh"
-            poll = select.poll()
-            poll.register(connection, select.POLLIN)
             # An emulated guest takes its time, and each try that is given up costs it more.
-            if wait_for(lambda: bool(poll.poll(250)), 15.0, 0) and connection.recv(4) == b"SSH-":
+            if readable(connection, 15.0) and connection.recv(4) == b"SSH-":
                 stage = "configured"
         except (ConnectionRefusedError, ConnectionResetError):
             return "ssh"
