@@ -7944,10 +7944,7 @@ def check_collision(tree: Tree, group: str, type: str) -> None:
 
 def memory_mb(kind: str) -> int:
     """The host's memory in MB: all of it (`MemTotal`) or `MemAvailable`; 0 where /proc/meminfo doesn't say."""
-    try:
-        found = re.search(rf"^{kind}:\s+(\d+) kB", read_text("/proc/meminfo"), re.M)
-    except OSError:
-        return 0
+    found = re.search(rf"^{kind}:\s+(\d+) kB", read_text("/proc/meminfo"), re.M)
     return int(found.group(1)) // 1024 if found else 0
 
 
@@ -8487,11 +8484,7 @@ def command_script(vm: VM, argv: Sequence[str], network: Network) -> str:
 
 
 class Wait:
-    """A wait for one VM: which stage it is at, and until when.
-
-    The stages: `address` (the guest asks for it), `ssh` (the server says its banner), `configured`, `cloud-init` (the
-    guest lets us in, and its cloud-init is still at work).
-    """
+    """A wait for one VM: which of STAGES it is at, in their order, and until when."""
 
     def __init__(self, cloud: Cloud, vm: VM, seconds: float, say: bool = False, limit: str = "") -> None:
         """`limit`: the option that `seconds` come from, by default vmWaitTimeout."""
@@ -8539,9 +8532,9 @@ class Wait:
 
 STAGES = {
     "address": "the guest to ask for its address",
-    "ssh": "ssh to answer",
+    "ssh": "ssh to answer",  # with its server's banner
     "configured": "its configuration",
-    "cloud-init": "cloud-init in the guest to finish",
+    "cloud-init": "cloud-init in the guest to finish",  # which lets us in already
 }
 
 
@@ -8939,9 +8932,9 @@ def clean_running(cloud: Cloud, template: VM) -> None:
         reached = bool(address) and stage_of_port(network, address) == "configured"
         if reached and cloud.known_hosts.knows(template.get("vmUuid")):
             status, output = ssh_batch(cloud, template, cleaning_script(template), 60)
-            if status and is_planted(template):
-                report.warn(f"{template}: it keeps what tells it from others: {last_line(output)}")
             forget_guest(cloud, template)
+            if status and is_planted(template):
+                raise Error(last_line(output))
     except Error as error:
         report.warn(f"{template}: it keeps what tells it from others: {error.text}")
 
