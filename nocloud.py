@@ -9354,24 +9354,20 @@ class Manager:
     It is taken, given back and, after a SIGKILL, swept away under the tree's lock.
     """
 
-    def __init__(self, tree: Tree, group: str, new: bool) -> None:
-        """`new`: the group must have no VMs yet."""
-        self.tree, self.group, self._new = tree, group, new
+    def __init__(self, tree: Tree, group: str) -> None:
+        self.tree, self.group = tree, group
         self.folder = os.path.join(tree.base, group)
         self.log_file = os.path.join(self.folder, MANAGER_LOG)
         self._fd = -1
 
     def __enter__(self) -> Manager:
-        """Raises WrongState where another vmrun has the group, or, if it has to be `new`, where it has VMs."""
+        """Raises WrongState where another vmrun has the group."""
         self.tree.prepare()
         with self.tree.lock():
             state, pid = manager_of(self.tree, self.group)
             if state != "stopped":
                 who = f"vmrun (process {pid})" if pid else "a vmrun of another user"
                 raise WrongState(f"{self.group}: {who} manages it already", f"vmrun -s {self.group} stops it")
-            if self._new and any(True for _ in self.tree.vms(self.group)):
-                hint = f"vmrun -r {self.group} runs them, vmstop -d -g {self.group} destroys them, --add adds to them"
-                raise WrongState(f"{self.group}: the group has VMs already", hint)
             os.makedirs(self.folder, exist_ok=True)
             path = os.path.join(self.folder, MANAGER_PID)
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -9686,10 +9682,13 @@ def supervise(
 
     `new`: it must have none yet; `gui`: those that it has get a screen, this time; `end`: what ^C does.
     """
-    manager = Manager(cloud.tree, group, new)
+    manager = Manager(cloud.tree, group)
     supervisor = Supervisor(cloud, group, end, lambda status: background.on_ready(status, manager.log_file))
     with manager:
         old = list(cloud.tree.vms(group))
+        if old and new:
+            hint = f"vmrun -r {group} runs them, vmstop -d -g {group} destroys them, --add adds to them"
+            raise WrongState(f"{group}: the group has VMs already", hint)
         if not old and not requests:
             raise NotFound(f"{group}: there are no VMs in it", "vmrun -f FILE makes them")
         if group_network(cloud, group) == "private":
