@@ -2644,6 +2644,15 @@ def connect_qemu(vm: VM, seconds: float = 5.0) -> QMP:
     return connect_foreign(foreign, vm, seconds) if foreign else QMP(vm.folder, seconds)
 
 
+def ask_qemu(vm: VM, command: str, seconds: float = 5.0) -> Any:
+    """What a command returns; None where the qemu is ending, refuses, or doesn't answer in time."""
+    try:
+        with connect_qemu(vm, seconds) as qemu:
+            return qemu.execute(command)
+    except (QMPError, TimedOut, OSError):
+        return None
+
+
 # -- what a guest does
 
 
@@ -2676,11 +2685,7 @@ def wake(vm: VM, resume: bool = False) -> str:
     """Its state, after a guest that a full disk paused, or with `resume` anyone, was told to go on."""
     state = guest_state(vm)
     if state in (DISK_FULL, DISK_ERROR, "paused" if resume else ""):
-        try:
-            with QMP(vm.folder) as qemu:
-                qemu.execute("cont")
-        except (Error, OSError):
-            pass  # it is ending, or is in that state for another reason: the state tells
+        ask_qemu(vm, "cont")  # it may be in that state for another reason: the state tells
         wait_for(lambda: guest_state(vm) != "running", 0.5, 0.1)  # what couldn't be written is tried again
         state = guest_state(vm)
     return state
@@ -8207,11 +8212,7 @@ def press_power_button(vm: VM, process: Process, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     said = False
     while True:
-        try:
-            with connect_qemu(vm) as qemu:
-                qemu.execute("system_powerdown")
-        except (QMPError, TimedOut):
-            pass  # it is ending, or its control socket is gone: the wait below tells
+        ask_qemu(vm, "system_powerdown")
         left = deadline - time.monotonic()
         if process.ended(min(3.0, left)):
             return True
@@ -8226,11 +8227,7 @@ def pull_the_plug(vm: VM, process: Process) -> None:
     """End qemu: `quit` (it flushes its disks), then SIGTERM, then SIGKILL."""
     import signal
 
-    try:
-        with connect_qemu(vm, 2.0) as qemu:
-            qemu.execute("quit")
-    except (QMPError, TimedOut):
-        pass
+    ask_qemu(vm, "quit", 2.0)
     for number in (signal.SIGTERM, signal.SIGKILL):
         if process.ended(2.0):
             return
@@ -8459,13 +8456,7 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, tie
 
 def answers(vm: VM, pid: int) -> bool:
     """Whether the qemu that we started holds its pidfile and answers over QMP."""
-    if vm.state() != ("running", pid):
-        return False
-    try:
-        with QMP(vm.folder) as qmp:
-            return bool(qmp.execute("query-status"))
-    except (QMPClosed, TimedOut):  # the host is busy, perhaps: launch has the deadline
-        return False
+    return vm.state() == ("running", pid) and bool(ask_qemu(vm, "query-status"))
 
 
 def command_script(vm: VM, argv: Sequence[str], network: Network) -> str:
@@ -9187,14 +9178,8 @@ def open_screen(vm: VM) -> None:
 def has_viewer(vm: VM) -> bool:
     """Whether a viewer is connected to the VM's screen."""
     screen = screen_of(vm)
-    if not screen:
-        return False
-    try:
-        with QMP(vm.folder, 1.0) as qmp:
-            answer = qmp.execute(f"query-{screen}")
-    except (QMPError, TimedOut):
-        return False
-    return bool(answer.get("channels") or answer.get("clients"))
+    known = (ask_qemu(vm, f"query-{screen}", 1.0) if screen else None) or {}
+    return bool(known.get("channels") or known.get("clients"))
 
 
 def open_screens(vms: Sequence[VM]) -> None:
