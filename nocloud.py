@@ -7725,10 +7725,6 @@ class CloneOption:
     help: str
     check: Callable[[str], Any] = any_text  # raises ValueError, saying what was expected, or UsageError without `NAME=`
 
-    def __post_init__(self) -> None:
-        if self.sets in SETTING:
-            self.check = SETTING[self.sets].check
-
     @property
     def text(self) -> str:
         return f"{self.name}={self.metavar}" if self.metavar else self.name
@@ -7802,11 +7798,12 @@ class CloneRequest:
             value = "yes"
         elif option.metavar == "FILE":
             value = os.path.join(folder, os.path.expanduser(value))
+        setting = SETTING.get(option.sets)
         try:
-            result = checked(option.check, value, value)
+            result = checked(setting.check if setting else option.check, value, value)
         except UsageError as error:
             raise UsageError(f"{option.name}={error}", error.hint) from None
-        if option.sets in SETTING:
+        if setting:
             self.settings[option.sets] = str(result)
         else:
             setattr(self, option.sets, result)
@@ -7899,11 +7896,8 @@ def check_clonable(template: VM) -> None:
     except OSError as error:
         raise Error(f"its disk can't be read: {disks[0]}: {error.strerror}", vm=template) from None
     if not bootable or (known == "qcow2" and format == "raw"):
-        raise Error(
-            f"its disk is not a {known or 'qcow2 or raw'} image: {disks[0]}",
-            "make it again: vmtemplate NAME --image FILE",
-            vm=template,
-        )
+        text = f"its disk is not a {known or 'qcow2 or raw'} image: {disks[0]}"
+        raise Error(text, "make it again: vmtemplate NAME --image FILE", vm=template)
 
 
 def check_ports(tree: Tree, request: CloneRequest, asked: list[tuple[str, int, str]]) -> None:
