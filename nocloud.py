@@ -8249,10 +8249,7 @@ def destroy(cloud: Cloud, vm: VM) -> None:
 
 
 def destroy_all(cloud: Cloud, vms: Sequence[VM], group: str = "") -> list[Error]:
-    """Destroy VMs in parallel, and what is known of them elsewhere; the errors.
-
-    `group`: what a killed command left in that one goes too.
-    """
+    """Destroy VMs in parallel, what is known of them elsewhere, what killed commands left in `group`; the errors."""
     uuids = {vm: vm.get("vmUuid") for vm in vms if vm.is_readable()}
     if not vms and not os.path.isdir(cloud.tree.base):
         return []
@@ -8351,10 +8348,7 @@ def ensure_identity(cloud: Cloud, vm: VM) -> None:
 
 
 def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False, layer: Layer | None = None) -> Machine:
-    """The VM's conf as what qemu's command line is built from; writes the credentials that it hands over.
-
-    `layer`: instead of its system disk.
-    """
+    """A VM, on a layer or its own system disk, as what qemu's command line is built from; writes what it hands over."""
     paths = [layer.path, *vm.disks()[1:]] if layer else vm.disks()
     for path in paths:
         if not os.path.exists(path):
@@ -8727,7 +8721,10 @@ def cloud_init_script(seconds: int) -> str:
 def start_all(
     cloud: Cloud, vms: Sequence[VM], started: Callable[[VM], None] = lambda vm: None, iso: str = "", gui: bool = False
 ) -> list[Error | None]:
-    """Start VMs in parallel, after the networks that they need; for each None, or why it doesn't run."""
+    """Start VMs in parallel, after the networks that they need; for each None, or why it doesn't run.
+
+    `started` hears of each as soon as it runs.
+    """
     import contextlib
 
     def start_one(vm: VM) -> None:
@@ -8744,10 +8741,7 @@ def start_all(
 def instantiate(
     cloud: Cloud, group: str, requests: Sequence[CloneRequest], started: Callable[[VM], None] = lambda vm: None
 ) -> tuple[list[VM], list[Error]]:
-    """Make the clones and start them, in parallel; (those that run, the errors).  A clone that doesn't start goes.
-
-    `started` hears of each as soon as it runs.
-    """
+    """Make the clones and start them, in parallel; (those that run, the errors).  A clone that doesn't start goes."""
     cloud.qemu()
     cloud.accel(cloud.config["vmAccel"])
     cloud.networks[group_network(cloud, group)].up()  # where that can't be, nothing is made
@@ -8775,10 +8769,7 @@ def wait_all(cloud: Cloud, vms: Sequence[VM], seconds: float, limit: str = "") -
 
 
 def configure_later(cloud: Cloud, vms: Sequence[VM]) -> None:
-    """A helper of its own for the VMs whose guest must be configured over ssh; it ends by itself.
-
-    It writes to the VMs' logs; what it could not finish, the next vmssh does.
-    """
+    """Start a process for the VMs that must be configured over ssh.  What it can't finish, the next vmssh does."""
     names = [vm.full_name for vm in vms if vm.is_readable() and vm.get("vmInit") in ("auto", "ssh")]
     if names:
         environment = {"NOCLOUD_vmBaseDir": cloud.tree.base}
@@ -8800,10 +8791,7 @@ def give_identity(cloud: Cloud, vm: VM) -> None:
 
 
 class OwnGuest:
-    """A guest that runs for nocloud's own work in it.  The end of `with` leaves it switched off.
-
-    `layer`: what it writes to instead of the template's disk.
-    """
+    """A guest that runs for nocloud's own work in it, on a layer or its VM's disk; `with` leaves it switched off."""
 
     def __init__(self, cloud: Cloud, vm: VM, layer: Layer | None = None) -> None:
         """Boot it.  The caller holds the VM's lock, and has seen that it is stopped."""
@@ -8860,10 +8848,7 @@ class OwnGuest:
         return said
 
     def finish(self) -> None:
-        """Take out what a clone must not inherit, and end it properly; from now on that makes its layer count.
-
-        Raises Error where it doesn't end in time.
-        """
+        """Take out what a clone must not inherit, and end it properly: that makes its layer count.  Raises Error."""
         self.output(cleaning_script(self.vm))
         forget_guest(self.cloud, self.vm)
         if self.layer:
@@ -8984,10 +8969,7 @@ def upgrade_script(name: str, release: Mapping[str, str]) -> str:
 
 
 def upgrade(cloud: Cloud, name: str, seconds: float) -> None:
-    """Upgrade a template's system on a layer, which becomes its disk when all went well; else it is as it was.
-
-    What the guest's package manager says is shown as it comes.
-    """
+    """Upgrade a template's system on a layer, which becomes its disk when all went well; else it is as it was."""
     template = cloud.tree.need_template(name)
     with FolderLock(template.folder):
         need_stopped(cloud, template)
@@ -9099,10 +9081,7 @@ def in_new_guest(cloud: Cloud, new: NewTemplate, work: Callable[[OwnGuest], obje
 
 
 def take_over(cloud: Cloud, new: NewTemplate, key: tuple[str, str]) -> None:
-    """Plant the user's keys and ours in a classic image, and take its publisher's out, as the bash tools did.
-
-    `key`: as publishers_key() gives it.
-    """
+    """Plant the user's keys and ours in a classic image, and take publishers_key() out, as the bash tools did."""
     path, public = key
 
     def work(guest: OwnGuest) -> None:
@@ -9148,10 +9127,7 @@ def viewer_argv(screen: str, path: str) -> list[str]:
 
 
 def open_screen(vm: VM) -> None:
-    """Open a running VM's screen in a window, and return when that is up; the viewer lives on.
-
-    Raises Error with the viewer's own words.
-    """
+    """Open a running VM's screen in a window, which stays; up when this returns.  Error has the viewer's words."""
     screen, place = screen_of(vm), os.open(vm.folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     path, log = vm.file(f"{screen}.sock"), vm.file("viewer.log")
     # A socket's path has at most 107 bytes, and the viewers differ in how they read odd characters of a URI.
@@ -9329,9 +9305,7 @@ def monitor_session(vm: VM) -> int:
 
 class Manager:
     """The claim of a vmrun on a group: a pidfile in the group's folder, locked as long as we live, as qemu's own are.
-
-    It is taken, given back and, after a SIGKILL, swept away under the tree's lock.
-    """
+    It is taken, given back and, after a SIGKILL, swept away under the tree's lock."""
 
     def __init__(self, tree: Tree, group: str) -> None:
         self.tree, self.group = tree, group
