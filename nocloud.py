@@ -42,11 +42,13 @@ Modules that only some commands need are imported where they are used: a listing
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import functools
 import io
 import os
 import re
+import signal
 import stat
 import struct
 import sys
@@ -196,8 +198,6 @@ def describe_status(returncode: int) -> str:
     """`exit status 1`, or the name of the signal where subprocess reports one (a negative number)."""
     if returncode >= 0:
         return f"exit status {returncode}"
-    import signal
-
     try:
         return f"killed by {signal.Signals(-returncode).name}"
     except ValueError:
@@ -651,8 +651,6 @@ def result_of(work: Callable[[Any], Any], item: Any) -> Any:
 
 def error_from_os(error: OSError) -> Error:
     """An OSError as the one line that a user can act on."""
-    import errno
-
     hints = {
         errno.ENOSPC: "free some disk space, or put vmBaseDir on a larger file system",
         errno.EDQUOT: "the disk quota is used up",
@@ -1385,7 +1383,6 @@ def run_watched(
     (0: never), and as soon as `host` has ended, the qemu that it talks to.
     """
     import select
-    import signal
     import subprocess
 
     child = popen(argv, env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
@@ -1443,8 +1440,6 @@ def spawn(
 
 def become(argv: Sequence[str]) -> None:
     """Replace this process by a program: stdin, terminal and exit status are then the program's own."""
-    import signal
-
     words = traced(argv)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -1486,7 +1481,6 @@ def fork_child(work: Callable[[], None], keep: Sequence[int]) -> int:
     long as it does.  What `work` imports must have been imported before: another thread may hold the import lock.
     """
     import ctypes  # noqa: F401
-    import signal
     import subprocess  # noqa: F401
 
     pid = os.fork()
@@ -1536,8 +1530,6 @@ class Process:
         return self._fd
 
     def signal(self, number: int) -> None:
-        import signal
-
         if self._fd >= 0:
             try:
                 signal.pidfd_send_signal(self._fd, number)
@@ -3204,8 +3196,6 @@ def end_process(find: Callable[[], int]) -> None:
 
     `find` is asked again once a pidfd is open, so that no other process is hit.
     """
-    import signal
-
     pid = find()
     if pid:
         with Process(pid) as process:
@@ -3527,7 +3517,6 @@ def ask_child(work: Callable[[], None], keep: Sequence[int] = ()) -> tuple[int, 
 
 def new_namespaces(subnet: str, rules: bytes = b"") -> Namespaces:
     """make_namespaces() in a child, which is needed no longer once they are open here; with these rules for nft(8)."""
-    import signal
 
     def make_and_wait() -> None:
         make_namespaces(subnet)
@@ -3562,7 +3551,6 @@ class Gate:
 
     def open(self, kind: bytes) -> int:
         """A descriptor: `tap MAC ADDRESS`, on the network's bridge, or `tcp`, a socket.  OSError: the gate's words."""
-        import errno
         import socket as sockets
 
         with self._lock:
@@ -5073,7 +5061,6 @@ def listen(tree: Tree, ip: str, host: int) -> socket.socket:
 
     One that is taken is tried for a second: it may be a VM's that has ended just now.
     """
-    import errno
     import socket as sockets
 
     what = f"port {host} of {ip} can't be published"
@@ -8219,8 +8206,6 @@ def press_power_button(vm: VM, process: Process, seconds: float) -> bool:
 
 def pull_the_plug(vm: VM, process: Process) -> None:
     """End qemu: `quit` (it flushes its disks), then SIGTERM, then SIGKILL."""
-    import signal
-
     ask_qemu(vm, "quit", 2.0)
     for number in (signal.SIGTERM, signal.SIGKILL):
         if process.ended(2.0):
@@ -9345,8 +9330,6 @@ class Background:
 
     def start(self) -> int | None:
         """None in the child, which goes on; in the caller the exit status, when the child has settled or ended."""
-        import signal
-
         hear, talk = os.pipe()
         pid = fork_session()
         if not pid:
@@ -9441,7 +9424,6 @@ class Supervisor:
 
     def _take_signals(self) -> None:
         import selectors
-        import signal
         import socket as sockets
 
         self._bell, self._button = sockets.socketpair()
@@ -9462,8 +9444,6 @@ class Supervisor:
             pass  # it is full of others, so the loop wakes anyway
 
     def _woken(self) -> None:
-        import signal
-
         numbers = self._bell.recv(4096)
         for _ in range(len(self._posts)):
             self._posts.popleft()()
@@ -9665,8 +9645,6 @@ def supervise(
 
 def stop_managed(cloud: Cloud, group: str) -> None:
     """Have the vmrun that manages a group shut its VMs down and keep them; returns when that is done."""
-    import signal
-
     cloud.tree.need_group(group)
     state, pid = manager_of(cloud.tree, group)
     if state == "unknown":
@@ -12276,8 +12254,6 @@ def open_standard_streams() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns the exit status.  The only place that catches errors."""
-    import signal
-
     ensure_utf8()
     open_standard_streams()
     for number in (signal.SIGTERM, signal.SIGHUP):
