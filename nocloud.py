@@ -9386,14 +9386,13 @@ class Supervisor:
         `end`: the goal that SIGINT and SIGTERM set.
         """
         import selectors
-        import threading
 
         self.cloud, self.group, self._end_goal = cloud, group, end
         self.goal = RUN
         self.status = EXIT_DONE
         self._on_ready: Callable[[int], None] | None = on_ready
         self._members: dict[str, Member] = {}
-        self._jobs: set[threading.Thread] = set()
+        self._jobs: set[Any] = set()  # the futures of workers
         self._starting, self._ending = True, RUN
         self._look_at = time.monotonic() + LOOK_SECONDS
         self._stuck: set[str] = set()  # the guests that a full disk has paused
@@ -9519,25 +9518,17 @@ class Supervisor:
 
     def _job(self, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
         """Do `work` in a thread, then `done` with its result, or its Error, in the loop; a defect is raised there."""
-        import threading
+        from concurrent.futures import ThreadPoolExecutor
 
-        def body() -> None:
-            try:
-                result = result_of(lambda _: work(), None)
-            except Exception as error:
-                result = error
-            self._post(lambda: finish(result))
+        def finish(job: Any) -> None:
+            self._jobs.discard(job)
+            done(job.result())
 
-        def finish(result: Any) -> None:
-            self._jobs.discard(thread)
-            thread.join()
-            if isinstance(result, Exception) and not isinstance(result, Error):
-                raise result
-            done(result)
-
-        thread = threading.Thread(target=body, daemon=True)
-        self._jobs.add(thread)
-        thread.start()
+        pool = ThreadPoolExecutor(1)  # of its own: the thread ends with its work
+        job = pool.submit(result_of, lambda _: work(), None)
+        self._jobs.add(job)
+        job.add_done_callback(lambda job: self._post(lambda: finish(job)))
+        pool.shutdown(wait=False)
 
     def _begun(self, errors: list[Error] | Error) -> None:
         self._starting = False
