@@ -42,11 +42,13 @@ Modules that only some commands need are imported where they are used: a listing
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import functools
 import io
 import os
 import re
+import signal
 import stat
 import struct
 import sys
@@ -196,8 +198,6 @@ def describe_status(returncode: int) -> str:
     """`exit status 1`, or the name of the signal where subprocess reports one (a negative number)."""
     if returncode >= 0:
         return f"exit status {returncode}"
-    import signal
-
     names = {each.value: each.name for each in signal.Signals}  # not those between SIGRTMIN and SIGRTMAX
     return f"killed by {names.get(-returncode, f'signal {-returncode}')}"
 
@@ -601,6 +601,15 @@ def wait_for(ready: Callable[[], bool], seconds: float, interval: float = 0.02) 
     return True
 
 
+def readable(file: Any, seconds: float) -> bool:
+    """Whether there is something to read, or its end, within `seconds`.  A cancelled wait ends at once."""
+    import select
+
+    poll = select.poll()
+    poll.register(file, select.POLLIN)
+    return wait_for(lambda: bool(poll.poll(max(0, min(seconds, 0.1)) * 1000)), seconds, 0)
+
+
 def in_parallel(work: Callable[[Any], Any], items: Sequence[Any], workers: int = 0) -> list[Any]:
     """`work(item)` for each item at once; the results in order, an Error as the result of the item that raised it.
 
@@ -631,8 +640,6 @@ def result_of(work: Callable[[Any], Any], item: Any) -> Any:
 
 def error_from_os(error: OSError) -> Error:
     """An OSError as the one line that a user can act on."""
-    import errno
-
     hints = {
         errno.ENOSPC: "free some disk space, or put vmBaseDir on a larger file system",
         errno.EDQUOT: "the disk quota is used up",
@@ -1300,7 +1307,6 @@ def run_watched(
     (0: never), and as soon as `host` has ended, the qemu that it talks to.
     """
     import select
-    import signal
     import subprocess
 
     child = popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **how)
@@ -1364,8 +1370,6 @@ def spawn(argv: Sequence[str], log: str | int, **how: Any) -> subprocess.Popen[b
 
 def become(argv: Sequence[str]) -> None:
     """Replace this process by a program: stdin, terminal and exit status are then the program's own."""
-    import signal
-
     words = traced(argv)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -1415,7 +1419,6 @@ def fork_child(work: Callable[[], None], keep: Sequence[int]) -> int:
     long as it does.  What `work` imports must have been imported before: another thread may hold the import lock.
     """
     import ctypes  # noqa: F401
-    import signal
     import subprocess  # noqa: F401
 
     pid = fork_session()
@@ -1453,8 +1456,6 @@ class Process:
         return self._fd
 
     def signal(self, number: int) -> None:
-        import signal
-
         if self._fd >= 0:
             try:
                 signal.pidfd_send_signal(self._fd, number)
@@ -1467,13 +1468,7 @@ class Process:
 
     def ended(self, seconds: float = 0) -> bool:
         """Whether it has ended, waiting for that up to `seconds`."""
-        if self._fd < 0:
-            return True
-        import select
-
-        poll = select.poll()
-        poll.register(self._fd, select.POLLIN)
-        return wait_for(lambda: bool(poll.poll(max(0, min(seconds, 0.1)) * 1000)), seconds, 0)
+        return self._fd < 0 or readable(self._fd, seconds)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -2542,6 +2537,15 @@ def connect_qemu(vm: VM, seconds: float = 5.0) -> QMP:
     return connect_foreign(foreign, vm, seconds) if foreign else QMP(vm.folder, seconds)
 
 
+def ask_qemu(vm: VM, command: str, seconds: float = 5.0) -> Any:
+    """What a command returns; None where the qemu is ending, refuses, or doesn't answer in time."""
+    try:
+        with connect_qemu(vm, seconds) as qemu:
+            return qemu.execute(command)
+    except (QMPError, TimedOut, OSError):
+        return None
+
+
 # -- what a guest does
 
 
@@ -2574,11 +2578,7 @@ def wake(vm: VM, resume: bool = False) -> str:
     """Its state, after a guest that a full disk paused, or with `resume` anyone, was told to go on."""
     state = guest_state(vm)
     if state in (DISK_FULL, DISK_ERROR, "paused" if resume else ""):
-        try:
-            with QMP(vm.folder) as qemu:
-                qemu.execute("cont")
-        except (Error, OSError):
-            pass  # it is ending, or is in that state for another reason: the state tells
+        ask_qemu(vm, "cont")  # it may be in that state for another reason: the state tells
         wait_for(lambda: guest_state(vm) != "running", 0.5, 0.1)  # what couldn't be written is tried again
         state = guest_state(vm)
     return state
@@ -3100,8 +3100,6 @@ def end_process(find: Callable[[], int]) -> None:
 
     `find` is asked again once a pidfd is open, so that no other process is hit.
     """
-    import signal
-
     pid = find()
     if pid:
         with Process(pid) as process:
@@ -3395,7 +3393,6 @@ def ask_child(work: Callable[[], None], keep: Sequence[int] = ()) -> tuple[int, 
 
 def new_namespaces(subnet: str, rules: bytes = b"") -> Namespaces:
     """make_namespaces() in a child, which is needed no longer once they are open here; with these rules for nft(8)."""
-    import signal
 
     def make_and_wait() -> None:
         make_namespaces(subnet)
@@ -3430,7 +3427,6 @@ class Gate:
 
     def open(self, kind: bytes) -> int:
         """A descriptor: `tap NAME`, on the network's bridge, or `tcp`, a socket.  OSError: the gate's words."""
-        import errno
         import socket as sockets
 
         with self._lock:
@@ -4939,7 +4935,6 @@ def listen(tree: Tree, ip: str, host: int) -> socket.socket:
 
     One that is taken is tried for a second: it may be a VM's that has ended just now.
     """
-    import errno
     import socket as sockets
 
     what = f"port {host} of {ip} can't be published"
@@ -7422,8 +7417,8 @@ class Cloud:
         self.known_hosts = KnownHosts(self.tree)
         self.private = PrivateNetwork(self.tree)
         self.bridge = HostBridge(config, self.tree)
-        self._networks: dict[str, Network] = {"private": self.private, "bridge": self.bridge}
-        self.forwarders = {kind: Forwarder(self.tree, network) for kind, network in self._networks.items()}
+        self.networks: dict[str, Network] = {"private": self.private, "bridge": self.bridge}
+        self.forwarders = {kind: Forwarder(self.tree, network) for kind, network in self.networks.items()}
 
     @functools.cache
     def qemu(self) -> Qemu:
@@ -7451,15 +7446,8 @@ class Cloud:
         """How cloud-init's seeds are attached, `vvfat` or `iso`.  Raises MissingProgram where neither can be had."""
         return choose_seed(self.qemu())
 
-    def network(self, kind: str) -> Network:
-        """The private network, or the host's bridge."""
-        return self._networks[kind]
-
-    def networks(self) -> Iterable[Network]:
-        return self._networks.values()
-
     def network_of(self, vm: VM) -> Network:
-        return self.network(self.network_kind(vm))
+        return self.networks[self.network_kind(vm)]
 
     def network_kind(self, vm: VM) -> str:
         """Which network a VM is on.  The bash tools knew the host's bridge only."""
@@ -7488,7 +7476,7 @@ class Cloud:
 
     def close(self) -> None:
         """Close what this process holds of the networks."""
-        for network in self.networks():
+        for network in self.networks.values():
             network.close()
 
     def __enter__(self) -> Cloud:
@@ -7514,10 +7502,6 @@ class CloneOption:
     sets: str  # the setting that the clones get, which checks the value; or else the field of CloneRequest
     help: str
     check: Callable[[str], Any] = str  # raises ValueError, saying what was expected, or UsageError without `NAME=`
-
-    def __post_init__(self) -> None:
-        if self.sets in SETTING:
-            self.check = SETTING[self.sets].check
 
     @property
     def text(self) -> str:
@@ -7570,11 +7554,6 @@ class CloneRequest:
     user_data: bytes = b""
     prefix: str = ""  # of their names; '': they are called by their UUIDs
 
-    @property
-    def where(self) -> str:
-        """`FILE:LINE: ` before an error's words; nothing for the command line."""
-        return f"{self.origin}: " if self.origin else ""
-
     def set_options(self, text: str, folder: str = "") -> None:
         """CLONE_OPTIONS, in any order, separated by `;`.  Files are looked for in the folder.  Raises UsageError."""
         for word in text.split(";"):
@@ -7596,11 +7575,12 @@ class CloneRequest:
             value = "yes"
         elif option.metavar == "FILE":
             value = os.path.join(folder, os.path.expanduser(value))
+        setting = SETTING.get(option.sets)
         try:
-            result = checked(option.check, value, value)
+            result = checked(setting.check if setting else option.check, value, value)
         except UsageError as error:
             raise UsageError(f"{option.name}={error}", error.hint) from None
-        if option.sets in SETTING:
+        if setting:
             self.settings[option.sets] = str(result)
         else:
             setattr(self, option.sets, result)
@@ -7652,6 +7632,7 @@ def check_requests(cloud: Cloud, group: str, requests: Sequence[CloneRequest], f
     """Everything that can be known before the first VM is made; each error names its FILE:LINE."""
     checked_group(group)
     asked: list[tuple[str, int, str]] = []
+    memory = images = 0
     for request in requests:
         try:
             template = cloud.tree.need_template(request.template)
@@ -7665,11 +7646,14 @@ def check_requests(cloud: Cloud, group: str, requests: Sequence[CloneRequest], f
             elif request.user_data:
                 text = f"user-data=: {template.name} takes no seed, its vmInit is {template.get('vmInit')}"
                 raise UsageError(text, "vmtemplate NAME --build SUITE --include cloud-init --init cloud-init makes one")
+            memory += request.count * int(request.settings.get("vmMem") or template.get("vmMem"))
+            images += request.count * (1 + len(request.disks))
+            check_memory(memory, force)
+            check_space(cloud.tree.base, images)
         except Error as error:
-            error.text, error.vm = f"{request.where}{error}", None
+            error.text, error.vm = f"{request.origin}: {error}" if request.origin else str(error), None
             raise
-    check_memory(cloud.tree, requests, force)
-    check_space(cloud.tree.base, requests)
+    warn_of_memory(memory)
 
 
 def check_clonable(template: VM) -> None:
@@ -7689,11 +7673,8 @@ def check_clonable(template: VM) -> None:
     except OSError as error:
         raise Error(f"its disk can't be read: {disks[0]}: {error.strerror}", vm=template) from None
     if not bootable or (known == "qcow2" and format == "raw"):
-        raise Error(
-            f"its disk is not a {known or 'qcow2 or raw'} image: {disks[0]}",
-            "make it again: vmtemplate NAME --image FILE",
-            vm=template,
-        )
+        text = f"its disk is not a {known or 'qcow2 or raw'} image: {disks[0]}"
+        raise Error(text, "make it again: vmtemplate NAME --image FILE", vm=template)
 
 
 def check_ports(tree: Tree, request: CloneRequest, asked: list[tuple[str, int, str]]) -> None:
@@ -7739,24 +7720,16 @@ def check_collision(tree: Tree, group: str, type: str) -> None:
 
 def memory_mb(kind: str) -> int:
     """The host's memory in MB: all of it (`MemTotal`) or `MemAvailable`; 0 where /proc/meminfo doesn't say."""
-    try:
-        found = re.search(rf"^{kind}:\s+(\d+) kB", read_text("/proc/meminfo"), re.M)
-    except OSError:
-        return 0
+    found = re.search(rf"^{kind}:\s+(\d+) kB", read_text("/proc/meminfo"), re.M)
     return int(found.group(1)) // 1024 if found else 0
 
 
-def check_memory(tree: Tree, requests: Sequence[CloneRequest], force: bool) -> None:
-    """Over what is available: a warning; over what the host has: an error, unless forced."""
-    total, asked = memory_mb("MemTotal"), 0
-    for request in requests:
-        asked += request.count * int(request.settings.get("vmMem") or tree.template(request.template).get("vmMem"))
-        if total and asked > total and not force:
-            raise Error(
-                f"{request.where}{asked} MB of memory are asked for up to here, the host has {total} MB",
-                "ask for less, or say --force",
-            )
-    warn_of_memory(asked)
+def check_memory(asked: int, force: bool) -> None:
+    """Raise where it is more than the host has, unless forced."""
+    total = memory_mb("MemTotal")
+    if total and asked > total and not force:
+        text = f"{asked} MB of memory are asked for up to here, the host has {total} MB"
+        raise Error(text, "ask for less, or say --force")
 
 
 def warn_of_memory(asked: int) -> None:
@@ -7769,17 +7742,11 @@ def warn_of_memory(asked: int) -> None:
 CLONE_BYTES = 512 * 1024  # what an empty overlay, its keys and its logs take, rounded up
 
 
-def check_space(folder: str, requests: Sequence[CloneRequest]) -> None:
+def check_space(folder: str, images: int) -> None:
     """Raise where the file system has no room for what is written at once (not for what the guests may write later)."""
-    free, images = free_bytes(existing_parent(folder)), 0
-    for request in requests:
-        images += request.count * (1 + len(request.disks))
-        if free < images * CLONE_BYTES:
-            raise Error(
-                f"{request.where}{folder}: {plural(images, 'image')} up to here take "
-                f"{images * CLONE_BYTES // MIB + 1} MB, {free // MIB} MB are free",
-                "free some disk space, or put vmBaseDir on a larger file system",
-            )
+    what = f"{plural(images, 'image')} up to here take {{}} MB"
+    hint = "free some disk space, or put vmBaseDir on a larger file system"
+    check_room(existing_parent(folder), images * CLONE_BYTES + MIB, folder, what, hint)
 
 
 # -- making clones
@@ -7802,7 +7769,7 @@ def reserve(
         taken = Taken(tree)
         names = {vm.name.lower() for vm in taken.vms if vm.group == group}
         known = taken.uuids | {vm.get("vmUuid") for vm in tree.templates() if vm.is_readable()}
-        orphans = [uuid for each in cloud.networks() for uuid in each.hosts.orphans(known)] if taken.complete else []
+        orphans = [uuid for each in cloud.networks.values() for uuid in each.hosts.orphans(known) if taken.complete]
         taken.addresses |= cloud.private.hosts.addresses()
         for request in requests:
             check_collision(tree, group, request.type)  # again, now that nobody else can make one
@@ -7812,7 +7779,7 @@ def reserve(
                 uuid, mac = new_identity(taken.macs)
                 clone = NewClone(VM(tree, group, request.type, name or uuid), template, request, uuid, format)
                 clones.append(clone)
-                address = cloud.network(kind).allot(taken.addresses, uuid)
+                address = cloud.networks[kind].allot(taken.addresses, uuid)
                 ports = numbered_ports(request.settings.get("vmPorts", ""), number)
                 own = {"vmUuid": uuid, "vmNetwork": kind, "vmMac": mac, "vmAddress": address}
                 _reserve_one(clone, {**own, **({"vmPorts": ports} if ports else {})})
@@ -7953,9 +7920,8 @@ def make_clones(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> l
         own_key()
         with NewClones(cloud, group, requests, {template.name: template for template in templates}) as new:
             made = new.finish()
-    for network in cloud.networks():  # not under those locks: who starts a template takes the network's first
-        network.withdraw(new.orphans)
-    cloud.known_hosts.update({}, new.orphans)
+    if new.orphans:  # not under those locks: who starts a template takes the network's first
+        forget_identity(cloud, new.orphans)
     return made
 
 
@@ -7964,6 +7930,14 @@ def publish_keys(cloud: Cloud, vms: Sequence[VM]) -> None:
     lines = {vm.get("vmUuid"): (vm.get("vmAddress"), read_text(vm.host_key + ".pub")) for vm in vms if is_planted(vm)}
     if lines:
         cloud.known_hosts.update(lines)
+    SshConfig(cloud).refresh()
+
+
+def forget_identity(cloud: Cloud, uuids: Sequence[str]) -> None:
+    """Take VMs that are gone out of what is known of them outside their folders."""
+    for network in cloud.networks.values():
+        network.withdraw(uuids)
+    cloud.known_hosts.update({}, uuids)
     SshConfig(cloud).refresh()
 
 
@@ -8009,11 +7983,7 @@ def press_power_button(vm: VM, process: Process, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     said = False
     while True:
-        try:
-            with connect_qemu(vm) as qemu:
-                qemu.execute("system_powerdown")
-        except (QMPError, TimedOut):
-            pass  # it is ending, or its control socket is gone: the wait below tells
+        ask_qemu(vm, "system_powerdown")
         left = deadline - time.monotonic()
         if process.ended(min(3.0, left)):
             return True
@@ -8026,13 +7996,7 @@ def press_power_button(vm: VM, process: Process, seconds: float) -> bool:
 
 def pull_the_plug(vm: VM, process: Process) -> None:
     """End qemu: `quit` (it flushes its disks), then SIGTERM, then SIGKILL."""
-    import signal
-
-    try:
-        with connect_qemu(vm, 2.0) as qemu:
-            qemu.execute("quit")
-    except (QMPError, TimedOut):
-        pass
+    ask_qemu(vm, "quit", 2.0)
     for number in (signal.SIGTERM, signal.SIGKILL):
         if process.ended(2.0):
             return
@@ -8059,19 +8023,8 @@ def destroy(cloud: Cloud, vm: VM) -> None:
             raise
 
 
-def forget_identity(cloud: Cloud, uuids: Sequence[str]) -> None:
-    """Take VMs that are gone out of what is known of them outside their folders."""
-    for network in cloud.networks():
-        network.withdraw(uuids)
-    cloud.known_hosts.update({}, uuids)
-    SshConfig(cloud).refresh()
-
-
 def destroy_all(cloud: Cloud, vms: Sequence[VM], group: str = "") -> list[Error]:
-    """Destroy VMs in parallel, and what is known of them elsewhere; the errors.
-
-    `group`: what a killed command left in that one goes too.
-    """
+    """Destroy VMs in parallel, what is known of them elsewhere, what killed commands left in `group`; the errors."""
     uuids = {vm: vm.get("vmUuid") for vm in vms if vm.is_readable()}
     if not vms and not os.path.isdir(cloud.tree.base):
         return []
@@ -8152,7 +8105,7 @@ def start_locked(
 def ensure_identity(cloud: Cloud, vm: VM) -> None:
     """A VM that bash made may have no UUID, MAC or address: they are made now, and kept; as is a port that is free."""
     kind = cloud.chosen_network(vm.get("vmNetwork"))
-    fits, ports = cloud.network(kind).fits(vm.get("vmAddress")), parse_ports(vm.get("vmPorts"))
+    fits, ports = cloud.networks[kind].fits(vm.get("vmAddress")), parse_ports(vm.get("vmPorts"))
     chosen = all(host for _, host, _ in ports)
     if fits and chosen and vm.get("vmUuid") and vm.get("vmMac") and vm.conf.get("vmNetwork") == kind:
         return
@@ -8163,17 +8116,14 @@ def ensure_identity(cloud: Cloud, vm: VM) -> None:
         if not chosen:
             changes["vmPorts"] = join_ports(free_ports(cloud.tree, ports))
         if not fits:
-            changes["vmAddress"] = cloud.network(kind).allot(taken.addresses, uuid)
+            changes["vmAddress"] = cloud.networks[kind].allot(taken.addresses, uuid)
         vm.write_conf({key: value for key, value in changes.items() if value != vm.conf.get(key)})
     if not fits and os.path.exists(vm.host_key + ".pub"):  # planted, and the address was another one
         publish_keys(cloud, [vm])
 
 
 def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False, layer: Layer | None = None) -> Machine:
-    """The VM's conf as what qemu's command line is built from; writes the credentials that it hands over.
-
-    `layer`: instead of its system disk.
-    """
+    """A VM, on a layer or its own system disk, as what qemu's command line is built from; writes what it hands over."""
     paths = [layer.path, *vm.disks()[1:]] if layer else vm.disks()
     for path in paths:
         if not os.path.exists(path):
@@ -8271,13 +8221,7 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, tie
 
 def answers(vm: VM, pid: int) -> bool:
     """Whether the qemu that we started holds its pidfile and answers over QMP."""
-    if vm.state() != ("running", pid):
-        return False
-    try:
-        with QMP(vm.folder) as qmp:
-            return bool(qmp.execute("query-status"))
-    except (QMPClosed, TimedOut):  # the host is busy, perhaps: launch has the deadline
-        return False
+    return vm.state() == ("running", pid) and bool(ask_qemu(vm, "query-status"))
 
 
 def command_script(vm: VM, argv: Sequence[str], network: Network) -> str:
@@ -8296,11 +8240,7 @@ def command_script(vm: VM, argv: Sequence[str], network: Network) -> str:
 
 
 class Wait:
-    """A wait for one VM: which stage it is at, and until when.
-
-    The stages: `address` (the guest asks for it), `ssh` (the server says its banner), `configured`, `cloud-init` (the
-    guest lets us in, and its cloud-init is still at work).
-    """
+    """A wait for one VM: which of STAGES it is at, in their order, and until when."""
 
     def __init__(self, cloud: Cloud, vm: VM, seconds: float, say: bool = False, limit: str = "") -> None:
         """`limit`: the option that `seconds` come from, by default vmWaitTimeout."""
@@ -8312,9 +8252,6 @@ class Wait:
         self._say_at = self._started + 1.0 if say else float("inf")
         self._checked = self._woken = 0.0
         self.denied = 0.0  # since when no login is let in
-
-    def left(self) -> float:
-        return self._deadline - time.monotonic()
 
     def check(self) -> None:
         """Raise where the VM ended, the time is over or the user interrupts; say once what is waited for."""
@@ -8338,7 +8275,7 @@ class Wait:
         """For a loop that tries something until it does: how many seconds a try may take.  Raises as `check` does."""
         while True:
             self.check()
-            yield max(5.0, min(60.0, self.left()))
+            yield max(5.0, min(60.0, self._deadline - time.monotonic()))
             time.sleep(0.2)
 
     def console(self) -> str:
@@ -8351,9 +8288,9 @@ class Wait:
 
 STAGES = {
     "address": "the guest to ask for its address",
-    "ssh": "ssh to answer",
+    "ssh": "ssh to answer",  # with its server's banner
     "configured": "its configuration",
-    "cloud-init": "cloud-init in the guest to finish",
+    "cloud-init": "cloud-init in the guest to finish",  # which lets us in already
 }
 
 
@@ -8362,25 +8299,21 @@ def wait_ssh(wait: Wait) -> None:
     for _ in wait.tries():
         address = wait.network.address(wait.vm)
         if address:
-            wait.stage = stage_of_port(wait.network, address, min(1.0, max(0.05, wait.left())))
+            wait.stage = stage_of_port(wait.network, address)
             if wait.stage == "configured":
                 return
 
 
-def stage_of_port(network: Network, address: str, seconds: float) -> str:
+def stage_of_port(network: Network, address: str) -> str:
     """The stage that a try to connect shows: silence (`address`), an answer (`ssh`), an SSH banner (`configured`)."""
-    import select
-
     stage = "address"
     with network.socket() as connection:
-        connection.settimeout(seconds)
+        connection.settimeout(1.0)
         try:
             connection.connect((address, 22))
             stage = "ssh"
-            poll = select.poll()
-            poll.register(connection, select.POLLIN)
             # An emulated guest takes its time, and each try that is given up costs it more.
-            if wait_for(lambda: bool(poll.poll(250)), 15.0, 0) and connection.recv(4) == b"SSH-":
+            if readable(connection, 15.0) and connection.recv(4) == b"SSH-":
                 stage = "configured"
         except (ConnectionRefusedError, ConnectionResetError):
             return "ssh"
@@ -8565,7 +8498,10 @@ def cloud_init_script(seconds: int) -> str:
 def start_all(
     cloud: Cloud, vms: Sequence[VM], started: Callable[[VM], None] = lambda vm: None, iso: str = "", gui: bool = False
 ) -> list[Error | None]:
-    """Start VMs in parallel, after the networks that they need; for each None, or why it doesn't run."""
+    """Start VMs in parallel, after the networks that they need; for each None, or why it doesn't run.
+
+    `started` hears of each as soon as it runs.
+    """
     import contextlib
 
     def start_one(vm: VM) -> None:
@@ -8578,21 +8514,18 @@ def start_all(
             members.setdefault(cloud.network_kind(vm), []).append(vm)
     with contextlib.ExitStack() as stack:
         for kind in sorted(members):
-            stack.enter_context(cloud.network(kind).hold())
-            cloud.network(kind).admit(members[kind])
+            stack.enter_context(cloud.networks[kind].hold())
+            cloud.networks[kind].admit(members[kind])
         return in_parallel(start_one, vms)
 
 
 def instantiate(
     cloud: Cloud, group: str, requests: Sequence[CloneRequest], started: Callable[[VM], None] = lambda vm: None
 ) -> tuple[list[VM], list[Error]]:
-    """Make the clones and start them, in parallel; (those that run, the errors).  A clone that doesn't start goes.
-
-    `started` hears of each as soon as it runs.
-    """
+    """Make the clones and start them, in parallel; (those that run, the errors).  A clone that doesn't start goes."""
     cloud.qemu()
     cloud.accel(cloud.config["vmAccel"])
-    cloud.network(group_network(cloud, group)).up()  # where that can't be, nothing is made
+    cloud.networks[group_network(cloud, group)].up()  # where that can't be, nothing is made
     made = make_clones(cloud, group, requests)
     errors = [result for result in made if isinstance(result, Error)]
     vms = [result for result in made if isinstance(result, VM)]
@@ -8617,10 +8550,7 @@ def wait_all(cloud: Cloud, vms: Sequence[VM], seconds: float, limit: str = "") -
 
 
 def configure_later(cloud: Cloud, vms: Sequence[VM]) -> None:
-    """A helper of its own for the VMs whose guest must be configured over ssh; it ends by itself.
-
-    It writes to the VMs' logs; what it could not finish, the next vmssh does.
-    """
+    """Start a process for the VMs that must be configured over ssh.  What it can't finish, the next vmssh does."""
     names = [vm.full_name for vm in vms if vm.is_readable() and vm.get("vmInit") in ("auto", "ssh")]
     if names:
         environment = {"NOCLOUD_vmBaseDir": cloud.tree.base}
@@ -8642,10 +8572,7 @@ def give_identity(cloud: Cloud, vm: VM) -> None:
 
 
 class OwnGuest:
-    """A guest that runs for nocloud's own work in it.  The end of `with` leaves it switched off.
-
-    `layer`: what it writes to instead of the template's disk.
-    """
+    """A guest that runs for nocloud's own work in it, on a layer or its VM's disk; `with` leaves it switched off."""
 
     def __init__(self, cloud: Cloud, vm: VM, layer: Layer | None = None) -> None:
         """Boot it.  The caller holds the VM's lock, and has seen that it is stopped."""
@@ -8692,10 +8619,7 @@ class OwnGuest:
         return said
 
     def finish(self) -> None:
-        """Take out what a clone must not inherit, and end it properly; from now on that makes its layer count.
-
-        Raises Error where it doesn't end in time.
-        """
+        """Take out what a clone must not inherit, and end it properly: that makes its layer count.  Raises Error."""
         self.output(cleaning_script(self.vm))
         forget_guest(self.cloud, self.vm)
         if self.layer:
@@ -8746,12 +8670,12 @@ def clean_running(cloud: Cloud, template: VM) -> None:
     network = cloud.network_of(template)
     address = network.address(template)
     try:
-        reached = bool(address) and stage_of_port(network, address, 1.0) == "configured"
+        reached = bool(address) and stage_of_port(network, address) == "configured"
         if reached and cloud.known_hosts.knows(template.get("vmUuid")):
             status, output = ssh_batch(cloud, template, cleaning_script(template), 60)
-            if status and is_planted(template):
-                report.warn(f"{template}: it keeps what tells it from others: {last_line(output)}")
             forget_guest(cloud, template)
+            if status and is_planted(template):
+                raise Error(last_line(output))
     except Error as error:
         report.warn(f"{template}: it keeps what tells it from others: {error.text}")
 
@@ -8780,7 +8704,7 @@ def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float | None = None) -> l
     running = [vm for vm in vms if vm.state()[0] != "stopped"]
     try:
         for kind in {cloud.network_kind(vm) for vm in running if vm.is_template and vm.is_readable()}:
-            cloud.network(kind).open()  # before there are threads
+            cloud.networks[kind].open()  # before there are threads
     except Error:
         pass  # a guest that can't be reached isn't cleaned, but stopped all the same
     usual = cloud.config.number("vmStopTimeout") if seconds is None else seconds
@@ -8816,10 +8740,7 @@ def upgrade_script(name: str, release: Mapping[str, str]) -> str:
 
 
 def upgrade(cloud: Cloud, name: str, seconds: float) -> None:
-    """Upgrade a template's system on a layer, which becomes its disk when all went well; else it is as it was.
-
-    What the guest's package manager says is shown as it comes.
-    """
+    """Upgrade a template's system on a layer, which becomes its disk when all went well; else it is as it was."""
     template = cloud.tree.need_template(name)
     with FolderLock(template.folder):
         need_stopped(cloud, template)
@@ -8930,10 +8851,7 @@ def in_new_guest(cloud: Cloud, new: NewTemplate, work: Callable[[OwnGuest], obje
 
 
 def take_over(cloud: Cloud, new: NewTemplate, key: tuple[str, str]) -> None:
-    """Plant the user's keys and ours in a classic image, and take its publisher's out, as the bash tools did.
-
-    `key`: as publishers_key() gives it.
-    """
+    """Plant the user's keys and ours in a classic image, and take publishers_key() out, as the bash tools did."""
     path, public = key
 
     def work(guest: OwnGuest) -> None:
@@ -8978,10 +8896,7 @@ def viewer_argv(screen: str, path: str) -> list[str]:
 
 
 def open_screen(vm: VM) -> None:
-    """Open a running VM's screen in a window, and return when that is up; the viewer lives on.
-
-    Raises Error with the viewer's own words.
-    """
+    """Open a running VM's screen in a window, which stays; up when this returns.  Error has the viewer's words."""
     screen, place = screen_of(vm), os.open(vm.folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     path, log = vm.file(f"{screen}.sock"), vm.file("viewer.log")
     # A socket's path has at most 107 bytes, and the viewers differ in how they read odd characters of a URI.
@@ -9002,14 +8917,8 @@ def open_screen(vm: VM) -> None:
 def has_viewer(vm: VM) -> bool:
     """Whether a viewer is connected to the VM's screen."""
     screen = screen_of(vm)
-    if not screen:
-        return False
-    try:
-        with QMP(vm.folder, 1.0) as qmp:
-            answer = qmp.execute(f"query-{screen}")
-    except (QMPError, TimedOut):
-        return False
-    return bool(answer.get("channels") or answer.get("clients"))
+    known = (ask_qemu(vm, f"query-{screen}", 1.0) if screen else None) or {}
+    return bool(known.get("channels") or known.get("clients"))
 
 
 def open_screens(vms: Sequence[VM]) -> None:
@@ -9165,28 +9074,22 @@ def monitor_session(vm: VM) -> int:
 
 class Manager:
     """The claim of a vmrun on a group: a pidfile in the group's folder, locked as long as we live, as qemu's own are.
+    It is taken, given back and, after a SIGKILL, swept away under the tree's lock."""
 
-    It is taken, given back and, after a SIGKILL, swept away under the tree's lock.
-    """
-
-    def __init__(self, tree: Tree, group: str, new: bool) -> None:
-        """`new`: the group must have no VMs yet."""
-        self.tree, self.group, self._new = tree, group, new
+    def __init__(self, tree: Tree, group: str) -> None:
+        self.tree, self.group = tree, group
         self.folder = os.path.join(tree.base, group)
         self.log_file = os.path.join(self.folder, MANAGER_LOG)
         self._fd = -1
 
     def __enter__(self) -> Manager:
-        """Raises WrongState where another vmrun has the group, or, if it has to be `new`, where it has VMs."""
+        """Raises WrongState where another vmrun has the group."""
         self.tree.prepare()
         with self.tree.lock():
             state, pid = manager_of(self.tree, self.group)
             if state != "stopped":
                 who = f"vmrun (process {pid})" if pid else "a vmrun of another user"
                 raise WrongState(f"{self.group}: {who} manages it already", f"vmrun -s {self.group} stops it")
-            if self._new and any(True for _ in self.tree.vms(self.group)):
-                hint = f"vmrun -r {self.group} runs them, vmstop -d -g {self.group} destroys them, --add adds to them"
-                raise WrongState(f"{self.group}: the group has VMs already", hint)
             os.makedirs(self.folder, exist_ok=True)
             path = os.path.join(self.folder, MANAGER_PID)
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -9211,8 +9114,6 @@ class Background:
 
     def start(self) -> int | None:
         """None in the child, which goes on; in the caller the exit status, when the child has settled or ended."""
-        import signal
-
         hear, talk = os.pipe()
         pid = fork_session()
         if not pid:
@@ -9269,14 +9170,13 @@ class Supervisor:
         `end`: the goal that SIGINT and SIGTERM set.
         """
         import selectors
-        import threading
 
         self.cloud, self.group, self._end_goal = cloud, group, end
         self.goal = RUN
         self.status = EXIT_DONE
         self._on_ready: Callable[[int], None] | None = on_ready
         self._members: dict[str, Member] = {}
-        self._jobs: set[threading.Thread] = set()
+        self._jobs: set[Any] = set()  # the futures of workers
         self._starting, self._ending = True, RUN
         self._look_at = time.monotonic() + LOOK_SECONDS
         self._stuck: set[str] = set()  # the guests that a full disk has paused
@@ -9307,7 +9207,6 @@ class Supervisor:
 
     def _take_signals(self) -> None:
         import selectors
-        import signal
         import socket as sockets
 
         self._bell, self._button = sockets.socketpair()
@@ -9328,8 +9227,6 @@ class Supervisor:
             pass  # it is full of others, so the loop wakes anyway
 
     def _woken(self) -> None:
-        import signal
-
         numbers = self._bell.recv(4096)
         for _ in range(len(self._posts)):
             self._posts.popleft()()
@@ -9405,25 +9302,17 @@ class Supervisor:
 
     def _job(self, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
         """Do `work` in a thread, then `done` with its result, or its Error, in the loop; a defect is raised there."""
-        import threading
+        from concurrent.futures import ThreadPoolExecutor
 
-        def body() -> None:
-            try:
-                result = result_of(lambda _: work(), None)
-            except Exception as error:
-                result = error
-            self._post(lambda: finish(result))
+        def finish(job: Any) -> None:
+            self._jobs.discard(job)
+            done(job.result())
 
-        def finish(result: Any) -> None:
-            self._jobs.discard(thread)
-            thread.join()
-            if isinstance(result, Exception) and not isinstance(result, Error):
-                raise result
-            done(result)
-
-        thread = threading.Thread(target=body, daemon=True)
-        self._jobs.add(thread)
-        thread.start()
+        pool = ThreadPoolExecutor(1)  # of its own: the thread ends with its work
+        job = pool.submit(result_of, lambda _: work(), None)
+        self._jobs.add(job)
+        job.add_done_callback(lambda job: self._post(lambda: finish(job)))
+        pool.shutdown(wait=False)
 
     def _begun(self, errors: list[Error] | Error) -> None:
         self._starting = False
@@ -9500,10 +9389,13 @@ def supervise(
 
     `new`: it must have none yet; `gui`: those that it has get a screen, this time; `end`: what ^C does.
     """
-    manager = Manager(cloud.tree, group, new)
+    manager = Manager(cloud.tree, group)
     supervisor = Supervisor(cloud, group, end, lambda status: background.on_ready(status, manager.log_file))
     with manager:
         old = list(cloud.tree.vms(group))
+        if old and new:
+            hint = f"vmrun -r {group} runs them, vmstop -d -g {group} destroys them, --add adds to them"
+            raise WrongState(f"{group}: the group has VMs already", hint)
         if not old and not requests:
             raise NotFound(f"{group}: there are no VMs in it", "vmrun -f FILE makes them")
         if group_network(cloud, group) == "private":
@@ -9527,8 +9419,6 @@ def supervise(
 
 def stop_managed(cloud: Cloud, group: str) -> None:
     """Have the vmrun that manages a group shut its VMs down and keep them; returns when that is done."""
-    import signal
-
     cloud.tree.need_group(group)
     state, pid = manager_of(cloud.tree, group)
     if state == "unknown":
@@ -9575,7 +9465,7 @@ def reached_at(cloud: Cloud, vm: VM) -> tuple[str, str]:
     """The kind of a VM's network, and its address: '' where it has none yet or its conf is useless (which is said)."""
     try:
         kind = cloud.network_kind(vm)
-        return kind, cloud.network(kind).address(vm)
+        return kind, cloud.networks[kind].address(vm)
     except Error as error:
         report.warn(str(error))
         return "", ""
@@ -9632,7 +9522,7 @@ def ansible_ssh_args(cloud: Cloud, network: str, known: bool, planted: bool) -> 
     """ssh's options for many VMs: our known_hosts, the keys, and the way into a private network."""
     import shlex
 
-    way = ssh_way(cloud.network(network), ssh_trust_options(cloud.known_hosts.path, known), ssh_key_options(planted))
+    way = ssh_way(cloud.networks[network], ssh_trust_options(cloud.known_hosts.path, known), ssh_key_options(planted))
     return shlex.join([*ssh_options(**OWN_CALL, HostName="%h"), *way])
 
 
@@ -11281,7 +11171,7 @@ def cmd_configure(config: Config, args: argparse.Namespace, words: list[str]) ->
     with Cloud(config) as cloud:
         vms = [vm for name in words for vm in cloud.tree.find(name) if vm.is_readable()]
         for kind in {cloud.network_kind(vm) for vm in vms}:
-            cloud.network(kind).open()  # before there are threads
+            cloud.networks[kind].open()  # before there are threads
         for error in wait_all(cloud, vms, config.number("vmWaitTimeout")):
             if error.vm.exists():
                 append_line(error.vm.log_file, f"nocloud: not configured: {error}")
@@ -12111,8 +12001,6 @@ def open_standard_streams() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns the exit status.  The only place that catches errors."""
-    import signal
-
     ensure_utf8()
     open_standard_streams()
     for number in (signal.SIGTERM, signal.SIGHUP):  # as ^C does: what is half-made is removed on the way out
