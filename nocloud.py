@@ -2759,7 +2759,7 @@ def machine_args(machine: Machine) -> list[str]:
 
 
 def cpu_args(machine: Machine) -> list[str]:
-    cpus = machine.settings["vmCpu"]
+    cpus = int(machine.settings["vmCpu"])  # to qemu a leading zero says octal
     smp = ["-smp", f"{cpus},sockets=1,cores={cpus},threads=1"]
     if machine.accel == "kvm":
         return ["-accel", "kvm", "-cpu", "host", *smp]

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -183,9 +184,15 @@ def nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """
     places, cards = _own_places(), interfaces()
     yield
-    mine = processes_with(f"{tmp_path_factory.getbasetemp()}/")
-    open_ones = {pid for home in open_homes for pid in processes_with(home)}
-    left = {pid: words for pid, words in mine.items() if pid not in open_ones}
+
+    def left_over() -> dict[int, str]:
+        mine = processes_with(f"{tmp_path_factory.getbasetemp()}/")
+        open_ones = {pid for home in open_homes for pid in processes_with(home)}
+        return {pid: words for pid, words in mine.items() if pid not in open_ones}
+
+    deadline = time.monotonic() + 5  # what ends with its qemu is a moment behind it
+    while (left := left_over()) and time.monotonic() < deadline:
+        time.sleep(0.1)
     kill_all(left)
     assert not left, f"processes are left: {left}"
     assert not {name for name in interfaces() - cards if name.startswith(("tap", "nocloud"))}
