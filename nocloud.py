@@ -2195,6 +2195,7 @@ class VM:
     user_data_file = FileOf("user-data")  # what the user adds to the seed, as it was when the VM was made (0600)
     host_key = FileOf("ssh_host_ed25519_key")  # made on the host (0600), its public half beside it
     configured_file = FileOf("configured")  # there once the guest has been configured, over ssh or by its cloud-init
+    ready_file = FileOf("ready")  # there once a wait has seen it ready since it was started
 
     def __init__(self, tree: Tree, group: str, type: str, name: str, folder: str = "") -> None:
         self.tree, self.group, self.type, self.name = tree, group, type, name
@@ -8186,8 +8187,8 @@ RUNTIME_FILES = ("qmp.sock", "serial.sock", "monitor.sock", RECORD_SOCKET, *(f"{
 
 
 def remove_runtime_files(vm: VM) -> None:
-    for name in (*RUNTIME_FILES, os.path.basename(vm.pid_file)):
-        remove_file(vm.file(name))
+    for path in (*map(vm.file, RUNTIME_FILES), vm.ready_file, vm.pid_file):
+        remove_file(path)
 
 
 def stop_locked(vm: VM, seconds: float) -> bool:
@@ -8604,6 +8605,7 @@ def wait_ready(wait: Wait) -> None:
     kind = wait.vm.get("vmInit")
     if kind != "none":
         configure(wait, kind == "cloud-init")
+    write_file(wait.vm.ready_file, "", durable=False)
 
 
 def find_init_kind(wait: Wait) -> None:
@@ -9763,7 +9765,21 @@ def stop_managed(cloud: Cloud, group: str) -> None:
 
 # Inventory ###########################################################################################
 #
-# Rows for people, JSON for ansible.
+# Rows for people, JSON for scripts and for ansible.
+
+
+def listed(tree: Tree, group: str = "", type: str = "", every: bool = False) -> Iterator[tuple[VM, str, int]]:
+    """(VM, what it does, pid of its qemu or 0) of the running ones, or of every one, whose disks are looked for too."""
+    for text in tree.renamed(group):
+        report.warn(text)
+    vms = [(vm, *vm.state()) for vm in tree.vms(group, type)]
+    asked = iter(in_parallel(guest_state, [vm for vm, state, _ in vms if state == "running"]))
+    for vm, state, pid in vms:
+        for disk in vm.disks() if every and vm.is_readable() else ():
+            if not os.path.exists(disk):
+                report.warn(told_of(vm, FileNotFoundError(0, "", disk)))
+        if state == "running" or every:
+            yield vm, next(asked) if state == "running" else state, pid
 
 
 def vm_rows(cloud: Cloud, group: str = "", type: str = "", *, every: bool = False) -> Iterator[str]:
@@ -9771,17 +9787,55 @@ def vm_rows(cloud: Cloud, group: str = "", type: str = "", *, every: bool = Fals
 
     Where a guest doesn't run though its qemu does, STATE is there in any case.
     """
-    for text in cloud.tree.renamed(group):
-        report.warn(text)
-    vms = [(vm, state) for vm in cloud.tree.vms(group, type) if (state := vm.state()[0]) == "running" or every]
-    asked = iter(in_parallel(guest_state, [vm for vm, state in vms if state == "running"]))
-    for vm, known in vms:
-        for disk in vm.disks() if every and vm.is_readable() else ():
-            if not os.path.exists(disk):
-                report.warn(told_of(vm, FileNotFoundError(0, "", disk)))
-        state = next(asked) if known == "running" else known
+    for vm, state, _ in listed(cloud.tree, group, type, every):
         words = (vm.name, vm.place, state if every or state != "running" else "", address_of(cloud, vm))
         yield " ".join(filter(None, words))
+
+
+def process_usage(pid: int) -> tuple[float, float, int] | None:
+    """(seconds since its start, seconds of processors that it has used, bytes that it has in memory) of a process."""
+    # proc(5), from the third field on: before that stands its name, in brackets, in which anything may be.
+    fields = process_file(pid, "stat").rpartition(")")[2].split()
+    if not fields:
+        return None  # it has ended
+    ticks = os.sysconf("SC_CLK_TCK")
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / ticks
+    return round(age, 2), (int(fields[11]) + int(fields[12])) / ticks, int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def vm_facts(cloud: Cloud, vm: VM, state: str, pid: int) -> dict[str, Any]:
+    """What --json says of a VM, each key always; None is what isn't known, or what a VM that doesn't run hasn't."""
+    values = vm.settings() if vm.is_readable() else {}  # what is amiss with its conf, address_of says
+    disks = [path for path in vm.disks() if os.path.exists(path)] if values else []
+    address = address_of(cloud, vm)
+    age, used, resident = process_usage(pid) or (None, None, None)
+    seen = "address" if not address else "ready" if os.path.exists(vm.ready_file) else None
+    own = {name: values.get(f"vm{name.title()}") or None for name in ("template", "user", "uuid", "mac", "network")}
+    return {
+        "name": vm.name, "group": vm.group, "type": vm.type or None, "state": state, "stage": seen if pid else None,
+        "address": address or None, **own,
+        "ports": [{"ip": ip, "host": host, "guest": guest} for ip, host, guest in ports_of(vm)],
+        "mem_mb": int(values["vmMem"]) if values else None, "cpus": int(values["vmCpu"]) if values else None,
+        "pid": pid or None, "uptime_seconds": age, "cpu_seconds": used, "resident_bytes": resident,
+        "disk_bytes": sum(os.stat(path).st_blocks * 512 for path in disks), "folder": vm.folder,
+    }  # fmt: skip
+
+
+USAGE_SECONDS = 0.5  # what `now` is, in a table: the kernel counts in hundredths
+
+
+def usage_rows(cloud: Cloud, group: str = "", type: str = "", every: bool = False) -> Iterator[tuple[str, ...]]:
+    """(name, place, state, address, uptime, processor time now in percent of one, memory, ports): `-` for none."""
+    vms = list(listed(cloud.tree, group, type, every))
+    before = [process_usage(pid) for _, _, pid in vms]
+    time.sleep(USAGE_SECONDS if vms else 0)
+    for (vm, state, pid), then in zip(vms, before):
+        now, cells = process_usage(pid), ["-", "-", "-"]
+        if then and now:
+            age = int(now[0])
+            load = 100 * (now[1] - then[1]) / (now[0] - then[0])
+            cells = [f"{age // 3600}:{age // 60 % 60:02}:{age % 60:02}", f"{load:.0f}%", f"{now[2] // MIB} MB"]
+        yield (vm.name, vm.place, state, address_of(cloud, vm) or "-", *cells, join_ports(ports_of(vm)) or "-")
 
 
 def address_of(cloud: Cloud, vm: VM) -> str:
@@ -11015,13 +11069,25 @@ for a browser that sees all VMs by their names, vmssh VM -N -D 1080, with socks5
     GROUP,
     TYPE,
     Option("-a --all", "the stopped ones too, with their state"),
+    Option("-l --long", "a table: NAME GROUP/TYPE STATE IP UPTIME CPU MEMORY PORTS; what its qemu uses now"),
+    Option("--json", "a JSON list of objects with all that is known; null is what isn't, or what it hasn't"),
 )
 def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """list running VMs: NAME GROUP/TYPE IP"""
+    form = exclusive(args, "long", "json")
     with Cloud(config) as cloud:
         cloud.tree.need_group(args.group, args.type)
-        for row in vm_rows(cloud, args.group or "", args.type or "", every=args.all):
-            report.data(row)
+        group, type = args.group or "", args.type or ""
+        if form == "long":
+            report_table(list(usage_rows(cloud, group, type, args.all)))
+        elif form == "json":
+            import json
+
+            found = listed(cloud.tree, group, type, args.all)
+            report.data(json.dumps([vm_facts(cloud, *each) for each in found], indent=2))
+        else:
+            for row in vm_rows(cloud, group, type, every=args.all):
+                report.data(row)
 
 
 @declare(

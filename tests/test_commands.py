@@ -64,7 +64,7 @@ OPTIONS: dict[str, Options] = {
     "vm": {"-n": True, "-g": True, "-t": True, "-i": True, "-G": False},
     "vmconsole": {"-n": True, "-g": True, "-t": True, "-s": False},
     "vmmanage": {"-n": True, "-g": True, "-t": True},
-    "vmrunning": {"-g": True, "-t": True, "-a": False},
+    "vmrunning": {"-g": True, "-t": True, "-a": False, "-l": False, "--json": False},
     "vmport": {"-n": True, "-g": True, "-t": True, "-L": False, "--delete": False},
     "vmstop": {"-g": True, "-t": True, "-d": False, "-n": True, "--kill": False, "--timeout": True},
     "vmssh": {},
