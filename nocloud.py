@@ -29,7 +29,7 @@ Modules that only some commands need are imported where they are used: a listing
     Stopping and destroying          power button, plug, and away with it
     Starting and waiting             from a conf to a guest that is ready, and ssh into it; many at once
     Work in a template's guest       cleaning, upgrades, templates of VMs; stopping with care
-    Consoles                         screens, the serial line, the monitor
+    Consoles                         screens, the serial line, the monitor, logs
     Supervisor                       vmrun's loop
     Inventory                        lists for people, JSON for ansible
     Doctor                           checks, and the commands that mend
@@ -277,6 +277,11 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\t" else f"\\x{ord(c):02x}" if ord(c) < 256 else "?" for c in text)
+
+
+def without_escapes(text: str) -> str:
+    """`text` without what moves a terminal's cursor, sets its colours or its title (ECMA-48's CSI, OSC; charsets)."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)", "", text)
 
 
 def plural(count: int, noun: str) -> str:
@@ -8553,8 +8558,7 @@ class Wait:
     def console(self) -> str:
         """The last lines that the guest wrote on its console, for an error message."""
         said = read_tail(self.vm.old_console_log) + read_tail(self.vm.console_log)
-        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]", "", said)
-        lines = [printable(line.strip())[:160] for line in text.splitlines() if line.strip()]
+        lines = [printable(line.strip())[:160] for line in without_escapes(said).splitlines() if line.strip()]
         return f"; its console says: {' | '.join(lines[-3:])}" if lines else "; its console says nothing"
 
 
@@ -9165,8 +9169,8 @@ def take_over(cloud: Cloud, new: NewTemplate, key: tuple[str, str]) -> None:
 
 # Consoles ############################################################################################
 #
-# A VM's screen in a viewer, its serial line in this terminal, and qemu's monitor.  The terminal's modes are put
-# back however that ends.
+# A VM's screen in a viewer, its serial line in this terminal, what it wrote there, and qemu's monitor.  The terminal's
+# modes are put back however that ends.
 
 VIEWERS = {  # by what the screen speaks; TigerVNC's vncviewer takes a path, remote-viewer does VNC over TCP only
     "spice": (("remote-viewer", "spice+unix://"), ("spicy", "--uri=spice+unix://")),
@@ -9325,6 +9329,46 @@ def relay_line(connection: socket.socket, leave: bytes, drop: bytes) -> bool:
             before, *rest = re.split(leave, data, maxsplit=1)
             typed, more = before.replace(CTRL_C, drop), bool(data) and not rest
     return False
+
+
+# -- logs
+
+
+def log_pieces(process: Process | None, path: str, old: str = "") -> Iterator[bytes]:
+    """A log, after what was in it before it became too long (`old`); then what comes until the process ends.
+
+    Where etc/console.sh empties it meanwhile, the rest of what it had is in `old`.
+    """
+
+    def rest(path: str, start: int) -> Iterator[bytes]:
+        if os.path.exists(path):
+            with open(path, "rb") as file:
+                file.seek(start)
+                yield from iter(lambda: file.read(65536), b"")
+
+    with open(path, "rb", buffering=0) as log:  # a buffer would still have what was emptied
+        yield from rest(old, 0)
+        while True:
+            ended = not process or process.ended(0.2)  # before the look, so that this is the last one
+            if os.fstat(log.fileno()).st_size < log.tell():
+                yield from rest(old, log.tell())
+                log.seek(0)
+            yield from iter(lambda: log.read(65536), b"")
+            if ended:
+                return
+
+
+def for_terminal(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """What a guest wrote, without what only its own terminal should obey."""
+    import codecs
+
+    decode, held = codecs.getincrementaldecoder("utf-8")("replace").decode, ""
+    unfinished = r"(?:\x1b(?:\][^\x07\x1b]{0,99}\x1b?|[^A-Za-z]{0,20})|\r)?\Z"
+    for piece in pieces:
+        text = without_escapes(held + decode(piece))
+        held = re.findall(unfinished, text)[0]  # goes on in the next piece
+        lines = text[: len(text) - len(held)].replace("\r\n", "\n").split("\n")
+        yield "\n".join(map(printable, lines)).encode()
 
 
 MONITOR_SECONDS = 3600.0  # a savevm or a backup takes its time
@@ -11498,6 +11542,28 @@ def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> i
         report.say(f"{report.program}: {missing}: its serial console instead")
     serial_console(vm)
     return EXIT_DONE
+
+
+@declare(
+    Command("log", "vmlog"),
+    Option("-n --name NAME", "the VM: NAME, GROUP/NAME or GROUP/TYPE/NAME", complete="vm"),
+    *RUNNING_VM_OPTIONS[1:],
+    Option("-f --follow", "go on with what comes, until it ends"),
+    Option("-q --qemu", "what its qemu said, instead"),
+)
+def cmd_log(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+    """show what a VM wrote on its serial console since it was started"""
+    if args.name is None:
+        raise UsageError("which VM? give -n NAME", "vmrunning -a lists them")
+    with Cloud(config) as cloud:
+        vm = cloud.tree.need(args.name, args.group, args.type, first=VM.is_running)
+    state, pid = vm.state() if args.follow else ("", 0)
+    paths = (vm.log_file,) if args.qemu else (vm.console_log, vm.old_console_log)
+    if not os.path.exists(paths[0]):
+        raise NotFound(f"it has no {os.path.basename(paths[0])}: nocloud hasn't started it yet", vm=vm)
+    pieces = log_pieces(Process(pid) if state == "running" else None, *paths)
+    for piece in for_terminal(pieces) if os.isatty(1) else pieces:
+        write_all(1, piece)
 
 
 @declare(Command("manage", "vmmanage", "[WORDS...]"), *RUNNING_VM_OPTIONS)

@@ -63,6 +63,7 @@ OPTIONS: dict[str, Options] = {
     },
     "vm": {"-n": True, "-g": True, "-t": True, "-i": True, "-G": False},
     "vmconsole": {"-n": True, "-g": True, "-t": True, "-s": False},
+    "vmlog": {"-n": True, "-g": True, "-t": True, "-f": False, "-q": False},
     "vmmanage": {"-n": True, "-g": True, "-t": True},
     "vmrunning": {"-g": True, "-t": True, "-a": False, "-l": False, "--json": False},
     "vmport": {"-n": True, "-g": True, "-t": True, "-L": False, "--delete": False},

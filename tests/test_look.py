@@ -1,4 +1,4 @@
-"""Looking at VMs: what --json and -l say of them."""
+"""Looking at VMs: what --json and -l say of them, and their logs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import json
 import os
 import re
 import signal
+import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
-from support import READY, Cloud, eventually
+from support import READY, ROOT, Cloud, Terminal, eventually
+
+import nocloud
 
 VM = "pf/web/web00"
 
@@ -136,3 +140,89 @@ def test_long_list_shows_what_is_used_now(web: Cloud) -> None:
 
 def test_one_form_at_a_time(web: Cloud) -> None:
     web.run("vmrunning", "-l", "--json").says(2, "--long and --json exclude each other")
+
+
+# Logs ################################################################################################
+
+
+@pytest.fixture
+def still(blank: Cloud) -> Cloud:
+    """pf/web/web00, whose guest says nothing: the tests do."""
+    blank.run("vminstantiate", "-n", "blank", "-g", "pf", "-t", "web", "-o", "name=web").ok()
+    return blank
+
+
+def write(cloud: Cloud, text: bytes) -> Path:
+    """Add to a console's log, as qemu does; its path."""
+    path = cloud.folder(VM) / "console.log"
+    with path.open("ab") as log:
+        log.write(text)
+    return path
+
+
+def test_log_of_the_console(web: Cloud) -> None:
+    shown = web.run("vmlog", "-n", "web00").ok()
+    assert "Linux version" in shown.stdout and shown.stderr == ""
+    assert shown.stdout == web.run("log", "-n", "pf/web/web00").ok().stdout
+
+
+def test_log_goes_on_until_the_vm_ends(still: Cloud) -> None:
+    """Nothing is lost or shown twice where the log becomes too long meanwhile, even for one that was too slow to see
+    it: what it has not read is in the older part."""
+    before = write(still, b"").read_text()
+    write(still, b"1 before\n")
+    log = still.spawn("vmlog", "-f", "-n", "web00")
+    assert log.stdout
+    while log.stdout.readline() != "1 before\n":
+        assert log.poll() is None
+    path = write(still, b"2 seen\n" + b"." * 2000 + b"\n")
+    assert [log.stdout.readline(), log.stdout.readline()] == ["2 seen\n", "." * 2000 + "\n"]
+    log.send_signal(signal.SIGSTOP)
+    write(still, b"3 put aside\n")
+    keeper = ["sh", str(ROOT / "etc/console.sh"), "1000", "0.05"]
+    subprocess.run(keeper, cwd=path.parent, check=True, timeout=10)
+    eventually(lambda: not path.stat().st_size, "it is put aside")
+    write(still, b"4 after\n")
+    log.send_signal(signal.SIGCONT)
+    assert [log.stdout.readline(), log.stdout.readline()] == ["3 put aside\n", "4 after\n"]
+    write(still, b"5 last")
+    still.run("vmstop", "--kill", "-g", "pf").quiet()
+    assert log.communicate(timeout=30) == ("5 last", "")
+    assert log.returncode == 0
+    everything = f"{before}1 before\n2 seen\n{'.' * 2000}\n3 put aside\n4 after\n5 last"
+    for words in ((), ("-f",)):
+        assert still.run("vmlog", "-n", "web00", *words).ok().stdout == everything
+
+
+RAW = b"\x1b[1;31mred\x1b[0m\r\n\x07\xc3\xa9\t\x1b]0;title\x1b\\\x1b(B\x9bx\x1b]2;\x07\x1b[2Jend"
+SHOWN = "red\n\\x07\xe9\t\ufffdxend"
+
+
+def test_what_a_terminal_is_shown() -> None:
+    """However the pieces are cut."""
+    for at in range(len(RAW)):
+        assert b"".join(nocloud.for_terminal([RAW[:at], RAW[at:]])).decode() == SHOWN, RAW[:at]
+    flood = b"\x1b" + b"1" * 1000
+    assert b"".join(nocloud.for_terminal([flood, b"x"])).decode() == "\\x1b" + "1" * 1000 + "x"
+
+
+def test_log_on_a_terminal_obeys_no_guest(still: Cloud) -> None:
+    """In a pipe it is as it was written."""
+    write(still, RAW + b"!\n")
+    assert (
+        still.run("vmlog", "-n", "web00").ok().stdout.endswith(RAW.decode(errors="replace").replace("\r", "") + "!\n")
+    )
+    with Terminal(still, "vmlog", "-f", "-n", "web00") as terminal:
+        assert terminal.see("end!\r\n").endswith(SHOWN.replace("\n", "\r\n").removesuffix("end"))
+        terminal.process.send_signal(signal.SIGINT)
+        terminal.ends(130)
+
+
+def test_log_of_qemu(still: Cloud) -> None:
+    log = still.folder(VM) / "web00.log"
+    with log.open("a") as file:
+        file.write("qemu-system: something\n")
+    assert still.run("vmlog", "-q", "-n", "web00").ok().stdout == log.read_text()
+    still.run("vmlog").says(2, "which VM? give -n NAME", "vmrunning -a lists them")
+    still.run("vmlog", "-n", "blank").says(1, "blank: it has no console.log: nocloud hasn't started it yet")
+    still.run("vmlog", "-q", "-n", "blank").says(1, "blank: it has no blank.log: nocloud hasn't started it yet")
