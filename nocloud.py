@@ -9199,6 +9199,13 @@ def viewer_argv(screen: str, path: str) -> list[str]:
     raise MissingProgram(f"no viewer for its screen: {' or '.join(names)} is needed", hint)
 
 
+def need_ours(vm: VM, what: str) -> None:
+    """Raise where the bash tools started it."""
+    if vm.foreign_qemu():
+        hint = f"vmmanage -n {vm} is its monitor; started anew, by vm or vmrun -r, it has one"
+        raise WrongState(f"nocloud didn't start it, so its {what} isn't at hand", hint, vm=vm)
+
+
 def open_screen(vm: VM) -> None:
     """Open a running VM's screen in a window, and return when that is up; the viewer lives on.
 
@@ -9246,6 +9253,38 @@ def open_screens(vms: Sequence[VM]) -> None:
         report.warn(str(error))
 
 
+def screenshot(vm: VM) -> bytes:
+    """The screen of a running VM, which each has, as a PNG."""
+    need_ours(vm, "screen")
+    name = f"screenshot.{os.urandom(3).hex()}.tmp"
+    try:
+        with QMP(vm.folder) as qemu:
+            qemu.execute("screendump", filename=name)  # in its folder, for its user only
+        with open(vm.file(name), "rb") as file:
+            return png_of(file.read())
+    finally:
+        remove_file(vm.file(name))
+
+
+def png_of(ppm: bytes) -> bytes:
+    """A PNG (RFC 2083) of a PPM of 8 bits, which every qemu writes; PNG only since 7.1, and where built with libpng."""
+    import zlib
+
+    with Parsing(Error, "qemu: what it wrote of its screen is no PPM"):
+        kind, size, depth, pixels = ppm.split(b"\n", 3)
+        width, height = map(int, size.split())
+        if (kind, depth, len(pixels)) != (b"P6", b"255", 3 * width * height):
+            raise ValueError
+    rows = (pixels[at : at + 3 * width] for at in range(0, len(pixels), 3 * width))
+    chunks = (
+        b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0),  # 8 bits; 2: red, green, blue
+        b"IDAT" + zlib.compress(b"".join(b"\0" + row for row in rows)),  # 0: no filter
+        b"IEND",
+    )
+    framed = (struct.pack(">I", len(each) - 4) + each + struct.pack(">I", zlib.crc32(each)) for each in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+
+
 # -- the serial console and the monitor, on stdin and stdout
 
 SERIAL_LEAVE = b"[\x1d]"  # Ctrl-], as telnet's
@@ -9266,9 +9305,7 @@ def connect_line(vm: VM, name: str, what: str) -> socket.socket:
 
 def serial_console(vm: VM) -> None:
     """The serial line on stdin and stdout, until the user leaves or the guest ends."""
-    if vm.foreign_qemu():
-        hint = f"vmmanage -n {vm} is its monitor; started anew, by vm or vmrun -r, it has one"
-        raise WrongState("nocloud didn't start it, so its serial console isn't at hand", hint, vm=vm)
+    need_ours(vm, "serial console")
     connection = connect_line(vm, "serial", "serial console")
     join_line(vm, connection, f"the serial console of {vm}; Ctrl-] leaves", SERIAL_LEAVE)
 
@@ -11529,11 +11566,18 @@ def running_vm_of_options(cloud: Cloud, args: argparse.Namespace) -> VM:
     Command("console", "vmconsole"),
     *RUNNING_VM_OPTIONS,
     Option("-s --serial", "its serial console in this terminal; Ctrl-] leaves"),
+    Option("--screenshot FILE", "write what its screen shows into FILE, a PNG"),
 )
 def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """a VM's screen; with -s, or without a display, its serial console"""
+    exclusive(args, "serial", "screenshot")
     with Cloud(config) as cloud:
         vm = running_vm_of_options(cloud, args)
+    if args.screenshot is not None:
+        picture = screenshot(vm)
+        with open(args.screenshot, "wb") as file:
+            file.write(picture)
+        return EXIT_DONE
     missing = "no display here" if not has_display() else "" if screen_of(vm) else f"{vm.name} runs without a screen"
     if not args.serial and not missing:
         open_screen(vm)

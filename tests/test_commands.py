@@ -62,7 +62,7 @@ OPTIONS: dict[str, Options] = {
         "--force": False,
     },
     "vm": {"-n": True, "-g": True, "-t": True, "-i": True, "-G": False},
-    "vmconsole": {"-n": True, "-g": True, "-t": True, "-s": False},
+    "vmconsole": {"-n": True, "-g": True, "-t": True, "-s": False, "--screenshot": True},
     "vmlog": {"-n": True, "-g": True, "-t": True, "-f": False, "-q": False},
     "vmmanage": {"-n": True, "-g": True, "-t": True},
     "vmrunning": {"-g": True, "-t": True, "-a": False, "-l": False, "--json": False},

@@ -1,4 +1,4 @@
-"""Looking at VMs: what --json and -l say of them, and their logs."""
+"""Looking at VMs: what --json and -l say of them, their logs and their screens."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +228,49 @@ def test_log_of_qemu(still: Cloud) -> None:
     still.run("vmlog").says(2, "which VM? give -n NAME", "vmrunning -a lists them")
     still.run("vmlog", "-n", "blank").says(1, "blank: it has no console.log: nocloud hasn't started it yet")
     still.run("vmlog", "-q", "-n", "blank").says(1, "blank: it has no blank.log: nocloud hasn't started it yet")
+
+
+# Screens #############################################################################################
+
+
+def pixels_of(png: bytes) -> tuple[int, int, bytes]:
+    """(width, height, RGB) of a PNG that uses no filter, its checksums looked at."""
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    chunks, at = [], 8
+    while at < len(png):
+        (size,) = struct.unpack_from(">I", png, at)
+        kind, data, check = png[at + 4 : at + 8], png[at + 8 : at + 8 + size], png[at + 8 + size : at + 12 + size]
+        assert check == struct.pack(">I", zlib.crc32(kind + data))
+        chunks.append((kind, data))
+        at += 12 + size
+    assert [kind for kind, _ in chunks] == [b"IHDR", b"IDAT", b"IEND"]
+    width, height, *rest = struct.unpack(">IIBBBBB", chunks[0][1])
+    assert rest == [8, 2, 0, 0, 0]
+    rows = zlib.decompress(chunks[1][1])
+    lines = [rows[at : at + 1 + 3 * width] for at in range(0, len(rows), 1 + 3 * width)]
+    assert len(lines) == height and {line[0] for line in lines} == {0}
+    return width, height, b"".join(line[1:] for line in lines)
+
+
+def test_png_of_ppm() -> None:
+    """Pixels that look like white space or like a header are pixels."""
+    picture = b"\n 255\nP6\n3 2" + bytes(range(6))
+    assert pixels_of(nocloud.png_of(b"P6\n3 2\n255\n" + picture)) == (3, 2, picture)
+    for wrong in (b"", b"P6\n3 2\n255\n", b"P5\n3 2\n255\n" + picture, b"P6\n3 x\n255\n" + picture, picture):
+        with pytest.raises(nocloud.Error, match="no PPM"):
+            nocloud.png_of(wrong)
+
+
+def test_screenshot(web: Cloud) -> None:
+    """Of a VM without a window: what its boot loader or its kernel shows; nothing else is left."""
+    files = web.files()
+    web.run("vmconsole", "-n", "web00", "--screenshot", "shot.png").quiet()
+    width, height, pixels = pixels_of((web.home / "shot.png").read_bytes())
+    assert width >= 640 and height >= 400 and len(set(pixels)) > 1
+    assert web.files() == files
+    web.run("vmconsole", "-n", "web00", "--screenshot", "none/shot.png").fails(1, "none/shot.png")
+    web.run("vmconsole", "-n", "web00", "-s", "--screenshot", "x").says(
+        2, "--serial and --screenshot exclude each other"
+    )
+    web.run("vmconsole", "-n", "tiny", "--screenshot", "x").fails(1, "not running")
+    assert web.files() == files and not (web.home / "x").exists()
