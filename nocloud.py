@@ -8520,7 +8520,8 @@ class Wait:
         """`limit`: the option that `seconds` come from, by default vmWaitTimeout."""
         self.limit = limit or "vmWaitTimeout"
         self.cloud, self.vm, self.network = cloud, vm, cloud.network_of(vm)
-        self.stage = "address"
+        self.stage = self._told = "address"
+        self.tell: Callable[[VM, str], None] = lambda vm, stage: None  # hears of each new stage
         self._started = time.monotonic()
         self._deadline = self._started + seconds
         self._say_at = self._started + 1.0 if say else float("inf")
@@ -8541,6 +8542,9 @@ class Wait:
             if now - self._woken > 5.0:
                 self._woken = now
                 need_awake(vm)
+        if self.stage != self._told:
+            self._told = self.stage
+            self.tell(vm, self.stage)
         if now >= self._say_at:
             self._say_at = float("inf")
             report.say(f"{report.program}: waiting for {vm}: {STAGES[self.stage]}")
@@ -8568,6 +8572,33 @@ STAGES = {
     "configured": "its configuration",
     "cloud-init": "cloud-init in the guest to finish",
 }
+DOING = {  # what VMs that aren't ready do; in a line that a terminal has room for
+    "failed": "failed", "address": "booting", "ssh": "starting ssh", "configured": "configuring",
+    "cloud-init": "in cloud-init",
+}  # fmt: skip
+
+
+class WaitProgress:
+    """How far VMs are that are waited for: on a terminal one line about all, elsewhere one for each new stage."""
+
+    def __init__(self, vms: Iterable[VM] = ()) -> None:
+        self.stages = dict.fromkeys(vms, "address")
+
+    def tell(self, vm: VM, stage: str) -> None:
+        if vm not in self.stages:
+            return  # it has gone meanwhile
+        self.stages[vm] = stage
+        self.show()
+        if stage != "failed" and not sys.stderr.isatty():
+            said = f"waiting for {vm.name}: {STAGES[stage]}" if stage in STAGES else f"{vm.name} is {stage}"
+            report.say(f"{report.program}: {said}")
+
+    def show(self) -> None:
+        """Draw the line, while there is something to wait for."""
+        counts = Counter(self.stages.values())
+        words = [f"{counts[stage]} {word}" for stage, word in DOING.items() if counts[stage]]
+        if sys.stderr.isatty() and counts["ready"] + counts["failed"] < len(self.stages):
+            report.progress(", ".join([f"{counts['ready']} of {len(self.stages)} ready", *words]))
 
 
 def wait_ssh(wait: Wait) -> None:
@@ -8817,9 +8848,21 @@ def instantiate(
 
 
 def wait_all(cloud: Cloud, vms: Sequence[VM], seconds: float, limit: str = "") -> list[Error]:
-    """Wait for VMs in parallel until each is ready.  `limit`: as Wait says."""
+    """Wait for VMs in parallel until each is ready, and tell how far they are.  `limit`: as Wait says."""
+    progress = WaitProgress(vms)
+
+    def wait_one(vm: VM) -> None:
+        wait, end = Wait(cloud, vm, seconds, limit=limit), "failed"
+        wait.tell = progress.tell
+        try:
+            wait_ready(wait)
+            end = "ready"
+        finally:
+            progress.tell(vm, end)
+
+    progress.show()
     try:
-        results = in_parallel(lambda vm: wait_ready(Wait(cloud, vm, seconds, limit=limit)), vms, workers=len(vms) or 1)
+        results = in_parallel(wait_one, vms, workers=len(vms) or 1)
     except KeyboardInterrupt:
         report.say(f"{report.program}: these VMs run on: {', '.join(vm.name for vm in vms)}")
         raise
@@ -9579,6 +9622,7 @@ class Supervisor:
         self._starting, self._ending = True, RUN
         self._look_at = time.monotonic() + LOOK_SECONDS
         self._stuck: set[str] = set()  # the guests that a full disk has paused
+        self._progress = WaitProgress()
         self._posts: deque[Callable[[], None]] = deque()
         self._selector = selectors.DefaultSelector()
         self._take_signals()
@@ -9595,6 +9639,7 @@ class Supervisor:
             for key, _ in self._selector.select(self._timeout()):
                 key.data()
             self._look()
+            self._progress.show()  # again, below what has been logged
         return self.status
 
     def _timeout(self) -> float | None:
@@ -9642,7 +9687,7 @@ class Supervisor:
             return
         words = {DESTROY: "destroying all VMs of", KEEP: "shutting down and keeping the VMs of"}
         report.log(f"{words.get(goal, 'leaving; these go on running: the VMs of')} {self.group} group")
-        self.goal = goal
+        self.goal, self._progress = goal, WaitProgress()  # nothing is waited for any more
 
     def _adopt(self, vm: VM, how: str) -> None:
         """Watch a VM that runs, whoever started it, and wait until it is ready."""
@@ -9660,6 +9705,7 @@ class Supervisor:
         for ip, host, guest in ports_of(vm):
             report.log(f"{vm.name} has port {ip}:{host} for its port {guest}")
         if self.goal == RUN:
+            self._progress.stages[vm] = "address"
             result = result_of(lambda vm: self.cloud.network_of(vm).open(), vm)
             if isinstance(result, Error):
                 self._waited(member, result)
@@ -9675,6 +9721,7 @@ class Supervisor:
             pass
         member.process.close()
         del self._members[member.vm.folder]
+        self._progress.stages.pop(member.vm, None)
         words = {DESTROY: "has been switched off", KEEP: "has been stopped"}
         report.log(f"{member.vm.name} {words.get(self._ending, 'has vanished')}")
 
@@ -9741,6 +9788,7 @@ class Supervisor:
 
     def _wait(self, vm: VM) -> None:
         wait = Wait(self.cloud, vm, self.cloud.config.number("vmWaitTimeout"))
+        wait.tell = lambda vm, stage: self._post(lambda: self._progress.tell(vm, stage))
         address = next(found for _ in wait.tries() if (found := wait.network.address(vm)))
         self._post(lambda: report.log(f"{vm.name} has IP {address}"))
         wait_ready(wait)
@@ -9748,6 +9796,7 @@ class Supervisor:
     def _waited(self, member: Member, result: Error | None) -> None:
         if self._members.get(member.vm.folder) is not member or cancellation.requested:
             return
+        self._progress.stages[member.vm] = "failed" if result else "ready"
         if result:
             report.log(f"{member.vm.name} is not ready: {result.text}")
         else:

@@ -1,4 +1,4 @@
-"""Looking at VMs: what --json and -l say of them, their logs and their screens."""
+"""Looking at VMs: what --json and -l say of them, their logs, their screens, and what waits tell."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import signal
 import struct
 import subprocess
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -274,3 +275,73 @@ def test_screenshot(web: Cloud) -> None:
     )
     web.run("vmconsole", "-n", "tiny", "--screenshot", "x").fails(1, "not running")
     assert web.files() == files and not (web.home / "x").exists()
+
+
+# Waits ###############################################################################################
+
+STAGES = """
+import sys; sys.path.insert(0, {root!r}); import nocloud
+class VM:
+    def __init__(self, name): self.name = name
+vms = [VM(f"web{{number}}") for number in range(5)]
+progress = nocloud.WaitProgress(vms)
+progress.show()
+for number, stage in enumerate(["ssh", "configured", "cloud-init", "failed"]):
+    progress.tell(vms[number], stage)
+progress.tell(VM("gone"), "ready")
+for vm in vms[:3] + vms[4:]:
+    progress.tell(vm, "ready")
+nocloud.report.say("done")
+"""
+
+
+def test_stages_on_a_terminal_and_elsewhere(cloud: Cloud) -> None:
+    argv = [sys.executable, "-c", STAGES.format(root=str(ROOT))]
+    with Terminal(cloud, "", argv=argv) as terminal:
+        shown = terminal.see("\r\x1b[Kdone\r\n")
+        terminal.ends(0)
+    assert shown.split("\r\x1b[K")[1:] == [
+        "0 of 5 ready, 5 booting",
+        "0 of 5 ready, 4 booting, 1 starting ssh",
+        "0 of 5 ready, 3 booting, 1 starting ssh, 1 configuring",
+        "0 of 5 ready, 2 booting, 1 starting ssh, 1 configuring, 1 in cloud-init",
+        "0 of 5 ready, 1 failed, 1 booting, 1 starting ssh, 1 configuring, 1 in cloud-in",  # of 80 columns
+        "1 of 5 ready, 1 failed, 1 booting, 1 configuring, 1 in cloud-init",
+        "2 of 5 ready, 1 failed, 1 booting, 1 in cloud-init",
+        "3 of 5 ready, 1 failed, 1 booting",
+    ]
+    assert cloud.execute(argv).ok().stderr.splitlines() == [
+        "nocloud: waiting for web0: ssh to answer",
+        "nocloud: waiting for web1: its configuration",
+        "nocloud: waiting for web2: cloud-init in the guest to finish",
+        *(f"nocloud: web{number} is ready" for number in (0, 1, 2, 4)),
+        "done",
+    ]
+
+
+def test_a_wait_on_a_terminal(blank: Cloud) -> None:
+    """Its line makes room for what else is said."""
+    words = ("-n", "blank", "-g", "pf", "-C", 2, "-o", "name=web", "-w", 2)
+    with Terminal(blank, "vminstantiate", *words) as terminal:
+        terminal.see("\r\x1b[K0 of 2 ready, 2 booting")
+        assert terminal.see("web00\r\nweb01\r\n").endswith("\r\x1b[K")
+        terminal.see("web01: not ready after ")
+        terminal.ends(124)
+
+
+def test_what_waits_tell(tiny: Cloud) -> None:
+    """vminstantiate -w on stderr, as its stdout has names; vmrun's line is there again after each line of its log."""
+    options = ("-g", "pf", "-t", "web", "-o", "name=web")
+    done = tiny.run("vminstantiate", "-n", "tiny", *options, "-w", READY).ok()
+    told = [line for line in done.stderr.splitlines() if ": warning: " not in line]
+    assert done.lines == ["web00"] and told[-1] == "nocloud instantiate: web00 is ready"
+    for line in told[:-1]:
+        assert re.fullmatch("nocloud instantiate: waiting for web00: (ssh to answer|its configuration)", line), told
+    tiny.run("vmstop", "-g", "pf").quiet()
+    with Terminal(tiny, "vmrun", "-r", "pf") as terminal:
+        terminal.see("web00 has IP ", 60)
+        terminal.see("\r\x1b[K0 of 1 ready, 1 ", 60)
+        assert terminal.see("web00 is ready", 90).rpartition("\r\x1b[K")[2].startswith("2")  # the log's own date
+        terminal.type("\x03")
+        terminal.see("web00 has been stopped", 90)
+        terminal.ends(0)
