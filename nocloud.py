@@ -29,7 +29,7 @@ Modules that only some commands need are imported where they are used: a listing
     Stopping and destroying          power button, plug, and away with it
     Starting and waiting             from a conf to a guest that is ready, and ssh into it; many at once
     Work in a template's guest       cleaning, upgrades, templates of VMs; stopping with care
-    Consoles                         screens, the serial line, the monitor
+    Consoles                         screens, the serial line, the monitor, logs
     Supervisor                       vmrun's loop
     Inventory                        lists for people, JSON for ansible
     Doctor                           checks, and the commands that mend
@@ -275,6 +275,11 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\t" else f"\\x{ord(c):02x}" if ord(c) < 256 else "?" for c in text)
+
+
+def without_escapes(text: str) -> str:
+    """`text` without what moves a terminal's cursor, sets its colours or its title (ECMA-48's CSI, OSC; charsets)."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)", "", text)
 
 
 def plural(count: int, noun: str) -> str:
@@ -2101,6 +2106,7 @@ class VM:
     user_data_file = FileOf("user-data")  # what the user adds to the seed, as it was when the VM was made (0600)
     host_key = FileOf("ssh_host_ed25519_key")  # made on the host (0600), its public half beside it
     configured_file = FileOf("configured")  # there once the guest has been configured, over ssh or by its cloud-init
+    ready_file = FileOf("ready")  # there once a wait has seen it ready since it was started
 
     def __init__(self, tree: Tree, group: str, type: str, name: str, folder: str = "") -> None:
         self.tree, self.group, self.type, self.name = tree, group, type, name
@@ -7950,8 +7956,8 @@ RUNTIME_FILES = ("qmp.sock", "serial.sock", "monitor.sock", RECORD_SOCKET, *(f"{
 
 
 def remove_runtime_files(vm: VM) -> None:
-    for name in (*RUNTIME_FILES, os.path.basename(vm.pid_file)):
-        remove_file(vm.file(name))
+    for path in (*map(vm.file, RUNTIME_FILES), vm.ready_file, vm.pid_file):
+        remove_file(path)
 
 
 def stop_locked(vm: VM, seconds: float) -> bool:
@@ -8246,7 +8252,8 @@ class Wait:
         """`limit`: the option that `seconds` come from, by default vmWaitTimeout."""
         self.limit = limit or "vmWaitTimeout"
         self.cloud, self.vm, self.network = cloud, vm, cloud.network_of(vm)
-        self.stage = "address"
+        self.stage = self._told = "address"
+        self.tell: Callable[[VM, str], None] = lambda vm, stage: None  # hears of each new stage
         self._started = time.monotonic()
         self._deadline = self._started + seconds
         self._say_at = self._started + 1.0 if say else float("inf")
@@ -8264,6 +8271,9 @@ class Wait:
             if now - self._woken > 5.0:
                 self._woken = now
                 need_awake(vm)
+        if self.stage != self._told:
+            self._told = self.stage
+            self.tell(vm, self.stage)
         if now >= self._say_at:
             self._say_at = float("inf")
             report.say(f"{report.program}: waiting for {vm}: {STAGES[self.stage]}")
@@ -8281,8 +8291,7 @@ class Wait:
     def console(self) -> str:
         """The last lines that the guest wrote on its console, for an error message."""
         said = read_tail(self.vm.old_console_log) + read_tail(self.vm.console_log)
-        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]", "", said)
-        lines = [printable(line.strip())[:160] for line in text.splitlines() if line.strip()]
+        lines = [printable(line.strip())[:160] for line in without_escapes(said).splitlines() if line.strip()]
         return f"; its console says: {' | '.join(lines[-3:])}" if lines else "; its console says nothing"
 
 
@@ -8292,6 +8301,33 @@ STAGES = {
     "configured": "its configuration",
     "cloud-init": "cloud-init in the guest to finish",  # which lets us in already
 }
+DOING = {  # what VMs that aren't ready do; in a line that a terminal has room for
+    "failed": "failed", "address": "booting", "ssh": "starting ssh", "configured": "configuring",
+    "cloud-init": "in cloud-init",
+}  # fmt: skip
+
+
+class WaitProgress:
+    """How far VMs are that are waited for: on a terminal one line about all, elsewhere one for each new stage."""
+
+    def __init__(self, vms: Iterable[VM] = ()) -> None:
+        self.stages = dict.fromkeys(vms, "address")
+
+    def tell(self, vm: VM, stage: str) -> None:
+        if vm not in self.stages:
+            return  # it has gone meanwhile
+        self.stages[vm] = stage
+        self.show()
+        if stage != "failed" and not sys.stderr.isatty():
+            said = f"waiting for {vm.name}: {STAGES[stage]}" if stage in STAGES else f"{vm.name} is {stage}"
+            report.say(f"{report.program}: {said}")
+
+    def show(self) -> None:
+        """Draw the line, while there is something to wait for."""
+        counts = Counter(self.stages.values())
+        words = [f"{counts[stage]} {word}" for stage, word in DOING.items() if counts[stage]]
+        if sys.stderr.isatty() and counts["ready"] + counts["failed"] < len(self.stages):
+            report.progress(", ".join([f"{counts['ready']} of {len(self.stages)} ready", *words]))
 
 
 def wait_ssh(wait: Wait) -> None:
@@ -8329,6 +8365,7 @@ def wait_ready(wait: Wait) -> None:
     kind = wait.vm.get("vmInit")
     if kind != "none":
         configure(wait, kind == "cloud-init")
+    write_file(wait.vm.ready_file, "", durable=False)
 
 
 def find_init_kind(wait: Wait) -> None:
@@ -8540,9 +8577,21 @@ def instantiate(
 
 
 def wait_all(cloud: Cloud, vms: Sequence[VM], seconds: float, limit: str = "") -> list[Error]:
-    """Wait for VMs in parallel until each is ready.  `limit`: as Wait says."""
+    """Wait for VMs in parallel until each is ready, and tell how far they are.  `limit`: as Wait says."""
+    progress = WaitProgress(vms)
+
+    def wait_one(vm: VM) -> None:
+        wait, end = Wait(cloud, vm, seconds, limit=limit), "failed"
+        wait.tell = progress.tell
+        try:
+            wait_ready(wait)
+            end = "ready"
+        finally:
+            progress.tell(vm, end)
+
+    progress.show()
     try:
-        results = in_parallel(lambda vm: wait_ready(Wait(cloud, vm, seconds, limit=limit)), vms, workers=len(vms) or 1)
+        results = in_parallel(wait_one, vms, workers=len(vms) or 1)
     except KeyboardInterrupt:
         report.say(f"{report.program}: these VMs run on: {', '.join(vm.name for vm in vms)}")
         raise
@@ -8866,8 +8915,8 @@ def take_over(cloud: Cloud, new: NewTemplate, key: tuple[str, str]) -> None:
 
 # Consoles ############################################################################################
 #
-# A VM's screen in a viewer, its serial line in this terminal, and qemu's monitor.  The terminal's modes are put
-# back however that ends.
+# A VM's screen in a viewer, its serial line in this terminal, what it wrote there, and qemu's monitor.  The terminal's
+# modes are put back however that ends.
 
 VIEWERS = {  # by what the screen speaks; TigerVNC's vncviewer takes a path, remote-viewer does VNC over TCP only
     "spice": (("remote-viewer", "spice+unix://"), ("spicy", "--uri=spice+unix://")),
@@ -8893,6 +8942,13 @@ def viewer_argv(screen: str, path: str) -> list[str]:
             return [program, before + path]
     names = [program for program, _ in VIEWERS[screen]]
     raise MissingProgram(f"no viewer for its screen: {' or '.join(names)} is needed", install_command(names[0]))
+
+
+def need_ours(vm: VM, what: str) -> None:
+    """Raise where the bash tools started it."""
+    if foreign_qemu(vm):
+        hint = f"vmmanage -n {vm} is its monitor; started anew, by vm or vmrun -r, it has one"
+        raise WrongState(f"nocloud didn't start it, so its {what} isn't at hand", hint, vm=vm)
 
 
 def open_screen(vm: VM) -> None:
@@ -8933,6 +8989,38 @@ def open_screens(vms: Sequence[VM]) -> None:
         report.warn(str(error))
 
 
+def screenshot(vm: VM) -> bytes:
+    """The screen of a running VM, which each has, as a PNG."""
+    need_ours(vm, "screen")
+    name = f"screenshot.{os.urandom(3).hex()}.tmp"
+    try:
+        with QMP(vm.folder) as qemu:
+            qemu.execute("screendump", filename=name)  # in its folder, for its user only
+        with open(vm.file(name), "rb") as file:
+            return png_of(file.read())
+    finally:
+        remove_file(vm.file(name))
+
+
+def png_of(ppm: bytes) -> bytes:
+    """A PNG (RFC 2083) of a PPM of 8 bits, which every qemu writes; PNG only since 7.1, and where built with libpng."""
+    import zlib
+
+    with Parsing(Error, "qemu: what it wrote of its screen is no PPM"):
+        kind, size, depth, pixels = ppm.split(b"\n", 3)
+        width, height = map(int, size.split())
+        if (kind, depth, len(pixels)) != (b"P6", b"255", 3 * width * height):
+            raise ValueError
+    rows = (pixels[at : at + 3 * width] for at in range(0, len(pixels), 3 * width))
+    chunks = (
+        b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0),  # 8 bits; 2: red, green, blue
+        b"IDAT" + zlib.compress(b"".join(b"\0" + row for row in rows)),  # 0: no filter
+        b"IEND",
+    )
+    framed = (struct.pack(">I", len(each) - 4) + each + struct.pack(">I", zlib.crc32(each)) for each in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+
+
 # -- the serial console and the monitor, on stdin and stdout
 
 SERIAL_LEAVE = b"[\x1d]"  # Ctrl-], as telnet's
@@ -8953,9 +9041,7 @@ def connect_line(vm: VM, name: str, what: str) -> socket.socket:
 
 def serial_console(vm: VM) -> None:
     """The serial line on stdin and stdout, until the user leaves or the guest ends."""
-    if foreign_qemu(vm):
-        hint = f"vmmanage -n {vm} is its monitor; started anew, by vm or vmrun -r, it has one"
-        raise WrongState("nocloud didn't start it, so its serial console isn't at hand", hint, vm=vm)
+    need_ours(vm, "serial console")
     connection = connect_line(vm, "serial", "serial console")
     join_line(vm, connection, f"the serial console of {vm}; Ctrl-] leaves", SERIAL_LEAVE)
 
@@ -9016,6 +9102,46 @@ def relay_line(connection: socket.socket, leave: bytes, drop: bytes) -> bool:
             before, *rest = re.split(leave, data, maxsplit=1)
             typed, more = before.replace(CTRL_C, drop), bool(data) and not rest
     return False
+
+
+# -- logs
+
+
+def log_pieces(process: Process | None, path: str, old: str = "") -> Iterator[bytes]:
+    """A log, after what was in it before it became too long (`old`); then what comes until the process ends.
+
+    Where etc/console.sh empties it meanwhile, the rest of what it had is in `old`.
+    """
+
+    def rest(path: str, start: int) -> Iterator[bytes]:
+        if os.path.exists(path):
+            with open(path, "rb") as file:
+                file.seek(start)
+                yield from iter(lambda: file.read(65536), b"")
+
+    with open(path, "rb", buffering=0) as log:  # a buffer would still have what was emptied
+        yield from rest(old, 0)
+        while True:
+            ended = not process or process.ended(0.2)  # before the look, so that this is the last one
+            if os.fstat(log.fileno()).st_size < log.tell():
+                yield from rest(old, log.tell())
+                log.seek(0)
+            yield from iter(lambda: log.read(65536), b"")
+            if ended:
+                return
+
+
+def for_terminal(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """What a guest wrote, without what only its own terminal should obey."""
+    import codecs
+
+    decode, held = codecs.getincrementaldecoder("utf-8")("replace").decode, ""
+    unfinished = r"(?:\x1b(?:\][^\x07\x1b]{0,99}\x1b?|[^A-Za-z]{0,20})|\r)?\Z"
+    for piece in pieces:
+        text = without_escapes(held + decode(piece))
+        held = re.findall(unfinished, text)[0]  # goes on in the next piece
+        lines = text[: len(text) - len(held)].replace("\r\n", "\n").split("\n")
+        yield "\n".join(map(printable, lines)).encode()
 
 
 MONITOR_SECONDS = 3600.0  # a savevm or a backup takes its time
@@ -9180,6 +9306,7 @@ class Supervisor:
         self._starting, self._ending = True, RUN
         self._look_at = time.monotonic() + LOOK_SECONDS
         self._stuck: set[str] = set()  # the guests that a full disk has paused
+        self._progress = WaitProgress()
         self._posts: deque[Callable[[], None]] = deque()
         self._selector = selectors.DefaultSelector()
         self._take_signals()
@@ -9196,6 +9323,7 @@ class Supervisor:
             for key, _ in self._selector.select(self._timeout()):
                 key.data()
             self._look()
+            self._progress.show()  # again, below what has been logged
         return self.status
 
     def _timeout(self) -> float | None:
@@ -9240,7 +9368,7 @@ class Supervisor:
             return
         words = {DESTROY: "destroying all VMs of", KEEP: "shutting down and keeping the VMs of"}
         report.log(f"{words.get(goal, 'leaving; these go on running: the VMs of')} {self.group} group")
-        self.goal = goal
+        self.goal, self._progress = goal, WaitProgress()  # nothing is waited for any more
 
     def _adopt(self, vm: VM, how: str) -> None:
         """Watch a VM that runs, whoever started it, and wait until it is ready."""
@@ -9258,6 +9386,7 @@ class Supervisor:
         for ip, host, guest in ports_of(vm):
             report.log(f"{vm.name} has port {ip}:{host} for its port {guest}")
         if self.goal == RUN:
+            self._progress.stages[vm] = "address"
             result = result_of(lambda vm: self.cloud.network_of(vm).open(), vm)
             if isinstance(result, Error):
                 self._waited(member, result)
@@ -9273,6 +9402,7 @@ class Supervisor:
             pass
         member.process.close()
         del self._members[member.vm.folder]
+        self._progress.stages.pop(member.vm, None)
         words = {DESTROY: "has been switched off", KEEP: "has been stopped"}
         report.log(f"{member.vm.name} {words.get(self._ending, 'has vanished')}")
 
@@ -9331,6 +9461,7 @@ class Supervisor:
 
     def _wait(self, vm: VM) -> None:
         wait = Wait(self.cloud, vm, self.cloud.config.number("vmWaitTimeout"))
+        wait.tell = lambda vm, stage: self._post(lambda: self._progress.tell(vm, stage))
         address = next(found for _ in wait.tries() if (found := wait.network.address(vm)))
         self._post(lambda: report.log(f"{vm.name} has IP {address}"))
         wait_ready(wait)
@@ -9338,6 +9469,7 @@ class Supervisor:
     def _waited(self, member: Member, result: Error | None) -> None:
         if self._members.get(member.vm.folder) is not member or cancellation.requested:
             return
+        self._progress.stages[member.vm] = "failed" if result else "ready"
         if result:
             report.log(f"{member.vm.name} is not ready: {result.text}")
         else:
@@ -9436,7 +9568,21 @@ def stop_managed(cloud: Cloud, group: str) -> None:
 
 # Inventory ###########################################################################################
 #
-# Rows for people, JSON for ansible.
+# Rows for people, JSON for scripts and for ansible.
+
+
+def listed(tree: Tree, group: str = "", type: str = "", every: bool = False) -> Iterator[tuple[VM, str, int]]:
+    """(VM, what it does, pid of its qemu or 0) of the running ones, or of every one, whose disks are looked for too."""
+    for text in tree.renamed(group):
+        report.warn(text)
+    vms = [(vm, *vm.state()) for vm in tree.vms(group, type)]
+    asked = iter(in_parallel(guest_state, [vm for vm, state, _ in vms if state == "running"]))
+    for vm, state, pid in vms:
+        for disk in vm.disks() if every and vm.is_readable() else ():
+            if not os.path.exists(disk):
+                report.warn(told_of(vm, FileNotFoundError(0, "", disk)))
+        if state == "running" or every:
+            yield vm, next(asked) if state == "running" else state, pid
 
 
 def vm_rows(cloud: Cloud, group: str = "", type: str = "", *, every: bool = False) -> Iterator[str]:
@@ -9444,17 +9590,55 @@ def vm_rows(cloud: Cloud, group: str = "", type: str = "", *, every: bool = Fals
 
     Where a guest doesn't run though its qemu does, STATE is there in any case.
     """
-    for text in cloud.tree.renamed(group):
-        report.warn(text)
-    vms = [(vm, state) for vm in cloud.tree.vms(group, type) if (state := vm.state()[0]) == "running" or every]
-    asked = iter(in_parallel(guest_state, [vm for vm, state in vms if state == "running"]))
-    for vm, known in vms:
-        for disk in vm.disks() if every and vm.is_readable() else ():
-            if not os.path.exists(disk):
-                report.warn(told_of(vm, FileNotFoundError(0, "", disk)))
-        state = next(asked) if known == "running" else known
+    for vm, state, _ in listed(cloud.tree, group, type, every):
         words = (vm.name, vm.place, state if every or state != "running" else "", address_of(cloud, vm))
         yield " ".join(filter(None, words))
+
+
+def process_usage(pid: int) -> tuple[float, float, int] | None:
+    """(seconds since its start, seconds of processors that it has used, bytes that it has in memory) of a process."""
+    # proc(5), from the third field on: before that stands its name, in brackets, in which anything may be.
+    fields = process_file(pid, "stat").rpartition(")")[2].split()
+    if not fields:
+        return None  # it has ended
+    ticks = os.sysconf("SC_CLK_TCK")
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / ticks
+    return round(age, 2), (int(fields[11]) + int(fields[12])) / ticks, int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def vm_facts(cloud: Cloud, vm: VM, state: str, pid: int) -> dict[str, Any]:
+    """What --json says of a VM, each key always; None is what isn't known, or what a VM that doesn't run hasn't."""
+    values = vm.settings() if vm.is_readable() else {}  # what is amiss with its conf, address_of says
+    disks = [path for path in vm.disks() if os.path.exists(path)] if values else []
+    address = address_of(cloud, vm)
+    age, used, resident = process_usage(pid) or (None, None, None)
+    seen = "address" if not address else "ready" if os.path.exists(vm.ready_file) else None
+    own = {name: values.get(f"vm{name.title()}") or None for name in ("template", "user", "uuid", "mac", "network")}
+    return {
+        "name": vm.name, "group": vm.group, "type": vm.type or None, "state": state, "stage": seen if pid else None,
+        "address": address or None, **own,
+        "ports": [{"ip": ip, "host": host, "guest": guest} for ip, host, guest in ports_of(vm)],
+        "mem_mb": int(values["vmMem"]) if values else None, "cpus": int(values["vmCpu"]) if values else None,
+        "pid": pid or None, "uptime_seconds": age, "cpu_seconds": used, "resident_bytes": resident,
+        "disk_bytes": sum(os.stat(path).st_blocks * 512 for path in disks), "folder": vm.folder,
+    }  # fmt: skip
+
+
+USAGE_SECONDS = 0.5  # what `now` is, in a table: the kernel counts in hundredths
+
+
+def usage_rows(cloud: Cloud, group: str = "", type: str = "", every: bool = False) -> Iterator[tuple[str, ...]]:
+    """(name, place, state, address, uptime, processor time now in percent of one, memory, ports): `-` for none."""
+    vms = list(listed(cloud.tree, group, type, every))
+    before = [process_usage(pid) for _, _, pid in vms]
+    time.sleep(USAGE_SECONDS if vms else 0)
+    for (vm, state, pid), then in zip(vms, before):
+        now, cells = process_usage(pid), ["-", "-", "-"]
+        if then and now:
+            age = int(now[0])
+            load = 100 * (now[1] - then[1]) / (now[0] - then[0])
+            cells = [f"{age // 3600}:{age // 60 % 60:02}:{age % 60:02}", f"{load:.0f}%", f"{now[2] // MIB} MB"]
+        yield (vm.name, vm.place, state, address_of(cloud, vm) or "-", *cells, join_ports(ports_of(vm)) or "-")
 
 
 def address_of(cloud: Cloud, vm: VM) -> str:
@@ -10684,13 +10868,25 @@ for a browser that sees all VMs by their names, vmssh VM -N -D 1080, with socks5
     GROUP,
     TYPE,
     Option("-a --all", "the stopped ones too, with their state"),
+    Option("-l --long", "a table: NAME GROUP/TYPE STATE IP UPTIME CPU MEMORY PORTS; what its qemu uses now"),
+    Option("--json", "a JSON list of objects with all that is known; null is what isn't, or what it hasn't"),
 )
 def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """list running VMs: NAME GROUP/TYPE IP"""
+    form = exclusive(args, "long", "json")
     with Cloud(config) as cloud:
         cloud.tree.need_group(args.group, args.type)
-        for row in vm_rows(cloud, args.group or "", args.type or "", every=args.all):
-            report.data(row)
+        group, type = args.group or "", args.type or ""
+        if form == "long":
+            report_table(list(usage_rows(cloud, group, type, args.all)))
+        elif form == "json":
+            import json
+
+            found = listed(cloud.tree, group, type, args.all)
+            report.data(json.dumps([vm_facts(cloud, *each) for each in found], indent=2))
+        else:
+            for row in vm_rows(cloud, group, type, every=args.all):
+                report.data(row)
 
 
 @declare(
@@ -11079,11 +11275,18 @@ def address_and_port(words: Sequence[str]) -> tuple[str, int]:
     Command("console", "vmconsole"),
     *RUNNING_VM_OPTIONS,
     Option("-s --serial", "its serial console in this terminal; Ctrl-] leaves"),
+    Option("--screenshot FILE", "write what its screen shows into FILE, a PNG"),
 )
 def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """a VM's screen; with -s, or without a display, its serial console"""
+    exclusive(args, "serial", "screenshot")
     with Cloud(config) as cloud:
         vm = running_vm(cloud, args.name, args.group, args.type)
+    if args.screenshot is not None:
+        picture = screenshot(vm)
+        with open(args.screenshot, "wb") as file:
+            file.write(picture)
+        return
     missing = "no display here" if not has_display() else "" if screen_of(vm) else f"{vm.name} runs without a screen"
     if not args.serial and not missing:
         open_screen(vm)
@@ -11091,6 +11294,28 @@ def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> N
     if not args.serial:
         report.say(f"{report.program}: {missing}: its serial console instead")
     serial_console(vm)
+
+
+@declare(
+    Command("log", "vmlog"),
+    Option("-n --name NAME", "the VM: NAME, GROUP/NAME or GROUP/TYPE/NAME", complete="vm"),
+    *RUNNING_VM_OPTIONS[1:],
+    Option("-f --follow", "go on with what comes, until it ends"),
+    Option("-q --qemu", "what its qemu said, instead"),
+)
+def cmd_log(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+    """show what a VM wrote on its serial console since it was started"""
+    if args.name is None:
+        raise UsageError("which VM? give -n NAME", "vmrunning -a lists them")
+    with Cloud(config) as cloud:
+        vm = cloud.tree.need(args.name, args.group, args.type, first=VM.is_running)
+    state, pid = vm.state() if args.follow else ("", 0)
+    paths = (vm.log_file,) if args.qemu else (vm.console_log, vm.old_console_log)
+    if not os.path.exists(paths[0]):
+        raise NotFound(f"it has no {os.path.basename(paths[0])}: nocloud hasn't started it yet", vm=vm)
+    pieces = log_pieces(Process(pid) if state == "running" else None, *paths)
+    for piece in for_terminal(pieces) if os.isatty(1) else pieces:
+        write_all(1, piece)
 
 
 @declare(Command("manage", "vmmanage", "[WORDS...]"), *RUNNING_VM_OPTIONS)

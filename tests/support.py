@@ -56,15 +56,13 @@ class Result:
 
     def quiet(self) -> Result:
         """Done, and nothing said, but that a guest on a busy machine takes its time."""
-        said = re.sub(r"(?m)^.*: waiting for \S+ to shut down, for up to \d+ s\n", "", self.stderr)
-        assert (self.status, self.stdout, said) == (0, "", ""), repr(self)
+        assert (self.status, self.stdout, without_waits(self.stderr)) == (0, "", ""), repr(self)
         return self
 
     def fails(self, status: int, *words: str) -> Result:
         """Ended with this status and one line that holds these words, and at most a hint; no traceback, no data."""
         assert self.status == status, repr(self)
-        lines = self.stderr.splitlines()
-        told = [line for line in lines if ": warning: " not in line]
+        told = [line for line in without_waits(self.stderr).splitlines() if ": warning: " not in line]
         assert 1 <= len(told) <= 2, repr(self)
         assert re.match(r"(nocloud( [a-z-]+)?|vm[a-z]*): \S", told[0]), repr(self)
         assert len(told) == 1 or re.fullmatch(r"\(hint: .+\)", told[1]), repr(self)
@@ -76,9 +74,14 @@ class Result:
     def says(self, status: int, text: str, hint: str = "") -> Result:
         """Ended with this status and, but for warnings, these very words: the whole line, and the whole hint."""
         self.fails(status)
-        told = [line for line in self.stderr.splitlines() if ": warning: " not in line]
+        told = [line for line in without_waits(self.stderr).splitlines() if ": warning: " not in line]
         assert [told[0].partition(": ")[2], *told[1:]] == [text, *([f"(hint: {hint})"] if hint else [])], repr(self)
         return self
+
+
+def without_waits(stderr: str) -> str:
+    """What was said, but for how far guests are that are waited for."""
+    return re.sub(r"(?m)^[a-z -]+: (waiting for \S+(: | to shut down, for up to ).*|\S+ is ready)\n", "", stderr)
 
 
 # The homes of the clouds that are in use: what runs in them is no leftover.

@@ -139,6 +139,10 @@ def test_a_vm_that_bash_started(tree: Cloud, way: str) -> None:
             tree.start("pf/web00").fails(1, "web00", "running")
             tree.run("vmcreate", "-a", "-n", "pf/web00", "-m", 64).fails(1, "running")
             tree.run("vmconsole", "-s", "-n", "pf/web00").fails(1, "web00", "serial console", "vmmanage")
+            tree.run("vmconsole", "--screenshot", "x", "-n", "pf/web00").fails(1, "web00", "screen", "vmmanage")
+            tree.run("vmlog", "-n", "pf/web00").fails(1, "web00", "no console.log")
+            (vm,) = json.loads(tree.run("vmrunning", "--json", "-g", "pf").ok().stdout)
+            assert (vm["state"], vm["address"]) == ("running", ADDRESS) and vm["pid"] in tree.processes()
         if way in ("a pidfile", "no monitor"):
             tree.run("vmmanage", "-n", "pf/web00", "info status").fails(1, "web00", "no monitor")
         else:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import Cloud
+from support import Cloud, without_waits
 from test_inventory import ansible
 from webserver import Site
 
@@ -186,7 +186,7 @@ def test_no_user_data_keeps_us_out_or_fails_in_silence(web: Cloud) -> None:
     done = web.run("vminstantiate", "-f", web.home / "hostile", "-w", WAIT, timeout=1000)
     assert done.status == 1, done
     for name, (_, words, user) in HOSTILE.items():
-        (told,) = [line for line in done.stderr.splitlines() if f"{name}00: cloud-init" in line]
+        (told,) = [line for line in without_waits(done.stderr).splitlines() if f"{name}00: cloud-init" in line]
         for word in (*words, str(web.folder(f"hostile/default/{name}00") / "user-data")):
             assert word in told, done
         assert f"{name}00: debian can't log in" in done.stderr or user == "debian", done
