@@ -182,8 +182,7 @@ def test_log_goes_on_until_the_vm_ends(still: Cloud) -> None:
     assert [log.stdout.readline(), log.stdout.readline()] == ["2 seen\n", "." * 2000 + "\n"]
     log.send_signal(signal.SIGSTOP)
     write(still, b"3 put aside\n")
-    keeper = ["sh", str(ROOT / "etc/console.sh"), "1000", "0.05"]
-    subprocess.run(keeper, cwd=path.parent, check=True, timeout=10)
+    keeper = subprocess.Popen(["sh", ROOT / "etc/console.sh", "1000", "0.05"], cwd=path.parent)
     eventually(lambda: not path.stat().st_size, "it is put aside")
     write(still, b"4 after\n")
     log.send_signal(signal.SIGCONT)
@@ -191,7 +190,7 @@ def test_log_goes_on_until_the_vm_ends(still: Cloud) -> None:
     write(still, b"5 last")
     still.run("vmstop", "--kill", "-g", "pf").quiet()
     assert log.communicate(timeout=30) == ("5 last", "")
-    assert log.returncode == 0
+    assert log.returncode == 0 and keeper.wait(10) == 0
     everything = f"{before}1 before\n2 seen\n{'.' * 2000}\n3 put aside\n4 after\n5 last"
     for words in ((), ("-f",)):
         assert still.run("vmlog", "-n", "web00", *words).ok().stdout == everything
