@@ -1,4 +1,4 @@
-"""A file system whose power can be cut: an ext4 on a loop device, in a mount namespace of its own."""
+"""A file system whose power can be cut: on a loop device, in a mount namespace of its own."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from typing import Any
 
 from support import Cloud, Result, eventually, kill_all, processes_with, until
 
-EXT4_IOC_SHUTDOWN = 0x8004587D  # _IOR('X', 125, __u32), Linux fs/ext4/ext4.h
+SHUTDOWN = 0x8004587D  # _IOR('X', 125, __u32): Linux fs/ext4/ext4.h, fs/xfs/libxfs/xfs_fs.h; btrfs has it from 6.19 on
 LOSE_ALL, LOSE_DATA = (
     2,
     1,
 )  # NOLOGFLUSH: as a cut of the power; LOGFLUSH: the names had got to the disk, the data hadn't
+# How each is made, and mounted so that it writes out what it can lose every second.
+KINDS = {"ext4": ("-q -F", "loop,commit=1"), "xfs": ("-q -f", "loop"), "btrfs": ("-q -f", "loop,commit=1")}
 
 
 class CannotCut(Exception):
@@ -25,12 +27,13 @@ class CannotCut(Exception):
 
 
 class CutDisk:
-    """An ext4 in the file `disk` of a folder, mounted on its `mnt`, which only processes of its namespace see there.
+    """A file system in the file `disk` of a folder, mounted on its `mnt`: only processes of its namespace see it there.
 
     `seen` is the same folder for everyone else.  The namespace ends with its holder, and that with us: it reads a pipe.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kind: str = "ext4") -> None:
+        self.kind, (how, self._options) = kind, KINDS[kind]
         self.image, self.mount = folder / "disk", folder / "mnt"
         if os.geteuid():
             raise CannotCut("only root mounts a loop device")
@@ -45,8 +48,10 @@ class CutDisk:
             self.seen = Path(f"/proc/{self._holder.pid}/root{self.mount}")
             with self.image.open("wb") as file:
                 file.truncate(2 << 30)
-            self._run("mkfs.ext4", "-q", "-F", self.image)
+            self._run(f"mkfs.{kind}", *how.split(), self.image)
             self.plug_in()
+            if kind == "btrfs":
+                self._try_cut()
         except BaseException:
             self._end()
             raise
@@ -62,14 +67,23 @@ class CutDisk:
             raise CannotCut(f"{argv[0]}: {done.stderr.strip()}")
 
     def plug_in(self) -> None:
-        """Mount it: the journal is replayed.  What was only in memory is lost.  It is written out every second."""
-        self._run("mount", "-t", "ext4", "-o", "loop,commit=1", self.image, self.mount)
+        """Mount it: the journal is replayed.  What was only in memory is lost."""
+        self._run("mount", "-t", self.kind, "-o", self._options, self.image, self.mount)
+
+    def _try_cut(self) -> None:
+        try:
+            self.cut()
+        except OSError as error:
+            self.unplug()
+            raise CannotCut(f"{self.kind}: {error.strerror}") from None
+        self.unplug()
+        self.plug_in()
 
     def cut(self, how: int = LOSE_ALL) -> None:
         """From now on nothing gets to the disk."""
         place = os.open(self.seen, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            fcntl.ioctl(place, EXT4_IOC_SHUTDOWN, struct.pack("I", how))
+            fcntl.ioctl(place, SHUTDOWN, struct.pack("I", how))
         finally:
             os.close(place)
 

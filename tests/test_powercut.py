@@ -44,11 +44,11 @@ def image(tmp_path: Path) -> Path:
     return image
 
 
-@pytest.fixture
-def cut_cloud(tmp_path: Path) -> Iterator[CutCloud]:
+@pytest.fixture(params=["ext4", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("xfs", "btrfs"))])
+def cut_cloud(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[CutCloud]:
     """A cloud on a disk whose power can be cut."""
     try:
-        disk = CutDisk(tmp_path)
+        disk = CutDisk(tmp_path, request.param)
     except CannotCut as why:
         pytest.skip(f"the power can't be cut here: {why}")
     try:
