@@ -3601,7 +3601,8 @@ class PrivateNetwork(Network):
             self.up()
         else:
             log = self.file("dnsmasq.log")
-            raise Error(f"the private network doesn't stay up: {last_line(read_tail(log)) or 'its dnsmasq ends'}", log)
+            said = last_line(read_tail(log)) or "its dnsmasq ends"
+            raise Error(f"the private network doesn't stay up: {said}", f"see {log}")
         net = (read_text(self.file("holder.pid")).split() or ["ns/net"])[-1]
         if self._spaces and not os.path.samestat(os.fstat(self._spaces.net), os.stat(f"/proc/{self.holder()}/{net}")):
             self.close()
