@@ -1956,6 +1956,20 @@ def connect_unix(folder: str, name: str, seconds: float) -> socket.socket:
         os.close(place)
 
 
+def listen_unix(folder: str, name: str) -> socket.socket:
+    """Listen at a socket in a folder, as connect_unix() connects; no other user may."""
+    import socket as sockets
+
+    place = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    path, listener = f"/proc/self/fd/{place}/{name}", sockets.socket(sockets.AF_UNIX)
+    remove_file(path)
+    listener.bind(path)
+    os.chmod(path, 0o600)  # in time: nobody can connect before listen(2)
+    listener.listen()
+    os.close(place)
+    return listener
+
+
 def parse_qmp(line: bytes | str) -> dict[str, Any]:
     """A QMP message; raises QMPError where it is none."""
     import json
@@ -5128,14 +5142,7 @@ class Forwarder:
         return set(answer.split()[1:])
 
     def _start(self) -> None:
-        import socket as sockets
-
-        remove_file(self.path)
-        place = os.open(self.folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        with sockets.socket(sockets.AF_UNIX) as control:
-            control.bind(f"/proc/self/fd/{place}/socket")
-            control.listen()
-            os.close(place)
+        with listen_unix(self.folder, "socket") as control:
             words = self_argv("forward", self.network.kind, str(control.fileno()))
             environment = {"NOCLOUD_vmBaseDir": self.tree.base}
             spawn(words, log=self.log_file, cwd="/", fds=[control.fileno()], env=environment)
