@@ -196,13 +196,14 @@ def test_many_files_and_a_large_one(tiny: Cloud) -> None:
         (src / f"host/{number}").write_text(f"{number}\n")
     tiny.run("vminstantiate", "-n", "tiny", "-o", "name=web;share=src:/src:rw", "-w", READY).ok()
     script = "cd /src; find host -type f | wc -l; cat host/* | md5sum; mkdir guest; seq 10000 | (cd guest; xargs touch)"
-    count, digest = (
-        tiny.ssh("web00", f"{script}; dd if=/dev/zero bs=1M count=1024 2>/dev/null | tr '\\0' x >large").ok().lines
-    )
+    count, digest = tiny.ssh("web00", script, timeout=600).ok().lines
     contents = b"".join((src / "host" / name).read_bytes() for name in sorted(os.listdir(src / "host")))
     assert (count, digest.split()[0]) == ("10000", hashlib.md5(contents).hexdigest())
     assert len(os.listdir(src / "guest")) == 10_000
+    script = "dd if=/dev/urandom of=/block bs=1M count=1; for i in $(seq 1024); do cat /block; done >/src/large"
+    tiny.ssh("web00", script, timeout=600).ok()
     with (src / "large").open("rb") as file:
-        assert all(file.read(1 << 20) == b"x" * (1 << 20) for _ in range(1024)) and not file.read()
-    assert tiny.ssh("web00", "wc -c </src/large").ok().stdout == f"{1 << 30}\n"
+        block = file.read(1 << 20)
+        assert len(block) == 1 << 20 and all(file.read(1 << 20) == block for _ in range(1023)) and not file.read()
+    assert tiny.ssh("web00", "cat /src/large | wc -c", timeout=600).ok().stdout == f"{1 << 30}\n"
     (src / "large").unlink()
