@@ -21,6 +21,7 @@ Modules that only some commands need are imported where they are used: a listing
     The private network              namespaces of our own, the way out, ports inside
     The host's bridge                root's side: bridge, firewalls, DHCP; and the user's
     Ports                            ports of this host that lead to VMs, and the process that forwards them
+    Shared folders                   folders of this host that guests mount, and the daemon that serves them
     Identity                         MAC, keys, credentials and seeds; ssh's options
     Catalogue and downloads          what there is to have, and getting it verified
     Templates                        making, changing, deleting them; layers
@@ -735,6 +736,8 @@ IPV4_PREFIX = matching(
 _PORT = "(?:[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
 _PUBLISHED = rf"(?:(?!22[4-9]|2[3-5][0-9]){_IPV4}:)?{_PORT}:(?!0+\b){_PORT}"
 PORTS = matching(rf"({_PUBLISHED}(,{_PUBLISHED})*)?", "[IP:]HOST:GUEST, ports of TCP (no others), comma-separated")
+_SHARE = r"/[^:,\0-\x1f]*:(?:/[.]*[\w@+-][\w.@+-]*)+(?::rw)?"
+SHARES = matching(rf"(?a:({_SHARE}(,{_SHARE}){{0,7}})?)", "HOSTDIR:GUESTDIR[:rw], plain paths, at most 8")
 IMAGE_FORMATS = matching("(qcow2|raw)(,(qcow2|raw))*", "qcow2 or raw for each disk, comma-separated")
 MACHINE_TYPE = matching("[A-Za-z0-9][A-Za-z0-9._+-]{0,63}", "a machine type of qemu, as pc-q35-7.2")
 MEMORY_MB = whole_number(16, 16 * 1024 * 1024, "MB")
@@ -778,6 +781,7 @@ SETTINGS = (
     Setting("vmExtraOpts", str, "", "both", "more words for qemu's command line", inherited=True),
     Setting("vmQemu", str, "", "config", "the qemu program, by default qemu-system-ARCH or /usr/libexec/qemu-kvm"),
     Setting("vmBridgeHelper", str, "", "config", "the qemu-bridge-helper program"),
+    Setting("vmVirtiofsd", str, "", "config", "the virtiofsd program, which shares folders"),
     Setting("vmInventoryHosts", one_of("address", "name"), "address", "config", "what ansible's hosts are called"),
     Setting("bridgeInterface", INTERFACE_NAME, "nocloud", "config", "the host's bridge"),
     Setting("bridgeAddress", IPV4_PREFIX, "192.168.1.1/24", "config", "its address"),
@@ -803,6 +807,7 @@ SETTINGS = (
     Setting("vmInitrd", str, "", "vm", "its initial ramdisk", inherited=True),
     Setting("vmAppend", str, "", "vm", "its command line", inherited=True),
     Setting("vmPorts", PORTS, "", "vm", "ports of this host that lead to it: IP:HOST:GUEST, comma-separated"),
+    Setting("vmShares", SHARES, "", "vm", "folders of this host, HOSTDIR:GUESTDIR[:rw], comma-separated"),
     Setting("vmSource", str, "", "vm", "where a template came from"),
     Setting("vmChecksum", str, "", "vm", "the checksum of what it was made from"),
     *(
@@ -1867,6 +1872,20 @@ def connect_unix(folder: str, name: str, seconds: float) -> socket.socket:
         os.close(place)
 
 
+def listen_unix(folder: str, name: str) -> socket.socket:
+    """Listen at a socket in a folder, as connect_unix() connects; no other user may."""
+    import socket as sockets
+
+    place = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    path, listener = f"/proc/self/fd/{place}/{name}", sockets.socket(sockets.AF_UNIX)
+    remove_file(path)
+    listener.bind(path)
+    os.chmod(path, 0o600)  # in time: nobody can connect before listen(2)
+    listener.listen()
+    os.close(place)
+    return listener
+
+
 def parse_qmp(line: bytes | str) -> dict[str, Any]:
     """A QMP message; raises QMPError where it is none."""
     import json
@@ -2105,6 +2124,7 @@ class VM:
     seed_folder = FileOf("seed")  # what cloud-init in the guest reads (0700: the host key is in it)
     user_data_file = FileOf("user-data")  # what the user adds to the seed, as it was when the VM was made (0600)
     host_key = FileOf("ssh_host_ed25519_key")  # made on the host (0600), its public half beside it
+    mounted_file = FileOf("mounted")  # the vmShares that the guest was told to mount
     configured_file = FileOf("configured")  # there once the guest has been configured, over ssh or by its cloud-init
     ready_file = FileOf("ready")  # there once a wait has seen it ready since it was started
 
@@ -2556,6 +2576,7 @@ def ask_qemu(vm: VM, command: str, seconds: float = 5.0) -> Any:
 
 
 DISK_FULL, DISK_ERROR = "paused (disk full)", "paused (disk error)"
+SHARE_LOST = "running (without a shared folder)"
 DEAD = ("internal-error", "guest-panicked", "shutdown")  # no power button helps
 AT_WORK = ("running", "stopped", "unknown", "prelaunch", "inmigrate", "finish-migrate", "restore-vm", "save-vm")
 
@@ -2563,8 +2584,9 @@ AT_WORK = ("running", "stopped", "unknown", "prelaunch", "inmigrate", "finish-mi
 def guest_state(vm: VM) -> str:
     """What a VM does: `running`, `stopped`, `unknown`, or what QMP's RunState calls it (paused, guest-panicked …).
 
-    io-error is two: qemu pauses the guest where the host's disk is full, and where it fails.  A qemu that hangs, or is
-    busy with another client, counts as running after a second: no list waits longer.  So does one of the bash tools'.
+    io-error is two: qemu pauses the guest where the host's disk is full, and where it fails.  SHARE_LOST is running
+    though a folder's daemon has ended: what uses that in the guest hangs.  A qemu that hangs, or is busy with another
+    client, counts as running after a second: no list waits longer.  So does one of the bash tools'.
     """
     state, _ = vm.state()
     if state != "running" or foreign_qemu(vm):
@@ -2575,6 +2597,9 @@ def guest_state(vm: VM) -> str:
             full = state == "io-error" and any(
                 each.get("io-status") == "nospace" for each in qemu.execute("query-block")
             )
+            chardevs = qemu.execute("query-chardev") if state == "running" and vm.get("vmShares") else []
+            if any(re.match("share.*disconnected:", each["label"] + each["filename"]) for each in chardevs):
+                state = SHARE_LOST
     except (Error, OSError, LookupError, TypeError, AttributeError):
         return "running"
     return (DISK_FULL if full else DISK_ERROR) if state == "io-error" else state
@@ -2593,7 +2618,7 @@ def wake(vm: VM, resume: bool = False) -> str:
 def need_awake(vm: VM) -> None:
     """wake(), raising WrongState for a guest that does nothing, and won't by itself."""
     state = wake(vm)
-    if state not in AT_WORK:
+    if state not in (*AT_WORK, SHARE_LOST):
         raise WrongState(f"it is {state}", remedy(vm, state), vm=vm)
 
 
@@ -2601,6 +2626,8 @@ def remedy(vm: VM, state: str) -> str:
     """The command that gets a guest out of a state."""
     if state in DEAD:
         return f"vmstop --kill -n {vm}"
+    if state == SHARE_LOST:
+        return f"vmstop -n {vm}  # and start it again; {vm.log_file} may tell why"
     room = f"  # once there is room in {vm.folder}" if state == DISK_FULL else ""
     return f"vmmanage -n {vm} {'system_wakeup' if state == 'suspended' else 'cont'}{room}"
 
@@ -2683,6 +2710,7 @@ def device_command(path: str, group: str) -> str:
 # 0x00 and 0x1f are the chipset's; 0x01 is free with q35, but pc has its ISA bridge and IDE there.  So a device for both
 # takes its slot from the disks, from their end, where MAX_DISKS ends too; a device for q35 alone may take 0x01.
 PCI_SLOTS = {
+    "share": 0x01,
     "vga": 0x02,
     "nic": 0x03,
     **{f"disk{number}": 0x04 + number for number in range(23)},
@@ -2720,8 +2748,8 @@ class Machine:
     record: str = ""  # where qemu's events are written to
 
 
-def qemu_argv(machine: Machine, tap: int, vhost: int = -1) -> list[str]:
-    """The whole command line, given the descriptors of its tap and of vhost-net (-1: none).
+def qemu_argv(machine: Machine, tap: int, vhost: int = -1, shares: Sequence[int] = ()) -> list[str]:
+    """The whole command line, given the descriptors of its tap, of vhost-net (-1: none) and of its folders' daemons.
 
     Relative paths are relative to the VM's folder, qemu's working directory.
     """
@@ -2737,6 +2765,7 @@ def qemu_argv(machine: Machine, tap: int, vhost: int = -1) -> list[str]:
         *console_args(),
         *rng_args(),
         *balloon_args(),
+        *share_args(machine, shares),
         *screen_args(machine),
         *monitor_args(machine),
         *record_args(machine),
@@ -2884,6 +2913,19 @@ def rng_args() -> list[str]:
 def balloon_args() -> list[str]:
     """What the guest has no use for goes back to the host (free-page-reporting)."""
     return ["-device", f"virtio-balloon-pci,addr={PCI_SLOTS['balloon']:#x},free-page-reporting=on"]
+
+
+def share_args(machine: Machine, shares: Sequence[int]) -> list[str]:
+    """Folders of the host, functions of one slot, each by a connection to its daemon, which maps the guest's memory."""
+    if not shares:
+        return []
+    memory = f"memory-backend-memfd,id=ram0,size={machine.settings['vmMem']}M,share=on"
+    words = ["-object", memory, "-machine", "memory-backend=ram0"]
+    for number, fd in enumerate(shares):
+        name, address = f"share{number}", f"{PCI_SLOTS['share']:#x}.{number}"
+        words += ["-chardev", f"socket,id={name},fd={fd}"]
+        words += ["-device", f"vhost-user-fs-pci,chardev={name},tag={name},addr={address},multifunction=on"]
+    return words
 
 
 # The servers of a VM's screen, by what they speak; the first that the binary has is taken.
@@ -5004,14 +5046,7 @@ class Forwarder:
         return set(answer.split()[1:])
 
     def _start(self) -> None:
-        import socket as sockets
-
-        remove_file(self.path)
-        place = os.open(self.folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        with sockets.socket(sockets.AF_UNIX) as control:
-            control.bind(f"/proc/self/fd/{place}/socket")
-            control.listen()
-            os.close(place)
+        with listen_unix(self.folder, "socket") as control:
             words = self_argv("forward", self.network.kind, str(control.fileno()))
             environment = {"NOCLOUD_vmBaseDir": self.tree.base}
             spawn(words, log=self.log_file, cwd="/", pass_fds=[control.fileno()], env=environment)
@@ -5156,6 +5191,75 @@ class Forwarding:
                 await asyncio.gather(*flows, return_exceptions=True)
             for end in (client, guest):
                 end.setsockopt(sockets.SOL_SOCKET, sockets.SO_LINGER, struct.pack("ii", 0, 0))
+
+
+# Shared folders ######################################################################################
+#
+# Folders of this host that a guest mounts (virtiofs).  Each has a daemon, root in namespaces of its own: etc/share.sh.
+
+VIRTIOFSD = ("virtiofsd", "/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/lib/qemu/virtiofsd")
+FIRST_LOGIN = 1000  # uid and gid of the user that a guest's vmUser is, if not root
+
+
+def parse_shares(text: str) -> list[tuple[str, str, bool]]:
+    """(folder of the host, folder of the guest, whether it may write there) of each that vmShares names."""
+    return [(host, guest, bool(rw)) for host, guest, *rw in (each.split(":") for each in text.split(",") if each)]
+
+
+def check_shares(config: Config, vm: VM, shares: str) -> None:
+    """Raise where a VM, or a clone of this template, can't share these folders, or one is not the user's own, or has to
+    do with one that no guest may see."""
+    for host, _, _ in parse_shares(shares):
+        if os.path.realpath(host) != host or not os.path.isdir(host):
+            raise NotFound(f"share={host}: no such folder", f"mkdir -p {quoted(host)}")
+        if os.stat(host).st_uid != os.geteuid():
+            raise UsageError(f"share={host}: it is {user_name(os.stat(host).st_uid)}'s", "share a folder of your own")
+        for place in (vm.tree.base, config_home(), "~/.ssh", "~/.gnupg"):
+            secret = os.path.realpath(os.path.expanduser(place))
+            if os.path.commonpath((secret, host)) in (secret, host):
+                raise UsageError(f"share={host}: no guest may get at {secret}", "share another folder")
+    if shares and "q35" not in vm.get("vmMachine"):
+        raise Error("share=: only machines of type q35 share folders", f"see vmMachine in {vm.conf_file}")
+    if shares:
+        choose_virtiofsd(config, vm.get("vmUser"))
+
+
+def choose_virtiofsd(config: Config, login: str) -> tuple[list[str], list[str]]:
+    """(what makes it root in namespaces, the daemon up to its socket) for a guest where `login` has the user's files.
+
+    From version 1.13 on it translates ids: all that the guest makes is the user's.  Before, only the guest's root can
+    make files.  And it ends where it can't drop the user's groups: that takes other gids in there, by newgidmap(1).
+    """
+    found = [config["vmVirtiofsd"]] if config["vmVirtiofsd"] else filter(None, map(find_program, VIRTIOFSD))
+    path, space = need_program(next(iter(found), VIRTIOFSD[0])), ["--mount", "--net", "--ipc", "--user"]
+    if "--translate-uid" in run([path, "--help"], check=False).stdout:
+        rules = (f"host:0:{0 if login == 'root' else FIRST_LOGIN}:1", f"squash-guest:0:0:{2**32 - 1}")
+        ids = [f"--translate-{kind}={rule}" for kind in ("uid", "gid") for rule in rules]
+        daemon = [path, "--shared-dir=/mnt", "--sandbox=chroot", "--log-level=error", *ids]
+        return ["unshare", *space, "--map-root-user"], daemon
+    if login != "root":
+        hint = "set vmVirtiofsd to a virtiofsd 1.13 or newer, which translates ids"
+        raise Error(f"share=: by {path} your files are root's in the guest, and its vmUser is {login}", hint)
+    of_user = ["unshare", *space, "--map-user=0", "--map-group=0", "--map-groups=auto"]
+    of_root = ["setpriv", "--clear-groups", "unshare", *space, "--map-root-user"]
+    return of_user if os.geteuid() else of_root, [path, "-f", "-o", "source=/mnt,sandbox=chroot,log_level=err"]
+
+
+def serve_shares(config: Config, vm: VM, stack: Any) -> list[int]:
+    """Start the daemons of a VM that is to start; qemu's connections to them, which the ExitStack closes.  A daemon
+    ends with its connection: with qemu, or, before there is one, with us."""
+    check_shares(config, vm, vm.get("vmShares"))
+    remove_file(vm.log_file)
+    connections = []
+    for host, _, writable in parse_shares(vm.get("vmShares")):
+        enter, daemon = choose_virtiofsd(config, vm.get("vmUser"))
+        script = ["sh", "-c", need_packaged("share.sh"), "sh", host, "rw" if writable else "ro"]
+        with listen_unix(vm.folder, "share.sock") as listener:
+            connections.append(stack.enter_context(connect_unix(vm.folder, "share.sock", 5)).fileno())
+            remove_file(vm.file("share.sock"))
+            argv = [*enter, *script, *daemon, f"--fd={listener.fileno()}"]
+            spawn(argv, log=vm.log_file, cwd=host, pass_fds=[listener.fileno()])
+    return connections
 
 
 # Identity ############################################################################################
@@ -7542,6 +7646,7 @@ CLONE_OPTIONS = (
     CloneOption("name", "PREFIX", "prefix", "what the names begin with; without it a name is a UUID", name_prefix),
     CloneOption("user-data", "FILE", "user_data", "a file for cloud-init", read_user_data),
     CloneOption("port", "[IP:]HOST:GUEST", "vmPorts", "ports of this host that lead to it; HOST counts up per VM"),
+    CloneOption("share", "HOSTDIR:GUESTDIR[:rw]", "vmShares", "folders of this host; read-only without :rw"),
     CloneOption("gui", "", "vmGui", "with a screen"),
 )
 CLONE_OPTION = {option.name: option for option in CLONE_OPTIONS}
@@ -7582,6 +7687,9 @@ class CloneRequest:
             value = "yes"
         elif option.metavar == "FILE":
             value = os.path.join(folder, os.path.expanduser(value))
+        elif option.sets == "vmShares":
+            place = functools.partial(os.path.join, folder)
+            value = re.sub("[^:,]+(?=:/)", lambda host: os.path.realpath(place(os.path.expanduser(host[0]))), value)
         setting = SETTING.get(option.sets)
         try:
             result = checked(setting.check if setting else option.check, value, value)
@@ -7647,6 +7755,7 @@ def check_requests(cloud: Cloud, group: str, requests: Sequence[CloneRequest], f
             check_collision(cloud.tree, group, request.type)
             check_disk_size(template, request.disk)
             check_ports(cloud.tree, request, asked)
+            check_shares(cloud.config, template, request.settings.get("vmShares", ""))
             if takes_seed(template):
                 cloud.seed()
                 request.user_data = request.user_data or default_user_data()
@@ -8105,7 +8214,8 @@ def start_locked(
             if fd >= 0:
                 stack.callback(os.close, fd)
         network.publish(vm)
-        launch(vm, describe_machine(cloud, vm, iso, gui, layer), network, tap, vhost, tied)
+        shares = serve_shares(cloud.config, vm, stack)
+        launch(vm, describe_machine(cloud, vm, iso, gui, layer), network, tap, vhost, shares, tied)
         forwarder.serve(vm, listeners)
 
 
@@ -8199,18 +8309,18 @@ TIE = ("setpriv", "--pdeathsig", "KILL", "--")
 CONSOLE_BYTES, CONSOLE_SECONDS = 24 * MIB, "20"  # how long console.log may get, and how often that is looked at
 
 
-def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, tied: bool = False) -> None:
+def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, shares: list[int], tied: bool) -> None:
     """Start qemu in the VM's folder and its network; done when its pidfile is locked and QMP answers."""
     if tied:
         need_program(TIE[0])
-    words, fds = network.enter([*(TIE if tied else ()), *qemu_argv(machine, tap, vhost)])
+    words, fds = network.enter([*(TIE if tied else ()), *qemu_argv(machine, tap, vhost, shares)])
     write_file(vm.command_file, command_script(vm, qemu_argv(machine, 3), network), 0o700, durable=False)
-    for path in (vm.log_file, vm.console_log, vm.old_console_log):
+    for path in (vm.console_log, vm.old_console_log):
         remove_file(path)
     with open(os.open(vm.console_log, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as console:
         fcntl.flock(console, fcntl.LOCK_EX)  # qemu's from now on: that tells what bounds the log whether it runs
         # A template's folder may be entered by others, and who may write to a socket of qemu's owns the guest.
-        kept = [fd for fd in (*fds, tap, vhost, console.fileno()) if fd >= 0]
+        kept = [fd for fd in (*fds, tap, vhost, *shares, console.fileno()) if fd >= 0]
         process = spawn(words, log=vm.log_file, cwd=vm.folder, pass_fds=kept, umask=0o077)
     try:
         bound = ["sh", "-c", "\n".join(packaged_list("console.sh")), "sh", str(CONSOLE_BYTES), CONSOLE_SECONDS]
@@ -8218,7 +8328,9 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, tie
         if not wait_for(lambda: process.poll() is not None or answers(vm, process.pid), 30, 0.05):
             raise TimedOut("qemu did not answer within 30 s", f"see {vm.log_file}", vm=vm)
         if process.returncode is not None:
-            raise Error(f"qemu did not start: {last_line(read_tail(vm.log_file))}", f"see {vm.log_file}", vm=vm)
+            said = read_tail(vm.log_file)
+            said = said.partition("\n")[0] if shares else said  # what daemons said comes first, and is the cause
+            raise Error(f"qemu did not start: {last_line(said)}", f"see {vm.log_file}", vm=vm)
     except BaseException:
         process.kill()
         process.wait()
@@ -8232,7 +8344,8 @@ def answers(vm: VM, pid: int) -> bool:
 
 
 def command_script(vm: VM, argv: Sequence[str], network: Network) -> str:
-    """A shell script that starts the same VM by hand: qemu's very words, in the VM's folder and network."""
+    """A shell script that starts the same VM by hand: qemu's very words, in the VM's folder and network; but it shares
+    no folders, which takes their daemons."""
     import shlex
 
     # an option a line: its value begins with no dash
@@ -8366,6 +8479,7 @@ def wait_ready(wait: Wait) -> None:
     kind = wait.vm.get("vmInit")
     if kind != "none":
         configure(wait, kind == "cloud-init")
+    mount_shares(wait)
     write_file(wait.vm.ready_file, "", durable=False)
 
 
@@ -8450,6 +8564,23 @@ def check_cloud_init(vm: VM, status: int, output: str, told: bool) -> None:
         raise Error(f"cloud-init failed in it{given}: {causes}", hint, vm=vm)
     if status == 2 and not told:
         warn_of_guest(vm, f"cloud-init in it did not do all that it was given{given}: {causes}")
+
+
+def mount_shares(wait: Wait) -> None:
+    """Have the guest mount what is shared with it, now and at each boot.  Over ssh, whatever its vmInit: tmpfiles.d
+    would come too late for the first boot, and cloud-init tells nobody what it couldn't mount."""
+    vm, shares = wait.vm, wait.vm.get("vmShares")
+    done = read_text(vm.mounted_file) if os.path.exists(vm.mounted_file) else ""
+    if shares == done or vm.get("vmInit") == "none":
+        return
+    folders = (f"share{n} {guest} {'rw' if rw else 'ro'}" for n, (_, guest, rw) in enumerate(parse_shares(shares)))
+    script = guest_script("shares.sh", True, SHARES="\n".join(folders))
+    for seconds in wait.tries():
+        status, output = ssh_batch(wait.cloud, vm, script, seconds)
+        if not status:
+            write_file(vm.mounted_file, shares)
+            return
+        check_login(wait, status, output)
 
 
 def check_login(wait: Wait, status: int, output: str) -> None:
@@ -8601,7 +8732,8 @@ def wait_all(cloud: Cloud, vms: Sequence[VM], seconds: float, limit: str = "") -
 
 def configure_later(cloud: Cloud, vms: Sequence[VM]) -> None:
     """Start a process for the VMs that must be configured over ssh.  What it can't finish, the next vmssh does."""
-    names = [vm.full_name for vm in vms if vm.is_readable() and vm.get("vmInit") in ("auto", "ssh")]
+    vms = [vm for vm in vms if vm.is_readable()]
+    names = [vm.full_name for vm in vms if vm.get("vmInit") in ("auto", "ssh") or vm.get("vmShares")]
     if names:
         environment = {"NOCLOUD_vmBaseDir": cloud.tree.base}
         spawn(self_argv("configure", *names), log=os.devnull, cwd="/", env=environment)
@@ -8691,6 +8823,7 @@ class OwnGuest:
 def forget_guest(cloud: Cloud, vm: VM) -> None:
     """What is known of a guest that has been cleaned: its name is to be set again, its host key may be another."""
     remove_file(vm.configured_file)
+    remove_file(vm.mounted_file)
     if not is_planted(vm):
         cloud.known_hosts.update({}, [vm.get("vmUuid")])
 
@@ -9416,18 +9549,21 @@ class Supervisor:
         for vm in self.cloud.tree.vms(self.group):
             if vm.folder not in self._members and vm.is_running():
                 self._adopt(vm, "has joined")
-        if not self._jobs and (self._stuck or free_bytes(self.cloud.tree.base) < RESERVE):
-            vms = [member.vm for member in self._members.values()]
+        vms = [member.vm for member in self._members.values()]
+        told = self._stuck or any(vm.is_readable() and vm.get("vmShares") for vm in vms)
+        if not self._jobs and (told or free_bytes(self.cloud.tree.base) < RESERVE):
             self._job(lambda: in_parallel(wake, vms), lambda states: self._awake(vms, states))
 
     def _awake(self, vms: Sequence[VM], states: Sequence[str]) -> None:
-        """Log whose disk has become full, and who could go on."""
+        """Log whose disk has become full, who could go on, and who has lost a shared folder."""
         for vm, state in zip(vms, states):
             if state == DISK_FULL and vm.name not in self._stuck:
                 report.log(f"{vm.name} is {state}, and goes on when there is room in {vm.folder}")
+            elif state == SHARE_LOST and vm.name not in self._stuck:
+                report.log(f"{vm.name} is {state}: {remedy(vm, state)}")
             elif state == "running" and vm.name in self._stuck:
                 report.log(f"{vm.name} goes on")
-        self._stuck = {vm.name for vm, state in zip(vms, states) if state == DISK_FULL}
+        self._stuck = {vm.name for vm, state in zip(vms, states) if state in (DISK_FULL, SHARE_LOST)}
 
     # workers
 
@@ -9871,6 +10007,9 @@ def examine_vms(patient: Patient) -> str:
         examine_conf(patient, vm)
         if vm.is_readable():
             examine_disks(patient, vm, followed)
+            problem = result_of(lambda vm: check_shares(patient.config, vm, vm.get("vmShares")), vm)
+            if problem:
+                patient.tell(WARNING, f"{vm.full_name}: {problem}", problem.hint)
     for vm, state in zip(vms, in_parallel(guest_state, vms)):
         if state not in AT_WORK:
             patient.tell(WARNING, f"{vm.full_name} is {state}", remedy(vm, state))
@@ -10676,6 +10815,9 @@ def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, changes: Mapping[str
     return vm
 
 
+ALLOW_SHARE = Option("--allow-share DIR", "with -f: share= may name folders below DIR, too, not only below FILE's own")
+
+
 @declare(
     Command("instantiate", "vminstantiate"),
     Option("-n --template TEMPLATE", "the template to clone"),
@@ -10684,6 +10826,7 @@ def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, changes: Mapping[str
     Option("-t --type TYPE", "their type", default="vmSubGroup"),
     Option("-f --file FILE", "make what a description file lists; the file's name is the group's"),
     Option("-o --options OPTIONS", "; ".join(each.text for each in CLONE_OPTIONS)),
+    ALLOW_SHARE,
     Option("-w --wait [SECONDS]", "return when all are ready", default="vmWaitTimeout"),
     Option("--dry-run", "check everything, say what would be made, make nothing"),
     FORCE,
@@ -10717,7 +10860,7 @@ def requests_of(config: Config, args: argparse.Namespace) -> tuple[str, list[Clo
         for given, name in ((args.template, "-n"), (args.count, "-C"), (args.options, "-o")):
             if given is not None:
                 raise UsageError(f"-f and {name} exclude each other", "the description file says it all")
-        return group_of_file(args.file) if group is None else group, read_description(args.file, type)
+        return group_of_file(args.file) if group is None else group, read_description(args.file, type, args.allow_share)
     if not args.template:
         raise UsageError("which template? give -n TEMPLATE, or -f FILE", "vmtemplate --list shows what is there")
     request = CloneRequest("", args.template, args.count or config.number("vmCount"), type, {})
@@ -10728,17 +10871,26 @@ def requests_of(config: Config, args: argparse.Namespace) -> tuple[str, list[Clo
     return config["vmGroup"] if group is None else group, [request]
 
 
-def read_description(path: str, default_type: str) -> list[CloneRequest]:
-    """What a description file, of at most 1 MB, asks for; `-` is stdin."""
+def read_description(path: str, default_type: str, allow_share: str | None = None) -> list[CloneRequest]:
+    """What a description file, of at most 1 MB, asks for; `-` is stdin.  A stranger's must not open one's home, so the
+    folders that it shares are in its own one, or in `allow_share`."""
     try:
         if path == "-":
-            return parse_description(sys.stdin.read(MIB).removeprefix("\ufeff"), "stdin", default_type)
-        with open(path, encoding=TEXT) as file:
-            return parse_description(file.read(MIB), path, default_type)
+            requests = parse_description(sys.stdin.read(MIB).removeprefix("\ufeff"), "stdin", default_type)
+        else:
+            with open(path, encoding=TEXT) as file:
+                requests = parse_description(file.read(MIB), path, default_type)
     except UnicodeDecodeError:
         raise UsageError(f"{path}: not a text file in UTF-8") from None
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}", "-f takes a description file") from None
+    places = [*([] if path == "-" else [os.path.dirname(path) or "."]), *([allow_share] if allow_share else [])]
+    for request in requests:
+        for host, _, _ in parse_shares(request.settings.get("vmShares", "")):
+            if not any(os.path.commonpath((host, place)) == place for place in map(os.path.realpath, places)):
+                text = f"{request.origin}: share={host}: it is not below the file's own folder"
+                raise UsageError(text, f"--allow-share {quoted(host)} allows it")
+    return requests
 
 
 def group_of_file(path: str) -> str:
@@ -10763,6 +10915,7 @@ def report_errors(errors: Sequence[Error]) -> int:
     Option("-s --stop GROUP", "have the vmrun that manages GROUP stop and keep its VMs", complete="managed-group"),
     Option("-g --gui", "each VM has a screen"),
     Option("--group GROUP", "with -f: the group's name, instead of the file's", complete="group"),
+    ALLOW_SHARE,
     Option("--add", "with -f: though the group has VMs already; they are run too"),
     Option("--background", "return when all VMs are ready"),
     Option("--destroy", "with -r: ^C destroys them"),
@@ -10794,7 +10947,7 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
         group, requests = args.resume, []
         if args.file is not None:
             group = args.group or group_of_file(args.file)
-            requests = read_description(args.file, config["vmSubGroup"])
+            requests = read_description(args.file, config["vmSubGroup"], args.allow_share)
             check_requests(cloud, group, requests, args.force)
             for request in requests if args.gui else ():
                 request.settings["vmGui"] = "yes"
@@ -10973,13 +11126,14 @@ def wait_login(cloud: Cloud, vm: VM, fresh: bool = False) -> None:
     pin_host_key(wait)
     template = fresh and vm.is_template and vm.get("vmInit") != "none"
     seeded = vm.get("vmInit") == "cloud-init" and not os.path.exists(vm.configured_file)
-    if template or seeded or vm.get("vmInit") in ("ssh", "auto"):
-        try:
+    try:
+        if template or seeded or vm.get("vmInit") in ("ssh", "auto"):
             configure(wait, cloud_init=seeded, once=True)
-            if template:
-                clean_at_shutdown(cloud, vm)
-        except Error as error:
-            report.warn(str(error))
+        mount_shares(wait)
+        if template:
+            clean_at_shutdown(cloud, vm)
+    except Error as error:
+        report.warn(str(error))
 
 
 @declare(

@@ -30,6 +30,7 @@ SECTIONS = [
     "The private network",
     "The host's bridge",
     "Ports",
+    "Shared folders",
     "Identity",
     "Catalogue and downloads",
     "Templates",

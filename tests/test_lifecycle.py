@@ -596,7 +596,8 @@ PORTS = "[IP:]HOST:GUEST, ports of TCP (no others), comma-separated"
 TWICE = "another of the VMs asks for port 8080 of 127.0.0.1 too"
 A_LINE = "a line is TEMPLATE:COUNT[:TYPE[:OPTIONS]]"
 OPTIONS = (
-    "options are mem=MB cpu=N disk=GB dsk=GB,GB name=PREFIX user-data=FILE port=[IP:]HOST:GUEST gui, separated by ';'"
+    "options are mem=MB cpu=N disk=GB dsk=GB,GB name=PREFIX user-data=FILE port=[IP:]HOST:GUEST"
+    " share=HOSTDIR:GUESTDIR[:rw] gui, separated by ';'"
 )
 
 

@@ -231,6 +231,14 @@ CHECKS: list[tuple[str, list[str], list[str]]] = [
     ("vmCpuCap", ["0", "100"], ["101", "-1", "half"]),
     ("vmDiskFormat", ["qcow2", "qcow2,raw"], ["vmdk", "qcow2,", "qcow2 raw"]),
     (
+        "vmShares",
+        ["", "/a:/b", "/a b/c:/src/.x:rw,/:/...a", ",".join(["/a:/b"] * 8)],
+        [
+            *("/a", "/a:", ":/b", "a:/b", "/a:b", "/a:/", "/a:/b/", "/a:/..", "/a:/b/../c", "/a:/./b", "/a:/b:ro"),
+            *("/a:/b:rw:", "/a:/b,", "/a:/b c", "/a:/b;c", "/a:/b\n", "/a\n:/b", "/a:/ä", ",".join(["/a:/b"] * 9)),
+        ],
+    ),
+    (
         "vmPorts",
         ["", "8080:80", "0:80", "0.0.0.0:8080:80,127.0.0.2:65535:65535"],
         [
@@ -262,8 +270,8 @@ CHECKS: list[tuple[str, list[str], list[str]]] = [
 # Any line will do.
 FREE_TEXT = [
     "vmBaseDir", "vmGroup", "vmSubGroup", "vmDefaultGroup", "vmDefaultSubGroup", "vmCreateGroup", "isoDir",
-    "vmExtraOpts", "vmQemu", "vmBridgeHelper", "bridgeSubnet", "bridgeLeases", "vmName", "vmDisk", "vmExtraDisk",
-    "vmTemplate", "vmKernel", "vmInitrd", "vmAppend", "vmSource", "vmChecksum",
+    "vmExtraOpts", "vmQemu", "vmBridgeHelper", "vmVirtiofsd", "bridgeSubnet", "bridgeLeases", "vmName", "vmDisk",
+    "vmExtraDisk", "vmTemplate", "vmKernel", "vmInitrd", "vmAppend", "vmSource", "vmChecksum",
 ]  # fmt: skip
 
 

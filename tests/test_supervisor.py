@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from support import ROOT, Cloud, Result, add_template, eventually, is_alive, kill_hard, nothing_made
+from support import ROOT, Cloud, Result, add_template, eventually, is_alive, kill_hard, nothing_made, until
 
 STAMP = re.compile(r"\d{4}/\d\d/\d\d \d\d:\d\d:\d\d\.\d{9} (\S.*)")
 QUICK = {"NOCLOUD_vmStopTimeout": "1", "NOCLOUD_vmWaitTimeout": "600"}  # blank disks hear no power button
@@ -503,3 +503,17 @@ def test_killed_at_any_instant(blank: Cloud) -> None:
         run.stops(signal.SIGINT)
         assert blank.files() == before
         assert not blank.processes()
+
+
+def test_a_daemon_of_a_shared_folder_that_ended_is_told(blank: Cloud) -> None:
+    """Once, and the VM goes on."""
+    (blank.home / "src").mkdir()
+    file = describe(blank, "blank:1:web:name=web;share=src:/src\n")
+    run = Run(blank, "-f", file, env=QUICK | {"NOCLOUD_vmWaitTimeout": "1"})
+    run.spawned("web00")
+    (daemon,) = (pid for pid, words in blank.processes().items() if words.split("/virtiofsd ")[1:])
+    kill_hard(daemon)
+    told = "web00 is running (without a shared folder): vmstop -n web00"
+    eventually(lambda: any(line.startswith(told) for line in run.log()), "it is told", 60)
+    assert not until(lambda: sum(line.startswith(told) for line in run.log()) > 1, 5)  # two looks more
+    run.stops(signal.SIGINT)

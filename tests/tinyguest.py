@@ -29,7 +29,17 @@ DATA_SECTORS = 64 * 2048
 MBR = pathlib.Path("/usr/lib/SYSLINUX/mbr.bin")
 
 # What they depend on comes along by itself; what isn't a module is built in.
-BOOT_MODULES = ["virtio_pci", "virtio_net", "virtio_blk", "virtio-rng", "evdev", "button", "ext4", "dmi-sysfs"]
+BOOT_MODULES = [
+    "virtio_pci",
+    "virtio_net",
+    "virtio_blk",
+    "virtio-rng",
+    "evdev",
+    "button",
+    "ext4",
+    "dmi-sysfs",
+    "virtiofs",
+]
 # Only loaded where a cloud-init seed is attached.
 SEED_MODULES = ["vfat", "nls_ascii", "nls_cp437", "nls_utf8", "nls_iso8859-1", "isofs"]
 
@@ -99,6 +109,7 @@ case " $READS " in *" cloud-init "*) read_seed;; *) rm /bin/cloud-init;; esac
 [ -s /etc/hostname ] && hostname -F /etc/hostname
 : > /run/named # network waits for this: the lease is asked for by name
 host_key
+[ -e /etc/fstab ] && mount -a
 while :; do dropbear -F -E -s -r /etc/dropbear/dropbear_ed25519_host_key; sleep 1; done &
 [ -e /bin/cloud-init ] && finish_seed &
 acpid -f -l /dev/null &

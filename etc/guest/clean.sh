@@ -27,6 +27,7 @@ rm -f /var/lib/systemd/random-seed /var/lib/systemd/credential.secret /etc/udev/
     /root/.*_history /home/*/.*_history /root/.lesshst /home/*/.lesshst
 find /var/log -type f \( -name '*.gz' -o -name '*.[0-9]' -o -name '*.old' \) -exec rm -f {} +
 find /var/log -type f -exec sh -c 'for log; do : >"$log"; done' sh {} +
+if grep -q '^share[0-7] ' /etc/fstab; then sed -i '/^share[0-7] /d' /etc/fstab; fi
 for mark in /etc/.updated /var/.updated; do if [ -e $mark ]; then touch $mark; fi; done
 
 if [ "$PLANTED" ]; then
