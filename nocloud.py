@@ -7719,6 +7719,35 @@ def parse_description(text: str, name: str, default_type: str) -> list[CloneRequ
     return requests
 
 
+def read_description(path: str, default_type: str, allow_share: str | None = None) -> list[CloneRequest]:
+    """What a description file, of at most 1 MB, asks for; `-` is stdin.  A stranger's must not open one's home, so the
+    folders that it shares are in its own one, or in `allow_share`."""
+    try:
+        if path == "-":
+            requests = parse_description(sys.stdin.read(MIB).removeprefix("\ufeff"), "stdin", default_type)
+        else:
+            with open(path, encoding=TEXT) as file:
+                requests = parse_description(file.read(MIB), path, default_type)
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: not a text file in UTF-8") from None
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}", "-f takes a description file") from None
+    places = [*([] if path == "-" else [os.path.dirname(path) or "."]), *([allow_share] if allow_share else [])]
+    for request in requests:
+        for host, _, _ in parse_shares(request.settings.get("vmShares", "")):
+            if not any(os.path.commonpath((host, place)) == place for place in map(os.path.realpath, places)):
+                text = f"{request.origin}: share={host}: it is not below the file's own folder"
+                raise UsageError(text, f"--allow-share {quoted(host)} allows it")
+    return requests
+
+
+def group_of_file(path: str) -> str:
+    """A description file's name without its last extension is the group's name."""
+    if path == "-":
+        raise UsageError("which group? a description from stdin has no name", "give --group GROUP too")
+    return checked_group(os.path.splitext(os.path.basename(path))[0])
+
+
 def _parse_request(line: str, origin: str, default_type: str, folder: str) -> CloneRequest:
     template, *fields = (field.strip() for field in line.split(":", 3))
     if not fields:
@@ -10869,35 +10898,6 @@ def requests_of(config: Config, args: argparse.Namespace) -> tuple[str, list[Clo
     except UsageError as error:
         raise UsageError(f"-o: {error}", error.hint) from None
     return config["vmGroup"] if group is None else group, [request]
-
-
-def read_description(path: str, default_type: str, allow_share: str | None = None) -> list[CloneRequest]:
-    """What a description file, of at most 1 MB, asks for; `-` is stdin.  A stranger's must not open one's home, so the
-    folders that it shares are in its own one, or in `allow_share`."""
-    try:
-        if path == "-":
-            requests = parse_description(sys.stdin.read(MIB).removeprefix("\ufeff"), "stdin", default_type)
-        else:
-            with open(path, encoding=TEXT) as file:
-                requests = parse_description(file.read(MIB), path, default_type)
-    except UnicodeDecodeError:
-        raise UsageError(f"{path}: not a text file in UTF-8") from None
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}", "-f takes a description file") from None
-    places = [*([] if path == "-" else [os.path.dirname(path) or "."]), *([allow_share] if allow_share else [])]
-    for request in requests:
-        for host, _, _ in parse_shares(request.settings.get("vmShares", "")):
-            if not any(os.path.commonpath((host, place)) == place for place in map(os.path.realpath, places)):
-                text = f"{request.origin}: share={host}: it is not below the file's own folder"
-                raise UsageError(text, f"--allow-share {quoted(host)} allows it")
-    return requests
-
-
-def group_of_file(path: str) -> str:
-    """A description file's name without its last extension is the group's name."""
-    if path == "-":
-        raise UsageError("which group? a description from stdin has no name", "give --group GROUP too")
-    return checked_group(os.path.splitext(os.path.basename(path))[0])
 
 
 def report_errors(errors: Sequence[Error]) -> int:
