@@ -136,6 +136,18 @@ def test_scp_sftp_rsync_and_git_by_name(people: Resident) -> None:
     assert "the first" in people.execute(["git", "-C", "cloned", "log"]).ok().stdout
 
 
+def test_what_else_calls_ssh_by_name(people: Resident) -> None:
+    """ssh-copy-id; and an editor's remote half, which wants a shell without a terminal, and a SOCKS proxy beside it."""
+    people.execute(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", people.home / "other"]).ok()
+    people.execute(["ssh-copy-id", "-f", "-i", "other.pub", "web01.shop"]).ok()  # -f: a key of ours gets in already
+    key = (people.home / "other.pub").read_text()
+    assert (
+        key in people.execute(["ssh", "web01", "cat /etc/dropbear/authorized_keys"]).ok().stdout
+    )  # that is root's, it knows
+    words = ["ssh", "-T", "-D", people.home / "proxy", "-o", "ConnectTimeout=60", "shop/web01", "sh"]
+    assert people.execute(words, input="hostname\n").ok().stdout == "web01\n"
+
+
 # The user's own configuration ########################################################################
 
 LINES = [  # what must not keep vmssh out
