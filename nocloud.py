@@ -3510,9 +3510,9 @@ TUNSETIFF, SIOCSIFFLAGS, SIOCGIFINDEX, SIOCBRADDIF = 0x400454CA, 0x8914, 0x8933,
 IFF_UP, IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x1, 0x2, 0x1000, 0x4000
 
 
-def tap_name(address: str) -> str:
-    """What the tap of the VM that has this address is called; without one, as no other is."""
-    return f"tap{ipv4_number(address):08x}" if address else f"tap{os.urandom(5).hex()}"
+def tap_name() -> str:
+    """As no other tap is called, nor was: nft goes on with what it was told of that one."""
+    return f"tap{os.urandom(5).hex()}"
 
 
 def make_tap(card: str) -> int:
@@ -3576,7 +3576,7 @@ class PrivateNetwork(Network):
         self.hosts: HostFiles = HostFiles(self.folder)
         self.used = False  # this command may leave it without a VM, and ends it then
         self._gate: Gate | None = None
-        self._admitted: set[tuple[str, str]] = set()
+        self._cards: dict[tuple[str, str], str] = {}  # (MAC, address) → the tap that nft knows them to have
         self._spaces: Namespaces | None = None
 
     def file(self, name: str) -> str:
@@ -3900,7 +3900,7 @@ class PrivateNetwork(Network):
         if self._spaces:
             self._spaces.close()
         self._gate = self._spaces = None
-        self._admitted.clear()
+        self._cards.clear()
 
     def gate(self) -> Gate:
         """The gate; opened before threads are, since it forks."""
@@ -3910,22 +3910,25 @@ class PrivateNetwork(Network):
 
     def admit(self, vms: Iterable[VM]) -> None:
         """From no other VM's tap comes what has the MACs and addresses of these, where nft has rules for bridges."""
-        pairs = {(vm.get("vmMac"), vm.get("vmAddress")) for vm in vms if vm.get("vmMac") and vm.get("vmAddress")}
-        new = pairs - self._admitted
-        if new and find_program("nft"):
-            macs, addresses = zip(*new)
-            cards = [f'"{tap_name(each)}"' for each in addresses]
-            own, has = (map(" . ".join, zip(cards, each)) for each in (macs, addresses))
+        import contextlib
+
+        pairs = {(vm.get("vmMac"), vm.get("vmAddress")) for vm in vms}
+        cards = {pair: tap_name() for pair in pairs if all(pair) and pair not in self._cards}
+        if cards and find_program("nft"):
+            macs, addresses = zip(*cards)
+            own, has = ([f'"{card}" . {each}' for card, each in zip(cards.values(), of)] for of in (macs, addresses))
             sets = {"macs": macs, "addresses": addresses, "own": own, "has": has}
             rules = [f"add element bridge {DOMAIN} {name} {{ {', '.join(each)} }}\n" for name, each in sets.items()]
-            self._run_inside(["nft", "-f", "-"], "".join(rules).encode(), check=False)
-            self._admitted.update(new)
+            with contextlib.suppress(Error):
+                if not self._run_inside(["nft", "-f", "-"], "".join(rules).encode(), check=False):
+                    self._cards.update(cards)
 
     def tap(self, vm: VM | None = None) -> tuple[int, int]:
-        if vm:
+        pair = (vm.get("vmMac"), vm.get("vmAddress")) if vm else ("", "")
+        if vm and pair not in self._cards:
             self.admit([vm])
         try:
-            return self.gate().open(f"tap {tap_name(vm.get('vmAddress') if vm else '')}".encode()), vhost_net()
+            return self.gate().open(f"tap {self._cards.pop(pair, tap_name())}".encode()), vhost_net()
         except OSError as error:
             raise Error(f"no tap for the private network: {error.strerror}") from None
 
