@@ -3412,7 +3412,7 @@ def make_namespaces(subnet: str) -> None:
     """
     uid, gid = os.geteuid(), os.getegid()
     batch = (
-        f"link set lo up\nlink add {BRIDGE} address {BRIDGE_MAC} type bridge forward_delay 0\n"
+        f"link set lo up\nlink add {BRIDGE} address {BRIDGE_MAC} type bridge forward_delay 0 no_linklocal_learn 1\n"
         f"addr add {subnet}.1/24 dev {BRIDGE}\nlink set {BRIDGE} up\n"
     )
     libc_call("unshare", CLONE_NEWUSER | CLONE_NEWNET)

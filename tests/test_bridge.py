@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -514,6 +515,41 @@ def test_a_vm_cannot_pass_for_another_or_for_the_network(host: Host, vms: None) 
         guest.run(sys.executable, "-c", code, port).ok()
         counted = host.run("net", "exec", "nft", "list", "counter", "ip", "t", "seen").ok().stdout
         assert ("packets 1 " in counted) == arrives, counted
+    host.run("vmstop", "-d", "-g", "pf").quiet()
+    host.run("net", "down", "--private").ok()
+
+
+SEND = """
+import socket, sys, time
+card = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+card.bind(("ens3", 0))
+for _ in range(30):
+    for frame in sys.argv[1:]:
+        card.send(bytes.fromhex(frame).ljust(60, bytes(1)))
+    time.sleep(0.1)
+"""
+
+
+def test_nor_by_frames_that_a_bridge_treats_in_its_own_way(host: Host, vms: None) -> None:
+    """To multicast addresses of the link alone, whose sender it learns before any rule; of VLAN 0, which is none."""
+    cloud = host.cloud
+    add_blank(cloud)
+    host.variables["NOCLOUD_vmNetwork"] = "private"
+    host.run("net", "up", "--private").ok()
+    host.run("vminstantiate", "-n", "blank", "-g", "pf", "-o", "name=x").ok()
+    conf, guest = cloud.conf("pf/default/x00"), PrivateGuest(host)
+    own, theirs = (mac.replace(":", "") for mac in (guest.MAC, conf["vmMac"]))
+    address = socket.inet_aton(conf["vmAddress"]).hex()
+    arp = f"0806 0001 0800 06 04 0001 {own} {address} 000000000000 0a580001"
+    frames = [f"0180c2{number:06x} {theirs} 88cc" for number in (2, 3, 14)]
+    frames += [f"ffffffffffff {own} {tag} {arp}" for tag in ("", "81000000", "88a80000", "81000000 81000000")]
+    with ThreadPoolExecutor(1) as beside:
+        sent = beside.submit(guest.run, sys.executable, "-c", SEND, *frames)
+        seen = host.run("net", "exec", "sh", "-c", "sleep 2; bridge fdb show br nocloud; ip neigh").ok().stdout
+        sent.result().ok()
+    assert guest.MAC in seen, "the frames came"
+    places = [line for line in seen.splitlines() if conf["vmMac"].lower() in line or conf["vmAddress"] in line]
+    assert not [line for line in places if re.search(rf"dev t\d|{guest.MAC}", line)], seen
     host.run("vmstop", "-d", "-g", "pf").quiet()
     host.run("net", "down", "--private").ok()
 
