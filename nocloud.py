@@ -2458,7 +2458,8 @@ class Tree:
         return found
 
 
-VMS_HINT, TEMPLATES_HINT = "vmrunning -a lists them", "vmtemplate --list shows what is there"
+VMS_HINT = "vmrunning -a lists them"
+TEMPLATES_HINT = "vmtemplate --list shows what is there, vmtemplate --list --available what can be"
 
 
 def no_such(kind: str, name: str, names: Iterable[str], hint: str) -> NotFound:
@@ -7214,14 +7215,16 @@ def plan_build(suite: str, more: Sequence[str], gigabytes: int) -> Build:
 def check_subordinate_ids() -> None:
     """mmdebstrap needs a range of uids to be root over, unless it is root."""
     need_program("newuidmap")
-    user = user_name()
-    for name in ("/etc/subuid", "/etc/subgid"):
-        lines = read_text(name).splitlines() if os.path.exists(name) else []
-        if not any(line.startswith((f"{user}:", f"{os.geteuid()}:")) for line in lines):
-            raise Error(
-                f"{user} has no range in {name}, and without it only root can build",
-                f"sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}",
-            )
+    user, names = user_name(), ("/etc/subuid", "/etc/subgid")
+    ranges = {name: read_text(name) if os.path.exists(name) else "" for name in names}
+    for name in names:
+        if not re.search(rf"^({re.escape(user)}|{os.geteuid()}):", ranges[name], re.M):
+            ends = [
+                int(first) + int(count) for first, count in re.findall(r":(\d+):(\d+)$", "".join(ranges.values()), re.M)
+            ]
+            free = f"{max([100000, *ends])}-{max([100000, *ends]) + 65535}"  # as useradd(8) counts
+            hint = f"sudo usermod --add-subuids {free} --add-subgids {free} {user}"
+            raise Error(f"{user} has no range in {name}, and without it only root can build", hint)
 
 
 def build_tmpdir() -> str:
@@ -9683,6 +9686,12 @@ class Supervisor:
         return stop_all(self.cloud, vms)
 
 
+def check_new_group(vms: Sequence[VM], group: str) -> None:
+    if vms:
+        hint = f"vmrun -r {group} runs them, vmstop -d -g {group} destroys them, --add adds to them"
+        raise WrongState(f"{group}: the group has VMs already", hint)
+
+
 def supervise(
     cloud: Cloud, group: str, requests: Sequence[CloneRequest], new: bool, gui: bool, background: Background, end: str
 ) -> int:
@@ -9694,9 +9703,8 @@ def supervise(
     supervisor = Supervisor(cloud, group, end, lambda status: background.on_ready(status, manager.log_file))
     with manager:
         old = list(cloud.tree.vms(group))
-        if old and new:
-            hint = f"vmrun -r {group} runs them, vmstop -d -g {group} destroys them, --add adds to them"
-            raise WrongState(f"{group}: the group has VMs already", hint)
+        if new:
+            check_new_group(old, group)
         if not old and not requests:
             raise NotFound(f"{group}: there are no VMs in it", "vmrun -f FILE makes them")
         if group_network(cloud, group) == "private":
@@ -10577,8 +10585,8 @@ def find_command(argv: Sequence[str]) -> tuple[Command | None, str, list[str]]:
         return ALIASES[alias], name, words
     if words[:1] == ["--debug"]:
         words = words[1:]
-    if not words or words[0].startswith("-"):
-        return None, "nocloud", words
+    if not words or words[0].startswith("-") or words == ["help"]:
+        return None, "nocloud", words if words != ["help"] else []
     word = words[0]
     found = COMMANDS.get(word) or ALIASES.get(word)
     if not found:
@@ -10660,7 +10668,7 @@ def build_parser(command: Command, program: str, config: Config) -> argparse.Arg
 def terminal_width() -> int:
     """Columns for the help.  argparse's own way imports shutil, and with it bz2 and lzma, for each option declared."""
     try:
-        return int(os.environ.get("COLUMNS") or os.get_terminal_size(1).columns) - 2
+        return int(os.environ.get("COLUMNS") or os.get_terminal_size(1).columns or 80) - 2  # some serial lines say 0
     except (OSError, ValueError, AttributeError):
         return 78
 
@@ -10894,7 +10902,7 @@ def requests_of(config: Config, args: argparse.Namespace) -> tuple[str, list[Clo
                 raise UsageError(f"-f and {name} exclude each other", "the description file says it all")
         return group_of_file(args.file) if group is None else group, read_description(args.file, type, args.allow_share)
     if not args.template:
-        raise UsageError("which template? give -n TEMPLATE, or -f FILE", "vmtemplate --list shows what is there")
+        raise UsageError("which template? give -n TEMPLATE, or -f FILE", TEMPLATES_HINT)
     request = CloneRequest("", args.template, args.count or config.number("vmCount"), type, {})
     try:
         request.set_options(args.options or "")
@@ -10951,6 +10959,8 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
         if args.file is not None:
             group = args.group or group_of_file(args.file)
             requests = read_description(args.file, config["vmSubGroup"], args.allow_share)
+            if not args.add:
+                check_new_group(list(cloud.tree.vms(group)), group)  # else its own ports would be in the way
             check_requests(cloud, group, requests, args.force)
             for request in requests if args.gui else ():
                 request.settings["vmGui"] = "yes"
@@ -11035,7 +11045,8 @@ def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> N
         cloud.tree.need_group(args.group, args.type)
         group, type = args.group or "", args.type or ""
         if form == "long":
-            report_table(list(usage_rows(cloud, group, type, args.all)))
+            rows = list(usage_rows(cloud, group, type, args.all))
+            report_table([("NAME", "PLACE", "STATE", "ADDRESS", "UPTIME", "CPU", "MEMORY", "PORTS"), *rows])
         elif form == "json":
             import json
 
@@ -12362,8 +12373,11 @@ def run_command(argv: Sequence[str]) -> int:
         if args.help:
             report.data("\n\n".join(part.rstrip("\n") for part in (parser.format_help(), command.more()) if part))
             return EXIT_DONE
-    if not command.operands:
-        no_more(operands)
+    if not command.operands and operands:
+        names = {each.names[0]: each.names[-1][2:] for each in command.options}
+        way = next((each for each in ("-n", "-g") if each in names and getattr(args, names[each], None) is None), "")
+        hint = f"{report.program} {way} {operands[0]}" if way else "-h shows how it is called"
+        raise UsageError(f"{operands[0]!r}: one word too many", hint)
     status: int | None = command.function(config, args, operands)
     return status or EXIT_DONE
 

@@ -589,7 +589,8 @@ def test_wrong_words(blank_once: Cloud, words: tuple[str, ...], status: int, sai
 
 
 NOT_LISTED, HELP = "vmrunning -a lists them", "-h shows how it is called"
-NO_TEMPLATE, ANOTHER = "vmtemplate --list shows what is there", "choose another name"
+NO_TEMPLATE = "vmtemplate --list shows what is there, vmtemplate --list --available what can be"
+ANOTHER = "choose another name"
 GROUP_CHARACTERS = "use letters, digits, '.', '_' and '-'"
 A_B = "-o: name=a_b: 'a_b00': '_' is not allowed in a VM name"
 PORTS = "[IP:]HOST:GUEST, ports of TCP (no others), comma-separated"
@@ -607,7 +608,7 @@ OPTIONS = (
         ("vminstantiate", 2, "which template? give -n TEMPLATE, or -f FILE", NO_TEMPLATE),
         ("vminstantiate -n nothere", 1, "nothere: no such template", NO_TEMPLATE),
         ("vminstantiate -n blanc", 1, "blanc: no such template", "did you mean blank?"),
-        ("vminstantiate -n blank extra", 2, "'extra': one word too many", HELP),
+        ("vminstantiate -n blank extra", 2, "'extra': one word too many", "nocloud instantiate -g extra"),
         ("vmstop", 2, "which group? give -g GROUP, or -n NAME for one VM", "vmrunning lists them"),
         ("vmstop --name=", 2, "the VM's name is empty", "vmrunning lists the VMs"),
         ("vmstop --group=", 2, "the group name is empty", "vmrunning -a lists the groups"),
@@ -634,7 +635,8 @@ OPTIONS = (
         ("vmrun -r pf", 1, "pf: no such group", NOT_LISTED),
         ("vmrun -r templates", 2, "templates are not run as a group", "vm -n NAME runs one"),
         ("vmrun -f -", 2, "which group? a description from stdin has no name", "give --group GROUP too"),
-        ("vmrunning pf", 2, "'pf': one word too many", HELP),
+        ("vmrunning pf", 2, "'pf': one word too many", "nocloud running -g pf"),
+        ("vmstop web00", 2, "'web00': one word too many", "nocloud stop -n web00"),
         ("vmupgrade", 2, "TEMPLATE is missing", HELP),
         ("vmupgrade nothere", 1, "nothere: no such template", NO_TEMPLATE),
         ("vmtemplate new --from nobody", 1, "nobody: no such VM", NOT_LISTED),

@@ -107,14 +107,16 @@ def test_json_of_what_can_not_be_read(blank: Cloud) -> None:
     assert "vmMem" in done.stderr
     assert (vm["name"], vm["state"], vm["pid"]) == ("web00", "running", blank.qemu(VM))
     assert (vm["mem_mb"], vm["address"], vm["ports"], vm["disk_bytes"]) == (None, None, [], 0)
-    row = blank.run("vmrunning", "-l", "-g", "pf").ok().stdout
+    row = blank.run("vmrunning", "-l", "-g", "pf").ok().lines[1]
     assert row.split()[:4] == ["web00", "pf/web", "running", "-"]
     conf.write_text(text)
 
 
 def table(cloud: Cloud, *words: str) -> list[list[str]]:
-    """The cells of each row."""
-    return [re.split(" {2,}", line) for line in cloud.run("vmrunning", "-l", *words).ok().lines]
+    """The cells of each row below the heading."""
+    heading, *rows = (re.split(" {2,}", line) for line in cloud.run("vmrunning", "-l", *words).ok().lines)
+    assert len(heading) == 8 and heading[3] == "ADDRESS"
+    return rows
 
 
 def test_long_list(web: Cloud) -> None:

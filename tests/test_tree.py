@@ -160,7 +160,7 @@ MISSING: list[tuple[str, str | None, str | None, str, str]] = [
     ("web01", None, "sql", "web01: no such VM of type sql", "did you mean pf/web/web01?"),
     ("web00", "", None, "web00: no such VM", "did you mean pf/web/web00?"),
     ("debian11", "templates", None, "debian11: no such template", "did you mean debian12?"),
-    ("web01", "templates", None, "web01: no such template", "vmtemplate --list shows what is there"),
+    ("web01", "templates", None, "web01: no such template", nocloud.TEMPLATES_HINT),
     ("10.0.0.9", None, None, "10.0.0.9: no such VM", "vmrunning -a lists them"),
 ]
 
