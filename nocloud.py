@@ -1303,6 +1303,18 @@ def land(moves: Mapping[str, str]) -> None:
     flush(path)
 
 
+def end_session(leader: subprocess.Popen[bytes], seconds: float | None) -> None:
+    """End a program and its session.  SIGTERM first, and `seconds` (None: all that it wants) to clean up: ssh takes its
+    ProxyCommand with it, mmdebstrap its half-made system."""
+    import contextlib
+    import subprocess
+
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(leader.pid, number)
+            leader.wait(seconds)
+
+
 def run_watched(
     argv: Sequence[str],
     on_line: Callable[[str], None] = lambda line: None,
@@ -1332,7 +1344,7 @@ def run_watched(
                 if time.monotonic() > deadline:
                     raise TimedOut(f"{argv[0]}: no end after {timeout:.0f} s")
                 if host and host.ended():
-                    os.killpg(child.pid, signal.SIGTERM)
+                    end_session(child, 5)
                     break
                 if poll.poll(250):
                     piece = os.read(output.fileno(), 65536)
@@ -1347,8 +1359,7 @@ def run_watched(
             on_line(rest.decode("utf-8", "replace"))
         return child.wait(), said.decode("utf-8", "replace")
     except BaseException:
-        os.killpg(child.pid, signal.SIGTERM)
-        child.wait()
+        end_session(child, 5 if timeout else None)
         raise
     finally:
         cancellation.children.discard(child)
