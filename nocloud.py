@@ -231,12 +231,8 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """A line on stderr, in one write so that parallel ones don't mix."""
-        try:
-            self._finish_line()
-            sys.stderr.write(printable(text) + "\n")
-            sys.stderr.flush()
-        except OSError:
-            pass  # nobody reads it any more; the work goes on
+        self._finish_line()
+        self._write(printable(text) + "\n")
 
     def warn(self, text: str) -> None:
         self.say(f"{self.program}: warning: {text}")
@@ -252,20 +248,29 @@ class Reporter:
 
     def progress(self, stage: str, detail: str = "") -> None:
         """How far long work is: one line that is rewritten on a terminal; elsewhere a line for each stage."""
-        if sys.stderr.isatty():
+        try:
             width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-            sys.stderr.write("\r\x1b[K" + printable(f"{stage} {detail}".strip())[: width - 1])
-            sys.stderr.flush()
+        except OSError:  # it is no terminal, or that has gone
+            if stage != self._stage:
+                self.say(stage)
+        else:
             self._unfinished = True
-        elif stage != self._stage:
-            self.say(stage)
+            self._write("\r\x1b[K" + printable(f"{stage} {detail}".strip())[: width - 1])
         self._stage = stage
 
     def _finish_line(self) -> None:
         """Take a progress line off the terminal before another line comes."""
         if self._unfinished:
             self._unfinished = False
-            sys.stderr.write("\r\x1b[K")
+            self._write("\r\x1b[K")
+
+    def _write(self, text: str) -> None:
+        """On stderr; where nobody reads it any more, the work goes on, and its exit status stays its own."""
+        try:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stderr.fileno())
 
 
 report = Reporter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import signal
 import struct
@@ -277,6 +278,31 @@ def test_screenshot(web: Cloud) -> None:
 
 
 # Waits ###############################################################################################
+
+GONE = """
+import sys; sys.path.insert(0, {root!r}); import nocloud
+nocloud.report.progress("1 of 2 ready")
+sys.stdin.read()
+nocloud.report.log("one")
+nocloud.report.progress("2 of 2 ready")
+nocloud.report.say("said to nobody")
+nocloud.report.data("two")
+"""
+
+
+def test_the_terminal_goes_away_and_the_log_goes_on(tmp_path: Path) -> None:
+    """Between a progress line and the next of the log."""
+    master, slave = pty.openpty()
+    argv = [sys.executable, "-c", GONE.format(root=str(ROOT))]
+    with (tmp_path / "log").open("wb") as log:
+        child = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=log, stderr=slave)
+    os.close(slave)
+    assert b"1 of 2 ready" in os.read(master, 4096)
+    os.close(master)
+    child.communicate()
+    assert re.fullmatch(r"\S+ \S+ one\ntwo\n", (tmp_path / "log").read_text())
+    assert child.returncode == 0
+
 
 STAGES = """
 import sys; sys.path.insert(0, {root!r}); import nocloud
