@@ -319,6 +319,14 @@ def read_text(path: str) -> str:
         return file.read()
 
 
+def read_existing(path: str) -> str:
+    """The text of a small file; '' where there is none."""
+    try:
+        return read_text(path)
+    except FileNotFoundError:
+        return ""
+
+
 def read_tail(path: str) -> str:
     """The last 4096 bytes of a log, as text; '' where there is none."""
     try:
@@ -1199,10 +1207,7 @@ def need_program(name: str) -> str:
 
 def os_release() -> dict[str, str]:
     """os-release(5) of the host; empty where there is none."""
-    try:
-        return parse_os_release(read_text("/etc/os-release"))
-    except OSError:
-        return {}
+    return parse_os_release(read_existing("/etc/os-release"))
 
 
 def parse_os_release(text: str) -> dict[str, str]:
@@ -3561,8 +3566,8 @@ FOLLOW_SECONDS = 2.0  # between looks at resolv.conf; the rest is told by netlin
 
 def name_servers() -> list[str]:
     """The servers of resolv.conf(5) that have an IPv4 address, in their order."""
-    text = read_text("/etc/resolv.conf") if os.path.exists("/etc/resolv.conf") else ""
-    return list(filter(is_ipv4, re.findall(r"^nameserver[ \t]+(\S+)", text, re.M)))
+    servers = re.findall(r"^nameserver[ \t]+(\S+)", read_existing("/etc/resolv.conf"), re.M)
+    return list(filter(is_ipv4, servers))
 
 
 def host_addresses() -> list[str]:
@@ -3678,7 +3683,7 @@ class PrivateNetwork(Network):
 
     def is_current(self) -> bool:
         """Whether what was copied from the host is what the host has now."""
-        return os.path.exists(self.file("host")) and read_text(self.file("host")) == host_state()
+        return read_existing(self.file("host")) == host_state()
 
     def up(self, keep: bool = False) -> None:
         """Bring up what isn't up.  `keep`: it stays though no VM is on it yet, until the last that comes has gone."""
@@ -4039,7 +4044,7 @@ def namespaces_denied(reason: str) -> Error:
     """Why there is no private network, with the command that mends it where that is known."""
     for name, forbids, allows in USERNS_SETTINGS:
         path = f"/proc/sys/{name}"
-        if os.path.exists(path) and read_text(path).strip() == forbids:
+        if read_existing(path).strip() == forbids:
             text = f"the private network can't be made: this host grants no user namespaces ({reason})"
             return Error(text, f"sudo sysctl -w {name.replace('/', '.')}={allows}")
     hint = "in a container, its seccomp profile must allow unshare; or use the host's bridge: vmNetwork=bridge"
@@ -4178,8 +4183,7 @@ def free_bridge_subnet(config: Config, path: str) -> str:
 
 
 def bridge_is_ours(interface: str) -> bool:
-    path = f"/sys/class/net/{interface}/address"
-    return os.path.exists(path) and read_text(path).startswith(OUR_MAC)
+    return read_existing(f"/sys/class/net/{interface}/address").startswith(OUR_MAC)
 
 
 def need_root(what: str) -> None:
@@ -4205,10 +4209,9 @@ def iptables_programs() -> list[str]:
 
     Where it isn't in use no rule is needed, and the first one would leave a table behind.
     """
-    old = "/proc/net/ip_tables_names"
     in_use = {
         "iptables-nft": has_nft_table("ip filter"),
-        "iptables-legacy": os.path.exists(old) and "filter" in read_text(old).split(),
+        "iptables-legacy": "filter" in read_existing("/proc/net/ip_tables_names").split(),
     }
     found = [next(filter(find_program, (name, "iptables")), "") for name, used in in_use.items() if used]
     return [program for program in found if program]
@@ -4324,8 +4327,7 @@ def sysctl_file(interface: str, name: str, family: str = "ipv4") -> str:
 
 def forwards(interface: str) -> bool:
     """Whether the kernel forwards what comes in by an interface; True where it doesn't say."""
-    path = sysctl_file(interface, "forwarding")
-    return not os.path.exists(path) or read_text(path).strip() != "0"
+    return read_existing(sysctl_file(interface, "forwarding")).strip() != "0"
 
 
 class BridgeSetup:
@@ -4444,7 +4446,7 @@ class BridgeSetup:
 
     def _forwarders(self) -> list[str]:
         """The interfaces that `up` made forward, and that are still there."""
-        names = read_text(self.forwarding).split() if os.path.exists(self.forwarding) else []
+        names = read_existing(self.forwarding).split()
         return [name for name in names if os.path.exists(sysctl_file(name, "forwarding"))]
 
     def tell_resolver(self) -> None:
@@ -4524,7 +4526,7 @@ class BridgeSetup:
     def forget(self) -> None:
         """Take the leases of VMs that are gone out of the file, while dnsmasq doesn't run."""
         members = {(mac, address) for _, mac, address in self.served.members()}
-        lines = read_text(LEASES).splitlines(True) if os.path.exists(LEASES) else []
+        lines = read_existing(LEASES).splitlines(True)
         kept = []
         for line in lines:
             mac, address = [*line.split(), "", "", ""][1:3]
@@ -5355,10 +5357,7 @@ class KnownHosts:
         self._tree = tree
 
     def _lines(self) -> list[str]:
-        try:
-            return [line for line in read_text(self.path).splitlines() if " " in line.strip()]
-        except FileNotFoundError:
-            return []
+        return [line for line in read_existing(self.path).splitlines() if " " in line.strip()]
 
     def names(self) -> set[str]:
         """What its lines name: UUIDs and addresses."""
@@ -7156,10 +7155,7 @@ def host_archives() -> list[AptArchive]:
 def signed_by(entry: str) -> str:
     """The keyring file that a source names; '': apt's trusted ones."""
     name, _, number = entry.rpartition(":")
-    try:
-        text = read_text(name)
-    except OSError:
-        return ""
+    text = read_existing(name)
     parts = text.splitlines() if name.endswith(".list") else [p for p in re.split(r"\n\s*\n", text) if p.strip()]
     part = parts[int(number) - 1] if re.fullmatch("[0-9]{1,9}", number) and 0 < int(number) <= len(parts) else ""
     found = re.search(r"signed-by[=:]\s*(/[^\s\],]+)", part, re.I)
@@ -7229,7 +7225,7 @@ def check_subordinate_ids() -> None:
     need_program("newuidmap")
     user = user_name()
     for name in ("/etc/subuid", "/etc/subgid"):
-        lines = read_text(name).splitlines() if os.path.exists(name) else []
+        lines = read_existing(name).splitlines()
         if not any(line.startswith((f"{user}:", f"{os.geteuid()}:")) for line in lines):
             raise Error(
                 f"{user} has no range in {name}, and without it only root can build",
@@ -8615,8 +8611,7 @@ def mount_shares(wait: Wait) -> None:
     """Have the guest mount what is shared with it, now and at each boot.  Over ssh, whatever its vmInit: tmpfiles.d
     would come too late for the first boot, and cloud-init tells nobody what it couldn't mount."""
     vm, shares = wait.vm, wait.vm.get("vmShares")
-    done = read_text(vm.mounted_file) if os.path.exists(vm.mounted_file) else ""
-    if shares == done or vm.get("vmInit") == "none":
+    if shares == read_existing(vm.mounted_file) or vm.get("vmInit") == "none":
         return
     folders = (f"share{n} {guest} {'rw' if rw else 'ro'}" for n, (_, guest, rw) in enumerate(parse_shares(shares)))
     script = guest_script("shares.sh", True, SHARES="\n".join(folders))
@@ -8657,9 +8652,8 @@ def pin_host_key(wait: Wait) -> None:
         for seconds in wait.tries():
             trust = ssh_trust_options(place, strict=False)
             try_run([*ssh_argv(cloud, vm, BATCH, trust, ssh_key_options(True)), "true"], seconds, guest=True)
-            if os.path.exists(place):
+            if lines := read_existing(place).splitlines():
                 break
-        lines = read_text(place).splitlines()
         cloud.known_hosts.update({uuid: (vm.get("vmAddress"), lines[0].split(" ", 1)[1])})
     finally:
         remove_file(place)
@@ -12143,7 +12137,7 @@ class HostSetup:
             allowed = [*self.before.get("allowed", ()), self.interface]
             self.installation.save(acl=self.acl, allowed=allowed, made=[*self.before.get("made", ()), *made])
             os.makedirs(folder, 0o755, exist_ok=True)
-            text = "" if self.acl in made else read_text(self.acl)
+            text = read_existing(self.acl)
             rewrite(self.acl, text + ("\n" if text and not text.endswith("\n") else "") + f"allow {self.interface}\n")
             said = f"{self.acl}: allow {self.interface}"
         for _, fault, _ in HostBridge(self.config).list_faults():
@@ -12152,13 +12146,12 @@ class HostSetup:
 
     def forbid_bridge(self) -> None:
         ours = [["allow", interface] for interface in self.before.get("allowed", ())]
-        if os.path.exists(self.acl):
-            lines = read_text(self.acl).splitlines(True)
-            kept = [line for line in lines if line.split() not in ours]
-            if not kept and self.acl in self.before.get("made", ()):
-                remove_file(self.acl)
-            elif kept != lines:
-                rewrite(self.acl, "".join(kept))
+        lines = read_existing(self.acl).splitlines(True)
+        kept = [line for line in lines if line.split() not in ours]
+        if not kept and self.acl in self.before.get("made", ()):
+            remove_file(self.acl)
+        elif kept != lines:
+            rewrite(self.acl, "".join(kept))
         if os.path.dirname(self.acl) in self.before.get("made", ()):
             remove_empty(os.path.dirname(self.acl))
 
