@@ -284,8 +284,9 @@ def printable(text: str) -> str:
 
 
 def without_escapes(text: str) -> str:
-    """`text` without what moves a terminal's cursor, sets its colours or its title (ECMA-48's CSI, OSC; charsets)."""
-    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)", "", text)
+    """`text` without what moves a terminal's cursor, sets its modes, colours, title (ECMA-48, DEC's and xterm's)."""
+    own = r"\x1b\[[0-9;?!]*[A-Za-z]|\x1b[()][A-Z0-9]|\x1b[78=>McDEH]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)"
+    return re.sub(own, "", text)
 
 
 def plural(count: int, noun: str) -> str:
@@ -9309,11 +9310,11 @@ def for_terminal(pieces: Iterable[bytes]) -> Iterator[bytes]:
     import codecs
 
     decode, held = codecs.getincrementaldecoder("utf-8")("replace").decode, ""
-    unfinished = r"(?:\x1b(?:\][^\x07\x1b]{0,99}\x1b?|[^A-Za-z]{0,20})|\r)?\Z"
+    unfinished = r"\r{0,9}(?:\x1b(?:\][^\x07\x1b]{0,99}\x1b?|[^A-Za-z]{0,20}))?\Z"
     for piece in pieces:
         text = without_escapes(held + decode(piece))
         held = re.findall(unfinished, text)[0]  # goes on in the next piece
-        lines = text[: len(text) - len(held)].replace("\r\n", "\n").split("\n")
+        lines = re.split(r"\r+\n?|\n", text[: len(text) - len(held)])  # what overwrites a line is one of its own
         yield "\n".join(map(printable, lines)).encode()
 
 

@@ -205,6 +205,10 @@ def test_what_a_terminal_is_shown() -> None:
     """However the pieces are cut."""
     for at in range(len(RAW)):
         assert b"".join(nocloud.for_terminal([RAW[:at], RAW[at:]])).decode() == SHOWN, RAW[:at]
+    banner = b"\x1bc\x1b[!p\x1b7BIOS\x1b8\r\r\n[ * ] a\r\x1b[K[ ** ] a\r\x1b[K\n\x1b=\x1b>[ OK ]\x1bM\x1bD\x1bE\x1bH\n"
+    for at in range(len(banner)):
+        shown = b"".join(nocloud.for_terminal([banner[:at], banner[at:]])).decode()
+        assert shown == "BIOS\n[ * ] a\n[ ** ] a\n[ OK ]\n", banner[:at]
     flood = b"\x1b" + b"1" * 1000
     assert b"".join(nocloud.for_terminal([flood, b"x"])).decode() == "\\x1b" + "1" * 1000 + "x"
 
