@@ -8381,8 +8381,12 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, sha
 
 
 def answers(vm: VM, pid: int) -> bool:
-    """Whether the qemu that we started holds its pidfile and answers over QMP."""
-    return vm.state() == ("running", pid) and bool(ask_qemu(vm, "query-status"))
+    """Whether the qemu that we started holds its pidfile and answers over QMP.  Raises QMPError where it refuses."""
+    try:
+        with QMP(vm.folder) as qemu:
+            return vm.state() == ("running", pid) and bool(qemu.execute("query-status"))
+    except (QMPClosed, TimedOut, OSError):
+        return False
 
 
 def command_script(vm: VM, argv: Sequence[str], network: Network) -> str:
