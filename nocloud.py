@@ -9497,12 +9497,16 @@ class Supervisor:
             self._post(lambda: self._adopt(vm, how))
 
         self._job(lambda: begin(spawned), self._begun)
-        while not self._advance():
-            for key, _ in self._selector.select(self._timeout()):
-                key.data()
-            self._look()
-            self._progress.show()  # again, below what has been logged
-        return self.status
+        try:
+            while not self._advance():
+                for key, _ in self._selector.select(self._timeout()):
+                    key.data()
+                self._look()
+                self._progress.show()  # again, below what has been logged
+            return self.status
+        except BaseException:
+            cancellation.request()  # else the workers would be waited for, and no signal heard
+            raise
 
     def _timeout(self) -> float | None:
         if self.goal == RUN and not self._starting:

@@ -342,6 +342,19 @@ def test_none_starts(blank: Cloud) -> None:
     destroyed(blank)
 
 
+def test_a_defect_ends_it(cloud: Cloud) -> None:
+    """Though a worker still waits."""
+    done = cloud.script(
+        "class NoVM: type = group = 'x'\n"
+        "def begin(spawned):\n"
+        "    spawned(NoVM())\n"
+        "    nocloud.wait_for(lambda: False, 600)\n"
+        "with nocloud.Cloud(nocloud.load_config()) as cloud:\n"
+        "    nocloud.Supervisor(cloud, 'pf', nocloud.DESTROY, print).run(begin)\n"
+    )
+    assert done.status == 1 and "AttributeError" in done.stderr and done.seconds < 60
+
+
 def test_not_ready_is_told(blank: Cloud) -> None:
     run = Run(blank, "-f", describe(blank, "blank:1:web:name=web\n"), env=QUICK | {"NOCLOUD_vmWaitTimeout": "1"})
     eventually(lambda: any(line.startswith("web00 is not ready: not ready after 1 s") for line in run.log()), "told")
