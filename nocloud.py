@@ -1256,13 +1256,9 @@ def popen(argv: Sequence[str], env: Mapping[str, str] | None = None, **how: Any)
     """
     import subprocess
 
-    class Child(subprocess.Popen[bytes]):
-        def __del__(self) -> None:
-            """It may outlive us: no warning about that."""
-
     inherited = {key: value for key, value in os.environ.items() if key != "LANGUAGE"}
     environment = {**inherited, "LC_ALL": "C.UTF-8", **(env or {})}
-    return Child(traced(argv), env=environment, **{"stdin": subprocess.DEVNULL, **how})
+    return subprocess.Popen(traced(argv), env=environment, **{"stdin": subprocess.DEVNULL, **how})
 
 
 def run(
@@ -1390,12 +1386,22 @@ def try_run(argv: Sequence[str], timeout: float, guest: bool = False) -> tuple[i
     return done.returncode, done.stdout
 
 
+_spawned: set[subprocess.Popen[bytes]] = set()
+
+
+def reap() -> None:
+    """Take the exit statuses of what was spawned and has ended: while we live, it would be a zombie."""
+    _spawned.difference_update([child for child in list(_spawned) if child.poll() is not None])
+
+
 def spawn(argv: Sequence[str], log: str | int, **how: Any) -> subprocess.Popen[bytes]:
     """popen() of a program that outlives us: a session of its own, its output appended to the file `log` (0600)."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
     output = os.open(log, flags, 0o600) if isinstance(log, str) else os.dup(log)
     try:
-        return popen(argv, stdout=output, stderr=output, start_new_session=True, **how)
+        child = popen(argv, stdout=output, stderr=output, start_new_session=True, **how)
+        _spawned.add(child)
+        return child
     finally:
         os.close(output)
 
@@ -9576,12 +9582,8 @@ class Supervisor:
                 self._job(lambda: self._wait(vm), lambda result: self._waited(member, result))
 
     def _gone(self, member: Member) -> None:
-        """Its qemu has ended; if it is our child, nobody else takes its exit status."""
+        """Its qemu has ended."""
         self._selector.unregister(member.process)
-        try:
-            os.waitpid(member.process.pid, os.WNOHANG)
-        except ChildProcessError:
-            pass
         member.process.close()
         del self._members[member.vm.folder]
         self._progress.stages.pop(member.vm, None)
@@ -9593,6 +9595,7 @@ class Supervisor:
         if self.goal != RUN or self._starting or time.monotonic() < self._look_at:
             return
         self._look_at = time.monotonic() + LOOK_SECONDS
+        reap()
         self.cloud.mend_ports()
         for vm in self.cloud.tree.vms(self.group):
             if vm.folder not in self._members and vm.is_running():

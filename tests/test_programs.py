@@ -43,6 +43,7 @@ def test_a_program_that_does_not_end() -> None:
     assert raised.value.status == 124
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # subprocess has no status of what another has waited for
 def test_what_is_watched_ends_though_it_ignores_sigterm(tmp_path: Path) -> None:
     """All of its session; and where that is gone already, what was raised is not hidden."""
     script = f"trap '' TERM; sleep 60 & echo $! $$ >{tmp_path}/pids; wait; wait; sleep 60"

@@ -270,10 +270,18 @@ def test_killed_and_taken_over(running: tuple[Cloud, Run]) -> None:
 # Others at work ######################################################################################
 
 
+def children(pid: int) -> list[str]:
+    """The processes that are its children, zombies too."""
+    argv = ["ps", "-o", "pid=", "--ppid", str(pid)]
+    return subprocess.run(argv, capture_output=True, text=True, check=False).stdout.split()
+
+
 def test_vanished_and_joined(running: tuple[Cloud, Run]) -> None:
     cloud, run = running
+    before = len(children(run.child.pid))
     kill_hard(cloud.qemu("pf/web/web00"))
     run.says("web00 has vanished", 2)
+    eventually(lambda: len(children(run.child.pid)) <= before - 2, "its qemu and its log's keeper are no zombies")
     cloud.run("vminstantiate", "-n", "blank", "-g", "pf", "-t", "sql", "-o", "name=db").ok()
     run.says("db00 has joined", 4)
     cloud.start("web00").ok()
