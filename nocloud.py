@@ -231,12 +231,8 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """A line on stderr, in one write so that parallel ones don't mix."""
-        try:
-            self._finish_line()
-            sys.stderr.write(printable(text) + "\n")
-            sys.stderr.flush()
-        except OSError:
-            pass  # nobody reads it any more; the work goes on
+        self._finish_line()
+        self._write(printable(text) + "\n")
 
     def warn(self, text: str) -> None:
         self.say(f"{self.program}: warning: {text}")
@@ -252,20 +248,29 @@ class Reporter:
 
     def progress(self, stage: str, detail: str = "") -> None:
         """How far long work is: one line that is rewritten on a terminal; elsewhere a line for each stage."""
-        if sys.stderr.isatty():
+        try:
             width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-            sys.stderr.write("\r\x1b[K" + printable(f"{stage} {detail}".strip())[: width - 1])
-            sys.stderr.flush()
+        except OSError:  # it is no terminal, or that has gone
+            if stage != self._stage:
+                self.say(stage)
+        else:
             self._unfinished = True
-        elif stage != self._stage:
-            self.say(stage)
+            self._write("\r\x1b[K" + printable(f"{stage} {detail}".strip())[: width - 1])
         self._stage = stage
 
     def _finish_line(self) -> None:
         """Take a progress line off the terminal before another line comes."""
         if self._unfinished:
             self._unfinished = False
-            sys.stderr.write("\r\x1b[K")
+            self._write("\r\x1b[K")
+
+    def _write(self, text: str) -> None:
+        """On stderr; where nobody reads it any more, the work goes on, and its exit status stays its own."""
+        try:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stderr.fileno())
 
 
 report = Reporter()
@@ -279,8 +284,9 @@ def printable(text: str) -> str:
 
 
 def without_escapes(text: str) -> str:
-    """`text` without what moves a terminal's cursor, sets its colours or its title (ECMA-48's CSI, OSC; charsets)."""
-    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)", "", text)
+    """`text` without what moves a terminal's cursor, sets its modes, colours, title (ECMA-48, DEC's and xterm's)."""
+    own = r"\x1b\[[0-9;?!]*[A-Za-z]|\x1b[()][A-Z0-9]|\x1b[78=>McDEH]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)"
+    return re.sub(own, "", text)
 
 
 def plural(count: int, noun: str) -> str:
@@ -312,6 +318,14 @@ def read_text(path: str) -> str:
     """The text of a small file; OSError where it can't be read."""
     with open(path, encoding=TEXT, errors="surrogateescape") as file:
         return file.read()
+
+
+def read_existing(path: str) -> str:
+    """The text of a small file; '' where there is none."""
+    try:
+        return read_text(path)
+    except FileNotFoundError:
+        return ""
 
 
 def read_tail(path: str) -> str:
@@ -1194,10 +1208,7 @@ def need_program(name: str) -> str:
 
 def os_release() -> dict[str, str]:
     """os-release(5) of the host; empty where there is none."""
-    try:
-        return parse_os_release(read_text("/etc/os-release"))
-    except OSError:
-        return {}
+    return parse_os_release(read_existing("/etc/os-release"))
 
 
 def parse_os_release(text: str) -> dict[str, str]:
@@ -1245,13 +1256,9 @@ def popen(argv: Sequence[str], env: Mapping[str, str] | None = None, **how: Any)
     """
     import subprocess
 
-    class Child(subprocess.Popen[bytes]):
-        def __del__(self) -> None:
-            """It may outlive us: no warning about that."""
-
     inherited = {key: value for key, value in os.environ.items() if key != "LANGUAGE"}
     environment = {**inherited, "LC_ALL": "C.UTF-8", **(env or {})}
-    return Child(traced(argv), env=environment, **{"stdin": subprocess.DEVNULL, **how})
+    return subprocess.Popen(traced(argv), env=environment, **{"stdin": subprocess.DEVNULL, **how})
 
 
 def run(
@@ -1303,6 +1310,18 @@ def land(moves: Mapping[str, str]) -> None:
     flush(path)
 
 
+def end_session(leader: subprocess.Popen[bytes], seconds: float | None) -> None:
+    """End a program and its session.  SIGTERM first, and `seconds` (None: all that it wants) to clean up: ssh takes its
+    ProxyCommand with it, mmdebstrap its half-made system."""
+    import contextlib
+    import subprocess
+
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(leader.pid, number)
+            leader.wait(seconds)
+
+
 def run_watched(
     argv: Sequence[str],
     on_line: Callable[[str], None] = lambda line: None,
@@ -1332,7 +1351,7 @@ def run_watched(
                 if time.monotonic() > deadline:
                     raise TimedOut(f"{argv[0]}: no end after {timeout:.0f} s")
                 if host and host.ended():
-                    os.killpg(child.pid, signal.SIGTERM)
+                    end_session(child, 5)
                     break
                 if poll.poll(250):
                     piece = os.read(output.fileno(), 65536)
@@ -1347,8 +1366,7 @@ def run_watched(
             on_line(rest.decode("utf-8", "replace"))
         return child.wait(), said.decode("utf-8", "replace")
     except BaseException:
-        os.killpg(child.pid, signal.SIGTERM)
-        child.wait()
+        end_session(child, 5 if timeout else None)
         raise
     finally:
         cancellation.children.discard(child)
@@ -1368,12 +1386,22 @@ def try_run(argv: Sequence[str], timeout: float, guest: bool = False) -> tuple[i
     return done.returncode, done.stdout
 
 
+_spawned: set[subprocess.Popen[bytes]] = set()
+
+
+def reap() -> None:
+    """Take the exit statuses of what was spawned and has ended: while we live, it would be a zombie."""
+    _spawned.difference_update([child for child in list(_spawned) if child.poll() is not None])
+
+
 def spawn(argv: Sequence[str], log: str | int, **how: Any) -> subprocess.Popen[bytes]:
     """popen() of a program that outlives us: a session of its own, its output appended to the file `log` (0600)."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
     output = os.open(log, flags, 0o600) if isinstance(log, str) else os.dup(log)
     try:
-        return popen(argv, stdout=output, stderr=output, start_new_session=True, **how)
+        child = popen(argv, stdout=output, stderr=output, start_new_session=True, **how)
+        _spawned.add(child)
+        return child
     finally:
         os.close(output)
 
@@ -3546,8 +3574,8 @@ FOLLOW_SECONDS = 2.0  # between looks at resolv.conf; the rest is told by netlin
 
 def name_servers() -> list[str]:
     """The servers of resolv.conf(5) that have an IPv4 address, in their order."""
-    text = read_text("/etc/resolv.conf") if os.path.exists("/etc/resolv.conf") else ""
-    return list(filter(is_ipv4, re.findall(r"^nameserver[ \t]+(\S+)", text, re.M)))
+    servers = re.findall(r"^nameserver[ \t]+(\S+)", read_existing("/etc/resolv.conf"), re.M)
+    return list(filter(is_ipv4, servers))
 
 
 def host_addresses() -> list[str]:
@@ -3663,7 +3691,7 @@ class PrivateNetwork(Network):
 
     def is_current(self) -> bool:
         """Whether what was copied from the host is what the host has now."""
-        return os.path.exists(self.file("host")) and read_text(self.file("host")) == host_state()
+        return read_existing(self.file("host")) == host_state()
 
     def up(self, keep: bool = False) -> None:
         """Bring up what isn't up.  `keep`: it stays though no VM is on it yet, until the last that comes has gone."""
@@ -4027,7 +4055,7 @@ def namespaces_denied(reason: str) -> Error:
     """Why there is no private network, with the command that mends it where that is known."""
     for name, forbids, allows in USERNS_SETTINGS:
         path = f"/proc/sys/{name}"
-        if os.path.exists(path) and read_text(path).strip() == forbids:
+        if read_existing(path).strip() == forbids:
             text = f"the private network can't be made: this host grants no user namespaces ({reason})"
             return Error(text, f"sudo sysctl -w {name.replace('/', '.')}={allows}")
     hint = "in a container, its seccomp profile must allow unshare; or use the host's bridge: vmNetwork=bridge"
@@ -4166,8 +4194,7 @@ def free_bridge_subnet(config: Config, path: str) -> str:
 
 
 def bridge_is_ours(interface: str) -> bool:
-    path = f"/sys/class/net/{interface}/address"
-    return os.path.exists(path) and read_text(path).startswith(OUR_MAC)
+    return read_existing(f"/sys/class/net/{interface}/address").startswith(OUR_MAC)
 
 
 def need_root(what: str) -> None:
@@ -4193,10 +4220,9 @@ def iptables_programs() -> list[str]:
 
     Where it isn't in use no rule is needed, and the first one would leave a table behind.
     """
-    old = "/proc/net/ip_tables_names"
     in_use = {
         "iptables-nft": has_nft_table("ip filter"),
-        "iptables-legacy": os.path.exists(old) and "filter" in read_text(old).split(),
+        "iptables-legacy": "filter" in read_existing("/proc/net/ip_tables_names").split(),
     }
     found = [next(filter(find_program, (name, "iptables")), "") for name, used in in_use.items() if used]
     return [program for program in found if program]
@@ -4312,8 +4338,7 @@ def sysctl_file(interface: str, name: str, family: str = "ipv4") -> str:
 
 def forwards(interface: str) -> bool:
     """Whether the kernel forwards what comes in by an interface; True where it doesn't say."""
-    path = sysctl_file(interface, "forwarding")
-    return not os.path.exists(path) or read_text(path).strip() != "0"
+    return read_existing(sysctl_file(interface, "forwarding")).strip() != "0"
 
 
 class BridgeSetup:
@@ -4432,7 +4457,7 @@ class BridgeSetup:
 
     def _forwarders(self) -> list[str]:
         """The interfaces that `up` made forward, and that are still there."""
-        names = read_text(self.forwarding).split() if os.path.exists(self.forwarding) else []
+        names = read_existing(self.forwarding).split()
         return [name for name in names if os.path.exists(sysctl_file(name, "forwarding"))]
 
     def tell_resolver(self) -> None:
@@ -4512,7 +4537,7 @@ class BridgeSetup:
     def forget(self) -> None:
         """Take the leases of VMs that are gone out of the file, while dnsmasq doesn't run."""
         members = {(mac, address) for _, mac, address in self.served.members()}
-        lines = read_text(LEASES).splitlines(True) if os.path.exists(LEASES) else []
+        lines = read_existing(LEASES).splitlines(True)
         kept = []
         for line in lines:
             mac, address = [*line.split(), "", "", ""][1:3]
@@ -5343,10 +5368,7 @@ class KnownHosts:
         self._tree = tree
 
     def _lines(self) -> list[str]:
-        try:
-            return [line for line in read_text(self.path).splitlines() if " " in line.strip()]
-        except FileNotFoundError:
-            return []
+        return [line for line in read_existing(self.path).splitlines() if " " in line.strip()]
 
     def names(self) -> set[str]:
         """What its lines name: UUIDs and addresses."""
@@ -7144,10 +7166,7 @@ def host_archives() -> list[AptArchive]:
 def signed_by(entry: str) -> str:
     """The keyring file that a source names; '': apt's trusted ones."""
     name, _, number = entry.rpartition(":")
-    try:
-        text = read_text(name)
-    except OSError:
-        return ""
+    text = read_existing(name)
     parts = text.splitlines() if name.endswith(".list") else [p for p in re.split(r"\n\s*\n", text) if p.strip()]
     part = parts[int(number) - 1] if re.fullmatch("[0-9]{1,9}", number) and 0 < int(number) <= len(parts) else ""
     found = re.search(r"signed-by[=:]\s*(/[^\s\],]+)", part, re.I)
@@ -7216,15 +7235,15 @@ def check_subordinate_ids() -> None:
     """mmdebstrap needs a range of uids to be root over, unless it is root."""
     need_program("newuidmap")
     user, names = user_name(), ("/etc/subuid", "/etc/subgid")
-    ranges = {name: read_text(name) if os.path.exists(name) else "" for name in names}
+    ranges = {name: read_existing(name) for name in names}
     for name in names:
         if not re.search(rf"^({re.escape(user)}|{os.geteuid()}):", ranges[name], re.M):
-            ends = [
-                int(first) + int(count) for first, count in re.findall(r":(\d+):(\d+)$", "".join(ranges.values()), re.M)
-            ]
-            free = f"{max([100000, *ends])}-{max([100000, *ends]) + 65535}"  # as useradd(8) counts
-            hint = f"sudo usermod --add-subuids {free} --add-subgids {free} {user}"
-            raise Error(f"{user} has no range in {name}, and without it only root can build", hint)
+            taken = re.findall(r":(\d+):(\d+)$", "\n".join(ranges.values()), re.M)
+            free = max([100000, *(int(first) + int(count) for first, count in taken)])  # as useradd(8) begins
+            hint = " ".join(f"--add-{kind}s {free}-{free + 65535}" for kind in ("subuid", "subgid"))
+            raise Error(
+                f"{user} has no range in {name}, and without it only root can build", f"sudo usermod {hint} {user}"
+            )
 
 
 def build_tmpdir() -> str:
@@ -8374,8 +8393,12 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, sha
 
 
 def answers(vm: VM, pid: int) -> bool:
-    """Whether the qemu that we started holds its pidfile and answers over QMP."""
-    return vm.state() == ("running", pid) and bool(ask_qemu(vm, "query-status"))
+    """Whether the qemu that we started holds its pidfile and answers over QMP.  Raises QMPError where it refuses."""
+    try:
+        with QMP(vm.folder) as qemu:
+            return vm.state() == ("running", pid) and bool(qemu.execute("query-status"))
+    except (QMPClosed, TimedOut, OSError):
+        return False
 
 
 def command_script(vm: VM, argv: Sequence[str], network: Network) -> str:
@@ -8605,8 +8628,7 @@ def mount_shares(wait: Wait) -> None:
     """Have the guest mount what is shared with it, now and at each boot.  Over ssh, whatever its vmInit: tmpfiles.d
     would come too late for the first boot, and cloud-init tells nobody what it couldn't mount."""
     vm, shares = wait.vm, wait.vm.get("vmShares")
-    done = read_text(vm.mounted_file) if os.path.exists(vm.mounted_file) else ""
-    if shares == done or vm.get("vmInit") == "none":
+    if shares == read_existing(vm.mounted_file) or vm.get("vmInit") == "none":
         return
     folders = (f"share{n} {guest} {'rw' if rw else 'ro'}" for n, (_, guest, rw) in enumerate(parse_shares(shares)))
     script = guest_script("shares.sh", True, SHARES="\n".join(folders))
@@ -8647,9 +8669,8 @@ def pin_host_key(wait: Wait) -> None:
         for seconds in wait.tries():
             trust = ssh_trust_options(place, strict=False)
             try_run([*ssh_argv(cloud, vm, BATCH, trust, ssh_key_options(True)), "true"], seconds, guest=True)
-            if os.path.exists(place):
+            if lines := read_existing(place).splitlines():
                 break
-        lines = read_text(place).splitlines()
         cloud.known_hosts.update({uuid: (vm.get("vmAddress"), lines[0].split(" ", 1)[1])})
     finally:
         remove_file(place)
@@ -9305,11 +9326,11 @@ def for_terminal(pieces: Iterable[bytes]) -> Iterator[bytes]:
     import codecs
 
     decode, held = codecs.getincrementaldecoder("utf-8")("replace").decode, ""
-    unfinished = r"(?:\x1b(?:\][^\x07\x1b]{0,99}\x1b?|[^A-Za-z]{0,20})|\r)?\Z"
+    unfinished = r"\r{0,9}(?:\x1b(?:\][^\x07\x1b]{0,99}\x1b?|[^A-Za-z]{0,20}))?\Z"
     for piece in pieces:
         text = without_escapes(held + decode(piece))
         held = re.findall(unfinished, text)[0]  # goes on in the next piece
-        lines = text[: len(text) - len(held)].replace("\r\n", "\n").split("\n")
+        lines = re.split(r"\r+\n?|\n", text[: len(text) - len(held)])  # what overwrites a line is one of its own
         yield "\n".join(map(printable, lines)).encode()
 
 
@@ -9488,12 +9509,16 @@ class Supervisor:
             self._post(lambda: self._adopt(vm, how))
 
         self._job(lambda: begin(spawned), self._begun)
-        while not self._advance():
-            for key, _ in self._selector.select(self._timeout()):
-                key.data()
-            self._look()
-            self._progress.show()  # again, below what has been logged
-        return self.status
+        try:
+            while not self._advance():
+                for key, _ in self._selector.select(self._timeout()):
+                    key.data()
+                self._look()
+                self._progress.show()  # again, below what has been logged
+            return self.status
+        except BaseException:
+            cancellation.request()  # else the workers would be waited for, and no signal heard
+            raise
 
     def _timeout(self) -> float | None:
         if self.goal == RUN and not self._starting:
@@ -9563,12 +9588,8 @@ class Supervisor:
                 self._job(lambda: self._wait(vm), lambda result: self._waited(member, result))
 
     def _gone(self, member: Member) -> None:
-        """Its qemu has ended; if it is our child, nobody else takes its exit status."""
+        """Its qemu has ended."""
         self._selector.unregister(member.process)
-        try:
-            os.waitpid(member.process.pid, os.WNOHANG)
-        except ChildProcessError:
-            pass
         member.process.close()
         del self._members[member.vm.folder]
         self._progress.stages.pop(member.vm, None)
@@ -9580,6 +9601,7 @@ class Supervisor:
         if self.goal != RUN or self._starting or time.monotonic() < self._look_at:
             return
         self._look_at = time.monotonic() + LOOK_SECONDS
+        reap()
         self.cloud.mend_ports()
         for vm in self.cloud.tree.vms(self.group):
             if vm.folder not in self._members and vm.is_running():
@@ -12141,7 +12163,7 @@ class HostSetup:
             allowed = [*self.before.get("allowed", ()), self.interface]
             self.installation.save(acl=self.acl, allowed=allowed, made=[*self.before.get("made", ()), *made])
             os.makedirs(folder, 0o755, exist_ok=True)
-            text = "" if self.acl in made else read_text(self.acl)
+            text = read_existing(self.acl)
             rewrite(self.acl, text + ("\n" if text and not text.endswith("\n") else "") + f"allow {self.interface}\n")
             said = f"{self.acl}: allow {self.interface}"
         for _, fault, _ in HostBridge(self.config).list_faults():
@@ -12150,13 +12172,12 @@ class HostSetup:
 
     def forbid_bridge(self) -> None:
         ours = [["allow", interface] for interface in self.before.get("allowed", ())]
-        if os.path.exists(self.acl):
-            lines = read_text(self.acl).splitlines(True)
-            kept = [line for line in lines if line.split() not in ours]
-            if not kept and self.acl in self.before.get("made", ()):
-                remove_file(self.acl)
-            elif kept != lines:
-                rewrite(self.acl, "".join(kept))
+        lines = read_existing(self.acl).splitlines(True)
+        kept = [line for line in lines if line.split() not in ours]
+        if not kept and self.acl in self.before.get("made", ()):
+            remove_file(self.acl)
+        elif kept != lines:
+            rewrite(self.acl, "".join(kept))
         if os.path.dirname(self.acl) in self.before.get("made", ()):
             remove_empty(os.path.dirname(self.acl))
 

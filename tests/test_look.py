@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import signal
 import struct
@@ -206,6 +207,10 @@ def test_what_a_terminal_is_shown() -> None:
     """However the pieces are cut."""
     for at in range(len(RAW)):
         assert b"".join(nocloud.for_terminal([RAW[:at], RAW[at:]])).decode() == SHOWN, RAW[:at]
+    banner = b"\x1bc\x1b[!p\x1b7BIOS\x1b8\r\r\n[ * ] a\r\x1b[K[ ** ] a\r\x1b[K\n\x1b=\x1b>[ OK ]\x1bM\x1bD\x1bE\x1bH\n"
+    for at in range(len(banner)):
+        shown = b"".join(nocloud.for_terminal([banner[:at], banner[at:]])).decode()
+        assert shown == "BIOS\n[ * ] a\n[ ** ] a\n[ OK ]\n", banner[:at]
     flood = b"\x1b" + b"1" * 1000
     assert b"".join(nocloud.for_terminal([flood, b"x"])).decode() == "\\x1b" + "1" * 1000 + "x"
 
@@ -279,6 +284,31 @@ def test_screenshot(web: Cloud) -> None:
 
 
 # Waits ###############################################################################################
+
+GONE = """
+import sys; sys.path.insert(0, {root!r}); import nocloud
+nocloud.report.progress("1 of 2 ready")
+sys.stdin.read()
+nocloud.report.log("one")
+nocloud.report.progress("2 of 2 ready")
+nocloud.report.say("said to nobody")
+nocloud.report.data("two")
+"""
+
+
+def test_the_terminal_goes_away_and_the_log_goes_on(tmp_path: Path) -> None:
+    """Between a progress line and the next of the log."""
+    master, slave = pty.openpty()
+    argv = [sys.executable, "-c", GONE.format(root=str(ROOT))]
+    with (tmp_path / "log").open("wb") as log:
+        child = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=log, stderr=slave)
+    os.close(slave)
+    assert b"1 of 2 ready" in os.read(master, 4096)
+    os.close(master)
+    child.communicate()
+    assert re.fullmatch(r"\S+ \S+ one\ntwo\n", (tmp_path / "log").read_text())
+    assert child.returncode == 0
+
 
 STAGES = """
 import sys; sys.path.insert(0, {root!r}); import nocloud

@@ -43,6 +43,22 @@ def test_a_program_that_does_not_end() -> None:
     assert raised.value.status == 124
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # subprocess has no status of what another has waited for
+def test_what_is_watched_ends_though_it_ignores_sigterm(tmp_path: Path) -> None:
+    """All of its session; and where that is gone already, what was raised is not hidden."""
+    script = f"trap '' TERM; sleep 60 & echo $! $$ >{tmp_path}/pids; wait; wait; sleep 60"
+    status, said = nocloud.try_run(["sh", "-c", script], 0.5, guest=True)
+    assert (status, said) == (-1, "sh: no end after 0 s")
+    assert not any(is_alive(int(pid)) for pid in (tmp_path / "pids").read_text().split())
+
+    def on_line(line: str) -> None:
+        os.waitpid(int(line), 0)
+        raise nocloud.Error("what happened")
+
+    with pytest.raises(nocloud.Error, match="what happened"):
+        nocloud.run_watched(["sh", "-c", "echo $$"], on_line)
+
+
 def test_words_are_not_a_shells() -> None:
     assert nocloud.run(["echo", "$HOME; `x` *"]).stdout == "$HOME; `x` *\n"
 

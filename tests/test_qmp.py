@@ -9,6 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -110,6 +112,14 @@ def test_a_refusal_says_what_the_server_said_and_goes_on(tmp_path: Path) -> None
             qmp.execute("bad")
         assert not isinstance(raised.value, nocloud.QMPClosed)
         assert qmp.execute("good") == 2
+
+
+def test_a_start_does_not_wait_for_a_qemu_that_refuses(tmp_path: Path) -> None:
+    vm: Any = SimpleNamespace(folder=str(tmp_path), state=lambda: ("running", 4711))
+    assert not nocloud.answers(vm, 4711)  # it has no socket yet
+    refuse: Answer = lambda c, r: reply(c, r, error={"class": "GenericError", "desc": "not today"})  # noqa: E731
+    with server(tmp_path, refuse), pytest.raises(nocloud.QMPError, match="not today"):
+        nocloud.answers(vm, 4711)
 
 
 def test_the_end_of_the_connection_is_the_end_of_qemu(tmp_path: Path) -> None:

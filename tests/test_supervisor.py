@@ -270,10 +270,18 @@ def test_killed_and_taken_over(running: tuple[Cloud, Run]) -> None:
 # Others at work ######################################################################################
 
 
+def children(pid: int) -> list[str]:
+    """The processes that are its children, zombies too."""
+    argv = ["ps", "-o", "pid=", "--ppid", str(pid)]
+    return subprocess.run(argv, capture_output=True, text=True, check=False).stdout.split()
+
+
 def test_vanished_and_joined(running: tuple[Cloud, Run]) -> None:
     cloud, run = running
+    before = len(children(run.child.pid))
     kill_hard(cloud.qemu("pf/web/web00"))
     run.says("web00 has vanished", 2)
+    eventually(lambda: len(children(run.child.pid)) <= before - 2, "its qemu and its log's keeper are no zombies")
     cloud.run("vminstantiate", "-n", "blank", "-g", "pf", "-t", "sql", "-o", "name=db").ok()
     run.says("db00 has joined", 4)
     cloud.start("web00").ok()
@@ -340,6 +348,19 @@ def test_none_starts(blank: Cloud) -> None:
     run = Run(blank, "-f", describe(blank, "blank:2:web:name=web\n"))
     run.ends(1)
     destroyed(blank)
+
+
+def test_a_defect_ends_it(cloud: Cloud) -> None:
+    """Though a worker still waits."""
+    done = cloud.script(
+        "class NoVM: type = group = 'x'\n"
+        "def begin(spawned):\n"
+        "    spawned(NoVM())\n"
+        "    nocloud.wait_for(lambda: False, 600)\n"
+        "with nocloud.Cloud(nocloud.load_config()) as cloud:\n"
+        "    nocloud.Supervisor(cloud, 'pf', nocloud.DESTROY, print).run(begin)\n"
+    )
+    assert done.status == 1 and "AttributeError" in done.stderr and done.seconds < 60
 
 
 def test_not_ready_is_told(blank: Cloud) -> None:
