@@ -6,6 +6,7 @@ import hashlib
 import os
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,71 @@ def test_the_folder_is_the_one_that_was_checked(tmp_path: Path) -> None:
                 ["sh", "-c", script, "sh", folder, "rw", "true"], cwd=cwd, capture_output=True, text=True, check=False
             )
             assert (done.returncode, done.stderr) == (1, f"{folder} is not the folder that it was\n")
+
+
+@pytest.fixture
+def guest(tmp_path: Path) -> Callable[..., subprocess.Popen[bytes]]:
+    """Runs shares.sh for these SHARES as in a guest whose /etc, and /proc with what is mounted, are in this folder."""
+    for name in ("etc", "proc", "bin", "mnt"):
+        (tmp_path / name).mkdir()
+    mounts = tmp_path / "proc/mounts"
+    (tmp_path / "etc/fstab").write_text(
+        "/dev/vda1 / ext4 rw 0 1\nshare7 /gone virtiofs ro,nofail 0 0\n/a\\040b /swap none swap sw"
+    )
+    mounts.write_text("/dev/vda1 / ext4 rw 0 0\n")
+    scripts = {
+        "mount": f'echo "$@" >>{tmp_path}/calls; echo "$5 $6 virtiofs $4,relatime 0 0" >>{mounts}',
+        "umount": f'echo "umount $@" >>{tmp_path}/calls; sed -i "\\| $1 |d" {mounts}',
+    }
+    for name, text in scripts.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n[ $# = {6 if name == 'mount' else 1} ] || exit 9\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    path = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+
+    def run(shares: str, before: str = "") -> subprocess.Popen[bytes]:
+        script = before + nocloud.guest_script("shares.sh", SHARES=shares)
+        for place in ("/etc", "/proc"):
+            script = script.replace(place, f"{tmp_path}{place}")
+        with (tmp_path / "said").open("a") as said:
+            return subprocess.Popen(["sh", "-c", script], env=os.environ | path, stderr=said)
+
+    return run
+
+
+def test_what_a_guest_mounts(guest: Callable[..., subprocess.Popen[bytes]], tmp_path: Path) -> None:
+    """Only what it hasn't yet; what isn't asked for any more goes."""
+    fstab, calls, a, b = tmp_path / "etc/fstab", tmp_path / "calls", tmp_path / "mnt/a", tmp_path / "mnt/b"
+    fstab.chmod(0o640)
+    own = "/dev/vda1 / ext4 rw 0 1\n/a\\040b /swap none swap sw\n"
+    entries = f"share0 {a} virtiofs ro,nofail 0 0\nshare1 {b} virtiofs rw,nofail 0 0\n"
+    for shares, text, called in (
+        (f"share0 {a} ro\nshare1 {b} rw", own + entries, ["ro share0", "rw share1"]),
+        (f"share0 {a} ro\nshare1 {b} rw", own + entries, []),
+        (f"share0 {a} rw", f"{own}share0 {a} virtiofs rw,nofail 0 0\n", [f"umount {a}", f"umount {b}", "rw share0"]),
+        ("", own, [f"umount {a}"]),
+    ):
+        calls.write_text("")
+        assert (guest(shares).wait(), (tmp_path / "said").read_text(), fstab.read_text()) == (0, "", text)
+        said = [line.removeprefix("-t virtiofs -o ") for line in calls.read_text().splitlines()]
+        assert [line if "umount" in line else line.rpartition(" ")[0] for line in said] == called
+    assert fstab.stat().st_mode & 0o777 == 0o640 and os.listdir(tmp_path / "etc") == ["fstab"]
+
+
+def test_guests_that_mount_twice_at_once(guest: Callable[..., subprocess.Popen[bytes]], tmp_path: Path) -> None:
+    shares, fstab = f"share0 {tmp_path}/mnt/a ro", tmp_path / "etc/fstab"
+    for number in range(50):
+        assert [each.wait() for each in [guest(shares), guest(shares)]] == [0, 0]
+        lines = fstab.read_text().splitlines()
+        assert [line.split()[0] for line in lines] == ["/dev/vda1", "/a\\040b", "share0"], number
+    assert len((tmp_path / "calls").read_text().splitlines()) == 1
+
+
+def test_a_guest_whose_disk_is_full_keeps_its_fstab(
+    guest: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    before = (tmp_path / "etc/fstab").read_text()
+    assert guest("", "ulimit -f 0\n").wait()
+    assert (tmp_path / "etc/fstab").read_text() == before
 
 
 def daemons(cloud: Cloud) -> list[int]:
