@@ -9443,6 +9443,8 @@ class Member:
     vm: VM
     process: Process
     ready: bool = False
+    full: bool = False  # the disk under it is, so its guest is paused
+    lost: bool = False  # it has lost a shared folder, which doesn't come back while it runs
 
 
 # What the loop is about: the group runs; or vmrun ends, and its VMs are destroyed, stopped and kept, or left running.
@@ -9468,7 +9470,6 @@ class Supervisor:
         self._jobs: set[Any] = set()  # the futures of workers
         self._starting, self._ending = True, RUN
         self._look_at = time.monotonic() + LOOK_SECONDS
-        self._stuck: set[str] = set()  # the guests that a full disk has paused
         self._progress = WaitProgress()
         self._posts: deque[Callable[[], None]] = deque()
         self._selector = selectors.DefaultSelector()
@@ -9578,21 +9579,25 @@ class Supervisor:
         for vm in self.cloud.tree.vms(self.group):
             if vm.folder not in self._members and vm.is_running():
                 self._adopt(vm, "has joined")
-        vms = [member.vm for member in self._members.values()]
-        told = self._stuck or any(vm.is_readable() and vm.get("vmShares") for vm in vms)
-        if not self._jobs and (told or free_bytes(self.cloud.tree.base) < RESERVE):
-            self._job(lambda: in_parallel(wake, vms), lambda states: self._awake(vms, states))
+        low = free_bytes(self.cloud.tree.base) < RESERVE
+        members = self._members.values()
+        asked = [each for each in members if low or each.full or (each.vm.is_readable() and each.vm.get("vmShares"))]
+        if asked and not self._jobs:
+            self._job(lambda: in_parallel(wake, [each.vm for each in asked]), lambda states: self._awake(asked, states))
 
-    def _awake(self, vms: Sequence[VM], states: Sequence[str]) -> None:
+    def _awake(self, members: Sequence[Member], states: Sequence[str]) -> None:
         """Log whose disk has become full, who could go on, and who has lost a shared folder."""
-        for vm, state in zip(vms, states):
-            if state == DISK_FULL and vm.name not in self._stuck:
+        for member, state in zip(members, states):
+            vm = member.vm
+            if state == DISK_FULL and not member.full:
                 report.log(f"{vm.name} is {state}, and goes on when there is room in {vm.folder}")
-            elif state == SHARE_LOST and vm.name not in self._stuck:
+                member.full = True
+            elif state == SHARE_LOST and not member.lost:
                 report.log(f"{vm.name} is {state}: {remedy(vm, state)}")
-            elif state == "running" and vm.name in self._stuck:
+                member.lost = True
+            elif state in ("running", SHARE_LOST) and member.full:
                 report.log(f"{vm.name} goes on")
-        self._stuck = {vm.name for vm, state in zip(vms, states) if state in (DISK_FULL, SHARE_LOST)}
+                member.full = False
 
     # workers
 
