@@ -10895,6 +10895,8 @@ def requests_of(config: Config, args: argparse.Namespace) -> tuple[str, list[Clo
             if given is not None:
                 raise UsageError(f"-f and {name} exclude each other", "the description file says it all")
         return group_of_file(args.file) if group is None else group, read_description(args.file, type, args.allow_share)
+    if args.allow_share is not None:
+        raise UsageError("--allow-share goes with -f FILE only")
     if not args.template:
         raise UsageError("which template? give -n TEMPLATE, or -f FILE", "vmtemplate --list shows what is there")
     request = CloneRequest("", args.template, args.count or config.number("vmCount"), type, {})
@@ -10930,9 +10932,9 @@ def cmd_run(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """run a group in the foreground"""
     if sum(each is not None for each in (args.file, args.resume, args.stop)) != 1:
         raise UsageError("give exactly one of -f FILE, -r GROUP and -s GROUP", "-h shows how it is called")
-    for given, name in ((args.group, "--group"), (args.add, "--add"), (args.force, "--force")):
-        if given and args.file is None:
-            raise UsageError(f"{name} goes with -f FILE only")
+    for name in ("group", "allow_share", "add", "force"):
+        if args.file is None and getattr(args, name):
+            raise UsageError(f"--{name.replace('_', '-')} goes with -f FILE only")
     if args.destroy and args.resume is None:
         raise UsageError("--destroy goes with -r GROUP only")
     if args.gui and args.stop is not None:

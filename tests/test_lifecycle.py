@@ -666,6 +666,8 @@ OPTIONS = (
         ("vminstantiate -f /dev/null", 2, "/dev/null: no VM is described in it", A_LINE),
         ("vminstantiate -f /dev/null -n blank", 2, "-f and -n exclude each other", "the description file says it all"),
         ("vmrun -r pf --add", 2, "--add goes with -f FILE only", ""),
+        ("vmrun -r pf --allow-share /x", 2, "--allow-share goes with -f FILE only", ""),
+        ("vminstantiate -n blank --allow-share /x", 2, "--allow-share goes with -f FILE only", ""),
         ("vmrun -g -s pf", 2, "-g goes with -f FILE and -r GROUP", ""),
         ("vmtemplate new --image /nothere", 1, "/nothere: no such file", "--image takes a qcow2 or raw disk image"),
         ("vmtemplate new --layer", 2, "--layer goes with --from", ""),
