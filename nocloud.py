@@ -1878,12 +1878,17 @@ def listen_unix(folder: str, name: str) -> socket.socket:
 
     place = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     path, listener = f"/proc/self/fd/{place}/{name}", sockets.socket(sockets.AF_UNIX)
-    remove_file(path)
-    listener.bind(path)
-    os.chmod(path, 0o600)  # in time: nobody can connect before listen(2)
-    listener.listen()
-    os.close(place)
-    return listener
+    try:
+        remove_file(path)
+        listener.bind(path)
+        os.chmod(path, 0o600)  # in time: nobody can connect before listen(2)
+        listener.listen()
+        return listener
+    except OSError:
+        listener.close()
+        raise
+    finally:
+        os.close(place)
 
 
 def parse_qmp(line: bytes | str) -> dict[str, Any]:
