@@ -11141,9 +11141,9 @@ def wait_login(cloud: Cloud, vm: VM, fresh: bool = False) -> None:
     try:
         if template or seeded or vm.get("vmInit") in ("ssh", "auto"):
             configure(wait, cloud_init=seeded, once=True)
-        mount_shares(wait)
         if template:
             clean_at_shutdown(cloud, vm)
+        mount_shares(wait)  # last: that may fail
     except Error as error:
         report.warn(str(error))
 

@@ -188,6 +188,24 @@ def test_a_guest_whose_disk_is_full_keeps_its_fstab(
     assert (tmp_path / "etc/fstab").read_text() == before
 
 
+LOGIN = """
+def mount_shares(wait):
+    raise nocloud.Error("no virtiofs")
+nocloud.wait_ssh = nocloud.pin_host_key = nocloud.find_init_kind = lambda wait: None
+nocloud.configure = lambda *given, **options: None
+nocloud.mount_shares, nocloud.clean_at_shutdown = mount_shares, lambda cloud, vm: print("cleans itself")
+with nocloud.Cloud(nocloud.load_config()) as cloud:
+    vm = cloud.tree.need("blank")
+    vm.write_conf({"vmInit": "ssh"})
+    nocloud.wait_login(cloud, vm, fresh=True)
+"""
+
+
+def test_a_template_that_cannot_mount_cleans_itself(blank: Cloud) -> None:
+    said = blank.script(LOGIN).ok()
+    assert said.stdout == "cleans itself\n" and "no virtiofs" in said.stderr
+
+
 def daemons(cloud: Cloud) -> list[int]:
     return [pid for pid, words in cloud.processes().items() if os.path.basename(words.split()[0]) == "virtiofsd"]
 
