@@ -8766,7 +8766,7 @@ def wait_all(cloud: Cloud, vms: Sequence[VM], seconds: float, limit: str = "") -
 
 def configure_later(cloud: Cloud, vms: Sequence[VM]) -> None:
     """Start a process for the VMs that must be configured over ssh.  What it can't finish, the next vmssh does."""
-    vms = [vm for vm in vms if vm.is_readable()]
+    vms = [vm for vm in vms if vm.is_readable() and vm.get("vmInit") != "none"]
     names = [vm.full_name for vm in vms if vm.get("vmInit") in ("auto", "ssh") or vm.get("vmShares")]
     if names:
         environment = {"NOCLOUD_vmBaseDir": cloud.tree.base}

@@ -206,6 +206,24 @@ def test_a_template_that_cannot_mount_cleans_itself(blank: Cloud) -> None:
     assert said.stdout == "cleans itself\n" and "no virtiofs" in said.stderr
 
 
+CONFIGURED = """
+nocloud.spawn = lambda argv, **options: print(*argv[argv.index("configure"):])
+with nocloud.Cloud(nocloud.load_config()) as cloud:
+    vm = cloud.tree.need("blank")
+    for kind in ("ssh", "cloud-init", "none"):
+        for shares in ("", "/a:/a"):
+            vm.write_conf({"vmInit": kind, "vmShares": shares})
+            print(kind, shares)
+            nocloud.configure_later(cloud, [vm])
+"""
+
+
+def test_who_has_work_left_when_nobody_waits(blank: Cloud) -> None:
+    work = "configure templates/blank"
+    lines = ["ssh ", work, "ssh /a:/a", work, "cloud-init ", "cloud-init /a:/a", work, "none ", "none /a:/a"]
+    assert blank.script(CONFIGURED).ok().lines == lines
+
+
 def daemons(cloud: Cloud) -> list[int]:
     return [pid for pid, words in cloud.processes().items() if os.path.basename(words.split()[0]) == "virtiofsd"]
 
