@@ -5211,9 +5211,11 @@ def parse_shares(text: str) -> list[tuple[str, str, bool]]:
     return [(host, guest, bool(rw)) for host, guest, *rw in (each.split(":") for each in text.split(",") if each)]
 
 
-def check_shares(config: Config, vm: VM, shares: str) -> None:
-    """Raise where a VM, or a clone of this template, can't share these folders, or one is not the user's own, or has to
-    do with one that no guest may see."""
+def check_shares(config: Config, vm: VM, shares: str) -> tuple[list[str], list[str]]:
+    """What serves them, as choose_virtiofsd() says.  Raises where a VM, or a clone of this template, can't share these
+    folders, or one is not the user's own, or has to do with one that no guest may see."""
+    if not shares:
+        return [], []
     for host, _, _ in parse_shares(shares):
         if os.path.realpath(host) != host or not os.path.isdir(host):
             raise NotFound(f"share={host}: no such folder", f"mkdir -p {quoted(host)}")
@@ -5223,10 +5225,9 @@ def check_shares(config: Config, vm: VM, shares: str) -> None:
             secret = os.path.realpath(os.path.expanduser(place))
             if os.path.commonpath((secret, host)) in (secret, host):
                 raise UsageError(f"share={host}: no guest may get at {secret}", "share another folder")
-    if shares and "q35" not in vm.get("vmMachine"):
+    if "q35" not in vm.get("vmMachine"):
         raise Error("share=: only machines of type q35 share folders", f"see vmMachine in {vm.conf_file}")
-    if shares:
-        choose_virtiofsd(config, vm.get("vmUser"))
+    return choose_virtiofsd(config, vm.get("vmUser"))
 
 
 def choose_virtiofsd(config: Config, login: str) -> tuple[list[str], list[str]]:
@@ -5253,11 +5254,9 @@ def choose_virtiofsd(config: Config, login: str) -> tuple[list[str], list[str]]:
 def serve_shares(config: Config, vm: VM, stack: Any) -> list[int]:
     """Start the daemons of a VM that is to start; qemu's connections to them, which the ExitStack closes.  A daemon
     ends with its connection: with qemu, or, before there is one, with us."""
-    check_shares(config, vm, vm.get("vmShares"))
-    remove_file(vm.log_file)
+    enter, daemon = check_shares(config, vm, vm.get("vmShares"))
     connections = []
     for host, _, writable in parse_shares(vm.get("vmShares")):
-        enter, daemon = choose_virtiofsd(config, vm.get("vmUser"))
         script = ["sh", "-c", need_packaged("share.sh"), "sh", host, "rw" if writable else "ro"]
         with listen_unix(vm.folder, "share.sock") as listener:
             connections.append(stack.enter_context(connect_unix(vm.folder, "share.sock", 5)).fileno())
@@ -8248,6 +8247,7 @@ def start_locked(
             if fd >= 0:
                 stack.callback(os.close, fd)
         network.publish(vm)
+        remove_file(vm.log_file)  # the daemons begin it
         shares = serve_shares(cloud.config, vm, stack)
         launch(vm, describe_machine(cloud, vm, iso, gui, layer), network, tap, vhost, shares, tied)
         forwarder.serve(vm, listeners)
@@ -10047,7 +10047,7 @@ def examine_vms(patient: Patient) -> str:
         if vm.is_readable():
             examine_disks(patient, vm, followed)
             problem = result_of(lambda vm: check_shares(patient.config, vm, vm.get("vmShares")), vm)
-            if problem:
+            if isinstance(problem, Error):
                 patient.tell(WARNING, f"{vm.full_name}: {problem}", problem.hint)
     for vm, state in zip(vms, in_parallel(guest_state, vms)):
         if state not in AT_WORK:

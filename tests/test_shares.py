@@ -106,9 +106,11 @@ def test_a_daemon_that_translates_none(blank: Cloud) -> None:
 def test_a_daemon_that_ends(blank: Cloud) -> None:
     """What it says is the error, and nothing is left."""
     (blank.home / "src").mkdir()
-    fake_daemon(blank, 'case $1 in --help) ;; *) echo "no such luck"; exit 1;; esac')
-    failed = blank.run("vminstantiate", "-n", "blank", "-o", "share=src:/src")
+    asked = blank.home / "asked"
+    fake_daemon(blank, f'case $1 in --help) echo >>{asked};; *) echo "no such luck"; exit 1;; esac')
+    failed = blank.run("vminstantiate", "-n", "blank", "-o", "share=src:/src,src:/other")
     assert failed.status == 1 and "qemu did not start: no such luck" in failed.stderr, repr(failed)
+    assert len(asked.read_text().splitlines()) == 2  # before VMs are made, and at the start
     assert not blank.groups()
 
 
