@@ -1217,8 +1217,9 @@ def choose_installer(release: Mapping[str, str]) -> tuple[str, int]:
 
 def package_of(program: str, column: int) -> str:
     """The package that brings a program; the program's own name where the table has nothing else."""
+    names = (program, f"{program}@{os_release().get('VERSION_CODENAME')}")
     rows = (line.split() for line in packaged_list("packages"))
-    return next((packages[column] for name, *packages in rows if name == program), program)
+    return next((packages[column] for name, *packages in rows if name in names), program)
 
 
 def install_command(*programs: str) -> str:
@@ -5246,9 +5247,11 @@ def choose_virtiofsd(config: Config, login: str) -> tuple[list[str], list[str]]:
     if login != "root":
         hint = "set vmVirtiofsd to a virtiofsd 1.13 or newer, which translates ids"
         raise Error(f"share=: by {path} your files are root's in the guest, and its vmUser is {login}", hint)
-    of_user = ["unshare", *space, "--map-user=0", "--map-group=0", "--map-groups=auto"]
-    of_root = ["setpriv", "--clear-groups", "unshare", *space, "--map-root-user"]
-    return of_user if os.geteuid() else of_root, [path, "-f", "-o", "source=/mnt,sandbox=chroot,log_level=err"]
+    daemon = [path, "-f", "-o", "source=/mnt,sandbox=chroot,log_level=err"]
+    if os.geteuid():
+        need_program("newgidmap")
+        return ["unshare", *space, "--map-user=0", "--map-group=0", "--map-groups=auto"], daemon
+    return ["setpriv", "--clear-groups", "unshare", *space, "--map-root-user"], daemon
 
 
 def serve_shares(config: Config, vm: VM, stack: Any) -> list[int]:

@@ -103,6 +103,21 @@ def test_a_daemon_that_translates_none(blank: Cloud) -> None:
     blank.run("vminstantiate", "-n", "blank", "-o", "share=src:/src").fails(127, "virtiofsd: not found", "install")
 
 
+def test_a_users_daemon_needs_other_gids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it translates none: unshare(1) calls newgidmap."""
+    there = {name: name for name in ("virtiofsd", "newgidmap")}
+    monkeypatch.setenv("NOCLOUD_vmVirtiofsd", "virtiofsd")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(nocloud, "find_program", lambda name: there.get(name, ""))
+    monkeypatch.setattr(nocloud, "run", lambda argv, **how: subprocess.CompletedProcess(argv, 0, ""))
+    config = nocloud.load_config()
+    assert "--map-groups=auto" in nocloud.choose_virtiofsd(config, "root")[0]
+    del there["newgidmap"]
+    with pytest.raises(nocloud.MissingProgram, match="newgidmap: not found"):
+        nocloud.choose_virtiofsd(config, "root")
+    assert [nocloud.package_of("newgidmap", column) for column in range(3)] == ["uidmap", "shadow-utils", "shadow"]
+
+
 def test_a_daemon_that_ends(blank: Cloud) -> None:
     """What it says is the error, and nothing is left."""
     (blank.home / "src").mkdir()
