@@ -2394,7 +2394,7 @@ class Tree:
 
     def need(
         self,
-        words: str,
+        words: str | None,
         group: str | None = None,
         type: str | None = None,
         *,
@@ -2409,6 +2409,8 @@ class Tree:
         templates for what is mostly done to templates.  Without `first` no guess is made: it may be destroyed.
         Raises NotFound: where none fits with the nearest name, where several do with all their names.
         """
+        if words is None:
+            raise UsageError("which VM? give -n NAME", VMS_HINT)
         if address_of and re.fullmatch(r"[0-9]+(\.[0-9]+){3}", words):
             found = [vm for vm in self.running() if address_of(vm) == words]
         else:
@@ -10985,16 +10987,15 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
 def cmd_port(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """publish a VM's TCP ports on this host, until it is destroyed: 8080:80, on 127.0.0.1 if no IP is said"""
     with Cloud(config) as cloud:
-        vm = cloud.tree.need(args.name, args.group, args.type, first=VM.is_running) if args.name is not None else None
-        if args.list:
+        every = args.list and args.name is None
+        vm = None if every else cloud.tree.need(args.name, args.group, args.type, first=VM.is_running)
+        if not vm or args.list:
             no_more(words)
             cloud.tree.need_group(args.group, args.type)
             for each in [vm] if vm else cloud.tree.vms(args.group or "", args.type or ""):
                 for ip, host, guest in ports_of(each):
                     report.data(f"{each.name} {each.place} {ip}:{host} {guest}")
             return
-        if not vm:
-            raise UsageError("which VM? give -n NAME", "vmport -L lists what is published")
         asked = checked(PORTS, one_operand(words, "[IP:]HOST:GUEST") or "-", repr(words[0]))
         with FolderLock(vm.folder):
             vm.reread()
@@ -11103,8 +11104,6 @@ def vms_to_stop(cloud: Cloud, args: argparse.Namespace) -> list[VM]:
 
 def running_vm(cloud: Cloud, words: str | None, group: str | None = None, type: str | None = None) -> VM:
     """The running VM that `words`, -g and -t mean."""
-    if words is None:
-        raise UsageError("which VM? give -n NAME", "vmrunning lists them")
     vm = cloud.tree.need(words, group, type, first=VM.is_running, address_of=lambda vm: address_of(cloud, vm))
     state, _ = vm.state()
     if state != "running":
@@ -11272,8 +11271,6 @@ def become_cat(cloud: Cloud, vm: VM, source: str, target: str) -> None:
 )
 def cmd_vm(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """run a VM and connect to it by ssh"""
-    if not args.name:
-        raise UsageError("which VM? give -n NAME", "vmrunning -a lists them, vmtemplate --list the templates")
     iso = "" if args.iso in (None, "none") else find_iso(config, args.iso)
     with Cloud(config) as cloud:
         if args.group:
@@ -11475,8 +11472,6 @@ def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> N
 )
 def cmd_log(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """show what a VM wrote on its serial console since it was started"""
-    if args.name is None:
-        raise UsageError("which VM? give -n NAME", "vmrunning -a lists them")
     with Cloud(config) as cloud:
         vm = cloud.tree.need(args.name, args.group, args.type, first=VM.is_running)
     state, pid = vm.state() if args.follow else ("", 0)
