@@ -10706,11 +10706,9 @@ def one_operand(words: Sequence[str], name: str) -> str:
 GROUP = Option("-g --group GROUP", "only this group")
 TYPE = Option("-t --type TYPE", "only this type")
 FORCE = Option("--force", "though it is more memory than the host has")
-RUNNING_VM_OPTIONS = (
-    Option("-n --name NAME", "the VM: NAME, GROUP/NAME or GROUP/TYPE/NAME", complete="running-vm"),
-    Option("-g --group GROUP", "the group it is in"),
-    Option("-t --type TYPE", "the type it is of"),
-)
+WHICH_VM = "the VM: NAME, GROUP/NAME or GROUP/TYPE/NAME"
+VM_OPTIONS = (Option("-n --name NAME", WHICH_VM, complete="vm"), GROUP, TYPE)
+RUNNING_VM_OPTIONS = (Option("-n --name NAME", WHICH_VM, complete="running-vm"), GROUP, TYPE)
 
 
 def _digest(algorithm: str) -> Callable[[str], str]:
@@ -10978,9 +10976,7 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
 
 @declare(
     Command("port", "vmport", "[[IP:]HOST:GUEST]"),
-    Option("-n --name NAME", "the VM: NAME, GROUP/NAME or GROUP/TYPE/NAME", complete="vm"),
-    GROUP,
-    TYPE,
+    *VM_OPTIONS,
     Option("-L --list", "list published ports: NAME GROUP/TYPE IP:HOST GUEST"),
     Option("--delete", "publish it no more"),
 )
@@ -11465,8 +11461,7 @@ def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> N
 
 @declare(
     Command("log", "vmlog"),
-    Option("-n --name NAME", "the VM: NAME, GROUP/NAME or GROUP/TYPE/NAME", complete="vm"),
-    *RUNNING_VM_OPTIONS[1:],
+    *VM_OPTIONS,
     Option("-f --follow", "go on with what comes, until it ends"),
     Option("-q --qemu", "what its qemu said, instead"),
 )
