@@ -751,7 +751,7 @@ _PORT = "(?:[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9
 _PUBLISHED = rf"(?:(?!22[4-9]|2[3-5][0-9]){_IPV4}:)?{_PORT}:(?!0+\b){_PORT}"
 PORTS = matching(rf"({_PUBLISHED}(,{_PUBLISHED})*)?", "[IP:]HOST:GUEST, ports of TCP (no others), comma-separated")
 _SHARE = r"/[^:,\0-\x1f]*:(?:/[.]*[\w@+-][\w.@+-]*)+(?::rw)?"
-SHARES = matching(rf"(?a:({_SHARE}(,{_SHARE}){{0,7}})?)", "HOSTDIR:GUESTDIR[:rw], plain paths, at most 8")
+SHARES = matching(rf"(?a:{_SHARE}(,{_SHARE}){{0,7}})", "HOSTDIR:GUESTDIR[:rw], plain paths, at most 8")
 IMAGE_FORMATS = matching("(qcow2|raw)(,(qcow2|raw))*", "qcow2 or raw for each disk, comma-separated")
 MACHINE_TYPE = matching("[A-Za-z0-9][A-Za-z0-9._+-]{0,63}", "a machine type of qemu, as pc-q35-7.2")
 MEMORY_MB = whole_number(16, 16 * 1024 * 1024, "MB")
@@ -1228,8 +1228,9 @@ def choose_installer(release: Mapping[str, str]) -> tuple[str, int]:
 
 def package_of(program: str, column: int) -> str:
     """The package that brings a program; the program's own name where the table has nothing else."""
+    names = (program, f"{program}@{os_release().get('VERSION_CODENAME')}")
     rows = (line.split() for line in packaged_list("packages"))
-    return next((packages[column] for name, *packages in rows if name == program), program)
+    return next((packages[column] for name, *packages in rows if name in names), program)
 
 
 def install_command(*programs: str) -> str:
@@ -1906,12 +1907,17 @@ def listen_unix(folder: str, name: str) -> socket.socket:
 
     place = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     path, listener = f"/proc/self/fd/{place}/{name}", sockets.socket(sockets.AF_UNIX)
-    remove_file(path)
-    listener.bind(path)
-    os.chmod(path, 0o600)  # in time: nobody can connect before listen(2)
-    listener.listen()
-    os.close(place)
-    return listener
+    try:
+        remove_file(path)
+        listener.bind(path)
+        os.chmod(path, 0o600)  # in time: nobody can connect before listen(2)
+        listener.listen()
+        return listener
+    except OSError:
+        listener.close()
+        raise
+    finally:
+        os.close(place)
 
 
 def parse_qmp(line: bytes | str) -> dict[str, Any]:
@@ -2416,7 +2422,7 @@ class Tree:
 
     def need(
         self,
-        words: str,
+        words: str | None,
         group: str | None = None,
         type: str | None = None,
         *,
@@ -2431,6 +2437,8 @@ class Tree:
         templates for what is mostly done to templates.  Without `first` no guess is made: it may be destroyed.
         Raises NotFound: where none fits with the nearest name, where several do with all their names.
         """
+        if words is None:
+            raise UsageError("which VM? give -n NAME", VMS_HINT)
         if address_of and re.fullmatch(r"[0-9]+(\.[0-9]+){3}", words):
             found = [vm for vm in self.running() if address_of(vm) == words]
         else:
@@ -5235,9 +5243,11 @@ def parse_shares(text: str) -> list[tuple[str, str, bool]]:
     return [(host, guest, bool(rw)) for host, guest, *rw in (each.split(":") for each in text.split(",") if each)]
 
 
-def check_shares(config: Config, vm: VM, shares: str) -> None:
-    """Raise where a VM, or a clone of this template, can't share these folders, or one is not the user's own, or has to
-    do with one that no guest may see."""
+def check_shares(config: Config, vm: VM, shares: str) -> tuple[list[str], list[str]]:
+    """What serves them, as choose_virtiofsd() says.  Raises where a VM, or a clone of this template, can't share these
+    folders, or one is not the user's own, or has to do with one that no guest may see."""
+    if not shares:
+        return [], []
     for host, _, _ in parse_shares(shares):
         if os.path.realpath(host) != host or not os.path.isdir(host):
             raise NotFound(f"share={host}: no such folder", f"mkdir -p {quoted(host)}")
@@ -5247,10 +5257,9 @@ def check_shares(config: Config, vm: VM, shares: str) -> None:
             secret = os.path.realpath(os.path.expanduser(place))
             if os.path.commonpath((secret, host)) in (secret, host):
                 raise UsageError(f"share={host}: no guest may get at {secret}", "share another folder")
-    if shares and "q35" not in vm.get("vmMachine"):
+    if "q35" not in vm.get("vmMachine"):
         raise Error("share=: only machines of type q35 share folders", f"see vmMachine in {vm.conf_file}")
-    if shares:
-        choose_virtiofsd(config, vm.get("vmUser"))
+    return choose_virtiofsd(config, vm.get("vmUser"))
 
 
 def choose_virtiofsd(config: Config, login: str) -> tuple[list[str], list[str]]:
@@ -5269,19 +5278,19 @@ def choose_virtiofsd(config: Config, login: str) -> tuple[list[str], list[str]]:
     if login != "root":
         hint = "set vmVirtiofsd to a virtiofsd 1.13 or newer, which translates ids"
         raise Error(f"share=: by {path} your files are root's in the guest, and its vmUser is {login}", hint)
-    of_user = ["unshare", *space, "--map-user=0", "--map-group=0", "--map-groups=auto"]
-    of_root = ["setpriv", "--clear-groups", "unshare", *space, "--map-root-user"]
-    return of_user if os.geteuid() else of_root, [path, "-f", "-o", "source=/mnt,sandbox=chroot,log_level=err"]
+    daemon = [path, "-f", "-o", "source=/mnt,sandbox=chroot,log_level=err"]
+    if os.geteuid():
+        need_program("newgidmap")
+        return ["unshare", *space, "--map-user=0", "--map-group=0", "--map-groups=auto"], daemon
+    return ["setpriv", "--clear-groups", "unshare", *space, "--map-root-user"], daemon
 
 
 def serve_shares(config: Config, vm: VM, stack: Any) -> list[int]:
     """Start the daemons of a VM that is to start; qemu's connections to them, which the ExitStack closes.  A daemon
     ends with its connection: with qemu, or, before there is one, with us."""
-    check_shares(config, vm, vm.get("vmShares"))
-    remove_file(vm.log_file)
+    enter, daemon = check_shares(config, vm, vm.get("vmShares"))
     connections = []
     for host, _, writable in parse_shares(vm.get("vmShares")):
-        enter, daemon = choose_virtiofsd(config, vm.get("vmUser"))
         script = ["sh", "-c", need_packaged("share.sh"), "sh", host, "rw" if writable else "ro"]
         with listen_unix(vm.folder, "share.sock") as listener:
             connections.append(stack.enter_context(connect_unix(vm.folder, "share.sock", 5)).fileno())
@@ -8268,6 +8277,7 @@ def start_locked(
             if fd >= 0:
                 stack.callback(os.close, fd)
         network.publish(vm)
+        remove_file(vm.log_file)  # the daemons begin it
         shares = serve_shares(cloud.config, vm, stack)
         launch(vm, describe_machine(cloud, vm, iso, gui, layer), network, tap, vhost, shares, tied)
         forwarder.serve(vm, listeners)
@@ -8788,7 +8798,7 @@ def wait_all(cloud: Cloud, vms: Sequence[VM], seconds: float, limit: str = "") -
 
 def configure_later(cloud: Cloud, vms: Sequence[VM]) -> None:
     """Start a process for the VMs that must be configured over ssh.  What it can't finish, the next vmssh does."""
-    vms = [vm for vm in vms if vm.is_readable()]
+    vms = [vm for vm in vms if vm.is_readable() and vm.get("vmInit") != "none"]
     names = [vm.full_name for vm in vms if vm.get("vmInit") in ("auto", "ssh") or vm.get("vmShares")]
     if names:
         environment = {"NOCLOUD_vmBaseDir": cloud.tree.base}
@@ -9470,6 +9480,8 @@ class Member:
     vm: VM
     process: Process
     ready: bool = False
+    full: bool = False  # the disk under it is, so its guest is paused
+    lost: bool = False  # it has lost a shared folder, which doesn't come back while it runs
 
 
 # What the loop is about: the group runs; or vmrun ends, and its VMs are destroyed, stopped and kept, or left running.
@@ -9495,7 +9507,6 @@ class Supervisor:
         self._jobs: set[Any] = set()  # the futures of workers
         self._starting, self._ending = True, RUN
         self._look_at = time.monotonic() + LOOK_SECONDS
-        self._stuck: set[str] = set()  # the guests that a full disk has paused
         self._progress = WaitProgress()
         self._posts: deque[Callable[[], None]] = deque()
         self._selector = selectors.DefaultSelector()
@@ -9606,21 +9617,25 @@ class Supervisor:
         for vm in self.cloud.tree.vms(self.group):
             if vm.folder not in self._members and vm.is_running():
                 self._adopt(vm, "has joined")
-        vms = [member.vm for member in self._members.values()]
-        told = self._stuck or any(vm.is_readable() and vm.get("vmShares") for vm in vms)
-        if not self._jobs and (told or free_bytes(self.cloud.tree.base) < RESERVE):
-            self._job(lambda: in_parallel(wake, vms), lambda states: self._awake(vms, states))
+        low = free_bytes(self.cloud.tree.base) < RESERVE
+        members = self._members.values()
+        asked = [each for each in members if low or each.full or (each.vm.is_readable() and each.vm.get("vmShares"))]
+        if asked and not self._jobs:
+            self._job(lambda: in_parallel(wake, [each.vm for each in asked]), lambda states: self._awake(asked, states))
 
-    def _awake(self, vms: Sequence[VM], states: Sequence[str]) -> None:
+    def _awake(self, members: Sequence[Member], states: Sequence[str]) -> None:
         """Log whose disk has become full, who could go on, and who has lost a shared folder."""
-        for vm, state in zip(vms, states):
-            if state == DISK_FULL and vm.name not in self._stuck:
+        for member, state in zip(members, states):
+            vm = member.vm
+            if state == DISK_FULL and not member.full:
                 report.log(f"{vm.name} is {state}, and goes on when there is room in {vm.folder}")
-            elif state == SHARE_LOST and vm.name not in self._stuck:
+                member.full = True
+            elif state == SHARE_LOST and not member.lost:
                 report.log(f"{vm.name} is {state}: {remedy(vm, state)}")
-            elif state == "running" and vm.name in self._stuck:
+                member.lost = True
+            elif state in ("running", SHARE_LOST) and member.full:
                 report.log(f"{vm.name} goes on")
-        self._stuck = {vm.name for vm, state in zip(vms, states) if state in (DISK_FULL, SHARE_LOST)}
+                member.full = False
 
     # workers
 
@@ -10070,7 +10085,7 @@ def examine_vms(patient: Patient) -> str:
         if vm.is_readable():
             examine_disks(patient, vm, followed)
             problem = result_of(lambda vm: check_shares(patient.config, vm, vm.get("vmShares")), vm)
-            if problem:
+            if isinstance(problem, Error):
                 patient.tell(WARNING, f"{vm.full_name}: {problem}", problem.hint)
     for vm, state in zip(vms, in_parallel(guest_state, vms)):
         if state not in AT_WORK:
@@ -10724,11 +10739,9 @@ def one_operand(words: Sequence[str], name: str) -> str:
 GROUP = Option("-g --group GROUP", "only this group")
 TYPE = Option("-t --type TYPE", "only this type")
 FORCE = Option("--force", "though it is more memory than the host has")
-RUNNING_VM_OPTIONS = (
-    Option("-n --name NAME", "the VM: NAME, GROUP/NAME or GROUP/TYPE/NAME", complete="running-vm"),
-    Option("-g --group GROUP", "the group it is in"),
-    Option("-t --type TYPE", "the type it is of"),
-)
+WHICH_VM = "the VM: NAME, GROUP/NAME or GROUP/TYPE/NAME"
+VM_OPTIONS = (Option("-n --name NAME", WHICH_VM, complete="vm"), GROUP, TYPE)
+RUNNING_VM_OPTIONS = (Option("-n --name NAME", WHICH_VM, complete="running-vm"), GROUP, TYPE)
 
 
 def _digest(algorithm: str) -> Callable[[str], str]:
@@ -10923,6 +10936,8 @@ def requests_of(config: Config, args: argparse.Namespace) -> tuple[str, list[Clo
             if given is not None:
                 raise UsageError(f"-f and {name} exclude each other", "the description file says it all")
         return group_of_file(args.file) if group is None else group, read_description(args.file, type, args.allow_share)
+    if args.allow_share is not None:
+        raise UsageError("--allow-share goes with -f FILE only")
     if not args.template:
         raise UsageError("which template? give -n TEMPLATE, or -f FILE", TEMPLATES_HINT)
     request = CloneRequest("", args.template, args.count or config.number("vmCount"), type, {})
@@ -10958,9 +10973,9 @@ def cmd_run(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """run a group in the foreground"""
     if sum(each is not None for each in (args.file, args.resume, args.stop)) != 1:
         raise UsageError("give exactly one of -f FILE, -r GROUP and -s GROUP", "-h shows how it is called")
-    for given, name in ((args.group, "--group"), (args.add, "--add"), (args.force, "--force")):
-        if given and args.file is None:
-            raise UsageError(f"{name} goes with -f FILE only")
+    for name in ("group", "allow_share", "add", "force"):
+        if args.file is None and getattr(args, name):
+            raise UsageError(f"--{name.replace('_', '-')} goes with -f FILE only")
     if args.destroy and args.resume is None:
         raise UsageError("--destroy goes with -r GROUP only")
     if args.gui and args.stop is not None:
@@ -10996,25 +11011,22 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
 
 @declare(
     Command("port", "vmport", "[[IP:]HOST:GUEST]"),
-    Option("-n --name NAME", "the VM: NAME, GROUP/NAME or GROUP/TYPE/NAME", complete="vm"),
-    GROUP,
-    TYPE,
+    *VM_OPTIONS,
     Option("-L --list", "list published ports: NAME GROUP/TYPE IP:HOST GUEST"),
     Option("--delete", "publish it no more"),
 )
 def cmd_port(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """publish a VM's TCP ports on this host, until it is destroyed: 8080:80, on 127.0.0.1 if no IP is said"""
     with Cloud(config) as cloud:
-        vm = cloud.tree.need(args.name, args.group, args.type, first=VM.is_running) if args.name is not None else None
-        if args.list:
+        every = args.list and args.name is None
+        vm = None if every else cloud.tree.need(args.name, args.group, args.type, first=VM.is_running)
+        if not vm or args.list:
             no_more(words)
             cloud.tree.need_group(args.group, args.type)
             for each in [vm] if vm else cloud.tree.vms(args.group or "", args.type or ""):
                 for ip, host, guest in ports_of(each):
                     report.data(f"{each.name} {each.place} {ip}:{host} {guest}")
             return
-        if not vm:
-            raise UsageError("which VM? give -n NAME", "vmport -L lists what is published")
         asked = checked(PORTS, one_operand(words, "[IP:]HOST:GUEST") or "-", repr(words[0]))
         with FolderLock(vm.folder):
             vm.reread()
@@ -11124,8 +11136,6 @@ def vms_to_stop(cloud: Cloud, args: argparse.Namespace) -> list[VM]:
 
 def running_vm(cloud: Cloud, words: str | None, group: str | None = None, type: str | None = None) -> VM:
     """The running VM that `words`, -g and -t mean."""
-    if words is None:
-        raise UsageError("which VM? give -n NAME", "vmrunning lists them")
     vm = cloud.tree.need(words, group, type, first=VM.is_running, address_of=lambda vm: address_of(cloud, vm))
     state, _ = vm.state()
     if state != "running":
@@ -11165,9 +11175,9 @@ def wait_login(cloud: Cloud, vm: VM, fresh: bool = False) -> None:
     try:
         if template or seeded or vm.get("vmInit") in ("ssh", "auto"):
             configure(wait, cloud_init=seeded, once=True)
-        mount_shares(wait)
         if template:
             clean_at_shutdown(cloud, vm)
+        mount_shares(wait)  # last: that may fail
     except Error as error:
         report.warn(str(error))
 
@@ -11293,8 +11303,6 @@ def become_cat(cloud: Cloud, vm: VM, source: str, target: str) -> None:
 )
 def cmd_vm(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """run a VM and connect to it by ssh"""
-    if not args.name:
-        raise UsageError("which VM? give -n NAME", "vmrunning -a lists them, vmtemplate --list the templates")
     iso = "" if args.iso in (None, "none") else find_iso(config, args.iso)
     with Cloud(config) as cloud:
         if args.group:
@@ -11489,15 +11497,12 @@ def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> N
 
 @declare(
     Command("log", "vmlog"),
-    Option("-n --name NAME", "the VM: NAME, GROUP/NAME or GROUP/TYPE/NAME", complete="vm"),
-    *RUNNING_VM_OPTIONS[1:],
+    *VM_OPTIONS,
     Option("-f --follow", "go on with what comes, until it ends"),
     Option("-q --qemu", "what its qemu said, instead"),
 )
 def cmd_log(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """show what a VM wrote on its serial console since it was started"""
-    if args.name is None:
-        raise UsageError("which VM? give -n NAME", "vmrunning -a lists them")
     with Cloud(config) as cloud:
         vm = cloud.tree.need(args.name, args.group, args.type, first=VM.is_running)
     state, pid = vm.state() if args.follow else ("", 0)

@@ -121,10 +121,13 @@ def test_the_distribution_says_how_packages_are_installed(
     assert nocloud.choose_installer(nocloud.parse_os_release(f"{release}\nVERSION_ID=1\n")) == chosen
 
 
-def test_each_distribution_has_its_own_packages() -> None:
+def test_each_distribution_has_its_own_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {program: [nocloud.package_of(program, column) for column in range(3)] for program in ("qemu-img", "ip")}
     assert names == {"qemu-img": ["qemu-utils", "qemu-img", "qemu-img"], "ip": ["iproute2", "iproute", "iproute2"]}
     assert nocloud.package_of("no-such-program", 1) == "no-such-program"
+    for name, package in (("bookworm", "qemu-system-common"), ("trixie", "virtiofsd")):
+        monkeypatch.setattr(nocloud, "os_release", lambda: {"VERSION_CODENAME": name})  # noqa: B023
+        assert nocloud.package_of("virtiofsd", 0) == package
     assert all(len(line.split()) == 4 for line in nocloud.packaged_list("packages"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import threading
 import time
@@ -186,3 +187,12 @@ def test_a_folder_with_a_long_path(tmp_path: Path) -> None:
     link.symlink_to(folder)
     with server(link, lambda c, r: reply(c, r, **{"return": 3})), nocloud.QMP(str(folder)) as qmp:
         assert qmp.execute("x") == 3
+
+
+def test_a_socket_that_cannot_be_made_leaves_nothing_open(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for name, error in (("x" * 108, "too long"), ("folder", "directory")):
+        before = os.listdir("/proc/self/fd")
+        with pytest.raises(OSError, match=error) as raised:
+            nocloud.listen_unix(str(tmp_path), name)
+        assert raised.tb and os.listdir("/proc/self/fd") == before

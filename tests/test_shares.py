@@ -6,6 +6,7 @@ import hashlib
 import os
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,8 @@ def test_what_no_guest_may_see(blank: Cloud) -> None:
     blank.run("vminstantiate", "-n", "blank", "-o", f"share={home}/none:/x").says(
         1, f"share={home}/none: no such folder", f"mkdir -p {home}/none"
     )
-    blank.run("vminstantiate", "-n", "blank", "-o", "share=:/x").says(2, f"-o: share=:/x: expected {EXPECTED}")
+    for given, value in (("share=:/x", ":/x"), ("share=", ""), ("share", "")):
+        blank.run("vminstantiate", "-n", "blank", "-o", given).says(2, f"-o: share={value}: expected {EXPECTED}")
     foreign = "/proc/1" if os.geteuid() else f"{home}/free"
     if not os.geteuid():
         os.chown(foreign, 65534, 65534)
@@ -101,12 +103,29 @@ def test_a_daemon_that_translates_none(blank: Cloud) -> None:
     blank.run("vminstantiate", "-n", "blank", "-o", "share=src:/src").fails(127, "virtiofsd: not found", "install")
 
 
+def test_a_users_daemon_needs_other_gids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it translates none: unshare(1) calls newgidmap."""
+    there = {name: name for name in ("virtiofsd", "newgidmap")}
+    monkeypatch.setenv("NOCLOUD_vmVirtiofsd", "virtiofsd")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(nocloud, "find_program", lambda name: there.get(name, ""))
+    monkeypatch.setattr(nocloud, "run", lambda argv, **how: subprocess.CompletedProcess(argv, 0, ""))
+    config = nocloud.load_config()
+    assert "--map-groups=auto" in nocloud.choose_virtiofsd(config, "root")[0]
+    del there["newgidmap"]
+    with pytest.raises(nocloud.MissingProgram, match="newgidmap: not found"):
+        nocloud.choose_virtiofsd(config, "root")
+    assert [nocloud.package_of("newgidmap", column) for column in range(3)] == ["uidmap", "shadow-utils", "shadow"]
+
+
 def test_a_daemon_that_ends(blank: Cloud) -> None:
     """What it says is the error, and nothing is left."""
     (blank.home / "src").mkdir()
-    fake_daemon(blank, 'case $1 in --help) ;; *) echo "no such luck"; exit 1;; esac')
-    failed = blank.run("vminstantiate", "-n", "blank", "-o", "share=src:/src")
+    asked = blank.home / "asked"
+    fake_daemon(blank, f'case $1 in --help) echo >>{asked};; *) echo "no such luck"; exit 1;; esac')
+    failed = blank.run("vminstantiate", "-n", "blank", "-o", "share=src:/src,src:/other")
     assert failed.status == 1 and "qemu did not start: no such luck" in failed.stderr, repr(failed)
+    assert len(asked.read_text().splitlines()) == 2  # before VMs are made, and at the start
     assert not blank.groups()
 
 
@@ -119,6 +138,107 @@ def test_the_folder_is_the_one_that_was_checked(tmp_path: Path) -> None:
                 ["sh", "-c", script, "sh", folder, "rw", "true"], cwd=cwd, capture_output=True, text=True, check=False
             )
             assert (done.returncode, done.stderr) == (1, f"{folder} is not the folder that it was\n")
+
+
+@pytest.fixture
+def guest(tmp_path: Path) -> Callable[..., subprocess.Popen[bytes]]:
+    """Runs shares.sh for these SHARES as in a guest whose /etc, and /proc with what is mounted, are in this folder."""
+    for name in ("etc", "proc", "bin", "mnt"):
+        (tmp_path / name).mkdir()
+    mounts = tmp_path / "proc/mounts"
+    (tmp_path / "etc/fstab").write_text(
+        "/dev/vda1 / ext4 rw 0 1\nshare7 /gone virtiofs ro,nofail 0 0\n/a\\040b /swap none swap sw"
+    )
+    mounts.write_text("/dev/vda1 / ext4 rw 0 0\n")
+    scripts = {
+        "mount": f'echo "$@" >>{tmp_path}/calls; echo "$5 $6 virtiofs $4,relatime 0 0" >>{mounts}',
+        "umount": f'echo "umount $@" >>{tmp_path}/calls; sed -i "\\| $1 |d" {mounts}',
+    }
+    for name, text in scripts.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n[ $# = {6 if name == 'mount' else 1} ] || exit 9\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    path = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+
+    def run(shares: str, before: str = "") -> subprocess.Popen[bytes]:
+        script = before + nocloud.guest_script("shares.sh", SHARES=shares)
+        for place in ("/etc", "/proc"):
+            script = script.replace(place, f"{tmp_path}{place}")
+        with (tmp_path / "said").open("a") as said:
+            return subprocess.Popen(["sh", "-c", script], env=os.environ | path, stderr=said)
+
+    return run
+
+
+def test_what_a_guest_mounts(guest: Callable[..., subprocess.Popen[bytes]], tmp_path: Path) -> None:
+    """Only what it hasn't yet; what isn't asked for any more goes."""
+    fstab, calls, a, b = tmp_path / "etc/fstab", tmp_path / "calls", tmp_path / "mnt/a", tmp_path / "mnt/b"
+    fstab.chmod(0o640)
+    own = "/dev/vda1 / ext4 rw 0 1\n/a\\040b /swap none swap sw\n"
+    entries = f"share0 {a} virtiofs ro,nofail 0 0\nshare1 {b} virtiofs rw,nofail 0 0\n"
+    for shares, text, called in (
+        (f"share0 {a} ro\nshare1 {b} rw", own + entries, ["ro share0", "rw share1"]),
+        (f"share0 {a} ro\nshare1 {b} rw", own + entries, []),
+        (f"share0 {a} rw", f"{own}share0 {a} virtiofs rw,nofail 0 0\n", [f"umount {a}", f"umount {b}", "rw share0"]),
+        ("", own, [f"umount {a}"]),
+    ):
+        calls.write_text("")
+        assert (guest(shares).wait(), (tmp_path / "said").read_text(), fstab.read_text()) == (0, "", text)
+        said = [line.removeprefix("-t virtiofs -o ") for line in calls.read_text().splitlines()]
+        assert [line if "umount" in line else line.rpartition(" ")[0] for line in said] == called
+    assert fstab.stat().st_mode & 0o777 == 0o640 and os.listdir(tmp_path / "etc") == ["fstab"]
+
+
+def test_guests_that_mount_twice_at_once(guest: Callable[..., subprocess.Popen[bytes]], tmp_path: Path) -> None:
+    shares, fstab = f"share0 {tmp_path}/mnt/a ro", tmp_path / "etc/fstab"
+    for number in range(50):
+        assert [each.wait() for each in [guest(shares), guest(shares)]] == [0, 0]
+        lines = fstab.read_text().splitlines()
+        assert [line.split()[0] for line in lines] == ["/dev/vda1", "/a\\040b", "share0"], number
+    assert len((tmp_path / "calls").read_text().splitlines()) == 1
+
+
+def test_a_guest_whose_disk_is_full_keeps_its_fstab(
+    guest: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    before = (tmp_path / "etc/fstab").read_text()
+    assert guest("", "ulimit -f 0\n").wait()
+    assert (tmp_path / "etc/fstab").read_text() == before
+
+
+LOGIN = """
+def mount_shares(wait):
+    raise nocloud.Error("no virtiofs")
+nocloud.wait_ssh = nocloud.pin_host_key = nocloud.find_init_kind = lambda wait: None
+nocloud.configure = lambda *given, **options: None
+nocloud.mount_shares, nocloud.clean_at_shutdown = mount_shares, lambda cloud, vm: print("cleans itself")
+with nocloud.Cloud(nocloud.load_config()) as cloud:
+    vm = cloud.tree.need("blank")
+    vm.write_conf({"vmInit": "ssh"})
+    nocloud.wait_login(cloud, vm, fresh=True)
+"""
+
+
+def test_a_template_that_cannot_mount_cleans_itself(blank: Cloud) -> None:
+    said = blank.script(LOGIN).ok()
+    assert said.stdout == "cleans itself\n" and "no virtiofs" in said.stderr
+
+
+CONFIGURED = """
+nocloud.spawn = lambda argv, **options: print(*argv[argv.index("configure"):])
+with nocloud.Cloud(nocloud.load_config()) as cloud:
+    vm = cloud.tree.need("blank")
+    for kind in ("ssh", "cloud-init", "none"):
+        for shares in ("", "/a:/a"):
+            vm.write_conf({"vmInit": kind, "vmShares": shares})
+            print(kind, shares)
+            nocloud.configure_later(cloud, [vm])
+"""
+
+
+def test_who_has_work_left_when_nobody_waits(blank: Cloud) -> None:
+    work = "configure templates/blank"
+    lines = ["ssh ", work, "ssh /a:/a", work, "cloud-init ", "cloud-init /a:/a", work, "none ", "none /a:/a"]
+    assert blank.script(CONFIGURED).ok().lines == lines
 
 
 def daemons(cloud: Cloud) -> list[int]:

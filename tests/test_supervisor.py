@@ -538,3 +538,48 @@ def test_a_daemon_of_a_shared_folder_that_ended_is_told(blank: Cloud) -> None:
     eventually(lambda: any(line.startswith(told) for line in run.log()), "it is told", 60)
     assert not until(lambda: sum(line.startswith(told) for line in run.log()) > 1, 5)  # two looks more
     run.stops(signal.SIGINT)
+
+
+LOOKS = """
+asked = []
+def wake(vm, resume=False):
+    asked.append(vm.name)
+    return states[vm.name].pop(0)
+nocloud.wake, nocloud.free_bytes = wake, lambda path: free.pop(0)
+with nocloud.Cloud(nocloud.load_config()) as cloud:
+    loop = nocloud.Supervisor(cloud, "group", nocloud.DESTROY, lambda status: None)
+    loop._starting = False
+    for vm in cloud.tree.vms("group"):
+        loop._members[vm.folder] = nocloud.Member(vm, None)
+    lost, full = nocloud.SHARE_LOST, nocloud.DISK_FULL
+    states = {"a00": [lost, "running", lost, full, lost, lost], "b00": [full, "running"]}
+    free = [1 << 40] * 3 + [0] + [1 << 40] * 2
+    while free:
+        loop._look_at = 0
+        loop._look()
+        while loop._jobs:
+            for key, _ in loop._selector.select():
+                key.data()
+        print(*sorted(asked))
+        asked.clear()
+"""
+
+
+def test_who_is_looked_at_and_what_is_told_once(blank: Cloud) -> None:
+    """A look that failed says `running`; who has lost a folder may fill the disk, too."""
+    for name in ("a", "b"):
+        blank.run("vminstantiate", "-n", "blank", "-g", "group", "-o", f"name={name}").ok()
+    blank.run("vmstop", "-g", "group", "--kill").ok()
+    with (blank.folder("group/default/a00") / "a00.conf").open("a") as conf:
+        conf.write(f"vmShares={blank.home}:/home\n")
+    said = "\n".join(blank.script(LOOKS).ok().lines)
+    lost, full = (
+        "is running (without a shared folder): vmstop",
+        "is paused (disk full), and goes on when there is room in",
+    )
+    patterns = [
+        *(f".*a00 {lost} .*", "a00", "a00", "a00"),
+        *(f".*a00 {full} .*", f".*b00 {full} .*", "a00 b00"),
+        *(".*a00 goes on", ".*b00 goes on", "a00 b00", "a00"),
+    ]
+    assert re.fullmatch("\n".join(patterns).replace("(", r"\(").replace(")", r"\)"), said), said
