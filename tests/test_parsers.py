@@ -83,6 +83,12 @@ class Parsers:
     def parse_ports(self, data: bytes) -> object:
         return nocloud.parse_ports(nocloud.checked(nocloud.PORTS, text(data), "port="))
 
+    def parse_shares(self, data: bytes) -> object:
+        return nocloud.parse_shares(nocloud.checked(nocloud.SHARES, text(data), "share="))
+
+    def png_of(self, data: bytes) -> object:
+        return nocloud.png_of(data)
+
     def monitors(self, data: bytes) -> object:
         process = nocloud.QemuProcess(0)
         process.words = data.decode("utf-8", "surrogateescape").split("\0")
@@ -102,6 +108,7 @@ WORDS = [
     b"10.0.0.2", b"x1.img", b"vmMem", b"vmUser", b"name", b"user-data", b"debian:1:web:", b"[x]\n", b"image", b"uuid",
     b"http://[::1", b"https://x/", b"include ", b"allow", b"-monitor\0", b"-mon\0", b"-chardev\0", b"unix:",
     b"telnet:", b"ID=", b"mac=", b"-1", b"1e9",
+    b"/a:/b:rw", b"P6\n", b"1 1\n255\n",
 ]  # fmt: skip
 ANY = st.one_of(
     st.binary(max_size=200),
