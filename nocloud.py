@@ -9327,6 +9327,7 @@ def log_pieces(process: Process | None, path: str, old: str = "") -> Iterator[by
                 yield from rest(old, log.tell())
                 log.seek(0)
             yield from iter(lambda: log.read(65536), b"")
+            yield b""  # nothing more just now
             if ended:
                 return
 
@@ -11503,6 +11504,8 @@ def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> N
 )
 def cmd_log(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """show what a VM wrote on its serial console since it was started"""
+    import select
+
     with Cloud(config) as cloud:
         vm = cloud.tree.need(args.name, args.group, args.type, first=VM.is_running)
     state, pid = vm.state() if args.follow else ("", 0)
@@ -11510,8 +11513,12 @@ def cmd_log(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     if not os.path.exists(paths[0]):
         raise NotFound(f"it has no {os.path.basename(paths[0])}: nocloud hasn't started it yet", vm=vm)
     pieces = log_pieces(Process(pid) if state == "running" else None, *paths)
+    reader = select.poll()
+    reader.register(1, 0)
     for piece in for_terminal(pieces) if os.isatty(1) else pieces:
         write_all(1, piece)
+        if reader.poll(0):  # `vmlog -f | grep -m 1 login`: nobody reads any more
+            return
 
 
 @declare(Command("manage", "vmmanage", "[WORDS...]"), *RUNNING_VM_OPTIONS)

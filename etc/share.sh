@@ -7,7 +7,7 @@ if [ "$(pwd -P)" != "$1" ] || [ ! -O . ]; then
     echo "$1 is not the folder that it was" >&2
     exit 1
 fi
-if ! mount -n --bind . /mnt; then
+if ! mount -n --bind . /mnt 2>/dev/null; then
     echo "$1 can't be mounted: perhaps other file systems are mounted in it" >&2
     exit 1
 fi

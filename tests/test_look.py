@@ -199,6 +199,13 @@ def test_log_goes_on_until_the_vm_ends(still: Cloud) -> None:
         assert still.run("vmlog", "-n", "web00", *words).ok().stdout == everything
 
 
+def test_log_ends_with_its_reader(still: Cloud) -> None:
+    log = still.spawn("vmlog", "-f", "-n", "web00")
+    assert log.stdout
+    log.stdout.close()
+    assert log.wait(20) == 0
+
+
 RAW = b"\x1b[1;31mred\x1b[0m\r\n\x07\xc3\xa9\t\x1b]0;title\x1b\\\x1b(B\x9bx\x1b]2;\x07\x1b[2Jend"
 SHOWN = "red\n\\x07\xe9\t\ufffdxend"
 
