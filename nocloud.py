@@ -7229,19 +7229,20 @@ def plan_build(suite: str, more: Sequence[str], gigabytes: int) -> Build:
     """What is to be built; raises for what can be known to be missing before the work starts."""
     if not re.fullmatch(r"[a-z][a-z0-9.-]{0,62}", suite):
         raise UsageError(f"{suite!r} is no name of a suite", BUILD_HINT)
-    for name in ("mmdebstrap", "mke2fs", "debugfs", "qemu-img"):
-        need_program(name)
-    if os.uname().machine != "x86_64":
-        raise Error("templates are built on x86-64 only", "vmtemplate NAME --image FILE takes an image")
-    if os.geteuid() != 0:
-        check_subordinate_ids()
+    check_builder()
     build = Build(suite, more, gigabytes)
     build.sources = package_sources(suite, build.distribution, host_archives(), os_release())
     return build
 
 
-def check_subordinate_ids() -> None:
-    """mmdebstrap needs a range of uids to be root over, unless it is root."""
+def check_builder() -> None:
+    """Raise where no template can be built.  mmdebstrap needs a range of uids to be root over, unless it is root."""
+    for name in ("mmdebstrap", "mke2fs", "debugfs", "qemu-img"):
+        need_program(name)
+    if os.uname().machine != "x86_64":
+        raise Error("templates are built on x86-64 only", "vmtemplate NAME --image FILE takes an image")
+    if os.geteuid() == 0:
+        return
     need_program("newuidmap")
     user, names = user_name(), ("/etc/subuid", "/etc/subgid")
     ranges = {name: read_existing(name) for name in names}
@@ -10174,6 +10175,15 @@ def examine_keys(patient: Patient) -> str:
     return f"{plural(len(user_keys('.pub')), 'key')} of yours, and nocloud's own"
 
 
+def examine_building(patient: Patient) -> str:
+    """VMs of other templates don't need it."""
+    try:
+        check_builder()
+    except Error as error:
+        patient.tell(WARNING, f"no template can be built here: {error}", error.hint)
+    return "vmtemplate --build has what it needs"
+
+
 # -- the private network
 
 
@@ -10425,6 +10435,7 @@ CHECKS: dict[str, Check] = {
     "acceleration": examine_acceleration,
     "ssh": lambda patient: f"{need_program('ssh')}, {need_program('ssh-keygen')}",
     "keys": examine_keys,
+    "building": examine_building,
     "namespaces": examine_namespaces,
     "tun": examine_tun,
     "private-network": examine_private_programs,

@@ -387,6 +387,12 @@ def test_a_qemu_without_vvfat(cloud: Cloud, programs: Path) -> None:
     well(cloud.run, "qemu")
 
 
+def test_building(cloud: Cloud, programs: Path) -> None:
+    """What isn't there is named with what brings it; VMs start all the same."""
+    assert not (programs / "mmdebstrap").exists()
+    assert "mmdebstrap" in ill(cloud.run, "building", "warning", "no template can be built here: mmdebstrap: not found")
+
+
 # Keys ################################################################################################
 
 
