@@ -1362,7 +1362,7 @@ def run_watched(
                     *lines, rest = (rest + piece).split(b"\n")
                     rest = rest[-GUEST_OUTPUT:]
                     for line in lines:
-                        on_line(line.decode("utf-8", "replace"))
+                        on_line(line[-GUEST_OUTPUT:].decode("utf-8", "replace"))
         if rest:
             on_line(rest.decode("utf-8", "replace"))
         return child.wait(), said.decode("utf-8", "replace")

@@ -376,6 +376,6 @@ def test_a_guest_that_bash_started_shuts_down_properly(inherited: Cloud) -> None
     words = ("-drive", f"file={folder}/web_1_0.img,if=virtio", "-monitor", f"telnet:127.0.0.1:{port},server,nowait")
     serial = cloud.home / "serial"
     with bash_runs(cloud, folder, "-m", 96, "-nographic", "-serial", f"file:{serial}", *words):
-        eventually(lambda: "ready after" in serial.read_text(), "the guest is up", 90)
+        eventually(lambda: serial.exists() and "ready after" in serial.read_text(), "the guest is up", 90)
         done = cloud.run("vmstop", "-g", "pf", "--timeout", 60).quiet()
         assert done.seconds < 50 and "tinyguest: poweroff" in serial.read_text()

@@ -335,4 +335,5 @@ def test_a_suite_for_real(cloud: Cloud, vms: None, suite: str) -> None:
     assert shown.count(distribution.name) == 2
     assert cloud.run("vmstop", "-n", "web00", "--timeout", 90, timeout=120).quiet().seconds < 60
     cloud.start("pf/default/web00").ok()
-    assert cloud.ssh("web00", "hostname", timeout=300).ok().stdout == "web00\n"
+    cloud.env["NOCLOUD_vmWaitTimeout"] = "600"
+    assert cloud.ssh("web00", "hostname", timeout=620).ok().stdout == "web00\n"

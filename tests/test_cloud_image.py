@@ -93,7 +93,7 @@ def web(tmp_path_factory: pytest.TempPathFactory, image: Path) -> Iterator[Cloud
     digest = hashlib.sha512(image.read_bytes()).hexdigest()
     with Site() as site, Cloud(tmp_path_factory.mktemp("web") / "home") as cloud:
         site.files = {PLACE + NAME: image, PLACE + "SHA512SUMS": f"{digest}  {NAME}\n".encode()}
-        cloud.env |= {"no_proxy": "127.0.0.1"}
+        cloud.env |= {"no_proxy": "127.0.0.1", "NOCLOUD_vmWaitTimeout": WAIT}
         config = cloud.home / "config/nocloud"
         config.mkdir(parents=True)
         (config / "templates.conf").write_text(f"[mirrors]\nhttps://cloud.debian.org/images/ = {site.base}/images/\n")
@@ -165,7 +165,7 @@ def test_started_again_it_is_the_same_machine(clones: Cloud) -> None:
     clones.ssh("web00", "sudo -n rm /root/ran; sync").ok()
     clones.run("vmstop", "-g", "pf", "--timeout", 120, timeout=180).quiet()
     clones.start("pf/web/web00").ok()
-    assert clones.ssh("web00", script, timeout=400).ok().stdout.split() == before
+    assert clones.ssh("web00", script, timeout=1000).ok().stdout.split() == before
     done = clones.script(
         "with nocloud.Cloud(nocloud.load_config()) as cloud:\n"
         "    sys.exit(nocloud.report_errors(nocloud.wait_all(cloud, [cloud.tree.need('web00')], 400)))"

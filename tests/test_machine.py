@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -90,7 +91,7 @@ class Machine:
         argv = self.cloud.argv("ssh", VM, "bash", "-c", f"'{quoted(script)}'")
         done = self.cloud.execute(argv, input=input, timeout=timeout)
         assert done.status == 0, f"in the guest:\n{script}\n-> {done.status}\n{done.stdout}\n{done.stderr}"
-        return done.stdout + done.stderr
+        return done.stdout + re.sub("^nocloud ssh: waiting .*\n", "", done.stderr, flags=re.M)
 
     def fails(self, script: str) -> str:
         return self.root(f"! {{ {script}; }} 2>&1")
