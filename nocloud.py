@@ -9726,6 +9726,7 @@ class Supervisor:
 
 
 def check_new_group(vms: Sequence[VM], group: str) -> None:
+    """Raise where a group that is to be made has VMs."""
     if vms:
         hint = f"vmrun -r {group} runs them, vmstop -d -g {group} destroys them, --add adds to them"
         raise WrongState(f"{group}: the group has VMs already", hint)
@@ -10634,8 +10635,10 @@ def find_command(argv: Sequence[str]) -> tuple[Command | None, str, list[str]]:
         return ALIASES[alias], name, words
     if words[:1] == ["--debug"]:
         words = words[1:]
-    if not words or words[0].startswith("-") or words == ["help"]:
-        return None, "nocloud", words if words != ["help"] else []
+    if words == ["help"]:
+        words = []
+    if not words or words[0].startswith("-"):
+        return None, "nocloud", words
     word = words[0]
     found = COMMANDS.get(word) or ALIASES.get(word)
     if not found:
@@ -10730,9 +10733,11 @@ def exclusive(args: argparse.Namespace, *names: str) -> str:
     return given[0] if given else ""
 
 
-def no_more(words: Sequence[str]) -> None:
+def no_more(words: Sequence[str], way: str = "") -> None:
+    """Raise where there are words; `way`: how the first of them could have been given."""
     if words:
-        raise UsageError(f"{words[0]!r}: one word too many", "-h shows how it is called")
+        hint = f"{way} {words[0]}" if way else "-h shows how it is called"
+        raise UsageError(f"{words[0]!r}: one word too many", hint)
 
 
 def one_operand(words: Sequence[str], name: str) -> str:
@@ -12417,11 +12422,9 @@ def run_command(argv: Sequence[str]) -> int:
         if args.help:
             report.data("\n\n".join(part.rstrip("\n") for part in (parser.format_help(), command.more()) if part))
             return EXIT_DONE
-    if not command.operands and operands:
-        names = {each.names[0]: each.names[-1][2:] for each in command.options}
-        way = next((each for each in ("-n", "-g") if each in names and getattr(args, names[each], None) is None), "")
-        hint = f"{report.program} {way} {operands[0]}" if way else "-h shows how it is called"
-        raise UsageError(f"{operands[0]!r}: one word too many", hint)
+    if not command.operands:
+        free = {each.names[0] for each in command.options if getattr(args, each.names[-1][2:], None) is None}
+        no_more(operands, next((f"{report.program} {way}" for way in ("-n", "-g") if way in free), ""))
     status: int | None = command.function(config, args, operands)
     return status or EXIT_DONE
 

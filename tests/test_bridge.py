@@ -490,14 +490,23 @@ class PrivateGuest:
         return "".join(re.findall(r"^Address: ([0-9.]+)$", said, re.M))
 
 
-def test_a_vm_cannot_pass_for_another_or_for_the_network(host: Host, vms: None) -> None:
-    """Neither with its address nor with its MAC; it answers no DHCP.  What is nobody's may be anybody's."""
-    cloud = host.cloud
-    add_blank(cloud)
+@pytest.fixture
+def neighbours(host: Host, vms: None) -> Iterator[tuple[dict[str, str], PrivateGuest]]:
+    """On the private network: the conf of pf/default/x00, which runs, and a guest beside it."""
+    add_blank(host.cloud)
     host.variables["NOCLOUD_vmNetwork"] = "private"
     host.run("net", "up", "--private").ok()
     host.run("vminstantiate", "-n", "blank", "-g", "pf", "-o", "name=x").ok()
-    conf, guest = cloud.conf("pf/default/x00"), PrivateGuest(host)
+    yield host.cloud.conf("pf/default/x00"), PrivateGuest(host)
+    host.run("vmstop", "-d", "-g", "pf").quiet()
+    host.run("net", "down", "--private").ok()
+
+
+def test_a_vm_cannot_pass_for_another_or_for_the_network(
+    host: Host, neighbours: tuple[dict[str, str], PrivateGuest]
+) -> None:
+    """Neither with its address nor with its MAC; it answers no DHCP.  What is nobody's may be anybody's."""
+    conf, guest = neighbours
     ping = (host.busybox, "ping", "-c", "1", "-W", "2", "10.88.0.1")
     assert guest.run(*ping).status == 0
     assert guest.run(*ping, address=conf["vmAddress"]).status == 1
@@ -515,43 +524,40 @@ def test_a_vm_cannot_pass_for_another_or_for_the_network(host: Host, vms: None) 
         guest.run(sys.executable, "-c", code, port).ok()
         counted = host.run("net", "exec", "nft", "list", "counter", "ip", "t", "seen").ok().stdout
         assert ("packets 1 " in counted) == arrives, counted
-    host.run("vmstop", "-d", "-g", "pf").quiet()
-    host.run("net", "down", "--private").ok()
 
 
 SEND = """
-import socket, sys, time
-card = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+import os, socket, sys, time
+card, end = socket.socket(socket.AF_PACKET, socket.SOCK_RAW), time.monotonic() + 60
 card.bind(("ens3", 0))
-for _ in range(30):
-    for frame in sys.argv[1:]:
+while not os.path.exists(sys.argv[1]) and time.monotonic() < end:
+    for frame in sys.argv[2:]:
         card.send(bytes.fromhex(frame).ljust(60, bytes(1)))
     time.sleep(0.1)
 """
 
 
-def test_nor_by_frames_that_a_bridge_treats_in_its_own_way(host: Host, vms: None) -> None:
+def test_nor_by_frames_that_a_bridge_treats_in_its_own_way(
+    host: Host, neighbours: tuple[dict[str, str], PrivateGuest]
+) -> None:
     """To multicast addresses of the link alone, whose sender it learns before any rule; of VLAN 0, which is none."""
-    cloud = host.cloud
-    add_blank(cloud)
-    host.variables["NOCLOUD_vmNetwork"] = "private"
-    host.run("net", "up", "--private").ok()
-    host.run("vminstantiate", "-n", "blank", "-g", "pf", "-o", "name=x").ok()
-    conf, guest = cloud.conf("pf/default/x00"), PrivateGuest(host)
+    conf, guest = neighbours
     own, theirs = (mac.replace(":", "") for mac in (guest.MAC, conf["vmMac"]))
     address = socket.inet_aton(conf["vmAddress"]).hex()
     arp = f"0806 0001 0800 06 04 0001 {own} {address} 000000000000 0a580001"
     frames = [f"0180c2{number:06x} {theirs} 88cc" for number in (2, 3, 14)]
     frames += [f"ffffffffffff {own} {tag} {arp}" for tag in ("", "81000000", "88a80000", "81000000 81000000")]
+    last, done = "02:00:00:00:00:99", host.cloud.home / "done"
+    frames.append(f"ffffffffffff {last.replace(':', '')} 88b5")
+    look = "bridge fdb show br nocloud; ip neigh"
     with ThreadPoolExecutor(1) as beside:
-        sent = beside.submit(guest.run, sys.executable, "-c", SEND, *frames)
-        seen = host.run("net", "exec", "sh", "-c", "sleep 2; bridge fdb show br nocloud; ip neigh").ok().stdout
+        sent = beside.submit(guest.run, sys.executable, "-c", SEND, done, *frames)
+        wait = f"timeout 50 sh -c 'until bridge fdb show br nocloud | grep -q {last}; do sleep 0.1; done' && {look}"
+        seen = host.run("net", "exec", "sh", "-c", wait).ok().stdout
+        done.touch()
         sent.result().ok()
-    assert guest.MAC in seen, "the frames came"
     places = [line for line in seen.splitlines() if conf["vmMac"].lower() in line or conf["vmAddress"] in line]
     assert not [line for line in places if re.search(rf"dev t\d|{guest.MAC}", line)], seen
-    host.run("vmstop", "-d", "-g", "pf").quiet()
-    host.run("net", "down", "--private").ok()
 
 
 @pytest.mark.parametrize("access", ["no", pytest.param("yes", marks=pytest.mark.long)])
