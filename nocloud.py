@@ -11527,7 +11527,8 @@ def cmd_log(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     state, pid = vm.state() if args.follow else ("", 0)
     paths = (vm.log_file,) if args.qemu else (vm.console_log, vm.old_console_log)
     if not os.path.exists(paths[0]):
-        raise NotFound(f"it has no {os.path.basename(paths[0])}: nocloud hasn't started it yet", vm=vm)
+        text = f"it has no {os.path.basename(paths[0])}: nocloud hasn't started it yet"
+        raise NotFound(text, f"vm -n {vm} starts it", vm=vm)
     pieces = log_pieces(Process(pid) if state == "running" else None, *paths)
     reader = select.poll()
     reader.register(1, 0)

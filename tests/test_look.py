@@ -10,6 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -179,6 +180,8 @@ def test_log_goes_on_until_the_vm_ends(still: Cloud) -> None:
     write(still, b"1 before\n")
     log = still.spawn("vmlog", "-f", "-n", "web00")
     assert log.stdout
+    deadline = threading.Timer(60, log.kill)  # else a line that doesn't come would be waited for
+    deadline.start()
     while log.stdout.readline() != "1 before\n":
         assert log.poll() is None
     path = write(still, b"2 seen\n" + b"." * 2000 + b"\n")
@@ -193,6 +196,7 @@ def test_log_goes_on_until_the_vm_ends(still: Cloud) -> None:
     write(still, b"5 last")
     still.run("vmstop", "--kill", "-g", "pf").quiet()
     assert log.communicate(timeout=30) == ("5 last", "")
+    deadline.cancel()
     assert log.returncode == 0 and keeper.wait(10) == 0
     everything = f"{before}1 before\n2 seen\n{'.' * 2000}\n3 put aside\n4 after\n5 last"
     for words in ((), ("-f",)):
@@ -240,8 +244,12 @@ def test_log_of_qemu(still: Cloud) -> None:
         file.write("qemu-system: something\n")
     assert still.run("vmlog", "-q", "-n", "web00").ok().stdout == log.read_text()
     still.run("vmlog").says(2, "which VM? give -n NAME", "vmrunning -a lists them")
-    still.run("vmlog", "-n", "blank").says(1, "blank: it has no console.log: nocloud hasn't started it yet")
-    still.run("vmlog", "-q", "-n", "blank").says(1, "blank: it has no blank.log: nocloud hasn't started it yet")
+    still.run("vmlog", "-n", "blank").says(
+        1, "blank: it has no console.log: nocloud hasn't started it yet", "vm -n blank starts it"
+    )
+    still.run("vmlog", "-q", "-n", "blank").says(
+        1, "blank: it has no blank.log: nocloud hasn't started it yet", "vm -n blank starts it"
+    )
 
 
 # Screens #############################################################################################
@@ -312,7 +320,7 @@ def test_the_terminal_goes_away_and_the_log_goes_on(tmp_path: Path) -> None:
     os.close(slave)
     assert b"1 of 2 ready" in os.read(master, 4096)
     os.close(master)
-    child.communicate()
+    child.communicate(timeout=60)
     assert re.fullmatch(r"\S+ \S+ one\ntwo\n", (tmp_path / "log").read_text())
     assert child.returncode == 0
 

@@ -182,7 +182,7 @@ def test_what_a_guest_mounts(guest: Callable[..., subprocess.Popen[bytes]], tmp_
         ("", own, [f"umount {a}"]),
     ):
         calls.write_text("")
-        assert (guest(shares).wait(), (tmp_path / "said").read_text(), fstab.read_text()) == (0, "", text)
+        assert (guest(shares).wait(60), (tmp_path / "said").read_text(), fstab.read_text()) == (0, "", text)
         said = [line.removeprefix("-t virtiofs -o ") for line in calls.read_text().splitlines()]
         assert [line if "umount" in line else line.rpartition(" ")[0] for line in said] == called
     assert fstab.stat().st_mode & 0o777 == 0o640 and os.listdir(tmp_path / "etc") == ["fstab"]
@@ -191,7 +191,7 @@ def test_what_a_guest_mounts(guest: Callable[..., subprocess.Popen[bytes]], tmp_
 def test_guests_that_mount_twice_at_once(guest: Callable[..., subprocess.Popen[bytes]], tmp_path: Path) -> None:
     shares, fstab = f"share0 {tmp_path}/mnt/a ro", tmp_path / "etc/fstab"
     for number in range(50):
-        assert [each.wait() for each in [guest(shares), guest(shares)]] == [0, 0]
+        assert [each.wait(60) for each in [guest(shares), guest(shares)]] == [0, 0]
         lines = fstab.read_text().splitlines()
         assert [line.split()[0] for line in lines] == ["/dev/vda1", "/a\\040b", "share0"], number
     assert len((tmp_path / "calls").read_text().splitlines()) == 1
@@ -201,7 +201,7 @@ def test_a_guest_whose_disk_is_full_keeps_its_fstab(
     guest: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
     before = (tmp_path / "etc/fstab").read_text()
-    assert guest("", "ulimit -f 0\n").wait()
+    assert guest("", "ulimit -f 0\n").wait(60)
     assert (tmp_path / "etc/fstab").read_text() == before
 
 
