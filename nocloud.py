@@ -816,6 +816,8 @@ SETTINGS = (
     Setting("vmInit", INIT_KIND, "ssh", "vm", "how hostname and keys get into it", inherited=True),
     Setting("vmMachine", MACHINE_TYPE, "", "vm", "qemu's machine type; none: pc, as the bash tools ran it",
             inherited=True),
+    Setting("vmLayout", one_of("1", "2"), "1", "vm", "which devices it has besides; those that had fewer keep theirs"),
+    Setting("vmCold", yes_no, "no", "both", "yes: it boots at its first start, too", harmless=True),
     Setting("vmGui", yes_no, "no", "vm", "yes: it has a screen"),
     Setting("vmKernel", str, "", "vm", "a kernel to boot directly", inherited=True),
     Setting("vmInitrd", str, "", "vm", "its initial ramdisk", inherited=True),
@@ -1818,13 +1820,13 @@ class QMP:
         self._next()
         self.execute("qmp_capabilities")
 
-    def execute(self, command: str, **arguments: Any) -> Any:
-        """What the command returns."""
+    def execute(self, command: str, fd: int = -1, **arguments: Any) -> Any:
+        """What the command returns.  `fd`: a descriptor that goes with it."""
         import json
 
         self._serial += 1
         request = {"execute": command, "id": self._serial, **({"arguments": arguments} if arguments else {})}
-        self._send(json.dumps(request).encode() + b"\n")
+        self._send(json.dumps(request).encode() + b"\n", fd)
         while True:
             message = self._next()
             if message.get("id") == self._serial:
@@ -1848,8 +1850,12 @@ class QMP:
         line, self._buffer = self._buffer.split(b"\n", 1)
         return parse_qmp(line)
 
-    def _send(self, data: bytes) -> None:
+    def _send(self, data: bytes, fd: int = -1) -> None:
+        import socket as sockets
+
         try:
+            if fd >= 0:
+                data = data[sockets.send_fds(self._socket, [data], [fd]) :]
             self._socket.sendall(data)
         except OSError:
             raise QMPClosed("qemu closed its control socket") from None
@@ -2160,6 +2166,7 @@ class VM:
     host_key = FileOf("ssh_host_ed25519_key")  # made on the host (0600), its public half beside it
     mounted_file = FileOf("mounted")  # the vmShares that the guest was told to mount
     configured_file = FileOf("configured")  # there once the guest has been configured, over ssh or by its cloud-init
+    frozen_file = FileOf("frozen")  # there until its first start: the frozen layer that it can wake up on
     ready_file = FileOf("ready")  # there once a wait has seen it ready since it was started
 
     def __init__(self, tree: Tree, group: str, type: str, name: str, folder: str = "") -> None:
@@ -2756,7 +2763,9 @@ PCI_SLOTS = {
     "rng": 0x1D,
     "balloon": 0x1E,
 }
-MAX_DISKS = sum(name.startswith("disk") for name in PCI_SLOTS)
+LAYOUT = "2"  # of new VMs, see layout_args()
+HOTPLUG_SLOT, HOTPLUG_PORTS = PCI_SLOTS["disk22"], 4  # of layout 2, which has a disk less
+MAX_DISKS = sum(name.startswith("disk") for name in PCI_SLOTS) - 1
 LEGACY_MACHINE = "pc"  # what the bash tools ran, and still run where a conf names no machine
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
@@ -2783,6 +2792,11 @@ class Machine:
     screen: str = ""  # one of SCREENS
     seed: str = ""  # a folder, or an image of one
     record: str = ""  # where qemu's events are written to
+    memory: str = ""  # the file that its memory is in
+    wakes: bool = False  # on a copy of that, as it was frozen
+
+    def but(self, **changes: object) -> Machine:
+        return Machine(**{**{name: getattr(self, name) for name in Machine.__annotations__}, **changes})
 
 
 def qemu_argv(machine: Machine, tap: int, vhost: int = -1, shares: Sequence[int] = ()) -> list[str]:
@@ -2800,8 +2814,9 @@ def qemu_argv(machine: Machine, tap: int, vhost: int = -1, shares: Sequence[int]
         *seed_args(machine),
         *net_args(machine, tap, vhost),
         *console_args(),
+        *layout_args(machine),
         *rng_args(),
-        *balloon_args(),
+        *(memory_args(machine) or balloon_args()),
         *share_args(machine, shares),
         *screen_args(machine),
         *monitor_args(machine),
@@ -2939,6 +2954,34 @@ def console_args() -> list[str]:
     to it in the middle, after etc/console.sh has emptied it, would leave a hole before that."""
     chardev = "socket,id=serial0,path=serial.sock,server=on,wait=off,logfile=console.log,logappend=on"
     return ["-chardev", chardev, "-serial", "chardev:serial0"]
+
+
+AGENT_SOCKET = "agent.sock"
+
+
+def layout_args(machine: Machine) -> list[str]:
+    """What came with layout 2: a serial line by which a guest that wakes is told who it is, a generation ID that tells
+    its kernel that it is a copy (vmgenid), and PCIe ports for disks that come while it runs, which pc has none of."""
+    if machine.settings["vmLayout"] == "1":
+        return []
+    words = ["-chardev", f"socket,id=serial1,path={AGENT_SOCKET},server=on,wait=off", "-serial", "chardev:serial1"]
+    words += ["-device", "vmgenid,guid=auto"]
+    for number in range(HOTPLUG_PORTS) if "q35" in machine.settings["vmMachine"] else ():
+        place = f"addr={HOTPLUG_SLOT:#x}.{number},multifunction=on,chassis={number + 1}"
+        words += ["-device", f"pcie-root-port,id=port{number},{place}"]
+    return words
+
+
+def memory_args(machine: Machine) -> list[str]:
+    """Memory in a file, for the one who freezes to write; or privately, what a clone changes being its own
+    (QEMU docs/system/vm-templating.rst).  Without a balloon: what one gives back would be cut out of the file, which
+    is everybody's."""
+    if not machine.memory:
+        return []
+    share = "off" if machine.wakes else "on"
+    place = f"size={machine.settings['vmMem']}M,mem-path={comma(machine.memory)},share={share}"
+    words = ["-object", f"memory-backend-file,id=ram0,{place}", "-machine", "memory-backend=ram0"]
+    return [*words, *(["-incoming", "defer"] if machine.wakes else [])]
 
 
 def rng_args() -> list[str]:
@@ -5422,30 +5465,46 @@ def credentials(vm: VM, keys: Sequence[str]) -> bytes:
     hostname comes by DHCP, or from system.hostname (systemd 254), since PID 1 has set it by the time that /etc/hostname
     is written.  /etc/hosts, for `hostname -f`, only where there is none, as in templates of ours.
     """
-    full = f"{vm.name if vm.is_template else vm.dns_name}.{DOMAIN}"
-    hosts = f"127.0.0.1 localhost\n127.0.1.1 {full} {vm.name}\n::1 localhost ip6-localhost ip6-loopback\n"
-    owner, text = vm.get("vmUser"), "\n".join(keys) + "\n"
-    home = "/root" if owner == "root" else f"/home/{owner}"
-    lines = [
-        _tmpfile("/etc/ssh/ssh_host_ed25519_key", "0600", "root", read_text(vm.host_key)),
-        _tmpfile("/etc/ssh/ssh_host_ed25519_key.pub", "0644", "root", read_text(vm.host_key + ".pub")),
-        _tmpfile("/etc/ssh/sshd_config.d/00-nocloud.conf", "0644", "root", LOGIN_LINE + "\n"),
-        _tmpfile(LOGIN_KEYS, "0644", "root", text),
-    ]
-    if vm.get("vmInit") == "systemd":
-        lines += [
-            _tmpfile("/etc/hostname", "0644", "root", vm.name + "\n"),
-            _tmpfile("/etc/hosts", "0644", "root", hosts, "f~"),
-            f"d {home}/.ssh 0700 {owner} {owner} -",
-            _tmpfile(f"{home}/.ssh/authorized_keys", "0600", owner, text),
-        ]
+    lines = []
+    for kind, path, mode, owner, content in identity_files(vm, keys):
+        if vm.get("vmInit") == "systemd" and path.endswith("/.ssh/authorized_keys"):
+            lines.append(f"d {os.path.dirname(path)} 0700 {owner} {owner} -")
+        lines.append(f"{kind} {path} {mode} {owner} {owner} - {_base64(content)}")
     extra = _base64("\n".join(lines) + "\n")
     return f"io.systemd.credential.binary:tmpfiles.extra={extra}".encode()
 
 
-def _tmpfile(path: str, mode: str, owner: str, content: str, kind: str = "f+~") -> str:
-    """A tmpfiles.d line that writes a file, over what is there (+), its content in base64 (~)."""
-    return f"{kind} {path} {mode} {owner} {owner} - {_base64(content)}"
+def identity_files(vm: VM, keys: Sequence[str]) -> list[tuple[str, str, str, str, str]]:
+    """What is written in a guest to make it this VM: (how, path, mode, owner, content) of each file.
+
+    How, as tmpfiles.d(5) says it with content in base64 (~): over what is there (f+~), or where no file is (f~).
+    """
+    full = f"{vm.name if vm.is_template else vm.dns_name}.{DOMAIN}"
+    hosts = f"127.0.0.1 localhost\n127.0.1.1 {full} {vm.name}\n::1 localhost ip6-localhost ip6-loopback\n"
+    owner, text = vm.get("vmUser"), "\n".join(keys) + "\n"
+    home = "/root" if owner == "root" else f"/home/{owner}"
+    files = [
+        ("f+~", "/etc/ssh/ssh_host_ed25519_key", "0600", "root", read_text(vm.host_key)),
+        ("f+~", "/etc/ssh/ssh_host_ed25519_key.pub", "0644", "root", read_text(vm.host_key + ".pub")),
+        ("f+~", "/etc/ssh/sshd_config.d/00-nocloud.conf", "0644", "root", LOGIN_LINE + "\n"),
+        ("f+~", LOGIN_KEYS, "0644", "root", text),
+    ]
+    if vm.get("vmInit") == "systemd":
+        files += [
+            ("f+~", "/etc/hostname", "0644", "root", vm.name + "\n"),
+            ("f~", "/etc/hosts", "0644", "root", hosts),
+            ("f+~", f"{home}/.ssh/authorized_keys", "0600", owner, text),
+        ]
+    return files
+
+
+def waking_words(vm: VM, keys: Sequence[str], token: str) -> bytes:
+    """What the agent in a guest that wakes up is told, see etc/guest/agent.py."""
+    message = {
+        "token": token, "random": _base64(os.urandom(48).hex()), "name": vm.name, "mac": vm.get("vmMac"),
+        "id": vm.get("vmUuid").replace("-", ""), "files": identity_files(vm, keys), "time": time.time(),
+    }  # fmt: skip
+    return b"".join(_json(message).splitlines()) + b"\n"
 
 
 def _base64(text: str) -> str:
@@ -6734,12 +6793,16 @@ class Layer:
     """A new top for a template's disk, while a guest writes to it; `record`: qemu's account of how that ended.
 
     The record counts once it is armed, by a greeting in it: not while nocloud itself is at work in the guest.
+    A frozen one never becomes the template's disk: its `manifest` says what its guest was when it stopped, whose
+    `memory` and `state`, of the devices, are beside it.
     """
 
     def __init__(self, template: VM, name: str) -> None:
         self.template, self.name = template, name
         self.path = template.file(name)
         self.record = template.file(name + RECORD)
+        self.memory, self.state = self.path + ".memory", self.path + ".state"
+        self.manifest = self.path + FROZEN
 
     def arm(self) -> None:
         """From now on the guest's own end, and nothing else, makes this the template's disk."""
@@ -6777,12 +6840,22 @@ class Layer:
         remove_file(self.record)
 
     def remove(self) -> None:
-        """Remove it, and the record with it."""
-        remove_file(self.path)
-        remove_file(self.record)
+        """Remove it, and all that goes with it; clones that woke up on the memory keep what they have open."""
+        for path in (self.manifest, self.memory, self.state, self.path, self.record):
+            remove_file(path)
 
 
-RECORD = ".record"
+RECORD, FROZEN = ".record", ".frozen"
+
+
+def frozen_layer(template: VM) -> Layer | None:
+    """The layer on the template's present disk that its clones can wake up on."""
+    names = [name[: -len(FROZEN)] for name in names_in(template.folder) if name.endswith(FROZEN)]
+    for layer in [Layer(template, name) for name in sorted(names, key=functools.partial(layer_number, template))[-1:]]:
+        base = os.path.realpath(template.disks()[0])
+        if backing_chain(layer.path, "qcow2", lambda path: False) == [base]:
+            return layer
+    return None
 
 
 def layer_number(template: VM, name: str) -> int:
@@ -6807,7 +6880,8 @@ def unused_by_itself(template: VM) -> list[str]:
     if not own or not disk:
         return []
     os.stat(disk[0])  # where it is gone, nothing is unused
-    chain = {os.path.realpath(disk[0]), *template.below()}
+    frozen = frozen_layer(template)
+    chain = {os.path.realpath(disk[0]), *template.below(), *([os.path.realpath(frozen.path)] if frozen else [])}
     return [name for name in own if os.path.realpath(template.file(name)) not in chain]
 
 
@@ -6892,9 +6966,9 @@ def remove_unused(tree: Tree, template: VM) -> None:
                 used += [path for _, chain in vm.chains(followed) for path in chain]
     except (Error, OSError):
         return  # one has just been finished or destroyed, perhaps: the next command looks again
-    for path in map(template.file, unused):
-        if os.path.realpath(path) not in used:
-            remove_file(path)
+    for name in unused:
+        if os.path.realpath(template.file(name)) not in used:
+            Layer(template, name).remove()
 
 
 def settle_stopped(cloud: Cloud, templates: Iterable[VM], wait: float = 600.0) -> None:
@@ -7961,7 +8035,7 @@ def reserve(
                 clones.append(clone)
                 address = cloud.networks[kind].allot(taken.addresses, uuid)
                 ports = numbered_ports(request.settings.get("vmPorts", ""), number)
-                own = {"vmUuid": uuid, "vmNetwork": kind, "vmMac": mac, "vmAddress": address}
+                own = {"vmUuid": uuid, "vmNetwork": kind, "vmMac": mac, "vmAddress": address, "vmLayout": LAYOUT}
                 _reserve_one(clone, {**own, **({"vmPorts": ports} if ports else {})})
     return orphans
 
@@ -8024,6 +8098,7 @@ class NewClones:
 
     def __init__(self, cloud: Cloud, group: str, requests: Sequence[CloneRequest], templates: Mapping[str, VM]) -> None:
         self.cloud, self.group = cloud, group
+        self.frozen = {name: layer.name for name, each in templates.items() if (layer := warm_layer(each))}
         self.clones: list[NewClone] = []
         try:
             self.orphans = reserve(cloud, group, requests, templates, self.clones)
@@ -8064,6 +8139,8 @@ class NewClones:
         formats = ",".join(["qcow2"] * (1 + len(extra)))
         disks = {"vmDisk": vm.relative(system), "vmExtraDisk": ",".join(map(vm.relative, extra))}
         vm.write_conf({**disks, "vmDiskFormat": formats})
+        if self.frozen.get(template.name) and not (request.disk or extra) and vm.get("vmCold") == "no":
+            write_file(vm.frozen_file, self.frozen[template.name], durable=False)
         if not os.path.exists(disk):  # someone else's template may go though it is cloned
             raise Error(f"its disk has just gone: {disk}", "ask the template's owner for it", vm=template)
         return vm
@@ -8105,6 +8182,11 @@ def make_clones(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> l
     return made
 
 
+def warm_layer(template: VM) -> Layer | None:
+    """The layer that clones can wake up on; none of someone else's template, whose lock isn't ours to take."""
+    return frozen_layer(template) if os.access(template.folder, os.W_OK) else None
+
+
 def publish_keys(cloud: Cloud, vms: Sequence[VM]) -> None:
     """Make these VMs known to ssh: the host keys that are planted, and their names."""
     lines = {vm.get("vmUuid"): (vm.get("vmAddress"), read_text(vm.host_key + ".pub")) for vm in vms if is_planted(vm)}
@@ -8126,7 +8208,7 @@ def forget_identity(cloud: Cloud, uuids: Sequence[str]) -> None:
 # The power button, the plug, and what goes with a VM.  A template is stopped with care: see the work in its guest.
 
 # And the pidfile.  The credentials stay, for whoever starts it by hand.
-RUNTIME_FILES = ("qmp.sock", "serial.sock", "monitor.sock", RECORD_SOCKET, *(f"{screen}.sock" for screen in SCREENS))
+RUNTIME_FILES = ("qmp.sock", "serial.sock", "monitor.sock", AGENT_SOCKET, RECORD_SOCKET, *(f"{screen}.sock" for screen in SCREENS))
 
 
 def remove_runtime_files(vm: VM) -> None:
@@ -8251,7 +8333,8 @@ def start(cloud: Cloud, vm: VM, *, iso: str = "", gui: bool = False) -> None:
                 for disk in vm.disks():
                     set_writable(disk, True)  # cloning made it read-only
         try:
-            start_locked(cloud, vm, layer, iso, gui)
+            if not thaw(cloud, vm, iso, gui):
+                start_locked(cloud, vm, describe_machine(cloud, vm, iso, gui, layer))
             if layer:
                 layer.arm()
                 report.say(f"{report.program}: {vm} has clones: what changes becomes a new layer when it shuts down")
@@ -8262,14 +8345,11 @@ def start(cloud: Cloud, vm: VM, *, iso: str = "", gui: bool = False) -> None:
             raise
 
 
-def start_locked(
-    cloud: Cloud, vm: VM, layer: Layer | None, iso: str = "", gui: bool = False, tied: bool = False
-) -> None:
+def start_locked(cloud: Cloud, vm: VM, machine: Machine, tied: bool = False) -> None:
     """What `start` does, for who holds the lock of a VM that is stopped.  `tied`: it ends when this process does."""
     import contextlib
 
     remove_runtime_files(vm)
-    ensure_identity(cloud, vm)
     network, forwarder = cloud.network_of(vm), cloud.forwarder(vm)
     with contextlib.ExitStack() as stack:
         listeners = forwarder.open(stack, parse_ports(vm.get("vmPorts")))
@@ -8280,7 +8360,7 @@ def start_locked(
         network.publish(vm)
         remove_file(vm.log_file)  # the daemons begin it
         shares = serve_shares(cloud.config, vm, stack)
-        launch(vm, describe_machine(cloud, vm, iso, gui, layer), network, tap, vhost, shares, tied)
+        launch(vm, machine, network, tap, vhost, shares, tied)
         forwarder.serve(vm, listeners)
 
 
@@ -8305,7 +8385,9 @@ def ensure_identity(cloud: Cloud, vm: VM) -> None:
 
 
 def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False, layer: Layer | None = None) -> Machine:
-    """A VM, on a layer or its own system disk, as what qemu's command line is built from; writes what it hands over."""
+    """A VM, on a layer or its own system disk, as what qemu's command line is built from; writes what it hands over,
+    and what identity it lacks."""
+    ensure_identity(cloud, vm)
     paths = [layer.path, *vm.disks()[1:]] if layer else vm.disks()
     for path in paths:
         if not os.path.exists(path):
@@ -8379,7 +8461,7 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, sha
     if tied:
         need_program(TIE[0])
     words, fds = network.enter([*(TIE if tied else ()), *qemu_argv(machine, tap, vhost, shares)])
-    write_file(vm.command_file, command_script(vm, qemu_argv(machine, 3), network), 0o700, durable=False)
+    write_file(vm.command_file, command_script(vm, qemu_argv(machine.but(memory="", wakes=False), 3), network), 0o700, durable=False)
     for path in (vm.console_log, vm.old_console_log):
         remove_file(path)
     with open(os.open(vm.console_log, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as console:
@@ -8410,6 +8492,134 @@ def answers(vm: VM, pid: int) -> bool:
             return vm.state() == ("running", pid) and bool(qemu.execute("query-status"))
     except (QMPClosed, TimedOut, OSError):
         return False
+
+
+# -- waking up
+
+WAKE_SECONDS = 60  # emulated guests that wake up together take their time
+
+
+def thaw(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> bool:
+    """Have a clone go on where its template's guest was frozen, as itself; False where it has to boot, having said why.
+
+    For who holds its lock.  Until the guest has said that it is this VM, the frozen file stays: who finds that begins
+    anew, on a new disk.
+    """
+    name = read_existing(vm.frozen_file)
+    if not name:
+        return False
+    template, began = cloud.tree.template(vm.get("vmTemplate")), time.monotonic()
+    layer = Layer(template, name)
+    memory = os.path.relpath(layer.memory, vm.folder)
+    try:
+        renew_disk(vm, layer.path, "qcow2")
+        machine = describe_machine(cloud, vm, iso, gui).but(memory=memory, wakes=True)
+        token = check_frozen(layer, machine)
+        start_locked(cloud, vm, machine)
+        load_frozen(vm, layer)
+        wake_up(vm, token)
+        append_line(vm.log_file, f"{vm.name}: woke up after {time.monotonic() - began:.1f} s")
+        awake = True
+    except (Error, OSError) as error:
+        stop_locked(vm, 0)
+        renew_disk(vm, template.disks()[0], known_formats(template)[0])
+        report.say(f"{report.program}: {vm} boots: {getattr(error, 'text', error)}")
+        awake = False
+    except BaseException:
+        stop_locked(vm, 0)
+        raise
+    remove_file(vm.frozen_file)
+    sync(vm.folder)
+    return awake
+
+
+def renew_disk(vm: VM, backing: str, format: str) -> None:
+    """Give a VM that never ran a new system disk on a template's."""
+    disk = vm.disks()[0]
+    remove_file(disk)
+    create_disk(disk, backing=os.path.relpath(os.path.realpath(backing), os.path.realpath(vm.folder)), format=format)
+
+
+def frozen_facts(machine: Machine) -> dict[str, Any]:
+    """What must be the same where memory and devices of a guest are taken over: all but whose they are."""
+    own = {"vmUuid": "", "vmMac": "", "vmAppend": machine.settings["vmAppend"]}
+    nobody = machine.but(
+        name="", settings={**machine.settings, **own}, disks=[("", format, "") for _, format, _ in machine.disks],
+        pid_file="", credentials="", seed=machine.seed and "seed", memory="", record="", wakes=False,
+    )  # fmt: skip
+    binary = os.stat(machine.qemu.path)
+    return {
+        "words": qemu_argv(nobody, 3),
+        "qemu": [machine.qemu.version, binary.st_size, binary.st_mtime],
+        "kernel": os.uname().release if machine.accel == "kvm" else "",
+    }
+
+
+def check_frozen(layer: Layer, machine: Machine) -> str:
+    """The agent's token, where what was frozen in a layer is whole, and is a machine like this.  Else raises Error."""
+    import json
+
+    with Parsing(Error, f"{layer.manifest} can't be read"):
+        manifest = json.loads(read_text(layer.manifest))
+        was, token = manifest["machine"], str(manifest["token"])
+        words, changed = was["words"], memory_facts(layer) != manifest["memory"]
+    if changed:
+        raise Error(f"{layer.memory} isn't as it was left; vmtemplate {layer.template.name} --warm makes it anew")
+    now = frozen_facts(machine)
+    for key, what in (("qemu", "another qemu"), ("kernel", "another kernel of this host")):
+        if was[key] != now[key]:
+            raise Error(f"it was frozen by {what}; vmtemplate {layer.template.name} --warm freezes it anew")
+    if words != now["words"]:
+        differing = [word for word in now["words"] if word not in words] or ["fewer devices"]
+        raise Error(f"{layer.template.name} was frozen as another machine, not with {' '.join(differing)}")
+    return token
+
+
+def memory_facts(layer: Layer) -> list[int]:
+    """What tells that a file with a guest's memory is the one that was written, and hasn't been written since."""
+    info = os.stat(layer.memory)
+    return [info.st_size, info.st_ino, info.st_mtime_ns, info.st_ctime_ns]
+
+
+def prepare_migration(qemu: QMP, state: int) -> None:
+    """Have a qemu that is to write or to read the state of its devices, by a descriptor, leave the memory alone, and
+    not announce the network card of the frozen guest."""
+    qemu.execute("migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": True}])
+    qemu.execute("migrate-set-parameters", **{"announce-rounds": 0})
+    qemu.execute("getfd", state, fdname="state")
+
+
+def load_frozen(vm: VM, layer: Layer) -> None:
+    """Load the state of the devices, and have the guest go on."""
+    with QMP(vm.folder, WAKE_SECONDS) as qemu, open(layer.state, "rb") as state:
+        prepare_migration(qemu, state.fileno())
+        qemu.execute("migrate-incoming", uri="fd:state")
+        if not wait_for(lambda: qemu.execute("query-status")["status"] != "inmigrate", WAKE_SECONDS, 0.01):
+            raise TimedOut("its devices' state isn't loaded", vm=vm)
+        qemu.execute("cont")
+
+
+def wake_up(vm: VM, token: str) -> None:
+    """Tell the guest which VM it is, and plug its network in."""
+    told = talk(vm, waking_words(vm, login_keys(), token), WAKE_SECONDS)
+    if told != "done":
+        raise Error(f"the agent in it said: {printable(told) or 'nothing'}", vm=vm)
+    write_file(vm.configured_file, "", durable=False)
+    with QMP(vm.folder) as qemu:
+        qemu.execute("set_link", name="net0", up=True)
+
+
+def talk(vm: VM, words: bytes, seconds: float) -> str:
+    """Say a line to the agent in the guest; its answer, of at most 4 KB."""
+    connection, said = connect_unix(vm.folder, AGENT_SOCKET, seconds), b""
+    with connection:
+        connection.sendall(words)
+        while b"\n" not in said and len(said) < 4096 and readable(connection, seconds):
+            piece = connection.recv(4096)
+            if not piece:
+                break
+            said += piece
+    return said.partition(b"\n")[0].decode("ascii", "replace")
 
 
 def command_script(vm: VM, argv: Sequence[str], network: Network) -> str:
@@ -8823,13 +9033,17 @@ def give_identity(cloud: Cloud, vm: VM) -> None:
 class OwnGuest:
     """A guest that runs for nocloud's own work in it, on a layer or its VM's disk; `with` leaves it switched off."""
 
-    def __init__(self, cloud: Cloud, vm: VM, layer: Layer | None = None) -> None:
-        """Boot it.  The caller holds the VM's lock, and has seen that it is stopped."""
+    def __init__(
+        self, cloud: Cloud, vm: VM, layer: Layer | None = None, memory: str = "", settings: Mapping[str, str] = {}
+    ) -> None:
+        """Boot it, its memory in this file, with other settings.  The caller holds its lock, and knows it is stopped."""
         self.cloud, self.vm, self.layer = cloud, vm, layer
         self.keys = ssh_key_options(is_planted(vm))
         give_identity(cloud, vm)
         with cloud.network_of(vm).hold():
-            start_locked(cloud, vm, layer, tied=True)
+            machine = describe_machine(cloud, vm, layer=layer)
+            self.machine = machine.but(memory=memory, settings={**machine.settings, **settings})
+            start_locked(cloud, vm, self.machine, tied=True)
         self._process = Process(vm.state()[1])
 
     def wait(self, until: Callable[[Wait], None] = wait_ready) -> Wait:
@@ -9030,6 +9244,69 @@ def upgrade_guest(guest: OwnGuest, seconds: float) -> None:
     if status:
         raise Error(f"the upgrade failed: {describe_status(status)}", vm=vm)
     guest.finish()
+
+
+# -- freezing
+
+
+def freeze(cloud: Cloud, name: str, asked: Mapping[str, str]) -> None:
+    """Boot a template once and keep its guest as it is when it is ready, for clones to wake up on.
+
+    `asked`: memory and processors, which the template's clones start with from then on.
+    """
+    template = cloud.tree.need_template(name)
+    if not is_planted(template):
+        raise UsageError(f"{name}: its vmInit is {template.get('vmInit')}: a clone couldn't be told who it is")
+    with FolderLock(template.folder):
+        need_stopped(cloud, template)
+        what, size = "its memory, in a file, takes up to {} MB", int(asked.get("vmMem") or template.get("vmMem"))
+        check_room(template.folder, (size + 256) * MIB, cloud.tree.base, what, ROOM_HINT)
+        layer = new_layer(template)
+        try:
+            settings = {**asked, "vmLayout": LAYOUT}
+            guest = OwnGuest(cloud, template, layer, os.path.basename(layer.memory), settings)
+        except BaseException:
+            layer.remove()
+            raise
+    try:
+        with guest:
+            guest.wait()
+            freeze_guest(guest, layer)
+    finally:
+        with FolderLock(template.folder):
+            settle(cloud, template, warn=False)
+            if asked and frozen_layer(template):
+                template.write_conf(asked)
+
+
+REST_SECONDS = 30  # systemd ends what belongs to a login that is over after 10
+
+
+def freeze_guest(guest: OwnGuest, layer: Layer) -> None:
+    """Plant the agent, have the guest come to rest, and write down what it is then; only the manifest makes it count."""
+    import json
+
+    vm, token = guest.vm, os.urandom(16).hex()
+    agent = need_packaged("guest/agent.py")
+    words = {"AGENT": agent, "MAC": vm.get("vmMac"), "TOKEN": token, "SECONDS": REST_SECONDS}
+    guest.output(guest_script("freeze.sh", True, **words))
+    with QMP(vm.folder, 600) as qemu, open(layer.state, "xb") as state:
+        qemu.execute("set_link", name="net0", up=False)
+        said = talk(vm, _json({"token": token}).replace(b"\n", b" ") + b"\n", REST_SECONDS + 60)
+        if said != "at rest":
+            raise Error(f"the agent in it said: {printable(said) or 'nothing'}", vm=vm)
+        qemu.execute("stop")
+        prepare_migration(qemu, state.fileno())
+        qemu.execute("migrate", uri="fd:state")
+        status = lambda: qemu.execute("query-migrate")["status"]  # noqa: E731
+        wait_for(lambda: status() in ("completed", "failed"), 600, 0.05)
+        if status() != "completed":
+            raise Error("qemu could not write the state of its devices", f"see {vm.log_file}", vm=vm)
+    for path in (layer.memory, layer.state, layer.path):
+        os.chmod(path, 0o600)
+        sync(path)
+    facts = {"machine": frozen_facts(guest.machine), "memory": memory_facts(layer), "token": token}
+    write_file(layer.manifest, json.dumps(facts))
 
 
 # -- templates of VMs
@@ -10782,6 +11059,8 @@ def _digest(algorithm: str) -> Callable[[str], str]:
     Option("--from VM", "make NAME of a VM that is stopped (GROUP/TYPE/NAME)"),
     Option("--layer", "with --from: share what the VM's disk stands on, instead of copying it"),
     Option("--no-clean", "with --from: keep machine-id, host keys, logs"),
+    Option("--warm", "freeze NAME when it has booted: from then on its clones wake up instead of booting"),
+    Option("--cold", "forget that"),
     Option("--tree", "show templates, their layers and what stands on them"),
     Option("--delete", "delete NAME; refused while clones depend on it"),
     Option("--mem MB", "memory its clones start with", default="vmMem"),
@@ -10802,7 +11081,7 @@ def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> 
             return
         name = one_operand(words, "NAME")
         expected = exclusive(args, "sha256", "sha512", "insecure")
-        way = exclusive(args, "image", "build", "from", "delete")
+        way = exclusive(args, "image", "build", "from", "delete", "warm", "cold")
         if expected and way != "image":
             raise UsageError(f"--{expected} goes with --image")
         stray = exclusive(args, "include") or exclusive(args, "rebuild")
@@ -10813,6 +11092,8 @@ def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> 
         asked = asked_settings(vars(args))
         if way == "delete":
             delete_template(cloud, name)
+        elif way == "warm":
+            freeze(cloud, name, asked)
         elif way == "from":
             template_from_vm(cloud, name, getattr(args, "from"), asked, args.layer, not args.no_clean)
         elif way == "build":
