@@ -817,6 +817,7 @@ SETTINGS = (
     Setting("vmMachine", MACHINE_TYPE, "", "vm", "qemu's machine type; none: pc, as the bash tools ran it",
             inherited=True),
     Setting("vmLayout", one_of("1", "2"), "1", "vm", "which devices it has besides; those that had fewer keep theirs"),
+    Setting("vmBalloon", yes_no, "yes", "vm", "yes: memory that it has no use for goes back to the host"),
     Setting("vmCold", yes_no, "no", "both", "yes: it boots at its first start, too", harmless=True),
     Setting("vmGui", yes_no, "no", "vm", "yes: it has a screen"),
     Setting("vmKernel", str, "", "vm", "a kernel to boot directly", inherited=True),
@@ -2152,7 +2153,7 @@ class FileOf:
 class VM:
     """A VM or a template: its place in the tree, and the name of each of its files, once."""
 
-    __slots__ = ("tree", "group", "type", "name", "folder", "_conf")
+    __slots__ = ("tree", "group", "type", "name", "folder", "woke", "_conf")
 
     conf_file = FileOf("{}.conf")
     pid_file = FileOf("{}.pid")
@@ -2172,6 +2173,7 @@ class VM:
     def __init__(self, tree: Tree, group: str, type: str, name: str, folder: str = "") -> None:
         self.tree, self.group, self.type, self.name = tree, group, type, name
         self.folder = folder or os.path.join(tree.base, group, type, name)
+        self.woke = 0.0  # the seconds that it took, where this process had it wake up
         self._conf: dict[str, str] | None = None
 
     def __str__(self) -> str:
@@ -2816,7 +2818,8 @@ def qemu_argv(machine: Machine, tap: int, vhost: int = -1, shares: Sequence[int]
         *console_args(),
         *layout_args(machine),
         *rng_args(),
-        *(memory_args(machine) or balloon_args()),
+        *balloon_args(machine),
+        *memory_args(machine),
         *share_args(machine, shares),
         *screen_args(machine),
         *monitor_args(machine),
@@ -2974,13 +2977,18 @@ def layout_args(machine: Machine) -> list[str]:
 
 def memory_args(machine: Machine) -> list[str]:
     """Memory in a file, for the one who freezes to write; or privately, what a clone changes being its own
-    (QEMU docs/system/vm-templating.rst).  Without a balloon: what one gives back would be cut out of the file, which
-    is everybody's."""
+    (QEMU docs/system/vm-templating.rst).
+
+    A balloon would cut what it gives back out of the file, which is everybody's: such machines have none.  The memory
+    is called as it would be without a file, so that it can be taken up again by a qemu that has none (qemu(1),
+    memory-backend).
+    """
     if not machine.memory:
         return []
     share = "off" if machine.wakes else "on"
     place = f"size={machine.settings['vmMem']}M,mem-path={comma(machine.memory)},share={share}"
-    words = ["-object", f"memory-backend-file,id=ram0,{place}", "-machine", "memory-backend=ram0"]
+    name = "id=pc.ram,x-use-canonical-path-for-ramblock-id=off"
+    words = ["-object", f"memory-backend-file,{name},{place}", "-machine", "memory-backend=pc.ram"]
     return [*words, *(["-incoming", "defer"] if machine.wakes else [])]
 
 
@@ -2990,8 +2998,10 @@ def rng_args() -> list[str]:
     return ["-object", "rng-random,id=rng0,filename=/dev/urandom", "-device", device]
 
 
-def balloon_args() -> list[str]:
+def balloon_args(machine: Machine) -> list[str]:
     """What the guest has no use for goes back to the host (free-page-reporting)."""
+    if machine.settings["vmBalloon"] == "no":
+        return []
     return ["-device", f"virtio-balloon-pci,addr={PCI_SLOTS['balloon']:#x},free-page-reporting=on"]
 
 
@@ -6801,7 +6811,7 @@ class Layer:
         self.template, self.name = template, name
         self.path = template.file(name)
         self.record = template.file(name + RECORD)
-        self.memory, self.state = self.path + ".memory", self.path + ".state"
+        self.memory, self.state = self.path + MEMORY, self.path + STATE
         self.manifest = self.path + FROZEN
 
     def arm(self) -> None:
@@ -6840,12 +6850,22 @@ class Layer:
         remove_file(self.record)
 
     def remove(self) -> None:
-        """Remove it, and all that goes with it; clones that woke up on the memory keep what they have open."""
-        for path in (self.manifest, self.memory, self.state, self.path, self.record):
+        """Remove it, and all that goes with it."""
+        self.forget()
+        remove_file(self.path)
+        remove_file(self.record)
+
+    def forget(self) -> None:
+        """Remove the frozen memory; clones that woke up on it keep what they have open."""
+        for path in (self.manifest, self.memory, self.state):
             remove_file(path)
 
+    def frozen_size(self) -> int:
+        """The bytes on disk that its frozen memory takes."""
+        return sum(os.stat(path).st_blocks * 512 for path in (self.memory, self.state) if os.path.exists(path))
 
-RECORD, FROZEN = ".record", ".frozen"
+
+RECORD, FROZEN, MEMORY, STATE = ".record", ".frozen", ".memory", ".state"
 
 
 def frozen_layer(template: VM) -> Layer | None:
@@ -6966,9 +6986,11 @@ def remove_unused(tree: Tree, template: VM) -> None:
                 used += [path for _, chain in vm.chains(followed) for path in chain]
     except (Error, OSError):
         return  # one has just been finished or destroyed, perhaps: the next command looks again
-    for name in unused:
-        if os.path.realpath(template.file(name)) not in used:
-            Layer(template, name).remove()
+    for layer in [Layer(template, name) for name in unused]:
+        if os.path.realpath(layer.path) in used:
+            layer.forget()
+        else:
+            layer.remove()
 
 
 def settle_stopped(cloud: Cloud, templates: Iterable[VM], wait: float = 600.0) -> None:
@@ -7007,6 +7029,17 @@ def dependents(vms: Sequence[VM]) -> str:
     templates = sum(vm.is_template for vm in vms)
     counts = [(len(vms) - templates, "clone"), (templates, "template")]
     return " and ".join(plural(count, noun) for count, noun in counts if count)
+
+
+def make_cold(cloud: Cloud, name: str) -> None:
+    """Remove a template's frozen memory; clones that woke up on it run on."""
+    template = cloud.tree.need_template(name)
+    with FolderLock(template.folder):
+        layer = frozen_layer(template)
+        if not layer:
+            raise WrongState("it isn't frozen", f"vmtemplate {name} --warm freezes it", vm=template)
+        layer.forget()
+        remove_unused(cloud.tree, template)
 
 
 def delete_template(cloud: Cloud, name: str) -> None:
@@ -7063,17 +7096,18 @@ def told_of(vm: VM, error: Error | OSError) -> str:
 
 
 def template_rows(cloud: Cloud) -> list[tuple[str, str, str, str]]:
-    """(name, size on disk, number of clones, where from) of each template."""
+    """(name, size on disk, number of clones and whether they wake up warm, where from) of each template."""
     rows = []
     for template in cloud.tree.templates():
         try:
             disks = {*template.disks(), *map(template.file, own_disks(template))}
-            size = sum(os.stat(disk).st_blocks * 512 for disk in disks)
+            size, frozen = sum(os.stat(disk).st_blocks * 512 for disk in disks), frozen_layer(template)
+            size += frozen.frozen_size() if frozen else 0
             source = template.get("vmSource") or "-"
         except (Error, OSError) as error:
             report.warn(told_of(template, error))
             continue
-        clones = dependents(cloud.tree.clones(template)) or "0 clones"
+        clones = (dependents(cloud.tree.clones(template)) or "0 clones") + (", warm" if frozen else "")
         rows.append((template.name, f"{size / MIB:.0f} MB", clones, source))
     return rows
 
@@ -7115,9 +7149,13 @@ def disk_rows(tree: Tree) -> Iterator[str]:
         elif path == os.path.realpath(owner.disks()[0]):
             said = "  new clones stand on this"
         if owner.is_template and owner is not under:
-            yield row(depth, owner.name, [each for each, vm in owners.items() if vm is owner])
+            parts = (each + part for each, vm in owners.items() if vm is owner for part in ("", MEMORY, STATE))
+            yield row(depth, owner.name, parts)
             depth += 1
         yield row(depth, name, [path]) + said
+        for each in (path + MEMORY, path + STATE):
+            if os.path.exists(each):
+                yield row(depth + 1, os.path.basename(each), [each])
         for upper in sorted(above.get(path, ()), key=lambda each: (owners[each] is owner, each)):
             yield from rows(upper, depth + 1, owner)
 
@@ -7757,6 +7795,7 @@ CLONE_OPTIONS = (
     CloneOption("port", "[IP:]HOST:GUEST", "vmPorts", "ports of this host that lead to it; HOST counts up per VM"),
     CloneOption("share", "HOSTDIR:GUESTDIR[:rw]", "vmShares", "folders of this host; read-only without :rw"),
     CloneOption("gui", "", "vmGui", "with a screen"),
+    CloneOption("cold", "", "vmCold", "it boots, though its template is frozen"),
 )
 CLONE_OPTION = {option.name: option for option in CLONE_OPTIONS}
 
@@ -8139,8 +8178,11 @@ class NewClones:
         formats = ",".join(["qcow2"] * (1 + len(extra)))
         disks = {"vmDisk": vm.relative(system), "vmExtraDisk": ",".join(map(vm.relative, extra))}
         vm.write_conf({**disks, "vmDiskFormat": formats})
-        if self.frozen.get(template.name) and not (request.disk or extra) and vm.get("vmCold") == "no":
+        if self.frozen.get(template.name) and request.disk:
+            report.say(f"{report.program}: {vm} boots: a disk is grown at boot only")
+        elif self.frozen.get(template.name) and vm.get("vmCold") == "no":
             write_file(vm.frozen_file, self.frozen[template.name], durable=False)
+            vm.write_conf({"vmBalloon": "no"})
         if not os.path.exists(disk):  # someone else's template may go though it is cloned
             raise Error(f"its disk has just gone: {disk}", "ask the template's owner for it", vm=template)
         return vm
@@ -8513,13 +8555,15 @@ def thaw(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> bool:
     memory = os.path.relpath(layer.memory, vm.folder)
     try:
         renew_disk(vm, layer.path, "qcow2")
-        machine = describe_machine(cloud, vm, iso, gui).but(memory=memory, wakes=True)
+        whole = describe_machine(cloud, vm, iso, gui)
+        machine, others = whole.but(disks=whole.disks[:1], memory=memory, wakes=True), whole.disks[1:]
         token = check_frozen(layer, machine)
+        if len(others) > HOTPLUG_PORTS:
+            raise Error(f"{len(others)} disks besides, and not at most {HOTPLUG_PORTS}, can be plugged in")
         start_locked(cloud, vm, machine)
-        load_frozen(vm, layer)
+        load_frozen(vm, layer, others)
         wake_up(vm, token)
-        append_line(vm.log_file, f"{vm.name}: woke up after {time.monotonic() - began:.1f} s")
-        awake = True
+        vm.woke, awake = time.monotonic() - began, True
     except (Error, OSError) as error:
         stop_locked(vm, 0)
         renew_disk(vm, template.disks()[0], known_formats(template)[0])
@@ -8589,14 +8633,31 @@ def prepare_migration(qemu: QMP, state: int) -> None:
     qemu.execute("getfd", state, fdname="state")
 
 
-def load_frozen(vm: VM, layer: Layer) -> None:
-    """Load the state of the devices, and have the guest go on."""
+def load_frozen(vm: VM, layer: Layer, disks: Sequence[tuple[str, str, str]]) -> None:
+    """Load the state of the devices, have the guest go on, and plug these disks in."""
     with QMP(vm.folder, WAKE_SECONDS) as qemu, open(layer.state, "rb") as state:
         prepare_migration(qemu, state.fileno())
         qemu.execute("migrate-incoming", uri="fd:state")
         if not wait_for(lambda: qemu.execute("query-status")["status"] != "inmigrate", WAKE_SECONDS, 0.01):
             raise TimedOut("its devices' state isn't loaded", vm=vm)
         qemu.execute("cont")
+        for number, disk in enumerate(disks):
+            plug_disk(qemu, number, *disk)
+
+
+def plug_disk(qemu: QMP, port: int, path: str, format: str, serial: str) -> None:
+    """Plug a disk into a running guest, as disk_args() would have it at its next start."""
+    node, unmap = f"disk{port + 1}", {"discard": "unmap"}
+    file = {"driver": "file", "filename": path, **unmap}
+    qemu.execute("blockdev-add", **{"driver": format, "node-name": node, "detect-zeroes": "unmap", "file": file, **unmap})
+    place = {"id": node, "drive": node, "bus": f"port{port}", "serial": serial[-20:]}
+    qemu.execute("device_add", driver="virtio-blk-pci", **place)
+
+    def is_read() -> bool:
+        stats = qemu.execute("query-blockstats")
+        return any(node in each.get("qdev", "").split("/") and each["stats"]["rd_operations"] for each in stats)
+
+    wait_for(is_read, 10)  # the guest has named it then: the next one gets the next name
 
 
 def wake_up(vm: VM, token: str) -> None:
@@ -9249,8 +9310,8 @@ def upgrade_guest(guest: OwnGuest, seconds: float) -> None:
 # -- freezing
 
 
-def freeze(cloud: Cloud, name: str, asked: Mapping[str, str]) -> None:
-    """Boot a template once and keep its guest as it is when it is ready, for clones to wake up on.
+def freeze(cloud: Cloud, name: str, asked: Mapping[str, str]) -> Layer:
+    """Boot a template once and keep its guest, as it is when it is ready, in a layer for clones to wake up on.
 
     `asked`: memory and processors, which the template's clones start with from then on.
     """
@@ -9263,7 +9324,7 @@ def freeze(cloud: Cloud, name: str, asked: Mapping[str, str]) -> None:
         check_room(template.folder, (size + 256) * MIB, cloud.tree.base, what, ROOM_HINT)
         layer = new_layer(template)
         try:
-            settings = {**asked, "vmLayout": LAYOUT}
+            settings = {**asked, "vmLayout": LAYOUT, "vmBalloon": "no"}
             guest = OwnGuest(cloud, template, layer, os.path.basename(layer.memory), settings)
         except BaseException:
             layer.remove()
@@ -9275,8 +9336,9 @@ def freeze(cloud: Cloud, name: str, asked: Mapping[str, str]) -> None:
     finally:
         with FolderLock(template.folder):
             settle(cloud, template, warn=False)
-            if asked and frozen_layer(template):
+            if asked and os.path.exists(layer.manifest):
                 template.write_conf(asked)
+    return layer
 
 
 REST_SECONDS = 30  # systemd ends what belongs to a login that is over after 10
@@ -9951,6 +10013,8 @@ class Supervisor:
         wait = Wait(self.cloud, vm, self.cloud.config.number("vmWaitTimeout"))
         wait.tell = lambda vm, stage: self._post(lambda: self._progress.tell(vm, stage))
         address = next(found for _ in wait.tries() if (found := wait.network.address(vm)))
+        if vm.woke:
+            self._post(lambda: report.log(f"{vm.name} woke up in {vm.woke:.1f} s"))
         self._post(lambda: report.log(f"{vm.name} has IP {address}"))
         wait_ready(wait)
 
@@ -11093,7 +11157,10 @@ def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> 
         if way == "delete":
             delete_template(cloud, name)
         elif way == "warm":
-            freeze(cloud, name, asked)
+            layer = freeze(cloud, name, asked)
+            report.say(f"{name}: frozen; its memory takes {layer.frozen_size() / MIB:.0f} MB, --cold gives them back")
+        elif way == "cold":
+            make_cold(cloud, name)
         elif way == "from":
             template_from_vm(cloud, name, getattr(args, "from"), asked, args.layer, not args.no_clean)
         elif way == "build":
@@ -11188,6 +11255,7 @@ def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, changes: Mapping[str
     return vm
 
 
+COLD = Option("--cold", "have them boot, though their template is frozen (vmtemplate --warm)")
 ALLOW_SHARE = Option("--allow-share DIR", "with -f: share= may name folders below DIR, too, not only below FILE's own")
 
 
@@ -11200,6 +11268,7 @@ ALLOW_SHARE = Option("--allow-share DIR", "with -f: share= may name folders belo
     Option("-f --file FILE", "make what a description file lists; the file's name is the group's"),
     Option("-o --options OPTIONS", "; ".join(each.text for each in CLONE_OPTIONS)),
     ALLOW_SHARE,
+    COLD,
     Option("-w --wait [SECONDS]", "return when all are ready", default="vmWaitTimeout"),
     Option("--dry-run", "check everything, say what would be made, make nothing"),
     FORCE,
@@ -11208,6 +11277,8 @@ def cmd_instantiate(config: Config, args: argparse.Namespace, words: list[str]) 
     """make clones of a template and start them"""
     with Cloud(config) as cloud:
         group, requests = requests_of(config, args)
+        for request in requests if args.cold else ():
+            request.settings["vmCold"] = "yes"
         check_requests(cloud, group, requests, args.force)
         if args.dry_run:
             for request in requests:
@@ -11262,6 +11333,7 @@ def report_errors(errors: Sequence[Error]) -> int:
     Option("-g --gui", "each VM has a screen"),
     Option("--group GROUP", "with -f: the group's name, instead of the file's", complete="group"),
     ALLOW_SHARE,
+    COLD,
     Option("--add", "with -f: though the group has VMs already; they are run too"),
     Option("--background", "return when all VMs are ready"),
     Option("--destroy", "with -r: ^C destroys them"),
@@ -11271,7 +11343,7 @@ def cmd_run(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """run a group in the foreground"""
     if sum(each is not None for each in (args.file, args.resume, args.stop)) != 1:
         raise UsageError("give exactly one of -f FILE, -r GROUP and -s GROUP", "-h shows how it is called")
-    for name in ("group", "allow_share", "add", "force"):
+    for name in ("group", "allow_share", "cold", "add", "force"):
         if args.file is None and getattr(args, name):
             raise UsageError(f"--{name.replace('_', '-')} goes with -f FILE only")
     if args.destroy and args.resume is None:
@@ -11297,8 +11369,8 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
             if not args.add:
                 check_new_group(list(cloud.tree.vms(group)), group)  # else its own ports would be in the way
             check_requests(cloud, group, requests, args.force)
-            for request in requests if args.gui else ():
-                request.settings["vmGui"] = "yes"
+            for request in requests:
+                request.settings.update({**({"vmGui": "yes"} if args.gui else {}), **({"vmCold": "yes"} if args.cold else {})})
         elif group == TEMPLATES:
             raise UsageError("templates are not run as a group", "vm -n NAME runs one")
         else:

@@ -88,6 +88,8 @@ def become(message):
     for place in ("/run/log/journal/", "/var/log/journal/"):
         if os.path.isdir(place + old["id"]):
             os.rename(place + old["id"], place + message["id"])
+    for path in glob.glob("/sys/block/vd*/uevent") + glob.glob("/sys/block/vd*/vd*/uevent"):
+        write(path, "change", 0o200, "root")  # its serial is another: udev looks again
     address = bytes.fromhex(message["mac"].replace(":", ""))
     fcntl.ioctl(CHANNEL, SIOCSIFHWADDR, struct.pack("16sH6s8x", CARD.encode(), 1, address))
     for pid in filter(str.isdigit, os.listdir("/proc")):
