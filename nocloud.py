@@ -2168,6 +2168,10 @@ class VM:
     mounted_file = FileOf("mounted")  # the vmShares that the guest was told to mount
     configured_file = FileOf("configured")  # there once the guest has been configured, over ssh or by its cloud-init
     frozen_file = FileOf("frozen")  # there until its first start: the frozen layer that it can wake up on
+    saved_file = FileOf("saved")  # memory and devices of a guest that goes on there at its next start
+    still_file = FileOf("still")  # there while a command has it stand still
+    late_file = FileOf("late")  # there until its clock is set, which stood still
+    snapshots_folder = FileOf("snapshots")
     ready_file = FileOf("ready")  # there once a wait has seen it ready since it was started
 
     def __init__(self, tree: Tree, group: str, type: str, name: str, folder: str = "") -> None:
@@ -2654,7 +2658,8 @@ def guest_state(vm: VM) -> str:
 def wake(vm: VM, resume: bool = False) -> str:
     """Its state, after a guest that a full disk paused, or with `resume` anyone, was told to go on."""
     state = guest_state(vm)
-    if state in (DISK_FULL, DISK_ERROR, "paused" if resume else ""):
+    forgotten = os.path.exists(vm.still_file) and not is_locked(vm.folder)  # by a command that was killed
+    if state in (DISK_FULL, DISK_ERROR, "paused" if resume or forgotten else ""):
         ask_qemu(vm, "cont")  # it may be in that state for another reason: the state tells
         wait_for(lambda: guest_state(vm) != "running", 0.5, 0.1)  # what couldn't be written is tried again
         state = guest_state(vm)
@@ -2795,7 +2800,7 @@ class Machine:
     seed: str = ""  # a folder, or an image of one
     record: str = ""  # where qemu's events are written to
     memory: str = ""  # the file that its memory is in
-    wakes: bool = False  # on a copy of that, as it was frozen
+    wakes: bool = False  # what it did is loaded; it changes its own copy of that file only
 
     def but(self, **changes: object) -> Machine:
         return Machine(**{**{name: getattr(self, name) for name in Machine.__annotations__}, **changes})
@@ -2820,6 +2825,7 @@ def qemu_argv(machine: Machine, tap: int, vhost: int = -1, shares: Sequence[int]
         *rng_args(),
         *balloon_args(machine),
         *memory_args(machine),
+        *(["-incoming", "defer"] if machine.wakes else []),
         *share_args(machine, shares),
         *screen_args(machine),
         *monitor_args(machine),
@@ -2988,8 +2994,7 @@ def memory_args(machine: Machine) -> list[str]:
     share = "off" if machine.wakes else "on"
     place = f"size={machine.settings['vmMem']}M,mem-path={comma(machine.memory)},share={share}"
     name = "id=pc.ram,x-use-canonical-path-for-ramblock-id=off"
-    words = ["-object", f"memory-backend-file,{name},{place}", "-machine", "memory-backend=pc.ram"]
-    return [*words, *(["-incoming", "defer"] if machine.wakes else [])]
+    return ["-object", f"memory-backend-file,{name},{place}", "-machine", "memory-backend=pc.ram"]
 
 
 def rng_args() -> list[str]:
@@ -7011,6 +7016,8 @@ def need_stopped(cloud: Cloud, vm: VM) -> None:
     if state != "stopped":
         why = "it is running" if state == "running" else f"can't tell whether it runs: {vm.pid_file}"
         raise WrongState(why, f"vmstop -n {vm}", vm=vm)
+    if os.path.exists(vm.saved_file):
+        raise WrongState("its memory is saved", f"vm -n {vm} starts it; vmstop --discard -n {vm} forgets that", vm=vm)
     if vm.is_template:
         settle(cloud, vm)
 
@@ -8375,7 +8382,7 @@ def start(cloud: Cloud, vm: VM, *, iso: str = "", gui: bool = False) -> None:
                 for disk in vm.disks():
                     set_writable(disk, True)  # cloning made it read-only
         try:
-            if not thaw(cloud, vm, iso, gui):
+            if not (go_on(cloud, vm, iso, gui) or thaw(cloud, vm, iso, gui)):
                 start_locked(cloud, vm, describe_machine(cloud, vm, iso, gui, layer))
             if layer:
                 layer.arm()
@@ -8536,6 +8543,105 @@ def answers(vm: VM, pid: int) -> bool:
         return False
 
 
+# -- memory on disk
+
+
+def write_memory(qemu: QMP, path: str) -> None:
+    """Write the memory and the devices of a guest that stands still to a new file, which is there only when whole."""
+    part = path + ".part"
+    remove_file(part)
+    qemu.allow(3600)
+    try:
+        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+            migrate(qemu, file.fileno(), shared=False)
+        land({part: path})
+        os.utime(path)
+    except BaseException:
+        remove_file(part)
+        raise
+
+
+def migrate(qemu: QMP, fd: int, shared: bool) -> None:
+    """Write a guest's devices, and its memory where that isn't shared, to a descriptor."""
+    prepare_migration(qemu, fd, shared)
+    qemu.execute("migrate", uri="fd:state")
+    answer: dict[str, Any] = {}
+
+    def ended() -> bool:
+        answer.update(qemu.execute("query-migrate"))
+        return answer["status"] in ("completed", "failed")
+
+    if not wait_for(ended, 3600, 0.05) or answer["status"] == "failed":
+        raise Error(f"qemu could not write the guest's state: {answer.get('error-desc', 'it takes too long')}")
+
+
+def prepare_migration(qemu: QMP, fd: int, shared: bool) -> None:
+    """Have a qemu write to, or read from, a descriptor as fast as it goes, and not announce the network card, which
+    may be of a frozen guest; `shared`: memory in a shared file stays there."""
+    wanted = [{"capability": "x-ignore-shared", "state": shared}]
+    qemu.execute("migrate-set-capabilities", capabilities=wanted)
+    qemu.execute("migrate-set-parameters", **{"announce-rounds": 0, "max-bandwidth": 1 << 40})
+    qemu.execute("getfd", fd, fdname="state")
+
+
+def load_memory(qemu: QMP, path: str, shared: bool) -> None:
+    """Load what `migrate` wrote, and have the guest go on."""
+    with open(path, "rb") as file:
+        prepare_migration(qemu, file.fileno(), shared)
+        qemu.execute("migrate-incoming", uri="fd:state")
+        if not wait_for(lambda: qemu.execute("query-status")["status"] != "inmigrate", 600, 0.01):
+            raise TimedOut("qemu: the guest's state isn't loaded")
+    qemu.execute("cont")
+
+
+def save(vm: VM) -> None:
+    """Keep a guest's memory on disk and switch it off: its next start goes on there."""
+    with FolderLock(vm.folder):
+        state, pid = vm.state()
+        if state != "running":
+            raise WrongState(f"it is {state}, there is nothing to save", vm=vm)
+        if vm.is_template or foreign_qemu(vm) or vm.get("vmShares"):
+            why = "a template, with shared folders, or started by the bash tools"
+            raise WrongState(f"it can't be saved: {why}", f"vmstop -n {vm} shuts it down", vm=vm)
+        need_awake(vm)
+        check_room(vm.folder, (vm.number("vmMem") + 64) * MIB, vm.base, "its memory takes up to {} MB", ROOM_HINT)
+        with Process(pid) as process, QMP(vm.folder) as qemu:
+            write_file(vm.still_file, "", durable=False)
+            qemu.execute("stop")
+            try:
+                write_memory(qemu, vm.saved_file)
+            except BaseException:
+                qemu.execute("cont")
+                raise
+            finally:
+                remove_file(vm.still_file)
+            pull_the_plug(vm, process)
+        remove_runtime_files(vm)
+
+
+def go_on(cloud: Cloud, vm: VM, iso: str, gui: bool) -> bool:
+    """Start a VM where it was saved, and forget that when it goes on; False where it wasn't.  By who holds its lock."""
+    if not os.path.exists(vm.saved_file):
+        return False
+    hint = f"vmstop --discard -n {vm} forgets its saved memory: it boots then, as after a power cut"
+    if max(os.stat(disk).st_mtime_ns for disk in vm.disks()) > os.stat(vm.saved_file).st_mtime_ns:
+        raise WrongState("its disks have changed since its memory was saved", hint, vm=vm)
+    start_locked(cloud, vm, describe_machine(cloud, vm, iso, gui).but(wakes=True))
+    try:
+        with QMP(vm.folder, 600) as qemu:
+            load_memory(qemu, vm.saved_file, shared=False)
+    except BaseException as error:
+        said = read_tail(vm.log_file)
+        stop_locked(vm, 0)
+        if isinstance(error, Error):
+            raise Error(f"it can't go on where it was saved: {last_line(said) or error}", hint, vm=vm) from None
+        raise
+    write_file(vm.late_file, "", durable=False)
+    remove_file(vm.saved_file)
+    sync(vm.folder)
+    return True
+
+
 # -- waking up
 
 WAKE_SECONDS = 60  # emulated guests that wake up together take their time
@@ -8561,7 +8667,10 @@ def thaw(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> bool:
         if len(others) > HOTPLUG_PORTS:
             raise Error(f"{len(others)} disks besides, and not at most {HOTPLUG_PORTS}, can be plugged in")
         start_locked(cloud, vm, machine)
-        load_frozen(vm, layer, others)
+        with QMP(vm.folder, WAKE_SECONDS) as qemu:
+            load_memory(qemu, layer.state, shared=True)
+            for number, disk in enumerate(others):
+                plug_disk(qemu, number, *disk)
         wake_up(vm, token)
         vm.woke, awake = time.monotonic() - began, True
     except (Error, OSError) as error:
@@ -8623,26 +8732,6 @@ def memory_facts(layer: Layer) -> list[int]:
     """What tells that a file with a guest's memory is the one that was written, and hasn't been written since."""
     info = os.stat(layer.memory)
     return [info.st_size, info.st_ino, info.st_mtime_ns, info.st_ctime_ns]
-
-
-def prepare_migration(qemu: QMP, state: int) -> None:
-    """Have a qemu that is to write or to read the state of its devices, by a descriptor, leave the memory alone, and
-    not announce the network card of the frozen guest."""
-    qemu.execute("migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": True}])
-    qemu.execute("migrate-set-parameters", **{"announce-rounds": 0})
-    qemu.execute("getfd", state, fdname="state")
-
-
-def load_frozen(vm: VM, layer: Layer, disks: Sequence[tuple[str, str, str]]) -> None:
-    """Load the state of the devices, have the guest go on, and plug these disks in."""
-    with QMP(vm.folder, WAKE_SECONDS) as qemu, open(layer.state, "rb") as state:
-        prepare_migration(qemu, state.fileno())
-        qemu.execute("migrate-incoming", uri="fd:state")
-        if not wait_for(lambda: qemu.execute("query-status")["status"] != "inmigrate", WAKE_SECONDS, 0.01):
-            raise TimedOut("its devices' state isn't loaded", vm=vm)
-        qemu.execute("cont")
-        for number, disk in enumerate(disks):
-            plug_disk(qemu, number, *disk)
 
 
 def plug_disk(qemu: QMP, port: int, path: str, format: str, serial: str) -> None:
@@ -8820,6 +8909,7 @@ def wait_ready(wait: Wait) -> None:
     if kind != "none":
         configure(wait, kind == "cloud-init")
     mount_shares(wait)
+    set_clock(wait)
     write_file(wait.vm.ready_file, "", durable=False)
 
 
@@ -8920,6 +9010,16 @@ def mount_shares(wait: Wait) -> None:
             write_file(vm.mounted_file, shares)
             return
         check_login(wait, status, output)
+
+
+def set_clock(wait: Wait) -> None:
+    """Tell a guest that stood still what time it is."""
+    while os.path.exists(wait.vm.late_file) and wait.vm.get("vmInit") != "none":
+        status, output = ssh_batch(wait.cloud, wait.vm, guest_script("clock.sh", True, NOW=time.time()), next(wait.tries()))
+        if status:
+            check_login(wait, status, output)
+        else:
+            remove_file(wait.vm.late_file)
 
 
 def check_login(wait: Wait, status: int, output: str) -> None:
@@ -9075,6 +9175,301 @@ def configure_later(cloud: Cloud, vms: Sequence[VM]) -> None:
     if names:
         environment = {"NOCLOUD_vmBaseDir": cloud.tree.base}
         spawn(self_argv("configure", *names), log=os.devnull, cwd="/", env=environment)
+
+
+# Snapshots ###########################################################################################
+#
+# What VMs were at a moment: their confs, and their disks, which get new overlays to write to; and, if that is wanted,
+# their memory.  A group is the unit: all its VMs stand still before the first one is sealed.
+
+MAX_SNAPSHOTS = 16  # files under a disk: what is read is looked for in each
+
+
+class Snapshot:
+    """A VM as it was: a folder with the conf, which names the disks that nobody writes to any more, and the memory."""
+
+    def __init__(self, vm: VM, name: str) -> None:
+        self.vm, self.name, self.folder = vm, name, os.path.join(vm.snapshots_folder, name)
+        self.conf, self.memory = os.path.join(self.folder, "conf"), os.path.join(self.folder, "memory")
+
+    def source(self) -> VM:
+        """The VM with the conf that it had."""
+        old = VM(self.vm.tree, self.vm.group, self.vm.type, self.vm.name, self.vm.folder)
+        found = parse_assignments(read_text(self.conf), self.conf, {"vmBaseDir": old.base})
+        old._conf = {each.key: each.value for each in found}
+        return old
+
+    def size(self) -> int:
+        """The bytes on disk that its memory, and its disks where no other snapshot has them, take."""
+        others = [disk for each in snapshots_of(self.vm) if each.name != self.name for disk in each.source().disks()]
+        own = [disk for disk in self.source().disks() if disk not in others]
+        return sum(os.stat(path).st_blocks * 512 for path in (self.memory, *own) if os.path.exists(path))
+
+
+def snapshots_of(vm: VM) -> list[Snapshot]:
+    """Its snapshots, the oldest first."""
+    found = [Snapshot(vm, name) for name in folders_in(vm.snapshots_folder)]
+    return sorted((each for each in found if os.path.exists(each.conf)), key=lambda each: os.stat(each.conf).st_mtime)
+
+
+def need_snapshots(vms: Iterable[VM], name: str) -> list[Snapshot]:
+    """The snapshots of this name that these VMs have.  Raises NotFound where none has one."""
+    every = [each for vm in vms for each in snapshots_of(vm)]
+    found = [each for each in every if each.name == name]
+    if not found:
+        raise no_such("snapshot", name, sorted({each.name for each in every}), "vmsnapshot -L lists them")
+    return found
+
+
+def locked(vms: Iterable[VM]) -> Any:
+    """A context that holds the locks of VMs, taken in one order by all commands."""
+    import contextlib
+
+    stack = contextlib.ExitStack()
+    try:
+        for vm in sorted(vms, key=lambda vm: vm.full_name):
+            stack.enter_context(FolderLock(vm.folder))
+            vm.reread()
+    except BaseException:
+        stack.close()
+        raise
+    return stack
+
+
+def new_overlays(vm: VM, disks: Sequence[str], formats: Sequence[str]) -> dict[str, str]:
+    """Make overlays on disks of the VM; what its conf says when it is to write to them."""
+    names = names_in(vm.folder)
+    number = 1 + max((int(found[1]) for name in names if (found := re.search(r"\.s(\d{1,9})\.", name))), default=0)
+    made = []
+    for place, (disk, format) in enumerate(zip(disks, formats)):
+        made.append(f"{vm.name}_{place}.s{number}.{vm.tree.config['vmDiskExt']}")
+        create_disk(vm.file(made[-1]), backing=os.path.relpath(os.path.realpath(disk), os.path.realpath(vm.folder)), format=format)
+    sync(vm.folder)
+    system, *others = map(vm.relative, made)
+    return {"vmDisk": system, "vmExtraDisk": ",".join(others), "vmDiskFormat": ",".join(["qcow2"] * len(made))}
+
+
+class Sealing:
+    """A VM that a snapshot is being taken of, by who holds its lock."""
+
+    def __init__(self, vm: VM, name: str) -> None:
+        self.vm, self.final, self.new = vm, Snapshot(vm, name), Snapshot(vm, MAKING + name)
+        self.qemu = QMP(vm.folder, 600) if vm.is_running() else None
+        self.was = str(self.qemu.execute("query-status")["status"]) if self.qemu else ""
+        self.sealed = False
+
+    def prepare(self) -> None:
+        """All that can be done while the guest runs on.  Its conf names the new overlays before qemu writes to them:
+        until it does there is nothing in them, so that the VM starts with what it had, whatever happens."""
+        vm, disks = self.vm, self.vm.disks()
+        old = nodes_of(self.qemu, vm) if self.qemu else {}
+        if self.qemu and not all(os.path.realpath(disk) in old for disk in disks):
+            raise WrongState("its qemu writes to other disks than its conf names", f"vmstop -n {vm}", vm=vm)
+        remove_tree(self.new.folder)
+        os.makedirs(self.new.folder, 0o700)
+        changes = new_overlays(vm, disks, known_formats(vm))
+        write_file(self.new.conf, read_text(vm.conf_file))
+        vm.write_conf(changes)
+        self.actions = []
+        for disk, overlay in zip(disks, vm.disks()) if self.qemu else ():
+            node = re.sub(r".*_(\d+)\.(s\d+)\..*", r"disk\1\2", os.path.basename(overlay))
+            file = {"driver": "file", "filename": os.path.basename(overlay), "discard": "unmap"}
+            rest = {"discard": "unmap", "detect-zeroes": "unmap", "file": file, "backing": None}
+            self.qemu.execute("blockdev-add", **{"driver": "qcow2", "node-name": node, **rest})
+            data = {"node": old[os.path.realpath(disk)], "overlay": node}
+            self.actions.append({"type": "blockdev-snapshot", "data": data})
+
+    def seal(self) -> None:
+        if self.qemu:
+            self.qemu.execute("transaction", actions=self.actions)
+        self.sealed = True
+
+    def undo(self) -> None:
+        """Go on as it was; overlays that are written to already stay, and are merged."""
+        if not self.sealed and os.path.exists(self.new.conf):
+            write_file(self.vm.conf_file, read_text(self.new.conf), 0o644)
+            self.vm.reread()
+            for action in self.actions if self.qemu else ():
+                self.qemu.execute("blockdev-del", **{"node-name": action["data"]["overlay"]})
+        remove_tree(self.new.folder)
+        merge_unused(self.vm, self.qemu)
+
+
+def nodes_of(qemu: QMP, vm: VM) -> dict[str, str]:
+    """The names that qemu calls its images by, by their real paths."""
+    found = qemu.execute("query-named-block-nodes", flat=True)
+    images = [each for each in found if each["drv"] in ("qcow2", "raw")]
+    return {os.path.realpath(os.path.join(vm.folder, each["file"])): each["node-name"] for each in images}
+
+
+def take_snapshot(cloud: Cloud, vms: Sequence[VM], name: str, ram: bool, flush_guests: bool) -> None:
+    """Snapshots of VMs, all of one moment; where one can't be taken there is none, and all go on.
+
+    `ram`: with the memory of those that run; `flush_guests`: they write out first what they hold.
+    """
+    checked_name("snapshot", name)
+    with locked(vms):
+        check_snapshots(vms, name, ram)
+        if flush_guests:
+            in_parallel(lambda vm: ssh_batch(cloud, vm, "sync", 60), [vm for vm in vms if vm.is_running()])
+        sealings: list[Sealing] = []
+        try:
+            for vm in vms:
+                sealings.append(Sealing(vm, name))
+                sealings[-1].prepare()
+            running = [each for each in sealings if each.was == "running"]
+            try:
+                for each in running:
+                    write_file(each.vm.still_file, "", durable=False)
+                    each.qemu.execute("stop")
+                for each in sealings:
+                    each.seal()
+                with_memory = [each for each in sealings if ram and each.qemu]
+                raise_first(in_parallel(lambda each: write_memory(each.qemu, each.new.memory), with_memory))
+            finally:
+                for each in running:
+                    each.qemu.execute("cont")
+                    remove_file(each.vm.still_file)
+        except BaseException:
+            for each in sealings:
+                each.undo()
+            raise
+        finally:
+            for each in sealings:
+                if each.qemu:
+                    each.qemu.close()
+        for each in sealings:
+            land({each.new.folder: each.final.folder})
+
+
+def raise_first(results: Iterable[Any]) -> None:
+    """Raise the first Error that workers have come back with."""
+    for result in results:
+        if isinstance(result, Error):
+            raise result
+
+
+def check_snapshots(vms: Sequence[VM], name: str, ram: bool) -> None:
+    """Raise where a snapshot of one of them can't be taken."""
+    for vm in vms:
+        if foreign_qemu(vm) or vm.is_template:
+            raise WrongState("no snapshot is taken of it: a template, or started by the bash tools", vm=vm)
+        if any(each.name.lower() == name.lower() for each in snapshots_of(vm)):
+            raise WrongState(f"it has a snapshot {name}", f"vmsnapshot --delete {name} -n {vm}", vm=vm)
+        if os.path.exists(vm.saved_file):
+            raise WrongState("its memory is saved", f"start it: vm -n {vm}", vm=vm)
+        depth = len([path for path in own_chain(vm, vm.disks()[0])])
+        if depth > MAX_SNAPSHOTS:
+            hint = f"vmsnapshot --delete NAME -n {vm}, of one of {', '.join(each.name for each in snapshots_of(vm))}"
+            raise WrongState(f"its disk stands on {depth - 1} snapshots, {MAX_SNAPSHOTS} is the most", hint, vm=vm)
+        if depth > MAX_SNAPSHOTS - 4:
+            report.warn(f"{vm}: its disk stands on {depth - 1} snapshots, {MAX_SNAPSHOTS} is the most")
+        if ram and vm.get("vmShares"):
+            raise WrongState("it has shared folders, whose state can't be kept", "leave out --ram", vm=vm)
+    need = sum((vm.number("vmMem") + 64) * MIB for vm in vms if vm.is_running()) if ram else MIB
+    if vms:
+        check_room(vms[0].folder, need, vms[0].base, "the snapshots take up to {} MB", ROOM_HINT)
+
+
+def own_chain(vm: VM, disk: str) -> list[str]:
+    """A disk, and those under it that are the VM's own, as real paths."""
+    chain = [os.path.realpath(disk), *backing_chain(disk, "", vm.tree.followable())]
+    return [path for path in chain if os.path.dirname(path) == os.path.realpath(vm.folder)]
+
+
+def roll_back(snapshot: Snapshot) -> list[str]:
+    """Have a VM that is switched off be what it was, by who holds its lock; where memory was kept, it goes on there.
+
+    The disks that it has got since, which stay in its folder.
+    """
+    vm, old = snapshot.vm, snapshot.source()
+    was = {path for disk in old.disks() for path in own_chain(vm, disk)[-1:]}
+    since = [disk for disk in vm.disks() if not was & set(own_chain(vm, disk))]
+    aside = []
+    for disk in since:
+        aside.append(re.sub(r"\.s\d+\.|\.(?=[^.]+$)", f".{os.urandom(3).hex()}.", disk))
+        os.rename(disk, aside[-1])
+    changes = new_overlays(vm, old.disks(), old.get("vmDiskFormat").split(","))
+    remove_file(vm.saved_file)
+    write_file(vm.conf_file, update_assignments(read_text(snapshot.conf), changes), 0o644)
+    vm.reread()
+    if os.path.exists(snapshot.memory):
+        os.link(snapshot.memory, vm.saved_file)
+        os.utime(vm.saved_file)
+    merge_unused(vm)
+    return aside
+
+
+def delete_snapshot(snapshot: Snapshot) -> None:
+    """Forget a snapshot, and merge what only it had, running or not; by who holds the VM's lock."""
+    vm = snapshot.vm
+    remove_file(snapshot.conf)
+    remove_tree(snapshot.folder)
+    remove_empty(vm.snapshots_folder)
+    if vm.is_running():
+        with QMP(vm.folder, 3600) as qemu:
+            merge_unused(vm, qemu)
+    else:
+        merge_unused(vm)
+
+
+def merge_unused(vm: VM, qemu: QMP | None = None) -> None:
+    """Remove the overlays that neither the VM nor a snapshot stands on, and merge a file that none of them names into
+    the only one that stands on it.  What is there is whole at any time: data only goes up."""
+    sources = [vm, *(each.source() for each in snapshots_of(vm))]
+    named = {os.path.realpath(disk) for source in sources for disk in source.disks()}
+    images = [vm.file(name) for name in names_in(vm.folder) if name.endswith((".img", ".qcow2"))]
+    ours = {path for path in map(os.path.realpath, images) if re.search(r"\.s\d+\.", os.path.basename(path))}
+    chains = {path: own_chain(vm, path) for path in named | set(map(os.path.realpath, images)) if os.path.exists(path)}
+    used = {each for path, chain in chains.items() if path in named or path not in ours for each in chain}
+    for path in ours - used:
+        remove_file(path)
+    while True:
+        uppers: dict[str, list[str]] = {}
+        for path in used:
+            for lower in own_chain(vm, path)[1:2]:
+                uppers.setdefault(lower, []).append(path)
+        alone = [(lower, above[0]) for lower, above in uppers.items() if lower not in named and len(above) == 1]
+        if not alone:
+            return
+        merge(vm, *alone[0], qemu)
+        used.discard(alone[0][0])
+
+
+def merge(vm: VM, lower: str, upper: str, qemu: QMP | None) -> None:
+    """Have an overlay stand on what the file under it stands on, with all that was in that; which goes."""
+    header = qcow2_header(upper)
+    under = qcow2_header(lower) if header and header.format == "qcow2" else None
+    below = os.path.join(os.path.dirname(lower), under.backing) if under and under.backing else ""
+    relative = os.path.relpath(os.path.realpath(below), os.path.dirname(upper)) if below else ""
+    check_room(vm.folder, os.stat(lower).st_blocks * 512, vm.base, "merging takes up to {} MB", ROOM_HINT)
+    nodes = nodes_of(qemu, vm) if qemu else {}
+    if qemu and upper in nodes:
+        base = {"base-node": nodes[os.path.realpath(below)], "backing-file": relative} if below else {}
+        qemu.execute("block-stream", **{"job-id": "merge", "device": nodes[upper], **base})
+        wait_for(lambda: not qemu.execute("query-block-jobs"), 3600, 0.05)
+    else:
+        format = ["-F", under.format] if under and under.format else []
+        run(["qemu-img", "rebase", "-q", "-f", "qcow2", *format, "-b", relative, upper], timeout=None)
+    now = qcow2_header(upper)
+    if not now or now.backing != relative:
+        raise Error(f"{lower} could not be merged into {upper}", f"see {vm.log_file}", vm=vm)
+    remove_file(lower)
+
+
+def snapshot_rows(tree: Tree, group: str) -> Iterator[tuple[str, ...]]:
+    """(name, group, when, VMs, size on disk, whether with memory) of each snapshot, the oldest first."""
+    found: dict[tuple[str, str], list[Snapshot]] = {}
+    for vm in tree.vms(group):
+        for each in snapshots_of(vm) if not vm.is_template and vm.is_readable() else ():
+            found.setdefault((each.name, vm.group), []).append(each)
+    when = {key: min(os.stat(each.conf).st_mtime for each in those) for key, those in found.items()}
+    for key in sorted(found, key=when.__getitem__):
+        those = found[key]
+        memory = any(os.path.exists(each.memory) for each in those)
+        day = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when[key]))
+        names, size = ",".join(each.vm.name for each in those), sum(each.size() for each in those)
+        yield *key, day, f"{size / MIB:.0f} MB", "memory" if memory else "-", names
 
 
 # Work in a template's guest ##########################################################################
@@ -9358,12 +9753,7 @@ def freeze_guest(guest: OwnGuest, layer: Layer) -> None:
         if said != "at rest":
             raise Error(f"the agent in it said: {printable(said) or 'nothing'}", vm=vm)
         qemu.execute("stop")
-        prepare_migration(qemu, state.fileno())
-        qemu.execute("migrate", uri="fd:state")
-        status = lambda: qemu.execute("query-migrate")["status"]  # noqa: E731
-        wait_for(lambda: status() in ("completed", "failed"), 600, 0.05)
-        if status() != "completed":
-            raise Error("qemu could not write the state of its devices", f"see {vm.log_file}", vm=vm)
+        migrate(qemu, state.fileno(), shared=True)
     for path in (layer.memory, layer.state, layer.path):
         os.chmod(path, 0o600)
         sync(path)
@@ -10140,7 +10530,8 @@ def listed(tree: Tree, group: str = "", type: str = "", every: bool = False) -> 
             if not os.path.exists(disk):
                 report.warn(told_of(vm, FileNotFoundError(0, "", disk)))
         if state == "running" or every:
-            yield vm, next(asked) if state == "running" else state, pid
+            saved = state == "stopped" and os.path.exists(vm.saved_file)
+            yield vm, next(asked) if state == "running" else "saved" if saved else state, pid
 
 
 def vm_rows(cloud: Cloud, group: str = "", type: str = "", *, every: bool = False) -> Iterator[str]:
@@ -11097,6 +11488,7 @@ def one_operand(words: Sequence[str], name: str) -> str:
 GROUP = Option("-g --group GROUP", "only this group")
 TYPE = Option("-t --type TYPE", "only this type")
 FORCE = Option("--force", "though it is more memory than the host has")
+YES = Option("-y --yes", "don't ask")
 WHICH_VM = "the VM: NAME, GROUP/NAME or GROUP/TYPE/NAME"
 VM_OPTIONS = (Option("-n --name NAME", WHICH_VM, complete="vm"), GROUP, TYPE)
 RUNNING_VM_OPTIONS = (Option("-n --name NAME", WHICH_VM, complete="running-vm"), GROUP, TYPE)
@@ -11469,39 +11861,136 @@ def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> N
     Option("-d --destroy", "destroy them too: disks, settings, everything"),
     Option("--kill", "switch off at once instead of shutting down"),
     Option("--timeout S", "seconds before switching off", default="vmStopTimeout"),
+    Option("--save", "keep their memory on disk: they go on there at their next start"),
+    Option("--discard", "forget memory that was saved: they boot at their next start"),
+    YES,
 )
 def cmd_stop(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """stop a group, a type of it or one VM"""
+    way = exclusive(args, "destroy", "kill", "save", "discard")
     with Cloud(config) as cloud:
-        vms = vms_to_stop(cloud, args)
+        try:
+            vms = chosen_vms(cloud, args)
+        except NotFound as error:  # to destroy what is gone already is no error, but said: the name may be mistyped
+            if not args.destroy or args.name is not None:
+                raise
+            error.text += ", so there is nothing to destroy"
+            report.error(error)
+            vms = []
         if args.destroy:
+            if args.group == TEMPLATES or any(vm.is_template for vm in vms):
+                raise UsageError("templates are not destroyed with vmstop", "vmtemplate --delete NAME")
+            kept = sum(len(snapshots_of(vm)) for vm in vms)
+            if kept:
+                confirm(args, f"{plural(len(vms), 'VM')} with {plural(kept, 'snapshot')}: destroy them all?")
             errors = destroy_all(cloud, vms, args.group or "")
+        elif way == "save":
+            running = [vm for vm in vms if vm.is_running() or args.name is not None]
+            errors = [each for each in in_parallel(save, running) if each]
+        elif way == "discard":
+            with locked(vms):
+                errors = [remove_file(vm.saved_file) for vm in vms][:0]
         else:
             errors = stop_all(cloud, vms, 0 if args.kill else args.timeout)
     return report_errors(errors)
 
 
-def vms_to_stop(cloud: Cloud, args: argparse.Namespace) -> list[VM]:
-    """What vmstop's options mean.  To destroy what is gone already is no error, but said: the name may be mistyped."""
+def chosen_vms(cloud: Cloud, args: argparse.Namespace) -> list[VM]:
+    """The VMs that -g, -t and -n mean.  Raises NotFound where there are none."""
     if args.name == "":
         raise UsageError("the VM's name is empty", "vmrunning lists the VMs")
     if args.name is not None:
-        vms = [cloud.tree.need(args.name, args.group, args.type)]
-    elif args.group is not None:
-        try:
-            cloud.tree.need_group(args.group, args.type)
-        except NotFound as error:
-            if not args.destroy:
-                raise
-            error.text += ", so there is nothing to destroy"
-            report.error(error)
-            return []
-        vms = [vm for vm in cloud.tree.vms(args.group) if args.type in (None, vm.type)]
-    else:
+        return [cloud.tree.need(args.name, args.group, args.type)]
+    if args.group is None:
         raise UsageError("which group? give -g GROUP, or -n NAME for one VM", "vmrunning lists them")
-    if args.destroy and (args.group == TEMPLATES or any(vm.is_template for vm in vms)):
-        raise UsageError("templates are not destroyed with vmstop", "vmtemplate --delete NAME")
-    return vms
+    cloud.tree.need_group(args.group, args.type)
+    return [vm for vm in cloud.tree.vms(args.group) if args.type in (None, vm.type)]
+
+
+def confirm(args: argparse.Namespace, question: str) -> None:
+    """On a terminal, without -y: go on only where the answer is yes.  Elsewhere it is said, and done."""
+    if args.yes or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return report.say(question.replace("?", ""))
+    report.say(f"{question} [y/N]")
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise Error("nothing has been done")
+
+
+PAUSED = (Option("-g --group GROUP", "the group", complete="group"), TYPE, Option("-n --name NAME", WHICH_VM, complete="running-vm"))
+
+
+@declare(Command("pause", "vmpause"), *PAUSED)
+def cmd_pause(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """have VMs stand still"""
+    return tell_running(config, args, "stop")
+
+
+@declare(Command("resume", "vmresume"), *PAUSED)
+def cmd_resume(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """have VMs go on that stand still"""
+    return tell_running(config, args, "cont")
+
+
+def tell_running(config: Config, args: argparse.Namespace, command: str) -> int:
+    """Give qemu's command to each of the VMs that runs."""
+
+    def tell(vm: VM) -> None:
+        with FolderLock(vm.folder), connect_qemu(vm) as qemu:
+            qemu.execute(command)
+
+    with Cloud(config) as cloud:
+        vms = [running_vm(cloud, args.name, args.group, args.type)] if args.name is not None else chosen_vms(cloud, args)
+        return report_errors([each for each in in_parallel(tell, [vm for vm in vms if vm.is_running()]) if each])
+
+
+@declare(
+    Command("snapshot", "vmsnapshot", "[NAME]"),
+    *PAUSED,
+    Option("-L --list", "list the snapshots: name, group, when, size on disk, memory, VMs"),
+    Option("--ram", "keep what is in the memory of those that run, too"),
+    Option("--sync", "have the guests write out first what they hold"),
+    Option("--delete", "delete the snapshot NAME"),
+)
+def cmd_snapshot(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+    """keep what VMs are at this moment"""
+    with Cloud(config) as cloud:
+        if args.list:
+            no_more(words)
+            if args.group:
+                cloud.tree.need_group(args.group)
+            report_table(list(snapshot_rows(cloud.tree, args.group or "")))
+            return
+        name = one_operand(words, "NAME")
+        if args.delete:
+            chosen = chosen_vms(cloud, args) if args.group or args.name is not None else list(cloud.tree.vms())
+            with locked(each.vm for each in need_snapshots(chosen, name)):
+                for each in need_snapshots(chosen, name):
+                    delete_snapshot(each)
+        else:
+            take_snapshot(cloud, chosen_vms(cloud, args), name, bool(args.ram), bool(args.sync))
+
+
+@declare(Command("rollback", "vmrollback", "NAME"), *PAUSED, YES)
+def cmd_rollback(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """go back to a snapshot; what has changed since is lost"""
+    name = one_operand(words, "NAME")
+    with Cloud(config) as cloud:
+        vms = chosen_vms(cloud, args)
+        found = need_snapshots(vms, name)
+        confirm(args, f"{plural(len(found), 'VM')} will be as in {name}, what has changed since is lost: go on?")
+        with locked(vms):
+            found = need_snapshots(vms, name)
+            start = [each.vm for each in found if each.vm.is_running() or os.path.exists(each.memory)]
+            raise_first(in_parallel(lambda vm: stop_locked(vm, 0), [each.vm for each in found]))
+            for each in found:
+                for disk in roll_back(each):
+                    report.say(f"{each.vm}: it has got a disk since, which is kept: {disk}")
+        later = [vm.name for vm in vms if vm not in [each.vm for each in found]]
+        if later:
+            report.say(f"not in {name}, and left as they are: {', '.join(later)}")
+        errors = [error for error in start_all(cloud, start) if error]
+        configure_later(cloud, [vm for vm in start if vm.is_running()])
+        return report_errors(errors)
 
 
 def running_vm(cloud: Cloud, words: str | None, group: str | None = None, type: str | None = None) -> VM:
