@@ -809,6 +809,7 @@ SETTINGS = (
     Setting("vmDisk", str, "", "vm", "its system disk, relative to vmBaseDir"),
     Setting("vmExtraDisk", str, "", "vm", "its other disks, comma-separated"),
     Setting("vmDiskFormat", IMAGE_FORMATS, "", "vm", "the format of each disk, found out once and kept"),
+    Setting("vmPlugged", whole_number(0, 4), "0", "vm", "how many of its disks, the last ones, came while it runs"),
     Setting("vmUuid", UUID, "", "vm", "its UUID, made once and kept"),
     Setting("vmMac", MAC_ADDRESS, "", "vm", "its network card's address"),
     Setting("vmAddress", IPV4_ADDRESS, "", "vm", "its IPv4 address"),
@@ -1717,14 +1718,17 @@ def first_format(vm: VM, disk: str) -> str:
     return "qcow2" if header else "raw"
 
 
-def create_disk(disk: str, gigabytes: int = 0, backing: str = "", format: str = "") -> None:
-    """A qcow2 disk that grows as it is written to, from about 200 KB: an empty one, or an overlay on a backing file.
-
-    `backing`, of this format, is relative to the disk's folder; without a size the disk has that of the file.
-    """
-    below = ["-F", format, "-b", backing] if backing else []
+def create_disk(disk: str, gigabytes: int = 0, *below: str) -> None:
+    """A qcow2 disk that grows as it is written to, from about 200 KB; `below`: qemu-img's words for its backing file,
+    whose size it has without one."""
     size = [f"{gigabytes}G"] if gigabytes else []
     run(["qemu-img", "create", "-q", "-f", "qcow2", *below, os.path.abspath(disk), *size])
+
+
+def create_overlay(disk: str, backing: str, format: str, gigabytes: int = 0) -> None:
+    """A disk that stands on a file of this format, which it names relative to its own folder: a tree can be moved."""
+    path = os.path.relpath(os.path.realpath(backing), os.path.realpath(os.path.dirname(disk)))
+    create_disk(disk, gigabytes, "-F", format, "-b", path)
 
 
 def resize_disk(disk: str, format: str, gigabytes: int) -> None:
@@ -1821,13 +1825,14 @@ class QMP:
         self._next()
         self.execute("qmp_capabilities")
 
-    def execute(self, command: str, fd: int = -1, **arguments: Any) -> Any:
-        """What the command returns.  `fd`: a descriptor that goes with it."""
+    def execute(self, command: str, **arguments: Any) -> Any:
+        """What the command returns.  Of arguments' names, `_` stands for `-`."""
         import json
 
         self._serial += 1
-        request = {"execute": command, "id": self._serial, **({"arguments": arguments} if arguments else {})}
-        self._send(json.dumps(request).encode() + b"\n", fd)
+        given = {name.replace("_", "-"): value for name, value in arguments.items()}
+        request = {"execute": command, "id": self._serial, **({"arguments": given} if given else {})}
+        self._send(json.dumps(request).encode() + b"\n")
         while True:
             message = self._next()
             if message.get("id") == self._serial:
@@ -1839,7 +1844,7 @@ class QMP:
 
     def monitor(self, line: str) -> str:
         """What the monitor for humans answers."""
-        return str(self.execute("human-monitor-command", **{"command-line": line}))
+        return str(self.execute("human-monitor-command", command_line=line))
 
     def allow(self, seconds: float) -> None:
         """Set the deadline anew, for a command that may take long."""
@@ -1851,12 +1856,15 @@ class QMP:
         line, self._buffer = self._buffer.split(b"\n", 1)
         return parse_qmp(line)
 
-    def _send(self, data: bytes, fd: int = -1) -> None:
+    def give(self, fd: int, name: str) -> None:
+        """Give qemu a descriptor, which commands call by this name."""
         import socket as sockets
 
+        sockets.send_fds(self._socket, [b" "], [fd])
+        self.execute("getfd", fdname=name)
+
+    def _send(self, data: bytes) -> None:
         try:
-            if fd >= 0:
-                data = data[sockets.send_fds(self._socket, [data], [fd]) :]
             self._socket.sendall(data)
         except OSError:
             raise QMPClosed("qemu closed its control socket") from None
@@ -2816,12 +2824,12 @@ def qemu_argv(machine: Machine, tap: int, vhost: int = -1, shares: Sequence[int]
         *machine_args(machine),
         *cpu_args(machine),
         *firmware_args(machine),
+        *layout_args(machine),
         *disk_args(machine),
         *iso_args(machine),
         *seed_args(machine),
         *net_args(machine, tap, vhost),
-        *console_args(),
-        *layout_args(machine),
+        *console_args(machine),
         *rng_args(),
         *balloon_args(machine),
         *memory_args(machine),
@@ -2879,6 +2887,7 @@ def disk_args(machine: Machine) -> list[str]:
     """
     words: list[str] = []
     first = 1 if machine.iso or machine.settings["vmKernel"] else 0
+    unplugged = len(machine.disks) - int(machine.settings["vmPlugged"])
     for number, (path, format, serial) in enumerate(machine.disks):
         node = f"disk{number}"
         words += [
@@ -2886,8 +2895,9 @@ def disk_args(machine: Machine) -> list[str]:
             f"driver={format},node-name={node},discard=unmap,detect-zeroes=unmap"
             f",file.driver=file,file.filename={comma(path)},file.discard=unmap",
             "-device",
-            f"virtio-blk-pci,drive={node},addr={PCI_SLOTS[node]:#x}"
-            f",bootindex={first + number},serial={comma(serial[-20:])}",
+            f"virtio-blk-pci,drive={node},"
+            + (f"addr={PCI_SLOTS[node]:#x}" if number < unplugged else f"bus=port{number - unplugged}")
+            + f",bootindex={first + number},serial={comma(serial[-20:])}",
         ]
     return words
 
@@ -2958,23 +2968,25 @@ def net_args(machine: Machine, tap: int, vhost: int) -> list[str]:
     ]  # fmt: skip
 
 
-def console_args() -> list[str]:
+def console_args(machine: Machine) -> list[str]:
     """The serial line is a socket for vmconsole and a log at the same time, of this start; logappend=on: what writes
     to it in the middle, after etc/console.sh has emptied it, would leave a hole before that."""
     chardev = "socket,id=serial0,path=serial.sock,server=on,wait=off,logfile=console.log,logappend=on"
-    return ["-chardev", chardev, "-serial", "chardev:serial0"]
+    words = ["-chardev", chardev, "-serial", "chardev:serial0"]
+    if machine.settings["vmLayout"] != "1":
+        words += ["-chardev", f"socket,id=serial1,path={AGENT_SOCKET},server=on,wait=off", "-serial", "chardev:serial1"]
+    return words
 
 
 AGENT_SOCKET = "agent.sock"
 
 
 def layout_args(machine: Machine) -> list[str]:
-    """What came with layout 2: a serial line by which a guest that wakes is told who it is, a generation ID that tells
-    its kernel that it is a copy (vmgenid), and PCIe ports for disks that come while it runs, which pc has none of."""
+    """What came with layout 2: a generation ID that tells the guest's kernel that it is a copy (vmgenid), a serial line
+    by which a guest that wakes is told who it is, and PCIe ports for disks that come while it runs; pc has none."""
     if machine.settings["vmLayout"] == "1":
         return []
-    words = ["-chardev", f"socket,id=serial1,path={AGENT_SOCKET},server=on,wait=off", "-serial", "chardev:serial1"]
-    words += ["-device", "vmgenid,guid=auto"]
+    words = ["-device", "vmgenid,guid=auto"]
     for number in range(HOTPLUG_PORTS) if "q35" in machine.settings["vmMachine"] else ():
         place = f"addr={HOTPLUG_SLOT:#x}.{number},multifunction=on,chassis={number + 1}"
         words += ["-device", f"pcie-root-port,id=port{number},{place}"]
@@ -6919,9 +6931,8 @@ def next_layer(template: VM) -> Layer:
 
 def new_layer(template: VM) -> Layer:
     """An empty layer on the template's present disk.  Call it under the template's lock, when it has been settled."""
-    layer, disk = next_layer(template), template.disks()[0]
-    backing = os.path.relpath(os.path.realpath(disk), os.path.realpath(template.folder))
-    create_disk(layer.path, backing=backing, format=known_formats(template)[0])
+    layer = next_layer(template)
+    create_overlay(layer.path, template.disks()[0], known_formats(template)[0])
     return layer
 
 
@@ -8173,8 +8184,7 @@ class NewClones:
         extension = self.cloud.config["vmDiskExt"]
         system = vm.disk_name(0, extension)
         disk = os.path.realpath(template.disks()[0])
-        backing = os.path.relpath(disk, os.path.realpath(vm.folder))
-        create_disk(vm.file(system), request.disk, backing, clone.format)
+        create_overlay(vm.file(system), disk, clone.format, request.disk)
         extra = [vm.disk_name(number, extension) for number in range(1, len(request.disks) + 1)]
         for name, size in zip(extra, request.disks):
             create_disk(vm.file(name), size)
@@ -8257,7 +8267,9 @@ def forget_identity(cloud: Cloud, uuids: Sequence[str]) -> None:
 # The power button, the plug, and what goes with a VM.  A template is stopped with care: see the work in its guest.
 
 # And the pidfile.  The credentials stay, for whoever starts it by hand.
-RUNTIME_FILES = ("qmp.sock", "serial.sock", "monitor.sock", AGENT_SOCKET, RECORD_SOCKET, *(f"{screen}.sock" for screen in SCREENS))
+RUNTIME_FILES = (
+    "qmp.sock", "serial.sock", "monitor.sock", AGENT_SOCKET, RECORD_SOCKET, *(f"{screen}.sock" for screen in SCREENS)
+)  # fmt: skip
 
 
 def remove_runtime_files(vm: VM) -> None:
@@ -8383,6 +8395,8 @@ def start(cloud: Cloud, vm: VM, *, iso: str = "", gui: bool = False) -> None:
                     set_writable(disk, True)  # cloning made it read-only
         try:
             if not (go_on(cloud, vm, iso, gui) or thaw(cloud, vm, iso, gui)):
+                if vm.get("vmPlugged") != "0":
+                    vm.write_conf({"vmPlugged": "0"})
                 start_locked(cloud, vm, describe_machine(cloud, vm, iso, gui, layer))
             if layer:
                 layer.arm()
@@ -8510,7 +8524,8 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, sha
     if tied:
         need_program(TIE[0])
     words, fds = network.enter([*(TIE if tied else ()), *qemu_argv(machine, tap, vhost, shares)])
-    write_file(vm.command_file, command_script(vm, qemu_argv(machine.but(memory="", wakes=False), 3), network), 0o700, durable=False)
+    script = command_script(vm, qemu_argv(machine.but(memory="", wakes=False), 3), network)
+    write_file(vm.command_file, script, 0o700, durable=False)
     for path in (vm.console_log, vm.old_console_log):
         remove_file(path)
     with open(os.open(vm.console_log, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as console:
@@ -8580,8 +8595,8 @@ def prepare_migration(qemu: QMP, fd: int, shared: bool) -> None:
     may be of a frozen guest; `shared`: memory in a shared file stays there."""
     wanted = [{"capability": "x-ignore-shared", "state": shared}]
     qemu.execute("migrate-set-capabilities", capabilities=wanted)
-    qemu.execute("migrate-set-parameters", **{"announce-rounds": 0, "max-bandwidth": 1 << 40})
-    qemu.execute("getfd", fd, fdname="state")
+    qemu.execute("migrate-set-parameters", announce_rounds=0, max_bandwidth=1 << 40)
+    qemu.give(fd, "state")
 
 
 def load_memory(qemu: QMP, path: str, shared: bool) -> None:
@@ -8605,18 +8620,38 @@ def save(vm: VM) -> None:
             raise WrongState(f"it can't be saved: {why}", f"vmstop -n {vm} shuts it down", vm=vm)
         need_awake(vm)
         check_room(vm.folder, (vm.number("vmMem") + 64) * MIB, vm.base, "its memory takes up to {} MB", ROOM_HINT)
-        with Process(pid) as process, QMP(vm.folder) as qemu:
-            write_file(vm.still_file, "", durable=False)
-            qemu.execute("stop")
-            try:
-                write_memory(qemu, vm.saved_file)
-            except BaseException:
-                qemu.execute("cont")
-                raise
-            finally:
-                remove_file(vm.still_file)
+        with Process(pid) as process, QMP(vm.folder) as qemu, StandStill([(vm, qemu)]):
+            write_memory(qemu, vm.saved_file)
             pull_the_plug(vm, process)
         remove_runtime_files(vm)
+
+
+class StandStill:
+    """Guests, those of them that are at work, stand still as long as the `with`; wake() mends what a kill leaves."""
+
+    def __init__(self, guests: Sequence[tuple[VM, QMP]]) -> None:
+        self._guests = guests
+        self._stopped: list[tuple[VM, QMP]] = []
+
+    def __enter__(self) -> StandStill:
+        for vm, qemu in self._guests:
+            if qemu.execute("query-status")["status"] == "running":
+                self._stopped.append((vm, qemu))
+                write_file(vm.still_file, "", durable=False)
+                qemu.execute("stop")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for vm, qemu in self._stopped:
+            qemu.allow(5)
+            result_of(lambda qemu: qemu.execute("cont"), qemu)
+            remove_file(vm.still_file)
+
+
+def saved_is_current(vm: VM) -> bool:
+    """Whether there is memory that was saved, and no disk has been written to since."""
+    saved = os.path.exists(vm.saved_file) and os.stat(vm.saved_file).st_mtime_ns
+    return bool(saved) and all(os.stat(disk).st_mtime_ns <= saved for disk in vm.disks())
 
 
 def go_on(cloud: Cloud, vm: VM, iso: str, gui: bool) -> bool:
@@ -8624,7 +8659,7 @@ def go_on(cloud: Cloud, vm: VM, iso: str, gui: bool) -> bool:
     if not os.path.exists(vm.saved_file):
         return False
     hint = f"vmstop --discard -n {vm} forgets its saved memory: it boots then, as after a power cut"
-    if max(os.stat(disk).st_mtime_ns for disk in vm.disks()) > os.stat(vm.saved_file).st_mtime_ns:
+    if not saved_is_current(vm):
         raise WrongState("its disks have changed since its memory was saved", hint, vm=vm)
     start_locked(cloud, vm, describe_machine(cloud, vm, iso, gui).but(wakes=True))
     try:
@@ -8671,6 +8706,8 @@ def thaw(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> bool:
             load_memory(qemu, layer.state, shared=True)
             for number, disk in enumerate(others):
                 plug_disk(qemu, number, *disk)
+        if others:
+            vm.write_conf({"vmPlugged": str(len(others))})
         wake_up(vm, token)
         vm.woke, awake = time.monotonic() - began, True
     except (Error, OSError) as error:
@@ -8688,9 +8725,8 @@ def thaw(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> bool:
 
 def renew_disk(vm: VM, backing: str, format: str) -> None:
     """Give a VM that never ran a new system disk on a template's."""
-    disk = vm.disks()[0]
-    remove_file(disk)
-    create_disk(disk, backing=os.path.relpath(os.path.realpath(backing), os.path.realpath(vm.folder)), format=format)
+    remove_file(vm.disks()[0])
+    create_overlay(vm.disks()[0], backing, format)
 
 
 def frozen_facts(machine: Machine) -> dict[str, Any]:
@@ -8734,13 +8770,18 @@ def memory_facts(layer: Layer) -> list[int]:
     return [info.st_size, info.st_ino, info.st_mtime_ns, info.st_ctime_ns]
 
 
+def add_image(qemu: QMP, node: str, path: str, format: str = "qcow2", **options: object) -> None:
+    """Have a qemu open an image, as disk_args() would have it."""
+    file = {"driver": "file", "filename": path, "discard": "unmap"}
+    image = {"driver": format, "discard": "unmap", "detect-zeroes": "unmap", "file": file}
+    qemu.execute("blockdev-add", node_name=node, **image, **options)
+
+
 def plug_disk(qemu: QMP, port: int, path: str, format: str, serial: str) -> None:
     """Plug a disk into a running guest, as disk_args() would have it at its next start."""
-    node, unmap = f"disk{port + 1}", {"discard": "unmap"}
-    file = {"driver": "file", "filename": path, **unmap}
-    qemu.execute("blockdev-add", **{"driver": format, "node-name": node, "detect-zeroes": "unmap", "file": file, **unmap})
-    place = {"id": node, "drive": node, "bus": f"port{port}", "serial": serial[-20:]}
-    qemu.execute("device_add", driver="virtio-blk-pci", **place)
+    node, bus = f"disk{port + 1}", f"port{port}"
+    add_image(qemu, node, path, format)
+    qemu.execute("device_add", driver="virtio-blk-pci", id=node, drive=node, bus=bus, serial=serial[-20:])
 
     def is_read() -> bool:
         stats = qemu.execute("query-blockstats")
@@ -9012,14 +9053,20 @@ def mount_shares(wait: Wait) -> None:
         check_login(wait, status, output)
 
 
+def is_late(vm: VM) -> bool:
+    """Whether its clock is to be set: it stood still."""
+    return os.path.exists(vm.late_file) and vm.get("vmInit") != "none"
+
+
 def set_clock(wait: Wait) -> None:
     """Tell a guest that stood still what time it is."""
-    while os.path.exists(wait.vm.late_file) and wait.vm.get("vmInit") != "none":
-        status, output = ssh_batch(wait.cloud, wait.vm, guest_script("clock.sh", True, NOW=time.time()), next(wait.tries()))
-        if status:
-            check_login(wait, status, output)
-        else:
-            remove_file(wait.vm.late_file)
+    vm = wait.vm
+    for seconds in wait.tries() if is_late(vm) else ():
+        status, output = ssh_batch(wait.cloud, vm, guest_script("clock.sh", True, NOW=time.time()), seconds)
+        if not status:
+            remove_file(vm.late_file)
+            return
+        check_login(wait, status, output)
 
 
 def check_login(wait: Wait, status: int, output: str) -> None:
@@ -9171,7 +9218,7 @@ def wait_all(cloud: Cloud, vms: Sequence[VM], seconds: float, limit: str = "") -
 def configure_later(cloud: Cloud, vms: Sequence[VM]) -> None:
     """Start a process for the VMs that must be configured over ssh.  What it can't finish, the next vmssh does."""
     vms = [vm for vm in vms if vm.is_readable() and vm.get("vmInit") != "none"]
-    names = [vm.full_name for vm in vms if vm.get("vmInit") in ("auto", "ssh") or vm.get("vmShares")]
+    names = [vm.full_name for vm in vms if vm.get("vmInit") in ("auto", "ssh") or vm.get("vmShares") or is_late(vm)]
     if names:
         environment = {"NOCLOUD_vmBaseDir": cloud.tree.base}
         spawn(self_argv("configure", *names), log=os.devnull, cwd="/", env=environment)
@@ -9243,7 +9290,7 @@ def new_overlays(vm: VM, disks: Sequence[str], formats: Sequence[str]) -> dict[s
     made = []
     for place, (disk, format) in enumerate(zip(disks, formats)):
         made.append(f"{vm.name}_{place}.s{number}.{vm.tree.config['vmDiskExt']}")
-        create_disk(vm.file(made[-1]), backing=os.path.relpath(os.path.realpath(disk), os.path.realpath(vm.folder)), format=format)
+        create_overlay(vm.file(made[-1]), disk, format)
     sync(vm.folder)
     system, *others = map(vm.relative, made)
     return {"vmDisk": system, "vmExtraDisk": ",".join(others), "vmDiskFormat": ",".join(["qcow2"] * len(made))}
@@ -9255,44 +9302,53 @@ class Sealing:
     def __init__(self, vm: VM, name: str) -> None:
         self.vm, self.final, self.new = vm, Snapshot(vm, name), Snapshot(vm, MAKING + name)
         self.qemu = QMP(vm.folder, 600) if vm.is_running() else None
-        self.was = str(self.qemu.execute("query-status")["status"]) if self.qemu else ""
+        self.overlays: dict[str, str] = {}  # of a running one: the nodes that are written to, and which are to be
         self.sealed = False
 
     def prepare(self) -> None:
         """All that can be done while the guest runs on.  Its conf names the new overlays before qemu writes to them:
         until it does there is nothing in them, so that the VM starts with what it had, whatever happens."""
         vm, disks = self.vm, self.vm.disks()
-        old = nodes_of(self.qemu, vm) if self.qemu else {}
-        if self.qemu and not all(os.path.realpath(disk) in old for disk in disks):
+        nodes = nodes_of(self.qemu, vm) if self.qemu else {}
+        if self.qemu and not all(os.path.realpath(disk) in nodes for disk in disks):
             raise WrongState("its qemu writes to other disks than its conf names", f"vmstop -n {vm}", vm=vm)
         remove_tree(self.new.folder)
         os.makedirs(self.new.folder, 0o700)
         changes = new_overlays(vm, disks, known_formats(vm))
         write_file(self.new.conf, read_text(vm.conf_file))
         vm.write_conf(changes)
-        self.actions = []
-        for disk, overlay in zip(disks, vm.disks()) if self.qemu else ():
-            node = re.sub(r".*_(\d+)\.(s\d+)\..*", r"disk\1\2", os.path.basename(overlay))
-            file = {"driver": "file", "filename": os.path.basename(overlay), "discard": "unmap"}
-            rest = {"discard": "unmap", "detect-zeroes": "unmap", "file": file, "backing": None}
-            self.qemu.execute("blockdev-add", **{"driver": "qcow2", "node-name": node, **rest})
-            data = {"node": old[os.path.realpath(disk)], "overlay": node}
-            self.actions.append({"type": "blockdev-snapshot", "data": data})
+        for disk, overlay in zip(disks, vm.disks()):
+            if self.qemu:
+                node = "disk{0[1]}{0[2]}".format(re.split(r".*_(\d+)\.(s\d+)\.", overlay))
+                add_image(self.qemu, node, os.path.basename(overlay), backing=None)
+                self.overlays[nodes[os.path.realpath(disk)]] = node
 
     def seal(self) -> None:
+        """From now on its old disks are what they are."""
+        pairs = [{"node": node, "overlay": overlay} for node, overlay in self.overlays.items()]
         if self.qemu:
-            self.qemu.execute("transaction", actions=self.actions)
+            actions = [{"type": "blockdev-snapshot", "data": pair} for pair in pairs]
+            self.qemu.execute("transaction", actions=actions)
         self.sealed = True
+
+    def keep_memory(self) -> None:
+        if self.qemu:
+            write_memory(self.qemu, self.new.memory)
 
     def undo(self) -> None:
         """Go on as it was; overlays that are written to already stay, and are merged."""
         if not self.sealed and os.path.exists(self.new.conf):
             write_file(self.vm.conf_file, read_text(self.new.conf), 0o644)
             self.vm.reread()
-            for action in self.actions if self.qemu else ():
-                self.qemu.execute("blockdev-del", **{"node-name": action["data"]["overlay"]})
+            for overlay in self.overlays.values():
+                assert self.qemu
+                self.qemu.execute("blockdev-del", node_name=overlay)
         remove_tree(self.new.folder)
         merge_unused(self.vm, self.qemu)
+
+    def close(self) -> None:
+        if self.qemu:
+            self.qemu.close()
 
 
 def nodes_of(qemu: QMP, vm: VM) -> dict[str, str]:
@@ -9317,27 +9373,18 @@ def take_snapshot(cloud: Cloud, vms: Sequence[VM], name: str, ram: bool, flush_g
             for vm in vms:
                 sealings.append(Sealing(vm, name))
                 sealings[-1].prepare()
-            running = [each for each in sealings if each.was == "running"]
-            try:
-                for each in running:
-                    write_file(each.vm.still_file, "", durable=False)
-                    each.qemu.execute("stop")
+            with StandStill([(each.vm, each.qemu) for each in sealings if each.qemu]):
                 for each in sealings:
                     each.seal()
-                with_memory = [each for each in sealings if ram and each.qemu]
-                raise_first(in_parallel(lambda each: write_memory(each.qemu, each.new.memory), with_memory))
-            finally:
-                for each in running:
-                    each.qemu.execute("cont")
-                    remove_file(each.vm.still_file)
+                if ram:
+                    raise_first(in_parallel(lambda each: each.keep_memory(), sealings))
         except BaseException:
             for each in sealings:
                 each.undo()
             raise
         finally:
             for each in sealings:
-                if each.qemu:
-                    each.qemu.close()
+                each.close()
         for each in sealings:
             land({each.new.folder: each.final.folder})
 
@@ -9358,7 +9405,7 @@ def check_snapshots(vms: Sequence[VM], name: str, ram: bool) -> None:
             raise WrongState(f"it has a snapshot {name}", f"vmsnapshot --delete {name} -n {vm}", vm=vm)
         if os.path.exists(vm.saved_file):
             raise WrongState("its memory is saved", f"start it: vm -n {vm}", vm=vm)
-        depth = len([path for path in own_chain(vm, vm.disks()[0])])
+        depth = len(own_chain(vm, vm.disks()[0]))
         if depth > MAX_SNAPSHOTS:
             hint = f"vmsnapshot --delete NAME -n {vm}, of one of {', '.join(each.name for each in snapshots_of(vm))}"
             raise WrongState(f"its disk stands on {depth - 1} snapshots, {MAX_SNAPSHOTS} is the most", hint, vm=vm)
@@ -9403,6 +9450,7 @@ def roll_back(snapshot: Snapshot) -> list[str]:
 def delete_snapshot(snapshot: Snapshot) -> None:
     """Forget a snapshot, and merge what only it had, running or not; by who holds the VM's lock."""
     vm = snapshot.vm
+    saved = saved_is_current(vm)
     remove_file(snapshot.conf)
     remove_tree(snapshot.folder)
     remove_empty(vm.snapshots_folder)
@@ -9411,6 +9459,8 @@ def delete_snapshot(snapshot: Snapshot) -> None:
             merge_unused(vm, qemu)
     else:
         merge_unused(vm)
+        if saved:
+            os.utime(vm.saved_file)
 
 
 def merge_unused(vm: VM, qemu: QMP | None = None) -> None:
@@ -9445,8 +9495,8 @@ def merge(vm: VM, lower: str, upper: str, qemu: QMP | None) -> None:
     check_room(vm.folder, os.stat(lower).st_blocks * 512, vm.base, "merging takes up to {} MB", ROOM_HINT)
     nodes = nodes_of(qemu, vm) if qemu else {}
     if qemu and upper in nodes:
-        base = {"base-node": nodes[os.path.realpath(below)], "backing-file": relative} if below else {}
-        qemu.execute("block-stream", **{"job-id": "merge", "device": nodes[upper], **base})
+        base = {"base_node": nodes[os.path.realpath(below)], "backing_file": relative} if below else {}
+        qemu.execute("block-stream", job_id="merge", device=nodes[upper], **base)
         wait_for(lambda: not qemu.execute("query-block-jobs"), 3600, 0.05)
     else:
         format = ["-F", under.format] if under and under.format else []
@@ -9492,7 +9542,7 @@ class OwnGuest:
     def __init__(
         self, cloud: Cloud, vm: VM, layer: Layer | None = None, memory: str = "", settings: Mapping[str, str] = {}
     ) -> None:
-        """Boot it, its memory in this file, with other settings.  The caller holds its lock, and knows it is stopped."""
+        """Boot it, its memory in this file, with these settings.  The caller holds its lock, and it is stopped."""
         self.cloud, self.vm, self.layer = cloud, vm, layer
         self.keys = ssh_key_options(is_planted(vm))
         give_identity(cloud, vm)
@@ -9740,7 +9790,7 @@ REST_SECONDS = 30  # systemd ends what belongs to a login that is over after 10
 
 
 def freeze_guest(guest: OwnGuest, layer: Layer) -> None:
-    """Plant the agent, have the guest come to rest, and write down what it is then; only the manifest makes it count."""
+    """Plant the agent, have the guest come to rest, and keep what it is then; the manifest makes that count."""
     import json
 
     vm, token = guest.vm, os.urandom(16).hex()
@@ -11761,8 +11811,9 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
             if not args.add:
                 check_new_group(list(cloud.tree.vms(group)), group)  # else its own ports would be in the way
             check_requests(cloud, group, requests, args.force)
-            for request in requests:
-                request.settings.update({**({"vmGui": "yes"} if args.gui else {}), **({"vmCold": "yes"} if args.cold else {})})
+            for key in [*(["vmGui"] if args.gui else []), *(["vmCold"] if args.cold else [])]:
+                for request in requests:
+                    request.settings[key] = "yes"
         elif group == TEMPLATES:
             raise UsageError("templates are not run as a group", "vm -n NAME runs one")
         else:
@@ -11882,14 +11933,16 @@ def cmd_stop(config: Config, args: argparse.Namespace, words: list[str]) -> int:
                 raise UsageError("templates are not destroyed with vmstop", "vmtemplate --delete NAME")
             kept = sum(len(snapshots_of(vm)) for vm in vms)
             if kept:
-                confirm(args, f"{plural(len(vms), 'VM')} with {plural(kept, 'snapshot')}: destroy them all?")
+                confirm(args, f"{plural(len(vms), 'VM')} with {plural(kept, 'snapshot')} will be gone.")
             errors = destroy_all(cloud, vms, args.group or "")
         elif way == "save":
             running = [vm for vm in vms if vm.is_running() or args.name is not None]
             errors = [each for each in in_parallel(save, running) if each]
         elif way == "discard":
+            errors = []
             with locked(vms):
-                errors = [remove_file(vm.saved_file) for vm in vms][:0]
+                for vm in vms:
+                    remove_file(vm.saved_file)
         else:
             errors = stop_all(cloud, vms, 0 if args.kill else args.timeout)
     return report_errors(errors)
@@ -11910,22 +11963,23 @@ def chosen_vms(cloud: Cloud, args: argparse.Namespace) -> list[VM]:
 def confirm(args: argparse.Namespace, question: str) -> None:
     """On a terminal, without -y: go on only where the answer is yes.  Elsewhere it is said, and done."""
     if args.yes or not (sys.stdin.isatty() and sys.stderr.isatty()):
-        return report.say(question.replace("?", ""))
-    report.say(f"{question} [y/N]")
+        report.say(f"{report.program}: {question}")
+        return
+    report.say(f"{report.program}: {question} Go on? [y/N]")
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise Error("nothing has been done")
 
 
-PAUSED = (Option("-g --group GROUP", "the group", complete="group"), TYPE, Option("-n --name NAME", WHICH_VM, complete="running-vm"))
+WHICH_VMS = (Option("-g --group GROUP", "the group", complete="group"), TYPE, VM_OPTIONS[0])
 
 
-@declare(Command("pause", "vmpause"), *PAUSED)
+@declare(Command("pause", "vmpause"), *WHICH_VMS)
 def cmd_pause(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """have VMs stand still"""
     return tell_running(config, args, "stop")
 
 
-@declare(Command("resume", "vmresume"), *PAUSED)
+@declare(Command("resume", "vmresume"), *WHICH_VMS)
 def cmd_resume(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """have VMs go on that stand still"""
     return tell_running(config, args, "cont")
@@ -11935,17 +11989,20 @@ def tell_running(config: Config, args: argparse.Namespace, command: str) -> int:
     """Give qemu's command to each of the VMs that runs."""
 
     def tell(vm: VM) -> None:
-        with FolderLock(vm.folder), connect_qemu(vm) as qemu:
-            qemu.execute(command)
+        with FolderLock(vm.folder):
+            if not vm.is_running():
+                raise WrongState("it is not running", vm=vm)
+            with connect_qemu(vm) as qemu:
+                qemu.execute(command)
 
     with Cloud(config) as cloud:
-        vms = [running_vm(cloud, args.name, args.group, args.type)] if args.name is not None else chosen_vms(cloud, args)
-        return report_errors([each for each in in_parallel(tell, [vm for vm in vms if vm.is_running()]) if each])
+        vms = [vm for vm in chosen_vms(cloud, args) if args.name is not None or vm.is_running()]
+        return report_errors([each for each in in_parallel(tell, vms) if each])
 
 
 @declare(
     Command("snapshot", "vmsnapshot", "[NAME]"),
-    *PAUSED,
+    *WHICH_VMS,
     Option("-L --list", "list the snapshots: name, group, when, size on disk, memory, VMs"),
     Option("--ram", "keep what is in the memory of those that run, too"),
     Option("--sync", "have the guests write out first what they hold"),
@@ -11970,14 +12027,14 @@ def cmd_snapshot(config: Config, args: argparse.Namespace, words: list[str]) -> 
             take_snapshot(cloud, chosen_vms(cloud, args), name, bool(args.ram), bool(args.sync))
 
 
-@declare(Command("rollback", "vmrollback", "NAME"), *PAUSED, YES)
+@declare(Command("rollback", "vmrollback", "NAME"), *WHICH_VMS, YES)
 def cmd_rollback(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """go back to a snapshot; what has changed since is lost"""
     name = one_operand(words, "NAME")
     with Cloud(config) as cloud:
         vms = chosen_vms(cloud, args)
         found = need_snapshots(vms, name)
-        confirm(args, f"{plural(len(found), 'VM')} will be as in {name}, what has changed since is lost: go on?")
+        confirm(args, f"{plural(len(found), 'VM')} will be as in {name}; what has changed since is lost.")
         with locked(vms):
             found = need_snapshots(vms, name)
             start = [each.vm for each in found if each.vm.is_running() or os.path.exists(each.memory)]
@@ -12036,6 +12093,7 @@ def wait_login(cloud: Cloud, vm: VM, fresh: bool = False) -> None:
             configure(wait, cloud_init=seeded, once=True)
         if template:
             clean_at_shutdown(cloud, vm)
+        set_clock(wait)
         mount_shares(wait)  # last: that may fail
     except Error as error:
         report.warn(str(error))

@@ -1,3 +1,5 @@
 #!/bin/sh
-# Sets the clock to NOW, in seconds since 1970, where it is more than a second off.
-[ "$(($(date +%s) - ${NOW%.*}))" -le 1 ] && [ "$((${NOW%.*} - $(date +%s)))" -le 1 ] || date -s "@${NOW%.*}" >/dev/null
+# Sets the clock of a guest that stood still: to its RTC, which goes on with the host's clock, or where there is none to
+# NOW, in seconds since 1970, when this script was made.
+now=$(cat /sys/class/rtc/rtc0/since_epoch 2>/dev/null) || now=${NOW%.*}
+date -s "@$now" >/dev/null
