@@ -258,6 +258,10 @@ CHECKS: list[tuple[str, list[str], list[str]]] = [
             "224.0.0.1:8080:80",
         ],
     ),
+    ("vmCold", ["", "0", "yes", "no"], ["2", "warm"]),
+    ("vmBalloon", ["", "0", "yes", "no"], ["2", "full"]),
+    ("vmLayout", ["1", "2"], ["0", "3", "x"]),
+    ("vmPlugged", ["0", "4"], ["-1", "5", "x"]),
     ("vmGui", ["", "0", "1", "yes", "no", "true", "False", "on", "OFF"], ["2", "y", "screen"]),
     ("bridgeInterface", ["nocloud", "br0"], ["br0,x", "-x"]),
     ("bridgeAddress", ["10.0.0.1/8", "192.168.1.1/30"], ["", "10.0.0.1", "10.0.0.1/7", "10.0.0.1/31", "x/24"]),
@@ -478,6 +482,7 @@ def test_a_file_that_may_not_be_used_hides_no_other(cloud: Cloud) -> None:
 HARMLESS = [
     "vmMem", "vmCpu", "vmCpuCap", "vmCreateDiskSize", "vmCount", "vmGroup", "vmSubGroup", "vmDefaultGroup",
     "vmDefaultSubGroup", "vmCreateGroup", "vmStopTimeout", "vmWaitTimeout", "vmDownloadTimeout",
+    "vmCold",
 ]  # fmt: skip
 
 
