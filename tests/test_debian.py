@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 import pytest
-from support import Cloud, kill_hard
-from test_inventory import ansible
+from support import PROGRAM, Cloud, kill_hard
+from test_inventory import ansible, program
 
 WAIT = "280"
 
@@ -21,7 +22,7 @@ def names(request: pytest.FixtureRequest) -> list[str]:
 @pytest.fixture(scope="module")
 def clones(debian: Cloud, names: list[str]) -> Cloud:
     words = ("-g", "pf", "-t", "db", "-C", len(names), "-o", "name=deb;disk=12", "-w", WAIT)
-    assert debian.run("vminstantiate", "-n", "deb", *words, timeout=400).ok().lines == names
+    assert debian.run("vminstantiate", "-n", "deb", *words, timeout=900).ok().lines == names
     return debian
 
 
@@ -80,6 +81,46 @@ def test_they_reach_each_other_by_name(clones: Cloud) -> None:
 def test_ansible_pings_all(clones: Cloud) -> None:
     done = ansible(clones, "ansible", "all", "-m", "ping").ok()
     assert done.stdout.count('"ping": "pong"') == 2 and done.stdout.count("SUCCESS") == 2
+
+
+PLAY = """\
+- hosts: type_db
+  become: true
+  tasks:
+    - ansible.builtin.user: {name: ann}
+    - ansible.builtin.command: id -un
+      become_user: ann
+      become_method: ansible.builtin.su  # sudo isn't in a guest that nocloud builds
+      register: who
+    - ansible.builtin.copy: {content: "{{ who.stdout }} {{ ansible_hostname }}", dest: /root/who}
+    - ansible.builtin.fail: {msg: on purpose}
+      when: inventory_hostname == broken | default('')
+"""
+
+
+@pytest.mark.long
+def test_a_playbook_as_people_have_them(clones: Cloud, names: list[str]) -> None:
+    """An inventory folder with a link of its own name, become, pipelining, @retry, and molecule's arguments for ssh."""
+    inventory, play = clones.home / "inventory", clones.home / "site.yml"
+    inventory.mkdir()
+    (inventory / "my_inventory").symlink_to(PROGRAM)
+    play.write_text(PLAY)
+    env = {
+        "ANSIBLE_PIPELINING": "True",
+        "ANSIBLE_RETRY_FILES_ENABLED": "True",
+        "ANSIBLE_NOCOLOR": "1",
+        "ANSIBLE_SSH_ARGS": "-o ControlMaster=no -o ForwardX11=no -o LogLevel=ERROR -o IdentitiesOnly=yes "
+        "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null",
+        "NOCLOUD_vmInventoryHosts": "name",
+        "PATH": f"{Path(program('ansible')).parent}:{clones.env['PATH']}",
+    }
+    argv = [program("ansible-playbook"), "-i", inventory, play]
+    failed = clones.execute([*argv, "-e", f"broken={names[1]}"], env=env, timeout=900)
+    assert failed.status == 2 and (clones.home / "site.retry").read_text() == f"{names[1]}\n"
+    again = clones.execute([*argv, "--limit", f"@{clones.home}/site.retry"], env=env, timeout=900).ok()
+    assert names[1] in again.stdout and names[0] not in again.stdout
+    for name in names:
+        assert clones.ssh(name, "cat /root/who").ok().stdout == f"ann {name}"
 
 
 @pytest.mark.long
