@@ -8731,9 +8731,8 @@ def renew_disk(vm: VM, backing: str, format: str) -> None:
 
 def frozen_facts(machine: Machine) -> dict[str, Any]:
     """What must be the same where memory and devices of a guest are taken over: all but whose they are."""
-    own = {"vmUuid": "", "vmMac": "", "vmAppend": machine.settings["vmAppend"]}
     nobody = machine.but(
-        name="", settings={**machine.settings, **own}, disks=[("", format, "") for _, format, _ in machine.disks],
+        name="", settings={**machine.settings, "vmUuid": "", "vmMac": ""}, disks=[("", format, "") for _, format, _ in machine.disks],
         pid_file="", credentials="", seed=machine.seed and "seed", memory="", record="", wakes=False,
     )  # fmt: skip
     binary = os.stat(machine.qemu.path)
@@ -9761,8 +9760,9 @@ def freeze(cloud: Cloud, name: str, asked: Mapping[str, str]) -> Layer:
     `asked`: memory and processors, which the template's clones start with from then on.
     """
     template = cloud.tree.need_template(name)
-    if not is_planted(template):
-        raise UsageError(f"{name}: its vmInit is {template.get('vmInit')}: a clone couldn't be told who it is")
+    if template.get("vmInit") != "systemd":
+        text = f"{name}: its vmInit is {template.get('vmInit')}: only guests with systemd can be told who they are"
+        raise UsageError(text, "vmtemplate NAME --build SUITE makes such a template")
     with FolderLock(template.folder):
         need_stopped(cloud, template)
         what, size = "its memory, in a file, takes up to {} MB", int(asked.get("vmMem") or template.get("vmMem"))
