@@ -8732,8 +8732,9 @@ def renew_disk(vm: VM, backing: str, format: str) -> None:
 def frozen_facts(machine: Machine) -> dict[str, Any]:
     """What must be the same where memory and devices of a guest are taken over: all but whose they are."""
     nobody = machine.but(
-        name="", settings={**machine.settings, "vmUuid": "", "vmMac": ""}, disks=[("", format, "") for _, format, _ in machine.disks],
-        pid_file="", credentials="", seed=machine.seed and "seed", memory="", record="", wakes=False,
+        name="", settings={**machine.settings, "vmUuid": "", "vmMac": ""},
+        disks=[("", format, "") for _, format, _ in machine.disks], pid_file="", credentials="",
+        seed=machine.seed and "seed", memory="", record="", wakes=False,
     )  # fmt: skip
     binary = os.stat(machine.qemu.path)
     return {
