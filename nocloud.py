@@ -9817,15 +9817,19 @@ def freeze_guest(guest: OwnGuest, layer: Layer) -> None:
 def template_from_vm(
     cloud: Cloud, name: str, words: str, asked: Mapping[str, str], layered: bool = False, clean: bool = True
 ) -> VM:
-    """A template of a VM, or a template, that is stopped and is not touched: of its system disk and its settings.
+    """A template of a VM, or a template, that is stopped, or of VM@SNAPSHOT: of its system disk and its settings.
 
     `asked`: settings that it is to have instead; `layered`: it stands on what the VM's disk stands on; `clean`: it is
     booted once, as itself and on no one's disk, to take out what clones must not inherit.
     """
+    words, _, kept = words.partition("@")
     source = cloud.tree.need(words)
     with NewTemplate(cloud, name) as new:
         with FolderLock(source.folder):
-            need_stopped(cloud, source)
+            if kept:
+                source = need_snapshots([source], kept)[0].source()
+            else:
+                need_stopped(cloud, source)
             copy_disk(source, new, layered)
             settings = {"vmInit": "auto", **source.inherited(), **asked}
             new.write_conf(settings)
@@ -9834,7 +9838,7 @@ def template_from_vm(
             report.warn(f"{name}: a template has a system disk only, these are left out: {left}")
         if clean:
             in_new_guest(cloud, new, OwnGuest.wait, "--no-clean takes it as it is")
-        return new.finish({**settings, "vmSource": source.full_name})
+        return new.finish({**settings, "vmSource": source.full_name + (kept and f"@{kept}")})
 
 
 def copy_disk(source: VM, new: NewTemplate, layered: bool) -> None:
@@ -9847,11 +9851,12 @@ def copy_disk(source: VM, new: NewTemplate, layered: bool) -> None:
         check_room(new.vm.folder, converted_size(disk, format), new.cloud.tree.base, hint="free some disk space")
         compress_image(disk, format, new.disk)
         return
-    below = source.below()
-    if not below:
+    chain = [os.path.realpath(disk), *source.below()]
+    own = 1 if source.is_template else len(own_chain(source, disk))  # files that nobody else stands on
+    if own == len(chain):
         raise WrongState("its disk stands on no other, there is nothing to share", "leave out --layer", vm=source)
-    backing = os.path.relpath(below[0], os.path.realpath(new.vm.folder))  # as deep in the tree as where it will lie
-    kind = image_info(disk, format).get("backing-filename-format") or disk_format(below[0])
+    backing = os.path.relpath(chain[own], os.path.realpath(new.vm.folder))  # as deep in the tree as where it will lie
+    kind = image_info(chain[own - 1], "qcow2").get("backing-filename-format") or disk_format(chain[own])
     convert_image(disk, format, new.disk, "-B", backing, "-F", kind)
 
 
@@ -11562,7 +11567,7 @@ def _digest(algorithm: str) -> Callable[[str], str]:
     ),
     Option("--include PACKAGE,…", "more packages for --build", package_names),
     Option("--rebuild", "--build anew, though the cache has one of the same packages"),
-    Option("--from VM", "make NAME of a VM that is stopped (GROUP/TYPE/NAME)"),
+    Option("--from VM", "make NAME of a VM that is stopped (GROUP/TYPE/NAME), or of a snapshot of it: VM@SNAPSHOT"),
     Option("--layer", "with --from: share what the VM's disk stands on, instead of copying it"),
     Option("--no-clean", "with --from: keep machine-id, host keys, logs"),
     Option("--warm", "freeze NAME when it has booted: from then on its clones wake up instead of booting"),
