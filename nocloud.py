@@ -8408,8 +8408,38 @@ def start(cloud: Cloud, vm: VM, *, iso: str = "", gui: bool = False) -> None:
             raise
 
 
+def start_held(cloud: Cloud, vm: VM, *, iso: str = "", gui: bool = False) -> None:
+    """What `start` does, for who holds the VM's lock."""
+    state, _ = vm.state()
+    if state == "running":
+        raise WrongState("it is running already", vm=vm)
+    if state == "unknown":
+        raise WrongState(f"can't tell whether it runs: {vm.pid_file}", "look as the user who started it", vm=vm)
+    layer = None
+    if vm.is_template:
+        settle(cloud, vm)
+        if cloud.tree.clones(vm):
+            layer = new_layer(vm)
+        else:
+            for disk in vm.disks():
+                set_writable(disk, True)  # cloning made it read-only
+    try:
+        if not (go_on(cloud, vm, iso, gui) or thaw(cloud, vm, iso, gui)):
+            if vm.get("vmPlugged") != "0":
+                vm.write_conf({"vmPlugged": "0"})
+            start_locked(cloud, vm, describe_machine(cloud, vm, iso, gui, layer))
+        if layer:
+            layer.arm()
+            report.say(f"{report.program}: {vm} has clones: what changes becomes a new layer when it shuts down")
+    except BaseException:
+        if layer:
+            stop_locked(vm, 0)
+            layer.remove()
+        raise
+
+
 def start_locked(cloud: Cloud, vm: VM, machine: Machine, tied: bool = False) -> None:
-    """What `start` does, for who holds the lock of a VM that is stopped.  `tied`: it ends when this process does."""
+    """Start the qemu of a VM that is stopped, by who holds its lock.  `tied`: it ends when this process does."""
     import contextlib
 
     remove_runtime_files(vm)
@@ -9150,16 +9180,21 @@ def cloud_init_script(seconds: int) -> str:
 
 
 def start_all(
-    cloud: Cloud, vms: Sequence[VM], started: Callable[[VM], None] = lambda vm: None, iso: str = "", gui: bool = False
+    cloud: Cloud,
+    vms: Sequence[VM],
+    started: Callable[[VM], None] = lambda vm: None,
+    iso: str = "",
+    gui: bool = False,
+    begin: Callable[..., None] = start,
 ) -> list[Error | None]:
     """Start VMs in parallel, after the networks that they need; for each None, or why it doesn't run.
 
-    `started` hears of each as soon as it runs.
+    `started` hears of each as soon as it runs; `begin`: start_held, for who holds their locks.
     """
     import contextlib
 
     def start_one(vm: VM) -> None:
-        start(cloud, vm, iso=iso, gui=gui)
+        begin(cloud, vm, iso=iso, gui=gui)
         started(vm)
 
     members: dict[str, list[VM]] = {}
@@ -10319,7 +10354,7 @@ class Supervisor:
 
     def _timeout(self) -> float | None:
         if self.goal == RUN and not self._starting:
-            return max(0.0, self._look_at - time.monotonic())
+            return max(0.0, self._look_at - time.monotonic()) if self._members else 0.1
         return 0.25 if cancellation.requested else None
 
     # what wakes it: bytes on a socket, of signals (their numbers) and workers' posts (0); and the end of a qemu
@@ -10477,7 +10512,7 @@ class Supervisor:
 
     def _advance(self) -> bool:
         """Once the workers have ended: rest, or do what the goal asks for; whether that is done."""
-        if self.goal == RUN and not self._starting and not self._members:
+        if self.goal == RUN and not self._starting and not self._members and not self._is_held():
             self.goal = LEAVE
         if self._jobs:
             if self._ending != self.goal and (self.goal == DESTROY or not self._starting):
@@ -10491,6 +10526,10 @@ class Supervisor:
             self._ending = self.goal
             self._job(self._end, self._failed)
         return False
+
+    def _is_held(self) -> bool:
+        """Whether a VM of the group runs, or a command is at work on it: a rollback has them all off for a while."""
+        return any(vm.is_running() or is_locked(vm.folder) for vm in self.cloud.tree.vms(self.group))
 
     def _rest(self) -> None:
         """All is quiet: hold nothing open that only waits need."""
@@ -12047,10 +12086,10 @@ def cmd_rollback(config: Config, args: argparse.Namespace, words: list[str]) -> 
             for each in found:
                 for disk in roll_back(each):
                     report.say(f"{each.vm}: it has got a disk since, which is kept: {disk}")
-        later = [vm.name for vm in vms if vm not in [each.vm for each in found]]
-        if later:
-            report.say(f"not in {name}, and left as they are: {', '.join(later)}")
-        errors = [error for error in start_all(cloud, start) if error]
+            later = [vm.name for vm in vms if vm not in [each.vm for each in found]]
+            if later:
+                report.say(f"not in {name}, and left as they are: {', '.join(later)}")
+            errors = [error for error in start_all(cloud, start, begin=start_held) if error]
         configure_later(cloud, [vm for vm in start if vm.is_running()])
         return report_errors(errors)
 
