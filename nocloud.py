@@ -9523,6 +9523,8 @@ def merge_unused(vm: VM, qemu: QMP | None = None) -> None:
 
 def merge(vm: VM, lower: str, upper: str, qemu: QMP | None) -> None:
     """Have an overlay stand on what the file under it stands on, with all that was in that; which goes."""
+    import contextlib
+
     header = qcow2_header(upper)
     under = qcow2_header(lower) if header and header.format == "qcow2" else None
     below = os.path.join(os.path.dirname(lower), under.backing) if under and under.backing else ""
@@ -9531,14 +9533,19 @@ def merge(vm: VM, lower: str, upper: str, qemu: QMP | None) -> None:
     nodes = nodes_of(qemu, vm) if qemu else {}
     if qemu and upper in nodes:
         base = {"base_node": nodes[os.path.realpath(below)], "backing_file": relative} if below else {}
-        qemu.execute("block-stream", job_id="merge", device=nodes[upper], **base)
-        wait_for(lambda: not qemu.execute("query-block-jobs"), 3600, 0.05)
+        qemu.execute("block-stream", job_id="merge", device=nodes[upper], auto_finalize=False, **base)
+        wait_for(lambda: all(each["status"] == "pending" for each in qemu.execute("query-block-jobs")), 3600, 0.05)
+        qemu.monitor(f"qemu-io {nodes[upper]} flush")  # before the header says that nothing is below any more
+        with contextlib.suppress(QMPError):  # it failed, and is gone
+            qemu.execute("job-finalize", id="merge")
+        wait_for(lambda: not qemu.execute("query-block-jobs"), 60, 0.05)
     else:
         format = ["-F", under.format] if under and under.format else []
         run(["qemu-img", "rebase", "-q", "-f", "qcow2", *format, "-b", relative, upper], timeout=None)
     now = qcow2_header(upper)
     if not now or now.backing != relative:
         raise Error(f"{lower} could not be merged into {upper}", f"see {vm.log_file}", vm=vm)
+    sync(upper)
     remove_file(lower)
 
 
