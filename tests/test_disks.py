@@ -87,7 +87,7 @@ def test_names_of_image_files_are_names_of_files(cloud: Cloud, name: str) -> Non
 
 def test_overlay_and_disk(tmp_path: Path) -> None:
     create(tmp_path / "base")
-    nocloud.create_disk(str(tmp_path / "over"), backing="base", format="qcow2")
+    nocloud.create_overlay(str(tmp_path / "over"), str(tmp_path / "base"), "qcow2")
     nocloud.create_disk(str(tmp_path / "disk"), 3)
     info = nocloud.image_info(str(tmp_path / "over"), "qcow2")
     assert (info["backing-filename"], info["backing-filename-format"]) == ("base", "qcow2")
