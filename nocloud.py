@@ -8712,6 +8712,7 @@ def thaw(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> bool:
         vm.woke, awake = time.monotonic() - began, True
     except (Error, OSError) as error:
         stop_locked(vm, 0)
+        cancellation.check()
         renew_disk(vm, template.disks()[0], known_formats(template)[0])
         report.say(f"{report.program}: {vm} boots: {getattr(error, 'text', error)}")
         awake = False
