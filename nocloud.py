@@ -8195,8 +8195,9 @@ class NewClones:
         formats = ",".join(["qcow2"] * (1 + len(extra)))
         disks = {"vmDisk": vm.relative(system), "vmExtraDisk": ",".join(map(vm.relative, extra))}
         vm.write_conf({**disks, "vmDiskFormat": formats})
-        if self.frozen.get(template.name) and request.disk:
-            report.say(f"{report.program}: {vm} boots: a disk is grown at boot only")
+        late = "a disk is grown" if request.disk else "folders are shared" if vm.get("vmShares") else ""
+        if self.frozen.get(template.name) and vm.get("vmCold") == "no" and late:
+            report.say(f"{report.program}: {vm} boots: {late} at boot only")
         elif self.frozen.get(template.name) and vm.get("vmCold") == "no":
             write_file(vm.frozen_file, self.frozen[template.name], durable=False)
             vm.write_conf({"vmBalloon": "no"})
