@@ -2635,7 +2635,8 @@ def ask_qemu(vm: VM, command: str, seconds: float = 5.0) -> Any:
 
 DISK_FULL, DISK_ERROR = "paused (disk full)", "paused (disk error)"
 SHARE_LOST = "running (without a shared folder)"
-DEAD = ("internal-error", "guest-panicked", "shutdown")  # no power button helps
+WAKING = "waking"
+DEAD = ("internal-error", "guest-panicked", "shutdown", WAKING)  # no power button helps
 AT_WORK = ("running", "stopped", "unknown", "prelaunch", "inmigrate", "finish-migrate", "restore-vm", "save-vm")
 
 
@@ -2645,10 +2646,13 @@ def guest_state(vm: VM) -> str:
     io-error is two: qemu pauses the guest where the host's disk is full, and where it fails.  SHARE_LOST is running
     though a folder's daemon has ended: what uses that in the guest hangs.  A qemu that hangs, or is busy with another
     client, counts as running after a second: no list waits longer.  So does one of the bash tools'.
+    WAKING is one that nobody wakes up any more: its command was killed before the guest knew which VM it is.
     """
     state, _ = vm.state()
     if state != "running" or foreign_qemu(vm):
         return state
+    if os.path.exists(vm.frozen_file) and not is_locked(vm.folder):
+        return WAKING
     try:
         with QMP(vm.folder, 1.0) as qemu:
             state = str(qemu.execute("query-status")["status"])
@@ -8302,7 +8306,7 @@ def press_power_button(vm: VM, process: Process, seconds: float) -> bool:
     state = wake(vm, resume=True)
     if state in (DISK_FULL, DISK_ERROR):
         raise WrongState(f"it is {state}", f"{remedy(vm, state)}; --kill switches it off as it is", vm=vm)
-    if state in DEAD:
+    if state in DEAD or os.path.exists(vm.frozen_file):  # whose lock is ours
         return False
     deadline = time.monotonic() + seconds
     said = False
@@ -8616,8 +8620,8 @@ def save(vm: VM) -> None:
         state, pid = vm.state()
         if state != "running":
             raise WrongState(f"it is {state}, there is nothing to save", vm=vm)
-        if vm.is_template or foreign_qemu(vm) or vm.get("vmShares"):
-            why = "a template, with shared folders, or started by the bash tools"
+        if vm.is_template or foreign_qemu(vm) or vm.get("vmShares") or os.path.exists(vm.frozen_file):
+            why = "a template, with shared folders, not quite awake, or started by the bash tools"
             raise WrongState(f"it can't be saved: {why}", f"vmstop -n {vm} shuts it down", vm=vm)
         need_awake(vm)
         check_room(vm.folder, (vm.number("vmMem") + 64) * MIB, vm.base, "its memory takes up to {} MB", ROOM_HINT)
