@@ -8596,11 +8596,14 @@ def migrate(qemu: QMP, fd: int, shared: bool) -> None:
 
 
 def prepare_migration(qemu: QMP, fd: int, shared: bool) -> None:
-    """Have a qemu write to, or read from, a descriptor as fast as it goes, and not announce the network card, which
-    may be of a frozen guest; `shared`: memory in a shared file stays there."""
+    """Have a qemu write to, or read from, a descriptor as fast as it goes; `shared`: memory in a shared file stays.
+
+    The network card is announced once, at once, when a frozen guest's has no link.  Never can't be asked for: qemu 7.2
+    has no timer for that then, and crashes when the guest resets the card (hw/net/virtio-net.c, virtio_net_reset).
+    """
     wanted = [{"capability": "x-ignore-shared", "state": shared}]
     qemu.execute("migrate-set-capabilities", capabilities=wanted)
-    qemu.execute("migrate-set-parameters", announce_rounds=0, max_bandwidth=1 << 40)
+    qemu.execute("migrate-set-parameters", announce_rounds=1, max_bandwidth=1 << 40)
     qemu.give(fd, "state")
 
 
