@@ -2635,7 +2635,8 @@ def ask_qemu(vm: VM, command: str, seconds: float = 5.0) -> Any:
 
 DISK_FULL, DISK_ERROR = "paused (disk full)", "paused (disk error)"
 SHARE_LOST = "running (without a shared folder)"
-DEAD = ("internal-error", "guest-panicked", "shutdown")  # no power button helps
+WAKING = "waking"
+DEAD = ("internal-error", "guest-panicked", "shutdown", WAKING)  # no power button helps
 AT_WORK = ("running", "stopped", "unknown", "prelaunch", "inmigrate", "finish-migrate", "restore-vm", "save-vm")
 
 
@@ -2645,13 +2646,17 @@ def guest_state(vm: VM) -> str:
     io-error is two: qemu pauses the guest where the host's disk is full, and where it fails.  SHARE_LOST is running
     though a folder's daemon has ended: what uses that in the guest hangs.  A qemu that hangs, or is busy with another
     client, counts as running after a second: no list waits longer.  So does one of the bash tools'.
+    WAKING is one that nobody wakes up any more: its command was killed before the guest knew which VM it is.
     """
     state, _ = vm.state()
     if state != "running" or foreign_qemu(vm):
         return state
+    if os.path.exists(vm.frozen_file) and not is_locked(vm.folder):
+        return WAKING
     try:
         with QMP(vm.folder, 1.0) as qemu:
             state = str(qemu.execute("query-status")["status"])
+            state = "paused" if state == "postmigrate" else state
             full = state == "io-error" and any(
                 each.get("io-status") == "nospace" for each in qemu.execute("query-block")
             )
@@ -2666,12 +2671,39 @@ def guest_state(vm: VM) -> str:
 def wake(vm: VM, resume: bool = False) -> str:
     """Its state, after a guest that a full disk paused, or with `resume` anyone, was told to go on."""
     state = guest_state(vm)
-    forgotten = os.path.exists(vm.still_file) and not is_locked(vm.folder)  # by a command that was killed
-    if state in (DISK_FULL, DISK_ERROR, "paused" if resume or forgotten else ""):
+    if (state == "inmigrate" or (state == "paused" and os.path.exists(vm.still_file))) and not resume:
+        result_of(release_still, vm)
+        state = guest_state(vm)
+    if state in (DISK_FULL, DISK_ERROR, "paused" if resume else ""):
         ask_qemu(vm, "cont")  # it may be in that state for another reason: the state tells
         wait_for(lambda: guest_state(vm) != "running", 0.5, 0.1)  # what couldn't be written is tried again
         state = guest_state(vm)
     return state
+
+
+def release_still(vm: VM) -> None:
+    """Have a guest go on that a command which was killed had stand still; not while one is at work on it."""
+    with FolderLock(vm.folder, wait=0):
+        if not end_half_start(vm):
+            with QMP(vm.folder) as qemu:
+                go_on_after_kill(vm, qemu)
+
+
+def end_half_start(vm: VM) -> bool:
+    """Switch a qemu off that a killed command has not had load its guest's memory, which is as it was saved; whether
+    there was one.  For who holds the VM's lock."""
+    half = guest_state(vm) == "inmigrate"
+    if half:
+        stop_locked(vm, 0)
+    return half
+
+
+def go_on_after_kill(vm: VM, qemu: QMP) -> None:
+    """The same, for who holds the VM's lock.  What memory had been saved by then is none to go on with any more."""
+    if os.path.exists(vm.still_file):
+        remove_file(vm.saved_file)
+        qemu.execute("cont")
+        remove_file(vm.still_file)
 
 
 def need_awake(vm: VM) -> None:
@@ -8195,8 +8227,9 @@ class NewClones:
         formats = ",".join(["qcow2"] * (1 + len(extra)))
         disks = {"vmDisk": vm.relative(system), "vmExtraDisk": ",".join(map(vm.relative, extra))}
         vm.write_conf({**disks, "vmDiskFormat": formats})
-        if self.frozen.get(template.name) and request.disk:
-            report.say(f"{report.program}: {vm} boots: a disk is grown at boot only")
+        late = "a disk is grown" if request.disk else "folders are shared" if vm.get("vmShares") else ""
+        if self.frozen.get(template.name) and vm.get("vmCold") == "no" and late:
+            report.say(f"{report.program}: {vm} boots: {late} at boot only")
         elif self.frozen.get(template.name) and vm.get("vmCold") == "no":
             write_file(vm.frozen_file, self.frozen[template.name], durable=False)
             vm.write_conf({"vmBalloon": "no"})
@@ -8273,7 +8306,7 @@ RUNTIME_FILES = (
 
 
 def remove_runtime_files(vm: VM) -> None:
-    for path in (*map(vm.file, RUNTIME_FILES), vm.ready_file, vm.pid_file):
+    for path in (*map(vm.file, RUNTIME_FILES), vm.ready_file, vm.still_file, vm.pid_file):
         remove_file(path)
 
 
@@ -8301,7 +8334,7 @@ def press_power_button(vm: VM, process: Process, seconds: float) -> bool:
     state = wake(vm, resume=True)
     if state in (DISK_FULL, DISK_ERROR):
         raise WrongState(f"it is {state}", f"{remedy(vm, state)}; --kill switches it off as it is", vm=vm)
-    if state in DEAD:
+    if state in DEAD or os.path.exists(vm.frozen_file):  # whose lock is ours
         return False
     deadline = time.monotonic() + seconds
     said = False
@@ -8380,36 +8413,42 @@ def start(cloud: Cloud, vm: VM, *, iso: str = "", gui: bool = False) -> None:
     """
     cancellation.check()
     with FolderLock(vm.folder):
-        state, _ = vm.state()
-        if state == "running":
-            raise WrongState("it is running already", vm=vm)
-        if state == "unknown":
-            raise WrongState(f"can't tell whether it runs: {vm.pid_file}", "look as the user who started it", vm=vm)
-        layer = None
-        if vm.is_template:
-            settle(cloud, vm)
-            if cloud.tree.clones(vm):
-                layer = new_layer(vm)
-            else:
-                for disk in vm.disks():
-                    set_writable(disk, True)  # cloning made it read-only
-        try:
-            if not (go_on(cloud, vm, iso, gui) or thaw(cloud, vm, iso, gui)):
-                if vm.get("vmPlugged") != "0":
-                    vm.write_conf({"vmPlugged": "0"})
-                start_locked(cloud, vm, describe_machine(cloud, vm, iso, gui, layer))
-            if layer:
-                layer.arm()
-                report.say(f"{report.program}: {vm} has clones: what changes becomes a new layer when it shuts down")
-        except BaseException:
-            if layer:
-                stop_locked(vm, 0)
-                layer.remove()
-            raise
+        start_held(cloud, vm, iso=iso, gui=gui)
+
+
+def start_held(cloud: Cloud, vm: VM, *, iso: str = "", gui: bool = False) -> None:
+    """What `start` does, for who holds the VM's lock."""
+    end_half_start(vm)
+    state, _ = vm.state()
+    if state == "running":
+        raise WrongState("it is running already", vm=vm)
+    if state == "unknown":
+        raise WrongState(f"can't tell whether it runs: {vm.pid_file}", "look as the user who started it", vm=vm)
+    layer = None
+    if vm.is_template:
+        settle(cloud, vm)
+        if cloud.tree.clones(vm):
+            layer = new_layer(vm)
+        else:
+            for disk in vm.disks():
+                set_writable(disk, True)  # cloning made it read-only
+    try:
+        if not (go_on(cloud, vm, iso, gui) or thaw(cloud, vm, iso, gui)):
+            if vm.get("vmPlugged") != "0":
+                vm.write_conf({"vmPlugged": "0"})
+            start_locked(cloud, vm, describe_machine(cloud, vm, iso, gui, layer))
+        if layer:
+            layer.arm()
+            report.say(f"{report.program}: {vm} has clones: what changes becomes a new layer when it shuts down")
+    except BaseException:
+        if layer:
+            stop_locked(vm, 0)
+            layer.remove()
+        raise
 
 
 def start_locked(cloud: Cloud, vm: VM, machine: Machine, tied: bool = False) -> None:
-    """What `start` does, for who holds the lock of a VM that is stopped.  `tied`: it ends when this process does."""
+    """Start the qemu of a VM that is stopped, by who holds its lock.  `tied`: it ends when this process does."""
     import contextlib
 
     remove_runtime_files(vm)
@@ -8591,37 +8630,40 @@ def migrate(qemu: QMP, fd: int, shared: bool) -> None:
 
 
 def prepare_migration(qemu: QMP, fd: int, shared: bool) -> None:
-    """Have a qemu write to, or read from, a descriptor as fast as it goes, and not announce the network card, which
-    may be of a frozen guest; `shared`: memory in a shared file stays there."""
+    """Have a qemu write to, or read from, a descriptor as fast as it goes; `shared`: memory in a shared file stays.
+
+    The network card is announced once, at once, when a frozen guest's has no link.  Never can't be asked for: qemu 7.2
+    has no timer for that then, and crashes when the guest resets the card (hw/net/virtio-net.c, virtio_net_reset).
+    """
     wanted = [{"capability": "x-ignore-shared", "state": shared}]
     qemu.execute("migrate-set-capabilities", capabilities=wanted)
-    qemu.execute("migrate-set-parameters", announce_rounds=0, max_bandwidth=1 << 40)
+    qemu.execute("migrate-set-parameters", announce_rounds=1, max_bandwidth=1 << 40)
     qemu.give(fd, "state")
 
 
 def load_memory(qemu: QMP, path: str, shared: bool) -> None:
-    """Load what `migrate` wrote, and have the guest go on."""
+    """Load what `migrate` wrote; the guest stands still then."""
     with open(path, "rb") as file:
         prepare_migration(qemu, file.fileno(), shared)
         qemu.execute("migrate-incoming", uri="fd:state")
         if not wait_for(lambda: qemu.execute("query-status")["status"] != "inmigrate", 600, 0.01):
             raise TimedOut("qemu: the guest's state isn't loaded")
-    qemu.execute("cont")
 
 
 def save(vm: VM) -> None:
     """Keep a guest's memory on disk and switch it off: its next start goes on there."""
+    need_awake(vm)
     with FolderLock(vm.folder):
         state, pid = vm.state()
         if state != "running":
             raise WrongState(f"it is {state}, there is nothing to save", vm=vm)
-        if vm.is_template or foreign_qemu(vm) or vm.get("vmShares"):
-            why = "a template, with shared folders, or started by the bash tools"
+        if vm.is_template or foreign_qemu(vm) or vm.get("vmShares") or os.path.exists(vm.frozen_file):
+            why = "a template, with shared folders, not quite awake, or started by the bash tools"
             raise WrongState(f"it can't be saved: {why}", f"vmstop -n {vm} shuts it down", vm=vm)
-        need_awake(vm)
         check_room(vm.folder, (vm.number("vmMem") + 64) * MIB, vm.base, "its memory takes up to {} MB", ROOM_HINT)
         with Process(pid) as process, QMP(vm.folder) as qemu, StandStill([(vm, qemu)]):
             write_memory(qemu, vm.saved_file)
+            qemu.close()  # it serves one client at a time
             pull_the_plug(vm, process)
         remove_runtime_files(vm)
 
@@ -8634,18 +8676,22 @@ class StandStill:
         self._stopped: list[tuple[VM, QMP]] = []
 
     def __enter__(self) -> StandStill:
-        for vm, qemu in self._guests:
-            if qemu.execute("query-status")["status"] == "running":
-                self._stopped.append((vm, qemu))
-                write_file(vm.still_file, "", durable=False)
-                qemu.execute("stop")
+        try:
+            for vm, qemu in self._guests:
+                if qemu.execute("query-status")["status"] == "running":
+                    self._stopped.append((vm, qemu))
+                    write_file(vm.still_file, "", durable=False)
+                    qemu.execute("stop")
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exc: object) -> None:
         for vm, qemu in self._stopped:
             qemu.allow(5)
-            result_of(lambda qemu: qemu.execute("cont"), qemu)
-            remove_file(vm.still_file)
+            if not isinstance(result_of(lambda qemu: qemu.execute("cont"), qemu), Error):
+                remove_file(vm.still_file)
 
 
 def saved_is_current(vm: VM) -> bool:
@@ -8664,16 +8710,19 @@ def go_on(cloud: Cloud, vm: VM, iso: str, gui: bool) -> bool:
     start_locked(cloud, vm, describe_machine(cloud, vm, iso, gui).but(wakes=True))
     try:
         with QMP(vm.folder, 600) as qemu:
+            write_file(vm.still_file, "", durable=False)
             load_memory(qemu, vm.saved_file, shared=False)
+            write_file(vm.late_file, "", durable=False)
+            remove_file(vm.saved_file)
+            sync(vm.folder)  # before it goes on: never from there twice
+            qemu.execute("cont")
+            remove_file(vm.still_file)
     except BaseException as error:
         said = read_tail(vm.log_file)
         stop_locked(vm, 0)
         if isinstance(error, Error):
             raise Error(f"it can't go on where it was saved: {last_line(said) or error}", hint, vm=vm) from None
         raise
-    write_file(vm.late_file, "", durable=False)
-    remove_file(vm.saved_file)
-    sync(vm.folder)
     return True
 
 
@@ -8704,6 +8753,7 @@ def thaw(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> bool:
         start_locked(cloud, vm, machine)
         with QMP(vm.folder, WAKE_SECONDS) as qemu:
             load_memory(qemu, layer.state, shared=True)
+            qemu.execute("cont")
             for number, disk in enumerate(others):
                 plug_disk(qemu, number, *disk)
         if others:
@@ -8712,6 +8762,7 @@ def thaw(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> bool:
         vm.woke, awake = time.monotonic() - began, True
     except (Error, OSError) as error:
         stop_locked(vm, 0)
+        cancellation.check()
         renew_disk(vm, template.disks()[0], known_formats(template)[0])
         report.say(f"{report.program}: {vm} boots: {getattr(error, 'text', error)}")
         awake = False
@@ -9150,16 +9201,21 @@ def cloud_init_script(seconds: int) -> str:
 
 
 def start_all(
-    cloud: Cloud, vms: Sequence[VM], started: Callable[[VM], None] = lambda vm: None, iso: str = "", gui: bool = False
+    cloud: Cloud,
+    vms: Sequence[VM],
+    started: Callable[[VM], None] = lambda vm: None,
+    iso: str = "",
+    gui: bool = False,
+    begin: Callable[..., None] = start,
 ) -> list[Error | None]:
     """Start VMs in parallel, after the networks that they need; for each None, or why it doesn't run.
 
-    `started` hears of each as soon as it runs.
+    `started` hears of each as soon as it runs; `begin`: start_held, for who holds their locks.
     """
     import contextlib
 
     def start_one(vm: VM) -> None:
-        start(cloud, vm, iso=iso, gui=gui)
+        begin(cloud, vm, iso=iso, gui=gui)
         started(vm)
 
     members: dict[str, list[VM]] = {}
@@ -9277,6 +9333,7 @@ def locked(vms: Iterable[VM]) -> Any:
         for vm in sorted(vms, key=lambda vm: vm.full_name):
             stack.enter_context(FolderLock(vm.folder))
             vm.reread()
+            end_half_start(vm)
     except BaseException:
         stack.close()
         raise
@@ -9293,7 +9350,13 @@ def new_overlays(vm: VM, disks: Sequence[str], formats: Sequence[str]) -> dict[s
         create_overlay(vm.file(made[-1]), disk, format)
     sync(vm.folder)
     system, *others = map(vm.relative, made)
-    return {"vmDisk": system, "vmExtraDisk": ",".join(others), "vmDiskFormat": ",".join(["qcow2"] * len(made))}
+    more = {"vmExtraDisk": ",".join(others)} if others else {}
+    return {"vmDisk": system, **more, "vmDiskFormat": ",".join(["qcow2"] * len(made))}
+
+
+def node_of(overlay: str) -> str:
+    """What qemu is to call an overlay."""
+    return "disk" + "".join(re.findall(r"_(\d+)\.(s\d+)\.", overlay)[-1])
 
 
 class Sealing:
@@ -9303,33 +9366,32 @@ class Sealing:
         self.vm, self.final, self.new = vm, Snapshot(vm, name), Snapshot(vm, MAKING + name)
         self.qemu = QMP(vm.folder, 600) if vm.is_running() else None
         self.overlays: dict[str, str] = {}  # of a running one: the nodes that are written to, and which are to be
-        self.sealed = False
+        self.sealed = False  # of a running one: whether the overlays may be written to
 
     def prepare(self) -> None:
         """All that can be done while the guest runs on.  Its conf names the new overlays before qemu writes to them:
         until it does there is nothing in them, so that the VM starts with what it had, whatever happens."""
-        vm, disks = self.vm, self.vm.disks()
-        nodes = nodes_of(self.qemu, vm) if self.qemu else {}
+        vm = self.vm
+        clear_up(vm, self.qemu)
+        disks, nodes = vm.disks(), nodes_of(self.qemu, vm, devices=True) if self.qemu else {}
         if self.qemu and not all(os.path.realpath(disk) in nodes for disk in disks):
             raise WrongState("its qemu writes to other disks than its conf names", f"vmstop -n {vm}", vm=vm)
-        remove_tree(self.new.folder)
         os.makedirs(self.new.folder, 0o700)
         changes = new_overlays(vm, disks, known_formats(vm))
         write_file(self.new.conf, read_text(vm.conf_file))
         vm.write_conf(changes)
         for disk, overlay in zip(disks, vm.disks()):
             if self.qemu:
-                node = "disk{0[1]}{0[2]}".format(re.split(r".*_(\d+)\.(s\d+)\.", overlay))
-                add_image(self.qemu, node, os.path.basename(overlay), backing=None)
-                self.overlays[nodes[os.path.realpath(disk)]] = node
+                add_image(self.qemu, node_of(overlay), os.path.basename(overlay), backing=None)
+                self.overlays[nodes[os.path.realpath(disk)]] = node_of(overlay)
 
     def seal(self) -> None:
         """From now on its old disks are what they are."""
         pairs = [{"node": node, "overlay": overlay} for node, overlay in self.overlays.items()]
         if self.qemu:
+            self.sealed = True  # for all that is known until qemu has answered
             actions = [{"type": "blockdev-snapshot", "data": pair} for pair in pairs]
             self.qemu.execute("transaction", actions=actions)
-        self.sealed = True
 
     def keep_memory(self) -> None:
         if self.qemu:
@@ -9337,23 +9399,23 @@ class Sealing:
 
     def undo(self) -> None:
         """Go on as it was; overlays that are written to already stay, and are merged."""
-        if not self.sealed and os.path.exists(self.new.conf):
-            write_file(self.vm.conf_file, read_text(self.new.conf), 0o644)
-            self.vm.reread()
-            for overlay in self.overlays.values():
-                assert self.qemu
-                self.qemu.execute("blockdev-del", node_name=overlay)
-        remove_tree(self.new.folder)
-        merge_unused(self.vm, self.qemu)
+        if os.path.exists(self.final.folder):
+            os.rename(self.final.folder, self.new.folder)
+        if self.qemu:
+            self.qemu.allow(3600)
+        clear_up(self.vm, self.qemu if self.vm.is_running() else None, unwritten=not self.sealed)
 
     def close(self) -> None:
         if self.qemu:
             self.qemu.close()
 
 
-def nodes_of(qemu: QMP, vm: VM) -> dict[str, str]:
-    """The names that qemu calls its images by, by their real paths."""
-    found = qemu.execute("query-named-block-nodes", flat=True)
+def nodes_of(qemu: QMP, vm: VM, devices: bool = False) -> dict[str, str]:
+    """The names that qemu calls its images by, by their real paths; `devices`: of those alone that it writes to."""
+    if devices:
+        found = [each["inserted"] for each in qemu.execute("query-block") if "inserted" in each]
+    else:
+        found = qemu.execute("query-named-block-nodes", flat=True)
     images = [each for each in found if each["drv"] in ("qcow2", "raw")]
     return {os.path.realpath(os.path.join(vm.folder, each["file"])): each["node-name"] for each in images}
 
@@ -9378,15 +9440,14 @@ def take_snapshot(cloud: Cloud, vms: Sequence[VM], name: str, ram: bool, flush_g
                     each.seal()
                 if ram:
                     raise_first(in_parallel(lambda each: each.keep_memory(), sealings))
+            land({each.new.folder: each.final.folder for each in sealings})
         except BaseException:
-            for each in sealings:
-                each.undo()
+            for each in reversed(sealings):  # the last one may have had no room: what it leaves goes first
+                result_of(lambda each: each.undo(), each)
             raise
         finally:
             for each in sealings:
                 each.close()
-        for each in sealings:
-            land({each.new.folder: each.final.folder})
 
 
 def raise_first(results: Iterable[Any]) -> None:
@@ -9399,11 +9460,11 @@ def raise_first(results: Iterable[Any]) -> None:
 def check_snapshots(vms: Sequence[VM], name: str, ram: bool) -> None:
     """Raise where a snapshot of one of them can't be taken."""
     for vm in vms:
-        if foreign_qemu(vm) or vm.is_template:
-            raise WrongState("no snapshot is taken of it: a template, or started by the bash tools", vm=vm)
+        if foreign_qemu(vm) or vm.is_template or vm.state()[0] == "unknown":
+            raise WrongState("no snapshot is taken of it: a template, or not started by nocloud", vm=vm)
         if any(each.name.lower() == name.lower() for each in snapshots_of(vm)):
             raise WrongState(f"it has a snapshot {name}", f"vmsnapshot --delete {name} -n {vm}", vm=vm)
-        if os.path.exists(vm.saved_file):
+        if os.path.exists(vm.saved_file) and not vm.is_running():
             raise WrongState("its memory is saved", f"start it: vm -n {vm}", vm=vm)
         depth = len(own_chain(vm, vm.disks()[0]))
         if depth > MAX_SNAPSHOTS:
@@ -9429,38 +9490,67 @@ def roll_back(snapshot: Snapshot) -> list[str]:
 
     The disks that it has got since, which stay in its folder.
     """
-    vm, old = snapshot.vm, snapshot.source()
-    was = {path for disk in old.disks() for path in own_chain(vm, disk)[-1:]}
-    since = [disk for disk in vm.disks() if not was & set(own_chain(vm, disk))]
-    aside = []
-    for disk in since:
-        aside.append(re.sub(r"\.s\d+\.|\.(?=[^.]+$)", f".{os.urandom(3).hex()}.", disk))
-        os.rename(disk, aside[-1])
+    vm, old, followed = snapshot.vm, snapshot.source(), snapshot.vm.tree.followable()
+    files = {disk: {os.path.realpath(disk), *backing_chain(disk, "", followed)} for disk in vm.disks() + old.disks()}
+    was, aside = set().union(*map(files.__getitem__, old.disks())), []
+    for disk in [disk for disk in vm.disks() if not was & files[disk]]:
+        aside.append(re.sub(r"(\.s\d+)?(\.[^./]*)?$", rf".{os.urandom(3).hex()}\2", disk, count=1))
+        os.link(disk, aside[-1])  # merge_unused() takes its old name away
     changes = new_overlays(vm, old.disks(), old.get("vmDiskFormat").split(","))
-    remove_file(vm.saved_file)
     write_file(vm.conf_file, update_assignments(read_text(snapshot.conf), changes), 0o644)
     vm.reread()
+    remove_file(vm.saved_file)
     if os.path.exists(snapshot.memory):
         os.link(snapshot.memory, vm.saved_file)
         os.utime(vm.saved_file)
-    merge_unused(vm)
+    clear_up(vm, None)
     return aside
 
 
 def delete_snapshot(snapshot: Snapshot) -> None:
     """Forget a snapshot, and merge what only it had, running or not; by who holds the VM's lock."""
-    vm = snapshot.vm
-    saved = saved_is_current(vm)
-    remove_file(snapshot.conf)
-    remove_tree(snapshot.folder)
-    remove_empty(vm.snapshots_folder)
-    if vm.is_running():
-        with QMP(vm.folder, 3600) as qemu:
-            merge_unused(vm, qemu)
+    import contextlib
+
+    vm, saved = snapshot.vm, saved_is_current(snapshot.vm)
+    remove_tree(doomed := os.path.join(vm.snapshots_folder, REMOVING + snapshot.name))
+    os.rename(snapshot.folder, doomed)
+    sync(vm.snapshots_folder)
+    with QMP(vm.folder, 3600) if vm.is_running() else contextlib.nullcontext() as qemu:
+        clear_up(vm, qemu)
+    if saved:
+        os.utime(vm.saved_file)
+
+
+def clear_up(vm: VM, qemu: QMP | None, unwritten: bool = False) -> None:
+    """Remove what commands that failed or were killed have left, and merge what nothing needs; by who holds the lock.
+
+    A conf that names overlays which nobody has written to names again what it did: of a VM that runs qemu tells that,
+    of another one `unwritten`.
+    """
+    import contextlib
+
+    if qemu:
+        go_on_after_kill(vm, qemu)
+        for job in qemu.execute("query-block-jobs"):
+            qemu.execute("block-job-cancel", device=job["device"])
+        wait_for(lambda: not qemu.execute("query-block-jobs"), 60)
     else:
-        merge_unused(vm)
-        if saved:
-            os.utime(vm.saved_file)
+        remove_file(vm.still_file)
+    for name in names_in(vm.snapshots_folder, lambda entry: entry.name.startswith((MAKING, REMOVING))):
+        left, overlays = Snapshot(vm, name), set(map(os.path.realpath, vm.disks()))
+        if name.startswith(MAKING) and os.path.exists(left.conf):
+            if qemu:
+                unwritten = not overlays <= set(nodes_of(qemu, vm, devices=True))
+            if unwritten:
+                was = left.source().conf
+                vm.write_conf({key: was[key] for key in ("vmDisk", "vmExtraDisk", "vmDiskFormat") if key in was})
+            for overlay in overlays if unwritten else ():
+                with contextlib.suppress(QMPError):  # one that it hasn't been told of
+                    if qemu:
+                        qemu.execute("blockdev-del", node_name=node_of(overlay))
+        remove_tree(left.folder)
+    remove_empty(vm.snapshots_folder)
+    merge_unused(vm, qemu)
 
 
 def merge_unused(vm: VM, qemu: QMP | None = None) -> None:
@@ -9470,6 +9560,10 @@ def merge_unused(vm: VM, qemu: QMP | None = None) -> None:
     named = {os.path.realpath(disk) for source in sources for disk in source.disks()}
     images = [vm.file(name) for name in names_in(vm.folder) if name.endswith((".img", ".qcow2"))]
     ours = {path for path in map(os.path.realpath, images) if re.search(r"\.s\d+\.", os.path.basename(path))}
+    for path in sorted(set(map(os.path.realpath, images)) - named, key=lambda path: path not in ours):
+        if os.stat(path).st_nlink > 1:  # roll_back() gave it another name
+            remove_file(path)
+            images = [image for image in images if os.path.realpath(image) != path]
     chains = {path: own_chain(vm, path) for path in named | set(map(os.path.realpath, images)) if os.path.exists(path)}
     used = {each for path, chain in chains.items() if path in named or path not in ours for each in chain}
     for path in ours - used:
@@ -9488,6 +9582,8 @@ def merge_unused(vm: VM, qemu: QMP | None = None) -> None:
 
 def merge(vm: VM, lower: str, upper: str, qemu: QMP | None) -> None:
     """Have an overlay stand on what the file under it stands on, with all that was in that; which goes."""
+    import contextlib
+
     header = qcow2_header(upper)
     under = qcow2_header(lower) if header and header.format == "qcow2" else None
     below = os.path.join(os.path.dirname(lower), under.backing) if under and under.backing else ""
@@ -9496,14 +9592,19 @@ def merge(vm: VM, lower: str, upper: str, qemu: QMP | None) -> None:
     nodes = nodes_of(qemu, vm) if qemu else {}
     if qemu and upper in nodes:
         base = {"base_node": nodes[os.path.realpath(below)], "backing_file": relative} if below else {}
-        qemu.execute("block-stream", job_id="merge", device=nodes[upper], **base)
-        wait_for(lambda: not qemu.execute("query-block-jobs"), 3600, 0.05)
+        qemu.execute("block-stream", job_id="merge", device=nodes[upper], auto_finalize=False, **base)
+        wait_for(lambda: all(each["status"] == "pending" for each in qemu.execute("query-block-jobs")), 3600, 0.05)
+        qemu.monitor(f"qemu-io {nodes[upper]} flush")  # before the header says that nothing is below any more
+        with contextlib.suppress(QMPError):  # it failed, and is gone
+            qemu.execute("job-finalize", id="merge")
+        wait_for(lambda: not qemu.execute("query-block-jobs"), 60, 0.05)
     else:
         format = ["-F", under.format] if under and under.format else []
         run(["qemu-img", "rebase", "-q", "-f", "qcow2", *format, "-b", relative, upper], timeout=None)
     now = qcow2_header(upper)
     if not now or now.backing != relative:
         raise Error(f"{lower} could not be merged into {upper}", f"see {vm.log_file}", vm=vm)
+    sync(upper)
     remove_file(lower)
 
 
@@ -9818,15 +9919,19 @@ def freeze_guest(guest: OwnGuest, layer: Layer) -> None:
 def template_from_vm(
     cloud: Cloud, name: str, words: str, asked: Mapping[str, str], layered: bool = False, clean: bool = True
 ) -> VM:
-    """A template of a VM, or a template, that is stopped and is not touched: of its system disk and its settings.
+    """A template of a VM, or a template, that is stopped, or of VM@SNAPSHOT: of its system disk and its settings.
 
     `asked`: settings that it is to have instead; `layered`: it stands on what the VM's disk stands on; `clean`: it is
     booted once, as itself and on no one's disk, to take out what clones must not inherit.
     """
+    words, _, kept = words.partition("@")
     source = cloud.tree.need(words)
     with NewTemplate(cloud, name) as new:
         with FolderLock(source.folder):
-            need_stopped(cloud, source)
+            if kept:
+                source = need_snapshots([source], kept)[0].source()
+            else:
+                need_stopped(cloud, source)
             copy_disk(source, new, layered)
             settings = {"vmInit": "auto", **source.inherited(), **asked}
             new.write_conf(settings)
@@ -9835,7 +9940,7 @@ def template_from_vm(
             report.warn(f"{name}: a template has a system disk only, these are left out: {left}")
         if clean:
             in_new_guest(cloud, new, OwnGuest.wait, "--no-clean takes it as it is")
-        return new.finish({**settings, "vmSource": source.full_name})
+        return new.finish({**settings, "vmSource": source.full_name + (kept and f"@{kept}")})
 
 
 def copy_disk(source: VM, new: NewTemplate, layered: bool) -> None:
@@ -9848,11 +9953,12 @@ def copy_disk(source: VM, new: NewTemplate, layered: bool) -> None:
         check_room(new.vm.folder, converted_size(disk, format), new.cloud.tree.base, hint="free some disk space")
         compress_image(disk, format, new.disk)
         return
-    below = source.below()
-    if not below:
+    chain = [os.path.realpath(disk), *source.below()]
+    own = 1 if source.is_template else len(own_chain(source, disk))  # files that nobody else stands on
+    if own == len(chain):
         raise WrongState("its disk stands on no other, there is nothing to share", "leave out --layer", vm=source)
-    backing = os.path.relpath(below[0], os.path.realpath(new.vm.folder))  # as deep in the tree as where it will lie
-    kind = image_info(disk, format).get("backing-filename-format") or disk_format(below[0])
+    backing = os.path.relpath(chain[own], os.path.realpath(new.vm.folder))  # as deep in the tree as where it will lie
+    kind = image_info(chain[own - 1], "qcow2").get("backing-filename-format") or disk_format(chain[own])
     convert_image(disk, format, new.disk, "-B", backing, "-F", kind)
 
 
@@ -10315,7 +10421,7 @@ class Supervisor:
 
     def _timeout(self) -> float | None:
         if self.goal == RUN and not self._starting:
-            return max(0.0, self._look_at - time.monotonic())
+            return max(0.0, self._look_at - time.monotonic()) if self._members else 0.1
         return 0.25 if cancellation.requested else None
 
     # what wakes it: bytes on a socket, of signals (their numbers) and workers' posts (0); and the end of a qemu
@@ -10473,7 +10579,7 @@ class Supervisor:
 
     def _advance(self) -> bool:
         """Once the workers have ended: rest, or do what the goal asks for; whether that is done."""
-        if self.goal == RUN and not self._starting and not self._members:
+        if self.goal == RUN and not self._starting and not self._members and not self._is_held():
             self.goal = LEAVE
         if self._jobs:
             if self._ending != self.goal and (self.goal == DESTROY or not self._starting):
@@ -10487,6 +10593,10 @@ class Supervisor:
             self._ending = self.goal
             self._job(self._end, self._failed)
         return False
+
+    def _is_held(self) -> bool:
+        """Whether a VM of the group runs, or a command is at work on it: a rollback has them all off for a while."""
+        return any(vm.is_running() or is_locked(vm.folder) for vm in self.cloud.tree.vms(self.group))
 
     def _rest(self) -> None:
         """All is quiet: hold nothing open that only waits need."""
@@ -11563,7 +11673,7 @@ def _digest(algorithm: str) -> Callable[[str], str]:
     ),
     Option("--include PACKAGE,…", "more packages for --build", package_names),
     Option("--rebuild", "--build anew, though the cache has one of the same packages"),
-    Option("--from VM", "make NAME of a VM that is stopped (GROUP/TYPE/NAME)"),
+    Option("--from VM", "make NAME of a VM that is stopped (GROUP/TYPE/NAME), or of a snapshot of it: VM@SNAPSHOT"),
     Option("--layer", "with --from: share what the VM's disk stands on, instead of copying it"),
     Option("--no-clean", "with --from: keep machine-id, host keys, logs"),
     Option("--warm", "freeze NAME when it has booted: from then on its clones wake up instead of booting"),
@@ -11995,6 +12105,7 @@ def tell_running(config: Config, args: argparse.Namespace, command: str) -> int:
                 raise WrongState("it is not running", vm=vm)
             with connect_qemu(vm) as qemu:
                 qemu.execute(command)
+            remove_file(vm.still_file)
 
     with Cloud(config) as cloud:
         vms = [vm for vm in chosen_vms(cloud, args) if args.name is not None or vm.is_running()]
@@ -12043,10 +12154,10 @@ def cmd_rollback(config: Config, args: argparse.Namespace, words: list[str]) -> 
             for each in found:
                 for disk in roll_back(each):
                     report.say(f"{each.vm}: it has got a disk since, which is kept: {disk}")
-        later = [vm.name for vm in vms if vm not in [each.vm for each in found]]
-        if later:
-            report.say(f"not in {name}, and left as they are: {', '.join(later)}")
-        errors = [error for error in start_all(cloud, start) if error]
+            later = [vm.name for vm in vms if vm not in [each.vm for each in found]]
+            if later:
+                report.say(f"not in {name}, and left as they are: {', '.join(later)}")
+            errors = [error for error in start_all(cloud, start, begin=start_held) if error]
         configure_later(cloud, [vm for vm in start if vm.is_running()])
         return report_errors(errors)
 

@@ -66,6 +66,12 @@ CASES: dict[str, tuple[Any, ...]] = {
     "seed-iso": (machine(credentials="credentials", seed="seed/seed.iso"), 5, -1),
     "shares": (machine(vmMem="640"), 5, -1, [7, 9]),
     "long-name": (machine(name="x" * 63, disks=[("x_0.img", "qcow2", "x" * 63 + "_0")]), 5, -1),
+    "layout-2": (machine(vmLayout="2", disks=DISKS[:2]), 5, -1),
+    "layout-2-pc": (machine(vmLayout="2", vmMachine="pc"), 5, -1),
+    "plugged": (machine(vmLayout="2", vmPlugged="2", disks=DISKS), 5, -1),
+    "frozen": (machine(vmLayout="2", vmBalloon="no", memory="t.l1.img.memory", record="t.l1.img.record"), 5, -1),
+    "waking": (machine(vmLayout="2", vmBalloon="no", memory="../a,b/t.l1.img.memory", wakes=True), 5, -1),
+    "going-on": (machine(vmLayout="2", wakes=True), 5, -1),
 }
 
 
@@ -118,7 +124,7 @@ def test_slots() -> None:
     slots = nocloud.PCI_SLOTS
     assert len(set(slots.values())) == len(slots) and set(slots.values()) <= set(range(1, 31))
     assert slots["share"] == 1  # the slot that q35 alone has free
-    assert (slots["nic"], slots["disk0"], nocloud.MAX_DISKS) == (3, 4, 23)
+    assert (slots["nic"], slots["disk0"], nocloud.MAX_DISKS) == (3, 4, 22)  # layout 2 has one less
 
 
 @given(st.integers(1, nocloud.MAX_DISKS), st.booleans(), st.booleans(), st.booleans())
@@ -137,6 +143,22 @@ def test_the_network_card_stays_where_it_is() -> None:
         argv = nocloud.qemu_argv(machine(disks=DISKS[:count]), 5)
         (card,) = (each for each in devices(argv) if "virtio-net" in each)
         assert "addr=0x3," in card + ","
+
+
+@pytest.mark.parametrize("plugged", range(nocloud.HOTPLUG_PORTS + 1))
+def test_layout_2(plugged: int) -> None:
+    """With as many disks as may be, nothing is where something is; a disk that was plugged in stays where it is."""
+    many = [(f"{number}.img", "qcow2", f"d_{number}") for number in range(nocloud.MAX_DISKS)]
+    built = machine(vmLayout="2", vmPlugged=str(plugged), disks=many, seed="seed", memory="m", vmBalloon="no")
+    argv = nocloud.qemu_argv(built, 5)
+    assert not [each for each in devices(argv) if "balloon" in each]
+    used = re.findall(r"addr=(0x[0-9a-f]+(?:\.\d)?)", " ".join(argv))
+    assert len(used) == len(set(used))
+    disks = [each for each in devices(argv) if "virtio-blk" in each and "drive=seed" not in each]
+    assert [re.findall("bus=(port[0-9])", each) for each in disks[-plugged:] if plugged] == [
+        [f"port{number}"] for number in range(plugged)
+    ]
+    assert all("bus=" not in each for each in disks[: len(disks) - plugged])
 
 
 def test_disks_are_in_order() -> None:
