@@ -29,13 +29,15 @@ Modules that only some commands need are imported where they are used: a listing
     Clones                           what is asked for, checked; names, addresses, disks made
     Stopping and destroying          power button, plug, and away with it
     Starting and waiting             from a conf to a guest that is ready, and ssh into it; many at once
+    Snapshots                        what VMs were at a moment, and back to it
     Work in a template's guest       cleaning, upgrades, templates of VMs; stopping with care
     Consoles                         screens, the serial line, the monitor, logs
     Supervisor                       vmrun's loop
     Inventory                        lists for people, JSON for ansible
     Doctor                           checks, and the commands that mend
     Command lines                    how commands and options are declared and parsed
-    Commands                         what each command does with its words
+    Commands                         what each command does with its words: templates, VMs
+    Commands for ways in and hosts   likewise: what connects to VMs, and what looks after the host
     Completion and manual            what is offered while one types; man pages
     Installation                     what make install puts on a host, and takes away
     Dispatch                         main()
@@ -2666,61 +2668,6 @@ def guest_state(vm: VM) -> str:
     except (Error, OSError, LookupError, TypeError, AttributeError):
         return "running"
     return (DISK_FULL if full else DISK_ERROR) if state == "io-error" else state
-
-
-def wake(vm: VM, resume: bool = False) -> str:
-    """Its state, after a guest that a full disk paused, or with `resume` anyone, was told to go on."""
-    state = guest_state(vm)
-    if (state == "inmigrate" or (state == "paused" and os.path.exists(vm.still_file))) and not resume:
-        result_of(release_still, vm)
-        state = guest_state(vm)
-    if state in (DISK_FULL, DISK_ERROR, "paused" if resume else ""):
-        ask_qemu(vm, "cont")  # it may be in that state for another reason: the state tells
-        wait_for(lambda: guest_state(vm) != "running", 0.5, 0.1)  # what couldn't be written is tried again
-        state = guest_state(vm)
-    return state
-
-
-def release_still(vm: VM) -> None:
-    """Have a guest go on that a command which was killed had stand still; not while one is at work on it."""
-    with FolderLock(vm.folder, wait=0):
-        if not end_half_start(vm):
-            with QMP(vm.folder) as qemu:
-                go_on_after_kill(vm, qemu)
-
-
-def end_half_start(vm: VM) -> bool:
-    """Switch a qemu off that a killed command has not had load its guest's memory, which is as it was saved; whether
-    there was one.  For who holds the VM's lock."""
-    half = guest_state(vm) == "inmigrate"
-    if half:
-        stop_locked(vm, 0)
-    return half
-
-
-def go_on_after_kill(vm: VM, qemu: QMP) -> None:
-    """The same, for who holds the VM's lock.  What memory had been saved by then is none to go on with any more."""
-    if os.path.exists(vm.still_file):
-        remove_file(vm.saved_file)
-        qemu.execute("cont")
-        remove_file(vm.still_file)
-
-
-def need_awake(vm: VM) -> None:
-    """wake(), raising WrongState for a guest that does nothing, and won't by itself."""
-    state = wake(vm)
-    if state not in (*AT_WORK, SHARE_LOST):
-        raise WrongState(f"it is {state}", remedy(vm, state), vm=vm)
-
-
-def remedy(vm: VM, state: str) -> str:
-    """The command that gets a guest out of a state."""
-    if state in DEAD:
-        return f"vmstop --kill -n {vm}"
-    if state == SHARE_LOST:
-        return f"vmstop -n {vm}  # and start it again; {vm.log_file} may tell why"
-    room = f"  # once there is room in {vm.folder}" if state == DISK_FULL else ""
-    return f"vmmanage -n {vm} {'system_wakeup' if state == 'suspended' else 'cont'}{room}"
 
 
 # -- acceleration
@@ -8361,6 +8308,63 @@ def pull_the_plug(vm: VM, process: Process) -> None:
         raise Error(f"qemu, process {process.pid}, doesn't end", vm=vm)
 
 
+def wake(vm: VM, resume: bool = False) -> str:
+    """Its state, after a guest that a full disk paused, or with `resume` anyone, was told to go on."""
+    state = guest_state(vm)
+    if (state == "inmigrate" or (state == "paused" and os.path.exists(vm.still_file))) and not resume:
+        result_of(release_still, vm)
+        state = guest_state(vm)
+    if state == DISK_FULL and free_bytes(vm.folder) < MIB:
+        return state  # it would stop again, perhaps only when we have looked
+    if state in (DISK_FULL, DISK_ERROR, "paused" if resume else ""):
+        ask_qemu(vm, "cont")  # it may be in that state for another reason: the state tells
+        wait_for(lambda: guest_state(vm) != "running", 0.5, 0.1)  # what couldn't be written is tried again
+        state = guest_state(vm)
+    return state
+
+
+def release_still(vm: VM) -> None:
+    """Have a guest go on that a command which was killed had stand still; not while one is at work on it."""
+    with FolderLock(vm.folder, wait=0):
+        if not end_half_start(vm):
+            with QMP(vm.folder) as qemu:
+                go_on_after_kill(vm, qemu)
+
+
+def end_half_start(vm: VM) -> bool:
+    """Switch a qemu off that a killed command has not had load its guest's memory, which is as it was saved; whether
+    there was one.  For who holds the VM's lock."""
+    half = guest_state(vm) == "inmigrate"
+    if half:
+        stop_locked(vm, 0)
+    return half
+
+
+def go_on_after_kill(vm: VM, qemu: QMP) -> None:
+    """The same, for who holds the VM's lock.  What memory had been saved by then is none to go on with any more."""
+    if os.path.exists(vm.still_file):
+        remove_file(vm.saved_file)
+        qemu.execute("cont")
+        remove_file(vm.still_file)
+
+
+def need_awake(vm: VM) -> None:
+    """wake(), raising WrongState for a guest that does nothing, and won't by itself."""
+    state = wake(vm)
+    if state not in (*AT_WORK, SHARE_LOST):
+        raise WrongState(f"it is {state}", remedy(vm, state), vm=vm)
+
+
+def remedy(vm: VM, state: str) -> str:
+    """The command that gets a guest out of a state."""
+    if state in DEAD:
+        return f"vmstop --kill -n {vm}"
+    if state == SHARE_LOST:
+        return f"vmstop -n {vm}  # and start it again; {vm.log_file} may tell why"
+    room = f"  # once there is room in {vm.folder}" if state == DISK_FULL else ""
+    return f"vmmanage -n {vm} {'system_wakeup' if state == 'suspended' else 'cont'}{room}"
+
+
 def destroy(cloud: Cloud, vm: VM) -> None:
     """Switch a VM off at once and remove its folder, and nothing else; never through a symlink."""
     if not os.path.lexists(vm.folder):
@@ -8555,6 +8559,13 @@ def write_seed(cloud: Cloud, vm: VM, wanted: bool) -> str:
 
 # prctl(2), PR_SET_PDEATHSIG: set where nothing but the exec of qemu follows, for entering a namespace would clear it.
 TIE = ("setpriv", "--pdeathsig", "KILL", "--")
+
+
+def tie(words: Sequence[str]) -> list[str]:
+    """Words that run others so that they end when this process does, also where it was killed before they knew."""
+    return [*TIE, "sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"', str(os.getpid()), *words]
+
+
 CONSOLE_BYTES, CONSOLE_SECONDS = 24 * MIB, "20"  # how long console.log may get, and how often that is looked at
 
 
@@ -8562,7 +8573,8 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, sha
     """Start qemu in the VM's folder and its network; done when its pidfile is locked and QMP answers."""
     if tied:
         need_program(TIE[0])
-    words, fds = network.enter([*(TIE if tied else ()), *qemu_argv(machine, tap, vhost, shares)])
+    words = qemu_argv(machine, tap, vhost, shares)
+    words, fds = network.enter(tie(words) if tied else words)
     script = command_script(vm, qemu_argv(machine.but(memory="", wakes=False), 3), network)
     write_file(vm.command_file, script, 0o700, durable=False)
     for path in (vm.console_log, vm.old_console_log):
@@ -9675,7 +9687,7 @@ class OwnGuest:
         The status is 255 where ssh failed.  Raises TimedOut after `seconds`.
         """
         words = ssh_argv(self.cloud, self.vm, BATCH, keys=self.keys)
-        tied = [*TIE, need_program(words[0]), *words[1:], script]
+        tied = tie([need_program(words[0]), *words[1:], script])
         status, said = run_watched(tied, on_line, timeout=seconds, host=self._process)
         if status and not self.vm.is_running():
             raise WrongState("its guest ended in the middle of the work", f"see {self.vm.console_log}", vm=self.vm)
@@ -9897,7 +9909,7 @@ def freeze_guest(guest: OwnGuest, layer: Layer) -> None:
 
     vm, token = guest.vm, os.urandom(16).hex()
     agent = need_packaged("guest/agent.py")
-    words = {"AGENT": agent, "MAC": vm.get("vmMac"), "TOKEN": token, "SECONDS": REST_SECONDS}
+    words = {"AGENT": agent, "MAC": vm.get("vmMac"), "TOKEN": token, "PATIENCE": REST_SECONDS}
     guest.output(guest_script("freeze.sh", True, **words))
     with QMP(vm.folder, 600) as qemu, open(layer.state, "xb") as state:
         qemu.execute("set_link", name="net0", up=False)
@@ -12169,6 +12181,11 @@ def running_vm(cloud: Cloud, words: str | None, group: str | None = None, type: 
     if state != "running":
         raise WrongState("it is not running", f"vmrunning -a shows its state: {state}", vm=vm)
     return vm
+
+
+# Commands for ways in and hosts ######################################################################
+#
+# The same for what connects to VMs, and for what is about this host and its networks.
 
 
 @declare(Command("ssh", "vmssh", "[LOGIN@]VM [WORDS...]", ("running-vm",), passes=SSH_FLAGS + SSH_VALUES))

@@ -135,11 +135,10 @@ def test_ready_kept_and_run_again(tiny: Cloud) -> None:
 
 
 @pytest.mark.long
-def test_the_readmes_description_makes_those_machines(cloud: Cloud, tiny_image: Path, vms: None) -> None:
+def test_a_description_makes_those_machines(cloud: Cloud, tiny_image: Path, vms: None) -> None:
     """Memory, processors and disks as the guests themselves see them; what isn't said is the template's."""
     add_template(cloud, tiny_image, "archlinux", "--mem", 128, "--cpu", 2, "--init", "systemd")
     lines = "archlinux:1:sql:mem=1024;cpu=4;dsk=5,5", "archlinux:2:web:mem=512;name=web"
-    assert all(f"`{line}`" in (ROOT / "README.md").read_text() for line in lines)
     done = cloud.run("vminstantiate", "-f", describe(cloud, "\n".join(lines)), "-w", 240, timeout=300).ok()
     look = "nproc; awk '/MemTotal/ { print $2 }' /proc/meminfo; cat /sys/block/vd?/size"
     sql, *webs = done.lines
