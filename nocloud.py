@@ -9804,7 +9804,7 @@ def freeze_guest(guest: OwnGuest, layer: Layer) -> None:
 
     vm, token = guest.vm, os.urandom(16).hex()
     agent = need_packaged("guest/agent.py")
-    words = {"AGENT": agent, "MAC": vm.get("vmMac"), "TOKEN": token, "SECONDS": REST_SECONDS}
+    words = {"AGENT": agent, "MAC": vm.get("vmMac"), "TOKEN": token, "PATIENCE": REST_SECONDS}
     guest.output(guest_script("freeze.sh", True, **words))
     with QMP(vm.folder, 600) as qemu, open(layer.state, "xb") as state:
         qemu.execute("set_link", name="net0", up=False)
