@@ -29,7 +29,7 @@ AS_OWNER := $(if $(filter-out $(OWNER),$(ME)),$(if $(filter 0,$(ME)),setpriv --r
     --clear-groups env HOME="$$(getent passwd $(OWNER) | cut -d: -f6)"))
 
 .DEFAULT_GOAL := $(if $(filter 0,$(ME)),install,build)
-.PHONY: build install uninstall demo test test-all check check-catalogue docs bench clean help
+.PHONY: build install uninstall demo test test-all check check-catalogue docs bench bench-warm clean help
 .PHONY: install-for-build install-for-vms install-for-templates install-for-checks install-for-tests install-for-long-tests install-for-bench
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -68,6 +68,9 @@ docs: ## write README.md's tables from what nocloud.py declares
 
 bench: install-for-vms install-for-bench nocloud.pyz ## measure the speed budgets; fails over one
 	@$(PYTHON) tests/bench.py nocloud.pyz
+
+bench-warm: install-for-vms install-for-templates nocloud.pyz ## measure clones that wake up against clones that boot
+	@$(PYTHON) tests/bench_warm.py nocloud.pyz
 
 clean: ## remove what was made here
 	rm -rf build dist nocloud.pyz nocloud.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

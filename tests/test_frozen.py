@@ -198,6 +198,7 @@ def test_only_what_can_be_told_who_it_is(blank: Cloud) -> None:
     blank.run("vmtemplate", "blank", "--warm").says(2, "blank: its vmInit is none: a clone couldn't be told who it is")
 
 
+@pytest.mark.long
 def test_a_guest_without_python(tiny: Cloud) -> None:
     """Refused, in words; the template is what it was."""
     before = template_files(tiny, "tiny")

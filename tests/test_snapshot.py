@@ -219,6 +219,7 @@ def count(cloud: Cloud, vm: str = "web00") -> int:
     return int(cloud.ssh(vm, "cat /run/count").ok().stdout or 0)
 
 
+@pytest.mark.long
 def test_a_guest_goes_back(tiny: Cloud) -> None:
     clones(tiny, running=True, template="tiny")
     tiny.ssh("web00", f"setsid sh -c {shlex.quote(COUNT)} >/dev/null 2>&1 </dev/null & echo one >/data/file; sync").ok()
