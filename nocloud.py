@@ -8706,6 +8706,12 @@ class StandStill:
                 remove_file(vm.still_file)
 
 
+def last_words(vm: VM, error: BaseException) -> str:
+    """Why memory wasn't loaded: an error's text, but where qemu ended what that wrote last."""
+    said = last_line(read_tail(vm.log_file)) if isinstance(error, QMPClosed) else ""
+    return said or str(getattr(error, "text", error))
+
+
 def saved_is_current(vm: VM) -> bool:
     """Whether there is memory that was saved, and no disk has been written to since."""
     saved = os.path.exists(vm.saved_file) and os.stat(vm.saved_file).st_mtime_ns
@@ -8730,10 +8736,10 @@ def go_on(cloud: Cloud, vm: VM, iso: str, gui: bool) -> bool:
             qemu.execute("cont")
             remove_file(vm.still_file)
     except BaseException as error:
-        said = read_tail(vm.log_file)
+        why = last_words(vm, error)
         stop_locked(vm, 0)
         if isinstance(error, Error):
-            raise Error(f"it can't go on where it was saved: {last_line(said) or error}", hint, vm=vm) from None
+            raise Error(f"it can't go on where it was saved: {why}", hint, vm=vm) from None
         raise
     return True
 
@@ -8773,10 +8779,11 @@ def thaw(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> bool:
         wake_up(vm, token)
         vm.woke, awake = time.monotonic() - began, True
     except (Error, OSError) as error:
+        why = last_words(vm, error)
         stop_locked(vm, 0)
         cancellation.check()
         renew_disk(vm, template.disks()[0], known_formats(template)[0])
-        report.say(f"{report.program}: {vm} boots: {getattr(error, 'text', error)}")
+        report.say(f"{report.program}: {vm} boots: {why}")
         awake = False
     except BaseException:
         stop_locked(vm, 0)

@@ -18,6 +18,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import statistics
 import struct
 import subprocess
@@ -222,12 +223,17 @@ class Bench:
             (folder / "start").write_text(shlex.join(bare_argv(source / "web00.command", name, number)) + "\n")
 
     def start_bare(self) -> float:
-        """The bare commands, until each qemu has locked its pidfile; in namespaces, where they may open taps."""
+        """The bare commands, until each qemu runs: it greets at its QMP socket, as the one that nocloud waits for; in
+        namespaces, where they may open taps."""
         jobs = f"printf '%s\\n' {' '.join(NAMES)} | xargs -P{os.cpu_count()} -I@ sh -c {shlex.quote(BARE)} sh @"
         start = time.perf_counter()
         timed(["unshare", "-Urn", "sh", "-c", jobs], self.env, self.bare)
         files = [self.bare / name / f"{name}.pid" for name in NAMES]
         wait_until(lambda: all(map(lock_holder, files)), 60, "the bare commands")
+        for file in files:
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(str(file.parent / "qmp.sock"))
+                connection.recv(1)
         took = time.perf_counter() - start
         for pid in map(lock_holder, files):
             os.kill(pid, signal.SIGKILL)
