@@ -17,6 +17,8 @@ import nocloud
 Options = dict[str, "bool | None"]
 OPTIONS: dict[str, Options] = {
     "vmtemplate": {
+        "--warm": False,
+        "--cold": False,
         "-L": False,
         "--list": False,
         "--available": False,
@@ -38,6 +40,7 @@ OPTIONS: dict[str, Options] = {
         "--init": True,
     },
     "vminstantiate": {
+        "--cold": False,
         "-n": True,
         "-C": True,
         "-g": True,
@@ -52,6 +55,7 @@ OPTIONS: dict[str, Options] = {
     },
     "vmcreate": {"-n": True, "-i": True, "-m": True, "-c": True, "-C": True, "-d": True, "-a": False},
     "vmrun": {
+        "--cold": False,
         "-f": True,
         "-r": True,
         "-g": False,
@@ -69,7 +73,31 @@ OPTIONS: dict[str, Options] = {
     "vmmanage": {"-n": True, "-g": True, "-t": True},
     "vmrunning": {"-g": True, "-t": True, "-a": False, "-l": False, "--json": False},
     "vmport": {"-n": True, "-g": True, "-t": True, "-L": False, "--delete": False},
-    "vmstop": {"-g": True, "-t": True, "-d": False, "-n": True, "--kill": False, "--timeout": True},
+    "vmstop": {
+        "-g": True,
+        "-t": True,
+        "-d": False,
+        "-n": True,
+        "--kill": False,
+        "--timeout": True,
+        "--save": False,
+        "--discard": False,
+        "-y": False,
+        "--yes": False,
+    },
+    "vmpause": {"-g": True, "-t": True, "-n": True},
+    "vmresume": {"-g": True, "-t": True, "-n": True},
+    "vmsnapshot": {
+        "-g": True,
+        "-t": True,
+        "-n": True,
+        "-L": False,
+        "--list": False,
+        "--ram": False,
+        "--sync": False,
+        "--delete": False,
+    },
+    "vmrollback": {"-g": True, "-t": True, "-n": True, "-y": False, "--yes": False},
     "vmssh": {},
     "vmcp": {
         "-r": False,

@@ -570,7 +570,7 @@ def test_a_vm_that_cannot_be_told_is_never_started_or_destroyed(blank: Cloud, tm
         (("-n", "blank", "-o", "name=" + "x" * 62), 2, "63"),
         (("-n", "blank", "-o", "mem=1G"), 2, "MB"),
         (("-n", "blank", "-o", "mem=0"), 2, "mem"),
-        (("-n", "blank", "-o", "color=red"), 2, "color"),
+        (("-n", "blank", "-o", "zone=red"), 2, "zone"),
         (("-n", "blank", "-o", "mme=64"), 2, "mem?"),
         (("-n", "blank", "-o", "dsk=1,x"), 2, "dsk"),
         (("-n", "blank", "-o", "gui=1"), 2, "gui"),
@@ -598,7 +598,7 @@ TWICE = "another of the VMs asks for port 8080 of 127.0.0.1 too"
 A_LINE = "a line is TEMPLATE:COUNT[:TYPE[:OPTIONS]]"
 OPTIONS = (
     "options are mem=MB cpu=N disk=GB dsk=GB,GB name=PREFIX user-data=FILE port=[IP:]HOST:GUEST"
-    " share=HOSTDIR:GUESTDIR[:rw] gui, separated by ';'"
+    " share=HOSTDIR:GUESTDIR[:rw] gui cold, separated by ';'"
 )
 
 
@@ -652,7 +652,7 @@ OPTIONS = (
         ("vminstantiate -n blank -g a/b", 2, "'a/b': '/' is not allowed in a group name", GROUP_CHARACTERS),
         ("vminstantiate -n blank -o name=a_b", 2, A_B, "use letters, digits and '-'"),
         ("vminstantiate -n blank -o name=", 2, "-o: name= is empty", "name=web makes web00, web01 …"),
-        ("vminstantiate -n blank -o color=red", 2, "-o: unknown option 'color'", OPTIONS),
+        ("vminstantiate -n blank -o zone=red", 2, "-o: unknown option 'zone'", OPTIONS),
         ("vminstantiate -n blank -o mme=64", 2, "-o: unknown option 'mme', did you mean mem?", OPTIONS),
         ("vminstantiate -n blank -o gui=1", 2, "-o: gui takes no value", ""),
         ("vminstantiate -n blank -o mem=1G", 2, "-o: mem=1G: expected a whole number from 16 to 16777216, in MB", ""),
@@ -683,7 +683,7 @@ OPTIONS = (
         ("completion tcsh", 2, "tcsh: no completion for that shell", "one of bash, zsh, fish"),
         ("links /nothere", 1, "/nothere: no such folder", "mkdir -p /nothere"),
         ("man nothing", 2, "nothing: no such command", "nocloud -h lists them"),
-        ("snap", 127, "snap: no such command", "nocloud -h lists them"),
+        ("zap", 127, "zap: no such command", "nocloud -h lists them"),
     ],
 )
 def test_messages_to_the_word(blank_once: Cloud, words: str, status: int, said: str, hint: str) -> None:
