@@ -177,6 +177,7 @@ def test_ansible_checks_host_keys(guests: Cloud) -> None:
     assert not (guests.home / ".ssh/known_hosts").exists()
 
 
+@pytest.mark.long
 def test_a_vm_without_an_address_is_left_out(cloud: Cloud, vms: None) -> None:
     """On the bridge the address comes by DHCP, later."""
     add_blank(cloud)

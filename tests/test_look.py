@@ -375,6 +375,7 @@ def test_a_wait_on_a_terminal(blank: Cloud) -> None:
         terminal.ends(124)
 
 
+@pytest.mark.long
 def test_what_waits_tell(tiny: Cloud) -> None:
     """vminstantiate -w on stderr, as its stdout has names; vmrun's line is there again after each line of its log."""
     options = ("-g", "pf", "-t", "web", "-o", "name=web")

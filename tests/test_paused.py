@@ -93,6 +93,7 @@ def test_a_full_disk(small: Cloud) -> None:
     assert small.ssh("web00", count).ok().stdout.split() == ["0", "20000000"]
 
 
+@pytest.mark.long
 def test_room_again(small: Cloud) -> None:
     """vmssh, and vmstop, have it go on."""
     for number in range(2):
@@ -116,6 +117,7 @@ def test_one_that_was_paused_by_hand(web00: Cloud) -> None:
     web00.run("vmstop", "-g", "pf").quiet()
 
 
+@pytest.mark.long
 def test_one_that_has_shut_down_and_stays(tiny: Cloud) -> None:
     """No power button helps there, so nothing is waited for."""
     conf = tiny.base / "templates/tiny/tiny.conf"

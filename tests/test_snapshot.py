@@ -255,6 +255,7 @@ def test_a_guest_goes_back(tiny: Cloud) -> None:
 # Saved, paused #######################################################################################
 
 
+@pytest.mark.long
 def test_saved_and_gone_on(tiny: Cloud) -> None:
     """Two guests that talk; a connection survives; nobody goes on twice, nor on another disk or machine."""
     clones(tiny, 2, running=True, template="tiny")
