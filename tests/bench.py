@@ -230,15 +230,22 @@ class Bench:
         timed(["unshare", "-Urn", "sh", "-c", jobs], self.env, self.bare)
         files = [self.bare / name / f"{name}.pid" for name in NAMES]
         wait_until(lambda: all(map(lock_holder, files)), 60, "the bare commands")
-        for file in files:
-            with socket.socket(socket.AF_UNIX) as connection:
-                connection.connect(str(file.parent / "qmp.sock"))
-                connection.recv(1)
+        wait_until(lambda: all(greets(file.parent) for file in files), 60, "the bare commands' qemus")
         took = time.perf_counter() - start
         for pid in map(lock_holder, files):
             os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not any(map(lock_holder, files)), 10, "the end of the bare commands")
         return took
+
+
+def greets(folder: Path) -> bool:
+    """Whether the qemu of a VM's folder runs: it greets whoever connects to its QMP socket, once."""
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(folder / "qmp.sock"))
+            return bool(connection.recv(1))
+    except OSError:
+        return False  # it has made its pidfile before that
 
 
 def bare_argv(command: Path, name: str, number: int) -> list[str]:
