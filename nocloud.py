@@ -6867,11 +6867,11 @@ RECORD, FROZEN, MEMORY, STATE = ".record", ".frozen", ".memory", ".state"
 def frozen_layer(template: VM) -> Layer | None:
     """The layer on the template's present disk that its clones can wake up on."""
     names = [name[: -len(FROZEN)] for name in names_in(template.folder) if name.endswith(FROZEN)]
-    for layer in [Layer(template, name) for name in sorted(names, key=functools.partial(layer_number, template))[-1:]]:
-        base = os.path.realpath(template.disks()[0])
-        if backing_chain(layer.path, "qcow2", lambda path: False) == [base]:
-            return layer
-    return None
+    if not names:
+        return None
+    layer = Layer(template, max(names, key=functools.partial(layer_number, template)))
+    base = os.path.realpath(template.disks()[0])
+    return layer if backing_chain(layer.path, "qcow2", lambda path: False) == [base] else None
 
 
 def layer_number(template: VM, name: str) -> int:
@@ -8173,13 +8173,14 @@ class NewClones:
             write_file(vm.user_data_file, request.user_data, durable=False)
         formats = ",".join(["qcow2"] * (1 + len(extra)))
         disks = {"vmDisk": vm.relative(system), "vmExtraDisk": ",".join(map(vm.relative, extra))}
-        vm.write_conf({**disks, "vmDiskFormat": formats})
+        frozen = self.frozen.get(template.name, "") if vm.get("vmCold") == "no" else ""
         late = "a disk is grown" if request.disk else "folders are shared" if vm.get("vmShares") else ""
-        if self.frozen.get(template.name) and vm.get("vmCold") == "no" and late:
+        if frozen and late:
             report.say(f"{report.program}: {vm} boots: {late} at boot only")
-        elif self.frozen.get(template.name) and vm.get("vmCold") == "no":
-            write_file(vm.frozen_file, self.frozen[template.name], durable=False)
-            vm.write_conf({"vmBalloon": "no"})
+        elif frozen:
+            write_file(vm.frozen_file, frozen, durable=False)
+            disks["vmBalloon"] = "no"
+        vm.write_conf({**disks, "vmDiskFormat": formats})
         if not os.path.exists(disk):  # someone else's template may go though it is cloned
             raise Error(f"its disk has just gone: {disk}", "ask the template's owner for it", vm=template)
         return vm
@@ -9448,7 +9449,7 @@ def take_snapshot(cloud: Cloud, vms: Sequence[VM], name: str, ram: bool, flush_g
     with locked(vms):
         check_snapshots(vms, name, ram)
         if flush_guests:
-            in_parallel(lambda vm: ssh_batch(cloud, vm, "sync", 60), [vm for vm in vms if vm.is_running()])
+            raise_first(in_parallel(lambda vm: flush_guest(cloud, vm), [vm for vm in vms if vm.is_running()]))
         sealings: list[Sealing] = []
         try:
             for vm in vms:
@@ -9467,6 +9468,13 @@ def take_snapshot(cloud: Cloud, vms: Sequence[VM], name: str, ram: bool, flush_g
         finally:
             for each in sealings:
                 each.close()
+
+
+def flush_guest(cloud: Cloud, vm: VM) -> None:
+    """Have a guest write out what it holds.  Raises Error where it can't be asked."""
+    status, said = ssh_batch(cloud, vm, "sync", 60)
+    if status:
+        raise Error(f"its guest has not written out what it holds: {last_line(said)}", "leave out --sync", vm=vm)
 
 
 def raise_first(results: Iterable[Any]) -> None:
@@ -9628,7 +9636,7 @@ def merge(vm: VM, lower: str, upper: str, qemu: QMP | None) -> None:
 
 
 def snapshot_rows(tree: Tree, group: str) -> Iterator[tuple[str, ...]]:
-    """(name, group, when, VMs, size on disk, whether with memory) of each snapshot, the oldest first."""
+    """(name, group, when, size on disk, whether with memory, VMs) of each snapshot, the oldest first."""
     found: dict[tuple[str, str], list[Snapshot]] = {}
     for vm in tree.vms(group):
         for each in snapshots_of(vm) if not vm.is_template and vm.is_readable() else ():
@@ -11941,8 +11949,8 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
             if not args.add:
                 check_new_group(list(cloud.tree.vms(group)), group)  # else its own ports would be in the way
             check_requests(cloud, group, requests, args.force)
-            for key in [*(["vmGui"] if args.gui else []), *(["vmCold"] if args.cold else [])]:
-                for request in requests:
+            for key, given in (("vmGui", args.gui), ("vmCold", args.cold)):
+                for request in requests if given else ():
                     request.settings[key] = "yes"
         elif group == TEMPLATES:
             raise UsageError("templates are not run as a group", "vm -n NAME runs one")
@@ -12048,7 +12056,7 @@ def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> N
 )
 def cmd_stop(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """stop a group, a type of it or one VM"""
-    way = exclusive(args, "destroy", "kill", "save", "discard")
+    way = exclusive(args, "destroy" if args.destroy else "kill", "save", "discard")  # to destroy is to switch off
     with Cloud(config) as cloud:
         try:
             vms = chosen_vms(cloud, args)

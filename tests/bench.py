@@ -565,9 +565,14 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help=f"how often {VMS} VMs are made [%(default)s]")
     parser.add_argument("--runs", type=int, default=21, help="how often the quick commands run [%(default)s]")
     args = parser.parse_args()
+    return run(lambda: measure(args.program.resolve(), args.runs, args.rounds))
+
+
+def run(measured: Callable[[], Table]) -> int:
+    """Measure, and sum it up; the exit status."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        table = measure(args.program.resolve(), args.runs, args.rounds)
+        table = measured()
     except Failed as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1

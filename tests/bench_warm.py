@@ -11,7 +11,6 @@ import argparse
 import json
 import shlex
 import shutil
-import signal
 import socket
 import statistics
 import subprocess
@@ -22,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import ROOT, Bench, Failed, Table, bare_argv, lock_holder, timed, wait_until
+from bench import ROOT, Bench, Failed, Table, bare_argv, lock_holder, run, timed, wait_until
 
 MEMORY, CPUS, SECONDS = 512, 1, 900
 # In the guests' network: returns when the sshd at each address has said its banner.
@@ -212,17 +211,7 @@ def main() -> int:
     parser.add_argument("--image", default="", help="a disk that --build bookworm made; else it is built")
     parser.add_argument("--runs", type=int, default=3, help="how often each is measured [%(default)s]")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        table = measure(args.program.resolve(), args.image, args.runs)
-    except Failed as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("bench: interrupted", file=sys.stderr)
-        return 130
-    print(f"{table.over} of {table.rows} over budget" if table.over else f"all {table.rows} within budget")
-    return 1 if table.over else 0
+    return run(lambda: measure(args.program.resolve(), args.image, args.runs))
 
 
 if __name__ == "__main__":

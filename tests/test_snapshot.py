@@ -175,6 +175,23 @@ def test_what_is_refused(blank: Cloud) -> None:
     assert blank.files() == files
 
 
+@pytest.mark.long
+def test_a_guest_that_cannot_be_asked_to_write_out(blank: Cloud) -> None:
+    """None is taken then."""
+    blank.run("vminstantiate", "-n", "blank", "-g", "pf", "-t", "web", "-o", "name=web").ok()
+    blank.run("vmsnapshot", "one", "-g", "pf", "--sync").fails(1, "web00: its guest has not written out", "--sync")
+    assert blank.run("vmsnapshot", "-L").ok().stdout == ""
+
+
+def test_to_destroy_is_to_switch_off(blank: Cloud) -> None:
+    """Both may be asked for, as ever; what is kept excludes both."""
+    blank.run("vminstantiate", "-n", "blank", "-g", "pf", "-t", "web", "-o", "name=web").ok()
+    for other in ("-d", "--kill", "--discard"):
+        blank.run("vmstop", "--save", other, "-g", "pf").fails(2, "exclude each other")
+    blank.run("vmstop", "-d", "--kill", "-g", "pf").quiet()
+    assert blank.run("vmrunning", "-a", "-g", "templates").ok().lines and blank.run("vmrunning").ok().stdout == ""
+
+
 def test_a_group_with_snapshots_is_destroyed(blank: Cloud) -> None:
     clones(blank, 2)
     blank.run("vmsnapshot", "one", "-g", "pf").quiet()
