@@ -483,7 +483,8 @@ def read_trusted(path: str) -> tuple[str, str]:
 def process_file(pid: int, name: str) -> str:
     """A file of /proc/PID; '' where the process has ended or is not ours to look at."""
     try:
-        return read_text(f"/proc/{pid}/{name}")
+        with open(f"/proc/{pid}/{name}", "rb", buffering=0) as file:  # a list of VMs asks every process of the host
+            return file.read().decode("utf-8", "surrogateescape")
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return ""
 
