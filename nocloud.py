@@ -8339,7 +8339,22 @@ def end_half_start(vm: VM) -> bool:
     half = guest_state(vm) == "inmigrate"
     if half:
         stop_locked(vm, 0)
+    adopt_memory(vm)
     return half
+
+
+def memory_for(vm: VM, disk: str) -> str:
+    """The memory that a VM is to go on with once its conf names a disk."""
+    return vm.file(f"{MAKING}saved-{os.path.basename(disk)}-")
+
+
+def adopt_memory(vm: VM) -> None:
+    """Have a VM that was rolled back go on with the memory that goes with its disk, and with no other."""
+    for name in names_in(vm.folder, lambda entry: entry.name.startswith(f"{MAKING}saved-")):
+        if vm.file(name) == memory_for(vm, vm.disks()[0]):
+            os.replace(vm.file(name), vm.saved_file)
+        else:
+            remove_file(vm.file(name))  # who made it was killed before the conf was written
 
 
 def go_on_after_kill(vm: VM, qemu: QMP) -> None:
@@ -9117,12 +9132,8 @@ def mount_shares(wait: Wait) -> None:
         return
     folders = (f"share{n} {guest} {'rw' if rw else 'ro'}" for n, (_, guest, rw) in enumerate(parse_shares(shares)))
     script = guest_script("shares.sh", True, SHARES="\n".join(folders))
-    for seconds in wait.tries():
-        status, output = ssh_batch(wait.cloud, vm, script, seconds)
-        if not status:
-            write_file(vm.mounted_file, shares)
-            return
-        check_login(wait, status, output)
+    run_in_guest(wait, script)
+    write_file(vm.mounted_file, shares)
 
 
 def is_late(vm: VM) -> bool:
@@ -9132,11 +9143,16 @@ def is_late(vm: VM) -> bool:
 
 def set_clock(wait: Wait) -> None:
     """Tell a guest that stood still what time it is."""
-    vm = wait.vm
-    for seconds in wait.tries() if is_late(vm) else ():
-        status, output = ssh_batch(wait.cloud, vm, guest_script("clock.sh", True, NOW=time.time()), seconds)
+    if is_late(wait.vm):
+        run_in_guest(wait, guest_script("clock.sh", True, NOW=time.time()))
+        remove_file(wait.vm.late_file)
+
+
+def run_in_guest(wait: Wait, script: str) -> None:
+    """Run a script in the guest as soon as that lets us in.  Raises as `check_login` does."""
+    for seconds in wait.tries():
+        status, output = ssh_batch(wait.cloud, wait.vm, script, seconds)
         if not status:
-            remove_file(vm.late_file)
             return
         check_login(wait, status, output)
 
@@ -9525,12 +9541,14 @@ def roll_back(snapshot: Snapshot) -> list[str]:
         aside.append(re.sub(r"(\.s\d+)?(\.[^./]*)?$", rf".{os.urandom(3).hex()}\2", disk, count=1))
         os.link(disk, aside[-1])  # merge_unused() takes its old name away
     changes = new_overlays(vm, old.disks(), old.get("vmDiskFormat").split(","))
+    if os.path.exists(snapshot.memory):
+        memory = memory_for(vm, changes["vmDisk"])
+        os.link(snapshot.memory, memory)
+        os.utime(memory)
     write_file(vm.conf_file, update_assignments(read_text(snapshot.conf), changes), 0o644)
     vm.reread()
     remove_file(vm.saved_file)
-    if os.path.exists(snapshot.memory):
-        os.link(snapshot.memory, vm.saved_file)
-        os.utime(vm.saved_file)
+    adopt_memory(vm)
     clear_up(vm, None)
     return aside
 
@@ -9736,6 +9754,20 @@ class OwnGuest:
         remove_runtime_files(self.vm)
 
 
+def guest_on_layer(
+    cloud: Cloud, template: VM, memory: bool = False, settings: Mapping[str, str] = {}
+) -> tuple[Layer, OwnGuest]:
+    """The guest of a template that is stopped, on a new layer, with its memory in the layer's file; by who holds its
+    lock."""
+    need_stopped(cloud, template)
+    layer = new_layer(template)
+    try:
+        return layer, OwnGuest(cloud, template, layer, os.path.basename(layer.memory) if memory else "", settings)
+    except BaseException:
+        layer.remove()
+        raise
+
+
 def forget_guest(cloud: Cloud, vm: VM) -> None:
     """What is known of a guest that has been cleaned: its name is to be set again, its host key may be another."""
     remove_file(vm.configured_file)
@@ -9842,13 +9874,7 @@ def upgrade(cloud: Cloud, name: str, seconds: float) -> None:
     """Upgrade a template's system on a layer, which becomes its disk when all went well; else it is as it was."""
     template = cloud.tree.need_template(name)
     with FolderLock(template.folder):
-        need_stopped(cloud, template)
-        layer = new_layer(template)
-        try:
-            guest = OwnGuest(cloud, template, layer)
-        except BaseException:
-            layer.remove()
-            raise
+        layer, guest = guest_on_layer(cloud, template)
     try:
         with guest:
             upgrade_guest(guest, seconds)
@@ -9894,16 +9920,9 @@ def freeze(cloud: Cloud, name: str, asked: Mapping[str, str]) -> Layer:
         text = f"{name}: its vmInit is {template.get('vmInit')}: only guests with systemd can be told who they are"
         raise UsageError(text, "vmtemplate NAME --build SUITE makes such a template")
     with FolderLock(template.folder):
-        need_stopped(cloud, template)
         what, size = "its memory, in a file, takes up to {} MB", int(asked.get("vmMem") or template.get("vmMem"))
         check_room(template.folder, (size + 256) * MIB, cloud.tree.base, what, ROOM_HINT)
-        layer = new_layer(template)
-        try:
-            settings = {**asked, "vmLayout": LAYOUT, "vmBalloon": "no"}
-            guest = OwnGuest(cloud, template, layer, os.path.basename(layer.memory), settings)
-        except BaseException:
-            layer.remove()
-            raise
+        layer, guest = guest_on_layer(cloud, template, True, {**asked, "vmLayout": LAYOUT, "vmBalloon": "no"})
     try:
         with guest:
             guest.wait()

@@ -17,6 +17,8 @@ from random import Random
 import pytest
 from support import READY, Cloud, Terminal, add_blank, eventually, kill_hard, replace_program
 
+import nocloud
+
 VM = "pf/web/web00"
 
 
@@ -318,6 +320,29 @@ def test_nobody_goes_on_where_he_cannot(blank: Cloud) -> None:
     blank.run("vmstop", "--discard", "-n", "web00").quiet()
     blank.start(VM).ok()
     assert state(blank) == "running" and holds(blank, 7)
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_rollback_that_is_killed_beside_its_conf(
+    blank: Cloud, monkeypatch: pytest.MonkeyPatch, written: bool
+) -> None:
+    """The memory of the snapshot goes with its disks: a VM goes on with both, or with neither."""
+    clones(blank, running=True)
+    blank.run("vmsnapshot", "one", "-n", "web00", "--ram").quiet()
+    blank.run("vmstop", "-g", "pf", "--kill").ok()
+    vm = nocloud.VM(nocloud.Tree(nocloud.Config({"vmBaseDir": str(blank.base)})), "pf", "web", "web00")
+
+    def die(*words: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(nocloud.VM if written else nocloud, "reread" if written else "write_file", die)
+    with pytest.raises(KeyboardInterrupt):
+        nocloud.roll_back(nocloud.need_snapshots([vm], "one")[0])
+    assert state(blank) == "stopped"
+    blank.run("vmsnapshot", "two", "-n", "web00").fails(1, "its memory is saved") if written else None
+    blank.start(VM).ok()
+    assert (blank.folder(VM) / "late").exists() == written, "it went on, or booted"
+    assert not [path.name for path in blank.folder(VM).iterdir() if path.name.startswith((".new-", "saved"))]
 
 
 def test_paused_and_gone_on(blank: Cloud) -> None:
