@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
+import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import Cloud, add_template
+from support import Cloud, add_template, eventually
 from test_inventory import ansible
 
 pytestmark = pytest.mark.long
@@ -91,3 +94,205 @@ def test_a_playbook(warm: Cloud) -> None:
     )
     told = ansible(warm, "ansible-playbook", book).ok().stdout
     assert told.count("failed=0") == 2 and told.count("changed=2") == 2
+
+
+def test_nothing_in_it_has_failed(warm: Cloud) -> None:
+    said = warm.ssh(
+        "web00",
+        "systemctl --failed --no-legend --plain; apt-get -q=2 check; echo tried; ip -4 route show default | wc -l;"
+        " logger -t waking it goes on; sleep 1; journalctl -q -o cat -t waking; journalctl -q -o cat -b | wc -l",
+    ).ok()
+    assert said.lines[:3] == ["tried", "1", "it goes on"] and int(said.lines[3]) > 50
+
+
+def test_one_that_boots_beside_them(warm: Cloud) -> None:
+    """It is as they are, its network card too, and they are neighbours."""
+    clones(warm, "pf", "--cold", options="name=cold")
+    conf, row = warm.conf("pf/default/cold00"), who(warm, "cold00")
+    assert row[:3] == ["cold00", "cold00", conf["vmUuid"].replace("-", "")] and row[4] == conf["vmMac"]
+    assert row[5].startswith(conf["vmAddress"] + "/") and row[6:] == who(warm, "web00")[6:]
+    assert " 0% packet loss" in warm.ssh("web00", "ping -c 2 -W 30 cold00").ok().stdout
+    warm.run("vmstop", "-d", "-n", "cold00").ok()
+
+
+def boot_id(cloud: Cloud, vm: str) -> str:
+    return cloud.ssh(vm, "cat /proc/sys/kernel/random/boot_id", timeout=300).stdout
+
+
+def test_it_reboots_as_itself(warm: Cloud) -> None:
+    row, first = who(warm, "web00"), boot_id(warm, "web00")
+    warm.ssh("web00", "systemctl reboot")
+    eventually(lambda: boot_id(warm, "web00") not in ("", first), "it boots", 300)
+    assert who(warm, "web00") == row
+
+
+def test_it_stops_and_starts_as_itself(warm: Cloud) -> None:
+    row, first = who(warm, "web01"), boot_id(warm, "web01")
+    warm.ssh("web01", "echo kept >/root/kept").ok()
+    warm.run("vmstop", "-n", "web01", timeout=300).ok()
+    warm.start("pf/default/web01").ok()
+    assert warm.ssh("web01", "cat /root/kept", timeout=300).ok().stdout == "kept\n"
+    assert who(warm, "web01") == row and boot_id(warm, "web01") != first
+
+
+def test_the_time_that_it_is_told_counts(frozen: Cloud) -> None:
+    """One that is told an hour more has an hour more, as one has that wakes up an hour after the freeze."""
+    line = "import time; real = time.time; time.time = lambda: real() + 3600"
+    words = ("vminstantiate", "-n", "deb", "-g", "later", "-o", "name=late", "-w", "300")
+    done = frozen.script(f"{line}\nsys.exit(nocloud.main(['nocloud', *sys.argv[1:]]))", *words).ok()
+    assert " boots: " not in done.stderr
+    told = float(frozen.ssh("late00", "date +%s.%N").ok().stdout)
+    assert -1 < told - time.time() - 3600 < 1
+    frozen.run("vmstop", "-d", "-g", "later").ok()
+
+
+def test_under_vmrun(frozen: Cloud) -> None:
+    (frozen.home / "shop").write_text("deb:2:web:name=shop;dsk=1\n")
+    vmrun = frozen.spawn("vmrun", "-f", frozen.home / "shop")
+    assert vmrun.stdout
+    said: list[str] = []
+    while sum(" is ready" in line for line in said) < 2:
+        said.append(vmrun.stdout.readline())
+        assert said[-1], said
+    assert sum(bool(re.search(r"shop0[01] woke up in \d+\.\d s", line)) for line in said) == 2, said
+    sizes = frozen.ssh("shop00", "lsblk -bnro SIZE /dev/disk/by-id/virtio-shop00_1").ok().stdout
+    assert sizes == f"{1 << 30}\n"
+    vmrun.send_signal(signal.SIGINT)
+    assert vmrun.wait(300) == 0
+    assert "shop" not in frozen.groups()
+
+
+@pytest.mark.parametrize("seconds", [3, 40])
+def test_a_freeze_that_is_interrupted(frozen: Cloud, seconds: int) -> None:
+    """The template is what it was, and its clones wake up."""
+    before = frozen.files()
+    freeze = frozen.spawn("vmtemplate", "deb", "--warm")
+    with pytest.raises(subprocess.TimeoutExpired):
+        freeze.wait(seconds)
+    freeze.send_signal(signal.SIGINT)
+    assert freeze.wait(60) == 130
+    assert frozen.files() == before
+    assert clones(frozen, "again") == []
+    frozen.run("vmstop", "-d", "-g", "again").ok()
+
+
+# Says how far it is to its neighbours, five times a second, and keeps what it hears of them; a number that isn't higher
+# than the last one of that neighbour is from before what is remembered here. One a second goes to the disk.
+COUNT = """
+import os, socket, sys, time
+name, others = sys.argv[1], sys.argv[2:]
+line = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+line.bind(("", 4444))
+line.settimeout(0.2)
+seen, number, began = {}, 0, time.monotonic()
+def keep(path, text):
+    with open(path + ".new", "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(path + ".new", path)
+while True:
+    number += 1
+    for other in others:
+        try:
+            line.sendto(f"{name} {number}".encode(), (other, 4444))
+        except OSError:
+            pass
+    until = time.monotonic() + 0.2
+    while time.monotonic() < until:
+        try:
+            who, _, told = line.recv(99).decode().partition(" ")
+        except OSError:
+            continue
+        if int(told) <= seen.get(who, 0):
+            keep("/root/wrong", f"{who} said {told} after {seen[who]}")
+        seen[who] = int(told)
+    with open("/run/count", "w") as file:
+        file.write(f"{number} {min(seen.values(), default=0)}")
+    if number % 5 == 0:
+        keep("/root/count", str(number))
+"""
+
+
+@pytest.fixture(scope="module")
+def busy(frozen: Cloud) -> Iterator[list[str]]:
+    """Three clones that tell each other how far they are."""
+    names = [f"load0{number}" for number in range(3)]
+    assert clones(frozen, "busy", "-C", 3, options="name=load") == []
+    for name in names:
+        words = shlex.join(["python3", "-c", COUNT, name, *(f"{each}.busy" for each in names if each != name)])
+        frozen.ssh(name, f"setsid {words} >/root/said 2>&1 </dev/null &").ok()
+    yield names
+    frozen.run("vmstop", "-d", "-g", "busy", "-y").ok()
+
+
+def counts(cloud: Cloud, name: str) -> tuple[int, int]:
+    """How far it is, and the least that it has heard of a neighbour since it runs."""
+    told = cloud.ssh(name, "cat /run/count; test ! -e /root/wrong || cat /root/wrong").ok().stdout.split()
+    assert len(told) == 2, told
+    return int(told[0]), int(told[1])
+
+
+def all_heard(cloud: Cloud, names: list[str], more: int = 10) -> None:
+    """Each hears of each: numbers that are higher than all that were said until now."""
+    highest = max(counts(cloud, name)[0] for name in names)
+    eventually(lambda: all(counts(cloud, name)[1] > highest + more for name in names), "they hear each other", 120)
+
+
+def test_a_group_goes_back_in_time_together(frozen: Cloud, busy: list[str]) -> None:
+    all_heard(frozen, busy)
+    low = {name: counts(frozen, name)[0] for name in busy}
+    frozen.run("vmsnapshot", "ram", "-g", "busy", "--ram", timeout=300).quiet()
+    high = {name: counts(frozen, name)[0] for name in busy}
+    all_heard(frozen, busy, 50)
+    frozen.run("vmrollback", "ram", "-g", "busy", timeout=300).ok()
+    now = {name: counts(frozen, name)[0] for name in busy}
+    assert all(low[name] <= now[name] for name in busy) and min(high.values()) > min(low.values())
+    all_heard(frozen, busy)
+    for _ in range(2):  # as often as one likes
+        frozen.run("vmrollback", "ram", "-g", "busy", timeout=300).ok()
+    all_heard(frozen, busy)
+
+
+def test_a_group_is_saved_and_goes_on_together(frozen: Cloud, busy: list[str]) -> None:
+    frozen.run("vmstop", "--save", "-g", "busy", timeout=300).quiet()
+    frozen.start(*(f"busy/default/{name}" for name in busy)).ok()
+    all_heard(frozen, busy)
+
+
+def test_disks_go_back_together(frozen: Cloud, busy: list[str]) -> None:
+    """Without memory: each boots, its file system is sound, and nothing on it is later than the snapshot."""
+    frozen.run("vmsnapshot", "disks", "-g", "busy").quiet()
+    high = {name: counts(frozen, name)[0] for name in busy}
+    all_heard(frozen, busy)
+    frozen.run("vmrollback", "disks", "-g", "busy", timeout=300).ok()
+    for name in busy:
+        said = frozen.ssh(name, "cat /root/count; journalctl -k -q -o cat | grep -c 'EXT4-fs error'", timeout=600)
+        number, errors = said.stdout.split()
+        assert 0 < int(number) <= high[name] and errors == "0"
+
+
+def test_snapshots_leave_no_trace(warm: Cloud) -> None:
+    """Twenty are taken of a guest that writes, four are kept at a time: then its disk has what was written, and stands
+    on what it stood on."""
+
+    def chain() -> list[str]:
+        disk = warm.base / warm.conf("pf/default/web01")["vmDisk"]
+        info = warm.execute(["qemu-img", "info", "-U", "--backing-chain", disk]).ok().stdout
+        return [Path(path).parent.name for path in re.findall(r"^image: (.*)$", info, re.M)]
+
+    before, sums = chain(), []
+    for number in range(20):
+        made = f"head -c 2000000 /dev/urandom >/root/file{number}; sync; md5sum </root/file{number}"
+        sums.append(warm.ssh("web01", made).ok().stdout)
+        warm.run("vmsnapshot", f"number{number}", "-n", "web01").quiet()
+        if number >= 4:
+            warm.run("vmsnapshot", "--delete", f"number{(number - 4 * (number % 2))}", "-n", "web01").quiet()
+    for row in warm.run("vmsnapshot", "-L", "-g", "pf").ok().lines:
+        warm.run("vmsnapshot", "--delete", row.split()[0], "-n", "web01").quiet()
+    assert chain() == before
+    read = "sync; echo 3 >/proc/sys/vm/drop_caches; for n in $(seq 0 19); do md5sum </root/file$n; done"
+    assert warm.ssh("web01", read).ok().stdout == "".join(sums)
+    warm.run("vmstop", "-n", "web01", timeout=300).ok()
+    disk = warm.base / warm.conf("pf/default/web01")["vmDisk"]
+    warm.execute(["qemu-img", "check", "-q", disk]).ok()
