@@ -28,7 +28,8 @@ Modules that only some commands need are imported where they are used: a listing
     Building templates               from a distribution's packages
     Clones                           what is asked for, checked; names, addresses, disks made
     Stopping and destroying          power button, plug, and away with it
-    Starting and waiting             from a conf to a guest that is ready, and ssh into it; many at once
+    Starting                         from a conf to a qemu that answers; saved and frozen guests that go on
+    Waiting until ready              from there to a guest that is ready, and ssh into it; many at once
     Snapshots                        what VMs were at a moment, and back to it
     Work in a template's guest       cleaning, upgrades, templates of VMs; stopping with care
     Consoles                         screens, the serial line, the monitor, logs
@@ -8421,9 +8422,9 @@ def destroy_all(cloud: Cloud, vms: Sequence[VM], group: str = "") -> list[Error]
 SHUTDOWN_SECONDS = 120  # what is to be kept has more time than vmstop gives a VM
 
 
-# Starting and waiting ################################################################################
+# Starting ############################################################################################
 #
-# From a conf to a qemu that answers, and from there to a guest that is ready.
+# From a conf to a qemu that answers, with a guest that boots, or goes on where it was saved, or its template frozen.
 
 
 def start(cloud: Cloud, vm: VM, *, iso: str = "", gui: bool = False) -> None:
@@ -8833,14 +8834,10 @@ def frozen_facts(machine: Machine) -> dict[str, Any]:
 
 def check_frozen(layer: Layer, machine: Machine) -> str:
     """The agent's token, where what was frozen in a layer is whole, and is a machine like this.  Else raises Error."""
-    import json
-
+    manifest = read_manifest(layer)
     with Parsing(Error, f"{layer.manifest} can't be read"):
-        manifest = json.loads(read_text(layer.manifest))
         was, token = manifest["machine"], str(manifest["token"])
-        words, changed = was["words"], memory_facts(layer) != manifest["memory"]
-    if changed:
-        raise Error(f"{layer.memory} isn't as it was left; vmtemplate {layer.template.name} --warm makes it anew")
+        words = was["words"]
     now = frozen_facts(machine)
     for key, what in (("qemu", "another qemu"), ("kernel", "another kernel of this host")):
         if was[key] != now[key]:
@@ -8849,6 +8846,20 @@ def check_frozen(layer: Layer, machine: Machine) -> str:
         differing = [word for word in now["words"] if word not in words] or ["fewer devices"]
         raise Error(f"{layer.template.name} was frozen as another machine, not with {' '.join(differing)}")
     return token
+
+
+def read_manifest(layer: Layer, deep: bool = False) -> Any:
+    """What a freeze noted.  Raises Error where memory isn't as it was left, by its checksum too with `deep`: that reads
+    all of it."""
+    import json
+
+    with Parsing(Error, f"{layer.manifest} can't be read"):
+        manifest = json.loads(read_text(layer.manifest))
+        same = memory_facts(layer) == manifest["memory"]
+        same = same and not (deep and file_digest(layer.memory) != manifest["sha256"])
+    if not same:
+        raise Error(f"{layer.memory} isn't as it was left; vmtemplate {layer.template.name} --warm makes it anew")
+    return manifest
 
 
 def memory_facts(layer: Layer) -> list[int]:
@@ -8913,7 +8924,9 @@ def command_script(vm: VM, argv: Sequence[str], network: Network) -> str:
     return f"{start}exec {before}{words}\n"
 
 
-# -- waiting until ready
+# Waiting until ready #################################################################################
+#
+# From a qemu that answers to a guest that is ready, and what it is told over ssh on the way.
 
 
 class Wait:
@@ -9957,6 +9970,7 @@ def freeze_guest(guest: OwnGuest, layer: Layer) -> None:
         os.chmod(path, 0o600)
         sync(path)
     facts = {"machine": frozen_facts(guest.machine), "memory": memory_facts(layer), "token": token}
+    facts["sha256"] = file_digest(layer.memory)
     write_file(layer.manifest, json.dumps(facts))
 
 
@@ -10889,10 +10903,12 @@ class Finding:
 class Patient:
     """What the checks look at: the configuration as far as it can be read, and the cloud that it describes.
 
-    `told`: what isn't well, as the check that is at work told it: state, text and the command that mends it.
+    `told`: what isn't well, as the check that is at work told it: state, text and the command that mends it; `deep`:
+    whether big files are read whole.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, deep: bool = False) -> None:
+        self.deep = deep
         self.told: list[tuple[str, str, str]] = []
         self.config = Config()
         self._read_config()
@@ -11064,6 +11080,16 @@ def examine_disks(patient: Patient, vm: VM, followed: Callable[[str], bool]) -> 
         # the last resort: what is lost may be on a disk that isn't mounted just now
         mend = f"{command}  # destroys it; do so only if {printable(path)} can't be brought back"
         patient.tell(WARNING, f"{vm.full_name} can't start: {path} is gone", mend)
+
+
+def examine_frozen(patient: Patient) -> str:
+    """What clones of frozen templates wake up on."""
+    layers = [layer for each in patient.tree.templates() if each.is_readable() and (layer := frozen_layer(each))]
+    for layer in layers:
+        found = result_of(lambda layer: read_manifest(layer, patient.deep), layer)
+        if isinstance(found, Error):
+            patient.tell(WARNING, found.text, f"vmtemplate {quoted(layer.template.name)} --warm")
+    return f"{plural(len(layers), 'template')} frozen" + (", all memory read" if patient.deep else "")
 
 
 # -- what runs the VMs
@@ -11371,6 +11397,7 @@ CHECKS: dict[str, Check] = {
     "tree": examine_tree,
     "space": examine_disk_space,
     "vms": examine_vms,
+    "frozen": examine_frozen,
     "qemu": examine_qemu,
     "qemu-img": lambda patient: need_program("qemu-img"),
     "acceleration": examine_acceleration,
@@ -11413,14 +11440,14 @@ def doctor_help() -> str:
     return textwrap.fill(f"CHECKS, all by default: {', '.join(ALL_CHECKS)}.", 78, break_on_hyphens=False)
 
 
-def examine(names: Sequence[str]) -> Iterator[Finding]:
-    """All findings, or those of the checks that are named, as they are found."""
+def examine(names: Sequence[str], deep: bool = False) -> Iterator[Finding]:
+    """All findings, or those of the checks that are named, as they are found; `deep`: big files are read whole."""
     for name in names:
         if name not in ALL_CHECKS:
             raise UsageError(
                 f"{name}: no such check", did_you_mean(name, ALL_CHECKS, f"one of {', '.join(ALL_CHECKS)}")
             )
-    patient = Patient()
+    patient = Patient(deep)
     bridged = patient.has_bridge or patient.config["vmNetwork"] == "bridge"
     for name in ALL_CHECKS if bridged or names else CHECKS:
         if not names or name in names:
@@ -12616,11 +12643,12 @@ def cmd_manage(config: Config, args: argparse.Namespace, words: list[str]) -> in
 @declare(
     Command("doctor", operands="[CHECKS]", complete=(tuple(ALL_CHECKS),), more=doctor_help, unconfigured=True),
     Option("--json", "a JSON list: name, state, text, mend"),
+    Option("--deep", "read the memory of frozen templates too: a checksum of it was kept"),
 )
 def cmd_doctor(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """look at this host, and say what isn't well and which command mends it"""
     findings = []
-    for finding in examine(words):
+    for finding in examine(words, args.deep):
         findings.append(finding)
         if not args.json:
             report.data(f"{finding.state:<9}{finding.name}: {finding.text}")

@@ -115,7 +115,7 @@ OPTIONS: dict[str, Options] = {
     "nocloud-bridge": {},
     "links": {},
     "trust": {},
-    "doctor": {"--json": False},
+    "doctor": {"--json": False, "--deep": False},
     "completion": {},
     "man": {},
 }

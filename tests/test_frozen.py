@@ -308,6 +308,20 @@ def test_what_is_frozen_was_spoilt(frozen: Cloud, spoil: Any, words: str) -> Non
     assert "web00 pf/default running" in frozen.run("vmrunning", "-a").ok().stdout
 
 
+def test_the_doctor_reads_what_is_frozen(frozen: Cloud) -> None:
+    folder = frozen.folder("templates/blank")
+    assert frozen.run("doctor", "frozen").ok().stdout == "ok       frozen: 1 template frozen\n"
+    assert "all memory read" in frozen.run("doctor", "frozen", "--deep").ok().stdout
+    manifest = folder / "blank.l1.img.frozen"
+    facts = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**facts, "sha256": facts["sha256"].swapcase()[::-1]}))
+    frozen.run("doctor", "frozen").ok()
+    told = frozen.run("doctor", "frozen", "--deep").stdout
+    assert "blank.l1.img.memory isn't as it was left" in told and told.endswith("  vmtemplate blank --warm\n")
+    (folder / "blank.l1.img.memory").unlink()
+    assert frozen.run("doctor", "frozen").stdout.startswith("warning  frozen: ")
+
+
 @pytest.mark.parametrize(
     ("agent", "words"),
     [
@@ -514,7 +528,7 @@ MANIFESTS = [b"", b"{}", b"[]", b"null", b'{"machine": 1, "token": 2, "memory": 
 @pytest.mark.parametrize("text", MANIFESTS, ids=range(len(MANIFESTS)))
 def test_a_manifest_that_is_garbage(tmp_path: Path, layer: nocloud.Layer, text: bytes) -> None:
     Path(layer.manifest).write_bytes(text)
-    with pytest.raises(nocloud.Error, match=r"t\.l1\.img\.frozen can't be read"):
+    with pytest.raises(nocloud.Error, match=r"t\.l1\.img\.(frozen can't be read|memory isn't as)"):
         nocloud.check_frozen(layer, this(tmp_path))
 
 
