@@ -7254,75 +7254,47 @@ class Build:
         return f"packages of {self.suite}" + (f", with {', '.join(self.more)}" if self.more else "")
 
 
-@record
-class AptArchive:
-    """An archive of the host's apt: `codename` and `origin` are what apt has read of it, '' where it has no lists yet,
-    `release` is what its source says; `entry` is FILE:N, N counting lines in .list, paragraphs in .sources."""
+def host_archives(distribution: Distribution) -> list[tuple[str, str, str]]:
+    """(URI, suite, component) of what the host's apt uses of a distribution's own archives.
 
-    uri: str
-    codename: str
-    release: str
-    component: str
-    origin: str
-    entry: str
-
-
-APT_FORMAT = "$(REPO_URI)|$(CODENAME)|$(RELEASE)|$(COMPONENT)|$(ORIGIN)|$(SOURCESENTRY)"
-
-
-def host_archives() -> list[AptArchive]:
-    """What the host's apt is told to use; apt-get(8) reads both formats of its sources for us."""
+    apt-get(8) reads both formats of its sources for us; others' archives, which serve suites of the same names, have
+    another origin.
+    """
     if not find_program("apt-get"):
         return []
-    query = ["apt-get", "indextargets", "--format", APT_FORMAT, "Created-By: Packages", "Target-Of: deb"]
-    text = run(query, check=False, merge=False).stdout
-    text = text or run([*query, "--no-release-info"], check=False, merge=False).stdout
-    text = re.sub(r"\$\([A-Z]+\)(?=[|\n])", "", text)  # what apt doesn't know stays as it stands in the format
-    return [AptArchive(*line.split("|")) for line in sorted(set(text.splitlines())) if line.count("|") == 5]
-
-
-def signed_by(entry: str) -> str:
-    """The keyring file that a source names; '': apt's trusted ones."""
-    name, _, number = entry.rpartition(":")
-    text = read_existing(name)
-    parts = text.splitlines() if name.endswith(".list") else [p for p in re.split(r"\n\s*\n", text) if p.strip()]
-    part = parts[int(number) - 1] if re.fullmatch("[0-9]{1,9}", number) and 0 < int(number) <= len(parts) else ""
-    found = re.search(r"signed-by[=:]\s*(/[^\s\],]+)", part, re.I)
-    return found.group(1) if found else ""
+    wanted = ("Created-By: Packages", "Target-Of: deb", f"Origin: {distribution.name}")
+    query = ["apt-get", "indextargets", "--format", "$(REPO_URI)|$(RELEASE)|$(COMPONENT)", *wanted]
+    rows = (line.split("|") for line in run(query, check=False, merge=False).stdout.splitlines())
+    return [(uri, suite, component) for uri, suite, component in rows]
 
 
 def package_sources(
-    suite: str, distribution: Distribution, archives: Sequence[AptArchive], host: Mapping[str, str]
+    suite: str, distribution: Distribution, archives: Iterable[tuple[str, str, str]], host: Mapping[str, str]
 ) -> list[str]:
-    """apt source lines for the suite, from the host's own mirrors; none: mmdebstrap knows the public ones, and can
-    verify what comes from there, else Error is raised.  `host`: what os-release says of it.
+    """apt source lines for the suite, from the host's own mirrors, as host_archives() names them; none where it is of
+    another distribution: mmdebstrap knows the public ones.  `host`: what os-release says of it.
+
+    Raises Error where the keys that all this is verified with aren't there.
     """
-    codename = host.get("VERSION_CODENAME", "") if host.get("ID") == distribution.id else ""
-    # Debian's unstable has no updates of its own.
-    pockets = ("",) if suite in ("sid", "unstable", "experimental") else ("", "-updates", "-security")
-    wanted = [codename + pocket for pocket in pockets] if codename else []
-    found: dict[str, set[str]] = {}
-    for archive in archives:
-        release = archive.codename or archive.release
-        # others' archives serve suites of the same names
-        if release in wanted and archive.origin in ("", distribution.name):
-            key = signed_by(archive.entry)
-            target = suite + release[len(codename) :]
-            line = f"deb {f'[signed-by={key}] ' if key else ''}{archive.uri} {target}"
-            found.setdefault(line, set()).add(archive.component)
-    lines = [
-        f"{line} {' '.join(sorted(components)) if suite == codename else distribution.components}"
-        for line, components in sorted(found.items())
-        if "main" in components
-    ]
-    if any(f" {suite} " in line for line in lines):
-        return lines
     if not os.path.isfile(distribution.keys):
         raise Error(
             f"{suite}: {distribution.keys} is missing: no package of {distribution.name} can be verified without it",
             f"sudo apt install {distribution.keyring}",
         )
-    return []
+    codename = host.get("VERSION_CODENAME", "") if host.get("ID") == distribution.id else ""
+    # Debian's unstable has no updates of its own.
+    pockets = ("",) if suite in ("sid", "unstable", "experimental") else ("", "-updates", "-security")
+    wanted = {codename + pocket: suite + pocket for pocket in pockets} if codename else {}
+    found: dict[str, set[str]] = {}
+    for uri, name, component in archives:
+        if name in wanted:
+            found.setdefault(f"deb [signed-by={distribution.keys}] {uri} {wanted[name]}", set()).add(component)
+    lines = [
+        f"{line} {' '.join(sorted(components)) if suite == codename else distribution.components}"
+        for line, components in sorted(found.items())
+        if "main" in components
+    ]
+    return lines if any(f" {suite} " in line for line in lines) else []
 
 
 def package_names(text: str) -> list[str]:
@@ -7340,7 +7312,7 @@ def plan_build(suite: str, more: Sequence[str], gigabytes: int) -> Build:
         raise UsageError(f"{suite!r} is no name of a suite", BUILD_HINT)
     check_builder()
     build = Build(suite, more, gigabytes)
-    build.sources = package_sources(suite, build.distribution, host_archives(), os_release())
+    build.sources = package_sources(suite, build.distribution, host_archives(build.distribution), os_release())
     return build
 
 
@@ -7446,7 +7418,7 @@ def unpack_system(archive: str, tree: str) -> dict[str, tuple[int, int]]:
     return owners
 
 
-def put_file(tree: str, name: str, content: str | bytes = "", link: str = "") -> None:
+def put_file(tree: str, name: str, content: str = "", link: str = "") -> None:
     """Write a file, or make a symlink, over what is there."""
     path = os.path.join(tree, name)
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -7486,19 +7458,6 @@ def configure_system(tree: str, disk_uuid: str, build: Build) -> None:
     for line in packaged_list("build/links"):
         name, target = line.split()
         put_file(tree, name, link=target)
-    put_sources(tree, build.sources)
-
-
-def put_sources(tree: str, sources: Sequence[str]) -> None:
-    """Let the guest's apt have its packages from where they came from, with the same keys; mmdebstrap does so itself
-    where it chose them."""
-    if not sources:
-        return
-    put_file(tree, "etc/apt/sources.list", "\n".join(sources) + "\n")
-    for key in set(re.findall(r"signed-by=/([^\s\]]+)", " ".join(sources))):
-        if not os.path.exists(os.path.join(tree, key)):
-            with open(f"/{key}", "rb") as file:
-                put_file(tree, key, file.read())
 
 
 def boot_links(tree: str) -> tuple[str, str]:
