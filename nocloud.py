@@ -5908,11 +5908,9 @@ class Entry:
 class Catalogue:
     """All entries, by name, and where downloads are sent instead of where the entries say."""
 
-    def __init__(self, warn: Callable[[str], None] | None = None) -> None:
-        """`warn` is told of unknown keys; by default the user is."""
+    def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
         self.mirrors: dict[str, str] = {}
-        self._warn = warn or report.warn
 
     def read(self, text: str, file: str) -> None:
         """Take the lines of a file.  Raises UsageError naming FILE:LINE."""
@@ -5943,7 +5941,7 @@ class Catalogue:
             checked(ENTRY_KEYS[key], value, shown)
             self.entries[section].values[key] = value
         else:
-            self._warn(f"{origin}: unknown key {key}{did_you_mean(key, ENTRY_KEYS, before=', ')}")
+            report.warn(f"{origin}: unknown key {key}{did_you_mean(key, ENTRY_KEYS, before=', ')}")
 
     def mirrored(self, url: str) -> str:
         """Where to ask for a URL: the mirror of the longest beginning that has one."""
@@ -5961,20 +5959,15 @@ class Catalogue:
         return entry
 
 
-def catalogue_files() -> list[str]:
-    """The files on disk that add to the packaged catalogue: the installation's, then the user's."""
-    folder = os.path.dirname(installed_settings())
-    places = [os.path.join(folder, CATALOGUE), os.path.join(config_home(), "templates.conf")]
-    return [path for path in places if os.path.isfile(path)]
-
-
-def load_catalogue(warn: Callable[[str], None] | None = None) -> Catalogue:
-    catalogue, warn = Catalogue(warn), warn or report.warn
+def load_catalogue() -> Catalogue:
+    """The packaged one, and the files on disk that add to it: the installation's, then the user's."""
+    catalogue = Catalogue()
     catalogue.read(packaged(CATALOGUE), CATALOGUE)
-    for path in catalogue_files():
+    installed = os.path.join(os.path.dirname(installed_settings()), CATALOGUE)
+    for path in filter(os.path.isfile, (installed, os.path.join(config_home(), "templates.conf"))):
         text, reason = read_trusted(path)
         if reason:
-            warn(f"{path} is skipped: {reason}")
+            report.warn(f"{path} is skipped: {reason}")
         else:
             catalogue.read(text, path)
     return catalogue
@@ -10911,20 +10904,6 @@ def examine_configuration(patient: Patient) -> str:
     return ", ".join(config_files()) or "the defaults"
 
 
-def examine_catalogue(patient: Patient) -> str:
-    """A wrong line of the user's own keeps only downloads from working."""
-    said: list[str] = []
-    well = ""
-    try:
-        well = plural(len(load_catalogue(said.append).entries), "system")
-    except UsageError as error:
-        said.append(str(error))
-    for text in said:
-        path = next(path for path in catalogue_files() if text.startswith(path))
-        patient.tell(WARNING, text, settings_command(path, text))
-    return well
-
-
 def examine_tree(patient: Patient) -> str:
     base = patient.tree.base
     place = existing_parent(base)
@@ -11130,19 +11109,6 @@ def examine_private_subnet(patient: Patient) -> str:
     return f"{subnet}.0/24"
 
 
-def examine_inotify(patient: Patient) -> str:
-    """dnsmasq waits for changed files by inotify(7), and doesn't start without one."""
-    import ctypes
-
-    fd = ctypes.CDLL(None, use_errno=True).inotify_init1(os.O_CLOEXEC)
-    if fd < 0:
-        text = f"no inotify instance is to be had: {os.strerror(ctypes.get_errno())}"
-        patient.tell(WRONG, text, "sudo sysctl -w user.max_inotify_instances=1024")
-    else:
-        os.close(fd)
-    return "instances are to be had"
-
-
 # -- the host's bridge
 
 
@@ -11306,7 +11272,6 @@ Check = Callable[[Patient], str]  # tells the patient what isn't well; the words
 
 CHECKS: dict[str, Check] = {
     "configuration": examine_configuration,
-    "catalogue": examine_catalogue,
     "tree": examine_tree,
     "space": examine_disk_space,
     "vms": examine_vms,
@@ -11321,7 +11286,6 @@ CHECKS: dict[str, Check] = {
     "private-network": examine_private_programs,
     "private-subnet": examine_private_subnet,
     "way-out": examine_way_out,
-    "inotify": examine_inotify,
     "bridge": examine_bridge,
 }
 BRIDGE_CHECKS: dict[str, Check] = {  # where there is one, or where there ought to be
@@ -11340,7 +11304,7 @@ BRIDGE_CHECKS: dict[str, Check] = {  # where there is one, or where there ought 
 ALL_CHECKS = {**CHECKS, **BRIDGE_CHECKS}
 OURS_ONLY = ("dnsmasq", "publishing", "forwarding", "firewalld", "ufw", "networkmanager", "names")  # else its owner's
 OF_NETWORK = {  # what is wrong there is a warning where VMs are on the other one
-    **dict.fromkeys(("namespaces", "private-network", "private-subnet", "inotify"), "private"),
+    **dict.fromkeys(("namespaces", "private-network", "private-subnet"), "private"),
     **dict.fromkeys(("bridge", *BRIDGE_CHECKS), "bridge"),
 }
 
