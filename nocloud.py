@@ -6387,7 +6387,8 @@ class CachedImage:
     KEPT = 30 * 86400.0
 
     def __init__(self, name: str, algorithm: str = "sha256", digest: str = "") -> None:
-        """`digest`: '' for an image that is made on this machine; its checksum is kept in a file beside it."""
+        """`digest`: '' for an image that is made on this machine, whose checksum is kept in a file beside it, and for
+        one of which nobody knows what it must be, and which isn't kept."""
         self.algorithm, self.digest = algorithm, digest
         self.folder = os.path.join(cache_home(), "images", name)
         self.image, self._checksum = os.path.join(self.folder, "image"), os.path.join(self.folder, "sha256")
@@ -6421,7 +6422,9 @@ class CachedImage:
     def is_there(self) -> bool:
         """Whether the image is there, whole: it is read again each time, so that nothing in the cache needs a flush."""
         digest = self.digest or read_tail(self._checksum).strip()
-        if not digest or not os.path.isfile(self.image):
+        if not digest:
+            self.clear()  # nothing could tell whether what is gone on with is the same
+        if not os.path.isfile(self.image):
             return False
         if file_digest(self.image, self.algorithm) != digest:
             report.warn(f"{self.image} is damaged, it is {'downloaded' if self.digest else 'built'} again")
@@ -6452,7 +6455,7 @@ class CachedImage:
             os.unlink(os.path.join(self.folder, name))
 
     def __exit__(self, kind: object, raised: object, trace: object) -> None:
-        if isinstance(raised, (Altered, WrongImage)):
+        if isinstance(raised, (Altered, WrongImage)) or not (self.digest or os.path.exists(self._checksum)):
             self.clear()  # the next call begins anew
         for name in names_in(self.folder):
             path = os.path.join(self.folder, name)
@@ -6695,15 +6698,12 @@ def template_from_image(cloud: Cloud, name: str, path: str, settings: Mapping[st
 def template_from_source(
     cloud: Cloud, name: str, source: Source, settings: Mapping[str, str], first_start: Callable[..., None] | None = None
 ) -> None:
-    """Download, verify, make the template; or say that another command has made it while we waited for its download.
+    """Download, verify, make the template.
 
     `first_start`, given the NewTemplate: what is to be done in its guest before it is a template.
     """
     cloud.tree.prepare()
-    with CachedImage(f"{source.algorithm}-{source.digest}", source.algorithm, source.digest) as cached:
-        if cloud.tree.template(name).exists():
-            report.say(f"{name}: it is there, another command has just made it")
-            return
+    with CachedImage(f"{source.algorithm}-{source.digest or name}", source.algorithm, source.digest) as cached:
         if cached.is_there():
             report.say(f"{name}: the image is in the cache: {cached.folder}")
         else:
@@ -6720,17 +6720,9 @@ def template_from_source(
 def template_from_url(cloud: Cloud, name: str, url: str, settings: Mapping[str, str], expected: str) -> None:
     """A template from an image of the web; `expected`: the checksum that the user gives, or '' for none."""
     check_new_template(cloud.tree, name)
+    algorithm, _, digest = (expected or "sha256:").partition(":")
     web = Web(cloud.config.number("vmDownloadTimeout"))
-    if expected:
-        algorithm, _, digest = expected.partition(":")
-        template_from_source(cloud, name, Source(web, [url], algorithm, digest), settings)
-        return
-    with NewTemplate(cloud, name) as new:  # nothing of it goes into the cache, or is gone on with later
-        source, path = Source(web, [url], "sha256", ""), new.vm.file("image")
-        source.fetch(new.vm.folder, Progress(name, cloud.tree.base))
-        import_image(new, path, url)
-        os.unlink(path)
-        new.finish({**settings, "vmSource": url, "vmChecksum": f"sha256:{source.digest}"})
+    template_from_source(cloud, name, Source(web, [url], algorithm, digest), settings)
 
 
 def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, str], take_over: Callable[..., None]) -> None:
@@ -6741,20 +6733,11 @@ def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, str], t
     catalogue = load_catalogue()
     entry = catalogue.need(name)
     check_new_template(cloud.tree, name)
-    web = Web(cloud.config.number("vmDownloadTimeout"))
-    source = resolve(catalogue, entry, web)
-    settings = entry_settings(cloud, entry, asked, source)
-    first_start = None
+    source = resolve(catalogue, entry, Web(cloud.config.number("vmDownloadTimeout")))
+    settings, first_start = entry_settings(cloud, entry, asked, source), None
     if isinstance(source, ClassicSource) and entry["key"]:
         first_start = functools.partial(take_over, key=publishers_key(entry))
-    try:
-        template_from_source(cloud, name, source, settings, first_start)
-    except Altered:
-        again = resolve(catalogue, entry, web)
-        if again.digest == source.digest:
-            raise
-        # A new release came while the old one was fetched.
-        template_from_source(cloud, name, again, settings, first_start)
+    template_from_source(cloud, name, source, settings, first_start)
     if isinstance(source, ClassicSource) and not first_start:
         report.say(f"{name}: the catalogue names no key of its publisher; only keys that are in the image will open it")
 
@@ -7595,18 +7578,14 @@ def template_from_packages(cloud: Cloud, name: str, build: Build, settings: Mapp
     web = Web(min(10, cloud.config.number("vmDownloadTimeout")))
     cached = CachedImage(f"build-{build_recipe(build)}-{archive_state(build, web)}")
     cloud.tree.prepare()
-    with cached:
-        if cloud.tree.template(name).exists():
-            report.say(f"{name}: it is there, another command has just made it")
-            return
-        with NewTemplate(cloud, name) as new:
-            if not again and cached.is_there():
-                report.say(f"{name}: the build is in the cache: {cached.folder}")
-                shutil.copyfile(cached.image, new.disk)
-            else:
-                build_disk(build, new)
-                cached.keep(new.disk)
-            new.finish({**settings, "vmSource": build.title})
+    with cached, NewTemplate(cloud, name) as new:
+        if not again and cached.is_there():
+            report.say(f"{name}: the build is in the cache: {cached.folder}")
+            shutil.copyfile(cached.image, new.disk)
+        else:
+            build_disk(build, new)
+            cached.keep(new.disk)
+        new.finish({**settings, "vmSource": build.title})
 
 
 # Clones ##############################################################################################
