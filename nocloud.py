@@ -6401,9 +6401,8 @@ class CachedImage:
             hint = "what is downloaded or built is kept there: set XDG_CACHE_HOME to a folder of yours"
             raise Error(f"{images}: {error.strerror}", hint) from None
         for folder in (cache_home(), images):
-            info = os.stat(folder)
-            if info.st_uid != os.geteuid() or info.st_mode & 0o022:
-                raise Error(f"{folder}: others may write to it", "set XDG_CACHE_HOME to a folder of yours")
+            if reason := untrusted(folder):
+                raise Error(f"{folder}: {reason}", "set XDG_CACHE_HOME to a folder of yours")
         self._forget(lambda folder: time.time() - os.stat(folder).st_mtime > self.KEPT)
         self._lock = FolderLock(self.folder, wait=86400, make=True).__enter__()
         return self
@@ -10900,7 +10899,7 @@ def examine_tree(patient: Patient) -> str:
     return f"{base}, which others may look into (chmod 700 keeps them out)" if os.stat(base).st_mode & 0o077 else base
 
 
-def examine_disk_space(patient: Patient) -> str:
+def examine_space(patient: Patient) -> str:
     place = existing_parent(patient.tree.base)
     free, cache = free_bytes(place), cache_home()
     text = f"{free // MIB} MB are free in {place}"
@@ -10967,7 +10966,7 @@ def examine_disks(patient: Patient, vm: VM, followed: Callable[[str], bool]) -> 
 
 
 def examine_qemu(patient: Patient) -> str:
-    qemu = patient.cloud.qemu()
+    qemu, _ = patient.cloud.qemu(), need_program("qemu-img")
     package = install_command(f"qemu-system-{os.uname().machine}")
     patient.tell(OK, f"{qemu.path}, version {qemu.version}", "")
     if "sandbox" not in qemu.options:
@@ -10992,6 +10991,10 @@ def examine_acceleration(patient: Patient) -> str:
     return "hardware acceleration (KVM)"
 
 
+def examine_ssh(patient: Patient) -> str:
+    return f"{need_program('ssh')}, {need_program('ssh-keygen')}"
+
+
 def examine_keys(patient: Patient) -> str:
     """nocloud's own key, which is made at first need, and the user's: without any of his he has nocloud's to log in
     with.  One that is there must be whole, and the user's alone."""
@@ -11014,11 +11017,7 @@ def examine_keys(patient: Patient) -> str:
 
 
 def examine_building(patient: Patient) -> str:
-    """VMs of other templates don't need it."""
-    try:
-        check_builder()
-    except Error as error:
-        patient.tell(WARNING, f"no template can be built here: {error}", error.hint)
+    check_builder()
     return "vmtemplate --build has what it needs"
 
 
@@ -11051,7 +11050,7 @@ def examine_tun(patient: Patient) -> str:
     return path
 
 
-def examine_private_programs(patient: Patient) -> str:
+def examine_private_network(patient: Patient) -> str:
     missing = [name for name in ("ip", "dnsmasq", "nsenter") if not find_program(name)]
     if missing:
         text = f"not found, and the private network needs it: {', '.join(missing)}"
@@ -11100,7 +11099,7 @@ def examine_bridge(patient: Patient) -> str:
     return f"{name} is up"
 
 
-def examine_helper(patient: Patient) -> str:
+def examine_bridge_helper(patient: Patient) -> str:
     for text, mend in patient.bridge.helper_faults():
         patient.tell(WRONG, text, mend)
     return patient.bridge.helper()
@@ -11206,7 +11205,7 @@ def examine_ufw(patient: Patient) -> str:
     return "it lets guests pass"
 
 
-def examine_network_manager(patient: Patient) -> str:
+def examine_networkmanager(patient: Patient) -> str:
     """NetworkManager leaves a bridge alone that it calls unmanaged, or connected externally."""
     name = patient.bridge.interface
     asked = ["nmcli", "-g", "GENERAL.STATE", "device", "show", name]
@@ -11249,42 +11248,26 @@ def examine_names(patient: Patient) -> str:
 
 Check = Callable[[Patient], str]  # tells the patient what isn't well; the words for all is well
 
-CHECKS: dict[str, Check] = {
-    "configuration": examine_configuration,
-    "tree": examine_tree,
-    "space": examine_disk_space,
-    "vms": examine_vms,
-    "qemu": examine_qemu,
-    "qemu-img": lambda patient: need_program("qemu-img"),
-    "acceleration": examine_acceleration,
-    "ssh": lambda patient: f"{need_program('ssh')}, {need_program('ssh-keygen')}",
-    "keys": examine_keys,
-    "building": examine_building,
-    "namespaces": examine_namespaces,
-    "tun": examine_tun,
-    "private-network": examine_private_programs,
-    "private-subnet": examine_private_subnet,
-    "way-out": examine_way_out,
-    "bridge": examine_bridge,
-}
-BRIDGE_CHECKS: dict[str, Check] = {  # where there is one, or where there ought to be
-    "bridge-helper": examine_helper,
-    "bridge-conf": examine_bridge_conf,
-    "bridge-subnet": examine_bridge_subnet,
-    "dnsmasq": examine_dnsmasq,
-    "leases": examine_leases,
-    "publishing": examine_publishing,
-    "forwarding": examine_forwarding,
-    "firewalld": examine_firewalld,
-    "ufw": examine_ufw,
-    "networkmanager": examine_network_manager,
-    "names": examine_names,
-}
+
+def by_name(*checks: Check) -> dict[str, Check]:
+    return {check.__name__[len("examine_") :].replace("_", "-"): check for check in checks}
+
+
+CHECKS = by_name(
+    examine_configuration, examine_tree, examine_space, examine_vms, examine_qemu, examine_acceleration,
+    examine_ssh, examine_keys, examine_building, examine_namespaces, examine_tun, examine_private_network,
+    examine_private_subnet, examine_way_out, examine_bridge,
+)  # fmt: skip
+BRIDGE_CHECKS = by_name(  # where there is one, or where there ought to be
+    examine_bridge_helper, examine_bridge_conf, examine_bridge_subnet, examine_dnsmasq, examine_leases,
+    examine_publishing, examine_forwarding, examine_firewalld, examine_ufw, examine_networkmanager, examine_names,
+)  # fmt: skip
 ALL_CHECKS = {**CHECKS, **BRIDGE_CHECKS}
 OURS_ONLY = ("dnsmasq", "publishing", "forwarding", "firewalld", "ufw", "networkmanager", "names")  # else its owner's
-OF_NETWORK = {  # what is wrong there is a warning where VMs are on the other one
+NEEDED_ON = {  # what is wrong there is a warning where VMs are on another network
     **dict.fromkeys(("namespaces", "private-network", "private-subnet"), "private"),
     **dict.fromkeys(("bridge", *BRIDGE_CHECKS), "bridge"),
+    "building": "neither",  # VMs of other templates run
 }
 
 
@@ -11324,7 +11307,7 @@ def examine_one(name: str, patient: Patient) -> Iterator[Finding]:
             raise
         text = f"it can't be looked at: {type(error).__name__}: {error}"
         patient.tell(WARNING, text, "nocloud doctor --debug")
-    spared = OF_NETWORK.get(name, patient.network) != patient.network
+    spared = NEEDED_ON.get(name, patient.network) != patient.network
     for state, text, mend in patient.told or [(OK, well, "")]:
         badness = WARNING if state == WRONG and spared else state
         yield Finding(name, badness, printable(text), mend if os.geteuid() else re.sub(r"\bsudo ", "", mend))
@@ -13058,15 +13041,13 @@ NEEDED_PROGRAMS = ("qemu-img", "ip", "dnsmasq", "nft", "ssh", "ssh-keygen", "nse
 
 
 def check_programs(config: Config) -> None:
-    """Raises MissingProgram, naming each with its package, and one command for all of them."""
+    """Raises MissingProgram, naming each, and one command that installs their packages."""
     qemu = f"qemu-system-{os.uname().machine}"
     missing = [] if find_program(qemu) or find_program("/usr/libexec/qemu-kvm") else [qemu]
     missing += [name for name in NEEDED_PROGRAMS if not find_program(name)]
     missing += [] if HostBridge(config).helper() else ["qemu-bridge-helper"]
     if missing:
-        _, column = choose_installer(os_release())
-        names = [f"{name} (package {package_of(name, column)})" for name in missing]
-        raise MissingProgram(f"not here yet: {', '.join(names)}; nothing was changed", install_command(*missing))
+        raise MissingProgram(f"not here yet: {', '.join(missing)}; nothing was changed", install_command(*missing))
 
 
 class HostSetup:

@@ -235,7 +235,7 @@ def test_what_is_missing_is_named_before_anything_changes(
     told, hint = done.stderr.splitlines()[:2]
     assert done.status != 0 and told.endswith("nothing was changed") and hint.startswith(f"(hint: sudo {packages}")
     for name in (*missing, "qemu-bridge-helper"):
-        assert f"{name} (package " in told, done
+        assert name in told, done
     assert host.changes() == before
 
 
