@@ -5051,9 +5051,7 @@ def numbered_ports(text: str, number: int) -> str:
 
 def free_ports(tree: Tree, ports: Sequence[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
     """`ports` with a number for each HOST 0, to be kept: no VM's, and below those of outgoing connections (32768).
-
-    Call it under the tree's lock.
-    """
+    Call it under the tree's lock."""
     taken = {host for vm in tree.vms() for _, host, _ in ports_of(vm)}
     taken |= set(map(int, re.findall(r":([0-9]+) ", run(["ss", "-Hltn"]).stdout)))
     free = (number for number in range(20000, 32768) if number not in taken)
@@ -5066,10 +5064,8 @@ def clash(one: str, other: str) -> bool:
 
 
 def listen(tree: Tree, ip: str, host: int) -> socket.socket:
-    """A listener of this host.  Raises Error, which says who has the port where that can be known.
-
-    One that is taken is tried for a second: it may be a VM's that has ended just now.
-    """
+    """A listener of this host.  Raises Error, which says who has the port where that can be known.  One that is taken
+    is tried for a second: it may be a VM's that has ended just now."""
     import socket as sockets
 
     what = f"port {host} of {ip} can't be published"
@@ -5095,10 +5091,8 @@ def port_owner(tree: Tree, ip: str, host: int) -> str:
 
 
 class Forwarder:
-    """The way to the process that forwards the ports of a network's VMs: a socket in a folder of `.net`.
-
-    Someone is behind it as long as it can be connected to; who ends properly removes it.
-    """
+    """The way to the process that forwards the ports of a network's VMs: a socket in a folder of `.net`.  Someone is
+    behind it as long as it can be connected to; who ends properly removes it."""
 
     def __init__(self, tree: Tree, network: Network) -> None:
         self.tree, self.network = tree, network
@@ -5113,10 +5107,8 @@ class Forwarder:
         return True
 
     def ask(self, text: str, *fds: int) -> set[str]:
-        """Tell it something; the ports that it serves then, as IP:HOST.  Raises Error where it doesn't answer.
-
-        With a listener for it, `fds`, it is started where it isn't there.
-        """
+        """Tell it something; the ports that it serves then, as IP:HOST.  Raises Error where it doesn't answer.  With a
+        listener for it, `fds`, it is started where it isn't there."""
         import socket as sockets
 
         if not fds and not self.is_there():
@@ -5244,9 +5236,7 @@ class Forwarding:
 
     async def _join(self, client: socket.socket, address: str, port: int) -> None:
         """Join a connection to one of the guest's until both directions have ended; where that can't be, reset both.
-
-        By recv and send: splice(2), through pipes of 64 KB or 1 MB, was no faster when it was measured.
-        """
+        By recv and send: splice(2), through pipes of 64 KB or 1 MB, was no faster when it was measured."""
         import asyncio
         import contextlib
         import socket as sockets
@@ -5313,10 +5303,8 @@ def check_shares(config: Config, vm: VM, shares: str) -> tuple[list[str], list[s
 
 def choose_virtiofsd(config: Config, login: str) -> tuple[list[str], list[str]]:
     """(what makes it root in namespaces, the daemon up to its socket) for a guest where `login` has the user's files.
-
     From version 1.13 on it translates ids: all that the guest makes is the user's.  Before, only the guest's root can
-    make files.  And it ends where it can't drop the user's groups: that takes other gids in there, by newgidmap(1).
-    """
+    make files.  And it ends where it can't drop the user's groups: that takes other gids in there, by newgidmap(1)."""
     found = [config["vmVirtiofsd"]] if config["vmVirtiofsd"] else filter(None, map(find_program, VIRTIOFSD))
     path, space = need_program(next(iter(found), VIRTIOFSD[0])), ["--mount", "--net", "--ipc", "--user"]
     if "--translate-uid" in run([path, "--help"], check=False).stdout:
@@ -5416,10 +5404,8 @@ def login_keys() -> list[str]:
 
 
 class KnownHosts:
-    """The host keys of a tree's VMs: a known_hosts file of our own (sshd(8), SSH_KNOWN_HOSTS FILE FORMAT).
-
-    A line names the VM's UUID, for vmssh's HostKeyAlias, and its address, for ansible, whose hosts are addresses.
-    """
+    """The host keys of a tree's VMs: a known_hosts file of our own (sshd(8), SSH_KNOWN_HOSTS FILE FORMAT).  A line
+    names the VM's UUID, for vmssh's HostKeyAlias, and its address, for ansible, whose hosts are addresses."""
 
     def __init__(self, tree: Tree) -> None:
         self.path = os.path.join(tree.base, ".known_hosts")
@@ -5481,10 +5467,8 @@ def credentials(vm: VM, keys: Sequence[str]) -> bytes:
 
 
 def identity_files(vm: VM, keys: Sequence[str]) -> list[tuple[str, str, str, str, str]]:
-    """What is written in a guest to make it this VM: (how, path, mode, owner, content) of each file.
-
-    How, as tmpfiles.d(5) says it with content in base64 (~): over what is there (f+~), or where no file is (f~).
-    """
+    """What is written in a guest to make it this VM: (how, path, mode, owner, content) of each file.  How, as
+    tmpfiles.d(5) says it with content in base64 (~): over what is there (f+~), or where no file is (f~)."""
     full = f"{vm.name if vm.is_template else vm.dns_name}.{DOMAIN}"
     hosts = f"127.0.0.1 localhost\n127.0.1.1 {full} {vm.name}\n::1 localhost ip6-localhost ip6-loopback\n"
     owner, text = vm.get("vmUser"), "\n".join(keys) + "\n"
@@ -5520,10 +5504,8 @@ def _base64(text: str) -> str:
 
 
 def takes_seed(vm: VM) -> bool:
-    """Whether a cloud-init seed is attached.
-
-    Not to VMs whose conf doesn't say so, as those of the bash tools: to a cloud-init in them it would be a new machine.
-    """
+    """Whether a cloud-init seed is attached.  Not to VMs whose conf doesn't say so, as those of the bash tools: to a
+    cloud-init in them it would be a new machine."""
     return vm.get("vmInit") in ("cloud-init", "auto")
 
 
@@ -5589,10 +5571,8 @@ def default_user_data() -> bytes:
 
 def seed_files(vm: VM, keys: Sequence[str], added: bytes = b"") -> dict[str, bytes]:
     """The files of the seed, by name (cloud-init, reference/datasources/nocloud); `added` is the user's user-data.
-
     JSON is YAML, and its writer quotes whatever comes: no name and no key becomes a line of its own.  The instance is
-    the VM's UUID: another one makes cloud-init begin anew, the same one leaves the guest as it is.
-    """
+    the VM's UUID: another one makes cloud-init begin anew, the same one leaves the guest as it is."""
     # DHCP on the network card, which is found by its MAC whatever it is called (cloud-init's format, version 2).  It is
     # renamed to eth0: what cloud-init writes for ifupdown or NetworkManager goes by the name alone.
     card = {"match": {"macaddress": vm.get("vmMac")}, "set-name": "eth0", "dhcp4": True, "dhcp-identifier": "mac"}
@@ -5738,10 +5718,8 @@ def ssh_block(cloud: Cloud, vm: VM, names: Sequence[str], *words: str) -> str:
 
 
 class SshConfig:
-    """An ssh configuration with the VMs' names, which lies in the tree.
-
-    Where the user asked for that, ~/.ssh/config includes it, and it is written anew as VMs come and go.
-    """
+    """An ssh configuration with the VMs' names, which lies in the tree.  Where the user asked for that, ~/.ssh/config
+    includes it, and it is written anew as VMs come and go."""
 
     # What may be this host's or the Internet's, as github of a group com is, and all of a group io.
     OTHERS = r"localhost(\..*)?|.*\.(..|com|net|org|edu|gov|mil|int|info|dev|app|cloud|local|lan|home)"
@@ -6101,10 +6079,8 @@ class Web:
         return answer  # type: ignore[no-any-return]
 
     def pieces(self, url: str, answer: http.client.HTTPResponse) -> Iterator[bytes]:
-        """The body, as it arrives.  (read() would wait for a whole PIECE.)
-
-        Raises TryAgain where it comes too slowly to get anywhere: a socket's own timeout starts anew with each byte.
-        """
+        """The body, as it arrives.  (read() would wait for a whole PIECE.)  Raises TryAgain where it comes too slowly
+        to get anywhere: a socket's own timeout starts anew with each byte."""
         import http.client
 
         since, count = time.monotonic(), 0
@@ -6139,9 +6115,7 @@ class Web:
 
     def patiently(self, work: Callable[[], Any], position: Callable[[], int] = lambda: 0) -> Any:
         """The result of `work`, tried again after a pause as long as there is hope; `position` tells how far it is.
-
-        The pauses are 1, 2 and 4 seconds, or as much shorter as the setting is shorter than its default.
-        """
+        The pauses are 1, 2 and 4 seconds, or as much shorter as the setting is shorter than its default."""
         tries = 0
         while True:
             before = position()
@@ -6209,9 +6183,7 @@ class Progress:
 
 class Transfer:
     """A file that comes into `path`, after what is in it already; each byte of it, the old ones too, goes to `sink`.
-
-    `urls` are tried in turn; one at which no file is, is taken out.
-    """
+    `urls` are tried in turn; one at which no file is, is taken out."""
 
     def __init__(
         self, web: Web, urls: list[str], path: str, sink: Callable[[bytes], object], progress: Progress, strict: bool
@@ -6379,10 +6351,8 @@ def check_reserve(folder: str) -> None:
 
 class CachedImage:
     """The place of an image in the user's cache; `with` holds it, so that two commands that want the same image
-    download or build it once.
-
-    An interrupted download stays there and is gone on with; so do images, for some time after their last use.
-    """
+    download or build it once.  An interrupted download stays there and is gone on with; so do images, for some time
+    after their last use."""
 
     KEPT = 30 * 86400.0
 
@@ -6433,10 +6403,8 @@ class CachedImage:
         return True
 
     def keep(self, disk: str) -> None:
-        """Take a copy of a disk in place of all that have the same name but for its last part.
-
-        Without it the next build takes longer, and no more than that.
-        """
+        """Take a copy of a disk in place of all that have the same name but for its last part.  Without it the next
+        build takes longer, and no more than that."""
         import shutil
 
         self.clear()
@@ -6465,10 +6433,8 @@ class CachedImage:
 
 
 class Source:
-    """An image that a server has, and what it must hash to; '' where nobody knows.
-
-    `urls` are tried in turn; the first of them is where it came from in the end.
-    """
+    """An image that a server has, and what it must hash to; '' where nobody knows.  `urls` are tried in turn; the first
+    of them is where it came from in the end."""
 
     pieces = 1
 
@@ -6573,9 +6539,7 @@ def read_checksums(web: Web, url: str, algorithm: str, wanted: str) -> tuple[str
 
 def publishers_key(entry: Entry) -> tuple[str, str]:
     """(path, public half) of the private ssh key that a classic entry names: it opens the image at its first start.
-
-    Raises Error where it can't be used, before anything is downloaded.
-    """
+    Raises Error where it can't be used, before anything is downloaded."""
     file = entry.origin.rpartition(":")[0]
     path = os.path.join(os.path.dirname(os.path.abspath(file)), os.path.expanduser(entry["key"]))
     if not os.path.isfile(path):
@@ -6610,10 +6574,8 @@ def check_new_template(tree: Tree, name: str) -> None:
 
 
 class NewTemplate:
-    """A template that is being made: `with` leaves a whole template, or nothing.
-
-    `read_only`: its disk is complete; an installer is still to write the disk of one that isn't.
-    """
+    """A template that is being made: `with` leaves a whole template, or nothing.  `read_only`: its disk is complete; an
+    installer is still to write the disk of one that isn't."""
 
     def __init__(self, cloud: Cloud, name: str, read_only: bool = True) -> None:
         self.cloud, self._read_only = cloud, read_only
@@ -6697,10 +6659,8 @@ def template_from_image(cloud: Cloud, name: str, path: str, settings: Mapping[st
 def template_from_source(
     cloud: Cloud, name: str, source: Source, settings: Mapping[str, str], first_start: Callable[..., None] | None = None
 ) -> None:
-    """Download, verify, make the template.
-
-    `first_start`, given the NewTemplate: what is to be done in its guest before it is a template.
-    """
+    """Download, verify, make the template.  `first_start`, given the NewTemplate: what is to be done in its guest
+    before it is a template."""
     cloud.tree.prepare()
     with CachedImage(f"{source.algorithm}-{source.digest or name}", source.algorithm, source.digest) as cached:
         if cached.is_there():
@@ -6725,10 +6685,8 @@ def template_from_url(cloud: Cloud, name: str, url: str, settings: Mapping[str, 
 
 
 def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, str], take_over: Callable[..., None]) -> None:
-    """Download what the catalogue has under that name; `asked` are the settings of the command line.
-
-    `take_over`, given a NewTemplate and a `key`, plants the user's keys in a classic image, which that key opens.
-    """
+    """Download what the catalogue has under that name; `asked` are the settings of the command line.  `take_over`,
+    given a NewTemplate and a `key`, plants the user's keys in a classic image, which that key opens."""
     catalogue = load_catalogue()
     entry = catalogue.need(name)
     check_new_template(cloud.tree, name)
@@ -6790,11 +6748,9 @@ class Layer:
         QMP(self.template.folder, name=RECORD_SOCKET).close()
 
     def ended_well(self) -> bool:
-        """Whether the guest shut down, by itself or by the power button, and the image is whole.
-
-        `reason` tells that from a qemu that was told to quit, or got a signal (QEMU qapi/run-state.json,
-        ShutdownCause); one that was killed or crashed leaves no such event.
-        """
+        """Whether the guest shut down, by itself or by the power button, and the image is whole.  `reason` tells that
+        from a qemu that was told to quit, or got a signal (QEMU qapi/run-state.json, ShutdownCause); one that was
+        killed or crashed leaves no such event."""
         armed, cause = False, ""
         with open(self.record, encoding="utf-8", errors="replace") as file:
             for line in file:
@@ -6892,9 +6848,7 @@ def new_layer(template: VM) -> Layer:
 
 def settle(cloud: Cloud, template: VM, warn: bool = True) -> None:
     """Let a change that ended well be the template's, drop one that didn't, and remove what nothing stands on any more.
-
-    Nothing happens while it runs.  Call it under the template's lock, exclusive.  `warn`: of a change that is lost.
-    """
+    Nothing happens while it runs.  Call it under the template's lock, exclusive.  `warn`: of a change that is lost."""
     template.reread()
     if template.state()[0] != "stopped" or not template.disks():
         return
@@ -6919,11 +6873,9 @@ def settle(cloud: Cloud, template: VM, warn: bool = True) -> None:
 
 
 def flatten(cloud: Cloud, template: VM) -> None:
-    """Give a template that nobody stands on a disk that stands on nothing itself, where there is room for one.
-
-    Call it under its lock, when it has been settled.  The new disk is complete before the conf names it; one that isn't
-    is unused, and removed.
-    """
+    """Give a template that nobody stands on a disk that stands on nothing itself, where there is room for one.  Call it
+    under its lock, when it has been settled.  The new disk is complete before the conf names it; one that isn't is
+    unused, and removed."""
     template.reread()
     disk = template.disks()[0]
     if not template.below() or cloud.tree.clones(template):
@@ -7230,11 +7182,8 @@ class Build:
 
 
 def host_archives(distribution: Distribution) -> list[tuple[str, str, str]]:
-    """(URI, suite, component) of what the host's apt uses of a distribution's own archives.
-
-    apt-get(8) reads both formats of its sources for us; others' archives, which serve suites of the same names, have
-    another origin.
-    """
+    """(URI, suite, component) of what the host's apt uses of a distribution's own archives.  apt-get(8) reads both
+    formats of its sources for us; others' archives, which serve suites of the same names, have another origin."""
     if not find_program("apt-get"):
         return []
     wanted = ("Created-By: Packages", "Target-Of: deb", f"Origin: {distribution.name}")
@@ -7247,10 +7196,8 @@ def package_sources(
     suite: str, distribution: Distribution, archives: Iterable[tuple[str, str, str]], host: Mapping[str, str]
 ) -> list[str]:
     """apt source lines for the suite, from the host's own mirrors, as host_archives() names them; none where it is of
-    another distribution: mmdebstrap knows the public ones.  `host`: what os-release says of it.
-
-    Raises Error where the keys that all this is verified with aren't there.
-    """
+    another distribution: mmdebstrap knows the public ones.  `host`: what os-release says of it.  Raises Error where the
+    keys that all this is verified with aren't there."""
     if not os.path.isfile(distribution.keys):
         raise Error(
             f"{suite}: {distribution.keys} is missing: no package of {distribution.name} can be verified without it",
@@ -7487,10 +7434,8 @@ def restore_owners(tree: str, raw: str, owners: Mapping[str, tuple[int, int]], s
 
 def write_boot_loader(tree: str, raw: str, size: int) -> None:
     """What grub-install does to a disk's first sectors: boot.img, a partition table, and core.img right behind it.
-
     That is where both images expect it by default: boot.img loads sector 1, core.img's own first sector the rest from
-    sector 2 (GRUB 2.06, grub-core/boot/i386/pc).
-    """
+    sector 2 (GRUB 2.06, grub-core/boot/i386/pc)."""
     with open(os.path.join(tree, "usr/lib/grub/i386-pc/boot.img"), "rb") as file:
         boot = bytearray(file.read(440))
     with open(os.path.join(tree, "boot/grub/core.img"), "rb") as file:
@@ -7567,10 +7512,8 @@ def archive_state(build: Build, web: Web) -> str:
 
 
 def template_from_packages(cloud: Cloud, name: str, build: Build, settings: Mapping[str, str], again: bool) -> None:
-    """A template from a suite's packages: self-contained and bootable, with ssh, DHCP, python3 and no identity.
-
-    What was built before from the same packages is used, unless `again`.
-    """
+    """A template from a suite's packages: self-contained and bootable, with ssh, DHCP, python3 and no identity.  What
+    was built before from the same packages is used, unless `again`."""
     import shutil
 
     os.environ.update(apt_proxies())
@@ -10797,10 +10740,8 @@ class Finding:
 
 
 class Patient:
-    """What the checks look at: the configuration as far as it can be read, and the cloud that it describes.
-
-    `told`: what isn't well, as the check that is at work told it: state, text and the command that mends it.
-    """
+    """What the checks look at: the configuration as far as it can be read, and the cloud that it describes.  `told`:
+    what isn't well, as the check that is at work told it: state, text and the command that mends it."""
 
     def __init__(self) -> None:
         self.told: list[tuple[str, str, str]] = []
@@ -12612,9 +12553,7 @@ class Typed:
 
     def vms(self, wanted: Callable[[VM], bool] = VM.exists) -> list[str]:
         """What the wanted VMs, in the group and of the type that are named, can be called: NAME where that is enough.
-
-        GROUP/NAME, or GROUP/TYPE/NAME, where a group is being typed, and where several have the name.
-        """
+        GROUP/NAME, or GROUP/TYPE/NAME, where a group is being typed, and where several have the name."""
         left = [vm for vm in self.tree.vms(self.given.get("-g", ""), self.given.get("-t", "")) if wanted(vm)]
         names: list[str] = []
         ways: list[Callable[[VM], str]] = [lambda vm: vm.name, lambda vm: f"{vm.group}/{vm.name}"]
@@ -12843,10 +12782,8 @@ SYSUSERS = "nocloud-sysusers.conf"
 
 @record
 class InstalledFile:
-    """A file of an installation: where it goes, and its content, or where the link points.
-
-    `conf`: users change it, and what they changed is kept.
-    """
+    """A file of an installation: where it goes, and its content, or where the link points.  `conf`: users change it,
+    and what they changed is kept."""
 
     path: str
     content: bytes = b""
@@ -12893,10 +12830,8 @@ def systemd_folder(prefix: str, name: str) -> str:
 
 
 class Installation:
-    """What is installed below one PREFIX, and the record of it; `root` is DESTDIR, '' for this host.
-
-    The record is written before each change, so that a call that was killed can be finished, or undone.
-    """
+    """What is installed below one PREFIX, and the record of it; `root` is DESTDIR, '' for this host.  The record is
+    written before each change, so that a call that was killed can be finished, or undone."""
 
     def __init__(self, prefix: str, root: str = "") -> None:
         """Raises UsageError where PREFIX can't stand in a unit file, Error where the record can't be relied on."""
@@ -13051,10 +12986,8 @@ def check_programs(config: Config) -> None:
 
 
 class HostSetup:
-    """What an installation changes on this host beside its own files; each part is harmless the second time.
-
-    How it was before is remembered in the installation's record, so that `undo` brings that back and no more.
-    """
+    """What an installation changes on this host beside its own files; each part is harmless the second time.  How it
+    was before is remembered in the installation's record, so that `undo` brings that back and no more."""
 
     def __init__(self, installation: Installation, config: Config) -> None:
         self.installation, self.config, self.before = installation, config, installation.host
@@ -13193,11 +13126,9 @@ def installed_config(installation: Installation) -> Config:
 
 
 def plan_subnet(installation: Installation, files: Sequence[InstalledFile]) -> str:
-    """Have the settings that are going to be installed name a subnet that is free on this host; what was chosen.
-
-    It stays what it is while the bridge is up, and where the user has changed the file.  Raises WrongState where that
-    can't be, or where a bridge of that name is somebody else's.
-    """
+    """Have the settings that are going to be installed name a subnet that is free on this host; what was chosen.  It
+    stays what it is while the bridge is up, and where the user has changed the file.  Raises WrongState where that
+    can't be, or where a bridge of that name is somebody else's."""
     settings = next(each for each in files if os.path.basename(each.path) == INSTALLED_CONFS[0])
     config = installed_config(installation)
     is_up = bridge_is_ours(config["bridgeInterface"])
