@@ -5814,11 +5814,6 @@ def is_planted(vm: VM) -> bool:
     return vm.get("vmInit") in ("systemd", "cloud-init")
 
 
-def takes_host_key(vm: VM) -> bool:
-    """Whether the guest is offered a host key made on the host; with `auto` it may have no cloud-init to take it."""
-    return is_planted(vm) or takes_seed(vm)
-
-
 # Catalogue and downloads #############################################################################
 #
 # What can be had by name, and how an image comes: one connection at a time, and nothing that a server says is believed.
@@ -6547,9 +6542,8 @@ def publishers_key(entry: Entry) -> tuple[str, str]:
     try:
         return path, run(["ssh-keygen", "-y", "-P", "", "-f", path]).stdout.split()[1]
     except CommandFailed as failed:
-        lines = [line for line in failed.output.splitlines() if "ermissions" in line]
-        reason = lines[0] if lines else last_line(failed.output)
-        raise Error(f"{path}: ssh can't use this key: {reason}", "chmod 600 it; it must have no passphrase") from None
+        said = f"{path}: ssh can't use this key: {last_line(failed.output)}"
+        raise Error(said, "chmod 600 it; it must have no passphrase") from None
 
 
 def published_conf(source: ClassicSource) -> dict[str, str]:
@@ -7050,8 +7044,7 @@ def disk_rows(tree: Tree) -> Iterator[str]:
                 os.stat(disk)
                 if chain and not os.path.exists(chain[-1]):
                     report.warn(f"{vm.full_name}: what its disk stands on is gone: {chain[-1]}")
-                files = [os.path.realpath(disk), *chain]
-                below.update((path, files[number:]) for number, path in enumerate(files, 1))
+                below[os.path.realpath(disk)] = chain
             owners.update((os.path.realpath(path), vm) for path in [*vm.disks()[:1], *own])
         except (Error, OSError) as error:
             report.warn(told_of(vm, error))
@@ -8040,7 +8033,7 @@ class NewClones:
         extra = [vm.disk_name(number, extension) for number in range(1, len(request.disks) + 1)]
         for name, size in zip(extra, request.disks):
             create_disk(vm.file(name), size)
-        if takes_host_key(vm):
+        if is_planted(vm) or takes_seed(vm):  # with `auto` there may be no cloud-init to take it
             make_key(vm.host_key, f"root@{vm.name}")
         if request.user_data:
             write_file(vm.user_data_file, request.user_data, durable=False)
@@ -9532,7 +9525,7 @@ def snapshot_rows(tree: Tree, group: str) -> Iterator[tuple[str, ...]]:
 def give_identity(cloud: Cloud, vm: VM) -> None:
     """What a VM needs before its first start, for who holds its lock."""
     ensure_identity(cloud, vm)
-    if takes_host_key(vm) and not os.path.exists(vm.host_key):
+    if (is_planted(vm) or takes_seed(vm)) and not os.path.exists(vm.host_key):
         make_key(vm.host_key, f"root@{vm.name}")
     publish_keys(cloud, [vm])
 
@@ -13073,14 +13066,10 @@ class HostSetup:
     # modules, units
 
     def load_modules(self, modules: Sequence[str]) -> str:
-        loaded = []
-        for module in modules:
-            status, said = try_run(["modprobe", module], 60)
-            if status:
-                report.warn(f"modprobe {module}: {last_line(said)}")
-            else:
-                loaded.append(module)
-        return f"kernel modules, now and at each boot: {', '.join(loaded)}" if loaded else ""
+        status, said = try_run(["modprobe", "-a", *modules], 60) if modules else (-1, "")
+        if said:
+            report.warn(f"kernel modules: {last_line(said)}")
+        return "" if status else f"kernel modules, now and at each boot: {', '.join(modules)}"
 
     def start_units(self) -> str:
         if not systemd_runs():
