@@ -12575,7 +12575,6 @@ WORD_KINDS: dict[str, Callable[[Typed], Iterable[str]]] = {
     ],
     # Those in the confs: to read the bridge's leases is not worth it.
     "address": lambda typed: [vm.get("vmAddress") for vm in typed.tree.running() if vm.is_readable()],
-    "command": lambda typed: command_names(),
 }
 
 
@@ -12742,23 +12741,10 @@ def manual() -> str:
     )
 
 
-def manual_of(command: Command) -> str:
-    """The page of one command."""
-    name = command.alias or f"nocloud-{command.name}"
-    return filled(
-        "man/command.man", TITLE=roff(name.upper()), VERSION=roff(__version__), NAME=roff(name),
-        HELP=wrapped(command.help), USAGE=man_usage(command), OPTIONS=man_options((*command.options, *GENERAL_OPTIONS)),
-    )  # fmt: skip
-
-
-@declare(Command("man", operands="[COMMAND]", complete=("command",)))
+@declare(Command("man"))
 def cmd_man(config: Config, args: argparse.Namespace, words: list[str]) -> None:
-    """print the manual page, or that of one command, as in: nocloud man >nocloud.1"""
-    no_more(words[1:])
-    names = {**ALIASES, **{each.name: each for each in visible_commands()}}
-    if words and words[0] not in names:
-        raise UsageError(f"{words[0]}: no such command", "nocloud -h lists them")
-    report.data((manual_of(names[words[0]]) if words else manual()).rstrip("\n"))
+    """print the manual page, as in: nocloud man >nocloud.1"""
+    report.data(manual().rstrip("\n"))
 
 
 # Installation ########################################################################################
