@@ -5115,19 +5115,16 @@ class Forwarder:
             return set()
         with FolderLock(self.folder, make=True):  # under which it ends, too
             if not self.is_there():
-                self._start()
+                with listen_unix(self.folder, "socket") as control:
+                    words = self_argv("forward", self.network.kind, str(control.fileno()))
+                    environment = {"NOCLOUD_vmBaseDir": self.tree.base}
+                    spawn(words, log=self.log_file, cwd="/", pass_fds=[control.fileno()], env=environment)
             with connect_unix(self.folder, "socket", 30) as control:
                 sockets.send_fds(control, [text.encode()], fds)
                 answer = b"".join(iter(lambda: control.recv(65536), b"")).decode()
         if not answer:
             raise Error(f"ports are not forwarded: {last_line(read_tail(self.log_file)) or 'no answer'}")
         return set(answer.split()[1:])
-
-    def _start(self) -> None:
-        with listen_unix(self.folder, "socket") as control:
-            words = self_argv("forward", self.network.kind, str(control.fileno()))
-            environment = {"NOCLOUD_vmBaseDir": self.tree.base}
-            spawn(words, log=self.log_file, cwd="/", pass_fds=[control.fileno()], env=environment)
 
     def open(self, stack: Any, ports: Iterable[tuple[str, int, int]]) -> dict[str, tuple[int, socket.socket]]:
         """IP:HOST → (the port of the guest, a listener, which the ExitStack closes)."""
@@ -5411,34 +5408,34 @@ class KnownHosts:
         self.path = os.path.join(tree.base, ".known_hosts")
         self._tree = tree
 
-    def _lines(self) -> list[str]:
-        return [line for line in read_existing(self.path).splitlines() if " " in line.strip()]
+    def _entries(self) -> list[tuple[list[str], str]]:
+        """(what it names, the host key as `ssh-ed25519 AAAA…`) of each line."""
+        lines = (line.strip().partition(" ") for line in read_existing(self.path).splitlines())
+        return [(names.split(","), key) for names, _, key in lines if key]
 
     def names(self) -> set[str]:
         """What its lines name: UUIDs and addresses."""
-        return {name for line in self._lines() for name in line.split(" ", 1)[0].split(",")}
+        return {name for names, _ in self._entries() for name in names}
 
     def knows(self, uuid: str) -> bool:
         return uuid in self.names()
 
     def key(self, uuid: str) -> str:
-        """The host key of a VM, `ssh-ed25519 AAAA…`; '' where none is known."""
-        found = (line.split(" ", 1) for line in self._lines())
-        return next((key for names, key in found if uuid in names.split(",")), "")
+        """The host key of a VM; '' where none is known."""
+        return next((key for names, key in self._entries() if uuid in names), "")
 
     def update(self, add: Mapping[str, tuple[str, str]], remove: Sequence[str] = ()) -> None:
         """Set lines, uuid → (address, public key), and take those of `remove` away.  An address names one VM only."""
         with self._tree.lock():
-            old = self._lines()
+            old = self._entries()
             gone = {*remove, *add, *(address for address, _ in add.values() if address)}
-            lines = [line for line in old if not gone & set(line.split(" ", 1)[0].split(","))]
+            new = [(names, key) for names, key in old if not gone & set(names)]
             for uuid, (address, key) in add.items():
-                names = f"{uuid},{address}" if address else uuid
-                lines.append(f"{names} {' '.join(key.split()[:2])}")
-            if not lines:
+                new.append(([uuid, address] if address else [uuid], " ".join(key.split()[:2])))
+            if not new:
                 remove_file(self.path)
-            elif lines != old:
-                write_file(self.path, "\n".join(lines) + "\n")
+            elif new != old:
+                write_file(self.path, "".join(f"{','.join(names)} {key}\n" for names, key in new))
 
 
 # nocloud's own way in, whatever else is done to a guest's logins: sshd (sshd_config(5)) looks here first.  Who has the
@@ -12814,6 +12811,8 @@ class Installation:
 
     def __init__(self, prefix: str, root: str = "") -> None:
         """Raises UsageError where PREFIX can't stand in a unit file, Error where the record can't be relied on."""
+        import json
+
         if not re.fullmatch(r"(/(?!\.\.?(/|$))[A-Za-z0-9._+-]+)+/*", prefix):
             raise UsageError(f"PREFIX={prefix}: expected an absolute path of letters, digits and ._+-")
         self.prefix, self.root = prefix.rstrip("/"), root.rstrip("/")
@@ -12822,23 +12821,18 @@ class Installation:
         self.folders: list[str] = []  # those that weren't there before
         self.host: dict[str, Any] = {}  # what was changed on the host, and how it was before
         self.exists = os.path.exists(self.record)
-        if self.exists:
-            self._load()
-
-    def real(self, path: str) -> str:
-        return self.root + path
-
-    def _load(self) -> None:
-        import json
-
-        reason = untrusted(self.record)
-        if reason:
+        if not self.exists:
+            return
+        if reason := untrusted(self.record):
             raise Error(f"{self.record}: {reason}; it says what to remove, so it is not used", "chown root, chmod 644")
         try:
             known = json.loads(read_text(self.record))
             self.files, self.folders, self.host = dict(known["files"]), list(known["folders"]), dict(known["host"])
         except (ValueError, KeyError, TypeError) as error:
             raise Error(f"{self.record}: is damaged: {error!r}", "move it away, and install again") from None
+
+    def real(self, path: str) -> str:
+        return self.root + path
 
     def save(self, **host: Any) -> None:
         """Write the record, with what is going to be changed on the host."""
