@@ -11136,19 +11136,6 @@ def examine_ufw(patient: Patient) -> str:
     return "it lets guests pass"
 
 
-def examine_networkmanager(patient: Patient) -> str:
-    """NetworkManager leaves a bridge alone that it calls unmanaged, or connected externally."""
-    name = patient.bridge.interface
-    asked = ["nmcli", "-g", "GENERAL.STATE", "device", "show", name]
-    status, said = try_run(asked, 5) if find_program("nmcli") else (-1, "")
-    if status:
-        return "it doesn't run"
-    if "unmanaged" not in said and "external" not in said:
-        mend = f"sudo nmcli device set {name} managed no"
-        patient.tell(WARNING, f"it manages {name} ({said.strip()}), and may take its address away", mend)
-    return f"it leaves {name} alone"
-
-
 def examine_bridge_subnet(patient: Patient) -> str:
     settings = BridgeSettings(patient.config)
     clash, there = overlapping(settings), connected_network(settings.interface)
@@ -11191,10 +11178,10 @@ CHECKS = by_name(
 )  # fmt: skip
 BRIDGE_CHECKS = by_name(  # where there is one, or where there ought to be
     examine_bridge_helper, examine_bridge_conf, examine_bridge_subnet, examine_dnsmasq, examine_leases,
-    examine_publishing, examine_forwarding, examine_firewalld, examine_ufw, examine_networkmanager, examine_names,
+    examine_publishing, examine_forwarding, examine_firewalld, examine_ufw, examine_names,
 )  # fmt: skip
 ALL_CHECKS = {**CHECKS, **BRIDGE_CHECKS}
-OURS_ONLY = ("dnsmasq", "publishing", "forwarding", "firewalld", "ufw", "networkmanager", "names")  # else its owner's
+OURS_ONLY = ("dnsmasq", "publishing", "forwarding", "firewalld", "ufw", "names")  # else its owner's
 NEEDED_ON = {  # what is wrong there is a warning where VMs are on another network
     **dict.fromkeys(("namespaces", "private-network", "private-subnet"), "private"),
     **dict.fromkeys(("bridge", *BRIDGE_CHECKS), "bridge"),

@@ -887,26 +887,23 @@ def fake(host: Host, name: str, script: str) -> Path:
     return path
 
 
-def test_firewalld_networkmanager_and_resolved(host: Host) -> None:
+def test_firewalld_and_resolved(host: Host) -> None:
     """Programs in their place that keep what they are told, as those do."""
     run, home = look(host), host.cloud.home
     (home / "zone").write_text("public\n")
-    (home / "state").write_text("100 (connected)\n")
     (home / "domains").write_text("Link 3 (nocloud):\n")
     firewalld = f"--get-zone*) cat {home}/zone;; *--change*) echo trusted >{home}/zone;;"
-    manager = f'-g*) cat {home}/state;; *"managed no") echo "10 (unmanaged)" >{home}/state;;'
     resolved = f'"domain nocloud") cat {home}/domains;; *~*) echo "$@" >>{home}/domains;;'
-    scripts = {"firewall-cmd": firewalld, "nmcli": manager, "resolvectl": resolved}
+    scripts = {"firewall-cmd": firewalld, "resolvectl": resolved}
     paths = [fake(host, name, f'case "$*" in {script} esac') for name, script in scripts.items()]
     host.shell("mkdir -p /run/systemd/resolve").ok()
     try:
-        for check, words in (("firewalld", "public"), ("networkmanager", "connected"), ("names", "don't resolve")):
+        for check, words in (("firewalld", "public"), ("names", "don't resolve")):
             mend_at(host, ill(run, check, "warning", words))
             well(run, check)
         (home / "zone").write_text("\n")
         mend_at(host, ill(run, "firewalld", "warning", "none of its zones"))
-        (home / "state").write_text("100 (connected (externally))\n")
-        well(run, "firewalld", "networkmanager")
+        well(run, "firewalld")
     finally:
         for path in paths:
             path.unlink()
