@@ -5887,31 +5887,28 @@ class Catalogue:
         section = ""
         for number, raw in enumerate(text.splitlines(), 1):
             line = re.split(r"(?:^|\s)#", raw, maxsplit=1)[0].strip()
-            origin = f"{file}:{number}"
+            key, equals, value = (part.strip() for part in line.partition("="))
+            origin, shown = f"{file}:{number}", f"{key} = {value}"
             header = re.fullmatch(r"\[\s*(\S+)\s*\]", line)
             try:
+                if not line:
+                    continue
                 if header:
-                    section = header.group(1)
+                    section = header[1]
                     if section != MIRRORS:
                         entry = Entry(section, origin, {"kind": "cloud", "arch": "x86_64"})
                         self.entries.setdefault(checked_name("template", section), entry)
-                elif line:
-                    self._set(section, line, origin)
+                elif not (section and equals and key):
+                    raise UsageError(f"expected [NAME] or KEY = VALUE, not {line[:60]!r}")
+                elif section == MIRRORS:
+                    self.mirrors[checked(web_address, key, shown)] = checked(web_address, value, shown)
+                elif key in ENTRY_KEYS:
+                    checked(ENTRY_KEYS[key], value, shown)
+                    self.entries[section].values[key] = value
+                else:
+                    report.warn(f"{origin}: unknown key {key}{did_you_mean(key, ENTRY_KEYS, before=', ')}")
             except UsageError as error:
                 raise UsageError(f"{origin}: {error}", error.hint) from None
-
-    def _set(self, section: str, line: str, origin: str) -> None:
-        key, equals, value = (part.strip() for part in line.partition("="))
-        if not (section and equals and key):
-            raise UsageError(f"expected [NAME] or KEY = VALUE, not {line[:60]!r}")
-        shown = f"{key} = {value}"
-        if section == MIRRORS:
-            self.mirrors[checked(web_address, key, shown)] = checked(web_address, value, shown)
-        elif key in ENTRY_KEYS:
-            checked(ENTRY_KEYS[key], value, shown)
-            self.entries[section].values[key] = value
-        else:
-            report.warn(f"{origin}: unknown key {key}{did_you_mean(key, ENTRY_KEYS, before=', ')}")
 
     def mirrored(self, url: str) -> str:
         """Where to ask for a URL: the mirror of the longest beginning that has one."""
