@@ -5887,12 +5887,12 @@ class Catalogue:
         section = ""
         for number, raw in enumerate(text.splitlines(), 1):
             line = re.split(r"(?:^|\s)#", raw, maxsplit=1)[0].strip()
+            if not line:
+                continue
             key, equals, value = (part.strip() for part in line.partition("="))
             origin, shown = f"{file}:{number}", f"{key} = {value}"
             header = re.fullmatch(r"\[\s*(\S+)\s*\]", line)
             try:
-                if not line:
-                    continue
                 if header:
                     section = header[1]
                     if section != MIRRORS:
