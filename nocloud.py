@@ -38,7 +38,7 @@ Modules that only some commands need are imported where they are used: a listing
     Command lines                    how commands and options are declared and parsed
     Commands                         what each command does with its words: templates, VMs
     Commands for ways in and hosts   likewise: what connects to VMs, and what looks after the host
-    Completion and manual            what is offered while one types; man pages
+    Completion and manual            what is offered while one types; the man page
     Installation                     what make install puts on a host, and takes away
     Dispatch                         main()
 """
@@ -12469,7 +12469,7 @@ def cmd_configure(config: Config, args: argparse.Namespace, words: list[str]) ->
 # Completion and manual ###############################################################################
 #
 # What comes from the declarations above: the words that a shell offers while one types, which its script in
-# etc/completion asks for; and the manual pages, whose prose is in etc/man.  README.md's tables are made of them too
+# etc/completion asks for; and the manual page, whose prose is in etc/man.  README.md's tables are made of them too
 # (tests/docs.py).
 
 PROBE = "\0"  # stands for the word that is being typed: no argument can have it
@@ -12644,7 +12644,7 @@ def cmd_completion(config: Config, args: argparse.Namespace, words: list[str]) -
     report.data(completion(shell).rstrip("\n"))
 
 
-# -- the manual pages, in the man(7) macros of roff
+# -- the manual page, in the man(7) macros of roff
 
 ROFF = str.maketrans({  # what roff would take for something else: a hyphen, an accent, a typographic quote
     "\\": "\\e", "-": "\\-", "'": "\\(aq", "`": "\\(ga", '"': "\\(dq",
