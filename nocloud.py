@@ -39,7 +39,7 @@ Modules that only some commands need are imported where they are used: a listing
     Command lines                    how commands and options are declared and parsed
     Commands                         what each command does with its words: templates, VMs
     Commands for ways in and hosts   likewise: what connects to VMs, and what looks after the host
-    Completion and manual            what is offered while one types; man pages
+    Completion and manual            what is offered while one types; the man page
     Installation                     what make install puts on a host, and takes away
     Dispatch                         main()
 """
@@ -5053,9 +5053,7 @@ def numbered_ports(text: str, number: int) -> str:
 
 def free_ports(tree: Tree, ports: Sequence[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
     """`ports` with a number for each HOST 0, to be kept: no VM's, and below those of outgoing connections (32768).
-
-    Call it under the tree's lock.
-    """
+    Call it under the tree's lock."""
     taken = {host for vm in tree.vms() for _, host, _ in ports_of(vm)}
     taken |= set(map(int, re.findall(r":([0-9]+) ", run(["ss", "-Hltn"]).stdout)))
     free = (number for number in range(20000, 32768) if number not in taken)
@@ -5068,10 +5066,8 @@ def clash(one: str, other: str) -> bool:
 
 
 def listen(tree: Tree, ip: str, host: int) -> socket.socket:
-    """A listener of this host.  Raises Error, which says who has the port where that can be known.
-
-    One that is taken is tried for a second: it may be a VM's that has ended just now.
-    """
+    """A listener of this host.  Raises Error, which says who has the port where that can be known.  One that is taken
+    is tried for a second: it may be a VM's that has ended just now."""
     import socket as sockets
 
     what = f"port {host} of {ip} can't be published"
@@ -5097,10 +5093,8 @@ def port_owner(tree: Tree, ip: str, host: int) -> str:
 
 
 class Forwarder:
-    """The way to the process that forwards the ports of a network's VMs: a socket in a folder of `.net`.
-
-    Someone is behind it as long as it can be connected to; who ends properly removes it.
-    """
+    """The way to the process that forwards the ports of a network's VMs: a socket in a folder of `.net`.  Someone is
+    behind it as long as it can be connected to; who ends properly removes it."""
 
     def __init__(self, tree: Tree, network: Network) -> None:
         self.tree, self.network = tree, network
@@ -5115,29 +5109,24 @@ class Forwarder:
         return True
 
     def ask(self, text: str, *fds: int) -> set[str]:
-        """Tell it something; the ports that it serves then, as IP:HOST.  Raises Error where it doesn't answer.
-
-        With a listener for it, `fds`, it is started where it isn't there.
-        """
+        """Tell it something; the ports that it serves then, as IP:HOST.  Raises Error where it doesn't answer.  With a
+        listener for it, `fds`, it is started where it isn't there."""
         import socket as sockets
 
         if not fds and not self.is_there():
             return set()
         with FolderLock(self.folder, make=True):  # under which it ends, too
             if not self.is_there():
-                self._start()
+                with listen_unix(self.folder, "socket") as control:
+                    words = self_argv("forward", self.network.kind, str(control.fileno()))
+                    environment = {"NOCLOUD_vmBaseDir": self.tree.base}
+                    spawn(words, log=self.log_file, cwd="/", pass_fds=[control.fileno()], env=environment)
             with connect_unix(self.folder, "socket", 30) as control:
                 sockets.send_fds(control, [text.encode()], fds)
                 answer = b"".join(iter(lambda: control.recv(65536), b"")).decode()
         if not answer:
             raise Error(f"ports are not forwarded: {last_line(read_tail(self.log_file)) or 'no answer'}")
         return set(answer.split()[1:])
-
-    def _start(self) -> None:
-        with listen_unix(self.folder, "socket") as control:
-            words = self_argv("forward", self.network.kind, str(control.fileno()))
-            environment = {"NOCLOUD_vmBaseDir": self.tree.base}
-            spawn(words, log=self.log_file, cwd="/", pass_fds=[control.fileno()], env=environment)
 
     def open(self, stack: Any, ports: Iterable[tuple[str, int, int]]) -> dict[str, tuple[int, socket.socket]]:
         """IP:HOST → (the port of the guest, a listener, which the ExitStack closes)."""
@@ -5246,9 +5235,7 @@ class Forwarding:
 
     async def _join(self, client: socket.socket, address: str, port: int) -> None:
         """Join a connection to one of the guest's until both directions have ended; where that can't be, reset both.
-
-        By recv and send: splice(2), through pipes of 64 KB or 1 MB, was no faster when it was measured.
-        """
+        By recv and send: splice(2), through pipes of 64 KB or 1 MB, was no faster when it was measured."""
         import asyncio
         import contextlib
         import socket as sockets
@@ -5315,10 +5302,8 @@ def check_shares(config: Config, vm: VM, shares: str) -> tuple[list[str], list[s
 
 def choose_virtiofsd(config: Config, login: str) -> tuple[list[str], list[str]]:
     """(what makes it root in namespaces, the daemon up to its socket) for a guest where `login` has the user's files.
-
     From version 1.13 on it translates ids: all that the guest makes is the user's.  Before, only the guest's root can
-    make files.  And it ends where it can't drop the user's groups: that takes other gids in there, by newgidmap(1).
-    """
+    make files.  And it ends where it can't drop the user's groups: that takes other gids in there, by newgidmap(1)."""
     found = [config["vmVirtiofsd"]] if config["vmVirtiofsd"] else filter(None, map(find_program, VIRTIOFSD))
     path, space = need_program(next(iter(found), VIRTIOFSD[0])), ["--mount", "--net", "--ipc", "--user"]
     if "--translate-uid" in run([path, "--help"], check=False).stdout:
@@ -5418,43 +5403,41 @@ def login_keys() -> list[str]:
 
 
 class KnownHosts:
-    """The host keys of a tree's VMs: a known_hosts file of our own (sshd(8), SSH_KNOWN_HOSTS FILE FORMAT).
-
-    A line names the VM's UUID, for vmssh's HostKeyAlias, and its address, for ansible, whose hosts are addresses.
-    """
+    """The host keys of a tree's VMs: a known_hosts file of our own (sshd(8), SSH_KNOWN_HOSTS FILE FORMAT).  A line
+    names the VM's UUID, for vmssh's HostKeyAlias, and its address, for ansible, whose hosts are addresses."""
 
     def __init__(self, tree: Tree) -> None:
         self.path = os.path.join(tree.base, ".known_hosts")
         self._tree = tree
 
-    def _lines(self) -> list[str]:
-        return [line for line in read_existing(self.path).splitlines() if " " in line.strip()]
+    def _entries(self) -> list[tuple[list[str], str]]:
+        """(what it names, the host key as `ssh-ed25519 AAAA…`) of each line."""
+        lines = (line.strip().partition(" ") for line in read_existing(self.path).splitlines())
+        return [(names.split(","), key) for names, _, key in lines if key]
 
     def names(self) -> set[str]:
         """What its lines name: UUIDs and addresses."""
-        return {name for line in self._lines() for name in line.split(" ", 1)[0].split(",")}
+        return {name for names, _ in self._entries() for name in names}
 
     def knows(self, uuid: str) -> bool:
         return uuid in self.names()
 
     def key(self, uuid: str) -> str:
-        """The host key of a VM, `ssh-ed25519 AAAA…`; '' where none is known."""
-        found = (line.split(" ", 1) for line in self._lines())
-        return next((key for names, key in found if uuid in names.split(",")), "")
+        """The host key of a VM; '' where none is known."""
+        return next((key for names, key in self._entries() if uuid in names), "")
 
     def update(self, add: Mapping[str, tuple[str, str]], remove: Sequence[str] = ()) -> None:
         """Set lines, uuid → (address, public key), and take those of `remove` away.  An address names one VM only."""
         with self._tree.lock():
-            old = self._lines()
+            old = self._entries()
             gone = {*remove, *add, *(address for address, _ in add.values() if address)}
-            lines = [line for line in old if not gone & set(line.split(" ", 1)[0].split(","))]
+            new = [(names, key) for names, key in old if not gone & set(names)]
             for uuid, (address, key) in add.items():
-                names = f"{uuid},{address}" if address else uuid
-                lines.append(f"{names} {' '.join(key.split()[:2])}")
-            if not lines:
+                new.append(([uuid, address] if address else [uuid], " ".join(key.split()[:2])))
+            if not new:
                 remove_file(self.path)
-            elif lines != old:
-                write_file(self.path, "\n".join(lines) + "\n")
+            elif new != old:
+                write_file(self.path, "".join(f"{','.join(names)} {key}\n" for names, key in new))
 
 
 # nocloud's own way in, whatever else is done to a guest's logins: sshd (sshd_config(5)) looks here first.  Who has the
@@ -5483,10 +5466,8 @@ def credentials(vm: VM, keys: Sequence[str]) -> bytes:
 
 
 def identity_files(vm: VM, keys: Sequence[str]) -> list[tuple[str, str, str, str, str]]:
-    """What is written in a guest to make it this VM: (how, path, mode, owner, content) of each file.
-
-    How, as tmpfiles.d(5) says it with content in base64 (~): over what is there (f+~), or where no file is (f~).
-    """
+    """What is written in a guest to make it this VM: (how, path, mode, owner, content) of each file.  How, as
+    tmpfiles.d(5) says it with content in base64 (~): over what is there (f+~), or where no file is (f~)."""
     full = f"{vm.name if vm.is_template else vm.dns_name}.{DOMAIN}"
     hosts = f"127.0.0.1 localhost\n127.0.1.1 {full} {vm.name}\n::1 localhost ip6-localhost ip6-loopback\n"
     owner, text = vm.get("vmUser"), "\n".join(keys) + "\n"
@@ -5522,10 +5503,8 @@ def _base64(text: str) -> str:
 
 
 def takes_seed(vm: VM) -> bool:
-    """Whether a cloud-init seed is attached.
-
-    Not to VMs whose conf doesn't say so, as those of the bash tools: to a cloud-init in them it would be a new machine.
-    """
+    """Whether a cloud-init seed is attached.  Not to VMs whose conf doesn't say so, as those of the bash tools: to a
+    cloud-init in them it would be a new machine."""
     return vm.get("vmInit") in ("cloud-init", "auto")
 
 
@@ -5591,10 +5570,8 @@ def default_user_data() -> bytes:
 
 def seed_files(vm: VM, keys: Sequence[str], added: bytes = b"") -> dict[str, bytes]:
     """The files of the seed, by name (cloud-init, reference/datasources/nocloud); `added` is the user's user-data.
-
     JSON is YAML, and its writer quotes whatever comes: no name and no key becomes a line of its own.  The instance is
-    the VM's UUID: another one makes cloud-init begin anew, the same one leaves the guest as it is.
-    """
+    the VM's UUID: another one makes cloud-init begin anew, the same one leaves the guest as it is."""
     # DHCP on the network card, which is found by its MAC whatever it is called (cloud-init's format, version 2).  It is
     # renamed to eth0: what cloud-init writes for ifupdown or NetworkManager goes by the name alone.
     card = {"match": {"macaddress": vm.get("vmMac")}, "set-name": "eth0", "dhcp4": True, "dhcp-identifier": "mac"}
@@ -5740,10 +5717,8 @@ def ssh_block(cloud: Cloud, vm: VM, names: Sequence[str], *words: str) -> str:
 
 
 class SshConfig:
-    """An ssh configuration with the VMs' names, which lies in the tree.
-
-    Where the user asked for that, ~/.ssh/config includes it, and it is written anew as VMs come and go.
-    """
+    """An ssh configuration with the VMs' names, which lies in the tree.  Where the user asked for that, ~/.ssh/config
+    includes it, and it is written anew as VMs come and go."""
 
     # What may be this host's or the Internet's, as github of a group com is, and all of a group io.
     OTHERS = r"localhost(\..*)?|.*\.(..|com|net|org|edu|gov|mil|int|info|dev|app|cloud|local|lan|home)"
@@ -5838,11 +5813,6 @@ def is_planted(vm: VM) -> bool:
     return vm.get("vmInit") in ("systemd", "cloud-init")
 
 
-def takes_host_key(vm: VM) -> bool:
-    """Whether the guest is offered a host key made on the host; with `auto` it may have no cloud-init to take it."""
-    return is_planted(vm) or takes_seed(vm)
-
-
 # Catalogue and downloads #############################################################################
 #
 # What can be had by name, and how an image comes: one connection at a time, and nothing that a server says is believed.
@@ -5910,42 +5880,37 @@ class Entry:
 class Catalogue:
     """All entries, by name, and where downloads are sent instead of where the entries say."""
 
-    def __init__(self, warn: Callable[[str], None] | None = None) -> None:
-        """`warn` is told of unknown keys; by default the user is."""
+    def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
         self.mirrors: dict[str, str] = {}
-        self._warn = warn or report.warn
 
     def read(self, text: str, file: str) -> None:
         """Take the lines of a file.  Raises UsageError naming FILE:LINE."""
         section = ""
         for number, raw in enumerate(text.splitlines(), 1):
             line = re.split(r"(?:^|\s)#", raw, maxsplit=1)[0].strip()
-            origin = f"{file}:{number}"
+            if not line:
+                continue
+            key, equals, value = (part.strip() for part in line.partition("="))
+            origin, shown = f"{file}:{number}", f"{key} = {value}"
             header = re.fullmatch(r"\[\s*(\S+)\s*\]", line)
             try:
                 if header:
-                    section = header.group(1)
+                    section = header[1]
                     if section != MIRRORS:
                         entry = Entry(section, origin, {"kind": "cloud", "arch": "x86_64"})
                         self.entries.setdefault(checked_name("template", section), entry)
-                elif line:
-                    self._set(section, line, origin)
+                elif not (section and equals and key):
+                    raise UsageError(f"expected [NAME] or KEY = VALUE, not {line[:60]!r}")
+                elif section == MIRRORS:
+                    self.mirrors[checked(web_address, key, shown)] = checked(web_address, value, shown)
+                elif key in ENTRY_KEYS:
+                    checked(ENTRY_KEYS[key], value, shown)
+                    self.entries[section].values[key] = value
+                else:
+                    report.warn(f"{origin}: unknown key {key}{did_you_mean(key, ENTRY_KEYS, before=', ')}")
             except UsageError as error:
                 raise UsageError(f"{origin}: {error}", error.hint) from None
-
-    def _set(self, section: str, line: str, origin: str) -> None:
-        key, equals, value = (part.strip() for part in line.partition("="))
-        if not (section and equals and key):
-            raise UsageError(f"expected [NAME] or KEY = VALUE, not {line[:60]!r}")
-        shown = f"{key} = {value}"
-        if section == MIRRORS:
-            self.mirrors[checked(web_address, key, shown)] = checked(web_address, value, shown)
-        elif key in ENTRY_KEYS:
-            checked(ENTRY_KEYS[key], value, shown)
-            self.entries[section].values[key] = value
-        else:
-            self._warn(f"{origin}: unknown key {key}{did_you_mean(key, ENTRY_KEYS, before=', ')}")
 
     def mirrored(self, url: str) -> str:
         """Where to ask for a URL: the mirror of the longest beginning that has one."""
@@ -5963,20 +5928,15 @@ class Catalogue:
         return entry
 
 
-def catalogue_files() -> list[str]:
-    """The files on disk that add to the packaged catalogue: the installation's, then the user's."""
-    folder = os.path.dirname(installed_settings())
-    places = [os.path.join(folder, CATALOGUE), os.path.join(config_home(), "templates.conf")]
-    return [path for path in places if os.path.isfile(path)]
-
-
-def load_catalogue(warn: Callable[[str], None] | None = None) -> Catalogue:
-    catalogue, warn = Catalogue(warn), warn or report.warn
+def load_catalogue() -> Catalogue:
+    """The packaged one, and the files on disk that add to it: the installation's, then the user's."""
+    catalogue = Catalogue()
     catalogue.read(packaged(CATALOGUE), CATALOGUE)
-    for path in catalogue_files():
+    installed = os.path.join(os.path.dirname(installed_settings()), CATALOGUE)
+    for path in filter(os.path.isfile, (installed, os.path.join(config_home(), "templates.conf"))):
         text, reason = read_trusted(path)
         if reason:
-            warn(f"{path} is skipped: {reason}")
+            report.warn(f"{path} is skipped: {reason}")
         else:
             catalogue.read(text, path)
     return catalogue
@@ -6110,10 +6070,8 @@ class Web:
         return answer  # type: ignore[no-any-return]
 
     def pieces(self, url: str, answer: http.client.HTTPResponse) -> Iterator[bytes]:
-        """The body, as it arrives.  (read() would wait for a whole PIECE.)
-
-        Raises TryAgain where it comes too slowly to get anywhere: a socket's own timeout starts anew with each byte.
-        """
+        """The body, as it arrives.  (read() would wait for a whole PIECE.)  Raises TryAgain where it comes too slowly
+        to get anywhere: a socket's own timeout starts anew with each byte."""
         import http.client
 
         since, count = time.monotonic(), 0
@@ -6148,9 +6106,7 @@ class Web:
 
     def patiently(self, work: Callable[[], Any], position: Callable[[], int] = lambda: 0) -> Any:
         """The result of `work`, tried again after a pause as long as there is hope; `position` tells how far it is.
-
-        The pauses are 1, 2 and 4 seconds, or as much shorter as the setting is shorter than its default.
-        """
+        The pauses are 1, 2 and 4 seconds, or as much shorter as the setting is shorter than its default."""
         tries = 0
         while True:
             before = position()
@@ -6218,9 +6174,7 @@ class Progress:
 
 class Transfer:
     """A file that comes into `path`, after what is in it already; each byte of it, the old ones too, goes to `sink`.
-
-    `urls` are tried in turn; one at which no file is, is taken out.
-    """
+    `urls` are tried in turn; one at which no file is, is taken out."""
 
     def __init__(
         self, web: Web, urls: list[str], path: str, sink: Callable[[bytes], object], progress: Progress, strict: bool
@@ -6388,15 +6342,14 @@ def check_reserve(folder: str) -> None:
 
 class CachedImage:
     """The place of an image in the user's cache; `with` holds it, so that two commands that want the same image
-    download or build it once.
-
-    An interrupted download stays there and is gone on with; so do images, for some time after their last use.
-    """
+    download or build it once.  An interrupted download stays there and is gone on with; so do images, for some time
+    after their last use."""
 
     KEPT = 30 * 86400.0
 
     def __init__(self, name: str, algorithm: str = "sha256", digest: str = "") -> None:
-        """`digest`: '' for an image that is made on this machine; its checksum is kept in a file beside it."""
+        """`digest`: '' for an image that is made on this machine, whose checksum is kept in a file beside it, and for
+        one of which nobody knows what it must be, and which isn't kept."""
         self.algorithm, self.digest = algorithm, digest
         self.folder = os.path.join(cache_home(), "images", name)
         self.image, self._checksum = os.path.join(self.folder, "image"), os.path.join(self.folder, "sha256")
@@ -6409,9 +6362,8 @@ class CachedImage:
             hint = "what is downloaded or built is kept there: set XDG_CACHE_HOME to a folder of yours"
             raise Error(f"{images}: {error.strerror}", hint) from None
         for folder in (cache_home(), images):
-            info = os.stat(folder)
-            if info.st_uid != os.geteuid() or info.st_mode & 0o022:
-                raise Error(f"{folder}: others may write to it", "set XDG_CACHE_HOME to a folder of yours")
+            if reason := untrusted(folder):
+                raise Error(f"{folder}: {reason}", "set XDG_CACHE_HOME to a folder of yours")
         self._forget(lambda folder: time.time() - os.stat(folder).st_mtime > self.KEPT)
         self._lock = FolderLock(self.folder, wait=86400, make=True).__enter__()
         return self
@@ -6430,7 +6382,9 @@ class CachedImage:
     def is_there(self) -> bool:
         """Whether the image is there, whole: it is read again each time, so that nothing in the cache needs a flush."""
         digest = self.digest or read_tail(self._checksum).strip()
-        if not digest or not os.path.isfile(self.image):
+        if not digest:
+            self.clear()  # nothing could tell whether what is gone on with is the same
+        if not os.path.isfile(self.image):
             return False
         if file_digest(self.image, self.algorithm) != digest:
             report.warn(f"{self.image} is damaged, it is {'downloaded' if self.digest else 'built'} again")
@@ -6440,10 +6394,8 @@ class CachedImage:
         return True
 
     def keep(self, disk: str) -> None:
-        """Take a copy of a disk in place of all that have the same name but for its last part.
-
-        Without it the next build takes longer, and no more than that.
-        """
+        """Take a copy of a disk in place of all that have the same name but for its last part.  Without it the next
+        build takes longer, and no more than that."""
         import shutil
 
         self.clear()
@@ -6461,7 +6413,7 @@ class CachedImage:
             os.unlink(os.path.join(self.folder, name))
 
     def __exit__(self, kind: object, raised: object, trace: object) -> None:
-        if isinstance(raised, (Altered, WrongImage)):
+        if isinstance(raised, (Altered, WrongImage)) or not (self.digest or os.path.exists(self._checksum)):
             self.clear()  # the next call begins anew
         for name in names_in(self.folder):
             path = os.path.join(self.folder, name)
@@ -6472,10 +6424,8 @@ class CachedImage:
 
 
 class Source:
-    """An image that a server has, and what it must hash to; '' where nobody knows.
-
-    `urls` are tried in turn; the first of them is where it came from in the end.
-    """
+    """An image that a server has, and what it must hash to; '' where nobody knows.  `urls` are tried in turn; the first
+    of them is where it came from in the end."""
 
     pieces = 1
 
@@ -6580,9 +6530,7 @@ def read_checksums(web: Web, url: str, algorithm: str, wanted: str) -> tuple[str
 
 def publishers_key(entry: Entry) -> tuple[str, str]:
     """(path, public half) of the private ssh key that a classic entry names: it opens the image at its first start.
-
-    Raises Error where it can't be used, before anything is downloaded.
-    """
+    Raises Error where it can't be used, before anything is downloaded."""
     file = entry.origin.rpartition(":")[0]
     path = os.path.join(os.path.dirname(os.path.abspath(file)), os.path.expanduser(entry["key"]))
     if not os.path.isfile(path):
@@ -6590,9 +6538,8 @@ def publishers_key(entry: Entry) -> tuple[str, str]:
     try:
         return path, run(["ssh-keygen", "-y", "-P", "", "-f", path]).stdout.split()[1]
     except CommandFailed as failed:
-        lines = [line for line in failed.output.splitlines() if "ermissions" in line]
-        reason = lines[0] if lines else last_line(failed.output)
-        raise Error(f"{path}: ssh can't use this key: {reason}", "chmod 600 it; it must have no passphrase") from None
+        said = f"{path}: ssh can't use this key: {last_line(failed.output)}"
+        raise Error(said, "chmod 600 it; it must have no passphrase") from None
 
 
 def published_conf(source: ClassicSource) -> dict[str, str]:
@@ -6617,10 +6564,8 @@ def check_new_template(tree: Tree, name: str) -> None:
 
 
 class NewTemplate:
-    """A template that is being made: `with` leaves a whole template, or nothing.
-
-    `read_only`: its disk is complete; an installer is still to write the disk of one that isn't.
-    """
+    """A template that is being made: `with` leaves a whole template, or nothing.  `read_only`: its disk is complete; an
+    installer is still to write the disk of one that isn't."""
 
     def __init__(self, cloud: Cloud, name: str, read_only: bool = True) -> None:
         self.cloud, self._read_only = cloud, read_only
@@ -6704,15 +6649,10 @@ def template_from_image(cloud: Cloud, name: str, path: str, settings: Mapping[st
 def template_from_source(
     cloud: Cloud, name: str, source: Source, settings: Mapping[str, str], first_start: Callable[..., None] | None = None
 ) -> None:
-    """Download, verify, make the template; or say that another command has made it while we waited for its download.
-
-    `first_start`, given the NewTemplate: what is to be done in its guest before it is a template.
-    """
+    """Download, verify, make the template.  `first_start`, given the NewTemplate: what is to be done in its guest
+    before it is a template."""
     cloud.tree.prepare()
-    with CachedImage(f"{source.algorithm}-{source.digest}", source.algorithm, source.digest) as cached:
-        if cloud.tree.template(name).exists():
-            report.say(f"{name}: it is there, another command has just made it")
-            return
+    with CachedImage(f"{source.algorithm}-{source.digest or name}", source.algorithm, source.digest) as cached:
         if cached.is_there():
             report.say(f"{name}: the image is in the cache: {cached.folder}")
         else:
@@ -6729,41 +6669,22 @@ def template_from_source(
 def template_from_url(cloud: Cloud, name: str, url: str, settings: Mapping[str, str], expected: str) -> None:
     """A template from an image of the web; `expected`: the checksum that the user gives, or '' for none."""
     check_new_template(cloud.tree, name)
+    algorithm, _, digest = (expected or "sha256:").partition(":")
     web = Web(cloud.config.number("vmDownloadTimeout"))
-    if expected:
-        algorithm, _, digest = expected.partition(":")
-        template_from_source(cloud, name, Source(web, [url], algorithm, digest), settings)
-        return
-    with NewTemplate(cloud, name) as new:  # nothing of it goes into the cache, or is gone on with later
-        source, path = Source(web, [url], "sha256", ""), new.vm.file("image")
-        source.fetch(new.vm.folder, Progress(name, cloud.tree.base))
-        import_image(new, path, url)
-        os.unlink(path)
-        new.finish({**settings, "vmSource": url, "vmChecksum": f"sha256:{source.digest}"})
+    template_from_source(cloud, name, Source(web, [url], algorithm, digest), settings)
 
 
 def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, str], take_over: Callable[..., None]) -> None:
-    """Download what the catalogue has under that name; `asked` are the settings of the command line.
-
-    `take_over`, given a NewTemplate and a `key`, plants the user's keys in a classic image, which that key opens.
-    """
+    """Download what the catalogue has under that name; `asked` are the settings of the command line.  `take_over`,
+    given a NewTemplate and a `key`, plants the user's keys in a classic image, which that key opens."""
     catalogue = load_catalogue()
     entry = catalogue.need(name)
     check_new_template(cloud.tree, name)
-    web = Web(cloud.config.number("vmDownloadTimeout"))
-    source = resolve(catalogue, entry, web)
-    settings = entry_settings(cloud, entry, asked, source)
-    first_start = None
+    source = resolve(catalogue, entry, Web(cloud.config.number("vmDownloadTimeout")))
+    settings, first_start = entry_settings(cloud, entry, asked, source), None
     if isinstance(source, ClassicSource) and entry["key"]:
         first_start = functools.partial(take_over, key=publishers_key(entry))
-    try:
-        template_from_source(cloud, name, source, settings, first_start)
-    except Altered:
-        again = resolve(catalogue, entry, web)
-        if again.digest == source.digest:
-            raise
-        # A new release came while the old one was fetched.
-        template_from_source(cloud, name, again, settings, first_start)
+    template_from_source(cloud, name, source, settings, first_start)
     if isinstance(source, ClassicSource) and not first_start:
         report.say(f"{name}: the catalogue names no key of its publisher; only keys that are in the image will open it")
 
@@ -6817,11 +6738,9 @@ class Layer:
         QMP(self.template.folder, name=RECORD_SOCKET).close()
 
     def ended_well(self) -> bool:
-        """Whether the guest shut down, by itself or by the power button, and the image is whole.
-
-        `reason` tells that from a qemu that was told to quit, or got a signal (QEMU qapi/run-state.json,
-        ShutdownCause); one that was killed or crashed leaves no such event.
-        """
+        """Whether the guest shut down, by itself or by the power button, and the image is whole.  `reason` tells that
+        from a qemu that was told to quit, or got a signal (QEMU qapi/run-state.json, ShutdownCause); one that was
+        killed or crashed leaves no such event."""
         armed, cause = False, ""
         with open(self.record, encoding="utf-8", errors="replace") as file:
             for line in file:
@@ -6919,9 +6838,7 @@ def new_layer(template: VM) -> Layer:
 
 def settle(cloud: Cloud, template: VM, warn: bool = True) -> None:
     """Let a change that ended well be the template's, drop one that didn't, and remove what nothing stands on any more.
-
-    Nothing happens while it runs.  Call it under the template's lock, exclusive.  `warn`: of a change that is lost.
-    """
+    Nothing happens while it runs.  Call it under the template's lock, exclusive.  `warn`: of a change that is lost."""
     template.reread()
     if template.state()[0] != "stopped" or not template.disks():
         return
@@ -6946,11 +6863,9 @@ def settle(cloud: Cloud, template: VM, warn: bool = True) -> None:
 
 
 def flatten(cloud: Cloud, template: VM) -> None:
-    """Give a template that nobody stands on a disk that stands on nothing itself, where there is room for one.
-
-    Call it under its lock, when it has been settled.  The new disk is complete before the conf names it; one that isn't
-    is unused, and removed.
-    """
+    """Give a template that nobody stands on a disk that stands on nothing itself, where there is room for one.  Call it
+    under its lock, when it has been settled.  The new disk is complete before the conf names it; one that isn't is
+    unused, and removed."""
     template.reread()
     disk = template.disks()[0]
     if not template.below() or cloud.tree.clones(template):
@@ -7125,8 +7040,7 @@ def disk_rows(tree: Tree) -> Iterator[str]:
                 os.stat(disk)
                 if chain and not os.path.exists(chain[-1]):
                     report.warn(f"{vm.full_name}: what its disk stands on is gone: {chain[-1]}")
-                files = [os.path.realpath(disk), *chain]
-                below.update((path, files[number:]) for number, path in enumerate(files, 1))
+                below[os.path.realpath(disk)] = chain
             owners.update((os.path.realpath(path), vm) for path in [*vm.disks()[:1], *own])
         except (Error, OSError) as error:
             report.warn(told_of(vm, error))
@@ -7256,75 +7170,42 @@ class Build:
         return f"packages of {self.suite}" + (f", with {', '.join(self.more)}" if self.more else "")
 
 
-@record
-class AptArchive:
-    """An archive of the host's apt: `codename` and `origin` are what apt has read of it, '' where it has no lists yet,
-    `release` is what its source says; `entry` is FILE:N, N counting lines in .list, paragraphs in .sources."""
-
-    uri: str
-    codename: str
-    release: str
-    component: str
-    origin: str
-    entry: str
-
-
-APT_FORMAT = "$(REPO_URI)|$(CODENAME)|$(RELEASE)|$(COMPONENT)|$(ORIGIN)|$(SOURCESENTRY)"
-
-
-def host_archives() -> list[AptArchive]:
-    """What the host's apt is told to use; apt-get(8) reads both formats of its sources for us."""
+def host_archives(distribution: Distribution) -> list[tuple[str, str, str]]:
+    """(URI, suite, component) of what the host's apt uses of a distribution's own archives.  apt-get(8) reads both
+    formats of its sources for us; others' archives, which serve suites of the same names, have another origin."""
     if not find_program("apt-get"):
         return []
-    query = ["apt-get", "indextargets", "--format", APT_FORMAT, "Created-By: Packages", "Target-Of: deb"]
-    text = run(query, check=False, merge=False).stdout
-    text = text or run([*query, "--no-release-info"], check=False, merge=False).stdout
-    text = re.sub(r"\$\([A-Z]+\)(?=[|\n])", "", text)  # what apt doesn't know stays as it stands in the format
-    return [AptArchive(*line.split("|")) for line in sorted(set(text.splitlines())) if line.count("|") == 5]
-
-
-def signed_by(entry: str) -> str:
-    """The keyring file that a source names; '': apt's trusted ones."""
-    name, _, number = entry.rpartition(":")
-    text = read_existing(name)
-    parts = text.splitlines() if name.endswith(".list") else [p for p in re.split(r"\n\s*\n", text) if p.strip()]
-    part = parts[int(number) - 1] if re.fullmatch("[0-9]{1,9}", number) and 0 < int(number) <= len(parts) else ""
-    found = re.search(r"signed-by[=:]\s*(/[^\s\],]+)", part, re.I)
-    return found.group(1) if found else ""
+    wanted = ("Created-By: Packages", "Target-Of: deb", f"Origin: {distribution.name}")
+    query = ["apt-get", "indextargets", "--format", "$(REPO_URI)|$(RELEASE)|$(COMPONENT)", *wanted]
+    rows = (line.split("|") for line in run(query, check=False, merge=False).stdout.splitlines())
+    return [(uri, suite, component) for uri, suite, component in rows]
 
 
 def package_sources(
-    suite: str, distribution: Distribution, archives: Sequence[AptArchive], host: Mapping[str, str]
+    suite: str, distribution: Distribution, archives: Iterable[tuple[str, str, str]], host: Mapping[str, str]
 ) -> list[str]:
-    """apt source lines for the suite, from the host's own mirrors; none: mmdebstrap knows the public ones, and can
-    verify what comes from there, else Error is raised.  `host`: what os-release says of it.
-    """
-    codename = host.get("VERSION_CODENAME", "") if host.get("ID") == distribution.id else ""
-    # Debian's unstable has no updates of its own.
-    pockets = ("",) if suite in ("sid", "unstable", "experimental") else ("", "-updates", "-security")
-    wanted = [codename + pocket for pocket in pockets] if codename else []
-    found: dict[str, set[str]] = {}
-    for archive in archives:
-        release = archive.codename or archive.release
-        # others' archives serve suites of the same names
-        if release in wanted and archive.origin in ("", distribution.name):
-            key = signed_by(archive.entry)
-            target = suite + release[len(codename) :]
-            line = f"deb {f'[signed-by={key}] ' if key else ''}{archive.uri} {target}"
-            found.setdefault(line, set()).add(archive.component)
-    lines = [
-        f"{line} {' '.join(sorted(components)) if suite == codename else distribution.components}"
-        for line, components in sorted(found.items())
-        if "main" in components
-    ]
-    if any(f" {suite} " in line for line in lines):
-        return lines
+    """apt source lines for the suite, from the host's own mirrors, as host_archives() names them; none where it is of
+    another distribution: mmdebstrap knows the public ones.  `host`: what os-release says of it.  Raises Error where the
+    keys that all this is verified with aren't there."""
     if not os.path.isfile(distribution.keys):
         raise Error(
             f"{suite}: {distribution.keys} is missing: no package of {distribution.name} can be verified without it",
             f"sudo apt install {distribution.keyring}",
         )
-    return []
+    codename = host.get("VERSION_CODENAME", "") if host.get("ID") == distribution.id else ""
+    # Debian's unstable has no updates of its own.
+    pockets = ("",) if suite in ("sid", "unstable", "experimental") else ("", "-updates", "-security")
+    wanted = {codename + pocket: suite + pocket for pocket in pockets} if codename else {}
+    found: dict[str, set[str]] = {}
+    for uri, name, component in archives:
+        if name in wanted:
+            found.setdefault(f"deb [signed-by={distribution.keys}] {uri} {wanted[name]}", set()).add(component)
+    lines = [
+        f"{line} {' '.join(sorted(components)) if suite == codename else distribution.components}"
+        for line, components in sorted(found.items())
+        if "main" in components
+    ]
+    return lines if any(f" {suite} " in line for line in lines) else []
 
 
 def package_names(text: str) -> list[str]:
@@ -7342,7 +7223,7 @@ def plan_build(suite: str, more: Sequence[str], gigabytes: int) -> Build:
         raise UsageError(f"{suite!r} is no name of a suite", BUILD_HINT)
     check_builder()
     build = Build(suite, more, gigabytes)
-    build.sources = package_sources(suite, build.distribution, host_archives(), os_release())
+    build.sources = package_sources(suite, build.distribution, host_archives(build.distribution), os_release())
     return build
 
 
@@ -7448,7 +7329,7 @@ def unpack_system(archive: str, tree: str) -> dict[str, tuple[int, int]]:
     return owners
 
 
-def put_file(tree: str, name: str, content: str | bytes = "", link: str = "") -> None:
+def put_file(tree: str, name: str, content: str = "", link: str = "") -> None:
     """Write a file, or make a symlink, over what is there."""
     path = os.path.join(tree, name)
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -7488,19 +7369,6 @@ def configure_system(tree: str, disk_uuid: str, build: Build) -> None:
     for line in packaged_list("build/links"):
         name, target = line.split()
         put_file(tree, name, link=target)
-    put_sources(tree, build.sources)
-
-
-def put_sources(tree: str, sources: Sequence[str]) -> None:
-    """Let the guest's apt have its packages from where they came from, with the same keys; mmdebstrap does so itself
-    where it chose them."""
-    if not sources:
-        return
-    put_file(tree, "etc/apt/sources.list", "\n".join(sources) + "\n")
-    for key in set(re.findall(r"signed-by=/([^\s\]]+)", " ".join(sources))):
-        if not os.path.exists(os.path.join(tree, key)):
-            with open(f"/{key}", "rb") as file:
-                put_file(tree, key, file.read())
 
 
 def boot_links(tree: str) -> tuple[str, str]:
@@ -7555,10 +7423,8 @@ def restore_owners(tree: str, raw: str, owners: Mapping[str, tuple[int, int]], s
 
 def write_boot_loader(tree: str, raw: str, size: int) -> None:
     """What grub-install does to a disk's first sectors: boot.img, a partition table, and core.img right behind it.
-
     That is where both images expect it by default: boot.img loads sector 1, core.img's own first sector the rest from
-    sector 2 (GRUB 2.06, grub-core/boot/i386/pc).
-    """
+    sector 2 (GRUB 2.06, grub-core/boot/i386/pc)."""
     with open(os.path.join(tree, "usr/lib/grub/i386-pc/boot.img"), "rb") as file:
         boot = bytearray(file.read(440))
     with open(os.path.join(tree, "boot/grub/core.img"), "rb") as file:
@@ -7635,28 +7501,22 @@ def archive_state(build: Build, web: Web) -> str:
 
 
 def template_from_packages(cloud: Cloud, name: str, build: Build, settings: Mapping[str, str], again: bool) -> None:
-    """A template from a suite's packages: self-contained and bootable, with ssh, DHCP, python3 and no identity.
-
-    What was built before from the same packages is used, unless `again`.
-    """
+    """A template from a suite's packages: self-contained and bootable, with ssh, DHCP, python3 and no identity.  What
+    was built before from the same packages is used, unless `again`."""
     import shutil
 
     os.environ.update(apt_proxies())
     web = Web(min(10, cloud.config.number("vmDownloadTimeout")))
     cached = CachedImage(f"build-{build_recipe(build)}-{archive_state(build, web)}")
     cloud.tree.prepare()
-    with cached:
-        if cloud.tree.template(name).exists():
-            report.say(f"{name}: it is there, another command has just made it")
-            return
-        with NewTemplate(cloud, name) as new:
-            if not again and cached.is_there():
-                report.say(f"{name}: the build is in the cache: {cached.folder}")
-                shutil.copyfile(cached.image, new.disk)
-            else:
-                build_disk(build, new)
-                cached.keep(new.disk)
-            new.finish({**settings, "vmSource": build.title})
+    with cached, NewTemplate(cloud, name) as new:
+        if not again and cached.is_there():
+            report.say(f"{name}: the build is in the cache: {cached.folder}")
+            shutil.copyfile(cached.image, new.disk)
+        else:
+            build_disk(build, new)
+            cached.keep(new.disk)
+        new.finish({**settings, "vmSource": build.title})
 
 
 # Clones ##############################################################################################
@@ -8169,7 +8029,7 @@ class NewClones:
         extra = [vm.disk_name(number, extension) for number in range(1, len(request.disks) + 1)]
         for name, size in zip(extra, request.disks):
             create_disk(vm.file(name), size)
-        if takes_host_key(vm):
+        if is_planted(vm) or takes_seed(vm):  # with `auto` there may be no cloud-init to take it
             make_key(vm.host_key, f"root@{vm.name}")
         if request.user_data:
             write_file(vm.user_data_file, request.user_data, durable=False)
@@ -9691,7 +9551,7 @@ def snapshot_rows(tree: Tree, group: str) -> Iterator[tuple[str, ...]]:
 def give_identity(cloud: Cloud, vm: VM) -> None:
     """What a VM needs before its first start, for who holds its lock."""
     ensure_identity(cloud, vm)
-    if takes_host_key(vm) and not os.path.exists(vm.host_key):
+    if (is_planted(vm) or takes_seed(vm)) and not os.path.exists(vm.host_key):
         make_key(vm.host_key, f"root@{vm.name}")
     publish_keys(cloud, [vm])
 
@@ -10901,11 +10761,9 @@ class Finding:
 
 
 class Patient:
-    """What the checks look at: the configuration as far as it can be read, and the cloud that it describes.
-
-    `told`: what isn't well, as the check that is at work told it: state, text and the command that mends it; `deep`:
-    whether big files are read whole.
-    """
+    """What the checks look at: the configuration as far as it can be read, and the cloud that it describes.  `told`:
+    what isn't well, as the check that is at work told it: state, text and the command that mends it; `deep`: whether
+    big files are read whole."""
 
     def __init__(self, deep: bool = False) -> None:
         self.deep = deep
@@ -10988,20 +10846,6 @@ def examine_configuration(patient: Patient) -> str:
     return ", ".join(config_files()) or "the defaults"
 
 
-def examine_catalogue(patient: Patient) -> str:
-    """A wrong line of the user's own keeps only downloads from working."""
-    said: list[str] = []
-    well = ""
-    try:
-        well = plural(len(load_catalogue(said.append).entries), "system")
-    except UsageError as error:
-        said.append(str(error))
-    for text in said:
-        path = next(path for path in catalogue_files() if text.startswith(path))
-        patient.tell(WARNING, text, settings_command(path, text))
-    return well
-
-
 def examine_tree(patient: Patient) -> str:
     base = patient.tree.base
     place = existing_parent(base)
@@ -11019,7 +10863,7 @@ def examine_tree(patient: Patient) -> str:
     return f"{base}, which others may look into (chmod 700 keeps them out)" if os.stat(base).st_mode & 0o077 else base
 
 
-def examine_disk_space(patient: Patient) -> str:
+def examine_space(patient: Patient) -> str:
     place = existing_parent(patient.tree.base)
     free, cache = free_bytes(place), cache_home()
     text = f"{free // MIB} MB are free in {place}"
@@ -11096,7 +10940,7 @@ def examine_frozen(patient: Patient) -> str:
 
 
 def examine_qemu(patient: Patient) -> str:
-    qemu = patient.cloud.qemu()
+    qemu, _ = patient.cloud.qemu(), need_program("qemu-img")
     package = install_command(f"qemu-system-{os.uname().machine}")
     patient.tell(OK, f"{qemu.path}, version {qemu.version}", "")
     if "sandbox" not in qemu.options:
@@ -11121,6 +10965,10 @@ def examine_acceleration(patient: Patient) -> str:
     return "hardware acceleration (KVM)"
 
 
+def examine_ssh(patient: Patient) -> str:
+    return f"{need_program('ssh')}, {need_program('ssh-keygen')}"
+
+
 def examine_keys(patient: Patient) -> str:
     """nocloud's own key, which is made at first need, and the user's: without any of his he has nocloud's to log in
     with.  One that is there must be whole, and the user's alone."""
@@ -11143,11 +10991,7 @@ def examine_keys(patient: Patient) -> str:
 
 
 def examine_building(patient: Patient) -> str:
-    """VMs of other templates don't need it."""
-    try:
-        check_builder()
-    except Error as error:
-        patient.tell(WARNING, f"no template can be built here: {error}", error.hint)
+    check_builder()
     return "vmtemplate --build has what it needs"
 
 
@@ -11180,7 +11024,7 @@ def examine_tun(patient: Patient) -> str:
     return path
 
 
-def examine_private_programs(patient: Patient) -> str:
+def examine_private_network(patient: Patient) -> str:
     missing = [name for name in ("ip", "dnsmasq", "nsenter") if not find_program(name)]
     if missing:
         text = f"not found, and the private network needs it: {', '.join(missing)}"
@@ -11217,19 +11061,6 @@ def examine_private_subnet(patient: Patient) -> str:
     return f"{subnet}.0/24"
 
 
-def examine_inotify(patient: Patient) -> str:
-    """dnsmasq waits for changed files by inotify(7), and doesn't start without one."""
-    import ctypes
-
-    fd = ctypes.CDLL(None, use_errno=True).inotify_init1(os.O_CLOEXEC)
-    if fd < 0:
-        text = f"no inotify instance is to be had: {os.strerror(ctypes.get_errno())}"
-        patient.tell(WRONG, text, "sudo sysctl -w user.max_inotify_instances=1024")
-    else:
-        os.close(fd)
-    return "instances are to be had"
-
-
 # -- the host's bridge
 
 
@@ -11242,7 +11073,7 @@ def examine_bridge(patient: Patient) -> str:
     return f"{name} is up"
 
 
-def examine_helper(patient: Patient) -> str:
+def examine_bridge_helper(patient: Patient) -> str:
     for text, mend in patient.bridge.helper_faults():
         patient.tell(WRONG, text, mend)
     return patient.bridge.helper()
@@ -11348,19 +11179,6 @@ def examine_ufw(patient: Patient) -> str:
     return "it lets guests pass"
 
 
-def examine_network_manager(patient: Patient) -> str:
-    """NetworkManager leaves a bridge alone that it calls unmanaged, or connected externally."""
-    name = patient.bridge.interface
-    asked = ["nmcli", "-g", "GENERAL.STATE", "device", "show", name]
-    status, said = try_run(asked, 5) if find_program("nmcli") else (-1, "")
-    if status:
-        return "it doesn't run"
-    if "unmanaged" not in said and "external" not in said:
-        mend = f"sudo nmcli device set {name} managed no"
-        patient.tell(WARNING, f"it manages {name} ({said.strip()}), and may take its address away", mend)
-    return f"it leaves {name} alone"
-
-
 def examine_bridge_subnet(patient: Patient) -> str:
     settings = BridgeSettings(patient.config)
     clash, there = overlapping(settings), connected_network(settings.interface)
@@ -11391,45 +11209,26 @@ def examine_names(patient: Patient) -> str:
 
 Check = Callable[[Patient], str]  # tells the patient what isn't well; the words for all is well
 
-CHECKS: dict[str, Check] = {
-    "configuration": examine_configuration,
-    "catalogue": examine_catalogue,
-    "tree": examine_tree,
-    "space": examine_disk_space,
-    "vms": examine_vms,
-    "frozen": examine_frozen,
-    "qemu": examine_qemu,
-    "qemu-img": lambda patient: need_program("qemu-img"),
-    "acceleration": examine_acceleration,
-    "ssh": lambda patient: f"{need_program('ssh')}, {need_program('ssh-keygen')}",
-    "keys": examine_keys,
-    "building": examine_building,
-    "namespaces": examine_namespaces,
-    "tun": examine_tun,
-    "private-network": examine_private_programs,
-    "private-subnet": examine_private_subnet,
-    "way-out": examine_way_out,
-    "inotify": examine_inotify,
-    "bridge": examine_bridge,
-}
-BRIDGE_CHECKS: dict[str, Check] = {  # where there is one, or where there ought to be
-    "bridge-helper": examine_helper,
-    "bridge-conf": examine_bridge_conf,
-    "bridge-subnet": examine_bridge_subnet,
-    "dnsmasq": examine_dnsmasq,
-    "leases": examine_leases,
-    "publishing": examine_publishing,
-    "forwarding": examine_forwarding,
-    "firewalld": examine_firewalld,
-    "ufw": examine_ufw,
-    "networkmanager": examine_network_manager,
-    "names": examine_names,
-}
+
+def by_name(*checks: Check) -> dict[str, Check]:
+    return {check.__name__[len("examine_") :].replace("_", "-"): check for check in checks}
+
+
+CHECKS = by_name(
+    examine_configuration, examine_tree, examine_space, examine_vms, examine_frozen, examine_qemu, examine_acceleration,
+    examine_ssh, examine_keys, examine_building, examine_namespaces, examine_tun, examine_private_network,
+    examine_private_subnet, examine_way_out, examine_bridge,
+)  # fmt: skip
+BRIDGE_CHECKS = by_name(  # where there is one, or where there ought to be
+    examine_bridge_helper, examine_bridge_conf, examine_bridge_subnet, examine_dnsmasq, examine_leases,
+    examine_publishing, examine_forwarding, examine_firewalld, examine_ufw, examine_names,
+)  # fmt: skip
 ALL_CHECKS = {**CHECKS, **BRIDGE_CHECKS}
-OURS_ONLY = ("dnsmasq", "publishing", "forwarding", "firewalld", "ufw", "networkmanager", "names")  # else its owner's
-OF_NETWORK = {  # what is wrong there is a warning where VMs are on the other one
-    **dict.fromkeys(("namespaces", "private-network", "private-subnet", "inotify"), "private"),
+OURS_ONLY = ("dnsmasq", "publishing", "forwarding", "firewalld", "ufw", "names")  # else its owner's
+NEEDED_ON = {  # what is wrong there is a warning where VMs are on another network
+    **dict.fromkeys(("namespaces", "private-network", "private-subnet"), "private"),
     **dict.fromkeys(("bridge", *BRIDGE_CHECKS), "bridge"),
+    "building": "neither",  # VMs of other templates run
 }
 
 
@@ -11469,7 +11268,7 @@ def examine_one(name: str, patient: Patient) -> Iterator[Finding]:
             raise
         text = f"it can't be looked at: {type(error).__name__}: {error}"
         patient.tell(WARNING, text, "nocloud doctor --debug")
-    spared = OF_NETWORK.get(name, patient.network) != patient.network
+    spared = NEEDED_ON.get(name, patient.network) != patient.network
     for state, text, mend in patient.told or [(OK, well, "")]:
         badness = WARNING if state == WRONG and spared else state
         yield Finding(name, badness, printable(text), mend if os.geteuid() else re.sub(r"\bsudo ", "", mend))
@@ -12717,7 +12516,7 @@ def cmd_configure(config: Config, args: argparse.Namespace, words: list[str]) ->
 # Completion and manual ###############################################################################
 #
 # What comes from the declarations above: the words that a shell offers while one types, which its script in
-# etc/completion asks for; and the manual pages, whose prose is in etc/man.  README.md's tables are made of them too
+# etc/completion asks for; and the manual page, whose prose is in etc/man.  README.md's tables are made of them too
 # (tests/docs.py).
 
 PROBE = "\0"  # stands for the word that is being typed: no argument can have it
@@ -12775,9 +12574,7 @@ class Typed:
 
     def vms(self, wanted: Callable[[VM], bool] = VM.exists) -> list[str]:
         """What the wanted VMs, in the group and of the type that are named, can be called: NAME where that is enough.
-
-        GROUP/NAME, or GROUP/TYPE/NAME, where a group is being typed, and where several have the name.
-        """
+        GROUP/NAME, or GROUP/TYPE/NAME, where a group is being typed, and where several have the name."""
         left = [vm for vm in self.tree.vms(self.given.get("-g", ""), self.given.get("-t", "")) if wanted(vm)]
         names: list[str] = []
         ways: list[Callable[[VM], str]] = [lambda vm: vm.name, lambda vm: f"{vm.group}/{vm.name}"]
@@ -12806,7 +12603,6 @@ WORD_KINDS: dict[str, Callable[[Typed], Iterable[str]]] = {
     ],
     # Those in the confs: to read the bridge's leases is not worth it.
     "address": lambda typed: [vm.get("vmAddress") for vm in typed.tree.running() if vm.is_readable()],
-    "command": lambda typed: command_names(),
 }
 
 
@@ -12895,7 +12691,7 @@ def cmd_completion(config: Config, args: argparse.Namespace, words: list[str]) -
     report.data(completion(shell).rstrip("\n"))
 
 
-# -- the manual pages, in the man(7) macros of roff
+# -- the manual page, in the man(7) macros of roff
 
 ROFF = str.maketrans({  # what roff would take for something else: a hyphen, an accent, a typographic quote
     "\\": "\\e", "-": "\\-", "'": "\\(aq", "`": "\\(ga", '"': "\\(dq",
@@ -12973,23 +12769,10 @@ def manual() -> str:
     )
 
 
-def manual_of(command: Command) -> str:
-    """The page of one command."""
-    name = command.alias or f"nocloud-{command.name}"
-    return filled(
-        "man/command.man", TITLE=roff(name.upper()), VERSION=roff(__version__), NAME=roff(name),
-        HELP=wrapped(command.help), USAGE=man_usage(command), OPTIONS=man_options((*command.options, *GENERAL_OPTIONS)),
-    )  # fmt: skip
-
-
-@declare(Command("man", operands="[COMMAND]", complete=("command",)))
+@declare(Command("man"))
 def cmd_man(config: Config, args: argparse.Namespace, words: list[str]) -> None:
-    """print the manual page, or that of one command, as in: nocloud man >nocloud.1"""
-    no_more(words[1:])
-    names = {**ALIASES, **{each.name: each for each in visible_commands()}}
-    if words and words[0] not in names:
-        raise UsageError(f"{words[0]}: no such command", "nocloud -h lists them")
-    report.data((manual_of(names[words[0]]) if words else manual()).rstrip("\n"))
+    """print the manual page, as in: nocloud man >nocloud.1"""
+    report.data(manual().rstrip("\n"))
 
 
 # Installation ########################################################################################
@@ -13006,10 +12789,8 @@ SYSUSERS = "nocloud-sysusers.conf"
 
 @record
 class InstalledFile:
-    """A file of an installation: where it goes, and its content, or where the link points.
-
-    `conf`: users change it, and what they changed is kept.
-    """
+    """A file of an installation: where it goes, and its content, or where the link points.  `conf`: users change it,
+    and what they changed is kept."""
 
     path: str
     content: bytes = b""
@@ -13056,13 +12837,13 @@ def systemd_folder(prefix: str, name: str) -> str:
 
 
 class Installation:
-    """What is installed below one PREFIX, and the record of it; `root` is DESTDIR, '' for this host.
-
-    The record is written before each change, so that a call that was killed can be finished, or undone.
-    """
+    """What is installed below one PREFIX, and the record of it; `root` is DESTDIR, '' for this host.  The record is
+    written before each change, so that a call that was killed can be finished, or undone."""
 
     def __init__(self, prefix: str, root: str = "") -> None:
         """Raises UsageError where PREFIX can't stand in a unit file, Error where the record can't be relied on."""
+        import json
+
         if not re.fullmatch(r"(/(?!\.\.?(/|$))[A-Za-z0-9._+-]+)+/*", prefix):
             raise UsageError(f"PREFIX={prefix}: expected an absolute path of letters, digits and ._+-")
         self.prefix, self.root = prefix.rstrip("/"), root.rstrip("/")
@@ -13071,23 +12852,18 @@ class Installation:
         self.folders: list[str] = []  # those that weren't there before
         self.host: dict[str, Any] = {}  # what was changed on the host, and how it was before
         self.exists = os.path.exists(self.record)
-        if self.exists:
-            self._load()
-
-    def real(self, path: str) -> str:
-        return self.root + path
-
-    def _load(self) -> None:
-        import json
-
-        reason = untrusted(self.record)
-        if reason:
+        if not self.exists:
+            return
+        if reason := untrusted(self.record):
             raise Error(f"{self.record}: {reason}; it says what to remove, so it is not used", "chown root, chmod 644")
         try:
             known = json.loads(read_text(self.record))
             self.files, self.folders, self.host = dict(known["files"]), list(known["folders"]), dict(known["host"])
         except (ValueError, KeyError, TypeError) as error:
             raise Error(f"{self.record}: is damaged: {error!r}", "move it away, and install again") from None
+
+    def real(self, path: str) -> str:
+        return self.root + path
 
     def save(self, **host: Any) -> None:
         """Write the record, with what is going to be changed on the host."""
@@ -13204,22 +12980,18 @@ NEEDED_PROGRAMS = ("qemu-img", "ip", "dnsmasq", "nft", "ssh", "ssh-keygen", "nse
 
 
 def check_programs(config: Config) -> None:
-    """Raises MissingProgram, naming each with its package, and one command for all of them."""
+    """Raises MissingProgram, naming each, and one command that installs their packages."""
     qemu = f"qemu-system-{os.uname().machine}"
     missing = [] if find_program(qemu) or find_program("/usr/libexec/qemu-kvm") else [qemu]
     missing += [name for name in NEEDED_PROGRAMS if not find_program(name)]
     missing += [] if HostBridge(config).helper() else ["qemu-bridge-helper"]
     if missing:
-        _, column = choose_installer(os_release())
-        names = [f"{name} (package {package_of(name, column)})" for name in missing]
-        raise MissingProgram(f"not here yet: {', '.join(names)}; nothing was changed", install_command(*missing))
+        raise MissingProgram(f"not here yet: {', '.join(missing)}; nothing was changed", install_command(*missing))
 
 
 class HostSetup:
-    """What an installation changes on this host beside its own files; each part is harmless the second time.
-
-    How it was before is remembered in the installation's record, so that `undo` brings that back and no more.
-    """
+    """What an installation changes on this host beside its own files; each part is harmless the second time.  How it
+    was before is remembered in the installation's record, so that `undo` brings that back and no more."""
 
     def __init__(self, installation: Installation, config: Config) -> None:
         self.installation, self.config, self.before = installation, config, installation.host
@@ -13305,14 +13077,10 @@ class HostSetup:
     # modules, units
 
     def load_modules(self, modules: Sequence[str]) -> str:
-        loaded = []
-        for module in modules:
-            status, said = try_run(["modprobe", module], 60)
-            if status:
-                report.warn(f"modprobe {module}: {last_line(said)}")
-            else:
-                loaded.append(module)
-        return f"kernel modules, now and at each boot: {', '.join(loaded)}" if loaded else ""
+        status, said = try_run(["modprobe", "-a", *modules], 60) if modules else (-1, "")
+        if said:
+            report.warn(f"kernel modules: {last_line(said)}")
+        return "" if status else f"kernel modules, now and at each boot: {', '.join(modules)}"
 
     def start_units(self) -> str:
         if not systemd_runs():
@@ -13358,11 +13126,9 @@ def installed_config(installation: Installation) -> Config:
 
 
 def plan_subnet(installation: Installation, files: Sequence[InstalledFile]) -> str:
-    """Have the settings that are going to be installed name a subnet that is free on this host; what was chosen.
-
-    It stays what it is while the bridge is up, and where the user has changed the file.  Raises WrongState where that
-    can't be, or where a bridge of that name is somebody else's.
-    """
+    """Have the settings that are going to be installed name a subnet that is free on this host; what was chosen.  It
+    stays what it is while the bridge is up, and where the user has changed the file.  Raises WrongState where that
+    can't be, or where a bridge of that name is somebody else's."""
     settings = next(each for each in files if os.path.basename(each.path) == INSTALLED_CONFS[0])
     config = installed_config(installation)
     is_up = bridge_is_ours(config["bridgeInterface"])

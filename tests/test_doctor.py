@@ -199,20 +199,6 @@ def test_a_file_of_another_user(cloud: Cloud, programs: Path) -> None:
     well(cloud.run, "configuration")
 
 
-def test_a_catalogue_of_ones_own(cloud: Cloud, programs: Path) -> None:
-    own = cloud.home / "config/nocloud/templates.conf"
-    own.parent.mkdir(parents=True)
-    own.write_text("[mine]\nkind = wrong\n")
-    mend(cloud, ill(cloud.run, "catalogue", "warning", f"{own}:2"))
-    well(cloud.run, "catalogue")
-    own.write_text("[mine]\nkinds = cloud\n")
-    mend(cloud, ill(cloud.run, "catalogue", "warning", f"{own}:2", "kind?"))
-    well(cloud.run, "catalogue")
-    own.chmod(0o666)
-    mend(cloud, ill(cloud.run, "catalogue", "warning", "others may write"))
-    well(cloud.run, "catalogue")
-
-
 # The tree ############################################################################################
 
 
@@ -314,7 +300,7 @@ IN_SBIN = ("ip", "dnsmasq", "nft", "iptables")
     ("missing", "check", "state"),
     [
         (["qemu-system-x86_64"], "qemu", "wrong"),
-        pytest.param(["qemu-img"], "qemu-img", "wrong", marks=long),
+        pytest.param(["qemu-img"], "qemu", "wrong", marks=long),
         pytest.param(["ssh"], "ssh", "wrong", marks=long),
         (["ssh-keygen"], "ssh", "wrong"),
         (["dnsmasq", "nsenter"], "private-network", "wrong"),
@@ -390,7 +376,7 @@ def test_a_qemu_without_vvfat(cloud: Cloud, programs: Path) -> None:
 def test_building(cloud: Cloud, programs: Path) -> None:
     """What isn't there is named with what brings it; VMs start all the same."""
     assert not (programs / "mmdebstrap").exists()
-    assert "mmdebstrap" in ill(cloud.run, "building", "warning", "no template can be built here: mmdebstrap: not found")
+    assert "mmdebstrap" in ill(cloud.run, "building", "warning", "mmdebstrap: not found")
 
 
 # Keys ################################################################################################
@@ -493,8 +479,7 @@ def test_user_namespaces_that_the_distribution_denies(cloud: Cloud, name: str, f
 
 def test_no_inotify_instance_is_left(cloud: Cloud) -> None:
     with Inside(cloud, "echo 0 > /proc/sys/user/max_inotify_instances") as inside:
-        inside.mend(ill(inside.run, "inotify", "wrong", "Too many open files"))
-        well(inside.run, "inotify")
+        inside.run("net", "--private", "up").fails(1, "failed to create inotify: Too many open files")
 
 
 @root_only
@@ -902,26 +887,23 @@ def fake(host: Host, name: str, script: str) -> Path:
     return path
 
 
-def test_firewalld_networkmanager_and_resolved(host: Host) -> None:
+def test_firewalld_and_resolved(host: Host) -> None:
     """Programs in their place that keep what they are told, as those do."""
     run, home = look(host), host.cloud.home
     (home / "zone").write_text("public\n")
-    (home / "state").write_text("100 (connected)\n")
     (home / "domains").write_text("Link 3 (nocloud):\n")
     firewalld = f"--get-zone*) cat {home}/zone;; *--change*) echo trusted >{home}/zone;;"
-    manager = f'-g*) cat {home}/state;; *"managed no") echo "10 (unmanaged)" >{home}/state;;'
     resolved = f'"domain nocloud") cat {home}/domains;; *~*) echo "$@" >>{home}/domains;;'
-    scripts = {"firewall-cmd": firewalld, "nmcli": manager, "resolvectl": resolved}
+    scripts = {"firewall-cmd": firewalld, "resolvectl": resolved}
     paths = [fake(host, name, f'case "$*" in {script} esac') for name, script in scripts.items()]
     host.shell("mkdir -p /run/systemd/resolve").ok()
     try:
-        for check, words in (("firewalld", "public"), ("networkmanager", "connected"), ("names", "don't resolve")):
+        for check, words in (("firewalld", "public"), ("names", "don't resolve")):
             mend_at(host, ill(run, check, "warning", words))
             well(run, check)
         (home / "zone").write_text("\n")
         mend_at(host, ill(run, "firewalld", "warning", "none of its zones"))
-        (home / "state").write_text("100 (connected (externally))\n")
-        well(run, "firewalld", "networkmanager")
+        well(run, "firewalld")
     finally:
         for path in paths:
             path.unlink()

@@ -235,7 +235,7 @@ def test_what_is_missing_is_named_before_anything_changes(
     told, hint = done.stderr.splitlines()[:2]
     assert done.status != 0 and told.endswith("nothing was changed") and hint.startswith(f"(hint: sudo {packages}")
     for name in (*missing, "qemu-bridge-helper"):
-        assert f"{name} (package " in told, done
+        assert name in told, done
     assert host.changes() == before
 
 
@@ -299,12 +299,12 @@ esac""",
     host.run("mount --bind /run/cpuinfo /proc/cpuinfo").ok()
     done = host.make("install").ok()
     assert "kernel modules, now and at each boot: kvm_amd, tun\n" in done.stderr
-    assert host.file("/run/loaded").read_text() == "kvm_amd\ntun\n"
+    assert host.file("/run/loaded").read_text() == "-a kvm_amd tun\n"
     conf = host.file("/usr/local/lib/modules-load.d/nocloud.conf")
     assert [line for line in conf.read_text().splitlines() if line[0] != "#"] == ["kvm_amd", "tun"]
     host.program("modprobe", "#!/bin/sh\n[ $1 = --dry-run ] || { echo modprobe: no such thing >&2; exit 1; }")
     done = host.make("install").ok()
-    assert "warning: modprobe vhost_net: modprobe: no such thing" in done.stderr and "kernel modules" not in done.stderr
+    assert "warning: kernel modules: modprobe: no such thing" in done.stderr and "now and at each" not in done.stderr
 
 
 def test_the_units_are_enabled_started_stopped_and_disabled(host: Host) -> None:

@@ -95,7 +95,7 @@ class Parsers:
         return list(map(nocloud.suboptions, process.values("monitor"))), process.mac
 
     def read(self, data: bytes) -> object:
-        catalogue = nocloud.Catalogue(lambda text: None)
+        catalogue = nocloud.Catalogue()
         catalogue.read(text(data), "FILE")
         return [nocloud.ENTRY_KEYS["image"](each["image"]) for each in catalogue.entries.values() if each["image"]]
 
