@@ -6,7 +6,7 @@ One line, ``debian12:5:web:mem=1024;name=web``, becomes five virtual machines th
 and addresses, and answer ssh and ansible; one command later they are gone without a trace.
 
 The module is read top to bottom: each section uses only those above it.  Nothing happens at import.
-Modules that only some commands need are imported where they are used: a listing must start fast.
+Modules that only some commands need are imported at their first use: a listing must start fast.
 
     Errors, records, reports         exit statuses, the errors, the only prints
     Files, locks, waits              files that land by rename, locks, threads, waits
@@ -62,12 +62,44 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 TYPE_CHECKING = False  # typing costs 7 ms at start-up and nothing here needs it at run time
 if TYPE_CHECKING:
     import argparse
+    import contextlib
+    import ctypes
+    import difflib
+    import grp
+    import hashlib
     import http.client
+    import json
+    import pwd
+    import select
+    import shlex
+    import shutil
     import socket
     import subprocess
+    import threading
     import urllib.request
+    import zipfile
     from dataclasses import dataclass as record
     from typing import Any
+else:
+
+    class Module:
+        """A module of the standard library, which is imported when something of it is first asked for."""
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getattr__(self, name: str) -> Any:
+            import importlib
+
+            value = getattr(importlib.import_module(self.name), name)
+            setattr(self, name, value)
+            return value
+
+    _LATER = (
+        "contextlib", "ctypes", "difflib", "grp", "hashlib", "json", "pwd", "select", "shlex", "shutil", "socket",
+        "subprocess", "threading", "zipfile",
+    )  # fmt: skip
+    globals().update({name: Module(name) for name in _LATER})
 
 __version__ = "0.1.0"
 
@@ -297,16 +329,12 @@ def plural(count: int, noun: str) -> str:
 
 def did_you_mean(word: str, names: Iterable[str], otherwise: str = "", before: str = "") -> str:
     """`before` and the question whether the name most like `word` is meant; `otherwise` where none is like it."""
-    import difflib
-
     lower = {name.lower(): name for name in names}
     found = difflib.get_close_matches(word.lower(), lower, 1)
     return f"{before}did you mean {lower[found[0]]}?" if found else otherwise
 
 
 def quoted(*paths: str) -> str:
-    import shlex
-
     return shlex.join(paths)
 
 
@@ -403,8 +431,6 @@ def remove_empty(path: str) -> None:
 
 def remove_tree(folder: str) -> None:
     """Remove a folder and what is in it; symlinks in it are removed, never followed."""
-    import shutil
-
     if os.path.islink(folder):
         raise Error(f"{folder}: is a symlink; it is not removed", "remove it yourself")
     try:
@@ -451,8 +477,6 @@ def free_bytes(path: str) -> int:
 
 def file_digest(path: str, algorithm: str = "sha256") -> str:
     """The checksum of a file, in hexadecimal, read in pieces of 1 MB."""
-    import hashlib
-
     digest = hashlib.new(algorithm)
     with open(path, "rb") as file:
         for piece in iter(lambda: file.read(MIB), b""):
@@ -625,8 +649,6 @@ def wait_for(ready: Callable[[], bool], seconds: float, interval: float = 0.02) 
 
 def readable(file: Any, seconds: float) -> bool:
     """Whether there is something to read, or its end, within `seconds`.  A cancelled wait ends at once."""
-    import select
-
     poll = select.poll()
     poll.register(file, select.POLLIN)
     return wait_for(lambda: bool(poll.poll(max(0, min(seconds, 0.1)) * 1000)), seconds, 0)
@@ -1071,8 +1093,6 @@ def guest_script(name: str, root: bool = False, **given: object) -> str:
 
     `root`: it is run by root, or by a login that may become root without a password.
     """
-    import shlex
-
     values = "".join(f"{key}={shlex.quote(str(value))}\n" for key, value in given.items())
     script = values + need_packaged(f"guest/{name}")
     return f's=; [ "$(id -u)" = 0 ] || s="sudo -n"; exec $s sh -c {shlex.quote(script)}' if root else script
@@ -1087,8 +1107,6 @@ def packaged_files(folder: str) -> list[str]:
     """The paths, relative to it and sorted, of all files below a folder of `etc/`; packaged() reads them."""
     origin, start = os.path.dirname(os.path.realpath(__file__)), os.path.join("etc", folder, "")
     if os.path.isfile(origin):
-        import zipfile
-
         with zipfile.ZipFile(origin) as archive:
             names = archive.namelist()
     else:
@@ -1140,8 +1158,6 @@ def config_files() -> list[str]:
 
 def allowing_line(path: str, text: str) -> str:
     """What `trusted` says of a file that is allowed as it is: a line of sha256sum(1)."""
-    import hashlib
-
     return f"{hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()}  {os.path.realpath(path)}"
 
 
@@ -1261,8 +1277,6 @@ def popen(argv: Sequence[str], env: Mapping[str, str] | None = None, **how: Any)
 
     Raises MissingProgram.
     """
-    import subprocess
-
     inherited = {key: value for key, value in os.environ.items() if key != "LANGUAGE"}
     environment = {**inherited, "LC_ALL": "C.UTF-8", **(env or {})}
     return subprocess.Popen(traced(argv), env=environment, **{"stdin": subprocess.DEVNULL, **how})
@@ -1281,8 +1295,6 @@ def run(
 
     Raises MissingProgram, CommandFailed (unless `check` is off) and TimedOut after `timeout` seconds.
     """
-    import subprocess
-
     stdin = subprocess.DEVNULL if input is None else subprocess.PIPE
     stderr = subprocess.STDOUT if merge else subprocess.PIPE
     with popen(argv, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, **how) as child:
@@ -1320,9 +1332,6 @@ def land(moves: Mapping[str, str]) -> None:
 def end_session(leader: subprocess.Popen[bytes], seconds: float | None) -> None:
     """End a program and its session.  SIGTERM first, and `seconds` (None: all that it wants) to clean up: ssh takes its
     ProxyCommand with it, mmdebstrap its half-made system."""
-    import contextlib
-    import subprocess
-
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(leader.pid, number)
@@ -1342,9 +1351,6 @@ def run_watched(
     It has a session of its own, all of which ends when we are interrupted, with TimedOut after `timeout` seconds
     (0: never), and as soon as `host` has ended, the qemu that it talks to.
     """
-    import select
-    import subprocess
-
     child = popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **how)
     assert child.stdout
     cancellation.children.add(child)
@@ -1425,8 +1431,6 @@ def become(argv: Sequence[str]) -> None:
 
 def user_name(uid: int | None = None) -> str:
     """The login of a user, by default of whoever calls this; his number where he has none, as in some containers."""
-    import pwd
-
     uid = os.geteuid() if uid is None else uid
     try:
         return pwd.getpwuid(uid).pw_name
@@ -1542,8 +1546,6 @@ def image_info(path: str, format: str) -> dict[str, Any]:
     -U: a running VM holds the image's lock, and looking does no harm.  Absolute, here and below: a relative name with
     a colon would be taken for a protocol (nbd:HOST:PORT, json:{…}).
     """
-    import json
-
     try:
         answer = run(["qemu-img", "info", "-U", "--output=json", "-f", format, os.path.abspath(path)], merge=False)
     except CommandFailed as failed:
@@ -1790,8 +1792,6 @@ def set_writable(path: str, writable: bool) -> None:
 
 def converted_size(source: str, format: str) -> int:
     """The bytes that convert_image's copy will take; more than the image itself where that is compressed."""
-    import json
-
     words = ["measure", "--output=json", "-f", format, "-O", "qcow2", os.path.abspath(source)]
     return int(json.loads(run(["qemu-img", *words], merge=False).stdout)["required"])
 
@@ -1829,8 +1829,6 @@ class QMP:
 
     def execute(self, command: str, **arguments: Any) -> Any:
         """What the command returns.  Of arguments' names, `_` stands for `-`."""
-        import json
-
         self._serial += 1
         given = {name.replace("_", "-"): value for name, value in arguments.items()}
         request = {"execute": command, "id": self._serial, **({"arguments": given} if given else {})}
@@ -1860,9 +1858,7 @@ class QMP:
 
     def give(self, fd: int, name: str) -> None:
         """Give qemu a descriptor, which commands call by this name."""
-        import socket as sockets
-
-        sockets.send_fds(self._socket, [b" "], [fd])
+        socket.send_fds(self._socket, [b" "], [fd])
         self.execute("getfd", fdname=name)
 
     def _send(self, data: bytes) -> None:
@@ -1873,15 +1869,13 @@ class QMP:
 
     def _receive(self) -> None:
         """Add what comes next to the buffer."""
-        import socket as sockets
-
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimedOut("qemu: no answer on its control socket")
         self._socket.settimeout(left)
         try:
             piece = self._socket.recv(65536)
-        except sockets.timeout:  # TimeoutError itself only since Python 3.10
+        except socket.timeout:  # TimeoutError itself only since Python 3.10
             return
         except OSError:
             piece = b""
@@ -1903,10 +1897,8 @@ class QMP:
 
 def connect_unix(folder: str, name: str, seconds: float) -> socket.socket:
     """Connect to a socket in a folder whose path may be longer than the 107 bytes that sun_path holds."""
-    import socket as sockets
-
     place = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    connection = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.settimeout(seconds)
         connection.connect(f"/proc/self/fd/{place}/{name}")
@@ -1920,10 +1912,8 @@ def connect_unix(folder: str, name: str, seconds: float) -> socket.socket:
 
 def listen_unix(folder: str, name: str) -> socket.socket:
     """Listen at a socket in a folder, as connect_unix() connects; no other user may."""
-    import socket as sockets
-
     place = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    path, listener = f"/proc/self/fd/{place}/{name}", sockets.socket(sockets.AF_UNIX)
+    path, listener = f"/proc/self/fd/{place}/{name}", socket.socket(socket.AF_UNIX)
     try:
         remove_file(path)
         listener.bind(path)
@@ -1939,8 +1929,6 @@ def listen_unix(folder: str, name: str) -> socket.socket:
 
 def parse_qmp(line: bytes | str) -> dict[str, Any]:
     """A QMP message; raises QMPError where it is none."""
-    import json
-
     with Parsing(QMPError, "qemu: what it said on its control socket is not QMP"):
         message: dict[str, Any] = json.loads(line)
         return {**message, **{key: {**message[key]} for key in ("data", "error") if key in message}}
@@ -2094,8 +2082,6 @@ def connect_foreign(process: QemuProcess, vm: VM, seconds: float) -> HMP:
 
     A port is only taken for qemu's where it listens on this host's loopback, in the network namespace that we are in.
     """
-    import socket as sockets
-
     for options in map(suboptions, process.values("monitor")):
         way, _, place = next(iter(options)).partition(":")
         host, _, port = place.rpartition(":")
@@ -2106,7 +2092,7 @@ def connect_foreign(process: QemuProcess, vm: VM, seconds: float) -> HMP:
                 return HMP("", seconds, connection=connect_unix(os.path.dirname(path), os.path.basename(path), seconds))
             here = os.path.samefile(f"/proc/{process.pid}/ns/net", "/proc/self/ns/net")
             if way == "telnet" and here and host in ("", "localhost", "127.0.0.1", "0.0.0.0"):
-                return HMP("", seconds, connection=sockets.create_connection(("127.0.0.1", int(port)), seconds))
+                return HMP("", seconds, connection=socket.create_connection(("127.0.0.1", int(port)), seconds))
         except (QMPClosed, OSError, ValueError, OverflowError):
             continue  # another one, perhaps
     raise QMPClosed("nocloud didn't start it, and its qemu has no monitor to talk to", vm=vm)
@@ -2594,8 +2580,6 @@ def find_qemu(config: Config) -> str:
 
 def probe_qemu(config: Config) -> Qemu:
     """What the binary is and has: its version, the versioned name of its newest q35, the options it was built with."""
-    import json
-
     path = find_qemu(config)
     asked = ["qmp_capabilities", "query-version", "query-machines", "query-command-line-options", "quit"]
     words = "".join(json.dumps({"execute": name, "id": name}) + "\n" for name in asked)
@@ -2725,8 +2709,6 @@ def device_denied(path: str) -> str:
 
 def device_command(path: str, group: str) -> str:
     """The command that lets this user open a device: through the group that it belongs to, or that it ought to."""
-    import grp
-
     info, user, mend = os.stat(path), user_name(), ""
     if os.geteuid() == 0:
         return f"in a container: give it the device {path}"
@@ -3092,8 +3074,6 @@ class Network:
 
     def hold(self) -> Any:
         """A context in which the network is up and stays up."""
-        import contextlib
-
         self.up()
         return contextlib.nullcontext()
 
@@ -3106,9 +3086,7 @@ class Network:
 
     def socket(self) -> socket.socket:
         """A TCP socket, not yet connected, that reaches the VMs."""
-        import socket as sockets
-
-        return sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM)
+        return socket.socket(socket.AF_INET, socket.SOCK_STREAM)
 
     def enter(self, argv: Sequence[str]) -> tuple[list[str], list[int]]:
         """(words, descriptors to pass on) that run `argv` where the network is."""
@@ -3187,8 +3165,6 @@ def overlap(one: int, length: int, other: int, its_length: int) -> bool:
 
 def ip_json(*words: str) -> list[dict[str, Any]]:
     """What `ip -json` says (ip(8))."""
-    import json
-
     answer = json.loads(run(["ip", "-json", "-4", *words]).stdout or "[]")
     return [each for each in answer if each]
 
@@ -3387,8 +3363,6 @@ class Inbox:
 
     @property
     def mark(self) -> str:
-        import hashlib  # 3 ms, which most commands don't need
-
         return f"# tree {hashlib.sha256(self._tree.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}\n"
 
     def denied(self) -> bool:
@@ -3455,8 +3429,6 @@ CLONE_NEWUSER, CLONE_NEWNET, CLONE_NEWNS = 0x10000000, 0x40000000, 0x20000  # li
 
 def trim_memory() -> None:
     """Give freed memory back to the system: where no bytecode was cached, 12 MB that compiling this module took."""
-    import ctypes
-
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except AttributeError:
@@ -3465,8 +3437,6 @@ def trim_memory() -> None:
 
 def libc_call(name: str, *numbers: int) -> None:
     """unshare(2) or setns(2) of libc; module os has them only from Python 3.12 on."""
-    import ctypes
-
     if getattr(ctypes.CDLL(None, use_errno=True), name)(*numbers):
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")
@@ -3551,21 +3521,16 @@ class Gate:
     """
 
     def __init__(self, spaces: Namespaces) -> None:
-        import socket as sockets
-        import threading
-
-        self._socket, its = sockets.socketpair(sockets.AF_UNIX, sockets.SOCK_SEQPACKET)
+        self._socket, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._lock = threading.Lock()
         self.pid = fork_child(lambda: serve_gate(spaces, its), keep=(its.fileno(), spaces.user, spaces.net))
         its.close()
 
     def open(self, kind: bytes) -> int:
         """A descriptor: `tap NAME`, on the network's bridge, or `tcp`, a socket.  OSError: the gate's words."""
-        import socket as sockets
-
         with self._lock:
             self._socket.send(kind)
-            text, fds, _, _ = sockets.recv_fds(self._socket, 256, 1)
+            text, fds, _, _ = socket.recv_fds(self._socket, 256, 1)
         if not fds:
             raise BrokenPipeError(errno.EPIPE, text.decode("utf-8", "replace") or "the private network is gone")
         os.set_inheritable(fds[0], False)
@@ -3578,16 +3543,14 @@ class Gate:
 
 def serve_gate(spaces: Namespaces, asked: socket.socket) -> None:
     """In the gate: answer each request with a descriptor, or why there is none, until the other end is gone."""
-    import socket as sockets
-
     spaces.enter()
     for words in iter(lambda: asked.recv(64).decode().split(), []):
         try:
-            fd = make_tap(words[1]) if words[0] == "tap" else sockets.socket().detach()
+            fd = make_tap(words[1]) if words[0] == "tap" else socket.socket().detach()
         except OSError as error:
             asked.send(str(error_from_os(error)).encode())
         else:
-            sockets.send_fds(asked, [b"+"], [fd])
+            socket.send_fds(asked, [b"+"], [fd])
             os.close(fd)
 
 
@@ -3603,11 +3566,9 @@ def tap_name() -> str:
 
 def make_tap(card: str) -> int:
     """A tap of this name on the bridge of the private network that we are in, for `-netdev tap,fd=N`."""
-    import socket as sockets
-
     tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        with sockets.socket(sockets.AF_INET, sockets.SOCK_DGRAM) as control:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
             request = struct.pack("16sH22x", card.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
             name = fcntl.ioctl(tap, TUNSETIFF, request)[:16]
             index = struct.unpack_from("i", fcntl.ioctl(control, SIOCGIFINDEX, name + bytes(24)), 16)[0]
@@ -3717,8 +3678,6 @@ class PrivateNetwork(Network):
 
     def hold(self) -> Any:
         """The folder's lock, held shared.  Another command may have ended the network that we know and made it anew."""
-        import contextlib
-
         self.used = True
         stack = contextlib.ExitStack()
         for _ in range(5):
@@ -3833,11 +3792,8 @@ class PrivateNetwork(Network):
 
         It must not look at its own pidfile: the lock would be gone when that is closed.
         """
-        import contextlib
-        import socket as sockets
-
         self._spaces = Namespaces(os.getpid(), *places)
-        with sockets.socket(sockets.AF_NETLINK, sockets.SOCK_RAW) as changes:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as changes:
             changes.bind((0, RTMGRP_IPV4_IFADDR | RTMGRP_IPV4_ROUTE))
             changes.settimeout(FOLLOW_SECONDS)
             while True:
@@ -3996,8 +3952,6 @@ class PrivateNetwork(Network):
 
     def admit(self, vms: Iterable[VM]) -> None:
         """From no other VM's tap comes what has the MACs and addresses of these, where nft has rules for bridges."""
-        import contextlib
-
         pairs = {(vm.get("vmMac"), vm.get("vmAddress")) for vm in vms}
         cards = {pair: tap_name() for pair in pairs if all(pair) and pair not in self._cards}
         if cards and find_program("nft"):
@@ -4019,9 +3973,7 @@ class PrivateNetwork(Network):
             raise Error(f"no tap for the private network: {error.strerror}") from None
 
     def socket(self) -> socket.socket:
-        import socket as sockets
-
-        return sockets.socket(fileno=self.gate().open(b"tcp"))
+        return socket.socket(fileno=self.gate().open(b"tcp"))
 
     def enter(self, argv: Sequence[str]) -> tuple[list[str], list[int]]:
         """nsenter keeps session, folder and descriptors, and becomes the program."""
@@ -4055,8 +4007,6 @@ class PrivateNetwork(Network):
 
     def proxy_command(self) -> str:
         """ssh runs outside: inside, root's files in ssh_config.d look foreign to it, and the home is root's."""
-        import shlex
-
         words = ["env", f"NOCLOUD_vmBaseDir={self.tree.base}", *self_argv("net", "--fdpass", "connect")]
         way = shlex.join(words).replace("%", "%%")
         return f"{way} %h %p"
@@ -4067,23 +4017,21 @@ class PrivateNetwork(Network):
         `hand_over`: give the connection itself to ssh, over the socket that is our stdout (ssh_config(5),
         ProxyUseFdpass), and be done: no process stays for a session.
         """
-        import socket as sockets
-
         if is_ipv4(address):
             self.namespaces().enter()
         else:
             self.move_in()
         try:
-            connection = sockets.create_connection((address, port), 30)
+            connection = socket.create_connection((address, port), 30)
         except OSError as error:
             raise Error(f"{address}:{port}: {error.strerror or 'no answer within 30 s'}") from None
         connection.settimeout(None)
-        connection.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_NODELAY, 1)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if not hand_over:
             relay(connection)
             return
-        with sockets.socket(fileno=os.dup(1)) as ssh:
-            sockets.send_fds(ssh, [b"\0"], [connection.fileno()])
+        with socket.socket(fileno=os.dup(1)) as ssh:
+            socket.send_fds(ssh, [b"\0"], [connection.fileno()])
 
     def status(self) -> Iterator[str]:
         """Lines for people: whether it is up, and who is on it."""
@@ -4141,12 +4089,9 @@ RELAY_BYTES = 256 * 1024
 
 def relay(connection: socket.socket) -> None:
     """Join stdin and stdout to the connection; each end of file is passed on, and both ends end it."""
-    import socket as sockets
-    import threading
-
     for fd in (0, 1):
         os.set_blocking(fd, True)  # a terminal that another program shares may not be
-    send = (lambda: os.read(0, RELAY_BYTES), connection.sendall, lambda: connection.shutdown(sockets.SHUT_WR))
+    send = (lambda: os.read(0, RELAY_BYTES), connection.sendall, lambda: connection.shutdown(socket.SHUT_WR))
     sender = threading.Thread(target=pump, args=send, daemon=True)
     sender.start()
     pump(lambda: connection.recv(RELAY_BYTES), lambda data: write_all(1, data), lambda: os.close(1))
@@ -4155,8 +4100,6 @@ def relay(connection: socket.socket) -> None:
 
 def pump(source: Callable[[], bytes], sink: Callable[[bytes], object], finish: Callable[[], object]) -> None:
     """From source to sink, until the one ends or the other is gone; then `finish`, if that is still there."""
-    import contextlib
-
     with contextlib.suppress(OSError):
         for data in iter(source, b""):
             sink(data)
@@ -4287,8 +4230,6 @@ def iptables_programs() -> list[str]:
 
 def iptables_rules(program: str) -> list[list[str]]:
     """The words of each line of `iptables -S`: -P CHAIN POLICY, -N CHAIN, -A CHAIN RULE."""
-    import shlex
-
     return [shlex.split(line) for line in run([program, "-w", "10", "-S"]).stdout.splitlines() if line.startswith("-")]
 
 
@@ -4351,8 +4292,6 @@ def open_firewalls(interface: str) -> None:
 
 def close_firewalls(interface: str) -> None:
     """Take away exactly what open_firewalls added.  ufw's rules outlive its end, and are looked for wherever it is."""
-    import shlex
-
     for program in iptables_programs():
         close_iptables(program)
     added = try_run(["ufw", "show", "added"], 30)[1] if find_program("ufw") else ""
@@ -4370,8 +4309,6 @@ def dropping_chains(interface: str) -> list[str]:
 
     Nobody can undo that but their owner.  Those of iptables, ufw and firewalld are told in their own way.
     """
-    import json
-
     status, said = try_run(["nft", "-j", "list", "chains"], 30)
     chains = [each["chain"] for each in json.loads(said)["nftables"] if "chain" in each] if status == 0 else []
     found = [
@@ -4689,9 +4626,6 @@ def bound_sockets(kind: str, port: int) -> list[tuple[str, int]]:
 
 def account(names: Sequence[str], group: bool = False) -> tuple[str, int]:
     """(name, id) of the first user, or group, of these that there is; root where there is none."""
-    import grp
-    import pwd
-
     for name in names:
         try:
             return name, grp.getgrnam(name).gr_gid if group else pwd.getpwnam(name).pw_uid
@@ -4919,14 +4853,12 @@ class HostBridge(Network):
 
     def tap(self, vm: VM | None = None) -> tuple[int, int]:
         """The helper makes the tap, puts it on the bridge and sends it over a socket pair (qemu-bridge-helper.c)."""
-        import socket as sockets
-
-        mine, its = sockets.socketpair(sockets.AF_UNIX, sockets.SOCK_STREAM)
+        mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with mine, its:
             words = ["--use-vnet", f"--br={self.interface}", f"--fd={its.fileno()}"]
             run([self.helper() or "qemu-bridge-helper", *words], pass_fds=[its.fileno()])
             mine.settimeout(5)
-            _, fds, _, _ = sockets.recv_fds(mine, 16, 1)
+            _, fds, _, _ = socket.recv_fds(mine, 16, 1)
         if not fds:
             raise Error(f"qemu-bridge-helper gave no tap on {self.interface}")
         os.set_inheritable(fds[0], False)
@@ -5013,8 +4945,6 @@ def helper_rules(path: str, depth: int = 8) -> dict[tuple[str, str], str]:
 
 def group_command(gid: int, user: str = "") -> str:
     """What makes a user, by default this one, a member of a group."""
-    import grp
-
     try:
         group = grp.getgrgid(gid).gr_name
     except KeyError:
