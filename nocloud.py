@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     import grp
     import hashlib
     import http.client
+    import ipaddress
     import json
     import pwd
     import select
@@ -96,8 +97,8 @@ else:
             return value
 
     _LATER = (
-        "contextlib", "ctypes", "difflib", "grp", "hashlib", "json", "pwd", "select", "shlex", "shutil", "socket",
-        "subprocess", "threading", "zipfile",
+        "contextlib", "ctypes", "difflib", "grp", "hashlib", "ipaddress", "json", "pwd", "select", "shlex", "shutil",
+        "socket", "subprocess", "threading", "zipfile",
     )  # fmt: skip
     globals().update({name: Module(name) for name in _LATER})
 
@@ -3150,43 +3151,35 @@ def write_proc(path: str, value: str) -> None:
 # -- addresses
 
 
-def ipv4_number(text: str) -> int:
-    return int.from_bytes(map(int, text.split(".")), "big")
-
-
-def ipv4_text(number: int) -> str:
-    return ".".join(map(str, number.to_bytes(4, "big")))
-
-
-def overlap(one: int, length: int, other: int, its_length: int) -> bool:
-    """Whether two IPv4 networks have addresses in common."""
-    return not (one ^ other) >> (32 - min(length, its_length))
-
-
 def ip_json(*words: str) -> list[dict[str, Any]]:
     """What `ip -json` says (ip(8))."""
     answer = json.loads(run(["ip", "-json", "-4", *words]).stdout or "[]")
     return [each for each in answer if each]
 
 
-def networks_in_use(without: str = "") -> Iterator[tuple[str, int, int]]:
-    """(who, network, prefix length) of each address and route of the host but those of the interface `without`.
+def networks_in_use(without: str = "") -> Iterator[tuple[str, ipaddress.IPv4Network]]:
+    """(who, network) of each address and route of the host but those of the interface `without`.
 
     Default routes don't count, nor the two halves of the world that a VPN has instead.
     """
     for card in ip_json("address"):
         for each in card.get("addr_info", ()):
             if card["ifname"] != without:
-                length = each["prefixlen"]
-                network = ipv4_number(each["local"]) >> (32 - length) << (32 - length)
-                yield f"{card['ifname']} has {each['local']}/{length}", network, length
+                own = f"{each['local']}/{each['prefixlen']}"
+                yield f"{card['ifname']} has {own}", ipaddress.IPv4Network(own, strict=False)
     for route in ip_json("route", "show", "table", "all"):
-        address, _, length = route["dst"].partition("/")
-        if not is_ipv4(address) or route.get("type") in ("local", "broadcast") or route.get("dev") == without:
-            continue
-        if int(length or 32) > 1 and route.get("protocol") != "kernel":  # the kernel's own is of an address above
-            who = f"there is a route to {route['dst']}" + (f" by {route['dev']}" if "dev" in route else "")
-            yield who, ipv4_number(address), int(length or 32)
+        # a route of the kernel's own is that of an address above
+        others = route.get("type") not in ("local", "broadcast") and route.get("protocol") != "kernel"
+        if others and is_ipv4(route["dst"].partition("/")[0]) and route.get("dev") != without:
+            network = ipaddress.IPv4Network(route["dst"])
+            if network.prefixlen > 1:
+                yield f"there is a route to {route['dst']}" + (f" by {route['dev']}" if "dev" in route else ""), network
+
+
+def first_free(networks: Iterable[str], taken: Iterable[ipaddress.IPv4Network]) -> str:
+    """The first of these networks, as 10.88.0.0/24, that overlaps none that is taken; '' where all do."""
+    others = list(taken)
+    return next((each for each in networks if not any(map(ipaddress.IPv4Network(each).overlaps, others))), "")
 
 
 # -- daemons
@@ -3636,8 +3629,7 @@ class PrivateNetwork(Network):
         path = self.file("subnet")
         if not os.path.exists(path):
             make_private_folder(self.folder)
-            free = free_subnet([(network, length) for _, network, length in networks_in_use()])
-            write_file(path, free + "\n")
+            write_file(path, free_subnet([network for _, network in networks_in_use()]) + "\n")
         text = read_text(path).strip()
         if not re.fullmatch(r"10\.[0-9]{1,3}\.[0-9]{1,3}", text):
             raise Error(f"{path}: {text!r} is not the beginning of an address", f"echo 10.88.0 >{path}")
@@ -4067,16 +4059,16 @@ def namespaces_denied(reason: str) -> Error:
     return Error(f"the private network can't be made: {reason}", hint)
 
 
-def free_subnet(taken: Sequence[tuple[int, int]]) -> str:
+def free_subnet(taken: Sequence[ipaddress.IPv4Network]) -> str:
     """The first /24 of 10.88 to 10.127 that overlaps none of these networks, as `10.88.0`.
 
     A VPN may claim all of 10.0.0.0/8: where nothing is left, only narrower networks count.
     """
     for widest in (2, 9, 17):
-        narrow = [(network, length) for network, length in taken if length >= widest]
-        for number in range(0x0A5800, 0x0A8000):
-            if not any(overlap(number << 8, 24, network, length) for network, length in narrow):
-                return f"10.{number >> 8 & 255}.{number & 255}"
+        subnets = (f"10.{number >> 8}.{number & 255}.0/24" for number in range(88 << 8, 128 << 8))
+        free = first_free(subnets, (network for network in taken if network.prefixlen >= widest))
+        if free:
+            return free.removesuffix(".0/24")
     raise Error(
         "no subnet is free between 10.88.0.0 and 10.127.255.0: this host has routes to all of them", "vmNetwork=bridge"
     )
@@ -4126,37 +4118,35 @@ class BridgeSettings:
     """The host's bridge as the settings want it.  Raises UsageError where they contradict each other."""
 
     def __init__(self, config: Config) -> None:
-        self.interface = config["bridgeInterface"]
-        self.address, _, length = config["bridgeAddress"].partition("/")
-        self.length = int(length)
-        self.network = ipv4_number(self.address) >> (32 - self.length) << (32 - self.length)
-        self.net = f"{ipv4_text(self.network)}/{self.length}"
+        self.interface, self.address = config["bridgeInterface"], config["bridgeAddress"].partition("/")[0]
+        self.network = ipaddress.IPv4Network(config["bridgeAddress"], strict=False)
+        self.net = str(self.network)
         for key in ("bridgeIpAddress", "bridgeNet", "bridgeDhcpStart", "bridgeDhcpStop"):
             if not (config[key] == self.net if key == "bridgeNet" else self.holds(config[key])):
                 raise UsageError(
                     f"{key}={config[key]} doesn't fit bridgeAddress={config['bridgeAddress']}",
                     "see etc/nocloud_net.conf, where bridgeNet and what comes after it follow bridgeSubnet",
                 )
-        self.first, self.last = sorted(ipv4_number(config[key]) for key in ("bridgeDhcpStart", "bridgeDhcpStop"))
+        ends = [ipaddress.IPv4Address(config[key]) for key in ("bridgeDhcpStart", "bridgeDhcpStop")]
+        self.first, self.last = sorted(ends)
         # The upper quarter is for guests that nobody allotted an address to: one that is allotted to a VM must not be
         # leased to another guest in the same moment.
-        self.first_dynamic = self.last - max(1, (self.last - self.first + 1) // 4) + 1
+        self.first_dynamic = self.last - max(1, (int(self.last) - int(self.first) + 1) // 4) + 1
         # A bridge without a MAC of its own takes its lowest port's, and guests would lose the gateway.
         self.mac = OUR_MAC + "".join(f":{int(number):02x}" for number in self.address.split(".")[1:])
 
     def holds(self, address: str) -> bool:
-        return is_ipv4(address) and bool(address) and overlap(ipv4_number(address), 32, self.network, self.length)
+        return is_ipv4(address) and ipaddress.IPv4Address(address) in self.network
 
     def allots(self, address: str) -> bool:
-        """Whether it is one for VMs, written as we do: 192.168.1.02 would be a second name of another's."""
-        number = ipv4_number(address) if self.holds(address) else 0
-        return self.first <= number < self.first_dynamic and address != self.address and ipv4_text(number) == address
+        """Whether it is one for VMs."""
+        ours = self.holds(address) and address != self.address
+        return ours and self.first <= ipaddress.IPv4Address(address) < self.first_dynamic
 
 
 def overlapping(settings: BridgeSettings) -> str:
     """Who has addresses of the bridge's network already, or ''."""
-    taken = networks_in_use(settings.interface)
-    return next((who for who, at, length in taken if overlap(at, length, settings.network, settings.length)), "")
+    return next((who for who, at in networks_in_use(settings.interface) if at.overlaps(settings.network)), "")
 
 
 def choose_bridge_subnet(config: Config) -> tuple[str, str]:
@@ -4165,11 +4155,10 @@ def choose_bridge_subnet(config: Config) -> tuple[str, str]:
     clash = overlapping(settings)
     if not clash:
         return config["bridgeSubnet"], ""
-    taken = list(networks_in_use(settings.interface))
-    for number in (*range(200, 255), *range(2, 200)):  # homes and offices have the low ones
-        network = ipv4_number(f"192.168.{number}.0")
-        if not any(overlap(network, 24, other, length) for _, other, length in taken):
-            return f"192.168.{number}", clash
+    subnets = (f"192.168.{number}.0/24" for number in (*range(200, 255), *range(2, 200)))  # homes have the low ones
+    free = first_free(subnets, (network for _, network in networks_in_use(settings.interface)))
+    if free:
+        return free.removesuffix(".0/24"), clash
     raise Error("no subnet is free in 192.168.0.0/16", "set bridgeSubnet to one of 10.0.0.0/8 in etc/nocloud_net.conf")
 
 
@@ -4421,16 +4410,16 @@ class BridgeSetup:
 
     def _make_bridge(self) -> None:
         """The bridge and its address.  Before it is up: the kernel would take a guest for its IPv6 router."""
-        name, wanted = self.interface, (self.settings.address, self.settings.length)
+        name, wanted = self.interface, f"{self.settings.address}/{self.settings.network.prefixlen}"
         if not self.is_there():
             words = f"link add name {name} address {self.settings.mac} type bridge forward_delay 0"
             run(["ip", *words.split()])
         if os.path.exists(sysctl_file(name, "accept_ra", "ipv6")):
             write_proc(sysctl_file(name, "accept_ra", "ipv6"), "0")
         there = [each for card in ip_json("address", "show", "dev", name) for each in card.get("addr_info", ())]
-        if [(each["local"], each["prefixlen"]) for each in there] != [wanted]:
+        if [f"{each['local']}/{each['prefixlen']}" for each in there] != [wanted]:
             run(["ip", "-4", "address", "flush", "dev", name])
-            run(["ip", "address", "add", f"{wanted[0]}/{wanted[1]}", "brd", "+", "dev", name])
+            run(["ip", "address", "add", wanted, "brd", "+", "dev", name])
         run(["ip", "link", "set", name, "up"])
 
     def _forward(self) -> list[str]:
@@ -4505,8 +4494,6 @@ class BridgeSetup:
         """As its own user, which systemd starts it as, it can't change to another.  The host's /etc/resolv.conf names
         the servers that it asks.  A guest of its own name, that nobody published, is known by that."""
         settings = self.settings
-        first, last = (ipv4_text(number) for number in (settings.first_dynamic, settings.last))
-        mask = ipv4_text(0xFFFFFFFF << (32 - settings.length) & 0xFFFFFFFF)
         user, group, pid_file, log = "", "", "", "-"
         if os.geteuid() == 0:
             user, group = account(DNSMASQ_USERS)[0], account(("kvm",), group=True)[0]
@@ -4515,7 +4502,8 @@ class BridgeSetup:
             settings.interface, self.served, f"--user={user}", f"--group={group}",
             f"--host-record={own_name()},{own_name()}.{DOMAIN},{settings.address}",  # not a guest's that says so
             f"--pid-file={pid_file}", f"--log-facility={log}",
-            f"--dhcp-range={first},{last},{mask},12h", f"--dhcp-leasefile={LEASES}",
+            f"--dhcp-range={settings.first_dynamic},{settings.last},{settings.network.netmask},12h",
+            f"--dhcp-leasefile={LEASES}",
         )  # fmt: skip
 
     def answers(self) -> bool:
@@ -4740,8 +4728,8 @@ class HostBridge(Network):
         settings = BridgeSettings(self.config)
         published = {words[0] for other, _, words in self.hosts.entries() if other != uuid}
         taken |= {settings.address, *published, *self.served.addresses(), *self.leases().values()}
-        for number in range(settings.first, settings.first_dynamic):
-            address = ipv4_text(number)
+        for number in range(int(settings.first), int(settings.first_dynamic)):
+            address = str(ipaddress.IPv4Address(number))
             if address not in taken:
                 taken.add(address)
                 if self.hosts.reserve(uuid, address):
@@ -11090,10 +11078,10 @@ def examine_private_subnet(patient: Patient) -> str:
     if not os.path.exists(network.file("subnet")):
         return "a free one is chosen with the first VM"
     subnet = network.subnet()
-    taken = [(number, length) for _, number, length in networks_in_use()]
-    clash = [pair for pair in taken if pair[1] > 8 and overlap(*pair, ipv4_number(f"{subnet}.0"), 24)]
+    own = ipaddress.IPv4Network(f"{subnet}.0/24")
+    clash = [network for _, network in networks_in_use() if network.prefixlen > 8 and network.overlaps(own)]
     if clash:
-        text = f"this host has {ipv4_text(clash[0][0])}/{clash[0][1]} too: VMs don't reach that, on {subnet}.0/24"
+        text = f"this host has {clash[0]} too: VMs don't reach that, on {own}"
         mend = f"nocloud net --private down && rm -f {quoted(network.file('subnet'))}"
         if any(True for _ in patient.tree.vms()):
             mend = "VMs keep their addresses for life: end that network while they are in use, or use another vmBaseDir"
