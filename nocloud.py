@@ -416,28 +416,22 @@ def write_all(fd: int, data: bytes) -> None:
 
 def remove_file(path: str) -> None:
     """Remove a file that may be gone already."""
-    try:
+    with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-    except FileNotFoundError:
-        pass
 
 
 def remove_empty(path: str) -> None:
     """Remove a folder if nothing is in it."""
-    try:
+    with contextlib.suppress(OSError):
         os.rmdir(path)
-    except OSError:
-        pass
 
 
 def remove_tree(folder: str) -> None:
     """Remove a folder and what is in it; symlinks in it are removed, never followed."""
     if os.path.islink(folder):
         raise Error(f"{folder}: is a symlink; it is not removed", "remove it yourself")
-    try:
+    with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(folder)
-    except FileNotFoundError:
-        pass
 
 
 def make_private_folder(path: str) -> None:
@@ -566,12 +560,10 @@ class FolderLock:
 
     def release(self) -> None:
         if self._folder >= 0 and self._fd >= 0:
-            try:
+            with contextlib.suppress(OSError):  # another one has it
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.fstat(self._fd).st_nlink:
                     os.unlink(".lock", dir_fd=self._folder)
-            except OSError:
-                pass  # another one has it
         for fd in (self._fd, self._folder):
             if fd >= 0:
                 os.close(fd)
@@ -1970,11 +1962,9 @@ class QemuProcess:
         self.words = self._command_line.rstrip("\0").split("\0")
         self.is_ours = ",path=qmp.sock,server=on,wait=off\0" in self._command_line  # nocloud's, whoever started it
         self.uid, self.folder = -1, ""
-        try:
+        with contextlib.suppress(OSError):  # it has ended, or we may not look
             self.uid = os.stat(f"/proc/{pid}").st_uid
             self.folder = os.readlink(f"/proc/{pid}/cwd")
-        except OSError:
-            pass  # it has ended, or we may not look
 
     def is_alive(self) -> bool:
         """A pid may be another process's by now, and one that nobody has waited for yet has no words any more."""
@@ -2571,17 +2561,10 @@ class Qemu:
     options: frozenset[str]
 
 
-def find_qemu(config: Config) -> str:
-    """The path of the qemu program for this machine; RHEL and kin keep theirs in /usr/libexec."""
-    if config["vmQemu"]:
-        return need_program(config["vmQemu"])
-    name = f"qemu-system-{os.uname().machine}"
-    return find_program(name) or find_program("/usr/libexec/qemu-kvm") or need_program(name)
-
-
 def probe_qemu(config: Config) -> Qemu:
-    """What the binary is and has: its version, the versioned name of its newest q35, the options it was built with."""
-    path = find_qemu(config)
+    """The qemu program for this machine; RHEL and kin keep theirs in /usr/libexec."""
+    usual = (f"qemu-system-{os.uname().machine}", "/usr/libexec/qemu-kvm")
+    path = need_program(config["vmQemu"] or next(filter(find_program, usual), usual[0]))
     asked = ["qmp_capabilities", "query-version", "query-machines", "query-command-line-options", "quit"]
     words = "".join(json.dumps({"execute": name, "id": name}) + "\n" for name in asked)
     argv = [path, "-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-qmp", "stdio"]
@@ -2746,6 +2729,7 @@ MAX_DISKS = sum(name.startswith("disk") for name in PCI_SLOTS) - 1
 LEGACY_MACHINE = "pc"  # what the bash tools ran, and still run where a conf names no machine
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+SEED_ISO, AGENT_SOCKET, RECORD_SOCKET = "seed.iso", "agent.sock", "record.sock"  # in the VM's folder
 
 
 def comma(text: str) -> str:
@@ -2799,7 +2783,6 @@ def qemu_argv(machine: Machine, tap: int, vhost: int = -1, shares: Sequence[int]
         *share_args(machine, shares),
         *screen_args(machine),
         *monitor_args(machine),
-        *record_args(machine),
         *kernel_args(machine),
         *machine.extra,
     ]
@@ -2879,9 +2862,6 @@ def iso_args(machine: Machine) -> list[str]:
     ]  # fmt: skip
 
 
-SEED_ISO = "seed.iso"
-
-
 def seed_args(machine: Machine) -> list[str]:
     """cloud-init's NoCloud volume, after all disks: read only, and there at each boot, since cloud-init looks at it.
 
@@ -2938,9 +2918,6 @@ def console_args(machine: Machine) -> list[str]:
     if machine.settings["vmLayout"] != "1":
         words += ["-chardev", f"socket,id=serial1,path={AGENT_SOCKET},server=on,wait=off", "-serial", "chardev:serial1"]
     return words
-
-
-AGENT_SOCKET = "agent.sock"
 
 
 def layout_args(machine: Machine) -> list[str]:
@@ -3027,25 +3004,21 @@ def choose_screen(qemu: Qemu) -> str:
 
 
 def monitor_args(machine: Machine) -> list[str]:
-    """QMP for the commands, and the monitor for humans, which vmmanage joins to a terminal."""
-    return [
+    """QMP for the commands, and the monitor for humans, which vmmanage joins to a terminal.
+
+    A second QMP's log is the record: qemu writes its events there whether or not a client is connected.
+    """
+    words = [
         "-chardev", "socket,id=qmp0,path=qmp.sock,server=on,wait=off",
         "-mon", "chardev=qmp0,mode=control",
         "-chardev", "socket,id=monitor0,path=monitor.sock,server=on,wait=off",
         "-mon", "chardev=monitor0,mode=readline",
         "-pidfile", machine.pid_file,
     ]  # fmt: skip
-
-
-RECORD_SOCKET = "record.sock"
-
-
-def record_args(machine: Machine) -> list[str]:
-    """A second monitor whose log is the record: qemu writes its events there whether or not a client is connected."""
-    if not machine.record:
-        return []
-    place = f"path={RECORD_SOCKET},server=on,wait=off,logfile={comma(machine.record)},logappend=off"
-    return ["-chardev", f"socket,id=record0,{place}", "-mon", "chardev=record0,mode=control"]
+    if machine.record:
+        place = f"path={RECORD_SOCKET},server=on,wait=off,logfile={comma(machine.record)},logappend=off"
+        words += ["-chardev", f"socket,id=record0,{place}", "-mon", "chardev=record0,mode=control"]
+    return words
 
 
 def kernel_args(machine: Machine) -> list[str]:
@@ -3135,10 +3108,7 @@ def vhost_net() -> int:
 
 def nft_rules(name: str, **defines: str) -> bytes:
     """nft(8)'s input: `defines`, and a file of etc/.  Raises Error where nocloud.py was copied without that."""
-    rules = packaged(name)
-    if not rules:
-        raise Error(f"etc/{name} is missing: no network's packets are let out without it", "install all of nocloud")
-    return "".join([*(f"define {key} = {value}\n" for key, value in defines.items()), rules]).encode()
+    return "".join([*(f"define {key} = {value}\n" for key, value in defines.items()), need_packaged(name)]).encode()
 
 
 def write_proc(path: str, value: str) -> None:
@@ -3422,10 +3392,8 @@ CLONE_NEWUSER, CLONE_NEWNET, CLONE_NEWNS = 0x10000000, 0x40000000, 0x20000  # li
 
 def trim_memory() -> None:
     """Give freed memory back to the system: where no bytecode was cached, 12 MB that compiling this module took."""
-    try:
+    with contextlib.suppress(AttributeError):  # a libc other than glibc
         ctypes.CDLL(None).malloc_trim(0)
-    except AttributeError:
-        pass  # a libc other than glibc
 
 
 def libc_call(name: str, *numbers: int) -> None:
@@ -3651,13 +3619,11 @@ class PrivateNetwork(Network):
         version 2.90 also crashes if hosts have tags.  So it is started anew, which takes 40 ms.
         """
         if self.hosts.withdraw(uuids) and self.holder():
-            try:
-                with FolderLock(self.folder):
-                    if self.holder():
-                        stop_daemon(self.file("dnsmasq.pid"))
-                        self._complete()
-            except FileNotFoundError:
-                pass  # the last VM is gone, and another command, the group's vmrun say, has ended the network
+            # where the last VM is gone another command, the group's vmrun say, may have ended the network
+            with contextlib.suppress(FileNotFoundError), FolderLock(self.folder):
+                if self.holder():
+                    stop_daemon(self.file("dnsmasq.pid"))
+                    self._complete()
 
     # up and down
 
@@ -4586,11 +4552,9 @@ def own_name() -> str:
 
 def outgoing_interfaces() -> set[str]:
     """The interfaces of the default routes, among them the two halves of the world that a VPN has instead."""
-    found = set()
-    for route in ip_json("route", "show", "table", "all"):
-        if route["dst"] in ("default", "0.0.0.0/1", "128.0.0.0/1"):
-            found |= {each["dev"] for each in (route, *route.get("nexthops", ())) if "dev" in each}
-    return found
+    defaults = ("default", "0.0.0.0/1", "128.0.0.0/1")
+    routes = [each for each in ip_json("route", "show", "table", "all") if each["dst"] in defaults]
+    return {way["dev"] for route in routes for way in (route, *route.get("nexthops", ())) if "dev" in way}
 
 
 def resolved_runs() -> bool:
@@ -4696,24 +4660,23 @@ class HostBridge(Network):
         self.lease_places = [config["bridgeLeases"]] if config["bridgeLeases"] else LEASE_FILES
         self.hosts: Inbox = Inbox(INBOX, tree.base if tree else "?")
         self.served = HostFiles(STATE_FOLDER)
-        self._publishes: bool | None = None
 
     # addresses and names
 
+    @functools.cached_property
     def publishes(self) -> bool:
         """Whether this user allots addresses here; said once where the rights for it are missing."""
-        if self._publishes is None:
-            ours, why = bridge_is_ours(self.interface) and os.path.isdir(STATE_FOLDER), ""
-            if self.hosts.denied():
-                why = f"you may not write to {INBOX}; who is in the group kvm may"
-            elif ours and self.unwatched():
-                why = self.unwatched()
-            elif ours and connected_network(self.interface) != BridgeSettings(self.config).net:
-                why = f"{self.interface} is not the bridge of your settings, where bridgeNet={self.config['bridgeNet']}"
-            if ours and why:
-                report.warn(f"addresses and names on {self.interface} are left to DHCP: {why}")
-            self._publishes = ours and not why
-        return self._publishes
+        if not (bridge_is_ours(self.interface) and os.path.isdir(STATE_FOLDER)):
+            return False
+        if self.hosts.denied():
+            why = f"you may not write to {INBOX}; who is in the group kvm may"
+        elif connected_network(self.interface) != BridgeSettings(self.config).net:
+            why = f"{self.interface} is not the bridge of your settings, where bridgeNet={self.config['bridgeNet']}"
+        else:
+            why = self.unwatched()
+        if why:
+            report.warn(f"addresses and names on {self.interface} are left to DHCP: {why}")
+        return not why
 
     def unwatched(self) -> str:
         """Why nobody takes what this user publishes, or ''; root does that itself."""
@@ -4723,7 +4686,7 @@ class HostBridge(Network):
 
     def allot(self, taken: set[str], uuid: str) -> str:
         """An address below those that DHCP gives to others, held by a file."""
-        if not self.publishes():
+        if not self.publishes:
             return ""
         settings = BridgeSettings(self.config)
         published = {words[0] for other, _, words in self.hosts.entries() if other != uuid}
@@ -4739,11 +4702,11 @@ class HostBridge(Network):
 
     def fits(self, address: str) -> bool:
         """Not after the bridge has got another network."""
-        return bool(address) and (not self.publishes() or BridgeSettings(self.config).allots(address))
+        return bool(address) and (not self.publishes or BridgeSettings(self.config).allots(address))
 
     def publish(self, vm: VM) -> None:
         """Raises Error where another VM has its MAC or address."""
-        if vm.get("vmAddress") and self.publishes():
+        if vm.get("vmAddress") and self.publishes:
             super().publish(vm)
             member = (vm.get("vmMac").lower(), vm.get("vmAddress"))
             if not self._taken_over(lambda: any(each[1:] == member for each in self.served.members())):
@@ -4751,7 +4714,7 @@ class HostBridge(Network):
                 raise Error(text, "nocloud net status; nocloud doctor", vm=vm)
 
     def withdraw(self, uuids: Sequence[str]) -> None:
-        if uuids and self.hosts.withdraw(uuids) and self.publishes():
+        if uuids and self.hosts.withdraw(uuids) and self.publishes:
             self._taken_over(lambda: not {*uuids} & {*names_in(self.served.folder_of("dhcp"))})
 
     def _taken_over(self, done: Callable[[], bool]) -> bool:

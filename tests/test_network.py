@@ -518,6 +518,6 @@ def test_nft_accepts_the_rules(name: str, defines: dict[str, str], monkeypatch: 
     if b"unshare" in done.stderr:
         pytest.skip("no user namespaces here")
     assert (done.returncode, done.stdout + done.stderr) == (0, b"")
-    monkeypatch.setattr(nocloud, "packaged", lambda name: "")
+    monkeypatch.setattr(nocloud, "packaged", lambda *words: "")
     with pytest.raises(nocloud.Error, match=rf"etc/{name} is missing"):
         nocloud.nft_rules(name, **defines)
