@@ -1504,9 +1504,8 @@ class Process:
             except ProcessLookupError:
                 pass
             except PermissionError:
-                raise Error(
-                    f"process {self.pid} belongs to another user", "call this as that user, or as root"
-                ) from None
+                said = f"process {self.pid} belongs to another user"
+                raise Error(said, "call this as that user, or as root") from None
 
     def ended(self, seconds: float = 0) -> bool:
         """Whether it has ended, waiting for that up to `seconds`."""
@@ -1581,9 +1580,8 @@ def foreign_image_format(path: str, shown: str = "") -> str:
     if header and image_info(path, "qcow2").get("encrypted"):
         raise WrongImage(f"{shown}: refused: the image is encrypted", "see qemu-img(1), --object secret")
     if not header and not looks_bootable(path):
-        raise WrongImage(
-            f"{shown}: neither a qcow2 image nor a raw disk with a boot sector", "is it a disk image at all?"
-        )
+        said = f"{shown}: neither a qcow2 image nor a raw disk with a boot sector"
+        raise WrongImage(said, "is it a disk image at all?")
     if (header.end if header else partitions_end(head)) > size or (header and not is_sound(path)):
         said = f"{shown}: it ends before its data does, or is damaged: an incomplete download?"
         raise WrongImage(said, "get it again, and compare its checksum")
@@ -1686,11 +1684,9 @@ def known_formats(vm: VM) -> list[str]:
     """
     disks, known = vm.disks(), [each for each in vm.get("vmDiskFormat").split(",") if each]
     if len(known) > len(disks):
-        raise UsageError(
-            f"vmDiskFormat names {plural(len(known), 'format')} for {plural(len(disks), 'disk')}",
-            f"mend it in {vm.conf_file}: as many formats as there are disks in vmDisk and vmExtraDisk",
-            vm=vm,
-        )
+        said = f"vmDiskFormat names {plural(len(known), 'format')} for {plural(len(disks), 'disk')}"
+        hint = f"mend it in {vm.conf_file}: as many formats as there are disks in vmDisk and vmExtraDisk"
+        raise UsageError(said, hint, vm=vm)
     formats = [*known, *(first_format(vm, disk) for disk in disks[len(known) :])]
     if formats != known and os.access(vm.folder, os.W_OK):  # a template may be someone else's
         vm.write_conf({"vmDiskFormat": ",".join(formats)})
@@ -1703,16 +1699,15 @@ def first_format(vm: VM, disk: str) -> str:
     A header that leads out of the tree may be the guest's own work: whose it is, only the user knows.
     """
     header = qcow2_header(disk)
-    if header:
-        inside = vm.tree.followable()
-        strays = [path for path in backing_chain(disk, "qcow2", inside) if not inside(path)]
-        if strays or header.outside:
-            raise WrongImage(
-                f"its disk {disk} needs a file outside the tree: {strays[0] if strays else 'its data file'}",
-                f"the guest may have written that itself; if not, set vmDiskFormat=qcow2 in {vm.conf_file}",
-                vm=vm,
-            )
-    return "qcow2" if header else "raw"
+    if not header:
+        return "raw"
+    inside = vm.tree.followable()
+    strays = [path for path in backing_chain(disk, "qcow2", inside) if not inside(path)]
+    if strays or header.outside:
+        said = f"its disk {disk} needs a file outside the tree: {strays[0] if strays else 'its data file'}"
+        hint = f"the guest may have written that itself; if not, set vmDiskFormat=qcow2 in {vm.conf_file}"
+        raise WrongImage(said, hint, vm=vm)
+    return "qcow2"
 
 
 def create_disk(disk: str, gigabytes: int = 0, *below: str) -> None:
@@ -2252,9 +2247,8 @@ class VM:
         except OSError as error:
             raise error_from_os(error) from None
         if reason:
-            raise UsageError(
-                f"{self.conf_file} is not used: {reason}", f"chown it to you, and chmod go-w {self.conf_file}"
-            )
+            hint = f"chown it to you, and chmod go-w {self.conf_file}"
+            raise UsageError(f"{self.conf_file} is not used: {reason}", hint)
         values: dict[str, str] = {}
         for assignment in parse_assignments(text, self.conf_file, ChainMap({"vmBaseDir": self.base}, os.environ)):
             check_setting(assignment.key, assignment.value, f"{self.conf_file}:{assignment.line}")
@@ -2892,11 +2886,8 @@ def choose_seed(qemu: Qemu) -> str:
         return "vvfat"
     if find_iso_writer():
         return "iso"
-    raise MissingProgram(
-        f"{qemu.path} has no vvfat driver, and there is no program that writes ISO images: one of them has to make"
-        " cloud-init's seed",
-        install_command("xorriso"),
-    )
+    said = f"{qemu.path} has no vvfat driver, and no program writes ISO images: one of them makes cloud-init's seed"
+    raise MissingProgram(said, install_command("xorriso"))
 
 
 def net_args(machine: Machine, tap: int, vhost: int) -> list[str]:
@@ -3421,25 +3412,6 @@ class Namespaces:
         os.close(self.net)
 
 
-def make_namespaces(subnet: str) -> None:
-    """Enter namespaces of our own that have the private network's bridge, and that forward.
-
-    We are root in both: what `unshare -Urn` does, but the errno of a refusal stays known.  A bridge without a MAC of
-    its own takes its lowest port's: guests would lose the gateway.
-    """
-    uid, gid = os.geteuid(), os.getegid()
-    batch = (
-        f"link set lo up\nlink add {BRIDGE} address {BRIDGE_MAC} type bridge forward_delay 0 no_linklocal_learn 1\n"
-        f"addr add {subnet}.1/24 dev {BRIDGE}\nlink set {BRIDGE} up\n"
-    )
-    libc_call("unshare", CLONE_NEWUSER | CLONE_NEWNET)
-    write_proc("/proc/self/setgroups", "deny")  # first: gid_map is refused to ordinary users otherwise
-    write_proc("/proc/self/uid_map", f"0 {uid} 1")
-    write_proc("/proc/self/gid_map", f"0 {gid} 1")
-    run(["ip", "-batch", "-"], input=batch.encode())
-    write_proc("/proc/sys/net/ipv4/ip_forward", "1")
-
-
 def ask_child(work: Callable[[], None], keep: Sequence[int] = ()) -> tuple[int, str]:
     """(pid, why it failed or '') of a child of fork_child() that has done `work`, or has become another program."""
     mine, its = os.pipe()
@@ -3457,10 +3429,25 @@ def ask_child(work: Callable[[], None], keep: Sequence[int] = ()) -> tuple[int, 
 
 
 def new_namespaces(subnet: str, rules: bytes = b"") -> Namespaces:
-    """make_namespaces() in a child, which is needed no longer once they are open here; with these rules for nft(8)."""
+    """Namespaces of our own that have the private network's bridge, and these rules for nft(8), and that forward.
+
+    A child makes them, which is needed no longer once they are open here.  We are root in both: what `unshare -Urn`
+    does, but the errno of a refusal stays known.  A bridge without a MAC of its own takes its lowest port's: guests
+    would lose the gateway.
+    """
+    uid, gid = os.geteuid(), os.getegid()
+    batch = (
+        f"link set lo up\nlink add {BRIDGE} address {BRIDGE_MAC} type bridge forward_delay 0 no_linklocal_learn 1\n"
+        f"addr add {subnet}.1/24 dev {BRIDGE}\nlink set {BRIDGE} up\n"
+    )
 
     def make_and_wait() -> None:
-        make_namespaces(subnet)
+        libc_call("unshare", CLONE_NEWUSER | CLONE_NEWNET)
+        write_proc("/proc/self/setgroups", "deny")  # first: gid_map is refused to ordinary users otherwise
+        write_proc("/proc/self/uid_map", f"0 {uid} 1")
+        write_proc("/proc/self/gid_map", f"0 {gid} 1")
+        run(["ip", "-batch", "-"], input=batch.encode())
+        write_proc("/proc/sys/net/ipv4/ip_forward", "1")
         if rules:
             run(["nft", "-f", "-"], input=rules)
         become(["sleep", "10"])
@@ -3680,9 +3667,8 @@ class PrivateNetwork(Network):
         for name in ("ip", "dnsmasq", "nsenter"):
             need_program(name)
         if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
-            raise Error(
-                "the private network can't be made: you may not open /dev/net/tun", "sudo chmod 666 /dev/net/tun"
-            )
+            said = "the private network can't be made: you may not open /dev/net/tun"
+            raise Error(said, "sudo chmod 666 /dev/net/tun")
         if not self.holder():
             self.close()
             self._start_holder()
@@ -4035,9 +4021,8 @@ def free_subnet(taken: Sequence[ipaddress.IPv4Network]) -> str:
         free = first_free(subnets, (network for network in taken if network.prefixlen >= widest))
         if free:
             return free.removesuffix(".0/24")
-    raise Error(
-        "no subnet is free between 10.88.0.0 and 10.127.255.0: this host has routes to all of them", "vmNetwork=bridge"
-    )
+    said = "no subnet is free between 10.88.0.0 and 10.127.255.0: this host has routes to all of them"
+    raise Error(said, "vmNetwork=bridge")
 
 
 # -- joining a connection to stdin and stdout
@@ -4089,10 +4074,9 @@ class BridgeSettings:
         self.net = str(self.network)
         for key in ("bridgeIpAddress", "bridgeNet", "bridgeDhcpStart", "bridgeDhcpStop"):
             if not (config[key] == self.net if key == "bridgeNet" else self.holds(config[key])):
-                raise UsageError(
-                    f"{key}={config[key]} doesn't fit bridgeAddress={config['bridgeAddress']}",
-                    "see etc/nocloud_net.conf, where bridgeNet and what comes after it follow bridgeSubnet",
-                )
+                said = f"{key}={config[key]} doesn't fit bridgeAddress={config['bridgeAddress']}"
+                hint = "see etc/nocloud_net.conf, where bridgeNet and what comes after it follow bridgeSubnet"
+                raise UsageError(said, hint)
         ends = [ipaddress.IPv4Address(config[key]) for key in ("bridgeDhcpStart", "bridgeDhcpStop")]
         self.first, self.last = sorted(ends)
         # The upper quarter is for guests that nobody allotted an address to: one that is allotted to a VM must not be
@@ -4141,9 +4125,8 @@ def free_bridge_subnet(config: Config, path: str) -> str:
     text, config = update_assignments(read_text(path), {"bridgeSubnet": subnet}), Config()
     config.take(text, path, warn=lambda text: None)
     if not BridgeSettings(config).holds(f"{subnet}.0"):
-        raise Error(
-            f"{path}: bridgeNet and bridgeAddress don't follow bridgeSubnet", f"set them to {subnet}.0/24 by hand"
-        )
+        said = f"{path}: bridgeNet and bridgeAddress don't follow bridgeSubnet"
+        raise Error(said, f"set them to {subnet}.0/24 by hand")
     write_file(path, text, 0o644)
     return f"the bridge's network is {subnet}.0/24, not {net}: {clash} (written to {path})"
 
@@ -4154,10 +4137,8 @@ def bridge_is_ours(interface: str) -> bool:
 
 def need_root(what: str) -> None:
     if os.geteuid() != 0:
-        raise Error(
-            f"{what} needs root; nothing was changed",
-            "sudo does it; or use a network of your own, which needs no root: nocloud net --private up",
-        )
+        hint = "sudo does it; or use a network of your own, which needs no root: nocloud net --private up"
+        raise Error(f"{what} needs root; nothing was changed", hint)
 
 
 # -- the host's firewalls
@@ -4314,16 +4295,12 @@ class BridgeSetup:
         for name in ("ip", "nft"):
             need_program(name)
         if self.is_there() and not bridge_is_ours(self.interface):
-            raise WrongState(
-                f"{self.interface} is there, and nocloud didn't make it; it is left alone",
-                "VMs use it as it is; bridgeInterface=NAME makes another one",
-            )
+            said = f"{self.interface} is there, and nocloud didn't make it; it is left alone"
+            raise WrongState(said, "VMs use it as it is; bridgeInterface=NAME makes another one")
         clash = overlapping(self.settings)
         if clash:
-            raise WrongState(
-                f"the bridge's network {self.settings.net} is in use: {clash}",
-                "another one: bridgeSubnet in etc/nocloud_net.conf; `nocloud bridge subnet` writes one that is free",
-            )
+            hint = "another one: bridgeSubnet in etc/nocloud_net.conf; `nocloud bridge subnet` writes one that is free"
+            raise WrongState(f"the bridge's network {self.settings.net} is in use: {clash}", hint)
 
     def up(self) -> None:
         """`nocloud net up` of root: the bridge with DHCP and DNS."""
@@ -4437,10 +4414,8 @@ class BridgeSetup:
     def check_unused(self) -> None:
         ports = names_in(f"/sys/class/net/{self.interface}/brif") if bridge_is_ours(self.interface) else []
         if ports:
-            raise WrongState(
-                f"the bridge {self.interface} is in use: {plural(len(ports), 'VM')} on it ({', '.join(ports[:5])})",
-                "vmrunning lists a user's VMs; vmstop -g GROUP stops a group",
-            )
+            said = f"the bridge {self.interface} is in use: {plural(len(ports), 'VM')} on it ({', '.join(ports[:5])})"
+            raise WrongState(said, "vmrunning lists a user's VMs; vmstop -g GROUP stops a group")
 
     def _take_down(self) -> None:
         close_firewalls(self.interface)
@@ -4797,10 +4772,8 @@ class HostBridge(Network):
         if reason:
             absent = not os.path.isdir(f"/sys/class/net/{self.interface}/bridge")
             mend = "root makes it: nocloud net up" if absent else "nocloud doctor says what mends it"
-            raise Error(
-                f"the network {self.interface} is not to be had: {reason}",
-                f"{mend}; a new group can be on the private network: NOCLOUD_vmNetwork=private",
-            )
+            hint = f"{mend}; a new group can be on the private network: NOCLOUD_vmNetwork=private"
+            raise Error(f"the network {self.interface} is not to be had: {reason}", hint)
 
     def tap(self, vm: VM | None = None) -> tuple[int, int]:
         """The helper makes the tap, puts it on the bridge and sends it over a socket pair (qemu-bridge-helper.c)."""
