@@ -749,9 +749,8 @@ def is_ipv4(text: str) -> bool:
     return bool(re.fullmatch(_IPV4, text))
 
 
-LOGIN_NAME = matching(  # it ends up in ssh's arguments and in the guest's files
-    "[a-z_][a-z0-9_-]{0,31}", "a login name (lower case letters, digits, '_' and '-')"
-)
+# It ends up in ssh's arguments and in the guest's files.
+LOGIN_NAME = matching("[a-z_][a-z0-9_-]{0,31}", "a login name (lower case letters, digits, '_' and '-')")
 MAC_ADDRESS = matching("[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}", "six pairs of hexadecimal digits, as 00:50:56:12:34:56")
 INTERFACE_NAME = matching(
     "[A-Za-z0-9][A-Za-z0-9._-]{0,14}", "a network interface's name: at most 15 letters, digits, '.', '_' and '-'"
@@ -1348,8 +1347,6 @@ def run_watched(
     assert child.stdout
     cancellation.children.add(child)
     deadline = time.monotonic() + (timeout or float("inf"))
-    poll = select.poll()
-    poll.register(child.stdout)
     said = rest = b""
     try:
         with child.stdout as output:
@@ -1359,7 +1356,7 @@ def run_watched(
                 if host and host.ended():
                     end_session(child, 5)
                     break
-                if poll.poll(250):
+                if readable(output, 0.25):
                     piece = os.read(output.fileno(), 65536)
                     if not piece:
                         break
@@ -1463,8 +1460,7 @@ def fork_child(work: Callable[[], None], keep: Sequence[int]) -> int:
     import ctypes  # noqa: F401
     import subprocess  # noqa: F401
 
-    pid = fork_session()
-    if pid:
+    if pid := fork_session():
         return pid
     try:
         signal.set_wakeup_fd(-1)  # a supervisor's, shared with us
@@ -2665,8 +2661,7 @@ def kvm_missing() -> tuple[str, str]:
     mend = mend or "turn on VT-x (Intel) or SVM (AMD) in the machine's firmware setup"
     if not os.path.exists("/dev/kvm"):
         return "there is no /dev/kvm", mend
-    reason = device_denied("/dev/kvm")
-    if reason:
+    if reason := device_denied("/dev/kvm"):
         return f"you may not open /dev/kvm ({reason})", device_command("/dev/kvm", "kvm")
     if "flags" in words and not KVM_MODULES.keys() & words:  # x86's word for them; some kernels list none
         return "the processor shows neither vmx nor svm (no nested virtualization here)", mend
@@ -3164,8 +3159,7 @@ def end_process(find: Callable[[], int]) -> None:
 
     `find` is asked again once a pidfd is open, so that no other process is hit.
     """
-    pid = find()
-    if pid:
+    if pid := find():
         with Process(pid) as process:
             for number in (signal.SIGTERM, signal.SIGKILL):
                 if find() == pid:
@@ -3204,13 +3198,10 @@ def host_names(name: str) -> list[str]:
 
 def small_file(path: str) -> tuple[os.stat_result, str]:
     """(whose and how old, text); a link, a pipe and what is over 4 KB count for nothing.  Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        info = os.fstat(fd)
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        info = os.fstat(file.fileno())
         small = stat.S_ISREG(info.st_mode) and info.st_size <= 4096
-        return info, os.read(fd, 4096).decode("utf-8", "surrogateescape") if small else ""
-    finally:
-        os.close(fd)
+        return info, file.read(4096).decode("utf-8", "surrogateescape") if small else ""
 
 
 def small_files(folder: str) -> list[tuple[str, os.stat_result, str]]:
@@ -3827,8 +3818,7 @@ class PrivateNetwork(Network):
         if not os.path.isdir(self.folder):
             return
         with FolderLock(self.folder):
-            users = ", ".join([vm.name for vm in self._users()][:10])
-            if users:
+            if users := ", ".join([vm.name for vm in self._users()][:10]):
                 raise WrongState(f"the private network is in use by {users}", "vmstop -g GROUP stops a group")
             self.down()
 
@@ -4018,8 +4008,7 @@ def free_subnet(taken: Sequence[ipaddress.IPv4Network]) -> str:
     """
     for widest in (2, 9, 17):
         subnets = (f"10.{number >> 8}.{number & 255}.0/24" for number in range(88 << 8, 128 << 8))
-        free = first_free(subnets, (network for network in taken if network.prefixlen >= widest))
-        if free:
+        if free := first_free(subnets, (network for network in taken if network.prefixlen >= widest)):
             return free.removesuffix(".0/24")
     said = "no subnet is free between 10.88.0.0 and 10.127.255.0: this host has routes to all of them"
     raise Error(said, "vmNetwork=bridge")
@@ -4106,8 +4095,7 @@ def choose_bridge_subnet(config: Config) -> tuple[str, str]:
     if not clash:
         return config["bridgeSubnet"], ""
     subnets = (f"192.168.{number}.0/24" for number in (*range(200, 255), *range(2, 200)))  # homes have the low ones
-    free = first_free(subnets, (network for _, network in networks_in_use(settings.interface)))
-    if free:
+    if free := first_free(subnets, (network for _, network in networks_in_use(settings.interface))):
         return free.removesuffix(".0/24"), clash
     raise Error("no subnet is free in 192.168.0.0/16", "set bridgeSubnet to one of 10.0.0.0/8 in etc/nocloud_net.conf")
 
@@ -4297,8 +4285,7 @@ class BridgeSetup:
         if self.is_there() and not bridge_is_ours(self.interface):
             said = f"{self.interface} is there, and nocloud didn't make it; it is left alone"
             raise WrongState(said, "VMs use it as it is; bridgeInterface=NAME makes another one")
-        clash = overlapping(self.settings)
-        if clash:
+        if clash := overlapping(self.settings):
             hint = "another one: bridgeSubnet in etc/nocloud_net.conf; `nocloud bridge subnet` writes one that is free"
             raise WrongState(f"the bridge's network {self.settings.net} is in use: {clash}", hint)
 
@@ -4768,8 +4755,7 @@ class HostBridge(Network):
 
     def up(self, keep: bool = False) -> None:
         """Raise where this user can't attach to it; setting it up is root's."""
-        reason = self.why_not()
-        if reason:
+        if reason := self.why_not():
             absent = not os.path.isdir(f"/sys/class/net/{self.interface}/bridge")
             mend = "root makes it: nocloud net up" if absent else "nocloud doctor says what mends it"
             hint = f"{mend}; a new group can be on the private network: NOCLOUD_vmNetwork=private"
@@ -4790,8 +4776,7 @@ class HostBridge(Network):
 
     def address(self, vm: VM) -> str:
         """What the DHCP server gave to the VM's MAC, or ''.  The bash tools drew another MAC at each start."""
-        foreign = foreign_qemu(vm)
-        if foreign:
+        if foreign := foreign_qemu(vm):
             return self.leases().get(foreign.mac, "")
         return vm.get("vmAddress") or self.leases().get(vm.get("vmMac"), "")
 
