@@ -6,7 +6,7 @@ One line, ``debian12:5:web:mem=1024;name=web``, becomes five virtual machines th
 and addresses, and answer ssh and ansible; one command later they are gone without a trace.
 
 The module is read top to bottom: each section uses only those above it.  Nothing happens at import.
-Modules that only some commands need are imported where they are used: a listing must start fast.
+Modules that only some commands need are imported at their first use: a listing must start fast.
 
     Errors, records, reports         exit statuses, the errors, the only prints
     Files, locks, waits              files that land by rename, locks, threads, waits
@@ -63,12 +63,45 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 TYPE_CHECKING = False  # typing costs 7 ms at start-up and nothing here needs it at run time
 if TYPE_CHECKING:
     import argparse
+    import contextlib
+    import ctypes
+    import difflib
+    import grp
+    import hashlib
     import http.client
+    import ipaddress
+    import json
+    import pwd
+    import select
+    import shlex
+    import shutil
     import socket
     import subprocess
+    import threading
     import urllib.request
+    import zipfile
     from dataclasses import dataclass as record
     from typing import Any
+else:
+
+    class Module:
+        """A module of the standard library, which is imported when something of it is first asked for."""
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getattr__(self, name: str) -> Any:
+            import importlib
+
+            value = getattr(importlib.import_module(self.name), name)
+            setattr(self, name, value)
+            return value
+
+    _LATER = (
+        "contextlib", "ctypes", "difflib", "grp", "hashlib", "ipaddress", "json", "pwd", "select", "shlex", "shutil",
+        "socket", "subprocess", "threading", "zipfile",
+    )  # fmt: skip
+    globals().update({name: Module(name) for name in _LATER})
 
 __version__ = "0.1.0"
 
@@ -298,16 +331,12 @@ def plural(count: int, noun: str) -> str:
 
 def did_you_mean(word: str, names: Iterable[str], otherwise: str = "", before: str = "") -> str:
     """`before` and the question whether the name most like `word` is meant; `otherwise` where none is like it."""
-    import difflib
-
     lower = {name.lower(): name for name in names}
     found = difflib.get_close_matches(word.lower(), lower, 1)
     return f"{before}did you mean {lower[found[0]]}?" if found else otherwise
 
 
 def quoted(*paths: str) -> str:
-    import shlex
-
     return shlex.join(paths)
 
 
@@ -388,30 +417,22 @@ def write_all(fd: int, data: bytes) -> None:
 
 def remove_file(path: str) -> None:
     """Remove a file that may be gone already."""
-    try:
+    with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-    except FileNotFoundError:
-        pass
 
 
 def remove_empty(path: str) -> None:
     """Remove a folder if nothing is in it."""
-    try:
+    with contextlib.suppress(OSError):
         os.rmdir(path)
-    except OSError:
-        pass
 
 
 def remove_tree(folder: str) -> None:
     """Remove a folder and what is in it; symlinks in it are removed, never followed."""
-    import shutil
-
     if os.path.islink(folder):
         raise Error(f"{folder}: is a symlink; it is not removed", "remove it yourself")
-    try:
+    with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(folder)
-    except FileNotFoundError:
-        pass
 
 
 def make_private_folder(path: str) -> None:
@@ -452,8 +473,6 @@ def free_bytes(path: str) -> int:
 
 def file_digest(path: str, algorithm: str = "sha256") -> str:
     """The checksum of a file, in hexadecimal, read in pieces of 1 MB."""
-    import hashlib
-
     digest = hashlib.new(algorithm)
     with open(path, "rb") as file:
         for piece in iter(lambda: file.read(MIB), b""):
@@ -543,12 +562,10 @@ class FolderLock:
 
     def release(self) -> None:
         if self._folder >= 0 and self._fd >= 0:
-            try:
+            with contextlib.suppress(OSError):  # another one has it
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.fstat(self._fd).st_nlink:
                     os.unlink(".lock", dir_fd=self._folder)
-            except OSError:
-                pass  # another one has it
         for fd in (self._fd, self._folder):
             if fd >= 0:
                 os.close(fd)
@@ -627,8 +644,6 @@ def wait_for(ready: Callable[[], bool], seconds: float, interval: float = 0.02) 
 
 def readable(file: Any, seconds: float) -> bool:
     """Whether there is something to read, or its end, within `seconds`.  A cancelled wait ends at once."""
-    import select
-
     poll = select.poll()
     poll.register(file, select.POLLIN)
     return wait_for(lambda: bool(poll.poll(max(0, min(seconds, 0.1)) * 1000)), seconds, 0)
@@ -736,9 +751,8 @@ def is_ipv4(text: str) -> bool:
     return bool(re.fullmatch(_IPV4, text))
 
 
-LOGIN_NAME = matching(  # it ends up in ssh's arguments and in the guest's files
-    "[a-z_][a-z0-9_-]{0,31}", "a login name (lower case letters, digits, '_' and '-')"
-)
+# It ends up in ssh's arguments and in the guest's files.
+LOGIN_NAME = matching("[a-z_][a-z0-9_-]{0,31}", "a login name (lower case letters, digits, '_' and '-')")
 MAC_ADDRESS = matching("[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}", "six pairs of hexadecimal digits, as 00:50:56:12:34:56")
 INTERFACE_NAME = matching(
     "[A-Za-z0-9][A-Za-z0-9._-]{0,14}", "a network interface's name: at most 15 letters, digits, '.', '_' and '-'"
@@ -1073,8 +1087,6 @@ def guest_script(name: str, root: bool = False, **given: object) -> str:
 
     `root`: it is run by root, or by a login that may become root without a password.
     """
-    import shlex
-
     values = "".join(f"{key}={shlex.quote(str(value))}\n" for key, value in given.items())
     script = values + need_packaged(f"guest/{name}")
     return f's=; [ "$(id -u)" = 0 ] || s="sudo -n"; exec $s sh -c {shlex.quote(script)}' if root else script
@@ -1089,8 +1101,6 @@ def packaged_files(folder: str) -> list[str]:
     """The paths, relative to it and sorted, of all files below a folder of `etc/`; packaged() reads them."""
     origin, start = os.path.dirname(os.path.realpath(__file__)), os.path.join("etc", folder, "")
     if os.path.isfile(origin):
-        import zipfile
-
         with zipfile.ZipFile(origin) as archive:
             names = archive.namelist()
     else:
@@ -1142,8 +1152,6 @@ def config_files() -> list[str]:
 
 def allowing_line(path: str, text: str) -> str:
     """What `trusted` says of a file that is allowed as it is: a line of sha256sum(1)."""
-    import hashlib
-
     return f"{hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()}  {os.path.realpath(path)}"
 
 
@@ -1263,8 +1271,6 @@ def popen(argv: Sequence[str], env: Mapping[str, str] | None = None, **how: Any)
 
     Raises MissingProgram.
     """
-    import subprocess
-
     inherited = {key: value for key, value in os.environ.items() if key != "LANGUAGE"}
     environment = {**inherited, "LC_ALL": "C.UTF-8", **(env or {})}
     return subprocess.Popen(traced(argv), env=environment, **{"stdin": subprocess.DEVNULL, **how})
@@ -1283,8 +1289,6 @@ def run(
 
     Raises MissingProgram, CommandFailed (unless `check` is off) and TimedOut after `timeout` seconds.
     """
-    import subprocess
-
     stdin = subprocess.DEVNULL if input is None else subprocess.PIPE
     stderr = subprocess.STDOUT if merge else subprocess.PIPE
     with popen(argv, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, **how) as child:
@@ -1322,9 +1326,6 @@ def land(moves: Mapping[str, str]) -> None:
 def end_session(leader: subprocess.Popen[bytes], seconds: float | None) -> None:
     """End a program and its session.  SIGTERM first, and `seconds` (None: all that it wants) to clean up: ssh takes its
     ProxyCommand with it, mmdebstrap its half-made system."""
-    import contextlib
-    import subprocess
-
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(leader.pid, number)
@@ -1344,15 +1345,10 @@ def run_watched(
     It has a session of its own, all of which ends when we are interrupted, with TimedOut after `timeout` seconds
     (0: never), and as soon as `host` has ended, the qemu that it talks to.
     """
-    import select
-    import subprocess
-
     child = popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **how)
     assert child.stdout
     cancellation.children.add(child)
     deadline = time.monotonic() + (timeout or float("inf"))
-    poll = select.poll()
-    poll.register(child.stdout)
     said = rest = b""
     try:
         with child.stdout as output:
@@ -1362,7 +1358,7 @@ def run_watched(
                 if host and host.ended():
                     end_session(child, 5)
                     break
-                if poll.poll(250):
+                if readable(output, 0.25):
                     piece = os.read(output.fileno(), 65536)
                     if not piece:
                         break
@@ -1427,8 +1423,6 @@ def become(argv: Sequence[str]) -> None:
 
 def user_name(uid: int | None = None) -> str:
     """The login of a user, by default of whoever calls this; his number where he has none, as in some containers."""
-    import pwd
-
     uid = os.geteuid() if uid is None else uid
     try:
         return pwd.getpwuid(uid).pw_name
@@ -1468,8 +1462,7 @@ def fork_child(work: Callable[[], None], keep: Sequence[int]) -> int:
     import ctypes  # noqa: F401
     import subprocess  # noqa: F401
 
-    pid = fork_session()
-    if pid:
+    if pid := fork_session():
         return pid
     try:
         signal.set_wakeup_fd(-1)  # a supervisor's, shared with us
@@ -1509,9 +1502,8 @@ class Process:
             except ProcessLookupError:
                 pass
             except PermissionError:
-                raise Error(
-                    f"process {self.pid} belongs to another user", "call this as that user, or as root"
-                ) from None
+                said = f"process {self.pid} belongs to another user"
+                raise Error(said, "call this as that user, or as root") from None
 
     def ended(self, seconds: float = 0) -> bool:
         """Whether it has ended, waiting for that up to `seconds`."""
@@ -1544,8 +1536,6 @@ def image_info(path: str, format: str) -> dict[str, Any]:
     -U: a running VM holds the image's lock, and looking does no harm.  Absolute, here and below: a relative name with
     a colon would be taken for a protocol (nbd:HOST:PORT, json:{…}).
     """
-    import json
-
     try:
         answer = run(["qemu-img", "info", "-U", "--output=json", "-f", format, os.path.abspath(path)], merge=False)
     except CommandFailed as failed:
@@ -1588,9 +1578,8 @@ def foreign_image_format(path: str, shown: str = "") -> str:
     if header and image_info(path, "qcow2").get("encrypted"):
         raise WrongImage(f"{shown}: refused: the image is encrypted", "see qemu-img(1), --object secret")
     if not header and not looks_bootable(path):
-        raise WrongImage(
-            f"{shown}: neither a qcow2 image nor a raw disk with a boot sector", "is it a disk image at all?"
-        )
+        said = f"{shown}: neither a qcow2 image nor a raw disk with a boot sector"
+        raise WrongImage(said, "is it a disk image at all?")
     if (header.end if header else partitions_end(head)) > size or (header and not is_sound(path)):
         said = f"{shown}: it ends before its data does, or is damaged: an incomplete download?"
         raise WrongImage(said, "get it again, and compare its checksum")
@@ -1693,11 +1682,9 @@ def known_formats(vm: VM) -> list[str]:
     """
     disks, known = vm.disks(), [each for each in vm.get("vmDiskFormat").split(",") if each]
     if len(known) > len(disks):
-        raise UsageError(
-            f"vmDiskFormat names {plural(len(known), 'format')} for {plural(len(disks), 'disk')}",
-            f"mend it in {vm.conf_file}: as many formats as there are disks in vmDisk and vmExtraDisk",
-            vm=vm,
-        )
+        said = f"vmDiskFormat names {plural(len(known), 'format')} for {plural(len(disks), 'disk')}"
+        hint = f"mend it in {vm.conf_file}: as many formats as there are disks in vmDisk and vmExtraDisk"
+        raise UsageError(said, hint, vm=vm)
     formats = [*known, *(first_format(vm, disk) for disk in disks[len(known) :])]
     if formats != known and os.access(vm.folder, os.W_OK):  # a template may be someone else's
         vm.write_conf({"vmDiskFormat": ",".join(formats)})
@@ -1710,16 +1697,15 @@ def first_format(vm: VM, disk: str) -> str:
     A header that leads out of the tree may be the guest's own work: whose it is, only the user knows.
     """
     header = qcow2_header(disk)
-    if header:
-        inside = vm.tree.followable()
-        strays = [path for path in backing_chain(disk, "qcow2", inside) if not inside(path)]
-        if strays or header.outside:
-            raise WrongImage(
-                f"its disk {disk} needs a file outside the tree: {strays[0] if strays else 'its data file'}",
-                f"the guest may have written that itself; if not, set vmDiskFormat=qcow2 in {vm.conf_file}",
-                vm=vm,
-            )
-    return "qcow2" if header else "raw"
+    if not header:
+        return "raw"
+    inside = vm.tree.followable()
+    strays = [path for path in backing_chain(disk, "qcow2", inside) if not inside(path)]
+    if strays or header.outside:
+        said = f"its disk {disk} needs a file outside the tree: {strays[0] if strays else 'its data file'}"
+        hint = f"the guest may have written that itself; if not, set vmDiskFormat=qcow2 in {vm.conf_file}"
+        raise WrongImage(said, hint, vm=vm)
+    return "qcow2"
 
 
 def create_disk(disk: str, gigabytes: int = 0, *below: str) -> None:
@@ -1792,8 +1778,6 @@ def set_writable(path: str, writable: bool) -> None:
 
 def converted_size(source: str, format: str) -> int:
     """The bytes that convert_image's copy will take; more than the image itself where that is compressed."""
-    import json
-
     words = ["measure", "--output=json", "-f", format, "-O", "qcow2", os.path.abspath(source)]
     return int(json.loads(run(["qemu-img", *words], merge=False).stdout)["required"])
 
@@ -1831,8 +1815,6 @@ class QMP:
 
     def execute(self, command: str, **arguments: Any) -> Any:
         """What the command returns.  Of arguments' names, `_` stands for `-`."""
-        import json
-
         self._serial += 1
         given = {name.replace("_", "-"): value for name, value in arguments.items()}
         request = {"execute": command, "id": self._serial, **({"arguments": given} if given else {})}
@@ -1862,9 +1844,7 @@ class QMP:
 
     def give(self, fd: int, name: str) -> None:
         """Give qemu a descriptor, which commands call by this name."""
-        import socket as sockets
-
-        sockets.send_fds(self._socket, [b" "], [fd])
+        socket.send_fds(self._socket, [b" "], [fd])
         self.execute("getfd", fdname=name)
 
     def _send(self, data: bytes) -> None:
@@ -1875,15 +1855,13 @@ class QMP:
 
     def _receive(self) -> None:
         """Add what comes next to the buffer."""
-        import socket as sockets
-
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimedOut("qemu: no answer on its control socket")
         self._socket.settimeout(left)
         try:
             piece = self._socket.recv(65536)
-        except sockets.timeout:  # TimeoutError itself only since Python 3.10
+        except socket.timeout:  # TimeoutError itself only since Python 3.10
             return
         except OSError:
             piece = b""
@@ -1905,10 +1883,8 @@ class QMP:
 
 def connect_unix(folder: str, name: str, seconds: float) -> socket.socket:
     """Connect to a socket in a folder whose path may be longer than the 107 bytes that sun_path holds."""
-    import socket as sockets
-
     place = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    connection = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.settimeout(seconds)
         connection.connect(f"/proc/self/fd/{place}/{name}")
@@ -1922,10 +1898,8 @@ def connect_unix(folder: str, name: str, seconds: float) -> socket.socket:
 
 def listen_unix(folder: str, name: str) -> socket.socket:
     """Listen at a socket in a folder, as connect_unix() connects; no other user may."""
-    import socket as sockets
-
     place = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    path, listener = f"/proc/self/fd/{place}/{name}", sockets.socket(sockets.AF_UNIX)
+    path, listener = f"/proc/self/fd/{place}/{name}", socket.socket(socket.AF_UNIX)
     try:
         remove_file(path)
         listener.bind(path)
@@ -1941,8 +1915,6 @@ def listen_unix(folder: str, name: str) -> socket.socket:
 
 def parse_qmp(line: bytes | str) -> dict[str, Any]:
     """A QMP message; raises QMPError where it is none."""
-    import json
-
     with Parsing(QMPError, "qemu: what it said on its control socket is not QMP"):
         message: dict[str, Any] = json.loads(line)
         return {**message, **{key: {**message[key]} for key in ("data", "error") if key in message}}
@@ -1983,11 +1955,9 @@ class QemuProcess:
         self.words = self._command_line.rstrip("\0").split("\0")
         self.is_ours = ",path=qmp.sock,server=on,wait=off\0" in self._command_line  # nocloud's, whoever started it
         self.uid, self.folder = -1, ""
-        try:
+        with contextlib.suppress(OSError):  # it has ended, or we may not look
             self.uid = os.stat(f"/proc/{pid}").st_uid
             self.folder = os.readlink(f"/proc/{pid}/cwd")
-        except OSError:
-            pass  # it has ended, or we may not look
 
     def is_alive(self) -> bool:
         """A pid may be another process's by now, and one that nobody has waited for yet has no words any more."""
@@ -2096,8 +2066,6 @@ def connect_foreign(process: QemuProcess, vm: VM, seconds: float) -> HMP:
 
     A port is only taken for qemu's where it listens on this host's loopback, in the network namespace that we are in.
     """
-    import socket as sockets
-
     for options in map(suboptions, process.values("monitor")):
         way, _, place = next(iter(options)).partition(":")
         host, _, port = place.rpartition(":")
@@ -2108,7 +2076,7 @@ def connect_foreign(process: QemuProcess, vm: VM, seconds: float) -> HMP:
                 return HMP("", seconds, connection=connect_unix(os.path.dirname(path), os.path.basename(path), seconds))
             here = os.path.samefile(f"/proc/{process.pid}/ns/net", "/proc/self/ns/net")
             if way == "telnet" and here and host in ("", "localhost", "127.0.0.1", "0.0.0.0"):
-                return HMP("", seconds, connection=sockets.create_connection(("127.0.0.1", int(port)), seconds))
+                return HMP("", seconds, connection=socket.create_connection(("127.0.0.1", int(port)), seconds))
         except (QMPClosed, OSError, ValueError, OverflowError):
             continue  # another one, perhaps
     raise QMPClosed("nocloud didn't start it, and its qemu has no monitor to talk to", vm=vm)
@@ -2277,9 +2245,8 @@ class VM:
         except OSError as error:
             raise error_from_os(error) from None
         if reason:
-            raise UsageError(
-                f"{self.conf_file} is not used: {reason}", f"chown it to you, and chmod go-w {self.conf_file}"
-            )
+            hint = f"chown it to you, and chmod go-w {self.conf_file}"
+            raise UsageError(f"{self.conf_file} is not used: {reason}", hint)
         values: dict[str, str] = {}
         for assignment in parse_assignments(text, self.conf_file, ChainMap({"vmBaseDir": self.base}, os.environ)):
             check_setting(assignment.key, assignment.value, f"{self.conf_file}:{assignment.line}")
@@ -2586,19 +2553,10 @@ class Qemu:
     options: frozenset[str]
 
 
-def find_qemu(config: Config) -> str:
-    """The path of the qemu program for this machine; RHEL and kin keep theirs in /usr/libexec."""
-    if config["vmQemu"]:
-        return need_program(config["vmQemu"])
-    name = f"qemu-system-{os.uname().machine}"
-    return find_program(name) or find_program("/usr/libexec/qemu-kvm") or need_program(name)
-
-
 def probe_qemu(config: Config) -> Qemu:
-    """What the binary is and has: its version, the versioned name of its newest q35, the options it was built with."""
-    import json
-
-    path = find_qemu(config)
+    """The qemu program for this machine; RHEL and kin keep theirs in /usr/libexec."""
+    usual = (f"qemu-system-{os.uname().machine}", "/usr/libexec/qemu-kvm")
+    path = need_program(config["vmQemu"] or next(filter(find_program, usual), usual[0]))
     asked = ["qmp_capabilities", "query-version", "query-machines", "query-command-line-options", "quit"]
     words = "".join(json.dumps({"execute": name, "id": name}) + "\n" for name in asked)
     argv = [path, "-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-qmp", "stdio"]
@@ -2705,8 +2663,7 @@ def kvm_missing() -> tuple[str, str]:
     mend = mend or "turn on VT-x (Intel) or SVM (AMD) in the machine's firmware setup"
     if not os.path.exists("/dev/kvm"):
         return "there is no /dev/kvm", mend
-    reason = device_denied("/dev/kvm")
-    if reason:
+    if reason := device_denied("/dev/kvm"):
         return f"you may not open /dev/kvm ({reason})", device_command("/dev/kvm", "kvm")
     if "flags" in words and not KVM_MODULES.keys() & words:  # x86's word for them; some kernels list none
         return "the processor shows neither vmx nor svm (no nested virtualization here)", mend
@@ -2727,8 +2684,6 @@ def device_denied(path: str) -> str:
 
 def device_command(path: str, group: str) -> str:
     """The command that lets this user open a device: through the group that it belongs to, or that it ought to."""
-    import grp
-
     info, user, mend = os.stat(path), user_name(), ""
     if os.geteuid() == 0:
         return f"in a container: give it the device {path}"
@@ -2765,6 +2720,7 @@ MAX_DISKS = sum(name.startswith("disk") for name in PCI_SLOTS) - 1
 LEGACY_MACHINE = "pc"  # what the bash tools ran, and still run where a conf names no machine
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+SEED_ISO, AGENT_SOCKET, RECORD_SOCKET = "seed.iso", "agent.sock", "record.sock"  # in the VM's folder
 
 
 def comma(text: str) -> str:
@@ -2818,7 +2774,6 @@ def qemu_argv(machine: Machine, tap: int, vhost: int = -1, shares: Sequence[int]
         *share_args(machine, shares),
         *screen_args(machine),
         *monitor_args(machine),
-        *record_args(machine),
         *kernel_args(machine),
         *machine.extra,
     ]
@@ -2898,9 +2853,6 @@ def iso_args(machine: Machine) -> list[str]:
     ]  # fmt: skip
 
 
-SEED_ISO = "seed.iso"
-
-
 def seed_args(machine: Machine) -> list[str]:
     """cloud-init's NoCloud volume, after all disks: read only, and there at each boot, since cloud-init looks at it.
 
@@ -2931,11 +2883,8 @@ def choose_seed(qemu: Qemu) -> str:
         return "vvfat"
     if find_iso_writer():
         return "iso"
-    raise MissingProgram(
-        f"{qemu.path} has no vvfat driver, and there is no program that writes ISO images: one of them has to make"
-        " cloud-init's seed",
-        install_command("xorriso"),
-    )
+    said = f"{qemu.path} has no vvfat driver, and no program writes ISO images: one of them makes cloud-init's seed"
+    raise MissingProgram(said, install_command("xorriso"))
 
 
 def net_args(machine: Machine, tap: int, vhost: int) -> list[str]:
@@ -2957,9 +2906,6 @@ def console_args(machine: Machine) -> list[str]:
     if machine.settings["vmLayout"] != "1":
         words += ["-chardev", f"socket,id=serial1,path={AGENT_SOCKET},server=on,wait=off", "-serial", "chardev:serial1"]
     return words
-
-
-AGENT_SOCKET = "agent.sock"
 
 
 def layout_args(machine: Machine) -> list[str]:
@@ -3046,25 +2992,21 @@ def choose_screen(qemu: Qemu) -> str:
 
 
 def monitor_args(machine: Machine) -> list[str]:
-    """QMP for the commands, and the monitor for humans, which vmmanage joins to a terminal."""
-    return [
+    """QMP for the commands, and the monitor for humans, which vmmanage joins to a terminal.
+
+    A second QMP's log is the record: qemu writes its events there whether or not a client is connected.
+    """
+    words = [
         "-chardev", "socket,id=qmp0,path=qmp.sock,server=on,wait=off",
         "-mon", "chardev=qmp0,mode=control",
         "-chardev", "socket,id=monitor0,path=monitor.sock,server=on,wait=off",
         "-mon", "chardev=monitor0,mode=readline",
         "-pidfile", machine.pid_file,
     ]  # fmt: skip
-
-
-RECORD_SOCKET = "record.sock"
-
-
-def record_args(machine: Machine) -> list[str]:
-    """A second monitor whose log is the record: qemu writes its events there whether or not a client is connected."""
-    if not machine.record:
-        return []
-    place = f"path={RECORD_SOCKET},server=on,wait=off,logfile={comma(machine.record)},logappend=off"
-    return ["-chardev", f"socket,id=record0,{place}", "-mon", "chardev=record0,mode=control"]
+    if machine.record:
+        place = f"path={RECORD_SOCKET},server=on,wait=off,logfile={comma(machine.record)},logappend=off"
+        words += ["-chardev", f"socket,id=record0,{place}", "-mon", "chardev=record0,mode=control"]
+    return words
 
 
 def kernel_args(machine: Machine) -> list[str]:
@@ -3094,8 +3036,6 @@ class Network:
 
     def hold(self) -> Any:
         """A context in which the network is up and stays up."""
-        import contextlib
-
         self.up()
         return contextlib.nullcontext()
 
@@ -3108,9 +3048,7 @@ class Network:
 
     def socket(self) -> socket.socket:
         """A TCP socket, not yet connected, that reaches the VMs."""
-        import socket as sockets
-
-        return sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM)
+        return socket.socket(socket.AF_INET, socket.SOCK_STREAM)
 
     def enter(self, argv: Sequence[str]) -> tuple[list[str], list[int]]:
         """(words, descriptors to pass on) that run `argv` where the network is."""
@@ -3158,10 +3096,7 @@ def vhost_net() -> int:
 
 def nft_rules(name: str, **defines: str) -> bytes:
     """nft(8)'s input: `defines`, and a file of etc/.  Raises Error where nocloud.py was copied without that."""
-    rules = packaged(name)
-    if not rules:
-        raise Error(f"etc/{name} is missing: no network's packets are let out without it", "install all of nocloud")
-    return "".join([*(f"define {key} = {value}\n" for key, value in defines.items()), rules]).encode()
+    return "".join([*(f"define {key} = {value}\n" for key, value in defines.items()), need_packaged(name)]).encode()
 
 
 def write_proc(path: str, value: str) -> None:
@@ -3174,45 +3109,35 @@ def write_proc(path: str, value: str) -> None:
 # -- addresses
 
 
-def ipv4_number(text: str) -> int:
-    return int.from_bytes(map(int, text.split(".")), "big")
-
-
-def ipv4_text(number: int) -> str:
-    return ".".join(map(str, number.to_bytes(4, "big")))
-
-
-def overlap(one: int, length: int, other: int, its_length: int) -> bool:
-    """Whether two IPv4 networks have addresses in common."""
-    return not (one ^ other) >> (32 - min(length, its_length))
-
-
 def ip_json(*words: str) -> list[dict[str, Any]]:
     """What `ip -json` says (ip(8))."""
-    import json
-
     answer = json.loads(run(["ip", "-json", "-4", *words]).stdout or "[]")
     return [each for each in answer if each]
 
 
-def networks_in_use(without: str = "") -> Iterator[tuple[str, int, int]]:
-    """(who, network, prefix length) of each address and route of the host but those of the interface `without`.
+def networks_in_use(without: str = "") -> Iterator[tuple[str, ipaddress.IPv4Network]]:
+    """(who, network) of each address and route of the host but those of the interface `without`.
 
     Default routes don't count, nor the two halves of the world that a VPN has instead.
     """
     for card in ip_json("address"):
         for each in card.get("addr_info", ()):
             if card["ifname"] != without:
-                length = each["prefixlen"]
-                network = ipv4_number(each["local"]) >> (32 - length) << (32 - length)
-                yield f"{card['ifname']} has {each['local']}/{length}", network, length
+                own = f"{each['local']}/{each['prefixlen']}"
+                yield f"{card['ifname']} has {own}", ipaddress.IPv4Network(own, strict=False)
     for route in ip_json("route", "show", "table", "all"):
-        address, _, length = route["dst"].partition("/")
-        if not is_ipv4(address) or route.get("type") in ("local", "broadcast") or route.get("dev") == without:
-            continue
-        if int(length or 32) > 1 and route.get("protocol") != "kernel":  # the kernel's own is of an address above
-            who = f"there is a route to {route['dst']}" + (f" by {route['dev']}" if "dev" in route else "")
-            yield who, ipv4_number(address), int(length or 32)
+        # a route of the kernel's own is that of an address above
+        others = route.get("type") not in ("local", "broadcast") and route.get("protocol") != "kernel"
+        if others and is_ipv4(route["dst"].partition("/")[0]) and route.get("dev") != without:
+            network = ipaddress.IPv4Network(route["dst"])
+            if network.prefixlen > 1:
+                yield f"there is a route to {route['dst']}" + (f" by {route['dev']}" if "dev" in route else ""), network
+
+
+def first_free(networks: Iterable[str], taken: Iterable[ipaddress.IPv4Network]) -> str:
+    """The first of these networks, as 10.88.0.0/24, that overlaps none that is taken; '' where all do."""
+    others = list(taken)
+    return next((each for each in networks if not any(map(ipaddress.IPv4Network(each).overlaps, others))), "")
 
 
 # -- daemons
@@ -3236,8 +3161,7 @@ def end_process(find: Callable[[], int]) -> None:
 
     `find` is asked again once a pidfd is open, so that no other process is hit.
     """
-    pid = find()
-    if pid:
+    if pid := find():
         with Process(pid) as process:
             for number in (signal.SIGTERM, signal.SIGKILL):
                 if find() == pid:
@@ -3276,13 +3200,10 @@ def host_names(name: str) -> list[str]:
 
 def small_file(path: str) -> tuple[os.stat_result, str]:
     """(whose and how old, text); a link, a pipe and what is over 4 KB count for nothing.  Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        info = os.fstat(fd)
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        info = os.fstat(file.fileno())
         small = stat.S_ISREG(info.st_mode) and info.st_size <= 4096
-        return info, os.read(fd, 4096).decode("utf-8", "surrogateescape") if small else ""
-    finally:
-        os.close(fd)
+        return info, file.read(4096).decode("utf-8", "surrogateescape") if small else ""
 
 
 def small_files(folder: str) -> list[tuple[str, os.stat_result, str]]:
@@ -3389,8 +3310,6 @@ class Inbox:
 
     @property
     def mark(self) -> str:
-        import hashlib  # 3 ms, which most commands don't need
-
         return f"# tree {hashlib.sha256(self._tree.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}\n"
 
     def denied(self) -> bool:
@@ -3457,18 +3376,12 @@ CLONE_NEWUSER, CLONE_NEWNET, CLONE_NEWNS = 0x10000000, 0x40000000, 0x20000  # li
 
 def trim_memory() -> None:
     """Give freed memory back to the system: where no bytecode was cached, 12 MB that compiling this module took."""
-    import ctypes
-
-    try:
+    with contextlib.suppress(AttributeError):  # a libc other than glibc
         ctypes.CDLL(None).malloc_trim(0)
-    except AttributeError:
-        pass  # a libc other than glibc
 
 
 def libc_call(name: str, *numbers: int) -> None:
     """unshare(2) or setns(2) of libc; module os has them only from Python 3.12 on."""
-    import ctypes
-
     if getattr(ctypes.CDLL(None, use_errno=True), name)(*numbers):
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")
@@ -3492,25 +3405,6 @@ class Namespaces:
         os.close(self.net)
 
 
-def make_namespaces(subnet: str) -> None:
-    """Enter namespaces of our own that have the private network's bridge, and that forward.
-
-    We are root in both: what `unshare -Urn` does, but the errno of a refusal stays known.  A bridge without a MAC of
-    its own takes its lowest port's: guests would lose the gateway.
-    """
-    uid, gid = os.geteuid(), os.getegid()
-    batch = (
-        f"link set lo up\nlink add {BRIDGE} address {BRIDGE_MAC} type bridge forward_delay 0 no_linklocal_learn 1\n"
-        f"addr add {subnet}.1/24 dev {BRIDGE}\nlink set {BRIDGE} up\n"
-    )
-    libc_call("unshare", CLONE_NEWUSER | CLONE_NEWNET)
-    write_proc("/proc/self/setgroups", "deny")  # first: gid_map is refused to ordinary users otherwise
-    write_proc("/proc/self/uid_map", f"0 {uid} 1")
-    write_proc("/proc/self/gid_map", f"0 {gid} 1")
-    run(["ip", "-batch", "-"], input=batch.encode())
-    write_proc("/proc/sys/net/ipv4/ip_forward", "1")
-
-
 def ask_child(work: Callable[[], None], keep: Sequence[int] = ()) -> tuple[int, str]:
     """(pid, why it failed or '') of a child of fork_child() that has done `work`, or has become another program."""
     mine, its = os.pipe()
@@ -3528,10 +3422,25 @@ def ask_child(work: Callable[[], None], keep: Sequence[int] = ()) -> tuple[int, 
 
 
 def new_namespaces(subnet: str, rules: bytes = b"") -> Namespaces:
-    """make_namespaces() in a child, which is needed no longer once they are open here; with these rules for nft(8)."""
+    """Namespaces of our own that have the private network's bridge, and these rules for nft(8), and that forward.
+
+    A child makes them, which is needed no longer once they are open here.  We are root in both: what `unshare -Urn`
+    does, but the errno of a refusal stays known.  A bridge without a MAC of its own takes its lowest port's: guests
+    would lose the gateway.
+    """
+    uid, gid = os.geteuid(), os.getegid()
+    batch = (
+        f"link set lo up\nlink add {BRIDGE} address {BRIDGE_MAC} type bridge forward_delay 0 no_linklocal_learn 1\n"
+        f"addr add {subnet}.1/24 dev {BRIDGE}\nlink set {BRIDGE} up\n"
+    )
 
     def make_and_wait() -> None:
-        make_namespaces(subnet)
+        libc_call("unshare", CLONE_NEWUSER | CLONE_NEWNET)
+        write_proc("/proc/self/setgroups", "deny")  # first: gid_map is refused to ordinary users otherwise
+        write_proc("/proc/self/uid_map", f"0 {uid} 1")
+        write_proc("/proc/self/gid_map", f"0 {gid} 1")
+        run(["ip", "-batch", "-"], input=batch.encode())
+        write_proc("/proc/sys/net/ipv4/ip_forward", "1")
         if rules:
             run(["nft", "-f", "-"], input=rules)
         become(["sleep", "10"])
@@ -3553,21 +3462,16 @@ class Gate:
     """
 
     def __init__(self, spaces: Namespaces) -> None:
-        import socket as sockets
-        import threading
-
-        self._socket, its = sockets.socketpair(sockets.AF_UNIX, sockets.SOCK_SEQPACKET)
+        self._socket, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._lock = threading.Lock()
         self.pid = fork_child(lambda: serve_gate(spaces, its), keep=(its.fileno(), spaces.user, spaces.net))
         its.close()
 
     def open(self, kind: bytes) -> int:
         """A descriptor: `tap NAME`, on the network's bridge, or `tcp`, a socket.  OSError: the gate's words."""
-        import socket as sockets
-
         with self._lock:
             self._socket.send(kind)
-            text, fds, _, _ = sockets.recv_fds(self._socket, 256, 1)
+            text, fds, _, _ = socket.recv_fds(self._socket, 256, 1)
         if not fds:
             raise BrokenPipeError(errno.EPIPE, text.decode("utf-8", "replace") or "the private network is gone")
         os.set_inheritable(fds[0], False)
@@ -3580,16 +3484,14 @@ class Gate:
 
 def serve_gate(spaces: Namespaces, asked: socket.socket) -> None:
     """In the gate: answer each request with a descriptor, or why there is none, until the other end is gone."""
-    import socket as sockets
-
     spaces.enter()
     for words in iter(lambda: asked.recv(64).decode().split(), []):
         try:
-            fd = make_tap(words[1]) if words[0] == "tap" else sockets.socket().detach()
+            fd = make_tap(words[1]) if words[0] == "tap" else socket.socket().detach()
         except OSError as error:
             asked.send(str(error_from_os(error)).encode())
         else:
-            sockets.send_fds(asked, [b"+"], [fd])
+            socket.send_fds(asked, [b"+"], [fd])
             os.close(fd)
 
 
@@ -3605,11 +3507,9 @@ def tap_name() -> str:
 
 def make_tap(card: str) -> int:
     """A tap of this name on the bridge of the private network that we are in, for `-netdev tap,fd=N`."""
-    import socket as sockets
-
     tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        with sockets.socket(sockets.AF_INET, sockets.SOCK_DGRAM) as control:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
             request = struct.pack("16sH22x", card.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
             name = fcntl.ioctl(tap, TUNSETIFF, request)[:16]
             index = struct.unpack_from("i", fcntl.ioctl(control, SIOCGIFINDEX, name + bytes(24)), 16)[0]
@@ -3677,8 +3577,7 @@ class PrivateNetwork(Network):
         path = self.file("subnet")
         if not os.path.exists(path):
             make_private_folder(self.folder)
-            free = free_subnet([(network, length) for _, network, length in networks_in_use()])
-            write_file(path, free + "\n")
+            write_file(path, free_subnet([network for _, network in networks_in_use()]) + "\n")
         text = read_text(path).strip()
         if not re.fullmatch(r"10\.[0-9]{1,3}\.[0-9]{1,3}", text):
             raise Error(f"{path}: {text!r} is not the beginning of an address", f"echo 10.88.0 >{path}")
@@ -3700,13 +3599,11 @@ class PrivateNetwork(Network):
         version 2.90 also crashes if hosts have tags.  So it is started anew, which takes 40 ms.
         """
         if self.hosts.withdraw(uuids) and self.holder():
-            try:
-                with FolderLock(self.folder):
-                    if self.holder():
-                        stop_daemon(self.file("dnsmasq.pid"))
-                        self._complete()
-            except FileNotFoundError:
-                pass  # the last VM is gone, and another command, the group's vmrun say, has ended the network
+            # where the last VM is gone another command, the group's vmrun say, may have ended the network
+            with contextlib.suppress(FileNotFoundError), FolderLock(self.folder):
+                if self.holder():
+                    stop_daemon(self.file("dnsmasq.pid"))
+                    self._complete()
 
     # up and down
 
@@ -3719,8 +3616,6 @@ class PrivateNetwork(Network):
 
     def hold(self) -> Any:
         """The folder's lock, held shared.  Another command may have ended the network that we know and made it anew."""
-        import contextlib
-
         self.used = True
         stack = contextlib.ExitStack()
         for _ in range(5):
@@ -3765,9 +3660,8 @@ class PrivateNetwork(Network):
         for name in ("ip", "dnsmasq", "nsenter"):
             need_program(name)
         if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
-            raise Error(
-                "the private network can't be made: you may not open /dev/net/tun", "sudo chmod 666 /dev/net/tun"
-            )
+            said = "the private network can't be made: you may not open /dev/net/tun"
+            raise Error(said, "sudo chmod 666 /dev/net/tun")
         if not self.holder():
             self.close()
             self._start_holder()
@@ -3835,11 +3729,8 @@ class PrivateNetwork(Network):
 
         It must not look at its own pidfile: the lock would be gone when that is closed.
         """
-        import contextlib
-        import socket as sockets
-
         self._spaces = Namespaces(os.getpid(), *places)
-        with sockets.socket(sockets.AF_NETLINK, sockets.SOCK_RAW) as changes:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as changes:
             changes.bind((0, RTMGRP_IPV4_IFADDR | RTMGRP_IPV4_ROUTE))
             changes.settimeout(FOLLOW_SECONDS)
             while True:
@@ -3929,8 +3820,7 @@ class PrivateNetwork(Network):
         if not os.path.isdir(self.folder):
             return
         with FolderLock(self.folder):
-            users = ", ".join([vm.name for vm in self._users()][:10])
-            if users:
+            if users := ", ".join([vm.name for vm in self._users()][:10]):
                 raise WrongState(f"the private network is in use by {users}", "vmstop -g GROUP stops a group")
             self.down()
 
@@ -3998,8 +3888,6 @@ class PrivateNetwork(Network):
 
     def admit(self, vms: Iterable[VM]) -> None:
         """From no other VM's tap comes what has the MACs and addresses of these, where nft has rules for bridges."""
-        import contextlib
-
         pairs = {(vm.get("vmMac"), vm.get("vmAddress")) for vm in vms}
         cards = {pair: tap_name() for pair in pairs if all(pair) and pair not in self._cards}
         if cards and find_program("nft"):
@@ -4021,9 +3909,7 @@ class PrivateNetwork(Network):
             raise Error(f"no tap for the private network: {error.strerror}") from None
 
     def socket(self) -> socket.socket:
-        import socket as sockets
-
-        return sockets.socket(fileno=self.gate().open(b"tcp"))
+        return socket.socket(fileno=self.gate().open(b"tcp"))
 
     def enter(self, argv: Sequence[str]) -> tuple[list[str], list[int]]:
         """nsenter keeps session, folder and descriptors, and becomes the program."""
@@ -4057,8 +3943,6 @@ class PrivateNetwork(Network):
 
     def proxy_command(self) -> str:
         """ssh runs outside: inside, root's files in ssh_config.d look foreign to it, and the home is root's."""
-        import shlex
-
         words = ["env", f"NOCLOUD_vmBaseDir={self.tree.base}", *self_argv("net", "--fdpass", "connect")]
         way = shlex.join(words).replace("%", "%%")
         return f"{way} %h %p"
@@ -4069,23 +3953,21 @@ class PrivateNetwork(Network):
         `hand_over`: give the connection itself to ssh, over the socket that is our stdout (ssh_config(5),
         ProxyUseFdpass), and be done: no process stays for a session.
         """
-        import socket as sockets
-
         if is_ipv4(address):
             self.namespaces().enter()
         else:
             self.move_in()
         try:
-            connection = sockets.create_connection((address, port), 30)
+            connection = socket.create_connection((address, port), 30)
         except OSError as error:
             raise Error(f"{address}:{port}: {error.strerror or 'no answer within 30 s'}") from None
         connection.settimeout(None)
-        connection.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_NODELAY, 1)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if not hand_over:
             relay(connection)
             return
-        with sockets.socket(fileno=os.dup(1)) as ssh:
-            sockets.send_fds(ssh, [b"\0"], [connection.fileno()])
+        with socket.socket(fileno=os.dup(1)) as ssh:
+            socket.send_fds(ssh, [b"\0"], [connection.fileno()])
 
     def status(self) -> Iterator[str]:
         """Lines for people: whether it is up, and who is on it."""
@@ -4121,19 +4003,17 @@ def namespaces_denied(reason: str) -> Error:
     return Error(f"the private network can't be made: {reason}", hint)
 
 
-def free_subnet(taken: Sequence[tuple[int, int]]) -> str:
+def free_subnet(taken: Sequence[ipaddress.IPv4Network]) -> str:
     """The first /24 of 10.88 to 10.127 that overlaps none of these networks, as `10.88.0`.
 
     A VPN may claim all of 10.0.0.0/8: where nothing is left, only narrower networks count.
     """
     for widest in (2, 9, 17):
-        narrow = [(network, length) for network, length in taken if length >= widest]
-        for number in range(0x0A5800, 0x0A8000):
-            if not any(overlap(number << 8, 24, network, length) for network, length in narrow):
-                return f"10.{number >> 8 & 255}.{number & 255}"
-    raise Error(
-        "no subnet is free between 10.88.0.0 and 10.127.255.0: this host has routes to all of them", "vmNetwork=bridge"
-    )
+        subnets = (f"10.{number >> 8}.{number & 255}.0/24" for number in range(88 << 8, 128 << 8))
+        if free := first_free(subnets, (network for network in taken if network.prefixlen >= widest)):
+            return free.removesuffix(".0/24")
+    said = "no subnet is free between 10.88.0.0 and 10.127.255.0: this host has routes to all of them"
+    raise Error(said, "vmNetwork=bridge")
 
 
 # -- joining a connection to stdin and stdout
@@ -4143,12 +4023,9 @@ RELAY_BYTES = 256 * 1024
 
 def relay(connection: socket.socket) -> None:
     """Join stdin and stdout to the connection; each end of file is passed on, and both ends end it."""
-    import socket as sockets
-    import threading
-
     for fd in (0, 1):
         os.set_blocking(fd, True)  # a terminal that another program shares may not be
-    send = (lambda: os.read(0, RELAY_BYTES), connection.sendall, lambda: connection.shutdown(sockets.SHUT_WR))
+    send = (lambda: os.read(0, RELAY_BYTES), connection.sendall, lambda: connection.shutdown(socket.SHUT_WR))
     sender = threading.Thread(target=pump, args=send, daemon=True)
     sender.start()
     pump(lambda: connection.recv(RELAY_BYTES), lambda data: write_all(1, data), lambda: os.close(1))
@@ -4157,8 +4034,6 @@ def relay(connection: socket.socket) -> None:
 
 def pump(source: Callable[[], bytes], sink: Callable[[bytes], object], finish: Callable[[], object]) -> None:
     """From source to sink, until the one ends or the other is gone; then `finish`, if that is still there."""
-    import contextlib
-
     with contextlib.suppress(OSError):
         for data in iter(source, b""):
             sink(data)
@@ -4185,37 +4060,34 @@ class BridgeSettings:
     """The host's bridge as the settings want it.  Raises UsageError where they contradict each other."""
 
     def __init__(self, config: Config) -> None:
-        self.interface = config["bridgeInterface"]
-        self.address, _, length = config["bridgeAddress"].partition("/")
-        self.length = int(length)
-        self.network = ipv4_number(self.address) >> (32 - self.length) << (32 - self.length)
-        self.net = f"{ipv4_text(self.network)}/{self.length}"
+        self.interface, self.address = config["bridgeInterface"], config["bridgeAddress"].partition("/")[0]
+        self.network = ipaddress.IPv4Network(config["bridgeAddress"], strict=False)
+        self.net = str(self.network)
         for key in ("bridgeIpAddress", "bridgeNet", "bridgeDhcpStart", "bridgeDhcpStop"):
             if not (config[key] == self.net if key == "bridgeNet" else self.holds(config[key])):
-                raise UsageError(
-                    f"{key}={config[key]} doesn't fit bridgeAddress={config['bridgeAddress']}",
-                    "see etc/nocloud_net.conf, where bridgeNet and what comes after it follow bridgeSubnet",
-                )
-        self.first, self.last = sorted(ipv4_number(config[key]) for key in ("bridgeDhcpStart", "bridgeDhcpStop"))
+                said = f"{key}={config[key]} doesn't fit bridgeAddress={config['bridgeAddress']}"
+                hint = "see etc/nocloud_net.conf, where bridgeNet and what comes after it follow bridgeSubnet"
+                raise UsageError(said, hint)
+        ends = [ipaddress.IPv4Address(config[key]) for key in ("bridgeDhcpStart", "bridgeDhcpStop")]
+        self.first, self.last = sorted(ends)
         # The upper quarter is for guests that nobody allotted an address to: one that is allotted to a VM must not be
         # leased to another guest in the same moment.
-        self.first_dynamic = self.last - max(1, (self.last - self.first + 1) // 4) + 1
+        self.first_dynamic = self.last - max(1, (int(self.last) - int(self.first) + 1) // 4) + 1
         # A bridge without a MAC of its own takes its lowest port's, and guests would lose the gateway.
         self.mac = OUR_MAC + "".join(f":{int(number):02x}" for number in self.address.split(".")[1:])
 
     def holds(self, address: str) -> bool:
-        return is_ipv4(address) and bool(address) and overlap(ipv4_number(address), 32, self.network, self.length)
+        return is_ipv4(address) and ipaddress.IPv4Address(address) in self.network
 
     def allots(self, address: str) -> bool:
-        """Whether it is one for VMs, written as we do: 192.168.1.02 would be a second name of another's."""
-        number = ipv4_number(address) if self.holds(address) else 0
-        return self.first <= number < self.first_dynamic and address != self.address and ipv4_text(number) == address
+        """Whether it is one for VMs."""
+        ours = self.holds(address) and address != self.address
+        return ours and self.first <= ipaddress.IPv4Address(address) < self.first_dynamic
 
 
 def overlapping(settings: BridgeSettings) -> str:
     """Who has addresses of the bridge's network already, or ''."""
-    taken = networks_in_use(settings.interface)
-    return next((who for who, at, length in taken if overlap(at, length, settings.network, settings.length)), "")
+    return next((who for who, at in networks_in_use(settings.interface) if at.overlaps(settings.network)), "")
 
 
 def choose_bridge_subnet(config: Config) -> tuple[str, str]:
@@ -4224,11 +4096,9 @@ def choose_bridge_subnet(config: Config) -> tuple[str, str]:
     clash = overlapping(settings)
     if not clash:
         return config["bridgeSubnet"], ""
-    taken = list(networks_in_use(settings.interface))
-    for number in (*range(200, 255), *range(2, 200)):  # homes and offices have the low ones
-        network = ipv4_number(f"192.168.{number}.0")
-        if not any(overlap(network, 24, other, length) for _, other, length in taken):
-            return f"192.168.{number}", clash
+    subnets = (f"192.168.{number}.0/24" for number in (*range(200, 255), *range(2, 200)))  # homes have the low ones
+    if free := first_free(subnets, (network for _, network in networks_in_use(settings.interface))):
+        return free.removesuffix(".0/24"), clash
     raise Error("no subnet is free in 192.168.0.0/16", "set bridgeSubnet to one of 10.0.0.0/8 in etc/nocloud_net.conf")
 
 
@@ -4245,9 +4115,8 @@ def free_bridge_subnet(config: Config, path: str) -> str:
     text, config = update_assignments(read_text(path), {"bridgeSubnet": subnet}), Config()
     config.take(text, path, warn=lambda text: None)
     if not BridgeSettings(config).holds(f"{subnet}.0"):
-        raise Error(
-            f"{path}: bridgeNet and bridgeAddress don't follow bridgeSubnet", f"set them to {subnet}.0/24 by hand"
-        )
+        said = f"{path}: bridgeNet and bridgeAddress don't follow bridgeSubnet"
+        raise Error(said, f"set them to {subnet}.0/24 by hand")
     write_file(path, text, 0o644)
     return f"the bridge's network is {subnet}.0/24, not {net}: {clash} (written to {path})"
 
@@ -4258,10 +4127,8 @@ def bridge_is_ours(interface: str) -> bool:
 
 def need_root(what: str) -> None:
     if os.geteuid() != 0:
-        raise Error(
-            f"{what} needs root; nothing was changed",
-            "sudo does it; or use a network of your own, which needs no root: nocloud net --private up",
-        )
+        hint = "sudo does it; or use a network of your own, which needs no root: nocloud net --private up"
+        raise Error(f"{what} needs root; nothing was changed", hint)
 
 
 # -- the host's firewalls
@@ -4289,8 +4156,6 @@ def iptables_programs() -> list[str]:
 
 def iptables_rules(program: str) -> list[list[str]]:
     """The words of each line of `iptables -S`: -P CHAIN POLICY, -N CHAIN, -A CHAIN RULE."""
-    import shlex
-
     return [shlex.split(line) for line in run([program, "-w", "10", "-S"]).stdout.splitlines() if line.startswith("-")]
 
 
@@ -4353,8 +4218,6 @@ def open_firewalls(interface: str) -> None:
 
 def close_firewalls(interface: str) -> None:
     """Take away exactly what open_firewalls added.  ufw's rules outlive its end, and are looked for wherever it is."""
-    import shlex
-
     for program in iptables_programs():
         close_iptables(program)
     added = try_run(["ufw", "show", "added"], 30)[1] if find_program("ufw") else ""
@@ -4372,8 +4235,6 @@ def dropping_chains(interface: str) -> list[str]:
 
     Nobody can undo that but their owner.  Those of iptables, ufw and firewalld are told in their own way.
     """
-    import json
-
     status, said = try_run(["nft", "-j", "list", "chains"], 30)
     chains = [each["chain"] for each in json.loads(said)["nftables"] if "chain" in each] if status == 0 else []
     found = [
@@ -4424,16 +4285,11 @@ class BridgeSetup:
         for name in ("ip", "nft"):
             need_program(name)
         if self.is_there() and not bridge_is_ours(self.interface):
-            raise WrongState(
-                f"{self.interface} is there, and nocloud didn't make it; it is left alone",
-                "VMs use it as it is; bridgeInterface=NAME makes another one",
-            )
-        clash = overlapping(self.settings)
-        if clash:
-            raise WrongState(
-                f"the bridge's network {self.settings.net} is in use: {clash}",
-                "another one: bridgeSubnet in etc/nocloud_net.conf; `nocloud bridge subnet` writes one that is free",
-            )
+            said = f"{self.interface} is there, and nocloud didn't make it; it is left alone"
+            raise WrongState(said, "VMs use it as it is; bridgeInterface=NAME makes another one")
+        if clash := overlapping(self.settings):
+            hint = "another one: bridgeSubnet in etc/nocloud_net.conf; `nocloud bridge subnet` writes one that is free"
+            raise WrongState(f"the bridge's network {self.settings.net} is in use: {clash}", hint)
 
     def up(self) -> None:
         """`nocloud net up` of root: the bridge with DHCP and DNS."""
@@ -4486,16 +4342,16 @@ class BridgeSetup:
 
     def _make_bridge(self) -> None:
         """The bridge and its address.  Before it is up: the kernel would take a guest for its IPv6 router."""
-        name, wanted = self.interface, (self.settings.address, self.settings.length)
+        name, wanted = self.interface, f"{self.settings.address}/{self.settings.network.prefixlen}"
         if not self.is_there():
             words = f"link add name {name} address {self.settings.mac} type bridge forward_delay 0"
             run(["ip", *words.split()])
         if os.path.exists(sysctl_file(name, "accept_ra", "ipv6")):
             write_proc(sysctl_file(name, "accept_ra", "ipv6"), "0")
         there = [each for card in ip_json("address", "show", "dev", name) for each in card.get("addr_info", ())]
-        if [(each["local"], each["prefixlen"]) for each in there] != [wanted]:
+        if [f"{each['local']}/{each['prefixlen']}" for each in there] != [wanted]:
             run(["ip", "-4", "address", "flush", "dev", name])
-            run(["ip", "address", "add", f"{wanted[0]}/{wanted[1]}", "brd", "+", "dev", name])
+            run(["ip", "address", "add", wanted, "brd", "+", "dev", name])
         run(["ip", "link", "set", name, "up"])
 
     def _forward(self) -> list[str]:
@@ -4547,10 +4403,8 @@ class BridgeSetup:
     def check_unused(self) -> None:
         ports = names_in(f"/sys/class/net/{self.interface}/brif") if bridge_is_ours(self.interface) else []
         if ports:
-            raise WrongState(
-                f"the bridge {self.interface} is in use: {plural(len(ports), 'VM')} on it ({', '.join(ports[:5])})",
-                "vmrunning lists a user's VMs; vmstop -g GROUP stops a group",
-            )
+            said = f"the bridge {self.interface} is in use: {plural(len(ports), 'VM')} on it ({', '.join(ports[:5])})"
+            raise WrongState(said, "vmrunning lists a user's VMs; vmstop -g GROUP stops a group")
 
     def _take_down(self) -> None:
         close_firewalls(self.interface)
@@ -4570,8 +4424,6 @@ class BridgeSetup:
         """As its own user, which systemd starts it as, it can't change to another.  The host's /etc/resolv.conf names
         the servers that it asks.  A guest of its own name, that nobody published, is known by that."""
         settings = self.settings
-        first, last = (ipv4_text(number) for number in (settings.first_dynamic, settings.last))
-        mask = ipv4_text(0xFFFFFFFF << (32 - settings.length) & 0xFFFFFFFF)
         user, group, pid_file, log = "", "", "", "-"
         if os.geteuid() == 0:
             user, group = account(DNSMASQ_USERS)[0], account(("kvm",), group=True)[0]
@@ -4580,7 +4432,8 @@ class BridgeSetup:
             settings.interface, self.served, f"--user={user}", f"--group={group}",
             f"--host-record={own_name()},{own_name()}.{DOMAIN},{settings.address}",  # not a guest's that says so
             f"--pid-file={pid_file}", f"--log-facility={log}",
-            f"--dhcp-range={first},{last},{mask},12h", f"--dhcp-leasefile={LEASES}",
+            f"--dhcp-range={settings.first_dynamic},{settings.last},{settings.network.netmask},12h",
+            f"--dhcp-leasefile={LEASES}",
         )  # fmt: skip
 
     def answers(self) -> bool:
@@ -4663,11 +4516,9 @@ def own_name() -> str:
 
 def outgoing_interfaces() -> set[str]:
     """The interfaces of the default routes, among them the two halves of the world that a VPN has instead."""
-    found = set()
-    for route in ip_json("route", "show", "table", "all"):
-        if route["dst"] in ("default", "0.0.0.0/1", "128.0.0.0/1"):
-            found |= {each["dev"] for each in (route, *route.get("nexthops", ())) if "dev" in each}
-    return found
+    defaults = ("default", "0.0.0.0/1", "128.0.0.0/1")
+    routes = [each for each in ip_json("route", "show", "table", "all") if each["dst"] in defaults]
+    return {way["dev"] for route in routes for way in (route, *route.get("nexthops", ())) if "dev" in way}
 
 
 def resolved_runs() -> bool:
@@ -4691,9 +4542,6 @@ def bound_sockets(kind: str, port: int) -> list[tuple[str, int]]:
 
 def account(names: Sequence[str], group: bool = False) -> tuple[str, int]:
     """(name, id) of the first user, or group, of these that there is; root where there is none."""
-    import grp
-    import pwd
-
     for name in names:
         try:
             return name, grp.getgrnam(name).gr_gid if group else pwd.getpwnam(name).pw_uid
@@ -4776,24 +4624,23 @@ class HostBridge(Network):
         self.lease_places = [config["bridgeLeases"]] if config["bridgeLeases"] else LEASE_FILES
         self.hosts: Inbox = Inbox(INBOX, tree.base if tree else "?")
         self.served = HostFiles(STATE_FOLDER)
-        self._publishes: bool | None = None
 
     # addresses and names
 
+    @functools.cached_property
     def publishes(self) -> bool:
         """Whether this user allots addresses here; said once where the rights for it are missing."""
-        if self._publishes is None:
-            ours, why = bridge_is_ours(self.interface) and os.path.isdir(STATE_FOLDER), ""
-            if self.hosts.denied():
-                why = f"you may not write to {INBOX}; who is in the group kvm may"
-            elif ours and self.unwatched():
-                why = self.unwatched()
-            elif ours and connected_network(self.interface) != BridgeSettings(self.config).net:
-                why = f"{self.interface} is not the bridge of your settings, where bridgeNet={self.config['bridgeNet']}"
-            if ours and why:
-                report.warn(f"addresses and names on {self.interface} are left to DHCP: {why}")
-            self._publishes = ours and not why
-        return self._publishes
+        if not (bridge_is_ours(self.interface) and os.path.isdir(STATE_FOLDER)):
+            return False
+        if self.hosts.denied():
+            why = f"you may not write to {INBOX}; who is in the group kvm may"
+        elif connected_network(self.interface) != BridgeSettings(self.config).net:
+            why = f"{self.interface} is not the bridge of your settings, where bridgeNet={self.config['bridgeNet']}"
+        else:
+            why = self.unwatched()
+        if why:
+            report.warn(f"addresses and names on {self.interface} are left to DHCP: {why}")
+        return not why
 
     def unwatched(self) -> str:
         """Why nobody takes what this user publishes, or ''; root does that itself."""
@@ -4803,13 +4650,13 @@ class HostBridge(Network):
 
     def allot(self, taken: set[str], uuid: str) -> str:
         """An address below those that DHCP gives to others, held by a file."""
-        if not self.publishes():
+        if not self.publishes:
             return ""
         settings = BridgeSettings(self.config)
         published = {words[0] for other, _, words in self.hosts.entries() if other != uuid}
         taken |= {settings.address, *published, *self.served.addresses(), *self.leases().values()}
-        for number in range(settings.first, settings.first_dynamic):
-            address = ipv4_text(number)
+        for number in range(int(settings.first), int(settings.first_dynamic)):
+            address = str(ipaddress.IPv4Address(number))
             if address not in taken:
                 taken.add(address)
                 if self.hosts.reserve(uuid, address):
@@ -4819,11 +4666,11 @@ class HostBridge(Network):
 
     def fits(self, address: str) -> bool:
         """Not after the bridge has got another network."""
-        return bool(address) and (not self.publishes() or BridgeSettings(self.config).allots(address))
+        return bool(address) and (not self.publishes or BridgeSettings(self.config).allots(address))
 
     def publish(self, vm: VM) -> None:
         """Raises Error where another VM has its MAC or address."""
-        if vm.get("vmAddress") and self.publishes():
+        if vm.get("vmAddress") and self.publishes:
             super().publish(vm)
             member = (vm.get("vmMac").lower(), vm.get("vmAddress"))
             if not self._taken_over(lambda: any(each[1:] == member for each in self.served.members())):
@@ -4831,7 +4678,7 @@ class HostBridge(Network):
                 raise Error(text, "nocloud net status; nocloud doctor", vm=vm)
 
     def withdraw(self, uuids: Sequence[str]) -> None:
-        if uuids and self.hosts.withdraw(uuids) and self.publishes():
+        if uuids and self.hosts.withdraw(uuids) and self.publishes:
             self._taken_over(lambda: not {*uuids} & {*names_in(self.served.folder_of("dhcp"))})
 
     def _taken_over(self, done: Callable[[], bool]) -> bool:
@@ -4910,25 +4757,20 @@ class HostBridge(Network):
 
     def up(self, keep: bool = False) -> None:
         """Raise where this user can't attach to it; setting it up is root's."""
-        reason = self.why_not()
-        if reason:
+        if reason := self.why_not():
             absent = not os.path.isdir(f"/sys/class/net/{self.interface}/bridge")
             mend = "root makes it: nocloud net up" if absent else "nocloud doctor says what mends it"
-            raise Error(
-                f"the network {self.interface} is not to be had: {reason}",
-                f"{mend}; a new group can be on the private network: NOCLOUD_vmNetwork=private",
-            )
+            hint = f"{mend}; a new group can be on the private network: NOCLOUD_vmNetwork=private"
+            raise Error(f"the network {self.interface} is not to be had: {reason}", hint)
 
     def tap(self, vm: VM | None = None) -> tuple[int, int]:
         """The helper makes the tap, puts it on the bridge and sends it over a socket pair (qemu-bridge-helper.c)."""
-        import socket as sockets
-
-        mine, its = sockets.socketpair(sockets.AF_UNIX, sockets.SOCK_STREAM)
+        mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with mine, its:
             words = ["--use-vnet", f"--br={self.interface}", f"--fd={its.fileno()}"]
             run([self.helper() or "qemu-bridge-helper", *words], pass_fds=[its.fileno()])
             mine.settimeout(5)
-            _, fds, _, _ = sockets.recv_fds(mine, 16, 1)
+            _, fds, _, _ = socket.recv_fds(mine, 16, 1)
         if not fds:
             raise Error(f"qemu-bridge-helper gave no tap on {self.interface}")
         os.set_inheritable(fds[0], False)
@@ -4936,8 +4778,7 @@ class HostBridge(Network):
 
     def address(self, vm: VM) -> str:
         """What the DHCP server gave to the VM's MAC, or ''.  The bash tools drew another MAC at each start."""
-        foreign = foreign_qemu(vm)
-        if foreign:
+        if foreign := foreign_qemu(vm):
             return self.leases().get(foreign.mac, "")
         return vm.get("vmAddress") or self.leases().get(vm.get("vmMac"), "")
 
@@ -5015,8 +4856,6 @@ def helper_rules(path: str, depth: int = 8) -> dict[tuple[str, str], str]:
 
 def group_command(gid: int, user: str = "") -> str:
     """What makes a user, by default this one, a member of a group."""
-    import grp
-
     try:
         group = grp.getgrgid(gid).gr_name
     except KeyError:
@@ -11206,10 +11045,10 @@ def examine_private_subnet(patient: Patient) -> str:
     if not os.path.exists(network.file("subnet")):
         return "a free one is chosen with the first VM"
     subnet = network.subnet()
-    taken = [(number, length) for _, number, length in networks_in_use()]
-    clash = [pair for pair in taken if pair[1] > 8 and overlap(*pair, ipv4_number(f"{subnet}.0"), 24)]
+    own = ipaddress.IPv4Network(f"{subnet}.0/24")
+    clash = [network for _, network in networks_in_use() if network.prefixlen > 8 and network.overlaps(own)]
     if clash:
-        text = f"this host has {ipv4_text(clash[0][0])}/{clash[0][1]} too: VMs don't reach that, on {subnet}.0/24"
+        text = f"this host has {clash[0]} too: VMs don't reach that, on {own}"
         mend = f"nocloud net --private down && rm -f {quoted(network.file('subnet'))}"
         if any(True for _ in patient.tree.vms()):
             mend = "VMs keep their addresses for life: end that network while they are in use, or use another vmBaseDir"
