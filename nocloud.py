@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     import json
     import pwd
     import select
+    import selectors
     import shlex
     import shutil
     import socket
@@ -8043,8 +8044,6 @@ class NewClones:
 
 def make_clones(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> list[VM | Error]:
     """Make the clones that are asked for, in parallel; what could not be made is an Error in its place."""
-    import contextlib
-
     cloud.tree.prepare()
     templates = [cloud.tree.need_template(name) for name in sorted({request.template for request in requests})]
     settle_stopped(cloud, templates)
@@ -8310,8 +8309,6 @@ def start_held(cloud: Cloud, vm: VM, *, iso: str = "", gui: bool = False) -> Non
 
 def start_locked(cloud: Cloud, vm: VM, machine: Machine, tied: bool = False) -> None:
     """Start the qemu of a VM that is stopped, by who holds its lock.  `tied`: it ends when this process does."""
-    import contextlib
-
     remove_runtime_files(vm)
     network, forwarder = cloud.network_of(vm), cloud.forwarder(vm)
     with contextlib.ExitStack() as stack:
@@ -8371,8 +8368,6 @@ def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False, lay
 
 
 def split_words(text: str) -> list[str]:
-    import shlex
-
     try:
         return shlex.split(text)
     except ValueError as error:
@@ -8690,8 +8685,6 @@ def check_frozen(layer: Layer, machine: Machine) -> str:
 def read_manifest(layer: Layer, deep: bool = False) -> Any:
     """What a freeze noted.  Raises Error where memory isn't as it was left, by its checksum too with `deep`: that reads
     all of it."""
-    import json
-
     with Parsing(Error, f"{layer.manifest} can't be read"):
         manifest = json.loads(read_text(layer.manifest))
         same = memory_facts(layer) == manifest["memory"]
@@ -8753,8 +8746,6 @@ def talk(vm: VM, words: bytes, seconds: float) -> str:
 def command_script(vm: VM, argv: Sequence[str], network: Network) -> str:
     """A shell script that starts the same VM by hand: qemu's very words, in the VM's folder and network; but it shares
     no folders, which takes their daemons."""
-    import shlex
-
     # an option a line: its value begins with no dash
     words = "".join((" \\\n  " if word[:1] == "-" else " ") + shlex.quote(word) for word in argv)
     tap = self_argv("net", f"--tap={vm.full_name}", f"--{network.kind}", "exec")  # as descriptor 3
@@ -8913,8 +8904,6 @@ def find_init_kind(wait: Wait) -> None:
 
 def keep_shown(vm: VM, key: str, value: str) -> None:
     """Keep in its conf what a running guest has shown."""
-    import contextlib
-
     try:
         with contextlib.nullcontext() if vm.is_in_making else FolderLock(vm.folder):  # who makes it holds its lock
             vm.write_conf({key: value})
@@ -9101,7 +9090,6 @@ def start_all(
 
     `started` hears of each as soon as it runs; `begin`: start_held, for who holds their locks.
     """
-    import contextlib
 
     def start_one(vm: VM) -> None:
         begin(cloud, vm, iso=iso, gui=gui)
@@ -9215,8 +9203,6 @@ def need_snapshots(vms: Iterable[VM], name: str) -> list[Snapshot]:
 
 def locked(vms: Iterable[VM]) -> Any:
     """A context that holds the locks of VMs, taken in one order by all commands."""
-    import contextlib
-
     stack = contextlib.ExitStack()
     try:
         for vm in sorted(vms, key=lambda vm: vm.full_name):
@@ -9407,8 +9393,6 @@ def roll_back(snapshot: Snapshot) -> list[str]:
 
 def delete_snapshot(snapshot: Snapshot) -> None:
     """Forget a snapshot, and merge what only it had, running or not; by who holds the VM's lock."""
-    import contextlib
-
     vm, saved = snapshot.vm, saved_is_current(snapshot.vm)
     remove_tree(doomed := os.path.join(vm.snapshots_folder, REMOVING + snapshot.name))
     os.rename(snapshot.folder, doomed)
@@ -9425,8 +9409,6 @@ def clear_up(vm: VM, qemu: QMP | None, unwritten: bool = False) -> None:
     A conf that names overlays which nobody has written to names again what it did: of a VM that runs qemu tells that,
     of another one `unwritten`.
     """
-    import contextlib
-
     if qemu:
         go_on_after_kill(vm, qemu)
         for job in qemu.execute("query-block-jobs"):
@@ -9480,8 +9462,6 @@ def merge_unused(vm: VM, qemu: QMP | None = None) -> None:
 
 def merge(vm: VM, lower: str, upper: str, qemu: QMP | None) -> None:
     """Have an overlay stand on what the file under it stands on, with all that was in that; which goes."""
-    import contextlib
-
     header = qcow2_header(upper)
     under = qcow2_header(lower) if header and header.format == "qcow2" else None
     below = os.path.join(os.path.dirname(lower), under.backing) if under and under.backing else ""
@@ -9792,8 +9772,6 @@ REST_SECONDS = 30  # systemd ends what belongs to a login that is over after 10
 
 def freeze_guest(guest: OwnGuest, layer: Layer) -> None:
     """Plant the agent, have the guest come to rest, and keep what it is then; the manifest makes that count."""
-    import json
-
     vm, token = guest.vm, os.urandom(16).hex()
     agent = need_packaged("guest/agent.py")
     words = {"AGENT": agent, "MAC": vm.get("vmMac"), "TOKEN": token, "PATIENCE": REST_SECONDS}
@@ -10060,8 +10038,6 @@ def join_line(vm: VM, connection: socket.socket, greeting: str, leave: bytes, dr
 
 def relay_line(connection: socket.socket, leave: bytes, drop: bytes) -> bool:
     """Until a key that leaves, or silence after the end of stdin (False), or the end of the guest (True)."""
-    import select
-
     for fd in (0, 1):
         os.set_blocking(fd, True)  # a terminal that another program shares may not be
     connection.setblocking(False)  # a guest that takes nothing mustn't keep what it says from being shown
@@ -10285,8 +10261,6 @@ class Supervisor:
 
         `end`: the goal that SIGINT and SIGTERM set.
         """
-        import selectors
-
         self.cloud, self.group, self._end_goal = cloud, group, end
         self.goal = RUN
         self.status = EXIT_DONE
@@ -10327,10 +10301,7 @@ class Supervisor:
     # what wakes it: bytes on a socket, of signals (their numbers) and workers' posts (0); and the end of a qemu
 
     def _take_signals(self) -> None:
-        import selectors
-        import socket as sockets
-
-        self._bell, self._button = sockets.socketpair()
+        self._bell, self._button = socket.socketpair()
         for end in (self._bell, self._button):
             end.setblocking(False)
         signal.set_wakeup_fd(self._button.fileno(), warn_on_full_buffer=False)
@@ -10365,8 +10336,6 @@ class Supervisor:
 
     def _adopt(self, vm: VM, how: str) -> None:
         """Watch a VM that runs, whoever started it, and wait until it is ready."""
-        import selectors
-
         report.log(f"{vm.name} {how}")
         state, pid = vm.state()
         process = Process(pid) if state == "running" else None
@@ -10714,8 +10683,6 @@ def host_variables(vm: VM, user: str, ssh_args: str, address: str) -> dict[str, 
 
 def ansible_ssh_args(cloud: Cloud, network: str, known: bool, planted: bool) -> str:
     """ssh's options for many VMs: our known_hosts, the keys, and the way into a private network."""
-    import shlex
-
     way = ssh_way(cloud.networks[network], ssh_trust_options(cloud.known_hosts.path, known), ssh_key_options(planted))
     return shlex.join([*ssh_options(**OWN_CALL, HostName="%h"), *way])
 
@@ -11919,8 +11886,6 @@ def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> N
             rows = list(usage_rows(cloud, group, type, args.all))
             report_table([("NAME", "PLACE", "STATE", "ADDRESS", "UPTIME", "CPU", "MEMORY", "PORTS"), *rows])
         elif form == "json":
-            import json
-
             found = listed(cloud.tree, group, type, args.all)
             report.data(json.dumps([vm_facts(cloud, *each) for each in found], indent=2))
         else:
@@ -12232,8 +12197,6 @@ def copy_argv(cloud: Cloud, args: argparse.Namespace, places: Sequence[tuple[VM 
 
 def become_cat(cloud: Cloud, vm: VM, source: str, target: str) -> None:
     """Copy a file of a VM to stdout, or stdin to one."""
-    import shlex
-
     head, _, path = (source if target == "-" else target).partition(":")
     login = head.rpartition("@")[0]
     script = f"cat {'<' if target == '-' else '>'}{shlex.quote(path.removeprefix('~/'))}"
@@ -12292,8 +12255,6 @@ def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) ->
     """what runs, for ansible (--list) and for people"""
     with Cloud(config) as cloud:
         if args.list or args.host is not None:
-            import json
-
             known = inventory(cloud)
             report.data(json.dumps(known if args.list else known["_meta"]["hostvars"].get(args.host, {}), indent=2))
         else:
@@ -12313,8 +12274,6 @@ def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) ->
 )  # fmt: skip
 def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """the network between the VMs: up, down, status; exec and connect go into the private one"""
-    import contextlib
-
     verb, rest = (words[0], words[1:]) if words else ("", [])
     kind = kind_of_network(config, args, rest) if verb in ("up", "down", "status") else ""
     with contextlib.closing(Cloud(config)) as cloud:  # as it is: a ProxyCommand must be quick, `down` is what it says
@@ -12450,8 +12409,6 @@ def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> N
 )
 def cmd_log(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """show what a VM wrote on its serial console since it was started"""
-    import select
-
     with Cloud(config) as cloud:
         vm = cloud.tree.need(args.name, args.group, args.type, first=VM.is_running)
     state, pid = vm.state() if args.follow else ("", 0)
@@ -12494,8 +12451,6 @@ def cmd_doctor(config: Config, args: argparse.Namespace, words: list[str]) -> in
             if finding.mend:
                 report.data(f"{'':9}{printable(finding.mend)}")
     if args.json:
-        import json
-
         keys = ("name", "state", "text", "mend")
         report.data(json.dumps([{key: getattr(each, key) for key in keys} for each in findings], indent=2))
     return EXIT_FAILED if any(finding.state == WRONG for finding in findings) else EXIT_DONE
@@ -12530,15 +12485,13 @@ def cmd_trust(config: Config, args: argparse.Namespace, words: list[str]) -> Non
 @declare(Command("forward", operands="private|bridge FD", hidden=True))
 def cmd_forward(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """forward the ports of a network's VMs that are handed over at the socket FD"""
-    import socket as sockets
-
     cloud = Cloud(config)
     kind, fd = [*words, "", ""][:2]
     if kind not in cloud.forwarders or not fd.isdecimal():
         raise UsageError("this is started by what publishes ports", "vmport -h")
     if kind == "private":
         cloud.private.namespaces().enter()
-    Forwarding(cloud.forwarders[kind], sockets.socket(fileno=int(fd))).run()
+    Forwarding(cloud.forwarders[kind], socket.socket(fileno=int(fd))).run()
 
 
 @declare(Command("configure", operands="VM...", hidden=True))
