@@ -46,6 +46,7 @@ Modules that only some commands need are imported at their first use: a listing 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import functools
@@ -63,7 +64,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 TYPE_CHECKING = False  # typing costs 7 ms at start-up and nothing here needs it at run time
 if TYPE_CHECKING:
     import argparse
-    import contextlib
     import ctypes
     import difflib
     import grp
@@ -99,7 +99,7 @@ else:
             return value
 
     _LATER = (
-        "contextlib", "ctypes", "difflib", "grp", "hashlib", "ipaddress", "json", "pwd", "select", "shlex", "shutil",
+        "ctypes", "difflib", "grp", "hashlib", "ipaddress", "json", "pwd", "select", "shlex", "shutil",
         "socket", "subprocess", "threading", "zipfile",
     )  # fmt: skip
     globals().update({name: Module(name) for name in _LATER})
@@ -7756,7 +7756,11 @@ class NewClone:
     request: CloneRequest
     uuid: str
     format: str  # of the template's disk
+    frozen: str  # the layer that it can wake up on, '' for none
     lock: FolderLock | None = None
+
+
+CLONE_BYTES = 512 * 1024  # what an empty overlay, its keys and its logs take, rounded up
 
 
 def check_requests(cloud: Cloud, group: str, requests: Sequence[CloneRequest], force: bool) -> None:
@@ -7780,8 +7784,12 @@ def check_requests(cloud: Cloud, group: str, requests: Sequence[CloneRequest], f
                 raise UsageError(text, "vmtemplate NAME --build SUITE --include cloud-init --init cloud-init makes one")
             memory += request.count * int(request.settings.get("vmMem") or template.get("vmMem"))
             images += request.count * (1 + len(request.disks))
-            check_memory(memory, force)
-            check_space(cloud.tree.base, images)
+            total = memory_mb("MemTotal")
+            if 0 < total < memory and not force:
+                text = f"{memory} MB of memory are asked for up to here, the host has {total} MB"
+                raise Error(text, "ask for less, or say --force")
+            room, what = existing_parent(cloud.tree.base), f"{plural(images, 'image')} up to here take {{}} MB"
+            check_room(room, images * CLONE_BYTES + MIB, cloud.tree.base, what, ROOM_HINT)
         except Error as error:
             error.text, error.vm = f"{request.origin}: {error}" if request.origin else str(error), None
             raise
@@ -7856,29 +7864,11 @@ def memory_mb(kind: str) -> int:
     return int(found.group(1)) // 1024 if found else 0
 
 
-def check_memory(asked: int, force: bool) -> None:
-    """Raise where it is more than the host has, unless forced."""
-    total = memory_mb("MemTotal")
-    if total and asked > total and not force:
-        text = f"{asked} MB of memory are asked for up to here, the host has {total} MB"
-        raise Error(text, "ask for less, or say --force")
-
-
 def warn_of_memory(asked: int) -> None:
     """Say so where it is more than what is available now."""
     available = memory_mb("MemAvailable")
     if available and asked > available:
         report.warn(f"{asked} MB of memory are asked for, {available} MB are available now")
-
-
-CLONE_BYTES = 512 * 1024  # what an empty overlay, its keys and its logs take, rounded up
-
-
-def check_space(folder: str, images: int) -> None:
-    """Raise where the file system has no room for what is written at once (not for what the guests may write later)."""
-    what = f"{plural(images, 'image')} up to here take {{}} MB"
-    hint = "free some disk space, or put vmBaseDir on a larger file system"
-    check_room(existing_parent(folder), images * CLONE_BYTES + MIB, folder, what, hint)
 
 
 # -- making clones
@@ -7907,9 +7897,12 @@ def reserve(
             check_collision(tree, group, request.type)  # again, now that nobody else can make one
             template = templates[request.template]
             format = known_formats(template)[0]
+            # None of someone else's template, whose lock isn't ours to take
+            layer = frozen_layer(template) if os.access(template.folder, os.W_OK) else None
+            frozen = layer.name if layer else ""
             for number, name in enumerate(next_names(names, request)):
                 uuid, mac = new_identity(taken.macs)
-                clone = NewClone(VM(tree, group, request.type, name or uuid), template, request, uuid, format)
+                clone = NewClone(VM(tree, group, request.type, name or uuid), template, request, uuid, format, frozen)
                 clones.append(clone)
                 address = cloud.networks[kind].allot(taken.addresses, uuid)
                 ports = numbered_ports(request.settings.get("vmPorts", ""), number)
@@ -7971,100 +7964,86 @@ def _reserve_one(clone: NewClone, identity: Mapping[str, str]) -> None:
     vm.write_conf({**settings, "vmDisk": "", "vmExtraDisk": "", **identity, "vmTemplate": template.name})
 
 
-class NewClones:
-    """The clones that this command makes: their folders are locked while it lives, and gone if it fails."""
+def finish_clones(cloud: Cloud, clones: Sequence[NewClone]) -> list[VM | Error]:
+    """Make them all, then put them in their places: from then on the VMs are there.  What could not be made is an Error
+    in its place."""
+    of = {clone.vm: clone for clone in clones}
 
-    def __init__(self, cloud: Cloud, group: str, requests: Sequence[CloneRequest], templates: Mapping[str, VM]) -> None:
-        self.cloud, self.group = cloud, group
-        self.frozen = {name: layer.name for name, each in templates.items() if (layer := warm_layer(each))}
-        self.clones: list[NewClone] = []
-        try:
-            self.orphans = reserve(cloud, group, requests, templates, self.clones)
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def finish(self) -> list[VM | Error]:
-        """Make them all, then put them in their places: from then on the VMs are there.  What could not be made is an
-        Error in its place."""
-        clones = {clone.vm: clone for clone in self.clones}
-        made = in_parallel(lambda vm: self._make(clones[vm]), list(clones), workers=2 * (os.cpu_count() or 1))
-        flush(self.cloud.tree.base)  # once for all of them
-        made = [each if isinstance(each, Error) else result_of(self._land, each) for each in made]
-        flush(self.cloud.tree.base)
-        return made
-
-    def _land(self, vm: VM) -> VM:
+    def place(vm: VM) -> VM:
         final = VM(vm.tree, vm.group, vm.type, vm.name)
         os.rename(vm.folder, final.folder)
         return final
 
-    def _make(self, clone: NewClone) -> VM:
-        """Make the disks and keys."""
-        vm, template, request = clone.vm, clone.template, clone.request
-        extension = self.cloud.config["vmDiskExt"]
-        system = vm.disk_name(0, extension)
-        disk = os.path.realpath(template.disks()[0])
-        create_overlay(vm.file(system), disk, clone.format, request.disk)
-        extra = [vm.disk_name(number, extension) for number in range(1, len(request.disks) + 1)]
-        for name, size in zip(extra, request.disks):
-            create_disk(vm.file(name), size)
-        if takes_host_key(vm):
-            make_key(vm.host_key, f"root@{vm.name}")
-        if request.user_data:
-            write_file(vm.user_data_file, request.user_data, durable=False)
-        formats = ",".join(["qcow2"] * (1 + len(extra)))
-        disks = {"vmDisk": vm.relative(system), "vmExtraDisk": ",".join(map(vm.relative, extra))}
-        frozen = self.frozen.get(template.name, "") if vm.get("vmCold") == "no" else ""
-        late = "a disk is grown" if request.disk else "folders are shared" if vm.get("vmShares") else ""
-        if frozen and late:
+    made = in_parallel(lambda vm: make_clone(cloud, of[vm]), list(of), workers=2 * (os.cpu_count() or 1))
+    flush(cloud.tree.base)  # once for all of them
+    made = [each if isinstance(each, Error) else result_of(place, each) for each in made]
+    flush(cloud.tree.base)
+    return made
+
+
+def make_clone(cloud: Cloud, clone: NewClone) -> VM:
+    """Make its disks and keys."""
+    vm, template, request = clone.vm, clone.template, clone.request
+    disk = os.path.realpath(template.disks()[0])
+    system, *extra = (vm.disk_name(n, cloud.config["vmDiskExt"]) for n in range(1 + len(request.disks)))
+    create_overlay(vm.file(system), disk, clone.format, request.disk)
+    for name, size in zip(extra, request.disks):
+        create_disk(vm.file(name), size)
+    if takes_host_key(vm):
+        make_key(vm.host_key, f"root@{vm.name}")
+    if request.user_data:
+        write_file(vm.user_data_file, request.user_data, durable=False)
+    formats = ",".join(["qcow2"] * (1 + len(extra)))
+    disks = {"vmDisk": vm.relative(system), "vmExtraDisk": ",".join(map(vm.relative, extra)), "vmDiskFormat": formats}
+    late = "a disk is grown" if request.disk else "folders are shared" if vm.get("vmShares") else ""
+    if clone.frozen and vm.get("vmCold") == "no":
+        if late:
             report.say(f"{report.program}: {vm} boots: {late} at boot only")
-        elif frozen:
-            write_file(vm.frozen_file, frozen, durable=False)
+        else:
+            write_file(vm.frozen_file, clone.frozen, durable=False)
             disks["vmBalloon"] = "no"
-        vm.write_conf({**disks, "vmDiskFormat": formats})
-        if not os.path.exists(disk):  # someone else's template may go though it is cloned
-            raise Error(f"its disk has just gone: {disk}", "ask the template's owner for it", vm=template)
-        return vm
+    vm.write_conf(disks)
+    if not os.path.exists(disk):  # someone else's template may go though it is cloned
+        raise Error(f"its disk has just gone: {disk}", "ask the template's owner for it", vm=template)
+    return vm
 
-    def __enter__(self) -> NewClones:
-        return self
 
-    def __exit__(self, *exc: object) -> None:
-        failed = [clone for clone in self.clones if not clone.lock or os.path.isdir(clone.vm.folder)]
-        for clone in self.clones:
-            if clone.lock:  # before it is taken, vm.folder may still be the final one
-                if os.path.isdir(clone.vm.folder):
-                    remove_tree(clone.vm.folder)
-                clone.lock.release()
-        self.cloud.bridge.withdraw([clone.uuid for clone in failed])  # an address was held for each
-        with self.cloud.tree.lock():
-            remove_if_empty(self.cloud.tree, self.group)
+def end_making(cloud: Cloud, group: str, clones: Sequence[NewClone]) -> None:
+    """Remove what has not become a VM, and give up the locks."""
+    failed = [clone for clone in clones if not clone.lock or os.path.isdir(clone.vm.folder)]
+    for clone in clones:
+        if clone.lock:  # before it is taken, vm.folder may still be the final one
+            if clone in failed:
+                remove_tree(clone.vm.folder)
+            clone.lock.release()
+    cloud.bridge.withdraw([clone.uuid for clone in failed])  # an address was held for each
+    with cloud.tree.lock():
+        remove_if_empty(cloud.tree, group)
 
 
 def make_clones(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> list[VM | Error]:
-    """Make the clones that are asked for, in parallel; what could not be made is an Error in its place."""
+    """Make the clones that are asked for, in parallel; what could not be made is an Error in its place.
+
+    Their folders are locked while they are made.
+    """
     cloud.tree.prepare()
-    templates = [cloud.tree.need_template(name) for name in sorted({request.template for request in requests})]
-    settle_stopped(cloud, templates)
-    with contextlib.ExitStack() as locks:
-        for template in templates:
+    templates = {name: cloud.tree.need_template(name) for name in sorted({request.template for request in requests})}
+    settle_stopped(cloud, templates.values())
+    clones: list[NewClone] = []
+    with contextlib.ExitStack() as stack:
+        for template in templates.values():
             if os.access(template.folder, os.W_OK):  # else it is someone else's, whose lock isn't ours to take
-                locks.enter_context(FolderLock(template.folder, shared=True))
+                stack.enter_context(FolderLock(template.folder, shared=True))
             template.reread()
             check_clonable(template)
             set_writable(template.disks()[0], False)
         own_key()
-        with NewClones(cloud, group, requests, {template.name: template for template in templates}) as new:
-            made = new.finish()
-    if new.orphans:  # not under those locks: who starts a template takes the network's first
-        forget_identity(cloud, new.orphans)
+        stack.callback(end_making, cloud, group, clones)
+        orphans = reserve(cloud, group, requests, templates, clones)
+        made = finish_clones(cloud, clones)
+    if orphans:  # not under those locks: who starts a template takes the network's first
+        forget_identity(cloud, orphans)
     return made
-
-
-def warm_layer(template: VM) -> Layer | None:
-    """The layer that clones can wake up on; none of someone else's template, whose lock isn't ours to take."""
-    return frozen_layer(template) if os.access(template.folder, os.W_OK) else None
 
 
 def publish_keys(cloud: Cloud, vms: Sequence[VM]) -> None:
@@ -8525,34 +8504,26 @@ def save(vm: VM) -> None:
             why = "a template, with shared folders, not quite awake, or started by the bash tools"
             raise WrongState(f"it can't be saved: {why}", f"vmstop -n {vm} shuts it down", vm=vm)
         check_room(vm.folder, (vm.number("vmMem") + 64) * MIB, vm.base, "its memory takes up to {} MB", ROOM_HINT)
-        with Process(pid) as process, QMP(vm.folder) as qemu, StandStill([(vm, qemu)]):
+        with Process(pid) as process, QMP(vm.folder) as qemu, stand_still([(vm, qemu)]):
             write_memory(qemu, vm.saved_file)
             qemu.close()  # it serves one client at a time
             pull_the_plug(vm, process)
         remove_runtime_files(vm)
 
 
-class StandStill:
+@contextlib.contextmanager
+def stand_still(guests: Iterable[tuple[VM, QMP]]) -> Iterator[None]:
     """Guests, those of them that are at work, stand still as long as the `with`; wake() mends what a kill leaves."""
-
-    def __init__(self, guests: Sequence[tuple[VM, QMP]]) -> None:
-        self._guests = guests
-        self._stopped: list[tuple[VM, QMP]] = []
-
-    def __enter__(self) -> StandStill:
-        try:
-            for vm, qemu in self._guests:
-                if qemu.execute("query-status")["status"] == "running":
-                    self._stopped.append((vm, qemu))
-                    write_file(vm.still_file, "", durable=False)
-                    qemu.execute("stop")
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for vm, qemu in self._stopped:
+    stopped: list[tuple[VM, QMP]] = []
+    try:
+        for vm, qemu in guests:
+            if qemu.execute("query-status")["status"] == "running":
+                stopped.append((vm, qemu))
+                write_file(vm.still_file, "", durable=False)
+                qemu.execute("stop")
+        yield
+    finally:
+        for vm, qemu in stopped:
             qemu.allow(5)
             if not isinstance(result_of(lambda qemu: qemu.execute("cont"), qemu), Error):
                 remove_file(vm.still_file)
@@ -8790,9 +8761,9 @@ class Wait:
             self.tell(vm, self.stage)
         if now >= self._say_at:
             self._say_at = float("inf")
-            report.say(f"{report.program}: waiting for {vm}: {STAGES[self.stage]}")
+            report.say(f"{report.program}: waiting for {vm}: {STAGES[self.stage][0]}")
         if now >= self._deadline:
-            text = f"not ready after {now - self._started:.0f} s: waiting for {STAGES[self.stage]}{self.console()}"
+            text = f"not ready after {now - self._started:.0f} s: waiting for {STAGES[self.stage][0]}{self.console()}"
             raise TimedOut(text, f"{self.limit} sets the longest wait; its console: {vm.console_log}", vm=vm)
 
     def tries(self) -> Iterator[float]:
@@ -8809,16 +8780,12 @@ class Wait:
         return f"; its console says: {' | '.join(lines[-3:])}" if lines else "; its console says nothing"
 
 
-STAGES = {
-    "address": "the guest to ask for its address",
-    "ssh": "ssh to answer",  # with its server's banner
-    "configured": "its configuration",
-    "cloud-init": "cloud-init in the guest to finish",  # which lets us in already
+STAGES = {  # what is waited for; and what the VM does meanwhile, in a line that a terminal has room for
+    "address": ("the guest to ask for its address", "booting"),
+    "ssh": ("ssh to answer", "starting ssh"),  # with its server's banner
+    "configured": ("its configuration", "configuring"),
+    "cloud-init": ("cloud-init in the guest to finish", "in cloud-init"),  # which lets us in already
 }
-DOING = {  # what VMs that aren't ready do; in a line that a terminal has room for
-    "failed": "failed", "address": "booting", "ssh": "starting ssh", "configured": "configuring",
-    "cloud-init": "in cloud-init",
-}  # fmt: skip
 
 
 class WaitProgress:
@@ -8833,13 +8800,14 @@ class WaitProgress:
         self.stages[vm] = stage
         self.show()
         if stage != "failed" and not sys.stderr.isatty():
-            said = f"waiting for {vm.name}: {STAGES[stage]}" if stage in STAGES else f"{vm.name} is {stage}"
+            said = f"waiting for {vm.name}: {STAGES[stage][0]}" if stage in STAGES else f"{vm.name} is {stage}"
             report.say(f"{report.program}: {said}")
 
     def show(self) -> None:
         """Draw the line, while there is something to wait for."""
         counts = Counter(self.stages.values())
-        words = [f"{counts[stage]} {word}" for stage, word in DOING.items() if counts[stage]]
+        doing = {"failed": "failed", **{stage: word for stage, (_, word) in STAGES.items()}}
+        words = [f"{counts[stage]} {word}" for stage, word in doing.items() if counts[stage]]
         if sys.stderr.isatty() and counts["ready"] + counts["failed"] < len(self.stages):
             report.progress(", ".join([f"{counts['ready']} of {len(self.stages)} ready", *words]))
 
@@ -9201,18 +9169,15 @@ def need_snapshots(vms: Iterable[VM], name: str) -> list[Snapshot]:
     return found
 
 
-def locked(vms: Iterable[VM]) -> Any:
-    """A context that holds the locks of VMs, taken in one order by all commands."""
-    stack = contextlib.ExitStack()
-    try:
+@contextlib.contextmanager
+def locked(vms: Iterable[VM]) -> Iterator[None]:
+    """The locks of VMs are held, taken in one order by all commands."""
+    with contextlib.ExitStack() as stack:
         for vm in sorted(vms, key=lambda vm: vm.full_name):
             stack.enter_context(FolderLock(vm.folder))
             vm.reread()
             end_half_start(vm)
-    except BaseException:
-        stack.close()
-        raise
-    return stack
+        yield
 
 
 def new_overlays(vm: VM, disks: Sequence[str], formats: Sequence[str]) -> dict[str, str]:
@@ -9310,7 +9275,7 @@ def take_snapshot(cloud: Cloud, vms: Sequence[VM], name: str, ram: bool, flush_g
             for vm in vms:
                 sealings.append(Sealing(vm, name))
                 sealings[-1].prepare()
-            with StandStill([(each.vm, each.qemu) for each in sealings if each.qemu]):
+            with stand_still([(each.vm, each.qemu) for each in sealings if each.qemu]):
                 for each in sealings:
                     each.seal()
                 if ram:
@@ -10162,38 +10127,34 @@ def monitor_session(vm: VM) -> int:
 # writes the log.  Workers, threads that end, start, await and stop VMs; what they find out they post to the loop.
 
 
-class Manager:
+@contextlib.contextmanager
+def managed(tree: Tree, group: str) -> Iterator[None]:
     """The claim of a vmrun on a group: a pidfile in the group's folder, locked as long as we live, as qemu's own are.
-    It is taken, given back and, after a SIGKILL, swept away under the tree's lock."""
 
-    def __init__(self, tree: Tree, group: str) -> None:
-        self.tree, self.group = tree, group
-        self.folder = os.path.join(tree.base, group)
-        self.log_file = os.path.join(self.folder, MANAGER_LOG)
-        self._fd = -1
-
-    def __enter__(self) -> Manager:
-        """Raises WrongState where another vmrun has the group."""
-        self.tree.prepare()
-        with self.tree.lock():
-            state, pid = manager_of(self.tree, self.group)
-            if state != "stopped":
-                who = f"vmrun (process {pid})" if pid else "a vmrun of another user"
-                raise WrongState(f"{self.group}: {who} manages it already", f"vmrun -s {self.group} stops it")
-            os.makedirs(self.folder, exist_ok=True)
-            path = os.path.join(self.folder, MANAGER_PID)
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.tree.managed = self.group
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        with self.tree.lock():
+    It is taken, given back and, after a SIGKILL, swept away under the tree's lock.  Raises WrongState where another
+    vmrun has the group.
+    """
+    folder = os.path.join(tree.base, group)
+    tree.prepare()
+    with tree.lock():
+        state, pid = manager_of(tree, group)
+        if state != "stopped":
+            who = f"vmrun (process {pid})" if pid else "a vmrun of another user"
+            raise WrongState(f"{group}: {who} manages it already", f"vmrun -s {group} stops it")
+        os.makedirs(folder, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(os.path.join(folder, MANAGER_PID), flags, 0o600)
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        tree.managed = group
+    try:
+        yield
+    finally:
+        with tree.lock():
             for name in (MANAGER_PID, MANAGER_LOG):
-                remove_file(os.path.join(self.folder, name))
-            os.close(self._fd)
-            self.tree.managed = ""
-            remove_if_empty(self.tree, self.group)
+                remove_file(os.path.join(folder, name))
+            os.close(fd)
+            tree.managed = ""
+            remove_if_empty(tree, group)
 
 
 class Background:
@@ -10500,9 +10461,9 @@ def supervise(
 
     `new`: it must have none yet; `gui`: those that it has get a screen, this time; `end`: what ^C does.
     """
-    manager = Manager(cloud.tree, group)
-    supervisor = Supervisor(cloud, group, end, lambda status: background.on_ready(status, manager.log_file))
-    with manager:
+    log_file = os.path.join(cloud.tree.base, group, MANAGER_LOG)
+    supervisor = Supervisor(cloud, group, end, lambda status: background.on_ready(status, log_file))
+    with managed(cloud.tree, group):
         old = list(cloud.tree.vms(group))
         if new:
             check_new_group(old, group)
