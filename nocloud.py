@@ -2768,8 +2768,7 @@ def qemu_argv(machine: Machine, tap: int, vhost: int = -1, shares: Sequence[int]
         *seed_args(machine),
         *net_args(machine, tap, vhost),
         *console_args(machine),
-        *rng_args(),
-        *balloon_args(machine),
+        *host_args(machine),
         *memory_args(machine),
         *(["-incoming", "defer"] if machine.wakes else []),
         *share_args(machine, shares),
@@ -2937,17 +2936,14 @@ def memory_args(machine: Machine) -> list[str]:
     return ["-object", f"memory-backend-file,{name},{place}", "-machine", "memory-backend=pc.ram"]
 
 
-def rng_args() -> list[str]:
-    """Randomness from the host: a guest that has just been switched on has little of its own."""
+def host_args(machine: Machine) -> list[str]:
+    """Randomness from the host, since a guest that has just been switched on has little of its own; and what the guest
+    has no use for goes back to the host (free-page-reporting)."""
     device = f"virtio-rng-pci,rng=rng0,addr={PCI_SLOTS['rng']:#x}"
-    return ["-object", "rng-random,id=rng0,filename=/dev/urandom", "-device", device]
-
-
-def balloon_args(machine: Machine) -> list[str]:
-    """What the guest has no use for goes back to the host (free-page-reporting)."""
-    if machine.settings["vmBalloon"] == "no":
-        return []
-    return ["-device", f"virtio-balloon-pci,addr={PCI_SLOTS['balloon']:#x},free-page-reporting=on"]
+    words = ["-object", "rng-random,id=rng0,filename=/dev/urandom", "-device", device]
+    if machine.settings["vmBalloon"] != "no":
+        words += ["-device", f"virtio-balloon-pci,addr={PCI_SLOTS['balloon']:#x},free-page-reporting=on"]
+    return words
 
 
 def share_args(machine: Machine, shares: Sequence[int]) -> list[str]:
@@ -8103,18 +8099,15 @@ def press_power_button(vm: VM, process: Process, seconds: float) -> bool:
         raise WrongState(f"it is {state}", f"{remedy(vm, state)}; --kill switches it off as it is", vm=vm)
     if state in DEAD or os.path.exists(vm.frozen_file):  # whose lock is ours
         return False
-    deadline = time.monotonic() + seconds
-    said = False
-    while True:
+    deadline, said = time.monotonic() + seconds, False
+    while (left := deadline - time.monotonic()) > 0:
         ask_qemu(vm, "system_powerdown")
-        left = deadline - time.monotonic()
         if process.ended(min(3.0, left)):
             return True
-        if left <= 3.0:
-            return False
-        if not said:
-            said = True
+        if not said and left > 3.0:
             report.say(f"{report.program}: waiting for {vm} to shut down, for up to {seconds:.0f} s")
+        said = True
+    return False
 
 
 def pull_the_plug(vm: VM, process: Process) -> None:
@@ -8366,8 +8359,7 @@ def write_seed(cloud: Cloud, vm: VM, wanted: bool) -> str:
 
     The folder is there if, and only if, the VM was started with a seed.
     """
-    if os.path.isdir(vm.seed_folder):
-        remove_tree(vm.seed_folder)
+    remove_tree(vm.seed_folder)
     if not wanted or not os.path.exists(vm.host_key):
         return ""
     added = b""
@@ -8892,34 +8884,36 @@ DENIED_SECONDS = 5  # where sshd is not started after what plants the keys
 def configure(wait: Wait, cloud_init: bool = False, once: bool = False) -> None:
     """Log in with nocloud's own key, and set the hostname where it isn't what it should be.
 
-    Tried again until the wait is over: sshd answers before the guest lets users in (pam_nologin).  `cloud_init`: that
-    has set the name, return when it has ended, or, with `once`, is at work.  Raises Error where it failed, with causes.
+    `cloud_init`: that has set it; return when it has ended, or, with `once`, is at work.  Raises Error where it failed,
+    with causes.
     """
-    vm = wait.vm
+    vm, patience = wait.vm, 0
     if not cloud_init:
-        if os.path.exists(vm.configured_file):
-            return
-        pin_host_key(wait)
-    script = cloud_init_script(0) if cloud_init else guest_script("hostname.sh", NAME=vm.host_name)
+        if not os.path.exists(vm.configured_file):
+            pin_host_key(wait)
+            run_in_guest(wait, guest_script("hostname.sh", NAME=vm.host_name))
+            write_file(vm.configured_file, "")
+        return
     for seconds in wait.tries():
+        script = guest_script("cloud-init.sh", PATIENCE=patience, NOT_YET=NOT_YET)
         status, output = ssh_batch(wait.cloud, vm, script, seconds)
         login = vm.get("vmUser")
-        if cloud_init and login != "root" and status == 255 and "Permission denied" in output:
+        if login != "root" and status == 255 and "Permission denied" in output:
             status, output = ssh_batch(wait.cloud, vm, script, seconds, "root")
             if status in (0, 1, 2):  # cloud-init has ended, and has not made its default user
                 keep_shown(vm, "vmUser", "root")
                 warn_of_guest(vm, f"{login} can't log in there, root can: vmssh and ansible are root from now on")
-        if status == 0 or (cloud_init and status in (1, 2)):
+        if status in (0, 1, 2):
             told = os.path.exists(vm.configured_file)
             write_file(vm.configured_file, "")
             check_cloud_init(vm, status, output, told)
             return
-        if cloud_init and status == NOT_YET:
-            if once:
-                return
-            wait.stage, script = "cloud-init", cloud_init_script(15)
-        else:
+        if status != NOT_YET:
             check_login(wait, status, output)
+        elif once:
+            return
+        else:
+            wait.stage, patience = "cloud-init", 15
 
 
 def check_cloud_init(vm: VM, status: int, output: str, told: bool) -> None:
@@ -8940,8 +8934,7 @@ def mount_shares(wait: Wait) -> None:
     if shares == read_existing(vm.mounted_file) or vm.get("vmInit") == "none":
         return
     folders = (f"share{n} {guest} {'rw' if rw else 'ro'}" for n, (_, guest, rw) in enumerate(parse_shares(shares)))
-    script = guest_script("shares.sh", True, SHARES="\n".join(folders))
-    run_in_guest(wait, script)
+    run_in_guest(wait, guest_script("shares.sh", True, SHARES="\n".join(folders)))
     write_file(vm.mounted_file, shares)
 
 
@@ -8958,7 +8951,8 @@ def set_clock(wait: Wait) -> None:
 
 
 def run_in_guest(wait: Wait, script: str) -> None:
-    """Run a script in the guest as soon as that lets us in.  Raises as `check_login` does."""
+    """Run a script in the guest as soon as that lets us in: sshd answers before that (pam_nologin).  Raises as
+    `check_login` does."""
     for seconds in wait.tries():
         status, output = ssh_batch(wait.cloud, wait.vm, script, seconds)
         if not status:
@@ -9035,12 +9029,6 @@ def split_ssh_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     while count < len(words) and re.match("-[^-]", words[count]):  # the value may be the next word
         count += 2 if re.fullmatch(f"-[^{SSH_VALUES}]*[{SSH_VALUES}]", words[count]) else 1
     return list(words[:count]), list(words[count:])
-
-
-def cloud_init_script(seconds: int) -> str:
-    """For the guest's shell: 0 where its cloud-init has done all, 1 where it failed, 2 where it left something out,
-    NOT_YET where it is at work, and still is after `seconds`."""
-    return guest_script("cloud-init.sh", PATIENCE=seconds, NOT_YET=NOT_YET)
 
 
 # -- many VMs at once
@@ -9233,10 +9221,6 @@ class Sealing:
             actions = [{"type": "blockdev-snapshot", "data": pair} for pair in pairs]
             self.qemu.execute("transaction", actions=actions)
 
-    def keep_memory(self) -> None:
-        if self.qemu:
-            write_memory(self.qemu, self.new.memory)
-
     def undo(self) -> None:
         """Go on as it was; overlays that are written to already stay, and are merged."""
         if os.path.exists(self.final.folder):
@@ -9275,11 +9259,12 @@ def take_snapshot(cloud: Cloud, vms: Sequence[VM], name: str, ram: bool, flush_g
             for vm in vms:
                 sealings.append(Sealing(vm, name))
                 sealings[-1].prepare()
-            with stand_still([(each.vm, each.qemu) for each in sealings if each.qemu]):
+            running = {each.vm: (each.qemu, each.new.memory) for each in sealings if each.qemu}
+            with stand_still((vm, qemu) for vm, (qemu, _) in running.items()):
                 for each in sealings:
                     each.seal()
                 if ram:
-                    raise_first(in_parallel(lambda each: each.keep_memory(), sealings))
+                    raise_first(in_parallel(lambda vm: write_memory(*running[vm]), list(running)))
             land({each.new.folder: each.final.folder for each in sealings})
         except BaseException:
             for each in reversed(sealings):  # the last one may have had no room: what it leaves goes first
@@ -9551,18 +9536,26 @@ class OwnGuest:
         remove_runtime_files(self.vm)
 
 
+@contextlib.contextmanager
 def guest_on_layer(
     cloud: Cloud, template: VM, memory: bool = False, settings: Mapping[str, str] = {}
-) -> tuple[Layer, OwnGuest]:
-    """The guest of a template that is stopped, on a new layer, with its memory in the layer's file; by who holds its
-    lock."""
-    need_stopped(cloud, template)
-    layer = new_layer(template)
+) -> Iterator[tuple[OwnGuest, Layer]]:
+    """The guest of a template that is stopped, on a new layer, with its memory in the layer's file if that is wanted;
+    what has become of that is settled in the end."""
+    with FolderLock(template.folder):
+        need_stopped(cloud, template)
+        layer = new_layer(template)
+        try:
+            guest = OwnGuest(cloud, template, layer, os.path.basename(layer.memory) if memory else "", settings)
+        except BaseException:
+            layer.remove()
+            raise
     try:
-        return layer, OwnGuest(cloud, template, layer, os.path.basename(layer.memory) if memory else "", settings)
-    except BaseException:
-        layer.remove()
-        raise
+        with guest:
+            yield guest, layer
+    finally:
+        with FolderLock(template.folder):
+            settle(cloud, template, warn=False)
 
 
 def forget_guest(cloud: Cloud, vm: VM) -> None:
@@ -9670,22 +9663,16 @@ def upgrade_script(name: str, release: Mapping[str, str]) -> str:
 def upgrade(cloud: Cloud, name: str, seconds: float) -> None:
     """Upgrade a template's system on a layer, which becomes its disk when all went well; else it is as it was."""
     template = cloud.tree.need_template(name)
-    with FolderLock(template.folder):
-        layer, guest = guest_on_layer(cloud, template)
-    try:
-        with guest:
+    with guest_on_layer(cloud, template) as (guest, layer):
+        try:
             upgrade_guest(guest, seconds)
-    except Error as error:
-        error.text += "; the template is as it was"
-        raise
-    finally:
-        with FolderLock(template.folder):
-            settle(cloud, template, warn=False)
-            adopted = os.path.basename(template.disks()[0]) == layer.name
-            if adopted:
-                flatten(cloud, template)
-    if not adopted:
+        except Error as error:
+            error.text += "; the template is as it was"
+            raise
+    if os.path.basename(template.disks()[0]) != layer.name:
         raise Error("its guest did not end well; the template is as it was", f"see {template.console_log}", vm=template)
+    with FolderLock(template.folder):
+        flatten(cloud, template)
 
 
 def upgrade_guest(guest: OwnGuest, seconds: float) -> None:
@@ -9716,19 +9703,15 @@ def freeze(cloud: Cloud, name: str, asked: Mapping[str, str]) -> Layer:
     if template.get("vmInit") != "systemd":
         text = f"{name}: its vmInit is {template.get('vmInit')}: only guests with systemd can be told who they are"
         raise UsageError(text, "vmtemplate NAME --build SUITE makes such a template")
-    with FolderLock(template.folder):
-        what, size = "its memory, in a file, takes up to {} MB", int(asked.get("vmMem") or template.get("vmMem"))
-        check_room(template.folder, (size + 256) * MIB, cloud.tree.base, what, ROOM_HINT)
-        layer, guest = guest_on_layer(cloud, template, True, {**asked, "vmLayout": LAYOUT, "vmBalloon": "no"})
-    try:
-        with guest:
-            guest.wait()
-            freeze_guest(guest, layer)
-    finally:
+    what, size = "its memory, in a file, takes up to {} MB", int(asked.get("vmMem") or template.get("vmMem"))
+    check_room(template.folder, (size + 256) * MIB, cloud.tree.base, what, ROOM_HINT)
+    settings = {**asked, "vmLayout": LAYOUT, "vmBalloon": "no"}
+    with guest_on_layer(cloud, template, True, settings) as (guest, layer):
+        guest.wait()
+        freeze_guest(guest, layer)
+    if asked:
         with FolderLock(template.folder):
-            settle(cloud, template, warn=False)
-            if asked and os.path.exists(layer.manifest):
-                template.write_conf(asked)
+            template.write_conf(asked)
     return layer
 
 
