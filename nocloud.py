@@ -1795,14 +1795,12 @@ class QMP:
     Raises QMPClosed where qemu ended, TimedOut at the deadline, QMPError for what the server refuses.
     """
 
-    def __init__(
-        self, folder: str, seconds: float = 5.0, name: str = "qmp.sock", connection: socket.socket | None = None
-    ) -> None:
+    def __init__(self, folder: str, seconds: float = 5.0, name: str = "qmp.sock", connection: Any = None) -> None:
         self.events: list[dict[str, Any]] = []
         self._serial = 0
         self._buffer = b""
         self._deadline = time.monotonic() + seconds
-        self._socket = connection or connect_unix(folder, name, seconds)
+        self._socket: socket.socket = connection or connect_unix(folder, name, seconds)
         try:
             self._greet()
         except BaseException:
@@ -2672,10 +2670,8 @@ def kvm_missing() -> tuple[str, str]:
 
 
 def device_denied(path: str) -> str:
-    """Why this user can't open a device for reading and writing, or ''.
-
-    Opened, not asked for with access(2): in a container root has every right but the device itself.
-    """
+    """Why this user can't open a device for reading and writing, or ''.  access(2) doesn't tell: in a container root
+    has every right but the device itself."""
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
     except OSError as error:
@@ -2754,9 +2750,7 @@ class Machine:
 
 def qemu_argv(machine: Machine, tap: int, vhost: int = -1, shares: Sequence[int] = ()) -> list[str]:
     """The whole command line, given the descriptors of its tap, of vhost-net (-1: none) and of its folders' daemons.
-
-    Relative paths are relative to the VM's folder, qemu's working directory.
-    """
+    Paths are relative to the VM's folder, where qemu runs."""
     return [
         machine.qemu.path,
         *machine_args(machine),
@@ -2780,10 +2774,8 @@ def qemu_argv(machine: Machine, tap: int, vhost: int = -1, shares: Sequence[int]
 
 
 def machine_args(machine: Machine) -> list[str]:
-    """-name comes first: it is what one looks for in ps.
-
-    -vga std stays without a screen too: Debian's boot loader hangs without a VGA.
-    """
+    """-name comes first, for who looks for it in ps; a VGA is there without a screen too, or Debian's boot loader
+    hangs."""
     sandbox = ["-sandbox", SANDBOX] if "sandbox" in machine.qemu.options else []
     return [
         "-name", f"guest={comma(machine.name)}",
@@ -8018,10 +8010,7 @@ def end_making(cloud: Cloud, group: str, clones: Sequence[NewClone]) -> None:
 
 
 def make_clones(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> list[VM | Error]:
-    """Make the clones that are asked for, in parallel; what could not be made is an Error in its place.
-
-    Their folders are locked while they are made.
-    """
+    """Make the clones that are asked for, in parallel; what could not be made is an Error in its place."""
     cloud.tree.prepare()
     templates = {name: cloud.tree.need_template(name) for name in sorted({request.template for request in requests})}
     settle_stopped(cloud, templates.values())
@@ -8237,19 +8226,9 @@ SHUTDOWN_SECONDS = 120  # what is to be kept has more time than vmstop gives a V
 # From a conf to a qemu that answers, with a guest that boots, or goes on where it was saved, or its template frozen.
 
 
-def start(cloud: Cloud, vm: VM, *, iso: str = "", gui: bool = False) -> None:
-    """Start a VM and return when its qemu answers.  Raises WrongState where it runs, Error with qemu's own words.
-
-    What it needs of its network is up.  `iso`: boot from this image; `gui`: with a screen, this time, though its conf
-    asks for none.
-    """
-    cancellation.check()
-    with FolderLock(vm.folder):
-        start_held(cloud, vm, iso=iso, gui=gui)
-
-
-def start_held(cloud: Cloud, vm: VM, *, iso: str = "", gui: bool = False) -> None:
-    """What `start` does, for who holds the VM's lock."""
+def start(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> None:
+    """Start a VM, by who holds its lock, on a network that is up; its qemu answers when this returns.  `iso`: boot from
+    this image; `gui`: with a screen, this time.  Raises WrongState where it runs, Error with qemu's own words."""
     end_half_start(vm)
     state, _ = vm.state()
     if state == "running":
@@ -8355,10 +8334,8 @@ def write_credentials(vm: VM) -> str:
 
 
 def write_seed(cloud: Cloud, vm: VM, wanted: bool) -> str:
-    """The seed's folder, or the image of it, relative to the VM's own, written anew for this start; '' for none.
-
-    The folder is there if, and only if, the VM was started with a seed.
-    """
+    """The seed's folder, or the image of it, relative to the VM's own, written anew for this start; '' for none.  The
+    folder is there if, and only if, the VM was started with a seed."""
     remove_tree(vm.seed_folder)
     if not wanted or not os.path.exists(vm.host_key):
         return ""
@@ -9008,10 +8985,8 @@ BATCH = ("-F", "none", *ssh_options(BatchMode="yes", ConnectTimeout="20"))  # no
 def ssh_argv(
     cloud: Cloud, vm: VM, first: Sequence[str] = (), trust: Sequence[str] = (), keys: Sequence[str] = ()
 ) -> list[str]:
-    """ssh's argv up to the host: who is checked, with which keys, by which way.
-
-    `first`: options that win: of two values ssh takes the first, and -N excludes a SessionType before it.
-    """
+    """ssh's argv up to the host: who is checked, with which keys, by which way.  `first`: options that win, for of two
+    values ssh takes the first, and -N excludes a SessionType before it."""
     network, address = cloud.network_of(vm), cloud.network_of(vm).address(vm)
     trust = trust or ssh_trust_options(cloud.known_hosts.path, strict=True)
     way = ssh_way(network, trust, keys or ssh_key_options(is_planted(vm)))
@@ -9035,20 +9010,15 @@ def split_ssh_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def start_all(
-    cloud: Cloud,
-    vms: Sequence[VM],
-    started: Callable[[VM], None] = lambda vm: None,
-    iso: str = "",
-    gui: bool = False,
-    begin: Callable[..., None] = start,
+    cloud: Cloud, vms: Sequence[VM], started: Callable[[VM], None] = lambda vm: None, held: bool = False, **how: Any
 ) -> list[Error | None]:
-    """Start VMs in parallel, after the networks that they need; for each None, or why it doesn't run.
-
-    `started` hears of each as soon as it runs; `begin`: start_held, for who holds their locks.
-    """
+    """Start VMs in parallel, `how` as start() says, after the networks that they need; for each None, or why it doesn't
+    run.  `started` hears of each as soon as it runs; `held`: the caller has their locks."""
 
     def start_one(vm: VM) -> None:
-        begin(cloud, vm, iso=iso, gui=gui)
+        cancellation.check()
+        with contextlib.nullcontext() if held else FolderLock(vm.folder):
+            start(cloud, vm, **how)
         started(vm)
 
     members: dict[str, list[VM]] = {}
@@ -9319,9 +9289,7 @@ def own_chain(vm: VM, disk: str) -> list[str]:
 
 def roll_back(snapshot: Snapshot) -> list[str]:
     """Have a VM that is switched off be what it was, by who holds its lock; where memory was kept, it goes on there.
-
-    The disks that it has got since, which stay in its folder.
-    """
+    Returns the disks that it has got since, which stay in its folder."""
     vm, old, followed = snapshot.vm, snapshot.source(), snapshot.vm.tree.followable()
     files = {disk: {os.path.realpath(disk), *backing_chain(disk, "", followed)} for disk in vm.disks() + old.disks()}
     was, aside = set().union(*map(files.__getitem__, old.disks())), []
@@ -9488,20 +9456,9 @@ class OwnGuest:
         pin_host_key(wait)
         return wait
 
-    def wait_login(self) -> None:
-        """Return when one can log in to it with `keys`, which may be others than ours."""
-        for seconds in self.wait(wait_ssh).tries():
-            status, said = self.run("true", seconds)
-            if not status:
-                return
-            if "Permission denied" in said:
-                raise Error(f"no key lets {self.vm.get('vmUser')} in: {last_line(said)}", vm=self.vm)
-
     def run(self, script: str, seconds: float, on_line: Callable[[str], None] = lambda line: None) -> tuple[int, str]:
-        """Run a script in it, giving each line that it writes to `on_line`; (its status, what it says last).
-
-        The status is 255 where ssh failed.  Raises TimedOut after `seconds`.
-        """
+        """Run a script in it, giving each line that it writes to `on_line`; (its status, 255 where ssh failed, what it
+        says last).  Raises TimedOut after `seconds`."""
         words = ssh_argv(self.cloud, self.vm, BATCH, keys=self.keys)
         tied = tie([need_program(words[0]), *words[1:], script])
         status, said = run_watched(tied, on_line, timeout=seconds, host=self._process)
@@ -9603,9 +9560,7 @@ def clean_running(cloud: Cloud, template: VM) -> None:
 
 def stop(cloud: Cloud, vm: VM, seconds: float) -> bool:
     """Shut a VM down: the power button, and after `seconds` the plug (0: at once).  False where it had to be pulled.
-
-    Raises WrongState where it can't be told whether it runs.
-    """
+    Raises WrongState where it can't be told whether it runs."""
     with FolderLock(vm.folder):
         if vm.is_template and seconds > 0:
             clean_running(cloud, vm)
@@ -9616,10 +9571,8 @@ def stop(cloud: Cloud, vm: VM, seconds: float) -> bool:
 
 
 def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float | None = None) -> list[Error]:
-    """Stop VMs in parallel; one warning line names those whose plug had to be pulled.
-
-    `seconds`: by default vmStopTimeout, and longer for a template on a layer, which would be lost.
-    """
+    """Stop VMs in parallel; one warning line names those whose plug had to be pulled.  `seconds`: by default
+    vmStopTimeout, and longer for a template on a layer, which would be lost."""
     cloud.private.used = True
     settle_stopped(cloud, (vm for vm in vms if vm.is_template))
     running = [vm for vm in vms if vm.state()[0] != "stopped"]
@@ -9818,7 +9771,12 @@ def take_over(cloud: Cloud, new: NewTemplate, key: tuple[str, str]) -> None:
 
     def work(guest: OwnGuest) -> None:
         guest.keys = ssh_options(IdentityFile=ssh_path(path), IdentitiesOnly="yes")
-        guest.wait_login()
+        for seconds in guest.wait(wait_ssh).tries():
+            status, said = guest.run("true", seconds)
+            if not status:
+                break
+            if "Permission denied" in said:
+                raise Error(f"no key lets {guest.vm.get('vmUser')} in: {last_line(said)}", vm=guest.vm)
         guest.output(guest_script("plant-keys.sh", KEYS="\n".join(login_keys())))
         guest.keys = ssh_key_options(True)  # from here on ours opens it, which proves that it can
         guest.output(guest_script("remove-key.sh", True, KEY=public))
@@ -9952,13 +9910,6 @@ def connect_line(vm: VM, name: str, what: str) -> socket.socket:
     return connect_unix(vm.folder, f"{name}.sock", 5.0)
 
 
-def serial_console(vm: VM) -> None:
-    """The serial line on stdin and stdout, until the user leaves or the guest ends."""
-    need_ours(vm, "serial console")
-    connection = connect_line(vm, "serial", "serial console")
-    join_line(vm, connection, f"the serial console of {vm}; Ctrl-] leaves", SERIAL_LEAVE)
-
-
 def join_line(vm: VM, connection: socket.socket, greeting: str, leave: bytes, drop: bytes = CTRL_C) -> None:
     """Join a line to stdin and stdout; a terminal is in raw mode meanwhile.  `drop`: what Ctrl-C stands for.
 
@@ -10019,10 +9970,8 @@ def relay_line(connection: socket.socket, leave: bytes, drop: bytes) -> bool:
 
 
 def log_pieces(process: Process | None, path: str, old: str = "") -> Iterator[bytes]:
-    """A log, after what was in it before it became too long (`old`); then what comes until the process ends.
-
-    Where etc/console.sh empties it meanwhile, the rest of what it had is in `old`.
-    """
+    """A log, after what was in it before it became too long (`old`); then what comes until the process ends.  Where
+    etc/console.sh empties it meanwhile, the rest of what it had is in `old`."""
 
     def rest(path: str, start: int) -> Iterator[bytes]:
         if os.path.exists(path):
@@ -10060,10 +10009,8 @@ MONITOR_SECONDS = 3600.0  # a savevm or a backup takes its time
 
 
 def monitor_command(vm: VM, line: str) -> None:
-    """One command for humans.  Raises Error with the monitor's words where it refuses.
-
-    A connection for each: qemu serves one at a time, and a vmstop must get through while someone sits here.
-    """
+    """One command for humans.  Raises Error with the monitor's words where it refuses.  A connection for each: qemu
+    serves one at a time, and a vmstop must get through while someone sits here."""
     try:
         with connect_qemu(vm) as qemu:
             qemu.allow(MONITOR_SECONDS)
@@ -10081,9 +10028,7 @@ def monitor_command(vm: VM, line: str) -> None:
 
 def monitor_session(vm: VM) -> int:
     """qemu's own monitor in this terminal, where there is one and qemu has it; else commands from stdin, one a line.
-
-    1 if one of those was refused that come from no terminal.
-    """
+    1 if one of those was refused that come from no terminal."""
     status = EXIT_DONE
     terminal = os.isatty(0)
     greeting = f"qemu's monitor of {vm.name}; Ctrl-D leaves, `quit` switches {vm.name} off"
@@ -10201,10 +10146,8 @@ class Supervisor:
     """The loop of one vmrun.  `on_ready` is called when all VMs are ready, or are known not to get ready."""
 
     def __init__(self, cloud: Cloud, group: str, end: str, on_ready: Callable[[int], None]) -> None:
-        """Takes the signals over, for good: to the end of the process none of them interrupts it any more.
-
-        `end`: the goal that SIGINT and SIGTERM set.
-        """
+        """Takes the signals over, for good: to the end of the process none of them interrupts it any more.  `end`: the
+        goal that SIGINT and SIGTERM set."""
         self.cloud, self.group, self._end_goal = cloud, group, end
         self.goal = RUN
         self.status = EXIT_DONE
@@ -10509,10 +10452,8 @@ def listed(tree: Tree, group: str = "", type: str = "", every: bool = False) -> 
 
 
 def vm_rows(cloud: Cloud, group: str = "", type: str = "", *, every: bool = False) -> Iterator[str]:
-    """A line per running VM, NAME GROUP/TYPE IP, or for every one, NAME GROUP/TYPE STATE IP; IP once it has one.
-
-    Where a guest doesn't run though its qemu does, STATE is there in any case.
-    """
+    """A line per running VM, NAME GROUP/TYPE IP, or for every one, NAME GROUP/TYPE STATE IP; IP once it has one.  STATE
+    is there in any case where a guest doesn't run though its qemu does."""
     for vm, state, _ in listed(cloud.tree, group, type, every):
         words = (vm.name, vm.place, state if every or state != "running" else "", address_of(cloud, vm))
         yield " ".join(filter(None, words))
@@ -11342,10 +11283,7 @@ def command_names() -> dict[str, str]:
 
 
 def find_command(argv: Sequence[str]) -> tuple[Command | None, str, list[str]]:
-    """(command, the name it was called by, its words); None for `nocloud` alone.
-
-    Raises UsageError (127) for a name that there isn't.
-    """
+    """(command, the name it was called by, its words); None for `nocloud` alone.  UsageError (127): no such name."""
     name, words = os.path.basename(argv[0]), list(argv[1:])
     alias = "vminventory" if name.endswith("inventory") else name  # a link in a folder of inventories
     if alias in ALIASES:
@@ -11971,7 +11909,7 @@ def cmd_rollback(config: Config, args: argparse.Namespace, words: list[str]) -> 
         confirm(args, f"{plural(len(found), 'VM')} will be as in {name}; what has changed since is lost.")
         with locked(vms):
             found = need_snapshots(vms, name)
-            start = [each.vm for each in found if each.vm.is_running() or os.path.exists(each.memory)]
+            again = [each.vm for each in found if each.vm.is_running() or os.path.exists(each.memory)]
             raise_first(in_parallel(lambda vm: stop_locked(vm, 0), [each.vm for each in found]))
             for each in found:
                 for disk in roll_back(each):
@@ -11979,8 +11917,8 @@ def cmd_rollback(config: Config, args: argparse.Namespace, words: list[str]) -> 
             later = [vm.name for vm in vms if vm not in [each.vm for each in found]]
             if later:
                 report.say(f"not in {name}, and left as they are: {', '.join(later)}")
-            errors = [error for error in start_all(cloud, start, begin=start_held) if error]
-        configure_later(cloud, [vm for vm in start if vm.is_running()])
+            errors = [error for error in start_all(cloud, again, held=True) if error]
+        configure_later(cloud, [vm for vm in again if vm.is_running()])
         return report_errors(errors)
 
 
@@ -12342,7 +12280,9 @@ def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> N
         return
     if not args.serial:
         report.say(f"{report.program}: {missing}: its serial console instead")
-    serial_console(vm)
+    need_ours(vm, "serial console")
+    line = connect_line(vm, "serial", "serial console")
+    join_line(vm, line, f"the serial console of {vm}; Ctrl-] leaves", SERIAL_LEAVE)
 
 
 @declare(
