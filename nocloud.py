@@ -1791,9 +1791,7 @@ def converted_size(source: str, format: str) -> int:
 
 class QMP:
     """A connection to a VM's qmp.sock, or the QMP socket of that name in a folder, or to `connection`; with a deadline.
-
-    Raises QMPClosed where qemu ended, TimedOut at the deadline, QMPError for what the server refuses.
-    """
+    Raises QMPClosed where qemu ended, TimedOut at the deadline, QMPError for what the server refuses."""
 
     def __init__(self, folder: str, seconds: float = 5.0, name: str = "qmp.sock", connection: Any = None) -> None:
         self.events: list[dict[str, Any]] = []
@@ -2617,27 +2615,23 @@ def guest_state(vm: VM) -> str:
     try:
         with QMP(vm.folder, 1.0) as qemu:
             state = str(qemu.execute("query-status")["status"])
-            state = "paused" if state == "postmigrate" else state
-            full = state == "io-error" and any(
-                each.get("io-status") == "nospace" for each in qemu.execute("query-block")
-            )
+            if state == "io-error":
+                full = any(each.get("io-status") == "nospace" for each in qemu.execute("query-block"))
+                return DISK_FULL if full else DISK_ERROR
             chardevs = qemu.execute("query-chardev") if state == "running" and vm.get("vmShares") else []
             if any(re.match("share.*disconnected:", each["label"] + each["filename"]) for each in chardevs):
-                state = SHARE_LOST
+                return SHARE_LOST
+            return "paused" if state == "postmigrate" else state
     except (Error, OSError, LookupError, TypeError, AttributeError):
         return "running"
-    return (DISK_FULL if full else DISK_ERROR) if state == "io-error" else state
 
 
 # -- acceleration
 
 
 def choose_accel(wanted: str) -> tuple[str, str]:
-    """("kvm" or "tcg", why it is tcg or '').
-
-    The CPU flags count as well as the device: where /dev/kvm opens but the CPU shows neither vmx nor svm, stock guests
-    hang.  Raises Error where kvm is asked for and isn't to be had.
-    """
+    """("kvm" or "tcg", why it is tcg or '').  The CPU flags count as well as the device: where /dev/kvm opens but the
+    CPU shows neither vmx nor svm, stock guests hang.  Raises Error where kvm is asked for and isn't to be had."""
     if wanted == "tcg":
         return "tcg", ""
     reason, mend = kvm_missing()
@@ -2960,9 +2954,7 @@ SCREENS = {
 
 def screen_args(machine: Machine) -> list[str]:
     """A screen on a unix socket in the VM's folder: who may connect is who may open the socket, so no password.
-
-    The tablet makes the guest's pointer stay under the viewer's; USB, because every system has a driver for it.
-    """
+    The tablet makes the guest's pointer stay under the viewer's; USB, because every system has a driver for it."""
     if not machine.screen:
         return []
     tablet = ["-device", f"qemu-xhci,id=usb0,addr={PCI_SLOTS['usb']:#x}", "-device", "usb-tablet,bus=usb0.0"]
@@ -7547,11 +7539,9 @@ class Cloud:
         lost = [kind for kind, each in self.forwarders.items() if os.path.exists(each.path) and not each.is_there()]
         for vm in self.tree.running() if lost else ():
             if ports_of(vm) and self.network_kind(vm) in lost:
-                try:
-                    with FolderLock(vm.folder, wait=0):
-                        self.forwarder(vm).mend(vm)
-                except (WrongState, FileNotFoundError):
-                    continue  # another command is at work on it, at this perhaps
+                # Another command may be at work on it, at this perhaps
+                with contextlib.suppress(WrongState, FileNotFoundError), FolderLock(vm.folder, wait=0):
+                    self.forwarder(vm).mend(vm)
 
     def chosen_network(self, wanted: str) -> str:
         """bridge or private, for a vmNetwork: `auto` is what this host has now."""
@@ -8080,9 +8070,7 @@ def stop_locked(vm: VM, seconds: float) -> bool:
 
 def press_power_button(vm: VM, process: Process, seconds: float) -> bool:
     """Whether the guest shut down in time.  The button is pressed every 3 s: a guest that is booting misses it.
-
-    Raises WrongState where a full disk has paused it: the plug would cost it what it couldn't write.
-    """
+    Raises WrongState where a full disk has paused it: the plug would cost it what it couldn't write."""
     state = wake(vm, resume=True)
     if state in (DISK_FULL, DISK_ERROR):
         raise WrongState(f"it is {state}", f"{remedy(vm, state)}; --kill switches it off as it is", vm=vm)
@@ -8570,16 +8558,14 @@ def thaw(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> bool:
             vm.write_conf({"vmPlugged": str(len(others))})
         wake_up(vm, token)
         vm.woke, awake = time.monotonic() - began, True
-    except (Error, OSError) as error:
-        why = last_words(vm, error)
+    except BaseException as error:
+        why, awake = last_words(vm, error), False
         stop_locked(vm, 0)
+        if not isinstance(error, (Error, OSError)):
+            raise
         cancellation.check()
         renew_disk(vm, template.disks()[0], known_formats(template)[0])
         report.say(f"{report.program}: {vm} boots: {why}")
-        awake = False
-    except BaseException:
-        stop_locked(vm, 0)
-        raise
     remove_file(vm.frozen_file)
     sync(vm.folder)
     return awake
@@ -8793,20 +8779,15 @@ def wait_ssh(wait: Wait) -> None:
 
 def stage_of_port(network: Network, address: str) -> str:
     """The stage that a try to connect shows: silence (`address`), an answer (`ssh`), an SSH banner (`configured`)."""
-    stage = "address"
     with network.socket() as connection:
         connection.settimeout(1.0)
-        try:
-            connection.connect((address, 22))
-            stage = "ssh"
-            # An emulated guest takes its time, and each try that is given up costs it more.
+        if connection.connect_ex((address, 22)) not in (0, errno.ECONNREFUSED, errno.ECONNRESET):
+            return "address"
+        # An emulated guest takes its time, and each try that is given up costs it more.
+        with contextlib.suppress(OSError):
             if readable(connection, 15.0) and connection.recv(4) == b"SSH-":
-                stage = "configured"
-        except (ConnectionRefusedError, ConnectionResetError):
-            return "ssh"
-        except OSError:
-            pass  # it shows what it has come to
-    return stage
+                return "configured"
+    return "ssh"
 
 
 def wait_ready(wait: Wait) -> None:
@@ -8859,11 +8840,8 @@ DENIED_SECONDS = 5  # where sshd is not started after what plants the keys
 
 
 def configure(wait: Wait, cloud_init: bool = False, once: bool = False) -> None:
-    """Log in with nocloud's own key, and set the hostname where it isn't what it should be.
-
-    `cloud_init`: that has set it; return when it has ended, or, with `once`, is at work.  Raises Error where it failed,
-    with causes.
-    """
+    """Log in with nocloud's own key, and set the hostname where it isn't what it should be.  `cloud_init`: that has
+    set it; return when it has ended, or, with `once`, is at work.  Raises Error where it failed, with causes."""
     vm, patience = wait.vm, 0
     if not cloud_init:
         if not os.path.exists(vm.configured_file):
@@ -9216,9 +9194,7 @@ def nodes_of(qemu: QMP, vm: VM, devices: bool = False) -> dict[str, str]:
 
 def take_snapshot(cloud: Cloud, vms: Sequence[VM], name: str, ram: bool, flush_guests: bool) -> None:
     """Snapshots of VMs, all of one moment; where one can't be taken there is none, and all go on.
-
-    `ram`: with the memory of those that run; `flush_guests`: they write out first what they hold.
-    """
+    `ram`: with the memory of those that run; `flush_guests`: they write out first what they hold."""
     checked_name("snapshot", name)
     with locked(vms):
         check_snapshots(vms, name, ram)
@@ -9524,10 +9500,8 @@ def forget_guest(cloud: Cloud, vm: VM) -> None:
 
 
 def cleaning_script(vm: VM) -> str:
-    """Takes out of a guest what makes it this one: a clone must make, or be given, its own.
-
-    Login keys and the host key go where each clone gets them planted; elsewhere the clones need what is there.
-    """
+    """Takes out of a guest what makes it this one: a clone must make, or be given, its own.  Login keys and
+    the host key go where each clone gets them planted; elsewhere the clones need what is there."""
     planted = is_planted(vm)
     keys = "\n".join(line.split()[1] for line in login_keys()) if planted else ""
     return guest_script("clean.sh", True, PLANTED="yes" if planted else "", KEYS=keys, INIT=vm.get("vmInit"))
@@ -9576,11 +9550,9 @@ def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float | None = None) -> l
     cloud.private.used = True
     settle_stopped(cloud, (vm for vm in vms if vm.is_template))
     running = [vm for vm in vms if vm.state()[0] != "stopped"]
-    try:
+    with contextlib.suppress(Error):  # a guest that can't be reached isn't cleaned, but stopped all the same
         for kind in {cloud.network_kind(vm) for vm in running if vm.is_template and vm.is_readable()}:
             cloud.networks[kind].open()  # before there are threads
-    except Error:
-        pass  # a guest that can't be reached isn't cleaned, but stopped all the same
     usual = cloud.config.number("vmStopTimeout") if seconds is None else seconds
     longer = seconds is None and 0 < usual < SHUTDOWN_SECONDS
     graces = {vm: SHUTDOWN_SECONDS if longer and vm.is_template and runs_on_layer(vm) else usual for vm in running}
@@ -9649,9 +9621,7 @@ def upgrade_guest(guest: OwnGuest, seconds: float) -> None:
 
 def freeze(cloud: Cloud, name: str, asked: Mapping[str, str]) -> Layer:
     """Boot a template once and keep its guest, as it is when it is ready, in a layer for clones to wake up on.
-
-    `asked`: memory and processors, which the template's clones start with from then on.
-    """
+    `asked`: memory and processors, which the template's clones start with from then on."""
     template = cloud.tree.need_template(name)
     if template.get("vmInit") != "systemd":
         text = f"{name}: its vmInit is {template.get('vmInit')}: only guests with systemd can be told who they are"
@@ -9743,9 +9713,7 @@ def copy_disk(source: VM, new: NewTemplate, layered: bool) -> None:
 
 def in_new_guest(cloud: Cloud, new: NewTemplate, work: Callable[[OwnGuest], object], hint: str) -> None:
     """Boot a template that is being made, on an identity that is thrown away after it, and do `work` in its guest.
-
-    Then it is cleaned and shut down.  Nothing is left of that in its folder but the disk and the conf.
-    """
+    Then it is cleaned and shut down.  Nothing is left of that in its folder but the disk and the conf."""
     vm = new.vm
     vm.write_conf({"vmUuid": new_identity(set())[0]})
     try:
@@ -10058,10 +10026,8 @@ def monitor_session(vm: VM) -> int:
 @contextlib.contextmanager
 def managed(tree: Tree, group: str) -> Iterator[None]:
     """The claim of a vmrun on a group: a pidfile in the group's folder, locked as long as we live, as qemu's own are.
-
     It is taken, given back and, after a SIGKILL, swept away under the tree's lock.  Raises WrongState where another
-    vmrun has the group.
-    """
+    vmrun has the group."""
     folder = os.path.join(tree.base, group)
     tree.prepare()
     with tree.lock():
@@ -10116,14 +10082,12 @@ class Background:
         if self._talk < 0:
             return
         sys.stdout.flush()
-        log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        for fd, number in ((null, 0), (log, 1), (log, 2)):
-            os.dup2(fd, number)
-        os.close(log)
-        os.close(null)
-        os.write(self._talk, bytes([status]))
-        os.close(self._talk)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        with open(os.open(log_file, flags, 0o600), "ab") as log, open(os.devnull, "rb") as null:
+            for file, number in ((null, 0), (log, 1), (log, 2)):
+                os.dup2(file.fileno(), number)
+        with open(self._talk, "wb") as talk:
+            talk.write(bytes([status]))
 
 
 @record
@@ -10200,10 +10164,8 @@ class Supervisor:
     def _post(self, call: Callable[[], None]) -> None:
         """From any thread: have the loop call this."""
         self._posts.append(call)
-        try:
+        with contextlib.suppress(BlockingIOError):  # it is full of others, so the loop wakes anyway
             self._button.send(b"\0")
-        except BlockingIOError:
-            pass  # it is full of others, so the loop wakes anyway
 
     def _woken(self) -> None:
         numbers = self._bell.recv(4096)
@@ -10384,9 +10346,7 @@ def supervise(
     cloud: Cloud, group: str, requests: Sequence[CloneRequest], new: bool, gui: bool, background: Background, end: str
 ) -> int:
     """Run a group: the VMs that it has and those that are asked for, until it ends; the exit status.
-
-    `new`: it must have none yet; `gui`: those that it has get a screen, this time; `end`: what ^C does.
-    """
+    `new`: it must have none yet; `gui`: those that it has get a screen, this time; `end`: what ^C does."""
     log_file = os.path.join(cloud.tree.base, group, MANAGER_LOG)
     supervisor = Supervisor(cloud, group, end, lambda status: background.on_ready(status, log_file))
     with managed(cloud.tree, group):
@@ -10550,9 +10510,7 @@ def inventory(cloud: Cloud) -> dict[str, Any]:
 
 def host_variables(vm: VM, user: str, ssh_args: str, address: str) -> dict[str, Any]:
     """What ansible is told of a host; `user`: who logs in to those of its group; `address`: where that isn't its name.
-
-    The way in is here and not at the group, so that no group_vars of a playbook replaces it.
-    """
+    The way in is here and not at the group, so that no group_vars of a playbook replaces it."""
     uuid, login = vm.get("vmUuid"), vm.get("vmUser")
     names = {"name": vm.name, "group": vm.group, "type": vm.type or TEMPLATES}
     names.update(template=vm.get("vmTemplate"), uuid=uuid)
@@ -11303,10 +11261,8 @@ def find_command(argv: Sequence[str]) -> tuple[Command | None, str, list[str]]:
 
 
 def split_operands(command: Command, words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(options, operands) as getopts parts them: options end at the first operand, or at `--`.
-
-    A command whose operands are not another program's words takes options after them too: vmtemplate NAME --image FILE.
-    """
+    """(options, operands) as getopts parts them: options end at the first operand, or at `--`.  A
+    command whose operands are not another program's words takes options after them: vmtemplate NAME --image FILE."""
     options: list[str] = []
     operands: list[str] = []
     index = 0
@@ -12233,19 +12189,19 @@ def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> No
         report.say(free_bridge_subnet(config, file))
         return
     no_more(rest)
+    setup = BridgeSetup(config)
     if verb == "start":
-        BridgeSetup(config).start()
+        setup.start()
     elif verb == "stop":
-        BridgeSetup(config).stop()
+        setup.stop()
     elif verb == "accept":
         need_root("taking what users publish")
-        BridgeSetup(config).accept()
+        setup.accept()
     elif verb == "dnsmasq":
-        setup = BridgeSetup(config)
         setup.forget()
         become([*setup.argv(), "--keep-in-foreground"])
     elif verb == "ready":
-        BridgeSetup(config).wait(60, os.environ.get("MAINPID", ""))  # systemd.exec(5)
+        setup.wait(60, os.environ.get("MAINPID", ""))  # systemd.exec(5)
     else:
         raise UsageError(f"{verb or 'no verb'}: expected start, stop, accept, dnsmasq, ready or subnet")
 
