@@ -8419,13 +8419,9 @@ def migrate(qemu: QMP, fd: int, shared: bool) -> None:
     """Write a guest's devices, and its memory where that isn't shared, to a descriptor."""
     prepare_migration(qemu, fd, shared)
     qemu.execute("migrate", uri="fd:state")
-    answer: dict[str, Any] = {}
-
-    def ended() -> bool:
-        answer.update(qemu.execute("query-migrate"))
-        return answer["status"] in ("completed", "failed")
-
-    if not wait_for(ended, 3600, 0.05) or answer["status"] == "failed":
+    wait_for(lambda: qemu.execute("query-migrate")["status"] in ("completed", "failed"), 3600, 0.05)
+    answer = qemu.execute("query-migrate")
+    if answer["status"] != "completed":
         raise Error(f"qemu could not write the guest's state: {answer.get('error-desc', 'it takes too long')}")
 
 
@@ -8510,7 +8506,8 @@ def go_on(cloud: Cloud, vm: VM, iso: str, gui: bool) -> bool:
         with QMP(vm.folder, 600) as qemu:
             write_file(vm.still_file, "", durable=False)
             load_memory(qemu, vm.saved_file, shared=False)
-            write_file(vm.late_file, "", durable=False)
+            if vm.get("vmInit") != "none":
+                write_file(vm.late_file, "", durable=False)
             remove_file(vm.saved_file)
             sync(vm.folder)  # before it goes on: never from there twice
             qemu.execute("cont")
@@ -8893,14 +8890,9 @@ def mount_shares(wait: Wait) -> None:
     write_file(vm.mounted_file, shares)
 
 
-def is_late(vm: VM) -> bool:
-    """Whether its clock is to be set: it stood still."""
-    return os.path.exists(vm.late_file) and vm.get("vmInit") != "none"
-
-
 def set_clock(wait: Wait) -> None:
     """Tell a guest that stood still what time it is."""
-    if is_late(wait.vm):
+    if os.path.exists(wait.vm.late_file):
         run_in_guest(wait, guest_script("clock.sh", True, NOW=time.time()))
         remove_file(wait.vm.late_file)
 
@@ -9055,7 +9047,11 @@ def wait_all(cloud: Cloud, vms: Sequence[VM], seconds: float, limit: str = "") -
 def configure_later(cloud: Cloud, vms: Sequence[VM]) -> None:
     """Start a process for the VMs that must be configured over ssh.  What it can't finish, the next vmssh does."""
     vms = [vm for vm in vms if vm.is_readable() and vm.get("vmInit") != "none"]
-    names = [vm.full_name for vm in vms if vm.get("vmInit") in ("auto", "ssh") or vm.get("vmShares") or is_late(vm)]
+    names = [
+        vm.full_name
+        for vm in vms
+        if vm.get("vmInit") in ("auto", "ssh") or vm.get("vmShares") or os.path.exists(vm.late_file)
+    ]
     if names:
         environment = {"NOCLOUD_vmBaseDir": cloud.tree.base}
         spawn(self_argv("configure", *names), log=os.devnull, cwd="/", env=environment)
@@ -9177,10 +9173,6 @@ class Sealing:
             self.qemu.allow(3600)
         clear_up(self.vm, self.qemu if self.vm.is_running() else None, unwritten=not self.sealed)
 
-    def close(self) -> None:
-        if self.qemu:
-            self.qemu.close()
-
 
 def nodes_of(qemu: QMP, vm: VM, devices: bool = False) -> dict[str, str]:
     """The names that qemu calls its images by, by their real paths; `devices`: of those alone that it writes to."""
@@ -9217,8 +9209,8 @@ def take_snapshot(cloud: Cloud, vms: Sequence[VM], name: str, ram: bool, flush_g
                 result_of(lambda each: each.undo(), each)
             raise
         finally:
-            for each in sealings:
-                each.close()
+            for qemu in [each.qemu for each in sealings if each.qemu]:
+                qemu.close()
 
 
 def flush_guest(cloud: Cloud, vm: VM) -> None:
@@ -9412,9 +9404,7 @@ def give_identity(cloud: Cloud, vm: VM) -> None:
 class OwnGuest:
     """A guest that runs for nocloud's own work in it, on a layer or its VM's disk; `with` leaves it switched off."""
 
-    def __init__(
-        self, cloud: Cloud, vm: VM, layer: Layer | None = None, memory: str = "", settings: Mapping[str, str] = {}
-    ) -> None:
+    def __init__(self, cloud: Cloud, vm: VM, layer: Layer | None = None, memory: str = "", **settings: str) -> None:
         """Boot it, its memory in this file, with these settings.  The caller holds its lock, and it is stopped."""
         self.cloud, self.vm, self.layer = cloud, vm, layer
         self.keys = ssh_key_options(is_planted(vm))
@@ -9470,16 +9460,14 @@ class OwnGuest:
 
 
 @contextlib.contextmanager
-def guest_on_layer(
-    cloud: Cloud, template: VM, memory: bool = False, settings: Mapping[str, str] = {}
-) -> Iterator[tuple[OwnGuest, Layer]]:
-    """The guest of a template that is stopped, on a new layer, with its memory in the layer's file if that is wanted;
-    what has become of that is settled in the end."""
+def guest_on_layer(cloud: Cloud, template: VM, ram: bool = False, **asked: str) -> Iterator[tuple[OwnGuest, Layer]]:
+    """The guest of a template that is stopped, on a new layer; what has become of that is settled in the end.  `ram`:
+    with its memory in the layer's file."""
     with FolderLock(template.folder):
         need_stopped(cloud, template)
         layer = new_layer(template)
         try:
-            guest = OwnGuest(cloud, template, layer, os.path.basename(layer.memory) if memory else "", settings)
+            guest = OwnGuest(cloud, template, layer, os.path.basename(layer.memory) if ram else "", **asked)
         except BaseException:
             layer.remove()
             raise
@@ -9628,8 +9616,7 @@ def freeze(cloud: Cloud, name: str, asked: Mapping[str, str]) -> Layer:
         raise UsageError(text, "vmtemplate NAME --build SUITE makes such a template")
     what, size = "its memory, in a file, takes up to {} MB", int(asked.get("vmMem") or template.get("vmMem"))
     check_room(template.folder, (size + 256) * MIB, cloud.tree.base, what, ROOM_HINT)
-    settings = {**asked, "vmLayout": LAYOUT, "vmBalloon": "no"}
-    with guest_on_layer(cloud, template, True, settings) as (guest, layer):
+    with guest_on_layer(cloud, template, True, **asked, vmLayout=LAYOUT, vmBalloon="no") as (guest, layer):
         guest.wait()
         freeze_guest(guest, layer)
     if asked:
@@ -10123,7 +10110,15 @@ class Supervisor:
         self._progress = WaitProgress()
         self._posts: deque[Callable[[], None]] = deque()
         self._selector = selectors.DefaultSelector()
-        self._take_signals()
+        # What wakes it: bytes on a socket, of signals (their numbers) and workers' posts (0); and the end of a qemu
+        self._bell, self._button = socket.socketpair()
+        for each in (self._bell, self._button):
+            each.setblocking(False)
+        signal.set_wakeup_fd(self._button.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                signal.signal(number, lambda number, frame: None)
+        self._selector.register(self._bell, selectors.EVENT_READ, self._woken)
 
     def run(self, begin: Callable[[Callable[[VM], None]], list[Error]]) -> int:
         """Have `begin` start the VMs, telling each to its argument; watch the group to its end; the exit status."""
@@ -10148,18 +10143,6 @@ class Supervisor:
         if self.goal == RUN and not self._starting:
             return max(0.0, self._look_at - time.monotonic()) if self._members else 0.1
         return 0.25 if cancellation.requested else None
-
-    # what wakes it: bytes on a socket, of signals (their numbers) and workers' posts (0); and the end of a qemu
-
-    def _take_signals(self) -> None:
-        self._bell, self._button = socket.socketpair()
-        for end in (self._bell, self._button):
-            end.setblocking(False)
-        signal.set_wakeup_fd(self._button.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-                signal.signal(number, lambda number, frame: None)
-        self._selector.register(self._bell, selectors.EVENT_READ, self._woken)
 
     def _post(self, call: Callable[[], None]) -> None:
         """From any thread: have the loop call this."""
