@@ -2859,6 +2859,7 @@ def seed_args(machine: Machine) -> list[str]:
     ]  # fmt: skip
 
 
+@functools.cache
 def choose_seed(qemu: Qemu) -> str:
     """How a seed is attached: `vvfat`, or `iso` where the binary lacks that (RHEL's does).
 
@@ -2946,10 +2947,7 @@ def share_args(machine: Machine, shares: Sequence[int]) -> list[str]:
 
 
 # The servers of a VM's screen, by what they speak; the first that the binary has is taken.
-SCREENS = {
-    "spice": ["-spice", "unix=on,addr=spice.sock,disable-ticketing=on"],
-    "vnc": ["-vnc", "unix:vnc.sock"],
-}
+SCREENS = {"spice": ["-spice", "unix=on,addr=spice.sock,disable-ticketing=on"], "vnc": ["-vnc", "unix:vnc.sock"]}
 
 
 def screen_args(machine: Machine) -> list[str]:
@@ -7518,11 +7516,6 @@ class Cloud:
             report.warn(f"{self.qemu().path} has neither SPICE nor VNC: VMs have no screen")
         return screen
 
-    @functools.cache
-    def seed(self) -> str:
-        """How cloud-init's seeds are attached, `vvfat` or `iso`.  Raises MissingProgram where neither can be had."""
-        return choose_seed(self.qemu())
-
     def network_of(self, vm: VM) -> Network:
         return self.networks[self.network_kind(vm)]
 
@@ -7755,7 +7748,7 @@ def check_requests(cloud: Cloud, group: str, requests: Sequence[CloneRequest], f
             check_ports(cloud.tree, request, asked)
             check_shares(cloud.config, template, request.settings.get("vmShares", ""))
             if takes_seed(template):
-                cloud.seed()
+                choose_seed(cloud.qemu())
                 request.user_data = request.user_data or default_user_data()
             elif request.user_data:
                 text = f"user-data=: {template.name} takes no seed, its vmInit is {template.get('vmInit')}"
@@ -7852,9 +7845,7 @@ def warn_of_memory(asked: int) -> None:
 # -- making clones
 
 
-def reserve(
-    cloud: Cloud, group: str, requests: Sequence[CloneRequest], templates: Mapping[str, VM], clones: list[NewClone]
-) -> list[str]:
+def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: list[NewClone]) -> list[str]:
     """Allot names, UUIDs, MACs and addresses, and hold each with a conf in a locked folder of its own (.new-NAME).
 
     All under the tree's lock: two commands at once never get the same.  What killed commands left is swept here.  Each
@@ -7873,7 +7864,7 @@ def reserve(
         taken.addresses |= cloud.private.hosts.addresses()
         for request in requests:
             check_collision(tree, group, request.type)  # again, now that nobody else can make one
-            template = templates[request.template]
+            template = tree.need_template(request.template)
             format = known_formats(template)[0]
             # None of someone else's template, whose lock isn't ours to take
             layer = frozen_layer(template) if os.access(template.folder, os.W_OK) else None
@@ -8002,11 +7993,11 @@ def end_making(cloud: Cloud, group: str, clones: Sequence[NewClone]) -> None:
 def make_clones(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> list[VM | Error]:
     """Make the clones that are asked for, in parallel; what could not be made is an Error in its place."""
     cloud.tree.prepare()
-    templates = {name: cloud.tree.need_template(name) for name in sorted({request.template for request in requests})}
-    settle_stopped(cloud, templates.values())
+    templates = [cloud.tree.need_template(name) for name in sorted({request.template for request in requests})]
+    settle_stopped(cloud, templates)
     clones: list[NewClone] = []
     with contextlib.ExitStack() as stack:
-        for template in templates.values():
+        for template in templates:
             if os.access(template.folder, os.W_OK):  # else it is someone else's, whose lock isn't ours to take
                 stack.enter_context(FolderLock(template.folder, shared=True))
             template.reread()
@@ -8014,7 +8005,7 @@ def make_clones(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> l
             set_writable(template.disks()[0], False)
         own_key()
         stack.callback(end_making, cloud, group, clones)
-        orphans = reserve(cloud, group, requests, templates, clones)
+        orphans = reserve(cloud, group, requests, clones)
         made = finish_clones(cloud, clones)
     if orphans:  # not under those locks: who starts a template takes the network's first
         forget_identity(cloud, orphans)
@@ -8042,9 +8033,7 @@ def forget_identity(cloud: Cloud, uuids: Sequence[str]) -> None:
 # The power button, the plug, and what goes with a VM.  A template is stopped with care: see the work in its guest.
 
 # And the pidfile.  The credentials stay, for whoever starts it by hand.
-RUNTIME_FILES = (
-    "qmp.sock", "serial.sock", "monitor.sock", AGENT_SOCKET, RECORD_SOCKET, *(f"{screen}.sock" for screen in SCREENS)
-)  # fmt: skip
+RUNTIME_FILES = ("qmp.sock", "serial.sock", "monitor.sock", "spice.sock", "vnc.sock", AGENT_SOCKET, RECORD_SOCKET)
 
 
 def remove_runtime_files(vm: VM) -> None:
@@ -8336,7 +8325,7 @@ def write_seed(cloud: Cloud, vm: VM, wanted: bool) -> str:
     for path, data in files.items():
         write_file(path, data, durable=False)
     folder = os.path.basename(vm.seed_folder)
-    if cloud.seed() == "vvfat":
+    if choose_seed(cloud.qemu()) == "vvfat":
         return folder
     image = os.path.join(vm.seed_folder, SEED_ISO)
     # Rock Ridge and Joliet keep the names in lower case.
@@ -10130,7 +10119,10 @@ class Supervisor:
         self._job(lambda: begin(spawned), self._begun)
         try:
             while not self._advance():
-                for key, _ in self._selector.select(self._timeout()):
+                seconds = 0.25 if cancellation.requested else None
+                if self.goal == RUN and not self._starting:
+                    seconds = max(0.0, self._look_at - time.monotonic()) if self._members else 0.1
+                for key, _ in self._selector.select(seconds):
                     key.data()
                 self._look()
                 self._progress.show()  # again, below what has been logged
@@ -10138,11 +10130,6 @@ class Supervisor:
         except BaseException:
             cancellation.request()  # else the workers would be waited for, and no signal heard
             raise
-
-    def _timeout(self) -> float | None:
-        if self.goal == RUN and not self._starting:
-            return max(0.0, self._look_at - time.monotonic()) if self._members else 0.1
-        return 0.25 if cancellation.requested else None
 
     def _post(self, call: Callable[[], None]) -> None:
         """From any thread: have the loop call this."""
@@ -12133,15 +12120,11 @@ def run_inside(network: Network, argv: Sequence[str], tap: bool, vm: VM | None) 
         network.move_in()
         become(argv)
     with network.hold():
-        fd, vhost = network.tap(vm)
-    if vhost >= 0:
-        os.close(vhost)
+        fd, _ = network.tap(vm)
     network.close()  # descriptor 3 may be one of its own
-    os.dup2(fd, 3, inheritable=True)
-    if fd != 3:
-        os.close(fd)
+    os.dup2(fd, 3)
     words, fds = network.enter(argv)
-    for each in fds:
+    for each in (3, *fds):  # exec closes what else is open
         os.set_inheritable(each, True)
     become(words)
 
