@@ -8644,13 +8644,10 @@ def wake_up(vm: VM, token: str) -> None:
 
 def talk(vm: VM, words: bytes, seconds: float) -> str:
     """Say a line to the agent in the guest; its answer, of at most 4 KB."""
-    connection, said = connect_unix(vm.folder, AGENT_SOCKET, seconds), b""
-    with connection:
-        connection.sendall(words)
-        while b"\n" not in said and len(said) < 4096 and readable(connection, seconds):
-            piece = connection.recv(4096)
-            if not piece:
-                break
+    said = b""
+    with connect_unix(vm.folder, AGENT_SOCKET, seconds) as line:
+        line.sendall(words)
+        while b"\n" not in said and len(said) < 4096 and readable(line, seconds) and (piece := line.recv(4096)):
             said += piece
     return said.partition(b"\n")[0].decode("ascii", "replace")
 
@@ -8980,14 +8977,11 @@ def start_all(
             start(cloud, vm, **how)
         started(vm)
 
-    members: dict[str, list[VM]] = {}
-    for vm in vms:
-        if vm.is_readable() and not foreign_qemu(vm):
-            members.setdefault(cloud.network_kind(vm), []).append(vm)
+    kinds = {vm: cloud.network_kind(vm) for vm in vms if vm.is_readable() and not foreign_qemu(vm)}
     with contextlib.ExitStack() as stack:
-        for kind in sorted(members):
+        for kind in sorted({*kinds.values()}):
             stack.enter_context(cloud.networks[kind].hold())
-            cloud.networks[kind].admit(members[kind])
+            cloud.networks[kind].admit([vm for vm in kinds if kinds[vm] == kind])
         return in_parallel(start_one, vms)
 
 
