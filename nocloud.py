@@ -7934,8 +7934,7 @@ def _reserve_one(clone: NewClone, identity: Mapping[str, str]) -> None:
 
 
 def finish_clones(cloud: Cloud, clones: Sequence[NewClone]) -> list[VM | Error]:
-    """Make them all, then put them in their places: from then on the VMs are there.  What could not be made is an Error
-    in its place."""
+    """Make them, then put them in their places: from then on they are VMs; or Errors, where they couldn't be made."""
     of = {clone.vm: clone for clone in clones}
 
     def place(vm: VM) -> VM:
@@ -9479,8 +9478,7 @@ def cleaning_script(vm: VM) -> str:
 
 
 def clean_at_shutdown(cloud: Cloud, template: VM) -> None:
-    """Have a guest with systemd clean itself when it shuts down, since that may be without us.  Others are cleaned by
-    vmstop only."""
+    """Have a guest with systemd clean itself when it shuts down, perhaps without us; vmstop alone cleans others."""
     unit = need_packaged("guest/nocloud-clean.service")
     script = guest_script("clean-at-shutdown.sh", True, SCRIPT=cleaning_script(template), UNIT=unit)
     ssh_batch(cloud, template, script, 60)
@@ -9635,9 +9633,7 @@ def freeze_guest(guest: OwnGuest, layer: Layer) -> None:
 # -- templates of VMs
 
 
-def template_from_vm(
-    cloud: Cloud, name: str, words: str, asked: Mapping[str, str], layered: bool = False, clean: bool = True
-) -> VM:
+def template_from_vm(cloud: Cloud, name: str, words: str, asked: Mapping[str, str], layered: bool, clean: bool) -> VM:
     """A template of a VM, or a template, that is stopped, or of VM@SNAPSHOT: of its system disk and its settings.
 
     `asked`: settings that it is to have instead; `layered`: it stands on what the VM's disk stands on; `clean`: it is
@@ -9967,8 +9963,7 @@ def monitor_command(vm: VM, line: str) -> None:
 def monitor_session(vm: VM) -> int:
     """qemu's own monitor in this terminal, where there is one and qemu has it; else commands from stdin, one a line.
     1 if one of those was refused that come from no terminal."""
-    status = EXIT_DONE
-    terminal = os.isatty(0)
+    status, terminal = EXIT_DONE, os.isatty(0)
     greeting = f"qemu's monitor of {vm.name}; Ctrl-D leaves, `quit` switches {vm.name} off"
     if terminal and os.isatty(1) and os.path.exists(vm.file("monitor.sock")) and not foreign_qemu(vm):
         join_line(vm, connect_line(vm, "monitor", "monitor"), greeting, MONITOR_LEAVE, DROP_LINE)
@@ -12103,8 +12098,7 @@ def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> None:
 
 
 def run_inside(network: Network, argv: Sequence[str], tap: bool, vm: VM | None) -> None:
-    """`net exec`: become a program in the network, where names of VMs resolve; `tap`: it gets one, `vm`'s, as
-    descriptor 3."""
+    """`net exec`: become a program in the network; `tap`: it gets one, of `vm` if there is one, as descriptor 3."""
     if not argv:
         raise UsageError("which command?", "nocloud net exec CMD...")
     if not find_program(argv[0]) and package_of(argv[0], 0) == argv[0]:
