@@ -150,10 +150,8 @@ if not TYPE_CHECKING:
 
 
 class Error(Exception):
-    """Something that could not be done, told in one line; `hint` is the one line that says what to do.
-
-    `vm`: the VM that it is about, whose name comes before the text.
-    """
+    """Something that could not be done, told in one line, after the name of the `vm` that it is about; `hint` is the
+    one line that says what to do."""
 
     status = EXIT_FAILED
 
@@ -912,10 +910,7 @@ def parse_assignments(text: str, name: str, known: MutableMapping[str, str]) -> 
 
 
 def _read_value(text: str, variables: Mapping[str, str], used: set[str]) -> str:
-    """A value, and perhaps a comment: bare words, '…' and "…" side by side, as sh joins them.
-
-    The variables that it names are added to `used`.
-    """
+    """A value, perhaps a comment: bare words, '…' and "…" side by side, as sh joins them; `used` gets its variables."""
     patterns = [re.compile(each, re.ASCII) for each in _PIECES]
     home = re.match(r"~(?=[/\s]|$)", text)
     parts = [os.path.expanduser("~")] if home else []
@@ -1011,10 +1006,8 @@ class Config:
             self._values[same] = value
 
     def read(self, path: str, warn: Callable[[str], None] = report.warn) -> None:
-        """Take the settings of a file.  One that others could have written is skipped with a warning.
-
-        `warn` is told of that, and of unknown keys; by default the user is.
-        """
+        """Take the settings of a file; one that others could have written is skipped.  `warn` is told of that, and of
+        unknown keys."""
         text, reason = read_trusted(path)
         if reason:
             warn(f"{path} is skipped: {reason}")
@@ -1081,10 +1074,8 @@ def need_packaged(name: str, place: str = "etc") -> str:
 
 
 def guest_script(name: str, root: bool = False, **given: object) -> str:
-    """A script of etc/guest for a guest's shell, after assignments of what it is given.
-
-    `root`: it is run by root, or by a login that may become root without a password.
-    """
+    """A script of etc/guest for a guest's shell, after assignments of what it is given; `root`: it is run by root, or
+    by a login that may become root without a password."""
     values = "".join(f"{key}={shlex.quote(str(value))}\n" for key, value in given.items())
     script = values + need_packaged(f"guest/{name}")
     return f's=; [ "$(id -u)" = 0 ] || s="sudo -n"; exec $s sh -c {shlex.quote(script)}' if root else script
@@ -1230,10 +1221,8 @@ def parse_os_release(text: str) -> dict[str, str]:
 
 
 def choose_installer(release: Mapping[str, str]) -> tuple[str, int]:
-    """(how packages are installed, column of etc/packages) with the package managers that are there, or ("", 0).
-
-    The distribution decides between several: Debian has a game called pacman, and dnf as well.
-    """
+    """(how packages are installed, column of etc/packages) with the package managers that are there, or ("", 0).  The
+    distribution decides between several: Debian has a game called pacman, and dnf as well."""
     family = [release.get("ID", ""), *release.get("ID_LIKE", "").split()]
     rows = [row for row in _INSTALLERS if find_program(row[0])]
     rows.sort(key=lambda row: not set(row[3]) & set(family))
@@ -1265,10 +1254,7 @@ def traced(argv: Sequence[str]) -> list[str]:
 
 
 def popen(argv: Sequence[str], env: Mapping[str, str] | None = None, **how: Any) -> subprocess.Popen[bytes]:
-    """Start a program, `how` as subprocess.Popen says: in English, with nothing on stdin unless that is given.
-
-    Raises MissingProgram.
-    """
+    """Start a program, `how` as subprocess.Popen says; in English, stdin empty by default.  Raises MissingProgram."""
     inherited = {key: value for key, value in os.environ.items() if key != "LANGUAGE"}
     environment = {**inherited, "LC_ALL": "C.UTF-8", **(env or {})}
     return subprocess.Popen(traced(argv), env=environment, **{"stdin": subprocess.DEVNULL, **how})
@@ -1376,10 +1362,8 @@ def run_watched(
 
 
 def try_run(argv: Sequence[str], timeout: float, guest: bool = False) -> tuple[int, str]:
-    """(exit status, output) of a program that may fail; (-1, why) where it doesn't end within `timeout` seconds.
-
-    `guest`: a guest has it write what it likes; only the end of that is kept.
-    """
+    """(exit status, output) of a program that may fail; (-1, why) where it doesn't end within `timeout` seconds.  Where
+    a `guest` has it write what it likes, only the end of that is kept."""
     try:
         if guest:
             return run_watched(argv, timeout=timeout)
@@ -1690,10 +1674,8 @@ def known_formats(vm: VM) -> list[str]:
 
 
 def first_format(vm: VM, disk: str) -> str:
-    """The format of a disk that came from the bash tools, or was added by hand.
-
-    A header that leads out of the tree may be the guest's own work: whose it is, only the user knows.
-    """
+    """The format of a disk that came from the bash tools, or was added by hand.  A header that leads out of the tree
+    may be the guest's own work: whose it is, only the user knows."""
     header = qcow2_header(disk)
     if not header:
         return "raw"
@@ -1990,10 +1972,7 @@ class QemuProcess:
         return found - {None}
 
     def runs(self, vm: VM) -> bool:
-        """Whether it writes to a VM's system disk; to a disk that is below its own it doesn't.
-
-        Where we may not look, its words tell.
-        """
+        """Whether it writes to a VM's system disk, not only to one on it; where we may not look, its words tell."""
         if self.is_ours:
             return self.folder == vm.folder
         for disk in vm.disks()[:1]:
@@ -2092,10 +2071,8 @@ MANAGER_PID, MANAGER_LOG = ".vmrun.pid", ".vmrun.log"  # of the vmrun that manag
 
 
 def checked_name(kind: str, name: str) -> str:
-    """`name` if something new may be called so, else UsageError naming the character.
-
-    A VM's name is a DNS label (RFC 1123); groups, types and templates may have dots and underscores.
-    """
+    """`name` if something new may be called so, else UsageError naming the character.  A VM's name is a DNS label (RFC
+    1123); groups, types and templates may have dots and underscores."""
     hint = "use letters, digits and '-'" if kind == "VM" else "use letters, digits, '.', '_' and '-'"
     if not name:
         raise UsageError(f"the {kind} name is empty", hint)
@@ -2301,10 +2278,8 @@ class VM:
         return [self.path(name.strip()) for name in names if name.strip()]
 
     def chains(self, followed: Callable[[str], bool] | None = None) -> Iterator[tuple[str, list[str]]]:
-        """Each of its disks with the real paths of the files under it; the format that its conf tells decides.
-
-        `followed`: as Tree.followable() gives it, for who asks many VMs.
-        """
+        """Each of its disks with the real paths of the files under it, by the format that its conf tells; `followed`:
+        what Tree.followable() gives, for who asks many VMs."""
         disks, followed = self.disks(), followed or self.tree.followable()
         formats = [*map(str.strip, self.get("vmDiskFormat").split(",")), *("" for _ in disks)]
         for disk, format in zip(disks, formats):
@@ -2345,10 +2320,8 @@ class Tree:
         return folders_in(os.path.join(self.base, group)) if group != TEMPLATES else [""]
 
     def vms(self, group: str = "", type: str = "", name: str = "") -> Iterator[VM]:
-        """The VMs of the tree that have a conf, templates last, else by group, type and name.
-
-        `name`, in small letters: only those that are called so, in whatever case.
-        """
+        """The VMs of the tree that have a conf, templates last, else by group, type and name; of a `name`, in small
+        letters, only those that are called so, in whatever case."""
         return (vm for vm in self._folders(group, type) if name in ("", vm.name.lower()) and vm.exists())
 
     def _folders(self, group: str, type: str = "") -> Iterator[VM]:
@@ -2494,10 +2467,8 @@ def no_such(kind: str, name: str, names: Iterable[str], hint: str) -> NotFound:
 
 
 def left_over(tree: Tree, group: str = "") -> Iterator[str]:
-    """The folders that commands which were killed left half-made or half-removed, in a group or in all.
-
-    A folder whose maker is alive is locked by it.
-    """
+    """The folders that commands which were killed left half-made or half-removed, in a group or in all: those that are
+    locked by no maker that is alive."""
     folders = (vm.folder for vm in tree.unfinished(group, (MAKING, REMOVING)))
     return (folder for folder in folders if not os.path.islink(folder) and not is_locked(folder))
 
@@ -2669,10 +2640,8 @@ def kvm_missing() -> tuple[str, str]:
 
 
 def device_denied(path: str) -> str:
-    """Why this user can't open a device for reading and writing, or ''.
-
-    Opened, not asked for with access(2): in a container root has every right but the device itself.
-    """
+    """Why this user can't open a device for reading and writing, or ''.  It is tried: to access(2), root in a container
+    has every right."""
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
     except OSError as error:
@@ -2750,10 +2719,8 @@ class Machine:
 
 
 def qemu_argv(machine: Machine, tap: int, vhost: int = -1, shares: Sequence[int] = ()) -> list[str]:
-    """The whole command line, given the descriptors of its tap, of vhost-net (-1: none) and of its folders' daemons.
-
-    Relative paths are relative to the VM's folder, qemu's working directory.
-    """
+    """The whole command line, given the descriptors of its tap, of vhost-net (-1: none) and of its folders' daemons; in
+    it paths are relative to the VM's folder, qemu's working directory."""
     return [
         machine.qemu.path,
         *machine_args(machine),
@@ -2778,10 +2745,8 @@ def qemu_argv(machine: Machine, tap: int, vhost: int = -1, shares: Sequence[int]
 
 
 def machine_args(machine: Machine) -> list[str]:
-    """-name comes first: it is what one looks for in ps.
-
-    -vga std stays without a screen too: Debian's boot loader hangs without a VGA.
-    """
+    """-name comes first: it is what one looks for in ps.  The VGA stays without a screen, too: Debian's boot loader
+    hangs without one."""
     sandbox = ["-sandbox", SANDBOX] if "sandbox" in machine.qemu.options else []
     return [
         "-name", f"guest={comma(machine.name)}",
@@ -2990,10 +2955,8 @@ def choose_screen(qemu: Qemu) -> str:
 
 
 def monitor_args(machine: Machine) -> list[str]:
-    """QMP for the commands, and the monitor for humans, which vmmanage joins to a terminal.
-
-    A second QMP's log is the record: qemu writes its events there whether or not a client is connected.
-    """
+    """QMP for the commands, and the monitor for humans, which vmmanage joins to a terminal.  A second QMP's log is the
+    record: qemu writes its events there whether or not a client is connected."""
     words = [
         "-chardev", "socket,id=qmp0,path=qmp.sock,server=on,wait=off",
         "-mon", "chardev=qmp0,mode=control",
@@ -3114,10 +3077,8 @@ def ip_json(*words: str) -> list[dict[str, Any]]:
 
 
 def networks_in_use(without: str = "") -> Iterator[tuple[str, ipaddress.IPv4Network]]:
-    """(who, network) of each address and route of the host but those of the interface `without`.
-
-    Default routes don't count, nor the two halves of the world that a VPN has instead.
-    """
+    """(who, network) of each address and route of the host but those of the interface `without`, default routes, and
+    the two halves of the world that a VPN has instead."""
     for card in ip_json("address"):
         for each in card.get("addr_info", ()):
             if card["ifname"] != without:
@@ -3155,10 +3116,7 @@ def daemon_pid(pid_file: str) -> int:
 
 
 def end_process(find: Callable[[], int]) -> None:
-    """End the process whose pid `find` finds, and wait for that.
-
-    `find` is asked again once a pidfd is open, so that no other process is hit.
-    """
+    """End the process whose pid `find` finds, and wait for that; asked again once a pidfd is open: no other is hit."""
     if pid := find():
         with Process(pid) as process:
             for number in (signal.SIGTERM, signal.SIGKILL):
@@ -3221,10 +3179,8 @@ def has_text(path: str, text: str) -> bool:
 
 
 class HostFiles:
-    """The VMs that have names and addresses: a file for DHCP and one for DNS each, named by the VM's UUID.
-
-    They lie in `dhcp/` and `hosts/` of `folder`, where dnsmasq sees a new one at once (inotify).
-    """
+    """The VMs that have names and addresses: for each a file in `dhcp/` and one in `hosts/` of `folder`, named by its
+    UUID; dnsmasq sees a new one at once (inotify)."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -3454,10 +3410,7 @@ def new_namespaces(subnet: str, rules: bytes = b"") -> Namespaces:
 
 
 class Gate:
-    """A child inside that opens what belongs to its opener's namespace: taps and sockets.
-
-    They stay in that namespace wherever their descriptors go.
-    """
+    """A child inside that opens taps and sockets: they stay in its namespace wherever their descriptors go."""
 
     def __init__(self, spaces: Namespaces) -> None:
         self._socket, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -3723,10 +3676,8 @@ class PrivateNetwork(Network):
             raise Error(f"the private network can't be made: {reason}")
 
     def follow(self, places: Sequence[str]) -> None:
-        """What the holder does until it is ended: pass on what changes on the host, which it isn't told again.
-
-        It must not look at its own pidfile: the lock would be gone when that is closed.
-        """
+        """What the holder does until it is ended: pass on what changes on the host.  It must not look at its own
+        pidfile: the lock would be gone when that is closed."""
         self._spaces = Namespaces(os.getpid(), *places)
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as changes:
             changes.bind((0, RTMGRP_IPV4_IFADDR | RTMGRP_IPV4_ROUTE))
@@ -3795,10 +3746,8 @@ class PrivateNetwork(Network):
         return done.returncode
 
     def down(self) -> None:
-        """End it: dnsmasq, pasta, the holder, and with them everything inside.  Call it under the lock.
-
-        Nothing stays where the tree has no VM any more; else the subnet and the names do.
-        """
+        """End it: dnsmasq, pasta, the holder, and with them everything inside; the subnet and the names stay for VMs
+        that the tree has.  Call it under the lock."""
         for name in ("dnsmasq.pid", "pasta.pid"):
             stop_daemon(self.file(name))
         end_process(self.holder)
@@ -4002,10 +3951,8 @@ def namespaces_denied(reason: str) -> Error:
 
 
 def free_subnet(taken: Sequence[ipaddress.IPv4Network]) -> str:
-    """The first /24 of 10.88 to 10.127 that overlaps none of these networks, as `10.88.0`.
-
-    A VPN may claim all of 10.0.0.0/8: where nothing is left, only narrower networks count.
-    """
+    """The first /24 of 10.88 to 10.127 that overlaps none of these networks, as `10.88.0`.  A VPN may claim all of
+    10.0.0.0/8: where nothing is left, only narrower networks count."""
     for widest in (2, 9, 17):
         subnets = (f"10.{number >> 8}.{number & 255}.0/24" for number in range(88 << 8, 128 << 8))
         if free := first_free(subnets, (network for network in taken if network.prefixlen >= widest)):
@@ -4140,10 +4087,8 @@ def has_nft_table(table: str) -> bool:
 
 
 def iptables_programs() -> list[str]:
-    """The iptables whose filter table is in use; those on nft and the old ones may both be.
-
-    Where it isn't in use no rule is needed, and the first one would leave a table behind.
-    """
+    """The iptables whose filter table is in use; those on nft and the old ones may both be.  Where it isn't, no rule is
+    needed, and the first one would leave a table behind."""
     in_use = {
         "iptables-nft": has_nft_table("ip filter"),
         "iptables-legacy": "filter" in read_existing("/proc/net/ip_tables_names").split(),
@@ -4229,10 +4174,8 @@ def close_firewalls(interface: str) -> None:
 
 
 def dropping_chains(interface: str) -> list[str]:
-    """The chains of other nft tables that drop what they don't name, and don't name the bridge.
-
-    Nobody can undo that but their owner.  Those of iptables, ufw and firewalld are told in their own way.
-    """
+    """The chains of other nft tables that drop what they don't name, and don't name the bridge: nobody can undo that
+    but their owner.  Those of iptables, ufw and firewalld are told in their own way."""
     status, said = try_run(["nft", "-j", "list", "chains"], 30)
     chains = [each["chain"] for each in json.loads(said)["nftables"] if "chain" in each] if status == 0 else []
     found = [
