@@ -1381,16 +1381,12 @@ def reap() -> None:
     _spawned.difference_update([child for child in list(_spawned) if child.poll() is not None])
 
 
-def spawn(argv: Sequence[str], log: str | int, **how: Any) -> subprocess.Popen[bytes]:
+def spawn(argv: Sequence[str], log: str, **how: Any) -> subprocess.Popen[bytes]:
     """popen() of a program that outlives us: a session of its own, its output appended to the file `log` (0600)."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-    output = os.open(log, flags, 0o600) if isinstance(log, str) else os.dup(log)
-    try:
+    with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600), "ab") as output:
         child = popen(argv, stdout=output, stderr=output, start_new_session=True, **how)
-        _spawned.add(child)
-        return child
-    finally:
-        os.close(output)
+    _spawned.add(child)
+    return child
 
 
 def become(argv: Sequence[str]) -> None:
@@ -2588,9 +2584,8 @@ def guest_state(vm: VM) -> str:
         with QMP(vm.folder, 1.0) as qemu:
             state = str(qemu.execute("query-status")["status"])
             state = "paused" if state == "postmigrate" else state
-            full = state == "io-error" and any(
-                each.get("io-status") == "nospace" for each in qemu.execute("query-block")
-            )
+            blocks = qemu.execute("query-block") if state == "io-error" else []
+            full = any(each.get("io-status") == "nospace" for each in blocks)
             chardevs = qemu.execute("query-chardev") if state == "running" and vm.get("vmShares") else []
             if any(re.match("share.*disconnected:", each["label"] + each["filename"]) for each in chardevs):
                 state = SHARE_LOST
@@ -3882,11 +3877,9 @@ class PrivateNetwork(Network):
     def _replace(self, path: str, text: str) -> None:
         """Have a file be another one in this mount namespace; it may be a link into a folder that is hidden here."""
         place, own = os.path.realpath(path), self.file(os.path.basename(path))
-        if not os.path.exists(place):
-            write_file(place, text, 0o644)
-        else:
-            write_file(own, text, 0o644, durable=False)
-            run(["mount", "-n", "--bind", own, place])
+        write_file(own, text, 0o644, durable=False)
+        os.close(os.open(place, os.O_CREAT | os.O_CLOEXEC, 0o644))
+        run(["mount", "-n", "--bind", own, place])
 
     def proxy_command(self) -> str:
         """ssh runs outside: inside, root's files in ssh_config.d look foreign to it, and the home is root's."""
@@ -4013,8 +4006,8 @@ class BridgeSettings:
                 said = f"{key}={config[key]} doesn't fit bridgeAddress={config['bridgeAddress']}"
                 hint = "see etc/nocloud_net.conf, where bridgeNet and what comes after it follow bridgeSubnet"
                 raise UsageError(said, hint)
-        ends = [ipaddress.IPv4Address(config[key]) for key in ("bridgeDhcpStart", "bridgeDhcpStop")]
-        self.first, self.last = sorted(ends)
+        ends = (config["bridgeDhcpStart"], config["bridgeDhcpStop"])
+        self.first, self.last = sorted(map(ipaddress.IPv4Address, ends))
         # The upper quarter is for guests that nobody allotted an address to: one that is allotted to a VM must not be
         # leased to another guest in the same moment.
         self.first_dynamic = self.last - max(1, (int(self.last) - int(self.first) + 1) // 4) + 1
@@ -4089,12 +4082,10 @@ def has_nft_table(table: str) -> bool:
 def iptables_programs() -> list[str]:
     """The iptables whose filter table is in use; those on nft and the old ones may both be.  Where it isn't, no rule is
     needed, and the first one would leave a table behind."""
-    in_use = {
-        "iptables-nft": has_nft_table("ip filter"),
-        "iptables-legacy": "filter" in read_existing("/proc/net/ip_tables_names").split(),
-    }
-    found = [next(filter(find_program, (name, "iptables")), "") for name, used in in_use.items() if used]
-    return [program for program in found if program]
+    legacy = "filter" in read_existing("/proc/net/ip_tables_names").split()
+    in_use = (("iptables-nft", has_nft_table("ip filter")), ("iptables-legacy", legacy))
+    found = [next(filter(find_program, (name, "iptables")), "") for name, used in in_use if used]
+    return list(filter(None, found))
 
 
 def iptables_rules(program: str) -> list[list[str]]:
