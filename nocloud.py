@@ -48,6 +48,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import functools
+import importlib
 import io
 import os
 import re
@@ -90,8 +91,6 @@ else:
             self.name = name
 
         def __getattr__(self, name: str) -> Any:
-            import importlib
-
             value = getattr(importlib.import_module(self.name), name)
             setattr(self, name, value)
             return value
