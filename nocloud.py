@@ -603,10 +603,8 @@ def lock_holder(path: str) -> tuple[str, int]:
 
 
 class Cancellation:
-    """Set when the main thread is interrupted, so that the threads that wait give up instead of being waited for.
-
-    `children` are the programs that threads wait for just now.
-    """
+    """Set when the main thread is interrupted, so that the threads that wait give up instead of being waited for;
+    `children` are the programs that they wait for just now."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -645,10 +643,8 @@ def readable(file: Any, seconds: float) -> bool:
 
 
 def in_parallel(work: Callable[[Any], Any], items: Sequence[Any], workers: int = 0) -> list[Any]:
-    """`work(item)` for each item at once; the results in order, an Error as the result of the item that raised it.
-
-    The items are VMs: an Error carries its own.  Anything else that is raised is a defect and goes on to the caller.
-    """
+    """`work(item)` for each item, a VM, at once; the results in order, the Error of the item that raised it among them.
+    Anything else that is raised is a defect and goes on to the caller."""
     if len(items) < 2:
         return [result_of(work, item) for item in items]
     from concurrent.futures import ThreadPoolExecutor
@@ -1052,10 +1048,8 @@ def program_path() -> str:
 
 
 def packaged(name: str, place: str = "etc") -> str:
-    """The text of a file of `etc/` (or `systemd/`) as it came with the program: beside it, in the zipapp inside it.
-
-    '' where there is none: nocloud.py copied alone does what needs none of them.
-    """
+    """The text of a file of `etc/` (or `systemd/`) as it came with the program: beside it, in the zipapp inside it; ''
+    where there is none: nocloud.py copied alone does what needs none of them."""
     path = os.path.join(os.path.dirname(os.path.realpath(__file__)), place, name)
     try:
         return bytes.decode(globals()["__loader__"].get_data(path))
@@ -1624,10 +1618,8 @@ def qcow2_header(path: str) -> Qcow2 | None:
 
 
 def disk_format(path: str) -> str:
-    """qcow2 where the header says so, else raw: bash trees hold both, and their confs don't say which.
-
-    A guest writes what it likes into a raw disk, such a header too: what is found out is kept, see known_formats.
-    """
+    """qcow2 where the header says so, else raw: bash trees hold both, and their confs don't say which.  A guest writes
+    what it likes into a raw disk, such a header too: what is found out is kept, see known_formats."""
     return "qcow2" if qcow2_header(path) else "raw"
 
 
@@ -2478,10 +2470,8 @@ def sweep(tree: Tree, group: str) -> None:
 
 
 def manager_of(tree: Tree, group: str) -> tuple[str, int]:
-    """The vmrun that manages a group: ("running", pid), ("stopped", 0) or ("unknown", 0).
-
-    Not for the manager itself: closing the file would give up the lock that it holds on it (fcntl(2)).
-    """
+    """The vmrun that manages a group: ("running", pid), ("stopped", 0) or ("unknown", 0).  Not for the manager itself:
+    closing the file would give up the lock that it holds on it (fcntl(2))."""
     return lock_holder(os.path.join(tree.base, group, MANAGER_PID))
 
 
@@ -2927,10 +2917,8 @@ SCREENS = {
 
 
 def screen_args(machine: Machine) -> list[str]:
-    """A screen on a unix socket in the VM's folder: who may connect is who may open the socket, so no password.
-
-    The tablet makes the guest's pointer stay under the viewer's; USB, because every system has a driver for it.
-    """
+    """A screen on a unix socket in the VM's folder: who may connect is who may open the socket, so no password.  The
+    tablet makes the guest's pointer stay under the viewer's; USB, because every system has a driver for it."""
     if not machine.screen:
         return []
     tablet = ["-device", f"qemu-xhci,id=usb0,addr={PCI_SLOTS['usb']:#x}", "-device", "usb-tablet,bus=usb0.0"]
@@ -3766,10 +3754,8 @@ class PrivateNetwork(Network):
             self.down()
 
     def tend(self) -> None:
-        """End it where its last VM has ended; where VMs are on it, or it was asked to stay, start what was killed.
-
-        The first and the last that a command does.  Nothing happens while another command is at work on it.
-        """
+        """End it where its last VM has ended; where VMs are on it, or it was asked to stay, start what was killed.  The
+        first and the last that a command does.  Nothing happens while another command is at work on it."""
         if not self.used and not os.path.exists(self.file("holder.pid")):
             return
         try:
@@ -3788,9 +3774,8 @@ class PrivateNetwork(Network):
     def _users(self) -> Iterator[VM]:
         """The VMs that are on it: running, or not known to have stopped; a template in the making may be booted too."""
         for vm in [*self.tree.unfinished(), *self.tree.vms()]:
-            if vm.state()[0] == "stopped" or foreign_qemu(vm):
-                continue
-            if not vm.is_readable() or vm.get("vmNetwork") != "bridge":
+            runs = vm.state()[0] != "stopped" and not foreign_qemu(vm)
+            if runs and not (vm.is_readable() and vm.get("vmNetwork") == "bridge"):
                 yield vm
 
     # what others use it for
