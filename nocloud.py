@@ -367,11 +367,9 @@ def read_tail(path: str) -> str:
 
 
 def write_file(path: str, content: str | bytes, mode: int = 0o600, durable: bool = True) -> None:
-    """Write `path` so that a reader, or a power cut, sees the old file or the new one, never half of it.
-
-    The new one is on the disk when this returns; not so where `durable` is off: for what is written anew when it is
-    needed, or lies in a folder that lands later.
-    """
+    """Write `path` so that a reader, or a power cut, sees the old file or the new one, never half of it.  The new one
+    is on the disk when this returns, but where `durable` is off: for what is written anew when it is needed, or lies
+    in a folder that lands later."""
     data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     temporary = f"{path}.{os.getpid()}.{os.urandom(3).hex()}.tmp"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
@@ -1624,11 +1622,8 @@ def disk_format(path: str) -> str:
 
 
 def backing_chain(disk: str, format: str, followed: Callable[[str], bool]) -> list[str]:
-    """The real paths of the files under a disk of this format ('': what it looks like).
-
-    What a guest wrote into a raw disk isn't asked, nor is a file that isn't to be `followed`, see Tree.followable: it
-    is named, and the last one.
-    """
+    """The real paths of the files under a disk of this format ('': what it looks like).  What a guest wrote into a raw
+    disk isn't asked, nor is a file that isn't to be `followed`, see Tree.followable: it is named, and the last one."""
     found: list[str] = []
     path = os.path.realpath(disk)
     while format != "raw" and len(found) < 64:  # a chain that names itself must end too
@@ -2587,11 +2582,8 @@ def guest_state(vm: VM) -> str:
 
 
 def choose_accel(wanted: str) -> tuple[str, str]:
-    """("kvm" or "tcg", why it is tcg or '').
-
-    The CPU flags count as well as the device: where /dev/kvm opens but the CPU shows neither vmx nor svm, stock guests
-    hang.  Raises Error where kvm is asked for and isn't to be had.
-    """
+    """("kvm" or "tcg", why it is tcg or '').  Where /dev/kvm opens but the CPU shows neither vmx nor svm, stock guests
+    hang.  Raises Error where kvm is asked for and isn't to be had."""
     if wanted == "tcg":
         return "tcg", ""
     reason, mend = kvm_missing()
@@ -2716,8 +2708,7 @@ def qemu_argv(machine: Machine, tap: int, vhost: int = -1, shares: Sequence[int]
         *seed_args(machine),
         *net_args(machine, tap, vhost),
         *console_args(machine),
-        *rng_args(),
-        *balloon_args(machine),
+        *exchange_args(machine),
         *memory_args(machine),
         *(["-incoming", "defer"] if machine.wakes else []),
         *share_args(machine, shares),
@@ -2883,17 +2874,14 @@ def memory_args(machine: Machine) -> list[str]:
     return ["-object", f"memory-backend-file,{name},{place}", "-machine", "memory-backend=pc.ram"]
 
 
-def rng_args() -> list[str]:
-    """Randomness from the host: a guest that has just been switched on has little of its own."""
-    device = f"virtio-rng-pci,rng=rng0,addr={PCI_SLOTS['rng']:#x}"
-    return ["-object", "rng-random,id=rng0,filename=/dev/urandom", "-device", device]
-
-
-def balloon_args(machine: Machine) -> list[str]:
-    """What the guest has no use for goes back to the host (free-page-reporting)."""
-    if machine.settings["vmBalloon"] == "no":
-        return []
-    return ["-device", f"virtio-balloon-pci,addr={PCI_SLOTS['balloon']:#x},free-page-reporting=on"]
+def exchange_args(machine: Machine) -> list[str]:
+    """What host and guest give each other: randomness, of which one that has just been switched on has little, and
+    memory that the guest has no use for (free-page-reporting)."""
+    words = ["-object", "rng-random,id=rng0,filename=/dev/urandom"]
+    words += ["-device", f"virtio-rng-pci,rng=rng0,addr={PCI_SLOTS['rng']:#x}"]
+    if machine.settings["vmBalloon"] != "no":
+        words += ["-device", f"virtio-balloon-pci,addr={PCI_SLOTS['balloon']:#x},free-page-reporting=on"]
+    return words
 
 
 def share_args(machine: Machine, shares: Sequence[int]) -> list[str]:
@@ -3113,11 +3101,8 @@ def stop_daemon(pid_file: str) -> None:
 
 
 def dnsmasq_argv(interface: str, hosts: HostFiles, *words: str) -> list[str]:
-    """dnsmasq(8), 2.90, for the VMs of a bridge; `words`: what differs between networks.
-
-    It leaves the foreground when it serves.  Not -d: in debug mode one idle TCP client of port 53 stops DNS and DHCP
-    for all.
-    """
+    """dnsmasq(8), 2.90, for the VMs of a bridge, with `words`.  It leaves the foreground when it serves.  Not -d: in
+    debug mode one idle TCP client of port 53 stops DNS and DHCP for all."""
     return [
         "dnsmasq", "--quiet-dhcp", "--conf-file=/dev/null", "--no-hosts",
         f"--interface={interface}", "--except-interface=lo", "--bind-interfaces",
