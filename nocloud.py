@@ -3414,7 +3414,7 @@ def serve_gate(spaces: Namespaces, asked: socket.socket) -> None:
 
 
 # linux/sockios.h, linux/if_tun.h, linux/if.h
-TUNSETIFF, SIOCSIFFLAGS, SIOCGIFINDEX, SIOCBRADDIF = 0x400454CA, 0x8914, 0x8933, 0x89A2
+TUNSETIFF, SIOCSIFFLAGS, SIOCBRADDIF = 0x400454CA, 0x8914, 0x89A2
 IFF_UP, IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x1, 0x2, 0x1000, 0x4000
 
 
@@ -3428,11 +3428,10 @@ def make_tap(card: str) -> int:
     tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-            request = struct.pack("16sH22x", card.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
-            name = fcntl.ioctl(tap, TUNSETIFF, request)[:16]
-            index = struct.unpack_from("i", fcntl.ioctl(control, SIOCGIFINDEX, name + bytes(24)), 16)[0]
-            fcntl.ioctl(control, SIOCBRADDIF, struct.pack("16si20x", BRIDGE.encode(), index))
-            fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH22x", name, IFF_UP))
+            fcntl.ioctl(tap, TUNSETIFF, struct.pack("16sH22x", card.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR))
+            bridged = struct.pack("16si20x", BRIDGE.encode(), socket.if_nametoindex(card))
+            fcntl.ioctl(control, SIOCBRADDIF, bridged)
+            fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH22x", card.encode(), IFF_UP))
     except BaseException:
         os.close(tap)
         raise
