@@ -50,6 +50,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import importlib
 import io
 import os
 import re
@@ -92,8 +93,6 @@ else:
             self.name = name
 
         def __getattr__(self, name: str) -> Any:
-            import importlib
-
             value = getattr(importlib.import_module(self.name), name)
             setattr(self, name, value)
             return value
@@ -152,10 +151,8 @@ if not TYPE_CHECKING:
 
 
 class Error(Exception):
-    """Something that could not be done, told in one line; `hint` is the one line that says what to do.
-
-    `vm`: the VM that it is about, whose name comes before the text.
-    """
+    """Something that could not be done, told in one line, after the name of the `vm` that it is about; `hint` is the
+    one line that says what to do."""
 
     status = EXIT_FAILED
 
@@ -372,11 +369,9 @@ def read_tail(path: str) -> str:
 
 
 def write_file(path: str, content: str | bytes, mode: int = 0o600, durable: bool = True) -> None:
-    """Write `path` so that a reader, or a power cut, sees the old file or the new one, never half of it.
-
-    The new one is on the disk when this returns; not so where `durable` is off: for what is written anew when it is
-    needed, or lies in a folder that lands later.
-    """
+    """Write `path` so that a reader, or a power cut, sees the old file or the new one, never half of it.  The new one
+    is on the disk when this returns, but where `durable` is off: for what is written anew when it is needed, or lies
+    in a folder that lands later."""
     data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     temporary = f"{path}.{os.getpid()}.{os.urandom(3).hex()}.tmp"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
@@ -609,10 +604,8 @@ def lock_holder(path: str) -> tuple[str, int]:
 
 
 class Cancellation:
-    """Set when the main thread is interrupted, so that the threads that wait give up instead of being waited for.
-
-    `children` are the programs that threads wait for just now.
-    """
+    """Set when the main thread is interrupted, so that the threads that wait give up instead of being waited for;
+    `children` are the programs that they wait for just now."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -651,10 +644,8 @@ def readable(file: Any, seconds: float) -> bool:
 
 
 def in_parallel(work: Callable[[Any], Any], items: Sequence[Any], workers: int = 0) -> list[Any]:
-    """`work(item)` for each item at once; the results in order, an Error as the result of the item that raised it.
-
-    The items are VMs: an Error carries its own.  Anything else that is raised is a defect and goes on to the caller.
-    """
+    """`work(item)` for each item, a VM, at once; the results in order, the Error of the item that raised it among them.
+    Anything else that is raised is a defect and goes on to the caller."""
     if len(items) < 2:
         return [result_of(work, item) for item in items]
     from concurrent.futures import ThreadPoolExecutor
@@ -915,10 +906,7 @@ def parse_assignments(text: str, name: str, known: MutableMapping[str, str]) -> 
 
 
 def _read_value(text: str, variables: Mapping[str, str], used: set[str]) -> str:
-    """A value, and perhaps a comment: bare words, '…' and "…" side by side, as sh joins them.
-
-    The variables that it names are added to `used`.
-    """
+    """A value, perhaps a comment: bare words, '…' and "…" side by side, as sh joins them; `used` gets its variables."""
     patterns = [re.compile(each, re.ASCII) for each in _PIECES]
     home = re.match(r"~(?=[/\s]|$)", text)
     parts = [os.path.expanduser("~")] if home else []
@@ -1014,10 +1002,8 @@ class Config:
             self._values[same] = value
 
     def read(self, path: str, warn: Callable[[str], None] = report.warn) -> None:
-        """Take the settings of a file.  One that others could have written is skipped with a warning.
-
-        `warn` is told of that, and of unknown keys; by default the user is.
-        """
+        """Take the settings of a file; one that others could have written is skipped.  `warn` is told of that, and of
+        unknown keys."""
         text, reason = read_trusted(path)
         if reason:
             warn(f"{path} is skipped: {reason}")
@@ -1063,10 +1049,8 @@ def program_path() -> str:
 
 
 def packaged(name: str, place: str = "etc") -> str:
-    """The text of a file of `etc/` (or `systemd/`) as it came with the program: beside it, in the zipapp inside it.
-
-    '' where there is none: nocloud.py copied alone does what needs none of them.
-    """
+    """The text of a file of `etc/` (or `systemd/`) as it came with the program: beside it, in the zipapp inside it; ''
+    where there is none: nocloud.py copied alone does what needs none of them."""
     path = os.path.join(os.path.dirname(os.path.realpath(__file__)), place, name)
     try:
         return bytes.decode(globals()["__loader__"].get_data(path))
@@ -1084,10 +1068,8 @@ def need_packaged(name: str, place: str = "etc") -> str:
 
 
 def guest_script(name: str, root: bool = False, **given: object) -> str:
-    """A script of etc/guest for a guest's shell, after assignments of what it is given.
-
-    `root`: it is run by root, or by a login that may become root without a password.
-    """
+    """A script of etc/guest for a guest's shell, after assignments of what it is given; `root`: it is run by root, or
+    by a login that may become root without a password."""
     values = "".join(f"{key}={shlex.quote(str(value))}\n" for key, value in given.items())
     script = values + need_packaged(f"guest/{name}")
     return f's=; [ "$(id -u)" = 0 ] || s="sudo -n"; exec $s sh -c {shlex.quote(script)}' if root else script
@@ -1233,10 +1215,8 @@ def parse_os_release(text: str) -> dict[str, str]:
 
 
 def choose_installer(release: Mapping[str, str]) -> tuple[str, int]:
-    """(how packages are installed, column of etc/packages) with the package managers that are there, or ("", 0).
-
-    The distribution decides between several: Debian has a game called pacman, and dnf as well.
-    """
+    """(how packages are installed, column of etc/packages) with the package managers that are there, or ("", 0).  The
+    distribution decides between several: Debian has a game called pacman, and dnf as well."""
     family = [release.get("ID", ""), *release.get("ID_LIKE", "").split()]
     rows = [row for row in _INSTALLERS if find_program(row[0])]
     rows.sort(key=lambda row: not set(row[3]) & set(family))
@@ -1268,10 +1248,7 @@ def traced(argv: Sequence[str]) -> list[str]:
 
 
 def popen(argv: Sequence[str], env: Mapping[str, str] | None = None, **how: Any) -> subprocess.Popen[bytes]:
-    """Start a program, `how` as subprocess.Popen says: in English, with nothing on stdin unless that is given.
-
-    Raises MissingProgram.
-    """
+    """Start a program, `how` as subprocess.Popen says; in English, stdin empty by default.  Raises MissingProgram."""
     inherited = {key: value for key, value in os.environ.items() if key != "LANGUAGE"}
     environment = {**inherited, "LC_ALL": "C.UTF-8", **(env or {})}
     return subprocess.Popen(traced(argv), env=environment, **{"stdin": subprocess.DEVNULL, **how})
@@ -1379,10 +1356,8 @@ def run_watched(
 
 
 def try_run(argv: Sequence[str], timeout: float, guest: bool = False) -> tuple[int, str]:
-    """(exit status, output) of a program that may fail; (-1, why) where it doesn't end within `timeout` seconds.
-
-    `guest`: a guest has it write what it likes; only the end of that is kept.
-    """
+    """(exit status, output) of a program that may fail; (-1, why) where it doesn't end within `timeout` seconds.  Where
+    a `guest` has it write what it likes, only the end of that is kept."""
     try:
         if guest:
             return run_watched(argv, timeout=timeout)
@@ -1400,16 +1375,12 @@ def reap() -> None:
     _spawned.difference_update([child for child in list(_spawned) if child.poll() is not None])
 
 
-def spawn(argv: Sequence[str], log: str | int, **how: Any) -> subprocess.Popen[bytes]:
+def spawn(argv: Sequence[str], log: str, **how: Any) -> subprocess.Popen[bytes]:
     """popen() of a program that outlives us: a session of its own, its output appended to the file `log` (0600)."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-    output = os.open(log, flags, 0o600) if isinstance(log, str) else os.dup(log)
-    try:
+    with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600), "ab") as output:
         child = popen(argv, stdout=output, stderr=output, start_new_session=True, **how)
-        _spawned.add(child)
-        return child
-    finally:
-        os.close(output)
+    _spawned.add(child)
+    return child
 
 
 def become(argv: Sequence[str]) -> None:
@@ -1648,19 +1619,14 @@ def qcow2_header(path: str) -> Qcow2 | None:
 
 
 def disk_format(path: str) -> str:
-    """qcow2 where the header says so, else raw: bash trees hold both, and their confs don't say which.
-
-    A guest writes what it likes into a raw disk, such a header too: what is found out is kept, see known_formats.
-    """
+    """qcow2 where the header says so, else raw: bash trees hold both, and their confs don't say which.  A guest writes
+    what it likes into a raw disk, such a header too: what is found out is kept, see known_formats."""
     return "qcow2" if qcow2_header(path) else "raw"
 
 
 def backing_chain(disk: str, format: str, followed: Callable[[str], bool]) -> list[str]:
-    """The real paths of the files under a disk of this format ('': what it looks like).
-
-    What a guest wrote into a raw disk isn't asked, nor is a file that isn't to be `followed`, see Tree.followable: it
-    is named, and the last one.
-    """
+    """The real paths of the files under a disk of this format ('': what it looks like).  What a guest wrote into a raw
+    disk isn't asked, nor is a file that isn't to be `followed`, see Tree.followable: it is named, and the last one."""
     found: list[str] = []
     path = os.path.realpath(disk)
     while format != "raw" and len(found) < 64:  # a chain that names itself must end too
@@ -1693,10 +1659,8 @@ def known_formats(vm: VM) -> list[str]:
 
 
 def first_format(vm: VM, disk: str) -> str:
-    """The format of a disk that came from the bash tools, or was added by hand.
-
-    A header that leads out of the tree may be the guest's own work: whose it is, only the user knows.
-    """
+    """The format of a disk that came from the bash tools, or was added by hand.  A header that leads out of the tree
+    may be the guest's own work: whose it is, only the user knows."""
     header = qcow2_header(disk)
     if not header:
         return "raw"
@@ -1989,10 +1953,7 @@ class QemuProcess:
         return found - {None}
 
     def runs(self, vm: VM) -> bool:
-        """Whether it writes to a VM's system disk; to a disk that is below its own it doesn't.
-
-        Where we may not look, its words tell.
-        """
+        """Whether it writes to a VM's system disk, not only to one on it; where we may not look, its words tell."""
         if self.is_ours:
             return self.folder == vm.folder
         for disk in vm.disks()[:1]:
@@ -2091,10 +2052,8 @@ MANAGER_PID, MANAGER_LOG = ".vmrun.pid", ".vmrun.log"  # of the vmrun that manag
 
 
 def checked_name(kind: str, name: str) -> str:
-    """`name` if something new may be called so, else UsageError naming the character.
-
-    A VM's name is a DNS label (RFC 1123); groups, types and templates may have dots and underscores.
-    """
+    """`name` if something new may be called so, else UsageError naming the character.  A VM's name is a DNS label (RFC
+    1123); groups, types and templates may have dots and underscores."""
     hint = "use letters, digits and '-'" if kind == "VM" else "use letters, digits, '.', '_' and '-'"
     if not name:
         raise UsageError(f"the {kind} name is empty", hint)
@@ -2300,10 +2259,8 @@ class VM:
         return [self.path(name.strip()) for name in names if name.strip()]
 
     def chains(self, followed: Callable[[str], bool] | None = None) -> Iterator[tuple[str, list[str]]]:
-        """Each of its disks with the real paths of the files under it; the format that its conf tells decides.
-
-        `followed`: as Tree.followable() gives it, for who asks many VMs.
-        """
+        """Each of its disks with the real paths of the files under it, by the format that its conf tells; `followed`:
+        what Tree.followable() gives, for who asks many VMs."""
         disks, followed = self.disks(), followed or self.tree.followable()
         formats = [*map(str.strip, self.get("vmDiskFormat").split(",")), *("" for _ in disks)]
         for disk, format in zip(disks, formats):
@@ -2344,10 +2301,8 @@ class Tree:
         return folders_in(os.path.join(self.base, group)) if group != TEMPLATES else [""]
 
     def vms(self, group: str = "", type: str = "", name: str = "") -> Iterator[VM]:
-        """The VMs of the tree that have a conf, templates last, else by group, type and name.
-
-        `name`, in small letters: only those that are called so, in whatever case.
-        """
+        """The VMs of the tree that have a conf, templates last, else by group, type and name; of a `name`, in small
+        letters, only those that are called so, in whatever case."""
         return (vm for vm in self._folders(group, type) if name in ("", vm.name.lower()) and vm.exists())
 
     def _folders(self, group: str, type: str = "") -> Iterator[VM]:
@@ -2493,10 +2448,8 @@ def no_such(kind: str, name: str, names: Iterable[str], hint: str) -> NotFound:
 
 
 def left_over(tree: Tree, group: str = "") -> Iterator[str]:
-    """The folders that commands which were killed left half-made or half-removed, in a group or in all.
-
-    A folder whose maker is alive is locked by it.
-    """
+    """The folders that commands which were killed left half-made or half-removed, in a group or in all: those that are
+    locked by no maker that is alive."""
     folders = (vm.folder for vm in tree.unfinished(group, (MAKING, REMOVING)))
     return (folder for folder in folders if not os.path.islink(folder) and not is_locked(folder))
 
@@ -2511,10 +2464,8 @@ def sweep(tree: Tree, group: str) -> None:
 
 
 def manager_of(tree: Tree, group: str) -> tuple[str, int]:
-    """The vmrun that manages a group: ("running", pid), ("stopped", 0) or ("unknown", 0).
-
-    Not for the manager itself: closing the file would give up the lock that it holds on it (fcntl(2)).
-    """
+    """The vmrun that manages a group: ("running", pid), ("stopped", 0) or ("unknown", 0).  Not for the manager itself:
+    closing the file would give up the lock that it holds on it (fcntl(2))."""
     return lock_holder(os.path.join(tree.base, group, MANAGER_PID))
 
 
@@ -2615,9 +2566,9 @@ def guest_state(vm: VM) -> str:
     try:
         with QMP(vm.folder, 1.0) as qemu:
             state = str(qemu.execute("query-status")["status"])
-            if state == "io-error":
-                full = any(each.get("io-status") == "nospace" for each in qemu.execute("query-block"))
-                return DISK_FULL if full else DISK_ERROR
+            state = "paused" if state == "postmigrate" else state
+            blocks = qemu.execute("query-block") if state == "io-error" else []
+            full = any(each.get("io-status") == "nospace" for each in blocks)
             chardevs = qemu.execute("query-chardev") if state == "running" and vm.get("vmShares") else []
             if any(re.match("share.*disconnected:", each["label"] + each["filename"]) for each in chardevs):
                 return SHARE_LOST
@@ -2630,8 +2581,8 @@ def guest_state(vm: VM) -> str:
 
 
 def choose_accel(wanted: str) -> tuple[str, str]:
-    """("kvm" or "tcg", why it is tcg or '').  The CPU flags count as well as the device: where /dev/kvm opens but the
-    CPU shows neither vmx nor svm, stock guests hang.  Raises Error where kvm is asked for and isn't to be had."""
+    """("kvm" or "tcg", why it is tcg or '').  Where /dev/kvm opens but the CPU shows neither vmx nor svm, stock guests
+    hang.  Raises Error where kvm is asked for and isn't to be had."""
     if wanted == "tcg":
         return "tcg", ""
     reason, mend = kvm_missing()
@@ -2664,8 +2615,8 @@ def kvm_missing() -> tuple[str, str]:
 
 
 def device_denied(path: str) -> str:
-    """Why this user can't open a device for reading and writing, or ''.  access(2) doesn't tell: in a container root
-    has every right but the device itself."""
+    """Why this user can't open a device for reading and writing, or ''.  It is tried: to access(2), root in a container
+    has every right."""
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
     except OSError as error:
@@ -2743,8 +2694,8 @@ class Machine:
 
 
 def qemu_argv(machine: Machine, tap: int, vhost: int = -1, shares: Sequence[int] = ()) -> list[str]:
-    """The whole command line, given the descriptors of its tap, of vhost-net (-1: none) and of its folders' daemons.
-    Paths are relative to the VM's folder, where qemu runs."""
+    """The whole command line, given the descriptors of its tap, of vhost-net (-1: none) and of its folders' daemons; in
+    it paths are relative to the VM's folder, qemu's working directory."""
     return [
         machine.qemu.path,
         *machine_args(machine),
@@ -2756,7 +2707,7 @@ def qemu_argv(machine: Machine, tap: int, vhost: int = -1, shares: Sequence[int]
         *seed_args(machine),
         *net_args(machine, tap, vhost),
         *console_args(machine),
-        *host_args(machine),
+        *exchange_args(machine),
         *memory_args(machine),
         *(["-incoming", "defer"] if machine.wakes else []),
         *share_args(machine, shares),
@@ -2768,8 +2719,8 @@ def qemu_argv(machine: Machine, tap: int, vhost: int = -1, shares: Sequence[int]
 
 
 def machine_args(machine: Machine) -> list[str]:
-    """-name comes first, for who looks for it in ps; a VGA is there without a screen too, or Debian's boot loader
-    hangs."""
+    """-name comes first: it is what one looks for in ps.  The VGA stays without a screen, too: Debian's boot loader
+    hangs without one."""
     sandbox = ["-sandbox", SANDBOX] if "sandbox" in machine.qemu.options else []
     return [
         "-name", f"guest={comma(machine.name)}",
@@ -2923,11 +2874,11 @@ def memory_args(machine: Machine) -> list[str]:
     return ["-object", f"memory-backend-file,{name},{place}", "-machine", "memory-backend=pc.ram"]
 
 
-def host_args(machine: Machine) -> list[str]:
-    """Randomness from the host, since a guest that has just been switched on has little of its own; and what the guest
-    has no use for goes back to the host (free-page-reporting)."""
-    device = f"virtio-rng-pci,rng=rng0,addr={PCI_SLOTS['rng']:#x}"
-    words = ["-object", "rng-random,id=rng0,filename=/dev/urandom", "-device", device]
+def exchange_args(machine: Machine) -> list[str]:
+    """What host and guest give each other: randomness, of which one that has just been switched on has little, and
+    memory that the guest has no use for (free-page-reporting)."""
+    words = ["-object", "rng-random,id=rng0,filename=/dev/urandom"]
+    words += ["-device", f"virtio-rng-pci,rng=rng0,addr={PCI_SLOTS['rng']:#x}"]
     if machine.settings["vmBalloon"] != "no":
         words += ["-device", f"virtio-balloon-pci,addr={PCI_SLOTS['balloon']:#x},free-page-reporting=on"]
     return words
@@ -2951,8 +2902,8 @@ SCREENS = {"spice": ["-spice", "unix=on,addr=spice.sock,disable-ticketing=on"], 
 
 
 def screen_args(machine: Machine) -> list[str]:
-    """A screen on a unix socket in the VM's folder: who may connect is who may open the socket, so no password.
-    The tablet makes the guest's pointer stay under the viewer's; USB, because every system has a driver for it."""
+    """A screen on a unix socket in the VM's folder: who may connect is who may open the socket, so no password.  The
+    tablet makes the guest's pointer stay under the viewer's; USB, because every system has a driver for it."""
     if not machine.screen:
         return []
     tablet = ["-device", f"qemu-xhci,id=usb0,addr={PCI_SLOTS['usb']:#x}", "-device", "usb-tablet,bus=usb0.0"]
@@ -2971,10 +2922,8 @@ def choose_screen(qemu: Qemu) -> str:
 
 
 def monitor_args(machine: Machine) -> list[str]:
-    """QMP for the commands, and the monitor for humans, which vmmanage joins to a terminal.
-
-    A second QMP's log is the record: qemu writes its events there whether or not a client is connected.
-    """
+    """QMP for the commands, and the monitor for humans, which vmmanage joins to a terminal.  A second QMP's log is the
+    record: qemu writes its events there whether or not a client is connected."""
     words = [
         "-chardev", "socket,id=qmp0,path=qmp.sock,server=on,wait=off",
         "-mon", "chardev=qmp0,mode=control",
@@ -3095,10 +3044,8 @@ def ip_json(*words: str) -> list[dict[str, Any]]:
 
 
 def networks_in_use(without: str = "") -> Iterator[tuple[str, ipaddress.IPv4Network]]:
-    """(who, network) of each address and route of the host but those of the interface `without`.
-
-    Default routes don't count, nor the two halves of the world that a VPN has instead.
-    """
+    """(who, network) of each address and route of the host but those of the interface `without`, default routes, and
+    the two halves of the world that a VPN has instead."""
     for card in ip_json("address"):
         for each in card.get("addr_info", ()):
             if card["ifname"] != without:
@@ -3136,10 +3083,7 @@ def daemon_pid(pid_file: str) -> int:
 
 
 def end_process(find: Callable[[], int]) -> None:
-    """End the process whose pid `find` finds, and wait for that.
-
-    `find` is asked again once a pidfd is open, so that no other process is hit.
-    """
+    """End the process whose pid `find` finds, and wait for that; asked again once a pidfd is open: no other is hit."""
     if pid := find():
         with Process(pid) as process:
             for number in (signal.SIGTERM, signal.SIGKILL):
@@ -3154,11 +3098,8 @@ def stop_daemon(pid_file: str) -> None:
 
 
 def dnsmasq_argv(interface: str, hosts: HostFiles, *words: str) -> list[str]:
-    """dnsmasq(8), 2.90, for the VMs of a bridge; `words`: what differs between networks.
-
-    It leaves the foreground when it serves.  Not -d: in debug mode one idle TCP client of port 53 stops DNS and DHCP
-    for all.
-    """
+    """dnsmasq(8), 2.90, for the VMs of a bridge, with `words`.  It leaves the foreground when it serves.  Not -d: in
+    debug mode one idle TCP client of port 53 stops DNS and DHCP for all."""
     return [
         "dnsmasq", "--quiet-dhcp", "--conf-file=/dev/null", "--no-hosts",
         f"--interface={interface}", "--except-interface=lo", "--bind-interfaces",
@@ -3202,10 +3143,8 @@ def has_text(path: str, text: str) -> bool:
 
 
 class HostFiles:
-    """The VMs that have names and addresses: a file for DHCP and one for DNS each, named by the VM's UUID.
-
-    They lie in `dhcp/` and `hosts/` of `folder`, where dnsmasq sees a new one at once (inotify).
-    """
+    """The VMs that have names and addresses: for each a file in `dhcp/` and one in `hosts/` of `folder`, named by its
+    UUID; dnsmasq sees a new one at once (inotify)."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -3435,10 +3374,7 @@ def new_namespaces(subnet: str, rules: bytes = b"") -> Namespaces:
 
 
 class Gate:
-    """A child inside that opens what belongs to its opener's namespace: taps and sockets.
-
-    They stay in that namespace wherever their descriptors go.
-    """
+    """A child inside that opens taps and sockets: they stay in its namespace wherever their descriptors go."""
 
     def __init__(self, spaces: Namespaces) -> None:
         self._socket, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -3475,7 +3411,7 @@ def serve_gate(spaces: Namespaces, asked: socket.socket) -> None:
 
 
 # linux/sockios.h, linux/if_tun.h, linux/if.h
-TUNSETIFF, SIOCSIFFLAGS, SIOCGIFINDEX, SIOCBRADDIF = 0x400454CA, 0x8914, 0x8933, 0x89A2
+TUNSETIFF, SIOCSIFFLAGS, SIOCBRADDIF = 0x400454CA, 0x8914, 0x89A2
 IFF_UP, IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x1, 0x2, 0x1000, 0x4000
 
 
@@ -3489,11 +3425,10 @@ def make_tap(card: str) -> int:
     tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-            request = struct.pack("16sH22x", card.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
-            name = fcntl.ioctl(tap, TUNSETIFF, request)[:16]
-            index = struct.unpack_from("i", fcntl.ioctl(control, SIOCGIFINDEX, name + bytes(24)), 16)[0]
-            fcntl.ioctl(control, SIOCBRADDIF, struct.pack("16si20x", BRIDGE.encode(), index))
-            fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH22x", name, IFF_UP))
+            fcntl.ioctl(tap, TUNSETIFF, struct.pack("16sH22x", card.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR))
+            bridged = struct.pack("16si20x", BRIDGE.encode(), socket.if_nametoindex(card))
+            fcntl.ioctl(control, SIOCBRADDIF, bridged)
+            fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH22x", card.encode(), IFF_UP))
     except BaseException:
         os.close(tap)
         raise
@@ -3704,10 +3639,8 @@ class PrivateNetwork(Network):
             raise Error(f"the private network can't be made: {reason}")
 
     def follow(self, places: Sequence[str]) -> None:
-        """What the holder does until it is ended: pass on what changes on the host, which it isn't told again.
-
-        It must not look at its own pidfile: the lock would be gone when that is closed.
-        """
+        """What the holder does until it is ended: pass on what changes on the host.  It must not look at its own
+        pidfile: the lock would be gone when that is closed."""
         self._spaces = Namespaces(os.getpid(), *places)
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as changes:
             changes.bind((0, RTMGRP_IPV4_IFADDR | RTMGRP_IPV4_ROUTE))
@@ -3776,10 +3709,8 @@ class PrivateNetwork(Network):
         return done.returncode
 
     def down(self) -> None:
-        """End it: dnsmasq, pasta, the holder, and with them everything inside.  Call it under the lock.
-
-        Nothing stays where the tree has no VM any more; else the subnet and the names do.
-        """
+        """End it: dnsmasq, pasta, the holder, and with them everything inside; the subnet and the names stay for VMs
+        that the tree has.  Call it under the lock."""
         for name in ("dnsmasq.pid", "pasta.pid"):
             stop_daemon(self.file(name))
         end_process(self.holder)
@@ -3804,10 +3735,8 @@ class PrivateNetwork(Network):
             self.down()
 
     def tend(self) -> None:
-        """End it where its last VM has ended; where VMs are on it, or it was asked to stay, start what was killed.
-
-        The first and the last that a command does.  Nothing happens while another command is at work on it.
-        """
+        """End it where its last VM has ended; where VMs are on it, or it was asked to stay, start what was killed.  The
+        first and the last that a command does.  Nothing happens while another command is at work on it."""
         if not self.used and not os.path.exists(self.file("holder.pid")):
             return
         try:
@@ -3826,9 +3755,8 @@ class PrivateNetwork(Network):
     def _users(self) -> Iterator[VM]:
         """The VMs that are on it: running, or not known to have stopped; a template in the making may be booted too."""
         for vm in [*self.tree.unfinished(), *self.tree.vms()]:
-            if vm.state()[0] == "stopped" or foreign_qemu(vm):
-                continue
-            if not vm.is_readable() or vm.get("vmNetwork") != "bridge":
+            runs = vm.state()[0] != "stopped" and not foreign_qemu(vm)
+            if runs and not (vm.is_readable() and vm.get("vmNetwork") == "bridge"):
                 yield vm
 
     # what others use it for
@@ -3914,11 +3842,9 @@ class PrivateNetwork(Network):
     def _replace(self, path: str, text: str) -> None:
         """Have a file be another one in this mount namespace; it may be a link into a folder that is hidden here."""
         place, own = os.path.realpath(path), self.file(os.path.basename(path))
-        if not os.path.exists(place):
-            write_file(place, text, 0o644)
-        else:
-            write_file(own, text, 0o644, durable=False)
-            run(["mount", "-n", "--bind", own, place])
+        write_file(own, text, 0o644, durable=False)
+        os.close(os.open(place, os.O_CREAT | os.O_CLOEXEC, 0o644))
+        run(["mount", "-n", "--bind", own, place])
 
     def proxy_command(self) -> str:
         """ssh runs outside: inside, root's files in ssh_config.d look foreign to it, and the home is root's."""
@@ -3983,10 +3909,8 @@ def namespaces_denied(reason: str) -> Error:
 
 
 def free_subnet(taken: Sequence[ipaddress.IPv4Network]) -> str:
-    """The first /24 of 10.88 to 10.127 that overlaps none of these networks, as `10.88.0`.
-
-    A VPN may claim all of 10.0.0.0/8: where nothing is left, only narrower networks count.
-    """
+    """The first /24 of 10.88 to 10.127 that overlaps none of these networks, as `10.88.0`.  A VPN may claim all of
+    10.0.0.0/8: where nothing is left, only narrower networks count."""
     for widest in (2, 9, 17):
         subnets = (f"10.{number >> 8}.{number & 255}.0/24" for number in range(88 << 8, 128 << 8))
         if free := first_free(subnets, (network for network in taken if network.prefixlen >= widest)):
@@ -4047,8 +3971,8 @@ class BridgeSettings:
                 said = f"{key}={config[key]} doesn't fit bridgeAddress={config['bridgeAddress']}"
                 hint = "see etc/nocloud_net.conf, where bridgeNet and what comes after it follow bridgeSubnet"
                 raise UsageError(said, hint)
-        ends = [ipaddress.IPv4Address(config[key]) for key in ("bridgeDhcpStart", "bridgeDhcpStop")]
-        self.first, self.last = sorted(ends)
+        ends = (config["bridgeDhcpStart"], config["bridgeDhcpStop"])
+        self.first, self.last = sorted(map(ipaddress.IPv4Address, ends))
         # The upper quarter is for guests that nobody allotted an address to: one that is allotted to a VM must not be
         # leased to another guest in the same moment.
         self.first_dynamic = self.last - max(1, (int(self.last) - int(self.first) + 1) // 4) + 1
@@ -4121,16 +4045,12 @@ def has_nft_table(table: str) -> bool:
 
 
 def iptables_programs() -> list[str]:
-    """The iptables whose filter table is in use; those on nft and the old ones may both be.
-
-    Where it isn't in use no rule is needed, and the first one would leave a table behind.
-    """
-    in_use = {
-        "iptables-nft": has_nft_table("ip filter"),
-        "iptables-legacy": "filter" in read_existing("/proc/net/ip_tables_names").split(),
-    }
-    found = [next(filter(find_program, (name, "iptables")), "") for name, used in in_use.items() if used]
-    return [program for program in found if program]
+    """The iptables whose filter table is in use; those on nft and the old ones may both be.  Where it isn't, no rule is
+    needed, and the first one would leave a table behind."""
+    legacy = "filter" in read_existing("/proc/net/ip_tables_names").split()
+    in_use = (("iptables-nft", has_nft_table("ip filter")), ("iptables-legacy", legacy))
+    found = [next(filter(find_program, (name, "iptables")), "") for name, used in in_use if used]
+    return list(filter(None, found))
 
 
 def iptables_rules(program: str) -> list[list[str]]:
@@ -4210,10 +4130,8 @@ def close_firewalls(interface: str) -> None:
 
 
 def dropping_chains(interface: str) -> list[str]:
-    """The chains of other nft tables that drop what they don't name, and don't name the bridge.
-
-    Nobody can undo that but their owner.  Those of iptables, ufw and firewalld are told in their own way.
-    """
+    """The chains of other nft tables that drop what they don't name, and don't name the bridge: nobody can undo that
+    but their owner.  Those of iptables, ufw and firewalld are told in their own way."""
     status, said = try_run(["nft", "-j", "list", "chains"], 30)
     chains = [each["chain"] for each in json.loads(said)["nftables"] if "chain" in each] if status == 0 else []
     found = [
