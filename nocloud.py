@@ -2566,9 +2566,9 @@ def guest_state(vm: VM) -> str:
     try:
         with QMP(vm.folder, 1.0) as qemu:
             state = str(qemu.execute("query-status")["status"])
-            state = "paused" if state == "postmigrate" else state
-            blocks = qemu.execute("query-block") if state == "io-error" else []
-            full = any(each.get("io-status") == "nospace" for each in blocks)
+            if state == "io-error":
+                full = any(each.get("io-status") == "nospace" for each in qemu.execute("query-block"))
+                return DISK_FULL if full else DISK_ERROR
             chardevs = qemu.execute("query-chardev") if state == "running" and vm.get("vmShares") else []
             if any(re.match("share.*disconnected:", each["label"] + each["filename"]) for each in chardevs):
                 return SHARE_LOST
