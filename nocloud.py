@@ -8333,10 +8333,8 @@ def migrate(qemu: QMP, fd: int, shared: bool) -> None:
 
 def prepare_migration(qemu: QMP, fd: int, shared: bool) -> None:
     """Have a qemu write to, or read from, a descriptor as fast as it goes; `shared`: memory in a shared file stays.
-
     The network card is announced once, at once, when a frozen guest's has no link.  Never can't be asked for: qemu 7.2
-    has no timer for that then, and crashes when the guest resets the card (hw/net/virtio-net.c, virtio_net_reset).
-    """
+    has no timer for that then, and crashes when the guest resets the card (hw/net/virtio-net.c, virtio_net_reset)."""
     wanted = [{"capability": "x-ignore-shared", "state": shared}]
     qemu.execute("migrate-set-capabilities", capabilities=wanted)
     qemu.execute("migrate-set-parameters", announce_rounds=1, max_bandwidth=1 << 40)
@@ -8412,8 +8410,7 @@ def go_on(cloud: Cloud, vm: VM, iso: str, gui: bool) -> bool:
         with QMP(vm.folder, 600) as qemu:
             write_file(vm.still_file, "", durable=False)
             load_memory(qemu, vm.saved_file, shared=False)
-            if vm.get("vmInit") != "none":
-                write_file(vm.late_file, "", durable=False)
+            write_file(vm.late_file, "", durable=False)
             remove_file(vm.saved_file)
             sync(vm.folder)  # before it goes on: never from there twice
             qemu.execute("cont")
@@ -8434,10 +8431,8 @@ WAKE_SECONDS = 60  # emulated guests that wake up together take their time
 
 def thaw(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> bool:
     """Have a clone go on where its template's guest was frozen, as itself; False where it has to boot, having said why.
-
     For who holds its lock.  Until the guest has said that it is this VM, the frozen file stays: who finds that begins
-    anew, on a new disk.
-    """
+    anew, on a new disk."""
     name = read_existing(vm.frozen_file)
     if not name:
         return False
@@ -8793,9 +8788,14 @@ def mount_shares(wait: Wait) -> None:
     write_file(vm.mounted_file, shares)
 
 
+def is_late(vm: VM) -> bool:
+    """Whether its clock is to be set: it stood still."""
+    return os.path.exists(vm.late_file) and vm.get("vmInit") != "none"
+
+
 def set_clock(wait: Wait) -> None:
     """Tell a guest that stood still what time it is."""
-    if os.path.exists(wait.vm.late_file):
+    if is_late(wait.vm):
         run_in_guest(wait, guest_script("clock.sh", True, NOW=time.time()))
         remove_file(wait.vm.late_file)
 
@@ -8947,11 +8947,7 @@ def wait_all(cloud: Cloud, vms: Sequence[VM], seconds: float, limit: str = "") -
 def configure_later(cloud: Cloud, vms: Sequence[VM]) -> None:
     """Start a process for the VMs that must be configured over ssh.  What it can't finish, the next vmssh does."""
     vms = [vm for vm in vms if vm.is_readable() and vm.get("vmInit") != "none"]
-    names = [
-        vm.full_name
-        for vm in vms
-        if vm.get("vmInit") in ("auto", "ssh") or vm.get("vmShares") or os.path.exists(vm.late_file)
-    ]
+    names = [vm.full_name for vm in vms if vm.get("vmInit") in ("auto", "ssh") or vm.get("vmShares") or is_late(vm)]
     if names:
         environment = {"NOCLOUD_vmBaseDir": cloud.tree.base}
         spawn(self_argv("configure", *names), log=os.devnull, cwd="/", env=environment)
@@ -9191,10 +9187,8 @@ def delete_snapshot(snapshot: Snapshot) -> None:
 
 def clear_up(vm: VM, qemu: QMP | None, unwritten: bool = False) -> None:
     """Remove what commands that failed or were killed have left, and merge what nothing needs; by who holds the lock.
-
     A conf that names overlays which nobody has written to names again what it did: of a VM that runs qemu tells that,
-    of another one `unwritten`.
-    """
+    of another one `unwritten`."""
     if qemu:
         go_on_after_kill(vm, qemu)
         for job in qemu.execute("query-block-jobs"):
@@ -9224,13 +9218,13 @@ def merge_unused(vm: VM, qemu: QMP | None = None) -> None:
     the only one that stands on it.  What is there is whole at any time: data only goes up."""
     sources = [vm, *(each.source() for each in snapshots_of(vm))]
     named = {os.path.realpath(disk) for source in sources for disk in source.disks()}
-    images = [vm.file(name) for name in names_in(vm.folder) if name.endswith((".img", ".qcow2"))]
-    ours = {path for path in map(os.path.realpath, images) if re.search(r"\.s\d+\.", os.path.basename(path))}
-    for path in sorted(set(map(os.path.realpath, images)) - named, key=lambda path: path not in ours):
+    images = {os.path.realpath(vm.file(name)) for name in names_in(vm.folder) if name.endswith((".img", ".qcow2"))}
+    ours = {path for path in images if re.search(r"\.s\d+\.", os.path.basename(path))}
+    for path in sorted(images - named, key=lambda path: path not in ours):
         if os.stat(path).st_nlink > 1:  # roll_back() gave it another name
             remove_file(path)
-            images = [image for image in images if os.path.realpath(image) != path]
-    chains = {path: own_chain(vm, path) for path in named | set(map(os.path.realpath, images)) if os.path.exists(path)}
+            images.discard(path)
+    chains = {path: own_chain(vm, path) for path in named | images if os.path.exists(path)}
     used = {each for path, chain in chains.items() if path in named or path not in ours for each in chain}
     for path in ours - used:
         remove_file(path)
@@ -9553,10 +9547,8 @@ def freeze_guest(guest: OwnGuest, layer: Layer) -> None:
 
 def template_from_vm(cloud: Cloud, name: str, words: str, asked: Mapping[str, str], layered: bool, clean: bool) -> VM:
     """A template of a VM, or a template, that is stopped, or of VM@SNAPSHOT: of its system disk and its settings.
-
     `asked`: settings that it is to have instead; `layered`: it stands on what the VM's disk stands on; `clean`: it is
-    booted once, as itself and on no one's disk, to take out what clones must not inherit.
-    """
+    booted once, as itself and on no one's disk, to take out what clones must not inherit."""
     words, _, kept = words.partition("@")
     source = cloud.tree.need(words)
     with NewTemplate(cloud, name) as new:
@@ -9764,10 +9756,8 @@ def connect_line(vm: VM, name: str, what: str) -> socket.socket:
 
 def join_line(vm: VM, connection: socket.socket, greeting: str, leave: bytes, drop: bytes = CTRL_C) -> None:
     """Join a line to stdin and stdout; a terminal is in raw mode meanwhile.  `drop`: what Ctrl-C stands for.
-
     A signal's SystemExit passes through here, so its modes come back.  TCSANOW: the other ways wait until the terminal
-    has shown everything, which a stopped one never has.
-    """
+    has shown everything, which a stopped one never has."""
     import termios
     import tty
 
@@ -12010,7 +12000,10 @@ def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> None:
         elif verb == "follow":  # the network's holder
             private.follow(rest)
         elif verb == "connect":
-            private.connect(*address_and_port(rest), args.fdpass)
+            if len(rest) != 2 or not rest[0]:
+                raise UsageError("connect takes an address and a port", "nocloud net connect 10.88.0.2 22")
+            address = checked(HOST_NAME, rest[0], repr(rest[0]))
+            private.connect(address, checked(whole_number(1, 65535), rest[1], repr(rest[1])), args.fdpass)
         else:
             raise UsageError(f"{verb or 'no verb'}: expected up, down, status, exec or connect")
 
@@ -12076,14 +12069,6 @@ def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> No
         setup.wait(60, os.environ.get("MAINPID", ""))  # systemd.exec(5)
     else:
         raise UsageError(f"{verb or 'no verb'}: expected start, stop, accept, dnsmasq, ready or subnet")
-
-
-def address_and_port(words: Sequence[str]) -> tuple[str, int]:
-    """connect's two operands, checked."""
-    if len(words) != 2 or not words[0]:
-        raise UsageError("connect takes an address and a port", "nocloud net connect 10.88.0.2 22")
-    address, port = words
-    return checked(HOST_NAME, address, repr(address)), checked(whole_number(1, 65535), port, repr(port))
 
 
 @declare(
