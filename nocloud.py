@@ -98,7 +98,7 @@ else:
             return value
 
     _LATER = (
-        "ctypes", "difflib", "grp", "hashlib", "ipaddress", "json", "pwd", "select", "shlex", "shutil",
+        "ctypes", "difflib", "grp", "hashlib", "ipaddress", "json", "pwd", "select", "selectors", "shlex", "shutil",
         "socket", "subprocess", "threading", "zipfile",
     )  # fmt: skip
     globals().update({name: Module(name) for name in _LATER})
