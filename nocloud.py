@@ -6,7 +6,7 @@ One line, ``debian12:5:web:mem=1024;name=web``, becomes five virtual machines th
 and addresses, and answer ssh and ansible; one command later they are gone without a trace.
 
 The module is read top to bottom: each section uses only those above it.  Nothing happens at import.
-Modules that only some commands need are imported where they are used: a listing must start fast.
+Modules that only some commands need are imported at their first use: a listing must start fast.
 
     Errors, records, reports         exit statuses, the errors, the only prints
     Files, locks, waits              files that land by rename, locks, threads, waits
@@ -46,9 +46,11 @@ Modules that only some commands need are imported where they are used: a listing
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import functools
+import importlib
 import io
 import os
 import re
@@ -63,12 +65,43 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 TYPE_CHECKING = False  # typing costs 7 ms at start-up and nothing here needs it at run time
 if TYPE_CHECKING:
     import argparse
+    import ctypes
+    import difflib
+    import grp
+    import hashlib
     import http.client
+    import ipaddress
+    import json
+    import pwd
+    import select
+    import selectors
+    import shlex
+    import shutil
     import socket
     import subprocess
+    import threading
     import urllib.request
+    import zipfile
     from dataclasses import dataclass as record
     from typing import Any
+else:
+
+    class Module:
+        """A module of the standard library, which is imported when something of it is first asked for."""
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getattr__(self, name: str) -> Any:
+            value = getattr(importlib.import_module(self.name), name)
+            setattr(self, name, value)
+            return value
+
+    _LATER = (
+        "ctypes", "difflib", "grp", "hashlib", "ipaddress", "json", "pwd", "select", "selectors", "shlex", "shutil",
+        "socket", "subprocess", "threading", "zipfile",
+    )  # fmt: skip
+    globals().update({name: Module(name) for name in _LATER})
 
 __version__ = "0.1.0"
 
@@ -118,10 +151,8 @@ if not TYPE_CHECKING:
 
 
 class Error(Exception):
-    """Something that could not be done, told in one line; `hint` is the one line that says what to do.
-
-    `vm`: the VM that it is about, whose name comes before the text.
-    """
+    """Something that could not be done, told in one line, after the name of the `vm` that it is about; `hint` is the
+    one line that says what to do."""
 
     status = EXIT_FAILED
 
@@ -298,16 +329,12 @@ def plural(count: int, noun: str) -> str:
 
 def did_you_mean(word: str, names: Iterable[str], otherwise: str = "", before: str = "") -> str:
     """`before` and the question whether the name most like `word` is meant; `otherwise` where none is like it."""
-    import difflib
-
     lower = {name.lower(): name for name in names}
     found = difflib.get_close_matches(word.lower(), lower, 1)
     return f"{before}did you mean {lower[found[0]]}?" if found else otherwise
 
 
 def quoted(*paths: str) -> str:
-    import shlex
-
     return shlex.join(paths)
 
 
@@ -342,11 +369,9 @@ def read_tail(path: str) -> str:
 
 
 def write_file(path: str, content: str | bytes, mode: int = 0o600, durable: bool = True) -> None:
-    """Write `path` so that a reader, or a power cut, sees the old file or the new one, never half of it.
-
-    The new one is on the disk when this returns; not so where `durable` is off: for what is written anew when it is
-    needed, or lies in a folder that lands later.
-    """
+    """Write `path` so that a reader, or a power cut, sees the old file or the new one, never half of it.  The new one
+    is on the disk when this returns, but where `durable` is off: for what is written anew when it is needed, or lies
+    in a folder that lands later."""
     data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     temporary = f"{path}.{os.getpid()}.{os.urandom(3).hex()}.tmp"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
@@ -388,30 +413,22 @@ def write_all(fd: int, data: bytes) -> None:
 
 def remove_file(path: str) -> None:
     """Remove a file that may be gone already."""
-    try:
+    with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-    except FileNotFoundError:
-        pass
 
 
 def remove_empty(path: str) -> None:
     """Remove a folder if nothing is in it."""
-    try:
+    with contextlib.suppress(OSError):
         os.rmdir(path)
-    except OSError:
-        pass
 
 
 def remove_tree(folder: str) -> None:
     """Remove a folder and what is in it; symlinks in it are removed, never followed."""
-    import shutil
-
     if os.path.islink(folder):
         raise Error(f"{folder}: is a symlink; it is not removed", "remove it yourself")
-    try:
+    with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(folder)
-    except FileNotFoundError:
-        pass
 
 
 def make_private_folder(path: str) -> None:
@@ -452,8 +469,6 @@ def free_bytes(path: str) -> int:
 
 def file_digest(path: str, algorithm: str = "sha256") -> str:
     """The checksum of a file, in hexadecimal, read in pieces of 1 MB."""
-    import hashlib
-
     digest = hashlib.new(algorithm)
     with open(path, "rb") as file:
         for piece in iter(lambda: file.read(MIB), b""):
@@ -543,12 +558,10 @@ class FolderLock:
 
     def release(self) -> None:
         if self._folder >= 0 and self._fd >= 0:
-            try:
+            with contextlib.suppress(OSError):  # another one has it
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.fstat(self._fd).st_nlink:
                     os.unlink(".lock", dir_fd=self._folder)
-            except OSError:
-                pass  # another one has it
         for fd in (self._fd, self._folder):
             if fd >= 0:
                 os.close(fd)
@@ -591,10 +604,8 @@ def lock_holder(path: str) -> tuple[str, int]:
 
 
 class Cancellation:
-    """Set when the main thread is interrupted, so that the threads that wait give up instead of being waited for.
-
-    `children` are the programs that threads wait for just now.
-    """
+    """Set when the main thread is interrupted, so that the threads that wait give up instead of being waited for;
+    `children` are the programs that they wait for just now."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -627,18 +638,14 @@ def wait_for(ready: Callable[[], bool], seconds: float, interval: float = 0.02) 
 
 def readable(file: Any, seconds: float) -> bool:
     """Whether there is something to read, or its end, within `seconds`.  A cancelled wait ends at once."""
-    import select
-
     poll = select.poll()
     poll.register(file, select.POLLIN)
     return wait_for(lambda: bool(poll.poll(max(0, min(seconds, 0.1)) * 1000)), seconds, 0)
 
 
 def in_parallel(work: Callable[[Any], Any], items: Sequence[Any], workers: int = 0) -> list[Any]:
-    """`work(item)` for each item at once; the results in order, an Error as the result of the item that raised it.
-
-    The items are VMs: an Error carries its own.  Anything else that is raised is a defect and goes on to the caller.
-    """
+    """`work(item)` for each item, a VM, at once; the results in order, the Error of the item that raised it among them.
+    Anything else that is raised is a defect and goes on to the caller."""
     if len(items) < 2:
         return [result_of(work, item) for item in items]
     from concurrent.futures import ThreadPoolExecutor
@@ -736,9 +743,8 @@ def is_ipv4(text: str) -> bool:
     return bool(re.fullmatch(_IPV4, text))
 
 
-LOGIN_NAME = matching(  # it ends up in ssh's arguments and in the guest's files
-    "[a-z_][a-z0-9_-]{0,31}", "a login name (lower case letters, digits, '_' and '-')"
-)
+# It ends up in ssh's arguments and in the guest's files.
+LOGIN_NAME = matching("[a-z_][a-z0-9_-]{0,31}", "a login name (lower case letters, digits, '_' and '-')")
 MAC_ADDRESS = matching("[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}", "six pairs of hexadecimal digits, as 00:50:56:12:34:56")
 INTERFACE_NAME = matching(
     "[A-Za-z0-9][A-Za-z0-9._-]{0,14}", "a network interface's name: at most 15 letters, digits, '.', '_' and '-'"
@@ -900,10 +906,7 @@ def parse_assignments(text: str, name: str, known: MutableMapping[str, str]) -> 
 
 
 def _read_value(text: str, variables: Mapping[str, str], used: set[str]) -> str:
-    """A value, and perhaps a comment: bare words, '…' and "…" side by side, as sh joins them.
-
-    The variables that it names are added to `used`.
-    """
+    """A value, perhaps a comment: bare words, '…' and "…" side by side, as sh joins them; `used` gets its variables."""
     patterns = [re.compile(each, re.ASCII) for each in _PIECES]
     home = re.match(r"~(?=[/\s]|$)", text)
     parts = [os.path.expanduser("~")] if home else []
@@ -999,10 +1002,8 @@ class Config:
             self._values[same] = value
 
     def read(self, path: str, warn: Callable[[str], None] = report.warn) -> None:
-        """Take the settings of a file.  One that others could have written is skipped with a warning.
-
-        `warn` is told of that, and of unknown keys; by default the user is.
-        """
+        """Take the settings of a file; one that others could have written is skipped.  `warn` is told of that, and of
+        unknown keys."""
         text, reason = read_trusted(path)
         if reason:
             warn(f"{path} is skipped: {reason}")
@@ -1048,10 +1049,8 @@ def program_path() -> str:
 
 
 def packaged(name: str, place: str = "etc") -> str:
-    """The text of a file of `etc/` (or `systemd/`) as it came with the program: beside it, in the zipapp inside it.
-
-    '' where there is none: nocloud.py copied alone does what needs none of them.
-    """
+    """The text of a file of `etc/` (or `systemd/`) as it came with the program: beside it, in the zipapp inside it; ''
+    where there is none: nocloud.py copied alone does what needs none of them."""
     path = os.path.join(os.path.dirname(os.path.realpath(__file__)), place, name)
     try:
         return bytes.decode(globals()["__loader__"].get_data(path))
@@ -1069,12 +1068,8 @@ def need_packaged(name: str, place: str = "etc") -> str:
 
 
 def guest_script(name: str, root: bool = False, **given: object) -> str:
-    """A script of etc/guest for a guest's shell, after assignments of what it is given.
-
-    `root`: it is run by root, or by a login that may become root without a password.
-    """
-    import shlex
-
+    """A script of etc/guest for a guest's shell, after assignments of what it is given; `root`: it is run by root, or
+    by a login that may become root without a password."""
     values = "".join(f"{key}={shlex.quote(str(value))}\n" for key, value in given.items())
     script = values + need_packaged(f"guest/{name}")
     return f's=; [ "$(id -u)" = 0 ] || s="sudo -n"; exec $s sh -c {shlex.quote(script)}' if root else script
@@ -1089,8 +1084,6 @@ def packaged_files(folder: str) -> list[str]:
     """The paths, relative to it and sorted, of all files below a folder of `etc/`; packaged() reads them."""
     origin, start = os.path.dirname(os.path.realpath(__file__)), os.path.join("etc", folder, "")
     if os.path.isfile(origin):
-        import zipfile
-
         with zipfile.ZipFile(origin) as archive:
             names = archive.namelist()
     else:
@@ -1142,8 +1135,6 @@ def config_files() -> list[str]:
 
 def allowing_line(path: str, text: str) -> str:
     """What `trusted` says of a file that is allowed as it is: a line of sha256sum(1)."""
-    import hashlib
-
     return f"{hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()}  {os.path.realpath(path)}"
 
 
@@ -1224,10 +1215,8 @@ def parse_os_release(text: str) -> dict[str, str]:
 
 
 def choose_installer(release: Mapping[str, str]) -> tuple[str, int]:
-    """(how packages are installed, column of etc/packages) with the package managers that are there, or ("", 0).
-
-    The distribution decides between several: Debian has a game called pacman, and dnf as well.
-    """
+    """(how packages are installed, column of etc/packages) with the package managers that are there, or ("", 0).  The
+    distribution decides between several: Debian has a game called pacman, and dnf as well."""
     family = [release.get("ID", ""), *release.get("ID_LIKE", "").split()]
     rows = [row for row in _INSTALLERS if find_program(row[0])]
     rows.sort(key=lambda row: not set(row[3]) & set(family))
@@ -1259,12 +1248,7 @@ def traced(argv: Sequence[str]) -> list[str]:
 
 
 def popen(argv: Sequence[str], env: Mapping[str, str] | None = None, **how: Any) -> subprocess.Popen[bytes]:
-    """Start a program, `how` as subprocess.Popen says: in English, with nothing on stdin unless that is given.
-
-    Raises MissingProgram.
-    """
-    import subprocess
-
+    """Start a program, `how` as subprocess.Popen says; in English, stdin empty by default.  Raises MissingProgram."""
     inherited = {key: value for key, value in os.environ.items() if key != "LANGUAGE"}
     environment = {**inherited, "LC_ALL": "C.UTF-8", **(env or {})}
     return subprocess.Popen(traced(argv), env=environment, **{"stdin": subprocess.DEVNULL, **how})
@@ -1283,8 +1267,6 @@ def run(
 
     Raises MissingProgram, CommandFailed (unless `check` is off) and TimedOut after `timeout` seconds.
     """
-    import subprocess
-
     stdin = subprocess.DEVNULL if input is None else subprocess.PIPE
     stderr = subprocess.STDOUT if merge else subprocess.PIPE
     with popen(argv, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, **how) as child:
@@ -1322,9 +1304,6 @@ def land(moves: Mapping[str, str]) -> None:
 def end_session(leader: subprocess.Popen[bytes], seconds: float | None) -> None:
     """End a program and its session.  SIGTERM first, and `seconds` (None: all that it wants) to clean up: ssh takes its
     ProxyCommand with it, mmdebstrap its half-made system."""
-    import contextlib
-    import subprocess
-
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(leader.pid, number)
@@ -1344,15 +1323,10 @@ def run_watched(
     It has a session of its own, all of which ends when we are interrupted, with TimedOut after `timeout` seconds
     (0: never), and as soon as `host` has ended, the qemu that it talks to.
     """
-    import select
-    import subprocess
-
     child = popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **how)
     assert child.stdout
     cancellation.children.add(child)
     deadline = time.monotonic() + (timeout or float("inf"))
-    poll = select.poll()
-    poll.register(child.stdout)
     said = rest = b""
     try:
         with child.stdout as output:
@@ -1362,7 +1336,7 @@ def run_watched(
                 if host and host.ended():
                     end_session(child, 5)
                     break
-                if poll.poll(250):
+                if readable(output, 0.25):
                     piece = os.read(output.fileno(), 65536)
                     if not piece:
                         break
@@ -1382,10 +1356,8 @@ def run_watched(
 
 
 def try_run(argv: Sequence[str], timeout: float, guest: bool = False) -> tuple[int, str]:
-    """(exit status, output) of a program that may fail; (-1, why) where it doesn't end within `timeout` seconds.
-
-    `guest`: a guest has it write what it likes; only the end of that is kept.
-    """
+    """(exit status, output) of a program that may fail; (-1, why) where it doesn't end within `timeout` seconds.  Where
+    a `guest` has it write what it likes, only the end of that is kept."""
     try:
         if guest:
             return run_watched(argv, timeout=timeout)
@@ -1403,16 +1375,12 @@ def reap() -> None:
     _spawned.difference_update([child for child in list(_spawned) if child.poll() is not None])
 
 
-def spawn(argv: Sequence[str], log: str | int, **how: Any) -> subprocess.Popen[bytes]:
+def spawn(argv: Sequence[str], log: str, **how: Any) -> subprocess.Popen[bytes]:
     """popen() of a program that outlives us: a session of its own, its output appended to the file `log` (0600)."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-    output = os.open(log, flags, 0o600) if isinstance(log, str) else os.dup(log)
-    try:
+    with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600), "ab") as output:
         child = popen(argv, stdout=output, stderr=output, start_new_session=True, **how)
-        _spawned.add(child)
-        return child
-    finally:
-        os.close(output)
+    _spawned.add(child)
+    return child
 
 
 def become(argv: Sequence[str]) -> None:
@@ -1427,8 +1395,6 @@ def become(argv: Sequence[str]) -> None:
 
 def user_name(uid: int | None = None) -> str:
     """The login of a user, by default of whoever calls this; his number where he has none, as in some containers."""
-    import pwd
-
     uid = os.geteuid() if uid is None else uid
     try:
         return pwd.getpwuid(uid).pw_name
@@ -1468,8 +1434,7 @@ def fork_child(work: Callable[[], None], keep: Sequence[int]) -> int:
     import ctypes  # noqa: F401
     import subprocess  # noqa: F401
 
-    pid = fork_session()
-    if pid:
+    if pid := fork_session():
         return pid
     try:
         signal.set_wakeup_fd(-1)  # a supervisor's, shared with us
@@ -1509,9 +1474,8 @@ class Process:
             except ProcessLookupError:
                 pass
             except PermissionError:
-                raise Error(
-                    f"process {self.pid} belongs to another user", "call this as that user, or as root"
-                ) from None
+                said = f"process {self.pid} belongs to another user"
+                raise Error(said, "call this as that user, or as root") from None
 
     def ended(self, seconds: float = 0) -> bool:
         """Whether it has ended, waiting for that up to `seconds`."""
@@ -1544,8 +1508,6 @@ def image_info(path: str, format: str) -> dict[str, Any]:
     -U: a running VM holds the image's lock, and looking does no harm.  Absolute, here and below: a relative name with
     a colon would be taken for a protocol (nbd:HOST:PORT, json:{…}).
     """
-    import json
-
     try:
         answer = run(["qemu-img", "info", "-U", "--output=json", "-f", format, os.path.abspath(path)], merge=False)
     except CommandFailed as failed:
@@ -1588,9 +1550,8 @@ def foreign_image_format(path: str, shown: str = "") -> str:
     if header and image_info(path, "qcow2").get("encrypted"):
         raise WrongImage(f"{shown}: refused: the image is encrypted", "see qemu-img(1), --object secret")
     if not header and not looks_bootable(path):
-        raise WrongImage(
-            f"{shown}: neither a qcow2 image nor a raw disk with a boot sector", "is it a disk image at all?"
-        )
+        said = f"{shown}: neither a qcow2 image nor a raw disk with a boot sector"
+        raise WrongImage(said, "is it a disk image at all?")
     if (header.end if header else partitions_end(head)) > size or (header and not is_sound(path)):
         said = f"{shown}: it ends before its data does, or is damaged: an incomplete download?"
         raise WrongImage(said, "get it again, and compare its checksum")
@@ -1658,19 +1619,14 @@ def qcow2_header(path: str) -> Qcow2 | None:
 
 
 def disk_format(path: str) -> str:
-    """qcow2 where the header says so, else raw: bash trees hold both, and their confs don't say which.
-
-    A guest writes what it likes into a raw disk, such a header too: what is found out is kept, see known_formats.
-    """
+    """qcow2 where the header says so, else raw: bash trees hold both, and their confs don't say which.  A guest writes
+    what it likes into a raw disk, such a header too: what is found out is kept, see known_formats."""
     return "qcow2" if qcow2_header(path) else "raw"
 
 
 def backing_chain(disk: str, format: str, followed: Callable[[str], bool]) -> list[str]:
-    """The real paths of the files under a disk of this format ('': what it looks like).
-
-    What a guest wrote into a raw disk isn't asked, nor is a file that isn't to be `followed`, see Tree.followable: it
-    is named, and the last one.
-    """
+    """The real paths of the files under a disk of this format ('': what it looks like).  What a guest wrote into a raw
+    disk isn't asked, nor is a file that isn't to be `followed`, see Tree.followable: it is named, and the last one."""
     found: list[str] = []
     path = os.path.realpath(disk)
     while format != "raw" and len(found) < 64:  # a chain that names itself must end too
@@ -1693,11 +1649,9 @@ def known_formats(vm: VM) -> list[str]:
     """
     disks, known = vm.disks(), [each for each in vm.get("vmDiskFormat").split(",") if each]
     if len(known) > len(disks):
-        raise UsageError(
-            f"vmDiskFormat names {plural(len(known), 'format')} for {plural(len(disks), 'disk')}",
-            f"mend it in {vm.conf_file}: as many formats as there are disks in vmDisk and vmExtraDisk",
-            vm=vm,
-        )
+        said = f"vmDiskFormat names {plural(len(known), 'format')} for {plural(len(disks), 'disk')}"
+        hint = f"mend it in {vm.conf_file}: as many formats as there are disks in vmDisk and vmExtraDisk"
+        raise UsageError(said, hint, vm=vm)
     formats = [*known, *(first_format(vm, disk) for disk in disks[len(known) :])]
     if formats != known and os.access(vm.folder, os.W_OK):  # a template may be someone else's
         vm.write_conf({"vmDiskFormat": ",".join(formats)})
@@ -1705,21 +1659,18 @@ def known_formats(vm: VM) -> list[str]:
 
 
 def first_format(vm: VM, disk: str) -> str:
-    """The format of a disk that came from the bash tools, or was added by hand.
-
-    A header that leads out of the tree may be the guest's own work: whose it is, only the user knows.
-    """
+    """The format of a disk that came from the bash tools, or was added by hand.  A header that leads out of the tree
+    may be the guest's own work: whose it is, only the user knows."""
     header = qcow2_header(disk)
-    if header:
-        inside = vm.tree.followable()
-        strays = [path for path in backing_chain(disk, "qcow2", inside) if not inside(path)]
-        if strays or header.outside:
-            raise WrongImage(
-                f"its disk {disk} needs a file outside the tree: {strays[0] if strays else 'its data file'}",
-                f"the guest may have written that itself; if not, set vmDiskFormat=qcow2 in {vm.conf_file}",
-                vm=vm,
-            )
-    return "qcow2" if header else "raw"
+    if not header:
+        return "raw"
+    inside = vm.tree.followable()
+    strays = [path for path in backing_chain(disk, "qcow2", inside) if not inside(path)]
+    if strays or header.outside:
+        said = f"its disk {disk} needs a file outside the tree: {strays[0] if strays else 'its data file'}"
+        hint = f"the guest may have written that itself; if not, set vmDiskFormat=qcow2 in {vm.conf_file}"
+        raise WrongImage(said, hint, vm=vm)
+    return "qcow2"
 
 
 def create_disk(disk: str, gigabytes: int = 0, *below: str) -> None:
@@ -1792,8 +1743,6 @@ def set_writable(path: str, writable: bool) -> None:
 
 def converted_size(source: str, format: str) -> int:
     """The bytes that convert_image's copy will take; more than the image itself where that is compressed."""
-    import json
-
     words = ["measure", "--output=json", "-f", format, "-O", "qcow2", os.path.abspath(source)]
     return int(json.loads(run(["qemu-img", *words], merge=False).stdout)["required"])
 
@@ -1806,18 +1755,14 @@ def converted_size(source: str, format: str) -> int:
 
 class QMP:
     """A connection to a VM's qmp.sock, or the QMP socket of that name in a folder, or to `connection`; with a deadline.
+    Raises QMPClosed where qemu ended, TimedOut at the deadline, QMPError for what the server refuses."""
 
-    Raises QMPClosed where qemu ended, TimedOut at the deadline, QMPError for what the server refuses.
-    """
-
-    def __init__(
-        self, folder: str, seconds: float = 5.0, name: str = "qmp.sock", connection: socket.socket | None = None
-    ) -> None:
+    def __init__(self, folder: str, seconds: float = 5.0, name: str = "qmp.sock", connection: Any = None) -> None:
         self.events: list[dict[str, Any]] = []
         self._serial = 0
         self._buffer = b""
         self._deadline = time.monotonic() + seconds
-        self._socket = connection or connect_unix(folder, name, seconds)
+        self._socket: socket.socket = connection or connect_unix(folder, name, seconds)
         try:
             self._greet()
         except BaseException:
@@ -1831,8 +1776,6 @@ class QMP:
 
     def execute(self, command: str, **arguments: Any) -> Any:
         """What the command returns.  Of arguments' names, `_` stands for `-`."""
-        import json
-
         self._serial += 1
         given = {name.replace("_", "-"): value for name, value in arguments.items()}
         request = {"execute": command, "id": self._serial, **({"arguments": given} if given else {})}
@@ -1862,9 +1805,7 @@ class QMP:
 
     def give(self, fd: int, name: str) -> None:
         """Give qemu a descriptor, which commands call by this name."""
-        import socket as sockets
-
-        sockets.send_fds(self._socket, [b" "], [fd])
+        socket.send_fds(self._socket, [b" "], [fd])
         self.execute("getfd", fdname=name)
 
     def _send(self, data: bytes) -> None:
@@ -1875,15 +1816,13 @@ class QMP:
 
     def _receive(self) -> None:
         """Add what comes next to the buffer."""
-        import socket as sockets
-
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimedOut("qemu: no answer on its control socket")
         self._socket.settimeout(left)
         try:
             piece = self._socket.recv(65536)
-        except sockets.timeout:  # TimeoutError itself only since Python 3.10
+        except socket.timeout:  # TimeoutError itself only since Python 3.10
             return
         except OSError:
             piece = b""
@@ -1905,10 +1844,8 @@ class QMP:
 
 def connect_unix(folder: str, name: str, seconds: float) -> socket.socket:
     """Connect to a socket in a folder whose path may be longer than the 107 bytes that sun_path holds."""
-    import socket as sockets
-
     place = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    connection = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.settimeout(seconds)
         connection.connect(f"/proc/self/fd/{place}/{name}")
@@ -1922,10 +1859,8 @@ def connect_unix(folder: str, name: str, seconds: float) -> socket.socket:
 
 def listen_unix(folder: str, name: str) -> socket.socket:
     """Listen at a socket in a folder, as connect_unix() connects; no other user may."""
-    import socket as sockets
-
     place = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    path, listener = f"/proc/self/fd/{place}/{name}", sockets.socket(sockets.AF_UNIX)
+    path, listener = f"/proc/self/fd/{place}/{name}", socket.socket(socket.AF_UNIX)
     try:
         remove_file(path)
         listener.bind(path)
@@ -1941,8 +1876,6 @@ def listen_unix(folder: str, name: str) -> socket.socket:
 
 def parse_qmp(line: bytes | str) -> dict[str, Any]:
     """A QMP message; raises QMPError where it is none."""
-    import json
-
     with Parsing(QMPError, "qemu: what it said on its control socket is not QMP"):
         message: dict[str, Any] = json.loads(line)
         return {**message, **{key: {**message[key]} for key in ("data", "error") if key in message}}
@@ -1983,11 +1916,9 @@ class QemuProcess:
         self.words = self._command_line.rstrip("\0").split("\0")
         self.is_ours = ",path=qmp.sock,server=on,wait=off\0" in self._command_line  # nocloud's, whoever started it
         self.uid, self.folder = -1, ""
-        try:
+        with contextlib.suppress(OSError):  # it has ended, or we may not look
             self.uid = os.stat(f"/proc/{pid}").st_uid
             self.folder = os.readlink(f"/proc/{pid}/cwd")
-        except OSError:
-            pass  # it has ended, or we may not look
 
     def is_alive(self) -> bool:
         """A pid may be another process's by now, and one that nobody has waited for yet has no words any more."""
@@ -2022,10 +1953,7 @@ class QemuProcess:
         return found - {None}
 
     def runs(self, vm: VM) -> bool:
-        """Whether it writes to a VM's system disk; to a disk that is below its own it doesn't.
-
-        Where we may not look, its words tell.
-        """
+        """Whether it writes to a VM's system disk, not only to one on it; where we may not look, its words tell."""
         if self.is_ours:
             return self.folder == vm.folder
         for disk in vm.disks()[:1]:
@@ -2096,8 +2024,6 @@ def connect_foreign(process: QemuProcess, vm: VM, seconds: float) -> HMP:
 
     A port is only taken for qemu's where it listens on this host's loopback, in the network namespace that we are in.
     """
-    import socket as sockets
-
     for options in map(suboptions, process.values("monitor")):
         way, _, place = next(iter(options)).partition(":")
         host, _, port = place.rpartition(":")
@@ -2108,7 +2034,7 @@ def connect_foreign(process: QemuProcess, vm: VM, seconds: float) -> HMP:
                 return HMP("", seconds, connection=connect_unix(os.path.dirname(path), os.path.basename(path), seconds))
             here = os.path.samefile(f"/proc/{process.pid}/ns/net", "/proc/self/ns/net")
             if way == "telnet" and here and host in ("", "localhost", "127.0.0.1", "0.0.0.0"):
-                return HMP("", seconds, connection=sockets.create_connection(("127.0.0.1", int(port)), seconds))
+                return HMP("", seconds, connection=socket.create_connection(("127.0.0.1", int(port)), seconds))
         except (QMPClosed, OSError, ValueError, OverflowError):
             continue  # another one, perhaps
     raise QMPClosed("nocloud didn't start it, and its qemu has no monitor to talk to", vm=vm)
@@ -2126,10 +2052,8 @@ MANAGER_PID, MANAGER_LOG = ".vmrun.pid", ".vmrun.log"  # of the vmrun that manag
 
 
 def checked_name(kind: str, name: str) -> str:
-    """`name` if something new may be called so, else UsageError naming the character.
-
-    A VM's name is a DNS label (RFC 1123); groups, types and templates may have dots and underscores.
-    """
+    """`name` if something new may be called so, else UsageError naming the character.  A VM's name is a DNS label (RFC
+    1123); groups, types and templates may have dots and underscores."""
     hint = "use letters, digits and '-'" if kind == "VM" else "use letters, digits, '.', '_' and '-'"
     if not name:
         raise UsageError(f"the {kind} name is empty", hint)
@@ -2277,9 +2201,8 @@ class VM:
         except OSError as error:
             raise error_from_os(error) from None
         if reason:
-            raise UsageError(
-                f"{self.conf_file} is not used: {reason}", f"chown it to you, and chmod go-w {self.conf_file}"
-            )
+            hint = f"chown it to you, and chmod go-w {self.conf_file}"
+            raise UsageError(f"{self.conf_file} is not used: {reason}", hint)
         values: dict[str, str] = {}
         for assignment in parse_assignments(text, self.conf_file, ChainMap({"vmBaseDir": self.base}, os.environ)):
             check_setting(assignment.key, assignment.value, f"{self.conf_file}:{assignment.line}")
@@ -2336,10 +2259,8 @@ class VM:
         return [self.path(name.strip()) for name in names if name.strip()]
 
     def chains(self, followed: Callable[[str], bool] | None = None) -> Iterator[tuple[str, list[str]]]:
-        """Each of its disks with the real paths of the files under it; the format that its conf tells decides.
-
-        `followed`: as Tree.followable() gives it, for who asks many VMs.
-        """
+        """Each of its disks with the real paths of the files under it, by the format that its conf tells; `followed`:
+        what Tree.followable() gives, for who asks many VMs."""
         disks, followed = self.disks(), followed or self.tree.followable()
         formats = [*map(str.strip, self.get("vmDiskFormat").split(",")), *("" for _ in disks)]
         for disk, format in zip(disks, formats):
@@ -2380,10 +2301,8 @@ class Tree:
         return folders_in(os.path.join(self.base, group)) if group != TEMPLATES else [""]
 
     def vms(self, group: str = "", type: str = "", name: str = "") -> Iterator[VM]:
-        """The VMs of the tree that have a conf, templates last, else by group, type and name.
-
-        `name`, in small letters: only those that are called so, in whatever case.
-        """
+        """The VMs of the tree that have a conf, templates last, else by group, type and name; of a `name`, in small
+        letters, only those that are called so, in whatever case."""
         return (vm for vm in self._folders(group, type) if name in ("", vm.name.lower()) and vm.exists())
 
     def _folders(self, group: str, type: str = "") -> Iterator[VM]:
@@ -2529,10 +2448,8 @@ def no_such(kind: str, name: str, names: Iterable[str], hint: str) -> NotFound:
 
 
 def left_over(tree: Tree, group: str = "") -> Iterator[str]:
-    """The folders that commands which were killed left half-made or half-removed, in a group or in all.
-
-    A folder whose maker is alive is locked by it.
-    """
+    """The folders that commands which were killed left half-made or half-removed, in a group or in all: those that are
+    locked by no maker that is alive."""
     folders = (vm.folder for vm in tree.unfinished(group, (MAKING, REMOVING)))
     return (folder for folder in folders if not os.path.islink(folder) and not is_locked(folder))
 
@@ -2547,10 +2464,8 @@ def sweep(tree: Tree, group: str) -> None:
 
 
 def manager_of(tree: Tree, group: str) -> tuple[str, int]:
-    """The vmrun that manages a group: ("running", pid), ("stopped", 0) or ("unknown", 0).
-
-    Not for the manager itself: closing the file would give up the lock that it holds on it (fcntl(2)).
-    """
+    """The vmrun that manages a group: ("running", pid), ("stopped", 0) or ("unknown", 0).  Not for the manager itself:
+    closing the file would give up the lock that it holds on it (fcntl(2))."""
     return lock_holder(os.path.join(tree.base, group, MANAGER_PID))
 
 
@@ -2586,19 +2501,10 @@ class Qemu:
     options: frozenset[str]
 
 
-def find_qemu(config: Config) -> str:
-    """The path of the qemu program for this machine; RHEL and kin keep theirs in /usr/libexec."""
-    if config["vmQemu"]:
-        return need_program(config["vmQemu"])
-    name = f"qemu-system-{os.uname().machine}"
-    return find_program(name) or find_program("/usr/libexec/qemu-kvm") or need_program(name)
-
-
 def probe_qemu(config: Config) -> Qemu:
-    """What the binary is and has: its version, the versioned name of its newest q35, the options it was built with."""
-    import json
-
-    path = find_qemu(config)
+    """The qemu program for this machine; RHEL and kin keep theirs in /usr/libexec."""
+    usual = (f"qemu-system-{os.uname().machine}", "/usr/libexec/qemu-kvm")
+    path = need_program(config["vmQemu"] or next(filter(find_program, usual), usual[0]))
     asked = ["qmp_capabilities", "query-version", "query-machines", "query-command-line-options", "quit"]
     words = "".join(json.dumps({"execute": name, "id": name}) + "\n" for name in asked)
     argv = [path, "-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-qmp", "stdio"]
@@ -2660,27 +2566,23 @@ def guest_state(vm: VM) -> str:
     try:
         with QMP(vm.folder, 1.0) as qemu:
             state = str(qemu.execute("query-status")["status"])
-            state = "paused" if state == "postmigrate" else state
-            full = state == "io-error" and any(
-                each.get("io-status") == "nospace" for each in qemu.execute("query-block")
-            )
+            if state == "io-error":
+                full = any(each.get("io-status") == "nospace" for each in qemu.execute("query-block"))
+                return DISK_FULL if full else DISK_ERROR
             chardevs = qemu.execute("query-chardev") if state == "running" and vm.get("vmShares") else []
             if any(re.match("share.*disconnected:", each["label"] + each["filename"]) for each in chardevs):
-                state = SHARE_LOST
+                return SHARE_LOST
+            return "paused" if state == "postmigrate" else state
     except (Error, OSError, LookupError, TypeError, AttributeError):
         return "running"
-    return (DISK_FULL if full else DISK_ERROR) if state == "io-error" else state
 
 
 # -- acceleration
 
 
 def choose_accel(wanted: str) -> tuple[str, str]:
-    """("kvm" or "tcg", why it is tcg or '').
-
-    The CPU flags count as well as the device: where /dev/kvm opens but the CPU shows neither vmx nor svm, stock guests
-    hang.  Raises Error where kvm is asked for and isn't to be had.
-    """
+    """("kvm" or "tcg", why it is tcg or '').  Where /dev/kvm opens but the CPU shows neither vmx nor svm, stock guests
+    hang.  Raises Error where kvm is asked for and isn't to be had."""
     if wanted == "tcg":
         return "tcg", ""
     reason, mend = kvm_missing()
@@ -2705,8 +2607,7 @@ def kvm_missing() -> tuple[str, str]:
     mend = mend or "turn on VT-x (Intel) or SVM (AMD) in the machine's firmware setup"
     if not os.path.exists("/dev/kvm"):
         return "there is no /dev/kvm", mend
-    reason = device_denied("/dev/kvm")
-    if reason:
+    if reason := device_denied("/dev/kvm"):
         return f"you may not open /dev/kvm ({reason})", device_command("/dev/kvm", "kvm")
     if "flags" in words and not KVM_MODULES.keys() & words:  # x86's word for them; some kernels list none
         return "the processor shows neither vmx nor svm (no nested virtualization here)", mend
@@ -2714,10 +2615,8 @@ def kvm_missing() -> tuple[str, str]:
 
 
 def device_denied(path: str) -> str:
-    """Why this user can't open a device for reading and writing, or ''.
-
-    Opened, not asked for with access(2): in a container root has every right but the device itself.
-    """
+    """Why this user can't open a device for reading and writing, or ''.  It is tried: to access(2), root in a container
+    has every right."""
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
     except OSError as error:
@@ -2727,8 +2626,6 @@ def device_denied(path: str) -> str:
 
 def device_command(path: str, group: str) -> str:
     """The command that lets this user open a device: through the group that it belongs to, or that it ought to."""
-    import grp
-
     info, user, mend = os.stat(path), user_name(), ""
     if os.geteuid() == 0:
         return f"in a container: give it the device {path}"
@@ -2765,6 +2662,7 @@ MAX_DISKS = sum(name.startswith("disk") for name in PCI_SLOTS) - 1
 LEGACY_MACHINE = "pc"  # what the bash tools ran, and still run where a conf names no machine
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+SEED_ISO, AGENT_SOCKET, RECORD_SOCKET = "seed.iso", "agent.sock", "record.sock"  # in the VM's folder
 
 
 def comma(text: str) -> str:
@@ -2796,10 +2694,8 @@ class Machine:
 
 
 def qemu_argv(machine: Machine, tap: int, vhost: int = -1, shares: Sequence[int] = ()) -> list[str]:
-    """The whole command line, given the descriptors of its tap, of vhost-net (-1: none) and of its folders' daemons.
-
-    Relative paths are relative to the VM's folder, qemu's working directory.
-    """
+    """The whole command line, given the descriptors of its tap, of vhost-net (-1: none) and of its folders' daemons; in
+    it paths are relative to the VM's folder, qemu's working directory."""
     return [
         machine.qemu.path,
         *machine_args(machine),
@@ -2811,24 +2707,20 @@ def qemu_argv(machine: Machine, tap: int, vhost: int = -1, shares: Sequence[int]
         *seed_args(machine),
         *net_args(machine, tap, vhost),
         *console_args(machine),
-        *rng_args(),
-        *balloon_args(machine),
+        *exchange_args(machine),
         *memory_args(machine),
         *(["-incoming", "defer"] if machine.wakes else []),
         *share_args(machine, shares),
         *screen_args(machine),
         *monitor_args(machine),
-        *record_args(machine),
         *kernel_args(machine),
         *machine.extra,
     ]
 
 
 def machine_args(machine: Machine) -> list[str]:
-    """-name comes first: it is what one looks for in ps.
-
-    -vga std stays without a screen too: Debian's boot loader hangs without a VGA.
-    """
+    """-name comes first: it is what one looks for in ps.  The VGA stays without a screen, too: Debian's boot loader
+    hangs without one."""
     sandbox = ["-sandbox", SANDBOX] if "sandbox" in machine.qemu.options else []
     return [
         "-name", f"guest={comma(machine.name)}",
@@ -2898,9 +2790,6 @@ def iso_args(machine: Machine) -> list[str]:
     ]  # fmt: skip
 
 
-SEED_ISO = "seed.iso"
-
-
 def seed_args(machine: Machine) -> list[str]:
     """cloud-init's NoCloud volume, after all disks: read only, and there at each boot, since cloud-init looks at it.
 
@@ -2921,6 +2810,7 @@ def seed_args(machine: Machine) -> list[str]:
     ]  # fmt: skip
 
 
+@functools.cache
 def choose_seed(qemu: Qemu) -> str:
     """How a seed is attached: `vvfat`, or `iso` where the binary lacks that (RHEL's does).
 
@@ -2931,11 +2821,8 @@ def choose_seed(qemu: Qemu) -> str:
         return "vvfat"
     if find_iso_writer():
         return "iso"
-    raise MissingProgram(
-        f"{qemu.path} has no vvfat driver, and there is no program that writes ISO images: one of them has to make"
-        " cloud-init's seed",
-        install_command("xorriso"),
-    )
+    said = f"{qemu.path} has no vvfat driver, and no program writes ISO images: one of them makes cloud-init's seed"
+    raise MissingProgram(said, install_command("xorriso"))
 
 
 def net_args(machine: Machine, tap: int, vhost: int) -> list[str]:
@@ -2957,9 +2844,6 @@ def console_args(machine: Machine) -> list[str]:
     if machine.settings["vmLayout"] != "1":
         words += ["-chardev", f"socket,id=serial1,path={AGENT_SOCKET},server=on,wait=off", "-serial", "chardev:serial1"]
     return words
-
-
-AGENT_SOCKET = "agent.sock"
 
 
 def layout_args(machine: Machine) -> list[str]:
@@ -2990,17 +2874,14 @@ def memory_args(machine: Machine) -> list[str]:
     return ["-object", f"memory-backend-file,{name},{place}", "-machine", "memory-backend=pc.ram"]
 
 
-def rng_args() -> list[str]:
-    """Randomness from the host: a guest that has just been switched on has little of its own."""
-    device = f"virtio-rng-pci,rng=rng0,addr={PCI_SLOTS['rng']:#x}"
-    return ["-object", "rng-random,id=rng0,filename=/dev/urandom", "-device", device]
-
-
-def balloon_args(machine: Machine) -> list[str]:
-    """What the guest has no use for goes back to the host (free-page-reporting)."""
-    if machine.settings["vmBalloon"] == "no":
-        return []
-    return ["-device", f"virtio-balloon-pci,addr={PCI_SLOTS['balloon']:#x},free-page-reporting=on"]
+def exchange_args(machine: Machine) -> list[str]:
+    """What host and guest give each other: randomness, of which one that has just been switched on has little, and
+    memory that the guest has no use for (free-page-reporting)."""
+    words = ["-object", "rng-random,id=rng0,filename=/dev/urandom"]
+    words += ["-device", f"virtio-rng-pci,rng=rng0,addr={PCI_SLOTS['rng']:#x}"]
+    if machine.settings["vmBalloon"] != "no":
+        words += ["-device", f"virtio-balloon-pci,addr={PCI_SLOTS['balloon']:#x},free-page-reporting=on"]
+    return words
 
 
 def share_args(machine: Machine, shares: Sequence[int]) -> list[str]:
@@ -3017,17 +2898,12 @@ def share_args(machine: Machine, shares: Sequence[int]) -> list[str]:
 
 
 # The servers of a VM's screen, by what they speak; the first that the binary has is taken.
-SCREENS = {
-    "spice": ["-spice", "unix=on,addr=spice.sock,disable-ticketing=on"],
-    "vnc": ["-vnc", "unix:vnc.sock"],
-}
+SCREENS = {"spice": ["-spice", "unix=on,addr=spice.sock,disable-ticketing=on"], "vnc": ["-vnc", "unix:vnc.sock"]}
 
 
 def screen_args(machine: Machine) -> list[str]:
-    """A screen on a unix socket in the VM's folder: who may connect is who may open the socket, so no password.
-
-    The tablet makes the guest's pointer stay under the viewer's; USB, because every system has a driver for it.
-    """
+    """A screen on a unix socket in the VM's folder: who may connect is who may open the socket, so no password.  The
+    tablet makes the guest's pointer stay under the viewer's; USB, because every system has a driver for it."""
     if not machine.screen:
         return []
     tablet = ["-device", f"qemu-xhci,id=usb0,addr={PCI_SLOTS['usb']:#x}", "-device", "usb-tablet,bus=usb0.0"]
@@ -3046,25 +2922,19 @@ def choose_screen(qemu: Qemu) -> str:
 
 
 def monitor_args(machine: Machine) -> list[str]:
-    """QMP for the commands, and the monitor for humans, which vmmanage joins to a terminal."""
-    return [
+    """QMP for the commands, and the monitor for humans, which vmmanage joins to a terminal.  A second QMP's log is the
+    record: qemu writes its events there whether or not a client is connected."""
+    words = [
         "-chardev", "socket,id=qmp0,path=qmp.sock,server=on,wait=off",
         "-mon", "chardev=qmp0,mode=control",
         "-chardev", "socket,id=monitor0,path=monitor.sock,server=on,wait=off",
         "-mon", "chardev=monitor0,mode=readline",
         "-pidfile", machine.pid_file,
     ]  # fmt: skip
-
-
-RECORD_SOCKET = "record.sock"
-
-
-def record_args(machine: Machine) -> list[str]:
-    """A second monitor whose log is the record: qemu writes its events there whether or not a client is connected."""
-    if not machine.record:
-        return []
-    place = f"path={RECORD_SOCKET},server=on,wait=off,logfile={comma(machine.record)},logappend=off"
-    return ["-chardev", f"socket,id=record0,{place}", "-mon", "chardev=record0,mode=control"]
+    if machine.record:
+        place = f"path={RECORD_SOCKET},server=on,wait=off,logfile={comma(machine.record)},logappend=off"
+        words += ["-chardev", f"socket,id=record0,{place}", "-mon", "chardev=record0,mode=control"]
+    return words
 
 
 def kernel_args(machine: Machine) -> list[str]:
@@ -3094,8 +2964,6 @@ class Network:
 
     def hold(self) -> Any:
         """A context in which the network is up and stays up."""
-        import contextlib
-
         self.up()
         return contextlib.nullcontext()
 
@@ -3108,9 +2976,7 @@ class Network:
 
     def socket(self) -> socket.socket:
         """A TCP socket, not yet connected, that reaches the VMs."""
-        import socket as sockets
-
-        return sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM)
+        return socket.socket(socket.AF_INET, socket.SOCK_STREAM)
 
     def enter(self, argv: Sequence[str]) -> tuple[list[str], list[int]]:
         """(words, descriptors to pass on) that run `argv` where the network is."""
@@ -3158,10 +3024,7 @@ def vhost_net() -> int:
 
 def nft_rules(name: str, **defines: str) -> bytes:
     """nft(8)'s input: `defines`, and a file of etc/.  Raises Error where nocloud.py was copied without that."""
-    rules = packaged(name)
-    if not rules:
-        raise Error(f"etc/{name} is missing: no network's packets are let out without it", "install all of nocloud")
-    return "".join([*(f"define {key} = {value}\n" for key, value in defines.items()), rules]).encode()
+    return "".join([*(f"define {key} = {value}\n" for key, value in defines.items()), need_packaged(name)]).encode()
 
 
 def write_proc(path: str, value: str) -> None:
@@ -3174,45 +3037,33 @@ def write_proc(path: str, value: str) -> None:
 # -- addresses
 
 
-def ipv4_number(text: str) -> int:
-    return int.from_bytes(map(int, text.split(".")), "big")
-
-
-def ipv4_text(number: int) -> str:
-    return ".".join(map(str, number.to_bytes(4, "big")))
-
-
-def overlap(one: int, length: int, other: int, its_length: int) -> bool:
-    """Whether two IPv4 networks have addresses in common."""
-    return not (one ^ other) >> (32 - min(length, its_length))
-
-
 def ip_json(*words: str) -> list[dict[str, Any]]:
     """What `ip -json` says (ip(8))."""
-    import json
-
     answer = json.loads(run(["ip", "-json", "-4", *words]).stdout or "[]")
     return [each for each in answer if each]
 
 
-def networks_in_use(without: str = "") -> Iterator[tuple[str, int, int]]:
-    """(who, network, prefix length) of each address and route of the host but those of the interface `without`.
-
-    Default routes don't count, nor the two halves of the world that a VPN has instead.
-    """
+def networks_in_use(without: str = "") -> Iterator[tuple[str, ipaddress.IPv4Network]]:
+    """(who, network) of each address and route of the host but those of the interface `without`, default routes, and
+    the two halves of the world that a VPN has instead."""
     for card in ip_json("address"):
         for each in card.get("addr_info", ()):
             if card["ifname"] != without:
-                length = each["prefixlen"]
-                network = ipv4_number(each["local"]) >> (32 - length) << (32 - length)
-                yield f"{card['ifname']} has {each['local']}/{length}", network, length
+                own = f"{each['local']}/{each['prefixlen']}"
+                yield f"{card['ifname']} has {own}", ipaddress.IPv4Network(own, strict=False)
     for route in ip_json("route", "show", "table", "all"):
-        address, _, length = route["dst"].partition("/")
-        if not is_ipv4(address) or route.get("type") in ("local", "broadcast") or route.get("dev") == without:
-            continue
-        if int(length or 32) > 1 and route.get("protocol") != "kernel":  # the kernel's own is of an address above
-            who = f"there is a route to {route['dst']}" + (f" by {route['dev']}" if "dev" in route else "")
-            yield who, ipv4_number(address), int(length or 32)
+        # a route of the kernel's own is that of an address above
+        others = route.get("type") not in ("local", "broadcast") and route.get("protocol") != "kernel"
+        if others and is_ipv4(route["dst"].partition("/")[0]) and route.get("dev") != without:
+            network = ipaddress.IPv4Network(route["dst"])
+            if network.prefixlen > 1:
+                yield f"there is a route to {route['dst']}" + (f" by {route['dev']}" if "dev" in route else ""), network
+
+
+def first_free(networks: Iterable[str], taken: Iterable[ipaddress.IPv4Network]) -> str:
+    """The first of these networks, as 10.88.0.0/24, that overlaps none that is taken; '' where all do."""
+    others = list(taken)
+    return next((each for each in networks if not any(map(ipaddress.IPv4Network(each).overlaps, others))), "")
 
 
 # -- daemons
@@ -3232,12 +3083,8 @@ def daemon_pid(pid_file: str) -> int:
 
 
 def end_process(find: Callable[[], int]) -> None:
-    """End the process whose pid `find` finds, and wait for that.
-
-    `find` is asked again once a pidfd is open, so that no other process is hit.
-    """
-    pid = find()
-    if pid:
+    """End the process whose pid `find` finds, and wait for that; asked again once a pidfd is open: no other is hit."""
+    if pid := find():
         with Process(pid) as process:
             for number in (signal.SIGTERM, signal.SIGKILL):
                 if find() == pid:
@@ -3251,11 +3098,8 @@ def stop_daemon(pid_file: str) -> None:
 
 
 def dnsmasq_argv(interface: str, hosts: HostFiles, *words: str) -> list[str]:
-    """dnsmasq(8), 2.90, for the VMs of a bridge; `words`: what differs between networks.
-
-    It leaves the foreground when it serves.  Not -d: in debug mode one idle TCP client of port 53 stops DNS and DHCP
-    for all.
-    """
+    """dnsmasq(8), 2.90, for the VMs of a bridge, with `words`.  It leaves the foreground when it serves.  Not -d: in
+    debug mode one idle TCP client of port 53 stops DNS and DHCP for all."""
     return [
         "dnsmasq", "--quiet-dhcp", "--conf-file=/dev/null", "--no-hosts",
         f"--interface={interface}", "--except-interface=lo", "--bind-interfaces",
@@ -3276,13 +3120,10 @@ def host_names(name: str) -> list[str]:
 
 def small_file(path: str) -> tuple[os.stat_result, str]:
     """(whose and how old, text); a link, a pipe and what is over 4 KB count for nothing.  Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        info = os.fstat(fd)
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        info = os.fstat(file.fileno())
         small = stat.S_ISREG(info.st_mode) and info.st_size <= 4096
-        return info, os.read(fd, 4096).decode("utf-8", "surrogateescape") if small else ""
-    finally:
-        os.close(fd)
+        return info, file.read(4096).decode("utf-8", "surrogateescape") if small else ""
 
 
 def small_files(folder: str) -> list[tuple[str, os.stat_result, str]]:
@@ -3302,10 +3143,8 @@ def has_text(path: str, text: str) -> bool:
 
 
 class HostFiles:
-    """The VMs that have names and addresses: a file for DHCP and one for DNS each, named by the VM's UUID.
-
-    They lie in `dhcp/` and `hosts/` of `folder`, where dnsmasq sees a new one at once (inotify).
-    """
+    """The VMs that have names and addresses: for each a file in `dhcp/` and one in `hosts/` of `folder`, named by its
+    UUID; dnsmasq sees a new one at once (inotify)."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -3389,8 +3228,6 @@ class Inbox:
 
     @property
     def mark(self) -> str:
-        import hashlib  # 3 ms, which most commands don't need
-
         return f"# tree {hashlib.sha256(self._tree.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}\n"
 
     def denied(self) -> bool:
@@ -3457,18 +3294,12 @@ CLONE_NEWUSER, CLONE_NEWNET, CLONE_NEWNS = 0x10000000, 0x40000000, 0x20000  # li
 
 def trim_memory() -> None:
     """Give freed memory back to the system: where no bytecode was cached, 12 MB that compiling this module took."""
-    import ctypes
-
-    try:
+    with contextlib.suppress(AttributeError):  # a libc other than glibc
         ctypes.CDLL(None).malloc_trim(0)
-    except AttributeError:
-        pass  # a libc other than glibc
 
 
 def libc_call(name: str, *numbers: int) -> None:
     """unshare(2) or setns(2) of libc; module os has them only from Python 3.12 on."""
-    import ctypes
-
     if getattr(ctypes.CDLL(None, use_errno=True), name)(*numbers):
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")
@@ -3492,25 +3323,6 @@ class Namespaces:
         os.close(self.net)
 
 
-def make_namespaces(subnet: str) -> None:
-    """Enter namespaces of our own that have the private network's bridge, and that forward.
-
-    We are root in both: what `unshare -Urn` does, but the errno of a refusal stays known.  A bridge without a MAC of
-    its own takes its lowest port's: guests would lose the gateway.
-    """
-    uid, gid = os.geteuid(), os.getegid()
-    batch = (
-        f"link set lo up\nlink add {BRIDGE} address {BRIDGE_MAC} type bridge forward_delay 0 no_linklocal_learn 1\n"
-        f"addr add {subnet}.1/24 dev {BRIDGE}\nlink set {BRIDGE} up\n"
-    )
-    libc_call("unshare", CLONE_NEWUSER | CLONE_NEWNET)
-    write_proc("/proc/self/setgroups", "deny")  # first: gid_map is refused to ordinary users otherwise
-    write_proc("/proc/self/uid_map", f"0 {uid} 1")
-    write_proc("/proc/self/gid_map", f"0 {gid} 1")
-    run(["ip", "-batch", "-"], input=batch.encode())
-    write_proc("/proc/sys/net/ipv4/ip_forward", "1")
-
-
 def ask_child(work: Callable[[], None], keep: Sequence[int] = ()) -> tuple[int, str]:
     """(pid, why it failed or '') of a child of fork_child() that has done `work`, or has become another program."""
     mine, its = os.pipe()
@@ -3528,10 +3340,25 @@ def ask_child(work: Callable[[], None], keep: Sequence[int] = ()) -> tuple[int, 
 
 
 def new_namespaces(subnet: str, rules: bytes = b"") -> Namespaces:
-    """make_namespaces() in a child, which is needed no longer once they are open here; with these rules for nft(8)."""
+    """Namespaces of our own that have the private network's bridge, and these rules for nft(8), and that forward.
+
+    A child makes them, which is needed no longer once they are open here.  We are root in both: what `unshare -Urn`
+    does, but the errno of a refusal stays known.  A bridge without a MAC of its own takes its lowest port's: guests
+    would lose the gateway.
+    """
+    uid, gid = os.geteuid(), os.getegid()
+    batch = (
+        f"link set lo up\nlink add {BRIDGE} address {BRIDGE_MAC} type bridge forward_delay 0 no_linklocal_learn 1\n"
+        f"addr add {subnet}.1/24 dev {BRIDGE}\nlink set {BRIDGE} up\n"
+    )
 
     def make_and_wait() -> None:
-        make_namespaces(subnet)
+        libc_call("unshare", CLONE_NEWUSER | CLONE_NEWNET)
+        write_proc("/proc/self/setgroups", "deny")  # first: gid_map is refused to ordinary users otherwise
+        write_proc("/proc/self/uid_map", f"0 {uid} 1")
+        write_proc("/proc/self/gid_map", f"0 {gid} 1")
+        run(["ip", "-batch", "-"], input=batch.encode())
+        write_proc("/proc/sys/net/ipv4/ip_forward", "1")
         if rules:
             run(["nft", "-f", "-"], input=rules)
         become(["sleep", "10"])
@@ -3547,27 +3374,19 @@ def new_namespaces(subnet: str, rules: bytes = b"") -> Namespaces:
 
 
 class Gate:
-    """A child inside that opens what belongs to its opener's namespace: taps and sockets.
-
-    They stay in that namespace wherever their descriptors go.
-    """
+    """A child inside that opens taps and sockets: they stay in its namespace wherever their descriptors go."""
 
     def __init__(self, spaces: Namespaces) -> None:
-        import socket as sockets
-        import threading
-
-        self._socket, its = sockets.socketpair(sockets.AF_UNIX, sockets.SOCK_SEQPACKET)
+        self._socket, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._lock = threading.Lock()
         self.pid = fork_child(lambda: serve_gate(spaces, its), keep=(its.fileno(), spaces.user, spaces.net))
         its.close()
 
     def open(self, kind: bytes) -> int:
         """A descriptor: `tap NAME`, on the network's bridge, or `tcp`, a socket.  OSError: the gate's words."""
-        import socket as sockets
-
         with self._lock:
             self._socket.send(kind)
-            text, fds, _, _ = sockets.recv_fds(self._socket, 256, 1)
+            text, fds, _, _ = socket.recv_fds(self._socket, 256, 1)
         if not fds:
             raise BrokenPipeError(errno.EPIPE, text.decode("utf-8", "replace") or "the private network is gone")
         os.set_inheritable(fds[0], False)
@@ -3580,21 +3399,19 @@ class Gate:
 
 def serve_gate(spaces: Namespaces, asked: socket.socket) -> None:
     """In the gate: answer each request with a descriptor, or why there is none, until the other end is gone."""
-    import socket as sockets
-
     spaces.enter()
     for words in iter(lambda: asked.recv(64).decode().split(), []):
         try:
-            fd = make_tap(words[1]) if words[0] == "tap" else sockets.socket().detach()
+            fd = make_tap(words[1]) if words[0] == "tap" else socket.socket().detach()
         except OSError as error:
             asked.send(str(error_from_os(error)).encode())
         else:
-            sockets.send_fds(asked, [b"+"], [fd])
+            socket.send_fds(asked, [b"+"], [fd])
             os.close(fd)
 
 
 # linux/sockios.h, linux/if_tun.h, linux/if.h
-TUNSETIFF, SIOCSIFFLAGS, SIOCGIFINDEX, SIOCBRADDIF = 0x400454CA, 0x8914, 0x8933, 0x89A2
+TUNSETIFF, SIOCSIFFLAGS, SIOCBRADDIF = 0x400454CA, 0x8914, 0x89A2
 IFF_UP, IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x1, 0x2, 0x1000, 0x4000
 
 
@@ -3605,16 +3422,13 @@ def tap_name() -> str:
 
 def make_tap(card: str) -> int:
     """A tap of this name on the bridge of the private network that we are in, for `-netdev tap,fd=N`."""
-    import socket as sockets
-
     tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        with sockets.socket(sockets.AF_INET, sockets.SOCK_DGRAM) as control:
-            request = struct.pack("16sH22x", card.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
-            name = fcntl.ioctl(tap, TUNSETIFF, request)[:16]
-            index = struct.unpack_from("i", fcntl.ioctl(control, SIOCGIFINDEX, name + bytes(24)), 16)[0]
-            fcntl.ioctl(control, SIOCBRADDIF, struct.pack("16si20x", BRIDGE.encode(), index))
-            fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH22x", name, IFF_UP))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+            fcntl.ioctl(tap, TUNSETIFF, struct.pack("16sH22x", card.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR))
+            bridged = struct.pack("16si20x", BRIDGE.encode(), socket.if_nametoindex(card))
+            fcntl.ioctl(control, SIOCBRADDIF, bridged)
+            fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH22x", card.encode(), IFF_UP))
     except BaseException:
         os.close(tap)
         raise
@@ -3677,8 +3491,7 @@ class PrivateNetwork(Network):
         path = self.file("subnet")
         if not os.path.exists(path):
             make_private_folder(self.folder)
-            free = free_subnet([(network, length) for _, network, length in networks_in_use()])
-            write_file(path, free + "\n")
+            write_file(path, free_subnet([network for _, network in networks_in_use()]) + "\n")
         text = read_text(path).strip()
         if not re.fullmatch(r"10\.[0-9]{1,3}\.[0-9]{1,3}", text):
             raise Error(f"{path}: {text!r} is not the beginning of an address", f"echo 10.88.0 >{path}")
@@ -3700,13 +3513,11 @@ class PrivateNetwork(Network):
         version 2.90 also crashes if hosts have tags.  So it is started anew, which takes 40 ms.
         """
         if self.hosts.withdraw(uuids) and self.holder():
-            try:
-                with FolderLock(self.folder):
-                    if self.holder():
-                        stop_daemon(self.file("dnsmasq.pid"))
-                        self._complete()
-            except FileNotFoundError:
-                pass  # the last VM is gone, and another command, the group's vmrun say, has ended the network
+            # where the last VM is gone another command, the group's vmrun say, may have ended the network
+            with contextlib.suppress(FileNotFoundError), FolderLock(self.folder):
+                if self.holder():
+                    stop_daemon(self.file("dnsmasq.pid"))
+                    self._complete()
 
     # up and down
 
@@ -3719,8 +3530,6 @@ class PrivateNetwork(Network):
 
     def hold(self) -> Any:
         """The folder's lock, held shared.  Another command may have ended the network that we know and made it anew."""
-        import contextlib
-
         self.used = True
         stack = contextlib.ExitStack()
         for _ in range(5):
@@ -3765,9 +3574,8 @@ class PrivateNetwork(Network):
         for name in ("ip", "dnsmasq", "nsenter"):
             need_program(name)
         if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
-            raise Error(
-                "the private network can't be made: you may not open /dev/net/tun", "sudo chmod 666 /dev/net/tun"
-            )
+            said = "the private network can't be made: you may not open /dev/net/tun"
+            raise Error(said, "sudo chmod 666 /dev/net/tun")
         if not self.holder():
             self.close()
             self._start_holder()
@@ -3831,15 +3639,10 @@ class PrivateNetwork(Network):
             raise Error(f"the private network can't be made: {reason}")
 
     def follow(self, places: Sequence[str]) -> None:
-        """What the holder does until it is ended: pass on what changes on the host, which it isn't told again.
-
-        It must not look at its own pidfile: the lock would be gone when that is closed.
-        """
-        import contextlib
-        import socket as sockets
-
+        """What the holder does until it is ended: pass on what changes on the host.  It must not look at its own
+        pidfile: the lock would be gone when that is closed."""
         self._spaces = Namespaces(os.getpid(), *places)
-        with sockets.socket(sockets.AF_NETLINK, sockets.SOCK_RAW) as changes:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as changes:
             changes.bind((0, RTMGRP_IPV4_IFADDR | RTMGRP_IPV4_ROUTE))
             changes.settimeout(FOLLOW_SECONDS)
             while True:
@@ -3906,10 +3709,8 @@ class PrivateNetwork(Network):
         return done.returncode
 
     def down(self) -> None:
-        """End it: dnsmasq, pasta, the holder, and with them everything inside.  Call it under the lock.
-
-        Nothing stays where the tree has no VM any more; else the subnet and the names do.
-        """
+        """End it: dnsmasq, pasta, the holder, and with them everything inside; the subnet and the names stay for VMs
+        that the tree has.  Call it under the lock."""
         for name in ("dnsmasq.pid", "pasta.pid"):
             stop_daemon(self.file(name))
         end_process(self.holder)
@@ -3929,16 +3730,13 @@ class PrivateNetwork(Network):
         if not os.path.isdir(self.folder):
             return
         with FolderLock(self.folder):
-            users = ", ".join([vm.name for vm in self._users()][:10])
-            if users:
+            if users := ", ".join([vm.name for vm in self._users()][:10]):
                 raise WrongState(f"the private network is in use by {users}", "vmstop -g GROUP stops a group")
             self.down()
 
     def tend(self) -> None:
-        """End it where its last VM has ended; where VMs are on it, or it was asked to stay, start what was killed.
-
-        The first and the last that a command does.  Nothing happens while another command is at work on it.
-        """
+        """End it where its last VM has ended; where VMs are on it, or it was asked to stay, start what was killed.  The
+        first and the last that a command does.  Nothing happens while another command is at work on it."""
         if not self.used and not os.path.exists(self.file("holder.pid")):
             return
         try:
@@ -3957,9 +3755,8 @@ class PrivateNetwork(Network):
     def _users(self) -> Iterator[VM]:
         """The VMs that are on it: running, or not known to have stopped; a template in the making may be booted too."""
         for vm in [*self.tree.unfinished(), *self.tree.vms()]:
-            if vm.state()[0] == "stopped" or foreign_qemu(vm):
-                continue
-            if not vm.is_readable() or vm.get("vmNetwork") != "bridge":
+            runs = vm.state()[0] != "stopped" and not foreign_qemu(vm)
+            if runs and not (vm.is_readable() and vm.get("vmNetwork") == "bridge"):
                 yield vm
 
     # what others use it for
@@ -3998,8 +3795,6 @@ class PrivateNetwork(Network):
 
     def admit(self, vms: Iterable[VM]) -> None:
         """From no other VM's tap comes what has the MACs and addresses of these, where nft has rules for bridges."""
-        import contextlib
-
         pairs = {(vm.get("vmMac"), vm.get("vmAddress")) for vm in vms}
         cards = {pair: tap_name() for pair in pairs if all(pair) and pair not in self._cards}
         if cards and find_program("nft"):
@@ -4021,9 +3816,7 @@ class PrivateNetwork(Network):
             raise Error(f"no tap for the private network: {error.strerror}") from None
 
     def socket(self) -> socket.socket:
-        import socket as sockets
-
-        return sockets.socket(fileno=self.gate().open(b"tcp"))
+        return socket.socket(fileno=self.gate().open(b"tcp"))
 
     def enter(self, argv: Sequence[str]) -> tuple[list[str], list[int]]:
         """nsenter keeps session, folder and descriptors, and becomes the program."""
@@ -4049,16 +3842,12 @@ class PrivateNetwork(Network):
     def _replace(self, path: str, text: str) -> None:
         """Have a file be another one in this mount namespace; it may be a link into a folder that is hidden here."""
         place, own = os.path.realpath(path), self.file(os.path.basename(path))
-        if not os.path.exists(place):
-            write_file(place, text, 0o644)
-        else:
-            write_file(own, text, 0o644, durable=False)
-            run(["mount", "-n", "--bind", own, place])
+        write_file(own, text, 0o644, durable=False)
+        os.close(os.open(place, os.O_CREAT | os.O_CLOEXEC, 0o644))
+        run(["mount", "-n", "--bind", own, place])
 
     def proxy_command(self) -> str:
         """ssh runs outside: inside, root's files in ssh_config.d look foreign to it, and the home is root's."""
-        import shlex
-
         words = ["env", f"NOCLOUD_vmBaseDir={self.tree.base}", *self_argv("net", "--fdpass", "connect")]
         way = shlex.join(words).replace("%", "%%")
         return f"{way} %h %p"
@@ -4069,23 +3858,21 @@ class PrivateNetwork(Network):
         `hand_over`: give the connection itself to ssh, over the socket that is our stdout (ssh_config(5),
         ProxyUseFdpass), and be done: no process stays for a session.
         """
-        import socket as sockets
-
         if is_ipv4(address):
             self.namespaces().enter()
         else:
             self.move_in()
         try:
-            connection = sockets.create_connection((address, port), 30)
+            connection = socket.create_connection((address, port), 30)
         except OSError as error:
             raise Error(f"{address}:{port}: {error.strerror or 'no answer within 30 s'}") from None
         connection.settimeout(None)
-        connection.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_NODELAY, 1)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if not hand_over:
             relay(connection)
             return
-        with sockets.socket(fileno=os.dup(1)) as ssh:
-            sockets.send_fds(ssh, [b"\0"], [connection.fileno()])
+        with socket.socket(fileno=os.dup(1)) as ssh:
+            socket.send_fds(ssh, [b"\0"], [connection.fileno()])
 
     def status(self) -> Iterator[str]:
         """Lines for people: whether it is up, and who is on it."""
@@ -4121,19 +3908,15 @@ def namespaces_denied(reason: str) -> Error:
     return Error(f"the private network can't be made: {reason}", hint)
 
 
-def free_subnet(taken: Sequence[tuple[int, int]]) -> str:
-    """The first /24 of 10.88 to 10.127 that overlaps none of these networks, as `10.88.0`.
-
-    A VPN may claim all of 10.0.0.0/8: where nothing is left, only narrower networks count.
-    """
+def free_subnet(taken: Sequence[ipaddress.IPv4Network]) -> str:
+    """The first /24 of 10.88 to 10.127 that overlaps none of these networks, as `10.88.0`.  A VPN may claim all of
+    10.0.0.0/8: where nothing is left, only narrower networks count."""
     for widest in (2, 9, 17):
-        narrow = [(network, length) for network, length in taken if length >= widest]
-        for number in range(0x0A5800, 0x0A8000):
-            if not any(overlap(number << 8, 24, network, length) for network, length in narrow):
-                return f"10.{number >> 8 & 255}.{number & 255}"
-    raise Error(
-        "no subnet is free between 10.88.0.0 and 10.127.255.0: this host has routes to all of them", "vmNetwork=bridge"
-    )
+        subnets = (f"10.{number >> 8}.{number & 255}.0/24" for number in range(88 << 8, 128 << 8))
+        if free := first_free(subnets, (network for network in taken if network.prefixlen >= widest)):
+            return free.removesuffix(".0/24")
+    said = "no subnet is free between 10.88.0.0 and 10.127.255.0: this host has routes to all of them"
+    raise Error(said, "vmNetwork=bridge")
 
 
 # -- joining a connection to stdin and stdout
@@ -4143,12 +3926,9 @@ RELAY_BYTES = 256 * 1024
 
 def relay(connection: socket.socket) -> None:
     """Join stdin and stdout to the connection; each end of file is passed on, and both ends end it."""
-    import socket as sockets
-    import threading
-
     for fd in (0, 1):
         os.set_blocking(fd, True)  # a terminal that another program shares may not be
-    send = (lambda: os.read(0, RELAY_BYTES), connection.sendall, lambda: connection.shutdown(sockets.SHUT_WR))
+    send = (lambda: os.read(0, RELAY_BYTES), connection.sendall, lambda: connection.shutdown(socket.SHUT_WR))
     sender = threading.Thread(target=pump, args=send, daemon=True)
     sender.start()
     pump(lambda: connection.recv(RELAY_BYTES), lambda data: write_all(1, data), lambda: os.close(1))
@@ -4157,8 +3937,6 @@ def relay(connection: socket.socket) -> None:
 
 def pump(source: Callable[[], bytes], sink: Callable[[bytes], object], finish: Callable[[], object]) -> None:
     """From source to sink, until the one ends or the other is gone; then `finish`, if that is still there."""
-    import contextlib
-
     with contextlib.suppress(OSError):
         for data in iter(source, b""):
             sink(data)
@@ -4185,37 +3963,34 @@ class BridgeSettings:
     """The host's bridge as the settings want it.  Raises UsageError where they contradict each other."""
 
     def __init__(self, config: Config) -> None:
-        self.interface = config["bridgeInterface"]
-        self.address, _, length = config["bridgeAddress"].partition("/")
-        self.length = int(length)
-        self.network = ipv4_number(self.address) >> (32 - self.length) << (32 - self.length)
-        self.net = f"{ipv4_text(self.network)}/{self.length}"
+        self.interface, self.address = config["bridgeInterface"], config["bridgeAddress"].partition("/")[0]
+        self.network = ipaddress.IPv4Network(config["bridgeAddress"], strict=False)
+        self.net = str(self.network)
         for key in ("bridgeIpAddress", "bridgeNet", "bridgeDhcpStart", "bridgeDhcpStop"):
             if not (config[key] == self.net if key == "bridgeNet" else self.holds(config[key])):
-                raise UsageError(
-                    f"{key}={config[key]} doesn't fit bridgeAddress={config['bridgeAddress']}",
-                    "see etc/nocloud_net.conf, where bridgeNet and what comes after it follow bridgeSubnet",
-                )
-        self.first, self.last = sorted(ipv4_number(config[key]) for key in ("bridgeDhcpStart", "bridgeDhcpStop"))
+                said = f"{key}={config[key]} doesn't fit bridgeAddress={config['bridgeAddress']}"
+                hint = "see etc/nocloud_net.conf, where bridgeNet and what comes after it follow bridgeSubnet"
+                raise UsageError(said, hint)
+        ends = (config["bridgeDhcpStart"], config["bridgeDhcpStop"])
+        self.first, self.last = sorted(map(ipaddress.IPv4Address, ends))
         # The upper quarter is for guests that nobody allotted an address to: one that is allotted to a VM must not be
         # leased to another guest in the same moment.
-        self.first_dynamic = self.last - max(1, (self.last - self.first + 1) // 4) + 1
+        self.first_dynamic = self.last - max(1, (int(self.last) - int(self.first) + 1) // 4) + 1
         # A bridge without a MAC of its own takes its lowest port's, and guests would lose the gateway.
         self.mac = OUR_MAC + "".join(f":{int(number):02x}" for number in self.address.split(".")[1:])
 
     def holds(self, address: str) -> bool:
-        return is_ipv4(address) and bool(address) and overlap(ipv4_number(address), 32, self.network, self.length)
+        return is_ipv4(address) and ipaddress.IPv4Address(address) in self.network
 
     def allots(self, address: str) -> bool:
-        """Whether it is one for VMs, written as we do: 192.168.1.02 would be a second name of another's."""
-        number = ipv4_number(address) if self.holds(address) else 0
-        return self.first <= number < self.first_dynamic and address != self.address and ipv4_text(number) == address
+        """Whether it is one for VMs."""
+        ours = self.holds(address) and address != self.address
+        return ours and self.first <= ipaddress.IPv4Address(address) < self.first_dynamic
 
 
 def overlapping(settings: BridgeSettings) -> str:
     """Who has addresses of the bridge's network already, or ''."""
-    taken = networks_in_use(settings.interface)
-    return next((who for who, at, length in taken if overlap(at, length, settings.network, settings.length)), "")
+    return next((who for who, at in networks_in_use(settings.interface) if at.overlaps(settings.network)), "")
 
 
 def choose_bridge_subnet(config: Config) -> tuple[str, str]:
@@ -4224,11 +3999,9 @@ def choose_bridge_subnet(config: Config) -> tuple[str, str]:
     clash = overlapping(settings)
     if not clash:
         return config["bridgeSubnet"], ""
-    taken = list(networks_in_use(settings.interface))
-    for number in (*range(200, 255), *range(2, 200)):  # homes and offices have the low ones
-        network = ipv4_number(f"192.168.{number}.0")
-        if not any(overlap(network, 24, other, length) for _, other, length in taken):
-            return f"192.168.{number}", clash
+    subnets = (f"192.168.{number}.0/24" for number in (*range(200, 255), *range(2, 200)))  # homes have the low ones
+    if free := first_free(subnets, (network for _, network in networks_in_use(settings.interface))):
+        return free.removesuffix(".0/24"), clash
     raise Error("no subnet is free in 192.168.0.0/16", "set bridgeSubnet to one of 10.0.0.0/8 in etc/nocloud_net.conf")
 
 
@@ -4245,9 +4018,8 @@ def free_bridge_subnet(config: Config, path: str) -> str:
     text, config = update_assignments(read_text(path), {"bridgeSubnet": subnet}), Config()
     config.take(text, path, warn=lambda text: None)
     if not BridgeSettings(config).holds(f"{subnet}.0"):
-        raise Error(
-            f"{path}: bridgeNet and bridgeAddress don't follow bridgeSubnet", f"set them to {subnet}.0/24 by hand"
-        )
+        said = f"{path}: bridgeNet and bridgeAddress don't follow bridgeSubnet"
+        raise Error(said, f"set them to {subnet}.0/24 by hand")
     write_file(path, text, 0o644)
     return f"the bridge's network is {subnet}.0/24, not {net}: {clash} (written to {path})"
 
@@ -4258,10 +4030,8 @@ def bridge_is_ours(interface: str) -> bool:
 
 def need_root(what: str) -> None:
     if os.geteuid() != 0:
-        raise Error(
-            f"{what} needs root; nothing was changed",
-            "sudo does it; or use a network of your own, which needs no root: nocloud net --private up",
-        )
+        hint = "sudo does it; or use a network of your own, which needs no root: nocloud net --private up"
+        raise Error(f"{what} needs root; nothing was changed", hint)
 
 
 # -- the host's firewalls
@@ -4275,22 +4045,16 @@ def has_nft_table(table: str) -> bool:
 
 
 def iptables_programs() -> list[str]:
-    """The iptables whose filter table is in use; those on nft and the old ones may both be.
-
-    Where it isn't in use no rule is needed, and the first one would leave a table behind.
-    """
-    in_use = {
-        "iptables-nft": has_nft_table("ip filter"),
-        "iptables-legacy": "filter" in read_existing("/proc/net/ip_tables_names").split(),
-    }
-    found = [next(filter(find_program, (name, "iptables")), "") for name, used in in_use.items() if used]
-    return [program for program in found if program]
+    """The iptables whose filter table is in use; those on nft and the old ones may both be.  Where it isn't, no rule is
+    needed, and the first one would leave a table behind."""
+    legacy = "filter" in read_existing("/proc/net/ip_tables_names").split()
+    in_use = (("iptables-nft", has_nft_table("ip filter")), ("iptables-legacy", legacy))
+    found = [next(filter(find_program, (name, "iptables")), "") for name, used in in_use if used]
+    return list(filter(None, found))
 
 
 def iptables_rules(program: str) -> list[list[str]]:
     """The words of each line of `iptables -S`: -P CHAIN POLICY, -N CHAIN, -A CHAIN RULE."""
-    import shlex
-
     return [shlex.split(line) for line in run([program, "-w", "10", "-S"]).stdout.splitlines() if line.startswith("-")]
 
 
@@ -4353,8 +4117,6 @@ def open_firewalls(interface: str) -> None:
 
 def close_firewalls(interface: str) -> None:
     """Take away exactly what open_firewalls added.  ufw's rules outlive its end, and are looked for wherever it is."""
-    import shlex
-
     for program in iptables_programs():
         close_iptables(program)
     added = try_run(["ufw", "show", "added"], 30)[1] if find_program("ufw") else ""
@@ -4368,12 +4130,8 @@ def close_firewalls(interface: str) -> None:
 
 
 def dropping_chains(interface: str) -> list[str]:
-    """The chains of other nft tables that drop what they don't name, and don't name the bridge.
-
-    Nobody can undo that but their owner.  Those of iptables, ufw and firewalld are told in their own way.
-    """
-    import json
-
+    """The chains of other nft tables that drop what they don't name, and don't name the bridge: nobody can undo that
+    but their owner.  Those of iptables, ufw and firewalld are told in their own way."""
     status, said = try_run(["nft", "-j", "list", "chains"], 30)
     chains = [each["chain"] for each in json.loads(said)["nftables"] if "chain" in each] if status == 0 else []
     found = [
@@ -4424,16 +4182,11 @@ class BridgeSetup:
         for name in ("ip", "nft"):
             need_program(name)
         if self.is_there() and not bridge_is_ours(self.interface):
-            raise WrongState(
-                f"{self.interface} is there, and nocloud didn't make it; it is left alone",
-                "VMs use it as it is; bridgeInterface=NAME makes another one",
-            )
-        clash = overlapping(self.settings)
-        if clash:
-            raise WrongState(
-                f"the bridge's network {self.settings.net} is in use: {clash}",
-                "another one: bridgeSubnet in etc/nocloud_net.conf; `nocloud bridge subnet` writes one that is free",
-            )
+            said = f"{self.interface} is there, and nocloud didn't make it; it is left alone"
+            raise WrongState(said, "VMs use it as it is; bridgeInterface=NAME makes another one")
+        if clash := overlapping(self.settings):
+            hint = "another one: bridgeSubnet in etc/nocloud_net.conf; `nocloud bridge subnet` writes one that is free"
+            raise WrongState(f"the bridge's network {self.settings.net} is in use: {clash}", hint)
 
     def up(self) -> None:
         """`nocloud net up` of root: the bridge with DHCP and DNS."""
@@ -4486,16 +4239,16 @@ class BridgeSetup:
 
     def _make_bridge(self) -> None:
         """The bridge and its address.  Before it is up: the kernel would take a guest for its IPv6 router."""
-        name, wanted = self.interface, (self.settings.address, self.settings.length)
+        name, wanted = self.interface, f"{self.settings.address}/{self.settings.network.prefixlen}"
         if not self.is_there():
             words = f"link add name {name} address {self.settings.mac} type bridge forward_delay 0"
             run(["ip", *words.split()])
         if os.path.exists(sysctl_file(name, "accept_ra", "ipv6")):
             write_proc(sysctl_file(name, "accept_ra", "ipv6"), "0")
         there = [each for card in ip_json("address", "show", "dev", name) for each in card.get("addr_info", ())]
-        if [(each["local"], each["prefixlen"]) for each in there] != [wanted]:
+        if [f"{each['local']}/{each['prefixlen']}" for each in there] != [wanted]:
             run(["ip", "-4", "address", "flush", "dev", name])
-            run(["ip", "address", "add", f"{wanted[0]}/{wanted[1]}", "brd", "+", "dev", name])
+            run(["ip", "address", "add", wanted, "brd", "+", "dev", name])
         run(["ip", "link", "set", name, "up"])
 
     def _forward(self) -> list[str]:
@@ -4547,10 +4300,8 @@ class BridgeSetup:
     def check_unused(self) -> None:
         ports = names_in(f"/sys/class/net/{self.interface}/brif") if bridge_is_ours(self.interface) else []
         if ports:
-            raise WrongState(
-                f"the bridge {self.interface} is in use: {plural(len(ports), 'VM')} on it ({', '.join(ports[:5])})",
-                "vmrunning lists a user's VMs; vmstop -g GROUP stops a group",
-            )
+            said = f"the bridge {self.interface} is in use: {plural(len(ports), 'VM')} on it ({', '.join(ports[:5])})"
+            raise WrongState(said, "vmrunning lists a user's VMs; vmstop -g GROUP stops a group")
 
     def _take_down(self) -> None:
         close_firewalls(self.interface)
@@ -4570,8 +4321,6 @@ class BridgeSetup:
         """As its own user, which systemd starts it as, it can't change to another.  The host's /etc/resolv.conf names
         the servers that it asks.  A guest of its own name, that nobody published, is known by that."""
         settings = self.settings
-        first, last = (ipv4_text(number) for number in (settings.first_dynamic, settings.last))
-        mask = ipv4_text(0xFFFFFFFF << (32 - settings.length) & 0xFFFFFFFF)
         user, group, pid_file, log = "", "", "", "-"
         if os.geteuid() == 0:
             user, group = account(DNSMASQ_USERS)[0], account(("kvm",), group=True)[0]
@@ -4580,7 +4329,8 @@ class BridgeSetup:
             settings.interface, self.served, f"--user={user}", f"--group={group}",
             f"--host-record={own_name()},{own_name()}.{DOMAIN},{settings.address}",  # not a guest's that says so
             f"--pid-file={pid_file}", f"--log-facility={log}",
-            f"--dhcp-range={first},{last},{mask},12h", f"--dhcp-leasefile={LEASES}",
+            f"--dhcp-range={settings.first_dynamic},{settings.last},{settings.network.netmask},12h",
+            f"--dhcp-leasefile={LEASES}",
         )  # fmt: skip
 
     def answers(self) -> bool:
@@ -4663,11 +4413,9 @@ def own_name() -> str:
 
 def outgoing_interfaces() -> set[str]:
     """The interfaces of the default routes, among them the two halves of the world that a VPN has instead."""
-    found = set()
-    for route in ip_json("route", "show", "table", "all"):
-        if route["dst"] in ("default", "0.0.0.0/1", "128.0.0.0/1"):
-            found |= {each["dev"] for each in (route, *route.get("nexthops", ())) if "dev" in each}
-    return found
+    defaults = ("default", "0.0.0.0/1", "128.0.0.0/1")
+    routes = [each for each in ip_json("route", "show", "table", "all") if each["dst"] in defaults]
+    return {way["dev"] for route in routes for way in (route, *route.get("nexthops", ())) if "dev" in way}
 
 
 def resolved_runs() -> bool:
@@ -4691,9 +4439,6 @@ def bound_sockets(kind: str, port: int) -> list[tuple[str, int]]:
 
 def account(names: Sequence[str], group: bool = False) -> tuple[str, int]:
     """(name, id) of the first user, or group, of these that there is; root where there is none."""
-    import grp
-    import pwd
-
     for name in names:
         try:
             return name, grp.getgrnam(name).gr_gid if group else pwd.getpwnam(name).pw_uid
@@ -4776,24 +4521,23 @@ class HostBridge(Network):
         self.lease_places = [config["bridgeLeases"]] if config["bridgeLeases"] else LEASE_FILES
         self.hosts: Inbox = Inbox(INBOX, tree.base if tree else "?")
         self.served = HostFiles(STATE_FOLDER)
-        self._publishes: bool | None = None
 
     # addresses and names
 
+    @functools.cached_property
     def publishes(self) -> bool:
         """Whether this user allots addresses here; said once where the rights for it are missing."""
-        if self._publishes is None:
-            ours, why = bridge_is_ours(self.interface) and os.path.isdir(STATE_FOLDER), ""
-            if self.hosts.denied():
-                why = f"you may not write to {INBOX}; who is in the group kvm may"
-            elif ours and self.unwatched():
-                why = self.unwatched()
-            elif ours and connected_network(self.interface) != BridgeSettings(self.config).net:
-                why = f"{self.interface} is not the bridge of your settings, where bridgeNet={self.config['bridgeNet']}"
-            if ours and why:
-                report.warn(f"addresses and names on {self.interface} are left to DHCP: {why}")
-            self._publishes = ours and not why
-        return self._publishes
+        if not (bridge_is_ours(self.interface) and os.path.isdir(STATE_FOLDER)):
+            return False
+        if self.hosts.denied():
+            why = f"you may not write to {INBOX}; who is in the group kvm may"
+        elif connected_network(self.interface) != BridgeSettings(self.config).net:
+            why = f"{self.interface} is not the bridge of your settings, where bridgeNet={self.config['bridgeNet']}"
+        else:
+            why = self.unwatched()
+        if why:
+            report.warn(f"addresses and names on {self.interface} are left to DHCP: {why}")
+        return not why
 
     def unwatched(self) -> str:
         """Why nobody takes what this user publishes, or ''; root does that itself."""
@@ -4803,13 +4547,13 @@ class HostBridge(Network):
 
     def allot(self, taken: set[str], uuid: str) -> str:
         """An address below those that DHCP gives to others, held by a file."""
-        if not self.publishes():
+        if not self.publishes:
             return ""
         settings = BridgeSettings(self.config)
         published = {words[0] for other, _, words in self.hosts.entries() if other != uuid}
         taken |= {settings.address, *published, *self.served.addresses(), *self.leases().values()}
-        for number in range(settings.first, settings.first_dynamic):
-            address = ipv4_text(number)
+        for number in range(int(settings.first), int(settings.first_dynamic)):
+            address = str(ipaddress.IPv4Address(number))
             if address not in taken:
                 taken.add(address)
                 if self.hosts.reserve(uuid, address):
@@ -4819,11 +4563,11 @@ class HostBridge(Network):
 
     def fits(self, address: str) -> bool:
         """Not after the bridge has got another network."""
-        return bool(address) and (not self.publishes() or BridgeSettings(self.config).allots(address))
+        return bool(address) and (not self.publishes or BridgeSettings(self.config).allots(address))
 
     def publish(self, vm: VM) -> None:
         """Raises Error where another VM has its MAC or address."""
-        if vm.get("vmAddress") and self.publishes():
+        if vm.get("vmAddress") and self.publishes:
             super().publish(vm)
             member = (vm.get("vmMac").lower(), vm.get("vmAddress"))
             if not self._taken_over(lambda: any(each[1:] == member for each in self.served.members())):
@@ -4831,7 +4575,7 @@ class HostBridge(Network):
                 raise Error(text, "nocloud net status; nocloud doctor", vm=vm)
 
     def withdraw(self, uuids: Sequence[str]) -> None:
-        if uuids and self.hosts.withdraw(uuids) and self.publishes():
+        if uuids and self.hosts.withdraw(uuids) and self.publishes:
             self._taken_over(lambda: not {*uuids} & {*names_in(self.served.folder_of("dhcp"))})
 
     def _taken_over(self, done: Callable[[], bool]) -> bool:
@@ -4910,25 +4654,20 @@ class HostBridge(Network):
 
     def up(self, keep: bool = False) -> None:
         """Raise where this user can't attach to it; setting it up is root's."""
-        reason = self.why_not()
-        if reason:
+        if reason := self.why_not():
             absent = not os.path.isdir(f"/sys/class/net/{self.interface}/bridge")
             mend = "root makes it: nocloud net up" if absent else "nocloud doctor says what mends it"
-            raise Error(
-                f"the network {self.interface} is not to be had: {reason}",
-                f"{mend}; a new group can be on the private network: NOCLOUD_vmNetwork=private",
-            )
+            hint = f"{mend}; a new group can be on the private network: NOCLOUD_vmNetwork=private"
+            raise Error(f"the network {self.interface} is not to be had: {reason}", hint)
 
     def tap(self, vm: VM | None = None) -> tuple[int, int]:
         """The helper makes the tap, puts it on the bridge and sends it over a socket pair (qemu-bridge-helper.c)."""
-        import socket as sockets
-
-        mine, its = sockets.socketpair(sockets.AF_UNIX, sockets.SOCK_STREAM)
+        mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with mine, its:
             words = ["--use-vnet", f"--br={self.interface}", f"--fd={its.fileno()}"]
             run([self.helper() or "qemu-bridge-helper", *words], pass_fds=[its.fileno()])
             mine.settimeout(5)
-            _, fds, _, _ = sockets.recv_fds(mine, 16, 1)
+            _, fds, _, _ = socket.recv_fds(mine, 16, 1)
         if not fds:
             raise Error(f"qemu-bridge-helper gave no tap on {self.interface}")
         os.set_inheritable(fds[0], False)
@@ -4936,8 +4675,7 @@ class HostBridge(Network):
 
     def address(self, vm: VM) -> str:
         """What the DHCP server gave to the VM's MAC, or ''.  The bash tools drew another MAC at each start."""
-        foreign = foreign_qemu(vm)
-        if foreign:
+        if foreign := foreign_qemu(vm):
             return self.leases().get(foreign.mac, "")
         return vm.get("vmAddress") or self.leases().get(vm.get("vmMac"), "")
 
@@ -5015,8 +4753,6 @@ def helper_rules(path: str, depth: int = 8) -> dict[tuple[str, str], str]:
 
 def group_command(gid: int, user: str = "") -> str:
     """What makes a user, by default this one, a member of a group."""
-    import grp
-
     try:
         group = grp.getgrgid(gid).gr_name
     except KeyError:
@@ -7558,11 +7294,6 @@ class Cloud:
             report.warn(f"{self.qemu().path} has neither SPICE nor VNC: VMs have no screen")
         return screen
 
-    @functools.cache
-    def seed(self) -> str:
-        """How cloud-init's seeds are attached, `vvfat` or `iso`.  Raises MissingProgram where neither can be had."""
-        return choose_seed(self.qemu())
-
     def network_of(self, vm: VM) -> Network:
         return self.networks[self.network_kind(vm)]
 
@@ -7579,11 +7310,9 @@ class Cloud:
         lost = [kind for kind, each in self.forwarders.items() if os.path.exists(each.path) and not each.is_there()]
         for vm in self.tree.running() if lost else ():
             if ports_of(vm) and self.network_kind(vm) in lost:
-                try:
-                    with FolderLock(vm.folder, wait=0):
-                        self.forwarder(vm).mend(vm)
-                except (WrongState, FileNotFoundError):
-                    continue  # another command is at work on it, at this perhaps
+                # Another command may be at work on it, at this perhaps
+                with contextlib.suppress(WrongState, FileNotFoundError), FolderLock(vm.folder, wait=0):
+                    self.forwarder(vm).mend(vm)
 
     def chosen_network(self, wanted: str) -> str:
         """bridge or private, for a vmNetwork: `auto` is what this host has now."""
@@ -7776,7 +7505,11 @@ class NewClone:
     request: CloneRequest
     uuid: str
     format: str  # of the template's disk
+    frozen: str  # the layer that it can wake up on, '' for none
     lock: FolderLock | None = None
+
+
+CLONE_BYTES = 512 * 1024  # what an empty overlay, its keys and its logs take, rounded up
 
 
 def check_requests(cloud: Cloud, group: str, requests: Sequence[CloneRequest], force: bool) -> None:
@@ -7793,15 +7526,19 @@ def check_requests(cloud: Cloud, group: str, requests: Sequence[CloneRequest], f
             check_ports(cloud.tree, request, asked)
             check_shares(cloud.config, template, request.settings.get("vmShares", ""))
             if takes_seed(template):
-                cloud.seed()
+                choose_seed(cloud.qemu())
                 request.user_data = request.user_data or default_user_data()
             elif request.user_data:
                 text = f"user-data=: {template.name} takes no seed, its vmInit is {template.get('vmInit')}"
                 raise UsageError(text, "vmtemplate NAME --build SUITE --include cloud-init --init cloud-init makes one")
             memory += request.count * int(request.settings.get("vmMem") or template.get("vmMem"))
             images += request.count * (1 + len(request.disks))
-            check_memory(memory, force)
-            check_space(cloud.tree.base, images)
+            total = memory_mb("MemTotal")
+            if 0 < total < memory and not force:
+                text = f"{memory} MB of memory are asked for up to here, the host has {total} MB"
+                raise Error(text, "ask for less, or say --force")
+            room, what = existing_parent(cloud.tree.base), f"{plural(images, 'image')} up to here take {{}} MB"
+            check_room(room, images * CLONE_BYTES + MIB, cloud.tree.base, what, ROOM_HINT)
         except Error as error:
             error.text, error.vm = f"{request.origin}: {error}" if request.origin else str(error), None
             raise
@@ -7876,14 +7613,6 @@ def memory_mb(kind: str) -> int:
     return int(found.group(1)) // 1024 if found else 0
 
 
-def check_memory(asked: int, force: bool) -> None:
-    """Raise where it is more than the host has, unless forced."""
-    total = memory_mb("MemTotal")
-    if total and asked > total and not force:
-        text = f"{asked} MB of memory are asked for up to here, the host has {total} MB"
-        raise Error(text, "ask for less, or say --force")
-
-
 def warn_of_memory(asked: int) -> None:
     """Say so where it is more than what is available now."""
     available = memory_mb("MemAvailable")
@@ -7891,22 +7620,10 @@ def warn_of_memory(asked: int) -> None:
         report.warn(f"{asked} MB of memory are asked for, {available} MB are available now")
 
 
-CLONE_BYTES = 512 * 1024  # what an empty overlay, its keys and its logs take, rounded up
-
-
-def check_space(folder: str, images: int) -> None:
-    """Raise where the file system has no room for what is written at once (not for what the guests may write later)."""
-    what = f"{plural(images, 'image')} up to here take {{}} MB"
-    hint = "free some disk space, or put vmBaseDir on a larger file system"
-    check_room(existing_parent(folder), images * CLONE_BYTES + MIB, folder, what, hint)
-
-
 # -- making clones
 
 
-def reserve(
-    cloud: Cloud, group: str, requests: Sequence[CloneRequest], templates: Mapping[str, VM], clones: list[NewClone]
-) -> list[str]:
+def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: list[NewClone]) -> list[str]:
     """Allot names, UUIDs, MACs and addresses, and hold each with a conf in a locked folder of its own (.new-NAME).
 
     All under the tree's lock: two commands at once never get the same.  What killed commands left is swept here.  Each
@@ -7925,11 +7642,14 @@ def reserve(
         taken.addresses |= cloud.private.hosts.addresses()
         for request in requests:
             check_collision(tree, group, request.type)  # again, now that nobody else can make one
-            template = templates[request.template]
+            template = tree.need_template(request.template)
             format = known_formats(template)[0]
+            # None of someone else's template, whose lock isn't ours to take
+            layer = frozen_layer(template) if os.access(template.folder, os.W_OK) else None
+            frozen = layer.name if layer else ""
             for number, name in enumerate(next_names(names, request)):
                 uuid, mac = new_identity(taken.macs)
-                clone = NewClone(VM(tree, group, request.type, name or uuid), template, request, uuid, format)
+                clone = NewClone(VM(tree, group, request.type, name or uuid), template, request, uuid, format, frozen)
                 clones.append(clone)
                 address = cloud.networks[kind].allot(taken.addresses, uuid)
                 ports = numbered_ports(request.settings.get("vmPorts", ""), number)
@@ -7991,102 +7711,82 @@ def _reserve_one(clone: NewClone, identity: Mapping[str, str]) -> None:
     vm.write_conf({**settings, "vmDisk": "", "vmExtraDisk": "", **identity, "vmTemplate": template.name})
 
 
-class NewClones:
-    """The clones that this command makes: their folders are locked while it lives, and gone if it fails."""
+def finish_clones(cloud: Cloud, clones: Sequence[NewClone]) -> list[VM | Error]:
+    """Make them, then put them in their places: from then on they are VMs; or Errors, where they couldn't be made."""
+    of = {clone.vm: clone for clone in clones}
 
-    def __init__(self, cloud: Cloud, group: str, requests: Sequence[CloneRequest], templates: Mapping[str, VM]) -> None:
-        self.cloud, self.group = cloud, group
-        self.frozen = {name: layer.name for name, each in templates.items() if (layer := warm_layer(each))}
-        self.clones: list[NewClone] = []
-        try:
-            self.orphans = reserve(cloud, group, requests, templates, self.clones)
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def finish(self) -> list[VM | Error]:
-        """Make them all, then put them in their places: from then on the VMs are there.  What could not be made is an
-        Error in its place."""
-        clones = {clone.vm: clone for clone in self.clones}
-        made = in_parallel(lambda vm: self._make(clones[vm]), list(clones), workers=2 * (os.cpu_count() or 1))
-        flush(self.cloud.tree.base)  # once for all of them
-        made = [each if isinstance(each, Error) else result_of(self._land, each) for each in made]
-        flush(self.cloud.tree.base)
-        return made
-
-    def _land(self, vm: VM) -> VM:
+    def place(vm: VM) -> VM:
         final = VM(vm.tree, vm.group, vm.type, vm.name)
         os.rename(vm.folder, final.folder)
         return final
 
-    def _make(self, clone: NewClone) -> VM:
-        """Make the disks and keys."""
-        vm, template, request = clone.vm, clone.template, clone.request
-        extension = self.cloud.config["vmDiskExt"]
-        system = vm.disk_name(0, extension)
-        disk = os.path.realpath(template.disks()[0])
-        create_overlay(vm.file(system), disk, clone.format, request.disk)
-        extra = [vm.disk_name(number, extension) for number in range(1, len(request.disks) + 1)]
-        for name, size in zip(extra, request.disks):
-            create_disk(vm.file(name), size)
-        if is_planted(vm) or takes_seed(vm):  # with `auto` there may be no cloud-init to take it
-            make_key(vm.host_key, f"root@{vm.name}")
-        if request.user_data:
-            write_file(vm.user_data_file, request.user_data, durable=False)
-        formats = ",".join(["qcow2"] * (1 + len(extra)))
-        disks = {"vmDisk": vm.relative(system), "vmExtraDisk": ",".join(map(vm.relative, extra))}
-        frozen = self.frozen.get(template.name, "") if vm.get("vmCold") == "no" else ""
-        late = "a disk is grown" if request.disk else "folders are shared" if vm.get("vmShares") else ""
-        if frozen and late:
+    made = in_parallel(lambda vm: make_clone(cloud, of[vm]), list(of), workers=2 * (os.cpu_count() or 1))
+    flush(cloud.tree.base)  # once for all of them
+    made = [each if isinstance(each, Error) else result_of(place, each) for each in made]
+    flush(cloud.tree.base)
+    return made
+
+
+def make_clone(cloud: Cloud, clone: NewClone) -> VM:
+    """Make its disks and keys."""
+    vm, template, request = clone.vm, clone.template, clone.request
+    disk = os.path.realpath(template.disks()[0])
+    system, *extra = (vm.disk_name(n, cloud.config["vmDiskExt"]) for n in range(1 + len(request.disks)))
+    create_overlay(vm.file(system), disk, clone.format, request.disk)
+    for name, size in zip(extra, request.disks):
+        create_disk(vm.file(name), size)
+    if is_planted(vm) or takes_seed(vm):  # with `auto` there may be no cloud-init to take it
+        make_key(vm.host_key, f"root@{vm.name}")
+    if request.user_data:
+        write_file(vm.user_data_file, request.user_data, durable=False)
+    formats = ",".join(["qcow2"] * (1 + len(extra)))
+    disks = {"vmDisk": vm.relative(system), "vmExtraDisk": ",".join(map(vm.relative, extra)), "vmDiskFormat": formats}
+    late = "a disk is grown" if request.disk else "folders are shared" if vm.get("vmShares") else ""
+    if clone.frozen and vm.get("vmCold") == "no":
+        if late:
             report.say(f"{report.program}: {vm} boots: {late} at boot only")
-        elif frozen:
-            write_file(vm.frozen_file, frozen, durable=False)
+        else:
+            write_file(vm.frozen_file, clone.frozen, durable=False)
             disks["vmBalloon"] = "no"
-        vm.write_conf({**disks, "vmDiskFormat": formats})
-        if not os.path.exists(disk):  # someone else's template may go though it is cloned
-            raise Error(f"its disk has just gone: {disk}", "ask the template's owner for it", vm=template)
-        return vm
+    vm.write_conf(disks)
+    if not os.path.exists(disk):  # someone else's template may go though it is cloned
+        raise Error(f"its disk has just gone: {disk}", "ask the template's owner for it", vm=template)
+    return vm
 
-    def __enter__(self) -> NewClones:
-        return self
 
-    def __exit__(self, *exc: object) -> None:
-        failed = [clone for clone in self.clones if not clone.lock or os.path.isdir(clone.vm.folder)]
-        for clone in self.clones:
-            if clone.lock:  # before it is taken, vm.folder may still be the final one
-                if os.path.isdir(clone.vm.folder):
-                    remove_tree(clone.vm.folder)
-                clone.lock.release()
-        self.cloud.bridge.withdraw([clone.uuid for clone in failed])  # an address was held for each
-        with self.cloud.tree.lock():
-            remove_if_empty(self.cloud.tree, self.group)
+def end_making(cloud: Cloud, group: str, clones: Sequence[NewClone]) -> None:
+    """Remove what has not become a VM, and give up the locks."""
+    failed = [clone for clone in clones if not clone.lock or os.path.isdir(clone.vm.folder)]
+    for clone in clones:
+        if clone.lock:  # before it is taken, vm.folder may still be the final one
+            if clone in failed:
+                remove_tree(clone.vm.folder)
+            clone.lock.release()
+    cloud.bridge.withdraw([clone.uuid for clone in failed])  # an address was held for each
+    with cloud.tree.lock():
+        remove_if_empty(cloud.tree, group)
 
 
 def make_clones(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> list[VM | Error]:
     """Make the clones that are asked for, in parallel; what could not be made is an Error in its place."""
-    import contextlib
-
     cloud.tree.prepare()
     templates = [cloud.tree.need_template(name) for name in sorted({request.template for request in requests})]
     settle_stopped(cloud, templates)
-    with contextlib.ExitStack() as locks:
+    clones: list[NewClone] = []
+    with contextlib.ExitStack() as stack:
         for template in templates:
             if os.access(template.folder, os.W_OK):  # else it is someone else's, whose lock isn't ours to take
-                locks.enter_context(FolderLock(template.folder, shared=True))
+                stack.enter_context(FolderLock(template.folder, shared=True))
             template.reread()
             check_clonable(template)
             set_writable(template.disks()[0], False)
         own_key()
-        with NewClones(cloud, group, requests, {template.name: template for template in templates}) as new:
-            made = new.finish()
-    if new.orphans:  # not under those locks: who starts a template takes the network's first
-        forget_identity(cloud, new.orphans)
+        stack.callback(end_making, cloud, group, clones)
+        orphans = reserve(cloud, group, requests, clones)
+        made = finish_clones(cloud, clones)
+    if orphans:  # not under those locks: who starts a template takes the network's first
+        forget_identity(cloud, orphans)
     return made
-
-
-def warm_layer(template: VM) -> Layer | None:
-    """The layer that clones can wake up on; none of someone else's template, whose lock isn't ours to take."""
-    return frozen_layer(template) if os.access(template.folder, os.W_OK) else None
 
 
 def publish_keys(cloud: Cloud, vms: Sequence[VM]) -> None:
@@ -8110,9 +7810,7 @@ def forget_identity(cloud: Cloud, uuids: Sequence[str]) -> None:
 # The power button, the plug, and what goes with a VM.  A template is stopped with care: see the work in its guest.
 
 # And the pidfile.  The credentials stay, for whoever starts it by hand.
-RUNTIME_FILES = (
-    "qmp.sock", "serial.sock", "monitor.sock", AGENT_SOCKET, RECORD_SOCKET, *(f"{screen}.sock" for screen in SCREENS)
-)  # fmt: skip
+RUNTIME_FILES = ("qmp.sock", "serial.sock", "monitor.sock", "spice.sock", "vnc.sock", AGENT_SOCKET, RECORD_SOCKET)
 
 
 def remove_runtime_files(vm: VM) -> None:
@@ -8138,26 +7836,21 @@ def stop_locked(vm: VM, seconds: float) -> bool:
 
 def press_power_button(vm: VM, process: Process, seconds: float) -> bool:
     """Whether the guest shut down in time.  The button is pressed every 3 s: a guest that is booting misses it.
-
-    Raises WrongState where a full disk has paused it: the plug would cost it what it couldn't write.
-    """
+    Raises WrongState where a full disk has paused it: the plug would cost it what it couldn't write."""
     state = wake(vm, resume=True)
     if state in (DISK_FULL, DISK_ERROR):
         raise WrongState(f"it is {state}", f"{remedy(vm, state)}; --kill switches it off as it is", vm=vm)
     if state in DEAD or os.path.exists(vm.frozen_file):  # whose lock is ours
         return False
-    deadline = time.monotonic() + seconds
-    said = False
-    while True:
+    deadline, said = time.monotonic() + seconds, False
+    while (left := deadline - time.monotonic()) > 0:
         ask_qemu(vm, "system_powerdown")
-        left = deadline - time.monotonic()
         if process.ended(min(3.0, left)):
             return True
-        if left <= 3.0:
-            return False
-        if not said:
-            said = True
+        if not said and left > 3.0:
             report.say(f"{report.program}: waiting for {vm} to shut down, for up to {seconds:.0f} s")
+        said = True
+    return False
 
 
 def pull_the_plug(vm: VM, process: Process) -> None:
@@ -8287,19 +7980,9 @@ SHUTDOWN_SECONDS = 120  # what is to be kept has more time than vmstop gives a V
 # From a conf to a qemu that answers, with a guest that boots, or goes on where it was saved, or its template frozen.
 
 
-def start(cloud: Cloud, vm: VM, *, iso: str = "", gui: bool = False) -> None:
-    """Start a VM and return when its qemu answers.  Raises WrongState where it runs, Error with qemu's own words.
-
-    What it needs of its network is up.  `iso`: boot from this image; `gui`: with a screen, this time, though its conf
-    asks for none.
-    """
-    cancellation.check()
-    with FolderLock(vm.folder):
-        start_held(cloud, vm, iso=iso, gui=gui)
-
-
-def start_held(cloud: Cloud, vm: VM, *, iso: str = "", gui: bool = False) -> None:
-    """What `start` does, for who holds the VM's lock."""
+def start(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> None:
+    """Start a VM, by who holds its lock, on a network that is up; its qemu answers when this returns.  `iso`: boot from
+    this image; `gui`: with a screen, this time.  Raises WrongState where it runs, Error with qemu's own words."""
     end_half_start(vm)
     state, _ = vm.state()
     if state == "running":
@@ -8331,8 +8014,6 @@ def start_held(cloud: Cloud, vm: VM, *, iso: str = "", gui: bool = False) -> Non
 
 def start_locked(cloud: Cloud, vm: VM, machine: Machine, tied: bool = False) -> None:
     """Start the qemu of a VM that is stopped, by who holds its lock.  `tied`: it ends when this process does."""
-    import contextlib
-
     remove_runtime_files(vm)
     network, forwarder = cloud.network_of(vm), cloud.forwarder(vm)
     with contextlib.ExitStack() as stack:
@@ -8392,8 +8073,6 @@ def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False, lay
 
 
 def split_words(text: str) -> list[str]:
-    import shlex
-
     try:
         return shlex.split(text)
     except ValueError as error:
@@ -8409,12 +8088,9 @@ def write_credentials(vm: VM) -> str:
 
 
 def write_seed(cloud: Cloud, vm: VM, wanted: bool) -> str:
-    """The seed's folder, or the image of it, relative to the VM's own, written anew for this start; '' for none.
-
-    The folder is there if, and only if, the VM was started with a seed.
-    """
-    if os.path.isdir(vm.seed_folder):
-        remove_tree(vm.seed_folder)
+    """The seed's folder, or the image of it, relative to the VM's own, written anew for this start; '' for none.  The
+    folder is there if, and only if, the VM was started with a seed."""
+    remove_tree(vm.seed_folder)
     if not wanted or not os.path.exists(vm.host_key):
         return ""
     added = b""
@@ -8426,7 +8102,7 @@ def write_seed(cloud: Cloud, vm: VM, wanted: bool) -> str:
     for path, data in files.items():
         write_file(path, data, durable=False)
     folder = os.path.basename(vm.seed_folder)
-    if cloud.seed() == "vvfat":
+    if choose_seed(cloud.qemu()) == "vvfat":
         return folder
     image = os.path.join(vm.seed_folder, SEED_ISO)
     # Rock Ridge and Joliet keep the names in lower case.
@@ -8509,22 +8185,16 @@ def migrate(qemu: QMP, fd: int, shared: bool) -> None:
     """Write a guest's devices, and its memory where that isn't shared, to a descriptor."""
     prepare_migration(qemu, fd, shared)
     qemu.execute("migrate", uri="fd:state")
-    answer: dict[str, Any] = {}
-
-    def ended() -> bool:
-        answer.update(qemu.execute("query-migrate"))
-        return answer["status"] in ("completed", "failed")
-
-    if not wait_for(ended, 3600, 0.05) or answer["status"] == "failed":
+    wait_for(lambda: qemu.execute("query-migrate")["status"] in ("completed", "failed"), 3600, 0.05)
+    answer = qemu.execute("query-migrate")
+    if answer["status"] != "completed":
         raise Error(f"qemu could not write the guest's state: {answer.get('error-desc', 'it takes too long')}")
 
 
 def prepare_migration(qemu: QMP, fd: int, shared: bool) -> None:
     """Have a qemu write to, or read from, a descriptor as fast as it goes; `shared`: memory in a shared file stays.
-
     The network card is announced once, at once, when a frozen guest's has no link.  Never can't be asked for: qemu 7.2
-    has no timer for that then, and crashes when the guest resets the card (hw/net/virtio-net.c, virtio_net_reset).
-    """
+    has no timer for that then, and crashes when the guest resets the card (hw/net/virtio-net.c, virtio_net_reset)."""
     wanted = [{"capability": "x-ignore-shared", "state": shared}]
     qemu.execute("migrate-set-capabilities", capabilities=wanted)
     qemu.execute("migrate-set-parameters", announce_rounds=1, max_bandwidth=1 << 40)
@@ -8551,34 +8221,26 @@ def save(vm: VM) -> None:
             why = "a template, with shared folders, not quite awake, or started by the bash tools"
             raise WrongState(f"it can't be saved: {why}", f"vmstop -n {vm} shuts it down", vm=vm)
         check_room(vm.folder, (vm.number("vmMem") + 64) * MIB, vm.base, "its memory takes up to {} MB", ROOM_HINT)
-        with Process(pid) as process, QMP(vm.folder) as qemu, StandStill([(vm, qemu)]):
+        with Process(pid) as process, QMP(vm.folder) as qemu, stand_still([(vm, qemu)]):
             write_memory(qemu, vm.saved_file)
             qemu.close()  # it serves one client at a time
             pull_the_plug(vm, process)
         remove_runtime_files(vm)
 
 
-class StandStill:
+@contextlib.contextmanager
+def stand_still(guests: Iterable[tuple[VM, QMP]]) -> Iterator[None]:
     """Guests, those of them that are at work, stand still as long as the `with`; wake() mends what a kill leaves."""
-
-    def __init__(self, guests: Sequence[tuple[VM, QMP]]) -> None:
-        self._guests = guests
-        self._stopped: list[tuple[VM, QMP]] = []
-
-    def __enter__(self) -> StandStill:
-        try:
-            for vm, qemu in self._guests:
-                if qemu.execute("query-status")["status"] == "running":
-                    self._stopped.append((vm, qemu))
-                    write_file(vm.still_file, "", durable=False)
-                    qemu.execute("stop")
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for vm, qemu in self._stopped:
+    stopped: list[tuple[VM, QMP]] = []
+    try:
+        for vm, qemu in guests:
+            if qemu.execute("query-status")["status"] == "running":
+                stopped.append((vm, qemu))
+                write_file(vm.still_file, "", durable=False)
+                qemu.execute("stop")
+        yield
+    finally:
+        for vm, qemu in stopped:
             qemu.allow(5)
             if not isinstance(result_of(lambda qemu: qemu.execute("cont"), qemu), Error):
                 remove_file(vm.still_file)
@@ -8629,10 +8291,8 @@ WAKE_SECONDS = 60  # emulated guests that wake up together take their time
 
 def thaw(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> bool:
     """Have a clone go on where its template's guest was frozen, as itself; False where it has to boot, having said why.
-
     For who holds its lock.  Until the guest has said that it is this VM, the frozen file stays: who finds that begins
-    anew, on a new disk.
-    """
+    anew, on a new disk."""
     name = read_existing(vm.frozen_file)
     if not name:
         return False
@@ -8656,16 +8316,14 @@ def thaw(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> bool:
             vm.write_conf({"vmPlugged": str(len(others))})
         wake_up(vm, token)
         vm.woke, awake = time.monotonic() - began, True
-    except (Error, OSError) as error:
-        why = last_words(vm, error)
+    except BaseException as error:
+        why, awake = last_words(vm, error), False
         stop_locked(vm, 0)
+        if not isinstance(error, (Error, OSError)):
+            raise
         cancellation.check()
         renew_disk(vm, template.disks()[0], known_formats(template)[0])
         report.say(f"{report.program}: {vm} boots: {why}")
-        awake = False
-    except BaseException:
-        stop_locked(vm, 0)
-        raise
     remove_file(vm.frozen_file)
     sync(vm.folder)
     return awake
@@ -8711,8 +8369,6 @@ def check_frozen(layer: Layer, machine: Machine) -> str:
 def read_manifest(layer: Layer, deep: bool = False) -> Any:
     """What a freeze noted.  Raises Error where memory isn't as it was left, by its checksum too with `deep`: that reads
     all of it."""
-    import json
-
     with Parsing(Error, f"{layer.manifest} can't be read"):
         manifest = json.loads(read_text(layer.manifest))
         same = memory_facts(layer) == manifest["memory"]
@@ -8760,13 +8416,10 @@ def wake_up(vm: VM, token: str) -> None:
 
 def talk(vm: VM, words: bytes, seconds: float) -> str:
     """Say a line to the agent in the guest; its answer, of at most 4 KB."""
-    connection, said = connect_unix(vm.folder, AGENT_SOCKET, seconds), b""
-    with connection:
-        connection.sendall(words)
-        while b"\n" not in said and len(said) < 4096 and readable(connection, seconds):
-            piece = connection.recv(4096)
-            if not piece:
-                break
+    said = b""
+    with connect_unix(vm.folder, AGENT_SOCKET, seconds) as line:
+        line.sendall(words)
+        while b"\n" not in said and len(said) < 4096 and readable(line, seconds) and (piece := line.recv(4096)):
             said += piece
     return said.partition(b"\n")[0].decode("ascii", "replace")
 
@@ -8774,8 +8427,6 @@ def talk(vm: VM, words: bytes, seconds: float) -> str:
 def command_script(vm: VM, argv: Sequence[str], network: Network) -> str:
     """A shell script that starts the same VM by hand: qemu's very words, in the VM's folder and network; but it shares
     no folders, which takes their daemons."""
-    import shlex
-
     # an option a line: its value begins with no dash
     words = "".join((" \\\n  " if word[:1] == "-" else " ") + shlex.quote(word) for word in argv)
     tap = self_argv("net", f"--tap={vm.full_name}", f"--{network.kind}", "exec")  # as descriptor 3
@@ -8820,9 +8471,9 @@ class Wait:
             self.tell(vm, self.stage)
         if now >= self._say_at:
             self._say_at = float("inf")
-            report.say(f"{report.program}: waiting for {vm}: {STAGES[self.stage]}")
+            report.say(f"{report.program}: waiting for {vm}: {STAGES[self.stage][0]}")
         if now >= self._deadline:
-            text = f"not ready after {now - self._started:.0f} s: waiting for {STAGES[self.stage]}{self.console()}"
+            text = f"not ready after {now - self._started:.0f} s: waiting for {STAGES[self.stage][0]}{self.console()}"
             raise TimedOut(text, f"{self.limit} sets the longest wait; its console: {vm.console_log}", vm=vm)
 
     def tries(self) -> Iterator[float]:
@@ -8839,16 +8490,12 @@ class Wait:
         return f"; its console says: {' | '.join(lines[-3:])}" if lines else "; its console says nothing"
 
 
-STAGES = {
-    "address": "the guest to ask for its address",
-    "ssh": "ssh to answer",  # with its server's banner
-    "configured": "its configuration",
-    "cloud-init": "cloud-init in the guest to finish",  # which lets us in already
+STAGES = {  # what is waited for; and what the VM does meanwhile, in a line that a terminal has room for
+    "address": ("the guest to ask for its address", "booting"),
+    "ssh": ("ssh to answer", "starting ssh"),  # with its server's banner
+    "configured": ("its configuration", "configuring"),
+    "cloud-init": ("cloud-init in the guest to finish", "in cloud-init"),  # which lets us in already
 }
-DOING = {  # what VMs that aren't ready do; in a line that a terminal has room for
-    "failed": "failed", "address": "booting", "ssh": "starting ssh", "configured": "configuring",
-    "cloud-init": "in cloud-init",
-}  # fmt: skip
 
 
 class WaitProgress:
@@ -8863,13 +8510,14 @@ class WaitProgress:
         self.stages[vm] = stage
         self.show()
         if stage != "failed" and not sys.stderr.isatty():
-            said = f"waiting for {vm.name}: {STAGES[stage]}" if stage in STAGES else f"{vm.name} is {stage}"
+            said = f"waiting for {vm.name}: {STAGES[stage][0]}" if stage in STAGES else f"{vm.name} is {stage}"
             report.say(f"{report.program}: {said}")
 
     def show(self) -> None:
         """Draw the line, while there is something to wait for."""
         counts = Counter(self.stages.values())
-        words = [f"{counts[stage]} {word}" for stage, word in DOING.items() if counts[stage]]
+        doing = {"failed": "failed", **{stage: word for stage, (_, word) in STAGES.items()}}
+        words = [f"{counts[stage]} {word}" for stage, word in doing.items() if counts[stage]]
         if sys.stderr.isatty() and counts["ready"] + counts["failed"] < len(self.stages):
             report.progress(", ".join([f"{counts['ready']} of {len(self.stages)} ready", *words]))
 
@@ -8886,20 +8534,15 @@ def wait_ssh(wait: Wait) -> None:
 
 def stage_of_port(network: Network, address: str) -> str:
     """The stage that a try to connect shows: silence (`address`), an answer (`ssh`), an SSH banner (`configured`)."""
-    stage = "address"
     with network.socket() as connection:
         connection.settimeout(1.0)
-        try:
-            connection.connect((address, 22))
-            stage = "ssh"
-            # An emulated guest takes its time, and each try that is given up costs it more.
+        if connection.connect_ex((address, 22)) not in (0, errno.ECONNREFUSED, errno.ECONNRESET):
+            return "address"
+        # An emulated guest takes its time, and each try that is given up costs it more.
+        with contextlib.suppress(OSError):
             if readable(connection, 15.0) and connection.recv(4) == b"SSH-":
-                stage = "configured"
-        except (ConnectionRefusedError, ConnectionResetError):
-            return "ssh"
-        except OSError:
-            pass  # it shows what it has come to
-    return stage
+                return "configured"
+    return "ssh"
 
 
 def wait_ready(wait: Wait) -> None:
@@ -8934,8 +8577,6 @@ def find_init_kind(wait: Wait) -> None:
 
 def keep_shown(vm: VM, key: str, value: str) -> None:
     """Keep in its conf what a running guest has shown."""
-    import contextlib
-
     try:
         with contextlib.nullcontext() if vm.is_in_making else FolderLock(vm.folder):  # who makes it holds its lock
             vm.write_conf({key: value})
@@ -8954,36 +8595,35 @@ DENIED_SECONDS = 5  # where sshd is not started after what plants the keys
 
 
 def configure(wait: Wait, cloud_init: bool = False, once: bool = False) -> None:
-    """Log in with nocloud's own key, and set the hostname where it isn't what it should be.
-
-    Tried again until the wait is over: sshd answers before the guest lets users in (pam_nologin).  `cloud_init`: that
-    has set the name, return when it has ended, or, with `once`, is at work.  Raises Error where it failed, with causes.
-    """
-    vm = wait.vm
+    """Log in with nocloud's own key, and set the hostname where it isn't what it should be.  `cloud_init`: that has
+    set it; return when it has ended, or, with `once`, is at work.  Raises Error where it failed, with causes."""
+    vm, patience = wait.vm, 0
     if not cloud_init:
-        if os.path.exists(vm.configured_file):
-            return
-        pin_host_key(wait)
-    script = cloud_init_script(0) if cloud_init else guest_script("hostname.sh", NAME=vm.host_name)
+        if not os.path.exists(vm.configured_file):
+            pin_host_key(wait)
+            run_in_guest(wait, guest_script("hostname.sh", NAME=vm.host_name))
+            write_file(vm.configured_file, "")
+        return
     for seconds in wait.tries():
+        script = guest_script("cloud-init.sh", PATIENCE=patience, NOT_YET=NOT_YET)
         status, output = ssh_batch(wait.cloud, vm, script, seconds)
         login = vm.get("vmUser")
-        if cloud_init and login != "root" and status == 255 and "Permission denied" in output:
+        if login != "root" and status == 255 and "Permission denied" in output:
             status, output = ssh_batch(wait.cloud, vm, script, seconds, "root")
             if status in (0, 1, 2):  # cloud-init has ended, and has not made its default user
                 keep_shown(vm, "vmUser", "root")
                 warn_of_guest(vm, f"{login} can't log in there, root can: vmssh and ansible are root from now on")
-        if status == 0 or (cloud_init and status in (1, 2)):
+        if status in (0, 1, 2):
             told = os.path.exists(vm.configured_file)
             write_file(vm.configured_file, "")
             check_cloud_init(vm, status, output, told)
             return
-        if cloud_init and status == NOT_YET:
-            if once:
-                return
-            wait.stage, script = "cloud-init", cloud_init_script(15)
-        else:
+        if status != NOT_YET:
             check_login(wait, status, output)
+        elif once:
+            return
+        else:
+            wait.stage, patience = "cloud-init", 15
 
 
 def check_cloud_init(vm: VM, status: int, output: str, told: bool) -> None:
@@ -9004,8 +8644,7 @@ def mount_shares(wait: Wait) -> None:
     if shares == read_existing(vm.mounted_file) or vm.get("vmInit") == "none":
         return
     folders = (f"share{n} {guest} {'rw' if rw else 'ro'}" for n, (_, guest, rw) in enumerate(parse_shares(shares)))
-    script = guest_script("shares.sh", True, SHARES="\n".join(folders))
-    run_in_guest(wait, script)
+    run_in_guest(wait, guest_script("shares.sh", True, SHARES="\n".join(folders)))
     write_file(vm.mounted_file, shares)
 
 
@@ -9022,7 +8661,8 @@ def set_clock(wait: Wait) -> None:
 
 
 def run_in_guest(wait: Wait, script: str) -> None:
-    """Run a script in the guest as soon as that lets us in.  Raises as `check_login` does."""
+    """Run a script in the guest as soon as that lets us in: sshd answers before that (pam_nologin).  Raises as
+    `check_login` does."""
     for seconds in wait.tries():
         status, output = ssh_batch(wait.cloud, wait.vm, script, seconds)
         if not status:
@@ -9078,10 +8718,8 @@ BATCH = ("-F", "none", *ssh_options(BatchMode="yes", ConnectTimeout="20"))  # no
 def ssh_argv(
     cloud: Cloud, vm: VM, first: Sequence[str] = (), trust: Sequence[str] = (), keys: Sequence[str] = ()
 ) -> list[str]:
-    """ssh's argv up to the host: who is checked, with which keys, by which way.
-
-    `first`: options that win: of two values ssh takes the first, and -N excludes a SessionType before it.
-    """
+    """ssh's argv up to the host: who is checked, with which keys, by which way.  `first`: options that win, for of two
+    values ssh takes the first, and -N excludes a SessionType before it."""
     network, address = cloud.network_of(vm), cloud.network_of(vm).address(vm)
     trust = trust or ssh_trust_options(cloud.known_hosts.path, strict=True)
     way = ssh_way(network, trust, keys or ssh_key_options(is_planted(vm)))
@@ -9101,41 +8739,26 @@ def split_ssh_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(words[:count]), list(words[count:])
 
 
-def cloud_init_script(seconds: int) -> str:
-    """For the guest's shell: 0 where its cloud-init has done all, 1 where it failed, 2 where it left something out,
-    NOT_YET where it is at work, and still is after `seconds`."""
-    return guest_script("cloud-init.sh", PATIENCE=seconds, NOT_YET=NOT_YET)
-
-
 # -- many VMs at once
 
 
 def start_all(
-    cloud: Cloud,
-    vms: Sequence[VM],
-    started: Callable[[VM], None] = lambda vm: None,
-    iso: str = "",
-    gui: bool = False,
-    begin: Callable[..., None] = start,
+    cloud: Cloud, vms: Sequence[VM], started: Callable[[VM], None] = lambda vm: None, held: bool = False, **how: Any
 ) -> list[Error | None]:
-    """Start VMs in parallel, after the networks that they need; for each None, or why it doesn't run.
-
-    `started` hears of each as soon as it runs; `begin`: start_held, for who holds their locks.
-    """
-    import contextlib
+    """Start VMs in parallel, `how` as start() says, after the networks that they need; for each None, or why it doesn't
+    run.  `started` hears of each as soon as it runs; `held`: the caller has their locks."""
 
     def start_one(vm: VM) -> None:
-        begin(cloud, vm, iso=iso, gui=gui)
+        cancellation.check()
+        with contextlib.nullcontext() if held else FolderLock(vm.folder):
+            start(cloud, vm, **how)
         started(vm)
 
-    members: dict[str, list[VM]] = {}
-    for vm in vms:
-        if vm.is_readable() and not foreign_qemu(vm):
-            members.setdefault(cloud.network_kind(vm), []).append(vm)
+    kinds = {vm: cloud.network_kind(vm) for vm in vms if vm.is_readable() and not foreign_qemu(vm)}
     with contextlib.ExitStack() as stack:
-        for kind in sorted(members):
+        for kind in sorted({*kinds.values()}):
             stack.enter_context(cloud.networks[kind].hold())
-            cloud.networks[kind].admit(members[kind])
+            cloud.networks[kind].admit([vm for vm in kinds if kinds[vm] == kind])
         return in_parallel(start_one, vms)
 
 
@@ -9234,20 +8857,15 @@ def need_snapshots(vms: Iterable[VM], name: str) -> list[Snapshot]:
     return found
 
 
-def locked(vms: Iterable[VM]) -> Any:
-    """A context that holds the locks of VMs, taken in one order by all commands."""
-    import contextlib
-
-    stack = contextlib.ExitStack()
-    try:
+@contextlib.contextmanager
+def locked(vms: Iterable[VM]) -> Iterator[None]:
+    """The locks of VMs are held, taken in one order by all commands."""
+    with contextlib.ExitStack() as stack:
         for vm in sorted(vms, key=lambda vm: vm.full_name):
             stack.enter_context(FolderLock(vm.folder))
             vm.reread()
             end_half_start(vm)
-    except BaseException:
-        stack.close()
-        raise
-    return stack
+        yield
 
 
 def new_overlays(vm: VM, disks: Sequence[str], formats: Sequence[str]) -> dict[str, str]:
@@ -9303,10 +8921,6 @@ class Sealing:
             actions = [{"type": "blockdev-snapshot", "data": pair} for pair in pairs]
             self.qemu.execute("transaction", actions=actions)
 
-    def keep_memory(self) -> None:
-        if self.qemu:
-            write_memory(self.qemu, self.new.memory)
-
     def undo(self) -> None:
         """Go on as it was; overlays that are written to already stay, and are merged."""
         if os.path.exists(self.final.folder):
@@ -9314,10 +8928,6 @@ class Sealing:
         if self.qemu:
             self.qemu.allow(3600)
         clear_up(self.vm, self.qemu if self.vm.is_running() else None, unwritten=not self.sealed)
-
-    def close(self) -> None:
-        if self.qemu:
-            self.qemu.close()
 
 
 def nodes_of(qemu: QMP, vm: VM, devices: bool = False) -> dict[str, str]:
@@ -9332,9 +8942,7 @@ def nodes_of(qemu: QMP, vm: VM, devices: bool = False) -> dict[str, str]:
 
 def take_snapshot(cloud: Cloud, vms: Sequence[VM], name: str, ram: bool, flush_guests: bool) -> None:
     """Snapshots of VMs, all of one moment; where one can't be taken there is none, and all go on.
-
-    `ram`: with the memory of those that run; `flush_guests`: they write out first what they hold.
-    """
+    `ram`: with the memory of those that run; `flush_guests`: they write out first what they hold."""
     checked_name("snapshot", name)
     with locked(vms):
         check_snapshots(vms, name, ram)
@@ -9345,19 +8953,20 @@ def take_snapshot(cloud: Cloud, vms: Sequence[VM], name: str, ram: bool, flush_g
             for vm in vms:
                 sealings.append(Sealing(vm, name))
                 sealings[-1].prepare()
-            with StandStill([(each.vm, each.qemu) for each in sealings if each.qemu]):
+            running = {each.vm: (each.qemu, each.new.memory) for each in sealings if each.qemu}
+            with stand_still((vm, qemu) for vm, (qemu, _) in running.items()):
                 for each in sealings:
                     each.seal()
                 if ram:
-                    raise_first(in_parallel(lambda each: each.keep_memory(), sealings))
+                    raise_first(in_parallel(lambda vm: write_memory(*running[vm]), list(running)))
             land({each.new.folder: each.final.folder for each in sealings})
         except BaseException:
             for each in reversed(sealings):  # the last one may have had no room: what it leaves goes first
                 result_of(lambda each: each.undo(), each)
             raise
         finally:
-            for each in sealings:
-                each.close()
+            for qemu in [each.qemu for each in sealings if each.qemu]:
+                qemu.close()
 
 
 def flush_guest(cloud: Cloud, vm: VM) -> None:
@@ -9404,9 +9013,7 @@ def own_chain(vm: VM, disk: str) -> list[str]:
 
 def roll_back(snapshot: Snapshot) -> list[str]:
     """Have a VM that is switched off be what it was, by who holds its lock; where memory was kept, it goes on there.
-
-    The disks that it has got since, which stay in its folder.
-    """
+    Returns the disks that it has got since, which stay in its folder."""
     vm, old, followed = snapshot.vm, snapshot.source(), snapshot.vm.tree.followable()
     files = {disk: {os.path.realpath(disk), *backing_chain(disk, "", followed)} for disk in vm.disks() + old.disks()}
     was, aside = set().union(*map(files.__getitem__, old.disks())), []
@@ -9428,8 +9035,6 @@ def roll_back(snapshot: Snapshot) -> list[str]:
 
 def delete_snapshot(snapshot: Snapshot) -> None:
     """Forget a snapshot, and merge what only it had, running or not; by who holds the VM's lock."""
-    import contextlib
-
     vm, saved = snapshot.vm, saved_is_current(snapshot.vm)
     remove_tree(doomed := os.path.join(vm.snapshots_folder, REMOVING + snapshot.name))
     os.rename(snapshot.folder, doomed)
@@ -9442,12 +9047,8 @@ def delete_snapshot(snapshot: Snapshot) -> None:
 
 def clear_up(vm: VM, qemu: QMP | None, unwritten: bool = False) -> None:
     """Remove what commands that failed or were killed have left, and merge what nothing needs; by who holds the lock.
-
     A conf that names overlays which nobody has written to names again what it did: of a VM that runs qemu tells that,
-    of another one `unwritten`.
-    """
-    import contextlib
-
+    of another one `unwritten`."""
     if qemu:
         go_on_after_kill(vm, qemu)
         for job in qemu.execute("query-block-jobs"):
@@ -9477,13 +9078,13 @@ def merge_unused(vm: VM, qemu: QMP | None = None) -> None:
     the only one that stands on it.  What is there is whole at any time: data only goes up."""
     sources = [vm, *(each.source() for each in snapshots_of(vm))]
     named = {os.path.realpath(disk) for source in sources for disk in source.disks()}
-    images = [vm.file(name) for name in names_in(vm.folder) if name.endswith((".img", ".qcow2"))]
-    ours = {path for path in map(os.path.realpath, images) if re.search(r"\.s\d+\.", os.path.basename(path))}
-    for path in sorted(set(map(os.path.realpath, images)) - named, key=lambda path: path not in ours):
+    images = {os.path.realpath(vm.file(name)) for name in names_in(vm.folder) if name.endswith((".img", ".qcow2"))}
+    ours = {path for path in images if re.search(r"\.s\d+\.", os.path.basename(path))}
+    for path in sorted(images - named, key=lambda path: path not in ours):
         if os.stat(path).st_nlink > 1:  # roll_back() gave it another name
             remove_file(path)
-            images = [image for image in images if os.path.realpath(image) != path]
-    chains = {path: own_chain(vm, path) for path in named | set(map(os.path.realpath, images)) if os.path.exists(path)}
+            images.discard(path)
+    chains = {path: own_chain(vm, path) for path in named | images if os.path.exists(path)}
     used = {each for path, chain in chains.items() if path in named or path not in ours for each in chain}
     for path in ours - used:
         remove_file(path)
@@ -9501,8 +9102,6 @@ def merge_unused(vm: VM, qemu: QMP | None = None) -> None:
 
 def merge(vm: VM, lower: str, upper: str, qemu: QMP | None) -> None:
     """Have an overlay stand on what the file under it stands on, with all that was in that; which goes."""
-    import contextlib
-
     header = qcow2_header(upper)
     under = qcow2_header(lower) if header and header.format == "qcow2" else None
     below = os.path.join(os.path.dirname(lower), under.backing) if under and under.backing else ""
@@ -9559,9 +9158,7 @@ def give_identity(cloud: Cloud, vm: VM) -> None:
 class OwnGuest:
     """A guest that runs for nocloud's own work in it, on a layer or its VM's disk; `with` leaves it switched off."""
 
-    def __init__(
-        self, cloud: Cloud, vm: VM, layer: Layer | None = None, memory: str = "", settings: Mapping[str, str] = {}
-    ) -> None:
+    def __init__(self, cloud: Cloud, vm: VM, layer: Layer | None = None, memory: str = "", **settings: str) -> None:
         """Boot it, its memory in this file, with these settings.  The caller holds its lock, and it is stopped."""
         self.cloud, self.vm, self.layer = cloud, vm, layer
         self.keys = ssh_key_options(is_planted(vm))
@@ -9579,20 +9176,9 @@ class OwnGuest:
         pin_host_key(wait)
         return wait
 
-    def wait_login(self) -> None:
-        """Return when one can log in to it with `keys`, which may be others than ours."""
-        for seconds in self.wait(wait_ssh).tries():
-            status, said = self.run("true", seconds)
-            if not status:
-                return
-            if "Permission denied" in said:
-                raise Error(f"no key lets {self.vm.get('vmUser')} in: {last_line(said)}", vm=self.vm)
-
     def run(self, script: str, seconds: float, on_line: Callable[[str], None] = lambda line: None) -> tuple[int, str]:
-        """Run a script in it, giving each line that it writes to `on_line`; (its status, what it says last).
-
-        The status is 255 where ssh failed.  Raises TimedOut after `seconds`.
-        """
+        """Run a script in it, giving each line that it writes to `on_line`; (its status, 255 where ssh failed, what it
+        says last).  Raises TimedOut after `seconds`."""
         words = ssh_argv(self.cloud, self.vm, BATCH, keys=self.keys)
         tied = tie([need_program(words[0]), *words[1:], script])
         status, said = run_watched(tied, on_line, timeout=seconds, host=self._process)
@@ -9627,18 +9213,24 @@ class OwnGuest:
         remove_runtime_files(self.vm)
 
 
-def guest_on_layer(
-    cloud: Cloud, template: VM, memory: bool = False, settings: Mapping[str, str] = {}
-) -> tuple[Layer, OwnGuest]:
-    """The guest of a template that is stopped, on a new layer, with its memory in the layer's file; by who holds its
-    lock."""
-    need_stopped(cloud, template)
-    layer = new_layer(template)
+@contextlib.contextmanager
+def guest_on_layer(cloud: Cloud, template: VM, ram: bool = False, **asked: str) -> Iterator[tuple[OwnGuest, Layer]]:
+    """The guest of a template that is stopped, on a new layer; what has become of that is settled in the end.  `ram`:
+    with its memory in the layer's file."""
+    with FolderLock(template.folder):
+        need_stopped(cloud, template)
+        layer = new_layer(template)
+        try:
+            guest = OwnGuest(cloud, template, layer, os.path.basename(layer.memory) if ram else "", **asked)
+        except BaseException:
+            layer.remove()
+            raise
     try:
-        return layer, OwnGuest(cloud, template, layer, os.path.basename(layer.memory) if memory else "", settings)
-    except BaseException:
-        layer.remove()
-        raise
+        with guest:
+            yield guest, layer
+    finally:
+        with FolderLock(template.folder):
+            settle(cloud, template, warn=False)
 
 
 def forget_guest(cloud: Cloud, vm: VM) -> None:
@@ -9650,18 +9242,15 @@ def forget_guest(cloud: Cloud, vm: VM) -> None:
 
 
 def cleaning_script(vm: VM) -> str:
-    """Takes out of a guest what makes it this one: a clone must make, or be given, its own.
-
-    Login keys and the host key go where each clone gets them planted; elsewhere the clones need what is there.
-    """
+    """Takes out of a guest what makes it this one: a clone must make, or be given, its own.  Login keys and
+    the host key go where each clone gets them planted; elsewhere the clones need what is there."""
     planted = is_planted(vm)
     keys = "\n".join(line.split()[1] for line in login_keys()) if planted else ""
     return guest_script("clean.sh", True, PLANTED="yes" if planted else "", KEYS=keys, INIT=vm.get("vmInit"))
 
 
 def clean_at_shutdown(cloud: Cloud, template: VM) -> None:
-    """Have a guest with systemd clean itself when it shuts down, since that may be without us.  Others are cleaned by
-    vmstop only."""
+    """Have a guest with systemd clean itself when it shuts down, perhaps without us; vmstop alone cleans others."""
     unit = need_packaged("guest/nocloud-clean.service")
     script = guest_script("clean-at-shutdown.sh", True, SCRIPT=cleaning_script(template), UNIT=unit)
     ssh_batch(cloud, template, script, 60)
@@ -9686,9 +9275,7 @@ def clean_running(cloud: Cloud, template: VM) -> None:
 
 def stop(cloud: Cloud, vm: VM, seconds: float) -> bool:
     """Shut a VM down: the power button, and after `seconds` the plug (0: at once).  False where it had to be pulled.
-
-    Raises WrongState where it can't be told whether it runs.
-    """
+    Raises WrongState where it can't be told whether it runs."""
     with FolderLock(vm.folder):
         if vm.is_template and seconds > 0:
             clean_running(cloud, vm)
@@ -9699,18 +9286,14 @@ def stop(cloud: Cloud, vm: VM, seconds: float) -> bool:
 
 
 def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float | None = None) -> list[Error]:
-    """Stop VMs in parallel; one warning line names those whose plug had to be pulled.
-
-    `seconds`: by default vmStopTimeout, and longer for a template on a layer, which would be lost.
-    """
+    """Stop VMs in parallel; one warning line names those whose plug had to be pulled.  `seconds`: by default
+    vmStopTimeout, and longer for a template on a layer, which would be lost."""
     cloud.private.used = True
     settle_stopped(cloud, (vm for vm in vms if vm.is_template))
     running = [vm for vm in vms if vm.state()[0] != "stopped"]
-    try:
+    with contextlib.suppress(Error):  # a guest that can't be reached isn't cleaned, but stopped all the same
         for kind in {cloud.network_kind(vm) for vm in running if vm.is_template and vm.is_readable()}:
             cloud.networks[kind].open()  # before there are threads
-    except Error:
-        pass  # a guest that can't be reached isn't cleaned, but stopped all the same
     usual = cloud.config.number("vmStopTimeout") if seconds is None else seconds
     longer = seconds is None and 0 < usual < SHUTDOWN_SECONDS
     graces = {vm: SHUTDOWN_SECONDS if longer and vm.is_template and runs_on_layer(vm) else usual for vm in running}
@@ -9746,22 +9329,16 @@ def upgrade_script(name: str, release: Mapping[str, str]) -> str:
 def upgrade(cloud: Cloud, name: str, seconds: float) -> None:
     """Upgrade a template's system on a layer, which becomes its disk when all went well; else it is as it was."""
     template = cloud.tree.need_template(name)
-    with FolderLock(template.folder):
-        layer, guest = guest_on_layer(cloud, template)
-    try:
-        with guest:
+    with guest_on_layer(cloud, template) as (guest, layer):
+        try:
             upgrade_guest(guest, seconds)
-    except Error as error:
-        error.text += "; the template is as it was"
-        raise
-    finally:
-        with FolderLock(template.folder):
-            settle(cloud, template, warn=False)
-            adopted = os.path.basename(template.disks()[0]) == layer.name
-            if adopted:
-                flatten(cloud, template)
-    if not adopted:
+        except Error as error:
+            error.text += "; the template is as it was"
+            raise
+    if os.path.basename(template.disks()[0]) != layer.name:
         raise Error("its guest did not end well; the template is as it was", f"see {template.console_log}", vm=template)
+    with FolderLock(template.folder):
+        flatten(cloud, template)
 
 
 def upgrade_guest(guest: OwnGuest, seconds: float) -> None:
@@ -9785,26 +9362,19 @@ def upgrade_guest(guest: OwnGuest, seconds: float) -> None:
 
 def freeze(cloud: Cloud, name: str, asked: Mapping[str, str]) -> Layer:
     """Boot a template once and keep its guest, as it is when it is ready, in a layer for clones to wake up on.
-
-    `asked`: memory and processors, which the template's clones start with from then on.
-    """
+    `asked`: memory and processors, which the template's clones start with from then on."""
     template = cloud.tree.need_template(name)
     if template.get("vmInit") != "systemd":
         text = f"{name}: its vmInit is {template.get('vmInit')}: only guests with systemd can be told who they are"
         raise UsageError(text, "vmtemplate NAME --build SUITE makes such a template")
-    with FolderLock(template.folder):
-        what, size = "its memory, in a file, takes up to {} MB", int(asked.get("vmMem") or template.get("vmMem"))
-        check_room(template.folder, (size + 256) * MIB, cloud.tree.base, what, ROOM_HINT)
-        layer, guest = guest_on_layer(cloud, template, True, {**asked, "vmLayout": LAYOUT, "vmBalloon": "no"})
-    try:
-        with guest:
-            guest.wait()
-            freeze_guest(guest, layer)
-    finally:
+    what, size = "its memory, in a file, takes up to {} MB", int(asked.get("vmMem") or template.get("vmMem"))
+    check_room(template.folder, (size + 256) * MIB, cloud.tree.base, what, ROOM_HINT)
+    with guest_on_layer(cloud, template, True, **asked, vmLayout=LAYOUT, vmBalloon="no") as (guest, layer):
+        guest.wait()
+        freeze_guest(guest, layer)
+    if asked:
         with FolderLock(template.folder):
-            settle(cloud, template, warn=False)
-            if asked and os.path.exists(layer.manifest):
-                template.write_conf(asked)
+            template.write_conf(asked)
     return layer
 
 
@@ -9813,8 +9383,6 @@ REST_SECONDS = 30  # systemd ends what belongs to a login that is over after 10
 
 def freeze_guest(guest: OwnGuest, layer: Layer) -> None:
     """Plant the agent, have the guest come to rest, and keep what it is then; the manifest makes that count."""
-    import json
-
     vm, token = guest.vm, os.urandom(16).hex()
     agent = need_packaged("guest/agent.py")
     words = {"AGENT": agent, "MAC": vm.get("vmMac"), "TOKEN": token, "PATIENCE": REST_SECONDS}
@@ -9837,14 +9405,10 @@ def freeze_guest(guest: OwnGuest, layer: Layer) -> None:
 # -- templates of VMs
 
 
-def template_from_vm(
-    cloud: Cloud, name: str, words: str, asked: Mapping[str, str], layered: bool = False, clean: bool = True
-) -> VM:
+def template_from_vm(cloud: Cloud, name: str, words: str, asked: Mapping[str, str], layered: bool, clean: bool) -> VM:
     """A template of a VM, or a template, that is stopped, or of VM@SNAPSHOT: of its system disk and its settings.
-
     `asked`: settings that it is to have instead; `layered`: it stands on what the VM's disk stands on; `clean`: it is
-    booted once, as itself and on no one's disk, to take out what clones must not inherit.
-    """
+    booted once, as itself and on no one's disk, to take out what clones must not inherit."""
     words, _, kept = words.partition("@")
     source = cloud.tree.need(words)
     with NewTemplate(cloud, name) as new:
@@ -9885,9 +9449,7 @@ def copy_disk(source: VM, new: NewTemplate, layered: bool) -> None:
 
 def in_new_guest(cloud: Cloud, new: NewTemplate, work: Callable[[OwnGuest], object], hint: str) -> None:
     """Boot a template that is being made, on an identity that is thrown away after it, and do `work` in its guest.
-
-    Then it is cleaned and shut down.  Nothing is left of that in its folder but the disk and the conf.
-    """
+    Then it is cleaned and shut down.  Nothing is left of that in its folder but the disk and the conf."""
     vm = new.vm
     vm.write_conf({"vmUuid": new_identity(set())[0]})
     try:
@@ -9913,7 +9475,12 @@ def take_over(cloud: Cloud, new: NewTemplate, key: tuple[str, str]) -> None:
 
     def work(guest: OwnGuest) -> None:
         guest.keys = ssh_options(IdentityFile=ssh_path(path), IdentitiesOnly="yes")
-        guest.wait_login()
+        for seconds in guest.wait(wait_ssh).tries():
+            status, said = guest.run("true", seconds)
+            if not status:
+                break
+            if "Permission denied" in said:
+                raise Error(f"no key lets {guest.vm.get('vmUser')} in: {last_line(said)}", vm=guest.vm)
         guest.output(guest_script("plant-keys.sh", KEYS="\n".join(login_keys())))
         guest.keys = ssh_key_options(True)  # from here on ours opens it, which proves that it can
         guest.output(guest_script("remove-key.sh", True, KEY=public))
@@ -10047,19 +9614,10 @@ def connect_line(vm: VM, name: str, what: str) -> socket.socket:
     return connect_unix(vm.folder, f"{name}.sock", 5.0)
 
 
-def serial_console(vm: VM) -> None:
-    """The serial line on stdin and stdout, until the user leaves or the guest ends."""
-    need_ours(vm, "serial console")
-    connection = connect_line(vm, "serial", "serial console")
-    join_line(vm, connection, f"the serial console of {vm}; Ctrl-] leaves", SERIAL_LEAVE)
-
-
 def join_line(vm: VM, connection: socket.socket, greeting: str, leave: bytes, drop: bytes = CTRL_C) -> None:
     """Join a line to stdin and stdout; a terminal is in raw mode meanwhile.  `drop`: what Ctrl-C stands for.
-
     A signal's SystemExit passes through here, so its modes come back.  TCSANOW: the other ways wait until the terminal
-    has shown everything, which a stopped one never has.
-    """
+    has shown everything, which a stopped one never has."""
     import termios
     import tty
 
@@ -10081,8 +9639,6 @@ def join_line(vm: VM, connection: socket.socket, greeting: str, leave: bytes, dr
 
 def relay_line(connection: socket.socket, leave: bytes, drop: bytes) -> bool:
     """Until a key that leaves, or silence after the end of stdin (False), or the end of the guest (True)."""
-    import select
-
     for fd in (0, 1):
         os.set_blocking(fd, True)  # a terminal that another program shares may not be
     connection.setblocking(False)  # a guest that takes nothing mustn't keep what it says from being shown
@@ -10116,10 +9672,8 @@ def relay_line(connection: socket.socket, leave: bytes, drop: bytes) -> bool:
 
 
 def log_pieces(process: Process | None, path: str, old: str = "") -> Iterator[bytes]:
-    """A log, after what was in it before it became too long (`old`); then what comes until the process ends.
-
-    Where etc/console.sh empties it meanwhile, the rest of what it had is in `old`.
-    """
+    """A log, after what was in it before it became too long (`old`); then what comes until the process ends.  Where
+    etc/console.sh empties it meanwhile, the rest of what it had is in `old`."""
 
     def rest(path: str, start: int) -> Iterator[bytes]:
         if os.path.exists(path):
@@ -10157,10 +9711,8 @@ MONITOR_SECONDS = 3600.0  # a savevm or a backup takes its time
 
 
 def monitor_command(vm: VM, line: str) -> None:
-    """One command for humans.  Raises Error with the monitor's words where it refuses.
-
-    A connection for each: qemu serves one at a time, and a vmstop must get through while someone sits here.
-    """
+    """One command for humans.  Raises Error with the monitor's words where it refuses.  A connection for each: qemu
+    serves one at a time, and a vmstop must get through while someone sits here."""
     try:
         with connect_qemu(vm) as qemu:
             qemu.allow(MONITOR_SECONDS)
@@ -10178,11 +9730,8 @@ def monitor_command(vm: VM, line: str) -> None:
 
 def monitor_session(vm: VM) -> int:
     """qemu's own monitor in this terminal, where there is one and qemu has it; else commands from stdin, one a line.
-
-    1 if one of those was refused that come from no terminal.
-    """
-    status = EXIT_DONE
-    terminal = os.isatty(0)
+    1 if one of those was refused that come from no terminal."""
+    status, terminal = EXIT_DONE, os.isatty(0)
     greeting = f"qemu's monitor of {vm.name}; Ctrl-D leaves, `quit` switches {vm.name} off"
     if terminal and os.isatty(1) and os.path.exists(vm.file("monitor.sock")) and not foreign_qemu(vm):
         join_line(vm, connect_line(vm, "monitor", "monitor"), greeting, MONITOR_LEAVE, DROP_LINE)
@@ -10207,38 +9756,32 @@ def monitor_session(vm: VM) -> int:
 # writes the log.  Workers, threads that end, start, await and stop VMs; what they find out they post to the loop.
 
 
-class Manager:
+@contextlib.contextmanager
+def managed(tree: Tree, group: str) -> Iterator[None]:
     """The claim of a vmrun on a group: a pidfile in the group's folder, locked as long as we live, as qemu's own are.
-    It is taken, given back and, after a SIGKILL, swept away under the tree's lock."""
-
-    def __init__(self, tree: Tree, group: str) -> None:
-        self.tree, self.group = tree, group
-        self.folder = os.path.join(tree.base, group)
-        self.log_file = os.path.join(self.folder, MANAGER_LOG)
-        self._fd = -1
-
-    def __enter__(self) -> Manager:
-        """Raises WrongState where another vmrun has the group."""
-        self.tree.prepare()
-        with self.tree.lock():
-            state, pid = manager_of(self.tree, self.group)
-            if state != "stopped":
-                who = f"vmrun (process {pid})" if pid else "a vmrun of another user"
-                raise WrongState(f"{self.group}: {who} manages it already", f"vmrun -s {self.group} stops it")
-            os.makedirs(self.folder, exist_ok=True)
-            path = os.path.join(self.folder, MANAGER_PID)
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.tree.managed = self.group
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        with self.tree.lock():
+    It is taken, given back and, after a SIGKILL, swept away under the tree's lock.  Raises WrongState where another
+    vmrun has the group."""
+    folder = os.path.join(tree.base, group)
+    tree.prepare()
+    with tree.lock():
+        state, pid = manager_of(tree, group)
+        if state != "stopped":
+            who = f"vmrun (process {pid})" if pid else "a vmrun of another user"
+            raise WrongState(f"{group}: {who} manages it already", f"vmrun -s {group} stops it")
+        os.makedirs(folder, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(os.path.join(folder, MANAGER_PID), flags, 0o600)
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        tree.managed = group
+    try:
+        yield
+    finally:
+        with tree.lock():
             for name in (MANAGER_PID, MANAGER_LOG):
-                remove_file(os.path.join(self.folder, name))
-            os.close(self._fd)
-            self.tree.managed = ""
-            remove_if_empty(self.tree, self.group)
+                remove_file(os.path.join(folder, name))
+            os.close(fd)
+            tree.managed = ""
+            remove_if_empty(tree, group)
 
 
 class Background:
@@ -10272,14 +9815,12 @@ class Background:
         if self._talk < 0:
             return
         sys.stdout.flush()
-        log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        for fd, number in ((null, 0), (log, 1), (log, 2)):
-            os.dup2(fd, number)
-        os.close(log)
-        os.close(null)
-        os.write(self._talk, bytes([status]))
-        os.close(self._talk)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        with open(os.open(log_file, flags, 0o600), "ab") as log, open(os.devnull, "rb") as null:
+            for file, number in ((null, 0), (log, 1), (log, 2)):
+                os.dup2(file.fileno(), number)
+        with open(self._talk, "wb") as talk:
+            talk.write(bytes([status]))
 
 
 @record
@@ -10302,12 +9843,8 @@ class Supervisor:
     """The loop of one vmrun.  `on_ready` is called when all VMs are ready, or are known not to get ready."""
 
     def __init__(self, cloud: Cloud, group: str, end: str, on_ready: Callable[[int], None]) -> None:
-        """Takes the signals over, for good: to the end of the process none of them interrupts it any more.
-
-        `end`: the goal that SIGINT and SIGTERM set.
-        """
-        import selectors
-
+        """Takes the signals over, for good: to the end of the process none of them interrupts it any more.  `end`: the
+        goal that SIGINT and SIGTERM set."""
         self.cloud, self.group, self._end_goal = cloud, group, end
         self.goal = RUN
         self.status = EXIT_DONE
@@ -10319,7 +9856,15 @@ class Supervisor:
         self._progress = WaitProgress()
         self._posts: deque[Callable[[], None]] = deque()
         self._selector = selectors.DefaultSelector()
-        self._take_signals()
+        # What wakes it: bytes on a socket, of signals (their numbers) and workers' posts (0); and the end of a qemu
+        self._bell, self._button = socket.socketpair()
+        for each in (self._bell, self._button):
+            each.setblocking(False)
+        signal.set_wakeup_fd(self._button.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                signal.signal(number, lambda number, frame: None)
+        self._selector.register(self._bell, selectors.EVENT_READ, self._woken)
 
     def run(self, begin: Callable[[Callable[[VM], None]], list[Error]]) -> int:
         """Have `begin` start the VMs, telling each to its argument; watch the group to its end; the exit status."""
@@ -10331,7 +9876,10 @@ class Supervisor:
         self._job(lambda: begin(spawned), self._begun)
         try:
             while not self._advance():
-                for key, _ in self._selector.select(self._timeout()):
+                seconds = 0.25 if cancellation.requested else None
+                if self.goal == RUN and not self._starting:
+                    seconds = max(0.0, self._look_at - time.monotonic()) if self._members else 0.1
+                for key, _ in self._selector.select(seconds):
                     key.data()
                 self._look()
                 self._progress.show()  # again, below what has been logged
@@ -10340,33 +9888,11 @@ class Supervisor:
             cancellation.request()  # else the workers would be waited for, and no signal heard
             raise
 
-    def _timeout(self) -> float | None:
-        if self.goal == RUN and not self._starting:
-            return max(0.0, self._look_at - time.monotonic()) if self._members else 0.1
-        return 0.25 if cancellation.requested else None
-
-    # what wakes it: bytes on a socket, of signals (their numbers) and workers' posts (0); and the end of a qemu
-
-    def _take_signals(self) -> None:
-        import selectors
-        import socket as sockets
-
-        self._bell, self._button = sockets.socketpair()
-        for end in (self._bell, self._button):
-            end.setblocking(False)
-        signal.set_wakeup_fd(self._button.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-                signal.signal(number, lambda number, frame: None)
-        self._selector.register(self._bell, selectors.EVENT_READ, self._woken)
-
     def _post(self, call: Callable[[], None]) -> None:
         """From any thread: have the loop call this."""
         self._posts.append(call)
-        try:
+        with contextlib.suppress(BlockingIOError):  # it is full of others, so the loop wakes anyway
             self._button.send(b"\0")
-        except BlockingIOError:
-            pass  # it is full of others, so the loop wakes anyway
 
     def _woken(self) -> None:
         numbers = self._bell.recv(4096)
@@ -10386,8 +9912,6 @@ class Supervisor:
 
     def _adopt(self, vm: VM, how: str) -> None:
         """Watch a VM that runs, whoever started it, and wait until it is ready."""
-        import selectors
-
         report.log(f"{vm.name} {how}")
         state, pid = vm.state()
         process = Process(pid) if state == "running" else None
@@ -10549,12 +10073,10 @@ def supervise(
     cloud: Cloud, group: str, requests: Sequence[CloneRequest], new: bool, gui: bool, background: Background, end: str
 ) -> int:
     """Run a group: the VMs that it has and those that are asked for, until it ends; the exit status.
-
-    `new`: it must have none yet; `gui`: those that it has get a screen, this time; `end`: what ^C does.
-    """
-    manager = Manager(cloud.tree, group)
-    supervisor = Supervisor(cloud, group, end, lambda status: background.on_ready(status, manager.log_file))
-    with manager:
+    `new`: it must have none yet; `gui`: those that it has get a screen, this time; `end`: what ^C does."""
+    log_file = os.path.join(cloud.tree.base, group, MANAGER_LOG)
+    supervisor = Supervisor(cloud, group, end, lambda status: background.on_ready(status, log_file))
+    with managed(cloud.tree, group):
         old = list(cloud.tree.vms(group))
         if new:
             check_new_group(old, group)
@@ -10617,10 +10139,8 @@ def listed(tree: Tree, group: str = "", type: str = "", every: bool = False) -> 
 
 
 def vm_rows(cloud: Cloud, group: str = "", type: str = "", *, every: bool = False) -> Iterator[str]:
-    """A line per running VM, NAME GROUP/TYPE IP, or for every one, NAME GROUP/TYPE STATE IP; IP once it has one.
-
-    Where a guest doesn't run though its qemu does, STATE is there in any case.
-    """
+    """A line per running VM, NAME GROUP/TYPE IP, or for every one, NAME GROUP/TYPE STATE IP; IP once it has one.  STATE
+    is there in any case where a guest doesn't run though its qemu does."""
     for vm, state, _ in listed(cloud.tree, group, type, every):
         words = (vm.name, vm.place, state if every or state != "running" else "", address_of(cloud, vm))
         yield " ".join(filter(None, words))
@@ -10717,9 +10237,7 @@ def inventory(cloud: Cloud) -> dict[str, Any]:
 
 def host_variables(vm: VM, user: str, ssh_args: str, address: str) -> dict[str, Any]:
     """What ansible is told of a host; `user`: who logs in to those of its group; `address`: where that isn't its name.
-
-    The way in is here and not at the group, so that no group_vars of a playbook replaces it.
-    """
+    The way in is here and not at the group, so that no group_vars of a playbook replaces it."""
     uuid, login = vm.get("vmUuid"), vm.get("vmUser")
     names = {"name": vm.name, "group": vm.group, "type": vm.type or TEMPLATES}
     names.update(template=vm.get("vmTemplate"), uuid=uuid)
@@ -10735,8 +10253,6 @@ def host_variables(vm: VM, user: str, ssh_args: str, address: str) -> dict[str, 
 
 def ansible_ssh_args(cloud: Cloud, network: str, known: bool, planted: bool) -> str:
     """ssh's options for many VMs: our known_hosts, the keys, and the way into a private network."""
-    import shlex
-
     way = ssh_way(cloud.networks[network], ssh_trust_options(cloud.known_hosts.path, known), ssh_key_options(planted))
     return shlex.join([*ssh_options(**OWN_CALL, HostName="%h"), *way])
 
@@ -11050,10 +10566,10 @@ def examine_private_subnet(patient: Patient) -> str:
     if not os.path.exists(network.file("subnet")):
         return "a free one is chosen with the first VM"
     subnet = network.subnet()
-    taken = [(number, length) for _, number, length in networks_in_use()]
-    clash = [pair for pair in taken if pair[1] > 8 and overlap(*pair, ipv4_number(f"{subnet}.0"), 24)]
+    own = ipaddress.IPv4Network(f"{subnet}.0/24")
+    clash = [network for _, network in networks_in_use() if network.prefixlen > 8 and network.overlaps(own)]
     if clash:
-        text = f"this host has {ipv4_text(clash[0][0])}/{clash[0][1]} too: VMs don't reach that, on {subnet}.0/24"
+        text = f"this host has {clash[0]} too: VMs don't reach that, on {own}"
         mend = f"nocloud net --private down && rm -f {quoted(network.file('subnet'))}"
         if any(True for _ in patient.tree.vms()):
             mend = "VMs keep their addresses for life: end that network while they are in use, or use another vmBaseDir"
@@ -11391,10 +10907,7 @@ def command_names() -> dict[str, str]:
 
 
 def find_command(argv: Sequence[str]) -> tuple[Command | None, str, list[str]]:
-    """(command, the name it was called by, its words); None for `nocloud` alone.
-
-    Raises UsageError (127) for a name that there isn't.
-    """
+    """(command, the name it was called by, its words); None for `nocloud` alone.  UsageError (127): no such name."""
     name, words = os.path.basename(argv[0]), list(argv[1:])
     alias = "vminventory" if name.endswith("inventory") else name  # a link in a folder of inventories
     if alias in ALIASES:
@@ -11414,10 +10927,8 @@ def find_command(argv: Sequence[str]) -> tuple[Command | None, str, list[str]]:
 
 
 def split_operands(command: Command, words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(options, operands) as getopts parts them: options end at the first operand, or at `--`.
-
-    A command whose operands are not another program's words takes options after them too: vmtemplate NAME --image FILE.
-    """
+    """(options, operands) as getopts parts them: options end at the first operand, or at `--`.  A
+    command whose operands are not another program's words takes options after them: vmtemplate NAME --image FILE."""
     options: list[str] = []
     operands: list[str] = []
     index = 0
@@ -11879,8 +11390,6 @@ def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> N
             rows = list(usage_rows(cloud, group, type, args.all))
             report_table([("NAME", "PLACE", "STATE", "ADDRESS", "UPTIME", "CPU", "MEMORY", "PORTS"), *rows])
         elif form == "json":
-            import json
-
             found = listed(cloud.tree, group, type, args.all)
             report.data(json.dumps([vm_facts(cloud, *each) for each in found], indent=2))
         else:
@@ -12022,7 +11531,7 @@ def cmd_rollback(config: Config, args: argparse.Namespace, words: list[str]) -> 
         confirm(args, f"{plural(len(found), 'VM')} will be as in {name}; what has changed since is lost.")
         with locked(vms):
             found = need_snapshots(vms, name)
-            start = [each.vm for each in found if each.vm.is_running() or os.path.exists(each.memory)]
+            again = [each.vm for each in found if each.vm.is_running() or os.path.exists(each.memory)]
             raise_first(in_parallel(lambda vm: stop_locked(vm, 0), [each.vm for each in found]))
             for each in found:
                 for disk in roll_back(each):
@@ -12030,8 +11539,8 @@ def cmd_rollback(config: Config, args: argparse.Namespace, words: list[str]) -> 
             later = [vm.name for vm in vms if vm not in [each.vm for each in found]]
             if later:
                 report.say(f"not in {name}, and left as they are: {', '.join(later)}")
-            errors = [error for error in start_all(cloud, start, begin=start_held) if error]
-        configure_later(cloud, [vm for vm in start if vm.is_running()])
+            errors = [error for error in start_all(cloud, again, held=True) if error]
+        configure_later(cloud, [vm for vm in again if vm.is_running()])
         return report_errors(errors)
 
 
@@ -12192,8 +11701,6 @@ def copy_argv(cloud: Cloud, args: argparse.Namespace, places: Sequence[tuple[VM 
 
 def become_cat(cloud: Cloud, vm: VM, source: str, target: str) -> None:
     """Copy a file of a VM to stdout, or stdin to one."""
-    import shlex
-
     head, _, path = (source if target == "-" else target).partition(":")
     login = head.rpartition("@")[0]
     script = f"cat {'<' if target == '-' else '>'}{shlex.quote(path.removeprefix('~/'))}"
@@ -12252,8 +11759,6 @@ def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) ->
     """what runs, for ansible (--list) and for people"""
     with Cloud(config) as cloud:
         if args.list or args.host is not None:
-            import json
-
             known = inventory(cloud)
             report.data(json.dumps(known if args.list else known["_meta"]["hostvars"].get(args.host, {}), indent=2))
         else:
@@ -12273,8 +11778,6 @@ def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) ->
 )  # fmt: skip
 def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """the network between the VMs: up, down, status; exec and connect go into the private one"""
-    import contextlib
-
     verb, rest = (words[0], words[1:]) if words else ("", [])
     kind = kind_of_network(config, args, rest) if verb in ("up", "down", "status") else ""
     with contextlib.closing(Cloud(config)) as cloud:  # as it is: a ProxyCommand must be quick, `down` is what it says
@@ -12296,14 +11799,16 @@ def cmd_net(config: Config, args: argparse.Namespace, words: list[str]) -> None:
         elif verb == "follow":  # the network's holder
             private.follow(rest)
         elif verb == "connect":
-            private.connect(*address_and_port(rest), args.fdpass)
+            if len(rest) != 2 or not rest[0]:
+                raise UsageError("connect takes an address and a port", "nocloud net connect 10.88.0.2 22")
+            address = checked(HOST_NAME, rest[0], repr(rest[0]))
+            private.connect(address, checked(whole_number(1, 65535), rest[1], repr(rest[1])), args.fdpass)
         else:
             raise UsageError(f"{verb or 'no verb'}: expected up, down, status, exec or connect")
 
 
 def run_inside(network: Network, argv: Sequence[str], tap: bool, vm: VM | None) -> None:
-    """`net exec`: become a program in the network, where names of VMs resolve; `tap`: it gets one, `vm`'s, as
-    descriptor 3."""
+    """`net exec`: become a program in the network; `tap`: it gets one, of `vm` if there is one, as descriptor 3."""
     if not argv:
         raise UsageError("which command?", "nocloud net exec CMD...")
     if not find_program(argv[0]) and package_of(argv[0], 0) == argv[0]:
@@ -12313,15 +11818,11 @@ def run_inside(network: Network, argv: Sequence[str], tap: bool, vm: VM | None) 
         network.move_in()
         become(argv)
     with network.hold():
-        fd, vhost = network.tap(vm)
-    if vhost >= 0:
-        os.close(vhost)
+        fd, _ = network.tap(vm)
     network.close()  # descriptor 3 may be one of its own
-    os.dup2(fd, 3, inheritable=True)
-    if fd != 3:
-        os.close(fd)
+    os.dup2(fd, 3)
     words, fds = network.enter(argv)
-    for each in fds:
+    for each in (3, *fds):  # exec closes what else is open
         os.set_inheritable(each, True)
     become(words)
 
@@ -12352,29 +11853,21 @@ def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> No
         report.say(free_bridge_subnet(config, file))
         return
     no_more(rest)
+    setup = BridgeSetup(config)
     if verb == "start":
-        BridgeSetup(config).start()
+        setup.start()
     elif verb == "stop":
-        BridgeSetup(config).stop()
+        setup.stop()
     elif verb == "accept":
         need_root("taking what users publish")
-        BridgeSetup(config).accept()
+        setup.accept()
     elif verb == "dnsmasq":
-        setup = BridgeSetup(config)
         setup.forget()
         become([*setup.argv(), "--keep-in-foreground"])
     elif verb == "ready":
-        BridgeSetup(config).wait(60, os.environ.get("MAINPID", ""))  # systemd.exec(5)
+        setup.wait(60, os.environ.get("MAINPID", ""))  # systemd.exec(5)
     else:
         raise UsageError(f"{verb or 'no verb'}: expected start, stop, accept, dnsmasq, ready or subnet")
-
-
-def address_and_port(words: Sequence[str]) -> tuple[str, int]:
-    """connect's two operands, checked."""
-    if len(words) != 2 or not words[0]:
-        raise UsageError("connect takes an address and a port", "nocloud net connect 10.88.0.2 22")
-    address, port = words
-    return checked(HOST_NAME, address, repr(address)), checked(whole_number(1, 65535), port, repr(port))
 
 
 @declare(
@@ -12399,7 +11892,9 @@ def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> N
         return
     if not args.serial:
         report.say(f"{report.program}: {missing}: its serial console instead")
-    serial_console(vm)
+    need_ours(vm, "serial console")
+    line = connect_line(vm, "serial", "serial console")
+    join_line(vm, line, f"the serial console of {vm}; Ctrl-] leaves", SERIAL_LEAVE)
 
 
 @declare(
@@ -12410,8 +11905,6 @@ def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> N
 )
 def cmd_log(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """show what a VM wrote on its serial console since it was started"""
-    import select
-
     with Cloud(config) as cloud:
         vm = cloud.tree.need(args.name, args.group, args.type, first=VM.is_running)
     state, pid = vm.state() if args.follow else ("", 0)
@@ -12454,8 +11947,6 @@ def cmd_doctor(config: Config, args: argparse.Namespace, words: list[str]) -> in
             if finding.mend:
                 report.data(f"{'':9}{printable(finding.mend)}")
     if args.json:
-        import json
-
         keys = ("name", "state", "text", "mend")
         report.data(json.dumps([{key: getattr(each, key) for key in keys} for each in findings], indent=2))
     return EXIT_FAILED if any(finding.state == WRONG for finding in findings) else EXIT_DONE
@@ -12490,15 +11981,13 @@ def cmd_trust(config: Config, args: argparse.Namespace, words: list[str]) -> Non
 @declare(Command("forward", operands="private|bridge FD", hidden=True))
 def cmd_forward(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """forward the ports of a network's VMs that are handed over at the socket FD"""
-    import socket as sockets
-
     cloud = Cloud(config)
     kind, fd = [*words, "", ""][:2]
     if kind not in cloud.forwarders or not fd.isdecimal():
         raise UsageError("this is started by what publishes ports", "vmport -h")
     if kind == "private":
         cloud.private.namespaces().enter()
-    Forwarding(cloud.forwarders[kind], sockets.socket(fileno=int(fd))).run()
+    Forwarding(cloud.forwarders[kind], socket.socket(fileno=int(fd))).run()
 
 
 @declare(Command("configure", operands="VM...", hidden=True))

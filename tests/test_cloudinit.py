@@ -413,8 +413,9 @@ def test_what_the_guest_is_asked(tmp_path: Path, result: str, said: str, code: i
     text = "2026-11-26 01:26:24,516 - util.py[{}]: its words\n".format(result.rpartition(" ")[2])
     (tmp_path / "cloud-init-output.log").write_text(text)
     for seconds in (0, 1):
-        script = nocloud.cloud_init_script(seconds).replace("/run/cloud-init", str(state))
-        script = script.replace("/var/log", str(tmp_path)).replace("sudo -n", "env")
+        script = nocloud.guest_script("cloud-init.sh", PATIENCE=seconds, NOT_YET=nocloud.NOT_YET)
+        script = script.replace("/run/cloud-init", str(state)).replace("/var/log", str(tmp_path))
+        script = script.replace("sudo -n", "env")
         words = [str(programs / "sh"), "-c", script]
         done = subprocess.run(words, env={"PATH": str(programs)}, capture_output=True, text=True, check=False)
         early = seconds == 0 and not result  # not even asked
@@ -469,7 +470,8 @@ def test_the_cause_is_told_and_not_only_that_it_failed(tmp_path: Path) -> None:
     for name, text in {"cloud-init": "echo status: error; exit 1", "sudo": "exit 1"}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    script = nocloud.cloud_init_script(0).replace("/run/cloud-init", str(tmp_path)).replace("/var/log", str(tmp_path))
+    script = nocloud.guest_script("cloud-init.sh", PATIENCE=0, NOT_YET=nocloud.NOT_YET)
+    script = script.replace("/run/cloud-init", str(tmp_path)).replace("/var/log", str(tmp_path))
     script = script.replace("sudo -n", "env")
     path = f"{tmp_path}:/usr/bin:/bin"
     done = subprocess.run(["sh", "-c", script], env={"PATH": path}, capture_output=True, text=True, check=False)

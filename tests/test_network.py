@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import shlex
@@ -17,10 +18,6 @@ import pytest
 from support import PROGRAM, READY, Cloud, interfaces, is_alive, kill_hard, nothing_made, open_ports, replace_program
 
 import nocloud
-
-
-def number(address: str) -> int:
-    return int.from_bytes(socket.inet_aton(address), "big")
 
 
 @pytest.mark.parametrize(
@@ -42,12 +39,12 @@ def number(address: str) -> int:
     ],
 )
 def test_free_subnet(networks: str, subnet: str | None) -> None:
-    taken = [(number(each.split("/")[0]), int(each.split("/")[1])) for each in networks.split()]
+    taken = list(map(ipaddress.IPv4Network, networks.split()))
     if subnet:
         assert nocloud.free_subnet(taken) == subnet
     else:
         with pytest.raises(nocloud.Error, match="no subnet is free"):
-            nocloud.free_subnet([*taken, *((network, length + 1) for network, length in taken if length == 17)])
+            nocloud.free_subnet([*taken, *(next(each.subnets()) for each in taken if each.prefixlen == 17)])
 
 
 def test_the_hosts_addresses() -> None:
@@ -521,6 +518,6 @@ def test_nft_accepts_the_rules(name: str, defines: dict[str, str], monkeypatch: 
     if b"unshare" in done.stderr:
         pytest.skip("no user namespaces here")
     assert (done.returncode, done.stdout + done.stderr) == (0, b"")
-    monkeypatch.setattr(nocloud, "packaged", lambda name: "")
+    monkeypatch.setattr(nocloud, "packaged", lambda *words: "")
     with pytest.raises(nocloud.Error, match=rf"etc/{name} is missing"):
         nocloud.nft_rules(name, **defines)
