@@ -2502,7 +2502,7 @@ class Qemu:
 
 
 def probe_qemu(config: Config) -> Qemu:
-    """The qemu program for this machine; RHEL and kin keep theirs in /usr/libexec."""
+    """What the qemu program for this machine is and has; RHEL and kin keep theirs in /usr/libexec."""
     usual = (f"qemu-system-{os.uname().machine}", "/usr/libexec/qemu-kvm")
     path = need_program(config["vmQemu"] or next(filter(find_program, usual), usual[0]))
     asked = ["qmp_capabilities", "query-version", "query-machines", "query-command-line-options", "quit"]
