@@ -2373,9 +2373,16 @@ class Tree:
     def groups(self) -> list[str]:
         return [name for name in folders_in(self.base) if name != TEMPLATES]
 
+    def group_called(self, name: str) -> str:
+        """The group that is called so, in whatever case; `name` itself where there is none yet."""
+        return next((each for each in sorted(self.groups(), key=name.__ne__) if each.lower() == name.lower()), name)
+
     def types(self, group: str) -> list[str]:
         """The types of a group; the templates have one, without a name."""
         return folders_in(os.path.join(self.base, group)) if group != TEMPLATES else [""]
+
+    def all_types(self) -> set[str]:
+        return {type for group in self.groups() for type in self.types(group)}
 
     def vms(self, group: str = "", type: str = "", name: str = "") -> Iterator[VM]:
         """The VMs of the tree that have a conf, templates last, else by group, type and name.
@@ -2392,17 +2399,23 @@ class Tree:
                     yield VM(self, each, kind, folder)
 
     def strays(self, group: str = "") -> Iterator[VM]:
-        """The VMs that aren't taken for such, since their folders were renamed by hand; by the conf that is in them."""
+        """What isn't taken for a VM: its folder was renamed by hand, or has a system disk, and no conf any more."""
         for vm in self._folders(group):
-            confs = [] if vm.exists() else [name for name in names_in(vm.folder) if name.endswith(".conf")]
-            for name in confs[:1]:
-                yield VM(self, vm.group, vm.type, name[: -len(".conf")], vm.folder)
+            names = [] if vm.exists() else names_in(vm.folder)
+            confs = [name[: -len(".conf")] for name in names if name.endswith(".conf")]
+            if confs or any(re.fullmatch(r".+_0\.(img|qcow2)", name) for name in names):
+                yield VM(self, vm.group, vm.type, [*confs, vm.name][0], vm.folder)
 
-    def renamed(self, group: str = "") -> Iterator[str]:
-        """Says of each of them what isn't found."""
+    def told_strays(self, group: str = "") -> Iterator[tuple[str, str]]:
+        """Of each of them, what isn't found, and the command that mends it."""
         for vm in self.strays(group):
-            wanted = f"{os.path.basename(vm.folder)}.conf"
-            yield f"{vm.folder} is no VM: {vm.name}.conf is in it, and not {wanted} (renamed by hand?)"
+            right = os.path.join(os.path.dirname(vm.folder), vm.name)
+            text, mend = f"{vm.folder} is no VM: {vm.name}.conf is gone", begin_conf(vm)
+            if right != vm.folder:
+                wanted = f"{os.path.basename(vm.folder)}.conf"
+                text = f"{vm.folder} is no VM: {vm.name}.conf is in it, and not {wanted} (renamed by hand?)"
+                mend = f"mv {quoted(vm.folder, home_folder() if os.path.exists(right) else right)}"
+            yield text, mend
 
     def running(self, group: str = "") -> Iterator[VM]:
         return (vm for vm in self.vms(group) if vm.is_running())
@@ -2434,8 +2447,8 @@ class Tree:
         parts = words.split("/")
         if len(parts) > 3 or not all(parts) or any(part in (".", "..") for part in parts):
             return []
-        group, type = parts[0] if len(parts) > 1 else "", parts[1] if len(parts) == 3 else ""
-        return list(self.vms(group, type, parts[-1].lower()))
+        group = self.group_called(parts[0]) if len(parts) > 1 else ""
+        return list(self.vms(group, parts[1] if len(parts) == 3 else "", parts[-1].lower()))
 
     def unique_names(self) -> dict[str, list[str]]:
         """What a VM, by its full name, is called among hosts: NAME.GROUP and NAME, where no other is called so."""
@@ -2479,6 +2492,11 @@ class Tree:
         place = f" in {'/'.join(filter(None, (group, type)))}" if group else f" of type {type}" if type else ""
         if found:
             raise NotFound(f"{words}: no such VM{place}", f"did you mean {found[0].full_name}?")
+        for option, kind, known in (("-g", "group", {*self.groups()}), ("-t", "type", self.all_types())):
+            if words in known:
+                raise NotFound(
+                    f"{words}: no such VM{place}, but a {kind}", f"vmrunning -a {option} {words} lists its VMs"
+                )
         raise no_such(f"VM{place}", words, [vm.name for vm in self.vms(group or "", type or "")], VMS_HINT)
 
     def need_group(self, group: str | None, type: str | None = None) -> None:
@@ -2487,7 +2505,7 @@ class Tree:
             raise UsageError("the group name is empty", "vmrunning -a lists the groups")
         if group not in (None, TEMPLATES, *self.groups()):
             raise no_such("group", str(group), self.groups(), VMS_HINT)
-        types = {kind for each in ([group] if group else self.groups()) for kind in self.types(each)}
+        types = self.types(group) if group else self.all_types()
         if type is not None and type not in types:
             raise no_such(f"type in {group}" if group else "type", type, types, VMS_HINT)
 
@@ -2515,6 +2533,13 @@ class Tree:
             except (Error, OSError):
                 continue  # a conf that can't be read names no template
         return found
+
+
+def begin_conf(vm: VM) -> str:
+    """The command that begins the conf anew of a VM that has lost what was in it, and keeps its disk."""
+    there = [name for name in names_in(vm.folder) if re.fullmatch(rf"{re.escape(vm.name)}_0\.\w+", name)]
+    lines = quoted(f"vmName={vm.name}", f"vmDisk={vm.relative([*there, f'{vm.name}_0.img'][0])}")
+    return f"printf '%s\\n' {lines} | tee -a {quoted(vm.conf_file)}"
 
 
 VMS_HINT = "vmrunning -a lists them"
@@ -4254,12 +4279,9 @@ def bridge_is_ours(interface: str) -> bool:
     return read_existing(f"/sys/class/net/{interface}/address").startswith(OUR_MAC)
 
 
-def need_root(what: str) -> None:
+def need_root(what: str, besides: str = "") -> None:
     if os.geteuid() != 0:
-        raise Error(
-            f"{what} needs root; nothing was changed",
-            "sudo does it; or use a network of your own, which needs no root: nocloud net --private up",
-        )
+        raise Error(f"{what} needs root; nothing was changed", f"sudo does it{besides}")
 
 
 # -- the host's firewalls
@@ -4435,7 +4457,7 @@ class BridgeSetup:
 
     def up(self) -> None:
         """`nocloud net up` of root: the bridge with DHCP and DNS."""
-        need_root("the host's bridge")
+        need_root("the host's bridge", "; or use a network of your own, which needs no root: nocloud net --private up")
         self.check()
         if units_installed():
             systemctl("reload-or-restart", SYSTEMD_UNITS[0])  # also where it is up: somebody may have flushed the rules
@@ -4449,7 +4471,7 @@ class BridgeSetup:
 
     def down(self) -> None:
         """`nocloud net down` of root."""
-        need_root("the host's bridge")
+        need_root("the host's bridge", "; nocloud net --private down ends a network of your own")
         self.check_unused()
         if units_installed():
             systemctl("stop", *reversed(SYSTEMD_UNITS))
@@ -7128,7 +7150,7 @@ def disk_rows(tree: Tree) -> Iterator[str]:
             owners.update((os.path.realpath(path), vm) for path in [*vm.disks()[:1], *own])
         except (Error, OSError) as error:
             report.warn(told_of(vm, error))
-    for text in tree.renamed():
+    for text, _ in tree.told_strays():
         report.warn(text)
     above: dict[str, set[str]] = {}  # what stands on each disk, '' for none
     for path in owners:
@@ -7234,6 +7256,7 @@ DEBIAN = Distribution("debian", "Debian", "debian-archive-keyring", "main", "lin
 UBUNTU = Distribution("ubuntu", "Ubuntu", "ubuntu-keyring", "main universe", "linux-image-virtual")
 UBUNTU_SUITES = ("jammy", "noble")  # every other name is looked for in Debian's archive
 WITHOUT_CREDENTIALS = ("bullseye", "jammy")  # systemd 247 and 249: credentials over SMBIOS came with 252
+SUITES = ("bookworm", "trixie", *UBUNTU_SUITES)
 BUILD_HINT = "--build bookworm, trixie, jammy or noble"
 
 
@@ -7413,7 +7436,7 @@ def build_error(build: Build, cause: str) -> Error:
     """What apt or mmdebstrap said, as an Error that says what helps."""
     missing = re.search(r"repository '(\S+) .*does not have a Release file", cause)
     if missing:
-        return no_such(f"suite on {missing.group(1)}", build.suite, (), BUILD_HINT)
+        return no_such(f"suite on {missing.group(1)}", build.suite, SUITES, BUILD_HINT)
     if "NO_PUBKEY" in cause or "is not signed" in cause:
         return Error(f"{build.suite}: {cause}", f"sudo apt install {build.distribution.keyring}")
     unknown = re.match(r"Unable to locate package (\S+)|Package '(\S+)' has no installation candidate", cause)
@@ -7625,7 +7648,7 @@ def archive_state(build: Build, web: Web) -> str:
         try:
             text = web.text(f"{web_address(archive).rstrip('/')}/dists/{suite}/InRelease")
         except Absent:
-            raise no_such(f"suite on {archive}", suite, (), BUILD_HINT) from None
+            raise no_such(f"suite on {archive}", build.suite, SUITES, BUILD_HINT) from None
         except (WebError, ValueError):
             return time.strftime("%Y%m%d")
         seen += [line, *(re.findall(index, text, re.M) or [text])]
@@ -7682,10 +7705,10 @@ class Cloud:
 
     @functools.cache
     def accel(self, wanted: str) -> str:
-        """kvm or tcg, for a vmAccel; said once, with the reason, where it is tcg though nobody asked for it."""
+        """kvm or tcg, for a vmAccel; said once where it is tcg though nobody asked for it."""
         accel, reason = choose_accel(wanted)
         if reason:
-            report.warn(f"no hardware acceleration, guests will be slow: {reason}")
+            report.warn("no hardware acceleration, guests will be slow (nocloud doctor acceleration says why)")
         return accel
 
     @functools.cache
@@ -10709,8 +10732,8 @@ def stop_managed(cloud: Cloud, group: str) -> None:
 
 def listed(tree: Tree, group: str = "", type: str = "", every: bool = False) -> Iterator[tuple[VM, str, int]]:
     """(VM, what it does, pid of its qemu or 0) of the running ones, or of every one, whose disks are looked for too."""
-    for text in tree.renamed(group):
-        report.warn(text)
+    for text, mend in tree.told_strays(group):
+        report.warn(f"{text}; mended by: {mend}")
     vms = [(vm, *vm.state()) for vm in tree.vms(group, type)]
     asked = iter(in_parallel(guest_state, [vm for vm, state, _ in vms if state == "running"]))
     for vm, state, pid in vms:
@@ -11002,6 +11025,8 @@ def examine_vms(patient: Patient) -> str:
     if folders:
         text = f"{plural(len(folders), 'folder')} of commands that were killed"
         patient.tell(WARNING, text, f"rm -rf {quoted(*folders)}")
+    for text, mend in tree.told_strays():
+        patient.tell(WARNING, text, mend)
     vms, followed = list(tree.vms()), tree.followable()
     for vm in vms:
         examine_conf(patient, vm)
@@ -11021,10 +11046,7 @@ def examine_conf(patient: Patient, vm: VM) -> None:
     """A VM whose settings can't be used.  One that lost them keeps its disk: its conf is begun anew."""
     try:
         if not vm.conf:
-            there = [name for name in names_in(vm.folder) if re.fullmatch(rf"{re.escape(vm.name)}_0\.\w+", name)]
-            lines = quoted(f"vmName={vm.name}", f"vmDisk={vm.relative([*there, f'{vm.name}_0.img'][0])}")
-            mend = f"printf '%s\\n' {lines} | {by_owner(vm.conf_file, f'tee -a {quoted(vm.conf_file)}')}"
-            patient.tell(WARNING, f"{vm.conf_file} is empty", mend)
+            patient.tell(WARNING, f"{vm.conf_file} is empty", begin_conf(vm))
     except Error as error:
         patient.tell(WARNING, str(error), settings_command(vm.conf_file, str(error)))
 
@@ -11544,15 +11566,28 @@ def command_names() -> dict[str, str]:
     return {each.name: each.help for each in visible_commands()}
 
 
+ELSEWHERE = {  # what does here what other tools call so
+    "vmrunning -a": "list ls ps status info", "vmstart -g GROUP, or VM": "boot poweron",
+    "vmstop -g GROUP, or VM": "down halt shutdown poweroff", "vmstop --kill VM": "kill",
+    "vmstop -d -g GROUP, or VM": "rm remove delete destroy purge undefine", "vmstop --save VM": "suspend managedsave",
+    "vmssh VM [COMMAND]": "exec shell enter attach", "vmcp": "copy scp push", "vmlog VM": "logs",
+    "vminstantiate -n TEMPLATE": "launch clone spawn", "vminstantiate -f FILE, or vmrun -f FILE": "up",
+    "vmtemplate --list": "images image templates", "vmtemplate NAME": "pull download fetch",
+    "vmtemplate NAME --build SUITE": "build", "vmtemplate NAME --delete": "rmi", "vmrollback": "restore revert",
+}  # fmt: skip
+
+
 def find_command(argv: Sequence[str]) -> tuple[Command | None, str, list[str]]:
     """(command, the name it was called by, its words); None for `nocloud` alone.
 
     Raises UsageError (127) for a name that there isn't.
     """
     name, words = os.path.basename(argv[0]), list(argv[1:])
-    alias = "vminventory" if name.endswith("inventory") else name  # a link in a folder of inventories
-    if alias in ALIASES:
-        return ALIASES[alias], name, words
+    of_ansible = not name.startswith("nocloud") and words[:1] in (["--list"], ["--host"])
+    if name not in ALIASES and (of_ansible or name.endswith("inventory")):  # a link in a folder of inventories
+        return ALIASES["vminventory"], name, words
+    if name in ALIASES:
+        return ALIASES[name], name, words
     if words[:1] == ["--debug"]:
         words = words[1:]
     if words == ["help"]:
@@ -11562,7 +11597,8 @@ def find_command(argv: Sequence[str]) -> tuple[Command | None, str, list[str]]:
     word = words[0]
     found = COMMANDS.get(word) or ALIASES.get(word)
     if not found:
-        hint = did_you_mean(word, command_names(), "nocloud -h lists them")
+        ours = next((f"here it is {each}" for each, theirs in ELSEWHERE.items() if word in theirs.split()), "")
+        hint = ours or did_you_mean(word, command_names(), "nocloud -h lists them")
         raise UsageError(f"{word}: no such command", hint, EXIT_MISSING)
     return found, f"nocloud {word}", words[1:]
 
@@ -11680,6 +11716,7 @@ YES = Option("-y --yes", "don't ask")
 WHICH_VM = "the VM: NAME, GROUP/NAME or GROUP/TYPE/NAME"
 VM_OPTIONS = (Option("-n --name NAME", WHICH_VM, complete="vm"), GROUP, TYPE)
 RUNNING_VM_OPTIONS = (Option("-n --name NAME", WHICH_VM, complete="running-vm"), GROUP, TYPE)
+WHICH_VMS = (Option("-g --group GROUP", "the group"), TYPE, VM_OPTIONS[0])
 
 
 def _digest(algorithm: str) -> Callable[[str], str]:
@@ -11696,7 +11733,7 @@ def _digest(algorithm: str) -> Callable[[str], str]:
     Option("--insecure", "take the image at a URL without a checksum"),
     Option(
         "--build SUITE", "make NAME from packages: bookworm, trixie (Debian), jammy, noble (Ubuntu)",
-        complete=("bookworm", "trixie", *UBUNTU_SUITES),
+        complete=SUITES,
     ),
     Option("--include PACKAGE,…", "more packages for --build", package_names),
     Option("--rebuild", "--build anew, though the cache has one of the same packages"),
@@ -11865,11 +11902,7 @@ def cmd_instantiate(config: Config, args: argparse.Namespace, words: list[str]) 
                 report.data(f"{request.template}: {plural(request.count, 'clone')} in {group}/{request.type}")
             return EXIT_DONE
         vms, errors = instantiate(cloud, group, requests)
-        if args.wait is not None:
-            seconds, limit = (config.number("vmWaitTimeout"), "") if args.wait is True else (args.wait, "-w SECONDS")
-            errors += wait_all(cloud, vms, seconds, limit)
-        else:
-            configure_later(cloud, vms)
+        errors += end_start(cloud, args, vms)
         for vm in vms:
             report.data(vm.name)
         open_screens(vms)
@@ -11884,7 +11917,8 @@ def requests_of(config: Config, args: argparse.Namespace) -> tuple[str, list[Clo
         for given, name in ((args.template, "-n"), (args.count, "-C"), (args.options, "-o")):
             if given is not None:
                 raise UsageError(f"-f and {name} exclude each other", "the description file says it all")
-        return group_of_file(args.file) if group is None else group, read_description(args.file, type, args.allow_share)
+        group = Tree(config).group_called(group_of_file(args.file)) if group is None else group
+        return group, read_description(args.file, type, args.allow_share)
     if args.allow_share is not None:
         raise UsageError("--allow-share goes with -f FILE only")
     if not args.template:
@@ -11944,7 +11978,7 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
     with Cloud(config) as cloud:
         group, requests = args.resume, []
         if args.file is not None:
-            group = args.group or group_of_file(args.file)
+            group = args.group or cloud.tree.group_called(group_of_file(args.file))
             requests = read_description(args.file, config["vmSubGroup"], args.allow_share)
             if not args.add:
                 check_new_group(list(cloud.tree.vms(group)), group)  # else its own ports would be in the way
@@ -12043,10 +12077,8 @@ def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> N
 
 
 @declare(
-    Command("stop", "vmstop"),
-    Option("-g --group GROUP", "the group to stop"),
-    Option("-t --type TYPE", "only this type of it"),
-    Option("-n --name NAME", "stop one VM", complete="vm"),
+    Command("stop", "vmstop", "[VM…]", ("vm",)),
+    *WHICH_VMS,
     Option("-d --destroy", "destroy them too: disks, settings, everything"),
     Option("--kill", "switch off at once instead of shutting down"),
     Option("--timeout S", "seconds before switching off", default="vmStopTimeout"),
@@ -12055,13 +12087,13 @@ def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> N
     YES,
 )
 def cmd_stop(config: Config, args: argparse.Namespace, words: list[str]) -> int:
-    """stop a group, a type of it or one VM"""
+    """stop a group, a type of it or single VMs"""
     way = exclusive(args, "destroy" if args.destroy else "kill", "save", "discard")  # to destroy is to switch off
     with Cloud(config) as cloud:
         try:
-            vms = chosen_vms(cloud, args)
+            vms = chosen_vms(cloud, args, words)
         except NotFound as error:  # to destroy what is gone already is no error, but said: the name may be mistyped
-            if not args.destroy or args.name is not None:
+            if not args.destroy or args.name is not None or words:
                 raise
             error.text += ", so there is nothing to destroy"
             report.error(error)
@@ -12074,7 +12106,7 @@ def cmd_stop(config: Config, args: argparse.Namespace, words: list[str]) -> int:
                 confirm(args, f"{plural(len(vms), 'VM')} with {plural(kept, 'snapshot')} will be gone.")
             errors = destroy_all(cloud, vms, args.group or "")
         elif way == "save":
-            running = [vm for vm in vms if vm.is_running() or args.name is not None]
+            running = [vm for vm in vms if vm.is_running() or args.name or words]
             errors = [each for each in in_parallel(save, running) if each]
         elif way == "discard":
             errors = []
@@ -12086,16 +12118,26 @@ def cmd_stop(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     return report_errors(errors)
 
 
-def chosen_vms(cloud: Cloud, args: argparse.Namespace) -> list[VM]:
-    """The VMs that -g, -t and -n mean.  Raises NotFound where there are none."""
-    if args.name == "":
+def chosen_vms(cloud: Cloud, args: argparse.Namespace, words: Sequence[str] = ()) -> list[VM]:
+    """The VMs that -g, -t and -n mean, or `words`, their names.  Raises NotFound where there are none."""
+    names = [*([] if args.name is None else [args.name]), *words]
+    if "" in names:
         raise UsageError("the VM's name is empty", "vmrunning lists the VMs")
-    if args.name is not None:
-        return [cloud.tree.need(args.name, args.group, args.type)]
-    if args.group is None:
-        raise UsageError("which group? give -g GROUP, or -n NAME for one VM", "vmrunning lists them")
+    if names:
+        found = [cloud.tree.need(name, args.group, args.type) for name in names]
+        return list({vm.full_name: vm for vm in found}.values())
     cloud.tree.need_group(args.group, args.type)
+    if args.group is None:
+        raise UsageError("which group? give -g GROUP, or VM", "vmrunning lists them")
     return [vm for vm in cloud.tree.vms(args.group) if args.type in (None, vm.type)]
+
+
+def name_or_word(args: argparse.Namespace, words: Sequence[str]) -> str | None:
+    """The VM's name: what -n says, or else the one word."""
+    if args.name is None and words:
+        return one_operand(words, "VM")
+    no_more(words)
+    return None if args.name is None else str(args.name)
 
 
 def confirm(args: argparse.Namespace, question: str) -> None:
@@ -12108,22 +12150,51 @@ def confirm(args: argparse.Namespace, question: str) -> None:
         raise Error("nothing has been done")
 
 
-WHICH_VMS = (Option("-g --group GROUP", "the group", complete="group"), TYPE, VM_OPTIONS[0])
+@declare(
+    Command("start", "vmstart", "[VM…]", ("vm",)),
+    *WHICH_VMS,
+    Option("-w --wait [SECONDS]", "return when all are ready", default="vmWaitTimeout"),
+)
+def cmd_start(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """start VMs that are stopped, and don't connect to them"""
+    with Cloud(config) as cloud:
+        vms = [vm for vm in chosen_vms(cloud, args, words) if not vm.is_running()]
+        errors = start_stopped(cloud, vms)
+        return report_errors([*errors, *end_start(cloud, args, [vm for vm in vms if vm.is_running()])])
 
 
-@declare(Command("pause", "vmpause"), *WHICH_VMS)
+def start_stopped(cloud: Cloud, vms: Sequence[VM], iso: str = "", gui: bool = False) -> list[Error]:
+    """Start VMs, or templates; the errors."""
+    if vms:
+        cloud.accel(cloud.config["vmAccel"])  # what that says is said before there are threads
+    for vm in vms:
+        with FolderLock(vm.folder):
+            give_identity(cloud, vm)
+    return [error for error in start_all(cloud, vms, iso=iso, gui=gui) if error]
+
+
+def end_start(cloud: Cloud, args: argparse.Namespace, vms: Sequence[VM]) -> list[Error]:
+    """What is left to do for VMs that have just been started: with -w until they are ready; the errors."""
+    if args.wait is None:
+        configure_later(cloud, vms)
+        return []
+    seconds, limit = (cloud.config.number("vmWaitTimeout"), "") if args.wait is True else (args.wait, "-w SECONDS")
+    return wait_all(cloud, vms, seconds, limit)
+
+
+@declare(Command("pause", "vmpause", "[VM…]", ("running-vm",)), *WHICH_VMS)
 def cmd_pause(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """have VMs stand still"""
-    return tell_running(config, args, "stop")
+    return tell_running(config, args, words, "stop")
 
 
-@declare(Command("resume", "vmresume"), *WHICH_VMS)
+@declare(Command("resume", "vmresume", "[VM…]", ("running-vm",)), *WHICH_VMS)
 def cmd_resume(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """have VMs go on that stand still"""
-    return tell_running(config, args, "cont")
+    return tell_running(config, args, words, "cont")
 
 
-def tell_running(config: Config, args: argparse.Namespace, command: str) -> int:
+def tell_running(config: Config, args: argparse.Namespace, words: Sequence[str], command: str) -> int:
     """Give qemu's command to each of the VMs that runs."""
 
     def tell(vm: VM) -> None:
@@ -12135,7 +12206,7 @@ def tell_running(config: Config, args: argparse.Namespace, command: str) -> int:
             remove_file(vm.still_file)
 
     with Cloud(config) as cloud:
-        vms = [vm for vm in chosen_vms(cloud, args) if args.name is not None or vm.is_running()]
+        vms = [vm for vm in chosen_vms(cloud, args, words) if vm.is_running() or args.name or words]
         return report_errors([each for each in in_parallel(tell, vms) if each])
 
 
@@ -12194,7 +12265,8 @@ def running_vm(cloud: Cloud, words: str | None, group: str | None = None, type: 
     vm = cloud.tree.need(words, group, type, first=VM.is_running, address_of=lambda vm: address_of(cloud, vm))
     state, _ = vm.state()
     if state != "running":
-        raise WrongState("it is not running", f"vmrunning -a shows its state: {state}", vm=vm)
+        hint = f"vmstart {vm} starts it" if state == "stopped" else f"vmrunning -a shows its state: {state}"
+        raise WrongState("it is not running", hint, vm=vm)
     return vm
 
 
@@ -12371,10 +12443,7 @@ def cmd_vm(config: Config, args: argparse.Namespace, words: list[str]) -> None:
         vm = cloud.tree.need(args.name, args.group or None, args.type or None, first=lambda vm: vm.is_template)
         fresh = not vm.is_running()
         if fresh:
-            with FolderLock(vm.folder):
-                give_identity(cloud, vm)
-            error = start_all(cloud, [vm], iso=iso, gui=args.gui)[0]
-            if error:
+            for error in start_stopped(cloud, [vm], iso, args.gui):
                 raise error
         elif iso:
             raise WrongState("it runs already, without that ISO", f"vmstop -n {vm} stops it", vm=vm)
@@ -12532,7 +12601,7 @@ def address_and_port(words: Sequence[str]) -> tuple[str, int]:
 
 
 @declare(
-    Command("console", "vmconsole"),
+    Command("console", "vmconsole", "[VM]", ("running-vm",)),
     *RUNNING_VM_OPTIONS,
     Option("-s --serial", "its serial console in this terminal; Ctrl-] leaves"),
     Option("--screenshot FILE", "write what its screen shows into FILE, a PNG"),
@@ -12541,7 +12610,7 @@ def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> N
     """a VM's screen; with -s, or without a display, its serial console"""
     exclusive(args, "serial", "screenshot")
     with Cloud(config) as cloud:
-        vm = running_vm(cloud, args.name, args.group, args.type)
+        vm = running_vm(cloud, name_or_word(args, words), args.group, args.type)
     if args.screenshot is not None:
         picture = screenshot(vm)
         with open(args.screenshot, "wb") as file:
@@ -12557,7 +12626,7 @@ def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> N
 
 
 @declare(
-    Command("log", "vmlog"),
+    Command("log", "vmlog", "[VM]", ("vm",)),
     *VM_OPTIONS,
     Option("-f --follow", "go on with what comes, until it ends"),
     Option("-q --qemu", "what its qemu said, instead"),
@@ -12567,7 +12636,7 @@ def cmd_log(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     import select
 
     with Cloud(config) as cloud:
-        vm = cloud.tree.need(args.name, args.group, args.type, first=VM.is_running)
+        vm = cloud.tree.need(name_or_word(args, words), args.group, args.type, first=VM.is_running)
     state, pid = vm.state() if args.follow else ("", 0)
     paths = (vm.log_file,) if args.qemu else (vm.console_log, vm.old_console_log)
     if not os.path.exists(paths[0]):
@@ -12582,11 +12651,12 @@ def cmd_log(config: Config, args: argparse.Namespace, words: list[str]) -> None:
             return
 
 
-@declare(Command("manage", "vmmanage", "[WORDS...]"), *RUNNING_VM_OPTIONS)
+@declare(Command("manage", "vmmanage", "[VM] [WORDS...]", ("running-vm",)), *RUNNING_VM_OPTIONS)
 def cmd_manage(config: Config, args: argparse.Namespace, words: list[str]) -> int:
-    """qemu's monitor of a VM; with WORDS, just that command"""
+    """qemu's monitor of a VM; with WORDS, just that command; where -n names the VM, all words are"""
+    name, words = (args.name, words) if args.name is not None or not words else (words[0], words[1:])
     with Cloud(config) as cloud:
-        vm = running_vm(cloud, args.name, args.group, args.type)
+        vm = running_vm(cloud, name, args.group, args.type)
     if words:
         monitor_command(vm, " ".join(words))
         return EXIT_DONE
@@ -12618,8 +12688,7 @@ def cmd_doctor(config: Config, args: argparse.Namespace, words: list[str]) -> in
 def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """make the vm* commands in DIR, as symlinks to this program"""
     folder = one_operand(words, "DIR")
-    if not os.path.isdir(folder):
-        raise NotFound(f"{folder}: no such folder", f"mkdir -p {folder}")
+    os.makedirs(folder, exist_ok=True)
     program = program_path()
     for name in (*ALIASES, "nocloud"):
         path = os.path.join(folder, name)
@@ -12936,12 +13005,17 @@ def manual_of(command: Command) -> str:
 
 @declare(Command("man", operands="[COMMAND]", complete=("command",)))
 def cmd_man(config: Config, args: argparse.Namespace, words: list[str]) -> None:
-    """print the manual page, or that of one command, as in: nocloud man >nocloud.1"""
+    """show the manual page, or that of one command; nocloud man >nocloud.1 writes it"""
     no_more(words[1:])
     names = {**ALIASES, **{each.name: each for each in visible_commands()}}
     if words and words[0] not in names:
         raise UsageError(f"{words[0]}: no such command", "nocloud -h lists them")
-    report.data((manual_of(names[words[0]]) if words else manual()).rstrip("\n"))
+    page = (manual_of(names[words[0]]) if words else manual()).rstrip("\n")
+    if sys.stdout.isatty() and find_program("man"):
+        fd = os.memfd_create("nocloud.1", 0)
+        write_all(fd, page.encode())
+        become(["man", "-l", f"/proc/{os.getpid()}/fd/{fd}"])
+    report.data(page)
 
 
 # Installation ########################################################################################
@@ -13441,6 +13515,13 @@ usage: nocloud COMMAND [options], or by the command's own name
 nocloud COMMAND -h shows a command's options."""
 
 
+def overview_row(command: Command) -> str:
+    import textwrap
+
+    text = f"  {command.name:<12} {command.alias:<14} {command.help}"
+    return textwrap.fill(text, terminal_width(), subsequent_indent=" " * 30, break_on_hyphens=False)
+
+
 def run_command(argv: Sequence[str]) -> int:
     """Find the command, parse its words, do it; the exit status."""
     report.debug = report.debug or list(argv[1:2]) == ["--debug"]
@@ -13453,8 +13534,7 @@ def run_command(argv: Sequence[str]) -> int:
         for word in options:
             if word not in ("-h", "--help", "--debug"):
                 raise UsageError(f"{word}: no such option", "nocloud -h lists the commands")
-        rows = (f"  {each.name:<12} {each.alias:<14} {each.help}" for each in visible_commands())
-        report.data(OVERVIEW.format("\n".join(rows)))
+        report.data(OVERVIEW.format("\n".join(map(overview_row, visible_commands()))))
         return EXIT_DONE
     report.debug = report.debug or "--debug" in options
     config = Config() if command.unconfigured else load_config()
@@ -13467,6 +13547,10 @@ def run_command(argv: Sequence[str]) -> int:
         if args.help:
             report.data("\n\n".join(part.rstrip("\n") for part in (parser.format_help(), command.more()) if part))
             return EXIT_DONE
+    for option in command.options if args else ():
+        key = option.names[-1][2:]
+        if option.value == "GROUP" and getattr(args, key):
+            setattr(args, key, Tree(config).group_called(getattr(args, key)))
     if not command.operands:
         free = {each.names[0] for each in command.options if getattr(args, each.names[-1][2:], None) is None}
         no_more(operands, next((f"{report.program} {way}" for way in ("-n", "-g") if way in free), ""))

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support import ROOT, Cloud
+from support import ROOT, Cloud, Terminal
 
 import nocloud
 
@@ -103,6 +103,12 @@ def test_a_page_of_one_command(cloud: Cloud) -> None:
     assert "vmstop [options]" in text and "nocloud stop [options]" in text and "--destroy" in text
     assert "--build" not in text
     assert cloud.run("man", "stop").ok().stdout == cloud.run("man", "vmstop").ok().stdout
+
+
+def test_on_a_terminal_it_is_shown(cloud: Cloud) -> None:
+    need("man")
+    with Terminal(cloud, "man", "vmstop", env={"MANPAGER": "cat"}) as terminal:
+        assert ".TH" not in terminal.see("VMSTOP(1)") + terminal.see("vmstop - stop")
 
 
 def test_what_roff_would_take_for_something_else(cloud: Cloud) -> None:
