@@ -211,7 +211,7 @@ class Reporter:
     def __init__(self) -> None:
         self.program = "nocloud"
         self.debug = False
-        self._stage = ""
+        self._stages: set[str] = set()
         self._unfinished = False
 
     def data(self, text: str) -> None:
@@ -249,16 +249,16 @@ class Reporter:
             self.say(f"(hint: {hint})")
 
     def progress(self, stage: str, detail: str = "") -> None:
-        """How far long work is: one line that is rewritten on a terminal; elsewhere a line for each stage."""
+        """How far long work is: one line that is rewritten on a terminal; elsewhere a line for each stage, once."""
         try:
             width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
         except OSError:  # it is no terminal, or that has gone
-            if stage != self._stage:
+            if stage not in self._stages:
                 self.say(stage)
         else:
             self._unfinished = True
             self._write("\r\x1b[K" + printable(f"{stage} {detail}".strip())[: width - 1])
-        self._stage = stage
+        self._stages.add(stage)
 
     def _finish_line(self) -> None:
         """Take a progress line off the terminal before another line comes."""
@@ -7208,7 +7208,7 @@ class BuildProgress:
     }
 
     def __init__(self, suite: str) -> None:
-        self.suite, self.total = suite, 0
+        self.suite, self.total, self.size = suite, 0, ""
         self.counts: Counter[str] = Counter()
         self.cause = ""
         self.started = time.monotonic()
@@ -7221,11 +7221,14 @@ class BuildProgress:
         found = re.search(r"(\d+) newly installed", line)
         if found:  # a new run of apt begins
             self.total, self.counts = int(found.group(1)), Counter()
+        found = re.match(r"Need to get (\S+ .?B)", line)
+        if found:
+            self.size = f", {found.group(1)}"
         for start, stage in self.STAGES.items():
             if line.startswith(start) and (self.total or not stage.endswith(" packages")):
                 self.counts[stage] += 1
                 of = f"{min(self.counts[stage], self.total)}/{self.total}" if stage.endswith(" packages") else ""
-                self.tell(stage, of)
+                self.tell(stage + (self.size if start == "Get:" else ""), of)
 
     def tell(self, stage: str, detail: str = "") -> None:
         seconds = f"({time.monotonic() - self.started:.0f} s)"
@@ -7613,7 +7616,8 @@ def build_disk(build: Build, new: NewTemplate) -> None:
     write_boot_loader(tree, raw, size)
     progress.tell("making the disk")
     compress_image(raw, "raw", new.disk)
-    report.say(f"{build.suite}: built in {time.monotonic() - progress.started:.0f} s")
+    megabytes = os.stat(new.disk).st_blocks * 512 // MIB
+    report.say(f"{build.suite}: built in {time.monotonic() - progress.started:.0f} s, {megabytes} MB")
     remove_tree(work)
 
 
