@@ -13505,6 +13505,69 @@ def cmd_setup(config: Config, args: argparse.Namespace, words: list[str]) -> Non
         remove_empty(SETUP_FOLDER)
 
 
+# -- groups from the boot on
+
+OUR_UNIT = "# Written by `nocloud enable`; it goes with the last group.\n"
+OF_USER = Option("--user", "by your own systemd, as for everybody but root")
+
+
+def of_user(args: argparse.Namespace) -> bool:
+    return bool(args.user) or os.geteuid() != 0
+
+
+def tell_systemd(user: bool, *words: str) -> None:
+    """Raises Error with systemctl's own words."""
+    status, said = try_run(["systemctl", *(["--user"] if user else []), *words], 120)
+    if status:
+        hint = "without systemd, have what starts at boot call vmrun -r GROUP --background"
+        raise Error(f"systemctl {' '.join(words)}: {last_line(said)}", hint)
+
+
+def unit_path(user: bool) -> tuple[str, bool]:
+    """Where the unit of a program that isn't installed lies, and whether it is there."""
+    folder = f"{os.path.dirname(config_home())}/systemd/user" if user else "/etc/systemd/system"
+    path = os.path.join(folder, GROUP_UNIT)
+    return path, read_existing(path).startswith(OUR_UNIT)
+
+
+@declare(Command("enable", operands="GROUP", complete=("group",)), OF_USER)
+def cmd_enable(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+    """run a group from now on, and from each boot on"""
+    tree, user = Tree(config), of_user(args)
+    group = checked_group(tree.group_called(one_operand(words, "GROUP")))
+    tree.need_group(group)
+    path, is_ours = unit_path(user)
+    if is_ours or try_run(["systemctl", *(["--user"] if user else []), "cat", GROUP_UNIT], 30)[0]:
+        program = " ".join(self_argv())
+        if not re.fullmatch(rf"[\w/.+@:-]+ {' '.join(PYTHON_OPTIONS)} [\w/.+@:-]+", program):
+            raise Error(f"{program}: such a path can't stand in a unit", "move the program to a simpler one")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        text = need_packaged(GROUP_UNIT, "systemd").replace("@BINDIR@/nocloud", program)
+        write_file(path, OUR_UNIT + text, 0o644)
+        tell_systemd(user, "daemon-reload")
+    is_managed = manager_of(tree, group)[0] != "stopped"
+    tell_systemd(user, "enable", *([] if is_managed else ["--now"]), f"nocloud@{group}")
+    report.say(f"{group}: runs from each boot on" + (", and a vmrun has it now" if is_managed else " and now"))
+    name = user_name()
+    if user and not os.path.exists(f"/var/lib/systemd/linger/{name}"):  # loginctl(1)
+        report.warn(f"it runs only while {name} is logged in, until: loginctl enable-linger {name}")
+    for key in sorted(key for key in os.environ if key.startswith("NOCLOUD_")):
+        report.warn(f"{key} of this shell is not known there; the configuration file may say it")
+
+
+@declare(Command("disable", operands="GROUP", complete=("group",)), OF_USER)
+def cmd_disable(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+    """run a group from the next boot on no more; vmrun -s stops it"""
+    import glob
+
+    group, user = checked_group(Tree(config).group_called(one_operand(words, "GROUP"))), of_user(args)
+    tell_systemd(user, "disable", f"nocloud@{group}")
+    path, is_ours = unit_path(user)
+    if is_ours and not glob.glob(f"{glob.escape(os.path.dirname(path))}/*.wants/nocloud@*.service"):
+        remove_file(path)
+        tell_systemd(user, "daemon-reload")
+
+
 # Dispatch ############################################################################################
 #
 # The program itself: which command is meant, what it raises, and its exit status.

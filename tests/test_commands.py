@@ -116,6 +116,8 @@ OPTIONS: dict[str, Options] = {
     "nocloud-bridge": {},
     "links": {},
     "trust": {},
+    "enable": {"--user": False},
+    "disable": {"--user": False},
     "doctor": {"--json": False},
     "completion": {},
     "man": {},
