@@ -771,7 +771,7 @@ SETTINGS = (
     Setting("vmMem", MEMORY_MB, "512", "both", "memory in MB of new templates; a clone inherits its template's",
             inherited=True, harmless=True),
     Setting("vmCpu", CPU_COUNT, "2", "both", "processors, likewise", inherited=True, harmless=True),
-    Setting("vmCpuCap", CPU_CAP, "", "both", "a limit in per cent of CPU time; kept, not enforced yet",
+    Setting("vmCpuCap", CPU_CAP, "", "both", "a limit of CPU time, in per cent of one processor; 0: none",
             inherited=True, harmless=True),
     Setting("vmCreateDiskSize", DISK_GB, "10", "config", "disk size in GB of new templates", harmless=True),
     Setting("vmCount", CLONE_COUNT, "1", "config", "how many clones vminstantiate makes", harmless=True),
@@ -1525,6 +1525,46 @@ class Process:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+# -- how much processor time a process gets
+
+CGROUPS = "/sys/fs/cgroup"
+CPU_PERIOD = 100_000  # in µs: the kernel's default, and systemd's
+# cgroups(7): by version 1's controller, or version 2, the folder, the file that limits, and its text for a quota in µs
+CPU_LIMITS = {"cpu": ("cpu/", "cpu.cfs_quota_us", "{}"), "": ("", "cpu.max", f"{{}} {CPU_PERIOD}")}
+
+
+@functools.cache
+def scope_words() -> list[str]:
+    """What has systemd start a program in a scope of its own, root's or the user's; none where it doesn't here."""
+    words = ["systemd-run", *(["--user"] if os.geteuid() else []), "--scope", "--quiet", "--collect"]
+    works = os.path.isdir("/run/systemd/system") and find_program(words[0]) and not try_run([*words, "true"], 10)[0]
+    return words if works else []
+
+
+def in_scope(argv: Sequence[str], percent: int) -> list[str]:
+    """`argv` in a scope with at most that much of one processor (0: no limit), where systemd makes any."""
+    scope = scope_words() if percent else []
+    return [*scope, *([f"--property=CPUQuota={percent}%", "--"] if scope else []), *argv]
+
+
+def limit_process(pid: int, percent: int, name: str) -> bool:
+    """Whether a process gets at most that much of one processor: by its scope, or else a cgroup that is made now."""
+    quota = str(percent * CPU_PERIOD // 100)
+    for folder, file, text in () if scope_words() else CPU_LIMITS.values():
+        place = f"{CGROUPS}/{folder}{name}"
+        try:
+            if os.path.exists(f"{CGROUPS}/{folder}cgroup.procs"):
+                os.makedirs(place, exist_ok=True)
+                for path, said in ((f"{place}/{file}", text.format(quota)), (f"{place}/cgroup.procs", str(pid))):
+                    with open(os.open(path, os.O_WRONLY | os.O_CLOEXEC), "w") as stream:
+                        stream.write(said)
+        except OSError:
+            remove_empty(place)
+    found = [line.split(":", 2) for line in process_file(pid, "cgroup").splitlines()]
+    limits = [(*CPU_LIMITS[kind], path) for _, kinds, path in found for kind in kinds.split(",") if kind in CPU_LIMITS]
+    return any(read_existing(f"{CGROUPS}/{at}{path}/{file}").split()[:1] == [quota] for at, file, _, path in limits)
 
 
 # Disks ###############################################################################################
@@ -8280,7 +8320,15 @@ RUNTIME_FILES = (
 )  # fmt: skip
 
 
+def cgroup_name(vm: VM) -> str:
+    """What the cgroup that limits a VM is called: by its folder, which is there whatever its conf says."""
+    info = os.stat(vm.folder)
+    return f"nocloud-{info.st_dev}-{info.st_ino}"
+
+
 def remove_runtime_files(vm: VM) -> None:
+    for folder, _, _ in CPU_LIMITS.values():
+        remove_empty(f"{CGROUPS}/{folder}{cgroup_name(vm)}")
     for path in (*map(vm.file, RUNTIME_FILES), vm.ready_file, vm.still_file, vm.pid_file):
         remove_file(path)
 
@@ -8594,6 +8642,7 @@ def tie(words: Sequence[str]) -> list[str]:
     return [*TIE, "sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"', str(os.getpid()), *words]
 
 
+NO_LIMIT = "systemd gives it no scope with a CPU quota here, and you may make no cgroup that limits processor time"
 CONSOLE_BYTES, CONSOLE_SECONDS = 24 * MIB, "20"  # how long console.log may get, and how often that is looked at
 
 
@@ -8601,7 +8650,7 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, sha
     """Start qemu in the VM's folder and its network; done when its pidfile is locked and QMP answers."""
     if tied:
         need_program(TIE[0])
-    words = qemu_argv(machine, tap, vhost, shares)
+    words, cap = qemu_argv(machine, tap, vhost, shares), int(vm.get("vmCpuCap") or 0)
     words, fds = network.enter(tie(words) if tied else words)
     script = command_script(vm, qemu_argv(machine.but(memory="", wakes=False), 3), network)
     write_file(vm.command_file, script, 0o700, durable=False)
@@ -8611,7 +8660,7 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, sha
         fcntl.flock(console, fcntl.LOCK_EX)  # qemu's from now on: that tells what bounds the log whether it runs
         # A template's folder may be entered by others, and who may write to a socket of qemu's owns the guest.
         kept = [fd for fd in (*fds, tap, vhost, *shares, console.fileno()) if fd >= 0]
-        process = spawn(words, log=vm.log_file, cwd=vm.folder, pass_fds=kept, umask=0o077)
+        process = spawn(in_scope(words, cap), log=vm.log_file, cwd=vm.folder, pass_fds=kept, umask=0o077)
     try:
         bound = ["sh", "-c", "\n".join(packaged_list("console.sh")), "sh", str(CONSOLE_BYTES), CONSOLE_SECONDS]
         spawn(bound, log=os.devnull, cwd=vm.folder, umask=0o077)
@@ -8621,6 +8670,8 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, sha
             said = read_tail(vm.log_file)
             said = said.partition("\n")[0] if shares else said  # what daemons said comes first, and is the cause
             raise Error(f"qemu did not start: {last_line(said)}", f"see {vm.log_file}", vm=vm)
+        if cap and not limit_process(process.pid, cap, cgroup_name(vm)):
+            report.warn(f"{vm}: vmCpuCap={cap} is not enforced: {NO_LIMIT}")
     except BaseException:
         process.kill()
         process.wait()
@@ -11824,7 +11875,7 @@ def report_table(rows: Sequence[Sequence[str]]) -> None:
     Option("-i --iso ISO", "boot from this ISO: a path, or a name in isoDir"),
     Option("-m --mem MB", "memory", default="vmMem"),
     Option("-c --cpu CPUS", "processors", default="vmCpu"),
-    Option("-C --cpu-cap PERCENT", "a limit of CPU time; kept, not enforced yet", CPU_CAP),
+    Option("-C --cpu-cap PERCENT", "a limit of CPU time, of one processor; 0: none", CPU_CAP),
     Option("-d --disk GB", "disk size; with -a: grow to", default="vmCreateDiskSize"),
     Option("-a --adjust", "change an existing one: only what is given"),
 )
@@ -11833,8 +11884,6 @@ def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> No
     for value, name in ((args.name, "-n NAME"), (args.adjust or args.iso, "-i ISO")):
         if not value:
             raise UsageError(f"{name} is missing", "-h shows how it is called")
-    if args.cpu_cap is not None:
-        report.warn("the limit of CPU time (-C) is kept in the conf, but not enforced yet")
     if config["vmCreateGroup"] != TEMPLATES and not args.adjust:
         report.warn(f"vmCreateGroup={config['vmCreateGroup']}: not used, what vmcreate makes is a template")
     with Cloud(config) as cloud:
