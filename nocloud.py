@@ -13566,7 +13566,7 @@ def of_user(args: argparse.Namespace) -> bool:
 
 def tell_systemd(user: bool, *words: str) -> None:
     """Raises Error with systemctl's own words."""
-    status, said = try_run(["systemctl", *(["--user"] if user else []), *words], 120)
+    status, said = try_run(["systemctl", *(["--user"] if user else []), *words], 330)  # more than the unit's own
     if status:
         hint = "without systemd, have what starts at boot call vmrun -r GROUP --background"
         raise Error(f"systemctl {' '.join(words)}: {last_line(said)}", hint)
@@ -13586,6 +13586,7 @@ def cmd_enable(config: Config, args: argparse.Namespace, words: list[str]) -> No
     group = checked_group(tree.group_called(one_operand(words, "GROUP")))
     tree.need_group(group)
     path, is_ours = unit_path(user)
+    tell_systemd(user, "daemon-reload")
     if is_ours or try_run(["systemctl", *(["--user"] if user else []), "cat", GROUP_UNIT], 30)[0]:
         program = " ".join(self_argv())
         if not re.fullmatch(rf"[\w/.+@:-]+ {' '.join(PYTHON_OPTIONS)} [\w/.+@:-]+", program):
@@ -13606,11 +13607,11 @@ def cmd_enable(config: Config, args: argparse.Namespace, words: list[str]) -> No
 
 @declare(Command("disable", operands="GROUP", complete=("group",)), OF_USER)
 def cmd_disable(config: Config, args: argparse.Namespace, words: list[str]) -> None:
-    """run a group from the next boot on no more; vmrun -s stops it"""
+    """shut a group's VMs down, keep them, and run them no more at boot"""
     import glob
 
     group, user = checked_group(Tree(config).group_called(one_operand(words, "GROUP"))), of_user(args)
-    tell_systemd(user, "disable", f"nocloud@{group}")
+    tell_systemd(user, "disable", "--now", f"nocloud@{group}")
     path, is_ours = unit_path(user)
     if is_ours and not glob.glob(f"{glob.escape(os.path.dirname(path))}/*.wants/nocloud@*.service"):
         remove_file(path)

@@ -312,9 +312,10 @@ def test_a_group_from_the_boot_on(blank: Cloud, tmp_path: Path) -> None:
     blank.run("disable", "two", "--user", env=env).quiet()
     assert not unit.exists()
     said = (blank.home / "said").read_text().splitlines()
-    assert said[:3] == ["--user cat nocloud@.service", "--user daemon-reload", "--user enable --now nocloud@Shop"]
-    assert said[-2:] == ["--user disable nocloud@two", "--user daemon-reload"]
-    blank.run("disable", "two", "--user", env=env).fails(1, "systemctl disable nocloud@two: ")
+    assert said[:3] == ["--user daemon-reload", "--user cat nocloud@.service", "--user daemon-reload"]
+    assert said[3] == "--user enable --now nocloud@Shop"
+    assert said[-2:] == ["--user disable --now nocloud@two", "--user daemon-reload"]
+    blank.run("disable", "two", "--user", env=env).fails(1, "systemctl disable --now nocloud@two: ")
     blank.run("enable", "three", "--user", env=env).says(1, "three: no such group", "vmrunning -a lists them")
 
 
