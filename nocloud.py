@@ -7147,6 +7147,22 @@ def grow_disk(cloud: Cloud, vm: VM, gigabytes: int) -> None:
 # -- what there is
 
 
+def disk_usage(path: str) -> int:
+    """The bytes on disk of a file, or of a folder with all that is in it."""
+    inside = (os.path.join(place, name) for place, folders, files in os.walk(path) for name in folders + files)
+    return sum(os.lstat(each).st_blocks * 512 for each in [path, *inside] if os.path.lexists(each))
+
+
+def unused_folders(tree: Tree) -> Iterator[tuple[str, str]]:
+    """What nothing needs, and what it is; not what a command is at work on."""
+    images = os.path.join(cache_home(), "images")
+    for folder in [os.path.join(images, name) for name in folders_in(images)]:
+        if not is_locked(folder):
+            yield folder, "in the cache: made, or downloaded, anew when it is wanted"
+    for folder in left_over(tree):
+        yield folder, "left by a command that was killed"
+
+
 def told_of(vm: VM, error: Error | OSError) -> str:
     """What a list says of a VM that it can't look at."""
     if isinstance(error, FileNotFoundError):
@@ -7220,6 +7236,9 @@ def disk_rows(tree: Tree) -> Iterator[str]:
 
     for path in sorted(path for path in above.get("", ()) if owners[path].is_template):
         yield from rows(path, 0, None)
+    for group in tree.groups():
+        yield f"group {group}, all files  {disk_usage(os.path.join(tree.base, group)) / MIB:.1f} MB"
+    yield f"cache  {disk_usage(cache_home()) / MIB:.1f} MB"
 
 
 # Building templates ##################################################################################
@@ -7304,15 +7323,15 @@ BUILD_HINT = "--build bookworm, trixie, jammy or noble"
 
 
 class Build:
-    """What a template is built from.  `init`: how its clones get hostname and keys; `more`: packages that were asked
-    for besides ours; `sources`: lines for apt; `gigabytes`: the size of its disk."""
+    """What a template is built from.  `init`: how its clones get hostname and keys, `seeded`: by cloud-init in any
+    case; `more`: packages that were asked for besides ours; `sources`: lines for apt; `gigabytes`: its disk's size."""
 
-    def __init__(self, suite: str, more: Sequence[str], gigabytes: int) -> None:
+    def __init__(self, suite: str, more: Sequence[str], gigabytes: int, seeded: bool = False) -> None:
         self.suite, self.more, self.gigabytes = suite, more, gigabytes
         self.distribution = UBUNTU if suite in UBUNTU_SUITES else DEBIAN
-        self.init = "cloud-init" if suite in WITHOUT_CREDENTIALS else "systemd"
-        seeded = ("cloud-init", "cloud-guest-utils") if self.init == "cloud-init" else ()
-        self.packages = [self.distribution.kernel, *packaged_list("build/packages"), *seeded, *more]
+        seeded = seeded or suite in WITHOUT_CREDENTIALS
+        self.init, takers = ("cloud-init", ["cloud-init", "cloud-guest-utils"]) if seeded else ("systemd", [])
+        self.packages = [self.distribution.kernel, *packaged_list("build/packages"), *takers, *more]
         self.sources: list[str] = []
 
     @property
@@ -7400,12 +7419,12 @@ def package_names(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def plan_build(suite: str, more: Sequence[str], gigabytes: int) -> Build:
+def plan_build(suite: str, more: Sequence[str], gigabytes: int, seeded: bool) -> Build:
     """What is to be built; raises for what can be known to be missing before the work starts."""
     if not re.fullmatch(r"[a-z][a-z0-9.-]{0,62}", suite):
         raise UsageError(f"{suite!r} is no name of a suite", BUILD_HINT)
     check_builder()
-    build = Build(suite, more, gigabytes)
+    build = Build(suite, more, gigabytes, seeded)
     build.sources = package_sources(suite, build.distribution, host_archives(), os_release())
     return build
 
@@ -8002,7 +8021,7 @@ def check_requests(cloud: Cloud, group: str, requests: Sequence[CloneRequest], f
                 request.user_data = request.user_data or default_user_data()
             elif request.user_data:
                 text = f"user-data=: {template.name} takes no seed, its vmInit is {template.get('vmInit')}"
-                raise UsageError(text, "vmtemplate NAME --build SUITE --include cloud-init --init cloud-init makes one")
+                raise UsageError(text, "vmtemplate NAME --build SUITE --init cloud-init makes one")
             memory += request.count * int(request.settings.get("vmMem") or template.get("vmMem"))
             images += request.count * (1 + len(request.disks))
             check_memory(memory, force)
@@ -11797,7 +11816,9 @@ def _digest(algorithm: str) -> Callable[[str], str]:
     Option("--no-clean", "with --from: keep machine-id, host keys, logs"),
     Option("--warm", "freeze NAME when it has booted: from then on its clones wake up instead of booting"),
     Option("--cold", "forget that"),
-    Option("--tree", "show templates, their layers and what stands on them"),
+    Option("--tree", "show templates, their layers and what stands on them, groups and the cache, with sizes on disk"),
+    Option("--prune", "remove what nothing needs: the cache, layers, what killed commands left; it is listed first"),
+    YES,
     Option("--delete", "delete NAME; refused while clones depend on it"),
     Option("--mem MB", "memory its clones start with", default="vmMem"),
     Option("--cpu N", "processors its clones start with", default="vmCpu"),
@@ -11807,13 +11828,9 @@ def _digest(algorithm: str) -> Callable[[str], str]:
 def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """get and keep templates"""
     with Cloud(config) as cloud:
-        if args.list or args.available:
+        if args.list or args.available or args.tree or args.prune:
             no_more(words)
-            report_table(catalogue_rows(cloud.tree) if args.available else template_rows(cloud))
-            return
-        if args.tree:
-            no_more(words)
-            report_table([[row] for row in disk_rows(cloud.tree)])
+            show_templates(cloud, args)
             return
         name = one_operand(words, "NAME")
         expected = exclusive(args, "sha256", "sha512", "insecure")
@@ -11837,13 +11854,32 @@ def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> 
             template_from_vm(cloud, name, getattr(args, "from"), asked, args.layer, not args.no_clean)
         elif way == "build":
             check_new_template(cloud.tree, name)
-            build = plan_build(args.build, args.include or [], cloud.config.number("vmCreateDiskSize"))
+            size = cloud.config.number("vmCreateDiskSize")
+            build = plan_build(args.build, args.include or [], size, args.init == "cloud-init")
             settings = template_settings(cloud, {"vmInit": build.init, **asked})
             template_from_packages(cloud, name, build, settings, args.rebuild)
         elif way == "image":
             template_from_address(cloud, name, args, template_settings(cloud, asked))
         else:
             template_from_catalogue(cloud, name, asked, functools.partial(take_over, cloud))
+
+
+def show_templates(cloud: Cloud, args: argparse.Namespace) -> None:
+    """--available, --list, --tree and --prune."""
+    if args.available or args.list:
+        report_table(catalogue_rows(cloud.tree) if args.available else template_rows(cloud))
+        return
+    if args.tree:
+        report_table([[row] for row in disk_rows(cloud.tree)])
+        return
+    settle_stopped(cloud, cloud.tree.templates())
+    unused = list(unused_folders(cloud.tree))
+    report_table([(f"{disk_usage(folder) / MIB:.1f} MB", folder, what) for folder, what in unused])
+    if unused:
+        confirm(args, "They will be removed.")
+    for folder, _ in unused:
+        with FolderLock(folder, wait=0):
+            remove_tree(folder)
 
 
 def template_from_address(cloud: Cloud, name: str, args: argparse.Namespace, settings: Mapping[str, str]) -> None:

@@ -107,6 +107,8 @@ def test_without_a_keyring_nothing_is_trusted() -> None:
 )
 def test_what_is_installed(suite: str, distribution: str, kernel: str, init: str, more: list[str]) -> None:
     build = nocloud.Build(suite, ["jq"], 10)
+    seeded = nocloud.Build(suite, ["jq"], 10, seeded=True)
+    assert seeded.init == "cloud-init" and seeded.packages[-3:] == ["cloud-init", "cloud-guest-utils", "jq"]
     assert (build.distribution.name, build.packages[0], build.init) == (distribution, kernel, init)
     assert build.packages[-len(more) - 1 :] == [*more, "jq"] and "openssh-server" in build.packages
     assert build.title == f"packages of {suite}, with jq"
