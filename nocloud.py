@@ -1555,11 +1555,10 @@ def limit_process(pid: int, percent: int, name: str) -> bool:
     for folder, file, text in () if scope_words() else CPU_LIMITS.values():
         place = f"{CGROUPS}/{folder}{name}"
         try:
-            if os.path.exists(f"{CGROUPS}/{folder}cgroup.procs"):
-                os.makedirs(place, exist_ok=True)
-                for path, said in ((f"{place}/{file}", text.format(quota)), (f"{place}/cgroup.procs", str(pid))):
-                    with open(os.open(path, os.O_WRONLY | os.O_CLOEXEC), "w") as stream:
-                        stream.write(said)
+            os.mkdir(place)
+            for path, said in ((f"{place}/{file}", text.format(quota)), (f"{place}/cgroup.procs", str(pid))):
+                with open(path, "r+") as stream:  # never made: it isn't there where this is no cgroup
+                    stream.write(said)
         except OSError:
             remove_empty(place)
     found = [line.split(":", 2) for line in process_file(pid, "cgroup").splitlines()]
@@ -2738,22 +2737,16 @@ def guest_state(vm: VM) -> str:
 # -- acceleration
 
 
-def choose_accel(wanted: str) -> tuple[str, str]:
-    """("kvm" or "tcg", why it is tcg or '').
+def choose_accel(wanted: str) -> str:
+    """kvm or tcg.  Raises Error where kvm is asked for and isn't to be had.
 
     The CPU flags count as well as the device: where /dev/kvm opens but the CPU shows neither vmx nor svm, stock guests
-    hang.  Raises Error where kvm is asked for and isn't to be had.
+    hang.
     """
-    if wanted == "tcg":
-        return "tcg", ""
-    reason, mend = kvm_missing()
-    if not reason:
-        return "kvm", ""
-    if mend.startswith("sudo"):
-        reason = f"{reason} ({mend})"
-    if wanted == "kvm":
-        raise Error(f"vmAccel=kvm: {reason}", "set vmAccel=auto or vmAccel=tcg to go on with slow software emulation")
-    return "tcg", reason
+    reason, mend = kvm_missing() if wanted != "tcg" else ("", "")
+    if reason and wanted == "kvm":
+        raise Error(f"vmAccel=kvm: {reason}", f"{mend}; vmAccel=auto goes on without, slowly")
+    return "tcg" if reason or wanted == "tcg" else "kvm"
 
 
 KVM_MODULES = {"vmx": "kvm_intel", "svm": "kvm_amd"}  # by the processor's flag
@@ -7769,8 +7762,8 @@ class Cloud:
     @functools.cache
     def accel(self, wanted: str) -> str:
         """kvm or tcg, for a vmAccel; said once where it is tcg though nobody asked for it."""
-        accel, reason = choose_accel(wanted)
-        if reason:
+        accel = choose_accel(wanted)
+        if accel != wanted and accel == "tcg":
             report.warn("no hardware acceleration, guests will be slow (nocloud doctor acceleration says why)")
         return accel
 
@@ -12221,12 +12214,9 @@ def chosen_vms(cloud: Cloud, args: argparse.Namespace, words: Sequence[str] = ()
     return [vm for vm in cloud.tree.vms(args.group) if args.type in (None, vm.type)]
 
 
-def name_or_word(args: argparse.Namespace, words: Sequence[str]) -> str | None:
-    """The VM's name: what -n says, or else the one word."""
-    if args.name is None and words:
-        return one_operand(words, "VM")
-    no_more(words)
-    return None if args.name is None else str(args.name)
+def split_name(args: argparse.Namespace, words: list[str]) -> tuple[str | None, list[str]]:
+    """The VM's name, what -n says or else the first word, and the words that are left."""
+    return (args.name, words) if args.name is not None or not words else (words[0], words[1:])
 
 
 def confirm(args: argparse.Namespace, question: str) -> None:
@@ -12698,8 +12688,10 @@ def address_and_port(words: Sequence[str]) -> tuple[str, int]:
 def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """a VM's screen; with -s, or without a display, its serial console"""
     exclusive(args, "serial", "screenshot")
+    name, words = split_name(args, words)
+    no_more(words)
     with Cloud(config) as cloud:
-        vm = running_vm(cloud, name_or_word(args, words), args.group, args.type)
+        vm = running_vm(cloud, name, args.group, args.type)
     if args.screenshot is not None:
         picture = screenshot(vm)
         with open(args.screenshot, "wb") as file:
@@ -12724,8 +12716,10 @@ def cmd_log(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """show what a VM wrote on its serial console since it was started"""
     import select
 
+    name, words = split_name(args, words)
+    no_more(words)
     with Cloud(config) as cloud:
-        vm = cloud.tree.need(name_or_word(args, words), args.group, args.type, first=VM.is_running)
+        vm = cloud.tree.need(name, args.group, args.type, first=VM.is_running)
     state, pid = vm.state() if args.follow else ("", 0)
     paths = (vm.log_file,) if args.qemu else (vm.console_log, vm.old_console_log)
     if not os.path.exists(paths[0]):
@@ -12743,7 +12737,7 @@ def cmd_log(config: Config, args: argparse.Namespace, words: list[str]) -> None:
 @declare(Command("manage", "vmmanage", "[VM] [WORDS...]", ("running-vm",)), *RUNNING_VM_OPTIONS)
 def cmd_manage(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """qemu's monitor of a VM; with WORDS, just that command; where -n names the VM, all words are"""
-    name, words = (args.name, words) if args.name is not None or not words else (words[0], words[1:])
+    name, words = split_name(args, words)
     with Cloud(config) as cloud:
         vm = running_vm(cloud, name, args.group, args.type)
     if words:
@@ -13596,62 +13590,58 @@ OUR_UNIT = "# Written by `nocloud enable`; it goes with the last group.\n"
 OF_USER = Option("--user", "by your own systemd, as for everybody but root")
 
 
-def of_user(args: argparse.Namespace) -> bool:
-    return bool(args.user) or os.geteuid() != 0
+def at_boot(config: Config, args: argparse.Namespace, words: Sequence[str], wanted: bool) -> None:
+    """Have systemd run a group, now and from each boot on, or no more; by a unit of ours where none is installed."""
+    import glob
 
+    tree, user = Tree(config), ["--user"] if args.user or os.geteuid() else []
+    group = checked_group(tree.group_called(one_operand(words, "GROUP")))
+    path = (
+        f"{os.path.dirname(config_home())}/systemd/user/{GROUP_UNIT}" if user else f"/etc/systemd/system/{GROUP_UNIT}"
+    )
 
-def tell_systemd(user: bool, *words: str) -> None:
-    """Raises Error with systemctl's own words."""
-    status, said = try_run(["systemctl", *(["--user"] if user else []), *words], 330)  # more than the unit's own
-    if status:
-        hint = "without systemd, have what starts at boot call vmrun -r GROUP --background"
-        raise Error(f"systemctl {' '.join(words)}: {last_line(said)}", hint)
+    def call(*words: str) -> None:
+        status, said = try_run(["systemctl", *user, *words], 330)  # more than the unit's own
+        if status:
+            hint = "without systemd, have what starts at boot call vmrun -r GROUP --background"
+            raise Error(f"systemctl {' '.join(words)}: {last_line(said)}", hint)
 
-
-def unit_path(user: bool) -> tuple[str, bool]:
-    """Where the unit of a program that isn't installed lies, and whether it is there."""
-    folder = f"{os.path.dirname(config_home())}/systemd/user" if user else "/etc/systemd/system"
-    path = os.path.join(folder, GROUP_UNIT)
-    return path, read_existing(path).startswith(OUR_UNIT)
+    call("daemon-reload")
+    is_ours = read_existing(path).startswith(OUR_UNIT)
+    if not wanted:
+        call("disable", "--now", f"nocloud@{group}")
+        if is_ours and not glob.glob(f"{glob.escape(os.path.dirname(path))}/*.wants/nocloud@*.service"):
+            remove_file(path)
+            call("daemon-reload")
+        return
+    tree.need_group(group)
+    if is_ours or try_run(["systemctl", *user, "cat", GROUP_UNIT], 30)[0]:
+        program = " ".join(self_argv())
+        if not re.fullmatch(rf"[\w/.+@:-]+ {' '.join(PYTHON_OPTIONS)} [\w/.+@:-]+", program):
+            raise Error(f"{program}: such a path can't stand in a unit", "move the program to a simpler one")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        unit = need_packaged(GROUP_UNIT, "systemd").replace("@BINDIR@/nocloud", program)
+        write_file(path, OUR_UNIT + unit, 0o644)
+        call("daemon-reload")
+    is_managed = manager_of(tree, group)[0] != "stopped"
+    call("enable", *([] if is_managed else ["--now"]), f"nocloud@{group}")
+    report.say(f"{group}: runs from each boot on" + (", and a vmrun has it now" if is_managed else " and now"))
+    if user and not os.path.exists(f"/var/lib/systemd/linger/{user_name()}"):  # loginctl(1)
+        report.warn(f"only while {user_name()} is logged in, until: loginctl enable-linger {user_name()}")
+    for key in sorted(key for key in os.environ if key.startswith("NOCLOUD_")):
+        report.warn(f"{key} of this shell is not known there; the configuration file may say it")
 
 
 @declare(Command("enable", operands="GROUP", complete=("group",)), OF_USER)
 def cmd_enable(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """run a group from now on, and from each boot on"""
-    tree, user = Tree(config), of_user(args)
-    group = checked_group(tree.group_called(one_operand(words, "GROUP")))
-    tree.need_group(group)
-    path, is_ours = unit_path(user)
-    tell_systemd(user, "daemon-reload")
-    if is_ours or try_run(["systemctl", *(["--user"] if user else []), "cat", GROUP_UNIT], 30)[0]:
-        program = " ".join(self_argv())
-        if not re.fullmatch(rf"[\w/.+@:-]+ {' '.join(PYTHON_OPTIONS)} [\w/.+@:-]+", program):
-            raise Error(f"{program}: such a path can't stand in a unit", "move the program to a simpler one")
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        text = need_packaged(GROUP_UNIT, "systemd").replace("@BINDIR@/nocloud", program)
-        write_file(path, OUR_UNIT + text, 0o644)
-        tell_systemd(user, "daemon-reload")
-    is_managed = manager_of(tree, group)[0] != "stopped"
-    tell_systemd(user, "enable", *([] if is_managed else ["--now"]), f"nocloud@{group}")
-    report.say(f"{group}: runs from each boot on" + (", and a vmrun has it now" if is_managed else " and now"))
-    name = user_name()
-    if user and not os.path.exists(f"/var/lib/systemd/linger/{name}"):  # loginctl(1)
-        report.warn(f"it runs only while {name} is logged in, until: loginctl enable-linger {name}")
-    for key in sorted(key for key in os.environ if key.startswith("NOCLOUD_")):
-        report.warn(f"{key} of this shell is not known there; the configuration file may say it")
+    at_boot(config, args, words, True)
 
 
 @declare(Command("disable", operands="GROUP", complete=("group",)), OF_USER)
 def cmd_disable(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """shut a group's VMs down, keep them, and run them no more at boot"""
-    import glob
-
-    group, user = checked_group(Tree(config).group_called(one_operand(words, "GROUP"))), of_user(args)
-    tell_systemd(user, "disable", "--now", f"nocloud@{group}")
-    path, is_ours = unit_path(user)
-    if is_ours and not glob.glob(f"{glob.escape(os.path.dirname(path))}/*.wants/nocloud@*.service"):
-        remove_file(path)
-        tell_systemd(user, "daemon-reload")
+    at_boot(config, args, words, False)
 
 
 # Dispatch ############################################################################################
