@@ -1536,23 +1536,19 @@ CPU_LIMITS = {"cpu": ("cpu/", "cpu.cfs_quota_us", "{}"), "": ("", "cpu.max", f"{
 
 
 @functools.cache
-def scope_words() -> list[str]:
-    """What has systemd start a program in a scope of its own, root's or the user's; none where it doesn't here."""
-    words = ["systemd-run", *(["--user"] if os.geteuid() else []), "--scope", "--quiet", "--collect"]
-    works = os.path.isdir("/run/systemd/system") and find_program(words[0]) and not try_run([*words, "true"], 10)[0]
-    return words if works else []
-
-
-def in_scope(argv: Sequence[str], percent: int) -> list[str]:
-    """`argv` in a scope with at most that much of one processor (0: no limit), where systemd makes any."""
-    scope = scope_words() if percent else []
-    return [*scope, *([f"--property=CPUQuota={percent}%", "--"] if scope else []), *argv]
+def scope_words(percent: int) -> list[str]:
+    """What has systemd start a program in a scope, root's or the user's, that gets at most that much of one processor;
+    none for 0, and where systemd makes none here."""
+    user, quota = ["--user"] if os.geteuid() else [], f"--property=CPUQuota={percent}%"
+    words = ["systemd-run", *user, "--scope", "--quiet", "--collect", quota, "--"]
+    can = percent and os.path.isdir("/run/systemd/system") and find_program(words[0])
+    return words if can and not try_run([*words, "true"], 10)[0] else []
 
 
 def limit_process(pid: int, percent: int, name: str) -> bool:
     """Whether a process gets at most that much of one processor: by its scope, or else a cgroup that is made now."""
     quota = str(percent * CPU_PERIOD // 100)
-    for folder, file, text in () if scope_words() else CPU_LIMITS.values():
+    for folder, file, text in () if scope_words(percent) else CPU_LIMITS.values():
         place = f"{CGROUPS}/{folder}{name}"
         try:
             os.mkdir(place)
@@ -7146,16 +7142,6 @@ def disk_usage(path: str) -> int:
     return sum(os.lstat(each).st_blocks * 512 for each in [path, *inside] if os.path.lexists(each))
 
 
-def unused_folders(tree: Tree) -> Iterator[tuple[str, str]]:
-    """What nothing needs, and what it is; not what a command is at work on."""
-    images = os.path.join(cache_home(), "images")
-    for folder in [os.path.join(images, name) for name in folders_in(images)]:
-        if not is_locked(folder):
-            yield folder, "in the cache: made, or downloaded, anew when it is wanted"
-    for folder in left_over(tree):
-        yield folder, "left by a command that was killed"
-
-
 def told_of(vm: VM, error: Error | OSError) -> str:
     """What a list says of a VM that it can't look at."""
     if isinstance(error, FileNotFoundError):
@@ -7668,7 +7654,7 @@ def build_disk(build: Build, new: NewTemplate) -> None:
     write_boot_loader(tree, raw, size)
     progress.tell("making the disk")
     compress_image(raw, "raw", new.disk)
-    megabytes = os.stat(new.disk).st_blocks * 512 // MIB
+    megabytes = os.path.getsize(new.disk) // MIB
     report.say(f"{build.suite}: built in {time.monotonic() - progress.started:.0f} s, {megabytes} MB")
     remove_tree(work)
 
@@ -8672,7 +8658,7 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, sha
         fcntl.flock(console, fcntl.LOCK_EX)  # qemu's from now on: that tells what bounds the log whether it runs
         # A template's folder may be entered by others, and who may write to a socket of qemu's owns the guest.
         kept = [fd for fd in (*fds, tap, vhost, *shares, console.fileno()) if fd >= 0]
-        process = spawn(in_scope(words, cap), log=vm.log_file, cwd=vm.folder, pass_fds=kept, umask=0o077)
+        process = spawn([*scope_words(cap), *words], log=vm.log_file, cwd=vm.folder, pass_fds=kept, umask=0o077)
     try:
         bound = ["sh", "-c", "\n".join(packaged_list("console.sh")), "sh", str(CONSOLE_BYTES), CONSOLE_SECONDS]
         spawn(bound, log=os.devnull, cwd=vm.folder, umask=0o077)
@@ -11861,16 +11847,23 @@ def show_templates(cloud: Cloud, args: argparse.Namespace) -> None:
     """--available, --list, --tree and --prune."""
     if args.available or args.list:
         report_table(catalogue_rows(cloud.tree) if args.available else template_rows(cloud))
-        return
-    if args.tree:
+    elif args.tree:
         report_table([[row] for row in disk_rows(cloud.tree)])
-        return
+    else:
+        prune(cloud, args)
+
+
+def prune(cloud: Cloud, args: argparse.Namespace) -> None:
+    """Remove what nothing needs, but for what a command is at work on."""
     settle_stopped(cloud, cloud.tree.templates())
-    unused = list(unused_folders(cloud.tree))
-    report_table([(f"{disk_usage(folder) / MIB:.1f} MB", folder, what) for folder, what in unused])
+    images = os.path.join(cache_home(), "images")
+    found = {os.path.join(images, name): "made, or downloaded, anew when it is wanted" for name in folders_in(images)}
+    found.update(dict.fromkeys(left_over(cloud.tree), "left by a command that was killed"))
+    unused = [folder for folder in found if not is_locked(folder)]
+    report_table([(f"{disk_usage(folder) / MIB:.1f} MB", folder, found[folder]) for folder in unused])
     if unused:
         confirm(args, "They will be removed.")
-    for folder, _ in unused:
+    for folder in unused:
         with FolderLock(folder, wait=0):
             remove_tree(folder)
 
@@ -12654,19 +12647,17 @@ def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> No
         report.say(free_bridge_subnet(config, file))
         return
     no_more(rest)
-    if verb == "start":
-        BridgeSetup(config).start()
-    elif verb == "stop":
-        BridgeSetup(config).stop()
-    elif verb == "accept":
+    setup = BridgeSetup(config)
+    if verb == "accept":
         need_root("taking what users publish")
-        BridgeSetup(config).accept()
+        setup.accept()
     elif verb == "dnsmasq":
-        setup = BridgeSetup(config)
         setup.forget()
         become([*setup.argv(), "--keep-in-foreground"])
     elif verb == "ready":
-        BridgeSetup(config).wait(60, os.environ.get("MAINPID", ""))  # systemd.exec(5)
+        setup.wait(60, os.environ.get("MAINPID", ""))  # systemd.exec(5)
+    elif verb in ("start", "stop"):
+        setup.start() if verb == "start" else setup.stop()
     else:
         raise UsageError(f"{verb or 'no verb'}: expected start, stop, accept, dnsmasq, ready or subnet")
 

@@ -418,7 +418,7 @@ def test_a_limit_of_processor_time(tiny: Cloud) -> None:
         parts.append(used())
     is_busy = os.getloadavg()[0] > 2 * (os.cpu_count() or 1)  # others have the processors
     assert max(parts) < 0.25 and (parts[-1] > 0.15 or is_busy), parts
-    limited = "/nocloud-" in nocloud.process_file(tiny.qemu(VM), "cgroup") or bool(nocloud.scope_words())
+    limited = "/nocloud-" in nocloud.process_file(tiny.qemu(VM), "cgroup") or bool(nocloud.scope_words(20))
     info = tiny.folder(VM).stat()
     tiny.run("vmstop", "web00", "--kill").quiet()
     left = list(Path("/sys/fs/cgroup").glob(f"**/nocloud-{info.st_dev}-{info.st_ino}"))
