@@ -2527,11 +2527,10 @@ class Tree:
         place = f" in {'/'.join(filter(None, (group, type)))}" if group else f" of type {type}" if type else ""
         if found:
             raise NotFound(f"{words}: no such VM{place}", f"did you mean {found[0].full_name}?")
-        for option, kind, known in (("-g", "group", {*self.groups()}), ("-t", "type", self.all_types())):
-            if words in known:
-                raise NotFound(
-                    f"{words}: no such VM{place}, but a {kind}", f"vmrunning -a {option} {words} lists its VMs"
-                )
+        kind = "group" if words in self.groups() else "type" if words in self.all_types() else ""
+        if kind:
+            text = f"{words}: no such VM{place}, but a {kind}"
+            raise NotFound(text, f"vmrunning -a -{kind[0]} {words} lists its VMs")
         raise no_such(f"VM{place}", words, [vm.name for vm in self.vms(group or "", type or "")], VMS_HINT)
 
     def need_group(self, group: str | None, type: str | None = None) -> None:
@@ -12849,7 +12848,9 @@ class Typed:
             self.given.update(dict.fromkeys(option.names, word[len(prefix) :]) if option else {word: ""})
         if not last:
             others = split_ssh_words(operands)[0] if command.passes else []
-            return dict(enumerate(command.complete, 1)).get(len(operands) - len(others), "")
+            kinds, at = command.complete, len(operands) - len(others)
+            at = min(at, len(kinds)) if "…" in command.operands else at
+            return dict(enumerate(kinds, 1)).get(at, "")
         option, prefix = option_with_value(command, self.value if last == probe else last)
         if option and last != probe:  # split_operands() has joined it to the option
             return option.complete
