@@ -243,7 +243,7 @@ class Reporter:
     def __init__(self) -> None:
         self.program = "nocloud"
         self.debug = False
-        self._stage = ""
+        self._stages: set[str] = set()
         self._unfinished = False
 
     def data(self, text: str) -> None:
@@ -281,16 +281,16 @@ class Reporter:
             self.say(f"(hint: {hint})")
 
     def progress(self, stage: str, detail: str = "") -> None:
-        """How far long work is: one line that is rewritten on a terminal; elsewhere a line for each stage."""
+        """How far long work is: one line that is rewritten on a terminal; elsewhere a line for each stage, once."""
         try:
             width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
         except OSError:  # it is no terminal, or that has gone
-            if stage != self._stage:
+            if stage not in self._stages:
                 self.say(stage)
         else:
             self._unfinished = True
             self._write("\r\x1b[K" + printable(f"{stage} {detail}".strip())[: width - 1])
-        self._stage = stage
+        self._stages.add(stage)
 
     def _finish_line(self) -> None:
         """Take a progress line off the terminal before another line comes."""
@@ -779,7 +779,7 @@ SETTINGS = (
     Setting("vmMem", MEMORY_MB, "512", "both", "memory in MB of new templates; a clone inherits its template's",
             inherited=True, harmless=True),
     Setting("vmCpu", CPU_COUNT, "2", "both", "processors, likewise", inherited=True, harmless=True),
-    Setting("vmCpuCap", CPU_CAP, "", "both", "a limit in per cent of CPU time; kept, not enforced yet",
+    Setting("vmCpuCap", CPU_CAP, "", "both", "a limit of CPU time, in per cent of one processor; 0: none",
             inherited=True, harmless=True),
     Setting("vmCreateDiskSize", DISK_GB, "10", "config", "disk size in GB of new templates", harmless=True),
     Setting("vmCount", CLONE_COUNT, "1", "config", "how many clones vminstantiate makes", harmless=True),
@@ -1491,6 +1491,41 @@ class Process:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+# -- how much processor time a process gets
+
+CGROUPS = "/sys/fs/cgroup"
+CPU_PERIOD = 100_000  # in µs: the kernel's default, and systemd's
+# cgroups(7): by version 1's controller, or version 2, the folder, the file that limits, and its text for a quota in µs
+CPU_LIMITS = {"cpu": ("cpu/", "cpu.cfs_quota_us", "{}"), "": ("", "cpu.max", f"{{}} {CPU_PERIOD}")}
+
+
+@functools.cache
+def scope_words(percent: int) -> list[str]:
+    """What has systemd start a program in a scope, root's or the user's, that gets at most that much of one processor;
+    none for 0, and where systemd makes none here."""
+    user, quota = ["--user"] if os.geteuid() else [], f"--property=CPUQuota={percent}%"
+    words = ["systemd-run", *user, "--scope", "--quiet", "--collect", quota, "--"]
+    can = percent and os.path.isdir("/run/systemd/system") and find_program(words[0])
+    return words if can and not try_run([*words, "true"], 10)[0] else []
+
+
+def limit_process(pid: int, percent: int, name: str) -> bool:
+    """Whether a process gets at most that much of one processor: by its scope, or else a cgroup that is made now."""
+    quota = str(percent * CPU_PERIOD // 100)
+    for folder, file, text in () if scope_words(percent) else CPU_LIMITS.values():
+        place = f"{CGROUPS}/{folder}{name}"
+        try:
+            os.mkdir(place)
+            for path, said in ((f"{place}/{file}", text.format(quota)), (f"{place}/cgroup.procs", str(pid))):
+                with open(path, "r+") as stream:  # never made: it isn't there where this is no cgroup
+                    stream.write(said)
+        except OSError:
+            remove_empty(place)
+    found = [line.split(":", 2) for line in process_file(pid, "cgroup").splitlines()]
+    limits = [(*CPU_LIMITS[kind], path) for _, kinds, path in found for kind in kinds.split(",") if kind in CPU_LIMITS]
+    return any(read_existing(f"{CGROUPS}/{at}{path}/{file}").split()[:1] == [quota] for at, file, _, path in limits)
 
 
 # Disks ###############################################################################################
@@ -2296,9 +2331,16 @@ class Tree:
     def groups(self) -> list[str]:
         return [name for name in folders_in(self.base) if name != TEMPLATES]
 
+    def group_called(self, name: str) -> str:
+        """The group that is called so, in whatever case; `name` itself where there is none yet."""
+        return next((each for each in sorted(self.groups(), key=name.__ne__) if each.lower() == name.lower()), name)
+
     def types(self, group: str) -> list[str]:
         """The types of a group; the templates have one, without a name."""
         return folders_in(os.path.join(self.base, group)) if group != TEMPLATES else [""]
+
+    def all_types(self) -> set[str]:
+        return {type for group in self.groups() for type in self.types(group)}
 
     def vms(self, group: str = "", type: str = "", name: str = "") -> Iterator[VM]:
         """The VMs of the tree that have a conf, templates last, else by group, type and name; of a `name`, in small
@@ -2313,17 +2355,23 @@ class Tree:
                     yield VM(self, each, kind, folder)
 
     def strays(self, group: str = "") -> Iterator[VM]:
-        """The VMs that aren't taken for such, since their folders were renamed by hand; by the conf that is in them."""
+        """What isn't taken for a VM: its folder was renamed by hand, or has a system disk, and no conf any more."""
         for vm in self._folders(group):
-            confs = [] if vm.exists() else [name for name in names_in(vm.folder) if name.endswith(".conf")]
-            for name in confs[:1]:
-                yield VM(self, vm.group, vm.type, name[: -len(".conf")], vm.folder)
+            names = [] if vm.exists() else names_in(vm.folder)
+            confs = [name[: -len(".conf")] for name in names if name.endswith(".conf")]
+            if confs or any(re.fullmatch(r".+_0\.(img|qcow2)", name) for name in names):
+                yield VM(self, vm.group, vm.type, [*confs, vm.name][0], vm.folder)
 
-    def renamed(self, group: str = "") -> Iterator[str]:
-        """Says of each of them what isn't found."""
+    def told_strays(self, group: str = "") -> Iterator[tuple[str, str]]:
+        """Of each of them, what isn't found, and the command that mends it."""
         for vm in self.strays(group):
-            wanted = f"{os.path.basename(vm.folder)}.conf"
-            yield f"{vm.folder} is no VM: {vm.name}.conf is in it, and not {wanted} (renamed by hand?)"
+            right = os.path.join(os.path.dirname(vm.folder), vm.name)
+            text, mend = f"{vm.folder} is no VM: {vm.name}.conf is gone", begin_conf(vm)
+            if right != vm.folder:
+                wanted = f"{os.path.basename(vm.folder)}.conf"
+                text = f"{vm.folder} is no VM: {vm.name}.conf is in it, and not {wanted} (renamed by hand?)"
+                mend = f"mv {quoted(vm.folder, home_folder() if os.path.exists(right) else right)}"
+            yield text, mend
 
     def running(self, group: str = "") -> Iterator[VM]:
         return (vm for vm in self.vms(group) if vm.is_running())
@@ -2355,8 +2403,8 @@ class Tree:
         parts = words.split("/")
         if len(parts) > 3 or not all(parts) or any(part in (".", "..") for part in parts):
             return []
-        group, type = parts[0] if len(parts) > 1 else "", parts[1] if len(parts) == 3 else ""
-        return list(self.vms(group, type, parts[-1].lower()))
+        group = self.group_called(parts[0]) if len(parts) > 1 else ""
+        return list(self.vms(group, parts[1] if len(parts) == 3 else "", parts[-1].lower()))
 
     def unique_names(self) -> dict[str, list[str]]:
         """What a VM, by its full name, is called among hosts: NAME.GROUP and NAME, where no other is called so."""
@@ -2400,6 +2448,10 @@ class Tree:
         place = f" in {'/'.join(filter(None, (group, type)))}" if group else f" of type {type}" if type else ""
         if found:
             raise NotFound(f"{words}: no such VM{place}", f"did you mean {found[0].full_name}?")
+        kind = "group" if words in self.groups() else "type" if words in self.all_types() else ""
+        if kind:
+            text = f"{words}: no such VM{place}, but a {kind}"
+            raise NotFound(text, f"vmrunning -a -{kind[0]} {words} lists its VMs")
         raise no_such(f"VM{place}", words, [vm.name for vm in self.vms(group or "", type or "")], VMS_HINT)
 
     def need_group(self, group: str | None, type: str | None = None) -> None:
@@ -2408,7 +2460,7 @@ class Tree:
             raise UsageError("the group name is empty", "vmrunning -a lists the groups")
         if group not in (None, TEMPLATES, *self.groups()):
             raise no_such("group", str(group), self.groups(), VMS_HINT)
-        types = {kind for each in ([group] if group else self.groups()) for kind in self.types(each)}
+        types = self.types(group) if group else self.all_types()
         if type is not None and type not in types:
             raise no_such(f"type in {group}" if group else "type", type, types, VMS_HINT)
 
@@ -2436,6 +2488,13 @@ class Tree:
             except (Error, OSError):
                 continue  # a conf that can't be read names no template
         return found
+
+
+def begin_conf(vm: VM) -> str:
+    """The command that begins the conf anew of a VM that has lost what was in it, and keeps its disk."""
+    there = [name for name in names_in(vm.folder) if re.fullmatch(rf"{re.escape(vm.name)}_0\.\w+", name)]
+    lines = quoted(f"vmName={vm.name}", f"vmDisk={vm.relative([*there, f'{vm.name}_0.img'][0])}")
+    return f"printf '%s\\n' {lines} | tee -a {quoted(vm.conf_file)}"
 
 
 VMS_HINT = "vmrunning -a lists them"
@@ -2580,19 +2639,13 @@ def guest_state(vm: VM) -> str:
 # -- acceleration
 
 
-def choose_accel(wanted: str) -> tuple[str, str]:
-    """("kvm" or "tcg", why it is tcg or '').  Where /dev/kvm opens but the CPU shows neither vmx nor svm, stock guests
-    hang.  Raises Error where kvm is asked for and isn't to be had."""
-    if wanted == "tcg":
-        return "tcg", ""
-    reason, mend = kvm_missing()
-    if not reason:
-        return "kvm", ""
-    if mend.startswith("sudo"):
-        reason = f"{reason} ({mend})"
-    if wanted == "kvm":
-        raise Error(f"vmAccel=kvm: {reason}", "set vmAccel=auto or vmAccel=tcg to go on with slow software emulation")
-    return "tcg", reason
+def choose_accel(wanted: str) -> str:
+    """kvm or tcg.  Where /dev/kvm opens but the CPU shows neither vmx nor svm, stock guests hang.  Raises Error where
+    kvm is asked for and isn't to be had."""
+    reason, mend = kvm_missing() if wanted != "tcg" else ("", "")
+    if reason and wanted == "kvm":
+        raise Error(f"vmAccel=kvm: {reason}", f"{mend}; vmAccel=auto goes on without, slowly")
+    return "tcg" if reason or wanted == "tcg" else "kvm"
 
 
 KVM_MODULES = {"vmx": "kvm_intel", "svm": "kvm_amd"}  # by the processor's flag
@@ -4028,10 +4081,9 @@ def bridge_is_ours(interface: str) -> bool:
     return read_existing(f"/sys/class/net/{interface}/address").startswith(OUR_MAC)
 
 
-def need_root(what: str) -> None:
+def need_root(what: str, besides: str = "") -> None:
     if os.geteuid() != 0:
-        hint = "sudo does it; or use a network of your own, which needs no root: nocloud net --private up"
-        raise Error(f"{what} needs root; nothing was changed", hint)
+        raise Error(f"{what} needs root; nothing was changed", f"sudo does it{besides}")
 
 
 # -- the host's firewalls
@@ -4190,7 +4242,7 @@ class BridgeSetup:
 
     def up(self) -> None:
         """`nocloud net up` of root: the bridge with DHCP and DNS."""
-        need_root("the host's bridge")
+        need_root("the host's bridge", "; or use a network of your own, which needs no root: nocloud net --private up")
         self.check()
         if units_installed():
             systemctl("reload-or-restart", SYSTEMD_UNITS[0])  # also where it is up: somebody may have flushed the rules
@@ -4204,7 +4256,7 @@ class BridgeSetup:
 
     def down(self) -> None:
         """`nocloud net down` of root."""
-        need_root("the host's bridge")
+        need_root("the host's bridge", "; nocloud net --private down ends a network of your own")
         self.check_unused()
         if units_installed():
             systemctl("stop", *reversed(SYSTEMD_UNITS))
@@ -6738,6 +6790,12 @@ def grow_disk(cloud: Cloud, vm: VM, gigabytes: int) -> None:
 # -- what there is
 
 
+def disk_usage(path: str) -> int:
+    """The bytes on disk of a file, or of a folder with all that is in it."""
+    inside = (os.path.join(place, name) for place, folders, files in os.walk(path) for name in folders + files)
+    return sum(os.lstat(each).st_blocks * 512 for each in [path, *inside] if os.path.lexists(each))
+
+
 def told_of(vm: VM, error: Error | OSError) -> str:
     """What a list says of a VM that it can't look at."""
     if isinstance(error, FileNotFoundError):
@@ -6780,7 +6838,7 @@ def disk_rows(tree: Tree) -> Iterator[str]:
             owners.update((os.path.realpath(path), vm) for path in [*vm.disks()[:1], *own])
         except (Error, OSError) as error:
             report.warn(told_of(vm, error))
-    for text in tree.renamed():
+    for text, _ in tree.told_strays():
         report.warn(text)
     above: dict[str, set[str]] = {}  # what stands on each disk, '' for none
     for path in owners:
@@ -6810,6 +6868,9 @@ def disk_rows(tree: Tree) -> Iterator[str]:
 
     for path in sorted(path for path in above.get("", ()) if owners[path].is_template):
         yield from rows(path, 0, None)
+    for group in tree.groups():
+        yield f"group {group}, all files  {disk_usage(os.path.join(tree.base, group)) / MIB:.1f} MB"
+    yield f"cache  {disk_usage(cache_home()) / MIB:.1f} MB"
 
 
 # Building templates ##################################################################################
@@ -6838,7 +6899,7 @@ class BuildProgress:
     }
 
     def __init__(self, suite: str) -> None:
-        self.suite, self.total = suite, 0
+        self.suite, self.total, self.size = suite, 0, ""
         self.counts: Counter[str] = Counter()
         self.cause = ""
         self.started = time.monotonic()
@@ -6851,11 +6912,14 @@ class BuildProgress:
         found = re.search(r"(\d+) newly installed", line)
         if found:  # a new run of apt begins
             self.total, self.counts = int(found.group(1)), Counter()
+        found = re.match(r"Need to get (\S+ .?B)", line)
+        if found:
+            self.size = f", {found.group(1)}"
         for start, stage in self.STAGES.items():
             if line.startswith(start) and (self.total or not stage.endswith(" packages")):
                 self.counts[stage] += 1
                 of = f"{min(self.counts[stage], self.total)}/{self.total}" if stage.endswith(" packages") else ""
-                self.tell(stage, of)
+                self.tell(stage + (self.size if start == "Get:" else ""), of)
 
     def tell(self, stage: str, detail: str = "") -> None:
         seconds = f"({time.monotonic() - self.started:.0f} s)"
@@ -6886,19 +6950,20 @@ DEBIAN = Distribution("debian", "Debian", "debian-archive-keyring", "main", "lin
 UBUNTU = Distribution("ubuntu", "Ubuntu", "ubuntu-keyring", "main universe", "linux-image-virtual")
 UBUNTU_SUITES = ("jammy", "noble")  # every other name is looked for in Debian's archive
 WITHOUT_CREDENTIALS = ("bullseye", "jammy")  # systemd 247 and 249: credentials over SMBIOS came with 252
+SUITES = ("bookworm", "trixie", *UBUNTU_SUITES)
 BUILD_HINT = "--build bookworm, trixie, jammy or noble"
 
 
 class Build:
-    """What a template is built from.  `init`: how its clones get hostname and keys; `more`: packages that were asked
-    for besides ours; `sources`: lines for apt; `gigabytes`: the size of its disk."""
+    """What a template is built from.  `init`: how its clones get hostname and keys, `seeded`: by cloud-init in any
+    case; `more`: packages that were asked for besides ours; `sources`: lines for apt; `gigabytes`: its disk's size."""
 
-    def __init__(self, suite: str, more: Sequence[str], gigabytes: int) -> None:
+    def __init__(self, suite: str, more: Sequence[str], gigabytes: int, seeded: bool = False) -> None:
         self.suite, self.more, self.gigabytes = suite, more, gigabytes
         self.distribution = UBUNTU if suite in UBUNTU_SUITES else DEBIAN
-        self.init = "cloud-init" if suite in WITHOUT_CREDENTIALS else "systemd"
-        seeded = ("cloud-init", "cloud-guest-utils") if self.init == "cloud-init" else ()
-        self.packages = [self.distribution.kernel, *packaged_list("build/packages"), *seeded, *more]
+        seeded = seeded or suite in WITHOUT_CREDENTIALS
+        self.init, takers = ("cloud-init", ["cloud-init", "cloud-guest-utils"]) if seeded else ("systemd", [])
+        self.packages = [self.distribution.kernel, *packaged_list("build/packages"), *takers, *more]
         self.sources: list[str] = []
 
     @property
@@ -6953,12 +7018,12 @@ def package_names(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def plan_build(suite: str, more: Sequence[str], gigabytes: int) -> Build:
+def plan_build(suite: str, more: Sequence[str], gigabytes: int, seeded: bool) -> Build:
     """What is to be built; raises for what can be known to be missing before the work starts."""
     if not re.fullmatch(r"[a-z][a-z0-9.-]{0,62}", suite):
         raise UsageError(f"{suite!r} is no name of a suite", BUILD_HINT)
     check_builder()
-    build = Build(suite, more, gigabytes)
+    build = Build(suite, more, gigabytes, seeded)
     build.sources = package_sources(suite, build.distribution, host_archives(build.distribution), os_release())
     return build
 
@@ -7032,7 +7097,7 @@ def build_error(build: Build, cause: str) -> Error:
     """What apt or mmdebstrap said, as an Error that says what helps."""
     missing = re.search(r"repository '(\S+) .*does not have a Release file", cause)
     if missing:
-        return no_such(f"suite on {missing.group(1)}", build.suite, (), BUILD_HINT)
+        return no_such(f"suite on {missing.group(1)}", build.suite, SUITES, BUILD_HINT)
     if "NO_PUBKEY" in cause or "is not signed" in cause:
         return Error(f"{build.suite}: {cause}", f"sudo apt install {build.distribution.keyring}")
     unknown = re.match(r"Unable to locate package (\S+)|Package '(\S+)' has no installation candidate", cause)
@@ -7194,7 +7259,8 @@ def build_disk(build: Build, new: NewTemplate) -> None:
     write_boot_loader(tree, raw, size)
     progress.tell("making the disk")
     compress_image(raw, "raw", new.disk)
-    report.say(f"{build.suite}: built in {time.monotonic() - progress.started:.0f} s")
+    megabytes = os.path.getsize(new.disk) // MIB
+    report.say(f"{build.suite}: built in {time.monotonic() - progress.started:.0f} s, {megabytes} MB")
     remove_tree(work)
 
 
@@ -7229,7 +7295,7 @@ def archive_state(build: Build, web: Web) -> str:
         try:
             text = web.text(f"{web_address(archive).rstrip('/')}/dists/{suite}/InRelease")
         except Absent:
-            raise no_such(f"suite on {archive}", suite, (), BUILD_HINT) from None
+            raise no_such(f"suite on {archive}", build.suite, SUITES, BUILD_HINT) from None
         except (WebError, ValueError):
             return time.strftime("%Y%m%d")
         seen += [line, *(re.findall(index, text, re.M) or [text])]
@@ -7280,10 +7346,10 @@ class Cloud:
 
     @functools.cache
     def accel(self, wanted: str) -> str:
-        """kvm or tcg, for a vmAccel; said once, with the reason, where it is tcg though nobody asked for it."""
-        accel, reason = choose_accel(wanted)
-        if reason:
-            report.warn(f"no hardware acceleration, guests will be slow: {reason}")
+        """kvm or tcg, for a vmAccel; said once where it is tcg though nobody asked for it."""
+        accel = choose_accel(wanted)
+        if accel != wanted and accel == "tcg":
+            report.warn("no hardware acceleration, guests will be slow (nocloud doctor acceleration says why)")
         return accel
 
     @functools.cache
@@ -7530,7 +7596,7 @@ def check_requests(cloud: Cloud, group: str, requests: Sequence[CloneRequest], f
                 request.user_data = request.user_data or default_user_data()
             elif request.user_data:
                 text = f"user-data=: {template.name} takes no seed, its vmInit is {template.get('vmInit')}"
-                raise UsageError(text, "vmtemplate NAME --build SUITE --include cloud-init --init cloud-init makes one")
+                raise UsageError(text, "vmtemplate NAME --build SUITE --init cloud-init makes one")
             memory += request.count * int(request.settings.get("vmMem") or template.get("vmMem"))
             images += request.count * (1 + len(request.disks))
             total = memory_mb("MemTotal")
@@ -7813,7 +7879,15 @@ def forget_identity(cloud: Cloud, uuids: Sequence[str]) -> None:
 RUNTIME_FILES = ("qmp.sock", "serial.sock", "monitor.sock", "spice.sock", "vnc.sock", AGENT_SOCKET, RECORD_SOCKET)
 
 
+def cgroup_name(vm: VM) -> str:
+    """What the cgroup that limits a VM is called: by its folder, which is there whatever its conf says."""
+    info = os.stat(vm.folder)
+    return f"nocloud-{info.st_dev}-{info.st_ino}"
+
+
 def remove_runtime_files(vm: VM) -> None:
+    for folder, _, _ in CPU_LIMITS.values():
+        remove_empty(f"{CGROUPS}/{folder}{cgroup_name(vm)}")
     for path in (*map(vm.file, RUNTIME_FILES), vm.ready_file, vm.still_file, vm.pid_file):
         remove_file(path)
 
@@ -8120,6 +8194,7 @@ def tie(words: Sequence[str]) -> list[str]:
     return [*TIE, "sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"', str(os.getpid()), *words]
 
 
+NO_LIMIT = "systemd gives it no scope with a CPU quota here, and you may make no cgroup that limits processor time"
 CONSOLE_BYTES, CONSOLE_SECONDS = 24 * MIB, "20"  # how long console.log may get, and how often that is looked at
 
 
@@ -8127,7 +8202,7 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, sha
     """Start qemu in the VM's folder and its network; done when its pidfile is locked and QMP answers."""
     if tied:
         need_program(TIE[0])
-    words = qemu_argv(machine, tap, vhost, shares)
+    words, cap = qemu_argv(machine, tap, vhost, shares), int(vm.get("vmCpuCap") or 0)
     words, fds = network.enter(tie(words) if tied else words)
     script = command_script(vm, qemu_argv(machine.but(memory="", wakes=False), 3), network)
     write_file(vm.command_file, script, 0o700, durable=False)
@@ -8137,7 +8212,7 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, sha
         fcntl.flock(console, fcntl.LOCK_EX)  # qemu's from now on: that tells what bounds the log whether it runs
         # A template's folder may be entered by others, and who may write to a socket of qemu's owns the guest.
         kept = [fd for fd in (*fds, tap, vhost, *shares, console.fileno()) if fd >= 0]
-        process = spawn(words, log=vm.log_file, cwd=vm.folder, pass_fds=kept, umask=0o077)
+        process = spawn([*scope_words(cap), *words], log=vm.log_file, cwd=vm.folder, pass_fds=kept, umask=0o077)
     try:
         bound = ["sh", "-c", "\n".join(packaged_list("console.sh")), "sh", str(CONSOLE_BYTES), CONSOLE_SECONDS]
         spawn(bound, log=os.devnull, cwd=vm.folder, umask=0o077)
@@ -8147,6 +8222,8 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, sha
             said = read_tail(vm.log_file)
             said = said.partition("\n")[0] if shares else said  # what daemons said comes first, and is the cause
             raise Error(f"qemu did not start: {last_line(said)}", f"see {vm.log_file}", vm=vm)
+        if cap and not limit_process(process.pid, cap, cgroup_name(vm)):
+            report.warn(f"{vm}: vmCpuCap={cap} is not enforced: {NO_LIMIT}")
     except BaseException:
         process.kill()
         process.wait()
@@ -10125,8 +10202,8 @@ def stop_managed(cloud: Cloud, group: str) -> None:
 
 def listed(tree: Tree, group: str = "", type: str = "", every: bool = False) -> Iterator[tuple[VM, str, int]]:
     """(VM, what it does, pid of its qemu or 0) of the running ones, or of every one, whose disks are looked for too."""
-    for text in tree.renamed(group):
-        report.warn(text)
+    for text, mend in tree.told_strays(group):
+        report.warn(f"{text}; mended by: {mend}")
     vms = [(vm, *vm.state()) for vm in tree.vms(group, type)]
     asked = iter(in_parallel(guest_state, [vm for vm, state, _ in vms if state == "running"]))
     for vm, state, pid in vms:
@@ -10398,6 +10475,8 @@ def examine_vms(patient: Patient) -> str:
     if folders:
         text = f"{plural(len(folders), 'folder')} of commands that were killed"
         patient.tell(WARNING, text, f"rm -rf {quoted(*folders)}")
+    for text, mend in tree.told_strays():
+        patient.tell(WARNING, text, mend)
     vms, followed = list(tree.vms()), tree.followable()
     for vm in vms:
         examine_conf(patient, vm)
@@ -10417,10 +10496,7 @@ def examine_conf(patient: Patient, vm: VM) -> None:
     """A VM whose settings can't be used.  One that lost them keeps its disk: its conf is begun anew."""
     try:
         if not vm.conf:
-            there = [name for name in names_in(vm.folder) if re.fullmatch(rf"{re.escape(vm.name)}_0\.\w+", name)]
-            lines = quoted(f"vmName={vm.name}", f"vmDisk={vm.relative([*there, f'{vm.name}_0.img'][0])}")
-            mend = f"printf '%s\\n' {lines} | {by_owner(vm.conf_file, f'tee -a {quoted(vm.conf_file)}')}"
-            patient.tell(WARNING, f"{vm.conf_file} is empty", mend)
+            patient.tell(WARNING, f"{vm.conf_file} is empty", begin_conf(vm))
     except Error as error:
         patient.tell(WARNING, str(error), settings_command(vm.conf_file, str(error)))
 
@@ -10906,12 +10982,25 @@ def command_names() -> dict[str, str]:
     return {each.name: each.help for each in visible_commands()}
 
 
+ELSEWHERE = {  # what does here what other tools call so
+    "vmrunning -a": "list ls ps status info", "vmstart -g GROUP, or VM": "boot poweron",
+    "vmstop -g GROUP, or VM": "down halt shutdown poweroff", "vmstop --kill VM": "kill",
+    "vmstop -d -g GROUP, or VM": "rm remove delete destroy purge undefine", "vmstop --save VM": "suspend managedsave",
+    "vmssh VM [COMMAND]": "exec shell enter attach", "vmcp": "copy scp push", "vmlog VM": "logs",
+    "vminstantiate -n TEMPLATE": "launch clone spawn", "vminstantiate -f FILE, or vmrun -f FILE": "up",
+    "vmtemplate --list": "images image templates", "vmtemplate NAME": "pull download fetch",
+    "vmtemplate NAME --build SUITE": "build", "vmtemplate NAME --delete": "rmi", "vmrollback": "restore revert",
+}  # fmt: skip
+
+
 def find_command(argv: Sequence[str]) -> tuple[Command | None, str, list[str]]:
     """(command, the name it was called by, its words); None for `nocloud` alone.  UsageError (127): no such name."""
     name, words = os.path.basename(argv[0]), list(argv[1:])
-    alias = "vminventory" if name.endswith("inventory") else name  # a link in a folder of inventories
-    if alias in ALIASES:
-        return ALIASES[alias], name, words
+    of_ansible = not name.startswith("nocloud") and words[:1] in (["--list"], ["--host"])
+    if name not in ALIASES and (of_ansible or name.endswith("inventory")):  # a link in a folder of inventories
+        return ALIASES["vminventory"], name, words
+    if name in ALIASES:
+        return ALIASES[name], name, words
     if words[:1] == ["--debug"]:
         words = words[1:]
     if words == ["help"]:
@@ -10921,7 +11010,8 @@ def find_command(argv: Sequence[str]) -> tuple[Command | None, str, list[str]]:
     word = words[0]
     found = COMMANDS.get(word) or ALIASES.get(word)
     if not found:
-        hint = did_you_mean(word, command_names(), "nocloud -h lists them")
+        ours = next((f"here it is {each}" for each, theirs in ELSEWHERE.items() if word in theirs.split()), "")
+        hint = ours or did_you_mean(word, command_names(), "nocloud -h lists them")
         raise UsageError(f"{word}: no such command", hint, EXIT_MISSING)
     return found, f"nocloud {word}", words[1:]
 
@@ -11037,6 +11127,7 @@ YES = Option("-y --yes", "don't ask")
 WHICH_VM = "the VM: NAME, GROUP/NAME or GROUP/TYPE/NAME"
 VM_OPTIONS = (Option("-n --name NAME", WHICH_VM, complete="vm"), GROUP, TYPE)
 RUNNING_VM_OPTIONS = (Option("-n --name NAME", WHICH_VM, complete="running-vm"), GROUP, TYPE)
+WHICH_VMS = (Option("-g --group GROUP", "the group"), TYPE, VM_OPTIONS[0])
 
 
 def _digest(algorithm: str) -> Callable[[str], str]:
@@ -11053,7 +11144,7 @@ def _digest(algorithm: str) -> Callable[[str], str]:
     Option("--insecure", "take the image at a URL without a checksum"),
     Option(
         "--build SUITE", "make NAME from packages: bookworm, trixie (Debian), jammy, noble (Ubuntu)",
-        complete=("bookworm", "trixie", *UBUNTU_SUITES),
+        complete=SUITES,
     ),
     Option("--include PACKAGE,…", "more packages for --build", package_names),
     Option("--rebuild", "--build anew, though the cache has one of the same packages"),
@@ -11062,7 +11153,9 @@ def _digest(algorithm: str) -> Callable[[str], str]:
     Option("--no-clean", "with --from: keep machine-id, host keys, logs"),
     Option("--warm", "freeze NAME when it has booted: from then on its clones wake up instead of booting"),
     Option("--cold", "forget that"),
-    Option("--tree", "show templates, their layers and what stands on them"),
+    Option("--tree", "show templates, their layers and what stands on them, groups and the cache, with sizes on disk"),
+    Option("--prune", "remove what nothing needs: the cache, layers, what killed commands left; it is listed first"),
+    YES,
     Option("--delete", "delete NAME; refused while clones depend on it"),
     Option("--mem MB", "memory its clones start with", default="vmMem"),
     Option("--cpu N", "processors its clones start with", default="vmCpu"),
@@ -11072,13 +11165,9 @@ def _digest(algorithm: str) -> Callable[[str], str]:
 def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """get and keep templates"""
     with Cloud(config) as cloud:
-        if args.list or args.available:
+        if args.list or args.available or args.tree or args.prune:
             no_more(words)
-            report_table(catalogue_rows(cloud.tree) if args.available else template_rows(cloud))
-            return
-        if args.tree:
-            no_more(words)
-            report_table([[row] for row in disk_rows(cloud.tree)])
+            show_templates(cloud, args)
             return
         name = one_operand(words, "NAME")
         expected = exclusive(args, "sha256", "sha512", "insecure")
@@ -11102,13 +11191,39 @@ def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> 
             template_from_vm(cloud, name, getattr(args, "from"), asked, args.layer, not args.no_clean)
         elif way == "build":
             check_new_template(cloud.tree, name)
-            build = plan_build(args.build, args.include or [], cloud.config.number("vmCreateDiskSize"))
+            size = cloud.config.number("vmCreateDiskSize")
+            build = plan_build(args.build, args.include or [], size, args.init == "cloud-init")
             settings = template_settings(cloud, {"vmInit": build.init, **asked})
             template_from_packages(cloud, name, build, settings, args.rebuild)
         elif way == "image":
             template_from_address(cloud, name, args, template_settings(cloud, asked))
         else:
             template_from_catalogue(cloud, name, asked, functools.partial(take_over, cloud))
+
+
+def show_templates(cloud: Cloud, args: argparse.Namespace) -> None:
+    """--available, --list, --tree and --prune."""
+    if args.available or args.list:
+        report_table(catalogue_rows(cloud.tree) if args.available else template_rows(cloud))
+    elif args.tree:
+        report_table([[row] for row in disk_rows(cloud.tree)])
+    else:
+        prune(cloud, args)
+
+
+def prune(cloud: Cloud, args: argparse.Namespace) -> None:
+    """Remove what nothing needs, but for what a command is at work on."""
+    settle_stopped(cloud, cloud.tree.templates())
+    images = os.path.join(cache_home(), "images")
+    found = {os.path.join(images, name): "made, or downloaded, anew when it is wanted" for name in folders_in(images)}
+    found.update(dict.fromkeys(left_over(cloud.tree), "left by a command that was killed"))
+    unused = [folder for folder in found if not is_locked(folder)]
+    report_table([(f"{disk_usage(folder) / MIB:.1f} MB", folder, found[folder]) for folder in unused])
+    if unused:
+        confirm(args, "They will be removed.")
+    for folder in unused:
+        with FolderLock(folder, wait=0):
+            remove_tree(folder)
 
 
 def template_from_address(cloud: Cloud, name: str, args: argparse.Namespace, settings: Mapping[str, str]) -> None:
@@ -11140,7 +11255,7 @@ def report_table(rows: Sequence[Sequence[str]]) -> None:
     Option("-i --iso ISO", "boot from this ISO: a path, or a name in isoDir"),
     Option("-m --mem MB", "memory", default="vmMem"),
     Option("-c --cpu CPUS", "processors", default="vmCpu"),
-    Option("-C --cpu-cap PERCENT", "a limit of CPU time; kept, not enforced yet", CPU_CAP),
+    Option("-C --cpu-cap PERCENT", "a limit of CPU time, of one processor; 0: none", CPU_CAP),
     Option("-d --disk GB", "disk size; with -a: grow to", default="vmCreateDiskSize"),
     Option("-a --adjust", "change an existing one: only what is given"),
 )
@@ -11149,8 +11264,6 @@ def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> No
     for value, name in ((args.name, "-n NAME"), (args.adjust or args.iso, "-i ISO")):
         if not value:
             raise UsageError(f"{name} is missing", "-h shows how it is called")
-    if args.cpu_cap is not None:
-        report.warn("the limit of CPU time (-C) is kept in the conf, but not enforced yet")
     if config["vmCreateGroup"] != TEMPLATES and not args.adjust:
         report.warn(f"vmCreateGroup={config['vmCreateGroup']}: not used, what vmcreate makes is a template")
     with Cloud(config) as cloud:
@@ -11222,11 +11335,7 @@ def cmd_instantiate(config: Config, args: argparse.Namespace, words: list[str]) 
                 report.data(f"{request.template}: {plural(request.count, 'clone')} in {group}/{request.type}")
             return EXIT_DONE
         vms, errors = instantiate(cloud, group, requests)
-        if args.wait is not None:
-            seconds, limit = (config.number("vmWaitTimeout"), "") if args.wait is True else (args.wait, "-w SECONDS")
-            errors += wait_all(cloud, vms, seconds, limit)
-        else:
-            configure_later(cloud, vms)
+        errors += end_start(cloud, args, vms)
         for vm in vms:
             report.data(vm.name)
         open_screens(vms)
@@ -11241,7 +11350,8 @@ def requests_of(config: Config, args: argparse.Namespace) -> tuple[str, list[Clo
         for given, name in ((args.template, "-n"), (args.count, "-C"), (args.options, "-o")):
             if given is not None:
                 raise UsageError(f"-f and {name} exclude each other", "the description file says it all")
-        return group_of_file(args.file) if group is None else group, read_description(args.file, type, args.allow_share)
+        group = Tree(config).group_called(group_of_file(args.file)) if group is None else group
+        return group, read_description(args.file, type, args.allow_share)
     if args.allow_share is not None:
         raise UsageError("--allow-share goes with -f FILE only")
     if not args.template:
@@ -11301,7 +11411,7 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
     with Cloud(config) as cloud:
         group, requests = args.resume, []
         if args.file is not None:
-            group = args.group or group_of_file(args.file)
+            group = args.group or cloud.tree.group_called(group_of_file(args.file))
             requests = read_description(args.file, config["vmSubGroup"], args.allow_share)
             if not args.add:
                 check_new_group(list(cloud.tree.vms(group)), group)  # else its own ports would be in the way
@@ -11398,10 +11508,8 @@ def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> N
 
 
 @declare(
-    Command("stop", "vmstop"),
-    Option("-g --group GROUP", "the group to stop"),
-    Option("-t --type TYPE", "only this type of it"),
-    Option("-n --name NAME", "stop one VM", complete="vm"),
+    Command("stop", "vmstop", "[VM…]", ("vm",)),
+    *WHICH_VMS,
     Option("-d --destroy", "destroy them too: disks, settings, everything"),
     Option("--kill", "switch off at once instead of shutting down"),
     Option("--timeout S", "seconds before switching off", default="vmStopTimeout"),
@@ -11410,13 +11518,13 @@ def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> N
     YES,
 )
 def cmd_stop(config: Config, args: argparse.Namespace, words: list[str]) -> int:
-    """stop a group, a type of it or one VM"""
+    """stop a group, a type of it or single VMs"""
     way = exclusive(args, "destroy" if args.destroy else "kill", "save", "discard")  # to destroy is to switch off
     with Cloud(config) as cloud:
         try:
-            vms = chosen_vms(cloud, args)
+            vms = chosen_vms(cloud, args, words)
         except NotFound as error:  # to destroy what is gone already is no error, but said: the name may be mistyped
-            if not args.destroy or args.name is not None:
+            if not args.destroy or args.name is not None or words:
                 raise
             error.text += ", so there is nothing to destroy"
             report.error(error)
@@ -11429,7 +11537,7 @@ def cmd_stop(config: Config, args: argparse.Namespace, words: list[str]) -> int:
                 confirm(args, f"{plural(len(vms), 'VM')} with {plural(kept, 'snapshot')} will be gone.")
             errors = destroy_all(cloud, vms, args.group or "")
         elif way == "save":
-            running = [vm for vm in vms if vm.is_running() or args.name is not None]
+            running = [vm for vm in vms if vm.is_running() or args.name or words]
             errors = [each for each in in_parallel(save, running) if each]
         elif way == "discard":
             errors = []
@@ -11441,16 +11549,23 @@ def cmd_stop(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     return report_errors(errors)
 
 
-def chosen_vms(cloud: Cloud, args: argparse.Namespace) -> list[VM]:
-    """The VMs that -g, -t and -n mean.  Raises NotFound where there are none."""
-    if args.name == "":
+def chosen_vms(cloud: Cloud, args: argparse.Namespace, words: Sequence[str] = ()) -> list[VM]:
+    """The VMs that -g, -t and -n mean, or `words`, their names.  Raises NotFound where there are none."""
+    names = [*([] if args.name is None else [args.name]), *words]
+    if "" in names:
         raise UsageError("the VM's name is empty", "vmrunning lists the VMs")
-    if args.name is not None:
-        return [cloud.tree.need(args.name, args.group, args.type)]
-    if args.group is None:
-        raise UsageError("which group? give -g GROUP, or -n NAME for one VM", "vmrunning lists them")
+    if names:
+        found = [cloud.tree.need(name, args.group, args.type) for name in names]
+        return list({vm.full_name: vm for vm in found}.values())
     cloud.tree.need_group(args.group, args.type)
+    if args.group is None:
+        raise UsageError("which group? give -g GROUP, or VM", "vmrunning lists them")
     return [vm for vm in cloud.tree.vms(args.group) if args.type in (None, vm.type)]
+
+
+def split_name(args: argparse.Namespace, words: list[str]) -> tuple[str | None, list[str]]:
+    """The VM's name, what -n says or else the first word, and the words that are left."""
+    return (args.name, words) if args.name is not None or not words else (words[0], words[1:])
 
 
 def confirm(args: argparse.Namespace, question: str) -> None:
@@ -11463,22 +11578,51 @@ def confirm(args: argparse.Namespace, question: str) -> None:
         raise Error("nothing has been done")
 
 
-WHICH_VMS = (Option("-g --group GROUP", "the group", complete="group"), TYPE, VM_OPTIONS[0])
+@declare(
+    Command("start", "vmstart", "[VM…]", ("vm",)),
+    *WHICH_VMS,
+    Option("-w --wait [SECONDS]", "return when all are ready", default="vmWaitTimeout"),
+)
+def cmd_start(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """start VMs that are stopped, and don't connect to them"""
+    with Cloud(config) as cloud:
+        vms = [vm for vm in chosen_vms(cloud, args, words) if not vm.is_running()]
+        errors = start_stopped(cloud, vms)
+        return report_errors([*errors, *end_start(cloud, args, [vm for vm in vms if vm.is_running()])])
 
 
-@declare(Command("pause", "vmpause"), *WHICH_VMS)
+def start_stopped(cloud: Cloud, vms: Sequence[VM], iso: str = "", gui: bool = False) -> list[Error]:
+    """Start VMs, or templates; the errors."""
+    if vms:
+        cloud.accel(cloud.config["vmAccel"])  # what that says is said before there are threads
+    for vm in vms:
+        with FolderLock(vm.folder):
+            give_identity(cloud, vm)
+    return [error for error in start_all(cloud, vms, iso=iso, gui=gui) if error]
+
+
+def end_start(cloud: Cloud, args: argparse.Namespace, vms: Sequence[VM]) -> list[Error]:
+    """What is left to do for VMs that have just been started: with -w until they are ready; the errors."""
+    if args.wait is None:
+        configure_later(cloud, vms)
+        return []
+    seconds, limit = (cloud.config.number("vmWaitTimeout"), "") if args.wait is True else (args.wait, "-w SECONDS")
+    return wait_all(cloud, vms, seconds, limit)
+
+
+@declare(Command("pause", "vmpause", "[VM…]", ("running-vm",)), *WHICH_VMS)
 def cmd_pause(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """have VMs stand still"""
-    return tell_running(config, args, "stop")
+    return tell_running(config, args, words, "stop")
 
 
-@declare(Command("resume", "vmresume"), *WHICH_VMS)
+@declare(Command("resume", "vmresume", "[VM…]", ("running-vm",)), *WHICH_VMS)
 def cmd_resume(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """have VMs go on that stand still"""
-    return tell_running(config, args, "cont")
+    return tell_running(config, args, words, "cont")
 
 
-def tell_running(config: Config, args: argparse.Namespace, command: str) -> int:
+def tell_running(config: Config, args: argparse.Namespace, words: Sequence[str], command: str) -> int:
     """Give qemu's command to each of the VMs that runs."""
 
     def tell(vm: VM) -> None:
@@ -11490,7 +11634,7 @@ def tell_running(config: Config, args: argparse.Namespace, command: str) -> int:
             remove_file(vm.still_file)
 
     with Cloud(config) as cloud:
-        vms = [vm for vm in chosen_vms(cloud, args) if args.name is not None or vm.is_running()]
+        vms = [vm for vm in chosen_vms(cloud, args, words) if vm.is_running() or args.name or words]
         return report_errors([each for each in in_parallel(tell, vms) if each])
 
 
@@ -11549,7 +11693,8 @@ def running_vm(cloud: Cloud, words: str | None, group: str | None = None, type: 
     vm = cloud.tree.need(words, group, type, first=VM.is_running, address_of=lambda vm: address_of(cloud, vm))
     state, _ = vm.state()
     if state != "running":
-        raise WrongState("it is not running", f"vmrunning -a shows its state: {state}", vm=vm)
+        hint = f"vmstart {vm} starts it" if state == "stopped" else f"vmrunning -a shows its state: {state}"
+        raise WrongState("it is not running", hint, vm=vm)
     return vm
 
 
@@ -11724,10 +11869,7 @@ def cmd_vm(config: Config, args: argparse.Namespace, words: list[str]) -> None:
         vm = cloud.tree.need(args.name, args.group or None, args.type or None, first=lambda vm: vm.is_template)
         fresh = not vm.is_running()
         if fresh:
-            with FolderLock(vm.folder):
-                give_identity(cloud, vm)
-            error = start_all(cloud, [vm], iso=iso, gui=args.gui)[0]
-            if error:
+            for error in start_stopped(cloud, [vm], iso, args.gui):
                 raise error
         elif iso:
             raise WrongState("it runs already, without that ISO", f"vmstop -n {vm} stops it", vm=vm)
@@ -11854,11 +11996,7 @@ def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> No
         return
     no_more(rest)
     setup = BridgeSetup(config)
-    if verb == "start":
-        setup.start()
-    elif verb == "stop":
-        setup.stop()
-    elif verb == "accept":
+    if verb == "accept":
         need_root("taking what users publish")
         setup.accept()
     elif verb == "dnsmasq":
@@ -11866,12 +12004,14 @@ def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> No
         become([*setup.argv(), "--keep-in-foreground"])
     elif verb == "ready":
         setup.wait(60, os.environ.get("MAINPID", ""))  # systemd.exec(5)
+    elif verb in ("start", "stop"):
+        setup.start() if verb == "start" else setup.stop()
     else:
         raise UsageError(f"{verb or 'no verb'}: expected start, stop, accept, dnsmasq, ready or subnet")
 
 
 @declare(
-    Command("console", "vmconsole"),
+    Command("console", "vmconsole", "[VM]", ("running-vm",)),
     *RUNNING_VM_OPTIONS,
     Option("-s --serial", "its serial console in this terminal; Ctrl-] leaves"),
     Option("--screenshot FILE", "write what its screen shows into FILE, a PNG"),
@@ -11879,8 +12019,10 @@ def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> No
 def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """a VM's screen; with -s, or without a display, its serial console"""
     exclusive(args, "serial", "screenshot")
+    name, words = split_name(args, words)
+    no_more(words)
     with Cloud(config) as cloud:
-        vm = running_vm(cloud, args.name, args.group, args.type)
+        vm = running_vm(cloud, name, args.group, args.type)
     if args.screenshot is not None:
         picture = screenshot(vm)
         with open(args.screenshot, "wb") as file:
@@ -11898,15 +12040,17 @@ def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> N
 
 
 @declare(
-    Command("log", "vmlog"),
+    Command("log", "vmlog", "[VM]", ("vm",)),
     *VM_OPTIONS,
     Option("-f --follow", "go on with what comes, until it ends"),
     Option("-q --qemu", "what its qemu said, instead"),
 )
 def cmd_log(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """show what a VM wrote on its serial console since it was started"""
+    name, words = split_name(args, words)
+    no_more(words)
     with Cloud(config) as cloud:
-        vm = cloud.tree.need(args.name, args.group, args.type, first=VM.is_running)
+        vm = cloud.tree.need(name, args.group, args.type, first=VM.is_running)
     state, pid = vm.state() if args.follow else ("", 0)
     paths = (vm.log_file,) if args.qemu else (vm.console_log, vm.old_console_log)
     if not os.path.exists(paths[0]):
@@ -11921,11 +12065,12 @@ def cmd_log(config: Config, args: argparse.Namespace, words: list[str]) -> None:
             return
 
 
-@declare(Command("manage", "vmmanage", "[WORDS...]"), *RUNNING_VM_OPTIONS)
+@declare(Command("manage", "vmmanage", "[VM] [WORDS...]", ("running-vm",)), *RUNNING_VM_OPTIONS)
 def cmd_manage(config: Config, args: argparse.Namespace, words: list[str]) -> int:
-    """qemu's monitor of a VM; with WORDS, just that command"""
+    """qemu's monitor of a VM; with WORDS, just that command; where -n names the VM, all words are"""
+    name, words = split_name(args, words)
     with Cloud(config) as cloud:
-        vm = running_vm(cloud, args.name, args.group, args.type)
+        vm = running_vm(cloud, name, args.group, args.type)
     if words:
         monitor_command(vm, " ".join(words))
         return EXIT_DONE
@@ -11956,8 +12101,7 @@ def cmd_doctor(config: Config, args: argparse.Namespace, words: list[str]) -> in
 def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """make the vm* commands in DIR, as symlinks to this program"""
     folder = one_operand(words, "DIR")
-    if not os.path.isdir(folder):
-        raise NotFound(f"{folder}: no such folder", f"mkdir -p {folder}")
+    os.makedirs(folder, exist_ok=True)
     program = program_path()
     for name in (*ALIASES, "nocloud"):
         path = os.path.join(folder, name)
@@ -12042,7 +12186,9 @@ class Typed:
             self.given.update(dict.fromkeys(option.names, word[len(prefix) :]) if option else {word: ""})
         if not last:
             others = split_ssh_words(operands)[0] if command.passes else []
-            return dict(enumerate(command.complete, 1)).get(len(operands) - len(others), "")
+            kinds, at = command.complete, len(operands) - len(others)
+            at = min(at, len(kinds)) if "…" in command.operands else at
+            return dict(enumerate(kinds, 1)).get(at, "")
         option, prefix = option_with_value(command, self.value if last == probe else last)
         if option and last != probe:  # split_operands() has joined it to the option
             return option.complete
@@ -12260,8 +12406,14 @@ def manual() -> str:
 
 @declare(Command("man"))
 def cmd_man(config: Config, args: argparse.Namespace, words: list[str]) -> None:
-    """print the manual page, as in: nocloud man >nocloud.1"""
-    report.data(manual().rstrip("\n"))
+    """show the manual page; nocloud man >nocloud.1 writes it"""
+    no_more(words)
+    page = manual().rstrip("\n")
+    if sys.stdout.isatty() and find_program("man"):
+        fd = os.memfd_create("nocloud.1", 0)
+        write_all(fd, page.encode())
+        become(["man", "-l", f"/proc/{os.getpid()}/fd/{fd}"])
+    report.data(page)
 
 
 # Installation ########################################################################################
@@ -12730,6 +12882,66 @@ def cmd_setup(config: Config, args: argparse.Namespace, words: list[str]) -> Non
         remove_empty(SETUP_FOLDER)
 
 
+# -- groups from the boot on
+
+OUR_UNIT = "# Written by `nocloud enable`; it goes with the last group.\n"
+OF_USER = Option("--user", "by your own systemd, as for everybody but root")
+
+
+def at_boot(config: Config, args: argparse.Namespace, words: Sequence[str], wanted: bool) -> None:
+    """Have systemd run a group, now and from each boot on, or no more; by a unit of ours where none is installed."""
+    import glob
+
+    tree, user = Tree(config), ["--user"] if args.user or os.geteuid() else []
+    group = checked_group(tree.group_called(one_operand(words, "GROUP")))
+    path = (
+        f"{os.path.dirname(config_home())}/systemd/user/{GROUP_UNIT}" if user else f"/etc/systemd/system/{GROUP_UNIT}"
+    )
+
+    def call(*words: str) -> None:
+        status, said = try_run(["systemctl", *user, *words], 330)  # more than the unit's own
+        if status:
+            hint = "without systemd, have what starts at boot call vmrun -r GROUP --background"
+            raise Error(f"systemctl {' '.join(words)}: {last_line(said)}", hint)
+
+    call("daemon-reload")
+    is_ours = read_existing(path).startswith(OUR_UNIT)
+    if not wanted:
+        call("disable", "--now", f"nocloud@{group}")
+        if is_ours and not glob.glob(f"{glob.escape(os.path.dirname(path))}/*.wants/nocloud@*.service"):
+            remove_file(path)
+            call("daemon-reload")
+        return
+    tree.need_group(group)
+    if is_ours or try_run(["systemctl", *user, "cat", GROUP_UNIT], 30)[0]:
+        program = " ".join(self_argv())
+        if not re.fullmatch(rf"[\w/.+@:-]+ {' '.join(PYTHON_OPTIONS)} [\w/.+@:-]+", program):
+            raise Error(f"{program}: such a path can't stand in a unit", "move the program to a simpler one")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        unit = need_packaged(GROUP_UNIT, "systemd").replace("@BINDIR@/nocloud", program)
+        write_file(path, OUR_UNIT + unit, 0o644)
+        call("daemon-reload")
+    is_managed = manager_of(tree, group)[0] != "stopped"
+    call("enable", *([] if is_managed else ["--now"]), f"nocloud@{group}")
+    report.say(f"{group}: runs from each boot on" + (", and a vmrun has it now" if is_managed else " and now"))
+    if user and not os.path.exists(f"/var/lib/systemd/linger/{user_name()}"):  # loginctl(1)
+        report.warn(f"only while {user_name()} is logged in, until: loginctl enable-linger {user_name()}")
+    for key in sorted(key for key in os.environ if key.startswith("NOCLOUD_")):
+        report.warn(f"{key} of this shell is not known there; the configuration file may say it")
+
+
+@declare(Command("enable", operands="GROUP", complete=("group",)), OF_USER)
+def cmd_enable(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+    """run a group from now on, and from each boot on"""
+    at_boot(config, args, words, True)
+
+
+@declare(Command("disable", operands="GROUP", complete=("group",)), OF_USER)
+def cmd_disable(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+    """shut a group's VMs down, keep them, and run them no more at boot"""
+    at_boot(config, args, words, False)
+
+
 # Dispatch ############################################################################################
 #
 # The program itself: which command is meant, what it raises, and its exit status.
@@ -12744,6 +12956,13 @@ usage: nocloud COMMAND [options], or by the command's own name
 nocloud COMMAND -h shows a command's options."""
 
 
+def overview_row(command: Command) -> str:
+    import textwrap
+
+    text = f"  {command.name:<12} {command.alias:<14} {command.help}"
+    return textwrap.fill(text, terminal_width(), subsequent_indent=" " * 30, break_on_hyphens=False)
+
+
 def run_command(argv: Sequence[str]) -> int:
     """Find the command, parse its words, do it; the exit status."""
     report.debug = report.debug or list(argv[1:2]) == ["--debug"]
@@ -12756,8 +12975,7 @@ def run_command(argv: Sequence[str]) -> int:
         for word in options:
             if word not in ("-h", "--help", "--debug"):
                 raise UsageError(f"{word}: no such option", "nocloud -h lists the commands")
-        rows = (f"  {each.name:<12} {each.alias:<14} {each.help}" for each in visible_commands())
-        report.data(OVERVIEW.format("\n".join(rows)))
+        report.data(OVERVIEW.format("\n".join(map(overview_row, visible_commands()))))
         return EXIT_DONE
     report.debug = report.debug or "--debug" in options
     config = Config() if command.unconfigured else load_config()
@@ -12770,6 +12988,10 @@ def run_command(argv: Sequence[str]) -> int:
         if args.help:
             report.data("\n\n".join(part.rstrip("\n") for part in (parser.format_help(), command.more()) if part))
             return EXIT_DONE
+    for option in command.options if args else ():
+        key = option.names[-1][2:]
+        if option.value == "GROUP" and getattr(args, key):
+            setattr(args, key, Tree(config).group_called(getattr(args, key)))
     if not command.operands:
         free = {each.names[0] for each in command.options if getattr(args, each.names[-1][2:], None) is None}
         no_more(operands, next((f"{report.program} {way}" for way in ("-n", "-g") if way in free), ""))

@@ -176,7 +176,7 @@ class Cloud:
         return self.execute([sys.executable, "-IS", "-c", before + code, *words])
 
     def start(self, *names: str) -> Result:
-        """Start stopped VMs again. No command of today does only that, so the lifecycle section is called."""
+        """Start stopped VMs again and do no more, which vmstart does."""
         return self.script(
             "try:\n"
             "    with nocloud.Cloud(nocloud.load_config()) as cloud:\n"

@@ -116,6 +116,8 @@ def test_without_a_keyring_nothing_is_trusted() -> None:
 )
 def test_what_is_installed(suite: str, distribution: str, kernel: str, init: str, more: list[str]) -> None:
     build = nocloud.Build(suite, ["jq"], 10)
+    seeded = nocloud.Build(suite, ["jq"], 10, seeded=True)
+    assert seeded.init == "cloud-init" and seeded.packages[-3:] == ["cloud-init", "cloud-guest-utils", "jq"]
     assert (build.distribution.name, build.packages[0], build.init) == (distribution, kernel, init)
     assert build.packages[-len(more) - 1 :] == [*more, "jq"] and "openssh-server" in build.packages
     assert build.title == f"packages of {suite}, with jq"
@@ -255,6 +257,41 @@ def test_a_damaged_build_is_not_used(builder: Builder) -> None:
     builder.build("three")
     assert builder.runs == 3
     assert "in the cache" in builder.build("four")
+
+
+def test_progress_says_sizes_and_nothing_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = nocloud.BuildProgress("a-suite")
+    for line in (
+        "Get:1 http://deb.debian.org/debian bookworm InRelease [151 kB]",  # a list: no package yet
+        "0 upgraded, 2 newly installed, 0 to remove and 1 not upgraded.",
+        "Need to get 22.2 MB of archives.",
+        "Get:1 http://deb.debian.org/debian bookworm/main amd64 libc6 amd64 2.36-9+deb12u14 [2759 kB]",
+        "Get:2 http://deb.debian.org/debian bookworm/main amd64 bash amd64 5.2 [1490 kB]",
+        *("Unpacking libc6 (2.36)", "Setting up libc6 (2.36)", "Unpacking bash (5.2)", "Setting up bash (5.2)"),
+        "0 upgraded, 1 newly installed, 0 to remove and 1 not upgraded.",
+        "Need to get 5616 B of archives.",
+        "Get:1 http://deb.debian.org/debian bookworm/main amd64 hello amd64 1 [5616 B]",
+        "Setting up hello (1)",
+    ):
+        progress(line)
+    assert [line.removeprefix("a-suite: ") for line in capsys.readouterr().err.splitlines()] == [
+        "downloading packages, 22.2 MB",
+        "unpacking packages",
+        "setting up packages",
+        "downloading packages, 5616 B",
+    ]
+
+
+def test_a_suite_that_is_mistyped(builder: Builder) -> None:
+    """What was typed is named, and not the suite of its security updates, whichever the archive is asked for first."""
+    hint = "did you mean bookworm?"
+    done = builder.cloud.run("vmtemplate", "x", "--build", "bokworm")
+    done.fails(1, "bokworm: no such suite on ", hint)
+    error = nocloud.build_error(
+        nocloud.Build("bokworm", [], 1), "The repository 'http://x/debian-security bokworm-security Release' "
+        "does not have a Release file."
+    )  # fmt: skip
+    assert (error.text, error.hint) == ("bokworm: no such suite on http://x/debian-security", hint)
 
 
 def test_an_archive_that_does_not_answer(builder: Builder) -> None:

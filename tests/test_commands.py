@@ -33,6 +33,9 @@ OPTIONS: dict[str, Options] = {
         "--layer": False,
         "--no-clean": False,
         "--tree": False,
+        "--prune": False,
+        "-y": False,
+        "--yes": False,
         "--delete": False,
         "--mem": True,
         "--cpu": True,
@@ -85,6 +88,7 @@ OPTIONS: dict[str, Options] = {
         "-y": False,
         "--yes": False,
     },
+    "vmstart": {"-g": True, "-t": True, "-n": True, "-w": None, "--wait": None},
     "vmpause": {"-g": True, "-t": True, "-n": True},
     "vmresume": {"-g": True, "-t": True, "-n": True},
     "vmsnapshot": {
@@ -115,6 +119,8 @@ OPTIONS: dict[str, Options] = {
     "nocloud-bridge": {},
     "links": {},
     "trust": {},
+    "enable": {"--user": False},
+    "disable": {"--user": False},
     "doctor": {"--json": False, "--deep": False},
     "completion": {},
     "man": {},
@@ -238,6 +244,7 @@ def test_nocloud_alone_lists_the_commands(cloud: Cloud) -> None:
     assert shown.stderr == ""
     for name in OPTIONS:
         assert re.search(rf"^  .*\b{name}\b.* \S", shown.stdout, re.M), name
+    assert max(map(len, cloud.run("", env={"COLUMNS": "80"}).ok().lines)) <= 80
     assert "configure" not in shown.stdout and "  complete " not in shown.stdout
     for word in ("-h", "--help"):
         assert cloud.execute([sys.executable, "-IS", PROGRAM, word]).ok().stdout == shown.stdout
@@ -250,6 +257,17 @@ def test_unknown_commands(cloud: Cloud) -> None:
     cloud.execute([sys.executable, "-IS", PROGRAM, "instanciate"]).fails(127, "instanciate", "instantiate?")
     cloud.execute([sys.executable, "-IS", PROGRAM, "vmfrobnicate"]).fails(127, "vmfrobnicate")
     cloud.execute([sys.executable, "-IS", PROGRAM, ""]).fails(127)
+    for word, ours in (
+        ("ls", "vmrunning -a"),
+        ("list", "vmrunning -a"),
+        ("rm", "vmstop -d -g GROUP, or VM"),
+        ("exec", "vmssh VM [COMMAND]"),
+        ("launch", "vminstantiate -n TEMPLATE"),
+        ("down", "vmstop -g GROUP, or VM"),
+    ):
+        cloud.run(word).says(127, f"{word}: no such command", f"here it is {ours}")
+    for ours, theirs in nocloud.ELSEWHERE.items():
+        assert ours.split()[0] in nocloud.ALIASES and not {*theirs.split()} & {*nocloud.COMMANDS}, ours
     link = cloud.home / "vmnothing"
     link.symlink_to(PROGRAM)
     done = cloud.execute([sys.executable, "-IS", link])
@@ -359,16 +377,20 @@ def test_help_is_as_wide_as_the_terminal(cloud: Cloud) -> None:
     small = cloud.run("vmstop", "-h", env={"COLUMNS": "50"}).ok().lines
     assert max(map(len, small)) <= 48 and len(small) > len(wide)
     assert " ".join(" ".join(small).split()) == " ".join(" ".join(wide).split())
-    assert "  -n NAME, --name NAME  stop one VM" in wide and "  -d, --destroy         destroy them too: disks," in small
+    assert (
+        "  -t TYPE, --type TYPE  only this type" in wide and "  -d, --destroy         destroy them too: disks," in small
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (("vmstop",), "-g"),
-        (("vmstop", "pf"), "pf"),
         (("vmstop", "-d"), "-g"),
-        (("vmstop", "-t", "web"), "-g"),
+        (("vmstart",), "-g"),
+        (("vmlog",), "-n"),
+        (("vmlog", "-n", "web00", "web01"), "web01"),
+        (("vmconsole", "web00", "web01"), "web01"),
         (("vmstop", "-g"), "-g"),
         (("vmstop", "-g", ""), ""),
         (("vmstop", "-n", ""), ""),
@@ -400,6 +422,14 @@ def test_things_that_are_not_there_are_1(cloud: Cloud) -> None:
     for words in (
         ("vmstop", "-g", "pf"),
         ("vmstop", "-n", "web00"),
+        ("vmstop", "web00"),
+        ("vmstop", "-d", "web00"),
+        ("vmstart", "web00"),
+        ("vmpause", "web00"),
+        ("vmlog", "web00"),
+        ("vmconsole", "-s", "web00"),
+        ("vmmanage", "web00"),
+        ("vmstop", "-t", "web"),
         ("vmrunning", "-g", "pf"),
         ("vmport", "-L", "-g", "pf"),
         ("vmssh", "web00"),
@@ -422,13 +452,22 @@ def test_links(cloud: Cloud, links: Path) -> None:
         assert (links / name).resolve() == PROGRAM
     again = cloud.run("links", links).quiet()
     assert again.argv
-    cloud.run("links", links / "nothing").fails(1, "no such folder")
-    folder = cloud.home / "bin"
-    folder.mkdir()
+    folder = cloud.home / "new/bin"
+    cloud.run("links", folder).quiet()
+    assert set(os.listdir(folder)) == set(os.listdir(links))
+    (folder / "vmstop").unlink()
     (folder / "vmstop").write_text("mine")
     kept = f"{folder / 'vmstop'}: is there and is no symlink; it is kept"
     cloud.run("links", folder).says(1, kept, "move it away, or choose another folder")
     assert (folder / "vmstop").read_text() == "mine"
+
+
+def test_an_inventory_by_another_name(cloud: Cloud) -> None:
+    """What ansible calls, with the words that it calls it with."""
+    (cloud.home / "hosts").symlink_to(PROGRAM)
+    done = cloud.execute([sys.executable, "-IS", cloud.home / "hosts", "--list"])
+    assert done.ok().stdout == cloud.run("vminventory", "--list").ok().stdout
+    assert cloud.execute([sys.executable, "-IS", cloud.home / "hosts", "--host", "x"]).ok().stdout == "{}\n"
 
 
 def test_the_checkouts_own_file_runs_through_a_link(cloud: Cloud, links: Path) -> None:

@@ -27,7 +27,6 @@ def test_an_installer_runs(cloud: Cloud, iso: Path, vms: None) -> None:
     words = ("-n", "fresh", "-i", iso, "-m", 160, "-c", 1, "-d", 3, "-C", 50)
     done = cloud.run("vmcreate", *words).ok()
     assert done.stdout == ""
-    assert "not enforced" in done.stderr
     assert "no display" in done.stderr
     assert "vmconsole" in done.stderr
     conf = cloud.conf("templates/fresh")
@@ -117,7 +116,7 @@ def test_adjust_changes_what_is_given(blank: Cloud) -> None:
     blank.run("vmcreate", "-an", "blank", "-c", 3).quiet()
     assert conf.read_text() == before.replace("vmMem=32", "vmMem=1024").replace("vmCpu=1", "vmCpu=3")
     assert disk.read_bytes() == content
-    assert "not enforced" in blank.run("vmcreate", "-a", "-n", "blank", "-C", 70).ok().stderr
+    blank.run("vmcreate", "-a", "-n", "blank", "-C", 70).quiet()
     assert blank.conf("templates/blank")["vmCpuCap"] == "70"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import tinyguest
-from support import READY, Cloud, add_template, nothing_made
+from support import READY, Cloud, Terminal, add_template, nothing_made
 from test_download import offer_classic
 from test_layers import (
     add_clone,
@@ -24,6 +24,8 @@ from test_layers import (
     stub_image,
 )
 from webserver import Site
+
+import nocloud
 
 
 @pytest.fixture
@@ -123,8 +125,32 @@ def test_the_tree_is_shown(stub: Cloud) -> None:
         "      other",
         "        other_0.img  new clones stand on this",
         "          kept/x/leaf00",
+        "group kept, all files",
+        "cache",
     ]
+    wanted = sum(path.stat().st_blocks for path in [stub.base / "kept", *(stub.base / "kept").rglob("*")]) / 2048
+    assert rows[-2] == f"group kept, all files  {wanted:.1f} MB"
     assert all(re.search(r"  [0-9]+\.[0-9] MB", row) for row in rows)
+
+
+def test_what_nothing_needs_is_removed(stub: Cloud) -> None:
+    add_clone(stub, "old")
+    before = stub.files()
+    stub.run("vmtemplate", "--prune").quiet()
+    cached = stub.home / "cache/nocloud/images/sha256-1"
+    busy = stub.home / "cache/nocloud/images/sha256-2"
+    killed = stub.base / "kept/x/.new-web00"
+    for folder in (cached, busy, killed):
+        folder.mkdir(parents=True, mode=0o700)
+        (folder / "image").write_bytes(os.urandom(2 << 20))
+    with nocloud.FolderLock(str(busy)):
+        with Terminal(stub, "vmtemplate", "--prune") as terminal:
+            terminal.see("Go on? [y/N]")
+            terminal.type("n\n")
+            terminal.see("nothing has been done")
+        done = stub.run("vmtemplate", "--prune", "-y").ok()
+    assert [row.split()[:3] for row in done.lines] == [["2.0", "MB", str(cached)], ["2.0", "MB", str(killed)]]
+    assert stub.files() == before and busy.exists() and not cached.exists()
 
 
 @pytest.mark.long

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import NOBODY, ROOT, Result, clean_environment
+from support import NOBODY, PROGRAM, ROOT, Cloud, Result, clean_environment, replace_program
 from test_zipapp import as_nobody, builder, needs_root
 
 import nocloud
@@ -277,6 +277,46 @@ def test_the_default_goal(public_folder: Path) -> None:
     if os.geteuid() == 0:
         shown = checkout.make("-n", "PYTHON=/usr/bin/python3", before=as_nobody).ok().stdout
         assert "setup" not in shown and goals[False] in shown
+
+
+def test_a_group_from_the_boot_on(blank: Cloud, tmp_path: Path) -> None:
+    """By the user's own systemd, of a program that isn't installed; systemctl is one that writes down its words."""
+    blank.run("vminstantiate", "-n", "blank", "-g", "Shop", "-o", "name=web").ok()
+    blank.run("vminstantiate", "-n", "blank", "-g", "two", "-o", "name=db").ok()
+    wants = blank.home / "config/systemd/user/default.target.wants"
+    unit = wants.parent / "nocloud@.service"
+    path = replace_program(
+        blank.home / "bin",
+        "systemctl",
+        'echo "$@" >>"$HOME/said"\n'
+        f"for unit; do :; done; link={wants}/$unit.service; mkdir -p {wants}\n"
+        'case "$*" in *cat*) exit 1 ;; *enable*@*) touch "$link" ;; *disable*) rm "$link" || exit ;; esac',
+    )
+    env = {"PATH": path}
+    del blank.env["NOCLOUD_NOKVM"]
+    (blank.home / ".nocloud.conf").write_text("vmAccel=tcg\n")
+    done = blank.run("enable", "shop", "--user", env=env).ok()
+    assert done.stderr.splitlines()[0] == "Shop: runs from each boot on and now"
+    assert "is logged in, until: loginctl enable-linger " in done.stderr
+    assert "NOCLOUD_vmBaseDir of this shell is not known there" in done.stderr
+    text = unit.read_text()
+    program = re.findall("^ExecStart=(.*) run -r %i$", text, re.M)[0].split()
+    assert program[1:] == ["-X", "utf8", "-IS", str(PROGRAM)] and "@BINDIR@" not in text
+    assert blank.execute([*program, "-v"]).ok().stdout == f"nocloud {nocloud.__version__}\n"
+    if shutil.which("systemd-analyze"):
+        (tmp_path / "nocloud@x.service").write_text(text)
+        assert blank.execute(["systemd-analyze", "verify", "--man=no", tmp_path / "nocloud@x.service"]).stderr == ""
+    blank.run("enable", "two", "--user", env=env).ok()
+    blank.run("disable", "SHOP", "--user", env=env).quiet()
+    assert unit.exists()
+    blank.run("disable", "two", "--user", env=env).quiet()
+    assert not unit.exists()
+    said = (blank.home / "said").read_text().splitlines()
+    assert said[:3] == ["--user daemon-reload", "--user cat nocloud@.service", "--user daemon-reload"]
+    assert said[3] == "--user enable --now nocloud@Shop"
+    assert said[-2:] == ["--user disable --now nocloud@two", "--user daemon-reload"]
+    blank.run("disable", "two", "--user", env=env).fails(1, "systemctl disable --now nocloud@two: ")
+    blank.run("enable", "three", "--user", env=env).says(1, "three: no such group", "vmrunning -a lists them")
 
 
 @needs_root

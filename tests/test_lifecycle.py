@@ -444,10 +444,11 @@ def test_folders_that_were_moved_by_hand(blank: Cloud) -> None:
     conf = blank.base / "shop/default/web01/web01.conf"
     disk = f"{place}/web01/web01_0.img"
     gone = f"warning: shop/default/web01: its disk is gone: {disk} (moved by hand? see vmDisk in {conf})"
-    for words in (("vmrunning", "-a"), ("vmtemplate", "--tree")):
+    mend = f"; mended by: mv {place}/renamed {place}/web00"
+    for words, more in ((("vmrunning", "-a"), mend), (("vmtemplate", "--tree"), "")):
         done = blank.run(*words).ok()
         said = [line.partition(": ")[2] for line in done.stderr.splitlines()]
-        assert sorted(said) == sorted([renamed, gone]), repr(done)
+        assert sorted(said) == sorted([renamed + more, gone]), repr(done)
         assert "web02" in done.stdout
     blank.run("vmtemplate", "--list").ok()
     blank.run("vmstop", "-d", "-g", "shop").ok()
@@ -458,6 +459,47 @@ def test_folders_that_were_moved_by_hand(blank: Cloud) -> None:
     (blank.base / "templates/blank").rename(blank.base / "templates/other")
     done = blank.run("vmtemplate", "--tree").ok()
     assert "warning: pf/default/web00: what its disk stands on is gone: " in done.stderr and "Errno" not in done.stderr
+
+
+def test_started_and_stopped_by_their_names(blank: Cloud) -> None:
+    blank.run("vminstantiate", "-n", "blank", "-C", 3, "-g", "pf", "-t", "web", "-o", "name=web").ok()
+    blank.run("vmstop", "web00", "pf/WEB02", "--kill").quiet()
+    assert [row[0] for row in rows(blank)] == ["web01"]
+    blank.run("vmssh", "web00").says(1, "web00: it is not running", "vmstart web00 starts it")
+    blank.run("vmstart", "web00", "-n", "web00").quiet()
+    assert [row[0] for row in rows(blank)] == ["web00", "web01"]
+    uuids = {name: blank.conf(f"pf/web/{name}")["vmUuid"] for name in ("web00", "web01", "web02")}
+    blank.run("vmstart", "-g", "pf").quiet()
+    blank.run("vmstart", "-g", "pf", "-t", "web", "web01").quiet()  # they all run
+    assert len(rows(blank)) == 3
+    assert uuids == {name: blank.conf(f"pf/web/{name}")["vmUuid"] for name in uuids}
+    assert blank.run("vmmanage", "web01", "info", "status").ok().lines == ["VM status: running"]
+    assert blank.run("vmmanage", "-n", "web01", "info", "status").ok().lines == ["VM status: running"]
+    blank.run("vmpause", "web01").quiet()
+    assert blank.run("vmrunning").ok().lines[1].split()[:3] == ["web01", "pf/web", "paused"]
+    blank.run("vmresume", "web01").quiet()
+    blank.run("vmlog", "-q", "web01").ok()
+    blank.run("vmlog", "web").says(1, "web: no such VM, but a type", "vmrunning -a -t web lists its VMs")
+    blank.run("vmstop", "pf").says(1, "pf: no such VM, but a group", "vmrunning -a -g pf lists its VMs")
+    blank.run("vmstop", "-t", "wbe").says(1, "wbe: no such type", "did you mean web?")
+    blank.run("vmstop", "-t", "web").says(2, "which group? give -g GROUP, or VM", "vmrunning lists them")
+    blank.run("vmstop", "-d", "web00", "web03").says(1, "web03: no such VM", "did you mean web02?")
+    assert len(rows(blank)) == 3
+    blank.run("vmstop", "-d", "web00", "web02").quiet()
+    assert [row[0] for row in rows(blank)] == ["web01"]
+
+
+def test_a_group_is_the_same_in_any_case(blank: Cloud, tmp_path: Path) -> None:
+    blank.run("vminstantiate", "-n", "blank", "-g", "Shop", "-o", "name=web").ok()
+    blank.run("vminstantiate", "-n", "blank", "-g", "sHOP", "-o", "name=web").ok()
+    (tmp_path / "SHOP").write_text("blank:1:default:name=web")
+    blank.run("vminstantiate", "-f", tmp_path / "SHOP").ok()
+    assert blank.groups() == ["Shop"] and len(blank.run("vmrunning", "-g", "shop").ok().lines) == 3
+    assert len(blank.run("vmrunning", "-g", "SHOP").ok().lines) == len(rows(blank))
+    blank.run("vmstop", "SHOP/web00", "--kill").quiet()
+    blank.run("vmstart", "-n", "web00", "-g", "shop").quiet()
+    blank.run("vmstop", "-d", "-g", "SHOP").quiet()
+    assert blank.groups() == []
 
 
 def test_interrupted_in_a_wait(blank: Cloud) -> None:
@@ -609,7 +651,7 @@ OPTIONS = (
         ("vminstantiate -n nothere", 1, "nothere: no such template", NO_TEMPLATE),
         ("vminstantiate -n blanc", 1, "blanc: no such template", "did you mean blank?"),
         ("vminstantiate -n blank extra", 2, "'extra': one word too many", "nocloud instantiate -g extra"),
-        ("vmstop", 2, "which group? give -g GROUP, or -n NAME for one VM", "vmrunning lists them"),
+        ("vmstop", 2, "which group? give -g GROUP, or VM", "vmrunning lists them"),
         ("vmstop --name=", 2, "the VM's name is empty", "vmrunning lists the VMs"),
         ("vmstop --group=", 2, "the group name is empty", "vmrunning -a lists the groups"),
         ("vmstop -g pf", 1, "pf: no such group", NOT_LISTED),
@@ -620,10 +662,10 @@ OPTIONS = (
         ("vmstop -n blank -g pf -t web", 1, "blank: no such VM in pf/web", "did you mean templates/blank?"),
         ("vmssh", 2, "which VM?", "vmssh VM|IP [WORDS...]; vmrunning lists the VMs"),
         ("vmssh 10.88.0.9", 1, "10.88.0.9: no such VM", NOT_LISTED),
-        ("vmssh blank", 1, "blank: it is not running", "vmrunning -a shows its state: stopped"),
+        ("vmssh blank", 1, "blank: it is not running", "vmstart blank starts it"),
         ("vmconsole", 2, "which VM? give -n NAME", NOT_LISTED),
-        ("vmconsole -n templates/blank", 1, "blank: it is not running", "vmrunning -a shows its state: stopped"),
-        ("vmmanage -n blank", 1, "blank: it is not running", "vmrunning -a shows its state: stopped"),
+        ("vmconsole -n templates/blank", 1, "blank: it is not running", "vmstart blank starts it"),
+        ("vmmanage -n blank", 1, "blank: it is not running", "vmstart blank starts it"),
         ("vm", 2, "which VM? give -n NAME", NOT_LISTED),
         ("vm -n x -t web", 1, "x: no such VM of type web", NOT_LISTED),
         ("vm -n x -g templates", 1, "x: no such template", NO_TEMPLATE),
@@ -636,7 +678,7 @@ OPTIONS = (
         ("vmrun -r templates", 2, "templates are not run as a group", "vm -n NAME runs one"),
         ("vmrun -f -", 2, "which group? a description from stdin has no name", "give --group GROUP too"),
         ("vmrunning pf", 2, "'pf': one word too many", "nocloud running -g pf"),
-        ("vmstop web00", 2, "'web00': one word too many", "nocloud stop -n web00"),
+        ("vmstop web00", 1, "web00: no such VM", "vmrunning -a lists them"),
         ("vmupgrade", 2, "TEMPLATE is missing", HELP),
         ("vmupgrade nothere", 1, "nothere: no such template", NO_TEMPLATE),
         ("vmtemplate new --from nobody", 1, "nobody: no such VM", NOT_LISTED),
@@ -681,7 +723,6 @@ OPTIONS = (
         ("net exec", 2, "which command?", "nocloud net exec CMD..."),
         ("bridge", 2, "no verb: expected start, stop, accept, dnsmasq, ready or subnet", ""),
         ("completion tcsh", 2, "tcsh: no completion for that shell", "one of bash, zsh, fish"),
-        ("links /nothere", 1, "/nothere: no such folder", "mkdir -p /nothere"),
         ("man nothing", 2, "nothing: no such command", "nocloud -h lists them"),
         ("zap", 127, "zap: no such command", "nocloud -h lists them"),
     ],

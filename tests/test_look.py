@@ -392,3 +392,46 @@ def test_what_waits_tell(tiny: Cloud) -> None:
         terminal.type("\x03")
         terminal.see("web00 has been stopped", 90)
         terminal.ends(0)
+
+
+# Processor time ######################################################################################
+
+
+def test_a_limit_of_processor_time(tiny: Cloud) -> None:
+    """A guest that computes all the time gets its part of one processor, measured."""
+    tiny.run("vmcreate", "-a", "-n", "tiny", "-C", 20).quiet()
+    done = tiny.run("vminstantiate", "-n", "tiny", "-g", "pf", "-t", "web", "-o", "name=web", "-w", 2 * int(READY)).ok()
+    if "vmCpuCap=20 is not enforced" in done.stderr:
+        pytest.skip("no cgroup can be written here, as the start says")
+    tiny.ssh("web00", "(while :; do :; done) >/dev/null 2>&1 &").ok()
+
+    def used() -> float:
+        """The part of one processor that its qemu has used in five seconds."""
+        (before,) = facts(tiny)
+        time.sleep(5)
+        (now,) = facts(tiny)
+        part = now["cpu_seconds"] - before["cpu_seconds"]
+        return float(part / (now["uptime_seconds"] - before["uptime_seconds"]))
+
+    parts = [used()]
+    while parts[-1] < 0.15 and len(parts) < 4:
+        parts.append(used())
+    is_busy = os.getloadavg()[0] > 2 * (os.cpu_count() or 1)  # others have the processors
+    assert max(parts) < 0.25 and (parts[-1] > 0.15 or is_busy), parts
+    limited = "/nocloud-" in nocloud.process_file(tiny.qemu(VM), "cgroup") or bool(nocloud.scope_words(20))
+    info = tiny.folder(VM).stat()
+    tiny.run("vmstop", "web00", "--kill").quiet()
+    left = list(Path("/sys/fs/cgroup").glob(f"**/nocloud-{info.st_dev}-{info.st_ino}"))
+    assert limited and not left, "its cgroup went with it"
+    conf = tiny.folder(VM) / "web00.conf"
+    conf.write_text(conf.read_text().replace("vmCpuCap=20", "vmCpuCap=0"))
+    tiny.run("vmstart", "web00").quiet()
+    assert "/nocloud-" not in nocloud.process_file(tiny.qemu(VM), "cgroup")
+
+
+def test_a_limit_that_can_not_be_kept_is_told(blank: Cloud) -> None:
+    blank.run("vmcreate", "-a", "-n", "blank", "-C", 20).quiet()
+    words = ("vminstantiate", "-n", "blank", "-g", "pf", "-o", "name=web")
+    done = blank.script("nocloud.CGROUPS = '/nowhere'\nsys.exit(nocloud.main(sys.argv[1:]))\n", *words).ok()
+    assert f"warning: web00: vmCpuCap=20 is not enforced: {nocloud.NO_LIMIT}" in done.stderr
+    assert blank.run("vmrunning").ok().stdout.startswith("web00 ")

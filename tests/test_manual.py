@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support import ROOT, Cloud
+from support import ROOT, Cloud, Terminal
 
 import nocloud
 
@@ -88,6 +88,12 @@ def test_every_command_option_and_setting_is_named(cloud: Cloud, page: Path) -> 
         assert f"\n{title}\n" in text, title
     for status in (0, 1, 2, 124, 127, 130):
         assert re.search(rf"^ +{status} ", text, re.M)
+
+
+def test_on_a_terminal_it_is_shown(cloud: Cloud) -> None:
+    need("man")
+    with Terminal(cloud, "man", env={"MANPAGER": "cat"}) as terminal:
+        assert ".TH" not in terminal.see("NOCLOUD(1)")
 
 
 def test_what_roff_would_take_for_something_else(cloud: Cloud) -> None:
