@@ -30,6 +30,7 @@ Modules that only some commands need are imported where they are used: a listing
     Stopping and destroying          power button, plug, and away with it
     Starting and waiting             from a conf to a guest that is ready, and ssh into it; many at once
     Snapshots                        what VMs were at a moment, and back to it
+    Changing VMs                     one by one, or a group to what its description says
     Work in a template's guest       cleaning, upgrades, templates of VMs; stopping with care
     Consoles                         screens, the serial line, the monitor, logs
     Supervisor                       vmrun's loop
@@ -80,6 +81,7 @@ __version__ = "0.1.0"
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_DIFFERS = 3
 EXIT_TIMEOUT = 124  # as timeout(1)
 EXIT_MISSING = 127  # as the shell: unknown command, missing program
 EXIT_INTERRUPTED = 130  # as the shell: 128 + SIGINT
@@ -1618,12 +1620,13 @@ def looks_bootable(path: str) -> bool:
 @record
 class Qcow2:
     """What the header of a qcow2 image says: the file that it stands on, or '', and the format of that, or '';
-    `outside`: its data is in another file; `end`: where its tables end in the file, in bytes."""
+    `outside`: its data is in another file; `end`: where its tables end in the file, `size`: its guest's disk; bytes."""
 
     backing: str
     format: str
     outside: bool
     end: int
+    size: int
 
 
 def qcow2_header(path: str) -> Qcow2 | None:
@@ -1638,8 +1641,8 @@ def qcow2_header(path: str) -> Qcow2 | None:
         return None
     with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
         head = file.read(4096).ljust(4096, b"\0")
-        magic, version, offset, length, bits, *tables, features, position = struct.unpack_from(
-            ">4sIQII12xIQQI12xQ20xI", head
+        magic, version, offset, length, bits, disk, *tables, features, position = struct.unpack_from(
+            ">4sIQIIQ4xIQQI12xQ20xI", head
         )
         if magic != b"QFI\xfb":
             return None
@@ -1652,7 +1655,7 @@ def qcow2_header(path: str) -> Qcow2 | None:
         position += 8 + (size + 7) // 8 * 8
     entries, l1, refcounts, clusters = tables
     end = max(l1 + 8 * entries, refcounts + (clusters << min(bits, 21)))
-    return Qcow2(os.fsdecode(name), os.fsdecode(format), version >= 3 and bool(features & 4), end)
+    return Qcow2(os.fsdecode(name), os.fsdecode(format), version >= 3 and bool(features & 4), end, disk)
 
 
 def disk_format(path: str) -> str:
@@ -7066,22 +7069,6 @@ def find_iso(config: Config, name: str) -> str:
     raise no_such("ISO image", name, others, f"-i takes a path, or a name in isoDir, {folder}")
 
 
-def grow_disk(cloud: Cloud, vm: VM, gigabytes: int) -> None:
-    """Make the system disk larger; never smaller, and never under the clones of a template."""
-    disk = vm.disks()[0] if vm.disks() else ""
-    if not os.path.exists(disk):
-        raise Error(f"its disk is gone: {disk}", f"see vmDisk in {vm.conf_file}", vm=vm)
-    format = known_formats(vm)[0]
-    size = image_info(disk, format)["virtual-size"]
-    if gigabytes * GIB < size:
-        raise Error(f"its disk has {size / GIB:g} GB and never shrinks", "-d takes a larger size, in GB", vm=vm)
-    if gigabytes * GIB > size:
-        if vm.is_template:
-            check_no_clones(cloud, vm)
-        set_writable(disk, True)
-        resize_disk(disk, format, gigabytes)
-
-
 # -- what there is
 
 
@@ -7772,14 +7759,20 @@ def disk_sizes(text: str) -> list[int]:
 
 
 def name_prefix(text: str) -> str:
-    """A check for a prefix such that prefix + number is a name."""
+    """A check for a prefix such that prefix + number is a name, or for names, which have a comma after or between."""
     if not text:
         raise UsageError(" is empty", "name=web makes web00, web01 …")
     try:
-        checked_name("VM", text + "00")
+        for name in full_names(text) or [text + "00"]:
+            checked_name("VM", name)
     except UsageError as error:
         raise UsageError(f"{text}: {error}", error.hint) from None
     return text
+
+
+def full_names(text: str) -> list[str]:
+    """The names that a `name=` gives whole: web00,front and, of a single one, `front,`."""
+    return text.removesuffix(",").split(",") if "," in text else []
 
 
 CLONE_OPTIONS = (
@@ -7787,13 +7780,15 @@ CLONE_OPTIONS = (
     CloneOption("cpu", "N", "vmCpu", "processors"),
     CloneOption("disk", "GB", "disk", "size of the system disk in GB", DISK_GB),
     CloneOption("dsk", "GB,GB", "disks", "extra disks, in GB (vdb, vdc, …)", disk_sizes),
-    CloneOption("name", "PREFIX", "prefix", "what the names begin with; without it a name is a UUID", name_prefix),
+    CloneOption("name", "PREFIX", "prefix",
+                "what the names begin with, or all names: web00,front; without it a name is a UUID", name_prefix),
     CloneOption("user-data", "FILE", "user_data", "a file for cloud-init", read_user_data),
     CloneOption("port", "[IP:]HOST:GUEST", "vmPorts", "ports of this host that lead to it; HOST counts up per VM"),
     CloneOption("share", "HOSTDIR:GUESTDIR[:rw]", "vmShares", "folders of this host; read-only without :rw"),
     CloneOption("gui", "", "vmGui", "with a screen"),
     CloneOption("cold", "", "vmCold", "it boots, though its template is frozen"),
-)
+    CloneOption("cap", "PERCENT", "vmCpuCap", "a limit of CPU time, in per cent of a processor"),
+)  # fmt: skip
 CLONE_OPTION = {option.name: option for option in CLONE_OPTIONS}
 
 
@@ -7809,7 +7804,7 @@ class CloneRequest:
     disk: int = 0  # GB of the system disk; 0: as large as the template's
     disks: Sequence[int] = ()  # GB of the others
     user_data: bytes = b""
-    prefix: str = ""  # of their names; '': they are called by their UUIDs
+    prefix: str = ""  # of their names, or those, see full_names(); '': they are called by their UUIDs
 
     def set_options(self, text: str, folder: str = "") -> None:
         """CLONE_OPTIONS, in any order, separated by `;`.  Files are looked for in the folder.  Raises UsageError."""
@@ -7823,6 +7818,9 @@ class CloneRequest:
                     f"unknown option {name!r}{did_you_mean(name, CLONE_OPTION, before=', ')}",
                     f"options are {' '.join(each.text for each in CLONE_OPTIONS)}, separated by ';'",
                 )
+        names = full_names(self.prefix)
+        if names and len({name.lower() for name in names}) != self.count:
+            raise UsageError(f"name={self.prefix}: {plural(len(names), 'name')} for a COUNT of {self.count}")
 
     def _set_option(self, option: CloneOption, given: str | None, folder: str) -> None:
         value = given or ""
@@ -8108,13 +8106,21 @@ def next_names(names: set[str], request: CloneRequest) -> list[str]:
     """The next names of a prefix: two digits from 00 (100 after 99), after the highest there is; '' for a UUID."""
     if not request.prefix:
         return [""] * request.count
-    pattern = re.compile(re.escape(request.prefix.lower()) + r"([0-9]{2,})")
-    numbers = [int(match.group(1)) for match in map(pattern.fullmatch, names) if match]
-    first = max(numbers, default=-1) + 1
-    found = [f"{request.prefix}{number:02d}" for number in range(first, first + request.count)]
-    checked_name("VM", found[-1])
+    found = full_names(request.prefix)
+    if clash := [name for name in found if name.lower() in names]:
+        raise UsageError(f"name={clash[0]}: there is such a VM in the group", "choose another name")
+    if not found:
+        first = max((number_of(request.prefix, name) for name in names), default=-1) + 1
+        found = [f"{request.prefix}{number:02d}" for number in range(first, first + request.count)]
+        checked_name("VM", found[-1])
     names.update(name.lower() for name in found)
     return found
+
+
+def number_of(prefix: str, name: str) -> int:
+    """The number in a name that is this prefix and a number, whatever the case; -1 in another one."""
+    found = re.fullmatch(re.escape(prefix) + "([0-9]{2,})", name, re.IGNORECASE | re.ASCII)
+    return int(found[1]) if found else -1
 
 
 def _reserve_one(clone: NewClone, identity: Mapping[str, str]) -> None:
@@ -8774,7 +8780,7 @@ def thaw(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> bool:
             load_memory(qemu, layer.state, shared=True)
             qemu.execute("cont")
             for number, disk in enumerate(others):
-                plug_disk(qemu, number, *disk)
+                plug_disk(qemu, number + 1, number, *disk)
         if others:
             vm.write_conf({"vmPlugged": str(len(others))})
         wake_up(vm, token)
@@ -8848,9 +8854,9 @@ def add_image(qemu: QMP, node: str, path: str, format: str = "qcow2", **options:
     qemu.execute("blockdev-add", node_name=node, **image, **options)
 
 
-def plug_disk(qemu: QMP, port: int, path: str, format: str, serial: str) -> None:
+def plug_disk(qemu: QMP, number: int, port: int, path: str, format: str, serial: str) -> None:
     """Plug a disk into a running guest, as disk_args() would have it at its next start."""
-    node, bus = f"disk{port + 1}", f"port{port}"
+    node, bus = f"disk{number}", f"port{port}"
     add_image(qemu, node, path, format)
     qemu.execute("device_add", driver="virtio-blk-pci", id=node, drive=node, bus=bus, serial=serial[-20:])
 
@@ -9648,6 +9654,466 @@ def snapshot_rows(tree: Tree, group: str) -> Iterator[tuple[str, ...]]:
         day = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when[key]))
         names, size = ",".join(each.vm.name for each in those), sum(each.size() for each in those)
         yield *key, day, f"{size / MIB:.0f} MB", "memory" if memory else "-", names
+
+
+# Changing VMs ########################################################################################
+#
+# One by one, or a group to what a description says.  A plan is made of what there is each time, and each of its steps
+# is whole: who was interrupted plans anew, and does what is left.
+
+DESCRIBED = {option.sets: option for option in CLONE_OPTIONS if option.sets in SETTING}
+LIVE = ("vmPorts", "vmCold")  # what needs no restart
+
+
+@record
+class Present:
+    """A VM that there is, as plans look at it."""
+
+    name: str
+    type: str
+    template: str
+    settings: Mapping[str, str]  # those of DESCRIBED
+    sizes: Sequence[int]  # of its disks, in bytes
+    unnamed: bool = False  # its name is its UUID
+    running: bool = False
+    halted: bool = False  # whoever made it or stopped it to change it was killed before it started
+    vm: Any = None
+
+
+@record
+class Step:
+    """What a plan does to a VM: one that there is, or one to be made, which is called by the request's name."""
+
+    verb: str
+    request: CloneRequest | None
+    present: Present | None
+    text: str = ""
+    changes: Mapping[str, str] | None = None
+    disk: int = 0  # its number
+    size: int = 0  # in GB
+    restart: bool = False
+    loses: bool = False
+
+    @property
+    def line(self) -> str:
+        """As it is shown."""
+        of = self.request
+        name = self.present.name if self.present else (of and of.prefix.rstrip(",")) or f"a VM of type {of and of.type}"
+        return f"{self.verb} {name}{self.text and ': '}{self.text}{' (restart)' if self.restart else ''}"
+
+
+def look(vm: VM) -> Present:
+    """A VM, or a template with what its clones get."""
+    state, _ = vm.state()
+    if state == "unknown":
+        raise WrongState(f"can't tell whether it runs: {vm.pid_file}", "look as the user who started it", vm=vm)
+    settings = {}
+    for key in DESCRIBED:
+        setting = SETTING[key]
+        value = setting.default if vm.is_template and not setting.inherited and setting.where == "vm" else vm.get(key)
+        settings[key] = value and str(setting.check(value))
+    sizes = [
+        header.size if format == "qcow2" and (header := qcow2_header(disk)) else os.path.getsize(disk)
+        for disk, format in zip(vm.disks(), known_formats(vm))
+    ]
+    halted = state == "stopped" and not os.path.exists(vm.command_file)
+    unnamed, running = vm.name == vm.get("vmUuid"), state == "running"
+    return Present(vm.name, vm.type, template_of(vm), settings, sizes, unnamed, running, halted, vm)
+
+
+def template_of(vm: VM) -> str:
+    """The template that it was cloned from; of the bash tools' by what its disk stands on; '' for none."""
+    below = {os.path.dirname(path) for path in ([] if vm.get("vmTemplate") else vm.below())}
+    found = (each.name for each in vm.tree.templates() if os.path.realpath(each.folder) in below)
+    return vm.get("vmTemplate") or next(found, "")
+
+
+# -- plans
+
+
+def plan(
+    requests: Sequence[CloneRequest],
+    present: Sequence[Present],
+    templates: Mapping[str, Present],
+    replace: bool = False,
+) -> list[Step]:
+    """What makes of the VMs of a group those that are described.  Raises UsageError, with FILE:LINE, for what can't be.
+
+    `replace`: a VM that has another template is made anew.
+    """
+    pairs = match(requests, present, templates)
+    kept = [vm for _, vm in pairs]
+    steps = [Step("destroy", None, vm, loses=True) for vm in present if vm not in kept]
+    for request, vm in pairs:
+        if vm:
+            steps += list(compare(request, vm, templates, replace)) or [Step("keep", request, vm)]
+        else:
+            steps.append(Step("create", request, None))
+    for step in steps:
+        if step.verb == "shrink" and step.request and step.present:
+            text = f"{step.request.origin}: {step.present.name}: {step.text}, and a disk never shrinks"
+            raise UsageError(text, "dsk= without it, with -y, takes a disk away with what is on it")
+    return steps
+
+
+def match(
+    requests: Sequence[CloneRequest], present: Sequence[Present], templates: Mapping[str, Present]
+) -> list[tuple[CloneRequest, Present | None]]:
+    """A request for each single VM that is described, with the VM that there is.
+
+    By type and name: of a prefix the lowest numbers, new ones in the gaps.  Those without a name by type and template,
+    first of all those that are as described.
+    """
+    left = {(vm.type, vm.name.lower()): vm for vm in present}
+    given: set[str] = set()
+    for request in requests:
+        own = {name.lower() for name in full_names(request.prefix)}
+        if own & given:
+            raise UsageError(f"{request.origin}: name={request.prefix}: {', '.join(own & given)} is in another line")
+        given |= own
+    taken = given | {name for _, name in left}
+    pairs: list[tuple[CloneRequest, Present | None]] = []
+    for request in requests:
+        there = [name for type, name in left if type == request.type and name not in given]
+        names = full_names(request.prefix) or (request.prefix and numbered_names(request, there, taken)) or []
+        for number, name in enumerate(names):
+            pairs.append((one_of_set(request, number, name), left.pop((request.type, name.lower()), None)))
+    unnamed = [one_of_set(each, number) for each in requests if not each.prefix for number in range(each.count)]
+    for exact in (True, False):
+        for request in list(unnamed):
+            fits = (
+                key for key, vm in left.items()
+                if vm.unnamed and (vm.type, vm.template) == (request.type, request.template)
+                and not (exact and any(compare(request, vm, templates)))
+            )  # fmt: skip
+            if found := next(fits, None):
+                pairs.append((request, left.pop(found)))
+                unnamed.remove(request)
+    return pairs + [(request, None) for request in unnamed]
+
+
+def numbered_names(request: CloneRequest, there: Iterable[str], taken: set[str]) -> list[str]:
+    """As many names of a prefix as are asked for: the lowest of those that are `there`, then new ones, `taken` now."""
+    numbers = {number: name for name in there if (number := number_of(request.prefix, name)) >= 0}
+    found = dict(sorted(numbers.items())[: request.count])
+    for number in range(request.count + len(taken)):
+        name = f"{request.prefix}{number:02d}"
+        if len(found) < request.count and name.lower() not in taken:
+            taken.add(name.lower())
+            found[number] = name
+    return [found[number] for number in sorted(found)]
+
+
+def one_of_set(request: CloneRequest, number: int, name: str = "") -> CloneRequest:
+    """The request for the one VM of that number."""
+    ports = {"vmPorts": numbered_ports(request.settings["vmPorts"], number)} if "vmPorts" in request.settings else {}
+    own = {**request.settings, **ports}
+    rest = request.disk, request.disks, request.user_data, f"{name}," if name else ""
+    return CloneRequest(request.origin, request.template, 1, request.type, own, *rest)
+
+
+def compare(
+    request: CloneRequest, vm: Present, templates: Mapping[str, Present], replace: bool = False
+) -> Iterator[Step]:
+    """What makes a VM the one that is described."""
+    if request.template != vm.template:
+        if replace:
+            yield Step("replace", request, vm, f"template {vm.template or 'none'} → {request.template}", loses=True)
+        else:
+            yield Step("keep", request, vm, f"its template is {vm.template or 'none'}; --replace makes it anew")
+        return
+    wanted = {**templates[vm.template].settings, **request.settings}
+    wanted["vmPorts"] = chosen_ports(wanted["vmPorts"], vm.settings["vmPorts"])
+    for live in (True, False):
+        changes = {key: wanted[key] for key in DESCRIBED if wanted[key] != vm.settings[key] and (key in LIVE) == live}
+        words = [f"{DESCRIBED[key].name} {vm.settings[key] or 'none'} → {changes[key] or 'none'}" for key in changes]
+        if changes:
+            yield Step("change", request, vm, ", ".join(words), changes, restart=vm.running and not live)
+    yield from compare_disks(request, vm)
+    if vm.halted:
+        yield Step("start", request, vm)
+
+
+def compare_disks(request: CloneRequest, vm: Present) -> Iterator[Step]:
+    """The same for its disks, by their numbers.  A system disk of which nothing is said is as it is."""
+    wanted = [request.disk, *request.disks]
+    for number in range(max(len(wanted), len(vm.sizes))):
+        size, has = (each[number] if number < len(each) else 0 for each in (wanted, vm.sizes))
+        has = -(-has // GIB) * GIB if number else has  # those that nocloud makes have whole GB
+        name = f"vd{chr(ord('a') + number)}" if number else "disk"
+        words = f"{name} {has / GIB:g} → {size} GB"
+        if number and not size:
+            words = f"{name} of {has / GIB:g} GB"
+            yield Step("remove", request, vm, words, None, number, 0, restart=vm.running, loses=True)
+        elif number and not has:
+            yield Step("add", request, vm, f"disk of {size} GB", None, number, size)
+        elif size * GIB > has:
+            yield Step("grow", request, vm, words, None, number, size)
+        elif 0 < size * GIB < has:
+            yield Step("shrink", request, vm, words)
+
+
+def chosen_ports(wanted: str, has: str) -> str:
+    """vmPorts as they are wanted, with what has been chosen for a HOST 0; as a VM has them where these are the same."""
+    old = parse_ports(has)
+    chosen = {(ip, guest): host for ip, host, guest in old}
+    new = [(ip, host or chosen.get((ip, guest), 0), guest) for ip, host, guest in parse_ports(wanted)]
+    return has if sorted(new) == sorted(old) else join_ports(new)
+
+
+def plan_group(cloud: Cloud, group: str, requests: Sequence[CloneRequest], replace: bool, force: bool) -> list[Step]:
+    """The plan for a group, all of which can be done as far as that is known before."""
+    checked_group(group)
+    templates = {name: look(cloud.tree.need_template(name)) for name in {each.template for each in requests}}
+    steps = plan(requests, [look(vm) for vm in cloud.tree.vms(group)], templates, replace)
+    new = [step.request for step in steps if step.verb == "create" and step.request]
+    own = [one_of_set(step.request, 0, "x") for step in steps if step.verb == "replace" and step.request]
+    for request in own:
+        del request.settings["vmPorts"]  # which it has
+    check_requests(cloud, group, [*new, *own], force)
+    for step in steps:
+        if step.present and step.changes:
+            check_shares(cloud.config, step.present.vm, step.changes.get("vmShares", ""))
+    return steps
+
+
+def describe(cloud: Cloud, group: str) -> Iterator[str]:
+    """The lines of a description of which a group is what it says; what none can say of a VM is in comments."""
+    found, templates, sets = [look(vm) for vm in cloud.tree.vms(group)], dict[str, Present](), list[list[Present]]()
+    for vm in found:
+        if not vm.template:
+            raise WrongState("it stands on no template: no description can say what it is", vm=vm.vm)
+        templates[vm.template] = templates.get(vm.template) or look(cloud.tree.need_template(vm.template))
+
+    def key(vm: Present) -> tuple[object, ...]:
+        return vm.type, vm.template, options_of(vm, templates[vm.template]), vm.unnamed, stem_of(vm.name)
+
+    def order(vm: Present) -> Any:
+        return *key(vm), parse_ports(vm.settings["vmPorts"]) if vm.unnamed else (len(vm.name), vm.name)
+
+    for vm in sorted(found, key=order):
+        last = sets[-1] if sets else []
+        ports = last and result_of(functools.partial(numbered_ports, last[0].settings["vmPorts"]), len(last))
+        if last and key(last[0]) == key(vm) and ports == vm.settings["vmPorts"]:
+            last.append(vm)
+        else:
+            sets.append([vm])
+    for these in sets:
+        vm, stem, names = these[0], stem_of(these[0].name), [each.name for each in these]
+        alike = {each.name for each in found if stem and stem_of(each.name).lower() == stem.lower()}
+        is_whole = alike == {f"{stem}{number:02d}" for number in range(len(these))}
+        name = "" if vm.unnamed else "name=" + (stem if is_whole else ",".join(names if names[1:] else [*names, ""]))
+        ports = vm.settings["vmPorts"] and f"port={vm.settings['vmPorts'].replace('127.0.0.1:', '')}"
+        options = ";".join(filter(None, (name, options_of(vm, templates[vm.template]), ports)))
+        yield f"{vm.template}:{len(these)}:{vm.type}:{options}"
+        template = templates[vm.template].vm
+        for each in these:
+            own = ((row.key, each.vm.get(row.key)) for row in SETTINGS if row.inherited and row.key not in DESCRIBED)
+            yield from (f"# {each.name}: {key}={value}" for key, value in own if value != template.get(key))
+
+
+def stem_of(name: str) -> str:
+    """What stands before the number in a name; '' where there is none."""
+    found = re.fullmatch("(.+?)[0-9]{2,}", name)
+    return found[1] if found else ""
+
+
+def options_of(vm: Present, template: Present) -> str:
+    """What a description says of a VM but its name and ports."""
+    own = [(each, vm.settings[key]) for key, each in DESCRIBED.items() if vm.settings[key] != template.settings[key]]
+    words = [f"{each.name}={value}" for each, value in own if each.metavar and each.sets != "vmPorts"]
+    words += [each.name for each, value in own if value == "yes" and not each.metavar]
+    if vm.sizes[:1] != template.sizes[:1] and vm.sizes and not vm.sizes[0] % GIB:
+        words.append(f"disk={vm.sizes[0] // GIB}")
+    if vm.sizes[1:]:
+        words.append("dsk=" + ",".join(str(-(-size // GIB)) for size in vm.sizes[1:]))
+    given = read_existing(vm.vm.user_data_file)
+    if given and given.encode("utf-8", "surrogateescape") != default_user_data():
+        words.append(f"user-data={vm.vm.user_data_file}")
+    return ";".join(words)
+
+
+# -- doing it, for who holds the VM's lock
+
+
+def change_held(cloud: Cloud, vm: VM, steps: Sequence[Step]) -> None:
+    """Do what plans have for a VM, running or not; disks go from the last one on."""
+    if not vm.is_running():
+        need_stopped(cloud, vm)
+    for step in sorted(steps, key=lambda step: -step.disk if step.verb == "remove" else 0):
+        if step.verb == "add":
+            add_disk(vm, step.size)
+        elif step.verb == "grow":
+            grow_disk(cloud, vm, step.size, step.disk)
+        elif step.verb == "remove":
+            remove_disk(vm, step.disk)
+        else:
+            change_settings(cloud, vm, step.changes or {})
+
+
+def change_settings(cloud: Cloud, vm: VM, changes: Mapping[str, str]) -> None:
+    """Set what its conf says; its ports are these from now on, if it runs."""
+    if "vmPorts" in changes:
+        has, wanted = (set(parse_ports(text)) for text in (vm.get("vmPorts"), changes["vmPorts"]))
+        change_ports(cloud, vm, sorted(has - wanted), True)
+        change_ports(cloud, vm, sorted(wanted - has), False)
+    rest = {key: value for key, value in changes.items() if key != "vmPorts"}
+    if rest:
+        vm.write_conf(rest)
+
+
+def change_ports(
+    cloud: Cloud, vm: VM, asked: Sequence[tuple[str, int, int]], delete: bool
+) -> Sequence[tuple[str, int, int]]:
+    """Publish these ports of a VM too, or no more, at once where it runs; the new ones.  For who holds its lock."""
+    import contextlib
+
+    has, forwarder = parse_ports(vm.get("vmPorts")), cloud.forwarder(vm)
+    if vm.is_running():
+        forwarder.mend(vm)  # of a VM that was started by hand, perhaps
+    new = [each for each in asked if each not in has]
+    if delete and new:
+        raise NotFound(f"{join_ports(new)} is not published", "vmport -L lists what is", vm=vm)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(cloud.tree.lock())
+        kept, new = ([each for each in has if each not in asked], []) if delete else (has, free_ports(cloud.tree, new))
+        listeners = forwarder.open(stack, new)
+        if vm.is_running():
+            forwarder.serve(vm, listeners)
+        vm.write_conf({"vmPorts": join_ports([*kept, *new])})
+        for ip, host, _ in asked if delete else ():
+            forwarder.ask(f"drop {ip}:{host}")
+    return new
+
+
+def grow_disk(cloud: Cloud, vm: VM, gigabytes: int, number: int = 0) -> None:
+    """Make a disk larger, while it runs too; never smaller, and never under the clones of a template."""
+    disk = vm.disks()[number] if number < len(vm.disks()) else ""
+    if not os.path.exists(disk):
+        raise Error(f"its disk is gone: {disk}", f"see vmDisk in {vm.conf_file}", vm=vm)
+    format = known_formats(vm)[number]
+    size = image_info(disk, format)["virtual-size"]
+    if gigabytes * GIB < size:
+        raise Error(f"its disk has {size / GIB:g} GB and never shrinks", "-d takes a larger size, in GB", vm=vm)
+    if gigabytes * GIB > size:
+        if vm.is_template:
+            check_no_clones(cloud, vm)
+        set_writable(disk, True)
+        node = ""
+        if vm.is_running():
+            with QMP(vm.folder) as qemu:
+                node = nodes_of(qemu, vm, devices=True).get(os.path.realpath(disk), "")
+                if node:
+                    qemu.execute("block_resize", node_name=node, size=gigabytes * GIB)
+        if not node:
+            resize_disk(disk, format, gigabytes)
+
+
+def add_disk(vm: VM, gigabytes: int) -> None:
+    """Make another disk, and plug it in where the guest runs and has a port for it; else it is there at its next start.
+
+    Its conf names it before the guest has it: what a guest has written to is never forgotten.
+    """
+    disks, plugged = vm.disks(), vm.number("vmPlugged")
+    if len(disks) >= MAX_DISKS:
+        raise UsageError(f"it has {len(disks)} disks, {MAX_DISKS} is the most", vm=vm)
+    names = (vm.disk_name(number, vm.tree.config["vmDiskExt"]) for number in range(len(disks), 1000))
+    name = next(name for name in names if not os.path.lexists(vm.file(name)))
+    create_disk(vm.file(name), gigabytes)
+    extra = filter(None, (vm.get("vmExtraDisk"), vm.relative(name)))
+    conf = {"vmExtraDisk": ",".join(extra), "vmDiskFormat": ",".join([*known_formats(vm), "qcow2"])}
+    if not vm.is_running():
+        vm.write_conf(conf)
+        return
+    with QMP(vm.folder, 60) as qemu:
+        there = nodes_of(qemu, vm, devices=True)
+        ports = HOTPLUG_PORTS if vm.get("vmLayout") != "1" and "q35" in vm.get("vmMachine") else 0
+        fits = plugged < ports and all(os.path.realpath(disk) in there for disk in disks)
+        vm.write_conf({**conf, **({"vmPlugged": str(plugged + 1)} if fits else {})})
+        if fits:
+            plug_disk(qemu, len(disks), plugged, name, "qcow2", f"{vm.name}_{len(disks)}")
+        else:
+            report.say(f"{report.program}: {vm} has its new disk at its next start")
+
+
+def remove_disk(vm: VM, number: int) -> None:
+    """Take a disk away from a VM that is switched off, with what is on it."""
+    disks, formats = vm.disks(), known_formats(vm)
+    if not 0 < number < len(disks):
+        raise UsageError(f"it has no disk {number}", f"it has {plural(len(disks), 'disk')}, the first one is 0", vm=vm)
+    if vm.is_running():
+        raise WrongState("it is running", f"vmstop -n {vm}", vm=vm)
+    if snapshots_of(vm):
+        raise WrongState("its snapshots have that disk, too", f"vmsnapshot --delete NAME -n {vm}", vm=vm)
+    names = vm.get("vmExtraDisk").split(",")
+    vm.write_conf({
+        "vmExtraDisk": ",".join(names[: number - 1] + names[number:]),
+        "vmDiskFormat": ",".join(formats[:number] + formats[number + 1 :]),
+    })  # fmt: skip
+    for path in own_chain(vm, disks[number]):
+        remove_file(path)
+
+
+# -- a group
+
+
+def apply_lock(tree: Tree, group: str) -> str:
+    """The folder that is locked while a description is applied to a group."""
+    return os.path.join(tree.base, f".apply-{group}")
+
+
+def carry_out(
+    cloud: Cloud, group: str, steps: Sequence[Step], restart: bool, wait: Callable[[Sequence[VM]], list[Error]]
+) -> list[Error]:
+    """Do what a plan says; the errors.  What has VMs off for a while is done one VM at a time, up to the first error.
+
+    `restart`: what needs a restart, too; `wait`: for what has been started.
+    """
+    new = [step.request for step in steps if step.verb == "create" and step.request]
+    gone, halted = (
+        [step.present.vm for step in steps if step.verb == each and step.present] for each in ("destroy", "start")
+    )
+    errors = destroy_all(cloud, gone) if gone else []
+    now: dict[VM, list[Step]] = {}
+    later: dict[VM, list[Step]] = {}
+    for step in steps:
+        if step.present and step.verb in ("change", "add", "grow", "remove"):
+            (later if step.restart else now).setdefault(step.present.vm, []).append(step)
+        elif step.present and step.verb == "replace":
+            later[step.present.vm] = [step]
+    errors += filter(None, in_parallel(lambda vm: change(cloud, vm, now[vm]), list(now)))
+    errors += filter(None, start_all(cloud, halted))
+    made, failed = instantiate(cloud, group, new) if new else ([], [])
+    errors += failed + wait([*made, *(vm for vm in halted if vm.is_running())])
+    for vm, those in later.items():
+        if errors:
+            break
+        if those[0].verb == "replace" and those[0].request:
+            errors += destroy_all(cloud, [vm])
+            made, failed = instantiate(cloud, group, [those[0].request])
+            errors += failed + wait(made)
+        elif restart:
+            error = result_of(functools.partial(change, cloud, steps=those, restart=True), vm)
+            errors += [error] if error else wait([vm])
+        else:
+            report.say(
+                f"{report.program}: {vm} is changed by a restart: --restart does that, or vmapply while it is off"
+            )
+    return errors
+
+
+def change(cloud: Cloud, vm: VM, steps: Sequence[Step], restart: bool = False) -> None:
+    """Do what a plan has for a VM, which is restarted for it if that is wanted."""
+    with FolderLock(vm.folder):
+        vm.reread()
+        if restart and vm.is_running():
+            remove_file(vm.command_file)  # of one that isn't there a plan says that it is to be started
+            seconds = cloud.config.number("vmStopTimeout")
+            if not stop_locked(vm, seconds):
+                report.warn(f"no shutdown within {seconds} s, switched off: {vm.name}")
+        change_held(cloud, vm, steps)
+        if restart:
+            raise_first(start_all(cloud, [vm], begin=start_held))
 
 
 # Work in a template's guest ##########################################################################
@@ -11835,6 +12301,7 @@ def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, changes: Mapping[str
     return vm
 
 
+WAIT = Option("-w --wait [SECONDS]", "return when all are ready", default="vmWaitTimeout")
 COLD = Option("--cold", "have them boot, though their template is frozen (vmtemplate --warm)")
 ALLOW_SHARE = Option("--allow-share DIR", "with -f: share= may name folders below DIR, too, not only below FILE's own")
 
@@ -11849,7 +12316,7 @@ ALLOW_SHARE = Option("--allow-share DIR", "with -f: share= may name folders belo
     Option("-o --options OPTIONS", "; ".join(each.text for each in CLONE_OPTIONS)),
     ALLOW_SHARE,
     COLD,
-    Option("-w --wait [SECONDS]", "return when all are ready", default="vmWaitTimeout"),
+    WAIT,
     Option("--dry-run", "check everything, say what would be made, make nothing"),
     FORCE,
 )
@@ -11865,15 +12332,20 @@ def cmd_instantiate(config: Config, args: argparse.Namespace, words: list[str]) 
                 report.data(f"{request.template}: {plural(request.count, 'clone')} in {group}/{request.type}")
             return EXIT_DONE
         vms, errors = instantiate(cloud, group, requests)
-        if args.wait is not None:
-            seconds, limit = (config.number("vmWaitTimeout"), "") if args.wait is True else (args.wait, "-w SECONDS")
-            errors += wait_all(cloud, vms, seconds, limit)
-        else:
-            configure_later(cloud, vms)
+        errors += wait_as_asked(cloud, args, vms)
         for vm in vms:
             report.data(vm.name)
         open_screens(vms)
         return report_errors(errors)
+
+
+def wait_as_asked(cloud: Cloud, args: argparse.Namespace, vms: Sequence[VM]) -> list[Error]:
+    """With -w until VMs that have been started are ready; else a process does what can only be done then."""
+    if args.wait is None:
+        configure_later(cloud, vms)
+        return []
+    seconds, limit = (cloud.config.number("vmWaitTimeout"), "") if args.wait is True else (args.wait, "-w SECONDS")
+    return wait_all(cloud, vms, seconds, limit)
 
 
 def requests_of(config: Config, args: argparse.Namespace) -> tuple[str, list[CloneRequest]]:
@@ -11961,6 +12433,60 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
 
 
 @declare(
+    Command("apply", "vmapply"),
+    Option("-f --file FILE", "the description (-: stdin); the file's name is the group's"),
+    Option("-g --group GROUP", "the group, if not the file's name", complete="group"),
+    Option("--describe", "write the description that GROUP is"),
+    Option("--dry-run", f"only show the plan; exit status {EXIT_DIFFERS}: there is something to do"),
+    Option("--restart", "restart VMs, one at a time, where that is needed"),
+    Option("--replace", "make VMs anew, one at a time, that have another template; what is on their disks is lost"),
+    WAIT,
+    ALLOW_SHARE,
+    YES,
+    FORCE,
+)
+def cmd_apply(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """make a group what a description file says: make, change and destroy VMs"""
+    with Cloud(config) as cloud:
+        if args.describe:
+            cloud.tree.need_group(args.group)
+            if not args.group:
+                raise UsageError("which group? give -g GROUP", VMS_HINT)
+            for line in describe(cloud, args.group):
+                report.data(line)
+            return EXIT_DONE
+        if args.file is None:
+            raise UsageError("-f FILE is missing", "-h shows how it is called")
+        group = group_of_file(args.file) if args.group is None else args.group
+        requests = read_description(args.file, config["vmSubGroup"], args.allow_share)
+        return apply(cloud, group, requests, args)
+
+
+def apply(cloud: Cloud, group: str, requests: Sequence[CloneRequest], args: argparse.Namespace) -> int:
+    """Show the plan for a group, and do what it says; the exit status."""
+    import contextlib
+
+    with contextlib.ExitStack() as stack:
+        if not args.dry_run:
+            cloud.tree.prepare()
+            stack.enter_context(FolderLock(apply_lock(cloud.tree, group), make=True))
+            stack.callback(remove_empty, apply_lock(cloud.tree, group))
+        steps = plan_group(cloud, group, requests, args.replace, args.force)
+        todo = [step for step in steps if step.verb != "keep"]
+        for step in steps:
+            if todo or step.text:
+                report.data(step.line)
+        if not todo:
+            report.data("nothing to do")
+        if args.dry_run:
+            return EXIT_DIFFERS if todo else EXIT_DONE
+        lost = [step.line for step in steps if step.loses]
+        if lost:
+            confirm(args, f"{'; '.join(lost)}: what is on these disks will be gone.", needed=True)
+        return report_errors(carry_out(cloud, group, todo, args.restart, functools.partial(wait_as_asked, cloud, args)))
+
+
+@declare(
     Command("port", "vmport", "[[IP:]HOST:GUEST]"),
     *VM_OPTIONS,
     Option("-L --list", "list published ports: NAME GROUP/TYPE IP:HOST GUEST"),
@@ -11984,30 +12510,6 @@ def cmd_port(config: Config, args: argparse.Namespace, words: list[str]) -> None
             new = change_ports(cloud, vm, parse_ports(asked), args.delete)
         for ip, host, guest in new:
             report.data(f"{vm.name} {vm.place} {ip}:{host} {guest}")
-
-
-def change_ports(
-    cloud: Cloud, vm: VM, asked: Sequence[tuple[str, int, int]], delete: bool
-) -> Sequence[tuple[str, int, int]]:
-    """Publish these ports of a VM too, or no more, at once where it runs; the new ones.  For who holds its lock."""
-    import contextlib
-
-    has, forwarder = parse_ports(vm.get("vmPorts")), cloud.forwarder(vm)
-    if vm.is_running():
-        forwarder.mend(vm)  # of a VM that was started by hand, perhaps
-    new = [each for each in asked if each not in has]
-    if delete and new:
-        raise NotFound(f"{join_ports(new)} is not published", "vmport -L lists what is", vm=vm)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(cloud.tree.lock())
-        kept, new = ([each for each in has if each not in asked], []) if delete else (has, free_ports(cloud.tree, new))
-        listeners = forwarder.open(stack, new)
-        if vm.is_running():
-            forwarder.serve(vm, listeners)
-        vm.write_conf({"vmPorts": join_ports([*kept, *new])})
-        for ip, host, _ in asked if delete else ():
-            forwarder.ask(f"drop {ip}:{host}")
-    return new
 
 
 WAYS_IN = """\
@@ -12098,9 +12600,13 @@ def chosen_vms(cloud: Cloud, args: argparse.Namespace) -> list[VM]:
     return [vm for vm in cloud.tree.vms(args.group) if args.type in (None, vm.type)]
 
 
-def confirm(args: argparse.Namespace, question: str) -> None:
-    """On a terminal, without -y: go on only where the answer is yes.  Elsewhere it is said, and done."""
-    if args.yes or not (sys.stdin.isatty() and sys.stderr.isatty()):
+def confirm(args: argparse.Namespace, question: str, needed: bool = False) -> None:
+    """On a terminal, without -y: go on only where the answer is yes.  Elsewhere it is said, and done, but where -y is
+    `needed`."""
+    asks = sys.stdin.isatty() and sys.stderr.isatty()
+    if not args.yes and not asks and needed:
+        raise Error(f"{question} Nothing has been done", "-y says that it is meant")
+    if args.yes or not asks:
         report.say(f"{report.program}: {question}")
         return
     report.say(f"{report.program}: {question} Go on? [y/N]")
@@ -12857,6 +13363,7 @@ EXIT_STATUSES = {
     EXIT_DONE: "done",
     EXIT_FAILED: "it could not be done, or one of the VMs failed",
     EXIT_USAGE: "wrong usage, or a mistake in a file",
+    EXIT_DIFFERS: "vmapply --dry-run: there is something to do",
     EXIT_TIMEOUT: "a wait ran out",
     EXIT_MISSING: "unknown command, or a program is missing",
     EXIT_INTERRUPTED: "interrupted",

@@ -39,6 +39,7 @@ SECTIONS = [
     "Stopping and destroying",
     "Starting and waiting",
     "Snapshots",
+    "Changing VMs",
     "Work in a template's guest",
     "Consoles",
     "Supervisor",

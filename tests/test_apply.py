@@ -1,0 +1,292 @@
+"""A group becomes what its description says: plans, by tables, and what they do to VMs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from support import Cloud, add_blank
+
+import nocloud
+
+GIB = nocloud.GIB
+PLAIN = {"vmMem": "512", "vmCpu": "1", "vmPorts": "", "vmShares": "", "vmGui": "no", "vmCold": "no", "vmCpuCap": ""}
+
+
+def there(
+    name: str,
+    type: str = "web",
+    *,
+    run: bool = True,
+    template: str = "deb",
+    disks: tuple[float, ...] = (10,),
+    **own: str,
+) -> nocloud.Present:
+    """A VM; `own`: its settings by the names that a description has for them."""
+    settings = {**PLAIN, **{nocloud.CLONE_OPTION[key].sets: value for key, value in own.items()}}
+    sizes = [int(each * GIB) for each in disks]
+    return nocloud.Present(name, type, template, settings, sizes, name.count("-") == 4, run)
+
+
+TEMPLATES = {name: there(name, "", template="") for name in ("deb", "new")}
+U1, U2, U3 = (f"{number}0000000-0000-4000-8000-000000000000" for number in (1, 2, 3))
+
+
+def lines(text: str, *vms: nocloud.Present, replace: bool = False) -> list[str]:
+    requests = nocloud.parse_description(text, "FILE", "default")
+    return [step.line for step in nocloud.plan(requests, vms, TEMPLATES, replace)]
+
+
+TABLE: Mapping[str, tuple[str, list[nocloud.Present], list[str]]] = {
+    "nothing there": ("deb:2:web:name=web", [], ["create web00", "create web01"]),
+    "as it is": ("deb:2:web:name=web", [there("web00"), there("web01")], ["keep web00", "keep web01"]),
+    "up": ("deb:3:web:name=web", [there("web00")], ["keep web00", "create web01", "create web02"]),
+    "down": (
+        "deb:1:web:name=web",
+        [there("web00"), there("web01"), there("web100")],
+        ["destroy web01", "destroy web100", "keep web00"],
+    ),
+    "a gap": ("deb:3:web:name=web", [there("web00"), there("web02")], ["keep web00", "create web01", "keep web02"]),
+    "another type": ("deb:1:web:name=web", [there("web00", "sql")], ["destroy web00", "create web01"]),
+    "case": ("deb:1:web:name=WEB", [there("Web00")], ["keep Web00"]),
+    "full names": (
+        "deb:3:web:name=web00,web03,front",
+        [there("web00"), there("web01")],
+        ["destroy web01", "keep web00", "create web03", "create front"],
+    ),
+    "a full name": ("deb:1:web:name=front,", [there("front00")], ["destroy front00", "create front"]),
+    "a full name and its prefix": (
+        "deb:1:web:name=web01,\ndeb:1:web:name=web",
+        [there("web00"), there("web01")],
+        ["keep web01", "keep web00"],
+    ),
+    "two lines of a prefix": (
+        "deb:1:web:name=web\ndeb:1:web:name=web;mem=1024",
+        [there("web00"), there("web01", mem="1024")],
+        ["keep web00", "keep web01"],
+    ),
+    "uuids": (
+        "deb:2:web\ndeb:1:web:mem=1024",
+        [there(U1, mem="1024"), there(U2), there(U3)],
+        [f"keep {U2}", f"keep {U3}", f"keep {U1}"],
+    ),
+    "fewer uuids": ("deb:1:web", [there(U1), there(U2)], [f"destroy {U2}", f"keep {U1}"]),
+    "more uuids": ("deb:2:web", [there(U1)], [f"keep {U1}", "create a VM of type web"]),
+    "uuids of another template": ("new:1:web", [there(U1)], [f"destroy {U1}", "create a VM of type web"]),
+    "memory": (
+        "deb:2:web:name=web;mem=1024",
+        [there("web00"), there("web01", run=False)],
+        ["change web00: mem 512 → 1024 (restart)", "change web01: mem 512 → 1024"],
+    ),
+    "the template's again": (
+        "deb:1:web:name=web",
+        [there("web00", mem="1024", cpu="4", cap="20", gui="yes")],
+        ["change web00: mem 1024 → 512, cpu 4 → 1, gui yes → no, cap 20 → none (restart)"],
+    ),
+    "ports": (
+        "deb:2:web:name=web;port=8080:80",
+        [there("web00", port="127.0.0.1:8080:80"), there("web01")],
+        ["keep web00", "change web01: port none → 127.0.0.1:8081:80"],
+    ),
+    "a port that was chosen": (
+        "deb:1:web:name=web;port=0:80,8443:443",
+        [there("web00", port="127.0.0.1:8443:443,127.0.0.1:20000:80")],
+        ["keep web00"],
+    ),
+    "ports and memory": (
+        "deb:1:web:name=web;port=8080:80;mem=1024",
+        [there("web00")],
+        ["change web00: port none → 127.0.0.1:8080:80", "change web00: mem 512 → 1024 (restart)"],
+    ),
+    "disks": (
+        "deb:1:db:name=db;disk=20;dsk=5,5",
+        [there("db00", "db", disks=(10, 5))],
+        ["grow db00: disk 10 → 20 GB", "add db00: disk of 5 GB"],
+    ),
+    "a data disk": ("deb:1:db:name=db;dsk=10", [there("db00", "db", disks=(10, 5))], ["grow db00: vdb 5 → 10 GB"]),
+    "a disk that isn't whole": ("deb:1:db:name=db;dsk=1", [there("db00", "db", disks=(2.2, 0.5))], ["keep db00"]),
+    "a data disk less": (
+        "deb:1:db:name=db;dsk=5",
+        [there("db00", "db", disks=(10, 5, 7))],
+        ["remove db00: vdc of 7 GB (restart)"],
+    ),
+    "another template": (
+        "new:1:web:name=web;mem=1024",
+        [there("web00")],
+        ["keep web00: its template is deb; --replace makes it anew"],
+    ),
+    "nothing is left": (
+        "deb:1:web:name=web",
+        [there("x", "a"), there("y", "b")],
+        ["destroy x", "destroy y", "create web00"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_plans(name: str) -> None:
+    text, vms, expected = TABLE[name]
+    assert lines(text, *vms) == expected
+
+
+def test_a_plan_that_replaces() -> None:
+    vms = [there("web00"), there("web01", template="new")]
+    assert lines("new:2:web:name=web", *vms, replace=True) == ["replace web00: template deb → new", "keep web01"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("deb:1:db:name=db;disk=5", "FILE:1: db00: disk 10 → 5 GB, and a disk never shrinks"),
+        ("deb:1:db:name=db;dsk=4", "FILE:1: db00: vdb 5 → 4 GB, and a disk never shrinks"),
+        ("deb:1:db:name=db,\ndeb:1:sql:name=DB,", "FILE:2: name=DB,: db is in another line"),
+        ("deb:2:db:name=db,", "FILE:1: name=db,: 1 name for a COUNT of 2"),
+        ("deb:2:db:name=db,DB", "FILE:1: name=db,DB: 2 names for a COUNT of 2"),
+        ("deb:2:db:name=a,,b", "FILE:1: name=a,,b: the VM name is empty"),
+        ("deb:1:db:name=a/b,", "FILE:1: name=a/b,: 'a/b': '/' is not allowed in a VM name"),
+    ],
+)
+def test_plans_that_can_not_be(text: str, said: str) -> None:
+    with pytest.raises(nocloud.UsageError) as raised:
+        lines(text, there("db00", "db", disks=(10, 5)))
+    assert str(raised.value) == said
+
+
+# What is done ########################################################################################
+
+
+def described(cloud: Cloud, text: str, name: str = "pf") -> Path:
+    path = cloud.home / name
+    path.write_text(text)
+    return path
+
+
+def facts(cloud: Cloud) -> dict[str, dict[str, object]]:
+    """What vmrunning -a --json says of the group's VMs, by name."""
+    return {each["name"]: each for each in json.loads(cloud.run("vmrunning", "-a", "--json", "-g", "pf").ok().stdout)}
+
+
+def states(cloud: Cloud) -> dict[str, object]:
+    return {name: each["state"] for name, each in facts(cloud).items()}
+
+
+def uuids(cloud: Cloud) -> dict[str, object]:
+    return {name: each["uuid"] for name, each in facts(cloud).items()}
+
+
+def contents(cloud: Cloud) -> dict[str, bytes]:
+    """The tree, byte for byte, but for what its running qemus write."""
+    return {
+        name: (cloud.base / name).read_bytes()
+        for name in sorted(cloud.files())
+        if (cloud.base / name).is_file() and not name.endswith((".log", ".img"))
+    }
+
+
+@pytest.fixture
+def group(blank: Cloud) -> Cloud:
+    """A cloud whose guests, which no power button ends, are switched off soon."""
+    blank.env["NOCLOUD_vmStopTimeout"] = "1"
+    return blank
+
+
+def nothing_to_do(cloud: Cloud, file: Path) -> None:
+    before = contents(cloud)
+    for words in ((), ("--dry-run",)):
+        done = cloud.run("vmapply", "-f", file, *words)
+        assert (done.status, done.lines[-1:]) == (0, ["nothing to do"]), repr(done)
+    assert contents(cloud) == before
+
+
+def test_up_and_down(group: Cloud) -> None:
+    file = described(group, "blank:2:web:name=web\n")
+    shown = group.run("vmapply", "-f", file, "--dry-run")
+    assert (shown.status, shown.lines) == (3, ["create web00", "create web01"])
+    assert not group.groups()
+    assert group.run("vmapply", "-f", file).ok().lines == ["create web00", "create web01"]
+    nothing_to_do(group, file)
+    first = uuids(group)
+    described(group, "\ufeffblank:4:web:\tname=web\r\n")
+    assert group.run("vmapply", "-f", file).ok().lines == ["keep web00", "keep web01", "create web02", "create web03"]
+    described(group, "blank:2:web:name=web\n")
+    refused = group.run("vmapply", "-f", file)
+    assert refused.lines == ["destroy web02", "destroy web03", "keep web00", "keep web01"]
+    question = "destroy web02; destroy web03: what is on these disks will be gone."
+    assert f"vmapply: {question} Nothing has been done\n(hint: -y says that it is meant)\n" in refused.stderr.replace(
+        "nocloud apply", "vmapply"
+    )
+    assert refused.status == 1 and len(states(group)) == 4
+    group.run("vmapply", "-f", file, "-y").ok()
+    assert states(group) == {"web00": "running", "web01": "running"}
+    assert uuids(group) == {name: first[name] for name in ("web00", "web01")}
+    nothing_to_do(group, file)
+
+
+def test_memory_and_disks_and_ports(group: Cloud) -> None:
+    file = described(group, "blank:2:web:name=web\n")
+    group.run("vmapply", "-f", file).ok()
+    pids = {name: group.qemu(f"pf/web/{name}") for name in ("web00", "web01")}
+    described(group, "blank:2:web:name=web;mem=48;disk=1;dsk=1;port=0:80\n")
+    done = group.run("vmapply", "-f", file).ok()
+    assert "--restart does that" in done.stderr
+    now = {name: group.conf(f"pf/web/{name}") for name in pids}
+    assert [each["vmMem"] for each in now.values()] == ["32", "32"]
+    assert all(each["vmPorts"] and each["vmPlugged"] == "1" for each in now.values())
+    for name, pid in pids.items():
+        assert group.qemu(f"pf/web/{name}") == pid
+        shown = group.run("vmmanage", "-n", name, "info", "block").ok().stdout
+        assert f"{name}_1.img" in shown
+        size = json.loads(
+            group.execute(
+                ["qemu-img", "info", "-U", "--output=json", group.base / now[name]["vmDisk"]]
+            ).ok().stdout
+        )  # fmt: skip
+        assert size["virtual-size"] == nocloud.GIB
+    assert group.run("vmapply", "-f", file).ok().lines == [
+        "change web00: mem 32 → 48 (restart)",
+        "change web01: mem 32 → 48 (restart)",
+    ]
+    group.run("vmapply", "-f", file, "--restart").ok()
+    assert all(group.qemu(f"pf/web/{name}") != pid for name, pid in pids.items())
+    assert [group.conf(f"pf/web/{name}")["vmMem"] for name in pids] == ["48", "48"]
+    nothing_to_do(group, file)
+    described(group, "blank:2:web:name=web;mem=48\n")
+    refused = group.run("vmapply", "-f", file, "--restart")
+    assert "remove web00: vdb of 1 GB (restart)" in refused.lines and refused.status == 1
+    group.run("vmapply", "-f", file, "--restart", "-y").ok()
+    assert [path.name for path in group.folder("pf/web/web00").glob("*.img")] == ["web00_0.img"]
+    assert not group.conf("pf/web/web00")["vmPorts"]
+    nothing_to_do(group, file)
+
+
+def test_what_is_off_stays_off(group: Cloud) -> None:
+    file = described(group, "blank:1:web:name=web\n")
+    group.run("vmapply", "-f", file).ok()
+    group.run("vmstop", "-g", "pf", "--kill").ok()
+    nothing_to_do(group, file)
+    described(group, "blank:1:web:name=web;mem=48;dsk=2\n")
+    assert group.run("vmapply", "-f", file).ok().lines == ["change web00: mem 32 → 48", "add web00: disk of 2 GB"]
+    assert states(group) == {"web00": "stopped"}
+    nothing_to_do(group, file)
+
+
+def test_another_template(group: Cloud) -> None:
+    add_blank(group, "other")
+    file = described(group, "blank:2:web:name=web;port=0:80\n")
+    group.run("vmapply", "-f", file).ok()
+    old = uuids(group)
+    described(group, "other:2:web:name=web;port=0:80\n")
+    kept = group.run("vmapply", "-f", file).ok()
+    assert kept.lines == [
+        "keep web00: its template is blank; --replace makes it anew",
+        "keep web01: its template is blank; --replace makes it anew",
+        "nothing to do",
+    ]
+    assert "-y says that it is meant" in group.run("vmapply", "-f", file, "--replace").stderr
+    assert uuids(group) == old
+    group.run("vmapply", "-f", file, "--replace", "-y").ok()
+    assert states(group) == {"web00": "running", "web01": "running"}
+    assert {str(each["template"]) for each in facts(group).values()} == {"other"}
+    nothing_to_do(group, file)
