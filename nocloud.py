@@ -9869,7 +9869,7 @@ def plan_group(cloud: Cloud, group: str, requests: Sequence[CloneRequest], repla
     new = [step.request for step in steps if step.verb == "create" and step.request]
     own = [one_of_set(step.request, 0, "x") for step in steps if step.verb == "replace" and step.request]
     for request in own:
-        del request.settings["vmPorts"]  # which it has
+        request.settings.pop("vmPorts", "")  # which it has
     check_requests(cloud, group, [*new, *own], force)
     for step in steps:
         if step.present and step.changes:
@@ -10052,6 +10052,51 @@ def remove_disk(vm: VM, number: int) -> None:
     })  # fmt: skip
     for path in own_chain(vm, disks[number]):
         remove_file(path)
+
+
+def move_vm(cloud: Cloud, vm: VM, group: str, type: str, name: str) -> VM:
+    """Give a VM that is switched off another group, type or name.  Disks, keys, address and UUID stay.
+
+    Up to the one rename it is what it was: a conf under the new name, with disks that are found in either place, is
+    there before.
+    """
+    tree, new = cloud.tree, VM(cloud.tree, checked_group(group), checked_name("type", type), checked_name("VM", name))
+    with FolderLock(vm.folder):
+        need_stopped(cloud, vm)
+        if vm.is_template or snapshots_of(vm):
+            raise WrongState("a template, or a VM with snapshots, stays what it is called, and where it is", vm=vm)
+        with tree.lock():
+            check_collision(tree, group, type)
+            others = [each for each in (*tree.unfinished(group), *tree.vms(group)) if each.folder != vm.folder]
+            if name.lower() in (each.name.lower() for each in others):
+                raise UsageError(f"{group}: there is a VM {name} in it", "choose another name")
+            if others and group_network(cloud, group) != cloud.network_kind(vm):
+                raise WrongState(f"the VMs of {group} are on another network than it", vm=vm)
+            bare = {key: vm.get(key).split(",") for key in ("vmDisk", "vmExtraDisk")}
+            inside = {disk for disks in bare.values() for disk in disks if os.path.dirname(vm.path(disk)) == vm.folder}
+            names = {
+                key: ",".join(os.path.basename(each) if each in inside else each for each in bare[key]) for key in bare
+            }
+            text = update_assignments(read_text(vm.conf_file), {"vmName": name, **names})
+            write_file(vm.file(os.path.basename(new.conf_file)), text, os.stat(vm.conf_file).st_mode & 0o644)
+            os.makedirs(os.path.dirname(new.folder), exist_ok=True)
+            os.rename(vm.folder, new.folder)
+            sync(os.path.dirname(new.folder))
+            remove_if_empty(tree, vm.group)
+        new.write_conf({
+            key: ",".join(new.relative(os.path.basename(each)) if each in inside else each for each in bare[key])
+            for key in bare
+        })  # fmt: skip
+        if name != vm.name:
+            for old in (vm.conf_file, vm.log_file, vm.configured_file):
+                remove_file(new.file(os.path.basename(old)))
+            if os.path.exists(left := new.file(os.path.basename(vm.command_file))):
+                os.rename(left, new.command_file)  # as old as what is in it, but it tells that it has been started
+    cloud.network_of(new).withdraw([new.get("vmUuid")])
+    if cloud.network_kind(new) == "bridge":
+        cloud.network_of(new).publish(new)
+    SshConfig(cloud).refresh()
+    return new
 
 
 # -- a group
@@ -11089,7 +11134,9 @@ class Supervisor:
 
     def _is_held(self) -> bool:
         """Whether a VM of the group runs, or a command is at work on it: a rollback has them all off for a while."""
-        return any(vm.is_running() or is_locked(vm.folder) for vm in self.cloud.tree.vms(self.group))
+        vms = self.cloud.tree.vms(self.group)
+        busy = is_locked(apply_lock(self.cloud.tree, self.group))
+        return busy or any(vm.is_running() or is_locked(vm.folder) for vm in vms)
 
     def _rest(self) -> None:
         """All is quiet: hold nothing open that only waits need."""
@@ -12302,6 +12349,46 @@ def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, changes: Mapping[str
 
 
 WAIT = Option("-w --wait [SECONDS]", "return when all are ready", default="vmWaitTimeout")
+
+
+@declare(
+    Command("change", "vmchange", "[VM]", ("vm",)),
+    Option("-n --vm VM", WHICH_VM),
+    Option("-m --mem MB", "memory", MEMORY_MB),
+    Option("-c --cpu CPUS", "processors", CPU_COUNT),
+    Option("-C --cap PERCENT", "a limit of CPU time; kept, not enforced yet", CPU_CAP),
+    Option("-d --disk GB", "grow its system disk to this size, while it runs too", DISK_GB),
+    Option("--add-disk GB", "another disk, while it runs too", DISK_GB),
+    Option("--remove-disk N", "destroy its disk N, with what is on it; 1 is vdb", whole_number(1, MAX_DISKS)),
+    Option("--ports PORTS", "the ports that it has from now on: [IP:]HOST:GUEST,…; '' for none", PORTS),
+    Option("--name NEW", "call it so from now on"),
+    Option("--group GROUP", "move it to this group", complete="group"),
+    Option("--type TYPE", "move it to this type"),
+    YES,
+)
+def cmd_change(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+    """change a VM that is switched off; its ports and disks while it runs, too"""
+    with Cloud(config) as cloud:
+        vm = cloud.tree.need(one_operand(words, "VM") if args.vm is None else args.vm)
+        given = {"vmMem": args.mem, "vmCpu": args.cpu, "vmCpuCap": args.cap, "vmPorts": args.ports}
+        changes = {key: str(value) for key, value in given.items() if value is not None}
+        places = [getattr(args, name) for name in ("group", "type", "name")]
+        asked = (("grow", args.disk, 0), ("add", args.add_disk, 0), ("remove", args.remove_disk, args.remove_disk))
+        steps = [Step(verb, None, None, "", None, disk, size) for verb, size, disk in asked if size]
+        steps += [Step("change", None, None, "", changes)] if changes else []
+        if not steps and places == [None, None, None]:
+            raise UsageError("nothing to change: say what", "-h shows how it is called")
+        if args.remove_disk:
+            confirm(args, f"what is on disk {args.remove_disk} of {vm} will be gone.", needed=True)
+        with FolderLock(vm.folder):
+            vm.reread()
+            if changes.keys() - set(LIVE) or args.remove_disk or places != [None, None, None]:
+                need_stopped(cloud, vm)
+            change_held(cloud, vm, steps)
+        if places != [None, None, None]:
+            move_vm(cloud, vm, *(new or old for new, old in zip(places, (vm.group, vm.type, vm.name))))
+
+
 COLD = Option("--cold", "have them boot, though their template is frozen (vmtemplate --warm)")
 ALLOW_SHARE = Option("--allow-share DIR", "with -f: share= may name folders below DIR, too, not only below FILE's own")
 
@@ -12387,19 +12474,21 @@ def report_errors(errors: Sequence[Error]) -> int:
     ALLOW_SHARE,
     COLD,
     Option("--add", "with -f: though the group has VMs already; they are run too"),
+    Option("--apply", "with -f: first have the group be what FILE says, as vmapply does; ^C keeps its VMs"),
     Option("--background", "return when all VMs are ready"),
-    Option("--destroy", "with -r: ^C destroys them"),
+    Option("--destroy", "with -r or --apply: ^C destroys them"),
+    YES,
     FORCE,
 )
 def cmd_run(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """run a group in the foreground"""
     if sum(each is not None for each in (args.file, args.resume, args.stop)) != 1:
         raise UsageError("give exactly one of -f FILE, -r GROUP and -s GROUP", "-h shows how it is called")
-    for name in ("group", "allow_share", "cold", "add", "force"):
+    for name in ("group", "allow_share", "cold", "add", "apply", "force"):
         if args.file is None and getattr(args, name):
             raise UsageError(f"--{name.replace('_', '-')} goes with -f FILE only")
-    if args.destroy and args.resume is None:
-        raise UsageError("--destroy goes with -r GROUP only")
+    if args.destroy and args.resume is None and not args.apply:
+        raise UsageError("--destroy goes with -r GROUP and --apply only")
     if args.gui and args.stop is not None:
         raise UsageError("-g goes with -f FILE and -r GROUP")
     if args.stop is not None:
@@ -12415,7 +12504,13 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
     """vmrun -f and -r, in the foreground or in the child that goes on in the background."""
     with Cloud(config) as cloud:
         group, requests = args.resume, []
-        if args.file is not None:
+        if args.apply:
+            vars(args).update(dict.fromkeys(("dry_run", "restart", "replace", "wait")))  # vmapply's
+            group = args.group or group_of_file(args.file)
+            status = apply(cloud, group, read_description(args.file, config["vmSubGroup"], args.allow_share), args)
+            if status:
+                return status
+        elif args.file is not None:
             group = args.group or group_of_file(args.file)
             requests = read_description(args.file, config["vmSubGroup"], args.allow_share)
             if not args.add:
@@ -12428,7 +12523,7 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
             raise UsageError("templates are not run as a group", "vm -n NAME runs one")
         else:
             cloud.tree.need_group(group)
-        end = KEEP if args.resume is not None and not args.destroy else DESTROY
+        end = KEEP if (args.resume is not None or args.apply) and not args.destroy else DESTROY
         return supervise(cloud, group, requests, bool(requests) and not args.add, args.gui, background, end)
 
 
@@ -12471,7 +12566,7 @@ def apply(cloud: Cloud, group: str, requests: Sequence[CloneRequest], args: argp
             cloud.tree.prepare()
             stack.enter_context(FolderLock(apply_lock(cloud.tree, group), make=True))
             stack.callback(remove_empty, apply_lock(cloud.tree, group))
-        steps = plan_group(cloud, group, requests, args.replace, args.force)
+        steps = plan_group(cloud, group, requests, bool(args.replace), args.force)
         todo = [step for step in steps if step.verb != "keep"]
         for step in steps:
             if todo or step.text:

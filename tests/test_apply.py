@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from support import Cloud, add_blank
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import Cloud, Terminal, add_blank, eventually, tree_at
 
 import nocloud
 
@@ -290,3 +292,185 @@ def test_another_template(group: Cloud) -> None:
     assert states(group) == {"web00": "running", "web01": "running"}
     assert {str(each["template"]) for each in facts(group).values()} == {"other"}
     nothing_to_do(group, file)
+
+
+def test_who_is_asked(group: Cloud) -> None:
+    file = described(group, "blank:1:web:name=web\n")
+    group.run("vmapply", "-f", file).ok()
+    described(group, "blank:1:web:name=other,\n")
+    question = "destroy web00: what is on these disks will be gone. Go on? [y/N]"
+    for answer, status in (("n\n", 1), ("y\n", 0)):
+        with Terminal(group, "vmapply", "-f", file) as terminal:
+            terminal.see(question)
+            terminal.type(answer)
+            terminal.ends(status)
+    assert states(group) == {"other": "running"}
+
+
+def test_two_at_once(group: Cloud) -> None:
+    """The second one waits, and finds nothing to do."""
+    file = described(group, "blank:3:web:name=web\n")
+    both = [group.spawn("vmapply", "-f", file) for _ in range(2)]
+    told = [each.communicate(timeout=120) for each in both]
+    assert [each.returncode for each in both] == [0, 0], told
+    created = [f"create web0{number}" for number in range(3)]
+    assert sorted(out.splitlines()[0] for out, _ in told) == [created[0], "nothing to do"]
+    assert list(states(group).values()) == ["running"] * 3
+
+
+def test_what_was_interrupted_is_finished(group: Cloud) -> None:
+    """VMs that were made, or switched off for a change, and not started."""
+    file = described(group, "blank:2:web:name=web\n")
+    group.run("vmapply", "-f", file).ok()
+    group.run("vmstop", "-g", "pf", "--kill").ok()
+    (group.folder("pf/web/web01") / "web01.command").unlink()
+    assert group.run("vmapply", "-f", file).ok().lines == ["keep web00", "start web01"]
+    assert states(group) == {"web00": "stopped", "web01": "running"}
+
+
+def test_beside_a_vmrun(group: Cloud) -> None:
+    file = described(group, "blank:2:web:name=web\n")
+    run = group.spawn("vmrun", "-f", file, "--apply")
+    try:
+        eventually(lambda: group.groups() and list(states(group).values()) == ["running"] * 2, "both run", 60)
+        described(group, "blank:1:web:name=web;mem=48\n")
+        group.run("vmapply", "-f", file, "-y", "--restart").ok()
+        nothing_to_do(group, file)
+        add_blank(group, "other")
+        described(group, "other:1:web:name=web\n")
+        group.run("vmapply", "-f", file, "-y", "--replace").ok()
+        assert run.poll() is None
+    finally:
+        run.terminate()
+        out, _ = run.communicate(timeout=60)
+    assert out.startswith("create web00\ncreate web01\n") and "web01 has vanished" in out
+    assert out.count("web00 has joined") >= 2 and run.returncode == 0, out
+    assert states(group) == {"web00": "stopped"}, "kept"
+
+
+# Descriptions of what there is #######################################################################
+
+
+NAMES = st.one_of(st.from_regex("(web|w1|db)[0-9]{1,3}", fullmatch=True), st.sampled_from(["front", "a-1", U1, U2, U3]))
+VMS = st.fixed_dictionaries({
+    "type": st.sampled_from(["web", "sql"]), "template": st.sampled_from(["deb", "new"]),
+    "mem": st.sampled_from(["512", "1024"]), "gui": st.sampled_from(["", "yes"]), "cap": st.sampled_from(["", "20"]),
+    "port": st.sampled_from(["", "127.0.0.1:8080:80", "127.0.0.1:8081:80", "0.0.0.0:65535:1"]),
+    "sizes": st.sampled_from([[0], [1], [0, 1], [2, 1, 3]]), "more": st.sampled_from(["", "-cpu x"]),
+})  # fmt: skip
+
+
+def disk(path: Path, gigabytes: float) -> None:
+    """The header of a qcow2 disk."""
+    size = int(gigabytes * GIB).to_bytes(8, "big")
+    path.write_bytes(b"QFI\xfb" + bytes([0, 0, 0, 3]) + bytes(12) + bytes([0, 0, 0, 16]) + size + bytes(80))
+
+
+def write_vm(base: Path, place: str, conf: Mapping[str, str], sizes: list[float]) -> None:
+    folder = base / place
+    folder.mkdir(parents=True)
+    names = [f"{place}/{folder.name}_{number}.img" for number in range(len(sizes))]
+    for name, size in zip(names, sizes):
+        disk(base / name, size)
+    disks = {"vmDisk": names[0], "vmExtraDisk": ",".join(names[1:]), "vmDiskFormat": ",".join(["qcow2"] * len(names))}
+    text = nocloud.update_assignments("", {"vmName": folder.name, **disks, **conf})
+    (folder / f"{folder.name}.conf").write_text(text)
+    (folder / f"{folder.name}.command").touch()
+
+
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@given(st.dictionaries(NAMES, VMS, min_size=1, max_size=9))
+def test_what_is_described_is_so(tmp_path_factory: pytest.TempPathFactory, vms: dict[str, dict[str, object]]) -> None:
+    base = tmp_path_factory.mktemp("tree")
+    for name in ("deb", "new"):
+        write_vm(base, f"templates/{name}", {"vmMem": "512", "vmCpu": "1"}, [0.5])
+    names: dict[str, dict[str, object]] = {name.lower(): each for name, each in vms.items()}
+    for name, each in names.items():
+        keys = {"mem": "vmMem", "gui": "vmGui", "cap": "vmCpuCap", "port": "vmPorts", "more": "vmExtraOpts"}
+        conf = {key: str(each[option]) for option, key in keys.items()} | {"vmCpu": "1"}
+        own = {"vmTemplate": str(each["template"]), "vmUuid": name if name.count("-") == 4 else U1}
+        sizes = [float(size) or 0.5 for size in each["sizes"]]  # type: ignore[attr-defined]
+        write_vm(base, f"pf/{each['type']}/{name}", {**conf, **own}, sizes)
+    cloud = nocloud.Cloud(tree_at(base).config)
+    found = list(nocloud.describe(cloud, "pf"))
+    text = "\r\n".join(found).replace(":", " :\t", 2)
+    requests = nocloud.parse_description(text, "FILE", "default")
+    assert sum(request.count for request in requests) == len(names)
+    steps = nocloud.plan(
+        requests,
+        [nocloud.look(vm) for vm in cloud.tree.vms("pf")],
+        {name: nocloud.look(cloud.tree.need_template(name)) for name in ("deb", "new")},
+    )
+    assert {step.verb for step in steps} == {"keep"}, (found, [step.line for step in steps])
+    assert sum("vmExtraOpts" in line for line in found) == sum(each["more"] == "-cpu x" for each in names.values())
+
+
+def test_a_group_as_a_file(group: Cloud) -> None:
+    for words in (("-C3", "-o", "name=web;port=0:80"), ("-o", "name=x;dsk=1"), ("-t", "sql", "-C2", "-o", "mem=48")):
+        group.run("vminstantiate", "-n", "blank", "-g", "pf", *words).ok()
+    group.run("vmstop", "-d", "-n", "web01").ok()
+    group.run("vmstop", "-n", "x00", "--kill").ok()
+    told = group.run("vmapply", "--describe", "-g", "pf").ok()
+    assert told.lines[0].startswith("blank:1:default:name=web00,;port=") and "blank:2:sql:mem=48" in told.lines
+    assert "blank:1:default:name=x;dsk=1" in told.lines
+    nothing_to_do(group, described(group, told.stdout))
+    group.run("vmapply", "--describe", "-g", "pg").fails(1, "pg: no such group")
+    group.run("vmapply", "--describe").fails(2, "-g GROUP")
+
+
+# One VM ##############################################################################################
+
+
+def test_change_one(group: Cloud) -> None:
+    group.run("vminstantiate", "-n", "blank", "-g", "pf", "-o", "name=web").ok()
+    conf = group.conf("pf/default/web00")
+    for words in (["-m", 48], ["--name", "front"], ["--remove-disk", 1, "-y"]):
+        group.run("vmchange", "web00", *words).says(
+            1, "web00: it is running", "vmstop -n web00"
+        ) if "-y" not in words else None
+    group.run("vmchange", "web00", "-d", 1, "--add-disk", 1, "--ports", "127.0.0.1:0:80").quiet()
+    now = group.conf("pf/default/web00")
+    assert now["vmPlugged"] == "1" and now["vmPorts"].endswith(":80")
+    assert "web00_1.img" in group.run("vmmanage", "-n", "web00", "info", "block").ok().stdout
+    group.run("vmstop", "-n", "web00", "--kill").ok()
+    group.run("vmchange", "-n", "web00", "-m", 48, "-c", 2, "-C", 20, "--add-disk", 2, "--ports", "").quiet()
+    now = group.conf("pf/default/web00")
+    assert (now["vmMem"], now["vmCpu"], now["vmCpuCap"], now["vmPorts"]) == ("48", "2", "20", "")
+    assert now["vmExtraDisk"].count(",") == 1
+    assert group.run("vmchange", "web00", "--remove-disk", 1).status == 1
+    group.run("vmchange", "web00", "--remove-disk", 1, "-y").ok()
+    assert group.conf("pf/default/web00")["vmExtraDisk"] == "pf/default/web00/web00_2.img"
+    group.run("vmchange", "web00", "--remove-disk", 2, "-y").fails(2, "it has no disk 2")
+    group.run("vmchange", "web00").fails(2, "nothing to change")
+    group.run("vmchange").fails(2, "VM is missing")
+    group.start("web00").ok()
+    assert group.conf("pf/default/web00")["vmUuid"] == conf["vmUuid"]
+
+
+def test_another_name_and_place(group: Cloud) -> None:
+    group.run("vminstantiate", "-n", "blank", "-g", "pf", "-C2", "-o", "name=web;dsk=1").ok()
+    old = group.conf("pf/default/web00")
+    group.run("vmchange", "web00", "--name", "front").says(1, "web00: it is running", "vmstop -n web00")
+    group.run("vmstop", "-n", "web00", "--kill").ok()
+    for words, said in (
+        (["--name", "web01"], "pf: there is a VM web01 in it"),
+        (["--name", "a/b"], "'/' is not allowed in a VM name"),
+        (["--group", "templates"], "'templates' is reserved"),
+    ):
+        group.run("vmchange", "web00", *words).fails(2, said)
+    group.run("vmchange", "web00", "--name", "front", "--group", "shop", "--type", "sql").quiet()
+    now = group.conf("shop/sql/front")
+    assert now["vmDisk"] == "shop/sql/front/web00_0.img" and now["vmExtraDisk"] == "shop/sql/front/web00_1.img"
+    assert {key: now[key] for key in old if key not in ("vmName", "vmDisk", "vmExtraDisk")} == {
+        key: old[key] for key in old if key not in ("vmName", "vmDisk", "vmExtraDisk")
+    }
+    assert not [name for name in group.files() if "pf/default/web00" in name or name.endswith("web00.conf")]
+    assert not [
+        path for path in (group.base / ".net").rglob("*") if path.is_file() and "web00" in path.read_text("latin1")
+    ]
+    group.run("vmssh", "web00", "true").fails(1, "web00: no such VM")
+    group.start("front").ok()
+    assert "front.shop" in group.run("vmrunning", "--json").ok().stdout or "front" in group.run("vmrunning").ok().stdout
+    group.run("vmstop", "-n", "front", "--kill").ok()
+    group.run("vmchange", "front", "--group", "pf", "--type", "default", "--name", "web00").quiet()
+    assert group.conf("pf/default/web00")["vmDisk"] == old["vmDisk"] and "shop" not in group.groups()
