@@ -2179,7 +2179,8 @@ class VM:
     user_data_file = FileOf("user-data")  # what the user adds to the seed, as it was when the VM was made (0600)
     host_key = FileOf("ssh_host_ed25519_key")  # made on the host (0600), its public half beside it
     mounted_file = FileOf("mounted")  # the vmShares that the guest was told to mount
-    configured_file = FileOf("configured")  # there once the guest has been configured, over ssh or by its cloud-init
+    configured_file = FileOf("configured")  # there once the guest has been configured, over ssh or by its cloud-init;
+    # with something in it while it has to be told that it is called otherwise now
     frozen_file = FileOf("frozen")  # there until its first start: the frozen layer that it can wake up on
     saved_file = FileOf("saved")  # memory and devices of a guest that goes on there at its next start
     still_file = FileOf("still")  # there while a command has it stand still
@@ -9078,7 +9079,7 @@ def configure(wait: Wait, cloud_init: bool = False, once: bool = False) -> None:
     """
     vm = wait.vm
     if not cloud_init:
-        if os.path.exists(vm.configured_file):
+        if os.path.exists(vm.configured_file) and not is_renamed(vm):
             return
         pin_host_key(wait)
     script = cloud_init_script(0) if cloud_init else guest_script("hostname.sh", NAME=vm.host_name)
@@ -9128,6 +9129,11 @@ def mount_shares(wait: Wait) -> None:
             write_file(vm.mounted_file, shares)
             return
         check_login(wait, status, output)
+
+
+def is_renamed(vm: VM) -> bool:
+    """Whether its guest knows itself by another name."""
+    return bool(read_existing(vm.configured_file)) and vm.get("vmInit") != "none"
 
 
 def is_late(vm: VM) -> bool:
@@ -9300,7 +9306,8 @@ def wait_all(cloud: Cloud, vms: Sequence[VM], seconds: float, limit: str = "") -
 def configure_later(cloud: Cloud, vms: Sequence[VM]) -> None:
     """Start a process for the VMs that must be configured over ssh.  What it can't finish, the next vmssh does."""
     vms = [vm for vm in vms if vm.is_readable() and vm.get("vmInit") != "none"]
-    names = [vm.full_name for vm in vms if vm.get("vmInit") in ("auto", "ssh") or vm.get("vmShares") or is_late(vm)]
+    late = [vm for vm in vms if vm.get("vmShares") or is_late(vm) or is_renamed(vm)]
+    names = [vm.full_name for vm in vms if vm.get("vmInit") in ("auto", "ssh") or vm in late]
     if names:
         environment = {"NOCLOUD_vmBaseDir": cloud.tree.base}
         spawn(self_argv("configure", *names), log=os.devnull, cwd="/", env=environment)
@@ -9886,10 +9893,10 @@ def describe(cloud: Cloud, group: str) -> Iterator[str]:
         templates[vm.template] = templates.get(vm.template) or look(cloud.tree.need_template(vm.template))
 
     def key(vm: Present) -> tuple[object, ...]:
-        return vm.type, vm.template, options_of(vm, templates[vm.template]), vm.unnamed, stem_of(vm.name)
+        return vm.type, vm.template, options_of(vm, templates[vm.template]), vm.unnamed or stem_of(vm.name)
 
     def order(vm: Present) -> Any:
-        return *key(vm), parse_ports(vm.settings["vmPorts"]) if vm.unnamed else (len(vm.name), vm.name)
+        return *map(str, key(vm)), parse_ports(vm.settings["vmPorts"]) if vm.unnamed else (len(vm.name), vm.name)
 
     for vm in sorted(found, key=order):
         last = sets[-1] if sets else []
@@ -10072,24 +10079,24 @@ def move_vm(cloud: Cloud, vm: VM, group: str, type: str, name: str) -> VM:
                 raise UsageError(f"{group}: there is a VM {name} in it", "choose another name")
             if others and group_network(cloud, group) != cloud.network_kind(vm):
                 raise WrongState(f"the VMs of {group} are on another network than it", vm=vm)
-            bare = {key: vm.get(key).split(",") for key in ("vmDisk", "vmExtraDisk")}
-            inside = {disk for disks in bare.values() for disk in disks if os.path.dirname(vm.path(disk)) == vm.folder}
-            names = {
-                key: ",".join(os.path.basename(each) if each in inside else each for each in bare[key]) for key in bare
-            }
-            text = update_assignments(read_text(vm.conf_file), {"vmName": name, **names})
+            old = {key: vm.get(key).split(",") for key in ("vmDisk", "vmExtraDisk")}
+            here = (f"{vm.folder}/", f"{vm.full_name}/")
+            bare = {key: [each.removeprefix(here[0]).removeprefix(here[1]) for each in old[key]] for key in old}
+            changes = {"vmName": name, **{key: ",".join(bare[key]) for key in bare}}
+            text = update_assignments(read_text(vm.conf_file), changes)
             write_file(vm.file(os.path.basename(new.conf_file)), text, os.stat(vm.conf_file).st_mode & 0o644)
             os.makedirs(os.path.dirname(new.folder), exist_ok=True)
             os.rename(vm.folder, new.folder)
             sync(os.path.dirname(new.folder))
             remove_if_empty(tree, vm.group)
-        new.write_conf({
-            key: ",".join(new.relative(os.path.basename(each)) if each in inside else each for each in bare[key])
-            for key in bare
-        })  # fmt: skip
+        there = {
+            key: [f"{new.full_name}/{each}" if each and "/" not in each else each for each in bare[key]] for key in bare
+        }
+        new.write_conf({key: ",".join(there[key]) for key in there if bare[key] != old[key]})  # a conf keeps its form
         if name != vm.name:
-            for old in (vm.conf_file, vm.log_file, vm.configured_file):
-                remove_file(new.file(os.path.basename(old)))
+            for path in (vm.conf_file, vm.log_file):
+                remove_file(new.file(os.path.basename(path)))
+            write_file(new.configured_file, vm.name)
             if os.path.exists(left := new.file(os.path.basename(vm.command_file))):
                 os.rename(left, new.command_file)  # as old as what is in it, but it tells that it has been started
     cloud.network_of(new).withdraw([new.get("vmUuid")])
@@ -12834,7 +12841,7 @@ def wait_login(cloud: Cloud, vm: VM, fresh: bool = False) -> None:
     template = fresh and vm.is_template and vm.get("vmInit") != "none"
     seeded = vm.get("vmInit") == "cloud-init" and not os.path.exists(vm.configured_file)
     try:
-        if template or seeded or vm.get("vmInit") in ("ssh", "auto"):
+        if template or seeded or vm.get("vmInit") in ("ssh", "auto") or is_renamed(vm):
             configure(wait, cloud_init=seeded, once=True)
         if template:
             clean_at_shutdown(cloud, vm)
