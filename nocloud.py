@@ -2419,6 +2419,8 @@ class Tree:
 
     def need_template(self, name: str) -> VM:
         template = self.template(name)
+        if "/" in name and self.find(name):
+            raise UsageError(f"{name} is a VM, not a template", f"vmtemplate NAME --from {name} makes one of it")
         if name not in folders_in(os.path.join(self.base, TEMPLATES)) or not template.exists():
             checked_name("template", name)  # one that bash made is called as it is
             raise no_such("template", name, [each.name for each in self.templates()], TEMPLATES_HINT)
@@ -9689,24 +9691,20 @@ class Present:
 
 @record
 class Step:
-    """What a plan does to a VM: one that there is, or one to be made, which is called by the request's name."""
+    """What a plan does to a VM, or why nothing: a line of it."""
 
     verb: str
-    request: CloneRequest | None
-    present: Present | None
+    name: str
     text: str = ""
-    changes: Mapping[str, str] | None = None
-    disk: int = 0  # its number
-    size: int = 0  # in GB
+    vm: Any = None  # that there is
+    request: CloneRequest | None = None  # for the VM alone, as it is described
+    do: Callable[[Cloud, VM], None] | None = None  # for who holds the VM's lock
     restart: bool = False
-    loses: bool = False
+    loses: bool = False  # what is on a disk
 
     @property
     def line(self) -> str:
-        """As it is shown."""
-        of = self.request
-        name = self.present.name if self.present else (of and of.prefix.rstrip(",")) or f"a VM of type {of and of.type}"
-        return f"{self.verb} {name}{self.text and ': '}{self.text}{' (restart)' if self.restart else ''}"
+        return f"{self.verb} {self.name}{self.text and ': '}{self.text}{' (restart)' if self.restart else ''}"
 
 
 def look(vm: VM) -> Present:
@@ -9750,16 +9748,15 @@ def plan(
     """
     pairs = match(requests, present, templates)
     kept = [vm for _, vm in pairs]
-    steps = [Step("destroy", None, vm, loses=True) for vm in present if vm not in kept]
+    steps = [Step("destroy", vm.name, vm=vm.vm, loses=True) for vm in present if vm not in kept]
     for request, vm in pairs:
         if vm:
-            steps += list(compare(request, vm, templates, replace)) or [Step("keep", request, vm)]
+            steps += list(compare(request, vm, templates, replace)) or [Step("keep", vm.name)]
         else:
-            steps.append(Step("create", request, None))
+            steps.append(Step("create", request.prefix[:-1] or f"a VM of type {request.type}", request=request))
     for step in steps:
-        if step.verb == "shrink" and step.request and step.present:
-            text = f"{step.request.origin}: {step.present.name}: {step.text}, and a disk never shrinks"
-            raise UsageError(text, "dsk= without it, with -y, takes a disk away with what is on it")
+        if step.verb == "shrink" and step.request:
+            raise UsageError(f"{step.request.origin}: {step.name}: {step.text}, and a disk never shrinks")
     return steps
 
 
@@ -9772,35 +9769,38 @@ def match(
     first of all those that are as described.
     """
     left = {(vm.type, vm.name.lower()): vm for vm in present}
-    given: set[str] = set()
-    for request in requests:
-        own = {name.lower() for name in full_names(request.prefix)}
-        if own & given:
-            raise UsageError(f"{request.origin}: name={request.prefix}: {', '.join(own & given)} is in another line")
-        given |= own
-    taken = given | {name for _, name in left}
+    given = [name.lower() for request in requests for name in full_names(request.prefix)]
+    for name in given:
+        if given.count(name) > 1:
+            raise UsageError(f"{requests[0].origin.rpartition(':')[0]}: name={name}: it is in two lines")
+    taken = {*given, *(name for _, name in left)}
     pairs: list[tuple[CloneRequest, Present | None]] = []
+    unnamed: list[CloneRequest] = []
     for request in requests:
         there = [name for type, name in left if type == request.type and name not in given]
-        names = full_names(request.prefix) or (request.prefix and numbered_names(request, there, taken)) or []
+        names = full_names(request.prefix) or numbered_names(request, there, taken)
         for number, name in enumerate(names):
-            pairs.append((one_of_set(request, number, name), left.pop((request.type, name.lower()), None)))
-    unnamed = [one_of_set(each, number) for each in requests if not each.prefix for number in range(each.count)]
+            one = one_of_set(request, number, name)
+            if name:
+                pairs.append((one, left.pop((request.type, name.lower()), None)))
+            else:
+                unnamed.append(one)
     for exact in (True, False):
-        for request in list(unnamed):
+        for one in list(unnamed):
             fits = (
-                key for key, vm in left.items()
-                if vm.unnamed and (vm.type, vm.template) == (request.type, request.template)
-                and not (exact and any(compare(request, vm, templates)))
+                key for key, vm in left.items() if vm.unnamed and (vm.type, vm.template) == (one.type, one.template)
+                and not (exact and any(compare(one, vm, templates)))
             )  # fmt: skip
             if found := next(fits, None):
-                pairs.append((request, left.pop(found)))
-                unnamed.remove(request)
-    return pairs + [(request, None) for request in unnamed]
+                pairs.append((one, left.pop(found)))
+                unnamed.remove(one)
+    return pairs + [(one, None) for one in unnamed]
 
 
 def numbered_names(request: CloneRequest, there: Iterable[str], taken: set[str]) -> list[str]:
     """As many names of a prefix as are asked for: the lowest of those that are `there`, then new ones, `taken` now."""
+    if not request.prefix:
+        return [""] * request.count
     numbers = {number: name for name in there if (number := number_of(request.prefix, name)) >= 0}
     found = dict(sorted(numbers.items())[: request.count])
     for number in range(request.count + len(taken)):
@@ -9811,23 +9811,26 @@ def numbered_names(request: CloneRequest, there: Iterable[str], taken: set[str])
     return [found[number] for number in sorted(found)]
 
 
-def one_of_set(request: CloneRequest, number: int, name: str = "") -> CloneRequest:
-    """The request for the one VM of that number."""
-    ports = {"vmPorts": numbered_ports(request.settings["vmPorts"], number)} if "vmPorts" in request.settings else {}
-    own = {**request.settings, **ports}
+def one_of_set(request: CloneRequest, number: int, name: str) -> CloneRequest:
+    """The request for the one VM of that number; '': its name is its UUID."""
+    settings = dict(request.settings)
+    if "vmPorts" in settings:
+        settings["vmPorts"] = numbered_ports(settings["vmPorts"], number)
     rest = request.disk, request.disks, request.user_data, f"{name}," if name else ""
-    return CloneRequest(request.origin, request.template, 1, request.type, own, *rest)
+    return CloneRequest(request.origin, request.template, 1, request.type, settings, *rest)
 
 
 def compare(
     request: CloneRequest, vm: Present, templates: Mapping[str, Present], replace: bool = False
 ) -> Iterator[Step]:
-    """What makes a VM the one that is described."""
+    """What makes a VM the one that is described.  Of a system disk of which nothing is said the size is right."""
+
+    def step(verb: str, text: str, do: Any = None, restart: bool = False, loses: bool = False) -> Step:
+        return Step(verb, vm.name, text, vm.vm, request, do, restart and vm.running, loses)
+
     if request.template != vm.template:
-        if replace:
-            yield Step("replace", request, vm, f"template {vm.template or 'none'} → {request.template}", loses=True)
-        else:
-            yield Step("keep", request, vm, f"its template is {vm.template or 'none'}; --replace makes it anew")
+        text = f"template {vm.template or 'none'} → {request.template}"
+        yield step("replace", text, loses=True) if replace else step("keep", f"{text} (--replace)")
         return
     wanted = {**templates[vm.template].settings, **request.settings}
     wanted["vmPorts"] = chosen_ports(wanted["vmPorts"], vm.settings["vmPorts"])
@@ -9835,29 +9838,22 @@ def compare(
         changes = {key: wanted[key] for key in DESCRIBED if wanted[key] != vm.settings[key] and (key in LIVE) == live}
         words = [f"{DESCRIBED[key].name} {vm.settings[key] or 'none'} → {changes[key] or 'none'}" for key in changes]
         if changes:
-            yield Step("change", request, vm, ", ".join(words), changes, restart=vm.running and not live)
-    yield from compare_disks(request, vm)
-    if vm.halted:
-        yield Step("start", request, vm)
-
-
-def compare_disks(request: CloneRequest, vm: Present) -> Iterator[Step]:
-    """The same for its disks, by their numbers.  A system disk of which nothing is said is as it is."""
-    wanted = [request.disk, *request.disks]
-    for number in range(max(len(wanted), len(vm.sizes))):
-        size, has = (each[number] if number < len(each) else 0 for each in (wanted, vm.sizes))
+            yield step("change", ", ".join(words), functools.partial(change_settings, changes=changes), not live)
+    sizes = [request.disk, *request.disks]
+    for number in range(max(len(sizes), len(vm.sizes))):
+        size, has = (each[number] if number < len(each) else 0 for each in (sizes, vm.sizes))
         has = -(-has // GIB) * GIB if number else has  # those that nocloud makes have whole GB
         name = f"vd{chr(ord('a') + number)}" if number else "disk"
-        words = f"{name} {has / GIB:g} → {size} GB"
-        if number and not size:
-            words = f"{name} of {has / GIB:g} GB"
-            yield Step("remove", request, vm, words, None, number, 0, restart=vm.running, loses=True)
+        if number and not size:  # as all after it
+            do = functools.partial(remove_disk, number=len(sizes))
+            yield step("remove", f"{name} of {has / GIB:g} GB", do, restart=True, loses=True)
         elif number and not has:
-            yield Step("add", request, vm, f"disk of {size} GB", None, number, size)
-        elif size * GIB > has:
-            yield Step("grow", request, vm, words, None, number, size)
-        elif 0 < size * GIB < has:
-            yield Step("shrink", request, vm, words)
+            yield step("add", f"disk of {size} GB", functools.partial(add_disk, gigabytes=size))
+        elif size and size * GIB != has:
+            do = functools.partial(grow_disk, gigabytes=size, number=number)
+            yield step("grow" if size * GIB > has else "shrink", f"{name} {has / GIB:g} → {size} GB", do)
+    if vm.halted:
+        yield step("start", "")
 
 
 def chosen_ports(wanted: str, has: str) -> str:
@@ -9873,15 +9869,18 @@ def plan_group(cloud: Cloud, group: str, requests: Sequence[CloneRequest], repla
     checked_group(group)
     templates = {name: look(cloud.tree.need_template(name)) for name in {each.template for each in requests}}
     steps = plan(requests, [look(vm) for vm in cloud.tree.vms(group)], templates, replace)
-    new = [step.request for step in steps if step.verb == "create" and step.request]
-    own = [one_of_set(step.request, 0, "x") for step in steps if step.verb == "replace" and step.request]
-    for request in own:
+    new = [one_of_set(step.request, 0, step.name) for step in steps if step.verb == "replace" and step.request]
+    for request in new:
         request.settings.pop("vmPorts", "")  # which it has
-    check_requests(cloud, group, [*new, *own], force)
+    check_requests(cloud, group, [*new, *requests_for("create", steps)], force)
     for step in steps:
-        if step.present and step.changes:
-            check_shares(cloud.config, step.present.vm, step.changes.get("vmShares", ""))
+        if step.request and step.verb == "change":
+            check_shares(cloud.config, step.vm, step.request.settings.get("vmShares", ""))
     return steps
+
+
+def requests_for(verb: str, steps: Sequence[Step]) -> list[CloneRequest]:
+    return [step.request for step in steps if step.verb == verb and step.request]
 
 
 def describe(cloud: Cloud, group: str) -> Iterator[str]:
@@ -9943,58 +9942,37 @@ def options_of(vm: Present, template: Present) -> str:
 # -- doing it, for who holds the VM's lock
 
 
-def change_held(cloud: Cloud, vm: VM, steps: Sequence[Step]) -> None:
-    """Do what plans have for a VM, running or not; disks go from the last one on."""
-    if not vm.is_running():
-        need_stopped(cloud, vm)
-    for step in sorted(steps, key=lambda step: -step.disk if step.verb == "remove" else 0):
-        if step.verb == "add":
-            add_disk(vm, step.size)
-        elif step.verb == "grow":
-            grow_disk(cloud, vm, step.size, step.disk)
-        elif step.verb == "remove":
-            remove_disk(vm, step.disk)
-        else:
-            change_settings(cloud, vm, step.changes or {})
-
-
 def change_settings(cloud: Cloud, vm: VM, changes: Mapping[str, str]) -> None:
-    """Set what its conf says; its ports are these from now on, if it runs."""
+    """Set what its conf says; its ports are these at once."""
     if "vmPorts" in changes:
-        has, wanted = (set(parse_ports(text)) for text in (vm.get("vmPorts"), changes["vmPorts"]))
-        change_ports(cloud, vm, sorted(has - wanted), True)
-        change_ports(cloud, vm, sorted(wanted - has), False)
-    rest = {key: value for key, value in changes.items() if key != "vmPorts"}
-    if rest:
-        vm.write_conf(rest)
+        set_ports(cloud, vm, parse_ports(changes["vmPorts"]))
+    vm.write_conf({key: value for key, value in changes.items() if key != "vmPorts"})
 
 
-def change_ports(
-    cloud: Cloud, vm: VM, asked: Sequence[tuple[str, int, int]], delete: bool
-) -> Sequence[tuple[str, int, int]]:
-    """Publish these ports of a VM too, or no more, at once where it runs; the new ones.  For who holds its lock."""
+def set_ports(cloud: Cloud, vm: VM, wanted: Sequence[tuple[str, int, int]]) -> Sequence[tuple[str, int, int]]:
+    """Publish these ports of a VM and no others, at once where it runs; the new ones."""
     import contextlib
 
     has, forwarder = parse_ports(vm.get("vmPorts")), cloud.forwarder(vm)
     if vm.is_running():
         forwarder.mend(vm)  # of a VM that was started by hand, perhaps
-    new = [each for each in asked if each not in has]
-    if delete and new:
-        raise NotFound(f"{join_ports(new)} is not published", "vmport -L lists what is", vm=vm)
     with contextlib.ExitStack() as stack:
         stack.enter_context(cloud.tree.lock())
-        kept, new = ([each for each in has if each not in asked], []) if delete else (has, free_ports(cloud.tree, new))
+        kept, new = [each for each in has if each in wanted], [each for each in wanted if each not in has]
+        for ip, host, _ in [each for each in has if each not in wanted]:
+            forwarder.ask(f"drop {ip}:{host}")
+        new = free_ports(cloud.tree, new)
         listeners = forwarder.open(stack, new)
         if vm.is_running():
             forwarder.serve(vm, listeners)
         vm.write_conf({"vmPorts": join_ports([*kept, *new])})
-        for ip, host, _ in asked if delete else ():
-            forwarder.ask(f"drop {ip}:{host}")
     return new
 
 
 def grow_disk(cloud: Cloud, vm: VM, gigabytes: int, number: int = 0) -> None:
     """Make a disk larger, while it runs too; never smaller, and never under the clones of a template."""
+    import contextlib
+
     disk = vm.disks()[number] if number < len(vm.disks()) else ""
     if not os.path.exists(disk):
         raise Error(f"its disk is gone: {disk}", f"see vmDisk in {vm.conf_file}", vm=vm)
@@ -10006,50 +9984,46 @@ def grow_disk(cloud: Cloud, vm: VM, gigabytes: int, number: int = 0) -> None:
         if vm.is_template:
             check_no_clones(cloud, vm)
         set_writable(disk, True)
-        node = ""
-        if vm.is_running():
-            with QMP(vm.folder) as qemu:
-                node = nodes_of(qemu, vm, devices=True).get(os.path.realpath(disk), "")
-                if node:
-                    qemu.execute("block_resize", node_name=node, size=gigabytes * GIB)
-        if not node:
-            resize_disk(disk, format, gigabytes)
+        with QMP(vm.folder) if vm.is_running() else contextlib.nullcontext() as qemu:
+            node = nodes_of(qemu, vm, devices=True).get(os.path.realpath(disk)) if qemu else None
+            if qemu and node:
+                qemu.execute("block_resize", node_name=node, size=gigabytes * GIB)
+            else:
+                resize_disk(disk, format, gigabytes)
 
 
-def add_disk(vm: VM, gigabytes: int) -> None:
+def add_disk(cloud: Cloud, vm: VM, gigabytes: int) -> None:
     """Make another disk, and plug it in where the guest runs and has a port for it; else it is there at its next start.
 
     Its conf names it before the guest has it: what a guest has written to is never forgotten.
     """
+    import contextlib
+
     disks, plugged = vm.disks(), vm.number("vmPlugged")
     if len(disks) >= MAX_DISKS:
         raise UsageError(f"it has {len(disks)} disks, {MAX_DISKS} is the most", vm=vm)
-    names = (vm.disk_name(number, vm.tree.config["vmDiskExt"]) for number in range(len(disks), 1000))
+    names = (vm.disk_name(number, cloud.config["vmDiskExt"]) for number in range(len(disks), 1000))
     name = next(name for name in names if not os.path.lexists(vm.file(name)))
     create_disk(vm.file(name), gigabytes)
-    extra = filter(None, (vm.get("vmExtraDisk"), vm.relative(name)))
-    conf = {"vmExtraDisk": ",".join(extra), "vmDiskFormat": ",".join([*known_formats(vm), "qcow2"])}
-    if not vm.is_running():
-        vm.write_conf(conf)
-        return
-    with QMP(vm.folder, 60) as qemu:
-        there = nodes_of(qemu, vm, devices=True)
+    extra = ",".join(filter(None, (vm.get("vmExtraDisk"), vm.relative(name))))
+    conf = {"vmExtraDisk": extra, "vmDiskFormat": ",".join([*known_formats(vm), "qcow2"])}
+    with QMP(vm.folder, 60) if vm.is_running() else contextlib.nullcontext() as qemu:
         ports = HOTPLUG_PORTS if vm.get("vmLayout") != "1" and "q35" in vm.get("vmMachine") else 0
-        fits = plugged < ports and all(os.path.realpath(disk) in there for disk in disks)
-        vm.write_conf({**conf, **({"vmPlugged": str(plugged + 1)} if fits else {})})
-        if fits:
+        there = nodes_of(qemu, vm, devices=True) if qemu and plugged < ports else {}
+        fits = there and all(os.path.realpath(disk) in there for disk in disks)  # none before it is yet to come
+        vm.write_conf({**conf, "vmPlugged": str(plugged + 1)} if fits else conf)
+        if qemu and fits:
             plug_disk(qemu, len(disks), plugged, name, "qcow2", f"{vm.name}_{len(disks)}")
-        else:
+        elif qemu:
             report.say(f"{report.program}: {vm} has its new disk at its next start")
 
 
-def remove_disk(vm: VM, number: int) -> None:
+def remove_disk(cloud: Cloud, vm: VM, number: int) -> None:
     """Take a disk away from a VM that is switched off, with what is on it."""
     disks, formats = vm.disks(), known_formats(vm)
     if not 0 < number < len(disks):
         raise UsageError(f"it has no disk {number}", f"it has {plural(len(disks), 'disk')}, the first one is 0", vm=vm)
-    if vm.is_running():
-        raise WrongState("it is running", f"vmstop -n {vm}", vm=vm)
+    need_stopped(cloud, vm)
     if snapshots_of(vm):
         raise WrongState("its snapshots have that disk, too", f"vmsnapshot --delete NAME -n {vm}", vm=vm)
     names = vm.get("vmExtraDisk").split(",")
@@ -10079,20 +10053,16 @@ def move_vm(cloud: Cloud, vm: VM, group: str, type: str, name: str) -> VM:
                 raise UsageError(f"{group}: there is a VM {name} in it", "choose another name")
             if others and group_network(cloud, group) != cloud.network_kind(vm):
                 raise WrongState(f"the VMs of {group} are on another network than it", vm=vm)
-            old = {key: vm.get(key).split(",") for key in ("vmDisk", "vmExtraDisk")}
-            here = (f"{vm.folder}/", f"{vm.full_name}/")
-            bare = {key: [each.removeprefix(here[0]).removeprefix(here[1]) for each in old[key]] for key in old}
-            changes = {"vmName": name, **{key: ",".join(bare[key]) for key in bare}}
+            changes = {"vmName": name}
+            for key in ("vmDisk", "vmExtraDisk"):
+                here, disks = (f"{vm.folder}/", f"{vm.full_name}/"), vm.get(key).split(",")
+                changes[key] = ",".join(disk.removeprefix(here[0]).removeprefix(here[1]) for disk in disks)
             text = update_assignments(read_text(vm.conf_file), changes)
             write_file(vm.file(os.path.basename(new.conf_file)), text, os.stat(vm.conf_file).st_mode & 0o644)
             os.makedirs(os.path.dirname(new.folder), exist_ok=True)
             os.rename(vm.folder, new.folder)
             sync(os.path.dirname(new.folder))
             remove_if_empty(tree, vm.group)
-        there = {
-            key: [f"{new.full_name}/{each}" if each and "/" not in each else each for each in bare[key]] for key in bare
-        }
-        new.write_conf({key: ",".join(there[key]) for key in there if bare[key] != old[key]})  # a conf keeps its form
         if name != vm.name:
             for path in (vm.conf_file, vm.log_file):
                 remove_file(new.file(os.path.basename(path)))
@@ -10121,36 +10091,28 @@ def carry_out(
 
     `restart`: what needs a restart, too; `wait`: for what has been started.
     """
-    new = [step.request for step in steps if step.verb == "create" and step.request]
-    gone, halted = (
-        [step.present.vm for step in steps if step.verb == each and step.present] for each in ("destroy", "start")
-    )
-    errors = destroy_all(cloud, gone) if gone else []
-    now: dict[VM, list[Step]] = {}
-    later: dict[VM, list[Step]] = {}
+
+    def make(requests: list[CloneRequest]) -> list[Error]:
+        made, failed = instantiate(cloud, group, requests) if requests else ([], [])
+        return failed + wait(made)
+
+    errors = destroy_all(cloud, [step.vm for step in steps if step.verb == "destroy"])
     for step in steps:
-        if step.present and step.verb in ("change", "add", "grow", "remove"):
-            (later if step.restart else now).setdefault(step.present.vm, []).append(step)
-        elif step.present and step.verb == "replace":
-            later[step.present.vm] = [step]
-    errors += filter(None, in_parallel(lambda vm: change(cloud, vm, now[vm]), list(now)))
+        if step.do and not step.restart:
+            errors += filter(None, [result_of(functools.partial(change, cloud, steps=[step]), step.vm)])
+    halted = [step.vm for step in steps if step.verb == "start"]
     errors += filter(None, start_all(cloud, halted))
-    made, failed = instantiate(cloud, group, new) if new else ([], [])
-    errors += failed + wait([*made, *(vm for vm in halted if vm.is_running())])
-    for vm, those in later.items():
-        if errors:
-            break
-        if those[0].verb == "replace" and those[0].request:
-            errors += destroy_all(cloud, [vm])
-            made, failed = instantiate(cloud, group, [those[0].request])
-            errors += failed + wait(made)
-        elif restart:
-            error = result_of(functools.partial(change, cloud, steps=those, restart=True), vm)
+    errors += wait([vm for vm in halted if vm.is_running()]) + make(requests_for("create", steps))
+    for step in steps:
+        if step.verb == "replace" and not errors:
+            errors += destroy_all(cloud, [step.vm]) + make(requests_for("replace", [step]))
+    for vm in dict.fromkeys(step.vm for step in steps if step.restart):
+        if not restart:
+            report.say(f"{report.program}: {vm} needs a restart for that: --restart, or vmapply while it is off")
+        elif not errors:
+            its = [step for step in steps if step.vm is vm and step.restart]
+            error = result_of(functools.partial(change, cloud, steps=its, restart=True), vm)
             errors += [error] if error else wait([vm])
-        else:
-            report.say(
-                f"{report.program}: {vm} is changed by a restart: --restart does that, or vmapply while it is off"
-            )
     return errors
 
 
@@ -10163,7 +10125,11 @@ def change(cloud: Cloud, vm: VM, steps: Sequence[Step], restart: bool = False) -
             seconds = cloud.config.number("vmStopTimeout")
             if not stop_locked(vm, seconds):
                 report.warn(f"no shutdown within {seconds} s, switched off: {vm.name}")
-        change_held(cloud, vm, steps)
+        if not vm.is_running():
+            need_stopped(cloud, vm)
+        for step in steps:
+            if step.do:
+                step.do(cloud, vm)
         if restart:
             raise_first(start_all(cloud, [vm], begin=start_held))
 
@@ -12195,6 +12161,7 @@ def one_operand(words: Sequence[str], name: str) -> str:
 # Several commands have these.
 GROUP = Option("-g --group GROUP", "only this group")
 TYPE = Option("-t --type TYPE", "only this type")
+WAIT = Option("-w --wait [SECONDS]", "return when all are ready", default="vmWaitTimeout")
 FORCE = Option("--force", "though it is more memory than the host has")
 YES = Option("-y --yes", "don't ask")
 WHICH_VM = "the VM: NAME, GROUP/NAME or GROUP/TYPE/NAME"
@@ -12355,9 +12322,6 @@ def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, changes: Mapping[str
     return vm
 
 
-WAIT = Option("-w --wait [SECONDS]", "return when all are ready", default="vmWaitTimeout")
-
-
 @declare(
     Command("change", "vmchange", "[VM]", ("vm",)),
     Option("-n --vm VM", WHICH_VM),
@@ -12379,21 +12343,28 @@ def cmd_change(config: Config, args: argparse.Namespace, words: list[str]) -> No
         vm = cloud.tree.need(one_operand(words, "VM") if args.vm is None else args.vm)
         given = {"vmMem": args.mem, "vmCpu": args.cpu, "vmCpuCap": args.cap, "vmPorts": args.ports}
         changes = {key: str(value) for key, value in given.items() if value is not None}
-        places = [getattr(args, name) for name in ("group", "type", "name")]
-        asked = (("grow", args.disk, 0), ("add", args.add_disk, 0), ("remove", args.remove_disk, args.remove_disk))
-        steps = [Step(verb, None, None, "", None, disk, size) for verb, size, disk in asked if size]
-        steps += [Step("change", None, None, "", changes)] if changes else []
-        if not steps and places == [None, None, None]:
+        place = [args.group or vm.group, args.type or vm.type, args.name or vm.name]
+        moves = place != [vm.group, vm.type, vm.name]
+        if not (changes or args.disk or args.add_disk or args.remove_disk or moves):
             raise UsageError("nothing to change: say what", "-h shows how it is called")
         if args.remove_disk:
             confirm(args, f"what is on disk {args.remove_disk} of {vm} will be gone.", needed=True)
         with FolderLock(vm.folder):
             vm.reread()
-            if changes.keys() - set(LIVE) or args.remove_disk or places != [None, None, None]:
+            if changes.keys() - set(LIVE) or args.remove_disk or moves or not vm.is_running():
                 need_stopped(cloud, vm)
-            change_held(cloud, vm, steps)
-        if places != [None, None, None]:
-            move_vm(cloud, vm, *(new or old for new, old in zip(places, (vm.group, vm.type, vm.name))))
+            if args.disk:
+                grow_disk(cloud, vm, args.disk)
+            if args.remove_disk:
+                remove_disk(cloud, vm, args.remove_disk)
+            if args.add_disk:
+                add_disk(cloud, vm, args.add_disk)
+            change_settings(cloud, vm, changes)
+        if moves:
+            move_vm(cloud, vm, *place)
+
+
+WAIT = Option("-w --wait [SECONDS]", "return when all are ready", default="vmWaitTimeout")
 
 
 COLD = Option("--cold", "have them boot, though their template is frozen (vmtemplate --warm)")
@@ -12609,7 +12580,11 @@ def cmd_port(config: Config, args: argparse.Namespace, words: list[str]) -> None
         asked = checked(PORTS, one_operand(words, "[IP:]HOST:GUEST") or "-", repr(words[0]))
         with FolderLock(vm.folder):
             vm.reread()
-            new = change_ports(cloud, vm, parse_ports(asked), args.delete)
+            has, ports = parse_ports(vm.get("vmPorts")), parse_ports(asked)
+            if args.delete and (stray := [each for each in ports if each not in has]):
+                raise NotFound(f"{join_ports(stray)} is not published", "vmport -L lists what is", vm=vm)
+            kept = [each for each in has if each not in ports] if args.delete else [*has, *ports]
+            new = set_ports(cloud, vm, kept)
         for ip, host, guest in new:
             report.data(f"{vm.name} {vm.place} {ip}:{host} {guest}")
 

@@ -123,7 +123,7 @@ TABLE: Mapping[str, tuple[str, list[nocloud.Present], list[str]]] = {
     "another template": (
         "new:1:web:name=web;mem=1024",
         [there("web00")],
-        ["keep web00: its template is deb; --replace makes it anew"],
+        ["keep web00: template deb → new (--replace)"],
     ),
     "nothing is left": (
         "deb:1:web:name=web",
@@ -149,7 +149,7 @@ def test_a_plan_that_replaces() -> None:
     [
         ("deb:1:db:name=db;disk=5", "FILE:1: db00: disk 10 → 5 GB, and a disk never shrinks"),
         ("deb:1:db:name=db;dsk=4", "FILE:1: db00: vdb 5 → 4 GB, and a disk never shrinks"),
-        ("deb:1:db:name=db,\ndeb:1:sql:name=DB,", "FILE:2: name=DB,: db is in another line"),
+        ("deb:1:db:name=db,\ndeb:1:sql:name=DB,", "FILE: name=db: it is in two lines"),
         ("deb:2:db:name=db,", "FILE:1: name=db,: 1 name for a COUNT of 2"),
         ("deb:2:db:name=db,DB", "FILE:1: name=db,DB: 2 names for a COUNT of 2"),
         ("deb:2:db:name=a,,b", "FILE:1: name=a,,b: the VM name is empty"),
@@ -238,7 +238,7 @@ def test_memory_and_disks_and_ports(group: Cloud) -> None:
     pids = {name: group.qemu(f"pf/web/{name}") for name in ("web00", "web01")}
     described(group, "blank:2:web:name=web;mem=48;disk=1;dsk=1;port=0:80\n")
     done = group.run("vmapply", "-f", file).ok()
-    assert "--restart does that" in done.stderr
+    assert "web01 needs a restart for that: --restart" in done.stderr
     now = {name: group.conf(f"pf/web/{name}") for name in pids}
     assert [each["vmMem"] for each in now.values()] == ["32", "32"]
     assert all(each["vmPorts"] and each["vmPlugged"] == "1" for each in now.values())
@@ -288,8 +288,8 @@ def test_another_template(group: Cloud) -> None:
     described(group, "other:2:web:name=web;port=0:80\n")
     kept = group.run("vmapply", "-f", file).ok()
     assert kept.lines == [
-        "keep web00: its template is blank; --replace makes it anew",
-        "keep web01: its template is blank; --replace makes it anew",
+        "keep web00: template blank → other (--replace)",
+        "keep web01: template blank → other (--replace)",
         "nothing to do",
     ]
     assert "-y says that it is meant" in group.run("vmapply", "-f", file, "--replace").stderr
@@ -350,7 +350,7 @@ def test_beside_a_vmrun(group: Cloud) -> None:
         run.terminate()
         out, _ = run.communicate(timeout=60)
     assert out.startswith("create web00\ncreate web01\n") and "web01 has vanished" in out
-    assert out.count("web00 has joined") >= 2 and run.returncode == 0, out
+    assert "web00 has joined" in out and run.returncode == 0, out
     assert states(group) == {"web00": "stopped"}, "kept"
 
 
@@ -469,7 +469,7 @@ def test_another_name_and_place(group: Cloud) -> None:
         group.run("vmchange", "web00", *words).fails(2, said)
     group.run("vmchange", "web00", "--name", "front", "--group", "shop", "--type", "sql").quiet()
     now = group.conf("shop/sql/front")
-    assert now["vmDisk"] == "shop/sql/front/web00_0.img" and now["vmExtraDisk"] == "shop/sql/front/web00_1.img"
+    assert (now["vmDisk"], now["vmExtraDisk"]) == ("web00_0.img", "web00_1.img")
     assert {key: now[key] for key in old if key not in ("vmName", "vmDisk", "vmExtraDisk")} == {
         key: old[key] for key in old if key not in ("vmName", "vmDisk", "vmExtraDisk")
     }
@@ -482,7 +482,7 @@ def test_another_name_and_place(group: Cloud) -> None:
     assert "front.shop" in group.run("vmrunning", "--json").ok().stdout or "front" in group.run("vmrunning").ok().stdout
     group.run("vmstop", "-n", "front", "--kill").ok()
     group.run("vmchange", "front", "--group", "pf", "--type", "default", "--name", "web00").quiet()
-    assert group.conf("pf/default/web00")["vmDisk"] == old["vmDisk"] and "shop" not in group.groups()
+    assert group.conf("pf/default/web00")["vmUuid"] == old["vmUuid"] and "shop" not in group.groups()
 
 
 # Guests ##############################################################################################
