@@ -9710,7 +9710,7 @@ class Step:
 def look(vm: VM) -> Present:
     """A VM, or a template with what its clones get."""
     state, _ = vm.state()
-    if state == "unknown":
+    if state == "unknown" and not vm.is_template:
         raise WrongState(f"can't tell whether it runs: {vm.pid_file}", "look as the user who started it", vm=vm)
     settings = {}
     for key in DESCRIBED:
@@ -9869,10 +9869,11 @@ def plan_group(cloud: Cloud, group: str, requests: Sequence[CloneRequest], repla
     checked_group(group)
     templates = {name: look(cloud.tree.need_template(name)) for name in {each.template for each in requests}}
     steps = plan(requests, [look(vm) for vm in cloud.tree.vms(group)], templates, replace)
-    new = [one_of_set(step.request, 0, step.name) for step in steps if step.verb == "replace" and step.request]
-    for request in new:
-        request.settings.pop("vmPorts", "")  # which it has
-    check_requests(cloud, group, [*new, *requests_for("create", steps)], force)
+    anew = requests_for("replace", steps)
+    ports = [request.settings.pop("vmPorts", "") for request in anew]  # which these VMs have still
+    check_requests(cloud, group, [*anew, *requests_for("create", steps)], force)
+    for request, own in zip(anew, ports):
+        request.settings["vmPorts"] = own
     for step in steps:
         if step.request and step.verb == "change":
             check_shares(cloud.config, step.vm, step.request.settings.get("vmShares", ""))
