@@ -5842,6 +5842,11 @@ def is_planted(vm: VM) -> bool:
     return vm.get("vmInit") in ("systemd", "cloud-init")
 
 
+def is_renamed(vm: VM) -> bool:
+    """Whether its guest knows itself by another name."""
+    return bool(read_existing(vm.configured_file)) and vm.get("vmInit") != "none"
+
+
 def takes_host_key(vm: VM) -> bool:
     """Whether the guest is offered a host key made on the host; with `auto` it may have no cloud-init to take it."""
     return is_planted(vm) or takes_seed(vm)
@@ -9131,11 +9136,6 @@ def mount_shares(wait: Wait) -> None:
             write_file(vm.mounted_file, shares)
             return
         check_login(wait, status, output)
-
-
-def is_renamed(vm: VM) -> bool:
-    """Whether its guest knows itself by another name."""
-    return bool(read_existing(vm.configured_file)) and vm.get("vmInit") != "none"
 
 
 def is_late(vm: VM) -> bool:
