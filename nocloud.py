@@ -12328,7 +12328,7 @@ def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, changes: Mapping[str
     Option("-n --vm VM", WHICH_VM),
     Option("-m --mem MB", "memory", MEMORY_MB),
     Option("-c --cpu CPUS", "processors", CPU_COUNT),
-    Option("-C --cap PERCENT", "a limit of CPU time; kept, not enforced yet", CPU_CAP),
+    Option("-C --cap PERCENT", "a limit of CPU time, in per cent of a processor", CPU_CAP),
     Option("-d --disk GB", "grow its system disk to this size, while it runs too", DISK_GB),
     Option("--add-disk GB", "another disk, while it runs too", DISK_GB),
     Option("--remove-disk N", "destroy its disk N, with what is on it; 1 is vdb", whole_number(1, MAX_DISKS)),
@@ -12363,9 +12363,6 @@ def cmd_change(config: Config, args: argparse.Namespace, words: list[str]) -> No
             change_settings(cloud, vm, changes)
         if moves:
             move_vm(cloud, vm, *place)
-
-
-WAIT = Option("-w --wait [SECONDS]", "return when all are ready", default="vmWaitTimeout")
 
 
 COLD = Option("--cold", "have them boot, though their template is frozen (vmtemplate --warm)")
@@ -12554,7 +12551,7 @@ def apply(cloud: Cloud, group: str, requests: Sequence[CloneRequest], args: argp
             report.data("nothing to do")
         if args.dry_run:
             return EXIT_DIFFERS if todo else EXIT_DONE
-        lost = [step.line for step in steps if step.loses]
+        lost = [step.line for step in steps if step.loses and (args.restart or not step.restart)]
         if lost:
             confirm(args, f"{'; '.join(lost)}: what is on these disks will be gone.", needed=True)
         return report_errors(carry_out(cloud, group, todo, args.restart, functools.partial(wait_as_asked, cloud, args)))

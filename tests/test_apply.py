@@ -324,6 +324,19 @@ def test_two_at_once(group: Cloud) -> None:
     assert list(states(group).values()) == ["running"] * 3
 
 
+def test_beside_a_vmstop(group: Cloud) -> None:
+    """Whichever is first, no half of a VM is left, and called again it does the rest."""
+    file = described(group, "blank:3:web:name=web\n")
+    applying = group.spawn("vmapply", "-f", file)
+    while applying.poll() is None:
+        group.run("vmstop", "-d", "-g", "pf").ok()
+    _, err = applying.communicate()
+    assert "a defect" not in err and "Traceback" not in err, err
+    group.run("vmapply", "-f", file).ok()
+    assert list(states(group).values()) == ["running"] * 3
+    nothing_to_do(group, file)
+
+
 def test_what_was_interrupted_is_finished(group: Cloud) -> None:
     """VMs that were made, or switched off for a change, and not started."""
     file = described(group, "blank:2:web:name=web\n")
