@@ -9892,8 +9892,11 @@ def describe(cloud: Cloud, group: str) -> Iterator[str]:
             raise WrongState("it stands on no template: no description can say what it is", vm=vm.vm)
         templates[vm.template] = templates.get(vm.template) or look(cloud.tree.need_template(vm.template))
 
+    def stem(vm: Present) -> str:
+        return vm.name.rstrip("0123456789")
+
     def key(vm: Present) -> tuple[object, ...]:
-        return vm.type, vm.template, options_of(vm, templates[vm.template]), vm.unnamed or stem_of(vm.name)
+        return vm.type, vm.template, options_of(vm, templates[vm.template]), vm.unnamed or stem(vm)
 
     def order(vm: Present) -> Any:
         return *map(str, key(vm)), parse_ports(vm.settings["vmPorts"]) if vm.unnamed else (len(vm.name), vm.name)
@@ -9906,10 +9909,10 @@ def describe(cloud: Cloud, group: str) -> Iterator[str]:
         else:
             sets.append([vm])
     for these in sets:
-        vm, stem, names = these[0], stem_of(these[0].name), [each.name for each in these]
-        alike = {each.name for each in found if stem and stem_of(each.name).lower() == stem.lower()}
-        is_whole = alike == {f"{stem}{number:02d}" for number in range(len(these))}
-        name = "" if vm.unnamed else "name=" + (stem if is_whole else ",".join(names if names[1:] else [*names, ""]))
+        vm, prefix, names = these[0], stem(these[0]), [each.name for each in these]
+        alike = {each.name for each in found if prefix and stem(each).lower() == prefix.lower()}
+        is_whole = alike == {f"{prefix}{number:02d}" for number in range(len(these))}
+        name = "" if vm.unnamed else "name=" + (prefix if is_whole else ",".join(names if names[1:] else [*names, ""]))
         ports = vm.settings["vmPorts"] and f"port={vm.settings['vmPorts'].replace('127.0.0.1:', '')}"
         options = ";".join(filter(None, (name, options_of(vm, templates[vm.template]), ports)))
         yield f"{vm.template}:{len(these)}:{vm.type}:{options}"
@@ -9917,12 +9920,6 @@ def describe(cloud: Cloud, group: str) -> Iterator[str]:
         for each in these:
             own = ((row.key, each.vm.get(row.key)) for row in SETTINGS if row.inherited and row.key not in DESCRIBED)
             yield from (f"# {each.name}: {key}={value}" for key, value in own if value != template.get(key))
-
-
-def stem_of(name: str) -> str:
-    """What stands before the number in a name; '' where there is none."""
-    found = re.fullmatch("(.+?)[0-9]{2,}", name)
-    return found[1] if found else ""
 
 
 def options_of(vm: Present, template: Present) -> str:
@@ -10036,7 +10033,7 @@ def remove_disk(cloud: Cloud, vm: VM, number: int) -> None:
         remove_file(path)
 
 
-def move_vm(cloud: Cloud, vm: VM, group: str, type: str, name: str) -> VM:
+def move_vm(cloud: Cloud, vm: VM, group: str, type: str, name: str) -> None:
     """Give a VM that is switched off another group, type or name.  Disks, keys, address and UUID stay.
 
     Up to the one rename it is what it was: a conf under the new name, with disks that are found in either place, is
@@ -10074,7 +10071,6 @@ def move_vm(cloud: Cloud, vm: VM, group: str, type: str, name: str) -> VM:
     if cloud.network_kind(new) == "bridge":
         cloud.network_of(new).publish(new)
     SshConfig(cloud).refresh()
-    return new
 
 
 # -- a group
@@ -12520,9 +12516,7 @@ def cmd_apply(config: Config, args: argparse.Namespace, words: list[str]) -> int
     """make a group what a description file says: make, change and destroy VMs"""
     with Cloud(config) as cloud:
         if args.describe:
-            cloud.tree.need_group(args.group)
-            if not args.group:
-                raise UsageError("which group? give -g GROUP", VMS_HINT)
+            cloud.tree.need_group(args.group or "")
             for line in describe(cloud, args.group):
                 report.data(line)
             return EXIT_DONE

@@ -438,7 +438,7 @@ def test_a_group_as_a_file(group: Cloud) -> None:
     ]
     nothing_to_do(group, described(group, told.stdout))
     group.run("vmapply", "--describe", "-g", "pg").fails(1, "pg: no such group")
-    group.run("vmapply", "--describe").fails(2, "-g GROUP")
+    group.run("vmapply", "--describe").fails(2, "the group name is empty")
 
 
 # One VM ##############################################################################################
