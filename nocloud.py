@@ -8120,7 +8120,7 @@ def next_names(names: set[str], request: CloneRequest) -> list[str]:
     if not found:
         first = max((number_of(request.prefix, name) for name in names), default=-1) + 1
         found = [f"{request.prefix}{number:02d}" for number in range(first, first + request.count)]
-        checked_name("VM", found[-1])
+    checked_name("VM", found[-1])
     names.update(name.lower() for name in found)
     return found
 
