@@ -466,7 +466,13 @@ def test_change_one(group: Cloud) -> None:
     now = group.conf("pf/default/web00")
     assert now["vmPlugged"] == "1" and now["vmPorts"].endswith(":80")
     assert "web00_1.img" in group.run("vmmanage", "-n", "web00", "info", "block").ok().stdout
+    group.run("vmstop", "--save", "-n", "web00").quiet()
+    group.start("web00").ok()  # it goes on, with the disk that was plugged in
+    group.run("vmsnapshot", "one", "-n", "web00").quiet()
     group.run("vmstop", "-n", "web00", "--kill").ok()
+    assert "its snapshots have that disk, too" in group.run("vmchange", "web00", "--remove-disk", 1, "-y").stderr
+    group.run("vmchange", "web00", "--name", "x").fails(1, "a VM with snapshots, stays what it is called")
+    group.run("vmsnapshot", "--delete", "one", "-n", "web00").quiet()
     group.run("vmchange", "-n", "web00", "-m", 48, "-c", 2, "-C", 20, "--add-disk", 2, "--ports", "").quiet()
     now = group.conf("pf/default/web00")
     assert (now["vmMem"], now["vmCpu"], now["vmCpuCap"], now["vmPorts"]) == ("48", "2", "20", "")
