@@ -31,6 +31,7 @@ Modules that only some commands need are imported at their first use: a listing 
     Starting                         from a conf to a qemu that answers; saved and frozen guests that go on
     Waiting until ready              from there to a guest that is ready, and ssh into it; many at once
     Snapshots                        what VMs were at a moment, and back to it
+    Changing VMs                     one by one, or a group to what its description says
     Work in a template's guest       cleaning, upgrades, templates of VMs; stopping with care
     Consoles                         screens, the serial line, the monitor, logs
     Supervisor                       vmrun's loop
@@ -114,6 +115,7 @@ __version__ = "0.1.0"
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_DIFFERS = 3
 EXIT_TIMEOUT = 124  # as timeout(1)
 EXIT_MISSING = 127  # as the shell: unknown command, missing program
 EXIT_INTERRUPTED = 130  # as the shell: 128 + SIGINT
@@ -1616,12 +1618,13 @@ def looks_bootable(path: str) -> bool:
 @record
 class Qcow2:
     """What the header of a qcow2 image says: the file that it stands on, or '', and the format of that, or '';
-    `outside`: its data is in another file; `end`: where its tables end in the file, in bytes."""
+    `outside`: its data is in another file; `end`: where its tables end in the file, `size`: its guest's disk; bytes."""
 
     backing: str
     format: str
     outside: bool
     end: int
+    size: int
 
 
 def qcow2_header(path: str) -> Qcow2 | None:
@@ -1636,8 +1639,8 @@ def qcow2_header(path: str) -> Qcow2 | None:
         return None
     with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
         head = file.read(4096).ljust(4096, b"\0")
-        magic, version, offset, length, bits, *tables, features, position = struct.unpack_from(
-            ">4sIQII12xIQQI12xQ20xI", head
+        magic, version, offset, length, bits, disk, *tables, features, position = struct.unpack_from(
+            ">4sIQIIQ4xIQQI12xQ20xI", head
         )
         if magic != b"QFI\xfb":
             return None
@@ -1650,7 +1653,7 @@ def qcow2_header(path: str) -> Qcow2 | None:
         position += 8 + (size + 7) // 8 * 8
     entries, l1, refcounts, clusters = tables
     end = max(l1 + 8 * entries, refcounts + (clusters << min(bits, 21)))
-    return Qcow2(os.fsdecode(name), os.fsdecode(format), version >= 3 and bool(features & 4), end)
+    return Qcow2(os.fsdecode(name), os.fsdecode(format), version >= 3 and bool(features & 4), end, disk)
 
 
 def disk_format(path: str) -> str:
@@ -2137,7 +2140,8 @@ class VM:
     user_data_file = FileOf("user-data")  # what the user adds to the seed, as it was when the VM was made (0600)
     host_key = FileOf("ssh_host_ed25519_key")  # made on the host (0600), its public half beside it
     mounted_file = FileOf("mounted")  # the vmShares that the guest was told to mount
-    configured_file = FileOf("configured")  # there once the guest has been configured, over ssh or by its cloud-init
+    configured_file = FileOf("configured")  # there once the guest has been configured, over ssh or by its cloud-init;
+    # with something in it while it has to be told that it is called otherwise now
     frozen_file = FileOf("frozen")  # there until its first start: the frozen layer that it can wake up on
     saved_file = FileOf("saved")  # memory and devices of a guest that goes on there at its next start
     still_file = FileOf("still")  # there while a command has it stand still
@@ -2384,6 +2388,8 @@ class Tree:
 
     def need_template(self, name: str) -> VM:
         template = self.template(name)
+        if "/" in name and self.find(name):
+            raise UsageError(f"{name} is a VM, not a template", f"vmtemplate NAME --from {name} makes one of it")
         if name not in folders_in(os.path.join(self.base, TEMPLATES)) or not template.exists():
             checked_name("template", name)  # one that bash made is called as it is
             raise no_such("template", name, [each.name for each in self.templates()], TEMPLATES_HINT)
@@ -5601,6 +5607,11 @@ def is_planted(vm: VM) -> bool:
     return vm.get("vmInit") in ("systemd", "cloud-init")
 
 
+def is_renamed(vm: VM) -> bool:
+    """Whether its guest knows itself by another name."""
+    return bool(read_existing(vm.configured_file)) and vm.get("vmInit") != "none"
+
+
 # Catalogue and downloads #############################################################################
 #
 # What can be had by name, and how an image comes: one connection at a time, and nothing that a server says is believed.
@@ -6771,22 +6782,6 @@ def find_iso(config: Config, name: str) -> str:
     raise no_such("ISO image", name, others, f"-i takes a path, or a name in isoDir, {folder}")
 
 
-def grow_disk(cloud: Cloud, vm: VM, gigabytes: int) -> None:
-    """Make the system disk larger; never smaller, and never under the clones of a template."""
-    disk = vm.disks()[0] if vm.disks() else ""
-    if not os.path.exists(disk):
-        raise Error(f"its disk is gone: {disk}", f"see vmDisk in {vm.conf_file}", vm=vm)
-    format = known_formats(vm)[0]
-    size = image_info(disk, format)["virtual-size"]
-    if gigabytes * GIB < size:
-        raise Error(f"its disk has {size / GIB:g} GB and never shrinks", "-d takes a larger size, in GB", vm=vm)
-    if gigabytes * GIB > size:
-        if vm.is_template:
-            check_no_clones(cloud, vm)
-        set_writable(disk, True)
-        resize_disk(disk, format, gigabytes)
-
-
 # -- what there is
 
 
@@ -7429,14 +7424,20 @@ def disk_sizes(text: str) -> list[int]:
 
 
 def name_prefix(text: str) -> str:
-    """A check for a prefix such that prefix + number is a name."""
+    """A check for a prefix such that prefix + number is a name, or for names, which have a comma after or between."""
     if not text:
         raise UsageError(" is empty", "name=web makes web00, web01 …")
     try:
-        checked_name("VM", text + "00")
+        for name in full_names(text) or [text + "00"]:
+            checked_name("VM", name)
     except UsageError as error:
         raise UsageError(f"{text}: {error}", error.hint) from None
     return text
+
+
+def full_names(text: str) -> list[str]:
+    """The names that a `name=` gives whole: web00,front and, of a single one, `front,`."""
+    return text.removesuffix(",").split(",") if "," in text else []
 
 
 CLONE_OPTIONS = (
@@ -7444,13 +7445,15 @@ CLONE_OPTIONS = (
     CloneOption("cpu", "N", "vmCpu", "processors"),
     CloneOption("disk", "GB", "disk", "size of the system disk in GB", DISK_GB),
     CloneOption("dsk", "GB,GB", "disks", "extra disks, in GB (vdb, vdc, …)", disk_sizes),
-    CloneOption("name", "PREFIX", "prefix", "what the names begin with; without it a name is a UUID", name_prefix),
+    CloneOption("name", "PREFIX", "prefix",
+                "what the names begin with, or all names: web00,front; without it a name is a UUID", name_prefix),
     CloneOption("user-data", "FILE", "user_data", "a file for cloud-init", read_user_data),
     CloneOption("port", "[IP:]HOST:GUEST", "vmPorts", "ports of this host that lead to it; HOST counts up per VM"),
     CloneOption("share", "HOSTDIR:GUESTDIR[:rw]", "vmShares", "folders of this host; read-only without :rw"),
     CloneOption("gui", "", "vmGui", "with a screen"),
     CloneOption("cold", "", "vmCold", "it boots, though its template is frozen"),
-)
+    CloneOption("cap", "PERCENT", "vmCpuCap", "a limit of CPU time, in per cent of a processor"),
+)  # fmt: skip
 CLONE_OPTION = {option.name: option for option in CLONE_OPTIONS}
 
 
@@ -7466,7 +7469,7 @@ class CloneRequest:
     disk: int = 0  # GB of the system disk; 0: as large as the template's
     disks: Sequence[int] = ()  # GB of the others
     user_data: bytes = b""
-    prefix: str = ""  # of their names; '': they are called by their UUIDs
+    prefix: str = ""  # of their names, or those, see full_names(); '': they are called by their UUIDs
 
     def set_options(self, text: str, folder: str = "") -> None:
         """CLONE_OPTIONS, in any order, separated by `;`.  Files are looked for in the folder.  Raises UsageError."""
@@ -7480,6 +7483,9 @@ class CloneRequest:
                     f"unknown option {name!r}{did_you_mean(name, CLONE_OPTION, before=', ')}",
                     f"options are {' '.join(each.text for each in CLONE_OPTIONS)}, separated by ';'",
                 )
+        names = full_names(self.prefix)
+        if names and len({name.lower() for name in names}) != self.count:
+            raise UsageError(f"name={self.prefix}: {plural(len(names), 'name')} for a COUNT of {self.count}")
 
     def _set_option(self, option: CloneOption, given: str | None, folder: str) -> None:
         value = given or ""
@@ -7756,13 +7762,21 @@ def next_names(names: set[str], request: CloneRequest) -> list[str]:
     """The next names of a prefix: two digits from 00 (100 after 99), after the highest there is; '' for a UUID."""
     if not request.prefix:
         return [""] * request.count
-    pattern = re.compile(re.escape(request.prefix.lower()) + r"([0-9]{2,})")
-    numbers = [int(match.group(1)) for match in map(pattern.fullmatch, names) if match]
-    first = max(numbers, default=-1) + 1
-    found = [f"{request.prefix}{number:02d}" for number in range(first, first + request.count)]
+    found = full_names(request.prefix)
+    if clash := [name for name in found if name.lower() in names]:
+        raise UsageError(f"name={clash[0]}: there is such a VM in the group", "choose another name")
+    if not found:
+        first = max((number_of(request.prefix, name) for name in names), default=-1) + 1
+        found = [f"{request.prefix}{number:02d}" for number in range(first, first + request.count)]
     checked_name("VM", found[-1])
     names.update(name.lower() for name in found)
     return found
+
+
+def number_of(prefix: str, name: str) -> int:
+    """The number in a name that is this prefix and a number, whatever the case; -1 in another one."""
+    found = re.fullmatch(re.escape(prefix) + "([0-9]{2,})", name, re.IGNORECASE | re.ASCII)
+    return int(found[1]) if found else -1
 
 
 def _reserve_one(clone: NewClone, identity: Mapping[str, str]) -> None:
@@ -8388,7 +8402,7 @@ def thaw(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> bool:
             load_memory(qemu, layer.state, shared=True)
             qemu.execute("cont")
             for number, disk in enumerate(others):
-                plug_disk(qemu, number, *disk)
+                plug_disk(qemu, number + 1, number, *disk)
         if others:
             vm.write_conf({"vmPlugged": str(len(others))})
         wake_up(vm, token)
@@ -8468,9 +8482,9 @@ def add_image(qemu: QMP, node: str, path: str, format: str = "qcow2", **options:
     qemu.execute("blockdev-add", node_name=node, **image, **options)
 
 
-def plug_disk(qemu: QMP, port: int, path: str, format: str, serial: str) -> None:
+def plug_disk(qemu: QMP, number: int, port: int, path: str, format: str, serial: str) -> None:
     """Plug a disk into a running guest, as disk_args() would have it at its next start."""
-    node, bus = f"disk{port + 1}", f"port{port}"
+    node, bus = f"disk{number}", f"port{port}"
     add_image(qemu, node, path, format)
     qemu.execute("device_add", driver="virtio-blk-pci", id=node, drive=node, bus=bus, serial=serial[-20:])
 
@@ -8676,7 +8690,7 @@ def configure(wait: Wait, cloud_init: bool = False, once: bool = False) -> None:
     set it; return when it has ended, or, with `once`, is at work.  Raises Error where it failed, with causes."""
     vm, patience = wait.vm, 0
     if not cloud_init:
-        if not os.path.exists(vm.configured_file):
+        if not os.path.exists(vm.configured_file) or is_renamed(vm):
             pin_host_key(wait)
             run_in_guest(wait, guest_script("hostname.sh", NAME=vm.host_name))
             write_file(vm.configured_file, "")
@@ -8884,7 +8898,8 @@ def wait_all(cloud: Cloud, vms: Sequence[VM], seconds: float, limit: str = "") -
 def configure_later(cloud: Cloud, vms: Sequence[VM]) -> None:
     """Start a process for the VMs that must be configured over ssh.  What it can't finish, the next vmssh does."""
     vms = [vm for vm in vms if vm.is_readable() and vm.get("vmInit") != "none"]
-    names = [vm.full_name for vm in vms if vm.get("vmInit") in ("auto", "ssh") or vm.get("vmShares") or is_late(vm)]
+    late = [vm for vm in vms if vm.get("vmShares") or is_late(vm) or is_renamed(vm)]
+    names = [vm.full_name for vm in vms if vm.get("vmInit") in ("auto", "ssh") or vm in late]
     if names:
         environment = {"NOCLOUD_vmBaseDir": cloud.tree.base}
         spawn(self_argv("configure", *names), log=os.devnull, cwd="/", env=environment)
@@ -9216,6 +9231,472 @@ def snapshot_rows(tree: Tree, group: str) -> Iterator[tuple[str, ...]]:
         day = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when[key]))
         names, size = ",".join(each.vm.name for each in those), sum(each.size() for each in those)
         yield *key, day, f"{size / MIB:.0f} MB", "memory" if memory else "-", names
+
+
+# Changing VMs ########################################################################################
+#
+# One by one, or a group to what a description says.  A plan is made of what there is each time, and each of its steps
+# is whole: who was interrupted plans anew, and does what is left.
+
+DESCRIBED = {option.sets: option for option in CLONE_OPTIONS if option.sets in SETTING}
+LIVE = ("vmPorts", "vmCold")  # what needs no restart
+
+
+@record
+class Present:
+    """A VM that there is, as plans look at it."""
+
+    name: str
+    type: str
+    template: str
+    settings: Mapping[str, str]  # those of DESCRIBED
+    sizes: Sequence[int]  # of its disks, in bytes
+    unnamed: bool = False  # its name is its UUID
+    running: bool = False
+    halted: bool = False  # whoever made it or stopped it to change it was killed before it started
+    vm: Any = None
+
+
+@record
+class Step:
+    """What a plan does to a VM, or why nothing: a line of it."""
+
+    verb: str
+    name: str
+    text: str = ""
+    vm: Any = None  # that there is
+    request: CloneRequest | None = None  # for the VM alone, as it is described
+    do: Callable[[Cloud, VM], None] | None = None  # for who holds the VM's lock
+    restart: bool = False
+    loses: bool = False  # what is on a disk
+
+    @property
+    def line(self) -> str:
+        return f"{self.verb} {self.name}{self.text and ': '}{self.text}{' (restart)' if self.restart else ''}"
+
+
+def look(vm: VM) -> Present:
+    """A VM, or a template with what its clones get."""
+    state, _ = vm.state()
+    if state == "unknown" and not vm.is_template:
+        raise WrongState(f"can't tell whether it runs: {vm.pid_file}", "look as the user who started it", vm=vm)
+    settings = {}
+    for key in DESCRIBED:
+        setting = SETTING[key]
+        value = setting.default if vm.is_template and not setting.inherited and setting.where == "vm" else vm.get(key)
+        settings[key] = value and str(setting.check(value))
+    sizes = [
+        header.size if format == "qcow2" and (header := qcow2_header(disk)) else os.path.getsize(disk)
+        for disk, format in zip(vm.disks(), known_formats(vm))
+    ]
+    halted = state == "stopped" and not os.path.exists(vm.command_file)
+    unnamed, running = vm.name == vm.get("vmUuid"), state == "running"
+    return Present(vm.name, vm.type, template_of(vm), settings, sizes, unnamed, running, halted, vm)
+
+
+def template_of(vm: VM) -> str:
+    """The template that it was cloned from; of the bash tools' by what its disk stands on; '' for none."""
+    below = {os.path.dirname(path) for path in ([] if vm.get("vmTemplate") else vm.below())}
+    found = (each.name for each in vm.tree.templates() if os.path.realpath(each.folder) in below)
+    return vm.get("vmTemplate") or next(found, "")
+
+
+# -- plans
+
+
+def plan(
+    requests: Sequence[CloneRequest],
+    present: Sequence[Present],
+    templates: Mapping[str, Present],
+    replace: bool = False,
+) -> list[Step]:
+    """What makes of the VMs of a group those that are described.  Raises UsageError, with FILE:LINE, for what can't be.
+
+    `replace`: a VM that has another template is made anew.
+    """
+    pairs = match(requests, present, templates)
+    kept = [vm for _, vm in pairs]
+    steps = [Step("destroy", vm.name, vm=vm.vm, loses=True) for vm in present if vm not in kept]
+    for request, vm in pairs:
+        if vm:
+            steps += list(compare(request, vm, templates, replace)) or [Step("keep", vm.name)]
+        else:
+            steps.append(Step("create", request.prefix[:-1] or f"a VM of type {request.type}", request=request))
+    for step in steps:
+        if step.verb == "shrink" and step.request:
+            raise UsageError(f"{step.request.origin}: {step.name}: {step.text}, and a disk never shrinks")
+    return steps
+
+
+def match(
+    requests: Sequence[CloneRequest], present: Sequence[Present], templates: Mapping[str, Present]
+) -> list[tuple[CloneRequest, Present | None]]:
+    """A request for each single VM that is described, with the VM that there is.
+
+    By type and name: of a prefix the lowest numbers, new ones in the gaps.  Those without a name by type and template,
+    first of all those that are as described.
+    """
+    left = {(vm.type, vm.name.lower()): vm for vm in present}
+    given = [name.lower() for request in requests for name in full_names(request.prefix)]
+    for name in given:
+        if given.count(name) > 1:
+            raise UsageError(f"{requests[0].origin.rpartition(':')[0]}: name={name}: it is in two lines")
+    taken = {*given, *(name for _, name in left)}
+    pairs: list[tuple[CloneRequest, Present | None]] = []
+    unnamed: list[CloneRequest] = []
+    for request in requests:
+        there = [name for type, name in left if type == request.type and name not in given]
+        names = full_names(request.prefix) or numbered_names(request, there, taken)
+        for number, name in enumerate(names):
+            one = one_of_set(request, number, name)
+            if name:
+                pairs.append((one, left.pop((request.type, name.lower()), None)))
+            else:
+                unnamed.append(one)
+    for exact in (True, False):
+        for one in list(unnamed):
+            fits = (
+                key for key, vm in left.items() if vm.unnamed and (vm.type, vm.template) == (one.type, one.template)
+                and not (exact and any(compare(one, vm, templates)))
+            )  # fmt: skip
+            if found := next(fits, None):
+                pairs.append((one, left.pop(found)))
+                unnamed.remove(one)
+    return pairs + [(one, None) for one in unnamed]
+
+
+def numbered_names(request: CloneRequest, there: Iterable[str], taken: set[str]) -> list[str]:
+    """As many names of a prefix as are asked for: the lowest of those that are `there`, then new ones, `taken` now."""
+    if not request.prefix:
+        return [""] * request.count
+    numbers = {number: name for name in there if (number := number_of(request.prefix, name)) >= 0}
+    found = dict(sorted(numbers.items())[: request.count])
+    for number in range(request.count + len(taken)):
+        name = f"{request.prefix}{number:02d}"
+        if len(found) < request.count and name.lower() not in taken:
+            taken.add(name.lower())
+            found[number] = name
+    return [found[number] for number in sorted(found)]
+
+
+def one_of_set(request: CloneRequest, number: int, name: str) -> CloneRequest:
+    """The request for the one VM of that number; '': its name is its UUID."""
+    settings = dict(request.settings)
+    if "vmPorts" in settings:
+        settings["vmPorts"] = numbered_ports(settings["vmPorts"], number)
+    rest = request.disk, request.disks, request.user_data, f"{name}," if name else ""
+    return CloneRequest(request.origin, request.template, 1, request.type, settings, *rest)
+
+
+def compare(
+    request: CloneRequest, vm: Present, templates: Mapping[str, Present], replace: bool = False
+) -> Iterator[Step]:
+    """What makes a VM the one that is described.  Of a system disk of which nothing is said the size is right."""
+
+    def step(verb: str, text: str, do: Any = None, restart: bool = False, loses: bool = False) -> Step:
+        return Step(verb, vm.name, text, vm.vm, request, do, restart and vm.running, loses)
+
+    if request.template != vm.template:
+        text = f"template {vm.template or 'none'} → {request.template}"
+        yield step("replace", text, loses=True) if replace else step("keep", f"{text} (--replace)")
+        return
+    wanted = {**templates[vm.template].settings, **request.settings}
+    wanted["vmPorts"] = chosen_ports(wanted["vmPorts"], vm.settings["vmPorts"])
+    for live in (True, False):
+        changes = {key: wanted[key] for key in DESCRIBED if wanted[key] != vm.settings[key] and (key in LIVE) == live}
+        words = [f"{DESCRIBED[key].name} {vm.settings[key] or 'none'} → {changes[key] or 'none'}" for key in changes]
+        if changes:
+            yield step("change", ", ".join(words), functools.partial(change_settings, changes=changes), not live)
+    sizes = [request.disk, *request.disks]
+    for number in range(max(len(sizes), len(vm.sizes))):
+        size, has = (each[number] if number < len(each) else 0 for each in (sizes, vm.sizes))
+        has = -(-has // GIB) * GIB if number else has  # those that nocloud makes have whole GB
+        name = f"vd{chr(ord('a') + number)}" if number else "disk"
+        if number and not size:  # as all after it
+            do = functools.partial(remove_disk, number=len(sizes))
+            yield step("remove", f"{name} of {has / GIB:g} GB", do, restart=True, loses=True)
+        elif number and not has:
+            yield step("add", f"disk of {size} GB", functools.partial(add_disk, gigabytes=size))
+        elif size and size * GIB != has:
+            do = functools.partial(grow_disk, gigabytes=size, number=number)
+            yield step("grow" if size * GIB > has else "shrink", f"{name} {has / GIB:g} → {size} GB", do)
+    if vm.halted:
+        yield step("start", "")
+
+
+def chosen_ports(wanted: str, has: str) -> str:
+    """vmPorts as they are wanted, with what has been chosen for a HOST 0; as a VM has them where these are the same."""
+    old = parse_ports(has)
+    chosen = {(ip, guest): host for ip, host, guest in old}
+    new = [(ip, host or chosen.get((ip, guest), 0), guest) for ip, host, guest in parse_ports(wanted)]
+    return has if sorted(new) == sorted(old) else join_ports(new)
+
+
+def plan_group(cloud: Cloud, group: str, requests: Sequence[CloneRequest], replace: bool, force: bool) -> list[Step]:
+    """The plan for a group, all of which can be done as far as that is known before."""
+    checked_group(group)
+    templates = {name: look(cloud.tree.need_template(name)) for name in {each.template for each in requests}}
+    steps = plan(requests, [look(vm) for vm in cloud.tree.vms(group)], templates, replace)
+    anew = requests_for("replace", steps)
+    ports = [request.settings.pop("vmPorts", "") for request in anew]  # which these VMs have still
+    check_requests(cloud, group, [*anew, *requests_for("create", steps)], force)
+    for request, own in zip(anew, ports):
+        request.settings["vmPorts"] = own
+    for step in steps:
+        if step.request and step.verb == "change":
+            check_shares(cloud.config, step.vm, step.request.settings.get("vmShares", ""))
+    return steps
+
+
+def requests_for(verb: str, steps: Sequence[Step]) -> list[CloneRequest]:
+    return [step.request for step in steps if step.verb == verb and step.request]
+
+
+def describe(cloud: Cloud, group: str) -> Iterator[str]:
+    """The lines of a description of which a group is what it says; what none can say of a VM is in comments."""
+    found, templates, sets = [look(vm) for vm in cloud.tree.vms(group)], dict[str, Present](), list[list[Present]]()
+    for vm in found:
+        if not vm.template:
+            raise WrongState("it stands on no template: no description can say what it is", vm=vm.vm)
+        templates[vm.template] = templates.get(vm.template) or look(cloud.tree.need_template(vm.template))
+
+    def stem(vm: Present) -> str:
+        return vm.name.rstrip("0123456789")
+
+    def key(vm: Present) -> tuple[object, ...]:
+        return vm.type, vm.template, options_of(vm, templates[vm.template]), vm.unnamed or stem(vm)
+
+    def order(vm: Present) -> Any:
+        return *map(str, key(vm)), parse_ports(vm.settings["vmPorts"]) if vm.unnamed else (len(vm.name), vm.name)
+
+    for vm in sorted(found, key=order):
+        last = sets[-1] if sets else []
+        ports = last and result_of(functools.partial(numbered_ports, last[0].settings["vmPorts"]), len(last))
+        if last and key(last[0]) == key(vm) and ports == vm.settings["vmPorts"]:
+            last.append(vm)
+        else:
+            sets.append([vm])
+    for these in sets:
+        vm, prefix, names = these[0], stem(these[0]), [each.name for each in these]
+        alike = {each.name for each in found if prefix and stem(each).lower() == prefix.lower()}
+        is_whole = alike == {f"{prefix}{number:02d}" for number in range(len(these))}
+        name = "" if vm.unnamed else "name=" + (prefix if is_whole else ",".join(names if names[1:] else [*names, ""]))
+        ports = vm.settings["vmPorts"] and f"port={vm.settings['vmPorts'].replace('127.0.0.1:', '')}"
+        options = ";".join(filter(None, (name, options_of(vm, templates[vm.template]), ports)))
+        yield f"{vm.template}:{len(these)}:{vm.type}:{options}"
+        template = templates[vm.template].vm
+        for each in these:
+            own = ((row.key, each.vm.get(row.key)) for row in SETTINGS if row.inherited and row.key not in DESCRIBED)
+            yield from (f"# {each.name}: {key}={value}" for key, value in own if value != template.get(key))
+
+
+def options_of(vm: Present, template: Present) -> str:
+    """What a description says of a VM but its name and ports."""
+    own = [(each, vm.settings[key]) for key, each in DESCRIBED.items() if vm.settings[key] != template.settings[key]]
+    words = [f"{each.name}={value}" for each, value in own if each.metavar and each.sets != "vmPorts"]
+    words += [each.name for each, value in own if value == "yes" and not each.metavar]
+    if vm.sizes[:1] != template.sizes[:1] and vm.sizes and not vm.sizes[0] % GIB:
+        words.append(f"disk={vm.sizes[0] // GIB}")
+    if vm.sizes[1:]:
+        words.append("dsk=" + ",".join(str(-(-size // GIB)) for size in vm.sizes[1:]))
+    given = read_existing(vm.vm.user_data_file)
+    if given and given.encode("utf-8", "surrogateescape") != default_user_data():
+        words.append(f"user-data={vm.vm.user_data_file}")
+    return ";".join(words)
+
+
+# -- doing it, for who holds the VM's lock
+
+
+def change_settings(cloud: Cloud, vm: VM, changes: Mapping[str, str]) -> None:
+    """Set what its conf says; its ports are these at once."""
+    if "vmPorts" in changes:
+        set_ports(cloud, vm, parse_ports(changes["vmPorts"]))
+    vm.write_conf({key: value for key, value in changes.items() if key != "vmPorts"})
+
+
+def set_ports(cloud: Cloud, vm: VM, wanted: Sequence[tuple[str, int, int]]) -> Sequence[tuple[str, int, int]]:
+    """Publish these ports of a VM and no others, at once where it runs; the new ones."""
+    import contextlib
+
+    has, forwarder = parse_ports(vm.get("vmPorts")), cloud.forwarder(vm)
+    if vm.is_running():
+        forwarder.mend(vm)  # of a VM that was started by hand, perhaps
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(cloud.tree.lock())
+        kept, new = [each for each in has if each in wanted], [each for each in wanted if each not in has]
+        for ip, host, _ in [each for each in has if each not in wanted]:
+            forwarder.ask(f"drop {ip}:{host}")
+        new = free_ports(cloud.tree, new)
+        listeners = forwarder.open(stack, new)
+        if vm.is_running():
+            forwarder.serve(vm, listeners)
+        vm.write_conf({"vmPorts": join_ports([*kept, *new])})
+    return new
+
+
+def grow_disk(cloud: Cloud, vm: VM, gigabytes: int, number: int = 0) -> None:
+    """Make a disk larger, while it runs too; never smaller, and never under the clones of a template."""
+    import contextlib
+
+    disk = vm.disks()[number] if number < len(vm.disks()) else ""
+    if not os.path.exists(disk):
+        raise Error(f"its disk is gone: {disk}", f"see vmDisk in {vm.conf_file}", vm=vm)
+    format = known_formats(vm)[number]
+    size = image_info(disk, format)["virtual-size"]
+    if gigabytes * GIB < size:
+        raise Error(f"its disk has {size / GIB:g} GB and never shrinks", "-d takes a larger size, in GB", vm=vm)
+    if gigabytes * GIB > size:
+        if vm.is_template:
+            check_no_clones(cloud, vm)
+        set_writable(disk, True)
+        with QMP(vm.folder) if vm.is_running() else contextlib.nullcontext() as qemu:
+            node = nodes_of(qemu, vm, devices=True).get(os.path.realpath(disk)) if qemu else None
+            if qemu and node:
+                qemu.execute("block_resize", node_name=node, size=gigabytes * GIB)
+            else:
+                resize_disk(disk, format, gigabytes)
+
+
+def add_disk(cloud: Cloud, vm: VM, gigabytes: int) -> None:
+    """Make another disk, and plug it in where the guest runs and has a port for it; else it is there at its next start.
+
+    Its conf names it before the guest has it: what a guest has written to is never forgotten.
+    """
+    import contextlib
+
+    disks, plugged = vm.disks(), vm.number("vmPlugged")
+    if len(disks) >= MAX_DISKS:
+        raise UsageError(f"it has {len(disks)} disks, {MAX_DISKS} is the most", vm=vm)
+    names = (vm.disk_name(number, cloud.config["vmDiskExt"]) for number in range(len(disks), 1000))
+    name = next(name for name in names if not os.path.lexists(vm.file(name)))
+    create_disk(vm.file(name), gigabytes)
+    extra = ",".join(filter(None, (vm.get("vmExtraDisk"), vm.relative(name))))
+    conf = {"vmExtraDisk": extra, "vmDiskFormat": ",".join([*known_formats(vm), "qcow2"])}
+    with QMP(vm.folder, 60) if vm.is_running() else contextlib.nullcontext() as qemu:
+        ports = HOTPLUG_PORTS if vm.get("vmLayout") != "1" and "q35" in vm.get("vmMachine") else 0
+        there = nodes_of(qemu, vm, devices=True) if qemu and plugged < ports else {}
+        fits = there and all(os.path.realpath(disk) in there for disk in disks)  # none before it is yet to come
+        vm.write_conf({**conf, "vmPlugged": str(plugged + 1)} if fits else conf)
+        if qemu and fits:
+            plug_disk(qemu, len(disks), plugged, name, "qcow2", f"{vm.name}_{len(disks)}")
+        elif qemu:
+            report.say(f"{report.program}: {vm} has its new disk at its next start")
+
+
+def remove_disk(cloud: Cloud, vm: VM, number: int) -> None:
+    """Take a disk away from a VM that is switched off, with what is on it."""
+    disks, formats = vm.disks(), known_formats(vm)
+    if not 0 < number < len(disks):
+        raise UsageError(f"it has no disk {number}", f"it has {plural(len(disks), 'disk')}, the first one is 0", vm=vm)
+    need_stopped(cloud, vm)
+    if snapshots_of(vm):
+        raise WrongState("its snapshots have that disk, too", f"vmsnapshot --delete NAME -n {vm}", vm=vm)
+    names = vm.get("vmExtraDisk").split(",")
+    vm.write_conf({
+        "vmExtraDisk": ",".join(names[: number - 1] + names[number:]),
+        "vmDiskFormat": ",".join(formats[:number] + formats[number + 1 :]),
+    })  # fmt: skip
+    for path in own_chain(vm, disks[number]):
+        remove_file(path)
+
+
+def move_vm(cloud: Cloud, vm: VM, group: str, type: str, name: str) -> None:
+    """Give a VM that is switched off another group, type or name.  Disks, keys, address and UUID stay.
+
+    Up to the one rename it is what it was: a conf under the new name, with disks that are found in either place, is
+    there before.
+    """
+    tree, new = cloud.tree, VM(cloud.tree, checked_group(group), checked_name("type", type), checked_name("VM", name))
+    with FolderLock(vm.folder):
+        need_stopped(cloud, vm)
+        if vm.is_template or snapshots_of(vm):
+            raise WrongState("a template, or a VM with snapshots, stays what it is called, and where it is", vm=vm)
+        with tree.lock():
+            check_collision(tree, group, type)
+            others = [each for each in (*tree.unfinished(group), *tree.vms(group)) if each.folder != vm.folder]
+            if name.lower() in (each.name.lower() for each in others):
+                raise UsageError(f"{group}: there is a VM {name} in it", "choose another name")
+            if others and group_network(cloud, group) != cloud.network_kind(vm):
+                raise WrongState(f"the VMs of {group} are on another network than it", vm=vm)
+            changes = {"vmName": name}
+            for key in ("vmDisk", "vmExtraDisk"):
+                here, disks = (f"{vm.folder}/", f"{vm.full_name}/"), vm.get(key).split(",")
+                changes[key] = ",".join(disk.removeprefix(here[0]).removeprefix(here[1]) for disk in disks)
+            text = update_assignments(read_text(vm.conf_file), changes)
+            write_file(vm.file(os.path.basename(new.conf_file)), text, os.stat(vm.conf_file).st_mode & 0o644)
+            os.makedirs(os.path.dirname(new.folder), exist_ok=True)
+            os.rename(vm.folder, new.folder)
+            sync(os.path.dirname(new.folder))
+            remove_if_empty(tree, vm.group)
+        if name != vm.name:
+            for path in (vm.conf_file, vm.log_file):
+                remove_file(new.file(os.path.basename(path)))
+            write_file(new.configured_file, vm.name)
+            if os.path.exists(left := new.file(os.path.basename(vm.command_file))):
+                os.rename(left, new.command_file)  # as old as what is in it, but it tells that it has been started
+    cloud.network_of(new).withdraw([new.get("vmUuid")])
+    if cloud.network_kind(new) == "bridge":
+        cloud.network_of(new).publish(new)
+    SshConfig(cloud).refresh()
+
+
+# -- a group
+
+
+def apply_lock(tree: Tree, group: str) -> str:
+    """The folder that is locked while a description is applied to a group."""
+    return os.path.join(tree.base, f".apply-{group}")
+
+
+def carry_out(
+    cloud: Cloud, group: str, steps: Sequence[Step], restart: bool, wait: Callable[[Sequence[VM]], list[Error]]
+) -> list[Error]:
+    """Do what a plan says; the errors.  What has VMs off for a while is done one VM at a time, up to the first error.
+
+    `restart`: what needs a restart, too; `wait`: for what has been started.
+    """
+
+    def make(requests: list[CloneRequest]) -> list[Error]:
+        made, failed = instantiate(cloud, group, requests) if requests else ([], [])
+        return failed + wait(made)
+
+    errors = destroy_all(cloud, [step.vm for step in steps if step.verb == "destroy"])
+    for step in steps:
+        if step.do and not step.restart:
+            errors += filter(None, [result_of(functools.partial(change, cloud, steps=[step]), step.vm)])
+    halted = [step.vm for step in steps if step.verb == "start"]
+    errors += filter(None, start_all(cloud, halted))
+    errors += wait([vm for vm in halted if vm.is_running()]) + make(requests_for("create", steps))
+    for step in steps:
+        if step.verb == "replace" and not errors:
+            errors += destroy_all(cloud, [step.vm]) + make(requests_for("replace", [step]))
+    for vm in dict.fromkeys(step.vm for step in steps if step.restart):
+        if not restart:
+            report.say(f"{report.program}: {vm} needs a restart for that: --restart, or vmapply while it is off")
+        elif not errors:
+            its = [step for step in steps if step.vm is vm and step.restart]
+            error = result_of(functools.partial(change, cloud, steps=its, restart=True), vm)
+            errors += [error] if error else wait([vm])
+    return errors
+
+
+def change(cloud: Cloud, vm: VM, steps: Sequence[Step], restart: bool = False) -> None:
+    """Do what a plan has for a VM, which is restarted for it if that is wanted."""
+    with FolderLock(vm.folder):
+        vm.reread()
+        if restart and vm.is_running():
+            remove_file(vm.command_file)  # of one that isn't there a plan says that it is to be started
+            seconds = cloud.config.number("vmStopTimeout")
+            if not stop_locked(vm, seconds):
+                report.warn(f"no shutdown within {seconds} s, switched off: {vm.name}")
+        if not vm.is_running():
+            need_stopped(cloud, vm)
+        for step in steps:
+            if step.do:
+                step.do(cloud, vm)
+        if restart:
+            raise_first(start_all(cloud, [vm], held=True))
 
 
 # Work in a template's guest ##########################################################################
@@ -10118,7 +10599,9 @@ class Supervisor:
 
     def _is_held(self) -> bool:
         """Whether a VM of the group runs, or a command is at work on it: a rollback has them all off for a while."""
-        return any(vm.is_running() or is_locked(vm.folder) for vm in self.cloud.tree.vms(self.group))
+        vms = self.cloud.tree.vms(self.group)
+        busy = is_locked(apply_lock(self.cloud.tree, self.group))
+        return busy or any(vm.is_running() or is_locked(vm.folder) for vm in vms)
 
     def _rest(self) -> None:
         """All is quiet: hold nothing open that only waits need."""
@@ -11122,6 +11605,7 @@ def one_operand(words: Sequence[str], name: str) -> str:
 # Several commands have these.
 GROUP = Option("-g --group GROUP", "only this group")
 TYPE = Option("-t --type TYPE", "only this type")
+WAIT = Option("-w --wait [SECONDS]", "return when all are ready", default="vmWaitTimeout")
 FORCE = Option("--force", "though it is more memory than the host has")
 YES = Option("-y --yes", "don't ask")
 WHICH_VM = "the VM: NAME, GROUP/NAME or GROUP/TYPE/NAME"
@@ -11305,6 +11789,48 @@ def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, changes: Mapping[str
     return vm
 
 
+@declare(
+    Command("change", "vmchange", "[VM]", ("vm",)),
+    Option("-n --vm VM", WHICH_VM),
+    Option("-m --mem MB", "memory", MEMORY_MB),
+    Option("-c --cpu CPUS", "processors", CPU_COUNT),
+    Option("-C --cap PERCENT", "a limit of CPU time, in per cent of a processor", CPU_CAP),
+    Option("-d --disk GB", "grow its system disk to this size, while it runs too", DISK_GB),
+    Option("--add-disk GB", "another disk, while it runs too", DISK_GB),
+    Option("--remove-disk N", "destroy its disk N, with what is on it; 1 is vdb", whole_number(1, MAX_DISKS)),
+    Option("--ports PORTS", "the ports that it has from now on: [IP:]HOST:GUEST,…; '' for none", PORTS),
+    Option("--name NEW", "call it so from now on"),
+    Option("--group GROUP", "move it to this group", complete="group"),
+    Option("--type TYPE", "move it to this type"),
+    YES,
+)
+def cmd_change(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+    """change a VM that is switched off; its ports and disks while it runs, too"""
+    with Cloud(config) as cloud:
+        vm = cloud.tree.need(one_operand(words, "VM") if args.vm is None else args.vm)
+        given = {"vmMem": args.mem, "vmCpu": args.cpu, "vmCpuCap": args.cap, "vmPorts": args.ports}
+        changes = {key: str(value) for key, value in given.items() if value is not None}
+        place = [args.group or vm.group, args.type or vm.type, args.name or vm.name]
+        moves = place != [vm.group, vm.type, vm.name]
+        if not (changes or args.disk or args.add_disk or args.remove_disk or moves):
+            raise UsageError("nothing to change: say what", "-h shows how it is called")
+        if args.remove_disk:
+            confirm(args, f"what is on disk {args.remove_disk} of {vm} will be gone.", needed=True)
+        with FolderLock(vm.folder):
+            vm.reread()
+            if changes.keys() - set(LIVE) or args.remove_disk or moves or not vm.is_running():
+                need_stopped(cloud, vm)
+            if args.disk:
+                grow_disk(cloud, vm, args.disk)
+            if args.remove_disk:
+                remove_disk(cloud, vm, args.remove_disk)
+            if args.add_disk:
+                add_disk(cloud, vm, args.add_disk)
+            change_settings(cloud, vm, changes)
+        if moves:
+            move_vm(cloud, vm, *place)
+
+
 COLD = Option("--cold", "have them boot, though their template is frozen (vmtemplate --warm)")
 ALLOW_SHARE = Option("--allow-share DIR", "with -f: share= may name folders below DIR, too, not only below FILE's own")
 
@@ -11319,7 +11845,7 @@ ALLOW_SHARE = Option("--allow-share DIR", "with -f: share= may name folders belo
     Option("-o --options OPTIONS", "; ".join(each.text for each in CLONE_OPTIONS)),
     ALLOW_SHARE,
     COLD,
-    Option("-w --wait [SECONDS]", "return when all are ready", default="vmWaitTimeout"),
+    WAIT,
     Option("--dry-run", "check everything, say what would be made, make nothing"),
     FORCE,
 )
@@ -11382,19 +11908,21 @@ def report_errors(errors: Sequence[Error]) -> int:
     ALLOW_SHARE,
     COLD,
     Option("--add", "with -f: though the group has VMs already; they are run too"),
+    Option("--apply", "with -f: first have the group be what FILE says, as vmapply does; ^C keeps its VMs"),
     Option("--background", "return when all VMs are ready"),
-    Option("--destroy", "with -r: ^C destroys them"),
+    Option("--destroy", "with -r or --apply: ^C destroys them"),
+    YES,
     FORCE,
 )
 def cmd_run(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """run a group in the foreground"""
     if sum(each is not None for each in (args.file, args.resume, args.stop)) != 1:
         raise UsageError("give exactly one of -f FILE, -r GROUP and -s GROUP", "-h shows how it is called")
-    for name in ("group", "allow_share", "cold", "add", "force"):
+    for name in ("group", "allow_share", "cold", "add", "apply", "force"):
         if args.file is None and getattr(args, name):
             raise UsageError(f"--{name.replace('_', '-')} goes with -f FILE only")
-    if args.destroy and args.resume is None:
-        raise UsageError("--destroy goes with -r GROUP only")
+    if args.destroy and args.resume is None and not args.apply:
+        raise UsageError("--destroy goes with -r GROUP and --apply only")
     if args.gui and args.stop is not None:
         raise UsageError("-g goes with -f FILE and -r GROUP")
     if args.stop is not None:
@@ -11412,6 +11940,12 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
         group, requests = args.resume, []
         if args.file is not None:
             group = args.group or cloud.tree.group_called(group_of_file(args.file))
+        if args.apply:
+            vars(args).update(dict.fromkeys(("dry_run", "restart", "replace", "wait")))  # vmapply's
+            status = apply(cloud, group, read_description(args.file, config["vmSubGroup"], args.allow_share), args)
+            if status:
+                return status
+        elif args.file is not None:
             requests = read_description(args.file, config["vmSubGroup"], args.allow_share)
             if not args.add:
                 check_new_group(list(cloud.tree.vms(group)), group)  # else its own ports would be in the way
@@ -11423,8 +11957,60 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
             raise UsageError("templates are not run as a group", "vm -n NAME runs one")
         else:
             cloud.tree.need_group(group)
-        end = KEEP if args.resume is not None and not args.destroy else DESTROY
+        end = KEEP if (args.resume is not None or args.apply) and not args.destroy else DESTROY
         return supervise(cloud, group, requests, bool(requests) and not args.add, args.gui, background, end)
+
+
+@declare(
+    Command("apply", "vmapply"),
+    Option("-f --file FILE", "the description (-: stdin); the file's name is the group's"),
+    Option("-g --group GROUP", "the group, if not the file's name", complete="group"),
+    Option("--describe", "write the description that GROUP is"),
+    Option("--dry-run", f"only show the plan; exit status {EXIT_DIFFERS}: there is something to do"),
+    Option("--restart", "restart VMs, one at a time, where that is needed"),
+    Option("--replace", "make VMs anew, one at a time, that have another template; what is on their disks is lost"),
+    WAIT,
+    ALLOW_SHARE,
+    YES,
+    FORCE,
+)
+def cmd_apply(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+    """make a group what a description file says: make, change and destroy VMs"""
+    with Cloud(config) as cloud:
+        if args.describe:
+            cloud.tree.need_group(args.group or "")
+            for line in describe(cloud, args.group):
+                report.data(line)
+            return EXIT_DONE
+        if args.file is None:
+            raise UsageError("-f FILE is missing", "-h shows how it is called")
+        group = group_of_file(args.file) if args.group is None else args.group
+        requests = read_description(args.file, config["vmSubGroup"], args.allow_share)
+        return apply(cloud, group, requests, args)
+
+
+def apply(cloud: Cloud, group: str, requests: Sequence[CloneRequest], args: argparse.Namespace) -> int:
+    """Show the plan for a group, and do what it says; the exit status."""
+    import contextlib
+
+    with contextlib.ExitStack() as stack:
+        if not args.dry_run:
+            cloud.tree.prepare()
+            stack.enter_context(FolderLock(apply_lock(cloud.tree, group), make=True))
+            stack.callback(remove_empty, apply_lock(cloud.tree, group))
+        steps = plan_group(cloud, group, requests, bool(args.replace), args.force)
+        todo = [step for step in steps if step.verb != "keep"]
+        for step in steps:
+            if todo or step.text:
+                report.data(step.line)
+        if not todo:
+            report.data("nothing to do")
+        if args.dry_run:
+            return EXIT_DIFFERS if todo else EXIT_DONE
+        lost = [step.line for step in steps if step.loses and (args.restart or not step.restart)]
+        if lost:
+            confirm(args, f"{'; '.join(lost)}: what is on these disks will be gone.", needed=True)
+        return report_errors(carry_out(cloud, group, todo, args.restart, functools.partial(end_start, cloud, args)))
 
 
 @declare(
@@ -11448,33 +12034,13 @@ def cmd_port(config: Config, args: argparse.Namespace, words: list[str]) -> None
         asked = checked(PORTS, one_operand(words, "[IP:]HOST:GUEST") or "-", repr(words[0]))
         with FolderLock(vm.folder):
             vm.reread()
-            new = change_ports(cloud, vm, parse_ports(asked), args.delete)
+            has, ports = parse_ports(vm.get("vmPorts")), parse_ports(asked)
+            if args.delete and (stray := [each for each in ports if each not in has]):
+                raise NotFound(f"{join_ports(stray)} is not published", "vmport -L lists what is", vm=vm)
+            kept = [each for each in has if each not in ports] if args.delete else [*has, *ports]
+            new = set_ports(cloud, vm, kept)
         for ip, host, guest in new:
             report.data(f"{vm.name} {vm.place} {ip}:{host} {guest}")
-
-
-def change_ports(
-    cloud: Cloud, vm: VM, asked: Sequence[tuple[str, int, int]], delete: bool
-) -> Sequence[tuple[str, int, int]]:
-    """Publish these ports of a VM too, or no more, at once where it runs; the new ones.  For who holds its lock."""
-    import contextlib
-
-    has, forwarder = parse_ports(vm.get("vmPorts")), cloud.forwarder(vm)
-    if vm.is_running():
-        forwarder.mend(vm)  # of a VM that was started by hand, perhaps
-    new = [each for each in asked if each not in has]
-    if delete and new:
-        raise NotFound(f"{join_ports(new)} is not published", "vmport -L lists what is", vm=vm)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(cloud.tree.lock())
-        kept, new = ([each for each in has if each not in asked], []) if delete else (has, free_ports(cloud.tree, new))
-        listeners = forwarder.open(stack, new)
-        if vm.is_running():
-            forwarder.serve(vm, listeners)
-        vm.write_conf({"vmPorts": join_ports([*kept, *new])})
-        for ip, host, _ in asked if delete else ():
-            forwarder.ask(f"drop {ip}:{host}")
-    return new
 
 
 WAYS_IN = """\
@@ -11568,9 +12134,13 @@ def split_name(args: argparse.Namespace, words: list[str]) -> tuple[str | None, 
     return (args.name, words) if args.name is not None or not words else (words[0], words[1:])
 
 
-def confirm(args: argparse.Namespace, question: str) -> None:
-    """On a terminal, without -y: go on only where the answer is yes.  Elsewhere it is said, and done."""
-    if args.yes or not (sys.stdin.isatty() and sys.stderr.isatty()):
+def confirm(args: argparse.Namespace, question: str, needed: bool = False) -> None:
+    """On a terminal, without -y: go on only where the answer is yes.  Elsewhere it is said, and done, but where -y is
+    `needed`."""
+    asks = sys.stdin.isatty() and sys.stderr.isatty()
+    if not args.yes and not asks and needed:
+        raise Error(f"{question} Nothing has been done", "-y says that it is meant")
+    if args.yes or not asks:
         report.say(f"{report.program}: {question}")
         return
     report.say(f"{report.program}: {question} Go on? [y/N]")
@@ -11733,7 +12303,7 @@ def wait_login(cloud: Cloud, vm: VM, fresh: bool = False) -> None:
     template = fresh and vm.is_template and vm.get("vmInit") != "none"
     seeded = vm.get("vmInit") == "cloud-init" and not os.path.exists(vm.configured_file)
     try:
-        if template or seeded or vm.get("vmInit") in ("ssh", "auto"):
+        if template or seeded or vm.get("vmInit") in ("ssh", "auto") or is_renamed(vm):
             configure(wait, cloud_init=seeded, once=True)
         if template:
             clean_at_shutdown(cloud, vm)
@@ -12336,6 +12906,7 @@ EXIT_STATUSES = {
     EXIT_DONE: "done",
     EXIT_FAILED: "it could not be done, or one of the VMs failed",
     EXIT_USAGE: "wrong usage, or a mistake in a file",
+    EXIT_DIFFERS: "vmapply --dry-run: there is something to do",
     EXIT_TIMEOUT: "a wait ran out",
     EXIT_MISSING: "unknown command, or a program is missing",
     EXIT_INTERRUPTED: "interrupted",

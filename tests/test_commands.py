@@ -56,6 +56,35 @@ OPTIONS: dict[str, Options] = {
         "--dry-run": False,
         "--force": False,
     },
+    "vmapply": {
+        "-f": True,
+        "-g": True,
+        "--describe": False,
+        "--dry-run": False,
+        "--restart": False,
+        "--replace": False,
+        "-w": None,
+        "--wait": None,
+        "--allow-share": True,
+        "-y": False,
+        "--yes": False,
+        "--force": False,
+    },
+    "vmchange": {
+        "-n": True,
+        "-m": True,
+        "-c": True,
+        "-C": True,
+        "-d": True,
+        "--add-disk": True,
+        "--remove-disk": True,
+        "--ports": True,
+        "--name": True,
+        "--group": True,
+        "--type": True,
+        "-y": False,
+        "--yes": False,
+    },
     "vmcreate": {"-n": True, "-i": True, "-m": True, "-c": True, "-C": True, "-d": True, "-a": False},
     "vmrun": {
         "--cold": False,
@@ -66,6 +95,9 @@ OPTIONS: dict[str, Options] = {
         "--group": True,
         "--allow-share": True,
         "--add": False,
+        "--apply": False,
+        "-y": False,
+        "--yes": False,
         "--background": False,
         "--destroy": False,
         "--force": False,
@@ -126,7 +158,14 @@ OPTIONS: dict[str, Options] = {
     "man": {},
 }
 # For the options whose values are no numbers.
-VALUES = {"--init": "ssh", "--user": "me", "--sha256": "a" * 64, "--sha512": "a" * 128}
+VALUES = {
+    "--ports": "8064:80",
+    "--remove-disk": "4",
+    "--init": "ssh",
+    "--user": "me",
+    "--sha256": "a" * 64,
+    "--sha512": "a" * 128,
+}
 EVERYWHERE: Options = {"-h": False, "--help": False, "-v": False, "--version": False, "--debug": False}
 
 

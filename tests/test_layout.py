@@ -40,6 +40,7 @@ SECTIONS = [
     "Starting",
     "Waiting until ready",
     "Snapshots",
+    "Changing VMs",
     "Work in a template's guest",
     "Consoles",
     "Supervisor",

@@ -378,7 +378,7 @@ def test_not_ready_is_told(blank: Cloud) -> None:
         (("-s", "nosuch"), 1, "no such group"),
         (("-r", "templates"), 2, "vm -n NAME"),
         (("-r", "x", "--add"), 2, "-f FILE only"),
-        (("-f", "x", "--destroy"), 2, "--destroy goes with -r GROUP only"),
+        (("-f", "x", "--destroy"), 2, "--destroy goes with -r GROUP and --apply only"),
         (("-f", "-"), 2, "--group"),
         (("-f", "nosuch"), 2, "No such file"),
         (("-f", "bad"), 2, "bad:2"),
