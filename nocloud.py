@@ -1187,8 +1187,6 @@ _INSTALLERS = (
     ("dnf", "dnf install", 1, ("fedora", "rhel")),
     ("pacman", "pacman -S", 2, ("arch",)),
 )
-
-
 GUEST_OUTPUT = 64 << 10  # how much of what a guest says is kept: the last bytes
 
 
