@@ -66,23 +66,39 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 TYPE_CHECKING = False  # typing costs 7 ms at start-up and nothing here needs it at run time
 if TYPE_CHECKING:
     import argparse
+    import asyncio
+    import base64
+    import binascii
+    import codecs
+    import contextlib
     import ctypes
     import difflib
+    import fnmatch
+    import glob
     import grp
+    import gzip
     import hashlib
     import http.client
     import ipaddress
     import json
+    import lzma
     import pwd
+    import resource
     import select
     import selectors
     import shlex
     import shutil
     import socket
+    import ssl
     import subprocess
+    import tarfile
+    import termios
+    import textwrap
     import threading
+    import tty
     import urllib.request
     import zipfile
+    import zlib
     from dataclasses import dataclass as record
     from typing import Any
 else:
@@ -99,8 +115,10 @@ else:
             return value
 
     _LATER = (
-        "ctypes", "difflib", "grp", "hashlib", "ipaddress", "json", "pwd", "select", "selectors", "shlex", "shutil",
-        "socket", "subprocess", "threading", "zipfile",
+        "argparse", "asyncio", "base64", "binascii", "codecs", "contextlib", "ctypes", "difflib", "fnmatch", "glob",
+        "grp", "gzip", "hashlib", "ipaddress", "json", "lzma", "pwd", "resource", "select", "selectors", "shlex",
+        "shutil", "socket", "ssl", "subprocess", "tarfile", "termios", "textwrap", "threading", "tty", "zipfile",
+        "zlib",
     )  # fmt: skip
     globals().update({name: Module(name) for name in _LATER})
 
@@ -4860,12 +4878,10 @@ def clash(one: str, other: str) -> bool:
 def listen(tree: Tree, ip: str, host: int) -> socket.socket:
     """A listener of this host.  Raises Error, which says who has the port where that can be known.  One that is taken
     is tried for a second: it may be a VM's that has ended just now."""
-    import socket as sockets
-
     what = f"port {host} of {ip} can't be published"
     for _ in range(50):
         try:
-            return sockets.create_server((ip, host), backlog=4096)
+            return socket.create_server((ip, host), backlog=4096)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 hint = f"sudo sysctl -w net.ipv4.ip_unprivileged_port_start={host}"
@@ -4903,8 +4919,6 @@ class Forwarder:
     def ask(self, text: str, *fds: int) -> set[str]:
         """Tell it something; the ports that it serves then, as IP:HOST.  Raises Error where it doesn't answer.  With a
         listener for it, `fds`, it is started where it isn't there."""
-        import socket as sockets
-
         if not fds and not self.is_there():
             return set()
         with FolderLock(self.folder, make=True):  # under which it ends, too
@@ -4914,7 +4928,7 @@ class Forwarder:
                     environment = {"NOCLOUD_vmBaseDir": self.tree.base}
                     spawn(words, log=self.log_file, cwd="/", pass_fds=[control.fileno()], env=environment)
             with connect_unix(self.folder, "socket", 30) as control:
-                sockets.send_fds(control, [text.encode()], fds)
+                socket.send_fds(control, [text.encode()], fds)
                 answer = b"".join(iter(lambda: control.recv(65536), b"")).decode()
         if not answer:
             raise Error(f"ports are not forwarded: {last_line(read_tail(self.log_file)) or 'no answer'}")
@@ -4932,8 +4946,6 @@ class Forwarder:
 
     def mend(self, vm: VM) -> None:
         """Have it serve what it doesn't, though the VM runs; what can't be is said."""
-        import contextlib
-
         try:
             with contextlib.ExitStack() as stack:
                 served = self.ask("list")
@@ -4957,9 +4969,6 @@ class Forwarding:
     """What the forwarder does, in one thread.  `close` ends what it serves, by IP:HOST."""
 
     def __init__(self, forwarder: Forwarder, control: socket.socket) -> None:
-        import asyncio
-        import resource
-
         self.forwarder, self.control = forwarder, control
         self.close: dict[str, Callable[[], None]] = {}
         self.most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -4976,16 +4985,14 @@ class Forwarding:
 
     def _asked(self) -> None:
         """Someone connects who asks something, Forwarder.ask(), or only whether we live."""
-        import socket as sockets
-
         with self.control.accept()[0] as asker:
             asker.settimeout(5)
-            text, fds, _, _ = sockets.recv_fds(asker, 4096, 1)
+            text, fds, _, _ = socket.recv_fds(asker, 4096, 1)
             if not text:
                 return
             verb, *words = text.decode().split()
             if verb == "serve" and fds:  # else there were no descriptors left
-                self._serve(sockets.socket(fileno=fds[0]), *words)
+                self._serve(socket.socket(fileno=fds[0]), *words)
             elif verb == "drop":
                 self._drop(words[0])
             asker.sendall(" ".join([verb, *self.close]).encode())
@@ -5028,22 +5035,19 @@ class Forwarding:
     async def _join(self, client: socket.socket, address: str, port: int) -> None:
         """Join a connection to one of the guest's until both directions have ended; where that can't be, reset both.
         By recv and send: splice(2), through pipes of 64 KB or 1 MB, was no faster when it was measured."""
-        import asyncio
-        import contextlib
-        import socket as sockets
 
         async def flow(source: socket.socket, sink: socket.socket) -> None:
             while data := await self.loop.sock_recv(source, MIB):
                 await self.loop.sock_sendall(sink, data)
                 await asyncio.sleep(0)  # the others' turn: neither waits where it needn't
-            sink.shutdown(sockets.SHUT_WR)
+            sink.shutdown(socket.SHUT_WR)
 
-        with contextlib.suppress(OSError, Error), client, sockets.socket() as guest:
+        with contextlib.suppress(OSError, Error), client, socket.socket() as guest:
             for end in (client, guest):
                 end.setblocking(False)
-                end.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_NODELAY, 1)
-                end.setsockopt(sockets.SOL_SOCKET, sockets.SO_KEEPALIVE, 1)
-                end.setsockopt(sockets.SOL_SOCKET, sockets.SO_LINGER, struct.pack("ii", 1, 0))  # to close is to reset
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # to close is to reset
             if not is_ipv4(address):  # only DHCP knows it
                 address = self.forwarder.network.address(self.forwarder.tree.need(address))
                 if not address:  # connect(2) would take none for this host
@@ -5057,7 +5061,7 @@ class Forwarding:
                     each.cancel()
                 await asyncio.gather(*flows, return_exceptions=True)
             for end in (client, guest):
-                end.setsockopt(sockets.SOL_SOCKET, sockets.SO_LINGER, struct.pack("ii", 0, 0))
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
 
 
 # Shared folders ######################################################################################
@@ -5289,8 +5293,6 @@ def waking_words(vm: VM, keys: Sequence[str], token: str) -> bytes:
 
 
 def _base64(text: str) -> str:
-    import binascii
-
     return binascii.b2a_base64(text.encode("utf-8", "surrogateescape"), newline=False).decode()
 
 
@@ -5306,9 +5308,6 @@ USER_DATA_STARTS = ("#!", "#cloud-config", "#include", "#cloud-boothook", "#part
 
 def read_user_data(path: str) -> bytes:
     """A file of the user's own additions, at most 1 MB.  Raises UsageError where cloud-init would pass over it."""
-    import gzip
-    import zlib
-
     try:
         if stat.S_ISFIFO(os.stat(path).st_mode) and not path.startswith("/dev/fd/"):  # a shell's <(…) has a writer
             raise UsageError(f"{path}: a pipe, and no file", "write it into a file")
@@ -5382,8 +5381,6 @@ def user_data(vm: VM, keys: Sequence[str], added: bytes) -> bytes:
     the end of the user's (Merge-Type).  Were ours vendor-data, a list of keys in the user's would take its place.  The
     boothook is run even where no part after it can be read.
     """
-    import base64
-
     (defaults, binding, last), kind = cloud_config(vm, keys), b"Content-Type: text/cloud-config\n"
     if added and not is_mime(added):
         head = b'Content-Type: text/plain\nContent-Disposition: attachment; filename="user-data"\n'
@@ -5440,8 +5437,6 @@ def printable_ascii(text: str) -> str:
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
-    import json
-
     return json.dumps(value, indent=1).encode() + b"\n"
 
 
@@ -5520,8 +5515,6 @@ class SshConfig:
 
     def users(self, name: str) -> str:
         """A file of the user's, where ssh looks for it: it heeds no HOME."""
-        import pwd
-
         return os.path.join(pwd.getpwuid(os.getuid()).pw_dir, ".ssh", name)
 
     def text(self) -> tuple[str, list[str]]:
@@ -5541,8 +5534,6 @@ class SshConfig:
 
     def _taken(self, vm: VM, name: str, own: Sequence[str], patterns: Sequence[str]) -> str:
         """Why the VM doesn't get this name, or ''."""
-        import fnmatch
-
         if name not in own:
             return "another VM is called so"
         if "." in vm.group or re.fullmatch(self.OTHERS, name.lower()):
@@ -5555,8 +5546,6 @@ class SshConfig:
 
     def _patterns(self) -> list[str]:
         """What the Host and Match lines of the user's configuration name, but for what means any host."""
-        import glob
-
         files, found = [self.users("config")], []
         for path in files:  # grows by what is included
             for line in read_text(path).splitlines() if os.path.isfile(path) else ():
@@ -5750,8 +5739,6 @@ def catalogue_rows(tree: Tree) -> list[tuple[str, str, str, str]]:
 
 def catalogue_help() -> str:
     """The end of vmtemplate's help."""
-    import textwrap
-
     try:
         names = " ".join(load_catalogue().entries)
     except Error as error:
@@ -5823,9 +5810,6 @@ def status_error(url: str, code: int, reason: str) -> WebError:
 
 def web_error(url: str, error: Exception) -> WebError:
     """What urllib and the layers under it raise, as one line; TryAgain where another try makes sense."""
-    import socket
-    import ssl
-
     reason = getattr(error, "reason", "") or error
     if hasattr(error, "code"):
         return status_error(url, error.code, str(reason))
@@ -6057,8 +6041,6 @@ def choose_listed(listed: Sequence[tuple[str, str]], wanted: str) -> tuple[str, 
     same digest for `latest` and for a dated name, and then the dated one is taken: it doesn't move.
     Raises ValueError where it gives none, or two.
     """
-    import fnmatch
-
     extension = os.path.splitext(wanted)[1]
     fitting = [each for each in listed if fnmatch.fnmatchcase(each[0], wanted)]
     if not fitting and len(listed) == 1 and listed[0][0].endswith(("", extension)[bool(listed[0][0])]):
@@ -6084,9 +6066,6 @@ UNPACK_MEMORY = 128 * MIB  # xz -9 takes 65: a stream can ask for 4 GB
 
 def unpacked(kind: str, pieces: Iterable[bytes]) -> Iterator[bytes]:
     """What comes out of a stream, xz or gzip, in pieces and in bounded memory.  Raises Altered where it isn't whole."""
-    import lzma
-    import zlib
-
     machine: Any = None  # of the stream that is being read; none between two
     try:
         for piece in pieces:
@@ -6193,8 +6172,6 @@ class CachedImage:
     def keep(self, disk: str) -> None:
         """Take a copy of a disk in place of all that have the same name but for its last part.  Without it the next
         build takes longer, and no more than that."""
-        import shutil
-
         self.clear()
         try:
             shutil.copyfile(disk, self.image)
@@ -6231,8 +6208,6 @@ class Source:
 
     def fetch(self, folder: str, progress: Progress) -> None:
         """Make `image` in the folder, going on with what is there.  Raises Altered for what wasn't published."""
-        import hashlib
-
         digest, part = hashlib.new(self.algorithm), os.path.join(folder, "image.part")
         self.receive(part, digest.update, progress)
         found = digest.hexdigest()
@@ -7105,8 +7080,6 @@ def build_error(build: Build, cause: str) -> Error:
 
 def unpack_system(archive: str, tree: str) -> dict[str, tuple[int, int]]:
     """Extract the tar as whoever we are; the owners, (uid, gid), that its members should have had."""
-    import tarfile
-
     owners: dict[str, tuple[int, int]] = {}
 
     def members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -7136,8 +7109,6 @@ def put_file(tree: str, name: str, content: str = "", link: str = "") -> None:
 
 def clean_system(tree: str) -> None:
     """Take out what must be each clone's own, and what only costs space."""
-    import glob
-
     for pattern in packaged_list("build/litter"):
         for path in glob.glob(os.path.join(glob.escape(tree), pattern)):
             if os.path.isdir(path) and not os.path.islink(path):
@@ -7263,8 +7234,6 @@ def build_disk(build: Build, new: NewTemplate) -> None:
 
 def build_recipe(build: Build) -> str:
     """A short name for all that decides about the result but the packages' versions."""
-    import hashlib
-
     parts = [file_digest(program_path()), *(name + packaged(f"build/{name}") for name in packaged_files("build"))]
     parts += [build.suite, *build.packages, *build.sources, str(build.gigabytes)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
@@ -7277,8 +7246,6 @@ def archive_state(build: Build, web: Web) -> str:
     web server, wants a login or doesn't answer, or where mmdebstrap chooses them, it is the date.  Raises NotFound
     where there is no such suite.
     """
-    import hashlib
-
     if not build.sources:
         return time.strftime("%Y%m%d")
     seen: list[str] = []
@@ -7298,8 +7265,6 @@ def archive_state(build: Build, web: Web) -> str:
 def template_from_packages(cloud: Cloud, name: str, build: Build, settings: Mapping[str, str], again: bool) -> None:
     """A template from a suite's packages: self-contained and bootable, with ssh, DHCP, python3 and no identity.  What
     was built before from the same packages is used, unless `again`."""
-    import shutil
-
     os.environ.update(apt_proxies())
     web = Web(min(10, cloud.config.number("vmDownloadTimeout")))
     cached = CachedImage(f"build-{build_recipe(build)}-{archive_state(build, web)}")
@@ -9515,8 +9480,6 @@ def change_settings(cloud: Cloud, vm: VM, changes: Mapping[str, str]) -> None:
 
 def set_ports(cloud: Cloud, vm: VM, wanted: Sequence[tuple[str, int, int]]) -> Sequence[tuple[str, int, int]]:
     """Publish these ports of a VM and no others, at once where it runs; the new ones."""
-    import contextlib
-
     has, forwarder = parse_ports(vm.get("vmPorts")), cloud.forwarder(vm)
     if vm.is_running():
         forwarder.mend(vm)  # of a VM that was started by hand, perhaps
@@ -9535,8 +9498,6 @@ def set_ports(cloud: Cloud, vm: VM, wanted: Sequence[tuple[str, int, int]]) -> S
 
 def grow_disk(cloud: Cloud, vm: VM, gigabytes: int, number: int = 0) -> None:
     """Make a disk larger, while it runs too; never smaller, and never under the clones of a template."""
-    import contextlib
-
     disk = vm.disks()[number] if number < len(vm.disks()) else ""
     if not os.path.exists(disk):
         raise Error(f"its disk is gone: {disk}", f"see vmDisk in {vm.conf_file}", vm=vm)
@@ -9561,8 +9522,6 @@ def add_disk(cloud: Cloud, vm: VM, gigabytes: int) -> None:
 
     Its conf names it before the guest has it: what a guest has written to is never forgotten.
     """
-    import contextlib
-
     disks, plugged = vm.disks(), vm.number("vmPlugged")
     if len(disks) >= MAX_DISKS:
         raise UsageError(f"it has {len(disks)} disks, {MAX_DISKS} is the most", vm=vm)
@@ -10135,8 +10094,6 @@ def screenshot(vm: VM) -> bytes:
 
 def png_of(ppm: bytes) -> bytes:
     """A PNG (RFC 2083) of a PPM of 8 bits, which every qemu writes; PNG only since 7.1, and where built with libpng."""
-    import zlib
-
     with Parsing(Error, "qemu: what it wrote of its screen is no PPM"):
         kind, size, depth, pixels = ppm.split(b"\n", 3)
         width, height = map(int, size.split())
@@ -10174,9 +10131,6 @@ def join_line(vm: VM, connection: socket.socket, greeting: str, leave: bytes, dr
     """Join a line to stdin and stdout; a terminal is in raw mode meanwhile.  `drop`: what Ctrl-C stands for.
     A signal's SystemExit passes through here, so its modes come back.  TCSANOW: the other ways wait until the terminal
     has shown everything, which a stopped one never has."""
-    import termios
-    import tty
-
     with connection:
         if not os.isatty(0):
             ended = relay_line(connection, leave, drop)
@@ -10252,8 +10206,6 @@ def log_pieces(process: Process | None, path: str, old: str = "") -> Iterator[by
 
 def for_terminal(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """What a guest wrote, without what only its own terminal should obey."""
-    import codecs
-
     decode, held = codecs.getincrementaldecoder("utf-8")("replace").decode, ""
     unfinished = r"\r{0,9}(?:\x1b(?:\][^\x07\x1b]{0,99}\x1b?|[^A-Za-z]{0,20}))?\Z"
     for piece in pieces:
@@ -11307,8 +11259,6 @@ NEEDED_ON = {  # what is wrong there is a warning where VMs are on another netwo
 
 def doctor_help() -> str:
     """The end of doctor's help."""
-    import textwrap
-
     return textwrap.fill(f"CHECKS, all by default: {', '.join(ALL_CHECKS)}.", 78, break_on_hyphens=False)
 
 
@@ -11538,7 +11488,6 @@ def option_with_value(command: Command, word: str) -> tuple[Option | None, str]:
 
 def build_parser(command: Command, program: str, config: Config) -> argparse.ArgumentParser:
     """The parser of one command; its help shows the defaults in force."""
-    import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
@@ -11989,8 +11938,6 @@ def cmd_apply(config: Config, args: argparse.Namespace, words: list[str]) -> int
 
 def apply(cloud: Cloud, group: str, requests: Sequence[CloneRequest], args: argparse.Namespace) -> int:
     """Show the plan for a group, and do what it says; the exit status."""
-    import contextlib
-
     with contextlib.ExitStack() as stack:
         if not args.dry_run:
             cloud.tree.prepare()
@@ -12375,8 +12322,6 @@ def cmd_cp(config: Config, args: argparse.Namespace, words: list[str]) -> int:
 
 def find_places(cloud: Cloud, word: str) -> list[tuple[VM | None, str]]:
     """An operand of vmcp: (its VM, None for this host; as scp is told it); several where it is a pattern of VMs."""
-    import fnmatch
-
     head, colon, path = word.partition(":")
     login, at, name = head.rpartition("@")
     if not colon or word[0] in "./":
@@ -12922,8 +12867,6 @@ def bold(text: str) -> str:
 
 def wrapped(text: str) -> str:
     """A paragraph of running text, in lines that stay under 80 bytes."""
-    import textwrap
-
     return "\n".join(map(roff, textwrap.wrap(text, 60, break_long_words=False, break_on_hyphens=False)))
 
 
@@ -13010,8 +12953,6 @@ class InstalledFile:
 
     def fingerprint(self) -> str:
         """As Installation.fingerprint()."""
-        import hashlib
-
         return f"link {self.link}" if self.link else f"sha256 {hashlib.sha256(self.content).hexdigest()}"
 
 
@@ -13052,8 +12993,6 @@ class Installation:
 
     def __init__(self, prefix: str, root: str = "") -> None:
         """Raises UsageError where PREFIX can't stand in a unit file, Error where the record can't be relied on."""
-        import json
-
         if not re.fullmatch(r"(/(?!\.\.?(/|$))[A-Za-z0-9._+-]+)+/*", prefix):
             raise UsageError(f"PREFIX={prefix}: expected an absolute path of letters, digits and ._+-")
         self.prefix, self.root = prefix.rstrip("/"), root.rstrip("/")
@@ -13077,8 +13016,6 @@ class Installation:
 
     def save(self, **host: Any) -> None:
         """Write the record, with what is going to be changed on the host."""
-        import json
-
         self.host.update(host)
         known = {"version": __version__, "files": self.files, "folders": self.folders, "host": self.host}
         write_file(self.record, json.dumps(known, indent=1) + "\n", 0o644)
@@ -13161,8 +13098,6 @@ class Installation:
 
     def _sweep(self) -> None:
         """Remove what a killed call left of a file that it was writing: of those in the record, or of that itself."""
-        import glob
-
         for path in (self.record, *map(self.real, self.files)):
             for left in glob.glob(f"{glob.escape(path)}.*.tmp"):
                 remove_file(left)
@@ -13305,8 +13240,6 @@ class HostSetup:
 
     def membership(self) -> str:
         """What who called sudo has to do to have VMs on the bridge, or ''."""
-        import pwd
-
         user, helper = os.environ.get("SUDO_USER", "root"), os.stat(HostBridge(self.config).helper())
         groups = os.getgrouplist(user, pwd.getpwnam(user).pw_gid)
         if user == "root" or helper.st_mode & stat.S_IXOTH or helper.st_gid in groups:
@@ -13389,8 +13322,6 @@ def install(installation: Installation, only_look: bool) -> None:
 
 def undo_installation(installation: Installation) -> None:
     """Take it away, and say what stays.  Twice is harmless.  Raises WrongState where VMs run."""
-    import glob
-
     place = installation.real(installation.prefix)
     if not installation.exists:
         report.say(f"nothing is installed in {place}")
@@ -13438,8 +13369,6 @@ def check_nothing_runs() -> None:
 )
 def cmd_setup(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """install this program on the host, as `make install` does"""
-    import contextlib
-
     exclusive(args, "check", "undo")
     root = os.path.abspath(args.destdir) if args.destdir else ""
     if not root and os.geteuid() != 0:
@@ -13459,8 +13388,6 @@ OF_USER = Option("--user", "by your own systemd, as for everybody but root")
 
 def at_boot(config: Config, args: argparse.Namespace, words: Sequence[str], wanted: bool) -> None:
     """Have systemd run a group, now and from each boot on, or no more; by a unit of ours where none is installed."""
-    import glob
-
     tree, user = Tree(config), ["--user"] if args.user or os.geteuid() else []
     group = checked_group(tree.group_called(one_operand(words, "GROUP")))
     path = (
@@ -13526,8 +13453,6 @@ nocloud COMMAND -h shows a command's options."""
 
 
 def overview_row(command: Command) -> str:
-    import textwrap
-
     text = f"  {command.name:<12} {command.alias:<14} {command.help}"
     return textwrap.fill(text, terminal_width(), subsequent_indent=" " * 30, break_on_hyphens=False)
 
