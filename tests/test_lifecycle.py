@@ -723,7 +723,6 @@ OPTIONS = (
         ("net exec", 2, "which command?", "nocloud net exec CMD..."),
         ("bridge", 2, "no verb: expected start, stop, accept, dnsmasq, ready or subnet", ""),
         ("completion tcsh", 2, "tcsh: no completion for that shell", "one of bash, zsh, fish"),
-        ("man nothing", 2, "nothing: no such command", "nocloud -h lists them"),
         ("zap", 127, "zap: no such command", "nocloud -h lists them"),
     ],
 )
