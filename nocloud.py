@@ -12391,20 +12391,11 @@ def cmd_instantiate(config: Config, args: argparse.Namespace, words: list[str]) 
                 report.data(f"{request.template}: {plural(request.count, 'clone')} in {group}/{request.type}")
             return EXIT_DONE
         vms, errors = instantiate(cloud, group, requests)
-        errors += wait_as_asked(cloud, args, vms)
+        errors += end_start(cloud, args, vms)
         for vm in vms:
             report.data(vm.name)
         open_screens(vms)
         return report_errors(errors)
-
-
-def wait_as_asked(cloud: Cloud, args: argparse.Namespace, vms: Sequence[VM]) -> list[Error]:
-    """With -w until VMs that have been started are ready; else a process does what can only be done then."""
-    if args.wait is None:
-        configure_later(cloud, vms)
-        return []
-    seconds, limit = (cloud.config.number("vmWaitTimeout"), "") if args.wait is True else (args.wait, "-w SECONDS")
-    return wait_all(cloud, vms, seconds, limit)
 
 
 def requests_of(config: Config, args: argparse.Namespace) -> tuple[str, list[CloneRequest]]:
@@ -12548,7 +12539,7 @@ def apply(cloud: Cloud, group: str, requests: Sequence[CloneRequest], args: argp
         lost = [step.line for step in steps if step.loses and (args.restart or not step.restart)]
         if lost:
             confirm(args, f"{'; '.join(lost)}: what is on these disks will be gone.", needed=True)
-        return report_errors(carry_out(cloud, group, todo, args.restart, functools.partial(wait_as_asked, cloud, args)))
+        return report_errors(carry_out(cloud, group, todo, args.restart, functools.partial(end_start, cloud, args)))
 
 
 @declare(
@@ -12684,6 +12675,15 @@ def confirm(args: argparse.Namespace, question: str, needed: bool = False) -> No
 
 
 WHICH_VMS = (Option("-g --group GROUP", "the group", complete="group"), TYPE, VM_OPTIONS[0])
+
+
+def end_start(cloud: Cloud, args: argparse.Namespace, vms: Sequence[VM]) -> list[Error]:
+    """What is left to do for VMs that have just been started: with -w until they are ready; the errors."""
+    if args.wait is None:
+        configure_later(cloud, vms)
+        return []
+    seconds, limit = (cloud.config.number("vmWaitTimeout"), "") if args.wait is True else (args.wait, "-w SECONDS")
+    return wait_all(cloud, vms, seconds, limit)
 
 
 @declare(Command("pause", "vmpause"), *WHICH_VMS)
