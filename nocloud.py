@@ -9267,22 +9267,14 @@ def template_of(vm: VM) -> str:
 # -- plans
 
 
-def plan(
-    requests: Sequence[CloneRequest],
-    present: Sequence[Present],
-    templates: Mapping[str, Present],
-    replace: bool = False,
-) -> list[Step]:
-    """What makes of the VMs of a group those that are described.  Raises UsageError, with FILE:LINE, for what can't be.
-
-    `replace`: a VM that has another template is made anew.
-    """
+def plan(requests: Sequence[CloneRequest], present: Sequence[Present], templates: Mapping[str, Present]) -> list[Step]:
+    """What makes of a group's VMs those that are described.  Raises UsageError, with FILE:LINE, for what can't be."""
     pairs = match(requests, present, templates)
     kept = [vm for _, vm in pairs]
     steps = [Step("destroy", vm.name, vm=vm.vm, loses=True) for vm in present if vm not in kept]
     for request, vm in pairs:
         if vm:
-            steps += list(compare(request, vm, templates, replace)) or [Step("keep", vm.name)]
+            steps += list(compare(request, vm, templates)) or [Step("keep", vm.name)]
         else:
             steps.append(Step("create", request.prefix[:-1] or f"a VM of type {request.type}", request=request))
     for step in steps:
@@ -9351,17 +9343,14 @@ def one_of_set(request: CloneRequest, number: int, name: str) -> CloneRequest:
     return CloneRequest(request.origin, request.template, 1, request.type, settings, *rest)
 
 
-def compare(
-    request: CloneRequest, vm: Present, templates: Mapping[str, Present], replace: bool = False
-) -> Iterator[Step]:
+def compare(request: CloneRequest, vm: Present, templates: Mapping[str, Present]) -> Iterator[Step]:
     """What makes a VM the one that is described.  Of a system disk of which nothing is said the size is right."""
 
     def step(verb: str, text: str, do: Any = None, restart: bool = False, loses: bool = False) -> Step:
         return Step(verb, vm.name, text, vm.vm, request, do, restart and vm.running, loses)
 
     if request.template != vm.template:
-        text = f"template {vm.template or 'none'} → {request.template}"
-        yield step("replace", text, loses=True) if replace else step("keep", f"{text} (--replace)")
+        yield step("replace", f"template {vm.template or 'none'} → {request.template}", loses=True)
         return
     wanted = {**templates[vm.template].settings, **request.settings}
     wanted["vmPorts"] = chosen_ports(wanted["vmPorts"], vm.settings["vmPorts"])
@@ -9399,7 +9388,10 @@ def plan_group(cloud: Cloud, group: str, requests: Sequence[CloneRequest], repla
     """The plan for a group, all of which can be done as far as that is known before."""
     checked_group(group)
     templates = {name: look(cloud.tree.need_template(name)) for name in {each.template for each in requests}}
-    steps = plan(requests, [look(vm) for vm in cloud.tree.vms(group)], templates, replace)
+    steps = plan(requests, [look(vm) for vm in cloud.tree.vms(group)], templates)
+    for number, step in enumerate(steps):
+        if step.verb == "replace" and not replace:
+            steps[number] = Step("keep", step.name, f"{step.text} (--replace)")
     anew = requests_for("replace", steps)
     ports = [request.settings.pop("vmPorts", "") for request in anew]  # which these VMs have still
     check_requests(cloud, group, [*anew, *requests_for("create", steps)], force)
@@ -11767,12 +11759,9 @@ def cmd_change(config: Config, args: argparse.Namespace, words: list[str]) -> No
             vm.reread()
             if changes.keys() - set(LIVE) or args.remove_disk or moves or not vm.is_running():
                 need_stopped(cloud, vm)
-            if args.disk:
-                grow_disk(cloud, vm, args.disk)
-            if args.remove_disk:
-                remove_disk(cloud, vm, args.remove_disk)
-            if args.add_disk:
-                add_disk(cloud, vm, args.add_disk)
+            for value, do in ((args.disk, grow_disk), (args.remove_disk, remove_disk), (args.add_disk, add_disk)):
+                if value:
+                    do(cloud, vm, value)
             change_settings(cloud, vm, changes)
         if moves:
             move_vm(cloud, vm, *place)

@@ -42,9 +42,9 @@ TEMPLATES = {name: there(name, "", template="") for name in ("deb", "new")}
 U1, U2, U3 = (f"{number}0000000-0000-4000-8000-000000000000" for number in (1, 2, 3))
 
 
-def lines(text: str, *vms: nocloud.Present, replace: bool = False) -> list[str]:
+def lines(text: str, *vms: nocloud.Present) -> list[str]:
     requests = nocloud.parse_description(text, "FILE", "default")
-    return [step.line for step in nocloud.plan(requests, vms, TEMPLATES, replace)]
+    return [step.line for step in nocloud.plan(requests, vms, TEMPLATES)]
 
 
 TABLE: Mapping[str, tuple[str, list[nocloud.Present], list[str]]] = {
@@ -123,7 +123,7 @@ TABLE: Mapping[str, tuple[str, list[nocloud.Present], list[str]]] = {
     "another template": (
         "new:1:web:name=web;mem=1024",
         [there("web00")],
-        ["keep web00: template deb → new (--replace)"],
+        ["replace web00: template deb → new"],
     ),
     "nothing is left": (
         "deb:1:web:name=web",
@@ -137,11 +137,6 @@ TABLE: Mapping[str, tuple[str, list[nocloud.Present], list[str]]] = {
 def test_plans(name: str) -> None:
     text, vms, expected = TABLE[name]
     assert lines(text, *vms) == expected
-
-
-def test_a_plan_that_replaces() -> None:
-    vms = [there("web00"), there("web01", template="new")]
-    assert lines("new:2:web:name=web", *vms, replace=True) == ["replace web00: template deb → new", "keep web01"]
 
 
 @pytest.mark.parametrize(

@@ -287,6 +287,14 @@ def test_only_the_standard_library_is_imported() -> None:
     assert names <= set(sys.stdlib_module_names)
 
 
+def test_what_is_imported_for_types_is_there_at_run_time() -> None:
+    """mypy and ruff see the one list, the program has the other."""
+    guard = next(each for each in MODULE.body if isinstance(each, ast.If) and ast.unparse(each.test) == "TYPE_CHECKING")
+    typed = {name.name for each in guard.body if isinstance(each, ast.Import) for name in each.names}
+    later = next(each.value for each in guard.orelse if isinstance(each, ast.Assign))
+    assert {name for name in typed if "." not in name} == set(ast.literal_eval(later))
+
+
 def test_importing_it_does_nothing_and_costs_little() -> None:
     code = (
         f"import sys, os, threading; sys.path.insert(0, {str(ROOT)!r})\n"
