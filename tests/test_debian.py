@@ -69,6 +69,29 @@ def test_the_root_file_system_fills_a_larger_disk(clones: Cloud) -> None:
     assert int(size) > 0.97 * int(disk) and files == ["grow", "resolv"]
 
 
+SPIN = """
+import os, subprocess, sys, time
+sys.path.insert(0, "/root")
+import nocloud
+child = subprocess.Popen([*nocloud.scope_words(20), "sh", "-c", "while :; do :; done"])
+while nocloud.process_file(child.pid, "comm") != "sh\\n":
+    time.sleep(0.1)
+limited, before = nocloud.limit_process(child.pid, 20, "none"), nocloud.process_usage(child.pid)
+time.sleep(10)
+after = nocloud.process_usage(child.pid)
+print(limited, (after[1] - before[1]) / (after[0] - before[0]), nocloud.process_file(child.pid, "cgroup"))
+child.kill()
+"""
+
+
+@pytest.mark.long
+def test_a_scope_of_systemd_limits_processor_time(clones: Cloud) -> None:
+    """What a start does where systemd runs, measured there."""
+    clones.run("vmcp", PROGRAM, "deb00:/root/").quiet()
+    limited, part, cgroup = clones.ssh("deb00", f"python3 -c '{SPIN}'").ok().stdout.split()
+    assert limited == "True" and 0.1 < float(part) < 0.25 and re.search(r"/run-\w+\.scope$", cgroup)
+
+
 @pytest.mark.long
 def test_they_reach_each_other_by_name(clones: Cloud) -> None:
     address = clones.conf("pf/db/deb01")["vmAddress"]
