@@ -11920,7 +11920,7 @@ def cmd_apply(config: Config, args: argparse.Namespace, words: list[str]) -> int
             return EXIT_DONE
         if args.file is None:
             raise UsageError("-f FILE is missing", "-h shows how it is called")
-        group = group_of_file(args.file) if args.group is None else args.group
+        group = cloud.tree.group_called(group_of_file(args.file)) if args.group is None else args.group
         requests = read_description(args.file, config["vmSubGroup"], args.allow_share)
         return apply(cloud, group, requests, args)
 
