@@ -640,7 +640,7 @@ TWICE = "another of the VMs asks for port 8080 of 127.0.0.1 too"
 A_LINE = "a line is TEMPLATE:COUNT[:TYPE[:OPTIONS]]"
 OPTIONS = (
     "options are mem=MB cpu=N disk=GB dsk=GB,GB name=PREFIX user-data=FILE port=[IP:]HOST:GUEST"
-    " share=HOSTDIR:GUESTDIR[:rw] gui cold, separated by ';'"
+    " share=HOSTDIR:GUESTDIR[:rw] gui cold cap=PERCENT, separated by ';'"
 )
 
 
