@@ -28,7 +28,7 @@ def inventory(cloud: Cloud) -> dict[str, Any]:
     return answer
 
 
-def ansible(cloud: Cloud, name: str, *words: object, env: dict[str, str] | None = None) -> Result:
+def ansible(cloud: Cloud, name: str, *words: object, env: dict[str, str] | None = None, timeout: float = 120) -> Result:
     """A program of ansible, with vminventory as it is installed: a link named so."""
     folder = cloud.home / "links"
     if not folder.exists():
@@ -41,7 +41,7 @@ def ansible(cloud: Cloud, name: str, *words: object, env: dict[str, str] | None 
         "ANSIBLE_DEPRECATION_WARNINGS": "False",
         "PATH": f"{Path(program(name)).parent}:{cloud.env['PATH']}",
     }
-    return cloud.execute([program(name), "-i", folder / "vminventory", *words], env=env)
+    return cloud.execute([program(name), "-i", folder / "vminventory", *words], env=env, timeout=timeout)
 
 
 def test_an_empty_cloud(cloud: Cloud) -> None:

@@ -92,7 +92,7 @@ def test_a_playbook(warm: Cloud) -> None:
         "- hosts: pf\n  gather_facts: false\n  tasks:\n    - copy: {content: here, dest: /root/played}\n"
         "    - command: grep web0 /etc/hostname\n"
     )
-    told = ansible(warm, "ansible-playbook", book).ok().stdout
+    told = ansible(warm, "ansible-playbook", book, timeout=600).ok().stdout
     assert told.count("failed=0") == 2 and told.count("changed=2") == 2
 
 
