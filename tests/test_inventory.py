@@ -28,7 +28,7 @@ def inventory(cloud: Cloud) -> dict[str, Any]:
     return answer
 
 
-def ansible(cloud: Cloud, name: str, *words: object, env: dict[str, str] | None = None, timeout: float = 120) -> Result:
+def ansible(cloud: Cloud, name: str, *words: object, env: dict[str, str] | None = None, timeout: float = 150) -> Result:
     """A program of ansible, with vminventory as it is installed: a link named so."""
     folder = cloud.home / "links"
     if not folder.exists():
