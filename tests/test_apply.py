@@ -275,6 +275,7 @@ def test_what_is_off_stays_off(group: Cloud) -> None:
     nothing_to_do(group, file)
 
 
+@pytest.mark.long
 def test_another_template(group: Cloud) -> None:
     add_blank(group, "other")
     file = described(group, "blank:2:web:name=web;port=0:80\n")
@@ -319,6 +320,7 @@ def test_two_at_once(group: Cloud) -> None:
     assert list(states(group).values()) == ["running"] * 3
 
 
+@pytest.mark.long
 def test_beside_a_vmstop(group: Cloud) -> None:
     """Whichever is first, no half of a VM is left, and called again it does the rest."""
     file = described(group, "blank:3:web:name=web\n")
@@ -544,6 +546,7 @@ def test_a_rolling_restart(tiny: Cloud) -> None:
     nothing_to_do(tiny, file)
 
 
+@pytest.mark.long
 def test_a_guest_with_another_name(tiny: Cloud) -> None:
     """It is the same machine, and nothing knows the old name any more."""
     tiny.run("vminstantiate", "-n", "tiny", "-g", "pf", "-t", "web", "-C2", "-o", "name=web", "-w", READY).ok()

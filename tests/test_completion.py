@@ -276,7 +276,7 @@ def typed_names(command: nocloud.Command) -> list[str]:
     return [f"nocloud {command.name}", *([command.alias, f"nocloud {command.alias}"] if command.alias else [])]
 
 
-@pytest.mark.parametrize("shell", ["bash", "fish"])
+@pytest.mark.parametrize("shell", ["bash", pytest.param("fish", marks=pytest.mark.long)])
 def test_every_option_of_every_command_is_offered(installed: Cloud, shell: str) -> None:
     lines, expected = [], []
     for command in nocloud.COMMANDS.values():

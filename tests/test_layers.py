@@ -229,6 +229,7 @@ echo secret >/root/.ash_history
 """
 
 
+@pytest.mark.long
 def test_changed_and_upgraded(tiny: Cloud) -> None:
     disk, base = disk_of(tiny, add_clone(tiny, "old", "tiny")), disk_of(tiny, "templates/tiny")
     before = digest(disk), digest(base)

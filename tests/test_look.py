@@ -397,6 +397,7 @@ def test_what_waits_tell(tiny: Cloud) -> None:
 # Processor time ######################################################################################
 
 
+@pytest.mark.long
 def test_a_limit_of_processor_time(tiny: Cloud) -> None:
     """A guest that computes all the time gets its part of one processor, measured."""
     tiny.run("vmcreate", "-a", "-n", "tiny", "-C", 20).quiet()

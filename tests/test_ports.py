@@ -331,6 +331,7 @@ def test_ports_that_are_not_forwarded_are_told_and_mended(blank: Cloud) -> None:
 PAGE = "mkdir -p /srv && echo hello >/srv/index.html && httpd -h /srv"
 
 
+@pytest.mark.long
 def test_a_page_of_a_guest(tiny: Cloud) -> None:
     """In and out by name and port: what a browser on the host would see."""
     port = free()

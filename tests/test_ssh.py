@@ -277,6 +277,7 @@ def test_streams(people: Resident) -> None:
     assert people.run("vmcp", "web00:/no/such", "-").status == 1
 
 
+@pytest.mark.long
 def test_from_vm_to_vm_and_to_several(people: Resident) -> None:
     people.ssh("web00", "echo between >/tmp/between").ok()
     people.run("vmcp", "web00:/tmp/between", "web01:/tmp/").ok()
