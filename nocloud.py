@@ -7924,6 +7924,7 @@ def wake(vm: VM, resume: bool = False) -> str:
     if state == DISK_FULL and free_bytes(vm.folder) < MIB:
         return state  # it would stop again, perhaps only when we have looked
     if state in (DISK_FULL, DISK_ERROR, "paused" if resume else ""):
+        remove_file(vm.saved_file)  # by a command that was killed before it switched the guest off: it is old now
         ask_qemu(vm, "cont")  # it may be in that state for another reason: the state tells
         wait_for(lambda: guest_state(vm) != "running", 0.5, 0.1)  # what couldn't be written is tried again
         state = guest_state(vm)
@@ -7984,7 +7985,7 @@ def remedy(vm: VM, state: str) -> str:
     if state == SHARE_LOST:
         return f"vmstop -n {vm}  # and start it again; {vm.log_file} may tell why"
     room = f"  # once there is room in {vm.folder}" if state == DISK_FULL else ""
-    return f"vmmanage -n {vm} {'system_wakeup' if state == 'suspended' else 'cont'}{room}"
+    return (f"vmmanage -n {vm} system_wakeup" if state == "suspended" else f"vmresume -n {vm}") + room
 
 
 def destroy(cloud: Cloud, vm: VM) -> None:
@@ -9252,7 +9253,9 @@ def look(vm: VM) -> Present:
         header.size if format == "qcow2" and (header := qcow2_header(disk)) else os.path.getsize(disk)
         for disk, format in zip(vm.disks(), known_formats(vm))
     ]
-    halted = state == "stopped" and not os.path.exists(vm.command_file)
+    halted = (
+        state == "stopped" and not os.path.exists(vm.command_file) and bool(vm.get("vmUuid"))
+    )  # bash writes neither
     unnamed, running = vm.name == vm.get("vmUuid"), state == "running"
     return Present(vm.name, vm.type, template_of(vm), settings, sizes, unnamed, running, halted, vm)
 
@@ -9387,15 +9390,25 @@ def chosen_ports(wanted: str, has: str) -> str:
 def plan_group(cloud: Cloud, group: str, requests: Sequence[CloneRequest], replace: bool, force: bool) -> list[Step]:
     """The plan for a group, all of which can be done as far as that is known before."""
     checked_group(group)
-    templates = {name: look(cloud.tree.need_template(name)) for name in {each.template for each in requests}}
+    templates = {}
+    for request in requests:
+        try:
+            templates[request.template] = look(cloud.tree.need_template(request.template))
+        except NotFound as error:
+            error.text = f"{request.origin}: {error.text}"
+            raise
     steps = plan(requests, [look(vm) for vm in cloud.tree.vms(group)], templates)
     for number, step in enumerate(steps):
         if step.verb == "replace" and not replace:
             steps[number] = Step("keep", step.name, f"{step.text} (--replace)")
-    anew = requests_for("replace", steps)
-    ports = [request.settings.pop("vmPorts", "") for request in anew]  # which these VMs have still
-    check_requests(cloud, group, [*anew, *requests_for("create", steps)], force)
-    for request, own in zip(anew, ports):
+    asked = requests_for("replace", steps) + requests_for("create", steps)
+    freed = {host for step in steps if step.loses for _, host, _ in parse_ports(step.vm.get("vmPorts"))}
+    ports = [request.settings.get("vmPorts", "") for request in asked]
+    for request, own in zip(asked, ports):
+        if freed & {host for _, host, _ in parse_ports(own)}:
+            request.settings["vmPorts"] = ""  # these VMs have them still
+    check_requests(cloud, group, asked, force)
+    for request, own in zip(asked, ports):
         request.settings["vmPorts"] = own
     for step in steps:
         if step.request and step.verb == "change":
@@ -9476,6 +9489,8 @@ def set_ports(cloud: Cloud, vm: VM, wanted: Sequence[tuple[str, int, int]]) -> S
     if vm.is_running():
         forwarder.mend(vm)  # of a VM that was started by hand, perhaps
     with contextlib.ExitStack() as stack:
+        if vm.is_running():
+            stack.callback(forwarder.mend, vm)  # where it fails since another has a port, these are what they were
         stack.enter_context(cloud.tree.lock())
         kept, new = [each for each in has if each in wanted], [each for each in wanted if each not in has]
         for ip, host, _ in [each for each in has if each not in wanted]:
@@ -9533,14 +9548,20 @@ def add_disk(cloud: Cloud, vm: VM, gigabytes: int) -> None:
             report.say(f"{report.program}: {vm} has its new disk at its next start")
 
 
-def remove_disk(cloud: Cloud, vm: VM, number: int) -> None:
-    """Take a disk away from a VM that is switched off, with what is on it."""
-    disks, formats = vm.disks(), known_formats(vm)
+def check_removal(cloud: Cloud, vm: VM, number: int) -> None:
+    """Raise where a disk can't be taken away from a VM now."""
+    need_stopped(cloud, vm)
+    disks = vm.disks()
     if not 0 < number < len(disks):
         raise UsageError(f"it has no disk {number}", f"it has {plural(len(disks), 'disk')}, the first one is 0", vm=vm)
-    need_stopped(cloud, vm)
     if snapshots_of(vm):
         raise WrongState("its snapshots have that disk, too", f"vmsnapshot --delete NAME -n {vm}", vm=vm)
+
+
+def remove_disk(cloud: Cloud, vm: VM, number: int) -> None:
+    """Take a disk away from a VM that is switched off, with what is on it."""
+    check_removal(cloud, vm, number)
+    disks, formats = vm.disks(), known_formats(vm)
     names = vm.get("vmExtraDisk").split(",")
     vm.write_conf({
         "vmExtraDisk": ",".join(names[: number - 1] + names[number:]),
@@ -9550,8 +9571,8 @@ def remove_disk(cloud: Cloud, vm: VM, number: int) -> None:
         remove_file(path)
 
 
-def move_vm(cloud: Cloud, vm: VM, group: str, type: str, name: str) -> None:
-    """Give a VM that is switched off another group, type or name.  Disks, keys, address and UUID stay.
+def move_vm(cloud: Cloud, vm: VM, group: str, type: str, name: str) -> VM:
+    """Give a VM that is switched off another group, type or name; it, there.  Disks, keys, address and UUID stay.
 
     Up to the one rename it is what it was: a conf under the new name, with disks that are found in either place, is
     there before.
@@ -9574,6 +9595,10 @@ def move_vm(cloud: Cloud, vm: VM, group: str, type: str, name: str) -> None:
                 changes[key] = ",".join(disk.removeprefix(here[0]).removeprefix(here[1]) for disk in disks)
             text = update_assignments(read_text(vm.conf_file), changes)
             write_file(vm.file(os.path.basename(new.conf_file)), text, os.stat(vm.conf_file).st_mode & 0o644)
+            if name != vm.name:
+                write_file(vm.configured_file, vm.name)
+                if os.path.exists(vm.command_file):  # that tells that it has been started
+                    os.replace(vm.command_file, vm.file(os.path.basename(new.command_file)))
             os.makedirs(os.path.dirname(new.folder), exist_ok=True)
             os.rename(vm.folder, new.folder)
             sync(os.path.dirname(new.folder))
@@ -9581,13 +9606,11 @@ def move_vm(cloud: Cloud, vm: VM, group: str, type: str, name: str) -> None:
         if name != vm.name:
             for path in (vm.conf_file, vm.log_file):
                 remove_file(new.file(os.path.basename(path)))
-            write_file(new.configured_file, vm.name)
-            if os.path.exists(left := new.file(os.path.basename(vm.command_file))):
-                os.rename(left, new.command_file)  # as old as what is in it, but it tells that it has been started
-    cloud.network_of(new).withdraw([new.get("vmUuid")])
+    cloud.network_of(new).withdraw([*filter(None, [new.get("vmUuid")])])
     if cloud.network_kind(new) == "bridge":
         cloud.network_of(new).publish(new)
     SshConfig(cloud).refresh()
+    return new
 
 
 # -- a group
@@ -9916,8 +9939,10 @@ def template_from_vm(cloud: Cloud, name: str, words: str, asked: Mapping[str, st
     """A template of a VM, or a template, that is stopped, or of VM@SNAPSHOT: of its system disk and its settings.
     `asked`: settings that it is to have instead; `layered`: it stands on what the VM's disk stands on; `clean`: it is
     booted once, as itself and on no one's disk, to take out what clones must not inherit."""
-    words, _, kept = words.partition("@")
+    words, at, kept = words.partition("@")
     source = cloud.tree.need(words)
+    if at and not kept:
+        raise UsageError(f"--from {words}@: the snapshot's name is empty", "vmsnapshot -L lists them")
     with NewTemplate(cloud, name) as new:
         with FolderLock(source.folder):
             if kept:
@@ -11754,17 +11779,17 @@ def cmd_change(config: Config, args: argparse.Namespace, words: list[str]) -> No
         if not (changes or args.disk or args.add_disk or args.remove_disk or moves):
             raise UsageError("nothing to change: say what", "-h shows how it is called")
         if args.remove_disk:
+            check_removal(cloud, vm, args.remove_disk)
             confirm(args, f"what is on disk {args.remove_disk} of {vm} will be gone.", needed=True)
+        vm = move_vm(cloud, vm, *place) if moves else vm  # first: what can't be done costs no disk
         with FolderLock(vm.folder):
             vm.reread()
-            if changes.keys() - set(LIVE) or args.remove_disk or moves or not vm.is_running():
+            if changes.keys() - set(LIVE) or args.remove_disk or not vm.is_running():
                 need_stopped(cloud, vm)
+            change_settings(cloud, vm, changes)
             for value, do in ((args.disk, grow_disk), (args.remove_disk, remove_disk), (args.add_disk, add_disk)):
                 if value:
                     do(cloud, vm, value)
-            change_settings(cloud, vm, changes)
-        if moves:
-            move_vm(cloud, vm, *place)
 
 
 COLD = Option("--cold", "have them boot, though their template is frozen (vmtemplate --warm)")
@@ -11914,7 +11939,9 @@ def cmd_apply(config: Config, args: argparse.Namespace, words: list[str]) -> int
     """make a group what a description file says: make, change and destroy VMs"""
     with Cloud(config) as cloud:
         if args.describe:
-            cloud.tree.need_group(args.group or "")
+            if not args.group:
+                raise UsageError("-g GROUP is missing", "vmrunning -a lists the groups")
+            cloud.tree.need_group(args.group)
             for line in describe(cloud, args.group):
                 report.data(line)
             return EXIT_DONE
@@ -12059,7 +12086,7 @@ def chosen_vms(cloud: Cloud, args: argparse.Namespace, words: Sequence[str] = ()
         return list({vm.full_name: vm for vm in found}.values())
     cloud.tree.need_group(args.group, args.type)
     if args.group is None:
-        raise UsageError("which group? give -g GROUP, or VM", "vmrunning lists them")
+        raise UsageError("which group? give -g GROUP, or -n VM", "vmrunning lists them")
     return [vm for vm in cloud.tree.vms(args.group) if args.type in (None, vm.type)]
 
 
@@ -12090,8 +12117,12 @@ def confirm(args: argparse.Namespace, question: str, needed: bool = False) -> No
 def cmd_start(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """start VMs that are stopped, and don't connect to them"""
     with Cloud(config) as cloud:
-        vms = [vm for vm in chosen_vms(cloud, args, words) if not vm.is_running()]
-        errors = start_stopped(cloud, vms)
+        asked = chosen_vms(cloud, args, words)
+        vms = [vm for vm in asked if not vm.is_running()]
+        errors = [
+            *start_stopped(cloud, vms),
+            *filter(None, in_parallel(need_awake, [vm for vm in asked if vm not in vms])),
+        ]
         return report_errors([*errors, *end_start(cloud, args, [vm for vm in vms if vm.is_running()])])
 
 
@@ -12133,9 +12164,13 @@ def tell_running(config: Config, args: argparse.Namespace, words: Sequence[str],
         with FolderLock(vm.folder):
             if not vm.is_running():
                 raise WrongState("it is not running", vm=vm)
+            for path in (
+                vm.saved_file,
+                vm.still_file,
+            ):  # of a command that was killed; what was saved is old from now on
+                remove_file(path)
             with connect_qemu(vm) as qemu:
                 qemu.execute(command)
-            remove_file(vm.still_file)
 
     with Cloud(config) as cloud:
         vms = [vm for vm in chosen_vms(cloud, args, words) if vm.is_running() or args.name or words]

@@ -16,6 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import READY, Cloud, Terminal, add_blank, eventually, tree_at
+from test_bash_trees import free_port
+from test_ports import listening
 
 import nocloud
 
@@ -346,7 +348,7 @@ def test_what_was_interrupted_is_finished(group: Cloud) -> None:
 
 def test_beside_a_vmrun(group: Cloud) -> None:
     file = described(group, "blank:2:web:name=web\n")
-    run = group.spawn("vmrun", "-f", file, "--apply")
+    run, said = group.spawn("vmrun", "-f", file, "--apply"), list[str]()
     try:
         eventually(lambda: group.groups() and list(states(group).values()) == ["running"] * 2, "both run", 60)
         described(group, "blank:1:web:name=web;mem=48\n")
@@ -355,10 +357,13 @@ def test_beside_a_vmrun(group: Cloud) -> None:
         add_blank(group, "other")
         described(group, "other:1:web:name=web\n")
         group.run("vmapply", "-f", file, "-y", "--replace").ok()
-        assert run.poll() is None
+        assert run.stdout and run.poll() is None
+        while not said[-1:] or "web00 has joined" not in said[-1]:
+            said.append(run.stdout.readline())
+            assert said[-1], said
     finally:
         run.terminate()
-        out, _ = run.communicate(timeout=60)
+        out = "".join(said) + run.communicate(timeout=60)[0]
     assert out.startswith("create web00\ncreate web01\n") and "web01 has vanished" in out
     assert "web00 has joined" in out and run.returncode == 0, out
     assert states(group) == {"web00": "stopped"}, "kept"
@@ -447,7 +452,7 @@ def test_a_group_as_a_file(group: Cloud) -> None:
     ]
     nothing_to_do(group, described(group, told.stdout))
     group.run("vmapply", "--describe", "-g", "pg").fails(1, "pg: no such group")
-    group.run("vmapply", "--describe").fails(2, "the group name is empty")
+    group.run("vmapply", "--describe").fails(2, "-g GROUP is missing")
 
 
 # One VM ##############################################################################################
@@ -511,6 +516,54 @@ def test_another_name_and_place(group: Cloud) -> None:
     group.run("vmstop", "-n", "front", "--kill").ok()
     group.run("vmchange", "front", "--group", "pf", "--type", "default", "--name", "web00").quiet()
     assert group.conf("pf/default/web00")["vmUuid"] == old["vmUuid"] and "shop" not in group.groups()
+
+
+def test_what_fails_costs_nothing(group: Cloud) -> None:
+    one, other = free_port(), free_port()
+    for name, port in (("web", one), ("db", other)):
+        options = f"name={name};dsk=1;port={port}:80"
+        group.run("vminstantiate", "-n", "blank", "-g", "pf", "-o", options).ok()
+    group.run("vmchange", "web00", "--ports", f"{other}:80").fails(1, str(other))
+    shown = group.run("vmport", "-L").ok().stdout
+    for port in (one, other):
+        assert f"127.0.0.1:{port} 80" in shown and f"127.0.0.1:{port}" in listening(group)
+    group.run("vmstop", "-g", "pf", "--kill").ok()
+    before = group.conf("pf/default/web00"), group.files()
+    taken = group.run("vmchange", "web00", "--remove-disk", 1, "-m", 48, "--name", "db00", "-y")
+    assert taken.status == 2 and "there is a VM db00" in taken.stderr
+    group.run("vmchange", "web00", "-m", 48, "--type", "a b").fails(2, "' ' is not allowed")
+    group.run("vmchange", "web00", "--remove-disk", 2, "-y").says(
+        2, "web00: it has no disk 2", "it has 2 disks, the first one is 0"
+    )
+    assert (group.conf("pf/default/web00"), group.files()) == before
+
+
+def test_a_port_of_one_that_goes_is_had_by_one_that_comes(group: Cloud) -> None:
+    port = free_port()
+    file = described(group, f"blank:1:web:name=old;port={port}:80\n")
+    group.run("vmapply", "-f", file).ok()
+    described(group, f"blank:1:web:name=new;port={port}:80\n")
+    assert group.run("vmapply", "-f", file, "-y").ok().lines == ["destroy old00", "create new00"]
+    assert f"127.0.0.1:{port}" in listening(group)
+    described(group, "blank:1:web:name=new\nnothere:1\n")
+    group.run("vmapply", "-f", file).fails(1, ":2: nothere: no such template")
+
+
+def test_one_that_bash_made_stays_off_and_can_be_moved(group: Cloud) -> None:
+    file = described(group, "blank:1:web:name=web\n")
+    group.run("vmapply", "-f", file).ok()
+    group.run("vmstop", "-n", "web00", "--kill").ok()
+    name = next(path for path in group.base.rglob("web00.conf"))
+    kept = [
+        line
+        for line in name.read_text().splitlines()
+        if line.split("=")[0] in ("vmName", "vmDisk", "vmMem", "vmTemplate")
+    ]
+    name.write_text("\n".join(kept) + "\n")
+    name.with_suffix(".command").unlink()
+    assert not [line for line in group.run("vmapply", "-f", file, "--dry-run").lines if line.startswith("start")]
+    group.run("vmchange", "web00", "--name", "front", "--group", "shop").quiet()
+    assert group.conf("shop/web/front")["vmName"] == "front"
 
 
 # Guests ##############################################################################################

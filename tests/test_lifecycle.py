@@ -482,7 +482,7 @@ def test_started_and_stopped_by_their_names(blank: Cloud) -> None:
     blank.run("vmlog", "web").says(1, "web: no such VM, but a type", "vmrunning -a -t web lists its VMs")
     blank.run("vmstop", "pf").says(1, "pf: no such VM, but a group", "vmrunning -a -g pf lists its VMs")
     blank.run("vmstop", "-t", "wbe").says(1, "wbe: no such type", "did you mean web?")
-    blank.run("vmstop", "-t", "web").says(2, "which group? give -g GROUP, or VM", "vmrunning lists them")
+    blank.run("vmstop", "-t", "web").says(2, "which group? give -g GROUP, or -n VM", "vmrunning lists them")
     blank.run("vmstop", "-d", "web00", "web03").says(1, "web03: no such VM", "did you mean web02?")
     assert len(rows(blank)) == 3
     blank.run("vmstop", "-d", "web00", "web02").quiet()
@@ -651,7 +651,7 @@ OPTIONS = (
         ("vminstantiate -n nothere", 1, "nothere: no such template", NO_TEMPLATE),
         ("vminstantiate -n blanc", 1, "blanc: no such template", "did you mean blank?"),
         ("vminstantiate -n blank extra", 2, "'extra': one word too many", "nocloud instantiate -g extra"),
-        ("vmstop", 2, "which group? give -g GROUP, or VM", "vmrunning lists them"),
+        ("vmstop", 2, "which group? give -g GROUP, or -n VM", "vmrunning lists them"),
         ("vmstop --name=", 2, "the VM's name is empty", "vmrunning lists the VMs"),
         ("vmstop --group=", 2, "the group name is empty", "vmrunning -a lists the groups"),
         ("vmstop -g pf", 1, "pf: no such group", NOT_LISTED),

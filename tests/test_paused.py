@@ -68,7 +68,7 @@ def test_a_full_disk(small: Cloud) -> None:
     writer = small.spawn("vmssh", "web00", FILL)
     eventually(lambda: shown(small, "paused (disk full)"), "it is paused", 60)
     assert row(small, "-a") == row(small, name="vminventory") == ["web00", "pf/web", "paused", "(disk", "full)"]
-    room = f"vmmanage -n web00 cont  # once there is room in {small.folder(VM)}"
+    room = f"vmresume -n web00  # once there is room in {small.folder(VM)}"
     small.ssh("web00", "true").says(1, "web00: it is paused (disk full)", room)
     asked = small.run("vmstop", "-g", "pf")
     asked.says(1, "web00: it is paused (disk full)", f"{room}; --kill switches it off as it is")
@@ -113,7 +113,7 @@ def test_room_again(small: Cloud) -> None:
 def test_one_that_was_paused_by_hand(web00: Cloud) -> None:
     web00.run("vmmanage", "-n", "web00", "stop").ok()
     assert row(web00, "-a") == row(web00) == ["web00", "pf/web", "paused"]
-    web00.ssh("web00", "true").says(1, "web00: it is paused", "vmmanage -n web00 cont")
+    web00.ssh("web00", "true").says(1, "web00: it is paused", "vmresume -n web00")
     web00.run("vmstop", "-g", "pf").quiet()
 
 

@@ -385,6 +385,18 @@ def test_a_command_that_is_killed_while_guests_stand_still(slow: Cloud) -> None:
     assert len(images(slow)) == 1
 
 
+@pytest.mark.parametrize("goes_on", [["vmresume"], ["vmstart"], ["vmstop", "--timeout", "1"]])
+def test_what_a_save_that_was_killed_has_kept_is_old(blank: Cloud, goes_on: list[str]) -> None:
+    """Once the guest goes on, however it was made to, it never does from there again."""
+    clones(blank, running=True)
+    code = "nocloud.pull_the_plug = lambda *words: os._exit(137)\nsys.exit(nocloud.main(['vmstop', *sys.argv[1:]]))"
+    assert blank.script(f"import os\n{code}", "--save", "-n", "web00").status == 137
+    assert state(blank) == "paused" and (blank.folder(VM) / "saved").exists()
+    blank.run(*goes_on, "-n", "web00").ok()
+    assert state(blank) == ("stopped" if goes_on[0] == "vmstop" else "running")
+    assert not (blank.folder(VM) / "saved").exists()
+
+
 # In the middle #######################################################################################
 
 
