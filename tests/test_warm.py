@@ -165,13 +165,17 @@ def test_under_vmrun(frozen: Cloud) -> None:
 @pytest.mark.parametrize("seconds", [3, 40])
 def test_a_freeze_that_is_interrupted(frozen: Cloud, seconds: int) -> None:
     """The template is what it was, and its clones wake up."""
-    before = frozen.files()
+
+    def files() -> set[str]:
+        return frozen.files() - {"templates/deb/deb.command"}  # it goes with the layer that it would write to
+
+    before = files()
     freeze = frozen.spawn("vmtemplate", "deb", "--warm")
     with pytest.raises(subprocess.TimeoutExpired):
         freeze.wait(seconds)
     freeze.send_signal(signal.SIGINT)
     assert freeze.wait(60) == 130
-    assert frozen.files() == before
+    assert files() == before
     assert clones(frozen, "again") == []
     frozen.run("vmstop", "-d", "-g", "again").ok()
 
@@ -267,7 +271,7 @@ def test_disks_go_back_together(frozen: Cloud, busy: list[str]) -> None:
     all_heard(frozen, busy)
     frozen.run("vmrollback", "disks", "-g", "busy", timeout=300).ok()
     for name in busy:
-        said = frozen.ssh(name, "cat /root/count; journalctl -k -q -o cat | grep -c 'EXT4-fs error'", timeout=600)
+        said = frozen.ssh(name, "cat /root/count; echo; journalctl -k -q -o cat | grep -c 'EXT4-fs error'", timeout=600)
         number, errors = said.stdout.split()
         assert 0 < int(number) <= high[name] and errors == "0"
 
