@@ -6717,15 +6717,17 @@ def dependents(vms: Sequence[VM]) -> str:
     return " and ".join(plural(count, noun) for count, noun in counts if count)
 
 
-def make_cold(cloud: Cloud, name: str) -> None:
-    """Remove a template's frozen memory; clones that woke up on it run on."""
+def make_cold(cloud: Cloud, name: str) -> int:
+    """Remove a template's frozen memory, so many bytes; clones that woke up on it run on."""
     template = cloud.tree.need_template(name)
     with FolderLock(template.folder):
         layer = frozen_layer(template)
         if not layer:
             raise WrongState("it isn't frozen", f"vmtemplate {name} --warm freezes it", vm=template)
+        size = layer.frozen_size()
         layer.forget()
         remove_unused(cloud.tree, template)
+    return size
 
 
 def delete_template(cloud: Cloud, name: str) -> None:
@@ -6821,6 +6823,8 @@ def disk_rows(tree: Tree) -> Iterator[str]:
         owner, name, said = owners[path], os.path.basename(path), ""
         if not owner.is_template:
             name = owner.full_name
+        elif layer := frozen_layer(owner):
+            said = "  new clones wake up on this" if path == os.path.realpath(layer.path) else ""
         elif path == os.path.realpath(owner.disks()[0]):
             said = "  new clones stand on this"
         if owner.is_template and owner is not under:
@@ -9027,6 +9031,7 @@ def take_snapshot(cloud: Cloud, vms: Sequence[VM], name: str, ram: bool, flush_g
 
 def flush_guest(cloud: Cloud, vm: VM) -> None:
     """Have a guest write out what it holds.  Raises Error where it can't be asked."""
+    need_awake(vm)
     status, said = ssh_batch(cloud, vm, "sync", 60)
     if status:
         raise Error(f"its guest has not written out what it holds: {last_line(said)}", "leave out --sync", vm=vm)
@@ -11634,7 +11639,8 @@ def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> 
             layer = freeze(cloud, name, asked)
             report.say(f"{name}: frozen; its memory takes {layer.frozen_size() / MIB:.0f} MB, --cold gives them back")
         elif way == "cold":
-            make_cold(cloud, name)
+            size = make_cold(cloud, name)
+            report.say(f"{name}: {size / MIB:.0f} MB are given back, once no clone runs that woke up on them")
         elif way == "from":
             template_from_vm(cloud, name, getattr(args, "from"), asked, args.layer, not args.no_clean)
         elif way == "build":

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -142,7 +143,7 @@ def test_memory_and_processors_are_the_templates_from_then_on(frozen: Cloud) -> 
 def test_cold(frozen: Cloud) -> None:
     """The memory goes at once, the layer when no clone stands on it; clones run on."""
     clone(frozen)
-    frozen.run("vmtemplate", "blank", "--cold").quiet()
+    assert "blank: 3 MB are given back" in frozen.run("vmtemplate", "blank", "--cold").ok().stderr
     assert template_files(frozen) == COLD | {"blank.l1.img"}
     assert "1 clone " in frozen.run("vmtemplate", "-L").ok().stdout
     assert "web00 pf/default running" in frozen.run("vmrunning", "-a").ok().stdout
@@ -310,6 +311,9 @@ def test_what_is_frozen_was_spoilt(frozen: Cloud, spoil: Any, words: str) -> Non
 
 def test_the_doctor_reads_what_is_frozen(frozen: Cloud) -> None:
     folder = frozen.folder("templates/blank")
+    assert re.search(
+        r"blank\.l1\.img  .* MB  new clones wake up on this", frozen.run("vmtemplate", "--tree").ok().stdout
+    )
     assert frozen.run("doctor", "frozen").ok().stdout == "ok       frozen: 1 template frozen\n"
     assert "all memory read" in frozen.run("doctor", "frozen", "--deep").ok().stdout
     manifest = folder / "blank.l1.img.frozen"
