@@ -574,6 +574,7 @@ def answers(cloud: Cloud, vm: str) -> bool:
     return "SSH-2.0" in cloud.run("net", "connect", cloud.conf(vm)["vmAddress"], 22, input="").stdout
 
 
+@pytest.mark.long
 def test_a_rolling_restart(tiny: Cloud) -> None:
     """Whoever asks finds one of the VMs at any time; what they are given while they run, they see."""
     file = described(tiny, "tiny:2:web:name=web\n")

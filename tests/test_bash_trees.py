@@ -168,6 +168,7 @@ def test_beside_vms_of_the_private_network(tree: Cloud) -> None:
         assert not is_alive(qemu.pid) and not tree.folder("pf").exists()
 
 
+@pytest.mark.long
 def test_vmrun_takes_it_over(tree: Cloud) -> None:
     """As it takes over what runs: without a restart, until it destroys or keeps it."""
     with bash_runs(tree, tree.base, "-hda", "pf/web/web00/web00_0.img", "-monitor", "none") as qemu:

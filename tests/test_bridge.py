@@ -621,6 +621,7 @@ def test_vms_on_the_private_network_begin_nothing_on_the_host(host: Host, withou
     host.run("net", "down", "--private").quiet()
 
 
+@pytest.mark.long
 def test_the_private_network_follows_the_hosts_name_servers(host: Host) -> None:
     """All of them, in their order, without a command; and the next command does what a holder that hangs didn't."""
     resolv_conf = host.cloud.home / "etc/resolv.conf"

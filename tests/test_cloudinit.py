@@ -622,6 +622,7 @@ def has_booted(folder: Path) -> bool:
     return "ready after" in (folder / "console.log").read_text(errors="replace")
 
 
+@pytest.mark.long
 def test_what_was_left_out_is_told_once(seeded: Cloud) -> None:
     """At the first contact, whichever that is, with the file and cloud-init's own line."""
     message = MIMEMultipart()
@@ -640,6 +641,7 @@ def test_what_was_left_out_is_told_once(seeded: Cloud) -> None:
         assert wait_for_it(seeded, name, int(READY)).quiet() and seeded.ssh(name, "true").quiet()
 
 
+@pytest.mark.long
 def test_a_login_that_is_denied_is_told_within_seconds(seeded: Cloud) -> None:
     """With what the console says; vmssh ends as ssh does."""
     seeded.run("vminstantiate", "-n", "seeded", "-g", "shut", "-o", "name=shut", "-w", READY).ok()
@@ -664,6 +666,7 @@ def without_a_vvfat(seeded: Cloud) -> Iterator[Cloud]:
     seeded.env = before
 
 
+@pytest.mark.long
 def test_auto_is_settled_at_the_first_contact(without_a_vvfat: Cloud, tiny_image: Path, guest_cache: Path) -> None:
     """A guest that took the seed, an ISO here, is held to the planted host key; one that didn't, to its own."""
     cloud = without_a_vvfat

@@ -23,6 +23,7 @@ def disk_size(cloud: Cloud, vm: str) -> int:
     return int(info["virtual-size"]) >> 20
 
 
+@pytest.mark.long
 def test_an_installer_runs(cloud: Cloud, iso: Path, vms: None) -> None:
     words = ("-n", "fresh", "-i", iso, "-m", 160, "-c", 1, "-d", 3, "-C", 50)
     done = cloud.run("vmcreate", *words).ok()

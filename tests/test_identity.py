@@ -189,6 +189,7 @@ def keyed(guest_cache: Path, shared: Cloud) -> Cloud:
     return shared
 
 
+@pytest.mark.long
 def test_a_guest_that_takes_nothing_is_configured_over_ssh(keyed: Cloud) -> None:
     """Hostname set over ssh, its host key pinned at first contact; with -w before it returns, else by a helper."""
     keyed.run("vminstantiate", "-n", "keyed", "-g", "a", "-o", "name=waited", "-w", READY).ok()
