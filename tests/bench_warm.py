@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import ROOT, Bench, Failed, Table, bare_argv, lock_holder, run, timed, wait_until
+from bench import ROOT, Bench, Failed, Table, bare_argv, greets, lock_holder, run, timed, wait_until
 
 MEMORY, CPUS, SECONDS = 512, 1, 900
 # In the guests' network: returns when the sshd at each address has said its banner.
@@ -114,11 +114,9 @@ class WarmBench(Bench):
         child = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
         def spoken_to() -> bool:
-            for pid in filter(None, map(lock_holder, self.pid_files("many"))):
-                lines = [line.split() for line in Path(f"/proc/{pid}/net/unix").read_text().splitlines()]
-                if any(line[-1] == "agent.sock" and line[5] == "03" for line in lines):
-                    return True
-            return False
+            # qemu's end of the connection is of the network namespace that was connected from (net/unix/af_unix.c)
+            lines = [line.split() for line in Path("/proc/self/net/unix").read_text().splitlines()]
+            return any(line[-1] == "agent.sock" and line[5] == "03" for line in lines)
 
         wait_until(spoken_to, 60, "a clone that runs")
         took = time.perf_counter() - start
@@ -145,7 +143,7 @@ class WarmBench(Bench):
                 env=self.env, cwd=self.bare, pass_fds=[state.fileno()], stdout=subprocess.DEVNULL,
             )  # fmt: skip
             try:
-                wait_until((self.bare / "qmp.sock").exists, 30, "qemu")
+                wait_until(lambda: greets(self.bare), 30, "qemu")
                 wake(self.bare / "qmp.sock", state.fileno())
                 return time.perf_counter() - start
             finally:
