@@ -70,7 +70,6 @@ if TYPE_CHECKING:
     import base64
     import binascii
     import codecs
-    import contextlib
     import ctypes
     import difflib
     import fnmatch
@@ -115,7 +114,7 @@ else:
             return value
 
     _LATER = (
-        "argparse", "asyncio", "base64", "binascii", "codecs", "contextlib", "ctypes", "difflib", "fnmatch", "glob",
+        "argparse", "asyncio", "base64", "binascii", "codecs", "ctypes", "difflib", "fnmatch", "glob",
         "grp", "gzip", "hashlib", "ipaddress", "json", "lzma", "pwd", "resource", "select", "selectors", "shlex",
         "shutil", "socket", "ssl", "subprocess", "tarfile", "termios", "textwrap", "threading", "tty", "zipfile",
         "zlib",
@@ -9258,9 +9257,8 @@ def look(vm: VM) -> Present:
         header.size if format == "qcow2" and (header := qcow2_header(disk)) else os.path.getsize(disk)
         for disk, format in zip(vm.disks(), known_formats(vm))
     ]
-    halted = (
-        state == "stopped" and not os.path.exists(vm.command_file) and bool(vm.get("vmUuid"))
-    )  # bash writes neither
+    # Not one that bash made, which writes neither.
+    halted = state == "stopped" and not os.path.exists(vm.command_file) and bool(vm.get("vmUuid"))
     unnamed, running = vm.name == vm.get("vmUuid"), state == "running"
     return Present(vm.name, vm.type, template_of(vm), settings, sizes, unnamed, running, halted, vm)
 
@@ -9407,7 +9405,8 @@ def plan_group(cloud: Cloud, group: str, requests: Sequence[CloneRequest], repla
         if step.verb == "replace" and not replace:
             steps[number] = Step("keep", step.name, f"{step.text} (--replace)")
     asked = requests_for("replace", steps) + requests_for("create", steps)
-    freed = {host for step in steps if step.loses for _, host, _ in parse_ports(step.vm.get("vmPorts"))}
+    gone = [step for step in steps if step.verb in ("destroy", "replace")]
+    freed = {host for step in gone for _, host, _ in parse_ports(step.vm.get("vmPorts"))}
     ports = [request.settings.get("vmPorts", "") for request in asked]
     for request, own in zip(asked, ports):
         if freed & {host for _, host, _ in parse_ports(own)}:
@@ -9491,10 +9490,9 @@ def change_settings(cloud: Cloud, vm: VM, changes: Mapping[str, str]) -> None:
 def set_ports(cloud: Cloud, vm: VM, wanted: Sequence[tuple[str, int, int]]) -> Sequence[tuple[str, int, int]]:
     """Publish these ports of a VM and no others, at once where it runs; the new ones."""
     has, forwarder = parse_ports(vm.get("vmPorts")), cloud.forwarder(vm)
-    if vm.is_running():
-        forwarder.mend(vm)  # of a VM that was started by hand, perhaps
     with contextlib.ExitStack() as stack:
         if vm.is_running():
+            forwarder.mend(vm)  # of a VM that was started by hand, perhaps
             stack.callback(forwarder.mend, vm)  # where it fails since another has a port, these are what they were
         stack.enter_context(cloud.tree.lock())
         kept, new = [each for each in has if each in wanted], [each for each in wanted if each not in has]
@@ -12170,13 +12168,10 @@ def tell_running(config: Config, args: argparse.Namespace, words: Sequence[str],
         with FolderLock(vm.folder):
             if not vm.is_running():
                 raise WrongState("it is not running", vm=vm)
-            for path in (
-                vm.saved_file,
-                vm.still_file,
-            ):  # of a command that was killed; what was saved is old from now on
-                remove_file(path)
             with connect_qemu(vm) as qemu:
+                remove_file(vm.saved_file)  # by a command that was killed: it is old from now on
                 qemu.execute(command)
+            remove_file(vm.still_file)
 
     with Cloud(config) as cloud:
         vms = [vm for vm in chosen_vms(cloud, args, words) if vm.is_running() or args.name or words]

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from support import READY, Cloud, Terminal, add_blank, eventually, tree_at
 from test_bash_trees import free_port
 from test_ports import listening
+from test_supervisor import Run
 
 import nocloud
 
@@ -348,7 +349,7 @@ def test_what_was_interrupted_is_finished(group: Cloud) -> None:
 
 def test_beside_a_vmrun(group: Cloud) -> None:
     file = described(group, "blank:2:web:name=web\n")
-    run, said = group.spawn("vmrun", "-f", file, "--apply"), list[str]()
+    run = Run(group, "-f", file, "--apply", env={})
     try:
         eventually(lambda: group.groups() and list(states(group).values()) == ["running"] * 2, "both run", 60)
         described(group, "blank:1:web:name=web;mem=48\n")
@@ -357,15 +358,12 @@ def test_beside_a_vmrun(group: Cloud) -> None:
         add_blank(group, "other")
         described(group, "other:1:web:name=web\n")
         group.run("vmapply", "-f", file, "-y", "--replace").ok()
-        assert run.stdout and run.poll() is None
-        while not said[-1:] or "web00 has joined" not in said[-1]:
-            said.append(run.stdout.readline())
-            assert said[-1], said
+        eventually(lambda: "web00 has joined" in run.out.read_text(), "it sees the new one", 60)
     finally:
-        run.terminate()
-        out = "".join(said) + run.communicate(timeout=60)[0]
+        run.signal(signal.SIGTERM)
+        run.ends(0)
+    out = run.out.read_text()
     assert out.startswith("create web00\ncreate web01\n") and "web01 has vanished" in out
-    assert "web00 has joined" in out and run.returncode == 0, out
     assert states(group) == {"web00": "stopped"}, "kept"
 
 

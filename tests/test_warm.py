@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from support import Cloud, add_template, eventually
 from test_inventory import ansible
+from test_supervisor import Run
 
 pytestmark = pytest.mark.long
 
@@ -148,17 +149,14 @@ def test_the_time_that_it_is_told_counts(frozen: Cloud) -> None:
 
 def test_under_vmrun(frozen: Cloud) -> None:
     (frozen.home / "shop").write_text("deb:2:web:name=shop;dsk=1\n")
-    vmrun = frozen.spawn("vmrun", "-f", frozen.home / "shop")
-    assert vmrun.stdout
-    said: list[str] = []
-    while sum(" is ready" in line for line in said) < 2:
-        said.append(vmrun.stdout.readline())
-        assert said[-1], said
-    assert sum(bool(re.search(r"shop0[01] woke up in \d+\.\d s", line)) for line in said) == 2, said
+    vmrun = Run(frozen, "-f", frozen.home / "shop", env={})
+    for name in ("shop00", "shop01"):
+        vmrun.says(f"{name} is ready", 300)
+        assert any(re.fullmatch(rf"{name} woke up in \d+\.\d s", line) for line in vmrun.log())
     sizes = frozen.ssh("shop00", "lsblk -bnro SIZE /dev/disk/by-id/virtio-shop00_1").ok().stdout
     assert sizes == f"{1 << 30}\n"
-    vmrun.send_signal(signal.SIGINT)
-    assert vmrun.wait(300) == 0
+    vmrun.signal(signal.SIGINT)
+    vmrun.ends(0, 300)
     assert "shop" not in frozen.groups()
 
 
