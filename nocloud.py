@@ -9963,6 +9963,25 @@ def template_from_vm(cloud: Cloud, name: str, words: str, asked: Mapping[str, st
         return new.finish({**settings, "vmSource": source.full_name + (kept and f"@{kept}")})
 
 
+def template_as_is(cloud: Cloud, words: str) -> str:
+    """A new template of a VM as it is now, running or not, for clones of that; its name.  It stays as long as they do:
+    their disks stand on its."""
+    vm, moment = cloud.tree.need(words), f"clone-{os.urandom(3).hex()}"
+    stem, taken = vm.full_name.replace("/", "."), names_in(os.path.join(cloud.tree.base, TEMPLATES))
+    name = next(each for each in (stem, *(f"{stem}.{number}" for number in range(2, 1000))) if each not in taken)
+    check_new_template(cloud.tree, name)
+    report.say(f"{report.program}: {vm} is copied into the template {name}, which its clones stand on")
+    if not vm.is_running():
+        return template_from_vm(cloud, name, words, {}, False, True).name
+    result_of(lambda vm: flush_guest(cloud, vm), vm)  # where it can't be asked: as after a power cut
+    take_snapshot(cloud, [vm], moment, ram=False, flush_guests=False)
+    try:
+        return template_from_vm(cloud, name, f"{words}@{moment}", {}, False, True).name
+    finally:
+        with locked([vm]):
+            delete_snapshot(Snapshot(vm, moment))
+
+
 def copy_disk(source: VM, new: NewTemplate, layered: bool) -> None:
     """The system disk of a VM as that of a new template: one file, or an overlay on what the VM's disk stands on."""
     disk = source.disks()[0] if source.disks() else ""
@@ -11802,7 +11821,7 @@ ALLOW_SHARE = Option("--allow-share DIR", "with -f: share= may name folders belo
 
 @declare(
     Command("instantiate", "vminstantiate"),
-    Option("-n --template TEMPLATE", "the template to clone"),
+    Option("-n --template TEMPLATE", "the template to clone, or GROUP/TYPE/NAME: a VM, as it is now"),
     Option("-C --count COUNT", "how many", default="vmCount"),
     Option("-g --group GROUP", "the group they belong to", default="vmGroup", complete="group"),
     Option("-t --type TYPE", "their type", default="vmSubGroup"),
@@ -11818,6 +11837,8 @@ def cmd_instantiate(config: Config, args: argparse.Namespace, words: list[str]) 
     """make clones of a template and start them"""
     with Cloud(config) as cloud:
         group, requests = requests_of(config, args)
+        if "/" in requests[0].template and cloud.tree.find(requests[0].template) and not args.dry_run:
+            requests[0].template = template_as_is(cloud, requests[0].template)
         for request in requests if args.cold else ():
             request.settings["vmCold"] = "yes"
         check_requests(cloud, group, requests, args.force)

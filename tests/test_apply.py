@@ -373,7 +373,7 @@ def test_full_names(group: Cloud) -> None:
     assert list(states(group)) == ["b-1", "front"]
     again = group.run("vminstantiate", "-n", "blank", "-g", "pf", "-o", "name=Front,")
     again.says(2, "name=Front: there is such a VM in the group", "choose another name")
-    told = group.run("vminstantiate", "-n", "pf/default/front")
+    told = group.run("vminstantiate", "-n", "pf/default/front", "--dry-run")
     told.says(2, "pf/default/front is a VM, not a template", "vmtemplate NAME --from pf/default/front makes one of it")
     group.run("vminstantiate", "-n", "blank", "-C2", "-o", "name=x,").fails(2, "-o: name=x,: 1 name for a COUNT of 2")
     assert list(states(group)) == ["b-1", "front"]

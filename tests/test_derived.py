@@ -175,6 +175,30 @@ def test_a_template_of_a_vm_is_cleaned(tiny: Cloud) -> None:
 
 
 @pytest.mark.long
+def test_clones_of_a_vm(tiny: Cloud) -> None:
+    """As it is, while it runs and when it is stopped; with identities of their own, and it stays what it was."""
+    tiny.run("vminstantiate", "-n", "tiny", "-g", "pf", "-t", "web", "-o", "name=web", "-w", READY).ok()
+    for number, state in enumerate(("running", "stopped")):
+        tiny.ssh("web00", f"echo {state} >/root/file").ok()
+        if state == "stopped":
+            tiny.run("vmstop", "-n", "web00").quiet()
+        conf = tiny.conf("pf/web/web00")
+        done = tiny.run("vminstantiate", "-n", "pf/web/web00", "-C2", "-g", "pf", "-o", f"name={state[0]}", "-w", READY)
+        name = "pf.web.web00" + ".2" * number
+        assert f"web00 is copied into the template {name}" in done.ok().stderr
+        assert done.stdout.split() == [f"{state[0]}00", f"{state[0]}01"] and name in tiny.run("vmtemplate", "-L").stdout
+        shown = tiny.ssh(f"{state[0]}01", "cat /root/file; hostname").ok().stdout.split()
+        assert shown == [state, f"{state[0]}01"]
+        assert {key: value for key, value in tiny.conf("pf/web/web00").items() if key != "vmDisk"} == {
+            key: value for key, value in conf.items() if key != "vmDisk"
+        }
+        assert tiny.run("vmsnapshot", "-L").stdout.count("clone-") == 0
+    names = ("web/web00", "default/r00", "default/r01", "default/s00", "default/s01")
+    keys = {(tiny.folder(f"pf/{each}") / "ssh_host_ed25519_key.pub").read_text() for each in names}
+    assert len(keys) == 5
+
+
+@pytest.mark.long
 def test_a_vm_that_was_never_asked_whether_it_has_cloud_init(cloud: Cloud, tiny_image: Path, vms: None) -> None:
     add_template(cloud, tiny_image, "tiny", "--mem", 96, "--cpu", 1, "--init", "auto")
     cloud.run("vmtemplate", "new", "--from", add_clone(cloud, "old", "tiny")).ok()
