@@ -3514,7 +3514,6 @@ def make_tap(card: str) -> int:
 # pasta's end inside has addresses that are no one's: the block that RFC 7335 set apart for the inside ends of tunnels.
 # Copied from the host, as pasta does by default, they would hide the host's own network from here.
 OUT_INTERFACE, OUT_ADDRESS, OUT_GATEWAY, OUT_DNS = "out", "192.0.0.2", "192.0.0.1", "192.0.0.3"
-CLOSED_TABLE = 88  # of routes, where there is no nft: what VMs don't reach
 RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE = 0x10, 0x40  # linux/rtnetlink.h
 FOLLOW_SECONDS = 2.0  # between looks at resolv.conf; the rest is told by netlink
 
@@ -3653,7 +3652,7 @@ class PrivateNetwork(Network):
         if not self.holder():
             self.close()
             self._start_holder()
-        if not (find_program("pasta") and (find_program("nft") or find_program("iptables"))):
+        if not (find_program("pasta") and find_program("nft")):
             report.say(f"{report.program}: the private network has no way out (pasta and nft would give it one)")
         self._serve()
 
@@ -3669,7 +3668,7 @@ class PrivateNetwork(Network):
             self.hosts.prepare()
             self._run_inside(self._dnsmasq_argv())
         try:
-            if find_program("nft") or find_program("iptables"):
+            if find_program("nft"):
                 self._filter()
                 if not os.path.exists(self.file("pasta.dns")) or read_text(self.file("pasta.dns")) != local:
                     stop_daemon(self.file("pasta.pid"))
@@ -3757,23 +3756,14 @@ class PrivateNetwork(Network):
         run(argv, cwd="/")
 
     def _filter(self) -> None:
-        """pasta knows one address inside, so the VMs leave under that, by nft(8) or iptables.  To the host they would
-        come as one of its own programs: unless vmHostAccess says yes they begin nothing there, whatever its address."""
+        """pasta knows one address inside, so the VMs leave under that (nft(8)).  To the host they would come as one of
+        its own programs: unless vmHostAccess says yes they begin nothing there, whatever its address."""
         closed = [] if yes_no(self.tree.config["vmHostAccess"]) == "yes" else host_addresses()
-        if find_program("nft"):
-            rules = nft_rules("private.nft", out=OUT_INTERFACE, guests=BRIDGE)
-            rules += "".join(f"add element ip {DOMAIN} host {{ {each} }}\n" for each in closed).encode()
-            self._run_inside(["nft", "-f", "-"], rules)
-            among = nft_rules("guests.nft", gateway=f"{self.subnet()}.1", mac=BRIDGE_MAC)
-            self._run_inside(["nft", "-f", "-"], among, check=False)  # doctor tells
-            return
-        masquerade = f"POSTROUTING -o {OUT_INTERFACE} -j MASQUERADE"
-        if self._run_inside(f"iptables -t nat -C {masquerade}".split(), check=False):
-            self._run_inside(f"iptables -t nat -A {masquerade}".split())
-        rule = f"iif {BRIDGE} table {CLOSED_TABLE}"
-        batch = [f"rule delete {rule}", f"rule add {rule}", f"route flush table {CLOSED_TABLE}"]
-        batch += [f"route add prohibit {each} table {CLOSED_TABLE}" for each in closed]
-        self._run_inside(["ip", "-force", "-batch", "-"], "\n".join(batch).encode(), check=False)
+        rules = nft_rules("private.nft", out=OUT_INTERFACE, guests=BRIDGE)
+        rules += "".join(f"add element ip {DOMAIN} host {{ {each} }}\n" for each in closed).encode()
+        self._run_inside(["nft", "-f", "-"], rules)
+        among = nft_rules("guests.nft", gateway=f"{self.subnet()}.1", mac=BRIDGE_MAC)
+        self._run_inside(["nft", "-f", "-"], among, check=False)  # doctor tells
 
     def _run_inside(self, argv: Sequence[str], input: bytes | None = None, check: bool = True) -> int:
         words, fds = self.enter(argv)
@@ -11097,7 +11087,7 @@ def examine_private_network(patient: Patient) -> str:
 
 
 def examine_way_out(patient: Patient) -> str:
-    missing = [names[0] for names in (["pasta"], ["nft", "iptables"]) if not any(map(find_program, names))]
+    missing = [name for name in ("pasta", "nft") if not find_program(name)]
     if missing:
         text = f"VMs on the private network don't reach the Internet: {' and '.join(missing)} not found"
         patient.tell(WARNING, text, install_command(*missing))

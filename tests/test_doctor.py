@@ -52,7 +52,7 @@ def well(run: Run, *checks: str, env: dict[str, str] | None = None) -> None:
 
 # What doctor looks for, what the commands that it tells consist of, and what this test's own programs need.
 USED = (
-    "qemu-system-x86_64 qemu-img ssh ssh-keygen ip dnsmasq nsenter pasta nft iptables"
+    "qemu-system-x86_64 qemu-img ssh ssh-keygen ip dnsmasq nsenter pasta nft"
     " xorriso genisoimage mkisofs xorrisofs bash sh env sed tee cat rm mv mkdir chmod chown mount sysctl sleep unshare"
 )
 
@@ -303,7 +303,7 @@ def test_a_conf_that_can_not_be_used(cloud: Cloud, programs: Path) -> None:
 # Programs ############################################################################################
 
 
-IN_SBIN = ("ip", "dnsmasq", "nft", "iptables")
+IN_SBIN = ("ip", "dnsmasq", "nft")
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ IN_SBIN = ("ip", "dnsmasq", "nft", "iptables")
         (["dnsmasq", "nsenter"], "private-network", "wrong"),
         pytest.param(["ip"], "private-network", "wrong", marks=long),
         (["pasta"], "way-out", "warning"),
-        pytest.param(["nft", "iptables"], "way-out", "warning", marks=long),
+        pytest.param(["nft"], "way-out", "warning", marks=long),
     ],
     ids=lambda words: words if isinstance(words, str) else " ".join(words),
 )
