@@ -12687,8 +12687,7 @@ def cmd_configure(config: Config, args: argparse.Namespace, words: list[str]) ->
 # Completion and manual ###############################################################################
 #
 # What comes from the declarations above: the words that a shell offers while one types, which its script in
-# etc/completion asks for; and the manual page, whose prose is in etc/man.  README.md's tables are made of them too
-# (tests/docs.py).
+# etc/completion asks for; and the manual page of etc/man, which tests/docs.py keeps up to date, as README.md's tables.
 
 PROBE = "\0"  # stands for the word that is being typed: no argument can have it
 SHELL_KINDS = ("file", "folder")  # which the shells complete by themselves
@@ -12845,14 +12844,10 @@ def cmd_complete(config: Config, args: argparse.Namespace, words: list[str]) -> 
         report.data("\n".join(answer))
 
 
-def filled(name: str, **parts: str) -> str:
-    """A file of etc/, in which each @PART@, or the comment .\\" @PART@ of a manual page, is replaced."""
-    return re.sub(r'(?:\.\\" )?@([A-Z_]+)@', lambda match: parts[match[1]], need_packaged(name))
-
-
 def completion(shell: str) -> str:
     """A shell's script, which completes for all names of the program."""
-    return filled(f"completion/nocloud.{shell}", NAMES=" ".join(("nocloud", "nocloud.pyz", *ALIASES)))
+    names = " ".join(("nocloud", "nocloud.pyz", *ALIASES))
+    return need_packaged(f"completion/nocloud.{shell}").replace("@NAMES@", names)
 
 
 @declare(Command("completion", operands="bash | zsh | fish", complete=(tuple(SHELLS),)))
@@ -12864,81 +12859,9 @@ def cmd_completion(config: Config, args: argparse.Namespace, words: list[str]) -
     report.data(completion(shell).rstrip("\n"))
 
 
-# -- the manual page, in the man(7) macros of roff
-
-ROFF = str.maketrans({  # what roff would take for something else: a hyphen, an accent, a typographic quote
-    "\\": "\\e", "-": "\\-", "'": "\\(aq", "`": "\\(ga", '"': "\\(dq",
-    "^": "\\(ha", "~": "\\(ti", "…": "...", "×": "\\(mu", "–": "\\(en",
-})  # fmt: skip
-EXIT_STATUSES = {
-    EXIT_DONE: "done",
-    EXIT_FAILED: "it could not be done, or one of the VMs failed",
-    EXIT_USAGE: "wrong usage, or a mistake in a file",
-    EXIT_DIFFERS: "vmapply --dry-run: there is something to do",
-    EXIT_TIMEOUT: "a wait ran out",
-    EXIT_MISSING: "unknown command, or a program is missing",
-    EXIT_INTERRUPTED: "interrupted",
-}
-
-
-def roff(text: str) -> str:
-    """`text` for the page, as it is; a dot at its beginning is no request."""
-    return ("\\&" if text.startswith((".", "…")) else "") + text.translate(ROFF)
-
-
-def bold(text: str) -> str:
-    return f"\\fB{roff(text)}\\fP"
-
-
-def wrapped(text: str) -> str:
-    """A paragraph of running text, in lines that stay under 80 bytes."""
-    return "\n".join(map(roff, textwrap.wrap(text, 60, break_long_words=False, break_on_hyphens=False)))
-
-
-def man_items(rows: Iterable[tuple[str, str]]) -> str:
-    """Entries of a list: each a term and what it means."""
-    return "\n".join(f".TP\n{bold(term)}\n{wrapped(text)}" for term, text in rows)
-
-
-def man_options(options: Iterable[Option]) -> str:
-    items = []
-    for option in options:
-        value = f" [{option.value}]" if option.is_optional else f" {option.value}" if option.value else ""
-        names = ", ".join(bold(name) + roff(value) for name in option.names)
-        default = f" (default: {option.default})" if option.default else ""
-        items.append(f".TP\n{names}\n{wrapped(option.help + default)}")
-    return "\n".join(items)
-
-
-def man_settings(*places: str) -> str:
-    rows = [(each.key, each.help, each.default) for each in SETTINGS if each.where in places]
-    return man_items((key, f"{help} [{default}]" if default else help) for key, help, default in rows)
-
-
-def man_usage(command: Command) -> str:
-    """How a command is called, by each of its names."""
-    names = filter(None, (command.alias, f"nocloud {command.name}"))
-    return "\n.br\n".join(f"{bold(name)} {roff(command.usage)}".rstrip() for name in names)
-
-
 def manual() -> str:
-    """The page nocloud(1)."""
-    commands = [
-        f".SS {bold(each.alias or each.name)}\n{man_usage(each)}\n.PP\n"
-        f"{wrapped(each.help[0].upper() + each.help[1:])}.\n{man_options(each.options)}".rstrip("\n")
-        for each in visible_commands()
-    ]
-    return filled(
-        "man/nocloud.man",
-        VERSION=roff(__version__),
-        DESCRIPTION_OPTIONS=man_items((each.text, each.help) for each in CLONE_OPTIONS),
-        GENERAL_OPTIONS=man_options(GENERAL_OPTIONS),
-        COMMANDS="\n".join(commands),
-        SETTINGS=man_settings("config", "both"),
-        CONF_KEYS=man_settings("vm"),
-        UNUSED_KEYS=wrapped(", ".join(each.key for each in SETTINGS if each.where == "unused") + "."),
-        EXIT_STATUSES=man_items((str(status), text) for status, text in EXIT_STATUSES.items()),
-    )
+    """The page nocloud(1); tests/docs.py has written into it what is declared here."""
+    return need_packaged("man/nocloud.man").replace("@VERSION@", __version__)
 
 
 @declare(Command("man"))
