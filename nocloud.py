@@ -10796,16 +10796,6 @@ OK, WARNING, WRONG = "ok", "warning", "wrong"  # wrong: as it is, no VM starts
 PLENTY_OF_SPACE = 2 * GIB
 
 
-@record
-class Finding:
-    """What a check found: its state, in words, and the command that mends it, '' where it is well."""
-
-    name: str  # of the check
-    state: str
-    text: str
-    mend: str
-
-
 class Patient:
     """What the checks look at: the configuration as far as it can be read, and the cloud that it describes.  `told`:
     what isn't well, as the check that is at work told it: state, text and the command that mends it; `deep`: whether
@@ -11151,21 +11141,6 @@ def examine_dnsmasq(patient: Patient) -> str:
     return ""
 
 
-def examine_leases(patient: Patient) -> str:
-    """Who may not read them doesn't learn the addresses of guests that have none of their own."""
-    for place in patient.bridge.lease_places:
-        try:
-            read_text(place)
-            return place
-        except FileNotFoundError:
-            continue
-        except PermissionError:
-            mend = f"sudo chmod a+rX {quoted(os.path.dirname(place), place)}"
-            patient.tell(WARNING, f"{place}: you may not read it", mend)
-            break
-    return "there are none yet"
-
-
 def examine_publishing(patient: Patient) -> str:
     """Whether this user's VMs get addresses and names of their own on the bridge."""
     unwatched = patient.bridge.unwatched()
@@ -11265,8 +11240,8 @@ CHECKS = by_name(
     examine_private_subnet, examine_way_out, examine_bridge,
 )  # fmt: skip
 BRIDGE_CHECKS = by_name(  # where there is one, or where there ought to be
-    examine_bridge_helper, examine_bridge_conf, examine_bridge_subnet, examine_dnsmasq, examine_leases,
-    examine_publishing, examine_forwarding, examine_firewalld, examine_ufw, examine_names,
+    examine_bridge_helper, examine_bridge_conf, examine_bridge_subnet, examine_dnsmasq, examine_publishing,
+    examine_forwarding, examine_firewalld, examine_ufw, examine_names,
 )  # fmt: skip
 ALL_CHECKS = {**CHECKS, **BRIDGE_CHECKS}
 OURS_ONLY = ("dnsmasq", "publishing", "forwarding", "firewalld", "ufw", "names")  # else its owner's
@@ -11277,13 +11252,9 @@ NEEDED_ON = {  # what is wrong there is a warning where VMs are on another netwo
 }
 
 
-def doctor_help() -> str:
-    """The end of doctor's help."""
-    return textwrap.fill(f"CHECKS, all by default: {', '.join(ALL_CHECKS)}.", 78, break_on_hyphens=False)
-
-
-def examine(names: Sequence[str], deep: bool = False) -> Iterator[Finding]:
-    """All findings, or those of the checks that are named, as they are found; `deep`: big files are read whole."""
+def examine(names: Sequence[str], deep: bool = False) -> Iterator[dict[str, str]]:
+    """All findings, or those of the checks that are named, as they are found: each the `name` of its check, its
+    `state`, `text`, and the command to `mend` it, '' where it is well.  `deep`: big files are read whole."""
     for name in names:
         if name not in ALL_CHECKS:
             raise UsageError(
@@ -11296,14 +11267,12 @@ def examine(names: Sequence[str], deep: bool = False) -> Iterator[Finding]:
             yield from examine_one(name, patient)
 
 
-def examine_one(name: str, patient: Patient) -> Iterator[Finding]:
+def examine_one(name: str, patient: Patient) -> Iterator[dict[str, str]]:
     """A check's findings; one that fails by itself tells why, whatever this host did to it."""
-    if name in OURS_ONLY and patient.foreign:
-        yield Finding(name, OK, f"{patient.bridge.interface} was not made by nocloud: what its owner set holds", "")
-        return
-    patient.told, well = [], ""
+    patient.told, well = [], f"{patient.bridge.interface} was not made by nocloud: what its owner set holds"
     try:
-        well = ALL_CHECKS[name](patient)
+        if not (name in OURS_ONLY and patient.foreign):
+            well = ALL_CHECKS[name](patient)
     except Error as error:
         patient.tell(WRONG, str(error), error.hint)
     except Exception as error:
@@ -11314,7 +11283,8 @@ def examine_one(name: str, patient: Patient) -> Iterator[Finding]:
     spared = NEEDED_ON.get(name, patient.network) != patient.network
     for state, text, mend in patient.told or [(OK, well, "")]:
         badness = WARNING if state == WRONG and spared else state
-        yield Finding(name, badness, printable(text), mend if os.geteuid() else re.sub(r"\bsudo ", "", mend))
+        command = mend if os.geteuid() else re.sub(r"\bsudo ", "", mend)
+        yield {"name": name, "state": badness, "text": printable(text), "mend": command}
 
 
 def bridge_faults(config: Config) -> Iterator[str]:
@@ -11322,8 +11292,8 @@ def bridge_faults(config: Config) -> Iterator[str]:
     names = ["bridge", "tun", *BRIDGE_CHECKS]
     names.remove("names")  # `net up` told of these
     for finding in examine(names) if os.path.exists(f"/sys/class/net/{config['bridgeInterface']}") else ():
-        if finding.state != OK:
-            yield f"wrong: {finding.text} (mended by: {finding.mend})"
+        if finding["state"] != OK:
+            yield f"wrong: {finding['text']} (mended by: {finding['mend']})"
 
 
 # Command lines #######################################################################################
@@ -11380,7 +11350,7 @@ class Command:
 
     `complete`: what a shell offers for each operand, as of an Option.  `more` makes the end of its help.  `passes`: the
     letters of another program's options, with the first of which its operands begin.
-    `unconfigured`: it gets the defaults, and finds the configuration by itself.
+    `bare`: the function gets the configuration only, no Cloud; `unconfigured`: and of that the defaults.
     """
 
     name: str
@@ -11390,6 +11360,7 @@ class Command:
     more: Callable[[], str] = str
     passes: str = ""
     hidden: bool = False
+    bare: bool = False
     unconfigured: bool = False
     options: tuple[Option, ...] = ()
     function: Any = None
@@ -11567,7 +11538,8 @@ def one_operand(words: Sequence[str], name: str) -> str:
 # Commands ############################################################################################
 #
 # What can be typed.  One declaration a command serves its vm* name, the subcommand and the help; the function under it
-# turns words into values and calls the sections above.  It returns the exit status; None: EXIT_DONE.
+# turns words into values and calls the sections above, in a Cloud that is looked after before and behind.  It returns
+# the exit status; None: EXIT_DONE.
 
 # Several commands have these.
 GROUP = Option("-g --group GROUP", "only this group")
@@ -11613,44 +11585,43 @@ def _digest(algorithm: str) -> Callable[[str], str]:
     Option("--user LOGIN", "who logs in to its clones", default="vmUser"),
     Option("--init KIND", "how hostname and keys get in: " + ", ".join(INIT_KINDS), INIT_KIND, complete=INIT_KINDS),
 )  # fmt: skip
-def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+def cmd_template(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """get and keep templates"""
-    with Cloud(config) as cloud:
-        if args.list or args.available or args.tree or args.prune:
-            no_more(words)
-            show_templates(cloud, args)
-            return
-        name = one_operand(words, "NAME")
-        expected = exclusive(args, "sha256", "sha512", "insecure")
-        way = exclusive(args, "image", "build", "from", "delete", "warm", "cold")
-        if expected and way != "image":
-            raise UsageError(f"--{expected} goes with --image")
-        stray = exclusive(args, "include") or exclusive(args, "rebuild")
-        if stray and way != "build":
-            raise UsageError(f"--{stray} goes with --build")
-        if (args.layer or args.no_clean) and way != "from":
-            raise UsageError(f"--{'layer' if args.layer else 'no-clean'} goes with --from")
-        asked = asked_settings(vars(args))
-        if way == "delete":
-            delete_template(cloud, name)
-        elif way == "warm":
-            layer = freeze(cloud, name, asked)
-            report.say(f"{name}: frozen; its memory takes {layer.frozen_size() / MIB:.0f} MB, --cold gives them back")
-        elif way == "cold":
-            size = make_cold(cloud, name)
-            report.say(f"{name}: {size / MIB:.0f} MB are given back, once no clone runs that woke up on them")
-        elif way == "from":
-            template_from_vm(cloud, name, getattr(args, "from"), asked, args.layer, not args.no_clean)
-        elif way == "build":
-            check_new_template(cloud.tree, name)
-            size = cloud.config.number("vmCreateDiskSize")
-            build = plan_build(args.build, args.include or [], size, args.init == "cloud-init")
-            settings = template_settings(cloud, {"vmInit": build.init, **asked})
-            template_from_packages(cloud, name, build, settings, args.rebuild)
-        elif way == "image":
-            template_from_address(cloud, name, args, template_settings(cloud, asked))
-        else:
-            template_from_catalogue(cloud, name, asked, functools.partial(take_over, cloud))
+    if args.list or args.available or args.tree or args.prune:
+        no_more(words)
+        show_templates(cloud, args)
+        return
+    name = one_operand(words, "NAME")
+    expected = exclusive(args, "sha256", "sha512", "insecure")
+    way = exclusive(args, "image", "build", "from", "delete", "warm", "cold")
+    if expected and way != "image":
+        raise UsageError(f"--{expected} goes with --image")
+    stray = exclusive(args, "include") or exclusive(args, "rebuild")
+    if stray and way != "build":
+        raise UsageError(f"--{stray} goes with --build")
+    if (args.layer or args.no_clean) and way != "from":
+        raise UsageError(f"--{'layer' if args.layer else 'no-clean'} goes with --from")
+    asked = asked_settings(vars(args))
+    if way == "delete":
+        delete_template(cloud, name)
+    elif way == "warm":
+        layer = freeze(cloud, name, asked)
+        report.say(f"{name}: frozen; its memory takes {layer.frozen_size() / MIB:.0f} MB, --cold gives them back")
+    elif way == "cold":
+        size = make_cold(cloud, name)
+        report.say(f"{name}: {size / MIB:.0f} MB are given back, once no clone runs that woke up on them")
+    elif way == "from":
+        template_from_vm(cloud, name, getattr(args, "from"), asked, args.layer, not args.no_clean)
+    elif way == "build":
+        check_new_template(cloud.tree, name)
+        size = cloud.config.number("vmCreateDiskSize")
+        build = plan_build(args.build, args.include or [], size, args.init == "cloud-init")
+        settings = template_settings(cloud, {"vmInit": build.init, **asked})
+        template_from_packages(cloud, name, build, settings, args.rebuild)
+    elif way == "image":
+        template_from_address(cloud, name, args, template_settings(cloud, asked))
+    else:
+        template_from_catalogue(cloud, name, asked, functools.partial(take_over, cloud))
 
 
 def show_templates(cloud: Cloud, args: argparse.Namespace) -> None:
@@ -11711,34 +11682,33 @@ def report_table(rows: Sequence[Sequence[str]]) -> None:
     Option("-d --disk GB", "disk size; with -a: grow to", default="vmCreateDiskSize"),
     Option("-a --adjust", "change an existing one: only what is given"),
 )
-def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+def cmd_create(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """make a template from an ISO, or adjust one"""
     for value, name in ((args.name, "-n NAME"), (args.adjust or args.iso, "-i ISO")):
         if not value:
             raise UsageError(f"{name} is missing", "-h shows how it is called")
-    if config["vmCreateGroup"] != TEMPLATES and not args.adjust:
-        report.warn(f"vmCreateGroup={config['vmCreateGroup']}: not used, what vmcreate makes is a template")
-    with Cloud(config) as cloud:
-        iso = find_iso(config, args.iso) if args.iso else ""
-        given = {"vmMem": args.mem, "vmCpu": args.cpu, "vmCpuCap": args.cpu_cap}
-        asked = {key: str(value) for key, value in given.items() if value is not None}
-        if args.adjust:
-            vm = adjust_as_asked(cloud, args, asked, iso)
-        else:
-            settings = template_settings(cloud, asked)
-            warn_of_memory(int(settings["vmMem"]))
-            gigabytes = args.disk or config.number("vmCreateDiskSize")
-            with NewTemplate(cloud, args.name, read_only=False) as new:
-                create_disk(new.disk, gigabytes)
-                vm = new.finish(settings)
-        if iso:
-            error = start_all(cloud, [vm], iso=iso, gui=True)[0]
-            if error:
-                if not args.adjust:
-                    delete_template(cloud, vm.name)
-                raise error
-            report.say(f"{report.program}: {vm} boots {iso}; when it is done: vmstop -n {vm}")
-            open_screens([vm])
+    if cloud.config["vmCreateGroup"] != TEMPLATES and not args.adjust:
+        report.warn(f"vmCreateGroup={cloud.config['vmCreateGroup']}: not used, what vmcreate makes is a template")
+    iso = find_iso(cloud.config, args.iso) if args.iso else ""
+    given = {"vmMem": args.mem, "vmCpu": args.cpu, "vmCpuCap": args.cpu_cap}
+    asked = {key: str(value) for key, value in given.items() if value is not None}
+    if args.adjust:
+        vm = adjust_as_asked(cloud, args, asked, iso)
+    else:
+        settings = template_settings(cloud, asked)
+        warn_of_memory(int(settings["vmMem"]))
+        gigabytes = args.disk or cloud.config.number("vmCreateDiskSize")
+        with NewTemplate(cloud, args.name, read_only=False) as new:
+            create_disk(new.disk, gigabytes)
+            vm = new.finish(settings)
+    if iso:
+        error = start_all(cloud, [vm], iso=iso, gui=True)[0]
+        if error:
+            if not args.adjust:
+                delete_template(cloud, vm.name)
+            raise error
+        report.say(f"{report.program}: {vm} boots {iso}; when it is done: vmstop -n {vm}")
+        open_screens([vm])
 
 
 def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, changes: Mapping[str, str], iso: str) -> VM:
@@ -11772,28 +11742,27 @@ def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, changes: Mapping[str
     Option("--type TYPE", "move it to this type"),
     YES,
 )
-def cmd_change(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+def cmd_change(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """change a VM that is switched off; its ports and disks while it runs, too"""
-    with Cloud(config) as cloud:
-        vm = cloud.tree.need(one_operand(words, "VM") if args.vm is None else args.vm)
-        given = {"vmMem": args.mem, "vmCpu": args.cpu, "vmCpuCap": args.cap, "vmPorts": args.ports}
-        changes = {key: str(value) for key, value in given.items() if value is not None}
-        place = [args.group or vm.group, args.type or vm.type, args.name or vm.name]
-        moves = place != [vm.group, vm.type, vm.name]
-        if not (changes or args.disk or args.add_disk or args.remove_disk or moves):
-            raise UsageError("nothing to change: say what", "-h shows how it is called")
-        if args.remove_disk:
-            check_removal(cloud, vm, args.remove_disk)
-            confirm(args, f"what is on disk {args.remove_disk} of {vm} will be gone.", needed=True)
-        vm = move_vm(cloud, vm, *place) if moves else vm  # first: what can't be done costs no disk
-        with FolderLock(vm.folder):
-            vm.reread()
-            if changes.keys() - set(LIVE) or args.remove_disk or not vm.is_running():
-                need_stopped(cloud, vm)
-            change_settings(cloud, vm, changes)
-            for value, do in ((args.disk, grow_disk), (args.remove_disk, remove_disk), (args.add_disk, add_disk)):
-                if value:
-                    do(cloud, vm, value)
+    vm = cloud.tree.need(one_operand(words, "VM") if args.vm is None else args.vm)
+    given = {"vmMem": args.mem, "vmCpu": args.cpu, "vmCpuCap": args.cap, "vmPorts": args.ports}
+    changes = {key: str(value) for key, value in given.items() if value is not None}
+    place = [args.group or vm.group, args.type or vm.type, args.name or vm.name]
+    moves = place != [vm.group, vm.type, vm.name]
+    if not (changes or args.disk or args.add_disk or args.remove_disk or moves):
+        raise UsageError("nothing to change: say what", "-h shows how it is called")
+    if args.remove_disk:
+        check_removal(cloud, vm, args.remove_disk)
+        confirm(args, f"what is on disk {args.remove_disk} of {vm} will be gone.", needed=True)
+    vm = move_vm(cloud, vm, *place) if moves else vm  # first: what can't be done costs no disk
+    with FolderLock(vm.folder):
+        vm.reread()
+        if changes.keys() - set(LIVE) or args.remove_disk or not vm.is_running():
+            need_stopped(cloud, vm)
+        change_settings(cloud, vm, changes)
+        for value, do in ((args.disk, grow_disk), (args.remove_disk, remove_disk), (args.add_disk, add_disk)):
+            if value:
+                do(cloud, vm, value)
 
 
 COLD = Option("--cold", "have them boot, though their template is frozen (vmtemplate --warm)")
@@ -11814,45 +11783,44 @@ ALLOW_SHARE = Option("--allow-share DIR", "with -f: share= may name folders belo
     Option("--dry-run", "check everything, say what would be made, make nothing"),
     FORCE,
 )
-def cmd_instantiate(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_instantiate(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     """make clones of a template and start them"""
-    with Cloud(config) as cloud:
-        group, requests = requests_of(config, args)
-        for request in requests if args.cold else ():
-            request.settings["vmCold"] = "yes"
-        check_requests(cloud, group, requests, args.force)
-        if args.dry_run:
-            for request in requests:
-                report.data(f"{request.template}: {plural(request.count, 'clone')} in {group}/{request.type}")
-            return EXIT_DONE
-        vms, errors = instantiate(cloud, group, requests)
-        errors += end_start(cloud, args, vms)
-        for vm in vms:
-            report.data(vm.name)
-        open_screens(vms)
-        return report_errors(errors)
+    group, requests = requests_of(cloud, args)
+    for request in requests if args.cold else ():
+        request.settings["vmCold"] = "yes"
+    check_requests(cloud, group, requests, args.force)
+    if args.dry_run:
+        for request in requests:
+            report.data(f"{request.template}: {plural(request.count, 'clone')} in {group}/{request.type}")
+        return EXIT_DONE
+    vms, errors = instantiate(cloud, group, requests)
+    errors += end_start(cloud, args, vms)
+    for vm in vms:
+        report.data(vm.name)
+    open_screens(vms)
+    return report_errors(errors)
 
 
-def requests_of(config: Config, args: argparse.Namespace) -> tuple[str, list[CloneRequest]]:
+def requests_of(cloud: Cloud, args: argparse.Namespace) -> tuple[str, list[CloneRequest]]:
     """The group and the sets of clones that the command line asks for."""
-    type = checked_name("type", config["vmSubGroup"] if args.type is None else args.type)
+    type = checked_name("type", cloud.config["vmSubGroup"] if args.type is None else args.type)
     group = args.group
     if args.file is not None:
         for given, name in ((args.template, "-n"), (args.count, "-C"), (args.options, "-o")):
             if given is not None:
                 raise UsageError(f"-f and {name} exclude each other", "the description file says it all")
-        group = Tree(config).group_called(group_of_file(args.file)) if group is None else group
+        group = cloud.tree.group_called(group_of_file(args.file)) if group is None else group
         return group, read_description(args.file, type, args.allow_share)
     if args.allow_share is not None:
         raise UsageError("--allow-share goes with -f FILE only")
     if not args.template:
         raise UsageError("which template? give -n TEMPLATE, or -f FILE", TEMPLATES_HINT)
-    request = CloneRequest("", args.template, args.count or config.number("vmCount"), type, {})
+    request = CloneRequest("", args.template, args.count or cloud.config.number("vmCount"), type, {})
     try:
         request.set_options(args.options or "")
     except UsageError as error:
         raise UsageError(f"-o: {error}", error.hint) from None
-    return config["vmGroup"] if group is None else group, [request]
+    return cloud.config["vmGroup"] if group is None else group, [request]
 
 
 def report_errors(errors: Sequence[Error]) -> int:
@@ -11879,7 +11847,7 @@ def report_errors(errors: Sequence[Error]) -> int:
     YES,
     FORCE,
 )
-def cmd_run(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_run(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     """run a group in the foreground"""
     if sum(each is not None for each in (args.file, args.resume, args.stop)) != 1:
         raise UsageError("give exactly one of -f FILE, -r GROUP and -s GROUP", "-h shows how it is called")
@@ -11891,39 +11859,37 @@ def cmd_run(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     if args.gui and args.stop is not None:
         raise UsageError("-g goes with -f FILE and -r GROUP")
     if args.stop is not None:
-        with Cloud(config) as cloud:
-            stop_managed(cloud, args.stop)
+        stop_managed(cloud, args.stop)
         return EXIT_DONE
     background = Background()
     status = background.start() if args.background else None
-    return run_group(config, args, background) if status is None else status
+    return run_group(cloud, args, background) if status is None else status
 
 
-def run_group(config: Config, args: argparse.Namespace, background: Background) -> int:
+def run_group(cloud: Cloud, args: argparse.Namespace, background: Background) -> int:
     """vmrun -f and -r, in the foreground or in the child that goes on in the background."""
-    with Cloud(config) as cloud:
-        group, requests = args.resume, []
-        if args.file is not None:
-            group = args.group or cloud.tree.group_called(group_of_file(args.file))
-        if args.apply:
-            vars(args).update(dict.fromkeys(("dry_run", "restart", "replace", "wait")))  # vmapply's
-            status = apply(cloud, group, read_description(args.file, config["vmSubGroup"], args.allow_share), args)
-            if status:
-                return status
-        elif args.file is not None:
-            requests = read_description(args.file, config["vmSubGroup"], args.allow_share)
-            if not args.add:
-                check_new_group(list(cloud.tree.vms(group)), group)  # else its own ports would be in the way
-            check_requests(cloud, group, requests, args.force)
-            for key, given in (("vmGui", args.gui), ("vmCold", args.cold)):
-                for request in requests if given else ():
-                    request.settings[key] = "yes"
-        elif group == TEMPLATES:
-            raise UsageError("templates are not run as a group", "vm -n NAME runs one")
-        else:
-            cloud.tree.need_group(group)
-        end = KEEP if (args.resume is not None or args.apply) and not args.destroy else DESTROY
-        return supervise(cloud, group, requests, bool(requests) and not args.add, args.gui, background, end)
+    group, requests = args.resume, []
+    if args.file is not None:
+        group = args.group or cloud.tree.group_called(group_of_file(args.file))
+    if args.apply:
+        vars(args).update(dict.fromkeys(("dry_run", "restart", "replace", "wait")))  # vmapply's
+        status = apply(cloud, group, read_description(args.file, cloud.config["vmSubGroup"], args.allow_share), args)
+        if status:
+            return status
+    elif args.file is not None:
+        requests = read_description(args.file, cloud.config["vmSubGroup"], args.allow_share)
+        if not args.add:
+            check_new_group(list(cloud.tree.vms(group)), group)  # else its own ports would be in the way
+        check_requests(cloud, group, requests, args.force)
+        for key, given in (("vmGui", args.gui), ("vmCold", args.cold)):
+            for request in requests if given else ():
+                request.settings[key] = "yes"
+    elif group == TEMPLATES:
+        raise UsageError("templates are not run as a group", "vm -n NAME runs one")
+    else:
+        cloud.tree.need_group(group)
+    end = KEEP if (args.resume is not None or args.apply) and not args.destroy else DESTROY
+    return supervise(cloud, group, requests, bool(requests) and not args.add, args.gui, background, end)
 
 
 @declare(
@@ -11939,21 +11905,20 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
     YES,
     FORCE,
 )
-def cmd_apply(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_apply(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     """make a group what a description file says: make, change and destroy VMs"""
-    with Cloud(config) as cloud:
-        if args.describe:
-            if not args.group:
-                raise UsageError("-g GROUP is missing", "vmrunning -a lists the groups")
-            cloud.tree.need_group(args.group)
-            for line in describe(cloud, args.group):
-                report.data(line)
-            return EXIT_DONE
-        if args.file is None:
-            raise UsageError("-f FILE is missing", "-h shows how it is called")
-        group = cloud.tree.group_called(group_of_file(args.file)) if args.group is None else args.group
-        requests = read_description(args.file, config["vmSubGroup"], args.allow_share)
-        return apply(cloud, group, requests, args)
+    if args.describe:
+        if not args.group:
+            raise UsageError("-g GROUP is missing", "vmrunning -a lists the groups")
+        cloud.tree.need_group(args.group)
+        for line in describe(cloud, args.group):
+            report.data(line)
+        return EXIT_DONE
+    if args.file is None:
+        raise UsageError("-f FILE is missing", "-h shows how it is called")
+    group = cloud.tree.group_called(group_of_file(args.file)) if args.group is None else args.group
+    requests = read_description(args.file, cloud.config["vmSubGroup"], args.allow_share)
+    return apply(cloud, group, requests, args)
 
 
 def apply(cloud: Cloud, group: str, requests: Sequence[CloneRequest], args: argparse.Namespace) -> int:
@@ -11984,28 +11949,27 @@ def apply(cloud: Cloud, group: str, requests: Sequence[CloneRequest], args: argp
     Option("-L --list", "list published ports: NAME GROUP/TYPE IP:HOST GUEST"),
     Option("--delete", "publish it no more"),
 )
-def cmd_port(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+def cmd_port(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """publish a VM's TCP ports on this host, until it is destroyed: 8080:80, on 127.0.0.1 if no IP is said"""
-    with Cloud(config) as cloud:
-        every = args.list and args.name is None
-        vm = None if every else cloud.tree.need(args.name, args.group, args.type, first=VM.is_running)
-        if not vm or args.list:
-            no_more(words)
-            cloud.tree.need_group(args.group, args.type)
-            for each in [vm] if vm else cloud.tree.vms(args.group or "", args.type or ""):
-                for ip, host, guest in ports_of(each):
-                    report.data(f"{each.name} {each.place} {ip}:{host} {guest}")
-            return
-        asked = checked(PORTS, one_operand(words, "[IP:]HOST:GUEST") or "-", repr(words[0]))
-        with FolderLock(vm.folder):
-            vm.reread()
-            has, ports = parse_ports(vm.get("vmPorts")), parse_ports(asked)
-            if args.delete and (stray := [each for each in ports if each not in has]):
-                raise NotFound(f"{join_ports(stray)} is not published", "vmport -L lists what is", vm=vm)
-            kept = [each for each in has if each not in ports] if args.delete else [*has, *ports]
-            new = set_ports(cloud, vm, kept)
-        for ip, host, guest in new:
-            report.data(f"{vm.name} {vm.place} {ip}:{host} {guest}")
+    every = args.list and args.name is None
+    vm = None if every else cloud.tree.need(args.name, args.group, args.type, first=VM.is_running)
+    if not vm or args.list:
+        no_more(words)
+        cloud.tree.need_group(args.group, args.type)
+        for each in [vm] if vm else cloud.tree.vms(args.group or "", args.type or ""):
+            for ip, host, guest in ports_of(each):
+                report.data(f"{each.name} {each.place} {ip}:{host} {guest}")
+        return
+    asked = checked(PORTS, one_operand(words, "[IP:]HOST:GUEST") or "-", repr(words[0]))
+    with FolderLock(vm.folder):
+        vm.reread()
+        has, ports = parse_ports(vm.get("vmPorts")), parse_ports(asked)
+        if args.delete and (stray := [each for each in ports if each not in has]):
+            raise NotFound(f"{join_ports(stray)} is not published", "vmport -L lists what is", vm=vm)
+        kept = [each for each in has if each not in ports] if args.delete else [*has, *ports]
+        new = set_ports(cloud, vm, kept)
+    for ip, host, guest in new:
+        report.data(f"{vm.name} {vm.place} {ip}:{host} {guest}")
 
 
 WAYS_IN = """\
@@ -12021,21 +11985,20 @@ for a browser that sees all VMs by their names, vmssh VM -N -D 1080, with socks5
     Option("-l --long", "a table: NAME GROUP/TYPE STATE IP UPTIME CPU MEMORY PORTS; what its qemu uses now"),
     Option("--json", "a JSON list of objects with all that is known; null is what isn't, or what it hasn't"),
 )
-def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+def cmd_running(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """list running VMs: NAME GROUP/TYPE IP"""
     form = exclusive(args, "long", "json")
-    with Cloud(config) as cloud:
-        cloud.tree.need_group(args.group, args.type)
-        group, type = args.group or "", args.type or ""
-        if form == "long":
-            rows = list(usage_rows(cloud, group, type, args.all))
-            report_table([("NAME", "PLACE", "STATE", "ADDRESS", "UPTIME", "CPU", "MEMORY", "PORTS"), *rows])
-        elif form == "json":
-            found = listed(cloud.tree, group, type, args.all)
-            report.data(json.dumps([vm_facts(cloud, *each) for each in found], indent=2))
-        else:
-            for row in vm_rows(cloud, group, type, every=args.all):
-                report.data(row)
+    cloud.tree.need_group(args.group, args.type)
+    group, type = args.group or "", args.type or ""
+    if form == "long":
+        rows = list(usage_rows(cloud, group, type, args.all))
+        report_table([("NAME", "PLACE", "STATE", "ADDRESS", "UPTIME", "CPU", "MEMORY", "PORTS"), *rows])
+    elif form == "json":
+        found = listed(cloud.tree, group, type, args.all)
+        report.data(json.dumps([vm_facts(cloud, *each) for each in found], indent=2))
+    else:
+        for row in vm_rows(cloud, group, type, every=args.all):
+            report.data(row)
 
 
 @declare(
@@ -12048,35 +12011,34 @@ def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> N
     Option("--discard", "forget memory that was saved: they boot at their next start"),
     YES,
 )
-def cmd_stop(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_stop(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     """stop a group, a type of it or single VMs"""
     way = exclusive(args, "destroy" if args.destroy else "kill", "save", "discard")  # to destroy is to switch off
-    with Cloud(config) as cloud:
-        try:
-            vms = chosen_vms(cloud, args, words)
-        except NotFound as error:  # to destroy what is gone already is no error, but said: the name may be mistyped
-            if not args.destroy or args.name is not None or words:
-                raise
-            error.text += ", so there is nothing to destroy"
-            report.error(error)
-            vms = []
-        if args.destroy:
-            if args.group == TEMPLATES or any(vm.is_template for vm in vms):
-                raise UsageError("templates are not destroyed with vmstop", "vmtemplate --delete NAME")
-            kept = sum(len(snapshots_of(vm)) for vm in vms)
-            if kept:
-                confirm(args, f"{plural(len(vms), 'VM')} with {plural(kept, 'snapshot')} will be gone.")
-            errors = destroy_all(cloud, vms, args.group or "")
-        elif way == "save":
-            running = [vm for vm in vms if vm.is_running() or args.name or words]
-            errors = [each for each in in_parallel(save, running) if each]
-        elif way == "discard":
-            errors = []
-            with locked(vms):
-                for vm in vms:
-                    remove_file(vm.saved_file)
-        else:
-            errors = stop_all(cloud, vms, 0 if args.kill else args.timeout)
+    try:
+        vms = chosen_vms(cloud, args, words)
+    except NotFound as error:  # to destroy what is gone already is no error, but said: the name may be mistyped
+        if not args.destroy or args.name is not None or words:
+            raise
+        error.text += ", so there is nothing to destroy"
+        report.error(error)
+        vms = []
+    if args.destroy:
+        if args.group == TEMPLATES or any(vm.is_template for vm in vms):
+            raise UsageError("templates are not destroyed with vmstop", "vmtemplate --delete NAME")
+        kept = sum(len(snapshots_of(vm)) for vm in vms)
+        if kept:
+            confirm(args, f"{plural(len(vms), 'VM')} with {plural(kept, 'snapshot')} will be gone.")
+        errors = destroy_all(cloud, vms, args.group or "")
+    elif way == "save":
+        running = [vm for vm in vms if vm.is_running() or args.name or words]
+        errors = [each for each in in_parallel(save, running) if each]
+    elif way == "discard":
+        errors = []
+        with locked(vms):
+            for vm in vms:
+                remove_file(vm.saved_file)
+    else:
+        errors = stop_all(cloud, vms, 0 if args.kill else args.timeout)
     return report_errors(errors)
 
 
@@ -12113,21 +12075,14 @@ def confirm(args: argparse.Namespace, question: str, needed: bool = False) -> No
         raise Error("nothing has been done")
 
 
-@declare(
-    Command("start", "vmstart", "[VM…]", ("vm",)),
-    *WHICH_VMS,
-    Option("-w --wait [SECONDS]", "return when all are ready", default="vmWaitTimeout"),
-)
-def cmd_start(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+@declare(Command("start", "vmstart", "[VM…]", ("vm",)), *WHICH_VMS, WAIT)
+def cmd_start(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     """start VMs that are stopped, and don't connect to them"""
-    with Cloud(config) as cloud:
-        asked = chosen_vms(cloud, args, words)
-        vms = [vm for vm in asked if not vm.is_running()]
-        errors = [
-            *start_stopped(cloud, vms),
-            *filter(None, in_parallel(need_awake, [vm for vm in asked if vm not in vms])),
-        ]
-        return report_errors([*errors, *end_start(cloud, args, [vm for vm in vms if vm.is_running()])])
+    asked = chosen_vms(cloud, args, words)
+    vms = [vm for vm in asked if not vm.is_running()]
+    errors = start_stopped(cloud, vms)
+    errors += filter(None, in_parallel(need_awake, [vm for vm in asked if vm not in vms]))
+    return report_errors([*errors, *end_start(cloud, args, [vm for vm in vms if vm.is_running()])])
 
 
 def start_stopped(cloud: Cloud, vms: Sequence[VM], iso: str = "", gui: bool = False) -> list[Error]:
@@ -12150,18 +12105,18 @@ def end_start(cloud: Cloud, args: argparse.Namespace, vms: Sequence[VM]) -> list
 
 
 @declare(Command("pause", "vmpause", "[VM…]", ("running-vm",)), *WHICH_VMS)
-def cmd_pause(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_pause(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     """have VMs stand still"""
-    return tell_running(config, args, words, "stop")
+    return tell_running(cloud, args, words, "stop")
 
 
 @declare(Command("resume", "vmresume", "[VM…]", ("running-vm",)), *WHICH_VMS)
-def cmd_resume(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_resume(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     """have VMs go on that stand still"""
-    return tell_running(config, args, words, "cont")
+    return tell_running(cloud, args, words, "cont")
 
 
-def tell_running(config: Config, args: argparse.Namespace, words: Sequence[str], command: str) -> int:
+def tell_running(cloud: Cloud, args: argparse.Namespace, words: Sequence[str], command: str) -> int:
     """Give qemu's command to each of the VMs that runs."""
 
     def tell(vm: VM) -> None:
@@ -12173,9 +12128,8 @@ def tell_running(config: Config, args: argparse.Namespace, words: Sequence[str],
                 qemu.execute(command)
             remove_file(vm.still_file)
 
-    with Cloud(config) as cloud:
-        vms = [vm for vm in chosen_vms(cloud, args, words) if vm.is_running() or args.name or words]
-        return report_errors([each for each in in_parallel(tell, vms) if each])
+    vms = [vm for vm in chosen_vms(cloud, args, words) if vm.is_running() or args.name or words]
+    return report_errors([each for each in in_parallel(tell, vms) if each])
 
 
 @declare(
@@ -12186,46 +12140,44 @@ def tell_running(config: Config, args: argparse.Namespace, words: Sequence[str],
     Option("--sync", "have the guests write out first what they hold"),
     Option("--delete", "delete the snapshot NAME"),
 )
-def cmd_snapshot(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+def cmd_snapshot(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """keep what VMs are at this moment"""
-    with Cloud(config) as cloud:
-        if args.list:
-            no_more(words)
-            if args.group:
-                cloud.tree.need_group(args.group)
-            report_table(list(snapshot_rows(cloud.tree, args.group or "")))
-            return
-        name = one_operand(words, "NAME")
-        if args.delete:
-            chosen = chosen_vms(cloud, args) if args.group or args.name is not None else list(cloud.tree.vms())
-            with locked(each.vm for each in need_snapshots(chosen, name)):
-                for each in need_snapshots(chosen, name):
-                    delete_snapshot(each)
-        else:
-            take_snapshot(cloud, chosen_vms(cloud, args), name, bool(args.ram), bool(args.sync))
+    if args.list:
+        no_more(words)
+        if args.group:
+            cloud.tree.need_group(args.group)
+        report_table(list(snapshot_rows(cloud.tree, args.group or "")))
+        return
+    name = one_operand(words, "NAME")
+    if args.delete:
+        chosen = chosen_vms(cloud, args) if args.group or args.name is not None else list(cloud.tree.vms())
+        with locked(each.vm for each in need_snapshots(chosen, name)):
+            for each in need_snapshots(chosen, name):
+                delete_snapshot(each)
+    else:
+        take_snapshot(cloud, chosen_vms(cloud, args), name, bool(args.ram), bool(args.sync))
 
 
 @declare(Command("rollback", "vmrollback", "NAME"), *WHICH_VMS, YES)
-def cmd_rollback(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_rollback(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     """go back to a snapshot; what has changed since is lost"""
     name = one_operand(words, "NAME")
-    with Cloud(config) as cloud:
-        vms = chosen_vms(cloud, args)
+    vms = chosen_vms(cloud, args)
+    found = need_snapshots(vms, name)
+    confirm(args, f"{plural(len(found), 'VM')} will be as in {name}; what has changed since is lost.")
+    with locked(vms):
         found = need_snapshots(vms, name)
-        confirm(args, f"{plural(len(found), 'VM')} will be as in {name}; what has changed since is lost.")
-        with locked(vms):
-            found = need_snapshots(vms, name)
-            again = [each.vm for each in found if each.vm.is_running() or os.path.exists(each.memory)]
-            raise_first(in_parallel(lambda vm: stop_locked(vm, 0), [each.vm for each in found]))
-            for each in found:
-                for disk in roll_back(each):
-                    report.say(f"{each.vm}: it has got a disk since, which is kept: {disk}")
-            later = [vm.name for vm in vms if vm not in [each.vm for each in found]]
-            if later:
-                report.say(f"not in {name}, and left as they are: {', '.join(later)}")
-            errors = [error for error in start_all(cloud, again, held=True) if error]
-        configure_later(cloud, [vm for vm in again if vm.is_running()])
-        return report_errors(errors)
+        again = [each.vm for each in found if each.vm.is_running() or os.path.exists(each.memory)]
+        raise_first(in_parallel(lambda vm: stop_locked(vm, 0), [each.vm for each in found]))
+        for each in found:
+            for disk in roll_back(each):
+                report.say(f"{each.vm}: it has got a disk since, which is kept: {disk}")
+        later = [vm.name for vm in vms if vm not in [each.vm for each in found]]
+        if later:
+            report.say(f"not in {name}, and left as they are: {', '.join(later)}")
+        errors = [error for error in start_all(cloud, again, held=True) if error]
+    configure_later(cloud, [vm for vm in again if vm.is_running()])
+    return report_errors(errors)
 
 
 def running_vm(cloud: Cloud, words: str | None, group: str | None = None, type: str | None = None) -> VM:
@@ -12244,14 +12196,13 @@ def running_vm(cloud: Cloud, words: str | None, group: str | None = None, type: 
 
 
 @declare(Command("ssh", "vmssh", "[LOGIN@]VM [WORDS...]", ("running-vm",), passes=SSH_FLAGS + SSH_VALUES))
-def cmd_ssh(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+def cmd_ssh(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """ssh into a VM, or run a command in it; ssh's options, before or after the VM, are ssh's"""
     options, rest = split_ssh_words(words)
     if not rest:
         raise UsageError("which VM?", "vmssh VM|IP [WORDS...]; vmrunning lists the VMs")
-    with Cloud(config) as cloud:
-        login, _, name = rest[0].rpartition("@")
-        become_ssh(cloud, running_vm(cloud, name), rest[1:], first=[*options, *(["-l", login] if login else [])])
+    login, _, name = rest[0].rpartition("@")
+    become_ssh(cloud, running_vm(cloud, name), rest[1:], first=[*options, *(["-l", login] if login else [])])
 
 
 def become_ssh(cloud: Cloud, vm: VM, words: Sequence[str], fresh: bool = False, first: Sequence[str] = ()) -> None:
@@ -12288,20 +12239,19 @@ def wait_login(cloud: Cloud, vm: VM, fresh: bool = False) -> None:
     Option("--install", "have ~/.ssh/config include it, and keep it up to date as VMs come and go"),
     Option("--remove", "take that away again"),
 )
-def cmd_ssh_config(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+def cmd_ssh_config(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """print an ssh configuration with the VMs' names, for ssh, scp, sftp, rsync, git and editors"""
-    with Cloud(config) as cloud:
-        ours = SshConfig(cloud)
-        if not exclusive(args, "install", "remove"):
-            report.data(ours.text()[0].rstrip("\n"))
-            return
-        if args.install:
-            cloud.tree.prepare()
-            for each in ours.write():
-                report.say(f"{report.program}: not offered: {each}")
-        ours.include(args.install)
-        if args.remove:
-            remove_file(ours.path)
+    ours = SshConfig(cloud)
+    if not exclusive(args, "install", "remove"):
+        report.data(ours.text()[0].rstrip("\n"))
+        return
+    if args.install:
+        cloud.tree.prepare()
+        for each in ours.write():
+            report.say(f"{report.program}: not offered: {each}")
+    ours.include(args.install)
+    if args.remove:
+        remove_file(ours.path)
 
 
 COPYING = """\
@@ -12322,26 +12272,28 @@ scp, for --sync rsync."""
     Option("-O --old", "scp's old protocol, for a guest that has scp and no sftp-server"),
     Option("--sync", "by rsync: only what differs; folders, links, times and modes too"),
 )
-def cmd_cp(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_cp(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     """copy files into VMs, out of them, and between them"""
     if len(words) < 2:
         raise UsageError("SRC and DST are needed", "vmcp FILE VM:PATH, or vmcp VM:PATH FILE")
-    with Cloud(config) as cloud:
-        found = [find_places(cloud, word) for word in words]
-        inside = [vm for places in found for vm, _ in places if vm]
-        if not inside:
-            raise UsageError("none of them is in a VM", "VM:PATH is, and ./a:b is a file of this host")
-        if any(len(places) > 1 for places in found[:-1]):
-            raise UsageError("several VMs to copy from", "only DST may be a pattern that several fit")
-        if "-" in words and (args.sync or len(words) > 2 or len(inside) > 1):
-            raise UsageError("- is for one file, in one VM, without --sync")
-        if "-" in words:
-            become_cat(cloud, inside[0], *words)
-        sources, targets = [places[0] for places in found[:-1]], dict(found[-1])
-        if len(targets) == 1:
-            become(copy_argv(cloud, args, [*sources, *targets.items()]))
-        copy = functools.partial(copy_argv, cloud, args)
-        results = in_parallel(lambda vm: run(copy([*sources, (vm, targets[vm])]), timeout=None), list(targets))
+    found = [find_places(cloud, word) for word in words]
+    inside = [vm for places in found for vm, _ in places if vm]
+    if not inside:
+        raise UsageError("none of them is in a VM", "VM:PATH is, and ./a:b is a file of this host")
+    if any(len(places) > 1 for places in found[:-1]):
+        raise UsageError("several VMs to copy from", "only DST may be a pattern that several fit")
+    if "-" in words and (args.sync or len(words) > 2 or len(inside) > 1):
+        raise UsageError("- is for one file, in one VM, without --sync")
+    if "-" in words:
+        head, _, path = next(word for word in words if word != "-").partition(":")
+        script = f"cat {'<' if words[1] == '-' else '>'}{shlex.quote(path.removeprefix('~/'))}"
+        login = head.rpartition("@")[0]
+        become_ssh(cloud, inside[0], [script], first=["-l", login] if login else [])
+    sources, targets = [places[0] for places in found[:-1]], dict(found[-1])
+    if len(targets) == 1:
+        become(copy_argv(cloud, args, [*sources, *targets.items()]))
+    copy = functools.partial(copy_argv, cloud, args)
+    results = in_parallel(lambda vm: run(copy([*sources, (vm, targets[vm])]), timeout=None), list(targets))
     return report_errors([each for each in results if isinstance(each, Error)])
 
 
@@ -12382,14 +12334,6 @@ def copy_argv(cloud: Cloud, args: argparse.Namespace, places: Sequence[tuple[VM 
     return ["scp", "-F", config, *(flag for flag, given in flags.items() if given), "--", *spelt]
 
 
-def become_cat(cloud: Cloud, vm: VM, source: str, target: str) -> None:
-    """Copy a file of a VM to stdout, or stdin to one."""
-    head, _, path = (source if target == "-" else target).partition(":")
-    login = head.rpartition("@")[0]
-    script = f"cat {'<' if target == '-' else '>'}{shlex.quote(path.removeprefix('~/'))}"
-    become_ssh(cloud, vm, [script], first=["-l", login] if login else [])
-
-
 @declare(
     Command("vm", "vm", "[WORDS...]"),
     Option("-n --name NAME", "the VM, or the template", complete="vm"),
@@ -12398,36 +12342,34 @@ def become_cat(cloud: Cloud, vm: VM, source: str, target: str) -> None:
     Option("-i --iso ISO", "boot this ISO first: a path, a name in isoDir, or none"),
     Option("-G --gui", "start it with a screen, and don't connect"),
 )
-def cmd_vm(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+def cmd_vm(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """run a VM and connect to it by ssh"""
-    iso = "" if args.iso in (None, "none") else find_iso(config, args.iso)
-    with Cloud(config) as cloud:
-        if args.group:
-            cloud.tree.need_group(args.group)
-        vm = cloud.tree.need(args.name, args.group or None, args.type or None, first=lambda vm: vm.is_template)
-        fresh = not vm.is_running()
-        if fresh:
-            for error in start_stopped(cloud, [vm], iso, args.gui):
-                raise error
-        elif iso:
-            raise WrongState("it runs already, without that ISO", f"vmstop -n {vm} stops it", vm=vm)
-        elif args.gui and not screen_of(vm):
-            raise WrongState("it runs without a screen", f"vmconsole -s -n {vm}", vm=vm)
-        if args.gui:
-            open_screens([vm])
-        else:
-            become_ssh(cloud, vm, words, fresh)
+    iso = "" if args.iso in (None, "none") else find_iso(cloud.config, args.iso)
+    if args.group:
+        cloud.tree.need_group(args.group)
+    vm = cloud.tree.need(args.name, args.group or None, args.type or None, first=lambda vm: vm.is_template)
+    fresh = not vm.is_running()
+    if fresh:
+        for error in start_stopped(cloud, [vm], iso, args.gui):
+            raise error
+    elif iso:
+        raise WrongState("it runs already, without that ISO", f"vmstop -n {vm} stops it", vm=vm)
+    elif args.gui and not screen_of(vm):
+        raise WrongState("it runs without a screen", f"vmconsole -s -n {vm}", vm=vm)
+    if args.gui:
+        open_screens([vm])
+    else:
+        become_ssh(cloud, vm, words, fresh)
 
 
 @declare(
     Command("upgrade", "vmupgrade", "TEMPLATE", ("template",)),
     Option("--timeout S", f"the longest that it may take, in seconds [{UPGRADE_SECONDS}]", SECONDS),
 )
-def cmd_upgrade(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+def cmd_upgrade(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """upgrade the system of a template; its clones stay as they are"""
     name = one_operand(words, "TEMPLATE")
-    with Cloud(config) as cloud:
-        upgrade(cloud, name.removeprefix(f"{TEMPLATES}/"), UPGRADE_SECONDS if args.timeout is None else args.timeout)
+    upgrade(cloud, name.removeprefix(f"{TEMPLATES}/"), UPGRADE_SECONDS if args.timeout is None else args.timeout)
 
 
 @declare(
@@ -12435,21 +12377,20 @@ def cmd_upgrade(config: Config, args: argparse.Namespace, words: list[str]) -> N
     Option("--list", "the inventory as JSON, for ansible"),
     Option("--host HOST", "the variables of one host as JSON"),
 )
-def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+def cmd_inventory(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """what runs, for ansible (--list) and for people"""
-    with Cloud(config) as cloud:
-        if args.list or args.host is not None:
-            known = inventory(cloud)
-            report.data(json.dumps(known if args.list else known["_meta"]["hostvars"].get(args.host, {}), indent=2))
-        else:
-            for row in vm_rows(cloud):
-                report.data(row)
+    if args.list or args.host is not None:
+        known = inventory(cloud)
+        report.data(json.dumps(known if args.list else known["_meta"]["hostvars"].get(args.host, {}), indent=2))
+    else:
+        for row in vm_rows(cloud):
+            report.data(row)
 
 
 @declare(
     Command(
         "net", operands="up | down | status | exec CMD... | connect ADDR PORT",
-        complete=(("up", "down", "status", "exec", "connect"),),
+        complete=(("up", "down", "status", "exec", "connect"),), bare=True,
     ),
     Option("--private", "up, down, status: the user's own network, which needs no root"),
     Option("--bridge", "the host's bridge, which is root's"),
@@ -12521,7 +12462,7 @@ def kind_of_network(config: Config, args: argparse.Namespace, rest: Sequence[str
 @declare(
     Command(
         "bridge", "nocloud-bridge", "start | stop | accept | dnsmasq | ready | subnet [FILE]",
-        (("start", "stop", "accept", "dnsmasq", "ready", "subnet"), "file"),
+        (("start", "stop", "accept", "dnsmasq", "ready", "subnet"), "file"), bare=True,
     )
 )  # fmt: skip
 def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> None:
@@ -12554,13 +12495,12 @@ def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> No
     Option("-s --serial", "its serial console in this terminal; Ctrl-] leaves"),
     Option("--screenshot FILE", "write what its screen shows into FILE, a PNG"),
 )
-def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+def cmd_console(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """a VM's screen; with -s, or without a display, its serial console"""
     exclusive(args, "serial", "screenshot")
     name, words = split_name(args, words)
     no_more(words)
-    with Cloud(config) as cloud:
-        vm = running_vm(cloud, name, args.group, args.type)
+    vm = running_vm(cloud, name, args.group, args.type)
     if args.screenshot is not None:
         picture = screenshot(vm)
         with open(args.screenshot, "wb") as file:
@@ -12583,12 +12523,11 @@ def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> N
     Option("-f --follow", "go on with what comes, until it ends"),
     Option("-q --qemu", "what its qemu said, instead"),
 )
-def cmd_log(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+def cmd_log(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """show what a VM wrote on its serial console since it was started"""
     name, words = split_name(args, words)
     no_more(words)
-    with Cloud(config) as cloud:
-        vm = cloud.tree.need(name, args.group, args.type, first=VM.is_running)
+    vm = cloud.tree.need(name, args.group, args.type, first=VM.is_running)
     state, pid = vm.state() if args.follow else ("", 0)
     paths = (vm.log_file,) if args.qemu else (vm.console_log, vm.old_console_log)
     if not os.path.exists(paths[0]):
@@ -12604,11 +12543,10 @@ def cmd_log(config: Config, args: argparse.Namespace, words: list[str]) -> None:
 
 
 @declare(Command("manage", "vmmanage", "[VM] [WORDS...]", ("running-vm",)), *RUNNING_VM_OPTIONS)
-def cmd_manage(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_manage(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     """qemu's monitor of a VM; with WORDS, just that command; where -n names the VM, all words are"""
     name, words = split_name(args, words)
-    with Cloud(config) as cloud:
-        vm = running_vm(cloud, name, args.group, args.type)
+    vm = running_vm(cloud, name, args.group, args.type)
     if words:
         monitor_command(vm, " ".join(words))
         return EXIT_DONE
@@ -12616,26 +12554,28 @@ def cmd_manage(config: Config, args: argparse.Namespace, words: list[str]) -> in
 
 
 @declare(
-    Command("doctor", operands="[CHECKS]", complete=(tuple(ALL_CHECKS),), more=doctor_help, unconfigured=True),
+    Command(
+        "doctor", operands="[CHECKS]", complete=(tuple(ALL_CHECKS),), unconfigured=True,
+        more=lambda: textwrap.fill(f"CHECKS, all by default: {', '.join(ALL_CHECKS)}.", 78, break_on_hyphens=False),
+    ),
     Option("--json", "a JSON list: name, state, text, mend"),
     Option("--deep", "read the memory of frozen templates too: a checksum of it was kept"),
-)
+)  # fmt: skip
 def cmd_doctor(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """look at this host, and say what isn't well and which command mends it"""
     findings = []
     for finding in examine(words, args.deep):
         findings.append(finding)
         if not args.json:
-            report.data(f"{finding.state:<9}{finding.name}: {finding.text}")
-            if finding.mend:
-                report.data(f"{'':9}{printable(finding.mend)}")
+            report.data(f"{finding['state']:<9}{finding['name']}: {finding['text']}")
+            if finding["mend"]:
+                report.data(f"{'':9}{printable(finding['mend'])}")
     if args.json:
-        keys = ("name", "state", "text", "mend")
-        report.data(json.dumps([{key: getattr(each, key) for key in keys} for each in findings], indent=2))
-    return EXIT_FAILED if any(finding.state == WRONG for finding in findings) else EXIT_DONE
+        report.data(json.dumps(findings, indent=2))
+    return EXIT_FAILED if any(finding["state"] == WRONG for finding in findings) else EXIT_DONE
 
 
-@declare(Command("links", operands="DIR", complete=("folder",)))
+@declare(Command("links", operands="DIR", complete=("folder",), bare=True))
 def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """make the vm* commands in DIR, as symlinks to this program"""
     folder = one_operand(words, "DIR")
@@ -12660,7 +12600,7 @@ def cmd_trust(config: Config, args: argparse.Namespace, words: list[str]) -> Non
     allow_file(one_operand(words, "FILE"))
 
 
-@declare(Command("forward", operands="private|bridge FD", hidden=True))
+@declare(Command("forward", operands="private|bridge FD", hidden=True, bare=True))
 def cmd_forward(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """forward the ports of a network's VMs that are handed over at the socket FD"""
     cloud = Cloud(config)
@@ -12673,15 +12613,14 @@ def cmd_forward(config: Config, args: argparse.Namespace, words: list[str]) -> N
 
 
 @declare(Command("configure", operands="VM...", hidden=True))
-def cmd_configure(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+def cmd_configure(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """do over ssh what can only be done there, for VMs that have just been started"""
-    with Cloud(config) as cloud:
-        vms = [vm for name in words for vm in cloud.tree.find(name) if vm.is_readable()]
-        for kind in {cloud.network_kind(vm) for vm in vms}:
-            cloud.networks[kind].open()  # before there are threads
-        for error in wait_all(cloud, vms, config.number("vmWaitTimeout")):
-            if error.vm.exists():
-                append_line(error.vm.log_file, f"nocloud: not configured: {error}")
+    vms = [vm for name in words for vm in cloud.tree.find(name) if vm.is_readable()]
+    for kind in {cloud.network_kind(vm) for vm in vms}:
+        cloud.networks[kind].open()  # before there are threads
+    for error in wait_all(cloud, vms, cloud.config.number("vmWaitTimeout")):
+        if error.vm.exists():
+            append_line(error.vm.log_file, f"nocloud: not configured: {error}")
 
 
 # Completion and manual ###############################################################################
@@ -12834,7 +12773,7 @@ SHELLS: dict[str, tuple[Callable[..., list[str]], str]] = {
 }
 
 
-@declare(Command("complete", operands="SHELL WORDS...", hidden=True))
+@declare(Command("complete", operands="SHELL WORDS...", hidden=True, bare=True))
 def cmd_complete(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """what a shell's script offers for a line that is being typed; nothing is started, mended or written for that"""
     if not words or words[0] not in SHELLS:
@@ -12850,7 +12789,7 @@ def completion(shell: str) -> str:
     return need_packaged(f"completion/nocloud.{shell}").replace("@NAMES@", names)
 
 
-@declare(Command("completion", operands="bash | zsh | fish", complete=(tuple(SHELLS),)))
+@declare(Command("completion", operands="bash | zsh | fish", complete=(tuple(SHELLS),), bare=True))
 def cmd_completion(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """print a shell's completion of all commands, as in: source <(nocloud completion bash)"""
     shell = one_operand(words, "the shell")
@@ -12864,7 +12803,7 @@ def manual() -> str:
     return need_packaged("man/nocloud.man").replace("@VERSION@", __version__)
 
 
-@declare(Command("man"))
+@declare(Command("man", bare=True))
 def cmd_man(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """show the manual page; nocloud man >nocloud.1 writes it"""
     no_more(words)
@@ -13186,14 +13125,6 @@ class HostSetup:
             systemctl("restart", *SYSTEMD_UNITS[1:])  # they may be another version's
         return f"{', '.join(SYSTEMD_UNITS)}: run, now and from each boot on"
 
-    def membership(self) -> str:
-        """What who called sudo has to do to have VMs on the bridge, or ''."""
-        user, helper = os.environ.get("SUDO_USER", "root"), os.stat(HostBridge(self.config).helper())
-        groups = os.getgrouplist(user, pwd.getpwnam(user).pw_gid)
-        if user == "root" or helper.st_mode & stat.S_IXOTH or helper.st_gid in groups:
-            return ""
-        return f"for VMs on the bridge {user} has to be in a group: {group_command(helper.st_gid, user)}"
-
 
 def rewrite(path: str, text: str) -> None:
     """Change a file of the host's, keeping its owner and mode, and through a symlink."""
@@ -13263,7 +13194,7 @@ def install(installation: Installation, only_look: bool) -> None:
         setup = HostSetup(installation, installed_config(installation))
         setup.make_accounts()
         said += [setup.allow_helper(), setup.allow_bridge(), setup.load_modules(modules), subnet, setup.start_units()]
-        said += [setup.membership(), "nocloud doctor looks whether all is well"]
+        said += ["nocloud doctor, called by who is to run VMs, looks whether all is well"]
     for line in (f"nocloud {__version__} is in {installation.real(installation.prefix)}", *filter(None, said)):
         report.say(line)
 
@@ -13309,7 +13240,7 @@ def check_nothing_runs() -> None:
 
 
 @declare(
-    Command("setup", hidden=True),
+    Command("setup", hidden=True, bare=True),
     Option("--prefix FOLDER", "where to; by default where this program is installed, else /usr/local"),
     Option("--destdir FOLDER", "for packaging: only the files, and all of them below this folder"),
     Option("--check", "only look whether it could be done"),
@@ -13374,13 +13305,13 @@ def at_boot(config: Config, args: argparse.Namespace, words: Sequence[str], want
         report.warn(f"{key} of this shell is not known there; the configuration file may say it")
 
 
-@declare(Command("enable", operands="GROUP", complete=("group",)), OF_USER)
+@declare(Command("enable", operands="GROUP", complete=("group",), bare=True), OF_USER)
 def cmd_enable(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """run a group from now on, and from each boot on"""
     at_boot(config, args, words, True)
 
 
-@declare(Command("disable", operands="GROUP", complete=("group",)), OF_USER)
+@declare(Command("disable", operands="GROUP", complete=("group",), bare=True), OF_USER)
 def cmd_disable(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """shut a group's VMs down, keep them, and run them no more at boot"""
     at_boot(config, args, words, False)
@@ -13437,7 +13368,8 @@ def run_command(argv: Sequence[str]) -> int:
     if not command.operands:
         free = {each.names[0] for each in command.options if getattr(args, each.names[-1][2:], None) is None}
         no_more(operands, next((f"{report.program} {way}" for way in ("-n", "-g") if way in free), ""))
-    status: int | None = command.function(config, args, operands)
+    with contextlib.nullcontext(config) if command.bare or command.unconfigured else Cloud(config) as what:
+        status: int | None = command.function(what, args, operands)
     return status or EXIT_DONE
 
 
