@@ -7328,10 +7328,6 @@ class Cloud:
         """Which network a VM is on.  The bash tools knew the host's bridge only."""
         return "bridge" if foreign_qemu(vm) else self.chosen_network(vm.get("vmNetwork"))
 
-    def forwarder(self, vm: VM) -> Forwarder:
-        """What forwards the ports of a VM."""
-        return self.forwarders[self.network_kind(vm)]
-
     def mend_ports(self) -> None:
         """Where a forwarder was killed, have another one do what it did."""
         lost = [kind for kind, each in self.forwarders.items() if os.path.exists(each.path) and not each.is_there()]
@@ -7339,7 +7335,7 @@ class Cloud:
             if ports_of(vm) and self.network_kind(vm) in lost:
                 # Another command may be at work on it, at this perhaps
                 with contextlib.suppress(WrongState, FileNotFoundError), FolderLock(vm.folder, wait=0):
-                    self.forwarder(vm).mend(vm)
+                    self.forwarders[self.network_kind(vm)].mend(vm)
 
     def chosen_network(self, wanted: str) -> str:
         """bridge or private, for a vmNetwork: `auto` is what this host has now."""
@@ -7445,10 +7441,8 @@ class CloneRequest:
             if option:
                 self._set_option(option, value if separator else None, folder)
             elif name:
-                raise UsageError(
-                    f"unknown option {name!r}{did_you_mean(name, CLONE_OPTION, before=', ')}",
-                    f"options are {' '.join(each.text for each in CLONE_OPTIONS)}, separated by ';'",
-                )
+                hint = f"options are {' '.join(each.text for each in CLONE_OPTIONS)}, separated by ';'"
+                raise UsageError(f"unknown option {name!r}{did_you_mean(name, CLONE_OPTION, before=', ')}", hint)
         names = full_names(self.prefix)
         if names and len({name.lower() for name in names}) != self.count:
             raise UsageError(f"name={self.prefix}: {plural(len(names), 'name')} for a COUNT of {self.count}")
@@ -7497,11 +7491,8 @@ def read_description(path: str, default_type: str, allow_share: str | None = Non
     """What a description file, of at most 1 MB, asks for; `-` is stdin.  A stranger's must not open one's home, so the
     folders that it shares are in its own one, or in `allow_share`."""
     try:
-        if path == "-":
-            requests = parse_description(sys.stdin.read(MIB).removeprefix("\ufeff"), "stdin", default_type)
-        else:
-            with open(path, encoding=TEXT) as file:
-                requests = parse_description(file.read(MIB), path, default_type)
+        with open(0 if path == "-" else path, encoding=TEXT, closefd=path != "-") as file:
+            requests = parse_description(file.read(MIB), "stdin" if path == "-" else path, default_type)
     except UnicodeDecodeError:
         raise UsageError(f"{path}: not a text file in UTF-8") from None
     except OSError as error:
@@ -7550,8 +7541,10 @@ class NewClone:
 CLONE_BYTES = 512 * 1024  # what an empty overlay, its keys and its logs take, rounded up
 
 
-def check_requests(cloud: Cloud, group: str, requests: Sequence[CloneRequest], force: bool) -> None:
-    """Everything that can be known before the first VM is made; each error names its FILE:LINE."""
+def check_requests(
+    cloud: Cloud, group: str, requests: Sequence[CloneRequest], force: bool, freed: Iterable[int] = ()
+) -> None:
+    """All that can be known before the first VM is made; it names the FILE:LINE.  `freed`: ports of VMs that go."""
     checked_group(group)
     asked: list[tuple[str, int, str]] = []
     memory = images = 0
@@ -7561,7 +7554,7 @@ def check_requests(cloud: Cloud, group: str, requests: Sequence[CloneRequest], f
             check_clonable(template)
             check_collision(cloud.tree, group, request.type)
             check_disk_size(template, request.disk)
-            check_ports(cloud.tree, request, asked)
+            check_ports(cloud.tree, request, asked, freed)
             check_shares(cloud.config, template, request.settings.get("vmShares", ""))
             if takes_seed(template):
                 choose_seed(cloud.qemu())
@@ -7604,7 +7597,7 @@ def check_clonable(template: VM) -> None:
         raise Error(text, "make it again: vmtemplate NAME --image FILE", vm=template)
 
 
-def check_ports(tree: Tree, request: CloneRequest, asked: list[tuple[str, int, str]]) -> None:
+def check_ports(tree: Tree, request: CloneRequest, asked: list[tuple[str, int, str]], freed: Iterable[int]) -> None:
     """Raise where a port is another VM's of the same description (`asked`: by whom), or isn't to be had now."""
     for number in range(request.count):
         for ip, host, _ in parse_ports(numbered_ports(request.settings.get("vmPorts", ""), number)):
@@ -7612,7 +7605,8 @@ def check_ports(tree: Tree, request: CloneRequest, asked: list[tuple[str, int, s
             if others:
                 raise UsageError(f"port={host}: {others[0]} asks for port {host} of {ip} too")
             asked.append((ip, host, request.origin or "another of the VMs"))
-            listen(tree, ip, host).close()
+            if host not in freed:
+                listen(tree, ip, host).close()
 
 
 def check_disk_size(template: VM, gigabytes: int) -> None:
@@ -7623,26 +7617,20 @@ def check_disk_size(template: VM, gigabytes: int) -> None:
     known = template.get("vmDiskFormat").partition(",")[0]
     size = image_info(disk, known or first_format(template, disk))["virtual-size"]
     if gigabytes * GIB < size:
-        raise UsageError(
-            f"disk={gigabytes}: the disk of {template.name} has {size / GIB:g} GB, and a clone's is never smaller",
-            "disk=GB makes the system disk larger, dsk=GB,GB adds disks",
-        )
+        text = f"disk={gigabytes}: the disk of {template.name} has {size / GIB:g} GB, and a clone's is never smaller"
+        raise UsageError(text, "disk=GB makes the system disk larger, dsk=GB,GB adds disks")
 
 
 def check_collision(tree: Tree, group: str, type: str) -> None:
     """Ansible knows groups by GROUP, GROUP_TYPE and type_TYPE: two things must not get one name."""
-    pairs = {f"{each}_{kind}": (each, kind) for each in tree.groups() for kind in tree.types(each)}
-    key, clash = f"{group}_{type}", ""
-    if f"{group}_".startswith("type_") and group not in tree.groups():
-        clash = f"{group}: ansible would mix it up with type_TYPE, the VMs of a type in all groups"
-    elif pairs.get(key, (group, type)) != (group, type):
-        clash = f"{group}/{type}: ansible would mix it up with {'/'.join(pairs[key])}: both are {key}"
-    elif key in tree.groups():
-        clash = f"{group}/{type}: ansible would mix it up with the group {key}"
-    elif group in pairs:
-        clash = f"{group}: ansible would mix it up with {'/'.join(pairs[group])}"
-    if clash:
-        raise UsageError(clash, "choose another name")
+    known = {f"{each}_{kind}": f"{each}/{kind}" for each in tree.groups() for kind in tree.types(each)}
+    known.update({each: each for each in tree.groups() if each not in known})
+    if f"{group}_".startswith("type_"):
+        known.setdefault(group, "type_TYPE, the VMs of a type in all groups")
+    for name, what in ((f"{group}_{type}", f"{group}/{type}"), (group, group)):
+        if known.get(name, what) != what:
+            both = "" if name == what else f": both are {name}"
+            raise UsageError(f"{what}: ansible would mix it up with {known[name]}{both}", "choose another name")
 
 
 def memory_mb(kind: str) -> int:
@@ -7662,12 +7650,9 @@ def warn_of_memory(asked: int) -> None:
 
 
 def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: list[NewClone]) -> list[str]:
-    """Allot names, UUIDs, MACs and addresses, and hold each with a conf in a locked folder of its own (.new-NAME).
-
-    All under the tree's lock: two commands at once never get the same.  What killed commands left is swept here.  Each
-    clone is added to `clones` as soon as there is something to clean up.  Returns the UUIDs of VMs that are gone,
-    though names and keys are kept of them.
-    """
+    """Allot names, UUIDs, MACs and addresses under the tree's lock, so that two commands never get the same; hold each
+    with a conf in a locked folder of its own (.new-NAME), and add it to `clones` as soon as there is something to clean
+    up.  What killed commands left is swept.  Returns the UUIDs of VMs that are gone, though names and keys are kept."""
     tree = cloud.tree
     with tree.lock():
         for each in {group, *tree.groups()}:
@@ -8070,7 +8055,7 @@ def start(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> None:
 def start_locked(cloud: Cloud, vm: VM, machine: Machine, tied: bool = False) -> None:
     """Start the qemu of a VM that is stopped, by who holds its lock.  `tied`: it ends when this process does."""
     remove_runtime_files(vm)
-    network, forwarder = cloud.network_of(vm), cloud.forwarder(vm)
+    network, forwarder = cloud.network_of(vm), cloud.forwarders[cloud.network_kind(vm)]
     with contextlib.ExitStack() as stack:
         listeners = forwarder.open(stack, parse_ports(vm.get("vmPorts")))
         tap, vhost = network.tap(vm)
@@ -8117,29 +8102,19 @@ def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False, lay
         (os.path.relpath(path, vm.folder), format, f"{vm.name}_{number}")
         for number, (path, format) in enumerate(zip(paths, formats))
     ]
+    with Parsing(UsageError, f"vmExtraOpts: a quotation mark or a backslash without its end: {vm.get('vmExtraOpts')}"):
+        extra = shlex.split(vm.get("vmExtraOpts"))
+    planted = is_planted(vm) and os.path.exists(vm.host_key)
+    if planted:
+        write_file(vm.credentials_file, credentials(vm, login_keys()), durable=False)
     has_screen = gui or yes_no(vm.get("vmGui")) == "yes"
     return Machine(
         qemu=cloud.qemu(), accel=cloud.accel(vm.get("vmAccel")), name=vm.name, settings=vm.settings(), disks=disks,
-        pid_file=os.path.basename(vm.pid_file), credentials=write_credentials(vm),
+        pid_file=os.path.basename(vm.pid_file), credentials=os.path.basename(vm.credentials_file) if planted else "",
         seed=write_seed(cloud, vm, takes_seed(vm) and not iso),  # an installer would take it for its users' answers
-        extra=split_words(vm.get("vmExtraOpts")), iso=iso, screen=cloud.screen() if has_screen else "",
+        extra=extra, iso=iso, screen=cloud.screen() if has_screen else "",
         record=os.path.basename(layer.record) if layer else "",
     )  # fmt: skip
-
-
-def split_words(text: str) -> list[str]:
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise UsageError(f"vmExtraOpts: {error}: {text!r}") from None
-
-
-def write_credentials(vm: VM) -> str:
-    """The name of the credentials file, written anew for this start; '' where the guest takes none."""
-    if not is_planted(vm) or not os.path.exists(vm.host_key):
-        return ""
-    write_file(vm.credentials_file, credentials(vm, login_keys()), durable=False)
-    return os.path.basename(vm.credentials_file)
 
 
 def write_seed(cloud: Cloud, vm: VM, wanted: bool) -> str:
@@ -8253,8 +8228,7 @@ def prepare_migration(qemu: QMP, fd: int, shared: bool) -> None:
     """Have a qemu write to, or read from, a descriptor as fast as it goes; `shared`: memory in a shared file stays.
     The network card is announced once, at once, when a frozen guest's has no link.  Never can't be asked for: qemu 7.2
     has no timer for that then, and crashes when the guest resets the card (hw/net/virtio-net.c, virtio_net_reset)."""
-    wanted = [{"capability": "x-ignore-shared", "state": shared}]
-    qemu.execute("migrate-set-capabilities", capabilities=wanted)
+    qemu.execute("migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": shared}])
     qemu.execute("migrate-set-parameters", announce_rounds=1, max_bandwidth=1 << 40)
     qemu.give(fd, "state")
 
@@ -8617,11 +8591,8 @@ def wait_ready(wait: Wait) -> None:
 
 def find_init_kind(wait: Wait) -> None:
     """Where vmInit is `auto`, find out at the first contact whether the guest took its seed, and put that in its conf.
-
-    A guest that shows the host key from the seed has a cloud-init: nobody else has that key.  One that shows another
-    has none, and is configured over ssh; its key is pinned.  (cloud-init ends with host keys before sshd is started.)
-    Either key is the only one accepted from then on.
-    """
+    One that shows the host key from the seed, which nobody else has, has a cloud-init (that ends with host keys before
+    sshd is started); one that shows another is configured over ssh.  No other key is accepted from then on."""
     vm, known = wait.vm, wait.cloud.known_hosts
     if vm.get("vmInit") != "auto" or not os.path.isdir(vm.seed_folder):
         return
@@ -8868,8 +8839,7 @@ def configure_later(cloud: Cloud, vms: Sequence[VM]) -> None:
     late = [vm for vm in vms if vm.get("vmShares") or is_late(vm) or is_renamed(vm)]
     names = [vm.full_name for vm in vms if vm.get("vmInit") in ("auto", "ssh") or vm in late]
     if names:
-        environment = {"NOCLOUD_vmBaseDir": cloud.tree.base}
-        spawn(self_argv("configure", *names), log=os.devnull, cwd="/", env=environment)
+        spawn(self_argv("configure", *names), log=os.devnull, cwd="/", env={"NOCLOUD_vmBaseDir": cloud.tree.base})
 
 
 # Snapshots ###########################################################################################
@@ -9292,11 +9262,8 @@ def plan(requests: Sequence[CloneRequest], present: Sequence[Present], templates
 def match(
     requests: Sequence[CloneRequest], present: Sequence[Present], templates: Mapping[str, Present]
 ) -> list[tuple[CloneRequest, Present | None]]:
-    """A request for each single VM that is described, with the VM that there is.
-
-    By type and name: of a prefix the lowest numbers, new ones in the gaps.  Those without a name by type and template,
-    first of all those that are as described.
-    """
+    """A request for each single VM that is described, with the VM that there is: by type and name, of a prefix the
+    lowest numbers, new ones in the gaps; without a name by type and template, those first that are as described."""
     left = {(vm.type, vm.name.lower()): vm for vm in present}
     given = [name.lower() for request in requests for name in full_names(request.prefix)]
     for name in given:
@@ -9309,7 +9276,11 @@ def match(
         there = [name for type, name in left if type == request.type and name not in given]
         names = full_names(request.prefix) or numbered_names(request, there, taken)
         for number, name in enumerate(names):
-            one = one_of_set(request, number, name)
+            settings = dict(request.settings)
+            if "vmPorts" in settings:
+                settings["vmPorts"] = numbered_ports(settings["vmPorts"], number)
+            rest = request.disk, request.disks, request.user_data, f"{name}," if name else ""
+            one = CloneRequest(request.origin, request.template, 1, request.type, settings, *rest)
             if name:
                 pairs.append((one, left.pop((request.type, name.lower()), None)))
             else:
@@ -9338,15 +9309,6 @@ def numbered_names(request: CloneRequest, there: Iterable[str], taken: set[str])
             taken.add(name.lower())
             found[number] = name
     return [found[number] for number in sorted(found)]
-
-
-def one_of_set(request: CloneRequest, number: int, name: str) -> CloneRequest:
-    """The request for the one VM of that number; '': its name is its UUID."""
-    settings = dict(request.settings)
-    if "vmPorts" in settings:
-        settings["vmPorts"] = numbered_ports(settings["vmPorts"], number)
-    rest = request.disk, request.disks, request.user_data, f"{name}," if name else ""
-    return CloneRequest(request.origin, request.template, 1, request.type, settings, *rest)
 
 
 def compare(request: CloneRequest, vm: Present, templates: Mapping[str, Present]) -> Iterator[Step]:
@@ -9407,13 +9369,7 @@ def plan_group(cloud: Cloud, group: str, requests: Sequence[CloneRequest], repla
     asked = requests_for("replace", steps) + requests_for("create", steps)
     gone = [step for step in steps if step.verb in ("destroy", "replace")]
     freed = {host for step in gone for _, host, _ in parse_ports(step.vm.get("vmPorts"))}
-    ports = [request.settings.get("vmPorts", "") for request in asked]
-    for request, own in zip(asked, ports):
-        if freed & {host for _, host, _ in parse_ports(own)}:
-            request.settings["vmPorts"] = ""  # these VMs have them still
-    check_requests(cloud, group, asked, force)
-    for request, own in zip(asked, ports):
-        request.settings["vmPorts"] = own
+    check_requests(cloud, group, asked, force, freed)
     for step in steps:
         if step.request and step.verb == "change":
             check_shares(cloud.config, step.vm, step.request.settings.get("vmShares", ""))
@@ -9489,7 +9445,7 @@ def change_settings(cloud: Cloud, vm: VM, changes: Mapping[str, str]) -> None:
 
 def set_ports(cloud: Cloud, vm: VM, wanted: Sequence[tuple[str, int, int]]) -> Sequence[tuple[str, int, int]]:
     """Publish these ports of a VM and no others, at once where it runs; the new ones."""
-    has, forwarder = parse_ports(vm.get("vmPorts")), cloud.forwarder(vm)
+    has, forwarder = parse_ports(vm.get("vmPorts")), cloud.forwarders[cloud.network_kind(vm)]
     with contextlib.ExitStack() as stack:
         if vm.is_running():
             forwarder.mend(vm)  # of a VM that was started by hand, perhaps
@@ -9529,9 +9485,7 @@ def grow_disk(cloud: Cloud, vm: VM, gigabytes: int, number: int = 0) -> None:
 
 def add_disk(cloud: Cloud, vm: VM, gigabytes: int) -> None:
     """Make another disk, and plug it in where the guest runs and has a port for it; else it is there at its next start.
-
-    Its conf names it before the guest has it: what a guest has written to is never forgotten.
-    """
+    Its conf names it before the guest has it: what a guest has written to is never forgotten."""
     disks, plugged = vm.disks(), vm.number("vmPlugged")
     if len(disks) >= MAX_DISKS:
         raise UsageError(f"it has {len(disks)} disks, {MAX_DISKS} is the most", vm=vm)
@@ -9575,11 +9529,9 @@ def remove_disk(cloud: Cloud, vm: VM, number: int) -> None:
 
 
 def move_vm(cloud: Cloud, vm: VM, group: str, type: str, name: str) -> VM:
-    """Give a VM that is switched off another group, type or name; it, there.  Disks, keys, address and UUID stay.
-
-    Up to the one rename it is what it was: a conf under the new name, with disks that are found in either place, is
-    there before.
-    """
+    """Give a VM that is switched off another group, type or name; it, there.  Disks, keys, address and UUID stay.  Up
+    to the rename it is what it was: a conf under the new name, whose disks are found in either place, is there
+    before."""
     tree, new = cloud.tree, VM(cloud.tree, checked_group(group), checked_name("type", type), checked_name("VM", name))
     with FolderLock(vm.folder):
         need_stopped(cloud, vm)
@@ -9628,9 +9580,7 @@ def carry_out(
     cloud: Cloud, group: str, steps: Sequence[Step], restart: bool, wait: Callable[[Sequence[VM]], list[Error]]
 ) -> list[Error]:
     """Do what a plan says; the errors.  What has VMs off for a while is done one VM at a time, up to the first error.
-
-    `restart`: what needs a restart, too; `wait`: for what has been started.
-    """
+    `restart`: what needs a restart, too; `wait`: for what has been started."""
 
     def make(requests: list[CloneRequest]) -> list[Error]:
         made, failed = instantiate(cloud, group, requests) if requests else ([], [])
@@ -9840,11 +9790,8 @@ def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float | None = None) -> l
 
 # -- upgrades
 
-# The script of etc/guest/upgrade for a system, by the ID, or else an ID_LIKE, of its os-release(5).
-UPGRADES = {
-    "debian": "debian", "ubuntu": "debian", "arch": "arch", "fedora": "fedora", "rhel": "fedora", "centos": "fedora",
-    "suse": "suse", "opensuse": "suse", "alpine": "alpine",
-}  # fmt: skip
+# The scripts of etc/guest/upgrade; a system's is that of the ID, or else an ID_LIKE, of its os-release(5).
+UPGRADES = ("debian", "arch", "fedora", "suse", "alpine")
 UPGRADE_SECONDS = 3 * 3600  # emulated guests are slow
 
 
@@ -9853,7 +9800,7 @@ def upgrade_script(name: str, release: Mapping[str, str]) -> str:
     id = release.get("ID", "")
     for word in (id, *release.get("ID_LIKE", "").split()):
         if word in UPGRADES:
-            return guest_script(f"upgrade/{UPGRADES[word]}.sh", True, ID=id)
+            return guest_script(f"upgrade/{word}.sh", True, ID=id)
     shown = release.get("PRETTY_NAME") or release.get("ID") or "without /etc/os-release"
     hint = f"upgrade it by hand: vm -n {name}, then vmstop -n {TEMPLATES}/{name}"
     raise Error(f"{name}: its system is {printable(shown)}: nocloud doesn't know how to upgrade that", hint)
@@ -10045,15 +9992,6 @@ def screen_of(vm: VM) -> str:
     return next((screen for screen in SCREENS if os.path.exists(vm.file(f"{screen}.sock"))), "")
 
 
-def viewer_argv(screen: str, path: str) -> list[str]:
-    """The viewer that is there for a screen on a socket.  Raises MissingProgram."""
-    for program, before in VIEWERS[screen]:
-        if find_program(program):
-            return [program, before + path]
-    names = [program for program, _ in VIEWERS[screen]]
-    raise MissingProgram(f"no viewer for its screen: {' or '.join(names)} is needed", install_command(names[0]))
-
-
 def need_ours(vm: VM, what: str) -> None:
     """Raise where the bash tools started it."""
     if foreign_qemu(vm):
@@ -10069,15 +10007,18 @@ def open_screen(vm: VM) -> None:
     if len(os.fsencode(path)) > 107 or not re.fullmatch(r"[A-Za-z0-9/._-]+", path):
         path = f"/proc/self/fd/{place}/{screen}.sock"
     try:
-        argv = viewer_argv(screen, path)
+        viewers = [(program, before + path) for program, before in VIEWERS[screen] if find_program(program)]
+        if not viewers:
+            names = [program for program, _ in VIEWERS[screen]]
+            raise MissingProgram(f"no viewer for its screen: {' or '.join(names)} is needed", install_command(names[0]))
         remove_file(log)
-        child = spawn(argv, log=log, cwd="/", pass_fds=[place])
+        child = spawn(viewers[0], log=log, cwd="/", pass_fds=[place])
     finally:
         os.close(place)
     wait_for(lambda: child.poll() is not None or has_viewer(vm), VIEWER_SECONDS, 0.1)
     if child.returncode:
         said = last_line(read_tail(log)) or describe_status(child.returncode)
-        raise Error(f"{argv[0]}: {said}", f"its serial console: vmconsole -s -n {vm}", vm=vm)
+        raise Error(f"{viewers[0][0]}: {said}", f"its serial console: vmconsole -s -n {vm}", vm=vm)
 
 
 def has_viewer(vm: VM) -> bool:
@@ -10312,43 +10253,38 @@ def managed(tree: Tree, group: str) -> Iterator[None]:
             remove_if_empty(tree, group)
 
 
-class Background:
-    """A vmrun whose caller returns once all VMs are ready: what goes on is a child, in a session of its own."""
+def go_to_background() -> tuple[int | None, int]:
+    """Go on in a child, a session of its own, whose caller returns once all VMs are ready.  In the child (None, where
+    let_caller_go() tells that); in the caller (exit status, -1), when the child has told it or ended."""
+    hear, talk = os.pipe()
+    pid = fork_session()
+    if not pid:
+        os.close(hear)
+        return None, talk
+    os.close(talk)
+    with open(hear, "rb") as pipe:
+        try:
+            said = pipe.read()
+        except (KeyboardInterrupt, SystemExit) as stopped:
+            # ^C and SIGTERM are meant for the child too; when the terminal goes away, SIGHUP, it goes on.
+            if not isinstance(stopped, SystemExit) or stopped.code == 128 + signal.SIGTERM:
+                os.kill(pid, signal.SIGTERM)
+                os.waitpid(pid, 0)
+            raise
+    return said[0] if said else os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), -1
 
-    def __init__(self) -> None:
-        self._talk = -1
 
-    def start(self) -> int | None:
-        """None in the child, which goes on; in the caller the exit status, when the child has settled or ended."""
-        hear, talk = os.pipe()
-        pid = fork_session()
-        if not pid:
-            os.close(hear)
-            self._talk = talk
-            return None
-        os.close(talk)
-        with open(hear, "rb") as pipe:
-            try:
-                said = pipe.read()
-            except (KeyboardInterrupt, SystemExit) as stopped:
-                # ^C and SIGTERM are meant for the child too; when the terminal goes away, SIGHUP, it goes on.
-                if not isinstance(stopped, SystemExit) or stopped.code == 128 + signal.SIGTERM:
-                    os.kill(pid, signal.SIGTERM)
-                    os.waitpid(pid, 0)
-                raise
-        return said[0] if said else os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-    def on_ready(self, status: int, log_file: str) -> None:
-        """In the child: let the caller go, and write to a log from now on.  In the foreground: nothing."""
-        if self._talk < 0:
-            return
-        sys.stdout.flush()
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        with open(os.open(log_file, flags, 0o600), "ab") as log, open(os.devnull, "rb") as null:
-            for file, number in ((null, 0), (log, 1), (log, 2)):
-                os.dup2(file.fileno(), number)
-        with open(self._talk, "wb") as talk:
-            talk.write(bytes([status]))
+def let_caller_go(talk: int, status: int, log_file: str) -> None:
+    """In that child: let the caller go, and write to a log from now on.  In the foreground, -1: nothing."""
+    if talk < 0:
+        return
+    sys.stdout.flush()
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+    with open(os.open(log_file, flags, 0o600), "ab") as log, open(os.devnull, "rb") as null:
+        for file, number in ((null, 0), (log, 1), (log, 2)):
+            os.dup2(file.fileno(), number)
+    with open(talk, "wb") as caller:
+        caller.write(bytes([status]))
 
 
 @record
@@ -10398,8 +10334,7 @@ class Supervisor:
         """Have `begin` start the VMs, telling each to its argument; watch the group to its end; the exit status."""
 
         def spawned(vm: VM) -> None:
-            how = f"of {vm.type} type has been spawned in {vm.group} group"
-            self._post(lambda: self._adopt(vm, how))
+            self._post(lambda: self._adopt(vm, f"of {vm.type} type has been spawned in {vm.group} group"))
 
         self._job(lambda: begin(spawned), self._begun)
         try:
@@ -10600,12 +10535,13 @@ def check_new_group(vms: Sequence[VM], group: str) -> None:
 
 
 def supervise(
-    cloud: Cloud, group: str, requests: Sequence[CloneRequest], new: bool, gui: bool, background: Background, end: str
+    cloud: Cloud, group: str, requests: Sequence[CloneRequest], new: bool, gui: bool, talk: int, end: str
 ) -> int:
     """Run a group: the VMs that it has and those that are asked for, until it ends; the exit status.
-    `new`: it must have none yet; `gui`: those that it has get a screen, this time; `end`: what ^C does."""
+    `new`: it must have none yet; `gui`: those that it has get a screen, this time; `talk`: who waits in
+    let_caller_go(); `end`: what ^C does."""
     log_file = os.path.join(cloud.tree.base, group, MANAGER_LOG)
-    supervisor = Supervisor(cloud, group, end, lambda status: background.on_ready(status, log_file))
+    supervisor = Supervisor(cloud, group, end, lambda status: let_caller_go(talk, status, log_file))
     with managed(cloud.tree, group):
         old = list(cloud.tree.vms(group))
         if new:
@@ -10742,10 +10678,17 @@ def inventory(cloud: Cloud) -> dict[str, Any]:
     by_name = cloud.config["vmInventoryHosts"] == "name"
     taken = {"all", "ungrouped", "localhost", *cloud.tree.groups()}
     names = cloud.tree.unique_names() if by_name else {}
-    known, ssh_args = cloud.known_hosts.names(), functools.cache(functools.partial(ansible_ssh_args, cloud))
+    known = cloud.known_hosts.names()
     types: dict[str, dict[str, None]] = {}
     groups: dict[str, Any] = {}
     hostvars: dict[str, Any] = {}
+
+    @functools.cache
+    def ssh_args(network: str, is_known: bool, planted: bool) -> str:
+        trust = ssh_trust_options(cloud.known_hosts.path, is_known)
+        way = ssh_way(cloud.networks[network], trust, ssh_key_options(planted))
+        return shlex.join([*ssh_options(**OWN_CALL, HostName="%h"), *way])
+
     for group in dict.fromkeys(vm.group for vm, *_ in running):
         members = [each for each in running if each[0].group == group]
         users = [vm.get("vmUser") for vm, *_ in members]
@@ -10781,12 +10724,6 @@ def host_variables(vm: VM, user: str, ssh_args: str, address: str) -> dict[str, 
     return values if login == user else {**values, "ansible_user": login}
 
 
-def ansible_ssh_args(cloud: Cloud, network: str, known: bool, planted: bool) -> str:
-    """ssh's options for many VMs: our known_hosts, the keys, and the way into a private network."""
-    way = ssh_way(cloud.networks[network], ssh_trust_options(cloud.known_hosts.path, known), ssh_key_options(planted))
-    return shlex.join([*ssh_options(**OWN_CALL, HostName="%h"), *way])
-
-
 # Doctor ##############################################################################################
 #
 # What VMs need of this host: a check a row, and for what isn't well the command that mends it.  It only looks: nothing
@@ -10797,9 +10734,8 @@ PLENTY_OF_SPACE = 2 * GIB
 
 
 class Patient:
-    """What the checks look at: the configuration as far as it can be read, and the cloud that it describes.  `told`:
-    what isn't well, as the check that is at work told it: state, text and the command that mends it; `deep`: whether
-    big files are read whole."""
+    """What the checks look at: the configuration as far as it can be read, and its cloud.  `told`: what the check that
+    is at work found not well: state, text and the command that mends it; `deep`: whether big files are read whole."""
 
     def __init__(self, deep: bool = False) -> None:
         self.deep = deep
@@ -10922,12 +10858,17 @@ def examine_vms(patient: Patient) -> str:
         patient.tell(WARNING, text, mend)
     vms, followed = list(tree.vms()), tree.followable()
     for vm in vms:
-        examine_conf(patient, vm)
-        if vm.is_readable():
-            examine_disks(patient, vm, followed)
-            problem = result_of(lambda vm: check_shares(patient.config, vm, vm.get("vmShares")), vm)
-            if isinstance(problem, Error):
-                patient.tell(WARNING, f"{vm.full_name}: {problem}", problem.hint)
+        try:
+            if not vm.conf:  # it keeps its disk: the conf is begun anew
+                patient.tell(WARNING, f"{vm.conf_file} is empty", begin_conf(vm))
+                continue
+        except Error as error:
+            patient.tell(WARNING, str(error), settings_command(vm.conf_file, str(error)))
+            continue
+        examine_disks(patient, vm, followed)
+        problem = result_of(lambda vm: check_shares(patient.config, vm, vm.get("vmShares")), vm)
+        if isinstance(problem, Error):
+            patient.tell(WARNING, f"{vm.full_name}: {problem}", problem.hint)
     for vm, state in zip(vms, in_parallel(guest_state, vms)):
         if state not in AT_WORK:
             patient.tell(WARNING, f"{vm.full_name} is {state}", remedy(vm, state))
@@ -10935,22 +10876,12 @@ def examine_vms(patient: Patient) -> str:
     return f"{plural(len(vms) - templates, 'VM')}, {plural(templates, 'template')}, nothing left over"
 
 
-def examine_conf(patient: Patient, vm: VM) -> None:
-    """A VM whose settings can't be used.  One that lost them keeps its disk: its conf is begun anew."""
-    try:
-        if not vm.conf:
-            patient.tell(WARNING, f"{vm.conf_file} is empty", begin_conf(vm))
-    except Error as error:
-        patient.tell(WARNING, str(error), settings_command(vm.conf_file, str(error)))
-
-
 def examine_disks(patient: Patient, vm: VM, followed: Callable[[str], bool]) -> None:
     """A VM whose disk, or what that lies on, is gone."""
     try:
         needed = [path for disk, chain in vm.chains(followed) for path in (disk, *chain)]
     except OSError as error:
-        text = f"{vm.full_name}: {error.filename}: {error.strerror}"
-        patient.tell(WARNING, text, f"sudo chmod a+r {error.filename}")
+        patient.tell(WARNING, f"{vm.full_name}: {error.filename}: {error.strerror}", f"sudo chmod a+r {error.filename}")
         return
     for path in [path for path in needed if not os.path.exists(path)][:1]:
         command = f"vmtemplate --delete {quoted(vm.name)}"
@@ -11018,8 +10949,7 @@ def examine_keys(patient: Patient) -> str:
     elif is_there and not os.path.exists(own + ".pub"):
         patient.tell(WRONG, f"{own}.pub is gone", f"ssh-keygen -y -f {quoted(own)} >{quoted(own + '.pub')}")
     elif not is_there and not os.access(folder, os.W_OK | os.X_OK):
-        text = f"{folder}: you may not write there, for nocloud's key"
-        patient.tell(WRONG, text, "export XDG_CONFIG_HOME=FOLDER")
+        patient.tell(WRONG, f"{folder}: you may not write there, for nocloud's key", "export XDG_CONFIG_HOME=FOLDER")
     if not user_keys(".pub"):
         patient.tell(WARNING, "no key of yours, ~/.ssh/*.pub, to plant in VMs", "ssh-keygen -t ed25519")
     return f"{plural(len(user_keys('.pub')), 'key')} of yours, and nocloud's own"
@@ -11206,8 +11136,7 @@ def examine_bridge_subnet(patient: Patient) -> str:
         mend = " && ".join(map(self_command, ("bridge subnet", "net down", "net up")))
         patient.tell(WARNING, f"{settings.net} is in use: {clash}", mend)
     elif there not in ("", settings.net) and not patient.foreign:
-        text = f"the bridge has {there}, and the settings say {settings.net}"
-        patient.tell(WARNING, text, self_command("net up"))
+        patient.tell(WARNING, f"the bridge has {there}, and the settings say {settings.net}", self_command("net up"))
     return settings.net
 
 
@@ -11257,9 +11186,8 @@ def examine(names: Sequence[str], deep: bool = False) -> Iterator[dict[str, str]
     `state`, `text`, and the command to `mend` it, '' where it is well.  `deep`: big files are read whole."""
     for name in names:
         if name not in ALL_CHECKS:
-            raise UsageError(
-                f"{name}: no such check", did_you_mean(name, ALL_CHECKS, f"one of {', '.join(ALL_CHECKS)}")
-            )
+            hint = did_you_mean(name, ALL_CHECKS, f"one of {', '.join(ALL_CHECKS)}")
+            raise UsageError(f"{name}: no such check", hint)
     patient = Patient(deep)
     bridged = patient.has_bridge or patient.config["vmNetwork"] == "bridge"
     for name in ALL_CHECKS if bridged or names else CHECKS:
@@ -11278,8 +11206,7 @@ def examine_one(name: str, patient: Patient) -> Iterator[dict[str, str]]:
     except Exception as error:
         if report.debug:
             raise
-        text = f"it can't be looked at: {type(error).__name__}: {error}"
-        patient.tell(WARNING, text, "nocloud doctor --debug")
+        patient.tell(WARNING, f"it can't be looked at: {type(error).__name__}: {error}", "nocloud doctor --debug")
     spared = NEEDED_ON.get(name, patient.network) != patient.network
     for state, text, mend in patient.told or [(OK, well, "")]:
         badness = WARNING if state == WRONG and spared else state
@@ -11310,12 +11237,9 @@ OFFERED = {
 
 @record
 class Option:
-    """An option of a command, as its help shows it: `-w --wait [SECONDS]`, where the value may be left out.
-
-    `default`: the setting whose value it replaces, and is checked as, where no other `check` is given.  `complete`:
-    what a shell offers for the value, as in OFFERED, whose word for the value counts if this is empty; or the words
-    themselves.
-    """
+    """An option of a command, as its help shows it: `-w --wait [SECONDS]`, where the value may be left out.  `default`:
+    the setting whose value it replaces, and is checked as, where no other `check` is given.  `complete`: what a shell
+    offers for the value, as in OFFERED, whose word for the value counts if this is empty; or the words themselves."""
 
     usage: str
     help: str
@@ -11346,12 +11270,10 @@ class Option:
 
 @record
 class Command:
-    """A command: how it is called, its options, and what it does.  declare() gives it the last three.
-
-    `complete`: what a shell offers for each operand, as of an Option.  `more` makes the end of its help.  `passes`: the
-    letters of another program's options, with the first of which its operands begin.
-    `bare`: the function gets the configuration only, no Cloud; `unconfigured`: and of that the defaults.
-    """
+    """A command: how it is called, its options, and what it does.  declare() gives it the last three.  `complete`: what
+    a shell offers for each operand, as of an Option.  `more` makes the end of its help.  `passes`: the letters of
+    another program's options, with the first of which its operands begin.  `bare`: it gets no Cloud, but the
+    configuration; `unconfigured`: and of that the defaults."""
 
     name: str
     alias: str = ""
@@ -11404,17 +11326,6 @@ def command_names() -> dict[str, str]:
     return {each.name: each.help for each in visible_commands()}
 
 
-ELSEWHERE = {  # what does here what other tools call so
-    "vmrunning -a": "list ls ps status info", "vmstart -g GROUP, or VM": "boot poweron",
-    "vmstop -g GROUP, or VM": "down halt shutdown poweroff", "vmstop --kill VM": "kill",
-    "vmstop -d -g GROUP, or VM": "rm remove delete destroy purge undefine", "vmstop --save VM": "suspend managedsave",
-    "vmssh VM [COMMAND]": "exec shell enter attach", "vmcp": "copy scp push", "vmlog VM": "logs",
-    "vminstantiate -n TEMPLATE": "launch clone spawn", "vminstantiate -f FILE, or vmrun -f FILE": "up",
-    "vmtemplate --list": "images image templates", "vmtemplate NAME": "pull download fetch",
-    "vmtemplate NAME --build SUITE": "build", "vmtemplate NAME --delete": "rmi", "vmrollback": "restore revert",
-}  # fmt: skip
-
-
 def find_command(argv: Sequence[str]) -> tuple[Command | None, str, list[str]]:
     """(command, the name it was called by, its words); None for `nocloud` alone.  UsageError (127): no such name."""
     name, words = os.path.basename(argv[0]), list(argv[1:])
@@ -11432,7 +11343,8 @@ def find_command(argv: Sequence[str]) -> tuple[Command | None, str, list[str]]:
     word = words[0]
     found = COMMANDS.get(word) or ALIASES.get(word)
     if not found:
-        ours = next((f"here it is {each}" for each, theirs in ELSEWHERE.items() if word in theirs.split()), "")
+        rows = (line.split(": ") for line in packaged_list("elsewhere"))
+        ours = next((f"here it is {each}" for each, theirs in rows if word in theirs.split()), "")
         hint = ours or did_you_mean(word, command_names(), "nocloud -h lists them")
         raise UsageError(f"{word}: no such command", hint, EXIT_MISSING)
     return found, f"nocloud {word}", words[1:]
@@ -11553,17 +11465,13 @@ RUNNING_VM_OPTIONS = (Option("-n --name NAME", WHICH_VM, complete="running-vm"),
 WHICH_VMS = (Option("-g --group GROUP", "the group"), TYPE, VM_OPTIONS[0])
 
 
-def _digest(algorithm: str) -> Callable[[str], str]:
-    return lambda text: checksum_text(f"{algorithm}:{text}")
-
-
 @declare(
     Command("template", "vmtemplate", "[NAME]", ("template-name",), more=catalogue_help),
     Option("-L --list", "list the templates: name, size, clones, where from"),
     Option("--available", "list what can be downloaded: name, whether it is there, login, system"),
     Option("--image FILE|URL", "make NAME from a qcow2 or raw image"),
-    Option("--sha256 HEX", "the image's checksum; a URL needs one", _digest("sha256")),
-    Option("--sha512 HEX", "likewise", _digest("sha512")),
+    Option("--sha256 HEX", "the image's checksum; a URL needs one", lambda text: checksum_text(f"sha256:{text}")),
+    Option("--sha512 HEX", "likewise", lambda text: checksum_text(f"sha512:{text}")),
     Option("--insecure", "take the image at a URL without a checksum"),
     Option(
         "--build SUITE", "make NAME from packages: bookworm, trixie (Debian), jammy, noble (Ubuntu)",
@@ -11861,13 +11769,12 @@ def cmd_run(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     if args.stop is not None:
         stop_managed(cloud, args.stop)
         return EXIT_DONE
-    background = Background()
-    status = background.start() if args.background else None
-    return run_group(cloud, args, background) if status is None else status
+    status, talk = go_to_background() if args.background else (None, -1)
+    return run_group(cloud, args, talk) if status is None else status
 
 
-def run_group(cloud: Cloud, args: argparse.Namespace, background: Background) -> int:
-    """vmrun -f and -r, in the foreground or in the child that goes on in the background."""
+def run_group(cloud: Cloud, args: argparse.Namespace, talk: int) -> int:
+    """vmrun -f and -r, in the foreground (`talk`: -1) or in the child of go_to_background()."""
     group, requests = args.resume, []
     if args.file is not None:
         group = args.group or cloud.tree.group_called(group_of_file(args.file))
@@ -11889,7 +11796,7 @@ def run_group(cloud: Cloud, args: argparse.Namespace, background: Background) ->
     else:
         cloud.tree.need_group(group)
     end = KEEP if (args.resume is not None or args.apply) and not args.destroy else DESTROY
-    return supervise(cloud, group, requests, bool(requests) and not args.add, args.gui, background, end)
+    return supervise(cloud, group, requests, bool(requests) and not args.add, args.gui, talk, end)
 
 
 @declare(
@@ -11917,8 +11824,7 @@ def cmd_apply(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     if args.file is None:
         raise UsageError("-f FILE is missing", "-h shows how it is called")
     group = cloud.tree.group_called(group_of_file(args.file)) if args.group is None else args.group
-    requests = read_description(args.file, cloud.config["vmSubGroup"], args.allow_share)
-    return apply(cloud, group, requests, args)
+    return apply(cloud, group, read_description(args.file, cloud.config["vmSubGroup"], args.allow_share), args)
 
 
 def apply(cloud: Cloud, group: str, requests: Sequence[CloneRequest], args: argparse.Namespace) -> int:
@@ -11972,13 +11878,8 @@ def cmd_port(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
         report.data(f"{vm.name} {vm.place} {ip}:{host} {guest}")
 
 
-WAYS_IN = """\
-From this host into a VM: vmssh VM; a port that is published (vmport); on a private network nocloud net exec CMD; and,
-for a browser that sees all VMs by their names, vmssh VM -N -D 1080, with socks5h://127.0.0.1:1080 as its proxy."""
-
-
 @declare(
-    Command("running", "vmrunning", more=lambda: WAYS_IN),
+    Command("running", "vmrunning", more=lambda: packaged("help/vmrunning")),
     GROUP,
     TYPE,
     Option("-a --all", "the stopped ones too, with their state"),
@@ -12254,19 +12155,8 @@ def cmd_ssh_config(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> 
         remove_file(ours.path)
 
 
-COPYING = """\
-SRC and DST are [LOGIN@]VM:PATH, or a path of this host (./a:b where it has a
-colon), or - for stdin or stdout. DST may be several VMs, by a pattern of their
-names: 'web*:/srv/'.
-
-A folder SRC (-r) becomes a folder in DST where that is one, else DST itself; a
-slash after SRC changes nothing, as with scp. With --sync, as with rsync, SRC/
-is what is in SRC; nothing is deleted. The guest needs an sftp-server, for -O
-scp, for --sync rsync."""
-
-
 @declare(
-    Command("cp", "vmcp", "SRC… DST", ("running-vm+file",), more=lambda: COPYING),
+    Command("cp", "vmcp", "SRC… DST", ("running-vm+file",), more=lambda: packaged("help/vmcp")),
     Option("-r --recursive", "folders too"),
     Option("-p --preserve", "keep times and modes"),
     Option("-O --old", "scp's old protocol, for a guest that has scp and no sftp-server"),
@@ -12588,9 +12478,8 @@ def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> Non
         elif os.path.realpath(path) == program:
             continue
         elif os.path.lexists(path):
-            raise WrongState(
-                f"{path}: is there and is no symlink; it is kept", "move it away, or choose another folder"
-            )
+            hint = "move it away, or choose another folder"
+            raise WrongState(f"{path}: is there and is no symlink; it is kept", hint)
         os.symlink(program, path)
 
 
@@ -12633,12 +12522,10 @@ SHELL_KINDS = ("file", "folder")  # which the shells complete by themselves
 
 
 class Typed:
-    """A command line that is being typed, as its words up to the cursor, of which the last one is to be completed.
-
-    That word is `prefix`, an option to which its value is joined, and `value`.  `words`: what there is to offer for the
-    value, each with its help; `files`: the one of SHELL_KINDS that it can be besides, or ''.  `given`: the options
-    before it, by each name, with their values.
-    """
+    """A command line that is being typed, as its words up to the cursor.  The last one, to be completed, is `prefix`,
+    an option to which its value is joined, and `value`.  `words`: what there is to offer for the value, each with its
+    help; `files`: the one of SHELL_KINDS that it can be besides, or ''.  `given`: the options before it, with their
+    values."""
 
     def __init__(self, config: Config, words: Sequence[str]) -> None:
         self.config, self.tree = config, Tree(config)
@@ -12754,22 +12641,17 @@ def answer_bash(config: Config, line: str = "", replaced: str = "") -> list[str]
     ]  # fmt: skip
 
 
-def answer_zsh(config: Config, *words: str) -> list[str]:
+def answer_words(config: Config, *words: str) -> list[str]:
+    """For zsh and fish: each word with a tab and its help."""
     typed = Typed(config, words)
-    escaped = {re.sub(r"[\\:]", r"\\\g<0>", word): help for word, help in typed.words.items()}
-    return [typed.files, typed.prefix, *(f"{word}:{help}" if help else word for word, help in escaped.items())]
-
-
-def answer_fish(config: Config, *words: str) -> list[str]:
-    typed = Typed(config, words)
-    return [typed.files, typed.prefix, *(f"{typed.prefix}{word}\t{help}" for word, help in typed.words.items())]
+    return [typed.files, typed.prefix, *(f"{word}\t{help}" for word, help in typed.words.items())]
 
 
 SHELLS: dict[str, tuple[Callable[..., list[str]], str]] = {
     # what its script is told, and where in an installation's share that is
     "bash": (answer_bash, "bash-completion/completions/nocloud"),
-    "zsh": (answer_zsh, "zsh/site-functions/_nocloud"),
-    "fish": (answer_fish, "fish/vendor_completions.d/nocloud.fish"),
+    "zsh": (answer_words, "zsh/site-functions/_nocloud"),
+    "fish": (answer_words, "fish/vendor_completions.d/nocloud.fish"),
 }
 
 
@@ -13269,9 +13151,8 @@ def at_boot(config: Config, args: argparse.Namespace, words: Sequence[str], want
     """Have systemd run a group, now and from each boot on, or no more; by a unit of ours where none is installed."""
     tree, user = Tree(config), ["--user"] if args.user or os.geteuid() else []
     group = checked_group(tree.group_called(one_operand(words, "GROUP")))
-    path = (
-        f"{os.path.dirname(config_home())}/systemd/user/{GROUP_UNIT}" if user else f"/etc/systemd/system/{GROUP_UNIT}"
-    )
+    folder = f"{os.path.dirname(config_home())}/systemd/user" if user else "/etc/systemd/system"
+    path = f"{folder}/{GROUP_UNIT}"
 
     def call(*words: str) -> None:
         status, said = try_run(["systemctl", *user, *words], 330)  # more than the unit's own
@@ -13283,7 +13164,7 @@ def at_boot(config: Config, args: argparse.Namespace, words: Sequence[str], want
     is_ours = read_existing(path).startswith(OUR_UNIT)
     if not wanted:
         call("disable", "--now", f"nocloud@{group}")
-        if is_ours and not glob.glob(f"{glob.escape(os.path.dirname(path))}/*.wants/nocloud@*.service"):
+        if is_ours and not glob.glob(f"{glob.escape(folder)}/*.wants/nocloud@*.service"):
             remove_file(path)
             call("daemon-reload")
         return
@@ -13292,7 +13173,7 @@ def at_boot(config: Config, args: argparse.Namespace, words: Sequence[str], want
         program = " ".join(self_argv())
         if not re.fullmatch(rf"[\w/.+@:-]+ {' '.join(PYTHON_OPTIONS)} [\w/.+@:-]+", program):
             raise Error(f"{program}: such a path can't stand in a unit", "move the program to a simpler one")
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
         unit = need_packaged(GROUP_UNIT, "systemd").replace("@BINDIR@/nocloud", program)
         write_file(path, OUR_UNIT + unit, 0o644)
         call("daemon-reload")
@@ -13322,20 +13203,6 @@ def cmd_disable(config: Config, args: argparse.Namespace, words: list[str]) -> N
 # The program itself: which command is meant, what it raises, and its exit status.
 
 
-OVERVIEW = """nocloud: a mini-cloud on one Linux machine
-
-usage: nocloud COMMAND [options], or by the command's own name
-
-{}
-
-nocloud COMMAND -h shows a command's options."""
-
-
-def overview_row(command: Command) -> str:
-    text = f"  {command.name:<12} {command.alias:<14} {command.help}"
-    return textwrap.fill(text, terminal_width(), subsequent_indent=" " * 30, break_on_hyphens=False)
-
-
 def run_command(argv: Sequence[str]) -> int:
     """Find the command, parse its words, do it; the exit status."""
     report.debug = report.debug or list(argv[1:2]) == ["--debug"]
@@ -13348,7 +13215,11 @@ def run_command(argv: Sequence[str]) -> int:
         for word in options:
             if word not in ("-h", "--help", "--debug"):
                 raise UsageError(f"{word}: no such option", "nocloud -h lists the commands")
-        report.data(OVERVIEW.format("\n".join(map(overview_row, visible_commands()))))
+        wrap = textwrap.TextWrapper(terminal_width(), subsequent_indent=" " * 30, break_on_hyphens=False)
+        rows = [wrap.fill(f"  {each.name:<12} {each.alias:<14} {each.help}") for each in visible_commands()]
+        usage = "usage: nocloud COMMAND [options], or by the command's own name"
+        about = ("nocloud: a mini-cloud on one Linux machine", usage, "\n".join(rows))
+        report.data("\n\n".join([*about, "nocloud COMMAND -h shows a command's options."]))
         return EXIT_DONE
     report.debug = report.debug or "--debug" in options
     config = Config() if command.unconfigured else load_config()
