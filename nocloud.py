@@ -7473,12 +7473,9 @@ def parse_description(text: str, name: str, default_type: str) -> list[CloneRequ
     """The lines of a description file, TEMPLATE:COUNT[:TYPE[:OPTIONS]].  Raises UsageError naming FILE:LINE."""
     requests = []
     for number, raw in enumerate(split_lines(text), 1):
-        line = raw.split("#", 1)[0].strip()
-        if line:
-            origin = f"{name}:{number}"
+        origin = f"{name}:{number}"
+        if line := raw.split("#", 1)[0].strip():
             try:
-                if "\0" in line:
-                    raise UsageError("a NUL character: not a text file")
                 requests.append(_parse_request(line, origin, default_type, os.path.dirname(name)))
             except UsageError as error:
                 raise UsageError(f"{origin}: {error}", error.hint) from None
@@ -7515,8 +7512,8 @@ def group_of_file(path: str) -> str:
 
 def _parse_request(line: str, origin: str, default_type: str, folder: str) -> CloneRequest:
     template, *fields = (field.strip() for field in line.split(":", 3))
-    if not fields:
-        raise UsageError(f"{line[:60]!r}: expected TEMPLATE:COUNT[:TYPE[:OPTIONS]]")
+    if not fields or "\0" in line:
+        raise UsageError(f"{line[:60]!r}: expected TEMPLATE:COUNT[:TYPE[:OPTIONS]], and no NUL in it")
     count, type, options = [*fields, "", ""][:3]
     checked_name("template", template)
     checked_name("type", type or default_type)
@@ -7928,8 +7925,7 @@ def release_still(vm: VM) -> None:
 
 
 def end_half_start(vm: VM) -> bool:
-    """Switch a qemu off that a killed command has not had load its guest's memory, which is as it was saved; whether
-    there was one.  For who holds the VM's lock."""
+    """End a qemu that was to load saved memory when its command was killed; whether there was one.  Under the lock."""
     half = guest_state(vm) == "inmigrate"
     if half:
         stop_locked(vm, 0)
@@ -8346,7 +8342,12 @@ def thaw(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> bool:
                 plug_disk(qemu, number + 1, number, *disk)
         if others:
             vm.write_conf({"vmPlugged": str(len(others))})
-        wake_up(vm, token)
+        told = talk(vm, waking_words(vm, login_keys(), token), WAKE_SECONDS)
+        if told != "done":
+            raise Error(f"the agent in it said: {printable(told) or 'nothing'}", vm=vm)
+        write_file(vm.configured_file, "", durable=False)
+        with QMP(vm.folder) as qemu:
+            qemu.execute("set_link", name="net0", up=True)
         vm.woke, awake = time.monotonic() - began, True
     except BaseException as error:
         why, awake = last_words(vm, error), False
@@ -8384,30 +8385,29 @@ def frozen_facts(machine: Machine) -> dict[str, Any]:
 
 def check_frozen(layer: Layer, machine: Machine) -> str:
     """The agent's token, where what was frozen in a layer is whole, and is a machine like this.  Else raises Error."""
-    manifest = read_manifest(layer)
-    with Parsing(Error, f"{layer.manifest} can't be read"):
-        was, token = manifest["machine"], str(manifest["token"])
-        words = was["words"]
+    was, token = read_manifest(layer)
     now = frozen_facts(machine)
     for key, what in (("qemu", "another qemu"), ("kernel", "another kernel of this host")):
         if was[key] != now[key]:
             raise Error(f"it was frozen by {what}; vmtemplate {layer.template.name} --warm freezes it anew")
-    if words != now["words"]:
-        differing = [word for word in now["words"] if word not in words] or ["fewer devices"]
+    if was["words"] != now["words"]:
+        differing = [word for word in now["words"] if word not in was["words"]] or ["fewer devices"]
         raise Error(f"{layer.template.name} was frozen as another machine, not with {' '.join(differing)}")
     return token
 
 
-def read_manifest(layer: Layer, deep: bool = False) -> Any:
-    """What a freeze noted.  Raises Error where memory isn't as it was left, by its checksum too with `deep`: that reads
-    all of it."""
+def read_manifest(layer: Layer, deep: bool = False) -> tuple[dict[str, Any], str]:
+    """What a freeze noted: frozen_facts(), and the agent's token.  Raises Error where memory isn't as it was left, by
+    its checksum too with `deep`: that reads all of it."""
     with Parsing(Error, f"{layer.manifest} can't be read"):
         manifest = json.loads(read_text(layer.manifest))
+        was = {key: manifest["machine"][key] for key in ("words", "qemu", "kernel")}
+        noted = was, str(manifest["token"])
         same = memory_facts(layer) == manifest["memory"]
         same = same and not (deep and file_digest(layer.memory) != manifest["sha256"])
     if not same:
         raise Error(f"{layer.memory} isn't as it was left; vmtemplate {layer.template.name} --warm makes it anew")
-    return manifest
+    return noted
 
 
 def memory_facts(layer: Layer) -> list[int]:
@@ -8434,16 +8434,6 @@ def plug_disk(qemu: QMP, number: int, port: int, path: str, format: str, serial:
         return any(node in each.get("qdev", "").split("/") and each["stats"]["rd_operations"] for each in stats)
 
     wait_for(is_read, 10)  # the guest has named it then: the next one gets the next name
-
-
-def wake_up(vm: VM, token: str) -> None:
-    """Tell the guest which VM it is, and plug its network in."""
-    told = talk(vm, waking_words(vm, login_keys(), token), WAKE_SECONDS)
-    if told != "done":
-        raise Error(f"the agent in it said: {printable(told) or 'nothing'}", vm=vm)
-    write_file(vm.configured_file, "", durable=False)
-    with QMP(vm.folder) as qemu:
-        qemu.execute("set_link", name="net0", up=True)
 
 
 def talk(vm: VM, words: bytes, seconds: float) -> str:
@@ -9811,7 +9801,18 @@ def upgrade(cloud: Cloud, name: str, seconds: float) -> None:
     template = cloud.tree.need_template(name)
     with guest_on_layer(cloud, template) as (guest, layer):
         try:
-            upgrade_guest(guest, seconds)
+            guest.wait()
+            release = parse_os_release(guest.output(guest_script("os-release.sh")))
+            script = upgrade_script(name, release)
+            report.say(f"{report.program}: {template}: upgrading {release.get('PRETTY_NAME') or release['ID']}")
+            try:
+                status, _ = guest.run(script, seconds, lambda line: report.say(line.rstrip("\r").rpartition("\r")[2]))
+            except TimedOut:
+                text = f"no end of the upgrade after {seconds:.0f} s"
+                raise TimedOut(text, "--timeout S gives it longer", vm=template) from None
+            if status:
+                raise Error(f"the upgrade failed: {describe_status(status)}", vm=template)
+            guest.finish()
         except Error as error:
             error.text += "; the template is as it was"
             raise
@@ -9821,28 +9822,12 @@ def upgrade(cloud: Cloud, name: str, seconds: float) -> None:
         flatten(cloud, template)
 
 
-def upgrade_guest(guest: OwnGuest, seconds: float) -> None:
-    """Find out what it is, upgrade it, and shut it down."""
-    vm = guest.vm
-    guest.wait()
-    release = parse_os_release(guest.output(guest_script("os-release.sh")))
-    script = upgrade_script(vm.name, release)
-    report.say(f"{report.program}: {vm}: upgrading {release.get('PRETTY_NAME') or release['ID']}")
-    try:
-        status, _ = guest.run(script, seconds, lambda line: report.say(line.rstrip("\r").rpartition("\r")[2]))
-    except TimedOut:
-        raise TimedOut(f"no end of the upgrade after {seconds:.0f} s", "--timeout S gives it longer", vm=vm) from None
-    if status:
-        raise Error(f"the upgrade failed: {describe_status(status)}", vm=vm)
-    guest.finish()
-
-
-# -- freezing
+REST_SECONDS = 30  # systemd ends what belongs to a login that is over after 10
 
 
 def freeze(cloud: Cloud, name: str, asked: Mapping[str, str]) -> Layer:
-    """Boot a template once and keep its guest, as it is when it is ready, in a layer for clones to wake up on.
-    `asked`: memory and processors, which the template's clones start with from then on."""
+    """Boot a template once, plant the agent, have its guest come to rest, and keep that in a layer for clones to wake
+    up on; the manifest makes it count.  `asked`: memory and processors, which its clones start with from then on."""
     template = cloud.tree.need_template(name)
     if template.get("vmInit") != "systemd":
         text = f"{name}: its vmInit is {template.get('vmInit')}: only guests with systemd can be told who they are"
@@ -9851,35 +9836,25 @@ def freeze(cloud: Cloud, name: str, asked: Mapping[str, str]) -> Layer:
     check_room(template.folder, (size + 256) * MIB, cloud.tree.base, what, ROOM_HINT)
     with guest_on_layer(cloud, template, True, **asked, vmLayout=LAYOUT, vmBalloon="no") as (guest, layer):
         guest.wait()
-        freeze_guest(guest, layer)
+        token = os.urandom(16).hex()
+        words = {"AGENT": need_packaged("guest/agent.py"), "MAC": template.get("vmMac"), "TOKEN": token}
+        guest.output(guest_script("freeze.sh", True, **words, PATIENCE=REST_SECONDS))
+        with QMP(template.folder, 600) as qemu, open(layer.state, "xb") as state:
+            qemu.execute("set_link", name="net0", up=False)
+            said = talk(template, _json({"token": token}).replace(b"\n", b" ") + b"\n", REST_SECONDS + 60)
+            if said != "at rest":
+                raise Error(f"the agent in it said: {printable(said) or 'nothing'}", vm=template)
+            qemu.execute("stop")
+            migrate(qemu, state.fileno(), shared=True)
+        for path in (layer.memory, layer.state, layer.path):
+            os.chmod(path, 0o600)
+            sync(path)
+        facts = {"machine": frozen_facts(guest.machine), "memory": memory_facts(layer), "token": token}
+        write_file(layer.manifest, json.dumps({**facts, "sha256": file_digest(layer.memory)}))
     if asked:
         with FolderLock(template.folder):
             template.write_conf(asked)
     return layer
-
-
-REST_SECONDS = 30  # systemd ends what belongs to a login that is over after 10
-
-
-def freeze_guest(guest: OwnGuest, layer: Layer) -> None:
-    """Plant the agent, have the guest come to rest, and keep what it is then; the manifest makes that count."""
-    vm, token = guest.vm, os.urandom(16).hex()
-    agent = need_packaged("guest/agent.py")
-    words = {"AGENT": agent, "MAC": vm.get("vmMac"), "TOKEN": token, "PATIENCE": REST_SECONDS}
-    guest.output(guest_script("freeze.sh", True, **words))
-    with QMP(vm.folder, 600) as qemu, open(layer.state, "xb") as state:
-        qemu.execute("set_link", name="net0", up=False)
-        said = talk(vm, _json({"token": token}).replace(b"\n", b" ") + b"\n", REST_SECONDS + 60)
-        if said != "at rest":
-            raise Error(f"the agent in it said: {printable(said) or 'nothing'}", vm=vm)
-        qemu.execute("stop")
-        migrate(qemu, state.fileno(), shared=True)
-    for path in (layer.memory, layer.state, layer.path):
-        os.chmod(path, 0o600)
-        sync(path)
-    facts = {"machine": frozen_facts(guest.machine), "memory": memory_facts(layer), "token": token}
-    facts["sha256"] = file_digest(layer.memory)
-    write_file(layer.manifest, json.dumps(facts))
 
 
 # -- templates of VMs
@@ -10433,8 +10408,6 @@ class Supervisor:
                 report.log(f"{vm.name} goes on")
                 member.full = False
 
-    # workers
-
     def _job(self, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
         """Do `work` in a thread, then `done` with its result, or its Error, in the loop; a defect is raised there."""
         from concurrent.futures import ThreadPoolExecutor
@@ -10482,8 +10455,6 @@ class Supervisor:
         else:
             member.ready = True
             report.log(f"{member.vm.name} is ready")
-
-    # towards the end
 
     def _advance(self) -> bool:
         """Once the workers have ended: rest, or do what the goal asks for; whether that is done."""
@@ -11154,8 +11125,6 @@ def examine_names(patient: Patient) -> str:
     return f"this host asks {address} for them"
 
 
-# -- all of it
-
 Check = Callable[[Patient], str]  # tells the patient what isn't well; the words for all is well
 
 
@@ -11322,18 +11291,12 @@ def visible_commands() -> list[Command]:
     return [each for each in COMMANDS.values() if not each.hidden]
 
 
-def command_names() -> dict[str, str]:
-    return {each.name: each.help for each in visible_commands()}
-
-
 def find_command(argv: Sequence[str]) -> tuple[Command | None, str, list[str]]:
     """(command, the name it was called by, its words); None for `nocloud` alone.  UsageError (127): no such name."""
     name, words = os.path.basename(argv[0]), list(argv[1:])
     of_ansible = not name.startswith("nocloud") and words[:1] in (["--list"], ["--host"])
-    if name not in ALIASES and (of_ansible or name.endswith("inventory")):  # a link in a folder of inventories
-        return ALIASES["vminventory"], name, words
-    if name in ALIASES:
-        return ALIASES[name], name, words
+    if name in ALIASES or of_ansible or name.endswith("inventory"):  # the latter: a link in a folder of inventories
+        return ALIASES.get(name) or ALIASES["vminventory"], name, words
     if words[:1] == ["--debug"]:
         words = words[1:]
     if words == ["help"]:
@@ -11345,7 +11308,7 @@ def find_command(argv: Sequence[str]) -> tuple[Command | None, str, list[str]]:
     if not found:
         rows = (line.split(": ") for line in packaged_list("elsewhere"))
         ours = next((f"here it is {each}" for each, theirs in rows if word in theirs.split()), "")
-        hint = ours or did_you_mean(word, command_names(), "nocloud -h lists them")
+        hint = ours or did_you_mean(word, [each.name for each in visible_commands()], "nocloud -h lists them")
         raise UsageError(f"{word}: no such command", hint, EXIT_MISSING)
     return found, f"nocloud {word}", words[1:]
 
@@ -11450,8 +11413,7 @@ def one_operand(words: Sequence[str], name: str) -> str:
 # Commands ############################################################################################
 #
 # What can be typed.  One declaration a command serves its vm* name, the subcommand and the help; the function under it
-# turns words into values and calls the sections above, in a Cloud that is looked after before and behind.  It returns
-# the exit status; None: EXIT_DONE.
+# turns words into values and calls the sections above.  It returns the exit status; None: EXIT_DONE.
 
 # Several commands have these.
 GROUP = Option("-g --group GROUP", "only this group")
@@ -11473,10 +11435,7 @@ WHICH_VMS = (Option("-g --group GROUP", "the group"), TYPE, VM_OPTIONS[0])
     Option("--sha256 HEX", "the image's checksum; a URL needs one", lambda text: checksum_text(f"sha256:{text}")),
     Option("--sha512 HEX", "likewise", lambda text: checksum_text(f"sha512:{text}")),
     Option("--insecure", "take the image at a URL without a checksum"),
-    Option(
-        "--build SUITE", "make NAME from packages: bookworm, trixie (Debian), jammy, noble (Ubuntu)",
-        complete=SUITES,
-    ),
+    Option("--build SUITE", "make NAME from packages: Debian bookworm, trixie, Ubuntu jammy, noble", complete=SUITES),
     Option("--include PACKAGE,…", "more packages for --build", package_names),
     Option("--rebuild", "--build anew, though the cache has one of the same packages"),
     Option("--from VM", "make NAME of a VM that is stopped (GROUP/TYPE/NAME), or of a snapshot of it: VM@SNAPSHOT"),
@@ -12536,8 +12495,10 @@ class Typed:
         self.command, _, rest = find_command(before)
         if self.command:
             self._offer(self._wanted(self.command, rest))
+        elif not rest and self.value.startswith("-"):
+            self.words = option_names(GENERAL_OPTIONS)
         elif not rest:
-            self.words = option_names(GENERAL_OPTIONS) if self.value.startswith("-") else command_names()
+            self.words = {each.name: each.help for each in visible_commands()}
 
     def _wanted(self, command: Command, words: Sequence[str]) -> str | tuple[str, ...] | dict[str, str]:
         """What the value can be, by what the parser makes of a word in that place."""
@@ -12589,9 +12550,7 @@ WORD_KINDS: dict[str, Callable[[Typed], Iterable[str]]] = {
     "adjusted": lambda typed: typed.vms() if {"-a", "--adjust"} & typed.given.keys() else [],
     "group": lambda typed: typed.tree.groups(),
     "any-group": lambda typed: [*typed.tree.groups(), TEMPLATES],
-    "managed-group": lambda typed: [
-        group for group in typed.tree.groups() if manager_of(typed.tree, group)[0] == "running"
-    ],
+    "managed-group": lambda typed: [each for each in typed.tree.groups() if manager_of(typed.tree, each)[1]],
     "type": lambda typed: [vm.type for vm in typed.tree.vms(typed.given.get("-g", "")) if vm.type],
     "template": lambda typed: [vm.name for vm in typed.tree.templates()],
     "catalogue": lambda typed: load_catalogue().entries,
@@ -12688,7 +12647,6 @@ def manual() -> str:
 @declare(Command("man", bare=True))
 def cmd_man(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """show the manual page; nocloud man >nocloud.1 writes it"""
-    no_more(words)
     page = manual().rstrip("\n")
     if sys.stdout.isatty() and find_program("man"):
         fd = os.memfd_create("nocloud.1", 0)
@@ -12919,8 +12877,7 @@ class HostSetup:
         self.installation.save(users=self.before.get("users") or users, groups=self.before.get("groups") or groups)
         if find_program("systemd-sysusers"):
             # It dies with us: after a kill the next call may undo it all, and it would make the user after that
-            words = ["setpriv", "--pdeathsig", "KILL", "systemd-sysusers"]
-            run([*words, f"{systemd_folder(self.installation.prefix, 'sysusers.d')}/nocloud.conf"])
+            run([*TIE, "systemd-sysusers", f"{systemd_folder(self.installation.prefix, 'sysusers.d')}/nocloud.conf"])
         elif groups:
             run(["groupadd", "--system", KVM_GROUP])
 
@@ -12930,8 +12887,6 @@ class HostSetup:
                 status, said = try_run([program, name], 30)
                 if status and "does not exist" not in said:
                     report.warn(f"{program} {name}: {last_line(said)}")
-
-    # qemu's bridge helper
 
     def allow_helper(self) -> str:
         """Let members of kvm use it, where it is nobody's yet; what was done."""
@@ -12988,8 +12943,6 @@ class HostSetup:
         if os.path.dirname(self.acl) in self.before.get("made", ()):
             remove_empty(os.path.dirname(self.acl))
 
-    # modules, units
-
     def load_modules(self, modules: Sequence[str]) -> str:
         status, said = try_run(["modprobe", "-a", *modules], 60) if modules else (-1, "")
         if said:
@@ -13015,9 +12968,6 @@ def rewrite(path: str, text: str) -> None:
     write_file(path, text, stat.S_IMODE(info.st_mode) if info else 0o644)
     if info:
         os.chown(path, info.st_uid, info.st_gid)
-
-
-# -- all of it
 
 
 def installed_config(installation: Installation) -> Config:
@@ -13088,7 +13038,11 @@ def undo_installation(installation: Installation) -> None:
         report.say(f"nothing is installed in {place}")
         return
     if not installation.root:
-        check_nothing_runs()
+        units, ours = active_groups(), [each for each in qemus() if each.is_ours and each.folder]  # whoever's they are
+        running = [f"{'/'.join(each.folder.split('/')[-3:])} of {user_name(each.uid)}" for each in ours]
+        if units or running:
+            stop = f"systemctl stop {' '.join(units)}" if units else "vmstop -g GROUP stops a group and keeps it"
+            raise WrongState(f"VMs are running: {', '.join((*units, *sorted(running)))}; nothing was changed", stop)
         setup = HostSetup(installation, installed_config(installation))
         if systemd_runs():
             # systemctl lists only the template that groups' units are instances of
@@ -13107,18 +13061,6 @@ def undo_installation(installation: Installation) -> None:
     report.say(f"nocloud is no longer in {place}")
     for path in kept:
         report.say(f"kept: {path}, which was changed")
-
-
-def check_nothing_runs() -> None:
-    """Raise WrongState, naming them, where VMs or groups run, whoever's they are."""
-    units, ours = active_groups(), [each for each in qemus() if each.is_ours and each.folder]
-    running = [f"{'/'.join(each.folder.split('/')[-3:])} of {user_name(each.uid)}" for each in ours]
-    if units or running:
-        stop = f"systemctl stop {' '.join(units)}" if units else "vmstop -g GROUP stops a group and keeps it"
-        raise WrongState(f"VMs are running: {', '.join((*units, *sorted(running)))}; nothing was changed", stop)
-
-
-# -- the command
 
 
 @declare(
