@@ -7539,7 +7539,7 @@ CLONE_BYTES = 512 * 1024  # what an empty overlay, its keys and its logs take, r
 
 
 def check_requests(
-    cloud: Cloud, group: str, requests: Sequence[CloneRequest], force: bool, freed: Iterable[int] = ()
+    cloud: Cloud, group: str, requests: Sequence[CloneRequest], force: bool, freed: Sequence[int] = ()
 ) -> None:
     """All that can be known before the first VM is made; it names the FILE:LINE.  `freed`: ports of VMs that go."""
     checked_group(group)
@@ -7594,7 +7594,7 @@ def check_clonable(template: VM) -> None:
         raise Error(text, "make it again: vmtemplate NAME --image FILE", vm=template)
 
 
-def check_ports(tree: Tree, request: CloneRequest, asked: list[tuple[str, int, str]], freed: Iterable[int]) -> None:
+def check_ports(tree: Tree, request: CloneRequest, asked: list[tuple[str, int, str]], freed: Sequence[int]) -> None:
     """Raise where a port is another VM's of the same description (`asked`: by whom), or isn't to be had now."""
     for number in range(request.count):
         for ip, host, _ in parse_ports(numbered_ports(request.settings.get("vmPorts", ""), number)):
@@ -9358,7 +9358,7 @@ def plan_group(cloud: Cloud, group: str, requests: Sequence[CloneRequest], repla
             steps[number] = Step("keep", step.name, f"{step.text} (--replace)")
     asked = requests_for("replace", steps) + requests_for("create", steps)
     gone = [step for step in steps if step.verb in ("destroy", "replace")]
-    freed = {host for step in gone for _, host, _ in parse_ports(step.vm.get("vmPorts"))}
+    freed = [host for step in gone for _, host, _ in parse_ports(step.vm.get("vmPorts"))]
     check_requests(cloud, group, asked, force, freed)
     for step in steps:
         if step.request and step.verb == "change":
