@@ -235,7 +235,7 @@ def test_what_is_joined_and_what_is_given_already(installed: Cloud) -> None:
     assert given_to(installed, "zsh", "vmrun", "--file=my") == ["file", "--file="]
     assert given_to(installed, "zsh", "vmrun", "-f", "my") == ["file", ""]
     groups = ["old ones", "pf", "two", "templates"]
-    assert given_to(installed, "fish", "vmstop", "-dgo") == ["", "-dg", *(f"-dg{each}\t" for each in groups)]
+    assert given_to(installed, "fish", "vmstop", "-dgo") == ["", "-dg", *(f"{each}\t" for each in groups)]
     assert given_to(installed, "bash", "vmrun -f 'a:b", "b") == ["file", "", "a:", "a:b"]
     assert given_to(installed, "bash", "vmrun --file=a:b", "b") == ["file", "", "a:", "a:b"]
     assert given_to(installed, "bash", "vmrun -fb", "-fb") == ["file", "-f", "", "b"]
