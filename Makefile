@@ -63,7 +63,7 @@ check: $(VENV)/done install-for-checks ## the linters only, each language's own
 check-catalogue: ## ask the catalogue's real servers (needs the Internet)
 	@$(PYTHON) tests/check_catalogue.py
 
-docs: ## write README.md's tables from what nocloud.py declares
+docs: ## write README.md's tables, and the manual page's lists, from what nocloud.py declares
 	@$(AS_OWNER) $(PYTHON) -B tests/docs.py
 
 bench: install-for-vms install-for-bench nocloud.pyz ## measure the speed budgets; fails over one

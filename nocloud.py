@@ -7318,10 +7318,6 @@ class Cloud:
         """Which network a VM is on.  The bash tools knew the host's bridge only."""
         return "bridge" if foreign_qemu(vm) else self.chosen_network(vm.get("vmNetwork"))
 
-    def forwarder(self, vm: VM) -> Forwarder:
-        """What forwards the ports of a VM."""
-        return self.forwarders[self.network_kind(vm)]
-
     def mend_ports(self) -> None:
         """Where a forwarder was killed, have another one do what it did."""
         lost = [kind for kind, each in self.forwarders.items() if os.path.exists(each.path) and not each.is_there()]
@@ -7329,7 +7325,7 @@ class Cloud:
             if ports_of(vm) and self.network_kind(vm) in lost:
                 # Another command may be at work on it, at this perhaps
                 with contextlib.suppress(WrongState, FileNotFoundError), FolderLock(vm.folder, wait=0):
-                    self.forwarder(vm).mend(vm)
+                    self.forwarders[self.network_kind(vm)].mend(vm)
 
     def chosen_network(self, wanted: str) -> str:
         """bridge or private, for a vmNetwork: `auto` is what this host has now."""
@@ -7435,10 +7431,8 @@ class CloneRequest:
             if option:
                 self._set_option(option, value if separator else None, folder)
             elif name:
-                raise UsageError(
-                    f"unknown option {name!r}{did_you_mean(name, CLONE_OPTION, before=', ')}",
-                    f"options are {' '.join(each.text for each in CLONE_OPTIONS)}, separated by ';'",
-                )
+                hint = f"options are {' '.join(each.text for each in CLONE_OPTIONS)}, separated by ';'"
+                raise UsageError(f"unknown option {name!r}{did_you_mean(name, CLONE_OPTION, before=', ')}", hint)
         names = full_names(self.prefix)
         if names and len({name.lower() for name in names}) != self.count:
             raise UsageError(f"name={self.prefix}: {plural(len(names), 'name')} for a COUNT of {self.count}")
@@ -7469,12 +7463,9 @@ def parse_description(text: str, name: str, default_type: str) -> list[CloneRequ
     """The lines of a description file, TEMPLATE:COUNT[:TYPE[:OPTIONS]].  Raises UsageError naming FILE:LINE."""
     requests = []
     for number, raw in enumerate(split_lines(text), 1):
-        line = raw.split("#", 1)[0].strip()
-        if line:
-            origin = f"{name}:{number}"
+        origin = f"{name}:{number}"
+        if line := raw.split("#", 1)[0].strip():
             try:
-                if "\0" in line:
-                    raise UsageError("a NUL character: not a text file")
                 requests.append(_parse_request(line, origin, default_type, os.path.dirname(name)))
             except UsageError as error:
                 raise UsageError(f"{origin}: {error}", error.hint) from None
@@ -7487,11 +7478,8 @@ def read_description(path: str, default_type: str, allow_share: str | None = Non
     """What a description file, of at most 1 MB, asks for; `-` is stdin.  A stranger's must not open one's home, so the
     folders that it shares are in its own one, or in `allow_share`."""
     try:
-        if path == "-":
-            requests = parse_description(sys.stdin.read(MIB).removeprefix("\ufeff"), "stdin", default_type)
-        else:
-            with open(path, encoding=TEXT) as file:
-                requests = parse_description(file.read(MIB), path, default_type)
+        with open(0 if path == "-" else path, encoding=TEXT, closefd=path != "-") as file:
+            requests = parse_description(file.read(MIB), "stdin" if path == "-" else path, default_type)
     except UnicodeDecodeError:
         raise UsageError(f"{path}: not a text file in UTF-8") from None
     except OSError as error:
@@ -7514,8 +7502,8 @@ def group_of_file(path: str) -> str:
 
 def _parse_request(line: str, origin: str, default_type: str, folder: str) -> CloneRequest:
     template, *fields = (field.strip() for field in line.split(":", 3))
-    if not fields:
-        raise UsageError(f"{line[:60]!r}: expected TEMPLATE:COUNT[:TYPE[:OPTIONS]]")
+    if not fields or "\0" in line:
+        raise UsageError(f"{line[:60]!r}: expected TEMPLATE:COUNT[:TYPE[:OPTIONS]], and no NUL in it")
     count, type, options = [*fields, "", ""][:3]
     checked_name("template", template)
     checked_name("type", type or default_type)
@@ -7540,8 +7528,10 @@ class NewClone:
 CLONE_BYTES = 512 * 1024  # what an empty overlay, its keys and its logs take, rounded up
 
 
-def check_requests(cloud: Cloud, group: str, requests: Sequence[CloneRequest], force: bool) -> None:
-    """Everything that can be known before the first VM is made; each error names its FILE:LINE."""
+def check_requests(
+    cloud: Cloud, group: str, requests: Sequence[CloneRequest], force: bool, freed: Sequence[int] = ()
+) -> None:
+    """All that can be known before the first VM is made; it names the FILE:LINE.  `freed`: ports of VMs that go."""
     checked_group(group)
     asked: list[tuple[str, int, str]] = []
     memory = images = 0
@@ -7551,7 +7541,7 @@ def check_requests(cloud: Cloud, group: str, requests: Sequence[CloneRequest], f
             check_clonable(template)
             check_collision(cloud.tree, group, request.type)
             check_disk_size(template, request.disk)
-            check_ports(cloud.tree, request, asked)
+            check_ports(cloud.tree, request, asked, freed)
             check_shares(cloud.config, template, request.settings.get("vmShares", ""))
             if takes_seed(template):
                 choose_seed(cloud.qemu())
@@ -7594,7 +7584,7 @@ def check_clonable(template: VM) -> None:
         raise Error(text, "make it again: vmtemplate NAME --image FILE", vm=template)
 
 
-def check_ports(tree: Tree, request: CloneRequest, asked: list[tuple[str, int, str]]) -> None:
+def check_ports(tree: Tree, request: CloneRequest, asked: list[tuple[str, int, str]], freed: Sequence[int]) -> None:
     """Raise where a port is another VM's of the same description (`asked`: by whom), or isn't to be had now."""
     for number in range(request.count):
         for ip, host, _ in parse_ports(numbered_ports(request.settings.get("vmPorts", ""), number)):
@@ -7602,7 +7592,8 @@ def check_ports(tree: Tree, request: CloneRequest, asked: list[tuple[str, int, s
             if others:
                 raise UsageError(f"port={host}: {others[0]} asks for port {host} of {ip} too")
             asked.append((ip, host, request.origin or "another of the VMs"))
-            listen(tree, ip, host).close()
+            if host not in freed:
+                listen(tree, ip, host).close()
 
 
 def check_disk_size(template: VM, gigabytes: int) -> None:
@@ -7613,26 +7604,20 @@ def check_disk_size(template: VM, gigabytes: int) -> None:
     known = template.get("vmDiskFormat").partition(",")[0]
     size = image_info(disk, known or first_format(template, disk))["virtual-size"]
     if gigabytes * GIB < size:
-        raise UsageError(
-            f"disk={gigabytes}: the disk of {template.name} has {size / GIB:g} GB, and a clone's is never smaller",
-            "disk=GB makes the system disk larger, dsk=GB,GB adds disks",
-        )
+        text = f"disk={gigabytes}: the disk of {template.name} has {size / GIB:g} GB, and a clone's is never smaller"
+        raise UsageError(text, "disk=GB makes the system disk larger, dsk=GB,GB adds disks")
 
 
 def check_collision(tree: Tree, group: str, type: str) -> None:
     """Ansible knows groups by GROUP, GROUP_TYPE and type_TYPE: two things must not get one name."""
-    pairs = {f"{each}_{kind}": (each, kind) for each in tree.groups() for kind in tree.types(each)}
-    key, clash = f"{group}_{type}", ""
-    if f"{group}_".startswith("type_") and group not in tree.groups():
-        clash = f"{group}: ansible would mix it up with type_TYPE, the VMs of a type in all groups"
-    elif pairs.get(key, (group, type)) != (group, type):
-        clash = f"{group}/{type}: ansible would mix it up with {'/'.join(pairs[key])}: both are {key}"
-    elif key in tree.groups():
-        clash = f"{group}/{type}: ansible would mix it up with the group {key}"
-    elif group in pairs:
-        clash = f"{group}: ansible would mix it up with {'/'.join(pairs[group])}"
-    if clash:
-        raise UsageError(clash, "choose another name")
+    known = {f"{each}_{kind}": f"{each}/{kind}" for each in tree.groups() for kind in tree.types(each)}
+    known.update({each: each for each in tree.groups() if each not in known})
+    if f"{group}_".startswith("type_"):
+        known.setdefault(group, "type_TYPE, the VMs of a type in all groups")
+    for name, what in ((f"{group}_{type}", f"{group}/{type}"), (group, group)):
+        if known.get(name, what) != what:
+            both = "" if name == what else f": both are {name}"
+            raise UsageError(f"{what}: ansible would mix it up with {known[name]}{both}", "choose another name")
 
 
 def memory_mb(kind: str) -> int:
@@ -7652,12 +7637,9 @@ def warn_of_memory(asked: int) -> None:
 
 
 def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: list[NewClone]) -> list[str]:
-    """Allot names, UUIDs, MACs and addresses, and hold each with a conf in a locked folder of its own (.new-NAME).
-
-    All under the tree's lock: two commands at once never get the same.  What killed commands left is swept here.  Each
-    clone is added to `clones` as soon as there is something to clean up.  Returns the UUIDs of VMs that are gone,
-    though names and keys are kept of them.
-    """
+    """Allot names, UUIDs, MACs and addresses under the tree's lock, so that two commands never get the same; hold each
+    with a conf in a locked folder of its own (.new-NAME), and add it to `clones` as soon as there is something to clean
+    up.  What killed commands left is swept.  Returns the UUIDs of VMs that are gone, though names and keys are kept."""
     tree = cloud.tree
     with tree.lock():
         for each in {group, *tree.groups()}:
@@ -7933,8 +7915,7 @@ def release_still(vm: VM) -> None:
 
 
 def end_half_start(vm: VM) -> bool:
-    """Switch a qemu off that a killed command has not had load its guest's memory, which is as it was saved; whether
-    there was one.  For who holds the VM's lock."""
+    """End a qemu that was to load saved memory when its command was killed; whether there was one.  Under the lock."""
     half = guest_state(vm) == "inmigrate"
     if half:
         stop_locked(vm, 0)
@@ -8060,7 +8041,7 @@ def start(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> None:
 def start_locked(cloud: Cloud, vm: VM, machine: Machine, tied: bool = False) -> None:
     """Start the qemu of a VM that is stopped, by who holds its lock.  `tied`: it ends when this process does."""
     remove_runtime_files(vm)
-    network, forwarder = cloud.network_of(vm), cloud.forwarder(vm)
+    network, forwarder = cloud.network_of(vm), cloud.forwarders[cloud.network_kind(vm)]
     with contextlib.ExitStack() as stack:
         listeners = forwarder.open(stack, parse_ports(vm.get("vmPorts")))
         tap, vhost = network.tap(vm)
@@ -8107,29 +8088,19 @@ def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False, lay
         (os.path.relpath(path, vm.folder), format, f"{vm.name}_{number}")
         for number, (path, format) in enumerate(zip(paths, formats))
     ]
+    with Parsing(UsageError, f"vmExtraOpts: a quotation mark or a backslash without its end: {vm.get('vmExtraOpts')}"):
+        extra = shlex.split(vm.get("vmExtraOpts"))
+    planted = is_planted(vm) and os.path.exists(vm.host_key)
+    if planted:
+        write_file(vm.credentials_file, credentials(vm, login_keys()), durable=False)
     has_screen = gui or yes_no(vm.get("vmGui")) == "yes"
     return Machine(
         qemu=cloud.qemu(), accel=cloud.accel(vm.get("vmAccel")), name=vm.name, settings=vm.settings(), disks=disks,
-        pid_file=os.path.basename(vm.pid_file), credentials=write_credentials(vm),
+        pid_file=os.path.basename(vm.pid_file), credentials=os.path.basename(vm.credentials_file) if planted else "",
         seed=write_seed(cloud, vm, takes_seed(vm) and not iso),  # an installer would take it for its users' answers
-        extra=split_words(vm.get("vmExtraOpts")), iso=iso, screen=cloud.screen() if has_screen else "",
+        extra=extra, iso=iso, screen=cloud.screen() if has_screen else "",
         record=os.path.basename(layer.record) if layer else "",
     )  # fmt: skip
-
-
-def split_words(text: str) -> list[str]:
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise UsageError(f"vmExtraOpts: {error}: {text!r}") from None
-
-
-def write_credentials(vm: VM) -> str:
-    """The name of the credentials file, written anew for this start; '' where the guest takes none."""
-    if not is_planted(vm) or not os.path.exists(vm.host_key):
-        return ""
-    write_file(vm.credentials_file, credentials(vm, login_keys()), durable=False)
-    return os.path.basename(vm.credentials_file)
 
 
 def write_seed(cloud: Cloud, vm: VM, wanted: bool) -> str:
@@ -8243,8 +8214,7 @@ def prepare_migration(qemu: QMP, fd: int, shared: bool) -> None:
     """Have a qemu write to, or read from, a descriptor as fast as it goes; `shared`: memory in a shared file stays.
     The network card is announced once, at once, when a frozen guest's has no link.  Never can't be asked for: qemu 7.2
     has no timer for that then, and crashes when the guest resets the card (hw/net/virtio-net.c, virtio_net_reset)."""
-    wanted = [{"capability": "x-ignore-shared", "state": shared}]
-    qemu.execute("migrate-set-capabilities", capabilities=wanted)
+    qemu.execute("migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": shared}])
     qemu.execute("migrate-set-parameters", announce_rounds=1, max_bandwidth=1 << 40)
     qemu.give(fd, "state")
 
@@ -8362,7 +8332,12 @@ def thaw(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> bool:
                 plug_disk(qemu, number + 1, number, *disk)
         if others:
             vm.write_conf({"vmPlugged": str(len(others))})
-        wake_up(vm, token)
+        told = talk(vm, waking_words(vm, login_keys(), token), WAKE_SECONDS)
+        if told != "done":
+            raise Error(f"the agent in it said: {printable(told) or 'nothing'}", vm=vm)
+        write_file(vm.configured_file, "", durable=False)
+        with QMP(vm.folder) as qemu:
+            qemu.execute("set_link", name="net0", up=True)
         vm.woke, awake = time.monotonic() - began, True
     except BaseException as error:
         why, awake = last_words(vm, error), False
@@ -8400,30 +8375,29 @@ def frozen_facts(machine: Machine) -> dict[str, Any]:
 
 def check_frozen(layer: Layer, machine: Machine) -> str:
     """The agent's token, where what was frozen in a layer is whole, and is a machine like this.  Else raises Error."""
-    manifest = read_manifest(layer)
-    with Parsing(Error, f"{layer.manifest} can't be read"):
-        was, token = manifest["machine"], str(manifest["token"])
-        words = was["words"]
+    was, token = read_manifest(layer)
     now = frozen_facts(machine)
     for key, what in (("qemu", "another qemu"), ("kernel", "another kernel of this host")):
         if was[key] != now[key]:
             raise Error(f"it was frozen by {what}; vmtemplate {layer.template.name} --warm freezes it anew")
-    if words != now["words"]:
-        differing = [word for word in now["words"] if word not in words] or ["fewer devices"]
+    if was["words"] != now["words"]:
+        differing = [word for word in now["words"] if word not in was["words"]] or ["fewer devices"]
         raise Error(f"{layer.template.name} was frozen as another machine, not with {' '.join(differing)}")
     return token
 
 
-def read_manifest(layer: Layer, deep: bool = False) -> Any:
-    """What a freeze noted.  Raises Error where memory isn't as it was left, by its checksum too with `deep`: that reads
-    all of it."""
+def read_manifest(layer: Layer, deep: bool = False) -> tuple[dict[str, Any], str]:
+    """What a freeze noted: frozen_facts(), and the agent's token.  Raises Error where memory isn't as it was left, by
+    its checksum too with `deep`: that reads all of it."""
     with Parsing(Error, f"{layer.manifest} can't be read"):
         manifest = json.loads(read_text(layer.manifest))
+        was = {key: manifest["machine"][key] for key in ("words", "qemu", "kernel")}
+        noted = was, str(manifest["token"])
         same = memory_facts(layer) == manifest["memory"]
         same = same and not (deep and file_digest(layer.memory) != manifest["sha256"])
     if not same:
         raise Error(f"{layer.memory} isn't as it was left; vmtemplate {layer.template.name} --warm makes it anew")
-    return manifest
+    return noted
 
 
 def memory_facts(layer: Layer) -> list[int]:
@@ -8450,16 +8424,6 @@ def plug_disk(qemu: QMP, number: int, port: int, path: str, format: str, serial:
         return any(node in each.get("qdev", "").split("/") and each["stats"]["rd_operations"] for each in stats)
 
     wait_for(is_read, 10)  # the guest has named it then: the next one gets the next name
-
-
-def wake_up(vm: VM, token: str) -> None:
-    """Tell the guest which VM it is, and plug its network in."""
-    told = talk(vm, waking_words(vm, login_keys(), token), WAKE_SECONDS)
-    if told != "done":
-        raise Error(f"the agent in it said: {printable(told) or 'nothing'}", vm=vm)
-    write_file(vm.configured_file, "", durable=False)
-    with QMP(vm.folder) as qemu:
-        qemu.execute("set_link", name="net0", up=True)
 
 
 def talk(vm: VM, words: bytes, seconds: float) -> str:
@@ -8607,11 +8571,8 @@ def wait_ready(wait: Wait) -> None:
 
 def find_init_kind(wait: Wait) -> None:
     """Where vmInit is `auto`, find out at the first contact whether the guest took its seed, and put that in its conf.
-
-    A guest that shows the host key from the seed has a cloud-init: nobody else has that key.  One that shows another
-    has none, and is configured over ssh; its key is pinned.  (cloud-init ends with host keys before sshd is started.)
-    Either key is the only one accepted from then on.
-    """
+    One that shows the host key from the seed, which nobody else has, has a cloud-init (that ends with host keys before
+    sshd is started); one that shows another is configured over ssh.  No other key is accepted from then on."""
     vm, known = wait.vm, wait.cloud.known_hosts
     if vm.get("vmInit") != "auto" or not os.path.isdir(vm.seed_folder):
         return
@@ -8858,8 +8819,7 @@ def configure_later(cloud: Cloud, vms: Sequence[VM]) -> None:
     late = [vm for vm in vms if vm.get("vmShares") or is_late(vm) or is_renamed(vm)]
     names = [vm.full_name for vm in vms if vm.get("vmInit") in ("auto", "ssh") or vm in late]
     if names:
-        environment = {"NOCLOUD_vmBaseDir": cloud.tree.base}
-        spawn(self_argv("configure", *names), log=os.devnull, cwd="/", env=environment)
+        spawn(self_argv("configure", *names), log=os.devnull, cwd="/", env={"NOCLOUD_vmBaseDir": cloud.tree.base})
 
 
 # Snapshots ###########################################################################################
@@ -9282,11 +9242,8 @@ def plan(requests: Sequence[CloneRequest], present: Sequence[Present], templates
 def match(
     requests: Sequence[CloneRequest], present: Sequence[Present], templates: Mapping[str, Present]
 ) -> list[tuple[CloneRequest, Present | None]]:
-    """A request for each single VM that is described, with the VM that there is.
-
-    By type and name: of a prefix the lowest numbers, new ones in the gaps.  Those without a name by type and template,
-    first of all those that are as described.
-    """
+    """A request for each single VM that is described, with the VM that there is: by type and name, of a prefix the
+    lowest numbers, new ones in the gaps; without a name by type and template, those first that are as described."""
     left = {(vm.type, vm.name.lower()): vm for vm in present}
     given = [name.lower() for request in requests for name in full_names(request.prefix)]
     for name in given:
@@ -9299,7 +9256,11 @@ def match(
         there = [name for type, name in left if type == request.type and name not in given]
         names = full_names(request.prefix) or numbered_names(request, there, taken)
         for number, name in enumerate(names):
-            one = one_of_set(request, number, name)
+            settings = dict(request.settings)
+            if "vmPorts" in settings:
+                settings["vmPorts"] = numbered_ports(settings["vmPorts"], number)
+            rest = request.disk, request.disks, request.user_data, f"{name}," if name else ""
+            one = CloneRequest(request.origin, request.template, 1, request.type, settings, *rest)
             if name:
                 pairs.append((one, left.pop((request.type, name.lower()), None)))
             else:
@@ -9328,15 +9289,6 @@ def numbered_names(request: CloneRequest, there: Iterable[str], taken: set[str])
             taken.add(name.lower())
             found[number] = name
     return [found[number] for number in sorted(found)]
-
-
-def one_of_set(request: CloneRequest, number: int, name: str) -> CloneRequest:
-    """The request for the one VM of that number; '': its name is its UUID."""
-    settings = dict(request.settings)
-    if "vmPorts" in settings:
-        settings["vmPorts"] = numbered_ports(settings["vmPorts"], number)
-    rest = request.disk, request.disks, request.user_data, f"{name}," if name else ""
-    return CloneRequest(request.origin, request.template, 1, request.type, settings, *rest)
 
 
 def compare(request: CloneRequest, vm: Present, templates: Mapping[str, Present]) -> Iterator[Step]:
@@ -9396,14 +9348,8 @@ def plan_group(cloud: Cloud, group: str, requests: Sequence[CloneRequest], repla
             steps[number] = Step("keep", step.name, f"{step.text} (--replace)")
     asked = requests_for("replace", steps) + requests_for("create", steps)
     gone = [step for step in steps if step.verb in ("destroy", "replace")]
-    freed = {host for step in gone for _, host, _ in parse_ports(step.vm.get("vmPorts"))}
-    ports = [request.settings.get("vmPorts", "") for request in asked]
-    for request, own in zip(asked, ports):
-        if freed & {host for _, host, _ in parse_ports(own)}:
-            request.settings["vmPorts"] = ""  # these VMs have them still
-    check_requests(cloud, group, asked, force)
-    for request, own in zip(asked, ports):
-        request.settings["vmPorts"] = own
+    freed = [host for step in gone for _, host, _ in parse_ports(step.vm.get("vmPorts"))]
+    check_requests(cloud, group, asked, force, freed)
     for step in steps:
         if step.request and step.verb == "change":
             check_shares(cloud.config, step.vm, step.request.settings.get("vmShares", ""))
@@ -9479,7 +9425,7 @@ def change_settings(cloud: Cloud, vm: VM, changes: Mapping[str, str]) -> None:
 
 def set_ports(cloud: Cloud, vm: VM, wanted: Sequence[tuple[str, int, int]]) -> Sequence[tuple[str, int, int]]:
     """Publish these ports of a VM and no others, at once where it runs; the new ones."""
-    has, forwarder = parse_ports(vm.get("vmPorts")), cloud.forwarder(vm)
+    has, forwarder = parse_ports(vm.get("vmPorts")), cloud.forwarders[cloud.network_kind(vm)]
     with contextlib.ExitStack() as stack:
         if vm.is_running():
             forwarder.mend(vm)  # of a VM that was started by hand, perhaps
@@ -9519,9 +9465,7 @@ def grow_disk(cloud: Cloud, vm: VM, gigabytes: int, number: int = 0) -> None:
 
 def add_disk(cloud: Cloud, vm: VM, gigabytes: int) -> None:
     """Make another disk, and plug it in where the guest runs and has a port for it; else it is there at its next start.
-
-    Its conf names it before the guest has it: what a guest has written to is never forgotten.
-    """
+    Its conf names it before the guest has it: what a guest has written to is never forgotten."""
     disks, plugged = vm.disks(), vm.number("vmPlugged")
     if len(disks) >= MAX_DISKS:
         raise UsageError(f"it has {len(disks)} disks, {MAX_DISKS} is the most", vm=vm)
@@ -9565,11 +9509,9 @@ def remove_disk(cloud: Cloud, vm: VM, number: int) -> None:
 
 
 def move_vm(cloud: Cloud, vm: VM, group: str, type: str, name: str) -> VM:
-    """Give a VM that is switched off another group, type or name; it, there.  Disks, keys, address and UUID stay.
-
-    Up to the one rename it is what it was: a conf under the new name, with disks that are found in either place, is
-    there before.
-    """
+    """Give a VM that is switched off another group, type or name; it, there.  Disks, keys, address and UUID stay.  Up
+    to the rename it is what it was: a conf under the new name, whose disks are found in either place, is there
+    before."""
     tree, new = cloud.tree, VM(cloud.tree, checked_group(group), checked_name("type", type), checked_name("VM", name))
     with FolderLock(vm.folder):
         need_stopped(cloud, vm)
@@ -9618,9 +9560,7 @@ def carry_out(
     cloud: Cloud, group: str, steps: Sequence[Step], restart: bool, wait: Callable[[Sequence[VM]], list[Error]]
 ) -> list[Error]:
     """Do what a plan says; the errors.  What has VMs off for a while is done one VM at a time, up to the first error.
-
-    `restart`: what needs a restart, too; `wait`: for what has been started.
-    """
+    `restart`: what needs a restart, too; `wait`: for what has been started."""
 
     def make(requests: list[CloneRequest]) -> list[Error]:
         made, failed = instantiate(cloud, group, requests) if requests else ([], [])
@@ -9830,11 +9770,8 @@ def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float | None = None) -> l
 
 # -- upgrades
 
-# The script of etc/guest/upgrade for a system, by the ID, or else an ID_LIKE, of its os-release(5).
-UPGRADES = {
-    "debian": "debian", "ubuntu": "debian", "arch": "arch", "fedora": "fedora", "rhel": "fedora", "centos": "fedora",
-    "suse": "suse", "opensuse": "suse", "alpine": "alpine",
-}  # fmt: skip
+# The scripts of etc/guest/upgrade; a system's is that of the ID, or else an ID_LIKE, of its os-release(5).
+UPGRADES = ("debian", "arch", "fedora", "suse", "alpine")
 UPGRADE_SECONDS = 3 * 3600  # emulated guests are slow
 
 
@@ -9843,7 +9780,7 @@ def upgrade_script(name: str, release: Mapping[str, str]) -> str:
     id = release.get("ID", "")
     for word in (id, *release.get("ID_LIKE", "").split()):
         if word in UPGRADES:
-            return guest_script(f"upgrade/{UPGRADES[word]}.sh", True, ID=id)
+            return guest_script(f"upgrade/{word}.sh", True, ID=id)
     shown = release.get("PRETTY_NAME") or release.get("ID") or "without /etc/os-release"
     hint = f"upgrade it by hand: vm -n {name}, then vmstop -n {TEMPLATES}/{name}"
     raise Error(f"{name}: its system is {printable(shown)}: nocloud doesn't know how to upgrade that", hint)
@@ -9854,7 +9791,18 @@ def upgrade(cloud: Cloud, name: str, seconds: float) -> None:
     template = cloud.tree.need_template(name)
     with guest_on_layer(cloud, template) as (guest, layer):
         try:
-            upgrade_guest(guest, seconds)
+            guest.wait()
+            release = parse_os_release(guest.output(guest_script("os-release.sh")))
+            script = upgrade_script(name, release)
+            report.say(f"{report.program}: {template}: upgrading {release.get('PRETTY_NAME') or release['ID']}")
+            try:
+                status, _ = guest.run(script, seconds, lambda line: report.say(line.rstrip("\r").rpartition("\r")[2]))
+            except TimedOut:
+                text = f"no end of the upgrade after {seconds:.0f} s"
+                raise TimedOut(text, "--timeout S gives it longer", vm=template) from None
+            if status:
+                raise Error(f"the upgrade failed: {describe_status(status)}", vm=template)
+            guest.finish()
         except Error as error:
             error.text += "; the template is as it was"
             raise
@@ -9864,28 +9812,12 @@ def upgrade(cloud: Cloud, name: str, seconds: float) -> None:
         flatten(cloud, template)
 
 
-def upgrade_guest(guest: OwnGuest, seconds: float) -> None:
-    """Find out what it is, upgrade it, and shut it down."""
-    vm = guest.vm
-    guest.wait()
-    release = parse_os_release(guest.output(guest_script("os-release.sh")))
-    script = upgrade_script(vm.name, release)
-    report.say(f"{report.program}: {vm}: upgrading {release.get('PRETTY_NAME') or release['ID']}")
-    try:
-        status, _ = guest.run(script, seconds, lambda line: report.say(line.rstrip("\r").rpartition("\r")[2]))
-    except TimedOut:
-        raise TimedOut(f"no end of the upgrade after {seconds:.0f} s", "--timeout S gives it longer", vm=vm) from None
-    if status:
-        raise Error(f"the upgrade failed: {describe_status(status)}", vm=vm)
-    guest.finish()
-
-
-# -- freezing
+REST_SECONDS = 30  # systemd ends what belongs to a login that is over after 10
 
 
 def freeze(cloud: Cloud, name: str, asked: Mapping[str, str]) -> Layer:
-    """Boot a template once and keep its guest, as it is when it is ready, in a layer for clones to wake up on.
-    `asked`: memory and processors, which the template's clones start with from then on."""
+    """Boot a template once, plant the agent, have its guest come to rest, and keep that in a layer for clones to wake
+    up on; the manifest makes it count.  `asked`: memory and processors, which its clones start with from then on."""
     template = cloud.tree.need_template(name)
     if template.get("vmInit") != "systemd":
         text = f"{name}: its vmInit is {template.get('vmInit')}: only guests with systemd can be told who they are"
@@ -9894,35 +9826,25 @@ def freeze(cloud: Cloud, name: str, asked: Mapping[str, str]) -> Layer:
     check_room(template.folder, (size + 256) * MIB, cloud.tree.base, what, ROOM_HINT)
     with guest_on_layer(cloud, template, True, **asked, vmLayout=LAYOUT, vmBalloon="no") as (guest, layer):
         guest.wait()
-        freeze_guest(guest, layer)
+        token = os.urandom(16).hex()
+        words = {"AGENT": need_packaged("guest/agent.py"), "MAC": template.get("vmMac"), "TOKEN": token}
+        guest.output(guest_script("freeze.sh", True, **words, PATIENCE=REST_SECONDS))
+        with QMP(template.folder, 600) as qemu, open(layer.state, "xb") as state:
+            qemu.execute("set_link", name="net0", up=False)
+            said = talk(template, _json({"token": token}).replace(b"\n", b" ") + b"\n", REST_SECONDS + 60)
+            if said != "at rest":
+                raise Error(f"the agent in it said: {printable(said) or 'nothing'}", vm=template)
+            qemu.execute("stop")
+            migrate(qemu, state.fileno(), shared=True)
+        for path in (layer.memory, layer.state, layer.path):
+            os.chmod(path, 0o600)
+            sync(path)
+        facts = {"machine": frozen_facts(guest.machine), "memory": memory_facts(layer), "token": token}
+        write_file(layer.manifest, json.dumps({**facts, "sha256": file_digest(layer.memory)}))
     if asked:
         with FolderLock(template.folder):
             template.write_conf(asked)
     return layer
-
-
-REST_SECONDS = 30  # systemd ends what belongs to a login that is over after 10
-
-
-def freeze_guest(guest: OwnGuest, layer: Layer) -> None:
-    """Plant the agent, have the guest come to rest, and keep what it is then; the manifest makes that count."""
-    vm, token = guest.vm, os.urandom(16).hex()
-    agent = need_packaged("guest/agent.py")
-    words = {"AGENT": agent, "MAC": vm.get("vmMac"), "TOKEN": token, "PATIENCE": REST_SECONDS}
-    guest.output(guest_script("freeze.sh", True, **words))
-    with QMP(vm.folder, 600) as qemu, open(layer.state, "xb") as state:
-        qemu.execute("set_link", name="net0", up=False)
-        said = talk(vm, _json({"token": token}).replace(b"\n", b" ") + b"\n", REST_SECONDS + 60)
-        if said != "at rest":
-            raise Error(f"the agent in it said: {printable(said) or 'nothing'}", vm=vm)
-        qemu.execute("stop")
-        migrate(qemu, state.fileno(), shared=True)
-    for path in (layer.memory, layer.state, layer.path):
-        os.chmod(path, 0o600)
-        sync(path)
-    facts = {"machine": frozen_facts(guest.machine), "memory": memory_facts(layer), "token": token}
-    facts["sha256"] = file_digest(layer.memory)
-    write_file(layer.manifest, json.dumps(facts))
 
 
 # -- templates of VMs
@@ -10054,15 +9976,6 @@ def screen_of(vm: VM) -> str:
     return next((screen for screen in SCREENS if os.path.exists(vm.file(f"{screen}.sock"))), "")
 
 
-def viewer_argv(screen: str, path: str) -> list[str]:
-    """The viewer that is there for a screen on a socket.  Raises MissingProgram."""
-    for program, before in VIEWERS[screen]:
-        if find_program(program):
-            return [program, before + path]
-    names = [program for program, _ in VIEWERS[screen]]
-    raise MissingProgram(f"no viewer for its screen: {' or '.join(names)} is needed", install_command(names[0]))
-
-
 def need_ours(vm: VM, what: str) -> None:
     """Raise where the bash tools started it."""
     if foreign_qemu(vm):
@@ -10078,15 +9991,18 @@ def open_screen(vm: VM) -> None:
     if len(os.fsencode(path)) > 107 or not re.fullmatch(r"[A-Za-z0-9/._-]+", path):
         path = f"/proc/self/fd/{place}/{screen}.sock"
     try:
-        argv = viewer_argv(screen, path)
+        viewers = [(program, before + path) for program, before in VIEWERS[screen] if find_program(program)]
+        if not viewers:
+            names = [program for program, _ in VIEWERS[screen]]
+            raise MissingProgram(f"no viewer for its screen: {' or '.join(names)} is needed", install_command(names[0]))
         remove_file(log)
-        child = spawn(argv, log=log, cwd="/", pass_fds=[place])
+        child = spawn(viewers[0], log=log, cwd="/", pass_fds=[place])
     finally:
         os.close(place)
     wait_for(lambda: child.poll() is not None or has_viewer(vm), VIEWER_SECONDS, 0.1)
     if child.returncode:
         said = last_line(read_tail(log)) or describe_status(child.returncode)
-        raise Error(f"{argv[0]}: {said}", f"its serial console: vmconsole -s -n {vm}", vm=vm)
+        raise Error(f"{viewers[0][0]}: {said}", f"its serial console: vmconsole -s -n {vm}", vm=vm)
 
 
 def has_viewer(vm: VM) -> bool:
@@ -10321,43 +10237,38 @@ def managed(tree: Tree, group: str) -> Iterator[None]:
             remove_if_empty(tree, group)
 
 
-class Background:
-    """A vmrun whose caller returns once all VMs are ready: what goes on is a child, in a session of its own."""
+def go_to_background() -> tuple[int | None, int]:
+    """Go on in a child, a session of its own, whose caller returns once all VMs are ready.  In the child (None, where
+    let_caller_go() tells that); in the caller (exit status, -1), when the child has told it or ended."""
+    hear, talk = os.pipe()
+    pid = fork_session()
+    if not pid:
+        os.close(hear)
+        return None, talk
+    os.close(talk)
+    with open(hear, "rb") as pipe:
+        try:
+            said = pipe.read()
+        except (KeyboardInterrupt, SystemExit) as stopped:
+            # ^C and SIGTERM are meant for the child too; when the terminal goes away, SIGHUP, it goes on.
+            if not isinstance(stopped, SystemExit) or stopped.code == 128 + signal.SIGTERM:
+                os.kill(pid, signal.SIGTERM)
+                os.waitpid(pid, 0)
+            raise
+    return said[0] if said else os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), -1
 
-    def __init__(self) -> None:
-        self._talk = -1
 
-    def start(self) -> int | None:
-        """None in the child, which goes on; in the caller the exit status, when the child has settled or ended."""
-        hear, talk = os.pipe()
-        pid = fork_session()
-        if not pid:
-            os.close(hear)
-            self._talk = talk
-            return None
-        os.close(talk)
-        with open(hear, "rb") as pipe:
-            try:
-                said = pipe.read()
-            except (KeyboardInterrupt, SystemExit) as stopped:
-                # ^C and SIGTERM are meant for the child too; when the terminal goes away, SIGHUP, it goes on.
-                if not isinstance(stopped, SystemExit) or stopped.code == 128 + signal.SIGTERM:
-                    os.kill(pid, signal.SIGTERM)
-                    os.waitpid(pid, 0)
-                raise
-        return said[0] if said else os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-    def on_ready(self, status: int, log_file: str) -> None:
-        """In the child: let the caller go, and write to a log from now on.  In the foreground: nothing."""
-        if self._talk < 0:
-            return
-        sys.stdout.flush()
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        with open(os.open(log_file, flags, 0o600), "ab") as log, open(os.devnull, "rb") as null:
-            for file, number in ((null, 0), (log, 1), (log, 2)):
-                os.dup2(file.fileno(), number)
-        with open(self._talk, "wb") as talk:
-            talk.write(bytes([status]))
+def let_caller_go(talk: int, status: int, log_file: str) -> None:
+    """In that child: let the caller go, and write to a log from now on.  In the foreground, -1: nothing."""
+    if talk < 0:
+        return
+    sys.stdout.flush()
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+    with open(os.open(log_file, flags, 0o600), "ab") as log, open(os.devnull, "rb") as null:
+        for file, number in ((null, 0), (log, 1), (log, 2)):
+            os.dup2(file.fileno(), number)
+    with open(talk, "wb") as caller:
+        caller.write(bytes([status]))
 
 
 @record
@@ -10407,8 +10318,7 @@ class Supervisor:
         """Have `begin` start the VMs, telling each to its argument; watch the group to its end; the exit status."""
 
         def spawned(vm: VM) -> None:
-            how = f"of {vm.type} type has been spawned in {vm.group} group"
-            self._post(lambda: self._adopt(vm, how))
+            self._post(lambda: self._adopt(vm, f"of {vm.type} type has been spawned in {vm.group} group"))
 
         self._job(lambda: begin(spawned), self._begun)
         try:
@@ -10507,8 +10417,6 @@ class Supervisor:
                 report.log(f"{vm.name} goes on")
                 member.full = False
 
-    # workers
-
     def _job(self, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
         """Do `work` in a thread, then `done` with its result, or its Error, in the loop; a defect is raised there."""
         from concurrent.futures import ThreadPoolExecutor
@@ -10556,8 +10464,6 @@ class Supervisor:
         else:
             member.ready = True
             report.log(f"{member.vm.name} is ready")
-
-    # towards the end
 
     def _advance(self) -> bool:
         """Once the workers have ended: rest, or do what the goal asks for; whether that is done."""
@@ -10609,12 +10515,13 @@ def check_new_group(vms: Sequence[VM], group: str) -> None:
 
 
 def supervise(
-    cloud: Cloud, group: str, requests: Sequence[CloneRequest], new: bool, gui: bool, background: Background, end: str
+    cloud: Cloud, group: str, requests: Sequence[CloneRequest], new: bool, gui: bool, talk: int, end: str
 ) -> int:
     """Run a group: the VMs that it has and those that are asked for, until it ends; the exit status.
-    `new`: it must have none yet; `gui`: those that it has get a screen, this time; `end`: what ^C does."""
+    `new`: it must have none yet; `gui`: those that it has get a screen, this time; `talk`: who waits in
+    let_caller_go(); `end`: what ^C does."""
     log_file = os.path.join(cloud.tree.base, group, MANAGER_LOG)
-    supervisor = Supervisor(cloud, group, end, lambda status: background.on_ready(status, log_file))
+    supervisor = Supervisor(cloud, group, end, lambda status: let_caller_go(talk, status, log_file))
     with managed(cloud.tree, group):
         old = list(cloud.tree.vms(group))
         if new:
@@ -10751,10 +10658,17 @@ def inventory(cloud: Cloud) -> dict[str, Any]:
     by_name = cloud.config["vmInventoryHosts"] == "name"
     taken = {"all", "ungrouped", "localhost", *cloud.tree.groups()}
     names = cloud.tree.unique_names() if by_name else {}
-    known, ssh_args = cloud.known_hosts.names(), functools.cache(functools.partial(ansible_ssh_args, cloud))
+    known = cloud.known_hosts.names()
     types: dict[str, dict[str, None]] = {}
     groups: dict[str, Any] = {}
     hostvars: dict[str, Any] = {}
+
+    @functools.cache
+    def ssh_args(network: str, is_known: bool, planted: bool) -> str:
+        trust = ssh_trust_options(cloud.known_hosts.path, is_known)
+        way = ssh_way(cloud.networks[network], trust, ssh_key_options(planted))
+        return shlex.join([*ssh_options(**OWN_CALL, HostName="%h"), *way])
+
     for group in dict.fromkeys(vm.group for vm, *_ in running):
         members = [each for each in running if each[0].group == group]
         users = [vm.get("vmUser") for vm, *_ in members]
@@ -10790,12 +10704,6 @@ def host_variables(vm: VM, user: str, ssh_args: str, address: str) -> dict[str, 
     return values if login == user else {**values, "ansible_user": login}
 
 
-def ansible_ssh_args(cloud: Cloud, network: str, known: bool, planted: bool) -> str:
-    """ssh's options for many VMs: our known_hosts, the keys, and the way into a private network."""
-    way = ssh_way(cloud.networks[network], ssh_trust_options(cloud.known_hosts.path, known), ssh_key_options(planted))
-    return shlex.join([*ssh_options(**OWN_CALL, HostName="%h"), *way])
-
-
 # Doctor ##############################################################################################
 #
 # What VMs need of this host: a check a row, and for what isn't well the command that mends it.  It only looks: nothing
@@ -10805,20 +10713,9 @@ OK, WARNING, WRONG = "ok", "warning", "wrong"  # wrong: as it is, no VM starts
 PLENTY_OF_SPACE = 2 * GIB
 
 
-@record
-class Finding:
-    """What a check found: its state, in words, and the command that mends it, '' where it is well."""
-
-    name: str  # of the check
-    state: str
-    text: str
-    mend: str
-
-
 class Patient:
-    """What the checks look at: the configuration as far as it can be read, and the cloud that it describes.  `told`:
-    what isn't well, as the check that is at work told it: state, text and the command that mends it; `deep`: whether
-    big files are read whole."""
+    """What the checks look at: the configuration as far as it can be read, and its cloud.  `told`: what the check that
+    is at work found not well: state, text and the command that mends it; `deep`: whether big files are read whole."""
 
     def __init__(self, deep: bool = False) -> None:
         self.deep = deep
@@ -10941,12 +10838,17 @@ def examine_vms(patient: Patient) -> str:
         patient.tell(WARNING, text, mend)
     vms, followed = list(tree.vms()), tree.followable()
     for vm in vms:
-        examine_conf(patient, vm)
-        if vm.is_readable():
-            examine_disks(patient, vm, followed)
-            problem = result_of(lambda vm: check_shares(patient.config, vm, vm.get("vmShares")), vm)
-            if isinstance(problem, Error):
-                patient.tell(WARNING, f"{vm.full_name}: {problem}", problem.hint)
+        try:
+            if not vm.conf:  # it keeps its disk: the conf is begun anew
+                patient.tell(WARNING, f"{vm.conf_file} is empty", begin_conf(vm))
+                continue
+        except Error as error:
+            patient.tell(WARNING, str(error), settings_command(vm.conf_file, str(error)))
+            continue
+        examine_disks(patient, vm, followed)
+        problem = result_of(lambda vm: check_shares(patient.config, vm, vm.get("vmShares")), vm)
+        if isinstance(problem, Error):
+            patient.tell(WARNING, f"{vm.full_name}: {problem}", problem.hint)
     for vm, state in zip(vms, in_parallel(guest_state, vms)):
         if state not in AT_WORK:
             patient.tell(WARNING, f"{vm.full_name} is {state}", remedy(vm, state))
@@ -10954,22 +10856,12 @@ def examine_vms(patient: Patient) -> str:
     return f"{plural(len(vms) - templates, 'VM')}, {plural(templates, 'template')}, nothing left over"
 
 
-def examine_conf(patient: Patient, vm: VM) -> None:
-    """A VM whose settings can't be used.  One that lost them keeps its disk: its conf is begun anew."""
-    try:
-        if not vm.conf:
-            patient.tell(WARNING, f"{vm.conf_file} is empty", begin_conf(vm))
-    except Error as error:
-        patient.tell(WARNING, str(error), settings_command(vm.conf_file, str(error)))
-
-
 def examine_disks(patient: Patient, vm: VM, followed: Callable[[str], bool]) -> None:
     """A VM whose disk, or what that lies on, is gone."""
     try:
         needed = [path for disk, chain in vm.chains(followed) for path in (disk, *chain)]
     except OSError as error:
-        text = f"{vm.full_name}: {error.filename}: {error.strerror}"
-        patient.tell(WARNING, text, f"sudo chmod a+r {error.filename}")
+        patient.tell(WARNING, f"{vm.full_name}: {error.filename}: {error.strerror}", f"sudo chmod a+r {error.filename}")
         return
     for path in [path for path in needed if not os.path.exists(path)][:1]:
         command = f"vmtemplate --delete {quoted(vm.name)}"
@@ -11037,8 +10929,7 @@ def examine_keys(patient: Patient) -> str:
     elif is_there and not os.path.exists(own + ".pub"):
         patient.tell(WRONG, f"{own}.pub is gone", f"ssh-keygen -y -f {quoted(own)} >{quoted(own + '.pub')}")
     elif not is_there and not os.access(folder, os.W_OK | os.X_OK):
-        text = f"{folder}: you may not write there, for nocloud's key"
-        patient.tell(WRONG, text, "export XDG_CONFIG_HOME=FOLDER")
+        patient.tell(WRONG, f"{folder}: you may not write there, for nocloud's key", "export XDG_CONFIG_HOME=FOLDER")
     if not user_keys(".pub"):
         patient.tell(WARNING, "no key of yours, ~/.ssh/*.pub, to plant in VMs", "ssh-keygen -t ed25519")
     return f"{plural(len(user_keys('.pub')), 'key')} of yours, and nocloud's own"
@@ -11160,21 +11051,6 @@ def examine_dnsmasq(patient: Patient) -> str:
     return ""
 
 
-def examine_leases(patient: Patient) -> str:
-    """Who may not read them doesn't learn the addresses of guests that have none of their own."""
-    for place in patient.bridge.lease_places:
-        try:
-            read_text(place)
-            return place
-        except FileNotFoundError:
-            continue
-        except PermissionError:
-            mend = f"sudo chmod a+rX {quoted(os.path.dirname(place), place)}"
-            patient.tell(WARNING, f"{place}: you may not read it", mend)
-            break
-    return "there are none yet"
-
-
 def examine_publishing(patient: Patient) -> str:
     """Whether this user's VMs get addresses and names of their own on the bridge."""
     unwatched = patient.bridge.unwatched()
@@ -11240,8 +11116,7 @@ def examine_bridge_subnet(patient: Patient) -> str:
         mend = " && ".join(map(self_command, ("bridge subnet", "net down", "net up")))
         patient.tell(WARNING, f"{settings.net} is in use: {clash}", mend)
     elif there not in ("", settings.net) and not patient.foreign:
-        text = f"the bridge has {there}, and the settings say {settings.net}"
-        patient.tell(WARNING, text, self_command("net up"))
+        patient.tell(WARNING, f"the bridge has {there}, and the settings say {settings.net}", self_command("net up"))
     return settings.net
 
 
@@ -11259,8 +11134,6 @@ def examine_names(patient: Patient) -> str:
     return f"this host asks {address} for them"
 
 
-# -- all of it
-
 Check = Callable[[Patient], str]  # tells the patient what isn't well; the words for all is well
 
 
@@ -11274,8 +11147,8 @@ CHECKS = by_name(
     examine_private_subnet, examine_way_out, examine_bridge,
 )  # fmt: skip
 BRIDGE_CHECKS = by_name(  # where there is one, or where there ought to be
-    examine_bridge_helper, examine_bridge_conf, examine_bridge_subnet, examine_dnsmasq, examine_leases,
-    examine_publishing, examine_forwarding, examine_firewalld, examine_ufw, examine_names,
+    examine_bridge_helper, examine_bridge_conf, examine_bridge_subnet, examine_dnsmasq, examine_publishing,
+    examine_forwarding, examine_firewalld, examine_ufw, examine_names,
 )  # fmt: skip
 ALL_CHECKS = {**CHECKS, **BRIDGE_CHECKS}
 OURS_ONLY = ("dnsmasq", "publishing", "forwarding", "firewalld", "ufw", "names")  # else its owner's
@@ -11286,18 +11159,13 @@ NEEDED_ON = {  # what is wrong there is a warning where VMs are on another netwo
 }
 
 
-def doctor_help() -> str:
-    """The end of doctor's help."""
-    return textwrap.fill(f"CHECKS, all by default: {', '.join(ALL_CHECKS)}.", 78, break_on_hyphens=False)
-
-
-def examine(names: Sequence[str], deep: bool = False) -> Iterator[Finding]:
-    """All findings, or those of the checks that are named, as they are found; `deep`: big files are read whole."""
+def examine(names: Sequence[str], deep: bool = False) -> Iterator[dict[str, str]]:
+    """All findings, or those of the checks that are named, as they are found: each the `name` of its check, its
+    `state`, `text`, and the command to `mend` it, '' where it is well.  `deep`: big files are read whole."""
     for name in names:
         if name not in ALL_CHECKS:
-            raise UsageError(
-                f"{name}: no such check", did_you_mean(name, ALL_CHECKS, f"one of {', '.join(ALL_CHECKS)}")
-            )
+            hint = did_you_mean(name, ALL_CHECKS, f"one of {', '.join(ALL_CHECKS)}")
+            raise UsageError(f"{name}: no such check", hint)
     patient = Patient(deep)
     bridged = patient.has_bridge or patient.config["vmNetwork"] == "bridge"
     for name in ALL_CHECKS if bridged or names else CHECKS:
@@ -11305,25 +11173,23 @@ def examine(names: Sequence[str], deep: bool = False) -> Iterator[Finding]:
             yield from examine_one(name, patient)
 
 
-def examine_one(name: str, patient: Patient) -> Iterator[Finding]:
+def examine_one(name: str, patient: Patient) -> Iterator[dict[str, str]]:
     """A check's findings; one that fails by itself tells why, whatever this host did to it."""
-    if name in OURS_ONLY and patient.foreign:
-        yield Finding(name, OK, f"{patient.bridge.interface} was not made by nocloud: what its owner set holds", "")
-        return
-    patient.told, well = [], ""
+    patient.told, well = [], f"{patient.bridge.interface} was not made by nocloud: what its owner set holds"
     try:
-        well = ALL_CHECKS[name](patient)
+        if not (name in OURS_ONLY and patient.foreign):
+            well = ALL_CHECKS[name](patient)
     except Error as error:
         patient.tell(WRONG, str(error), error.hint)
     except Exception as error:
         if report.debug:
             raise
-        text = f"it can't be looked at: {type(error).__name__}: {error}"
-        patient.tell(WARNING, text, "nocloud doctor --debug")
+        patient.tell(WARNING, f"it can't be looked at: {type(error).__name__}: {error}", "nocloud doctor --debug")
     spared = NEEDED_ON.get(name, patient.network) != patient.network
     for state, text, mend in patient.told or [(OK, well, "")]:
         badness = WARNING if state == WRONG and spared else state
-        yield Finding(name, badness, printable(text), mend if os.geteuid() else re.sub(r"\bsudo ", "", mend))
+        command = mend if os.geteuid() else re.sub(r"\bsudo ", "", mend)
+        yield {"name": name, "state": badness, "text": printable(text), "mend": command}
 
 
 def bridge_faults(config: Config) -> Iterator[str]:
@@ -11331,8 +11197,8 @@ def bridge_faults(config: Config) -> Iterator[str]:
     names = ["bridge", "tun", *BRIDGE_CHECKS]
     names.remove("names")  # `net up` told of these
     for finding in examine(names) if os.path.exists(f"/sys/class/net/{config['bridgeInterface']}") else ():
-        if finding.state != OK:
-            yield f"wrong: {finding.text} (mended by: {finding.mend})"
+        if finding["state"] != OK:
+            yield f"wrong: {finding['text']} (mended by: {finding['mend']})"
 
 
 # Command lines #######################################################################################
@@ -11349,12 +11215,9 @@ OFFERED = {
 
 @record
 class Option:
-    """An option of a command, as its help shows it: `-w --wait [SECONDS]`, where the value may be left out.
-
-    `default`: the setting whose value it replaces, and is checked as, where no other `check` is given.  `complete`:
-    what a shell offers for the value, as in OFFERED, whose word for the value counts if this is empty; or the words
-    themselves.
-    """
+    """An option of a command, as its help shows it: `-w --wait [SECONDS]`, where the value may be left out.  `default`:
+    the setting whose value it replaces, and is checked as, where no other `check` is given.  `complete`: what a shell
+    offers for the value, as in OFFERED, whose word for the value counts if this is empty; or the words themselves."""
 
     usage: str
     help: str
@@ -11385,12 +11248,10 @@ class Option:
 
 @record
 class Command:
-    """A command: how it is called, its options, and what it does.  declare() gives it the last three.
-
-    `complete`: what a shell offers for each operand, as of an Option.  `more` makes the end of its help.  `passes`: the
-    letters of another program's options, with the first of which its operands begin.
-    `unconfigured`: it gets the defaults, and finds the configuration by itself.
-    """
+    """A command: how it is called, its options, and what it does.  declare() gives it the last three.  `complete`: what
+    a shell offers for each operand, as of an Option.  `more` makes the end of its help.  `passes`: the letters of
+    another program's options, with the first of which its operands begin.  `bare`: it gets no Cloud, but the
+    configuration; `unconfigured`: and of that the defaults."""
 
     name: str
     alias: str = ""
@@ -11399,6 +11260,7 @@ class Command:
     more: Callable[[], str] = str
     passes: str = ""
     hidden: bool = False
+    bare: bool = False
     unconfigured: bool = False
     options: tuple[Option, ...] = ()
     function: Any = None
@@ -11438,29 +11300,12 @@ def visible_commands() -> list[Command]:
     return [each for each in COMMANDS.values() if not each.hidden]
 
 
-def command_names() -> dict[str, str]:
-    return {each.name: each.help for each in visible_commands()}
-
-
-ELSEWHERE = {  # what does here what other tools call so
-    "vmrunning -a": "list ls ps status info", "vmstart -g GROUP, or VM": "boot poweron",
-    "vmstop -g GROUP, or VM": "down halt shutdown poweroff", "vmstop --kill VM": "kill",
-    "vmstop -d -g GROUP, or VM": "rm remove delete destroy purge undefine", "vmstop --save VM": "suspend managedsave",
-    "vmssh VM [COMMAND]": "exec shell enter attach", "vmcp": "copy scp push", "vmlog VM": "logs",
-    "vminstantiate -n TEMPLATE": "launch clone spawn", "vminstantiate -f FILE, or vmrun -f FILE": "up",
-    "vmtemplate --list": "images image templates", "vmtemplate NAME": "pull download fetch",
-    "vmtemplate NAME --build SUITE": "build", "vmtemplate NAME --delete": "rmi", "vmrollback": "restore revert",
-}  # fmt: skip
-
-
 def find_command(argv: Sequence[str]) -> tuple[Command | None, str, list[str]]:
     """(command, the name it was called by, its words); None for `nocloud` alone.  UsageError (127): no such name."""
     name, words = os.path.basename(argv[0]), list(argv[1:])
     of_ansible = not name.startswith("nocloud") and words[:1] in (["--list"], ["--host"])
-    if name not in ALIASES and (of_ansible or name.endswith("inventory")):  # a link in a folder of inventories
-        return ALIASES["vminventory"], name, words
-    if name in ALIASES:
-        return ALIASES[name], name, words
+    if name in ALIASES or of_ansible or name.endswith("inventory"):  # the latter: a link in a folder of inventories
+        return ALIASES.get(name) or ALIASES["vminventory"], name, words
     if words[:1] == ["--debug"]:
         words = words[1:]
     if words == ["help"]:
@@ -11470,8 +11315,9 @@ def find_command(argv: Sequence[str]) -> tuple[Command | None, str, list[str]]:
     word = words[0]
     found = COMMANDS.get(word) or ALIASES.get(word)
     if not found:
-        ours = next((f"here it is {each}" for each, theirs in ELSEWHERE.items() if word in theirs.split()), "")
-        hint = ours or did_you_mean(word, command_names(), "nocloud -h lists them")
+        rows = (line.split(": ") for line in packaged_list("elsewhere"))
+        ours = next((f"here it is {each}" for each, theirs in rows if word in theirs.split()), "")
+        hint = ours or did_you_mean(word, [each.name for each in visible_commands()], "nocloud -h lists them")
         raise UsageError(f"{word}: no such command", hint, EXIT_MISSING)
     return found, f"nocloud {word}", words[1:]
 
@@ -11590,22 +11436,15 @@ RUNNING_VM_OPTIONS = (Option("-n --name NAME", WHICH_VM, complete="running-vm"),
 WHICH_VMS = (Option("-g --group GROUP", "the group"), TYPE, VM_OPTIONS[0])
 
 
-def _digest(algorithm: str) -> Callable[[str], str]:
-    return lambda text: checksum_text(f"{algorithm}:{text}")
-
-
 @declare(
     Command("template", "vmtemplate", "[NAME]", ("template-name",), more=catalogue_help),
     Option("-L --list", "list the templates: name, size, clones, where from"),
     Option("--available", "list what can be downloaded: name, whether it is there, login, system"),
     Option("--image FILE|URL", "make NAME from a qcow2 or raw image"),
-    Option("--sha256 HEX", "the image's checksum; a URL needs one", _digest("sha256")),
-    Option("--sha512 HEX", "likewise", _digest("sha512")),
+    Option("--sha256 HEX", "the image's checksum; a URL needs one", lambda text: checksum_text(f"sha256:{text}")),
+    Option("--sha512 HEX", "likewise", lambda text: checksum_text(f"sha512:{text}")),
     Option("--insecure", "take the image at a URL without a checksum"),
-    Option(
-        "--build SUITE", "make NAME from packages: bookworm, trixie (Debian), jammy, noble (Ubuntu)",
-        complete=SUITES,
-    ),
+    Option("--build SUITE", "make NAME from packages: Debian bookworm, trixie, Ubuntu jammy, noble", complete=SUITES),
     Option("--include PACKAGE,…", "more packages for --build", package_names),
     Option("--rebuild", "--build anew, though the cache has one of the same packages"),
     Option("--from VM", "make NAME of a VM that is stopped (GROUP/TYPE/NAME), or of a snapshot of it: VM@SNAPSHOT"),
@@ -11622,44 +11461,43 @@ def _digest(algorithm: str) -> Callable[[str], str]:
     Option("--user LOGIN", "who logs in to its clones", default="vmUser"),
     Option("--init KIND", "how hostname and keys get in: " + ", ".join(INIT_KINDS), INIT_KIND, complete=INIT_KINDS),
 )  # fmt: skip
-def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+def cmd_template(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """get and keep templates"""
-    with Cloud(config) as cloud:
-        if args.list or args.available or args.tree or args.prune:
-            no_more(words)
-            show_templates(cloud, args)
-            return
-        name = one_operand(words, "NAME")
-        expected = exclusive(args, "sha256", "sha512", "insecure")
-        way = exclusive(args, "image", "build", "from", "delete", "warm", "cold")
-        if expected and way != "image":
-            raise UsageError(f"--{expected} goes with --image")
-        stray = exclusive(args, "include") or exclusive(args, "rebuild")
-        if stray and way != "build":
-            raise UsageError(f"--{stray} goes with --build")
-        if (args.layer or args.no_clean) and way != "from":
-            raise UsageError(f"--{'layer' if args.layer else 'no-clean'} goes with --from")
-        asked = asked_settings(vars(args))
-        if way == "delete":
-            delete_template(cloud, name)
-        elif way == "warm":
-            layer = freeze(cloud, name, asked)
-            report.say(f"{name}: frozen; its memory takes {layer.frozen_size() / MIB:.0f} MB, --cold gives them back")
-        elif way == "cold":
-            size = make_cold(cloud, name)
-            report.say(f"{name}: {size / MIB:.0f} MB are given back, once no clone runs that woke up on them")
-        elif way == "from":
-            template_from_vm(cloud, name, getattr(args, "from"), asked, args.layer, not args.no_clean)
-        elif way == "build":
-            check_new_template(cloud.tree, name)
-            size = cloud.config.number("vmCreateDiskSize")
-            build = plan_build(args.build, args.include or [], size, args.init == "cloud-init")
-            settings = template_settings(cloud, {"vmInit": build.init, **asked})
-            template_from_packages(cloud, name, build, settings, args.rebuild)
-        elif way == "image":
-            template_from_address(cloud, name, args, template_settings(cloud, asked))
-        else:
-            template_from_catalogue(cloud, name, asked, functools.partial(take_over, cloud))
+    if args.list or args.available or args.tree or args.prune:
+        no_more(words)
+        show_templates(cloud, args)
+        return
+    name = one_operand(words, "NAME")
+    expected = exclusive(args, "sha256", "sha512", "insecure")
+    way = exclusive(args, "image", "build", "from", "delete", "warm", "cold")
+    if expected and way != "image":
+        raise UsageError(f"--{expected} goes with --image")
+    stray = exclusive(args, "include") or exclusive(args, "rebuild")
+    if stray and way != "build":
+        raise UsageError(f"--{stray} goes with --build")
+    if (args.layer or args.no_clean) and way != "from":
+        raise UsageError(f"--{'layer' if args.layer else 'no-clean'} goes with --from")
+    asked = asked_settings(vars(args))
+    if way == "delete":
+        delete_template(cloud, name)
+    elif way == "warm":
+        layer = freeze(cloud, name, asked)
+        report.say(f"{name}: frozen; its memory takes {layer.frozen_size() / MIB:.0f} MB, --cold gives them back")
+    elif way == "cold":
+        size = make_cold(cloud, name)
+        report.say(f"{name}: {size / MIB:.0f} MB are given back, once no clone runs that woke up on them")
+    elif way == "from":
+        template_from_vm(cloud, name, getattr(args, "from"), asked, args.layer, not args.no_clean)
+    elif way == "build":
+        check_new_template(cloud.tree, name)
+        size = cloud.config.number("vmCreateDiskSize")
+        build = plan_build(args.build, args.include or [], size, args.init == "cloud-init")
+        settings = template_settings(cloud, {"vmInit": build.init, **asked})
+        template_from_packages(cloud, name, build, settings, args.rebuild)
+    elif way == "image":
+        template_from_address(cloud, name, args, template_settings(cloud, asked))
+    else:
+        template_from_catalogue(cloud, name, asked, functools.partial(take_over, cloud))
 
 
 def show_templates(cloud: Cloud, args: argparse.Namespace) -> None:
@@ -11720,34 +11558,33 @@ def report_table(rows: Sequence[Sequence[str]]) -> None:
     Option("-d --disk GB", "disk size; with -a: grow to", default="vmCreateDiskSize"),
     Option("-a --adjust", "change an existing one: only what is given"),
 )
-def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+def cmd_create(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """make a template from an ISO, or adjust one"""
     for value, name in ((args.name, "-n NAME"), (args.adjust or args.iso, "-i ISO")):
         if not value:
             raise UsageError(f"{name} is missing", "-h shows how it is called")
-    if config["vmCreateGroup"] != TEMPLATES and not args.adjust:
-        report.warn(f"vmCreateGroup={config['vmCreateGroup']}: not used, what vmcreate makes is a template")
-    with Cloud(config) as cloud:
-        iso = find_iso(config, args.iso) if args.iso else ""
-        given = {"vmMem": args.mem, "vmCpu": args.cpu, "vmCpuCap": args.cpu_cap}
-        asked = {key: str(value) for key, value in given.items() if value is not None}
-        if args.adjust:
-            vm = adjust_as_asked(cloud, args, asked, iso)
-        else:
-            settings = template_settings(cloud, asked)
-            warn_of_memory(int(settings["vmMem"]))
-            gigabytes = args.disk or config.number("vmCreateDiskSize")
-            with NewTemplate(cloud, args.name, read_only=False) as new:
-                create_disk(new.disk, gigabytes)
-                vm = new.finish(settings)
-        if iso:
-            error = start_all(cloud, [vm], iso=iso, gui=True)[0]
-            if error:
-                if not args.adjust:
-                    delete_template(cloud, vm.name)
-                raise error
-            report.say(f"{report.program}: {vm} boots {iso}; when it is done: vmstop -n {vm}")
-            open_screens([vm])
+    if cloud.config["vmCreateGroup"] != TEMPLATES and not args.adjust:
+        report.warn(f"vmCreateGroup={cloud.config['vmCreateGroup']}: not used, what vmcreate makes is a template")
+    iso = find_iso(cloud.config, args.iso) if args.iso else ""
+    given = {"vmMem": args.mem, "vmCpu": args.cpu, "vmCpuCap": args.cpu_cap}
+    asked = {key: str(value) for key, value in given.items() if value is not None}
+    if args.adjust:
+        vm = adjust_as_asked(cloud, args, asked, iso)
+    else:
+        settings = template_settings(cloud, asked)
+        warn_of_memory(int(settings["vmMem"]))
+        gigabytes = args.disk or cloud.config.number("vmCreateDiskSize")
+        with NewTemplate(cloud, args.name, read_only=False) as new:
+            create_disk(new.disk, gigabytes)
+            vm = new.finish(settings)
+    if iso:
+        error = start_all(cloud, [vm], iso=iso, gui=True)[0]
+        if error:
+            if not args.adjust:
+                delete_template(cloud, vm.name)
+            raise error
+        report.say(f"{report.program}: {vm} boots {iso}; when it is done: vmstop -n {vm}")
+        open_screens([vm])
 
 
 def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, changes: Mapping[str, str], iso: str) -> VM:
@@ -11781,28 +11618,27 @@ def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, changes: Mapping[str
     Option("--type TYPE", "move it to this type"),
     YES,
 )
-def cmd_change(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+def cmd_change(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """change a VM that is switched off; its ports and disks while it runs, too"""
-    with Cloud(config) as cloud:
-        vm = cloud.tree.need(one_operand(words, "VM") if args.vm is None else args.vm)
-        given = {"vmMem": args.mem, "vmCpu": args.cpu, "vmCpuCap": args.cap, "vmPorts": args.ports}
-        changes = {key: str(value) for key, value in given.items() if value is not None}
-        place = [args.group or vm.group, args.type or vm.type, args.name or vm.name]
-        moves = place != [vm.group, vm.type, vm.name]
-        if not (changes or args.disk or args.add_disk or args.remove_disk or moves):
-            raise UsageError("nothing to change: say what", "-h shows how it is called")
-        if args.remove_disk:
-            check_removal(cloud, vm, args.remove_disk)
-            confirm(args, f"what is on disk {args.remove_disk} of {vm} will be gone.", needed=True)
-        vm = move_vm(cloud, vm, *place) if moves else vm  # first: what can't be done costs no disk
-        with FolderLock(vm.folder):
-            vm.reread()
-            if changes.keys() - set(LIVE) or args.remove_disk or not vm.is_running():
-                need_stopped(cloud, vm)
-            change_settings(cloud, vm, changes)
-            for value, do in ((args.disk, grow_disk), (args.remove_disk, remove_disk), (args.add_disk, add_disk)):
-                if value:
-                    do(cloud, vm, value)
+    vm = cloud.tree.need(one_operand(words, "VM") if args.vm is None else args.vm)
+    given = {"vmMem": args.mem, "vmCpu": args.cpu, "vmCpuCap": args.cap, "vmPorts": args.ports}
+    changes = {key: str(value) for key, value in given.items() if value is not None}
+    place = [args.group or vm.group, args.type or vm.type, args.name or vm.name]
+    moves = place != [vm.group, vm.type, vm.name]
+    if not (changes or args.disk or args.add_disk or args.remove_disk or moves):
+        raise UsageError("nothing to change: say what", "-h shows how it is called")
+    if args.remove_disk:
+        check_removal(cloud, vm, args.remove_disk)
+        confirm(args, f"what is on disk {args.remove_disk} of {vm} will be gone.", needed=True)
+    vm = move_vm(cloud, vm, *place) if moves else vm  # first: what can't be done costs no disk
+    with FolderLock(vm.folder):
+        vm.reread()
+        if changes.keys() - set(LIVE) or args.remove_disk or not vm.is_running():
+            need_stopped(cloud, vm)
+        change_settings(cloud, vm, changes)
+        for value, do in ((args.disk, grow_disk), (args.remove_disk, remove_disk), (args.add_disk, add_disk)):
+            if value:
+                do(cloud, vm, value)
 
 
 COLD = Option("--cold", "have them boot, though their template is frozen (vmtemplate --warm)")
@@ -11823,47 +11659,46 @@ ALLOW_SHARE = Option("--allow-share DIR", "with -f: share= may name folders belo
     Option("--dry-run", "check everything, say what would be made, make nothing"),
     FORCE,
 )
-def cmd_instantiate(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_instantiate(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     """make clones of a template and start them"""
-    with Cloud(config) as cloud:
-        group, requests = requests_of(config, args)
-        if "/" in requests[0].template and cloud.tree.find(requests[0].template) and not args.dry_run:
-            requests[0].template = template_as_is(cloud, requests[0].template)
-        for request in requests if args.cold else ():
-            request.settings["vmCold"] = "yes"
-        check_requests(cloud, group, requests, args.force)
-        if args.dry_run:
-            for request in requests:
-                report.data(f"{request.template}: {plural(request.count, 'clone')} in {group}/{request.type}")
-            return EXIT_DONE
-        vms, errors = instantiate(cloud, group, requests)
-        errors += end_start(cloud, args, vms)
-        for vm in vms:
-            report.data(vm.name)
-        open_screens(vms)
-        return report_errors(errors)
+    group, requests = requests_of(cloud, args)
+    if "/" in requests[0].template and cloud.tree.find(requests[0].template) and not args.dry_run:
+        requests[0].template = template_as_is(cloud, requests[0].template)
+    for request in requests if args.cold else ():
+        request.settings["vmCold"] = "yes"
+    check_requests(cloud, group, requests, args.force)
+    if args.dry_run:
+        for request in requests:
+            report.data(f"{request.template}: {plural(request.count, 'clone')} in {group}/{request.type}")
+        return EXIT_DONE
+    vms, errors = instantiate(cloud, group, requests)
+    errors += end_start(cloud, args, vms)
+    for vm in vms:
+        report.data(vm.name)
+    open_screens(vms)
+    return report_errors(errors)
 
 
-def requests_of(config: Config, args: argparse.Namespace) -> tuple[str, list[CloneRequest]]:
+def requests_of(cloud: Cloud, args: argparse.Namespace) -> tuple[str, list[CloneRequest]]:
     """The group and the sets of clones that the command line asks for."""
-    type = checked_name("type", config["vmSubGroup"] if args.type is None else args.type)
+    type = checked_name("type", cloud.config["vmSubGroup"] if args.type is None else args.type)
     group = args.group
     if args.file is not None:
         for given, name in ((args.template, "-n"), (args.count, "-C"), (args.options, "-o")):
             if given is not None:
                 raise UsageError(f"-f and {name} exclude each other", "the description file says it all")
-        group = Tree(config).group_called(group_of_file(args.file)) if group is None else group
+        group = cloud.tree.group_called(group_of_file(args.file)) if group is None else group
         return group, read_description(args.file, type, args.allow_share)
     if args.allow_share is not None:
         raise UsageError("--allow-share goes with -f FILE only")
     if not args.template:
         raise UsageError("which template? give -n TEMPLATE, or -f FILE", TEMPLATES_HINT)
-    request = CloneRequest("", args.template, args.count or config.number("vmCount"), type, {})
+    request = CloneRequest("", args.template, args.count or cloud.config.number("vmCount"), type, {})
     try:
         request.set_options(args.options or "")
     except UsageError as error:
         raise UsageError(f"-o: {error}", error.hint) from None
-    return config["vmGroup"] if group is None else group, [request]
+    return cloud.config["vmGroup"] if group is None else group, [request]
 
 
 def report_errors(errors: Sequence[Error]) -> int:
@@ -11890,7 +11725,7 @@ def report_errors(errors: Sequence[Error]) -> int:
     YES,
     FORCE,
 )
-def cmd_run(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_run(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     """run a group in the foreground"""
     if sum(each is not None for each in (args.file, args.resume, args.stop)) != 1:
         raise UsageError("give exactly one of -f FILE, -r GROUP and -s GROUP", "-h shows how it is called")
@@ -11902,39 +11737,36 @@ def cmd_run(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     if args.gui and args.stop is not None:
         raise UsageError("-g goes with -f FILE and -r GROUP")
     if args.stop is not None:
-        with Cloud(config) as cloud:
-            stop_managed(cloud, args.stop)
+        stop_managed(cloud, args.stop)
         return EXIT_DONE
-    background = Background()
-    status = background.start() if args.background else None
-    return run_group(config, args, background) if status is None else status
+    status, talk = go_to_background() if args.background else (None, -1)
+    return run_group(cloud, args, talk) if status is None else status
 
 
-def run_group(config: Config, args: argparse.Namespace, background: Background) -> int:
-    """vmrun -f and -r, in the foreground or in the child that goes on in the background."""
-    with Cloud(config) as cloud:
-        group, requests = args.resume, []
-        if args.file is not None:
-            group = args.group or cloud.tree.group_called(group_of_file(args.file))
-        if args.apply:
-            vars(args).update(dict.fromkeys(("dry_run", "restart", "replace", "wait")))  # vmapply's
-            status = apply(cloud, group, read_description(args.file, config["vmSubGroup"], args.allow_share), args)
-            if status:
-                return status
-        elif args.file is not None:
-            requests = read_description(args.file, config["vmSubGroup"], args.allow_share)
-            if not args.add:
-                check_new_group(list(cloud.tree.vms(group)), group)  # else its own ports would be in the way
-            check_requests(cloud, group, requests, args.force)
-            for key, given in (("vmGui", args.gui), ("vmCold", args.cold)):
-                for request in requests if given else ():
-                    request.settings[key] = "yes"
-        elif group == TEMPLATES:
-            raise UsageError("templates are not run as a group", "vm -n NAME runs one")
-        else:
-            cloud.tree.need_group(group)
-        end = KEEP if (args.resume is not None or args.apply) and not args.destroy else DESTROY
-        return supervise(cloud, group, requests, bool(requests) and not args.add, args.gui, background, end)
+def run_group(cloud: Cloud, args: argparse.Namespace, talk: int) -> int:
+    """vmrun -f and -r, in the foreground (`talk`: -1) or in the child of go_to_background()."""
+    group, requests = args.resume, []
+    if args.file is not None:
+        group = args.group or cloud.tree.group_called(group_of_file(args.file))
+    if args.apply:
+        vars(args).update(dict.fromkeys(("dry_run", "restart", "replace", "wait")))  # vmapply's
+        status = apply(cloud, group, read_description(args.file, cloud.config["vmSubGroup"], args.allow_share), args)
+        if status:
+            return status
+    elif args.file is not None:
+        requests = read_description(args.file, cloud.config["vmSubGroup"], args.allow_share)
+        if not args.add:
+            check_new_group(list(cloud.tree.vms(group)), group)  # else its own ports would be in the way
+        check_requests(cloud, group, requests, args.force)
+        for key, given in (("vmGui", args.gui), ("vmCold", args.cold)):
+            for request in requests if given else ():
+                request.settings[key] = "yes"
+    elif group == TEMPLATES:
+        raise UsageError("templates are not run as a group", "vm -n NAME runs one")
+    else:
+        cloud.tree.need_group(group)
+    end = KEEP if (args.resume is not None or args.apply) and not args.destroy else DESTROY
+    return supervise(cloud, group, requests, bool(requests) and not args.add, args.gui, talk, end)
 
 
 @declare(
@@ -11950,21 +11782,19 @@ def run_group(config: Config, args: argparse.Namespace, background: Background) 
     YES,
     FORCE,
 )
-def cmd_apply(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_apply(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     """make a group what a description file says: make, change and destroy VMs"""
-    with Cloud(config) as cloud:
-        if args.describe:
-            if not args.group:
-                raise UsageError("-g GROUP is missing", "vmrunning -a lists the groups")
-            cloud.tree.need_group(args.group)
-            for line in describe(cloud, args.group):
-                report.data(line)
-            return EXIT_DONE
-        if args.file is None:
-            raise UsageError("-f FILE is missing", "-h shows how it is called")
-        group = cloud.tree.group_called(group_of_file(args.file)) if args.group is None else args.group
-        requests = read_description(args.file, config["vmSubGroup"], args.allow_share)
-        return apply(cloud, group, requests, args)
+    if args.describe:
+        if not args.group:
+            raise UsageError("-g GROUP is missing", "vmrunning -a lists the groups")
+        cloud.tree.need_group(args.group)
+        for line in describe(cloud, args.group):
+            report.data(line)
+        return EXIT_DONE
+    if args.file is None:
+        raise UsageError("-f FILE is missing", "-h shows how it is called")
+    group = cloud.tree.group_called(group_of_file(args.file)) if args.group is None else args.group
+    return apply(cloud, group, read_description(args.file, cloud.config["vmSubGroup"], args.allow_share), args)
 
 
 def apply(cloud: Cloud, group: str, requests: Sequence[CloneRequest], args: argparse.Namespace) -> int:
@@ -11995,58 +11825,51 @@ def apply(cloud: Cloud, group: str, requests: Sequence[CloneRequest], args: argp
     Option("-L --list", "list published ports: NAME GROUP/TYPE IP:HOST GUEST"),
     Option("--delete", "publish it no more"),
 )
-def cmd_port(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+def cmd_port(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """publish a VM's TCP ports on this host, until it is destroyed: 8080:80, on 127.0.0.1 if no IP is said"""
-    with Cloud(config) as cloud:
-        every = args.list and args.name is None
-        vm = None if every else cloud.tree.need(args.name, args.group, args.type, first=VM.is_running)
-        if not vm or args.list:
-            no_more(words)
-            cloud.tree.need_group(args.group, args.type)
-            for each in [vm] if vm else cloud.tree.vms(args.group or "", args.type or ""):
-                for ip, host, guest in ports_of(each):
-                    report.data(f"{each.name} {each.place} {ip}:{host} {guest}")
-            return
-        asked = checked(PORTS, one_operand(words, "[IP:]HOST:GUEST") or "-", repr(words[0]))
-        with FolderLock(vm.folder):
-            vm.reread()
-            has, ports = parse_ports(vm.get("vmPorts")), parse_ports(asked)
-            if args.delete and (stray := [each for each in ports if each not in has]):
-                raise NotFound(f"{join_ports(stray)} is not published", "vmport -L lists what is", vm=vm)
-            kept = [each for each in has if each not in ports] if args.delete else [*has, *ports]
-            new = set_ports(cloud, vm, kept)
-        for ip, host, guest in new:
-            report.data(f"{vm.name} {vm.place} {ip}:{host} {guest}")
-
-
-WAYS_IN = """\
-From this host into a VM: vmssh VM; a port that is published (vmport); on a private network nocloud net exec CMD; and,
-for a browser that sees all VMs by their names, vmssh VM -N -D 1080, with socks5h://127.0.0.1:1080 as its proxy."""
+    every = args.list and args.name is None
+    vm = None if every else cloud.tree.need(args.name, args.group, args.type, first=VM.is_running)
+    if not vm or args.list:
+        no_more(words)
+        cloud.tree.need_group(args.group, args.type)
+        for each in [vm] if vm else cloud.tree.vms(args.group or "", args.type or ""):
+            for ip, host, guest in ports_of(each):
+                report.data(f"{each.name} {each.place} {ip}:{host} {guest}")
+        return
+    asked = checked(PORTS, one_operand(words, "[IP:]HOST:GUEST") or "-", repr(words[0]))
+    with FolderLock(vm.folder):
+        vm.reread()
+        has, ports = parse_ports(vm.get("vmPorts")), parse_ports(asked)
+        if args.delete and (stray := [each for each in ports if each not in has]):
+            raise NotFound(f"{join_ports(stray)} is not published", "vmport -L lists what is", vm=vm)
+        kept = [each for each in has if each not in ports] if args.delete else [*has, *ports]
+        new = set_ports(cloud, vm, kept)
+    for ip, host, guest in new:
+        report.data(f"{vm.name} {vm.place} {ip}:{host} {guest}")
 
 
 @declare(
-    Command("running", "vmrunning", more=lambda: WAYS_IN),
+    Command("running", "vmrunning", more=lambda: packaged("help/vmrunning")),
     GROUP,
     TYPE,
     Option("-a --all", "the stopped ones too, with their state"),
     Option("-l --long", "a table: NAME GROUP/TYPE STATE IP UPTIME CPU MEMORY PORTS; what its qemu uses now"),
     Option("--json", "a JSON list of objects with all that is known; null is what isn't, or what it hasn't"),
 )
-def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+def cmd_running(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """list running VMs: NAME GROUP/TYPE IP"""
     form = exclusive(args, "long", "json")
-    with Cloud(config) as cloud:
-        cloud.tree.need_group(args.group, args.type)
-        group, type = args.group or "", args.type or ""
-        if form == "long":
-            rows = list(usage_rows(cloud, group, type, args.all))
-            report_table([("NAME", "PLACE", "STATE", "ADDRESS", "UPTIME", "CPU", "MEMORY", "PORTS"), *rows])
-        elif form == "json":
-            found = listed(cloud.tree, group, type, args.all)
-            report.data(json.dumps([vm_facts(cloud, *each) for each in found], indent=2))
-        else:
-            for row in vm_rows(cloud, group, type, every=args.all):
-                report.data(row)
+    cloud.tree.need_group(args.group, args.type)
+    group, type = args.group or "", args.type or ""
+    if form == "long":
+        rows = list(usage_rows(cloud, group, type, args.all))
+        report_table([("NAME", "PLACE", "STATE", "ADDRESS", "UPTIME", "CPU", "MEMORY", "PORTS"), *rows])
+    elif form == "json":
+        found = listed(cloud.tree, group, type, args.all)
+        report.data(json.dumps([vm_facts(cloud, *each) for each in found], indent=2))
+    else:
+        for row in vm_rows(cloud, group, type, every=args.all):
+            report.data(row)
 
 
 @declare(
@@ -12059,35 +11882,34 @@ def cmd_running(config: Config, args: argparse.Namespace, words: list[str]) -> N
     Option("--discard", "forget memory that was saved: they boot at their next start"),
     YES,
 )
-def cmd_stop(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_stop(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     """stop a group, a type of it or single VMs"""
     way = exclusive(args, "destroy" if args.destroy else "kill", "save", "discard")  # to destroy is to switch off
-    with Cloud(config) as cloud:
-        try:
-            vms = chosen_vms(cloud, args, words)
-        except NotFound as error:  # to destroy what is gone already is no error, but said: the name may be mistyped
-            if not args.destroy or args.name is not None or words:
-                raise
-            error.text += ", so there is nothing to destroy"
-            report.error(error)
-            vms = []
-        if args.destroy:
-            if args.group == TEMPLATES or any(vm.is_template for vm in vms):
-                raise UsageError("templates are not destroyed with vmstop", "vmtemplate --delete NAME")
-            kept = sum(len(snapshots_of(vm)) for vm in vms)
-            if kept:
-                confirm(args, f"{plural(len(vms), 'VM')} with {plural(kept, 'snapshot')} will be gone.")
-            errors = destroy_all(cloud, vms, args.group or "")
-        elif way == "save":
-            running = [vm for vm in vms if vm.is_running() or args.name or words]
-            errors = [each for each in in_parallel(save, running) if each]
-        elif way == "discard":
-            errors = []
-            with locked(vms):
-                for vm in vms:
-                    remove_file(vm.saved_file)
-        else:
-            errors = stop_all(cloud, vms, 0 if args.kill else args.timeout)
+    try:
+        vms = chosen_vms(cloud, args, words)
+    except NotFound as error:  # to destroy what is gone already is no error, but said: the name may be mistyped
+        if not args.destroy or args.name is not None or words:
+            raise
+        error.text += ", so there is nothing to destroy"
+        report.error(error)
+        vms = []
+    if args.destroy:
+        if args.group == TEMPLATES or any(vm.is_template for vm in vms):
+            raise UsageError("templates are not destroyed with vmstop", "vmtemplate --delete NAME")
+        kept = sum(len(snapshots_of(vm)) for vm in vms)
+        if kept:
+            confirm(args, f"{plural(len(vms), 'VM')} with {plural(kept, 'snapshot')} will be gone.")
+        errors = destroy_all(cloud, vms, args.group or "")
+    elif way == "save":
+        running = [vm for vm in vms if vm.is_running() or args.name or words]
+        errors = [each for each in in_parallel(save, running) if each]
+    elif way == "discard":
+        errors = []
+        with locked(vms):
+            for vm in vms:
+                remove_file(vm.saved_file)
+    else:
+        errors = stop_all(cloud, vms, 0 if args.kill else args.timeout)
     return report_errors(errors)
 
 
@@ -12124,21 +11946,14 @@ def confirm(args: argparse.Namespace, question: str, needed: bool = False) -> No
         raise Error("nothing has been done")
 
 
-@declare(
-    Command("start", "vmstart", "[VM…]", ("vm",)),
-    *WHICH_VMS,
-    Option("-w --wait [SECONDS]", "return when all are ready", default="vmWaitTimeout"),
-)
-def cmd_start(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+@declare(Command("start", "vmstart", "[VM…]", ("vm",)), *WHICH_VMS, WAIT)
+def cmd_start(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     """start VMs that are stopped, and don't connect to them"""
-    with Cloud(config) as cloud:
-        asked = chosen_vms(cloud, args, words)
-        vms = [vm for vm in asked if not vm.is_running()]
-        errors = [
-            *start_stopped(cloud, vms),
-            *filter(None, in_parallel(need_awake, [vm for vm in asked if vm not in vms])),
-        ]
-        return report_errors([*errors, *end_start(cloud, args, [vm for vm in vms if vm.is_running()])])
+    asked = chosen_vms(cloud, args, words)
+    vms = [vm for vm in asked if not vm.is_running()]
+    errors = start_stopped(cloud, vms)
+    errors += filter(None, in_parallel(need_awake, [vm for vm in asked if vm not in vms]))
+    return report_errors([*errors, *end_start(cloud, args, [vm for vm in vms if vm.is_running()])])
 
 
 def start_stopped(cloud: Cloud, vms: Sequence[VM], iso: str = "", gui: bool = False) -> list[Error]:
@@ -12161,18 +11976,18 @@ def end_start(cloud: Cloud, args: argparse.Namespace, vms: Sequence[VM]) -> list
 
 
 @declare(Command("pause", "vmpause", "[VM…]", ("running-vm",)), *WHICH_VMS)
-def cmd_pause(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_pause(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     """have VMs stand still"""
-    return tell_running(config, args, words, "stop")
+    return tell_running(cloud, args, words, "stop")
 
 
 @declare(Command("resume", "vmresume", "[VM…]", ("running-vm",)), *WHICH_VMS)
-def cmd_resume(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_resume(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     """have VMs go on that stand still"""
-    return tell_running(config, args, words, "cont")
+    return tell_running(cloud, args, words, "cont")
 
 
-def tell_running(config: Config, args: argparse.Namespace, words: Sequence[str], command: str) -> int:
+def tell_running(cloud: Cloud, args: argparse.Namespace, words: Sequence[str], command: str) -> int:
     """Give qemu's command to each of the VMs that runs."""
 
     def tell(vm: VM) -> None:
@@ -12184,9 +11999,8 @@ def tell_running(config: Config, args: argparse.Namespace, words: Sequence[str],
                 qemu.execute(command)
             remove_file(vm.still_file)
 
-    with Cloud(config) as cloud:
-        vms = [vm for vm in chosen_vms(cloud, args, words) if vm.is_running() or args.name or words]
-        return report_errors([each for each in in_parallel(tell, vms) if each])
+    vms = [vm for vm in chosen_vms(cloud, args, words) if vm.is_running() or args.name or words]
+    return report_errors([each for each in in_parallel(tell, vms) if each])
 
 
 @declare(
@@ -12197,46 +12011,44 @@ def tell_running(config: Config, args: argparse.Namespace, words: Sequence[str],
     Option("--sync", "have the guests write out first what they hold"),
     Option("--delete", "delete the snapshot NAME"),
 )
-def cmd_snapshot(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+def cmd_snapshot(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """keep what VMs are at this moment"""
-    with Cloud(config) as cloud:
-        if args.list:
-            no_more(words)
-            if args.group:
-                cloud.tree.need_group(args.group)
-            report_table(list(snapshot_rows(cloud.tree, args.group or "")))
-            return
-        name = one_operand(words, "NAME")
-        if args.delete:
-            chosen = chosen_vms(cloud, args) if args.group or args.name is not None else list(cloud.tree.vms())
-            with locked(each.vm for each in need_snapshots(chosen, name)):
-                for each in need_snapshots(chosen, name):
-                    delete_snapshot(each)
-        else:
-            take_snapshot(cloud, chosen_vms(cloud, args), name, bool(args.ram), bool(args.sync))
+    if args.list:
+        no_more(words)
+        if args.group:
+            cloud.tree.need_group(args.group)
+        report_table(list(snapshot_rows(cloud.tree, args.group or "")))
+        return
+    name = one_operand(words, "NAME")
+    if args.delete:
+        chosen = chosen_vms(cloud, args) if args.group or args.name is not None else list(cloud.tree.vms())
+        with locked(each.vm for each in need_snapshots(chosen, name)):
+            for each in need_snapshots(chosen, name):
+                delete_snapshot(each)
+    else:
+        take_snapshot(cloud, chosen_vms(cloud, args), name, bool(args.ram), bool(args.sync))
 
 
 @declare(Command("rollback", "vmrollback", "NAME"), *WHICH_VMS, YES)
-def cmd_rollback(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_rollback(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     """go back to a snapshot; what has changed since is lost"""
     name = one_operand(words, "NAME")
-    with Cloud(config) as cloud:
-        vms = chosen_vms(cloud, args)
+    vms = chosen_vms(cloud, args)
+    found = need_snapshots(vms, name)
+    confirm(args, f"{plural(len(found), 'VM')} will be as in {name}; what has changed since is lost.")
+    with locked(vms):
         found = need_snapshots(vms, name)
-        confirm(args, f"{plural(len(found), 'VM')} will be as in {name}; what has changed since is lost.")
-        with locked(vms):
-            found = need_snapshots(vms, name)
-            again = [each.vm for each in found if each.vm.is_running() or os.path.exists(each.memory)]
-            raise_first(in_parallel(lambda vm: stop_locked(vm, 0), [each.vm for each in found]))
-            for each in found:
-                for disk in roll_back(each):
-                    report.say(f"{each.vm}: it has got a disk since, which is kept: {disk}")
-            later = [vm.name for vm in vms if vm not in [each.vm for each in found]]
-            if later:
-                report.say(f"not in {name}, and left as they are: {', '.join(later)}")
-            errors = [error for error in start_all(cloud, again, held=True) if error]
-        configure_later(cloud, [vm for vm in again if vm.is_running()])
-        return report_errors(errors)
+        again = [each.vm for each in found if each.vm.is_running() or os.path.exists(each.memory)]
+        raise_first(in_parallel(lambda vm: stop_locked(vm, 0), [each.vm for each in found]))
+        for each in found:
+            for disk in roll_back(each):
+                report.say(f"{each.vm}: it has got a disk since, which is kept: {disk}")
+        later = [vm.name for vm in vms if vm not in [each.vm for each in found]]
+        if later:
+            report.say(f"not in {name}, and left as they are: {', '.join(later)}")
+        errors = [error for error in start_all(cloud, again, held=True) if error]
+    configure_later(cloud, [vm for vm in again if vm.is_running()])
+    return report_errors(errors)
 
 
 def running_vm(cloud: Cloud, words: str | None, group: str | None = None, type: str | None = None) -> VM:
@@ -12255,14 +12067,13 @@ def running_vm(cloud: Cloud, words: str | None, group: str | None = None, type: 
 
 
 @declare(Command("ssh", "vmssh", "[LOGIN@]VM [WORDS...]", ("running-vm",), passes=SSH_FLAGS + SSH_VALUES))
-def cmd_ssh(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+def cmd_ssh(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """ssh into a VM, or run a command in it; ssh's options, before or after the VM, are ssh's"""
     options, rest = split_ssh_words(words)
     if not rest:
         raise UsageError("which VM?", "vmssh VM|IP [WORDS...]; vmrunning lists the VMs")
-    with Cloud(config) as cloud:
-        login, _, name = rest[0].rpartition("@")
-        become_ssh(cloud, running_vm(cloud, name), rest[1:], first=[*options, *(["-l", login] if login else [])])
+    login, _, name = rest[0].rpartition("@")
+    become_ssh(cloud, running_vm(cloud, name), rest[1:], first=[*options, *(["-l", login] if login else [])])
 
 
 def become_ssh(cloud: Cloud, vm: VM, words: Sequence[str], fresh: bool = False, first: Sequence[str] = ()) -> None:
@@ -12299,60 +12110,50 @@ def wait_login(cloud: Cloud, vm: VM, fresh: bool = False) -> None:
     Option("--install", "have ~/.ssh/config include it, and keep it up to date as VMs come and go"),
     Option("--remove", "take that away again"),
 )
-def cmd_ssh_config(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+def cmd_ssh_config(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """print an ssh configuration with the VMs' names, for ssh, scp, sftp, rsync, git and editors"""
-    with Cloud(config) as cloud:
-        ours = SshConfig(cloud)
-        if not exclusive(args, "install", "remove"):
-            report.data(ours.text()[0].rstrip("\n"))
-            return
-        if args.install:
-            cloud.tree.prepare()
-            for each in ours.write():
-                report.say(f"{report.program}: not offered: {each}")
-        ours.include(args.install)
-        if args.remove:
-            remove_file(ours.path)
-
-
-COPYING = """\
-SRC and DST are [LOGIN@]VM:PATH, or a path of this host (./a:b where it has a
-colon), or - for stdin or stdout. DST may be several VMs, by a pattern of their
-names: 'web*:/srv/'.
-
-A folder SRC (-r) becomes a folder in DST where that is one, else DST itself; a
-slash after SRC changes nothing, as with scp. With --sync, as with rsync, SRC/
-is what is in SRC; nothing is deleted. The guest needs an sftp-server, for -O
-scp, for --sync rsync."""
+    ours = SshConfig(cloud)
+    if not exclusive(args, "install", "remove"):
+        report.data(ours.text()[0].rstrip("\n"))
+        return
+    if args.install:
+        cloud.tree.prepare()
+        for each in ours.write():
+            report.say(f"{report.program}: not offered: {each}")
+    ours.include(args.install)
+    if args.remove:
+        remove_file(ours.path)
 
 
 @declare(
-    Command("cp", "vmcp", "SRC… DST", ("running-vm+file",), more=lambda: COPYING),
+    Command("cp", "vmcp", "SRC… DST", ("running-vm+file",), more=lambda: packaged("help/vmcp")),
     Option("-r --recursive", "folders too"),
     Option("-p --preserve", "keep times and modes"),
     Option("-O --old", "scp's old protocol, for a guest that has scp and no sftp-server"),
     Option("--sync", "by rsync: only what differs; folders, links, times and modes too"),
 )
-def cmd_cp(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_cp(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     """copy files into VMs, out of them, and between them"""
     if len(words) < 2:
         raise UsageError("SRC and DST are needed", "vmcp FILE VM:PATH, or vmcp VM:PATH FILE")
-    with Cloud(config) as cloud:
-        found = [find_places(cloud, word) for word in words]
-        inside = [vm for places in found for vm, _ in places if vm]
-        if not inside:
-            raise UsageError("none of them is in a VM", "VM:PATH is, and ./a:b is a file of this host")
-        if any(len(places) > 1 for places in found[:-1]):
-            raise UsageError("several VMs to copy from", "only DST may be a pattern that several fit")
-        if "-" in words and (args.sync or len(words) > 2 or len(inside) > 1):
-            raise UsageError("- is for one file, in one VM, without --sync")
-        if "-" in words:
-            become_cat(cloud, inside[0], *words)
-        sources, targets = [places[0] for places in found[:-1]], dict(found[-1])
-        if len(targets) == 1:
-            become(copy_argv(cloud, args, [*sources, *targets.items()]))
-        copy = functools.partial(copy_argv, cloud, args)
-        results = in_parallel(lambda vm: run(copy([*sources, (vm, targets[vm])]), timeout=None), list(targets))
+    found = [find_places(cloud, word) for word in words]
+    inside = [vm for places in found for vm, _ in places if vm]
+    if not inside:
+        raise UsageError("none of them is in a VM", "VM:PATH is, and ./a:b is a file of this host")
+    if any(len(places) > 1 for places in found[:-1]):
+        raise UsageError("several VMs to copy from", "only DST may be a pattern that several fit")
+    if "-" in words and (args.sync or len(words) > 2 or len(inside) > 1):
+        raise UsageError("- is for one file, in one VM, without --sync")
+    if "-" in words:
+        head, _, path = next(word for word in words if word != "-").partition(":")
+        script = f"cat {'<' if words[1] == '-' else '>'}{shlex.quote(path.removeprefix('~/'))}"
+        login = head.rpartition("@")[0]
+        become_ssh(cloud, inside[0], [script], first=["-l", login] if login else [])
+    sources, targets = [places[0] for places in found[:-1]], dict(found[-1])
+    if len(targets) == 1:
+        become(copy_argv(cloud, args, [*sources, *targets.items()]))
+    copy = functools.partial(copy_argv, cloud, args)
+    results = in_parallel(lambda vm: run(copy([*sources, (vm, targets[vm])]), timeout=None), list(targets))
     return report_errors([each for each in results if isinstance(each, Error)])
 
 
@@ -12393,14 +12194,6 @@ def copy_argv(cloud: Cloud, args: argparse.Namespace, places: Sequence[tuple[VM 
     return ["scp", "-F", config, *(flag for flag, given in flags.items() if given), "--", *spelt]
 
 
-def become_cat(cloud: Cloud, vm: VM, source: str, target: str) -> None:
-    """Copy a file of a VM to stdout, or stdin to one."""
-    head, _, path = (source if target == "-" else target).partition(":")
-    login = head.rpartition("@")[0]
-    script = f"cat {'<' if target == '-' else '>'}{shlex.quote(path.removeprefix('~/'))}"
-    become_ssh(cloud, vm, [script], first=["-l", login] if login else [])
-
-
 @declare(
     Command("vm", "vm", "[WORDS...]"),
     Option("-n --name NAME", "the VM, or the template", complete="vm"),
@@ -12409,36 +12202,34 @@ def become_cat(cloud: Cloud, vm: VM, source: str, target: str) -> None:
     Option("-i --iso ISO", "boot this ISO first: a path, a name in isoDir, or none"),
     Option("-G --gui", "start it with a screen, and don't connect"),
 )
-def cmd_vm(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+def cmd_vm(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """run a VM and connect to it by ssh"""
-    iso = "" if args.iso in (None, "none") else find_iso(config, args.iso)
-    with Cloud(config) as cloud:
-        if args.group:
-            cloud.tree.need_group(args.group)
-        vm = cloud.tree.need(args.name, args.group or None, args.type or None, first=lambda vm: vm.is_template)
-        fresh = not vm.is_running()
-        if fresh:
-            for error in start_stopped(cloud, [vm], iso, args.gui):
-                raise error
-        elif iso:
-            raise WrongState("it runs already, without that ISO", f"vmstop -n {vm} stops it", vm=vm)
-        elif args.gui and not screen_of(vm):
-            raise WrongState("it runs without a screen", f"vmconsole -s -n {vm}", vm=vm)
-        if args.gui:
-            open_screens([vm])
-        else:
-            become_ssh(cloud, vm, words, fresh)
+    iso = "" if args.iso in (None, "none") else find_iso(cloud.config, args.iso)
+    if args.group:
+        cloud.tree.need_group(args.group)
+    vm = cloud.tree.need(args.name, args.group or None, args.type or None, first=lambda vm: vm.is_template)
+    fresh = not vm.is_running()
+    if fresh:
+        for error in start_stopped(cloud, [vm], iso, args.gui):
+            raise error
+    elif iso:
+        raise WrongState("it runs already, without that ISO", f"vmstop -n {vm} stops it", vm=vm)
+    elif args.gui and not screen_of(vm):
+        raise WrongState("it runs without a screen", f"vmconsole -s -n {vm}", vm=vm)
+    if args.gui:
+        open_screens([vm])
+    else:
+        become_ssh(cloud, vm, words, fresh)
 
 
 @declare(
     Command("upgrade", "vmupgrade", "TEMPLATE", ("template",)),
     Option("--timeout S", f"the longest that it may take, in seconds [{UPGRADE_SECONDS}]", SECONDS),
 )
-def cmd_upgrade(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+def cmd_upgrade(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """upgrade the system of a template; its clones stay as they are"""
     name = one_operand(words, "TEMPLATE")
-    with Cloud(config) as cloud:
-        upgrade(cloud, name.removeprefix(f"{TEMPLATES}/"), UPGRADE_SECONDS if args.timeout is None else args.timeout)
+    upgrade(cloud, name.removeprefix(f"{TEMPLATES}/"), UPGRADE_SECONDS if args.timeout is None else args.timeout)
 
 
 @declare(
@@ -12446,21 +12237,20 @@ def cmd_upgrade(config: Config, args: argparse.Namespace, words: list[str]) -> N
     Option("--list", "the inventory as JSON, for ansible"),
     Option("--host HOST", "the variables of one host as JSON"),
 )
-def cmd_inventory(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+def cmd_inventory(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """what runs, for ansible (--list) and for people"""
-    with Cloud(config) as cloud:
-        if args.list or args.host is not None:
-            known = inventory(cloud)
-            report.data(json.dumps(known if args.list else known["_meta"]["hostvars"].get(args.host, {}), indent=2))
-        else:
-            for row in vm_rows(cloud):
-                report.data(row)
+    if args.list or args.host is not None:
+        known = inventory(cloud)
+        report.data(json.dumps(known if args.list else known["_meta"]["hostvars"].get(args.host, {}), indent=2))
+    else:
+        for row in vm_rows(cloud):
+            report.data(row)
 
 
 @declare(
     Command(
         "net", operands="up | down | status | exec CMD... | connect ADDR PORT",
-        complete=(("up", "down", "status", "exec", "connect"),),
+        complete=(("up", "down", "status", "exec", "connect"),), bare=True,
     ),
     Option("--private", "up, down, status: the user's own network, which needs no root"),
     Option("--bridge", "the host's bridge, which is root's"),
@@ -12532,7 +12322,7 @@ def kind_of_network(config: Config, args: argparse.Namespace, rest: Sequence[str
 @declare(
     Command(
         "bridge", "nocloud-bridge", "start | stop | accept | dnsmasq | ready | subnet [FILE]",
-        (("start", "stop", "accept", "dnsmasq", "ready", "subnet"), "file"),
+        (("start", "stop", "accept", "dnsmasq", "ready", "subnet"), "file"), bare=True,
     )
 )  # fmt: skip
 def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> None:
@@ -12565,13 +12355,12 @@ def cmd_bridge(config: Config, args: argparse.Namespace, words: list[str]) -> No
     Option("-s --serial", "its serial console in this terminal; Ctrl-] leaves"),
     Option("--screenshot FILE", "write what its screen shows into FILE, a PNG"),
 )
-def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+def cmd_console(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """a VM's screen; with -s, or without a display, its serial console"""
     exclusive(args, "serial", "screenshot")
     name, words = split_name(args, words)
     no_more(words)
-    with Cloud(config) as cloud:
-        vm = running_vm(cloud, name, args.group, args.type)
+    vm = running_vm(cloud, name, args.group, args.type)
     if args.screenshot is not None:
         picture = screenshot(vm)
         with open(args.screenshot, "wb") as file:
@@ -12594,12 +12383,11 @@ def cmd_console(config: Config, args: argparse.Namespace, words: list[str]) -> N
     Option("-f --follow", "go on with what comes, until it ends"),
     Option("-q --qemu", "what its qemu said, instead"),
 )
-def cmd_log(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+def cmd_log(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """show what a VM wrote on its serial console since it was started"""
     name, words = split_name(args, words)
     no_more(words)
-    with Cloud(config) as cloud:
-        vm = cloud.tree.need(name, args.group, args.type, first=VM.is_running)
+    vm = cloud.tree.need(name, args.group, args.type, first=VM.is_running)
     state, pid = vm.state() if args.follow else ("", 0)
     paths = (vm.log_file,) if args.qemu else (vm.console_log, vm.old_console_log)
     if not os.path.exists(paths[0]):
@@ -12615,11 +12403,10 @@ def cmd_log(config: Config, args: argparse.Namespace, words: list[str]) -> None:
 
 
 @declare(Command("manage", "vmmanage", "[VM] [WORDS...]", ("running-vm",)), *RUNNING_VM_OPTIONS)
-def cmd_manage(config: Config, args: argparse.Namespace, words: list[str]) -> int:
+def cmd_manage(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     """qemu's monitor of a VM; with WORDS, just that command; where -n names the VM, all words are"""
     name, words = split_name(args, words)
-    with Cloud(config) as cloud:
-        vm = running_vm(cloud, name, args.group, args.type)
+    vm = running_vm(cloud, name, args.group, args.type)
     if words:
         monitor_command(vm, " ".join(words))
         return EXIT_DONE
@@ -12627,26 +12414,28 @@ def cmd_manage(config: Config, args: argparse.Namespace, words: list[str]) -> in
 
 
 @declare(
-    Command("doctor", operands="[CHECKS]", complete=(tuple(ALL_CHECKS),), more=doctor_help, unconfigured=True),
+    Command(
+        "doctor", operands="[CHECKS]", complete=(tuple(ALL_CHECKS),), unconfigured=True,
+        more=lambda: textwrap.fill(f"CHECKS, all by default: {', '.join(ALL_CHECKS)}.", 78, break_on_hyphens=False),
+    ),
     Option("--json", "a JSON list: name, state, text, mend"),
     Option("--deep", "read the memory of frozen templates too: a checksum of it was kept"),
-)
+)  # fmt: skip
 def cmd_doctor(config: Config, args: argparse.Namespace, words: list[str]) -> int:
     """look at this host, and say what isn't well and which command mends it"""
     findings = []
     for finding in examine(words, args.deep):
         findings.append(finding)
         if not args.json:
-            report.data(f"{finding.state:<9}{finding.name}: {finding.text}")
-            if finding.mend:
-                report.data(f"{'':9}{printable(finding.mend)}")
+            report.data(f"{finding['state']:<9}{finding['name']}: {finding['text']}")
+            if finding["mend"]:
+                report.data(f"{'':9}{printable(finding['mend'])}")
     if args.json:
-        keys = ("name", "state", "text", "mend")
-        report.data(json.dumps([{key: getattr(each, key) for key in keys} for each in findings], indent=2))
-    return EXIT_FAILED if any(finding.state == WRONG for finding in findings) else EXIT_DONE
+        report.data(json.dumps(findings, indent=2))
+    return EXIT_FAILED if any(finding["state"] == WRONG for finding in findings) else EXIT_DONE
 
 
-@declare(Command("links", operands="DIR", complete=("folder",)))
+@declare(Command("links", operands="DIR", complete=("folder",), bare=True))
 def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """make the vm* commands in DIR, as symlinks to this program"""
     folder = one_operand(words, "DIR")
@@ -12659,9 +12448,8 @@ def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> Non
         elif os.path.realpath(path) == program:
             continue
         elif os.path.lexists(path):
-            raise WrongState(
-                f"{path}: is there and is no symlink; it is kept", "move it away, or choose another folder"
-            )
+            hint = "move it away, or choose another folder"
+            raise WrongState(f"{path}: is there and is no symlink; it is kept", hint)
         os.symlink(program, path)
 
 
@@ -12671,7 +12459,7 @@ def cmd_trust(config: Config, args: argparse.Namespace, words: list[str]) -> Non
     allow_file(one_operand(words, "FILE"))
 
 
-@declare(Command("forward", operands="private|bridge FD", hidden=True))
+@declare(Command("forward", operands="private|bridge FD", hidden=True, bare=True))
 def cmd_forward(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """forward the ports of a network's VMs that are handed over at the socket FD"""
     cloud = Cloud(config)
@@ -12684,34 +12472,30 @@ def cmd_forward(config: Config, args: argparse.Namespace, words: list[str]) -> N
 
 
 @declare(Command("configure", operands="VM...", hidden=True))
-def cmd_configure(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+def cmd_configure(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """do over ssh what can only be done there, for VMs that have just been started"""
-    with Cloud(config) as cloud:
-        vms = [vm for name in words for vm in cloud.tree.find(name) if vm.is_readable()]
-        for kind in {cloud.network_kind(vm) for vm in vms}:
-            cloud.networks[kind].open()  # before there are threads
-        for error in wait_all(cloud, vms, config.number("vmWaitTimeout")):
-            if error.vm.exists():
-                append_line(error.vm.log_file, f"nocloud: not configured: {error}")
+    vms = [vm for name in words for vm in cloud.tree.find(name) if vm.is_readable()]
+    for kind in {cloud.network_kind(vm) for vm in vms}:
+        cloud.networks[kind].open()  # before there are threads
+    for error in wait_all(cloud, vms, cloud.config.number("vmWaitTimeout")):
+        if error.vm.exists():
+            append_line(error.vm.log_file, f"nocloud: not configured: {error}")
 
 
 # Completion and manual ###############################################################################
 #
 # What comes from the declarations above: the words that a shell offers while one types, which its script in
-# etc/completion asks for; and the manual page, whose prose is in etc/man.  README.md's tables are made of them too
-# (tests/docs.py).
+# etc/completion asks for; and the manual page of etc/man, which tests/docs.py keeps up to date, as README.md's tables.
 
 PROBE = "\0"  # stands for the word that is being typed: no argument can have it
 SHELL_KINDS = ("file", "folder")  # which the shells complete by themselves
 
 
 class Typed:
-    """A command line that is being typed, as its words up to the cursor, of which the last one is to be completed.
-
-    That word is `prefix`, an option to which its value is joined, and `value`.  `words`: what there is to offer for the
-    value, each with its help; `files`: the one of SHELL_KINDS that it can be besides, or ''.  `given`: the options
-    before it, by each name, with their values.
-    """
+    """A command line that is being typed, as its words up to the cursor.  The last one, to be completed, is `prefix`,
+    an option to which its value is joined, and `value`.  `words`: what there is to offer for the value, each with its
+    help; `files`: the one of SHELL_KINDS that it can be besides, or ''.  `given`: the options before it, with their
+    values."""
 
     def __init__(self, config: Config, words: Sequence[str]) -> None:
         self.config, self.tree = config, Tree(config)
@@ -12722,8 +12506,10 @@ class Typed:
         self.command, _, rest = find_command(before)
         if self.command:
             self._offer(self._wanted(self.command, rest))
+        elif not rest and self.value.startswith("-"):
+            self.words = option_names(GENERAL_OPTIONS)
         elif not rest:
-            self.words = option_names(GENERAL_OPTIONS) if self.value.startswith("-") else command_names()
+            self.words = {each.name: each.help for each in visible_commands()}
 
     def _wanted(self, command: Command, words: Sequence[str]) -> str | tuple[str, ...] | dict[str, str]:
         """What the value can be, by what the parser makes of a word in that place."""
@@ -12775,9 +12561,7 @@ WORD_KINDS: dict[str, Callable[[Typed], Iterable[str]]] = {
     "adjusted": lambda typed: typed.vms() if {"-a", "--adjust"} & typed.given.keys() else [],
     "group": lambda typed: typed.tree.groups(),
     "any-group": lambda typed: [*typed.tree.groups(), TEMPLATES],
-    "managed-group": lambda typed: [
-        group for group in typed.tree.groups() if manager_of(typed.tree, group)[0] == "running"
-    ],
+    "managed-group": lambda typed: [each for each in typed.tree.groups() if manager_of(typed.tree, each)[1]],
     "type": lambda typed: [vm.type for vm in typed.tree.vms(typed.given.get("-g", "")) if vm.type],
     "template": lambda typed: [vm.name for vm in typed.tree.templates()],
     "catalogue": lambda typed: load_catalogue().entries,
@@ -12827,26 +12611,21 @@ def answer_bash(config: Config, line: str = "", replaced: str = "") -> list[str]
     ]  # fmt: skip
 
 
-def answer_zsh(config: Config, *words: str) -> list[str]:
+def answer_words(config: Config, *words: str) -> list[str]:
+    """For zsh and fish: each word with a tab and its help."""
     typed = Typed(config, words)
-    escaped = {re.sub(r"[\\:]", r"\\\g<0>", word): help for word, help in typed.words.items()}
-    return [typed.files, typed.prefix, *(f"{word}:{help}" if help else word for word, help in escaped.items())]
-
-
-def answer_fish(config: Config, *words: str) -> list[str]:
-    typed = Typed(config, words)
-    return [typed.files, typed.prefix, *(f"{typed.prefix}{word}\t{help}" for word, help in typed.words.items())]
+    return [typed.files, typed.prefix, *(f"{word}\t{help}" for word, help in typed.words.items())]
 
 
 SHELLS: dict[str, tuple[Callable[..., list[str]], str]] = {
     # what its script is told, and where in an installation's share that is
     "bash": (answer_bash, "bash-completion/completions/nocloud"),
-    "zsh": (answer_zsh, "zsh/site-functions/_nocloud"),
-    "fish": (answer_fish, "fish/vendor_completions.d/nocloud.fish"),
+    "zsh": (answer_words, "zsh/site-functions/_nocloud"),
+    "fish": (answer_words, "fish/vendor_completions.d/nocloud.fish"),
 }
 
 
-@declare(Command("complete", operands="SHELL WORDS...", hidden=True))
+@declare(Command("complete", operands="SHELL WORDS...", hidden=True, bare=True))
 def cmd_complete(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """what a shell's script offers for a line that is being typed; nothing is started, mended or written for that"""
     if not words or words[0] not in SHELLS:
@@ -12856,17 +12635,13 @@ def cmd_complete(config: Config, args: argparse.Namespace, words: list[str]) -> 
         report.data("\n".join(answer))
 
 
-def filled(name: str, **parts: str) -> str:
-    """A file of etc/, in which each @PART@, or the comment .\\" @PART@ of a manual page, is replaced."""
-    return re.sub(r'(?:\.\\" )?@([A-Z_]+)@', lambda match: parts[match[1]], need_packaged(name))
-
-
 def completion(shell: str) -> str:
     """A shell's script, which completes for all names of the program."""
-    return filled(f"completion/nocloud.{shell}", NAMES=" ".join(("nocloud", "nocloud.pyz", *ALIASES)))
+    names = " ".join(("nocloud", "nocloud.pyz", *ALIASES))
+    return need_packaged(f"completion/nocloud.{shell}").replace("@NAMES@", names)
 
 
-@declare(Command("completion", operands="bash | zsh | fish", complete=(tuple(SHELLS),)))
+@declare(Command("completion", operands="bash | zsh | fish", complete=(tuple(SHELLS),), bare=True))
 def cmd_completion(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """print a shell's completion of all commands, as in: source <(nocloud completion bash)"""
     shell = one_operand(words, "the shell")
@@ -12875,87 +12650,14 @@ def cmd_completion(config: Config, args: argparse.Namespace, words: list[str]) -
     report.data(completion(shell).rstrip("\n"))
 
 
-# -- the manual page, in the man(7) macros of roff
-
-ROFF = str.maketrans({  # what roff would take for something else: a hyphen, an accent, a typographic quote
-    "\\": "\\e", "-": "\\-", "'": "\\(aq", "`": "\\(ga", '"': "\\(dq",
-    "^": "\\(ha", "~": "\\(ti", "…": "...", "×": "\\(mu", "–": "\\(en",
-})  # fmt: skip
-EXIT_STATUSES = {
-    EXIT_DONE: "done",
-    EXIT_FAILED: "it could not be done, or one of the VMs failed",
-    EXIT_USAGE: "wrong usage, or a mistake in a file",
-    EXIT_DIFFERS: "vmapply --dry-run: there is something to do",
-    EXIT_TIMEOUT: "a wait ran out",
-    EXIT_MISSING: "unknown command, or a program is missing",
-    EXIT_INTERRUPTED: "interrupted",
-}
-
-
-def roff(text: str) -> str:
-    """`text` for the page, as it is; a dot at its beginning is no request."""
-    return ("\\&" if text.startswith((".", "…")) else "") + text.translate(ROFF)
-
-
-def bold(text: str) -> str:
-    return f"\\fB{roff(text)}\\fP"
-
-
-def wrapped(text: str) -> str:
-    """A paragraph of running text, in lines that stay under 80 bytes."""
-    return "\n".join(map(roff, textwrap.wrap(text, 60, break_long_words=False, break_on_hyphens=False)))
-
-
-def man_items(rows: Iterable[tuple[str, str]]) -> str:
-    """Entries of a list: each a term and what it means."""
-    return "\n".join(f".TP\n{bold(term)}\n{wrapped(text)}" for term, text in rows)
-
-
-def man_options(options: Iterable[Option]) -> str:
-    items = []
-    for option in options:
-        value = f" [{option.value}]" if option.is_optional else f" {option.value}" if option.value else ""
-        names = ", ".join(bold(name) + roff(value) for name in option.names)
-        default = f" (default: {option.default})" if option.default else ""
-        items.append(f".TP\n{names}\n{wrapped(option.help + default)}")
-    return "\n".join(items)
-
-
-def man_settings(*places: str) -> str:
-    rows = [(each.key, each.help, each.default) for each in SETTINGS if each.where in places]
-    return man_items((key, f"{help} [{default}]" if default else help) for key, help, default in rows)
-
-
-def man_usage(command: Command) -> str:
-    """How a command is called, by each of its names."""
-    names = filter(None, (command.alias, f"nocloud {command.name}"))
-    return "\n.br\n".join(f"{bold(name)} {roff(command.usage)}".rstrip() for name in names)
-
-
 def manual() -> str:
-    """The page nocloud(1)."""
-    commands = [
-        f".SS {bold(each.alias or each.name)}\n{man_usage(each)}\n.PP\n"
-        f"{wrapped(each.help[0].upper() + each.help[1:])}.\n{man_options(each.options)}".rstrip("\n")
-        for each in visible_commands()
-    ]
-    return filled(
-        "man/nocloud.man",
-        VERSION=roff(__version__),
-        DESCRIPTION_OPTIONS=man_items((each.text, each.help) for each in CLONE_OPTIONS),
-        GENERAL_OPTIONS=man_options(GENERAL_OPTIONS),
-        COMMANDS="\n".join(commands),
-        SETTINGS=man_settings("config", "both"),
-        CONF_KEYS=man_settings("vm"),
-        UNUSED_KEYS=wrapped(", ".join(each.key for each in SETTINGS if each.where == "unused") + "."),
-        EXIT_STATUSES=man_items((str(status), text) for status, text in EXIT_STATUSES.items()),
-    )
+    """The page nocloud(1); tests/docs.py has written into it what is declared here."""
+    return need_packaged("man/nocloud.man").replace("@VERSION@", __version__)
 
 
-@declare(Command("man"))
+@declare(Command("man", bare=True))
 def cmd_man(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """show the manual page; nocloud man >nocloud.1 writes it"""
-    no_more(words)
     page = manual().rstrip("\n")
     if sys.stdout.isatty() and find_program("man"):
         fd = os.memfd_create("nocloud.1", 0)
@@ -13186,8 +12888,7 @@ class HostSetup:
         self.installation.save(users=self.before.get("users") or users, groups=self.before.get("groups") or groups)
         if find_program("systemd-sysusers"):
             # It dies with us: after a kill the next call may undo it all, and it would make the user after that
-            words = ["setpriv", "--pdeathsig", "KILL", "systemd-sysusers"]
-            run([*words, f"{systemd_folder(self.installation.prefix, 'sysusers.d')}/nocloud.conf"])
+            run([*TIE, "systemd-sysusers", f"{systemd_folder(self.installation.prefix, 'sysusers.d')}/nocloud.conf"])
         elif groups:
             run(["groupadd", "--system", KVM_GROUP])
 
@@ -13197,8 +12898,6 @@ class HostSetup:
                 status, said = try_run([program, name], 30)
                 if status and "does not exist" not in said:
                     report.warn(f"{program} {name}: {last_line(said)}")
-
-    # qemu's bridge helper
 
     def allow_helper(self) -> str:
         """Let members of kvm use it, where it is nobody's yet; what was done."""
@@ -13255,8 +12954,6 @@ class HostSetup:
         if os.path.dirname(self.acl) in self.before.get("made", ()):
             remove_empty(os.path.dirname(self.acl))
 
-    # modules, units
-
     def load_modules(self, modules: Sequence[str]) -> str:
         status, said = try_run(["modprobe", "-a", *modules], 60) if modules else (-1, "")
         if said:
@@ -13274,14 +12971,6 @@ class HostSetup:
             systemctl("restart", *SYSTEMD_UNITS[1:])  # they may be another version's
         return f"{', '.join(SYSTEMD_UNITS)}: run, now and from each boot on"
 
-    def membership(self) -> str:
-        """What who called sudo has to do to have VMs on the bridge, or ''."""
-        user, helper = os.environ.get("SUDO_USER", "root"), os.stat(HostBridge(self.config).helper())
-        groups = os.getgrouplist(user, pwd.getpwnam(user).pw_gid)
-        if user == "root" or helper.st_mode & stat.S_IXOTH or helper.st_gid in groups:
-            return ""
-        return f"for VMs on the bridge {user} has to be in a group: {group_command(helper.st_gid, user)}"
-
 
 def rewrite(path: str, text: str) -> None:
     """Change a file of the host's, keeping its owner and mode, and through a symlink."""
@@ -13290,9 +12979,6 @@ def rewrite(path: str, text: str) -> None:
     write_file(path, text, stat.S_IMODE(info.st_mode) if info else 0o644)
     if info:
         os.chown(path, info.st_uid, info.st_gid)
-
-
-# -- all of it
 
 
 def installed_config(installation: Installation) -> Config:
@@ -13351,7 +13037,7 @@ def install(installation: Installation, only_look: bool) -> None:
         setup = HostSetup(installation, installed_config(installation))
         setup.make_accounts()
         said += [setup.allow_helper(), setup.allow_bridge(), setup.load_modules(modules), subnet, setup.start_units()]
-        said += [setup.membership(), "nocloud doctor looks whether all is well"]
+        said += ["nocloud doctor, called by who is to run VMs, looks whether all is well"]
     for line in (f"nocloud {__version__} is in {installation.real(installation.prefix)}", *filter(None, said)):
         report.say(line)
 
@@ -13363,7 +13049,11 @@ def undo_installation(installation: Installation) -> None:
         report.say(f"nothing is installed in {place}")
         return
     if not installation.root:
-        check_nothing_runs()
+        units, ours = active_groups(), [each for each in qemus() if each.is_ours and each.folder]  # whoever's they are
+        running = [f"{'/'.join(each.folder.split('/')[-3:])} of {user_name(each.uid)}" for each in ours]
+        if units or running:
+            stop = f"systemctl stop {' '.join(units)}" if units else "vmstop -g GROUP stops a group and keeps it"
+            raise WrongState(f"VMs are running: {', '.join((*units, *sorted(running)))}; nothing was changed", stop)
         setup = HostSetup(installation, installed_config(installation))
         if systemd_runs():
             # systemctl lists only the template that groups' units are instances of
@@ -13384,20 +13074,8 @@ def undo_installation(installation: Installation) -> None:
         report.say(f"kept: {path}, which was changed")
 
 
-def check_nothing_runs() -> None:
-    """Raise WrongState, naming them, where VMs or groups run, whoever's they are."""
-    units, ours = active_groups(), [each for each in qemus() if each.is_ours and each.folder]
-    running = [f"{'/'.join(each.folder.split('/')[-3:])} of {user_name(each.uid)}" for each in ours]
-    if units or running:
-        stop = f"systemctl stop {' '.join(units)}" if units else "vmstop -g GROUP stops a group and keeps it"
-        raise WrongState(f"VMs are running: {', '.join((*units, *sorted(running)))}; nothing was changed", stop)
-
-
-# -- the command
-
-
 @declare(
-    Command("setup", hidden=True),
+    Command("setup", hidden=True, bare=True),
     Option("--prefix FOLDER", "where to; by default where this program is installed, else /usr/local"),
     Option("--destdir FOLDER", "for packaging: only the files, and all of them below this folder"),
     Option("--check", "only look whether it could be done"),
@@ -13426,9 +13104,8 @@ def at_boot(config: Config, args: argparse.Namespace, words: Sequence[str], want
     """Have systemd run a group, now and from each boot on, or no more; by a unit of ours where none is installed."""
     tree, user = Tree(config), ["--user"] if args.user or os.geteuid() else []
     group = checked_group(tree.group_called(one_operand(words, "GROUP")))
-    path = (
-        f"{os.path.dirname(config_home())}/systemd/user/{GROUP_UNIT}" if user else f"/etc/systemd/system/{GROUP_UNIT}"
-    )
+    folder = f"{os.path.dirname(config_home())}/systemd/user" if user else "/etc/systemd/system"
+    path = f"{folder}/{GROUP_UNIT}"
 
     def call(*words: str) -> None:
         status, said = try_run(["systemctl", *user, *words], 330)  # more than the unit's own
@@ -13440,7 +13117,7 @@ def at_boot(config: Config, args: argparse.Namespace, words: Sequence[str], want
     is_ours = read_existing(path).startswith(OUR_UNIT)
     if not wanted:
         call("disable", "--now", f"nocloud@{group}")
-        if is_ours and not glob.glob(f"{glob.escape(os.path.dirname(path))}/*.wants/nocloud@*.service"):
+        if is_ours and not glob.glob(f"{glob.escape(folder)}/*.wants/nocloud@*.service"):
             remove_file(path)
             call("daemon-reload")
         return
@@ -13449,7 +13126,7 @@ def at_boot(config: Config, args: argparse.Namespace, words: Sequence[str], want
         program = " ".join(self_argv())
         if not re.fullmatch(rf"[\w/.+@:-]+ {' '.join(PYTHON_OPTIONS)} [\w/.+@:-]+", program):
             raise Error(f"{program}: such a path can't stand in a unit", "move the program to a simpler one")
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
         unit = need_packaged(GROUP_UNIT, "systemd").replace("@BINDIR@/nocloud", program)
         write_file(path, OUR_UNIT + unit, 0o644)
         call("daemon-reload")
@@ -13462,13 +13139,13 @@ def at_boot(config: Config, args: argparse.Namespace, words: Sequence[str], want
         report.warn(f"{key} of this shell is not known there; the configuration file may say it")
 
 
-@declare(Command("enable", operands="GROUP", complete=("group",)), OF_USER)
+@declare(Command("enable", operands="GROUP", complete=("group",), bare=True), OF_USER)
 def cmd_enable(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """run a group from now on, and from each boot on"""
     at_boot(config, args, words, True)
 
 
-@declare(Command("disable", operands="GROUP", complete=("group",)), OF_USER)
+@declare(Command("disable", operands="GROUP", complete=("group",), bare=True), OF_USER)
 def cmd_disable(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """shut a group's VMs down, keep them, and run them no more at boot"""
     at_boot(config, args, words, False)
@@ -13477,20 +13154,6 @@ def cmd_disable(config: Config, args: argparse.Namespace, words: list[str]) -> N
 # Dispatch ############################################################################################
 #
 # The program itself: which command is meant, what it raises, and its exit status.
-
-
-OVERVIEW = """nocloud: a mini-cloud on one Linux machine
-
-usage: nocloud COMMAND [options], or by the command's own name
-
-{}
-
-nocloud COMMAND -h shows a command's options."""
-
-
-def overview_row(command: Command) -> str:
-    text = f"  {command.name:<12} {command.alias:<14} {command.help}"
-    return textwrap.fill(text, terminal_width(), subsequent_indent=" " * 30, break_on_hyphens=False)
 
 
 def run_command(argv: Sequence[str]) -> int:
@@ -13505,7 +13168,11 @@ def run_command(argv: Sequence[str]) -> int:
         for word in options:
             if word not in ("-h", "--help", "--debug"):
                 raise UsageError(f"{word}: no such option", "nocloud -h lists the commands")
-        report.data(OVERVIEW.format("\n".join(map(overview_row, visible_commands()))))
+        wrap = textwrap.TextWrapper(terminal_width(), subsequent_indent=" " * 30, break_on_hyphens=False)
+        rows = [wrap.fill(f"  {each.name:<12} {each.alias:<14} {each.help}") for each in visible_commands()]
+        usage = "usage: nocloud COMMAND [options], or by the command's own name"
+        about = ("nocloud: a mini-cloud on one Linux machine", usage, "\n".join(rows))
+        report.data("\n\n".join([*about, "nocloud COMMAND -h shows a command's options."]))
         return EXIT_DONE
     report.debug = report.debug or "--debug" in options
     config = Config() if command.unconfigured else load_config()
@@ -13525,7 +13192,8 @@ def run_command(argv: Sequence[str]) -> int:
     if not command.operands:
         free = {each.names[0] for each in command.options if getattr(args, each.names[-1][2:], None) is None}
         no_more(operands, next((f"{report.program} {way}" for way in ("-n", "-g") if way in free), ""))
-    status: int | None = command.function(config, args, operands)
+    with contextlib.nullcontext(config) if command.bare or command.unconfigured else Cloud(config) as what:
+        status: int | None = command.function(what, args, operands)
     return status or EXIT_DONE
 
 

@@ -305,7 +305,7 @@ def test_unknown_commands(cloud: Cloud) -> None:
         ("down", "vmstop -g GROUP, or VM"),
     ):
         cloud.run(word).says(127, f"{word}: no such command", f"here it is {ours}")
-    for ours, theirs in nocloud.ELSEWHERE.items():
+    for ours, theirs in (line.split(": ") for line in nocloud.packaged_list("elsewhere")):
         assert ours.split()[0] in nocloud.ALIASES and not {*theirs.split()} & {*nocloud.COMMANDS}, ours
     link = cloud.home / "vmnothing"
     link.symlink_to(PROGRAM)

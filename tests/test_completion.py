@@ -235,7 +235,7 @@ def test_what_is_joined_and_what_is_given_already(installed: Cloud) -> None:
     assert given_to(installed, "zsh", "vmrun", "--file=my") == ["file", "--file="]
     assert given_to(installed, "zsh", "vmrun", "-f", "my") == ["file", ""]
     groups = ["old ones", "pf", "two", "templates"]
-    assert given_to(installed, "fish", "vmstop", "-dgo") == ["", "-dg", *(f"-dg{each}\t" for each in groups)]
+    assert given_to(installed, "fish", "vmstop", "-dgo") == ["", "-dg", *(f"{each}\t" for each in groups)]
     assert given_to(installed, "bash", "vmrun -f 'a:b", "b") == ["file", "", "a:", "a:b"]
     assert given_to(installed, "bash", "vmrun --file=a:b", "b") == ["file", "", "a:", "a:b"]
     assert given_to(installed, "bash", "vmrun -fb", "-fb") == ["file", "-f", "", "b"]
@@ -296,11 +296,11 @@ def test_every_option_is_described(installed: Cloud, shell: str) -> None:
         rows = installed.run("complete", shell, "nocloud", command.name, "-").ok().lines[2:]
         options = [*command.options, *nocloud.GENERAL_OPTIONS]
         expected = {name: option.help for option in options for name in option.names}
-        found = dict(re.split(r":|\t", row, maxsplit=1) for row in rows)
+        found = dict(row.split("\t") for row in rows)
         assert found == expected
     commands = {each.name: each.help for each in nocloud.visible_commands()}
     rows = installed.run("complete", shell, "nocloud", "").ok().lines[2:]
-    assert dict(re.split(r":|\t", row, maxsplit=1) for row in rows) == commands
+    assert dict(row.split("\t") for row in rows) == commands
 
 
 FROB = """\
@@ -313,11 +313,9 @@ sys.exit(nocloud.main(['nocloud', *sys.argv[1:]]))
 
 
 def test_what_is_declared_appears_in_all_of_them(installed: Cloud) -> None:
-    """A command that no script and no page knows of is declared, and the printing asked again."""
+    """A command that no script knows of is declared, and the printing asked again."""
     for shell in SHELLS:
         assert "vmfrob" in installed.script(FROB, "completion", shell).ok().stdout.split()
-    page = installed.script(FROB, "man").ok().stdout.replace("\\-", "-")
-    assert all(word in page for word in ("vmfrob", "frob", "--knob"))
     for shell in ("zsh", "fish"):
         for words, expected in ((("vmfrob", "--k"), "knob"), (("vmfrob", "-k", ""), "west"), (("frob", ""), "two")):
             name = () if words[0] == "vmfrob" else ("nocloud",)

@@ -103,6 +103,8 @@ def test_bad_names_are_refused(cloud: Cloud, iso: Path) -> None:
 def test_one_that_does_not_start_leaves_nothing(cloud: Cloud, iso: Path, vms: None) -> None:
     env = {"NOCLOUD_vmExtraOpts": "-device nonsense"}
     cloud.run("vmcreate", "-n", "fresh", "-m", 32, "-i", iso, env=env).fails(1, "fresh", "nonsense")
+    env = {"NOCLOUD_vmExtraOpts": "-name 'a"}
+    cloud.run("vmcreate", "-n", "fresh", "-m", 32, "-i", iso, env=env).fails(2, "fresh", "vmExtraOpts", "'a")
     assert not (cloud.base / "templates" / "fresh").exists()
 
 

@@ -6,7 +6,7 @@ import os
 import re
 
 import pytest
-from docs import README, tables, written
+from docs import MANUAL, README, lists, tables, written, written_page
 from support import ROOT
 
 import nocloud
@@ -15,6 +15,11 @@ import nocloud
 @pytest.mark.parametrize("name", tables())
 def test_the_tables_are_those_that_make_docs_writes(name: str) -> None:
     assert f"<!-- {name} -->\n\n{tables()[name]}\n\n<!-- end -->" in README.read_text(), "make docs writes them"
+
+
+@pytest.mark.parametrize("name", lists())
+def test_the_manuals_lists_are_those_that_make_docs_writes(name: str) -> None:
+    assert f'\n.\\" {name}\n{lists()[name]}\n.\\" end\n' in MANUAL.read_text(), "make docs writes them"
 
 
 def test_make_docs_mends_what_was_changed_by_hand() -> None:
@@ -26,6 +31,11 @@ def test_make_docs_mends_what_was_changed_by_hand() -> None:
         assert written(changed) == text
     with pytest.raises(KeyError, match="nothing"):
         written(text + "<!-- nothing -->\n<!-- end -->\n")
+    page = MANUAL.read_text()
+    assert page.count("\nprocessors\n") >= 1
+    assert written_page(page.replace("\nprocessors\n", "\n")) == written_page(page) == page
+    with pytest.raises(KeyError, match="NOTHING"):
+        written_page(page + '.\\" NOTHING\n.\\" end\n')
 
 
 def test_what_is_declared_is_in_the_tables() -> None:

@@ -693,18 +693,6 @@ def test_the_helpers_list(room: Room) -> None:
     well(room.run, "bridge-conf")
 
 
-def test_leases_that_may_not_be_read(room: Room) -> None:
-    leases = room.cloud.home / "leases" / "dnsmasq.leases"
-    leases.parent.mkdir()
-    leases.touch(0o600)
-    env = {"NOCLOUD_bridgeLeases": str(leases)}
-    room.root(ill(room.run, "leases", "warning", "may not read", env=env))
-    well(room.run, "leases", env=env)
-    leases.parent.chmod(0o750)
-    room.root(ill(room.run, "leases", "warning", "may not read", env=env))
-    well(room.run, "leases", env=env)
-
-
 def test_who_may_publish_on_the_bridge(room: Room) -> None:
     """The folders are root's and the group's, as `net up` makes them."""
     room.root(

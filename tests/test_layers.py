@@ -271,7 +271,7 @@ DNF = ["dnf upgrade", "dnf all"]
 SYSTEMS = {
     "debian": ('ID=debian\nPRETTY_NAME="Debian GNU/Linux 12 (bookworm)"\n', "", APT),
     "mint": ('ID=linuxmint\nID_LIKE="ubuntu debian"\n', "", APT),
-    "a failure": ("ID=ubuntu\n", "apt-get\\ *dist-upgrade) exit 100", APT[:2]),
+    "a failure": ("ID=ubuntu\nID_LIKE=debian\n", "apt-get\\ *dist-upgrade) exit 100", APT[:2]),
     "no archive": ("ID=debian\n", "apt-get\\ *update) exit 100", APT[:1]),
     "arch": ("ID=arch\n", "", ["pacman archlinux-keyring", "pacman --noconfirm", "rm"]),
     "fedora": ("NAME='Fedora Linux'\nID=fedora\n", "", DNF),

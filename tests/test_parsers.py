@@ -170,6 +170,7 @@ ELSEWHERE = {
     "open": "test_a_server_that_sends_us_nowhere",
     "check_frozen": "test_a_manifest_that_is_garbage",
     "read_manifest": "test_a_manifest_that_is_garbage",
+    "describe_machine": "test_one_that_does_not_start_leaves_nothing",
 }
 
 

@@ -14,9 +14,9 @@ function __nocloud_complete
     if test -n "$answer[1]" # files are fish's own way, behind a command that it knows nothing of
         set -l files (complete -C "'' "(string sub -s (math 1 + (string length -- "$answer[2]")) -- $word))
         test $answer[1] = folder; and set files (string match -r '.*/$' -- $files)
-        set -a answer $answer[2]$files
+        set -a answer $files
     end
-    test (count $answer) -gt 2; and string join -- \n $answer[3..-1]
+    test (count $answer) -gt 2; and string join -- \n $answer[2]$answer[3..-1]
 end
 
 for name in @NAMES@
