@@ -2660,10 +2660,11 @@ def guest_state(vm: VM) -> str:
 # -- acceleration
 
 
-def choose_accel(wanted: str) -> str:
-    """kvm or tcg.  Where /dev/kvm opens but the CPU shows neither vmx nor svm, stock guests hang.  Raises Error where
-    kvm is asked for and isn't to be had."""
+def choose_accel(wanted: str, qemu: Qemu) -> str:
+    """kvm or tcg.  Raises Error where kvm is asked for and isn't to be had."""
     reason, mend = kvm_missing() if wanted != "tcg" else ("", "")
+    if wanted != "tcg" and not reason:
+        reason, mend = kvm_failure(qemu)
     if reason and wanted == "kvm":
         raise Error(f"vmAccel=kvm: {reason}", f"{mend}; vmAccel=auto goes on without, slowly")
     return "tcg" if reason or wanted == "tcg" else "kvm"
@@ -2686,6 +2687,30 @@ def kvm_missing() -> tuple[str, str]:
     if "flags" in words and not KVM_MODULES.keys() & words:  # x86's word for them; some kernels list none
         return "the processor shows neither vmx nor svm (no nested virtualization here)", mend
     return "", ""
+
+
+def kvm_failure(qemu: Qemu, anew: bool = False) -> tuple[str, str]:
+    """(why no guest runs though /dev/kvm opens, what may mend that), or ('', '').  What a try showed is kept for this
+    kernel and this qemu, a failure for an hour only: the host may just have been too busy.  `anew`: it is tried now."""
+    path, mend = os.path.join(cache_home(), "kvm"), "a newer kernel or qemu, here or under this machine, may mend that"
+    host, (was, _, reason) = f"{os.uname().release} {qemu.path} {qemu.version}", read_existing(path).partition("\n")
+    if anew or was != host or (reason and time.time() - os.stat(path).st_mtime > 3600):
+        reason = try_kvm(qemu)
+        with contextlib.suppress(OSError):  # a home that is read-only: it is tried each time
+            if was or not anew:  # who only looks makes no file
+                make_private_folder(cache_home())
+                write_file(path, f"{host}\n{reason}", durable=False)
+    return reason, reason and mend
+
+
+def try_kvm(qemu: Qemu) -> str:
+    """Why a guest with nothing to do gets nowhere within 2 s, or ''.  SeaBIOS finds no disk, and resets at once
+    (qemu(1), -boot reboot-timeout), which ends qemu."""
+    words = ["-nodefaults", "-no-user-config", "-display", "none", "-machine", qemu.machine, "-m", "64"]
+    words += ["-accel", "kvm", "-cpu", "host", "-no-reboot", "-boot", "reboot-timeout=0"]
+    status, said = try_run([qemu.path, *words], 2)
+    lines = [line for line in said.splitlines() if "warning:" not in line]
+    return f"a guest does not run with it: {lines[0] if lines else f'status {status}'}" if status else ""
 
 
 def device_denied(path: str) -> str:
@@ -7308,7 +7333,7 @@ class Cloud:
     @functools.cache
     def accel(self, wanted: str) -> str:
         """kvm or tcg, for a vmAccel; said once where it is tcg though nobody asked for it."""
-        accel = choose_accel(wanted)
+        accel = choose_accel(wanted, self.qemu())
         if accel != wanted and accel == "tcg":
             report.warn("no hardware acceleration, guests will be slow (nocloud doctor acceleration says why)")
         return accel
@@ -11000,10 +11025,12 @@ def examine_qemu(patient: Patient) -> str:
 
 
 def examine_acceleration(patient: Patient) -> str:
-    reason, mend = kvm_missing()
     wanted = patient.config["vmAccel"]
     if wanted == "tcg":
         return "software emulation, as vmAccel=tcg asks for"
+    reason, mend = kvm_missing()
+    if not reason:
+        reason, mend = kvm_failure(patient.cloud.qemu(), anew=True)
     if reason:
         text = f"no hardware acceleration, guests will be slow: {reason}"
         patient.tell(WRONG if wanted == "kvm" else WARNING, text, mend)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -254,11 +256,69 @@ def test_a_program_that_is_no_qemu(cloud: Cloud, reply: str) -> None:
 # Acceleration ########################################################################################
 
 
-def test_tcg_is_said_only_where_it_was_not_asked_for() -> None:
-    assert nocloud.choose_accel("tcg") == "tcg"
+def trier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> nocloud.Qemu:
+    """A qemu that does this when it is tried with KVM, and notes that."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "qemu").write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/tries\n{script}\n')
+    (tmp_path / "qemu").chmod(0o755)
+    return nocloud.Qemu(str(tmp_path / "qemu"), "7.2.0", "pc-q35-7.2", frozenset())
+
+
+def tries(tmp_path: Path) -> int:
+    return (tmp_path / "tries").read_text().count("-accel kvm -cpu host")
+
+
+def test_tcg_is_said_only_where_it_was_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = trier(tmp_path, monkeypatch, "exit 0")
+    assert nocloud.choose_accel("tcg", tool) == "tcg"
     reason, _ = nocloud.kvm_missing()
-    assert nocloud.choose_accel("auto") == ("tcg" if reason else "kvm")
+    assert nocloud.choose_accel("auto", tool) == ("tcg" if reason else "kvm")
     if reason:
         with pytest.raises(nocloud.Error, match="vmAccel=kvm") as caught:
-            nocloud.choose_accel("kvm")
+            nocloud.choose_accel("kvm", tool)
         assert reason in caught.value.text and "vmAccel=auto" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        ("exit 0", ""),
+        ("echo qemu: warning: odd; echo 'qemu: error: no MSR 0x10a'; echo more; kill -ABRT $$", "no MSR 0x10a"),
+        ("exit 1", "status 1"),
+        ("exec sleep 60", "no end after 2 s"),
+    ],
+)
+def test_kvm_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, told: str) -> None:
+    """What opens may be useless: the answer is kept for this kernel and this qemu; a failure doesn't stay for good."""
+    tool = trier(tmp_path, monkeypatch, script)
+    assert told in nocloud.kvm_failure(tool, anew=True)[0] and not (tmp_path / "cache").exists()
+    (tmp_path / "tries").unlink()
+    reason, mend = nocloud.kvm_failure(tool)
+    assert told in reason and bool(reason) == bool(mend) == bool(told)
+    assert nocloud.kvm_failure(tool) == (reason, mend) and tries(tmp_path) == 1
+    (tmp_path / "qemu").write_text((tmp_path / "qemu").read_text().rpartition("\n" + script)[0] + "\nexit 0\n")
+    later = nocloud.Qemu(tool.path, "7.2.1", tool.machine, tool.options)
+    assert nocloud.kvm_failure(later) == ("", "") and tries(tmp_path) == 2
+    kept = tmp_path / "cache/nocloud/kvm"
+    for age, reason in ((3000, "old"), (4000, "")):
+        kept.write_text(kept.read_text().partition("\n")[0] + "\nold")
+        os.utime(kept, (time.time() - age,) * 2)
+        assert nocloud.kvm_failure(later)[0] == reason
+    assert nocloud.kvm_failure(later, anew=True) == ("", "") and tries(tmp_path) == 4
+
+
+def test_firmware_alone_ends_the_try(tmp_path: Path) -> None:
+    """The guest that is tried, emulated: it is at its end long before the try is."""
+    script = tmp_path / "qemu"
+    script.write_text('#!/bin/sh\nexec qemu-system-x86_64 $(echo "$@" | sed "s/-accel kvm -cpu host/-accel tcg/")\n')
+    script.chmod(0o755)
+    assert nocloud.try_kvm(nocloud.Qemu(str(script), "7.2.0", "q35", frozenset())) == ""
+
+
+def test_a_guest_is_emulated_where_kvm_only_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if nocloud.kvm_missing()[0]:
+        monkeypatch.setattr(nocloud, "kvm_missing", lambda: ("", ""))
+    tool = trier(tmp_path, monkeypatch, "echo no MSR; exit 1")
+    assert nocloud.choose_accel("auto", tool) == "tcg"
+    with pytest.raises(nocloud.Error, match="vmAccel=kvm: a guest does not run with it: no MSR"):
+        nocloud.choose_accel("kvm", tool)
