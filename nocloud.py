@@ -2661,12 +2661,12 @@ def guest_state(vm: VM) -> str:
 
 
 def choose_accel(wanted: str, qemu: Qemu) -> str:
-    """kvm or tcg.  Raises Error where kvm is asked for and isn't to be had."""
+    """kvm or tcg.  Raises Error where kvm is asked for and isn't to be had; that it works is the asker's word then."""
     reason, mend = kvm_missing() if wanted != "tcg" else ("", "")
-    if wanted != "tcg" and not reason:
-        reason, mend = kvm_failure(qemu)
     if reason and wanted == "kvm":
         raise Error(f"vmAccel=kvm: {reason}", f"{mend}; vmAccel=auto goes on without, slowly")
+    if wanted == "auto" and not reason:
+        reason, _ = kvm_failure(qemu)
     return "tcg" if reason or wanted == "tcg" else "kvm"
 
 
@@ -2692,7 +2692,7 @@ def kvm_missing() -> tuple[str, str]:
 def kvm_failure(qemu: Qemu, anew: bool = False) -> tuple[str, str]:
     """(why no guest runs though /dev/kvm opens, what may mend that), or ('', '').  What a try showed is kept for this
     kernel and this qemu, a failure for an hour only: the host may just have been too busy.  `anew`: it is tried now."""
-    path, mend = os.path.join(cache_home(), "kvm"), "a newer kernel or qemu, here or under this machine, may mend that"
+    path, mend = os.path.join(cache_home(), "kvm"), "a newer kernel or qemu may mend that; vmAccel=kvm uses it anyway"
     host, (was, _, reason) = f"{os.uname().release} {qemu.path} {qemu.version}", read_existing(path).partition("\n")
     if anew or was != host or (reason and time.time() - os.stat(path).st_mtime > 3600):
         reason = try_kvm(qemu)

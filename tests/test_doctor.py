@@ -628,7 +628,7 @@ def test_hardware_acceleration(room: Room) -> None:
     well(room.run, "acceleration")
     assert "kvm" in room.run("doctor", "acceleration").stdout.lower()
     qemu.unlink()  # the real one, given a device that is no KVM
-    assert "kernel or qemu" in ill(room.run, "acceleration", "warning", "a guest does not run with it: ")
+    assert "vmAccel=kvm" in ill(room.run, "acceleration", "warning", "a guest does not run with it: ")
 
 
 def test_a_processor_without_virtualization(room: Room) -> None:
