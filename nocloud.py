@@ -791,6 +791,9 @@ SECONDS = whole_number(0, 86400, "seconds")
 CLONE_COUNT = whole_number(1, 1000)
 INIT_KINDS = ("auto", "systemd", "cloud-init", "ssh", "none")
 INIT_KIND = one_of(*INIT_KINDS)
+# As the kernel and qemu call architectures, as Debian calls them, and qemu's machine for them.
+ARCHES = {"x86_64": ("amd64", "q35"), "aarch64": ("arm64", "virt")}
+ARCH = one_of(*ARCHES)
 NETWORK_KIND = one_of("auto", "bridge", "private")
 
 SETTINGS = (
@@ -846,6 +849,7 @@ SETTINGS = (
     Setting("vmInit", INIT_KIND, "ssh", "vm", "how hostname and keys get into it", inherited=True),
     Setting("vmMachine", MACHINE_TYPE, "", "vm", "qemu's machine type; none: pc, as the bash tools ran it",
             inherited=True),
+    Setting("vmArch", ARCH, "x86_64", "vm", "its processor's architecture: x86_64 or aarch64", inherited=True),
     Setting("vmLayout", one_of("1", "2"), "1", "vm", "which devices it has besides; those that had fewer keep theirs"),
     Setting("vmBalloon", yes_no, "yes", "vm", "yes: memory that it has no use for goes back to the host"),
     Setting("vmCold", yes_no, "no", "both", "yes: it boots at its first start, too", harmless=True),
@@ -2577,14 +2581,17 @@ class Qemu:
 
     path: str
     version: str
-    machine: str  # the versioned name of its newest q35
+    machine: str  # the versioned name of its newest q35, or virt
     options: frozenset[str]
+    arch: str = "x86_64"  # of its guests
 
 
-def probe_qemu(config: Config) -> Qemu:
-    """What the qemu program for this machine is and has; RHEL and kin keep theirs in /usr/libexec."""
-    usual = (f"qemu-system-{os.uname().machine}", "/usr/libexec/qemu-kvm")
-    path = need_program(config["vmQemu"] or next(filter(find_program, usual), usual[0]))
+def probe_qemu(config: Config, arch: str) -> Qemu:
+    """What the qemu program for an architecture is and has; RHEL and kin keep the host's in /usr/libexec."""
+    usual, configured = [f"qemu-system-{arch}"], ""
+    if arch == os.uname().machine:
+        usual, configured = [*usual, "/usr/libexec/qemu-kvm"], config["vmQemu"]
+    path = need_program(configured or next(filter(find_program, usual), usual[0]))
     asked = ["qmp_capabilities", "query-version", "query-machines", "query-command-line-options", "quit"]
     words = "".join(json.dumps({"execute": name, "id": name}) + "\n" for name in asked)
     argv = [path, "-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-qmp", "stdio"]
@@ -2594,7 +2601,8 @@ def probe_qemu(config: Config) -> Qemu:
         replies = {message.get("id"): message["return"] for message in messages if "return" in message}
         number = replies["query-version"]["qemu"]
         release = (number["major"], number["minor"], number["micro"])
-        machine = next((each["name"] for each in replies["query-machines"] if each.get("alias") == "q35"), "q35")
+        _, kind = ARCHES.get(arch, ("", "virt"))
+        machine = next((each["name"] for each in replies["query-machines"] if each.get("alias") == kind), kind)
         options = frozenset(each["option"] for each in replies["query-command-line-options"])
     except (QMPError, KeyError, TypeError):
         raise Error(f"{path}: it doesn't answer as qemu does: {last_line(answer.stderr + answer.stdout)}") from None
@@ -2602,7 +2610,7 @@ def probe_qemu(config: Config) -> Qemu:
     if release < (6, 2):
         hint = f"{install_command(os.path.basename(path))}  # or set vmQemu to a newer one"
         raise Error(f"{path}: qemu {version} is too old: 6.2 or newer is needed", hint)
-    return Qemu(path, version, machine, options)
+    return Qemu(path, version, machine, options, arch)
 
 
 def connect_qemu(vm: VM, seconds: float = 5.0) -> QMP:
@@ -2662,7 +2670,7 @@ def guest_state(vm: VM) -> str:
 
 def choose_accel(wanted: str, qemu: Qemu) -> str:
     """kvm or tcg.  Raises Error where kvm is asked for and isn't to be had; that it works is the asker's word then."""
-    reason, mend = kvm_missing() if wanted != "tcg" else ("", "")
+    reason, mend = kvm_missing(qemu.arch) if wanted != "tcg" else ("", "")
     if reason and wanted == "kvm":
         raise Error(f"vmAccel=kvm: {reason}", f"{mend}; vmAccel=auto goes on without, slowly")
     if wanted == "auto" and not reason:
@@ -2673,8 +2681,10 @@ def choose_accel(wanted: str, qemu: Qemu) -> str:
 KVM_MODULES = {"vmx": "kvm_intel", "svm": "kvm_amd"}  # by the processor's flag
 
 
-def kvm_missing() -> tuple[str, str]:
-    """(why there is no hardware acceleration, what mends that); ('', '') where there is."""
+def kvm_missing(arch: str = "") -> tuple[str, str]:
+    """(why there is no hardware acceleration for guests, what mends that); ('', '') where there is."""
+    if arch not in ("", os.uname().machine):
+        return f"guests for {arch} are emulated on {os.uname().machine}", f"a host that is {arch} has it"
     words = read_text("/proc/cpuinfo").split()
     mend = next((f"sudo modprobe {module}" for flag, module in KVM_MODULES.items() if flag in words), "")
     if not mend and "hypervisor" in words:
@@ -2703,11 +2713,22 @@ def kvm_failure(qemu: Qemu, anew: bool = False) -> tuple[str, str]:
     return reason, reason and mend
 
 
+# Guests that end their qemu at once.  SeaBIOS finds no disk, and resets (qemu(1), -boot reboot-timeout).  On arm64
+# three instructions in memory, `mov w0, 0x8; movk w0, 0x8400, lsl 16; hvc 0`, call PSCI's SYSTEM_OFF (Arm DEN0022).
+KVM_TRIES = {
+    "x86_64": ["-boot", "reboot-timeout=0"],
+    "aarch64": [
+        "-device", "loader,addr=0x40200000,data=0x72b0800052800100,data-len=8",
+        "-device", "loader,addr=0x40200008,data=0xd4000002,data-len=4",
+        "-device", "loader,addr=0x40200000,cpu-num=0",
+    ],
+}  # fmt: skip
+
+
 def try_kvm(qemu: Qemu) -> str:
-    """Why a guest with nothing to do gets nowhere within 2 s, or ''.  SeaBIOS finds no disk, and resets at once
-    (qemu(1), -boot reboot-timeout), which ends qemu."""
+    """Why a guest with nothing to do gets nowhere within 2 s, or ''."""
     words = ["-nodefaults", "-no-user-config", "-display", "none", "-machine", qemu.machine, "-m", "64"]
-    words += ["-accel", "kvm", "-cpu", "host", "-no-reboot", "-boot", "reboot-timeout=0"]
+    words += ["-accel", "kvm", "-cpu", "host", "-no-reboot", *KVM_TRIES.get(qemu.arch, ())]
     status, said = try_run([qemu.path, *words], 2)
     lines = [line for line in said.splitlines() if "warning:" not in line]
     return f"a guest does not run with it: {lines[0] if lines else f'status {status}'}" if status else ""
@@ -2819,15 +2840,16 @@ def qemu_argv(machine: Machine, tap: int, vhost: int = -1, shares: Sequence[int]
 
 def machine_args(machine: Machine) -> list[str]:
     """-name comes first: it is what one looks for in ps.  The VGA stays without a screen, too: Debian's boot loader
-    hangs without one."""
+    hangs without one; arm64 has another, for its caches and VGA's memory don't go together."""
+    arm = machine.qemu.arch == "aarch64"
     sandbox = ["-sandbox", SANDBOX] if "sandbox" in machine.qemu.options else []
     return [
         "-name", f"guest={comma(machine.name)}",
         "-nodefaults", "-no-user-config",
-        "-machine", machine.settings["vmMachine"] or LEGACY_MACHINE,
+        "-machine", (machine.settings["vmMachine"] or LEGACY_MACHINE) + (",gic-version=max" if arm else ""),
         "-m", f"{machine.settings['vmMem']}M",
         "-uuid", machine.settings["vmUuid"],
-        "-vga", "none", "-device", f"VGA,addr={PCI_SLOTS['vga']:#x}",
+        "-vga", "none", "-device", f"{'virtio-gpu-pci' if arm else 'VGA'},addr={PCI_SLOTS['vga']:#x}",
         "-display", "none",
         "-rtc", "base=utc",
         *sandbox,
@@ -2839,7 +2861,9 @@ def cpu_args(machine: Machine) -> list[str]:
     smp = ["-smp", f"{cpus},sockets=1,cores={cpus},threads=1"]
     if machine.accel == "kvm":
         return ["-accel", "kvm", "-cpu", "host", *smp]
-    return ["-accel", "tcg,thread=multi", "-cpu", "max", *smp]
+    # Arm's own way to sign pointers takes long when it is emulated.
+    signing = ",pauth-impdef=on" if machine.qemu.arch == "aarch64" else ""
+    return ["-accel", "tcg,thread=multi", "-cpu", f"max{signing}", *smp]
 
 
 def firmware_args(machine: Machine) -> list[str]:
@@ -2879,13 +2903,15 @@ def iso_args(machine: Machine) -> list[str]:
 
     ide-cd on the controller that the machine has anyway (q35: AHCI, pc: PIIX3's IDE; both call its first bus ide.0):
     SeaBIOS boots from it, and it is the one drive that every installer's kernel finds.  A scsi-cd needs virtio_scsi,
-    which older installers lack; on virtio-blk, or as a USB stick, many look for no CD at all.
+    which older installers lack; on virtio-blk, or as a USB stick, many look for no CD at all.  arm64's virt has no IDE.
     """
     if not machine.iso:
         return []
+    arm, scsi = machine.qemu.arch == "aarch64", f"virtio-scsi-pci,id=scsi0,addr={PCI_SLOTS['seed']:#x}"
     return [
         "-blockdev", f"driver=raw,node-name=iso,read-only=on,file.driver=file,file.filename={comma(machine.iso)}",
-        "-device", "ide-cd,drive=iso,bus=ide.0,bootindex=0",
+        *(["-device", scsi] if arm else []),
+        "-device", f"{'scsi-cd,bus=scsi0.0' if arm else 'ide-cd,bus=ide.0'},drive=iso,bootindex=0",
     ]  # fmt: skip
 
 
@@ -3006,7 +3032,8 @@ def screen_args(machine: Machine) -> list[str]:
     if not machine.screen:
         return []
     tablet = ["-device", f"qemu-xhci,id=usb0,addr={PCI_SLOTS['usb']:#x}", "-device", "usb-tablet,bus=usb0.0"]
-    return [*SCREENS[machine.screen], *tablet]
+    keys = ["-device", "usb-kbd,bus=usb0.0"] if machine.qemu.arch == "aarch64" else []  # x86 has PS/2's
+    return [*SCREENS[machine.screen], *tablet, *keys]
 
 
 def choose_screen(qemu: Qemu) -> str:
@@ -5655,7 +5682,7 @@ def checksum_text(text: str) -> str:
 ENTRY_KEYS: dict[str, Callable[[str], object]] = {
     "title": str,
     "kind": one_of("cloud", "classic"),
-    "arch": one_of("x86_64"),
+    "arch": ARCH,
     "image": lambda text: [web_address(word) for word in text.split() or [text]],
     "checksums": str,
     "algorithm": one_of("sha512", "sha256", "md5"),
@@ -5727,14 +5754,17 @@ class Catalogue:
         start = max(filter(url.startswith, self.mirrors), key=len, default="")
         return self.mirrors[start] + url[len(start) :] if start else url
 
-    def need(self, name: str) -> Entry:
+    def need(self, name: str, arch: str = "") -> Entry:
+        """The entry of that name; NAME-arm64 where that is for this machine's architecture, or the one asked for."""
         checked_name("template", name)
         if name not in self.entries:
             hint = did_you_mean(name, self.entries, "vmtemplate --list --available shows what there is")
             raise NotFound(f"{name}: not in the catalogue", hint)
-        entry = self.entries[name]
-        if entry["arch"] != os.uname().machine:
-            raise Error(f"{name}: is for {entry['arch']}, and this machine is {os.uname().machine}")
+        entry, wanted = self.entries[name], arch or os.uname().machine
+        if entry["arch"] != wanted:
+            entry = self.entries.get(f"{name}-{ARCHES.get(wanted, [''])[0]}", entry)
+        if arch not in ("", entry["arch"]):
+            raise NotFound(f"{name}: not in the catalogue for {arch}", f"it is there for {entry['arch']}")
         return entry
 
 
@@ -6418,14 +6448,16 @@ def import_image(new: NewTemplate, path: str, shown: str = "") -> None:
 
 
 def asked_settings(given: Mapping[str, Any] | Entry) -> dict[str, str]:
-    """What options, or lines of the catalogue, say of mem, cpu, user and init, as settings."""
-    return {f"vm{name.capitalize()}": str(given[name]) for name in ("mem", "cpu", "user", "init") if given[name]}
+    """What options, or lines of the catalogue, say of these, as settings."""
+    names = ("mem", "cpu", "user", "init", "arch")
+    return {f"vm{name.capitalize()}": str(given[name]) for name in names if given[name]}
 
 
 def template_settings(cloud: Cloud, asked: Mapping[str, str]) -> dict[str, str]:
     """What a new template's clones start with: `asked`, else what is configured."""
     configured = {key: cloud.config[key] for key in ("vmMem", "vmCpu", "vmUser")}
-    return {**configured, "vmInit": "auto", "vmMachine": cloud.qemu().machine, **asked}
+    arch = asked.get("vmArch") or os.uname().machine
+    return {**configured, "vmInit": "auto", "vmArch": arch, "vmMachine": cloud.qemu(arch).machine, **asked}
 
 
 def template_from_image(cloud: Cloud, name: str, path: str, settings: Mapping[str, str], expected: str = "") -> VM:
@@ -6474,7 +6506,7 @@ def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, str], t
     """Download what the catalogue has under that name; `asked` are the settings of the command line.  `take_over`,
     given a NewTemplate and a `key`, plants the user's keys in a classic image, which that key opens."""
     catalogue = load_catalogue()
-    entry = catalogue.need(name)
+    entry = catalogue.need(name, asked.get("vmArch", ""))
     check_new_template(cloud.tree, name)
     source = resolve(catalogue, entry, Web(cloud.config.number("vmDownloadTimeout")))
     settings, first_start = entry_settings(cloud, entry, asked, source), None
@@ -7326,24 +7358,30 @@ class Cloud:
         self.forwarders = {kind: Forwarder(self.tree, network) for kind, network in self.networks.items()}
 
     @functools.cache
-    def qemu(self) -> Qemu:
-        """The qemu binary, probed once."""
-        return probe_qemu(self.config)
+    def qemu(self, arch: str) -> Qemu:
+        """The qemu binary for guests of an architecture, probed once."""
+        return probe_qemu(self.config, arch)
 
     @functools.cache
-    def accel(self, wanted: str) -> str:
+    def accel(self, wanted: str, arch: str) -> str:
         """kvm or tcg, for a vmAccel; said once where it is tcg though nobody asked for it."""
-        accel = choose_accel(wanted, self.qemu())
+        accel = choose_accel(wanted, self.qemu(arch))
         if accel != wanted and accel == "tcg":
-            report.warn("no hardware acceleration, guests will be slow (nocloud doctor acceleration says why)")
+            why = "nocloud doctor acceleration says why" if arch == os.uname().machine else f"they are for {arch}"
+            report.warn(f"no hardware acceleration, guests will be slow ({why})")
         return accel
 
+    def prepare(self, vms: Iterable[VM]) -> None:
+        """Find what runs these VMs, or clones of templates: what that says is said before there are threads."""
+        for arch in sorted({vm.get("vmArch") for vm in vms if vm.is_readable()}):
+            self.accel(self.config["vmAccel"], arch)
+
     @functools.cache
-    def screen(self) -> str:
+    def screen(self, arch: str) -> str:
         """What shows the screens, one of SCREENS; '', and said once, where the qemu binary has neither."""
-        screen = choose_screen(self.qemu())
+        screen = choose_screen(self.qemu(arch))
         if not screen:
-            report.warn(f"{self.qemu().path} has neither SPICE nor VNC: VMs have no screen")
+            report.warn(f"{self.qemu(arch).path} has neither SPICE nor VNC: VMs have no screen")
         return screen
 
     def network_of(self, vm: VM) -> Network:
@@ -7588,8 +7626,9 @@ def check_requests(cloud: Cloud, group: str, requests: Sequence[CloneRequest], f
             check_disk_size(template, request.disk)
             check_ports(cloud.tree, request, asked)
             check_shares(cloud.config, template, request.settings.get("vmShares", ""))
+            qemu = cloud.qemu(template.get("vmArch"))
             if takes_seed(template):
-                choose_seed(cloud.qemu())
+                choose_seed(qemu)
                 request.user_data = request.user_data or default_user_data()
             elif request.user_data:
                 text = f"user-data=: {template.name} takes no seed, its vmInit is {template.get('vmInit')}"
@@ -7716,7 +7755,8 @@ def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: 
                 clones.append(clone)
                 address = cloud.networks[kind].allot(taken.addresses, uuid)
                 ports = numbered_ports(request.settings.get("vmPorts", ""), number)
-                own = {"vmUuid": uuid, "vmNetwork": kind, "vmMac": mac, "vmAddress": address, "vmLayout": LAYOUT}
+                own = {"vmUuid": uuid, "vmNetwork": kind, "vmMac": mac, "vmAddress": address}
+                own["vmLayout"] = LAYOUT if template.get("vmArch") == "x86_64" else "1"
                 _reserve_one(clone, {**own, **({"vmPorts": ports} if ports else {})})
     return orphans
 
@@ -8143,11 +8183,12 @@ def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False, lay
         for number, (path, format) in enumerate(zip(paths, formats))
     ]
     has_screen = gui or yes_no(vm.get("vmGui")) == "yes"
+    qemu = cloud.qemu(vm.get("vmArch"))
     return Machine(
-        qemu=cloud.qemu(), accel=cloud.accel(vm.get("vmAccel")), name=vm.name, settings=vm.settings(), disks=disks,
+        qemu=qemu, accel=cloud.accel(vm.get("vmAccel"), qemu.arch), name=vm.name, settings=vm.settings(), disks=disks,
         pid_file=os.path.basename(vm.pid_file), credentials=write_credentials(vm),
         seed=write_seed(cloud, vm, takes_seed(vm) and not iso),  # an installer would take it for its users' answers
-        extra=split_words(vm.get("vmExtraOpts")), iso=iso, screen=cloud.screen() if has_screen else "",
+        extra=split_words(vm.get("vmExtraOpts")), iso=iso, screen=cloud.screen(qemu.arch) if has_screen else "",
         record=os.path.basename(layer.record) if layer else "",
     )  # fmt: skip
 
@@ -8182,7 +8223,7 @@ def write_seed(cloud: Cloud, vm: VM, wanted: bool) -> str:
     for path, data in files.items():
         write_file(path, data, durable=False)
     folder = os.path.basename(vm.seed_folder)
-    if choose_seed(cloud.qemu()) == "vvfat":
+    if choose_seed(cloud.qemu(vm.get("vmArch"))) == "vvfat":
         return folder
     image = os.path.join(vm.seed_folder, SEED_ISO)
     # Rock Ridge and Joliet keep the names in lower case.
@@ -8849,8 +8890,7 @@ def instantiate(
     cloud: Cloud, group: str, requests: Sequence[CloneRequest], started: Callable[[VM], None] = lambda vm: None
 ) -> tuple[list[VM], list[Error]]:
     """Make the clones and start them, in parallel; (those that run, the errors).  A clone that doesn't start goes."""
-    cloud.qemu()
-    cloud.accel(cloud.config["vmAccel"])
+    cloud.prepare(cloud.tree.template(request.template) for request in requests)
     cloud.networks[group_network(cloud, group)].up()  # where that can't be, nothing is made
     made = make_clones(cloud, group, requests)
     errors = [result for result in made if isinstance(result, Error)]
@@ -9925,6 +9965,8 @@ def freeze(cloud: Cloud, name: str, asked: Mapping[str, str]) -> Layer:
     if template.get("vmInit") != "systemd":
         text = f"{name}: its vmInit is {template.get('vmInit')}: only guests with systemd can be told who they are"
         raise UsageError(text, "vmtemplate NAME --build SUITE makes such a template")
+    if template.get("vmArch") != "x86_64":
+        raise Error(f"{name}: it is for {template.get('vmArch')}: only x86_64 guests can be frozen", "its clones boot")
     what, size = "its memory, in a file, takes up to {} MB", int(asked.get("vmMem") or template.get("vmMem"))
     check_room(template.folder, (size + 256) * MIB, cloud.tree.base, what, ROOM_HINT)
     with guest_on_layer(cloud, template, True, **asked, vmLayout=LAYOUT, vmBalloon="no") as (guest, layer):
@@ -10640,8 +10682,7 @@ def supervise(
         if group_network(cloud, group) == "private":
             with cloud.private.hold():
                 pass  # the network comes up, and is opened, while there are no threads yet
-        cloud.qemu()
-        cloud.accel(cloud.config["vmAccel"])
+        cloud.prepare([*old, *(cloud.tree.template(request.template) for request in requests)])
 
         def begin(spawned: Callable[[VM], None]) -> list[Error]:
             stopped = [vm for vm in old if not vm.is_running()]
@@ -11010,7 +11051,7 @@ def examine_frozen(patient: Patient) -> str:
 
 
 def examine_qemu(patient: Patient) -> str:
-    qemu, _ = patient.cloud.qemu(), need_program("qemu-img")
+    qemu, _ = patient.cloud.qemu(os.uname().machine), need_program("qemu-img")
     package = install_command(f"qemu-system-{os.uname().machine}")
     patient.tell(OK, f"{qemu.path}, version {qemu.version}", "")
     if "sandbox" not in qemu.options:
@@ -11030,7 +11071,7 @@ def examine_acceleration(patient: Patient) -> str:
         return "software emulation, as vmAccel=tcg asks for"
     reason, mend = kvm_missing()
     if not reason:
-        reason, mend = kvm_failure(patient.cloud.qemu(), anew=True)
+        reason, mend = kvm_failure(patient.cloud.qemu(os.uname().machine), anew=True)
     if reason:
         text = f"no hardware acceleration, guests will be slow: {reason}"
         patient.tell(WRONG if wanted == "kvm" else WARNING, text, mend)
@@ -11639,6 +11680,7 @@ def _digest(algorithm: str) -> Callable[[str], str]:
     Option("--cpu N", "processors its clones start with", default="vmCpu"),
     Option("--user LOGIN", "who logs in to its clones", default="vmUser"),
     Option("--init KIND", "how hostname and keys get in: " + ", ".join(INIT_KINDS), INIT_KIND, complete=INIT_KINDS),
+    Option("--arch ARCH", "what its clones' processor is: " + ", ".join(ARCHES), ARCH, complete=tuple(ARCHES)),
 )  # fmt: skip
 def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """get and keep templates"""
@@ -11657,6 +11699,8 @@ def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> 
             raise UsageError(f"--{stray} goes with --build")
         if (args.layer or args.no_clean) and way != "from":
             raise UsageError(f"--{'layer' if args.layer else 'no-clean'} goes with --from")
+        if args.arch and way not in ("", "image"):
+            raise UsageError("--arch goes with --image, or a name of the catalogue")
         asked = asked_settings(vars(args))
         if way == "delete":
             delete_template(cloud, name)
@@ -12159,8 +12203,7 @@ def cmd_start(config: Config, args: argparse.Namespace, words: list[str]) -> int
 
 def start_stopped(cloud: Cloud, vms: Sequence[VM], iso: str = "", gui: bool = False) -> list[Error]:
     """Start VMs, or templates; the errors."""
-    if vms:
-        cloud.accel(cloud.config["vmAccel"])  # what that says is said before there are threads
+    cloud.prepare(vms)
     for vm in vms:
         with FolderLock(vm.folder):
             give_identity(cloud, vm)

@@ -41,6 +41,7 @@ OPTIONS: dict[str, Options] = {
         "--cpu": True,
         "--user": True,
         "--init": True,
+        "--arch": True,
     },
     "vminstantiate": {
         "--cold": False,
@@ -163,6 +164,7 @@ VALUES = {
     "--remove-disk": "4",
     "--init": "ssh",
     "--user": "me",
+    "--arch": "aarch64",
     "--sha256": "a" * 64,
     "--sha512": "a" * 128,
 }

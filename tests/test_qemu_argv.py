@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -50,6 +51,11 @@ def machine(**changes: Any) -> nocloud.Machine:
     return nocloud.Machine(**{**values, **changes})
 
 
+def arm64(**changes: Any) -> nocloud.Machine:
+    tool = nocloud.Qemu("/usr/bin/qemu-system-aarch64", "7.2.0", "virt-7.2", frozenset({"sandbox"}), "aarch64")
+    return machine(qemu=tool, vmArch="aarch64", vmMachine="virt-7.2", **changes)
+
+
 DISKS = [(f"web00_{number}.img", "qcow2", f"web00_{number}") for number in range(4)]
 
 CASES: dict[str, tuple[Any, ...]] = {
@@ -74,6 +80,9 @@ CASES: dict[str, tuple[Any, ...]] = {
     "frozen": (machine(vmLayout="2", vmBalloon="no", memory="t.l1.img.memory", record="t.l1.img.record"), 5, -1),
     "waking": (machine(vmLayout="2", vmBalloon="no", memory="../a,b/t.l1.img.memory", wakes=True), 5, -1),
     "going-on": (machine(vmLayout="2", wakes=True), 5, -1),
+    "arm64": (arm64(seed="seed"), 5, -1),
+    "arm64-kvm": (arm64(accel="kvm", disks=DISKS), 5, 6),
+    "arm64-iso": (arm64(iso="/x.iso"), 5, -1),
 }
 
 
@@ -132,11 +141,12 @@ def test_slots() -> None:
 @given(st.integers(1, nocloud.MAX_DISKS), st.booleans(), st.booleans(), st.booleans())
 def test_every_device_has_a_pci_address_of_its_own(disks: int, credentials: bool, network: bool, seed: bool) -> None:
     many = [(f"{number}.img", "qcow2", f"d_{number}") for number in range(disks)]
-    built = machine(disks=many, credentials="credentials" if credentials else "", seed="seed" if seed else "")
-    argv = nocloud.qemu_argv(built, 5 if network else -1)
-    used = addresses(argv)
-    assert len(used) == len(set(used)) == len(devices(argv))
-    assert all(1 <= int(address, 16) <= 0x1E for address in used)  # 0x1f: the chipset of q35
+    for kind in (machine, arm64):
+        built = kind(disks=many, credentials="credentials" if credentials else "", seed="seed" if seed else "")
+        argv = nocloud.qemu_argv(built, 5 if network else -1)
+        used = addresses(argv)
+        assert len(used) == len(set(used)) == len(devices(argv))
+        assert all(1 <= int(address, 16) <= 0x1E for address in used)  # 0x1f: the chipset of q35
 
 
 def test_the_network_card_stays_where_it_is() -> None:
@@ -221,7 +231,8 @@ def test_memory_and_processors() -> None:
 
 
 def test_the_real_binary_is_probed(cloud: Cloud, vms: None) -> None:
-    code = "q = nocloud.probe_qemu(nocloud.load_config()); print(q.path, q.version, q.machine, 'sandbox' in q.options)"
+    code = "q = nocloud.probe_qemu(nocloud.load_config(), 'x86_64')\n"
+    code += "print(q.path, q.version, q.machine, 'sandbox' in q.options)"
     words = cloud.script(code).ok().stdout.split()
     assert "qemu" in words[0] and re.fullmatch(r"\d+\.\d+\.\d+", words[1])
     assert re.fullmatch(r"pc-q35-\d+\.\d+", words[2]) and words[3] in ("True", "False")
@@ -241,7 +252,7 @@ def test_a_qemu_that_is_too_old(cloud: Cloud) -> None:
         '{"return": [], "id": "query-machines"}',
         '{"return": [], "id": "query-command-line-options"}',
     )
-    code = "try: nocloud.probe_qemu(nocloud.load_config())\nexcept nocloud.Error as error: print(error)"
+    code = "try: nocloud.probe_qemu(nocloud.load_config(), 'x86_64')\nexcept nocloud.Error as error: print(error)"
     assert "6.1.0" in cloud.script(code).ok().stdout
 
 
@@ -307,17 +318,29 @@ def test_kvm_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scri
     assert nocloud.kvm_failure(later, anew=True) == ("", "") and tries(tmp_path) == 4
 
 
-def test_firmware_alone_ends_the_try(tmp_path: Path) -> None:
-    """The guest that is tried, emulated: it is at its end long before the try is."""
+@pytest.mark.parametrize(("arch", "machine"), [("x86_64", "q35"), ("aarch64", "virt")])
+def test_the_guest_that_is_tried_ends_by_itself(tmp_path: Path, arch: str, machine: str) -> None:
+    """Emulated, too, long before the try does."""
+    if not shutil.which(f"qemu-system-{arch}"):
+        pytest.skip(f"no qemu-system-{arch}")
     script = tmp_path / "qemu"
-    script.write_text('#!/bin/sh\nexec qemu-system-x86_64 $(echo "$@" | sed "s/-accel kvm -cpu host/-accel tcg/")\n')
+    emulated = '$(echo "$@" | sed "s/-accel kvm -cpu host/-accel tcg -cpu max/")'
+    script.write_text(f"#!/bin/sh\nexec qemu-system-{arch} {emulated}\n")
     script.chmod(0o755)
-    assert nocloud.try_kvm(nocloud.Qemu(str(script), "7.2.0", "q35", frozenset())) == ""
+    assert nocloud.try_kvm(nocloud.Qemu(str(script), "7.2.0", machine, frozenset(), arch)) == ""
+
+
+def test_guests_for_another_processor_are_emulated() -> None:
+    other = "aarch64" if os.uname().machine == "x86_64" else "x86_64"
+    tool = nocloud.Qemu("/nonexistent", "7.2.0", "virt-7.2", frozenset(), other)
+    assert nocloud.choose_accel("auto", tool) == "tcg"
+    with pytest.raises(nocloud.Error, match=f"vmAccel=kvm: guests for {other} are emulated on {os.uname().machine}"):
+        nocloud.choose_accel("kvm", tool)
 
 
 def test_a_guest_is_emulated_where_kvm_only_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if nocloud.kvm_missing()[0]:
-        monkeypatch.setattr(nocloud, "kvm_missing", lambda: ("", ""))
+        monkeypatch.setattr(nocloud, "kvm_missing", lambda arch: ("", ""))
     tool = trier(tmp_path, monkeypatch, "echo no MSR; exit 1")
     assert nocloud.choose_accel("auto", tool) == "tcg" and tries(tmp_path) == 1
     assert nocloud.choose_accel("kvm", tool) == "kvm" and tries(tmp_path) == 1

@@ -218,6 +218,7 @@ CHECKS: list[tuple[str, list[str], list[str]]] = [
     ("vmAccel", ["auto", "kvm", "tcg"], ["", "KVM", "xen"]),
     ("vmNetwork", ["auto", "bridge", "private"], ["nat", ""]),
     ("vmHostAccess", ["", "yes", "no", "on", "0"], ["host", "y"]),
+    ("vmArch", ["x86_64", "aarch64"], ["", "arm64", "amd64"]),
     ("vmInit", ["auto", "systemd", "cloud-init", "ssh", "none"], ["x"]),
     ("vmUser", ["root", "_a-b1"], ["", "-oProxyCommand=x", "a b", "Root", "a" * 33, "a,b"]),
     ("vmMac", ["", "00:50:56:ab:cd:ef"], ["00:50:56", "00:50:56:ab:cd:eg", "00:50:56:ab:cd:ef,id=x"]),
