@@ -11649,6 +11649,11 @@ RUNNING_VM_OPTIONS = (Option("-n --name NAME", WHICH_VM, complete="running-vm"),
 WHICH_VMS = (Option("-g --group GROUP", "the group"), TYPE, VM_OPTIONS[0])
 
 
+# Options of vmtemplate, and the one that they go with; --arch with a name of the catalogue, too.
+GOES_WITH = {"sha256": "image", "sha512": "image", "insecure": "image", "include": "build", "rebuild": "build"}
+GOES_WITH |= {"layer": "from", "no_clean": "from", "arch": "image"}
+
+
 def _digest(algorithm: str) -> Callable[[str], str]:
     return lambda text: checksum_text(f"{algorithm}:{text}")
 
@@ -11690,17 +11695,11 @@ def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> 
             show_templates(cloud, args)
             return
         name = one_operand(words, "NAME")
-        expected = exclusive(args, "sha256", "sha512", "insecure")
+        exclusive(args, "sha256", "sha512", "insecure")
         way = exclusive(args, "image", "build", "from", "delete", "warm", "cold")
-        if expected and way != "image":
-            raise UsageError(f"--{expected} goes with --image")
-        stray = exclusive(args, "include") or exclusive(args, "rebuild")
-        if stray and way != "build":
-            raise UsageError(f"--{stray} goes with --build")
-        if (args.layer or args.no_clean) and way != "from":
-            raise UsageError(f"--{'layer' if args.layer else 'no-clean'} goes with --from")
-        if args.arch and way not in ("", "image"):
-            raise UsageError("--arch goes with --image, or a name of the catalogue")
+        for option, wanted in GOES_WITH.items():
+            if exclusive(args, option) and way != wanted and (option, way) != ("arch", ""):
+                raise UsageError(f"--{option.replace('_', '-')} goes with --{wanted}")
         asked = asked_settings(vars(args))
         if way == "delete":
             delete_template(cloud, name)
