@@ -2718,6 +2718,7 @@ def kvm_failure(qemu: Qemu, anew: bool = False) -> tuple[str, str]:
 KVM_TRIES = {
     "x86_64": ["-boot", "reboot-timeout=0"],
     "aarch64": [
+        "-machine", "gic-version=max",
         "-device", "loader,addr=0x40200000,data=0x72b0800052800100,data-len=8",
         "-device", "loader,addr=0x40200008,data=0xd4000002,data-len=4",
         "-device", "loader,addr=0x40200000,cpu-num=0",
