@@ -7251,7 +7251,8 @@ def boot_links(tree: str) -> tuple[str, str]:
 
 
 SECTOR = 512
-PARTITION_START = 2048  # in sectors: 1 MB, where everyone aligns; the boot loader lives in the gap before
+ESP_START = 2048  # in sectors: 1 MB, where everyone aligns; the boot loader for a BIOS lives in the gap before
+PARTITION_START = ESP_START + 32768  # the root, which grows, comes last; the 16 MB before it are for UEFI
 # Named one by one: hosts differ in their defaults, and boot loaders lag behind (orphan_file, metadata_csum_seed).
 EXT4_FEATURES = (
     "none,has_journal,ext_attr,resize_inode,dir_index,filetype,extent,64bit,flex_bg,sparse_super,large_file,huge_file,"
@@ -7288,22 +7289,25 @@ def restore_owners(tree: str, raw: str, owners: Mapping[str, tuple[int, int]], s
         raise Error(f"debugfs: {said[0]}")
 
 
-def write_boot_loader(tree: str, raw: str, size: int) -> None:
+def write_boot_loaders(tree: str, raw: str, size: int, esp: str) -> None:
     """What grub-install does to a disk's first sectors: boot.img, a partition table, and core.img right behind it.
     That is where both images expect it by default: boot.img loads sector 1, core.img's own first sector the rest from
-    sector 2 (GRUB 2.06, grub-core/boot/i386/pc)."""
+    sector 2 (GRUB 2.06, grub-core/boot/i386/pc).  UEFI looks into the partition that the image `esp` is copied to."""
     with open(os.path.join(tree, "usr/lib/grub/i386-pc/boot.img"), "rb") as file:
         boot = bytearray(file.read(440))
     with open(os.path.join(tree, "boot/grub/core.img"), "rb") as file:
         core = file.read()
-    if len(core) > (PARTITION_START - 1) * SECTOR:
+    if len(core) > (ESP_START - 1) * SECTOR:
         raise Error("the boot loader doesn't fit before the first partition")
     boot[0x66:0x68] = b"\x90\x90"  # take the drive from the BIOS: grub-install does so for hard disks
-    sectors = size // SECTOR - PARTITION_START
-    entry = struct.pack("<B3sB3sII", 0x80, b"\xfe\xff\xff", 0x83, b"\xfe\xff\xff", PARTITION_START, sectors)
-    table = bytes(boot) + os.urandom(4) + bytes(2) + entry + bytes(48) + b"\x55\xaa"
-    with open(raw, "r+b") as file:
+    chs, sectors = b"\xfe\xff\xff", size // SECTOR - PARTITION_START
+    root = struct.pack("<B3sB3sII", 0x80, chs, 0x83, chs, PARTITION_START, sectors)  # the first entry, wherever it lies
+    uefi = struct.pack("<B3sB3sII", 0, chs, 0xEF, chs, ESP_START, PARTITION_START - ESP_START)
+    table = bytes(boot) + os.urandom(4) + bytes(2) + root + uefi + bytes(32) + b"\x55\xaa"
+    with open(raw, "r+b") as file, open(esp, "rb") as image:
         file.write(table + core)
+        file.seek(ESP_START * SECTOR)
+        shutil.copyfileobj(image, file)
 
 
 def build_disk(build: Build, new: NewTemplate) -> None:
@@ -7318,11 +7322,13 @@ def build_disk(build: Build, new: NewTemplate) -> None:
     install_packages(build, archive, progress)
     progress.tell("configuring the system")
     owners = unpack_system(archive, tree)
+    esp = os.path.join(work, "esp")
+    os.rename(os.path.join(tree, "boot/esp"), esp)
     configure_system(tree, disk_uuid, build)
     progress.tell("making the file system")
     make_filesystem(tree, raw, size, disk_uuid)
     restore_owners(tree, raw, owners, os.path.join(work, "owners"))
-    write_boot_loader(tree, raw, size)
+    write_boot_loaders(tree, raw, size, esp)
     progress.tell("making the disk")
     compress_image(raw, "raw", new.disk)
     megabytes = os.path.getsize(new.disk) // MIB
