@@ -794,6 +794,7 @@ INIT_KIND = one_of(*INIT_KINDS)
 # As the kernel and qemu call architectures, as Debian calls them, and qemu's machine for them.
 ARCHES = {"x86_64": ("amd64", "q35"), "aarch64": ("arm64", "virt")}
 ARCH = one_of(*ARCHES)
+FIRMWARE_KIND = one_of("bios", "uefi", "secure")
 NETWORK_KIND = one_of("auto", "bridge", "private")
 
 SETTINGS = (
@@ -850,6 +851,9 @@ SETTINGS = (
     Setting("vmMachine", MACHINE_TYPE, "", "vm", "qemu's machine type; none: pc, as the bash tools ran it",
             inherited=True),
     Setting("vmArch", ARCH, "x86_64", "vm", "its processor's architecture: x86_64 or aarch64", inherited=True),
+    Setting("vmFirmware", FIRMWARE_KIND, "bios", "vm", "bios, uefi, or secure: UEFI that boots signed systems only",
+            inherited=True),
+    Setting("vmTpm", yes_no, "no", "vm", "yes: it has a TPM 2.0 (swtpm)", inherited=True),
     Setting("vmLayout", one_of("1", "2"), "1", "vm", "which devices it has besides; those that had fewer keep theirs"),
     Setting("vmBalloon", yes_no, "yes", "vm", "yes: memory that it has no use for goes back to the host"),
     Setting("vmCold", yes_no, "no", "both", "yes: it boots at its first start, too", harmless=True),
@@ -1675,6 +1679,12 @@ def qcow2_header(path: str) -> Qcow2 | None:
     return Qcow2(os.fsdecode(name), os.fsdecode(format), version >= 3 and bool(features & 4), end, disk)
 
 
+def image_size(path: str) -> int:
+    """The bytes of the guest's disk in a qcow2 or raw image."""
+    header = qcow2_header(path)
+    return header.size if header else os.path.getsize(path)
+
+
 def disk_format(path: str) -> str:
     """qcow2 where the header says so, else raw: bash trees hold both, and their confs don't say which.  A guest writes
     what it likes into a raw disk, such a header too: what is found out is kept, see known_formats."""
@@ -1787,6 +1797,14 @@ def compress_image(source: str, format: str, target: str) -> None:
         convert_image(source, format, target, "-c", "-W", "-m", "8", "-o", "compression_type=zstd")
     except CommandFailed:
         convert_image(source, format, target)
+
+
+def copy_variables(source: str, format: str, target: str) -> None:
+    """A copy of UEFI's variables, of 20 KB and what is written to them.  It stands on nothing: a firmware's package
+    replaces its files when it is upgraded.  -U: a template that runs on a layer can be cloned."""
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    convert_image(source, format, target + ".part", "-U", "-c", "-o", "cluster_size=4096")
+    os.rename(target + ".part", target)
 
 
 def set_writable(path: str, writable: bool) -> None:
@@ -2166,6 +2184,8 @@ class VM:
     still_file = FileOf("still")  # there while a command has it stand still
     late_file = FileOf("late")  # there until its clock is set, which stood still
     snapshots_folder = FileOf("snapshots")
+    firmware_folder = FileOf("firmware")  # what its firmware keeps: UEFI's variables, and in `tpm` what its TPM does
+    tpm_folder = FileOf("firmware/tpm")
     ready_file = FileOf("ready")  # there once a wait has seen it ready since it was started
 
     def __init__(self, tree: Tree, group: str, type: str, name: str, folder: str = "") -> None:
@@ -2223,6 +2243,11 @@ class VM:
 
     def disk_name(self, number: int, extension: str) -> str:
         return f"{self.name}_{number}.{extension}"
+
+    @property
+    def variables_file(self) -> str:
+        """UEFI's variables, what boots among them (qcow2); those of secure boot, with its keys, are others."""
+        return os.path.join(self.firmware_folder, self.get("vmFirmware"))
 
     def relative(self, name: str) -> str:
         """A file of this VM, relative to vmBaseDir, as the conf names disks."""
@@ -2762,6 +2787,60 @@ def device_command(path: str, group: str) -> str:
     return f"{mend}sudo usermod -aG {group} {user}  # and log in again"
 
 
+# -- firmware
+
+# The last one with a file of that name counts.  $XDG_CONFIG_HOME/qemu/firmware has the user's own.
+FIRMWARE_FOLDERS = ("/usr/share/qemu/firmware", "/etc/qemu/firmware", "qemu/firmware")
+
+
+@record
+class Firmware:
+    """UEFI: (path, format) of its code and of what its variables begin as, and what it can and wants."""
+
+    code: tuple[str, str]
+    variables: tuple[str, str]
+    features: frozenset[str]
+
+
+def find_firmware(kind: str, arch: str, machine: str, size: int = 0) -> Firmware:
+    """The firmware of a vmFirmware that isn't bios for a type of machine, by QEMU's descriptors (docs/interop/
+    firmware.json); `size`: of the variables that there are, in bytes.  Raises MissingProgram."""
+    named: dict[str, str] = {}  # an empty file takes away what was called so before
+    for folder in (os.path.join(os.path.dirname(config_home()), each) for each in FIRMWARE_FOLDERS):
+        named.update({name: os.path.join(folder, name) for name in names_in(folder) if name.endswith(".json")})
+    found = [read_firmware(path, kind, arch, machine) for _, path in sorted(named.items())]
+    fit = [each for each in found if each and size in (0, image_size(each.variables[0]))]
+    if not fit:
+        text = f"vmFirmware={kind}: no such firmware for {machine or LEGACY_MACHINE} of {arch} in {FIRMWARE_FOLDERS[0]}"
+        raise MissingProgram(text, install_command(f"uefi-{arch}"))
+    return min(fit, key=lambda each: "secure-boot" in each.features)  # the first; for uefi rather one that can't do it
+
+
+def read_firmware(path: str, kind: str, arch: str, machine: str) -> Firmware | None:
+    """What a descriptor describes, where that is a firmware of this kind in flash memory, for such a machine."""
+    with Parsing(Error, f"{path}: no descriptor of firmware as QEMU has them"):
+        told = json.loads(read_text(path).strip() or "{}")
+        flash, features = told.get("mapping", {}), frozenset(told.get("features", ()))
+        targets = [(each["architecture"], glob) for each in told.get("targets", ()) for glob in each["machines"]]
+        fits = any(of == arch and fnmatch.fnmatchcase(machine, glob) for of, glob in targets)
+        fits = fits and (flash["device"], flash.get("mode", "split")) == ("flash", "split")
+        if not fits or "uefi" not in told["interface-types"] or ("enrolled-keys" in features) != (kind == "secure"):
+            return None
+        files = [flash[key] for key in ("executable", "nvram-template")]
+        code, variables = ((str(each["filename"]), str(each["format"])) for each in files)
+        return Firmware(code, variables, features)
+
+
+def firmware_of(vm: VM, arch: str) -> Firmware | None:
+    """The firmware that a VM, or a clone of a template, has; None: the BIOS that comes with qemu.  Raises
+    MissingProgram where this host lacks it, or the TPM that it is to have."""
+    kind, there = vm.get("vmFirmware"), os.path.exists(vm.variables_file)
+    if yes_no(vm.get("vmTpm")) == "yes":
+        need_program("swtpm")
+    size = image_size(vm.variables_file) if there else 0
+    return find_firmware(kind, arch, vm.get("vmMachine"), size) if kind != "bios" else None
+
+
 # -- the command line
 
 # The slot of each device on PCI bus 0; whoever is in one stays there, or a guest's network card gets another name.
@@ -2809,6 +2888,9 @@ class Machine:
     record: str = ""  # where qemu's events are written to
     memory: str = ""  # the file that its memory is in
     wakes: bool = False  # what it did is loaded; it changes its own copy of that file only
+    firmware: Firmware | None = None  # None: BIOS
+    variables: str = ""  # the file of that firmware's
+    tpm: int = -1  # a connection to its TPM
 
     def but(self, **changes: object) -> Machine:
         return Machine(**{**{name: getattr(self, name) for name in Machine.__annotations__}, **changes})
@@ -2873,6 +2955,17 @@ def firmware_args(machine: Machine) -> list[str]:
     if machine.credentials:
         words += ["-smbios", f"type=11,path={comma(machine.credentials)}"]
         words += ["-smbios", f"type=11,value=io.systemd.credential:system.hostname={machine.name}"]
+    if machine.firmware:
+        (code, format), smm = machine.firmware.code, ",smm=on" if "requires-smm" in machine.firmware.features else ""
+        place = f"read-only=on,file.driver=file,file.filename={comma(code)}"
+        words += ["-blockdev", f"driver={format},node-name=flash0,{place}", "-blockdev"]
+        words += [f"driver=qcow2,node-name=flash1,file.driver=file,file.filename={comma(machine.variables)}"]
+        words += ["-machine", f"pflash0=flash0,pflash1=flash1{smm}"]
+        words += ["-global", "driver=cfi.pflash01,property=secure,value=on"] if smm else []
+    if machine.tpm >= 0:
+        device = "tpm-tis-device" if machine.settings["vmMachine"].startswith("virt") else "tpm-crb"
+        words += ["-chardev", f"socket,id=tpm0,fd={machine.tpm}", "-tpmdev", "emulator,id=tpm0,chardev=tpm0"]
+        words += ["-device", f"{device},tpmdev=tpm0"]
     return words
 
 
@@ -5693,6 +5786,7 @@ ENTRY_KEYS: dict[str, Callable[[str], object]] = {
     "key": str,
     "user": LOGIN_NAME,
     "init": INIT_KIND,
+    "boot": FIRMWARE_KIND,
     "mem": MEMORY_MB,
     "cpu": CPU_COUNT,
 }
@@ -6448,17 +6542,23 @@ def import_image(new: NewTemplate, path: str, shown: str = "") -> None:
     convert_image(path, format, new.disk)
 
 
-def asked_settings(given: Mapping[str, Any] | Entry) -> dict[str, str]:
+ASKED = {"mem": "vmMem", "cpu": "vmCpu", "user": "vmUser", "init": "vmInit", "arch": "vmArch", "boot": "vmFirmware"}
+SWITCHES = {"uefi": ("vmFirmware", "uefi"), "secure_boot": ("vmFirmware", "secure"), "tpm": ("vmTpm", "yes")}
+
+
+def asked_settings(given: Mapping[str, Any]) -> dict[str, str]:
     """What options, or lines of the catalogue, say of these, as settings."""
-    names = ("mem", "cpu", "user", "init", "arch")
-    return {f"vm{name.capitalize()}": str(given[name]) for name in names if given[name]}
+    asked = {key: str(given[name]) for name, key in ASKED.items() if given.get(name)}
+    return {**asked, **dict(pair for name, pair in SWITCHES.items() if given.get(name))}
 
 
 def template_settings(cloud: Cloud, asked: Mapping[str, str]) -> dict[str, str]:
     """What a new template's clones start with: `asked`, else what is configured."""
     configured = {key: cloud.config[key] for key in ("vmMem", "vmCpu", "vmUser")}
     arch = asked.get("vmArch") or os.uname().machine
-    return {**configured, "vmInit": "auto", "vmArch": arch, "vmMachine": cloud.qemu(arch).machine, **asked}
+    firmware = {"vmFirmware": "uefi"} if arch == "aarch64" else {}
+    machine = {"vmArch": arch, "vmMachine": cloud.qemu(arch).machine, **firmware}
+    return {**configured, "vmInit": "auto", **machine, **asked}
 
 
 def template_from_image(cloud: Cloud, name: str, path: str, settings: Mapping[str, str], expected: str = "") -> VM:
@@ -6521,9 +6621,9 @@ def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, str], t
 def entry_settings(cloud: Cloud, entry: Entry, asked: Mapping[str, str], source: Source) -> dict[str, str]:
     """What the clones start with: as the command line says, else the entry, else (classic) the publisher's conf."""
     if not isinstance(source, ClassicSource):
-        return template_settings(cloud, {**asked_settings(entry), **asked})
+        return template_settings(cloud, {**asked_settings(entry.values), **asked})
     published = published_conf(source)
-    settings = template_settings(cloud, {"vmInit": "ssh", **published, **asked_settings(entry), **asked})
+    settings = template_settings(cloud, {"vmInit": "ssh", **published, **asked_settings(entry.values), **asked})
     del settings["vmMachine"]  # without it a VM runs as the bash tools ran it, whose guests know their card's name
     return settings
 
@@ -7210,7 +7310,8 @@ def boot_links(tree: str) -> tuple[str, str]:
 
 
 SECTOR = 512
-PARTITION_START = 2048  # in sectors: 1 MB, where everyone aligns; the boot loader lives in the gap before
+ESP_START = 2048  # in sectors: 1 MB, where everyone aligns; the boot loader for a BIOS lives in the gap before
+PARTITION_START = ESP_START + 32768  # the root, which grows, comes last; the 16 MB before it are for UEFI
 # Named one by one: hosts differ in their defaults, and boot loaders lag behind (orphan_file, metadata_csum_seed).
 EXT4_FEATURES = (
     "none,has_journal,ext_attr,resize_inode,dir_index,filetype,extent,64bit,flex_bg,sparse_super,large_file,huge_file,"
@@ -7247,22 +7348,25 @@ def restore_owners(tree: str, raw: str, owners: Mapping[str, tuple[int, int]], s
         raise Error(f"debugfs: {said[0]}")
 
 
-def write_boot_loader(tree: str, raw: str, size: int) -> None:
+def write_boot_loaders(tree: str, raw: str, size: int, esp: str) -> None:
     """What grub-install does to a disk's first sectors: boot.img, a partition table, and core.img right behind it.
     That is where both images expect it by default: boot.img loads sector 1, core.img's own first sector the rest from
-    sector 2 (GRUB 2.06, grub-core/boot/i386/pc)."""
+    sector 2 (GRUB 2.06, grub-core/boot/i386/pc).  UEFI looks into the partition that the image `esp` is copied to."""
     with open(os.path.join(tree, "usr/lib/grub/i386-pc/boot.img"), "rb") as file:
         boot = bytearray(file.read(440))
     with open(os.path.join(tree, "boot/grub/core.img"), "rb") as file:
         core = file.read()
-    if len(core) > (PARTITION_START - 1) * SECTOR:
+    if len(core) > (ESP_START - 1) * SECTOR:
         raise Error("the boot loader doesn't fit before the first partition")
     boot[0x66:0x68] = b"\x90\x90"  # take the drive from the BIOS: grub-install does so for hard disks
-    sectors = size // SECTOR - PARTITION_START
-    entry = struct.pack("<B3sB3sII", 0x80, b"\xfe\xff\xff", 0x83, b"\xfe\xff\xff", PARTITION_START, sectors)
-    table = bytes(boot) + os.urandom(4) + bytes(2) + entry + bytes(48) + b"\x55\xaa"
-    with open(raw, "r+b") as file:
+    chs, sectors = b"\xfe\xff\xff", size // SECTOR - PARTITION_START
+    root = struct.pack("<B3sB3sII", 0x80, chs, 0x83, chs, PARTITION_START, sectors)  # the first entry, wherever it lies
+    uefi = struct.pack("<B3sB3sII", 0, chs, 0xEF, chs, ESP_START, PARTITION_START - ESP_START)
+    table = bytes(boot) + os.urandom(4) + bytes(2) + root + uefi + bytes(32) + b"\x55\xaa"
+    with open(raw, "r+b") as file, open(esp, "rb") as image:
         file.write(table + core)
+        file.seek(ESP_START * SECTOR)
+        shutil.copyfileobj(image, file)
 
 
 def build_disk(build: Build, new: NewTemplate) -> None:
@@ -7277,11 +7381,13 @@ def build_disk(build: Build, new: NewTemplate) -> None:
     install_packages(build, archive, progress)
     progress.tell("configuring the system")
     owners = unpack_system(archive, tree)
+    esp = os.path.join(work, "esp")
+    os.rename(os.path.join(tree, "boot/esp"), esp)
     configure_system(tree, disk_uuid, build)
     progress.tell("making the file system")
     make_filesystem(tree, raw, size, disk_uuid)
     restore_owners(tree, raw, owners, os.path.join(work, "owners"))
-    write_boot_loader(tree, raw, size)
+    write_boot_loaders(tree, raw, size, esp)
     progress.tell("making the disk")
     compress_image(raw, "raw", new.disk)
     megabytes = os.path.getsize(new.disk) // MIB
@@ -7628,6 +7734,7 @@ def check_requests(cloud: Cloud, group: str, requests: Sequence[CloneRequest], f
             check_ports(cloud.tree, request, asked)
             check_shares(cloud.config, template, request.settings.get("vmShares", ""))
             qemu = cloud.qemu(template.get("vmArch"))
+            firmware_of(template, qemu.arch)
             if takes_seed(template):
                 choose_seed(qemu)
                 request.user_data = request.user_data or default_user_data()
@@ -7851,6 +7958,8 @@ def make_clone(cloud: Cloud, clone: NewClone) -> VM:
         make_key(vm.host_key, f"root@{vm.name}")
     if request.user_data:
         write_file(vm.user_data_file, request.user_data, durable=False)
+    if os.path.exists(template.variables_file):  # what boots
+        copy_variables(template.variables_file, "qcow2", vm.variables_file)
     formats = ",".join(["qcow2"] * (1 + len(extra)))
     disks = {"vmDisk": vm.relative(system), "vmExtraDisk": ",".join(map(vm.relative, extra)), "vmDiskFormat": formats}
     late = "a disk is grown" if request.disk else "folders are shared" if vm.get("vmShares") else ""
@@ -8146,8 +8255,24 @@ def start_locked(cloud: Cloud, vm: VM, machine: Machine, tied: bool = False) -> 
         network.publish(vm)
         remove_file(vm.log_file)  # the daemons begin it
         shares = serve_shares(cloud.config, vm, stack)
+        machine = machine.but(tpm=serve_tpm(vm, stack))
         launch(vm, machine, network, tap, vhost, shares, tied)
         forwarder.serve(vm, listeners)
+
+
+def serve_tpm(vm: VM, stack: Any) -> int:
+    """Start the TPM of a VM that is to start, swtpm(8), which keeps its state in the VM's folder; qemu's connection to
+    it, which the ExitStack closes; -1: it has none.  It ends with its connection."""
+    if yes_no(vm.get("vmTpm")) == "no":
+        return -1
+    make_private_folder(vm.tpm_folder)
+    ours, its = map(stack.enter_context, socket.socketpair())
+    place = f"dir={os.path.relpath(vm.tpm_folder, vm.folder)},mode=0600"
+    control = f"type=unixio,clientfd={its.fileno()}"
+    words = ["swtpm", "socket", "--tpm2", "--tpmstate", place, "--ctrl", control, "--terminate"]
+    spawn(words, log=vm.log_file, cwd=vm.folder, pass_fds=[its.fileno()])
+    its.close()
+    return int(ours.fileno())
 
 
 def ensure_identity(cloud: Cloud, vm: VM) -> None:
@@ -8185,12 +8310,16 @@ def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False, lay
     ]
     has_screen = gui or yes_no(vm.get("vmGui")) == "yes"
     qemu = cloud.qemu(vm.get("vmArch"))
+    firmware = firmware_of(vm, qemu.arch)
+    if firmware and not os.path.exists(vm.variables_file):
+        copy_variables(*firmware.variables, vm.variables_file)
     return Machine(
         qemu=qemu, accel=cloud.accel(vm.get("vmAccel"), qemu.arch), name=vm.name, settings=vm.settings(), disks=disks,
         pid_file=os.path.basename(vm.pid_file), credentials=write_credentials(vm),
         seed=write_seed(cloud, vm, takes_seed(vm) and not iso),  # an installer would take it for its users' answers
         extra=split_words(vm.get("vmExtraOpts")), iso=iso, screen=cloud.screen(qemu.arch) if has_screen else "",
-        record=os.path.basename(layer.record) if layer else "",
+        record=os.path.basename(layer.record) if layer else "", firmware=firmware,
+        variables=os.path.relpath(vm.variables_file, vm.folder),
     )  # fmt: skip
 
 
@@ -8252,14 +8381,14 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, sha
         need_program(TIE[0])
     words, cap = qemu_argv(machine, tap, vhost, shares), int(vm.get("vmCpuCap") or 0)
     words, fds = network.enter(tie(words) if tied else words)
-    script = command_script(vm, qemu_argv(machine.but(memory="", wakes=False), 3), network)
+    script = command_script(vm, qemu_argv(machine.but(memory="", wakes=False, tpm=-1), 3), network)
     write_file(vm.command_file, script, 0o700, durable=False)
     for path in (vm.console_log, vm.old_console_log):
         remove_file(path)
     with open(os.open(vm.console_log, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as console:
         fcntl.flock(console, fcntl.LOCK_EX)  # qemu's from now on: that tells what bounds the log whether it runs
         # A template's folder may be entered by others, and who may write to a socket of qemu's owns the guest.
-        kept = [fd for fd in (*fds, tap, vhost, *shares, console.fileno()) if fd >= 0]
+        kept = [fd for fd in (*fds, tap, vhost, machine.tpm, *shares, console.fileno()) if fd >= 0]
         process = spawn([*scope_words(cap), *words], log=vm.log_file, cwd=vm.folder, pass_fds=kept, umask=0o077)
     try:
         bound = ["sh", "-c", "\n".join(packaged_list("console.sh")), "sh", str(CONSOLE_BYTES), CONSOLE_SECONDS]
@@ -8268,7 +8397,7 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, sha
             raise TimedOut("qemu did not answer within 30 s", f"see {vm.log_file}", vm=vm)
         if process.returncode is not None:
             said = read_tail(vm.log_file)
-            said = said.partition("\n")[0] if shares else said  # what daemons said comes first, and is the cause
+            said = said.partition("\n")[0] if shares or machine.tpm >= 0 else said  # what a daemon said is the cause
             raise Error(f"qemu did not start: {last_line(said)}", f"see {vm.log_file}", vm=vm)
         if cap and not limit_process(process.pid, cap, cgroup_name(vm)):
             report.warn(f"{vm}: vmCpuCap={cap} is not enforced: {NO_LIMIT}")
@@ -8551,7 +8680,7 @@ def talk(vm: VM, words: bytes, seconds: float) -> str:
 
 def command_script(vm: VM, argv: Sequence[str], network: Network) -> str:
     """A shell script that starts the same VM by hand: qemu's very words, in the VM's folder and network; but it shares
-    no folders, which takes their daemons."""
+    no folders and has no TPM, which takes their daemons."""
     # an option a line: its value begins with no dash
     words = "".join((" \\\n  " if word[:1] == "-" else " ") + shlex.quote(word) for word in argv)
     tap = self_argv("net", f"--tap={vm.full_name}", f"--{network.kind}", "exec")  # as descriptor 3
@@ -8951,7 +9080,7 @@ class Snapshot:
 
     def __init__(self, vm: VM, name: str) -> None:
         self.vm, self.name, self.folder = vm, name, os.path.join(vm.snapshots_folder, name)
-        self.conf, self.memory = os.path.join(self.folder, "conf"), os.path.join(self.folder, "memory")
+        self.conf, self.memory, self.firmware = (os.path.join(self.folder, n) for n in ("conf", "memory", "firmware"))
 
     def source(self) -> VM:
         """The VM with the conf that it had."""
@@ -9039,7 +9168,9 @@ class Sealing:
                 self.overlays[nodes[os.path.realpath(disk)]] = node_of(overlay)
 
     def seal(self) -> None:
-        """From now on its old disks are what they are."""
+        """From now on its old disks are what they are; a copy is made of what its firmware keeps."""
+        if os.path.exists(self.vm.firmware_folder):
+            shutil.copytree(self.vm.firmware_folder, self.new.firmware)
         pairs = [{"node": node, "overlay": overlay} for node, overlay in self.overlays.items()]
         if self.qemu:
             self.sealed = True  # for all that is known until qemu has answered
@@ -9151,6 +9282,9 @@ def roll_back(snapshot: Snapshot) -> list[str]:
         memory = memory_for(vm, changes["vmDisk"])
         os.link(snapshot.memory, memory)
         os.utime(memory)
+    if os.path.exists(snapshot.firmware):
+        remove_tree(vm.firmware_folder)
+        shutil.copytree(snapshot.firmware, vm.firmware_folder)
     write_file(vm.conf_file, update_assignments(read_text(snapshot.conf), changes), 0o644)
     vm.reread()
     remove_file(vm.saved_file)
@@ -9968,6 +10102,8 @@ def freeze(cloud: Cloud, name: str, asked: Mapping[str, str]) -> Layer:
         raise UsageError(text, "vmtemplate NAME --build SUITE makes such a template")
     if template.get("vmArch") != "x86_64":
         raise Error(f"{name}: it is for {template.get('vmArch')}: only x86_64 guests can be frozen", "its clones boot")
+    if yes_no(template.get("vmTpm")) == "yes":
+        raise UsageError(f"{name}: it has a TPM, which no two clones must share: they boot")
     what, size = "its memory, in a file, takes up to {} MB", int(asked.get("vmMem") or template.get("vmMem"))
     check_room(template.folder, (size + 256) * MIB, cloud.tree.base, what, ROOM_HINT)
     with guest_on_layer(cloud, template, True, **asked, vmLayout=LAYOUT, vmBalloon="no") as (guest, layer):
@@ -10021,8 +10157,12 @@ def template_from_vm(cloud: Cloud, name: str, words: str, asked: Mapping[str, st
             else:
                 need_stopped(cloud, source)
             copy_disk(source, new, layered)
+            kept_in = Snapshot(source, kept).folder if kept else source.folder
+            variables = os.path.join(kept_in, os.path.relpath(source.variables_file, source.folder))
             settings = {"vmInit": "auto", **source.inherited(), **asked}
             new.write_conf(settings)
+            if os.path.exists(variables):
+                copy_variables(variables, "qcow2", new.vm.variables_file)
         if len(source.disks()) > 1:
             left = ", ".join(map(os.path.basename, source.disks()[1:]))
             report.warn(f"{name}: a template has a system disk only, these are left out: {left}")
@@ -10064,11 +10204,12 @@ def in_new_guest(cloud: Cloud, new: NewTemplate, work: Callable[[OwnGuest], obje
         raise
     finally:
         forget_identity(cloud, [vm.get("vmUuid")])
+        remove_tree(vm.tpm_folder)
         for name in names_in(vm.folder):
             path = vm.file(name)
-            if os.path.isdir(path):
+            if os.path.isdir(path) and path != vm.firmware_folder:
                 remove_tree(path)
-            elif path not in (new.disk, vm.conf_file):
+            elif path not in (new.disk, vm.conf_file, vm.firmware_folder):
                 remove_file(path)
 
 
@@ -11647,6 +11788,11 @@ YES = Option("-y --yes", "don't ask")
 WHICH_VM = "the VM: NAME, GROUP/NAME or GROUP/TYPE/NAME"
 VM_OPTIONS = (Option("-n --name NAME", WHICH_VM, complete="vm"), GROUP, TYPE)
 RUNNING_VM_OPTIONS = (Option("-n --name NAME", WHICH_VM, complete="running-vm"), GROUP, TYPE)
+FIRMWARE = (
+    Option("--uefi", "boot with UEFI"),
+    Option("--secure-boot", "boot with UEFI, and signed systems only"),
+    Option("--tpm", "have a TPM 2.0 (swtpm)"),
+)
 WHICH_VMS = (Option("-g --group GROUP", "the group"), TYPE, VM_OPTIONS[0])
 
 
@@ -11687,6 +11833,7 @@ def _digest(algorithm: str) -> Callable[[str], str]:
     Option("--user LOGIN", "who logs in to its clones", default="vmUser"),
     Option("--init KIND", "how hostname and keys get in: " + ", ".join(INIT_KINDS), INIT_KIND, complete=INIT_KINDS),
     Option("--arch ARCH", "what its clones' processor is: " + ", ".join(ARCHES), ARCH, complete=tuple(ARCHES)),
+    *FIRMWARE,
 )  # fmt: skip
 def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """get and keep templates"""
@@ -11702,6 +11849,8 @@ def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> 
             if exclusive(args, option) and way != wanted and (option, way) != ("arch", ""):
                 raise UsageError(f"--{option.replace('_', '-')} goes with --{wanted}")
         asked = asked_settings(vars(args))
+        if way in ("delete", "warm", "cold") and asked.keys() & {"vmFirmware", "vmTpm"}:
+            raise UsageError(f"--{way}: what a template boots with is said when it is made")
         if way == "delete":
             delete_template(cloud, name)
         elif way == "warm":
@@ -11781,6 +11930,7 @@ def report_table(rows: Sequence[Sequence[str]]) -> None:
     Option("-C --cpu-cap PERCENT", "a limit of CPU time, of one processor; 0: none", CPU_CAP),
     Option("-d --disk GB", "disk size; with -a: grow to", default="vmCreateDiskSize"),
     Option("-a --adjust", "change an existing one: only what is given"),
+    *FIRMWARE,
 )
 def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """make a template from an ISO, or adjust one"""
@@ -11791,8 +11941,7 @@ def cmd_create(config: Config, args: argparse.Namespace, words: list[str]) -> No
         report.warn(f"vmCreateGroup={config['vmCreateGroup']}: not used, what vmcreate makes is a template")
     with Cloud(config) as cloud:
         iso = find_iso(config, args.iso) if args.iso else ""
-        given = {"vmMem": args.mem, "vmCpu": args.cpu, "vmCpuCap": args.cpu_cap}
-        asked = {key: str(value) for key, value in given.items() if value is not None}
+        asked = {**asked_settings(vars(args)), **({"vmCpuCap": str(args.cpu_cap)} if args.cpu_cap is not None else {})}
         if args.adjust:
             vm = adjust_as_asked(cloud, args, asked, iso)
         else:

@@ -185,6 +185,7 @@ class Builder:
         (system / "boot/vmlinuz-1").write_bytes(b"kernel")
         (system / "vmlinuz").symlink_to("boot/vmlinuz-1")
         (system / "boot/grub/core.img").write_bytes(b"core")
+        (system / "boot/esp").write_bytes(b"FAT")
         (system / "usr/lib/grub/i386-pc/boot.img").write_bytes(bytes(512))
         self.publish(PACKAGES, "Mon")
 

@@ -56,6 +56,8 @@ def arm64(**changes: Any) -> nocloud.Machine:
     return machine(qemu=tool, vmArch="aarch64", vmMachine="virt-7.2", **changes)
 
 
+FIRMWARE = nocloud.Firmware(("/a,b/CODE.fd", "raw"), ("/a,b/VARS.fd", "raw"), frozenset())
+SECURE = nocloud.Firmware(("/x/CODE.qcow2", "qcow2"), ("/x/V", "raw"), frozenset({"secure-boot", "requires-smm"}))
 DISKS = [(f"web00_{number}.img", "qcow2", f"web00_{number}") for number in range(4)]
 
 CASES: dict[str, tuple[Any, ...]] = {
@@ -79,6 +81,10 @@ CASES: dict[str, tuple[Any, ...]] = {
     "plugged": (machine(vmLayout="2", vmPlugged="2", disks=DISKS), 5, -1),
     "frozen": (machine(vmLayout="2", vmBalloon="no", memory="t.l1.img.memory", record="t.l1.img.record"), 5, -1),
     "waking": (machine(vmLayout="2", vmBalloon="no", memory="../a,b/t.l1.img.memory", wakes=True), 5, -1),
+    "uefi": (machine(firmware=FIRMWARE, variables="firmware/uefi", vmFirmware="uefi"), 5, -1),
+    "secure-tpm": (machine(firmware=SECURE, variables="firmware/secure", vmFirmware="secure", tpm=7), 5, -1),
+    "tpm": (machine(tpm=7), 5, -1),
+    "tpm-arm": (machine(tpm=7, vmMachine="virt-7.2"), 5, -1),
     "going-on": (machine(vmLayout="2", wakes=True), 5, -1),
     "arm64": (arm64(seed="seed"), 5, -1),
     "arm64-kvm": (arm64(accel="kvm", disks=DISKS), 5, 6),

@@ -261,6 +261,8 @@ CHECKS: list[tuple[str, list[str], list[str]]] = [
     ),
     ("vmCold", ["", "0", "yes", "no"], ["2", "warm"]),
     ("vmBalloon", ["", "0", "yes", "no"], ["2", "full"]),
+    ("vmFirmware", ["bios", "uefi", "secure"], ["", "UEFI", "efi", "no"]),
+    ("vmTpm", ["", "0", "yes", "no"], ["2", "tis"]),
     ("vmLayout", ["1", "2"], ["0", "3", "x"]),
     ("vmPlugged", ["0", "4"], ["-1", "5", "x"]),
     ("vmGui", ["", "0", "1", "yes", "no", "true", "False", "on", "OFF"], ["2", "y", "screen"]),
