@@ -488,7 +488,7 @@ def _initrd(tree: pathlib.Path, own: pathlib.Path) -> bytes:
     return cpio.finish()
 
 
-def _parts(cache: pathlib.Path, arch: str) -> pathlib.Path:
+def _parts(cache: pathlib.Path, arch: str = "amd64") -> pathlib.Path:
     """The folder with vmlinuz and initrd, the same for every variant: only the first build downloads."""
     parts = cache / f"tinyguest-parts-{_digest(*([arch] if arch != 'amd64' else []))}"
     if not parts.is_dir():
