@@ -10088,12 +10088,11 @@ def template_from_vm(cloud: Cloud, name: str, words: str, asked: Mapping[str, st
             else:
                 need_stopped(cloud, source)
             copy_disk(source, new, layered)
-            kept_in = Snapshot(source, kept).folder if kept else source.folder
-            variables = os.path.join(kept_in, os.path.relpath(source.variables_file, source.folder))
             settings = {"vmInit": "auto", **source.inherited(), **asked}
             new.write_conf(settings)
-            if os.path.exists(variables):
-                copy_variables(variables, "qcow2", new.vm.variables_file)
+            place, own = Snapshot(source, kept).folder if kept else source.folder, new.vm.variables_file
+            if os.path.exists(variables := os.path.join(place, os.path.relpath(own, new.vm.folder))):
+                copy_variables(variables, "qcow2", own)
         if len(source.disks()) > 1:
             left = ", ".join(map(os.path.basename, source.disks()[1:]))
             report.warn(f"{name}: a template has a system disk only, these are left out: {left}")

@@ -177,6 +177,12 @@ def test_each_has_variables_and_a_tpm_of_its_own(uefi: Cloud) -> None:
     assert not (uefi.folder("templates/new") / "firmware/tpm").exists()
     clones(uefi, template="new")
     assert holds(variables(uefi, "pf/web/web01"), 7)
+    uefi.run("vmsnapshot", "old", "-n", "web00").ok()
+    put(variables(uefi), 8)
+    uefi.run("vmtemplate", "older", "--from", "web00@old", "--no-clean").ok()
+    assert holds(variables(uefi, "templates/older"), 7)
+    uefi.run("vmtemplate", "other", "--from", "web00", "--secure-boot", "--no-clean").ok()
+    assert not (uefi.folder("templates/other") / "firmware").exists()
     boots(uefi, "new", vmFirmware="secure", vmTpm="no")
     clones(uefi, template="new")
     words = (uefi.folder("pf/web/web02") / "web02.command").read_text()
@@ -265,3 +271,9 @@ def test_one_template_boots_both_ways(cloud: Cloud, vms: None) -> None:
         name = f"web{number:02d}"
         assert cloud.ssh(name, STATE).ok().lines == [*expected, "/dev/vda1"]
         cloud.run("vmstop", "-n", name, timeout=300).quiet()
+    boots(cloud, "deb", vmTpm="no")
+    cloud.run("vmtemplate", "deb", "--warm", timeout=600).ok()
+    clones(cloud, "-w", READY, template="deb")
+    assert "frozen" not in {path.name for path in cloud.folder("pf/web/web03").iterdir()}
+    assert cloud.ssh("web03", "cat /proc/uptime; mokutil --sb-state").ok().lines[1:] == ["SecureBoot enabled"]
+    assert "EFI stub" not in (cloud.folder("pf/web/web03") / "console.log").read_text(errors="replace")
