@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import tinyguest
-from support import READY, Cloud, eventually, link_programs
+from support import READY, Cloud, add_template, eventually, link_programs
+from test_frozen import clone, freeze, present_chain
 
 import nocloud
 
@@ -210,6 +211,20 @@ def test_snapshots_and_saved_memory(uefi: Cloud) -> None:
     uefi.run("vmrollback", "ram", "-g", "pf").ok()
     assert uefi.qemu(VM) and len(tpms(uefi)) == 1  # it goes on
     assert not holds(variables(uefi), 7) and not state.exists()
+
+
+@pytest.mark.parametrize("kind", ["--uefi", "--secure-boot"])
+def test_clones_wake_up(cloud: Cloud, vms: None, kind: str) -> None:
+    """Flash memory is taken over as other memory is, and goes to the clone's own variables."""
+    image = cloud.home / "blank.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "8M"], check=True)
+    add_template(cloud, image, "blank", "--mem", 96, "--cpu", 1, "--init", "systemd", kind)
+    freeze(cloud)
+    assert clone(cloud).stderr == ""
+    name = cloud.conf("templates/blank")["vmFirmware"]
+    assert present_chain(cloud)[1:] == ["blank.l1.img", "blank_0.img"]
+    own = variables(cloud, "pf/default/web00", name)
+    assert own.exists() and own.stat().st_ino != variables(cloud, "templates/blank", name).stat().st_ino
 
 
 def test_what_is_said_when_a_template_is_made(blank: Cloud) -> None:
