@@ -7085,14 +7085,18 @@ BUILD_HINT = "--build bookworm, trixie, jammy or noble"
 
 class Build:
     """What a template is built from.  `init`: how its clones get hostname and keys, `seeded`: by cloud-init in any
-    case; `more`: packages that were asked for besides ours; `sources`: lines for apt; `gigabytes`: its disk's size."""
+    case; `more`: packages that were asked for besides ours; `sources`: lines for apt; `gigabytes`: its disk's size;
+    `arch`: as Debian calls it."""
 
-    def __init__(self, suite: str, more: Sequence[str], gigabytes: int, seeded: bool = False) -> None:
-        self.suite, self.more, self.gigabytes = suite, more, gigabytes
+    def __init__(
+        self, suite: str, more: Sequence[str], gigabytes: int, seeded: bool = False, arch: str = "x86_64"
+    ) -> None:
+        self.suite, self.more, self.gigabytes, self.arch = suite, more, gigabytes, ARCHES[arch][0]
         self.distribution = UBUNTU if suite in UBUNTU_SUITES else DEBIAN
         seeded = seeded or suite in WITHOUT_CREDENTIALS
         self.init, takers = ("cloud-init", ["cloud-init", "cloud-guest-utils"]) if seeded else ("systemd", [])
-        self.packages = [self.distribution.kernel, *packaged_list("build/packages"), *takers, *more]
+        ours = [each for each in packaged_list("build/packages") if (each, self.arch) != ("grub-pc-bin", "arm64")]
+        self.packages = [self.distribution.kernel.replace("amd64", self.arch), *ours, *takers, *more]
         self.sources: list[str] = []
 
     @property
@@ -7147,13 +7151,15 @@ def package_names(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def plan_build(suite: str, more: Sequence[str], gigabytes: int, seeded: bool) -> Build:
+def plan_build(suite: str, more: Sequence[str], gigabytes: int, seeded: bool, arch: str) -> Build:
     """What is to be built; raises for what can be known to be missing before the work starts."""
     if not re.fullmatch(r"[a-z][a-z0-9.-]{0,62}", suite):
         raise UsageError(f"{suite!r} is no name of a suite", BUILD_HINT)
     check_builder()
-    build = Build(suite, more, gigabytes, seeded)
-    build.sources = package_sources(suite, build.distribution, host_archives(build.distribution), os_release())
+    build, archives = Build(suite, more, gigabytes, seeded, arch), []
+    if build.distribution is DEBIAN or arch == os.uname().machine:  # Ubuntu has others for arm64
+        archives = host_archives(build.distribution)
+    build.sources = package_sources(suite, build.distribution, archives, os_release())
     return build
 
 
@@ -7161,8 +7167,8 @@ def check_builder() -> None:
     """Raise where no template can be built.  mmdebstrap needs a range of uids to be root over, unless it is root."""
     for name in ("mmdebstrap", "mke2fs", "debugfs", "qemu-img"):
         need_program(name)
-    if os.uname().machine != "x86_64":
-        raise Error("templates are built on x86-64 only", "vmtemplate NAME --image FILE takes an image")
+    if os.uname().machine not in ARCHES:
+        raise Error("templates are built on x86-64 and arm64 only", "vmtemplate NAME --image FILE takes an image")
     if os.geteuid() == 0:
         return
     need_program("newuidmap")
@@ -7200,14 +7206,14 @@ def install_packages(build: Build, archive: str, progress: BuildProgress) -> Non
     # The keys of its own sources mmdebstrap has to find: the host's apt doesn't trust another distribution.
     given = ["--skip=check/signed-by"] if build.sources else []
     argv = [
-        "mmdebstrap", "--verbose", "--mode=unshare", "--format=tar", "--variant=minbase", "--architectures=amd64",
-        "--skip=output/dev", *given, *([f"--hook-dir={hooks}"] if os.path.isdir(hooks) else []),
+        "mmdebstrap", "--verbose", "--mode=unshare", "--format=tar", "--variant=minbase",
+        f"--architectures={build.arch}", "--skip=output/dev", *given, *([f"--hook-dir={hooks}"] if os.path.isdir(hooks) else []),
         *[f"--dpkgopt={option}" for option in packaged_list("build/dpkg.cfg")], "--aptopt=" + APT_OPTION,
         "--components=" + build.distribution.components.replace(" ", ","),  # for its own sources, where we give none
         "--include=" + ",".join(build.packages), "--customize-hook=" + need_packaged("build/target.sh"),
         build.suite, archive, *build.sources,
     ]  # fmt: skip
-    env = {"TMPDIR": build_tmpdir(), "INITRD": "No", "DEBIAN_FRONTEND": "noninteractive"}
+    env = {"TMPDIR": build_tmpdir(), "INITRD": "No", "DEBIAN_FRONTEND": "noninteractive", "ARCH": build.arch}
     if run_watched(argv, progress, env=env)[0]:
         raise build_error(build, progress.cause or "mmdebstrap failed")
 
@@ -7229,6 +7235,8 @@ def build_error(build: Build, cause: str) -> Error:
         return no_such(f"suite on {missing.group(1)}", build.suite, SUITES, BUILD_HINT)
     if "NO_PUBKEY" in cause or "is not signed" in cause:
         return Error(f"{build.suite}: {cause}", f"sudo apt install {build.distribution.keyring}")
+    if "foreign architecture" in cause or "neither be executed" in cause:
+        return Error(f"{build.suite}: {cause}", install_command("arch-test", "qemu-user-static"))
     unknown = re.match(r"Unable to locate package (\S+)|Package '(\S+)' has no installation candidate", cause)
     if unknown:
         name = unknown.group(1) or unknown.group(2)
@@ -7283,7 +7291,8 @@ def configure_system(tree: str, disk_uuid: str, build: Build) -> None:
     clean_system(tree)
     os.makedirs(os.path.join(tree, "dev"), exist_ok=True)  # output/dev leaves the folder out as well
     kernel, initrd = boot_links(tree)
-    words = {"DISTRIBUTION": build.distribution.name, "OPTIONS": KERNEL_OPTIONS}
+    options = KERNEL_OPTIONS.replace("ttyS0", "ttyAMA0") if build.arch == "arm64" else KERNEL_OPTIONS
+    words = {"DISTRIBUTION": build.distribution.name, "OPTIONS": options}
     words.update({"UUID": disk_uuid, "KERNEL": kernel, "INITRD": initrd})
     for name in packaged_files("build/tree"):
         text = re.sub("@([A-Z]+)@", lambda found: words[found.group(1)], packaged(f"build/tree/{name}"))
@@ -7352,10 +7361,11 @@ def write_boot_loaders(tree: str, raw: str, size: int, esp: str) -> None:
     """What grub-install does to a disk's first sectors: boot.img, a partition table, and core.img right behind it.
     That is where both images expect it by default: boot.img loads sector 1, core.img's own first sector the rest from
     sector 2 (GRUB 2.06, grub-core/boot/i386/pc).  UEFI looks into the partition that the image `esp` is copied to."""
-    with open(os.path.join(tree, "usr/lib/grub/i386-pc/boot.img"), "rb") as file:
-        boot = bytearray(file.read(440))
-    with open(os.path.join(tree, "boot/grub/core.img"), "rb") as file:
-        core = file.read()
+    boot, core, names = bytearray(440), b"", ("usr/lib/grub/i386-pc/boot.img", "boot/grub/core.img")
+    paths = [os.path.join(tree, name) for name in names]
+    if os.path.exists(paths[0]):  # arm64 has no BIOS
+        with open(paths[0], "rb") as file, open(paths[1], "rb") as image:
+            boot, core = bytearray(file.read(440)), image.read()
     if len(core) > (ESP_START - 1) * SECTOR:
         raise Error("the boot loader doesn't fit before the first partition")
     boot[0x66:0x68] = b"\x90\x90"  # take the drive from the BIOS: grub-install does so for hard disks
@@ -7402,7 +7412,7 @@ def build_disk(build: Build, new: NewTemplate) -> None:
 def build_recipe(build: Build) -> str:
     """A short name for all that decides about the result but the packages' versions."""
     parts = [file_digest(program_path()), *(name + packaged(f"build/{name}") for name in packaged_files("build"))]
-    parts += [build.suite, *build.packages, *build.sources, str(build.gigabytes)]
+    parts += [build.suite, build.arch, *build.packages, *build.sources, str(build.gigabytes)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -7418,7 +7428,8 @@ def archive_state(build: Build, web: Web) -> str:
     seen: list[str] = []
     for line in build.sources:
         _, archive, suite, *components = re.sub(r"\[.*?\]", "", line).split()
-        index = rf"^ ([0-9a-f]{{64}}) +\d+ (?:{'|'.join(map(re.escape, components))})/binary-(?:amd64|all)/Packages$"
+        parts = "|".join(map(re.escape, components))
+        index = rf"^ ([0-9a-f]{{64}}) +\d+ (?:{parts})/binary-(?:{build.arch}|all)/Packages$"
         try:
             text = web.text(f"{web_address(archive).rstrip('/')}/dists/{suite}/InRelease")
         except Absent:
@@ -10157,12 +10168,11 @@ def template_from_vm(cloud: Cloud, name: str, words: str, asked: Mapping[str, st
             else:
                 need_stopped(cloud, source)
             copy_disk(source, new, layered)
-            kept_in = Snapshot(source, kept).folder if kept else source.folder
-            variables = os.path.join(kept_in, os.path.relpath(source.variables_file, source.folder))
             settings = {"vmInit": "auto", **source.inherited(), **asked}
             new.write_conf(settings)
-            if os.path.exists(variables):
-                copy_variables(variables, "qcow2", new.vm.variables_file)
+            place, own = Snapshot(source, kept).folder if kept else source.folder, new.vm.variables_file
+            if os.path.exists(variables := os.path.join(place, os.path.relpath(own, new.vm.folder))):
+                copy_variables(variables, "qcow2", own)
         if len(source.disks()) > 1:
             left = ", ".join(map(os.path.basename, source.disks()[1:]))
             report.warn(f"{name}: a template has a system disk only, these are left out: {left}")
@@ -11796,9 +11806,9 @@ FIRMWARE = (
 WHICH_VMS = (Option("-g --group GROUP", "the group"), TYPE, VM_OPTIONS[0])
 
 
-# Options of vmtemplate, and the one that they go with; --arch with a name of the catalogue, too.
+# Options of vmtemplate, and the one that they go with.
 GOES_WITH = {"sha256": "image", "sha512": "image", "insecure": "image", "include": "build", "rebuild": "build"}
-GOES_WITH |= {"layer": "from", "no_clean": "from", "arch": "image"}
+GOES_WITH |= {"layer": "from", "no_clean": "from"}
 
 
 def _digest(algorithm: str) -> Callable[[str], str]:
@@ -11846,10 +11856,10 @@ def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> 
         exclusive(args, "sha256", "sha512", "insecure")
         way = exclusive(args, "image", "build", "from", "delete", "warm", "cold")
         for option, wanted in GOES_WITH.items():
-            if exclusive(args, option) and way != wanted and (option, way) != ("arch", ""):
+            if exclusive(args, option) and way != wanted:
                 raise UsageError(f"--{option.replace('_', '-')} goes with --{wanted}")
         asked = asked_settings(vars(args))
-        if way in ("delete", "warm", "cold") and asked.keys() & {"vmFirmware", "vmTpm"}:
+        if way in ("delete", "warm", "cold") and asked.keys() & {"vmArch", "vmFirmware", "vmTpm"}:
             raise UsageError(f"--{way}: what a template boots with is said when it is made")
         if way == "delete":
             delete_template(cloud, name)
@@ -11864,7 +11874,8 @@ def cmd_template(config: Config, args: argparse.Namespace, words: list[str]) -> 
         elif way == "build":
             check_new_template(cloud.tree, name)
             size = cloud.config.number("vmCreateDiskSize")
-            build = plan_build(args.build, args.include or [], size, args.init == "cloud-init")
+            arch = args.arch or os.uname().machine
+            build = plan_build(args.build, args.include or [], size, args.init == "cloud-init", arch)
             settings = template_settings(cloud, {"vmInit": build.init, **asked})
             template_from_packages(cloud, name, build, settings, args.rebuild)
         elif way == "image":

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import tinyguest
-from support import READY, Cloud, eventually, link_programs
+from support import READY, Cloud, add_template, eventually, link_programs
+from test_frozen import clone, freeze, present_chain
 
 import nocloud
 
@@ -177,6 +178,12 @@ def test_each_has_variables_and_a_tpm_of_its_own(uefi: Cloud) -> None:
     assert not (uefi.folder("templates/new") / "firmware/tpm").exists()
     clones(uefi, template="new")
     assert holds(variables(uefi, "pf/web/web01"), 7)
+    uefi.run("vmsnapshot", "old", "-n", "web00").ok()
+    put(variables(uefi), 8)
+    uefi.run("vmtemplate", "older", "--from", "web00@old", "--no-clean").ok()
+    assert holds(variables(uefi, "templates/older"), 7)
+    uefi.run("vmtemplate", "other", "--from", "web00", "--secure-boot", "--no-clean").ok()
+    assert not (uefi.folder("templates/other") / "firmware").exists()
     boots(uefi, "new", vmFirmware="secure", vmTpm="no")
     clones(uefi, template="new")
     words = (uefi.folder("pf/web/web02") / "web02.command").read_text()
@@ -204,6 +211,20 @@ def test_snapshots_and_saved_memory(uefi: Cloud) -> None:
     uefi.run("vmrollback", "ram", "-g", "pf").ok()
     assert uefi.qemu(VM) and len(tpms(uefi)) == 1  # it goes on
     assert not holds(variables(uefi), 7) and not state.exists()
+
+
+@pytest.mark.parametrize("kind", ["--uefi", "--secure-boot"])
+def test_clones_wake_up(cloud: Cloud, vms: None, kind: str) -> None:
+    """Flash memory is taken over as other memory is, and goes to the clone's own variables."""
+    image = cloud.home / "blank.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "8M"], check=True)
+    add_template(cloud, image, "blank", "--mem", 96, "--cpu", 1, "--init", "systemd", kind)
+    freeze(cloud)
+    assert clone(cloud).stderr == ""
+    name = cloud.conf("templates/blank")["vmFirmware"]
+    assert present_chain(cloud)[1:] == ["blank.l1.img", "blank_0.img"]
+    own = variables(cloud, "pf/default/web00", name)
+    assert own.exists() and own.stat().st_ino != variables(cloud, "templates/blank", name).stat().st_ino
 
 
 def test_what_is_said_when_a_template_is_made(blank: Cloud) -> None:
@@ -265,3 +286,9 @@ def test_one_template_boots_both_ways(cloud: Cloud, vms: None) -> None:
         name = f"web{number:02d}"
         assert cloud.ssh(name, STATE).ok().lines == [*expected, "/dev/vda1"]
         cloud.run("vmstop", "-n", name, timeout=300).quiet()
+    boots(cloud, "deb", vmTpm="no")
+    cloud.run("vmtemplate", "deb", "--warm", timeout=600).ok()
+    clones(cloud, "-w", READY, template="deb")
+    assert "frozen" not in {path.name for path in cloud.folder("pf/web/web03").iterdir()}
+    assert cloud.ssh("web03", "cat /proc/uptime; mokutil --sb-state").ok().lines[1:] == ["SecureBoot enabled"]
+    assert "EFI stub" not in (cloud.folder("pf/web/web03") / "console.log").read_text(errors="replace")
