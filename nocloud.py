@@ -7207,7 +7207,8 @@ def install_packages(build: Build, archive: str, progress: BuildProgress) -> Non
     given = ["--skip=check/signed-by"] if build.sources else []
     argv = [
         "mmdebstrap", "--verbose", "--mode=unshare", "--format=tar", "--variant=minbase",
-        f"--architectures={build.arch}", "--skip=output/dev", *given, *([f"--hook-dir={hooks}"] if os.path.isdir(hooks) else []),
+        f"--architectures={build.arch}", "--skip=output/dev", *given,
+        *([f"--hook-dir={hooks}"] if os.path.isdir(hooks) else []),
         *[f"--dpkgopt={option}" for option in packaged_list("build/dpkg.cfg")], "--aptopt=" + APT_OPTION,
         "--components=" + build.distribution.components.replace(" ", ","),  # for its own sources, where we give none
         "--include=" + ",".join(build.packages), "--customize-hook=" + need_packaged("build/target.sh"),
