@@ -791,6 +791,10 @@ SECONDS = whole_number(0, 86400, "seconds")
 CLONE_COUNT = whole_number(1, 1000)
 INIT_KINDS = ("auto", "systemd", "cloud-init", "ssh", "none")
 INIT_KIND = one_of(*INIT_KINDS)
+# As the kernel and qemu call architectures, as Debian calls them, and qemu's machine for them.
+ARCHES = {"x86_64": ("amd64", "q35"), "aarch64": ("arm64", "virt")}
+ARCH = one_of(*ARCHES)
+FIRMWARE_KIND = one_of("bios", "uefi", "secure")
 NETWORK_KIND = one_of("auto", "bridge", "private")
 
 SETTINGS = (
@@ -846,6 +850,10 @@ SETTINGS = (
     Setting("vmInit", INIT_KIND, "ssh", "vm", "how hostname and keys get into it", inherited=True),
     Setting("vmMachine", MACHINE_TYPE, "", "vm", "qemu's machine type; none: pc, as the bash tools ran it",
             inherited=True),
+    Setting("vmArch", ARCH, "x86_64", "vm", "its processor's architecture: x86_64 or aarch64", inherited=True),
+    Setting("vmFirmware", FIRMWARE_KIND, "bios", "vm", "bios, uefi, or secure: UEFI that boots signed systems only",
+            inherited=True),
+    Setting("vmTpm", yes_no, "no", "vm", "yes: it has a TPM 2.0 (swtpm)", inherited=True),
     Setting("vmLayout", one_of("1", "2"), "1", "vm", "which devices it has besides; those that had fewer keep theirs"),
     Setting("vmBalloon", yes_no, "yes", "vm", "yes: memory that it has no use for goes back to the host"),
     Setting("vmCold", yes_no, "no", "both", "yes: it boots at its first start, too", harmless=True),
@@ -1671,6 +1679,12 @@ def qcow2_header(path: str) -> Qcow2 | None:
     return Qcow2(os.fsdecode(name), os.fsdecode(format), version >= 3 and bool(features & 4), end, disk)
 
 
+def image_size(path: str) -> int:
+    """The bytes of the guest's disk in a qcow2 or raw image."""
+    header = qcow2_header(path)
+    return header.size if header else os.path.getsize(path)
+
+
 def disk_format(path: str) -> str:
     """qcow2 where the header says so, else raw: bash trees hold both, and their confs don't say which.  A guest writes
     what it likes into a raw disk, such a header too: what is found out is kept, see known_formats."""
@@ -1783,6 +1797,14 @@ def compress_image(source: str, format: str, target: str) -> None:
         convert_image(source, format, target, "-c", "-W", "-m", "8", "-o", "compression_type=zstd")
     except CommandFailed:
         convert_image(source, format, target)
+
+
+def copy_variables(source: str, format: str, target: str) -> None:
+    """A copy of UEFI's variables, of 20 KB and what is written to them.  It stands on nothing: a firmware's package
+    replaces its files when it is upgraded.  -U: a template that runs on a layer can be cloned."""
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    convert_image(source, format, target + ".part", "-U", "-c", "-o", "cluster_size=4096")
+    os.rename(target + ".part", target)
 
 
 def set_writable(path: str, writable: bool) -> None:
@@ -2162,6 +2184,8 @@ class VM:
     still_file = FileOf("still")  # there while a command has it stand still
     late_file = FileOf("late")  # there until its clock is set, which stood still
     snapshots_folder = FileOf("snapshots")
+    firmware_folder = FileOf("firmware")  # what its firmware keeps: UEFI's variables, and in `tpm` what its TPM does
+    tpm_folder = FileOf("firmware/tpm")
     ready_file = FileOf("ready")  # there once a wait has seen it ready since it was started
 
     def __init__(self, tree: Tree, group: str, type: str, name: str, folder: str = "") -> None:
@@ -2219,6 +2243,11 @@ class VM:
 
     def disk_name(self, number: int, extension: str) -> str:
         return f"{self.name}_{number}.{extension}"
+
+    @property
+    def variables_file(self) -> str:
+        """UEFI's variables, what boots among them (qcow2); those of secure boot, with its keys, are others."""
+        return os.path.join(self.firmware_folder, self.get("vmFirmware"))
 
     def relative(self, name: str) -> str:
         """A file of this VM, relative to vmBaseDir, as the conf names disks."""
@@ -2577,14 +2606,17 @@ class Qemu:
 
     path: str
     version: str
-    machine: str  # the versioned name of its newest q35
+    machine: str  # the versioned name of its newest q35, or virt
     options: frozenset[str]
+    arch: str = "x86_64"  # of its guests
 
 
-def probe_qemu(config: Config) -> Qemu:
-    """What the qemu program for this machine is and has; RHEL and kin keep theirs in /usr/libexec."""
-    usual = (f"qemu-system-{os.uname().machine}", "/usr/libexec/qemu-kvm")
-    path = need_program(config["vmQemu"] or next(filter(find_program, usual), usual[0]))
+def probe_qemu(config: Config, arch: str) -> Qemu:
+    """What the qemu program for an architecture is and has; RHEL and kin keep the host's in /usr/libexec."""
+    usual, configured = [f"qemu-system-{arch}"], ""
+    if arch == os.uname().machine:
+        usual, configured = [*usual, "/usr/libexec/qemu-kvm"], config["vmQemu"]
+    path = need_program(configured or next(filter(find_program, usual), usual[0]))
     asked = ["qmp_capabilities", "query-version", "query-machines", "query-command-line-options", "quit"]
     words = "".join(json.dumps({"execute": name, "id": name}) + "\n" for name in asked)
     argv = [path, "-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-qmp", "stdio"]
@@ -2594,7 +2626,8 @@ def probe_qemu(config: Config) -> Qemu:
         replies = {message.get("id"): message["return"] for message in messages if "return" in message}
         number = replies["query-version"]["qemu"]
         release = (number["major"], number["minor"], number["micro"])
-        machine = next((each["name"] for each in replies["query-machines"] if each.get("alias") == "q35"), "q35")
+        _, kind = ARCHES.get(arch, ("", "virt"))
+        machine = next((each["name"] for each in replies["query-machines"] if each.get("alias") == kind), kind)
         options = frozenset(each["option"] for each in replies["query-command-line-options"])
     except (QMPError, KeyError, TypeError):
         raise Error(f"{path}: it doesn't answer as qemu does: {last_line(answer.stderr + answer.stdout)}") from None
@@ -2602,7 +2635,7 @@ def probe_qemu(config: Config) -> Qemu:
     if release < (6, 2):
         hint = f"{install_command(os.path.basename(path))}  # or set vmQemu to a newer one"
         raise Error(f"{path}: qemu {version} is too old: 6.2 or newer is needed", hint)
-    return Qemu(path, version, machine, options)
+    return Qemu(path, version, machine, options, arch)
 
 
 def connect_qemu(vm: VM, seconds: float = 5.0) -> QMP:
@@ -2660,20 +2693,23 @@ def guest_state(vm: VM) -> str:
 # -- acceleration
 
 
-def choose_accel(wanted: str) -> str:
-    """kvm or tcg.  Where /dev/kvm opens but the CPU shows neither vmx nor svm, stock guests hang.  Raises Error where
-    kvm is asked for and isn't to be had."""
-    reason, mend = kvm_missing() if wanted != "tcg" else ("", "")
+def choose_accel(wanted: str, qemu: Qemu) -> str:
+    """kvm or tcg.  Raises Error where kvm is asked for and isn't to be had; that it works is the asker's word then."""
+    reason, mend = kvm_missing(qemu.arch) if wanted != "tcg" else ("", "")
     if reason and wanted == "kvm":
         raise Error(f"vmAccel=kvm: {reason}", f"{mend}; vmAccel=auto goes on without, slowly")
+    if wanted == "auto" and not reason:
+        reason, _ = kvm_failure(qemu)
     return "tcg" if reason or wanted == "tcg" else "kvm"
 
 
 KVM_MODULES = {"vmx": "kvm_intel", "svm": "kvm_amd"}  # by the processor's flag
 
 
-def kvm_missing() -> tuple[str, str]:
-    """(why there is no hardware acceleration, what mends that); ('', '') where there is."""
+def kvm_missing(arch: str = "") -> tuple[str, str]:
+    """(why there is no hardware acceleration for guests, what mends that); ('', '') where there is."""
+    if arch not in ("", os.uname().machine):
+        return f"guests for {arch} are emulated on {os.uname().machine}", f"a host that is {arch} has it"
     words = read_text("/proc/cpuinfo").split()
     mend = next((f"sudo modprobe {module}" for flag, module in KVM_MODULES.items() if flag in words), "")
     if not mend and "hypervisor" in words:
@@ -2686,6 +2722,42 @@ def kvm_missing() -> tuple[str, str]:
     if "flags" in words and not KVM_MODULES.keys() & words:  # x86's word for them; some kernels list none
         return "the processor shows neither vmx nor svm (no nested virtualization here)", mend
     return "", ""
+
+
+def kvm_failure(qemu: Qemu, anew: bool = False) -> tuple[str, str]:
+    """(why no guest runs though /dev/kvm opens, what may mend that), or ('', '').  What a try showed is kept for this
+    kernel and this qemu, a failure for an hour only: the host may just have been too busy.  `anew`: it is tried now."""
+    path, mend = os.path.join(cache_home(), "kvm"), "a newer kernel or qemu may mend that; vmAccel=kvm uses it anyway"
+    host, (was, _, reason) = f"{os.uname().release} {qemu.path} {qemu.version}", read_existing(path).partition("\n")
+    if anew or was != host or (reason and time.time() - os.stat(path).st_mtime > 3600):
+        reason = try_kvm(qemu)
+        with contextlib.suppress(OSError):  # a home that is read-only: it is tried each time
+            if was or not anew:  # who only looks makes no file
+                make_private_folder(cache_home())
+                write_file(path, f"{host}\n{reason}", durable=False)
+    return reason, reason and mend
+
+
+# Guests that end their qemu at once.  SeaBIOS finds no disk, and resets (qemu(1), -boot reboot-timeout).  On arm64
+# three instructions in memory, `mov w0, 0x8; movk w0, 0x8400, lsl 16; hvc 0`, call PSCI's SYSTEM_OFF (Arm DEN0022).
+KVM_TRIES = {
+    "x86_64": ["-boot", "reboot-timeout=0"],
+    "aarch64": [
+        "-machine", "gic-version=max",
+        "-device", "loader,addr=0x40200000,data=0x72b0800052800100,data-len=8",
+        "-device", "loader,addr=0x40200008,data=0xd4000002,data-len=4",
+        "-device", "loader,addr=0x40200000,cpu-num=0",
+    ],
+}  # fmt: skip
+
+
+def try_kvm(qemu: Qemu) -> str:
+    """Why a guest with nothing to do gets nowhere within 2 s, or ''."""
+    words = ["-nodefaults", "-no-user-config", "-display", "none", "-machine", qemu.machine, "-m", "64"]
+    words += ["-accel", "kvm", "-cpu", "host", "-no-reboot", *KVM_TRIES.get(qemu.arch, ())]
+    status, said = try_run([qemu.path, *words], 2)
+    lines = [line for line in said.splitlines() if "warning:" not in line]
+    return f"a guest does not run with it: {lines[0] if lines else f'status {status}'}" if status else ""
 
 
 def device_denied(path: str) -> str:
@@ -2713,6 +2785,60 @@ def device_command(path: str, group: str) -> str:
     except KeyError:
         mend = f"sudo groupadd --system {group} && {mend}"
     return f"{mend}sudo usermod -aG {group} {user}  # and log in again"
+
+
+# -- firmware
+
+# The last one with a file of that name counts.  $XDG_CONFIG_HOME/qemu/firmware has the user's own.
+FIRMWARE_FOLDERS = ("/usr/share/qemu/firmware", "/etc/qemu/firmware", "qemu/firmware")
+
+
+@record
+class Firmware:
+    """UEFI: (path, format) of its code and of what its variables begin as, and what it can and wants."""
+
+    code: tuple[str, str]
+    variables: tuple[str, str]
+    features: frozenset[str]
+
+
+def find_firmware(kind: str, arch: str, machine: str, size: int = 0) -> Firmware:
+    """The firmware of a vmFirmware that isn't bios for a type of machine, by QEMU's descriptors (docs/interop/
+    firmware.json); `size`: of the variables that there are, in bytes.  Raises MissingProgram."""
+    named: dict[str, str] = {}  # an empty file takes away what was called so before
+    for folder in (os.path.join(os.path.dirname(config_home()), each) for each in FIRMWARE_FOLDERS):
+        named.update({name: os.path.join(folder, name) for name in names_in(folder) if name.endswith(".json")})
+    found = [read_firmware(path, kind, arch, machine) for _, path in sorted(named.items())]
+    fit = [each for each in found if each and size in (0, image_size(each.variables[0]))]
+    if not fit:
+        text = f"vmFirmware={kind}: no such firmware for {machine or LEGACY_MACHINE} of {arch} in {FIRMWARE_FOLDERS[0]}"
+        raise MissingProgram(text, install_command(f"uefi-{arch}"))
+    return min(fit, key=lambda each: "secure-boot" in each.features)  # the first; for uefi rather one that can't do it
+
+
+def read_firmware(path: str, kind: str, arch: str, machine: str) -> Firmware | None:
+    """What a descriptor describes, where that is a firmware of this kind in flash memory, for such a machine."""
+    with Parsing(Error, f"{path}: no descriptor of firmware as QEMU has them"):
+        told = json.loads(read_text(path).strip() or "{}")
+        flash, features = told.get("mapping", {}), frozenset(told.get("features", ()))
+        targets = [(each["architecture"], glob) for each in told.get("targets", ()) for glob in each["machines"]]
+        fits = any(of == arch and fnmatch.fnmatchcase(machine, glob) for of, glob in targets)
+        fits = fits and (flash["device"], flash.get("mode", "split")) == ("flash", "split")
+        if not fits or "uefi" not in told["interface-types"] or ("enrolled-keys" in features) != (kind == "secure"):
+            return None
+        files = [flash[key] for key in ("executable", "nvram-template")]
+        code, variables = ((str(each["filename"]), str(each["format"])) for each in files)
+        return Firmware(code, variables, features)
+
+
+def firmware_of(vm: VM, arch: str) -> Firmware | None:
+    """The firmware that a VM, or a clone of a template, has; None: the BIOS that comes with qemu.  Raises
+    MissingProgram where this host lacks it, or the TPM that it is to have."""
+    kind, there = vm.get("vmFirmware"), os.path.exists(vm.variables_file)
+    if yes_no(vm.get("vmTpm")) == "yes":
+        need_program("swtpm")
+    size = image_size(vm.variables_file) if there else 0
+    return find_firmware(kind, arch, vm.get("vmMachine"), size) if kind != "bios" else None
 
 
 # -- the command line
@@ -2762,6 +2888,9 @@ class Machine:
     record: str = ""  # where qemu's events are written to
     memory: str = ""  # the file that its memory is in
     wakes: bool = False  # what it did is loaded; it changes its own copy of that file only
+    firmware: Firmware | None = None  # None: BIOS
+    variables: str = ""  # the file of that firmware's
+    tpm: int = -1  # a connection to its TPM
 
     def but(self, **changes: object) -> Machine:
         return Machine(**{**{name: getattr(self, name) for name in Machine.__annotations__}, **changes})
@@ -2794,15 +2923,16 @@ def qemu_argv(machine: Machine, tap: int, vhost: int = -1, shares: Sequence[int]
 
 def machine_args(machine: Machine) -> list[str]:
     """-name comes first: it is what one looks for in ps.  The VGA stays without a screen, too: Debian's boot loader
-    hangs without one."""
+    hangs without one; arm64 has another, for its caches and VGA's memory don't go together."""
+    arm = machine.qemu.arch == "aarch64"
     sandbox = ["-sandbox", SANDBOX] if "sandbox" in machine.qemu.options else []
     return [
         "-name", f"guest={comma(machine.name)}",
         "-nodefaults", "-no-user-config",
-        "-machine", machine.settings["vmMachine"] or LEGACY_MACHINE,
+        "-machine", (machine.settings["vmMachine"] or LEGACY_MACHINE) + (",gic-version=max" if arm else ""),
         "-m", f"{machine.settings['vmMem']}M",
         "-uuid", machine.settings["vmUuid"],
-        "-vga", "none", "-device", f"VGA,addr={PCI_SLOTS['vga']:#x}",
+        "-vga", "none", "-device", f"{'virtio-gpu-pci' if arm else 'VGA'},addr={PCI_SLOTS['vga']:#x}",
         "-display", "none",
         "-rtc", "base=utc",
         *sandbox,
@@ -2814,7 +2944,9 @@ def cpu_args(machine: Machine) -> list[str]:
     smp = ["-smp", f"{cpus},sockets=1,cores={cpus},threads=1"]
     if machine.accel == "kvm":
         return ["-accel", "kvm", "-cpu", "host", *smp]
-    return ["-accel", "tcg,thread=multi", "-cpu", "max", *smp]
+    # Arm's own way to sign pointers takes long when it is emulated.
+    signing = ",pauth-impdef=on" if machine.qemu.arch == "aarch64" else ""
+    return ["-accel", "tcg,thread=multi", "-cpu", f"max{signing}", *smp]
 
 
 def firmware_args(machine: Machine) -> list[str]:
@@ -2823,6 +2955,17 @@ def firmware_args(machine: Machine) -> list[str]:
     if machine.credentials:
         words += ["-smbios", f"type=11,path={comma(machine.credentials)}"]
         words += ["-smbios", f"type=11,value=io.systemd.credential:system.hostname={machine.name}"]
+    if machine.firmware:
+        (code, format), smm = machine.firmware.code, ",smm=on" if "requires-smm" in machine.firmware.features else ""
+        place = f"read-only=on,file.driver=file,file.filename={comma(code)}"
+        words += ["-blockdev", f"driver={format},node-name=flash0,{place}", "-blockdev"]
+        words += [f"driver=qcow2,node-name=flash1,file.driver=file,file.filename={comma(machine.variables)}"]
+        words += ["-machine", f"pflash0=flash0,pflash1=flash1{smm}"]
+        words += ["-global", "driver=cfi.pflash01,property=secure,value=on"] if smm else []
+    if machine.tpm >= 0:
+        device = "tpm-tis-device" if machine.settings["vmMachine"].startswith("virt") else "tpm-crb"
+        words += ["-chardev", f"socket,id=tpm0,fd={machine.tpm}", "-tpmdev", "emulator,id=tpm0,chardev=tpm0"]
+        words += ["-device", f"{device},tpmdev=tpm0"]
     return words
 
 
@@ -2854,13 +2997,15 @@ def iso_args(machine: Machine) -> list[str]:
 
     ide-cd on the controller that the machine has anyway (q35: AHCI, pc: PIIX3's IDE; both call its first bus ide.0):
     SeaBIOS boots from it, and it is the one drive that every installer's kernel finds.  A scsi-cd needs virtio_scsi,
-    which older installers lack; on virtio-blk, or as a USB stick, many look for no CD at all.
+    which older installers lack; on virtio-blk, or as a USB stick, many look for no CD at all.  arm64's virt has no IDE.
     """
     if not machine.iso:
         return []
+    arm, scsi = machine.qemu.arch == "aarch64", f"virtio-scsi-pci,id=scsi0,addr={PCI_SLOTS['seed']:#x}"
     return [
         "-blockdev", f"driver=raw,node-name=iso,read-only=on,file.driver=file,file.filename={comma(machine.iso)}",
-        "-device", "ide-cd,drive=iso,bus=ide.0,bootindex=0",
+        *(["-device", scsi] if arm else []),
+        "-device", f"{'scsi-cd,bus=scsi0.0' if arm else 'ide-cd,bus=ide.0'},drive=iso,bootindex=0",
     ]  # fmt: skip
 
 
@@ -2981,7 +3126,8 @@ def screen_args(machine: Machine) -> list[str]:
     if not machine.screen:
         return []
     tablet = ["-device", f"qemu-xhci,id=usb0,addr={PCI_SLOTS['usb']:#x}", "-device", "usb-tablet,bus=usb0.0"]
-    return [*SCREENS[machine.screen], *tablet]
+    keys = ["-device", "usb-kbd,bus=usb0.0"] if machine.qemu.arch == "aarch64" else []  # x86 has PS/2's
+    return [*SCREENS[machine.screen], *tablet, *keys]
 
 
 def choose_screen(qemu: Qemu) -> str:
@@ -5620,7 +5766,7 @@ def checksum_text(text: str) -> str:
 ENTRY_KEYS: dict[str, Callable[[str], object]] = {
     "title": str,
     "kind": one_of("cloud", "classic"),
-    "arch": one_of("x86_64"),
+    "arch": ARCH,
     "image": lambda text: [web_address(word) for word in text.split() or [text]],
     "checksums": str,
     "algorithm": one_of("sha512", "sha256", "md5"),
@@ -5630,6 +5776,7 @@ ENTRY_KEYS: dict[str, Callable[[str], object]] = {
     "key": str,
     "user": LOGIN_NAME,
     "init": INIT_KIND,
+    "boot": FIRMWARE_KIND,
     "mem": MEMORY_MB,
     "cpu": CPU_COUNT,
 }
@@ -5692,14 +5839,17 @@ class Catalogue:
         start = max(filter(url.startswith, self.mirrors), key=len, default="")
         return self.mirrors[start] + url[len(start) :] if start else url
 
-    def need(self, name: str) -> Entry:
+    def need(self, name: str, arch: str = "") -> Entry:
+        """The entry of that name; NAME-arm64 where that is for this machine's architecture, or the one asked for."""
         checked_name("template", name)
         if name not in self.entries:
             hint = did_you_mean(name, self.entries, "vmtemplate --list --available shows what there is")
             raise NotFound(f"{name}: not in the catalogue", hint)
-        entry = self.entries[name]
-        if entry["arch"] != os.uname().machine:
-            raise Error(f"{name}: is for {entry['arch']}, and this machine is {os.uname().machine}")
+        entry, wanted = self.entries[name], arch or os.uname().machine
+        if entry["arch"] != wanted:
+            entry = self.entries.get(f"{name}-{ARCHES.get(wanted, [''])[0]}", entry)
+        if arch not in ("", entry["arch"]):
+            raise NotFound(f"{name}: not in the catalogue for {arch}", f"it is there for {entry['arch']}")
         return entry
 
 
@@ -6382,15 +6532,23 @@ def import_image(new: NewTemplate, path: str, shown: str = "") -> None:
     convert_image(path, format, new.disk)
 
 
-def asked_settings(given: Mapping[str, Any] | Entry) -> dict[str, str]:
-    """What options, or lines of the catalogue, say of mem, cpu, user and init, as settings."""
-    return {f"vm{name.capitalize()}": str(given[name]) for name in ("mem", "cpu", "user", "init") if given[name]}
+ASKED = {"mem": "vmMem", "cpu": "vmCpu", "user": "vmUser", "init": "vmInit", "arch": "vmArch", "boot": "vmFirmware"}
+SWITCHES = {"uefi": ("vmFirmware", "uefi"), "secure_boot": ("vmFirmware", "secure"), "tpm": ("vmTpm", "yes")}
+
+
+def asked_settings(given: Mapping[str, Any]) -> dict[str, str]:
+    """What options, or lines of the catalogue, say of these, as settings."""
+    asked = {key: str(given[name]) for name, key in ASKED.items() if given.get(name)}
+    return {**asked, **dict(pair for name, pair in SWITCHES.items() if given.get(name))}
 
 
 def template_settings(cloud: Cloud, asked: Mapping[str, str]) -> dict[str, str]:
     """What a new template's clones start with: `asked`, else what is configured."""
     configured = {key: cloud.config[key] for key in ("vmMem", "vmCpu", "vmUser")}
-    return {**configured, "vmInit": "auto", "vmMachine": cloud.qemu().machine, **asked}
+    arch = asked.get("vmArch") or os.uname().machine
+    firmware = {"vmFirmware": "uefi"} if arch == "aarch64" else {}
+    machine = {"vmArch": arch, "vmMachine": cloud.qemu(arch).machine, **firmware}
+    return {**configured, "vmInit": "auto", **machine, **asked}
 
 
 def template_from_image(cloud: Cloud, name: str, path: str, settings: Mapping[str, str], expected: str = "") -> VM:
@@ -6439,7 +6597,7 @@ def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, str], t
     """Download what the catalogue has under that name; `asked` are the settings of the command line.  `take_over`,
     given a NewTemplate and a `key`, plants the user's keys in a classic image, which that key opens."""
     catalogue = load_catalogue()
-    entry = catalogue.need(name)
+    entry = catalogue.need(name, asked.get("vmArch", ""))
     check_new_template(cloud.tree, name)
     source = resolve(catalogue, entry, Web(cloud.config.number("vmDownloadTimeout")))
     settings, first_start = entry_settings(cloud, entry, asked, source), None
@@ -6453,9 +6611,9 @@ def template_from_catalogue(cloud: Cloud, name: str, asked: Mapping[str, str], t
 def entry_settings(cloud: Cloud, entry: Entry, asked: Mapping[str, str], source: Source) -> dict[str, str]:
     """What the clones start with: as the command line says, else the entry, else (classic) the publisher's conf."""
     if not isinstance(source, ClassicSource):
-        return template_settings(cloud, {**asked_settings(entry), **asked})
+        return template_settings(cloud, {**asked_settings(entry.values), **asked})
     published = published_conf(source)
-    settings = template_settings(cloud, {"vmInit": "ssh", **published, **asked_settings(entry), **asked})
+    settings = template_settings(cloud, {"vmInit": "ssh", **published, **asked_settings(entry.values), **asked})
     del settings["vmMachine"]  # without it a VM runs as the bash tools ran it, whose guests know their card's name
     return settings
 
@@ -6917,14 +7075,18 @@ BUILD_HINT = "--build bookworm, trixie, jammy or noble"
 
 class Build:
     """What a template is built from.  `init`: how its clones get hostname and keys, `seeded`: by cloud-init in any
-    case; `more`: packages that were asked for besides ours; `sources`: lines for apt; `gigabytes`: its disk's size."""
+    case; `more`: packages that were asked for besides ours; `sources`: lines for apt; `gigabytes`: its disk's size;
+    `arch`: as Debian calls it."""
 
-    def __init__(self, suite: str, more: Sequence[str], gigabytes: int, seeded: bool = False) -> None:
-        self.suite, self.more, self.gigabytes = suite, more, gigabytes
+    def __init__(
+        self, suite: str, more: Sequence[str], gigabytes: int, seeded: bool = False, arch: str = "x86_64"
+    ) -> None:
+        self.suite, self.more, self.gigabytes, self.arch = suite, more, gigabytes, ARCHES[arch][0]
         self.distribution = UBUNTU if suite in UBUNTU_SUITES else DEBIAN
         seeded = seeded or suite in WITHOUT_CREDENTIALS
         self.init, takers = ("cloud-init", ["cloud-init", "cloud-guest-utils"]) if seeded else ("systemd", [])
-        self.packages = [self.distribution.kernel, *packaged_list("build/packages"), *takers, *more]
+        ours = [each for each in packaged_list("build/packages") if (each, self.arch) != ("grub-pc-bin", "arm64")]
+        self.packages = [self.distribution.kernel.replace("amd64", self.arch), *ours, *takers, *more]
         self.sources: list[str] = []
 
     @property
@@ -6979,13 +7141,15 @@ def package_names(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def plan_build(suite: str, more: Sequence[str], gigabytes: int, seeded: bool) -> Build:
+def plan_build(suite: str, more: Sequence[str], gigabytes: int, seeded: bool, arch: str) -> Build:
     """What is to be built; raises for what can be known to be missing before the work starts."""
     if not re.fullmatch(r"[a-z][a-z0-9.-]{0,62}", suite):
         raise UsageError(f"{suite!r} is no name of a suite", BUILD_HINT)
     check_builder()
-    build = Build(suite, more, gigabytes, seeded)
-    build.sources = package_sources(suite, build.distribution, host_archives(build.distribution), os_release())
+    build, archives = Build(suite, more, gigabytes, seeded, arch), []
+    if build.distribution is DEBIAN or arch == os.uname().machine:  # Ubuntu has others for arm64
+        archives = host_archives(build.distribution)
+    build.sources = package_sources(suite, build.distribution, archives, os_release())
     return build
 
 
@@ -6993,8 +7157,8 @@ def check_builder() -> None:
     """Raise where no template can be built.  mmdebstrap needs a range of uids to be root over, unless it is root."""
     for name in ("mmdebstrap", "mke2fs", "debugfs", "qemu-img"):
         need_program(name)
-    if os.uname().machine != "x86_64":
-        raise Error("templates are built on x86-64 only", "vmtemplate NAME --image FILE takes an image")
+    if os.uname().machine not in ARCHES:
+        raise Error("templates are built on x86-64 and arm64 only", "vmtemplate NAME --image FILE takes an image")
     if os.geteuid() == 0:
         return
     need_program("newuidmap")
@@ -7032,14 +7196,15 @@ def install_packages(build: Build, archive: str, progress: BuildProgress) -> Non
     # The keys of its own sources mmdebstrap has to find: the host's apt doesn't trust another distribution.
     given = ["--skip=check/signed-by"] if build.sources else []
     argv = [
-        "mmdebstrap", "--verbose", "--mode=unshare", "--format=tar", "--variant=minbase", "--architectures=amd64",
-        "--skip=output/dev", *given, *([f"--hook-dir={hooks}"] if os.path.isdir(hooks) else []),
+        "mmdebstrap", "--verbose", "--mode=unshare", "--format=tar", "--variant=minbase",
+        f"--architectures={build.arch}", "--skip=output/dev", *given,
+        *([f"--hook-dir={hooks}"] if os.path.isdir(hooks) else []),
         *[f"--dpkgopt={option}" for option in packaged_list("build/dpkg.cfg")], "--aptopt=" + APT_OPTION,
         "--components=" + build.distribution.components.replace(" ", ","),  # for its own sources, where we give none
         "--include=" + ",".join(build.packages), "--customize-hook=" + need_packaged("build/target.sh"),
         build.suite, archive, *build.sources,
     ]  # fmt: skip
-    env = {"TMPDIR": build_tmpdir(), "INITRD": "No", "DEBIAN_FRONTEND": "noninteractive"}
+    env = {"TMPDIR": build_tmpdir(), "INITRD": "No", "DEBIAN_FRONTEND": "noninteractive", "ARCH": build.arch}
     if run_watched(argv, progress, env=env)[0]:
         raise build_error(build, progress.cause or "mmdebstrap failed")
 
@@ -7061,6 +7226,8 @@ def build_error(build: Build, cause: str) -> Error:
         return no_such(f"suite on {missing.group(1)}", build.suite, SUITES, BUILD_HINT)
     if "NO_PUBKEY" in cause or "is not signed" in cause:
         return Error(f"{build.suite}: {cause}", f"sudo apt install {build.distribution.keyring}")
+    if "foreign architecture" in cause or "neither be executed" in cause:
+        return Error(f"{build.suite}: {cause}", install_command("arch-test", "qemu-user-static"))
     unknown = re.match(r"Unable to locate package (\S+)|Package '(\S+)' has no installation candidate", cause)
     if unknown:
         name = unknown.group(1) or unknown.group(2)
@@ -7115,7 +7282,8 @@ def configure_system(tree: str, disk_uuid: str, build: Build) -> None:
     clean_system(tree)
     os.makedirs(os.path.join(tree, "dev"), exist_ok=True)  # output/dev leaves the folder out as well
     kernel, initrd = boot_links(tree)
-    words = {"DISTRIBUTION": build.distribution.name, "OPTIONS": KERNEL_OPTIONS}
+    options = KERNEL_OPTIONS.replace("ttyS0", "ttyAMA0") if build.arch == "arm64" else KERNEL_OPTIONS
+    words = {"DISTRIBUTION": build.distribution.name, "OPTIONS": options}
     words.update({"UUID": disk_uuid, "KERNEL": kernel, "INITRD": initrd})
     for name in packaged_files("build/tree"):
         text = re.sub("@([A-Z]+)@", lambda found: words[found.group(1)], packaged(f"build/tree/{name}"))
@@ -7142,7 +7310,8 @@ def boot_links(tree: str) -> tuple[str, str]:
 
 
 SECTOR = 512
-PARTITION_START = 2048  # in sectors: 1 MB, where everyone aligns; the boot loader lives in the gap before
+ESP_START = 2048  # in sectors: 1 MB, where everyone aligns; the boot loader for a BIOS lives in the gap before
+PARTITION_START = ESP_START + 32768  # the root, which grows, comes last; the 16 MB before it are for UEFI
 # Named one by one: hosts differ in their defaults, and boot loaders lag behind (orphan_file, metadata_csum_seed).
 EXT4_FEATURES = (
     "none,has_journal,ext_attr,resize_inode,dir_index,filetype,extent,64bit,flex_bg,sparse_super,large_file,huge_file,"
@@ -7179,22 +7348,26 @@ def restore_owners(tree: str, raw: str, owners: Mapping[str, tuple[int, int]], s
         raise Error(f"debugfs: {said[0]}")
 
 
-def write_boot_loader(tree: str, raw: str, size: int) -> None:
+def write_boot_loaders(tree: str, raw: str, size: int, esp: str) -> None:
     """What grub-install does to a disk's first sectors: boot.img, a partition table, and core.img right behind it.
     That is where both images expect it by default: boot.img loads sector 1, core.img's own first sector the rest from
-    sector 2 (GRUB 2.06, grub-core/boot/i386/pc)."""
-    with open(os.path.join(tree, "usr/lib/grub/i386-pc/boot.img"), "rb") as file:
-        boot = bytearray(file.read(440))
-    with open(os.path.join(tree, "boot/grub/core.img"), "rb") as file:
-        core = file.read()
-    if len(core) > (PARTITION_START - 1) * SECTOR:
+    sector 2 (GRUB 2.06, grub-core/boot/i386/pc).  UEFI looks into the partition that the image `esp` is copied to."""
+    boot, core, names = bytearray(440), b"", ("usr/lib/grub/i386-pc/boot.img", "boot/grub/core.img")
+    paths = [os.path.join(tree, name) for name in names]
+    if os.path.exists(paths[0]):  # arm64 has no BIOS
+        with open(paths[0], "rb") as file, open(paths[1], "rb") as image:
+            boot, core = bytearray(file.read(440)), image.read()
+    if len(core) > (ESP_START - 1) * SECTOR:
         raise Error("the boot loader doesn't fit before the first partition")
     boot[0x66:0x68] = b"\x90\x90"  # take the drive from the BIOS: grub-install does so for hard disks
-    sectors = size // SECTOR - PARTITION_START
-    entry = struct.pack("<B3sB3sII", 0x80, b"\xfe\xff\xff", 0x83, b"\xfe\xff\xff", PARTITION_START, sectors)
-    table = bytes(boot) + os.urandom(4) + bytes(2) + entry + bytes(48) + b"\x55\xaa"
-    with open(raw, "r+b") as file:
+    chs, sectors = b"\xfe\xff\xff", size // SECTOR - PARTITION_START
+    root = struct.pack("<B3sB3sII", 0x80, chs, 0x83, chs, PARTITION_START, sectors)  # the first entry, wherever it lies
+    uefi = struct.pack("<B3sB3sII", 0, chs, 0xEF, chs, ESP_START, PARTITION_START - ESP_START)
+    table = bytes(boot) + os.urandom(4) + bytes(2) + root + uefi + bytes(32) + b"\x55\xaa"
+    with open(raw, "r+b") as file, open(esp, "rb") as image:
         file.write(table + core)
+        file.seek(ESP_START * SECTOR)
+        shutil.copyfileobj(image, file)
 
 
 def build_disk(build: Build, new: NewTemplate) -> None:
@@ -7209,11 +7382,13 @@ def build_disk(build: Build, new: NewTemplate) -> None:
     install_packages(build, archive, progress)
     progress.tell("configuring the system")
     owners = unpack_system(archive, tree)
+    esp = os.path.join(work, "esp")
+    os.rename(os.path.join(tree, "boot/esp"), esp)
     configure_system(tree, disk_uuid, build)
     progress.tell("making the file system")
     make_filesystem(tree, raw, size, disk_uuid)
     restore_owners(tree, raw, owners, os.path.join(work, "owners"))
-    write_boot_loader(tree, raw, size)
+    write_boot_loaders(tree, raw, size, esp)
     progress.tell("making the disk")
     compress_image(raw, "raw", new.disk)
     megabytes = os.path.getsize(new.disk) // MIB
@@ -7228,7 +7403,7 @@ def build_disk(build: Build, new: NewTemplate) -> None:
 def build_recipe(build: Build) -> str:
     """A short name for all that decides about the result but the packages' versions."""
     parts = [file_digest(program_path()), *(name + packaged(f"build/{name}") for name in packaged_files("build"))]
-    parts += [build.suite, *build.packages, *build.sources, str(build.gigabytes)]
+    parts += [build.suite, build.arch, *build.packages, *build.sources, str(build.gigabytes)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -7244,7 +7419,8 @@ def archive_state(build: Build, web: Web) -> str:
     seen: list[str] = []
     for line in build.sources:
         _, archive, suite, *components = re.sub(r"\[.*?\]", "", line).split()
-        index = rf"^ ([0-9a-f]{{64}}) +\d+ (?:{'|'.join(map(re.escape, components))})/binary-(?:amd64|all)/Packages$"
+        parts = "|".join(map(re.escape, components))
+        index = rf"^ ([0-9a-f]{{64}}) +\d+ (?:{parts})/binary-(?:{build.arch}|all)/Packages$"
         try:
             text = web.text(f"{web_address(archive).rstrip('/')}/dists/{suite}/InRelease")
         except Absent:
@@ -7291,24 +7467,30 @@ class Cloud:
         self.forwarders = {kind: Forwarder(self.tree, network) for kind, network in self.networks.items()}
 
     @functools.cache
-    def qemu(self) -> Qemu:
-        """The qemu binary, probed once."""
-        return probe_qemu(self.config)
+    def qemu(self, arch: str) -> Qemu:
+        """The qemu binary for guests of an architecture, probed once."""
+        return probe_qemu(self.config, arch)
 
     @functools.cache
-    def accel(self, wanted: str) -> str:
+    def accel(self, wanted: str, arch: str) -> str:
         """kvm or tcg, for a vmAccel; said once where it is tcg though nobody asked for it."""
-        accel = choose_accel(wanted)
+        accel = choose_accel(wanted, self.qemu(arch))
         if accel != wanted and accel == "tcg":
-            report.warn("no hardware acceleration, guests will be slow (nocloud doctor acceleration says why)")
+            why = "nocloud doctor acceleration says why" if arch == os.uname().machine else f"they are for {arch}"
+            report.warn(f"no hardware acceleration, guests will be slow ({why})")
         return accel
 
+    def prepare(self, vms: Iterable[VM]) -> None:
+        """Find what runs these VMs, or clones of templates: what that says is said before there are threads."""
+        for arch in sorted({vm.get("vmArch") for vm in vms if vm.is_readable()}):
+            self.accel(self.config["vmAccel"], arch)
+
     @functools.cache
-    def screen(self) -> str:
+    def screen(self, arch: str) -> str:
         """What shows the screens, one of SCREENS; '', and said once, where the qemu binary has neither."""
-        screen = choose_screen(self.qemu())
+        screen = choose_screen(self.qemu(arch))
         if not screen:
-            report.warn(f"{self.qemu().path} has neither SPICE nor VNC: VMs have no screen")
+            report.warn(f"{self.qemu(arch).path} has neither SPICE nor VNC: VMs have no screen")
         return screen
 
     def network_of(self, vm: VM) -> Network:
@@ -7543,8 +7725,10 @@ def check_requests(
             check_disk_size(template, request.disk)
             check_ports(cloud.tree, request, asked, freed)
             check_shares(cloud.config, template, request.settings.get("vmShares", ""))
+            qemu = cloud.qemu(template.get("vmArch"))
+            firmware_of(template, qemu.arch)
             if takes_seed(template):
-                choose_seed(cloud.qemu())
+                choose_seed(qemu)
                 request.user_data = request.user_data or default_user_data()
             elif request.user_data:
                 text = f"user-data=: {template.name} takes no seed, its vmInit is {template.get('vmInit')}"
@@ -7663,7 +7847,8 @@ def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: 
                 clones.append(clone)
                 address = cloud.networks[kind].allot(taken.addresses, uuid)
                 ports = numbered_ports(request.settings.get("vmPorts", ""), number)
-                own = {"vmUuid": uuid, "vmNetwork": kind, "vmMac": mac, "vmAddress": address, "vmLayout": LAYOUT}
+                own = {"vmUuid": uuid, "vmNetwork": kind, "vmMac": mac, "vmAddress": address}
+                own["vmLayout"] = LAYOUT if template.get("vmArch") == "x86_64" else "1"
                 _reserve_one(clone, {**own, **({"vmPorts": ports} if ports else {})})
     return orphans
 
@@ -7757,6 +7942,8 @@ def make_clone(cloud: Cloud, clone: NewClone) -> VM:
         make_key(vm.host_key, f"root@{vm.name}")
     if request.user_data:
         write_file(vm.user_data_file, request.user_data, durable=False)
+    if os.path.exists(template.variables_file):  # what boots
+        copy_variables(template.variables_file, "qcow2", vm.variables_file)
     formats = ",".join(["qcow2"] * (1 + len(extra)))
     disks = {"vmDisk": vm.relative(system), "vmExtraDisk": ",".join(map(vm.relative, extra)), "vmDiskFormat": formats}
     late = "a disk is grown" if request.disk else "folders are shared" if vm.get("vmShares") else ""
@@ -8051,8 +8238,24 @@ def start_locked(cloud: Cloud, vm: VM, machine: Machine, tied: bool = False) -> 
         network.publish(vm)
         remove_file(vm.log_file)  # the daemons begin it
         shares = serve_shares(cloud.config, vm, stack)
+        machine = machine.but(tpm=serve_tpm(vm, stack))
         launch(vm, machine, network, tap, vhost, shares, tied)
         forwarder.serve(vm, listeners)
+
+
+def serve_tpm(vm: VM, stack: Any) -> int:
+    """Start the TPM of a VM that is to start, swtpm(8), which keeps its state in the VM's folder; qemu's connection to
+    it, which the ExitStack closes; -1: it has none.  It ends with its connection."""
+    if yes_no(vm.get("vmTpm")) == "no":
+        return -1
+    make_private_folder(vm.tpm_folder)
+    ours, its = map(stack.enter_context, socket.socketpair())
+    place = f"dir={os.path.relpath(vm.tpm_folder, vm.folder)},mode=0600"
+    control = f"type=unixio,clientfd={its.fileno()}"
+    words = ["swtpm", "socket", "--tpm2", "--tpmstate", place, "--ctrl", control, "--terminate"]
+    spawn(words, log=vm.log_file, cwd=vm.folder, pass_fds=[its.fileno()])
+    its.close()
+    return int(ours.fileno())
 
 
 def ensure_identity(cloud: Cloud, vm: VM) -> None:
@@ -8094,12 +8297,17 @@ def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False, lay
     if planted:
         write_file(vm.credentials_file, credentials(vm, login_keys()), durable=False)
     has_screen = gui or yes_no(vm.get("vmGui")) == "yes"
+    qemu = cloud.qemu(vm.get("vmArch"))
+    firmware = firmware_of(vm, qemu.arch)
+    if firmware and not os.path.exists(vm.variables_file):
+        copy_variables(*firmware.variables, vm.variables_file)
     return Machine(
-        qemu=cloud.qemu(), accel=cloud.accel(vm.get("vmAccel")), name=vm.name, settings=vm.settings(), disks=disks,
+        qemu=qemu, accel=cloud.accel(vm.get("vmAccel"), qemu.arch), name=vm.name, settings=vm.settings(), disks=disks,
         pid_file=os.path.basename(vm.pid_file), credentials=os.path.basename(vm.credentials_file) if planted else "",
         seed=write_seed(cloud, vm, takes_seed(vm) and not iso),  # an installer would take it for its users' answers
-        extra=extra, iso=iso, screen=cloud.screen() if has_screen else "",
-        record=os.path.basename(layer.record) if layer else "",
+        extra=extra, iso=iso, screen=cloud.screen(qemu.arch) if has_screen else "",
+        record=os.path.basename(layer.record) if layer else "", firmware=firmware,
+        variables=os.path.relpath(vm.variables_file, vm.folder),
     )  # fmt: skip
 
 
@@ -8118,7 +8326,7 @@ def write_seed(cloud: Cloud, vm: VM, wanted: bool) -> str:
     for path, data in files.items():
         write_file(path, data, durable=False)
     folder = os.path.basename(vm.seed_folder)
-    if choose_seed(cloud.qemu()) == "vvfat":
+    if choose_seed(cloud.qemu(vm.get("vmArch"))) == "vvfat":
         return folder
     image = os.path.join(vm.seed_folder, SEED_ISO)
     # Rock Ridge and Joliet keep the names in lower case.
@@ -8146,14 +8354,14 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, sha
         need_program(TIE[0])
     words, cap = qemu_argv(machine, tap, vhost, shares), int(vm.get("vmCpuCap") or 0)
     words, fds = network.enter(tie(words) if tied else words)
-    script = command_script(vm, qemu_argv(machine.but(memory="", wakes=False), 3), network)
+    script = command_script(vm, qemu_argv(machine.but(memory="", wakes=False, tpm=-1), 3), network)
     write_file(vm.command_file, script, 0o700, durable=False)
     for path in (vm.console_log, vm.old_console_log):
         remove_file(path)
     with open(os.open(vm.console_log, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as console:
         fcntl.flock(console, fcntl.LOCK_EX)  # qemu's from now on: that tells what bounds the log whether it runs
         # A template's folder may be entered by others, and who may write to a socket of qemu's owns the guest.
-        kept = [fd for fd in (*fds, tap, vhost, *shares, console.fileno()) if fd >= 0]
+        kept = [fd for fd in (*fds, tap, vhost, machine.tpm, *shares, console.fileno()) if fd >= 0]
         process = spawn([*scope_words(cap), *words], log=vm.log_file, cwd=vm.folder, pass_fds=kept, umask=0o077)
     try:
         bound = ["sh", "-c", "\n".join(packaged_list("console.sh")), "sh", str(CONSOLE_BYTES), CONSOLE_SECONDS]
@@ -8162,7 +8370,7 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, sha
             raise TimedOut("qemu did not answer within 30 s", f"see {vm.log_file}", vm=vm)
         if process.returncode is not None:
             said = read_tail(vm.log_file)
-            said = said.partition("\n")[0] if shares else said  # what daemons said comes first, and is the cause
+            said = said.partition("\n")[0] if shares or machine.tpm >= 0 else said  # what a daemon said is the cause
             raise Error(f"qemu did not start: {last_line(said)}", f"see {vm.log_file}", vm=vm)
         if cap and not limit_process(process.pid, cap, cgroup_name(vm)):
             report.warn(f"{vm}: vmCpuCap={cap} is not enforced: {NO_LIMIT}")
@@ -8438,7 +8646,7 @@ def talk(vm: VM, words: bytes, seconds: float) -> str:
 
 def command_script(vm: VM, argv: Sequence[str], network: Network) -> str:
     """A shell script that starts the same VM by hand: qemu's very words, in the VM's folder and network; but it shares
-    no folders, which takes their daemons."""
+    no folders and has no TPM, which takes their daemons."""
     # an option a line: its value begins with no dash
     words = "".join((" \\\n  " if word[:1] == "-" else " ") + shlex.quote(word) for word in argv)
     tap = self_argv("net", f"--tap={vm.full_name}", f"--{network.kind}", "exec")  # as descriptor 3
@@ -8775,8 +8983,7 @@ def instantiate(
     cloud: Cloud, group: str, requests: Sequence[CloneRequest], started: Callable[[VM], None] = lambda vm: None
 ) -> tuple[list[VM], list[Error]]:
     """Make the clones and start them, in parallel; (those that run, the errors).  A clone that doesn't start goes."""
-    cloud.qemu()
-    cloud.accel(cloud.config["vmAccel"])
+    cloud.prepare(cloud.tree.template(request.template) for request in requests)
     cloud.networks[group_network(cloud, group)].up()  # where that can't be, nothing is made
     made = make_clones(cloud, group, requests)
     errors = [result for result in made if isinstance(result, Error)]
@@ -8835,7 +9042,7 @@ class Snapshot:
 
     def __init__(self, vm: VM, name: str) -> None:
         self.vm, self.name, self.folder = vm, name, os.path.join(vm.snapshots_folder, name)
-        self.conf, self.memory = os.path.join(self.folder, "conf"), os.path.join(self.folder, "memory")
+        self.conf, self.memory, self.firmware = (os.path.join(self.folder, n) for n in ("conf", "memory", "firmware"))
 
     def source(self) -> VM:
         """The VM with the conf that it had."""
@@ -8923,7 +9130,9 @@ class Sealing:
                 self.overlays[nodes[os.path.realpath(disk)]] = node_of(overlay)
 
     def seal(self) -> None:
-        """From now on its old disks are what they are."""
+        """From now on its old disks are what they are; a copy is made of what its firmware keeps."""
+        if os.path.exists(self.vm.firmware_folder):
+            shutil.copytree(self.vm.firmware_folder, self.new.firmware)
         pairs = [{"node": node, "overlay": overlay} for node, overlay in self.overlays.items()]
         if self.qemu:
             self.sealed = True  # for all that is known until qemu has answered
@@ -9035,6 +9244,9 @@ def roll_back(snapshot: Snapshot) -> list[str]:
         memory = memory_for(vm, changes["vmDisk"])
         os.link(snapshot.memory, memory)
         os.utime(memory)
+    if os.path.exists(snapshot.firmware):
+        remove_tree(vm.firmware_folder)
+        shutil.copytree(snapshot.firmware, vm.firmware_folder)
     write_file(vm.conf_file, update_assignments(read_text(snapshot.conf), changes), 0o644)
     vm.reread()
     remove_file(vm.saved_file)
@@ -9822,6 +10034,10 @@ def freeze(cloud: Cloud, name: str, asked: Mapping[str, str]) -> Layer:
     if template.get("vmInit") != "systemd":
         text = f"{name}: its vmInit is {template.get('vmInit')}: only guests with systemd can be told who they are"
         raise UsageError(text, "vmtemplate NAME --build SUITE makes such a template")
+    if template.get("vmArch") != "x86_64":
+        raise Error(f"{name}: it is for {template.get('vmArch')}: only x86_64 guests can be frozen", "its clones boot")
+    if yes_no(template.get("vmTpm")) == "yes":
+        raise UsageError(f"{name}: it has a TPM, which no two clones must share: they boot")
     what, size = "its memory, in a file, takes up to {} MB", int(asked.get("vmMem") or template.get("vmMem"))
     check_room(template.folder, (size + 256) * MIB, cloud.tree.base, what, ROOM_HINT)
     with guest_on_layer(cloud, template, True, **asked, vmLayout=LAYOUT, vmBalloon="no") as (guest, layer):
@@ -9867,6 +10083,9 @@ def template_from_vm(cloud: Cloud, name: str, words: str, asked: Mapping[str, st
             copy_disk(source, new, layered)
             settings = {"vmInit": "auto", **source.inherited(), **asked}
             new.write_conf(settings)
+            place, own = Snapshot(source, kept).folder if kept else source.folder, new.vm.variables_file
+            if os.path.exists(variables := os.path.join(place, os.path.relpath(own, new.vm.folder))):
+                copy_variables(variables, "qcow2", own)
         if len(source.disks()) > 1:
             left = ", ".join(map(os.path.basename, source.disks()[1:]))
             report.warn(f"{name}: a template has a system disk only, these are left out: {left}")
@@ -9927,11 +10146,12 @@ def in_new_guest(cloud: Cloud, new: NewTemplate, work: Callable[[OwnGuest], obje
         raise
     finally:
         forget_identity(cloud, [vm.get("vmUuid")])
+        remove_tree(vm.tpm_folder)
         for name in names_in(vm.folder):
             path = vm.file(name)
-            if os.path.isdir(path):
+            if os.path.isdir(path) and path != vm.firmware_folder:
                 remove_tree(path)
-            elif path not in (new.disk, vm.conf_file):
+            elif path not in (new.disk, vm.conf_file, vm.firmware_folder):
                 remove_file(path)
 
 
@@ -10531,8 +10751,7 @@ def supervise(
         if group_network(cloud, group) == "private":
             with cloud.private.hold():
                 pass  # the network comes up, and is opened, while there are no threads yet
-        cloud.qemu()
-        cloud.accel(cloud.config["vmAccel"])
+        cloud.prepare([*old, *(cloud.tree.template(request.template) for request in requests)])
 
         def begin(spawned: Callable[[VM], None]) -> list[Error]:
             stopped = [vm for vm in old if not vm.is_running()]
@@ -10886,7 +11105,7 @@ def examine_frozen(patient: Patient) -> str:
 
 
 def examine_qemu(patient: Patient) -> str:
-    qemu, _ = patient.cloud.qemu(), need_program("qemu-img")
+    qemu, _ = patient.cloud.qemu(os.uname().machine), need_program("qemu-img")
     package = install_command(f"qemu-system-{os.uname().machine}")
     patient.tell(OK, f"{qemu.path}, version {qemu.version}", "")
     if "sandbox" not in qemu.options:
@@ -10901,10 +11120,12 @@ def examine_qemu(patient: Patient) -> str:
 
 
 def examine_acceleration(patient: Patient) -> str:
-    reason, mend = kvm_missing()
     wanted = patient.config["vmAccel"]
     if wanted == "tcg":
         return "software emulation, as vmAccel=tcg asks for"
+    reason, mend = kvm_missing()
+    if not reason:
+        reason, mend = kvm_failure(patient.cloud.qemu(os.uname().machine), anew=True)
     if reason:
         text = f"no hardware acceleration, guests will be slow: {reason}"
         patient.tell(WRONG if wanted == "kvm" else WARNING, text, mend)
@@ -11433,7 +11654,17 @@ YES = Option("-y --yes", "don't ask")
 WHICH_VM = "the VM: NAME, GROUP/NAME or GROUP/TYPE/NAME"
 VM_OPTIONS = (Option("-n --name NAME", WHICH_VM, complete="vm"), GROUP, TYPE)
 RUNNING_VM_OPTIONS = (Option("-n --name NAME", WHICH_VM, complete="running-vm"), GROUP, TYPE)
+FIRMWARE = (
+    Option("--uefi", "boot with UEFI"),
+    Option("--secure-boot", "boot with UEFI, and signed systems only"),
+    Option("--tpm", "have a TPM 2.0 (swtpm)"),
+)
 WHICH_VMS = (Option("-g --group GROUP", "the group"), TYPE, VM_OPTIONS[0])
+
+
+# Options of vmtemplate, and the one that they go with.
+GOES_WITH = {"sha256": "image", "sha512": "image", "insecure": "image", "include": "build", "rebuild": "build"}
+GOES_WITH |= {"layer": "from", "no_clean": "from"}
 
 
 @declare(
@@ -11460,6 +11691,8 @@ WHICH_VMS = (Option("-g --group GROUP", "the group"), TYPE, VM_OPTIONS[0])
     Option("--cpu N", "processors its clones start with", default="vmCpu"),
     Option("--user LOGIN", "who logs in to its clones", default="vmUser"),
     Option("--init KIND", "how hostname and keys get in: " + ", ".join(INIT_KINDS), INIT_KIND, complete=INIT_KINDS),
+    Option("--arch ARCH", "what its clones' processor is: " + ", ".join(ARCHES), ARCH, complete=tuple(ARCHES)),
+    *FIRMWARE,
 )  # fmt: skip
 def cmd_template(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """get and keep templates"""
@@ -11468,16 +11701,14 @@ def cmd_template(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> No
         show_templates(cloud, args)
         return
     name = one_operand(words, "NAME")
-    expected = exclusive(args, "sha256", "sha512", "insecure")
+    exclusive(args, "sha256", "sha512", "insecure")
     way = exclusive(args, "image", "build", "from", "delete", "warm", "cold")
-    if expected and way != "image":
-        raise UsageError(f"--{expected} goes with --image")
-    stray = exclusive(args, "include") or exclusive(args, "rebuild")
-    if stray and way != "build":
-        raise UsageError(f"--{stray} goes with --build")
-    if (args.layer or args.no_clean) and way != "from":
-        raise UsageError(f"--{'layer' if args.layer else 'no-clean'} goes with --from")
+    for option, wanted in GOES_WITH.items():
+        if exclusive(args, option) and way != wanted:
+            raise UsageError(f"--{option.replace('_', '-')} goes with --{wanted}")
     asked = asked_settings(vars(args))
+    if way in ("delete", "warm", "cold") and asked.keys() & {"vmArch", "vmFirmware", "vmTpm"}:
+        raise UsageError(f"--{way}: what a template boots with is said when it is made")
     if way == "delete":
         delete_template(cloud, name)
     elif way == "warm":
@@ -11491,7 +11722,8 @@ def cmd_template(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> No
     elif way == "build":
         check_new_template(cloud.tree, name)
         size = cloud.config.number("vmCreateDiskSize")
-        build = plan_build(args.build, args.include or [], size, args.init == "cloud-init")
+        arch = args.arch or os.uname().machine
+        build = plan_build(args.build, args.include or [], size, args.init == "cloud-init", arch)
         settings = template_settings(cloud, {"vmInit": build.init, **asked})
         template_from_packages(cloud, name, build, settings, args.rebuild)
     elif way == "image":
@@ -11557,6 +11789,7 @@ def report_table(rows: Sequence[Sequence[str]]) -> None:
     Option("-C --cpu-cap PERCENT", "a limit of CPU time, of one processor; 0: none", CPU_CAP),
     Option("-d --disk GB", "disk size; with -a: grow to", default="vmCreateDiskSize"),
     Option("-a --adjust", "change an existing one: only what is given"),
+    *FIRMWARE,
 )
 def cmd_create(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """make a template from an ISO, or adjust one"""
@@ -11566,8 +11799,7 @@ def cmd_create(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None
     if cloud.config["vmCreateGroup"] != TEMPLATES and not args.adjust:
         report.warn(f"vmCreateGroup={cloud.config['vmCreateGroup']}: not used, what vmcreate makes is a template")
     iso = find_iso(cloud.config, args.iso) if args.iso else ""
-    given = {"vmMem": args.mem, "vmCpu": args.cpu, "vmCpuCap": args.cpu_cap}
-    asked = {key: str(value) for key, value in given.items() if value is not None}
+    asked = {**asked_settings(vars(args)), **({"vmCpuCap": str(args.cpu_cap)} if args.cpu_cap is not None else {})}
     if args.adjust:
         vm = adjust_as_asked(cloud, args, asked, iso)
     else:
@@ -11958,8 +12190,7 @@ def cmd_start(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
 
 def start_stopped(cloud: Cloud, vms: Sequence[VM], iso: str = "", gui: bool = False) -> list[Error]:
     """Start VMs, or templates; the errors."""
-    if vms:
-        cloud.accel(cloud.config["vmAccel"])  # what that says is said before there are threads
+    cloud.prepare(vms)
     for vm in vms:
         with FolderLock(vm.folder):
             give_identity(cloud, vm)

@@ -123,6 +123,15 @@ def test_what_is_installed(suite: str, distribution: str, kernel: str, init: str
     assert build.title == f"packages of {suite}, with jq"
 
 
+@pytest.mark.parametrize(("suite", "kernel"), [("trixie", "linux-image-cloud-arm64"), ("noble", "linux-image-virtual")])
+def test_what_is_installed_for_arm64(suite: str, kernel: str) -> None:
+    """No boot loader for a BIOS; and what was built for another architecture is another build."""
+    build, other = nocloud.Build(suite, [], 10, arch="aarch64"), nocloud.Build(suite, [], 10)
+    assert (build.arch, build.packages[0]) == ("arm64", kernel)
+    assert {*other.packages[1:]} - {*build.packages} == {"grub-pc-bin"}
+    assert nocloud.build_recipe(build) != nocloud.build_recipe(other)
+
+
 @pytest.mark.skipif(os.path.exists(nocloud.UBUNTU.keys), reason="ubuntu-keyring is installed")
 def test_ubuntu_without_its_keys(cloud: Cloud) -> None:
     cloud.run("vmtemplate", "x", "--build", "noble").fails(1, nocloud.UBUNTU.keys, "apt install ubuntu-keyring")
@@ -185,6 +194,7 @@ class Builder:
         (system / "boot/vmlinuz-1").write_bytes(b"kernel")
         (system / "vmlinuz").symlink_to("boot/vmlinuz-1")
         (system / "boot/grub/core.img").write_bytes(b"core")
+        (system / "boot/esp").write_bytes(b"FAT")
         (system / "usr/lib/grub/i386-pc/boot.img").write_bytes(bytes(512))
         self.publish(PACKAGES, "Mon")
 

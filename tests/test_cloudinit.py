@@ -354,7 +354,7 @@ def without_vvfat(cloud: Cloud) -> None:
 
 
 def test_this_qemu_has_vvfat(cloud: Cloud, vms: None) -> None:
-    code = "print(nocloud.choose_seed(nocloud.probe_qemu(nocloud.load_config())))"
+    code = "print(nocloud.choose_seed(nocloud.probe_qemu(nocloud.load_config(), 'x86_64')))"
     assert cloud.script(code).ok().stdout == "vvfat\n"
     without_vvfat(cloud)
     assert cloud.script(code).ok().stdout == "iso\n"

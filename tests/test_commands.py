@@ -41,6 +41,10 @@ OPTIONS: dict[str, Options] = {
         "--cpu": True,
         "--user": True,
         "--init": True,
+        "--arch": True,
+        "--uefi": False,
+        "--secure-boot": False,
+        "--tpm": False,
     },
     "vminstantiate": {
         "--cold": False,
@@ -85,7 +89,18 @@ OPTIONS: dict[str, Options] = {
         "-y": False,
         "--yes": False,
     },
-    "vmcreate": {"-n": True, "-i": True, "-m": True, "-c": True, "-C": True, "-d": True, "-a": False},
+    "vmcreate": {
+        "-n": True,
+        "-i": True,
+        "-m": True,
+        "-c": True,
+        "-C": True,
+        "-d": True,
+        "-a": False,
+        "--uefi": False,
+        "--secure-boot": False,
+        "--tpm": False,
+    },
     "vmrun": {
         "--cold": False,
         "-f": True,
@@ -163,6 +178,7 @@ VALUES = {
     "--remove-disk": "4",
     "--init": "ssh",
     "--user": "me",
+    "--arch": "aarch64",
     "--sha256": "a" * 64,
     "--sha512": "a" * 128,
 }

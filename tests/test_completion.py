@@ -475,4 +475,4 @@ def test_every_kind_that_is_declared_is_known() -> None:
             kinds = [] if isinstance(complete, tuple) else [kind for kind in complete.split("+") if kind]
             assert set(kinds) <= {*nocloud.WORD_KINDS, *nocloud.SHELL_KINDS}, (command.name, kinds)
             words = complete if isinstance(complete, tuple) else ()
-            assert all(re.fullmatch(r"[A-Za-z0-9.-]+", word) for word in words), (command.name, words)
+            assert all(re.fullmatch(r"[A-Za-z0-9._-]+", word) for word in words), (command.name, words)

@@ -609,6 +609,10 @@ def test_hardware_acceleration(room: Room) -> None:
     programs.mkdir()
     (programs / "modprobe").write_text('#!/bin/sh\n[ "$1" = kvm_intel ] && mknod -m 660 /dev/kvm c 1 3\n')
     (programs / "modprobe").chmod(0o755)
+    real = shutil.which("qemu-system-x86_64")
+    qemu = programs / "qemu-system-x86_64"
+    qemu.write_text(f'#!/bin/sh\ncase "$*" in *"-accel kvm"*) exit 0;; esac\nexec {real} "$@"\n')
+    qemu.chmod(0o755)
     room.cloud.env["PATH"] = f"{programs}:{room.cloud.env['PATH']}"
     command = ill(room.run, "acceleration", "warning", "no /dev/kvm")
     assert command == "sudo modprobe kvm_intel"
@@ -623,6 +627,8 @@ def test_hardware_acceleration(room: Room) -> None:
     room.root(command)
     well(room.run, "acceleration")
     assert "kvm" in room.run("doctor", "acceleration").stdout.lower()
+    qemu.unlink()  # the real one, given a device that is no KVM
+    assert "vmAccel=kvm" in ill(room.run, "acceleration", "warning", "a guest does not run with it: ")
 
 
 def test_a_processor_without_virtualization(room: Room) -> None:

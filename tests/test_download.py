@@ -11,6 +11,7 @@ import pty
 import random
 import re
 import select
+import shutil
 import signal
 import stat
 import subprocess
@@ -140,6 +141,12 @@ DATED = {
     "centos9": ["CentOS-Stream-GenericCloud-9-20260504.0.x86_64.qcow2"],
     "opensuse15.6": ["openSUSE-Leap-15.6-Minimal-VM.x86_64-15.6.0-Cloud-Build19.146.qcow2"],
 }  # fmt: skip
+DATED |= {
+    f"{entry}-arm64": [name.replace("x86_64", "aarch64") for name in names]
+    for entry, names in DATED.items()
+    if f"{entry}-arm64" in PACKAGED.entries
+}
+NATIVE, FOREIGN = ([name for name in PACKAGED.entries if name.endswith("-arm64") == other] for other in (False, True))
 
 
 def path_of(url: str) -> str:
@@ -196,9 +203,49 @@ def try_entry(web: Cloud, site: Site, image: bytes, entry: nocloud.Entry, more: 
     assert asked[0 if entry["checksum"] else 1 :] == [f"/{wanted}"], "the checksum file first, then one image"
 
 
-@pytest.mark.parametrize("name", PACKAGED.entries)
+@pytest.mark.parametrize("name", NATIVE)
 def test_every_entry_of_the_catalogue(web: Cloud, site: Site, image: bytes, name: str) -> None:
     try_entry(web, site, image, PACKAGED.entries[name])
+
+
+def test_every_entry_for_arm64(site: Site) -> None:
+    """What it means; and that it is, but for the architecture, what the entry of the same system is."""
+    for name in FOREIGN:
+        entry, same = PACKAGED.entries[name], PACKAGED.entries[name[: -len("-arm64")]]
+        assert (entry["arch"], same["arch"]) == ("aarch64", "x86_64")
+        for key in ("algorithm", "user", "init", "mem", "kind"):
+            assert entry[key] == same[key], name
+        assert entry["title"] == f"{same['title']}, arm64" and re.search("arm64|aarch64", entry["image"])
+        _, wanted = lay_out(site, entry, b"image")
+        catalogue, hosts = nocloud.Catalogue(), {url.split("/")[2] for url in entry["image"].split()}
+        hosts |= {entry["checksums"].split("/")[2]} if "://" in entry["checksums"] else set()
+        catalogue.mirrors = {f"https://{host}/": f"{site.base}/{host}/" for host in hosts}
+        source = nocloud.resolve(catalogue, entry, nocloud.Web(5))
+        assert source.urls[0] == f"{site.base}/{wanted}", name
+        assert entry["checksum"] or source.digest == digest(b"image", entry["algorithm"]), name
+
+
+def test_the_entry_for_an_architecture() -> None:
+    """By its own name, or by the system's where that is asked for."""
+    native, need = os.uname().machine, PACKAGED.need
+    names = {"x86_64": "debian13", "aarch64": "debian13-arm64"}
+    assert need("debian13") is PACKAGED.entries[names[native]] and need("debian13-arm64").name == "debian13-arm64"
+    for arch, name in names.items():
+        assert need("debian13", arch).name == name
+    for name, arch in (("arch", "aarch64"), ("debian13-arm64", "x86_64")):
+        with pytest.raises(nocloud.NotFound, match=f"{name}: not in the catalogue for {arch}"):
+            need(name, arch)
+
+
+@pytest.mark.skipif(not shutil.which("qemu-system-aarch64"), reason="no qemu-system-aarch64")
+def test_a_template_for_another_architecture(web: Cloud, site: Site, image: bytes, tmp_path: Path) -> None:
+    try_entry(web, site, image, PACKAGED.entries["debian13-arm64"])
+    (tmp_path / "x.qcow2").write_bytes(image)
+    template(web, "x", "--image", tmp_path / "x.qcow2", "--arch", "aarch64").ok()
+    for name in ("debian13-arm64", "x"):
+        conf = web.conf(f"templates/{name}")
+        assert (conf["vmArch"], conf["vmMachine"][:5]) == ("aarch64", "virt-")
+    template(web, "x", "--warm", "--arch", "aarch64").fails(2, "is said when it is made")
 
 
 def test_an_entry_with_its_own_checksum(web: Cloud, site: Site, image: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import os
 import re
@@ -107,25 +108,34 @@ def quoted(script: str) -> str:
     return script.replace("'", "'\\''")
 
 
-@pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory, vms: None) -> Iterator[Machine]:
+@contextlib.contextmanager
+def debian_machine(home: Path) -> Iterator[Machine]:
+    """A clone of a template with these packages; that is built, or where NOCLOUD_TEST_CACHE is set was once."""
     if not shutil.which("mmdebstrap"):
         pytest.fail("mmdebstrap is not installed: make test installs what the tests need")
     if os.geteuid() != 0 and not has_subordinate_ids():
         pytest.skip("this user has no subordinate uids in /etc/subuid")
     key = hashlib.sha256(" ".join(PACKAGES).encode()).hexdigest()[:12]
     kept = Path(os.environ.get("NOCLOUD_TEST_CACHE", "/nonexistent"), f"machine-{key}.qcow2")
-    with Cloud(tmp_path_factory.mktemp("machine") / "home") as cloud:
+    with Cloud(home) as cloud:
         if kept.exists():
             cloud.run("vmtemplate", "machine", "--image", kept, "--init", "systemd", "--mem", 1536, timeout=300).ok()
         else:
             words = ("--build", "bookworm", "--include", ",".join(PACKAGES), "--mem", 1536)
             cloud.run("vmtemplate", "machine", *words, timeout=1500).ok()
             if kept.parent.is_dir():
-                shutil.copyfile(cloud.base / "templates/machine/machine_0.img", kept)
+                part = kept.with_suffix(f".{os.getpid()}")
+                shutil.copyfile(cloud.base / "templates/machine/machine_0.img", part)
+                part.rename(kept)
         clone = ("-n", "machine", "-g", "real", "-t", "host", "-o", "name=m;cpu=2", "-w", 600)
         cloud.run("vminstantiate", *clone, timeout=700).ok()
         yield Machine(cloud)
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory, vms: None) -> Iterator[Machine]:
+    with debian_machine(tmp_path_factory.mktemp("machine") / "home") as machine:
+        yield machine
 
 
 def test_sudo_make_on_a_real_machine(machine: Machine, tmp_path: Path, survived: Callable[[str, int], None]) -> None:

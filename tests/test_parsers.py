@@ -94,6 +94,9 @@ class Parsers:
         process.words = data.decode("utf-8", "surrogateescape").split("\0")
         return list(map(nocloud.suboptions, process.values("monitor"))), process.mac
 
+    def read_firmware(self, data: bytes) -> object:
+        return nocloud.read_firmware(self.kept(data), "uefi", "x86_64", "pc-q35-7.2")
+
     def read(self, data: bytes) -> object:
         catalogue = nocloud.Catalogue()
         catalogue.read(text(data), "FILE")
@@ -109,6 +112,7 @@ WORDS = [
     b"http://[::1", b"https://x/", b"include ", b"allow", b"-monitor\0", b"-mon\0", b"-chardev\0", b"unix:",
     b"telnet:", b"ID=", b"mac=", b"-1", b"1e9",
     b"/a:/b:rw", b"P6\n", b"1 1\n255\n",
+    b'{"mapping":', b'"features":[', b'"targets":[', b'"architecture":"x86_64"', b'"machines":["*"]', b"}", b"]",
 ]  # fmt: skip
 ANY = st.one_of(
     st.binary(max_size=200),
@@ -194,6 +198,7 @@ def test_every_parser_has_a_row() -> None:
         ("lease_lines", b"\xc2\xb2 00:50:56:00:00:01 10.0.0.2 web *\n"),
         ("key", b"nothing\nuuid ssh-ed25519 AAAA\n"),
         ("parse_description", b"x:1:web:user-data=a\0b"),
+        ("read_firmware", b'{"features": [[]]}'),
         ("parse_assignments", b"vmDisk=a\0b"),
         ("helper_rules", b"include\x1f\0"),
     ],

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,6 +51,13 @@ def machine(**changes: Any) -> nocloud.Machine:
     return nocloud.Machine(**{**values, **changes})
 
 
+def arm64(**changes: Any) -> nocloud.Machine:
+    tool = nocloud.Qemu("/usr/bin/qemu-system-aarch64", "7.2.0", "virt-7.2", frozenset({"sandbox"}), "aarch64")
+    return machine(qemu=tool, vmArch="aarch64", vmMachine="virt-7.2", **changes)
+
+
+FIRMWARE = nocloud.Firmware(("/a,b/CODE.fd", "raw"), ("/a,b/VARS.fd", "raw"), frozenset())
+SECURE = nocloud.Firmware(("/x/CODE.qcow2", "qcow2"), ("/x/V", "raw"), frozenset({"secure-boot", "requires-smm"}))
 DISKS = [(f"web00_{number}.img", "qcow2", f"web00_{number}") for number in range(4)]
 
 CASES: dict[str, tuple[Any, ...]] = {
@@ -71,7 +81,14 @@ CASES: dict[str, tuple[Any, ...]] = {
     "plugged": (machine(vmLayout="2", vmPlugged="2", disks=DISKS), 5, -1),
     "frozen": (machine(vmLayout="2", vmBalloon="no", memory="t.l1.img.memory", record="t.l1.img.record"), 5, -1),
     "waking": (machine(vmLayout="2", vmBalloon="no", memory="../a,b/t.l1.img.memory", wakes=True), 5, -1),
+    "uefi": (machine(firmware=FIRMWARE, variables="firmware/uefi", vmFirmware="uefi"), 5, -1),
+    "secure-tpm": (machine(firmware=SECURE, variables="firmware/secure", vmFirmware="secure", tpm=7), 5, -1),
+    "tpm": (machine(tpm=7), 5, -1),
+    "tpm-arm": (machine(tpm=7, vmMachine="virt-7.2"), 5, -1),
     "going-on": (machine(vmLayout="2", wakes=True), 5, -1),
+    "arm64": (arm64(seed="seed"), 5, -1),
+    "arm64-kvm": (arm64(accel="kvm", disks=DISKS), 5, 6),
+    "arm64-iso": (arm64(iso="/x.iso"), 5, -1),
 }
 
 
@@ -130,11 +147,12 @@ def test_slots() -> None:
 @given(st.integers(1, nocloud.MAX_DISKS), st.booleans(), st.booleans(), st.booleans())
 def test_every_device_has_a_pci_address_of_its_own(disks: int, credentials: bool, network: bool, seed: bool) -> None:
     many = [(f"{number}.img", "qcow2", f"d_{number}") for number in range(disks)]
-    built = machine(disks=many, credentials="credentials" if credentials else "", seed="seed" if seed else "")
-    argv = nocloud.qemu_argv(built, 5 if network else -1)
-    used = addresses(argv)
-    assert len(used) == len(set(used)) == len(devices(argv))
-    assert all(1 <= int(address, 16) <= 0x1E for address in used)  # 0x1f: the chipset of q35
+    for kind in (machine, arm64):
+        built = kind(disks=many, credentials="credentials" if credentials else "", seed="seed" if seed else "")
+        argv = nocloud.qemu_argv(built, 5 if network else -1)
+        used = addresses(argv)
+        assert len(used) == len(set(used)) == len(devices(argv))
+        assert all(1 <= int(address, 16) <= 0x1E for address in used)  # 0x1f: the chipset of q35
 
 
 def test_the_network_card_stays_where_it_is() -> None:
@@ -219,7 +237,8 @@ def test_memory_and_processors() -> None:
 
 
 def test_the_real_binary_is_probed(cloud: Cloud, vms: None) -> None:
-    code = "q = nocloud.probe_qemu(nocloud.load_config()); print(q.path, q.version, q.machine, 'sandbox' in q.options)"
+    code = "q = nocloud.probe_qemu(nocloud.load_config(), 'x86_64')\n"
+    code += "print(q.path, q.version, q.machine, 'sandbox' in q.options)"
     words = cloud.script(code).ok().stdout.split()
     assert "qemu" in words[0] and re.fullmatch(r"\d+\.\d+\.\d+", words[1])
     assert re.fullmatch(r"pc-q35-\d+\.\d+", words[2]) and words[3] in ("True", "False")
@@ -239,7 +258,7 @@ def test_a_qemu_that_is_too_old(cloud: Cloud) -> None:
         '{"return": [], "id": "query-machines"}',
         '{"return": [], "id": "query-command-line-options"}',
     )
-    code = "try: nocloud.probe_qemu(nocloud.load_config())\nexcept nocloud.Error as error: print(error)"
+    code = "try: nocloud.probe_qemu(nocloud.load_config(), 'x86_64')\nexcept nocloud.Error as error: print(error)"
     assert "6.1.0" in cloud.script(code).ok().stdout
 
 
@@ -254,11 +273,80 @@ def test_a_program_that_is_no_qemu(cloud: Cloud, reply: str) -> None:
 # Acceleration ########################################################################################
 
 
-def test_tcg_is_said_only_where_it_was_not_asked_for() -> None:
-    assert nocloud.choose_accel("tcg") == "tcg"
+def trier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> nocloud.Qemu:
+    """A qemu that does this when it is tried with KVM, and notes that."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "qemu").write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/tries\n{script}\n')
+    (tmp_path / "qemu").chmod(0o755)
+    return nocloud.Qemu(str(tmp_path / "qemu"), "7.2.0", "pc-q35-7.2", frozenset())
+
+
+def tries(tmp_path: Path) -> int:
+    return (tmp_path / "tries").read_text().count("-accel kvm -cpu host")
+
+
+def test_tcg_is_said_only_where_it_was_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = trier(tmp_path, monkeypatch, "exit 0")
+    assert nocloud.choose_accel("tcg", tool) == "tcg"
     reason, _ = nocloud.kvm_missing()
-    assert nocloud.choose_accel("auto") == ("tcg" if reason else "kvm")
+    assert nocloud.choose_accel("auto", tool) == ("tcg" if reason else "kvm")
     if reason:
         with pytest.raises(nocloud.Error, match="vmAccel=kvm") as caught:
-            nocloud.choose_accel("kvm")
+            nocloud.choose_accel("kvm", tool)
         assert reason in caught.value.text and "vmAccel=auto" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        ("exit 0", ""),
+        ("echo qemu: warning: odd; echo 'qemu: error: no MSR 0x10a'; echo more; kill -ABRT $$", "no MSR 0x10a"),
+        ("exit 1", "status 1"),
+        ("exec sleep 60", "no end after 2 s"),
+    ],
+)
+def test_kvm_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, told: str) -> None:
+    """What opens may be useless: the answer is kept for this kernel and this qemu; a failure doesn't stay for good."""
+    tool = trier(tmp_path, monkeypatch, script)
+    assert told in nocloud.kvm_failure(tool, anew=True)[0] and not (tmp_path / "cache").exists()
+    (tmp_path / "tries").unlink()
+    reason, mend = nocloud.kvm_failure(tool)
+    assert told in reason and bool(reason) == bool(mend) == bool(told)
+    assert nocloud.kvm_failure(tool) == (reason, mend) and tries(tmp_path) == 1
+    (tmp_path / "qemu").write_text((tmp_path / "qemu").read_text().rpartition("\n" + script)[0] + "\nexit 0\n")
+    later = nocloud.Qemu(tool.path, "7.2.1", tool.machine, tool.options)
+    assert nocloud.kvm_failure(later) == ("", "") and tries(tmp_path) == 2
+    kept = tmp_path / "cache/nocloud/kvm"
+    for age, reason in ((3000, "old"), (4000, "")):
+        kept.write_text(kept.read_text().partition("\n")[0] + "\nold")
+        os.utime(kept, (time.time() - age,) * 2)
+        assert nocloud.kvm_failure(later)[0] == reason
+    assert nocloud.kvm_failure(later, anew=True) == ("", "") and tries(tmp_path) == 4
+
+
+@pytest.mark.parametrize(("arch", "machine"), [("x86_64", "q35"), ("aarch64", "virt")])
+def test_the_guest_that_is_tried_ends_by_itself(tmp_path: Path, arch: str, machine: str) -> None:
+    """Emulated, too, long before the try does."""
+    if not shutil.which(f"qemu-system-{arch}"):
+        pytest.skip(f"no qemu-system-{arch}")
+    script = tmp_path / "qemu"
+    emulated = '$(echo "$@" | sed "s/-accel kvm -cpu host/-accel tcg -cpu max/")'
+    script.write_text(f"#!/bin/sh\nexec qemu-system-{arch} {emulated}\n")
+    script.chmod(0o755)
+    assert nocloud.try_kvm(nocloud.Qemu(str(script), "7.2.0", machine, frozenset(), arch)) == ""
+
+
+def test_guests_for_another_processor_are_emulated() -> None:
+    other = "aarch64" if os.uname().machine == "x86_64" else "x86_64"
+    tool = nocloud.Qemu("/nonexistent", "7.2.0", "virt-7.2", frozenset(), other)
+    assert nocloud.choose_accel("auto", tool) == "tcg"
+    with pytest.raises(nocloud.Error, match=f"vmAccel=kvm: guests for {other} are emulated on {os.uname().machine}"):
+        nocloud.choose_accel("kvm", tool)
+
+
+def test_a_guest_is_emulated_where_kvm_only_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if nocloud.kvm_missing()[0]:
+        monkeypatch.setattr(nocloud, "kvm_missing", lambda arch: ("", ""))
+    tool = trier(tmp_path, monkeypatch, "echo no MSR; exit 1")
+    assert nocloud.choose_accel("auto", tool) == "tcg" and tries(tmp_path) == 1
+    assert nocloud.choose_accel("kvm", tool) == "kvm" and tries(tmp_path) == 1

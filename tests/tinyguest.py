@@ -3,6 +3,8 @@
 Debian's cloud kernel with busybox and dropbear in an initramfs, started by syslinux from a FAT partition; what the guest
 keeps (/etc, /root) lives on an ext4 partition after it. Made from packages by an ordinary user: no mount, no loop device.
 The host needs apt, dpkg-deb, mke2fs, qemu-img, mtools and syslinux.
+
+The one for arm64 is the same, started by the signed GRUB, which the firmware finds where removable disks have it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from collections.abc import Iterator
 
 SECTOR = 512
 FAT_START = 2048  # in sectors; 1 MiB, as every partitioning tool aligns
-FAT_SECTORS = 24 * 2048
+FAT_SECTORS = {"amd64": 24 * 2048, "arm64": 64 * 2048}
 DATA_SECTORS = 64 * 2048
 MBR = pathlib.Path("/usr/lib/SYSLINUX/mbr.bin")
 
@@ -54,6 +56,12 @@ LABEL tinyguest
   KERNEL vmlinuz
   INITRD initrd,variant
   APPEND console=ttyS0 no_timer_check mitigations=off panic=5 cryptomgr.notests initcall_blacklist=crypto_kdf108_init
+"""
+
+GRUB_CFG = """\
+linux /vmlinuz console=ttyAMA0 mitigations=off panic=5 cryptomgr.notests initcall_blacklist=crypto_kdf108_init
+initrd /initrd /variant
+boot
 """
 
 INIT = r"""#!/bin/sh
@@ -114,7 +122,8 @@ while :; do dropbear -F -E -s -r /etc/dropbear/dropbear_ed25519_host_key; sleep 
 [ -e /bin/cloud-init ] && finish_seed &
 acpid -f -l /dev/null &
 say "ready after $(cut -d' ' -f1 /proc/uptime) s"
-while :; do setsid -c sh -l < /dev/ttyS0 > /dev/ttyS0 2>&1; sleep 1; done &
+tty=/dev/ttyS0; [ -e /sys/class/tty/ttyAMA0 ] && tty=/dev/ttyAMA0
+while :; do setsid -c sh -l < $tty > $tty 2>&1; sleep 1; done &
 while :; do wait; sleep 1; done
 """
 
@@ -354,22 +363,36 @@ def _run(*argv: str | pathlib.Path, cwd: pathlib.Path | None = None) -> str:
     return done.stdout
 
 
-def _packages() -> list[str]:
+def _packages(arch: str, options: list[str]) -> list[str]:
     """busybox, the kernel that the metapackage points to, and dropbear with everything it depends on."""
     kernel = [
         line.split()[-1]
-        for line in _run("apt-cache", "depends", "-i", "linux-image-cloud-amd64").splitlines()
+        for line in _run("apt-cache", *options, "depends", "-i", f"linux-image-cloud-{arch}").splitlines()
         if "Depends: linux-image-" in line
     ]
-    closure = _run("apt-cache", "depends", "-i", "--recurse", "dropbear-bin").splitlines()
+    closure = _run("apt-cache", *options, "depends", "-i", "--recurse", "dropbear-bin").splitlines()
     names = [line for line in closure if line[:1].isalnum() and ":" not in line]
-    return ["busybox-static", *kernel[:1], *names]
+    return ["busybox-static", *kernel[:1], *names, *(["grub-efi-arm64-signed"] if arch == "arm64" else [])]
 
 
-def _unpack(work: pathlib.Path) -> pathlib.Path:
+def _foreign(work: pathlib.Path) -> list[str]:
+    """Options for an apt of its own, which knows the host's archives but arm64's packages."""
+    for name in ("apt/state/lists/partial", "apt/cache/archives/partial"):
+        (work / name).mkdir(parents=True)
+    (work / "apt/status").touch()
+    values = {"APT::Architecture": "arm64", "APT::Architectures": "arm64", "APT::Sandbox::User": "root"}
+    values |= {"Dir::State": f"{work}/apt/state", "Dir::Cache": f"{work}/apt/cache"}
+    values["Dir::State::status"] = f"{work}/apt/status"
+    options = [word for key, value in values.items() for word in ("-o", f"{key}={value}")]
+    _run("apt-get", *options, "update", "-q")
+    return options
+
+
+def _unpack(work: pathlib.Path, arch: str) -> pathlib.Path:
     """Download the packages and lay them out under one folder."""
     # The sandbox user _apt may not write into our 0700 folder; apt would only warn.
-    _run("apt-get", "download", "-q", "-o", "APT::Sandbox::User=root", *_packages(), cwd=work)
+    options = _foreign(work) if arch == "arm64" else ["-o", "APT::Sandbox::User=root"]
+    _run("apt-get", *options, "download", "-q", *_packages(arch, options), cwd=work)
     tree = work / "tree"
     for deb in sorted(work.glob("*.deb")):
         _run("dpkg-deb", "-x", deb, tree)
@@ -384,15 +407,23 @@ def _one(tree: pathlib.Path, name: str) -> pathlib.Path:
     return found[0]
 
 
-def _add_programs(cpio: Cpio, tree: pathlib.Path) -> None:
-    """busybox under all its names, and dropbear's three programs."""
+def _add_programs(cpio: Cpio, tree: pathlib.Path, own: pathlib.Path) -> None:
+    """busybox under all its names, which this machine's `own` tells, and dropbear's three programs."""
     busybox = _one(tree, "bin/busybox")
     for path in DROPBEAR:
         cpio.file(f"bin/{os.path.basename(path)}", (tree / path).read_bytes(), 0o755)
     cpio.file("bin/busybox", busybox.read_bytes(), 0o755)
-    for applet in _run(busybox, "--list").split():
+    for applet in _run(_one(own, "bin/busybox"), "--list").split():
         if applet != "busybox" and f"bin/{applet}" not in SCRIPTS:
             cpio.link(f"bin/{applet}", "busybox")
+
+
+def _add_foreign_libraries(cpio: Cpio, tree: pathlib.Path) -> None:
+    """All that came with dropbear: no loader of arm64's runs here to tell what it needs."""
+    for folder in tree.rglob("aarch64-linux-gnu"):
+        for path in (path for path in folder.glob("lib*.so.*") if path.name.rpartition(".so.")[2].isdigit()):
+            cpio.file(f"lib/{path.name}", path.read_bytes(), 0o755)
+    cpio.file("lib/ld-linux-aarch64.so.1", _one(tree, "ld-linux-aarch64.so.1").read_bytes(), 0o755)
 
 
 def _add_libraries(cpio: Cpio, tree: pathlib.Path) -> None:
@@ -434,7 +465,7 @@ def _add_modules(cpio: Cpio, tree: pathlib.Path) -> None:
             cpio.file(f"lib/modules/{name}.ko", _module(paths[name]))
 
 
-def _initrd(tree: pathlib.Path) -> bytes:
+def _initrd(tree: pathlib.Path, own: pathlib.Path) -> bytes:
     cpio = Cpio()
     for folder in FOLDERS:
         cpio.folder(folder)
@@ -451,22 +482,26 @@ def _initrd(tree: pathlib.Path) -> bytes:
         cpio.file(name, script.encode(), 0o755)
     for name, text in ETC.items():
         cpio.file(f"etc/{name}", text.encode())
-    _add_programs(cpio, tree)
-    _add_libraries(cpio, tree)
+    _add_programs(cpio, tree, own)
+    (_add_libraries if own is tree else _add_foreign_libraries)(cpio, tree)
     _add_modules(cpio, tree)
     return cpio.finish()
 
 
-def _parts(cache: pathlib.Path) -> pathlib.Path:
+def _parts(cache: pathlib.Path, arch: str = "amd64") -> pathlib.Path:
     """The folder with vmlinuz and initrd, the same for every variant: only the first build downloads."""
-    parts = cache / f"tinyguest-parts-{_digest()}"
+    parts = cache / f"tinyguest-parts-{_digest(*([arch] if arch != 'amd64' else []))}"
     if not parts.is_dir():
         with tempfile.TemporaryDirectory(prefix="tinyguest-", dir=cache) as folder:
             work = pathlib.Path(folder)
-            tree, made = _unpack(work), work / "made"
+            (work / "own").mkdir()
+            tree, made = _unpack(work, arch), work / "made"
+            own = tree if arch == "amd64" else _unpack(work / "own", "amd64")
             made.mkdir()
-            (made / "initrd").write_bytes(_initrd(tree))
+            (made / "initrd").write_bytes(_initrd(tree, own))
             shutil.copyfile(_one(tree, "vmlinuz-*"), made / "vmlinuz")
+            if arch == "arm64":
+                shutil.copyfile(_one(tree, "grubaa64.efi.signed"), made / "bootaa64.efi")
             made.rename(parts)
     return parts
 
@@ -483,16 +518,22 @@ def _variant(key: str | None, settings: dict[str, str]) -> bytes:
     return cpio.finish()
 
 
-def _boot_partition(work: pathlib.Path, parts: pathlib.Path, variant: bytes) -> pathlib.Path:
+def _boot_partition(work: pathlib.Path, parts: pathlib.Path, variant: bytes, arch: str) -> pathlib.Path:
     (work / "variant").write_bytes(variant)
     (work / "syslinux.cfg").write_text(SYSLINUX_CFG)
-    image = work / "fat.img"
+    (work / "grub.cfg").write_text(GRUB_CFG)
+    image, sectors = work / "fat.img", FAT_SECTORS[arch]
     with image.open("wb") as file:
-        file.truncate(FAT_SECTORS * SECTOR)
+        file.truncate(sectors * SECTOR)
     # -H: syslinux's boot sector finds itself by the count of sectors before the partition.
-    _run("mformat", "-i", image, "-T", str(FAT_SECTORS), "-h", "16", "-s", "63", "-H", str(FAT_START), "::")
+    _run("mformat", "-i", image, "-T", str(sectors), "-h", "16", "-s", "63", "-H", str(FAT_START), "::")
     _run("mcopy", "-i", image, parts / "vmlinuz", parts / "initrd", work / "variant", work / "syslinux.cfg", "::")
-    _run("syslinux", "--install", image)
+    if arch == "arm64":
+        _run("mmd", "-i", image, "::EFI", "::EFI/BOOT", "::EFI/debian")
+        _run("mcopy", "-i", image, parts / "bootaa64.efi", "::EFI/BOOT")
+        _run("mcopy", "-i", image, work / "grub.cfg", "::EFI/debian")
+    else:
+        _run("syslinux", "--install", image)
     return image
 
 
@@ -504,20 +545,21 @@ def _data_partition(work: pathlib.Path) -> pathlib.Path:
     return image
 
 
-def _mbr() -> bytes:
-    """syslinux's boot code, the active FAT16 partition, the Linux one. CHS fields are zero: LBA counts."""
-    rows = ((0x80, 0x0E, FAT_START, FAT_SECTORS), (0, 0x83, FAT_START + FAT_SECTORS, DATA_SECTORS))
+def _mbr(arch: str) -> bytes:
+    """syslinux's boot code, the active FAT16 partition, or UEFI's, the Linux one. CHS fields are zero: LBA counts."""
+    first, sectors = (0x80, 0x0E) if arch == "amd64" else (0, 0xEF), FAT_SECTORS[arch]
+    rows = ((*first, FAT_START, sectors), (0, 0x83, FAT_START + sectors, DATA_SECTORS))
     table = b"".join(struct.pack("<B3xB3xII", *row) for row in rows)
     return MBR.read_bytes().ljust(446, b"\0")[:446] + table.ljust(64, b"\0") + b"\x55\xaa"
 
 
-def _assemble(work: pathlib.Path, parts: pathlib.Path, variant: bytes) -> pathlib.Path:
+def _assemble(work: pathlib.Path, parts: pathlib.Path, variant: bytes, arch: str) -> pathlib.Path:
     """The whole disk, as qcow2."""
     raw, image = work / "disk.raw", work / "disk.qcow2"
     with raw.open("wb") as disk:
-        disk.write(_mbr())
+        disk.write(_mbr(arch))
         disk.seek(FAT_START * SECTOR)
-        for part in (_boot_partition(work, parts, variant), _data_partition(work)):
+        for part in (_boot_partition(work, parts, variant, arch), _data_partition(work)):
             disk.write(part.read_bytes())
     _run("qemu-img", "convert", "-O", "qcow2", raw, image)
     return image
@@ -543,21 +585,22 @@ def build(
     ifname: str = "",
     client_id: str = "",
     reads: str = "systemd cloud-init",
+    arch: str = "amd64",
 ) -> pathlib.Path:
     """The path of the image (qcow2), made at the first call for this variant.
 
     key: a public key that may log in as root. ifname: configure no network card but the one of this predictable name.
     client_id: DHCP client id, in hex; every clone sends the same one. reads: where the guest looks for its identity
-    (without `cloud-init` it has no such command either).
+    (without `cloud-init` it has no such command either). arch: as Debian calls it.
     """
     cache = cache.absolute()
     settings = {"IFNAME": ifname, "CLIENT_ID": client_id, "READS": reads}
-    image = cache / f"tinyguest-{_digest(key, settings)}.qcow2"
+    image = cache / f"tinyguest-{_digest(key, settings, *([arch] if arch != 'amd64' else []))}.qcow2"
     with _locked(cache):
         if not image.exists():
-            parts = _parts(cache)
+            parts = _parts(cache, arch)
             with tempfile.TemporaryDirectory(prefix="tinyguest-", dir=cache) as work:
-                _assemble(pathlib.Path(work), parts, _variant(key, settings)).rename(image)
+                _assemble(pathlib.Path(work), parts, _variant(key, settings), arch).rename(image)
     return image
 
 
