@@ -37,6 +37,7 @@ Modules that only some commands need are imported at their first use: a listing 
     Supervisor                       vmrun's loop
     Inventory                        lists for people, JSON for ansible
     Doctor                           checks, and the commands that mend
+    Export and import                VMs for other engines and for another nocloud; VMs from one
     Command lines                    how commands and options are declared and parsed
     Commands                         what each command does with its words: templates, VMs
     Commands for ways in and hosts   likewise: what connects to VMs, and what looks after the host
@@ -61,7 +62,7 @@ import struct
 import sys
 import time
 from collections import ChainMap, Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
 
 TYPE_CHECKING = False  # typing costs 7 ms at start-up and nothing here needs it at run time
 if TYPE_CHECKING:
@@ -7680,13 +7681,16 @@ def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: 
         taken.addresses |= cloud.private.hosts.addresses()
         for request in requests:
             check_collision(tree, group, request.type)  # again, now that nobody else can make one
-            template = tree.need_template(request.template)
-            format = known_formats(template)[0]
+            template = tree.need_template(request.template) if request.template else nothing(tree)
+            format = "".join(known_formats(template)[:1])
             # None of someone else's template, whose lock isn't ours to take
             layer = frozen_layer(template) if os.access(template.folder, os.W_OK) else None
             frozen = layer.name if layer else ""
             for number, name in enumerate(next_names(names, request)):
-                uuid, mac = new_identity(taken.macs)
+                uuid, mac = (request.settings.get(key, "") for key in ("vmUuid", "vmMac"))
+                if uuid and (uuid in taken.uuids or mac in taken.macs):
+                    raise WrongState(f"{name}: it is in this tree already", "without its keys it would be another one")
+                uuid, mac = (uuid, mac or mac_of_uuid(uuid)) if uuid else new_identity(taken.macs)
                 clone = NewClone(VM(tree, group, request.type, name or uuid), template, request, uuid, format, frozen)
                 clones.append(clone)
                 address = cloud.networks[kind].allot(taken.addresses, uuid)
@@ -7694,6 +7698,13 @@ def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: 
                 own = {"vmUuid": uuid, "vmNetwork": kind, "vmMac": mac, "vmAddress": address, "vmLayout": LAYOUT}
                 _reserve_one(clone, {**own, **({"vmPorts": ports} if ports else {})})
     return orphans
+
+
+def nothing(tree: Tree) -> VM:
+    """The template of what comes from elsewhere, which says nothing."""
+    template = tree.template("")
+    template._conf = {}
+    return template
 
 
 class Taken:
@@ -7776,6 +7787,8 @@ def finish_clones(cloud: Cloud, clones: Sequence[NewClone]) -> list[VM | Error]:
 def make_clone(cloud: Cloud, clone: NewClone) -> VM:
     """Make its disks and keys."""
     vm, template, request = clone.vm, clone.template, clone.request
+    if not request.template:
+        return vm  # it comes from elsewhere, with all of that
     disk = os.path.realpath(template.disks()[0])
     system, *extra = (vm.disk_name(n, cloud.config["vmDiskExt"]) for n in range(1 + len(request.disks)))
     create_overlay(vm.file(system), disk, clone.format, request.disk)
@@ -11326,6 +11339,240 @@ def bridge_faults(config: Config) -> Iterator[str]:
             yield f"wrong: {finding.text} (mended by: {finding.mend})"
 
 
+# Export and import ###################################################################################
+#
+# VMs for other engines, whose formats are the texts of etc/export, and for another nocloud, which trusts nothing that
+# it is given.  An export is a folder that lands by rename, or a tar archive of one.
+
+# What the conf of an imported VM may say; what no export carries; and what each engine isn't given besides.
+CARRIED = ("vmMem", "vmCpu", "vmInit", "vmUser", "vmMachine", "vmFirmware", "vmArch", "vmPorts", "vmUuid", "vmMac")
+LEFT = ("vmShares", "vmExtraOpts", "vmKernel", "vmInitrd", "vmAppend", "vmCpuCap")
+ENGINES = {"nocloud": (), "libvirt": ("vmPorts",), "incus": ("vmPorts", "vmExtraDisk"), "kubevirt": ("vmAddress",)}
+MANIFEST, ARCHIVES = "manifest.json", {"zstd": ".tar.zst", "xz": ".tar.xz"}
+
+
+def described(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> Iterator[tuple[VM, Sequence[int]]]:
+    """The VMs that a description asks for, as if they were there, on their templates' disks; GB of each, 0: as now."""
+    for one, _ in match(requests, [], {}):
+        template, (uuid, mac) = cloud.tree.need_template(one.template), new_identity(set())
+        check_clonable(template)
+        check_disk_size(template, one.disk)
+        vm = VM(cloud.tree, group, one.type, one.prefix[:-1] or uuid)
+        disk = {"vmDisk": template.disks()[0], "vmDiskFormat": known_formats(template)[0]}
+        vm._conf = {**template.inherited(), **one.settings, "vmUuid": uuid, "vmMac": mac, **disk}
+        yield vm, [one.disk, *one.disks]
+
+
+def export(cloud: Cloud, vms: Sequence[tuple[VM, Sequence[int]]], place: str, asked: argparse.Namespace) -> None:
+    """Write what an engine takes, a folder or an archive of it: all, or nothing.  `asked`: how, as the options say."""
+    packer = next(filter(find_program, ARCHIVES), "zstd") if asked.tar else ""
+    place = os.path.abspath(place) + ARCHIVES.get(packer, "")
+    part, group = f"{place}.{os.getpid()}.tmp", vms[0][0].group
+    if os.path.lexists(place):
+        raise WrongState(f"{place}: it is there already", "name another place")
+    need = sum(converted_size(*disk) for vm, _ in vms for disk in zip(vm.disks(), known_formats(vm)))
+    check_room(os.path.dirname(place), need * (2 if packer else 1), what="the disks take up to {} MB")
+    try:
+        os.mkdir(part, 0o700)
+        made = [(vm, [*export_disks(cloud, vm, sizes, part, asked)]) for vm, sizes in vms]
+        if asked.to == "nocloud":
+            facts = {"nocloud": 1, "group": group, "vms": [entry(*each, part, asked.with_keys) for each in made]}
+            with contextlib.suppress(Error):  # of VMs that stand on no template
+                facts["description"] = [*describe(cloud, group)]
+            write_file(os.path.join(part, MANIFEST), json.dumps(facts, indent=1), durable=False)
+        else:
+            write_texts(made, part, asked)
+        if packer:
+            names = sorted(os.listdir(part), key=MANIFEST.__ne__)
+            words = ["--format=gnu", "--owner=0", "--group=0", f"--use-compress-program={need_program(packer)} -T0"]
+            run(["tar", "-C", part, *words, "-cf", f"{part}/tar", *names], timeout=None, umask=0o077)
+        land({f"{part}/tar" if packer else part: place})
+    finally:
+        if os.path.exists(part):
+            remove_tree(part)
+
+
+def export_disks(cloud: Cloud, vm: VM, sizes: Sequence[int], part: str, asked: argparse.Namespace) -> Iterator[str]:
+    """Write a VM's disks; their names."""
+    sources = [*zip(vm.chains(), known_formats(vm)), *[(("", [""]), "")] * len(sizes)]
+    for number, (size, ((disk, below), format)) in enumerate(zip(sizes, sources)):
+        target = os.path.join(part, vm.disk_name(number, "qcow2"))
+        if not disk:
+            create_disk(target, size)
+        elif asked.clean and not number:  # as the disk of a template that is made of a VM
+            with NewTemplate(cloud, f"export-{os.urandom(4).hex()}") as new:
+                copy_disk(vm, new, layered=False)
+                new.write_conf({"vmInit": "auto", **vm.inherited()})
+                in_new_guest(cloud, new, OwnGuest.wait, "without --clean it is taken as it is")
+                convert_image(new.disk, "qcow2", target)
+        elif asked.chain and below and (header := qcow2_header(disk)):
+            base = f"base-{os.stat(below[0]).st_ino}.qcow2"
+            if not os.path.exists(os.path.join(part, base)):
+                convert_image(below[0], header.format or "qcow2", os.path.join(part, base))
+            convert_image(disk, format, target, "-B", base, "-F", "qcow2")
+        else:
+            convert_image(disk, format, target)
+        if disk and size:
+            resize_disk(target, "qcow2", size)
+        yield os.path.basename(target)
+
+
+def entry(vm: VM, names: list[str], part: str, keys: bool) -> dict[str, Any]:
+    """What a manifest says of a VM and its files; what is null there didn't come along."""
+    said = {key: vm.get(key) if key in CARRIED else None for key in (*CARRIED, *LEFT) if key in SETTING and vm.get(key)}
+    if not keys:
+        del said["vmUuid"], said["vmMac"]
+    elif os.path.exists(vm.host_key):
+        names.append(f"{vm.name}.key")
+        write_file(os.path.join(part, names[-1]), read_text(vm.host_key))
+    paths = {name: os.path.join(part, name) for name in names}
+    files = {name: [os.path.getsize(path), file_digest(path)] for name, path in paths.items()}
+    return {"name": vm.name, "type": vm.type, "settings": said, "files": files}
+
+
+def fill(text: str, words: Mapping[str, Any]) -> str:
+    """A text with each @word@ filled in; lines that begin with %WORD stand for each of that list, with its words."""
+
+    def each(found: re.Match[str]) -> str:
+        lines = re.sub(r"(?m)^%\w+ ?", "", found[0])
+        return "".join(fill(lines, {**words, **one}) for one in words[found[1]])
+
+    text = re.sub(r"(?m)^%(\w+)\b.*\n(?:%\1\b.*\n)*", each, text)
+    return re.sub(r"@(\w+)@", lambda found: str(words[found[1]]), text)
+
+
+def write_texts(made: Sequence[tuple[VM, list[str]]], part: str, asked: argparse.Namespace) -> None:
+    """The texts of etc/export for an engine; those with NAME in theirs are for each VM."""
+    taken = {vm.get("vmAddress") for vm, _ in made}
+    subnet = max(taken).rpartition(".")[0] or "10.126.0"
+    free = (f"{subnet}.{number}" for number in range(2, 255) if f"{subnet}.{number}" not in taken)
+    keys, vms = [{"line": " ".join(line.split()[:2])} for line in login_keys()], []
+    words = {
+        "group": made[0][0].group, "subnet": subnet, "vm": vms, "date": int(time.time()),
+        "fresh": [{}] * bool(asked.file or asked.clean), "key": keys,
+        "keys": _base64("".join(each["line"] + "\n" for each in keys)),
+    }  # fmt: skip
+    for vm, disks in made:
+        firmware, header = vm.conf.get("vmFirmware", "bios"), qcow2_header(os.path.join(part, disks[0]))
+        vms.append({
+            **{key[2:].lower(): value for key, value in vm.settings().items()}, "name": vm.name, "type": vm.type,
+            "host": re.sub("^(?=[0-9])", "vm-", vm.name.lower())[:56].strip("-"),  # a label as of RFC 1035
+            "address": vm.get("vmAddress") or next(free), "machine": "q35" if "q35" in vm.get("vmMachine") else "pc",
+            "arch": vm.conf.get("vmArch") or os.uname().machine, "gb": -(-header.size // GIB) if header else 0,
+            **{kind: [{}] * (kind == firmware) for kind in ("bios", "uefi", "secure")},
+            "disk": [{"number": n, "file": name, "dev": f"vd{chr(97 + n)}"} for n, name in enumerate(disks)],
+            "port": [{"outer": outer, "inner": inner} for _, outer, inner in parse_ports(vm.get("vmPorts")) if outer],
+        })  # fmt: skip
+    for name in packaged_files(f"export/{asked.to}"):
+        for each in vms if "NAME" in name else [{"name": ""}]:
+            text = fill(need_packaged(f"export/{asked.to}/{name}"), {**words, **each})
+            mode = 0o755 if text.startswith("#!") else 0o644
+            write_file(os.path.join(part, name.replace("NAME", each["name"])), text, mode, durable=False)
+
+
+def exported_files(path: str) -> Generator[tuple[str, int, Any], None, None]:
+    """(name, bytes, what to read them from) of each file of an export, as it comes out of tar.  Only plain headers are
+    taken: nothing but these 512 bytes is read before it has been looked at (tar(5))."""
+    is_folder = os.path.isdir(path)
+    with open(os.devnull if is_folder else path, "rb", buffering=0) as file:
+        head = file.read(8)
+        packer = next((name for name in ARCHIVES if head.startswith(PACKERS[name])), "")
+        words = [packer, "-dc", "-M512MiB"] if packer else ["cat"]
+        if is_folder:
+            words = ["tar", "-C", path, "--format=gnu", "-cf", "-", "--", *sorted(names_in(path), key=MANIFEST.__ne__)]
+        file.seek(0)
+        with popen(words, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+            try:
+                while child.stdout and (block := child.stdout.read(512)) != bytes(512):
+                    with Parsing(Error, f"{path}: it is damaged, or no tar archive"):
+                        info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+                    if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                        raise Error(f"{path}: refused: {info.name} in it is no plain file")
+                    yield info.name, info.size, child.stdout
+                    child.stdout.read(-info.size % 512)
+            finally:
+                child.kill()
+
+
+def parse_manifest(data: bytes, path: str, taken: set[int]) -> tuple[str, list[tuple[CloneRequest, dict[str, Any]]]]:
+    """(the group, what is asked for, and of each VM's files how many bytes they have and their SHA-256) that a manifest
+    says.  Confs are written anew from what may be in them; `taken`: ports of this host that other VMs have."""
+    with Parsing(Error, f"{path}: {MANIFEST} is not one that this nocloud's export wrote"):
+        said, found = json.loads(data), []
+        for vm in said["vms"]:
+            name, settings, files = checked_name("VM", vm["name"]), vm["settings"], vm["files"]
+            known = {key: value for key, value in settings.items() if key in CARRIED and key in SETTING and value}
+            for key in settings:
+                check_setting(key, known.get(key, ""), name)
+                if key not in known:
+                    report.warn(f"{name}: not taken over: {key}")
+            if known.get("vmInit") == "none" and "vmUuid" not in known:
+                text = f"{name}: its vmInit is none: nobody can make another machine of it"
+                raise WrongState(text, "nocloud export --with-keys has it stay the one that it is")
+            ports = [(0 if host in taken else host, guest) for _, host, guest in parse_ports(known.get("vmPorts", ""))]
+            known["vmPorts"] = join_ports(("127.0.0.1", host, guest) for host, guest in ports)
+            disks = {f"{name}_{number}.qcow2" for number in range(len(files) - (f"{name}.key" in files))}
+            if files.keys() - {f"{name}.key"} != disks or not 0 < len(disks) <= MAX_DISKS or said["nocloud"] != 1:
+                raise ValueError
+            if min(size for size, _ in files.values()) < 0:
+                raise ValueError
+            found.append((CloneRequest("", "", 1, checked_name("type", vm["type"]), known, prefix=f"{name},"), files))
+        return checked_group(said["group"]), found
+
+
+def import_vms(cloud: Cloud, path: str, group: str | None) -> list[VM]:
+    """Make the VMs of an export, in `group` or one that is called as theirs was: all of them, or none."""
+    cloud.tree.prepare()
+    clones: list[NewClone] = []
+    with contextlib.ExitStack() as stack:
+        come = stack.enter_context(contextlib.closing(exported_files(path)))
+        name, size, source = next(come, ("", 0, None))
+        if name != MANIFEST or size > MIB or not source:
+            raise Error(f"{path}: it doesn't begin with {MANIFEST}", "nocloud export --to nocloud writes what does")
+        ports = {host for vm in cloud.tree.vms() for _, host, _ in ports_of(vm)}
+        theirs, asked = parse_manifest(source.read(size), path, ports)
+        group = checked_group(group or theirs)
+        check_room(cloud.tree.base, sum(size for _, files in asked for size, _ in files.values()), hint=ROOM_HINT)
+        stack.callback(end_making, cloud, group, clones)
+        orphans = reserve(cloud, group, [request for request, _ in asked], clones)
+        pairs = zip(clones, asked)
+        places = {name: (clone.vm.file(name), *each) for clone, (_, files) in pairs for name, each in files.items()}
+        for name, size, source in come:
+            target, left, digest = places.pop(name, ("", -1, ""))
+            if size != left:
+                raise Error(f"{path}: refused: {name} in it is not what {MANIFEST} says")
+            with open(target, "xb", opener=functools.partial(os.open, mode=0o600)) as file:
+                while left > 0 and (piece := source.read(min(left, MIB))):
+                    left -= file.write(piece)
+            if file_digest(target) != digest:
+                raise Error(f"{path}: {name} in it is damaged")
+        if places:
+            raise Error(f"{path}: {min(places)} is not in it")
+        raise_first(in_parallel(take_in, [clone.vm for clone in clones]))
+        made = finish_clones(cloud, clones)
+    raise_first(made)
+    vms = [vm for vm in made if isinstance(vm, VM)]
+    publish_keys(cloud, vms)
+    forget_identity(cloud, orphans)
+    return vms
+
+
+def take_in(vm: VM) -> None:
+    """Check the files that have come, and have the conf of their VM name them."""
+    key, count = vm.file(f"{vm.name}.key"), sum(name.endswith(".qcow2") for name in names_in(vm.folder))
+    disks = [vm.disk_name(number, "qcow2") for number in range(count)]
+    for disk in disks:
+        if foreign_image_format(vm.file(disk), disk) != "qcow2":
+            raise WrongImage(f"{disk}: refused: it is no qcow2 image")
+    if os.path.exists(key):
+        write_file(vm.host_key + ".pub", run(["ssh-keygen", "-y", "-P", "", "-f", key], merge=False).stdout)
+        os.rename(key, vm.host_key)
+    elif is_planted(vm) or takes_seed(vm):
+        make_key(vm.host_key, f"root@{vm.name}")
+    system, *extra = map(vm.relative, disks)
+    vm.write_conf({"vmDisk": system, "vmExtraDisk": ",".join(extra), "vmDiskFormat": ",".join(["qcow2"] * count)})
+
+
 # Command lines #######################################################################################
 #
 # How a command is declared, once, and how the words of its call are parsed: argv[0] or the first word says which
@@ -12633,6 +12880,57 @@ def cmd_doctor(config: Config, args: argparse.Namespace, words: list[str]) -> in
         keys = ("name", "state", "text", "mend")
         report.data(json.dumps([{key: getattr(each, key) for key in keys} for each in findings], indent=2))
     return EXIT_FAILED if any(finding.state == WRONG for finding in findings) else EXIT_DONE
+
+
+@declare(
+    Command("export", operands="[VM…] DIR", complete=("vm+folder",)),
+    *WHICH_VMS,
+    Option("-f --file FILE", "what a description file asks for; nothing of it needs to be there but its templates"),
+    Option("--to ENGINE", f"for whom: {', '.join(ENGINES)}", one_of(*ENGINES), complete=tuple(ENGINES)),
+    Option("--tar", "one file, DIR.tar.zst, or .xz where zstd isn't there"),
+    Option("--with-keys", "to nocloud: they stay the machines that they are, with the host keys that nocloud made"),
+    Option("--clean", "take machine-id, host keys, logs out of a copy of each system disk, which is booted for that"),
+    Option("--chain", "to libvirt: disks stand on copies of what they stand on, instead of being one file each"),
+)
+def cmd_export(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+    """write VMs that are stopped as another engine takes them, or another nocloud"""
+    if not words or not args.to:
+        raise UsageError("--to ENGINE is missing" if words else "DIR is missing", "-h shows how it is called")
+    for name, engine in (("with_keys", "nocloud"), ("chain", "libvirt")):
+        if exclusive(args, name, "clean") == name and args.to != engine:
+            raise UsageError(f"--{name.replace('_', '-')} goes with --to {engine}")
+    with Cloud(config) as cloud, contextlib.ExitStack() as stack:
+        if args.file is not None:
+            group = group_of_file(args.file) if args.group is None else checked_group(args.group)
+            vms = list(described(cloud, group, read_description(args.file, config["vmSubGroup"], os.sep)))
+        else:
+            chosen = chosen_vms(cloud, args, words[:-1])
+            stack.enter_context(locked(chosen))
+            for vm in chosen:
+                need_stopped(cloud, vm)
+            vms = [(vm, [0] * len(vm.disks())) for vm in chosen]
+        if len({checked_group(vm.group) for vm, _ in vms}) != 1 or len({vm.name.lower() for vm, _ in vms}) < len(vms):
+            raise UsageError("these are VMs of several groups, or of one name, or none", "vmrunning -a lists them")
+        for vm, _ in vms:
+            checked_name("VM", vm.name)
+        export(cloud, vms, words[-1], args)
+        for vm, _ in vms:
+            for key in (*LEFT, *ENGINES[args.to]):
+                if vm.get(key) not in ("", SETTING[key].default):
+                    report.say(f"{vm.name}: not exported: {key}, {SETTING[key].help}")
+        if not (args.clean or args.file):
+            report.say("the disks carry their guests' own keys and machine-id; --clean takes them out of copies")
+
+
+@declare(
+    Command("import", operands="DIR|FILE", complete=("file+folder",)),
+    Option("-g --group GROUP", "the group that they are to be in, if not the one that they were in", complete="group"),
+)
+def cmd_import(config: Config, args: argparse.Namespace, words: list[str]) -> None:
+    """make VMs of what nocloud export --to nocloud has written; nothing in it is trusted"""
+    with Cloud(config) as cloud:
+        for vm in import_vms(cloud, one_operand(words, "DIR|FILE"), args.group):
+            report.data(vm.name)
 
 
 @declare(Command("links", operands="DIR", complete=("folder",)))
