@@ -7681,13 +7681,15 @@ def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: 
         taken.addresses |= cloud.private.hosts.addresses()
         for request in requests:
             check_collision(tree, group, request.type)  # again, now that nobody else can make one
-            template = tree.need_template(request.template) if request.template else nothing(tree)
+            template = tree.need_template(request.template) if request.template else tree.template("")
+            if not request.template:  # it comes from elsewhere
+                template._conf = {}
             format = "".join(known_formats(template)[:1])
             # None of someone else's template, whose lock isn't ours to take
             layer = frozen_layer(template) if os.access(template.folder, os.W_OK) else None
             frozen = layer.name if layer else ""
             for number, name in enumerate(next_names(names, request)):
-                uuid, mac = (request.settings.get(key, "") for key in ("vmUuid", "vmMac"))
+                uuid, mac = map(request.settings.get, ("vmUuid", "vmMac"))
                 if uuid and (uuid in taken.uuids or mac in taken.macs):
                     raise WrongState(f"{name}: it is in this tree already", "without its keys it would be another one")
                 uuid, mac = (uuid, mac or mac_of_uuid(uuid)) if uuid else new_identity(taken.macs)
@@ -7698,13 +7700,6 @@ def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: 
                 own = {"vmUuid": uuid, "vmNetwork": kind, "vmMac": mac, "vmAddress": address, "vmLayout": LAYOUT}
                 _reserve_one(clone, {**own, **({"vmPorts": ports} if ports else {})})
     return orphans
-
-
-def nothing(tree: Tree) -> VM:
-    """The template of what comes from elsewhere, which says nothing."""
-    template = tree.template("")
-    template._conf = {}
-    return template
 
 
 class Taken:
@@ -7828,8 +7823,15 @@ def end_making(cloud: Cloud, group: str, clones: Sequence[NewClone]) -> None:
 
 def make_clones(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> list[VM | Error]:
     """Make the clones that are asked for, in parallel; what could not be made is an Error in its place."""
+    with making(cloud, group, requests) as clones:
+        return finish_clones(cloud, clones)
+
+
+@contextlib.contextmanager
+def making(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> Iterator[list[NewClone]]:
+    """The clones that are asked for, to be made; those that haven't been finished in the end are removed."""
     cloud.tree.prepare()
-    templates = [cloud.tree.need_template(name) for name in sorted({request.template for request in requests})]
+    templates = [cloud.tree.need_template(name) for name in sorted({request.template for request in requests} - {""})]
     settle_stopped(cloud, templates)
     clones: list[NewClone] = []
     with contextlib.ExitStack() as stack:
@@ -7842,10 +7844,9 @@ def make_clones(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> l
         own_key()
         stack.callback(end_making, cloud, group, clones)
         orphans = reserve(cloud, group, requests, clones)
-        made = finish_clones(cloud, clones)
+        yield clones
     if orphans:  # not under those locks: who starts a template takes the network's first
         forget_identity(cloud, orphans)
-    return made
 
 
 def publish_keys(cloud: Cloud, vms: Sequence[VM]) -> None:
@@ -11351,37 +11352,24 @@ ENGINES = {"nocloud": (), "libvirt": ("vmPorts",), "incus": ("vmPorts", "vmExtra
 MANIFEST, ARCHIVES = "manifest.json", {"zstd": ".tar.zst", "xz": ".tar.xz"}
 
 
-def described(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> Iterator[tuple[VM, Sequence[int]]]:
-    """The VMs that a description asks for, as if they were there, on their templates' disks; GB of each, 0: as now."""
-    for one, _ in match(requests, [], {}):
-        template, (uuid, mac) = cloud.tree.need_template(one.template), new_identity(set())
-        check_clonable(template)
-        check_disk_size(template, one.disk)
-        vm = VM(cloud.tree, group, one.type, one.prefix[:-1] or uuid)
-        disk = {"vmDisk": template.disks()[0], "vmDiskFormat": known_formats(template)[0]}
-        vm._conf = {**template.inherited(), **one.settings, "vmUuid": uuid, "vmMac": mac, **disk}
-        yield vm, [one.disk, *one.disks]
-
-
-def export(cloud: Cloud, vms: Sequence[tuple[VM, Sequence[int]]], place: str, asked: argparse.Namespace) -> None:
+def export(cloud: Cloud, vms: Sequence[VM], place: str, asked: argparse.Namespace) -> None:
     """Write what an engine takes, a folder or an archive of it: all, or nothing.  `asked`: how, as the options say."""
+    if len({checked_group(vm.group) for vm in vms}) != 1 or len({checked_name("VM", vm.name) for vm in vms}) < len(vms):
+        raise UsageError("these are VMs of several groups, or of one name, or none", "vmrunning -a lists them")
     packer = next(filter(find_program, ARCHIVES), "zstd") if asked.tar else ""
     place = os.path.abspath(place) + ARCHIVES.get(packer, "")
-    part, group = f"{place}.{os.getpid()}.tmp", vms[0][0].group
+    part = f"{place}.{os.getpid()}.tmp"
     if os.path.lexists(place):
         raise WrongState(f"{place}: it is there already", "name another place")
-    need = sum(converted_size(*disk) for vm, _ in vms for disk in zip(vm.disks(), known_formats(vm)))
+    need = sum(converted_size(*disk) for vm in vms for disk in zip(vm.disks(), known_formats(vm)))
     check_room(os.path.dirname(place), need * (2 if packer else 1), what="the disks take up to {} MB")
     try:
         os.mkdir(part, 0o700)
-        made = [(vm, [*export_disks(cloud, vm, sizes, part, asked)]) for vm, sizes in vms]
+        disks = {vm.name: [*export_disks(cloud, vm, part, asked)] for vm in vms}
         if asked.to == "nocloud":
-            facts = {"nocloud": 1, "group": group, "vms": [entry(*each, part, asked.with_keys) for each in made]}
-            with contextlib.suppress(Error):  # of VMs that stand on no template
-                facts["description"] = [*describe(cloud, group)]
-            write_file(os.path.join(part, MANIFEST), json.dumps(facts, indent=1), durable=False)
+            write_manifest(cloud, vms, disks, part, asked)
         else:
-            write_texts(made, part, asked)
+            write_texts(vms, disks, part, asked)
         if packer:
             names = sorted(os.listdir(part), key=MANIFEST.__ne__)
             words = ["--format=gnu", "--owner=0", "--group=0", f"--use-compress-program={need_program(packer)} -T0"]
@@ -11390,44 +11378,51 @@ def export(cloud: Cloud, vms: Sequence[tuple[VM, Sequence[int]]], place: str, as
     finally:
         if os.path.exists(part):
             remove_tree(part)
+    for vm, key in ((vm, key) for vm in vms for key in (*LEFT, *ENGINES[asked.to])):
+        if vm.get(key) not in ("", SETTING[key].default):
+            report.say(f"{vm.name}: not exported: {key}, {SETTING[key].help}")
 
 
-def export_disks(cloud: Cloud, vm: VM, sizes: Sequence[int], part: str, asked: argparse.Namespace) -> Iterator[str]:
+def export_disks(cloud: Cloud, vm: VM, part: str, asked: argparse.Namespace) -> Iterator[str]:
     """Write a VM's disks; their names."""
-    sources = [*zip(vm.chains(), known_formats(vm)), *[(("", [""]), "")] * len(sizes)]
-    for number, (size, ((disk, below), format)) in enumerate(zip(sizes, sources)):
+    for number, ((disk, below), format) in enumerate(zip(vm.chains(), known_formats(vm))):
         target = os.path.join(part, vm.disk_name(number, "qcow2"))
-        if not disk:
-            create_disk(target, size)
-        elif asked.clean and not number:  # as the disk of a template that is made of a VM
+        header = qcow2_header(disk) if asked.chain and below else None
+        if asked.clean and not number:  # as the disk of a template that is made of a VM
             with NewTemplate(cloud, f"export-{os.urandom(4).hex()}") as new:
                 copy_disk(vm, new, layered=False)
                 new.write_conf({"vmInit": "auto", **vm.inherited()})
                 in_new_guest(cloud, new, OwnGuest.wait, "without --clean it is taken as it is")
                 convert_image(new.disk, "qcow2", target)
-        elif asked.chain and below and (header := qcow2_header(disk)):
+        elif header:
             base = f"base-{os.stat(below[0]).st_ino}.qcow2"
             if not os.path.exists(os.path.join(part, base)):
                 convert_image(below[0], header.format or "qcow2", os.path.join(part, base))
             convert_image(disk, format, target, "-B", base, "-F", "qcow2")
         else:
             convert_image(disk, format, target)
-        if disk and size:
-            resize_disk(target, "qcow2", size)
         yield os.path.basename(target)
 
 
-def entry(vm: VM, names: list[str], part: str, keys: bool) -> dict[str, Any]:
-    """What a manifest says of a VM and its files; what is null there didn't come along."""
-    said = {key: vm.get(key) if key in CARRIED else None for key in (*CARRIED, *LEFT) if key in SETTING and vm.get(key)}
-    if not keys:
-        del said["vmUuid"], said["vmMac"]
-    elif os.path.exists(vm.host_key):
-        names.append(f"{vm.name}.key")
-        write_file(os.path.join(part, names[-1]), read_text(vm.host_key))
-    paths = {name: os.path.join(part, name) for name in names}
-    files = {name: [os.path.getsize(path), file_digest(path)] for name, path in paths.items()}
-    return {"name": vm.name, "type": vm.type, "settings": said, "files": files}
+def write_manifest(
+    cloud: Cloud, vms: Sequence[VM], disks: Mapping[str, list[str]], part: str, asked: argparse.Namespace
+) -> None:
+    """What an import goes by: confs, where null is what didn't come along, and bytes and SHA-256 of all files."""
+    facts: dict[str, Any] = {"nocloud": 1, "group": vms[0].group, "vms": []}
+    with contextlib.suppress(Error):  # of VMs that stand on no template
+        facts["description"] = [*describe(cloud, vms[0].group)]
+    for vm in vms:
+        keys = [key for key in (*CARRIED, *LEFT) if key in SETTING and vm.get(key)]
+        said = {key: vm.get(key) if key in CARRIED else None for key in keys}
+        paths = {name: os.path.join(part, name) for name in disks[vm.name]}
+        if not asked.with_keys:
+            del said["vmUuid"], said["vmMac"]
+        elif os.path.exists(vm.host_key):
+            paths[f"{vm.name}.key"] = os.path.join(part, f"{vm.name}.key")
+            write_file(paths[f"{vm.name}.key"], read_text(vm.host_key))
+        files = {name: [os.path.getsize(path), file_digest(path)] for name, path in paths.items()}
+        facts["vms"].append({"name": vm.name, "type": vm.type, "settings": said, "files": files})
+    write_file(os.path.join(part, MANIFEST), json.dumps(facts, indent=1), durable=False)
 
 
 def fill(text: str, words: Mapping[str, Any]) -> str:
@@ -11441,30 +11436,27 @@ def fill(text: str, words: Mapping[str, Any]) -> str:
     return re.sub(r"@(\w+)@", lambda found: str(words[found[1]]), text)
 
 
-def write_texts(made: Sequence[tuple[VM, list[str]]], part: str, asked: argparse.Namespace) -> None:
+def write_texts(vms: Sequence[VM], disks: Mapping[str, list[str]], part: str, asked: argparse.Namespace) -> None:
     """The texts of etc/export for an engine; those with NAME in theirs are for each VM."""
-    taken = {vm.get("vmAddress") for vm, _ in made}
-    subnet = max(taken).rpartition(".")[0] or "10.126.0"
-    free = (f"{subnet}.{number}" for number in range(2, 255) if f"{subnet}.{number}" not in taken)
-    keys, vms = [{"line": " ".join(line.split()[:2])} for line in login_keys()], []
+    keys, every = [{"line": " ".join(line.split()[:2])} for line in login_keys()], []
+    for number, vm in enumerate(vms, 2):
+        firmware, size = vm.conf.get("vmFirmware", "bios"), image_info(os.path.join(part, disks[vm.name][0]), "qcow2")
+        every.append({
+            **{key[2:].lower(): value for key, value in vm.settings().items()}, "name": vm.name, "type": vm.type,
+            "host": re.sub("^(?=[0-9])", "vm-", vm.name.lower())[:56].strip("-"),  # a label as of RFC 1035
+            "address": vm.get("vmAddress") or f"10.126.0.{number}", "arch": vm.conf.get("vmArch") or os.uname().machine,
+            "machine": "q35" if "q35" in vm.get("vmMachine") else "pc", "gb": -(-size["virtual-size"] // GIB),
+            **{kind: [{}] * (kind == firmware) for kind in ("bios", "uefi", "secure")},
+            "disk": [{"number": n, "file": name, "dev": f"vd{chr(97 + n)}"} for n, name in enumerate(disks[vm.name])],
+            "port": [{"outer": outer, "inner": inner} for _, outer, inner in parse_ports(vm.get("vmPorts")) if outer],
+        })  # fmt: skip
     words = {
-        "group": made[0][0].group, "subnet": subnet, "vm": vms, "date": int(time.time()),
+        "group": vms[0].group, "subnet": every[0]["address"].rpartition(".")[0], "vm": every, "date": int(time.time()),
         "fresh": [{}] * bool(asked.file or asked.clean), "key": keys,
         "keys": _base64("".join(each["line"] + "\n" for each in keys)),
     }  # fmt: skip
-    for vm, disks in made:
-        firmware, header = vm.conf.get("vmFirmware", "bios"), qcow2_header(os.path.join(part, disks[0]))
-        vms.append({
-            **{key[2:].lower(): value for key, value in vm.settings().items()}, "name": vm.name, "type": vm.type,
-            "host": re.sub("^(?=[0-9])", "vm-", vm.name.lower())[:56].strip("-"),  # a label as of RFC 1035
-            "address": vm.get("vmAddress") or next(free), "machine": "q35" if "q35" in vm.get("vmMachine") else "pc",
-            "arch": vm.conf.get("vmArch") or os.uname().machine, "gb": -(-header.size // GIB) if header else 0,
-            **{kind: [{}] * (kind == firmware) for kind in ("bios", "uefi", "secure")},
-            "disk": [{"number": n, "file": name, "dev": f"vd{chr(97 + n)}"} for n, name in enumerate(disks)],
-            "port": [{"outer": outer, "inner": inner} for _, outer, inner in parse_ports(vm.get("vmPorts")) if outer],
-        })  # fmt: skip
     for name in packaged_files(f"export/{asked.to}"):
-        for each in vms if "NAME" in name else [{"name": ""}]:
+        for each in every if "NAME" in name else [{"name": ""}]:
             text = fill(need_packaged(f"export/{asked.to}/{name}"), {**words, **each})
             mode = 0o755 if text.startswith("#!") else 0o644
             write_file(os.path.join(part, name.replace("NAME", each["name"])), text, mode, durable=False)
@@ -11523,37 +11515,31 @@ def parse_manifest(data: bytes, path: str, taken: set[int]) -> tuple[str, list[t
 def import_vms(cloud: Cloud, path: str, group: str | None) -> list[VM]:
     """Make the VMs of an export, in `group` or one that is called as theirs was: all of them, or none."""
     cloud.tree.prepare()
-    clones: list[NewClone] = []
-    with contextlib.ExitStack() as stack:
-        come = stack.enter_context(contextlib.closing(exported_files(path)))
+    with contextlib.closing(exported_files(path)) as come:
         name, size, source = next(come, ("", 0, None))
         if name != MANIFEST or size > MIB or not source:
             raise Error(f"{path}: it doesn't begin with {MANIFEST}", "nocloud export --to nocloud writes what does")
         ports = {host for vm in cloud.tree.vms() for _, host, _ in ports_of(vm)}
         theirs, asked = parse_manifest(source.read(size), path, ports)
-        group = checked_group(group or theirs)
         check_room(cloud.tree.base, sum(size for _, files in asked for size, _ in files.values()), hint=ROOM_HINT)
-        stack.callback(end_making, cloud, group, clones)
-        orphans = reserve(cloud, group, [request for request, _ in asked], clones)
-        pairs = zip(clones, asked)
-        places = {name: (clone.vm.file(name), *each) for clone, (_, files) in pairs for name, each in files.items()}
-        for name, size, source in come:
-            target, left, digest = places.pop(name, ("", -1, ""))
-            if size != left:
-                raise Error(f"{path}: refused: {name} in it is not what {MANIFEST} says")
-            with open(target, "xb", opener=functools.partial(os.open, mode=0o600)) as file:
-                while left > 0 and (piece := source.read(min(left, MIB))):
-                    left -= file.write(piece)
-            if file_digest(target) != digest:
-                raise Error(f"{path}: {name} in it is damaged")
-        if places:
-            raise Error(f"{path}: {min(places)} is not in it")
-        raise_first(in_parallel(take_in, [clone.vm for clone in clones]))
-        made = finish_clones(cloud, clones)
-    raise_first(made)
+        with making(cloud, checked_group(group or theirs), [request for request, _ in asked]) as clones:
+            pairs = zip(clones, asked)
+            places = {name: (clone.vm.file(name), *each) for clone, (_, files) in pairs for name, each in files.items()}
+            for name, size, source in come:
+                target, left, digest = places.pop(name, ("", -1, ""))
+                if size != left:
+                    raise Error(f"{path}: refused: {name} in it is not what {MANIFEST} says")
+                with open(target, "xb", opener=functools.partial(os.open, mode=0o600)) as file:
+                    while left > 0 and (piece := source.read(min(left, MIB))):
+                        left -= file.write(piece)
+                if file_digest(target) != digest:
+                    raise Error(f"{path}: {name} in it is damaged")
+            if places:
+                raise Error(f"{path}: {min(places)} is not in it")
+            raise_first(in_parallel(take_in, [clone.vm for clone in clones]))
+            raise_first(made := finish_clones(cloud, clones))
     vms = [vm for vm in made if isinstance(vm, VM)]
     publish_keys(cloud, vms)
-    forget_identity(cloud, orphans)
     return vms
 
 
@@ -12890,7 +12876,7 @@ def cmd_doctor(config: Config, args: argparse.Namespace, words: list[str]) -> in
     Option("--tar", "one file, DIR.tar.zst, or .xz where zstd isn't there"),
     Option("--with-keys", "to nocloud: they stay the machines that they are, with the host keys that nocloud made"),
     Option("--clean", "take machine-id, host keys, logs out of a copy of each system disk, which is booted for that"),
-    Option("--chain", "to libvirt: disks stand on copies of what they stand on, instead of being one file each"),
+    Option("--chain", "to libvirt: disks share copies of what they stand on, instead of being one file each"),
 )
 def cmd_export(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """write VMs that are stopped as another engine takes them, or another nocloud"""
@@ -12899,26 +12885,25 @@ def cmd_export(config: Config, args: argparse.Namespace, words: list[str]) -> No
     for name, engine in (("with_keys", "nocloud"), ("chain", "libvirt")):
         if exclusive(args, name, "clean") == name and args.to != engine:
             raise UsageError(f"--{name.replace('_', '-')} goes with --to {engine}")
-    with Cloud(config) as cloud, contextlib.ExitStack() as stack:
+    with Cloud(config) as cloud:
         if args.file is not None:
             group = group_of_file(args.file) if args.group is None else checked_group(args.group)
-            vms = list(described(cloud, group, read_description(args.file, config["vmSubGroup"], os.sep)))
-        else:
-            chosen = chosen_vms(cloud, args, words[:-1])
-            stack.enter_context(locked(chosen))
-            for vm in chosen:
+            requests = read_description(args.file, config["vmSubGroup"], os.sep)
+            with making(cloud, f"export-{os.urandom(4).hex()}", requests) as clones:  # for as long as that takes
+                for clone in clones:
+                    vm = make_clone(cloud, clone)
+                    names = {key: map(os.path.basename, vm.get(key).split(",")) for key in ("vmDisk", "vmExtraDisk")}
+                    vm.write_conf({key: ",".join(each) for key, each in names.items()})
+                    vm.group = group
+                export(cloud, [clone.vm for clone in clones], words[-1], args)
+            return
+        vms = chosen_vms(cloud, args, words[:-1])
+        with locked(vms):
+            for vm in vms:
                 need_stopped(cloud, vm)
-            vms = [(vm, [0] * len(vm.disks())) for vm in chosen]
-        if len({checked_group(vm.group) for vm, _ in vms}) != 1 or len({vm.name.lower() for vm, _ in vms}) < len(vms):
-            raise UsageError("these are VMs of several groups, or of one name, or none", "vmrunning -a lists them")
-        for vm, _ in vms:
-            checked_name("VM", vm.name)
-        export(cloud, vms, words[-1], args)
-        for vm, _ in vms:
-            for key in (*LEFT, *ENGINES[args.to]):
-                if vm.get(key) not in ("", SETTING[key].default):
-                    report.say(f"{vm.name}: not exported: {key}, {SETTING[key].help}")
-        if not (args.clean or args.file):
+                ensure_identity(cloud, vm)
+            export(cloud, vms, words[-1], args)
+        if not args.clean:
             report.say("the disks carry their guests' own keys and machine-id; --clean takes them out of copies")
 
 
