@@ -1401,6 +1401,16 @@ def spawn(argv: Sequence[str], log: str, **how: Any) -> subprocess.Popen[bytes]:
     return child
 
 
+@contextlib.contextmanager
+def output_of(argv: Sequence[str]) -> Iterator[Any]:
+    """What a program writes, to be read as it comes; the program ends with the `with`, if not before."""
+    with popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+        try:
+            yield child.stdout
+        finally:
+            child.kill()
+
+
 def become(argv: Sequence[str]) -> None:
     """Replace this process by a program: stdin, terminal and exit status are then the program's own."""
     words = traced(argv)
@@ -11365,11 +11375,11 @@ def export(cloud: Cloud, vms: Sequence[VM], place: str, asked: argparse.Namespac
     check_room(os.path.dirname(place), need * (2 if packer else 1), what="the disks take up to {} MB")
     try:
         os.mkdir(part, 0o700)
-        disks = {vm.name: [*export_disks(cloud, vm, part, asked)] for vm in vms}
+        made = [(vm, [*export_disks(cloud, vm, part, asked)]) for vm in vms]
         if asked.to == "nocloud":
-            write_manifest(cloud, vms, disks, part, asked)
+            write_manifest(cloud, made, part, asked.with_keys)
         else:
-            write_texts(vms, disks, part, asked)
+            write_texts(asked.to, made, part, bool(asked.file or asked.clean))
         if packer:
             names = sorted(os.listdir(part), key=MANIFEST.__ne__)
             words = ["--format=gnu", "--owner=0", "--group=0", f"--use-compress-program={need_program(packer)} -T0"]
@@ -11404,22 +11414,20 @@ def export_disks(cloud: Cloud, vm: VM, part: str, asked: argparse.Namespace) -> 
         yield os.path.basename(target)
 
 
-def write_manifest(
-    cloud: Cloud, vms: Sequence[VM], disks: Mapping[str, list[str]], part: str, asked: argparse.Namespace
-) -> None:
+def write_manifest(cloud: Cloud, made: Sequence[tuple[VM, list[str]]], part: str, keys: bool) -> None:
     """What an import goes by: confs, where null is what didn't come along, and bytes and SHA-256 of all files."""
-    facts: dict[str, Any] = {"nocloud": 1, "group": vms[0].group, "vms": []}
+    facts: dict[str, Any] = {"nocloud": 1, "group": made[0][0].group, "vms": []}
     with contextlib.suppress(Error):  # of VMs that stand on no template
-        facts["description"] = [*describe(cloud, vms[0].group)]
-    for vm in vms:
-        keys = [key for key in (*CARRIED, *LEFT) if key in SETTING and vm.get(key)]
-        said = {key: vm.get(key) if key in CARRIED else None for key in keys}
-        paths = {name: os.path.join(part, name) for name in disks[vm.name]}
-        if not asked.with_keys:
+        facts["description"] = [*describe(cloud, made[0][0].group)]
+    for vm, names in made:
+        given = [key for key in (*CARRIED, *LEFT) if key in SETTING and vm.get(key)]
+        said = {key: vm.get(key) if key in CARRIED else None for key in given}
+        if not keys:
             del said["vmUuid"], said["vmMac"]
         elif os.path.exists(vm.host_key):
-            paths[f"{vm.name}.key"] = os.path.join(part, f"{vm.name}.key")
-            write_file(paths[f"{vm.name}.key"], read_text(vm.host_key))
+            names.append(f"{vm.name}.key")
+            write_file(os.path.join(part, names[-1]), read_text(vm.host_key))
+        paths = {name: os.path.join(part, name) for name in names}
         files = {name: [os.path.getsize(path), file_digest(path)] for name, path in paths.items()}
         facts["vms"].append({"name": vm.name, "type": vm.type, "settings": said, "files": files})
     write_file(os.path.join(part, MANIFEST), json.dumps(facts, indent=1), durable=False)
@@ -11436,59 +11444,55 @@ def fill(text: str, words: Mapping[str, Any]) -> str:
     return re.sub(r"@(\w+)@", lambda found: str(words[found[1]]), text)
 
 
-def write_texts(vms: Sequence[VM], disks: Mapping[str, list[str]], part: str, asked: argparse.Namespace) -> None:
-    """The texts of etc/export for an engine; those with NAME in theirs are for each VM."""
-    keys, every = [{"line": " ".join(line.split()[:2])} for line in login_keys()], []
-    for number, vm in enumerate(vms, 2):
-        firmware, size = vm.conf.get("vmFirmware", "bios"), image_info(os.path.join(part, disks[vm.name][0]), "qcow2")
-        every.append({
+def write_texts(engine: str, made: Sequence[tuple[VM, list[str]]], part: str, fresh: bool) -> None:
+    """The texts of etc/export for an engine; those with NAME in theirs are for each VM.  `fresh`: guests are to make
+    keys of their own, and to let the user's in."""
+    vms, keys = list[dict[str, object]](), [{"line": " ".join(line.split()[:2])} for line in login_keys()]
+    for number, (vm, disks) in enumerate(made, 2):
+        firmware, info = vm.conf.get("vmFirmware", "bios"), image_info(os.path.join(part, disks[0]), "qcow2")
+        vms.append({
             **{key[2:].lower(): value for key, value in vm.settings().items()}, "name": vm.name, "type": vm.type,
             "host": re.sub("^(?=[0-9])", "vm-", vm.name.lower())[:56].strip("-"),  # a label as of RFC 1035
             "address": vm.get("vmAddress") or f"10.126.0.{number}", "arch": vm.conf.get("vmArch") or os.uname().machine,
-            "machine": "q35" if "q35" in vm.get("vmMachine") else "pc", "gb": -(-size["virtual-size"] // GIB),
+            "machine": "q35" if "q35" in vm.get("vmMachine") else "pc", "gb": -(-info["virtual-size"] // GIB),
             **{kind: [{}] * (kind == firmware) for kind in ("bios", "uefi", "secure")},
-            "disk": [{"number": n, "file": name, "dev": f"vd{chr(97 + n)}"} for n, name in enumerate(disks[vm.name])],
+            "disk": [{"number": n, "file": name, "dev": f"vd{chr(97 + n)}"} for n, name in enumerate(disks)],
             "port": [{"outer": outer, "inner": inner} for _, outer, inner in parse_ports(vm.get("vmPorts")) if outer],
         })  # fmt: skip
     words = {
-        "group": vms[0].group, "subnet": every[0]["address"].rpartition(".")[0], "vm": every, "date": int(time.time()),
-        "fresh": [{}] * bool(asked.file or asked.clean), "key": keys,
-        "keys": _base64("".join(each["line"] + "\n" for each in keys)),
+        "group": made[0][0].group, "subnet": str(vms[0]["address"]).rpartition(".")[0], "vm": vms, "key": keys,
+        "keys": _base64("".join(each["line"] + "\n" for each in keys)), "fresh": [{}] * fresh, "date": int(time.time()),
     }  # fmt: skip
-    for name in packaged_files(f"export/{asked.to}"):
-        for each in every if "NAME" in name else [{"name": ""}]:
-            text = fill(need_packaged(f"export/{asked.to}/{name}"), {**words, **each})
-            mode = 0o755 if text.startswith("#!") else 0o644
-            write_file(os.path.join(part, name.replace("NAME", each["name"])), text, mode, durable=False)
+    for name in packaged_files(f"export/{engine}"):
+        for each in vms if "NAME" in name else [{"name": ""}]:
+            text = fill(need_packaged(f"export/{engine}/{name}"), {**words, **each})
+            path = os.path.join(part, name.replace("NAME", str(each["name"])))
+            write_file(path, text, 0o755 if text.startswith("#!") else 0o644, durable=False)
 
 
 def exported_files(path: str) -> Generator[tuple[str, int, Any], None, None]:
     """(name, bytes, what to read them from) of each file of an export, as it comes out of tar.  Only plain headers are
     taken: nothing but these 512 bytes is read before it has been looked at (tar(5))."""
-    is_folder = os.path.isdir(path)
-    with open(os.devnull if is_folder else path, "rb", buffering=0) as file:
-        head = file.read(8)
-        packer = next((name for name in ARCHIVES if head.startswith(PACKERS[name])), "")
-        words = [packer, "-dc", "-M512MiB"] if packer else ["cat"]
-        if is_folder:
-            words = ["tar", "-C", path, "--format=gnu", "-cf", "-", "--", *sorted(names_in(path), key=MANIFEST.__ne__)]
-        file.seek(0)
-        with popen(words, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
-            try:
-                while child.stdout and (block := child.stdout.read(512)) != bytes(512):
-                    with Parsing(Error, f"{path}: it is damaged, or no tar archive"):
-                        info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-                    if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-                        raise Error(f"{path}: refused: {info.name} in it is no plain file")
-                    yield info.name, info.size, child.stdout
-                    child.stdout.read(-info.size % 512)
-            finally:
-                child.kill()
+    place = os.path.realpath(path)
+    words = ["tar", "-C", place, "--format=gnu", "-cf", "-", "--", *sorted(names_in(place), key=MANIFEST.__ne__)]
+    if not os.path.isdir(place):
+        with open(place, "rb") as file:
+            head = file.read(8)
+        packer = next(([name, "-dcM512MiB"] for name in ARCHIVES if head.startswith(PACKERS[name])), ["cat"])
+        words = [*packer, place]
+    with output_of(words) as stream:
+        while (block := stream.read(512)) != bytes(512):
+            with Parsing(Error, f"{path}: it is damaged, or no tar archive"):
+                info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                raise Error(f"{path}: refused: {info.name} in it is no plain file")
+            yield info.name, info.size, stream
+            stream.read(-info.size % 512)
 
 
-def parse_manifest(data: bytes, path: str, taken: set[int]) -> tuple[str, list[tuple[CloneRequest, dict[str, Any]]]]:
+def parse_manifest(data: bytes, path: str) -> tuple[str, list[tuple[CloneRequest, dict[str, Any]]]]:
     """(the group, what is asked for, and of each VM's files how many bytes they have and their SHA-256) that a manifest
-    says.  Confs are written anew from what may be in them; `taken`: ports of this host that other VMs have."""
+    says.  Confs are written anew from what may be in them."""
     with Parsing(Error, f"{path}: {MANIFEST} is not one that this nocloud's export wrote"):
         said, found = json.loads(data), []
         for vm in said["vms"]:
@@ -11501,12 +11505,11 @@ def parse_manifest(data: bytes, path: str, taken: set[int]) -> tuple[str, list[t
             if known.get("vmInit") == "none" and "vmUuid" not in known:
                 text = f"{name}: its vmInit is none: nobody can make another machine of it"
                 raise WrongState(text, "nocloud export --with-keys has it stay the one that it is")
-            ports = [(0 if host in taken else host, guest) for _, host, guest in parse_ports(known.get("vmPorts", ""))]
-            known["vmPorts"] = join_ports(("127.0.0.1", host, guest) for host, guest in ports)
+            ports = parse_ports(known.get("vmPorts", ""))
+            known["vmPorts"] = join_ports(("127.0.0.1", host, guest) for _, host, guest in ports)
             disks = {f"{name}_{number}.qcow2" for number in range(len(files) - (f"{name}.key" in files))}
-            if files.keys() - {f"{name}.key"} != disks or not 0 < len(disks) <= MAX_DISKS or said["nocloud"] != 1:
-                raise ValueError
-            if min(size for size, _ in files.values()) < 0:
+            right = 0 < len(disks) <= MAX_DISKS and min(size for size, _ in files.values()) >= 0
+            if files.keys() - {f"{name}.key"} != disks or not right or said["nocloud"] != 1:
                 raise ValueError
             found.append((CloneRequest("", "", 1, checked_name("type", vm["type"]), known, prefix=f"{name},"), files))
         return checked_group(said["group"]), found
@@ -11519,8 +11522,10 @@ def import_vms(cloud: Cloud, path: str, group: str | None) -> list[VM]:
         name, size, source = next(come, ("", 0, None))
         if name != MANIFEST or size > MIB or not source:
             raise Error(f"{path}: it doesn't begin with {MANIFEST}", "nocloud export --to nocloud writes what does")
-        ports = {host for vm in cloud.tree.vms() for _, host, _ in ports_of(vm)}
-        theirs, asked = parse_manifest(source.read(size), path, ports)
+        theirs, asked = parse_manifest(source.read(size), path)
+        for request, _ in asked:
+            if request.settings.get("vmMachine"):  # another host's qemu may have had newer ones
+                request.settings["vmMachine"] = cloud.qemu().machine
         check_room(cloud.tree.base, sum(size for _, files in asked for size, _ in files.values()), hint=ROOM_HINT)
         with making(cloud, checked_group(group or theirs), [request for request, _ in asked]) as clones:
             pairs = zip(clones, asked)
@@ -11538,8 +11543,7 @@ def import_vms(cloud: Cloud, path: str, group: str | None) -> list[VM]:
                 raise Error(f"{path}: {min(places)} is not in it")
             raise_first(in_parallel(take_in, [clone.vm for clone in clones]))
             raise_first(made := finish_clones(cloud, clones))
-    vms = [vm for vm in made if isinstance(vm, VM)]
-    publish_keys(cloud, vms)
+    publish_keys(cloud, vms := [vm for vm in made if isinstance(vm, VM)])
     return vms
 
 
@@ -12889,6 +12893,8 @@ def cmd_export(config: Config, args: argparse.Namespace, words: list[str]) -> No
         if args.file is not None:
             group = group_of_file(args.file) if args.group is None else checked_group(args.group)
             requests = read_description(args.file, config["vmSubGroup"], os.sep)
+            for each in requests:
+                check_disk_size(cloud.tree.need_template(each.template), each.disk)
             with making(cloud, f"export-{os.urandom(4).hex()}", requests) as clones:  # for as long as that takes
                 for clone in clones:
                     vm = make_clone(cloud, clone)
