@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
@@ -410,3 +411,63 @@ def test_what_cannot_be_exported(stub: Cloud) -> None:
         stub.run("export", "old00", "templates/stub", "--to", "libvirt", "out").fails(2, "reserved")
         stub.run("export", "old00", "--to", "libvirt", "no/such/out").fails(1, "no/such")
     assert not list(stub.home.glob("*out*"))
+
+
+# libvirt of its own: in namespaces with which everything in them ends, its folders empty. What comes out of ssh is
+# the last that is said.
+LIBVIRT = r"""
+ip link set lo up
+mount -t sysfs none /sys
+for folder in /run /etc/libvirt /var/lib/libvirt /var/cache/libvirt /var/log/libvirt; do
+    mkdir -p $folder; mount -t tmpfs none $folder
+done
+for name in passwd group; do
+    cp /etc/$name /run/$name; mount --bind /run/$name /etc/$name
+done
+echo 'libvirt-qemu:x:64055:64055::/var/lib/libvirt:/usr/sbin/nologin' >>/etc/passwd
+echo 'libvirt-qemu:x:64055:' >>/etc/group
+cat >/etc/libvirt/qemu.conf <<'END'
+user = "root"
+group = "root"
+security_driver = "none"
+cgroup_controllers = [ ]
+namespaces = [ ]
+END
+export LIBVIRT_DEFAULT_URI=qemu:///system
+virtlogd -d; libvirtd -d
+for i in $(seq 100); do ! virsh list >/dev/null 2>&1 || break; sleep 0.2; done
+TYPE=qemu "$OUT/define.sh" >&2 && virsh start web00 >&2 || exit
+for i in $(seq 90); do
+    if ssh -F none -i "$KEY" -o BatchMode=yes -o UserKnownHostsFile="$KNOWN" -o ConnectTimeout=2 root@$ADDRESS \
+        'cat /root/file; hostname; cat /sys/class/net/*/address' 2>"$ERRORS"; then
+        virsh destroy web00 >&2; exit 0
+    fi
+    sleep 1
+done
+cat "$ERRORS" /var/log/libvirt/qemu/* >&2; exit 1
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(os.geteuid() != 0, reason="libvirt's network is root's")
+def test_libvirt_runs_what_was_exported(tiny: Cloud) -> None:
+    """The same machine: what is on its disk, name, MAC, address and host key."""
+    if not shutil.which("libvirtd", path="/usr/sbin:/usr/bin"):
+        pytest.fail("libvirtd is not installed: make test-all installs it")
+    tiny.run("vminstantiate", "-n", "tiny", "-g", "pf", "-o", "name=web", "-w", READY).ok()
+    tiny.ssh("web00", "echo kept >/root/file; sync").ok()
+    tiny.run("vmstop", "-g", "pf").ok()
+    tiny.run("export", "-g", "pf", "--to", "libvirt", "out").ok()
+    out, conf = tiny.home / "out", tiny.conf("pf/default/web00")
+    for name, kind in (("web00.xml", "domain"), ("network.xml", "network")):
+        subprocess.run(["virt-xml-validate", out / name, kind], check=True, capture_output=True)
+    host_key = (tiny.folder("pf/default/web00") / "ssh_host_ed25519_key.pub").read_text()
+    (tiny.home / "known").write_text(f"{conf['vmAddress']} {host_key}")
+    env = {
+        "OUT": str(out), "KEY": str(tiny.home / "config/nocloud/id_ed25519"), "ADDRESS": conf["vmAddress"],
+        "KNOWN": str(tiny.home / "known"), "ERRORS": str(tiny.home / "errors"),
+    }  # fmt: skip
+    words = ["unshare", "--mount", "--net", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c", LIBVIRT]
+    done = tiny.execute(words, env={**env, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}, timeout=240)
+    said = done.ok().lines
+    assert said[:2] == ["kept", "web00"] and conf["vmMac"] in said
