@@ -13,7 +13,7 @@ FOR_VMS := qemu-system-x86 qemu-utils dnsmasq-base iproute2 openssh-client util-
 FOR_TEMPLATES := mmdebstrap e2fsprogs uidmap debian-archive-keyring?
 FOR_CHECKS := shellcheck systemd bash zsh fish mandoc
 FOR_TESTS := zstd xz-utils fdisk iptables mtools syslinux isolinux syslinux-common xorriso zip unzip rsync git openssh-sftp-server bash-completion man-db groff-base python3-yaml virtiofsd? linux-image-cloud-amd64! busybox-static! dropbear-bin! locales!
-FOR_LONG_TESTS := xfsprogs btrfs-progs chromium-headless-shell? libvirt-clients libvirt-daemon libvirt-daemon-driver-qemu libxml2-utils
+FOR_LONG_TESTS := xfsprogs btrfs-progs chromium-headless-shell? libvirt-clients libvirt-daemon libvirt-daemon-driver-qemu libxml2-utils lxd! lxd-client! libdqlite0! libraft2! liblxc1! squashfs-tools! attr!
 FOR_BENCH := curl xz-utils
 SOURCES := nocloud.py build.sh pyproject.toml $(shell find etc systemd -type f)
 

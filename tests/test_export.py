@@ -17,6 +17,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import tinyguest
 from support import DATA, READY, Cloud, add_template, nothing_made, replace_program
 from test_layers import add_stub, disk_of, second_sector, stub_image
 
@@ -473,3 +474,31 @@ def test_libvirt_runs_what_was_exported(tiny: Cloud) -> None:
     done = tiny.execute(words, env={**env, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}, timeout=240)
     said = done.ok().lines
     assert said[:2] == ["kept", "web00"] and conf["vmMac"] in said
+
+
+# LXD of its own, likewise. It can't run VMs here (vhost_vsock), but knows an image from what is none.
+LXD = r"""
+ip link set lo up
+mount -t sysfs none /sys
+mount -t tmpfs none /run
+export LXD_DIR=/run/lxd PATH="$TREE/usr/bin:$TREE/usr/sbin:$PATH" LD_LIBRARY_PATH="$TREE/usr/lib/$(uname -m)-linux-gnu"
+mkdir /run/lxd
+lxd --group root >/run/log 2>&1 &
+for i in $(seq 150); do ! [ -S /run/lxd/unix.socket ] || break; sleep 0.2; done
+lxc info >/dev/null || { cat /run/log >&2; exit 1; }
+INCUS=lxc "$OUT/launch.sh" >&2
+lxc network show nocloud
+lxc image list --format csv --columns latd
+"""
+LXD_PACKAGES = ["lxd", "lxd-client", "libdqlite0", "libraft2", "liblxc1", "squashfs-tools", "attr"]
+
+
+@pytest.mark.long
+@pytest.mark.skipif(os.geteuid() != 0, reason="LXD is root's")
+def test_lxd_imports_the_image(described: Cloud, tmp_path: Path) -> None:
+    tree = tinyguest.unpack(tmp_path, LXD_PACKAGES)
+    words = ["unshare", "--mount", "--net", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c", LXD]
+    env = {"OUT": str(described.home / "incus"), "TREE": str(tree), "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
+    done = described.execute(words, env=env, timeout=120).ok()
+    assert f"shop-web00,{os.uname().machine},VIRTUAL-MACHINE,web00 of the group shop" in done.lines, repr(done)
+    assert re.search(r"ipv4.address: 10\.[0-9.]+\.1/24", done.stdout), repr(done)

@@ -366,10 +366,10 @@ def _packages() -> list[str]:
     return ["busybox-static", *kernel[:1], *names]
 
 
-def _unpack(work: pathlib.Path) -> pathlib.Path:
-    """Download the packages and lay them out under one folder."""
+def unpack(work: pathlib.Path, packages: list[str]) -> pathlib.Path:
+    """Download packages and lay them out under one folder."""
     # The sandbox user _apt may not write into our 0700 folder; apt would only warn.
-    _run("apt-get", "download", "-q", "-o", "APT::Sandbox::User=root", *_packages(), cwd=work)
+    _run("apt-get", "download", "-q", "-o", "APT::Sandbox::User=root", *packages, cwd=work)
     tree = work / "tree"
     for deb in sorted(work.glob("*.deb")):
         _run("dpkg-deb", "-x", deb, tree)
@@ -463,7 +463,7 @@ def _parts(cache: pathlib.Path) -> pathlib.Path:
     if not parts.is_dir():
         with tempfile.TemporaryDirectory(prefix="tinyguest-", dir=cache) as folder:
             work = pathlib.Path(folder)
-            tree, made = _unpack(work), work / "made"
+            tree, made = unpack(work, _packages()), work / "made"
             made.mkdir()
             (made / "initrd").write_bytes(_initrd(tree))
             shutil.copyfile(_one(tree, "vmlinuz-*"), made / "vmlinuz")
