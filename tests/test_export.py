@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 
 import pytest
 import tinyguest
-from support import DATA, READY, Cloud, add_template, nothing_made, replace_program
+from support import DATA, READY, Cloud, add_template, eventually, nothing_made, replace_program
 from test_layers import add_stub, disk_of, second_sector, stub_image
 
 
@@ -259,6 +259,24 @@ def test_what_is_no_archive(cloud: Cloud, archive: Archive, tmp_path: Path) -> N
     (folder / "web00_0.qcow2").unlink()
     (folder / "web00_0.qcow2").write_bytes(archive.disk)
     cloud.run("import", folder).ok()
+
+
+def test_what_is_interrupted_or_has_no_room_leaves_nothing(stub: Cloud, archive: Archive, tmp_path: Path) -> None:
+    path = archive.write()
+    stall = 'case $1 in convert | check) touch "$HOME/busy"; exec sleep 60;; esac; exec $REAL "$@"'
+    stalled = replace_program(tmp_path / "stalled", "qemu-img", stall)
+    for words in (["export", "old00", "--to", "libvirt", "out"], ["import", path]):
+        with nothing_made(stub):
+            child = stub.spawn(*words, env={"PATH": stalled})
+            eventually((stub.home / "busy").exists, "it is at work")
+            (stub.home / "busy").unlink()
+            child.terminate()
+            assert child.wait(30) == 143 and not list(stub.home.glob("out*"))
+    huge = 'if [ $1 = measure ]; then echo "{\\"required\\": 1152921504606846976}"; else exec $REAL "$@"; fi'
+    full = replace_program(tmp_path / "full", "qemu-img", huge)
+    done = stub.run("export", "old00", "--to", "incus", "out", env={"PATH": full})
+    done.fails(1, "the disks take up to 1099511627776 MB", "MB are free")
+    assert not list(stub.home.glob("out*"))
 
 
 # For other engines ####################################################################################
