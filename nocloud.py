@@ -1401,16 +1401,6 @@ def spawn(argv: Sequence[str], log: str, **how: Any) -> subprocess.Popen[bytes]:
     return child
 
 
-@contextlib.contextmanager
-def output_of(argv: Sequence[str]) -> Iterator[Any]:
-    """What a program writes, to be read as it comes; the program ends with the `with`, if not before."""
-    with popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
-        try:
-            yield child.stdout
-        finally:
-            child.kill()
-
-
 def become(argv: Sequence[str]) -> None:
     """Replace this process by a program: stdin, terminal and exit status are then the program's own."""
     words = traced(argv)
@@ -11375,11 +11365,10 @@ def export(cloud: Cloud, vms: Sequence[VM], place: str, asked: argparse.Namespac
     check_room(os.path.dirname(place), need * (2 if packer else 1), what="the disks take up to {} MB")
     try:
         os.mkdir(part, 0o700)
-        made = [(vm, [*export_disks(cloud, vm, part, asked)]) for vm in vms]
-        if asked.to == "nocloud":
-            write_manifest(cloud, made, part, asked.with_keys)
-        else:
-            write_texts(asked.to, made, part, bool(asked.file or asked.clean))
+        disks = [(vm, [*export_disks(cloud, vm, part, asked)]) for vm in vms]
+        told = [tell(*each, number, part, asked) for number, each in enumerate(disks, 2)]
+        for name, text in texts(cloud, told, vms[0].group, asked):
+            write_file(os.path.join(part, name), text, 0o755 if text.startswith("#!") else 0o644, durable=False)
         if packer:
             names = sorted(os.listdir(part), key=MANIFEST.__ne__)
             words = ["--format=gnu", "--owner=0", "--group=0", f"--use-compress-program={need_program(packer)} -T0"]
@@ -11388,9 +11377,11 @@ def export(cloud: Cloud, vms: Sequence[VM], place: str, asked: argparse.Namespac
     finally:
         if os.path.exists(part):
             remove_tree(part)
-    for vm, key in ((vm, key) for vm in vms for key in (*LEFT, *ENGINES[asked.to])):
-        if vm.get(key) not in ("", SETTING[key].default):
-            report.say(f"{vm.name}: not exported: {key}, {SETTING[key].help}")
+    for vm in vms:
+        keys = [key for key in (*LEFT, *ENGINES[asked.to]) if vm.get(key) not in ("", SETTING[key].default)]
+        others = {"its snapshots": snapshots_of(vm), "its user-data": os.path.exists(vm.user_data_file)}
+        for left in [f"{key}, {SETTING[key].help}" for key in keys] + [name for name in others if others[name]]:
+            report.say(f"{vm.name}: not exported: {left}")
 
 
 def export_disks(cloud: Cloud, vm: VM, part: str, asked: argparse.Namespace) -> Iterator[str]:
@@ -11414,25 +11405,6 @@ def export_disks(cloud: Cloud, vm: VM, part: str, asked: argparse.Namespace) -> 
         yield os.path.basename(target)
 
 
-def write_manifest(cloud: Cloud, made: Sequence[tuple[VM, list[str]]], part: str, keys: bool) -> None:
-    """What an import goes by: confs, where null is what didn't come along, and bytes and SHA-256 of all files."""
-    facts: dict[str, Any] = {"nocloud": 1, "group": made[0][0].group, "vms": []}
-    with contextlib.suppress(Error):  # of VMs that stand on no template
-        facts["description"] = [*describe(cloud, made[0][0].group)]
-    for vm, names in made:
-        given = [key for key in (*CARRIED, *LEFT) if key in SETTING and vm.get(key)]
-        said = {key: vm.get(key) if key in CARRIED else None for key in given}
-        if not keys:
-            del said["vmUuid"], said["vmMac"]
-        elif os.path.exists(vm.host_key):
-            names.append(f"{vm.name}.key")
-            write_file(os.path.join(part, names[-1]), read_text(vm.host_key))
-        paths = {name: os.path.join(part, name) for name in names}
-        files = {name: [os.path.getsize(path), file_digest(path)] for name, path in paths.items()}
-        facts["vms"].append({"name": vm.name, "type": vm.type, "settings": said, "files": files})
-    write_file(os.path.join(part, MANIFEST), json.dumps(facts, indent=1), durable=False)
-
-
 def fill(text: str, words: Mapping[str, Any]) -> str:
     """A text with each @word@ filled in; lines that begin with %WORD stand for each of that list, with its words."""
 
@@ -11444,43 +11416,62 @@ def fill(text: str, words: Mapping[str, Any]) -> str:
     return re.sub(r"@(\w+)@", lambda found: str(words[found[1]]), text)
 
 
-def write_texts(engine: str, made: Sequence[tuple[VM, list[str]]], part: str, fresh: bool) -> None:
-    """The texts of etc/export for an engine; those with NAME in theirs are for each VM.  `fresh`: guests are to make
-    keys of their own, and to let the user's in."""
-    vms, keys = list[dict[str, object]](), [{"line": " ".join(line.split()[:2])} for line in login_keys()]
-    for number, (vm, disks) in enumerate(made, 2):
-        firmware, info = vm.conf.get("vmFirmware", "bios"), image_info(os.path.join(part, disks[0]), "qcow2")
-        vms.append({
-            **{key[2:].lower(): value for key, value in vm.settings().items()}, "name": vm.name, "type": vm.type,
-            "host": re.sub("^(?=[0-9])", "vm-", vm.name.lower())[:56].strip("-"),  # a label as of RFC 1035
-            "address": vm.get("vmAddress") or f"10.126.0.{number}", "arch": vm.conf.get("vmArch") or os.uname().machine,
-            "machine": "q35" if "q35" in vm.get("vmMachine") else "pc", "gb": -(-info["virtual-size"] // GIB),
-            **{kind: [{}] * (kind == firmware) for kind in ("bios", "uefi", "secure")},
-            "disk": [{"number": n, "file": name, "dev": f"vd{chr(97 + n)}"} for n, name in enumerate(disks)],
-            "port": [{"outer": outer, "inner": inner} for _, outer, inner in parse_ports(vm.get("vmPorts")) if outer],
-        })  # fmt: skip
+def tell(vm: VM, files: list[str], number: int, part: str, asked: argparse.Namespace) -> dict[str, Any]:
+    """What manifests and texts say of a VM, whose disks these files are."""
+    firmware, info = vm.conf.get("vmFirmware", "bios"), image_info(os.path.join(part, files[0]), "qcow2")
+    said = {key: vm.get(key) if key in CARRIED else None for key in (*CARRIED, *LEFT) if key in SETTING and vm.get(key)}
     words = {
-        "group": made[0][0].group, "subnet": str(vms[0]["address"]).rpartition(".")[0], "vm": vms, "key": keys,
-        "keys": _base64("".join(each["line"] + "\n" for each in keys)), "fresh": [{}] * fresh, "date": int(time.time()),
+        **{key[2:].lower(): value for key, value in vm.settings().items()}, "name": vm.name, "type": vm.type,
+        "host": re.sub("^(?=[0-9])", "vm-", vm.name.lower())[:56].strip("-"),  # a label as of RFC 1035
+        "address": vm.get("vmAddress") or f"10.126.0.{number}", "arch": vm.conf.get("vmArch") or os.uname().machine,
+        "machine": "q35" if "q35" in vm.get("vmMachine") else "pc", "gb": -(-info["virtual-size"] // GIB),
+        "disk": [{"number": n, "file": name, "dev": f"vd{chr(97 + n)}"} for n, name in enumerate(files)],
+        "port": [{"outer": outer, "inner": inner} for _, outer, inner in parse_ports(vm.get("vmPorts")) if outer],
+        **{kind: [{}] * (kind == firmware) for kind in ("bios", "uefi", "secure")}, "settings": said,
     }  # fmt: skip
-    for name in packaged_files(f"export/{engine}"):
-        for each in vms if "NAME" in name else [{"name": ""}]:
-            text = fill(need_packaged(f"export/{engine}/{name}"), {**words, **each})
-            path = os.path.join(part, name.replace("NAME", str(each["name"])))
-            write_file(path, text, 0o755 if text.startswith("#!") else 0o644, durable=False)
+    if asked.with_keys and os.path.exists(vm.host_key):
+        files.append(f"{vm.name}.key")
+        write_file(os.path.join(part, files[-1]), read_text(vm.host_key))
+    elif not asked.with_keys:
+        del said["vmUuid"], said["vmMac"]
+    paths = {name: os.path.join(part, name) for name in files if asked.to == "nocloud"}
+    return {**words, "files": {name: [os.path.getsize(path), file_digest(path)] for name, path in paths.items()}}
+
+
+def texts(cloud: Cloud, vms: list[dict[str, Any]], group: str, asked: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """(name, text) of what goes beside the disks: a manifest, or what is in etc/export, once or for each VM."""
+    if asked.to == "nocloud":
+        facts = {"nocloud": 1, "group": group, "description": list[str]()}
+        facts["vms"] = [{key: vm[key] for key in ("name", "type", "settings", "files")} for vm in vms]
+        with contextlib.suppress(Error):  # of VMs that stand on no template
+            facts["description"] = [*describe(cloud, group)]
+        yield MANIFEST, json.dumps(facts, indent=1)
+    keys = [{"line": " ".join(line.split()[:2])} for line in login_keys()]
+    words = {
+        "group": group, "subnet": vms[0]["address"].rpartition(".")[0], "vm": vms, "key": keys,
+        "keys": _base64("".join(each["line"] + "\n" for each in keys)), "fresh": [{}] * bool(asked.file or asked.clean),
+        "date": int(time.time()),
+    }  # fmt: skip
+    for name in packaged_files(f"export/{asked.to}"):
+        for vm in vms if "NAME" in name else [{"name": ""}]:
+            text = fill(need_packaged(f"export/{asked.to}/{name}"), {**words, **vm})
+            yield name.replace("NAME", vm["name"]), text
 
 
 def exported_files(path: str) -> Generator[tuple[str, int, Any], None, None]:
     """(name, bytes, what to read them from) of each file of an export, as it comes out of tar.  Only plain headers are
     taken: nothing but these 512 bytes is read before it has been looked at (tar(5))."""
     place = os.path.realpath(path)
-    words = ["tar", "-C", place, "--format=gnu", "-cf", "-", "--", *sorted(names_in(place), key=MANIFEST.__ne__)]
+    names = sorted(names_in(place), key=MANIFEST.__ne__)
+    words = ["tar", "-C", place, "--format=gnu", "-cf", "-", "-T", os.devnull, "--", *names]  # which may be none
     if not os.path.isdir(place):
         with open(place, "rb") as file:
             head = file.read(8)
-        packer = next(([name, "-dcM512MiB"] for name in ARCHIVES if head.startswith(PACKERS[name])), ["cat"])
+        packer = next(([name, "-qqdcM512MiB"] for name in ARCHIVES if head.startswith(PACKERS[name])), ["cat"])
         words = [*packer, place]
-    with output_of(words) as stream:
+    reader, writer = os.pipe()
+    with popen(words, stdout=writer), open(reader, "rb") as stream:
+        os.close(writer)
         while (block := stream.read(512)) != bytes(512):
             with Parsing(Error, f"{path}: it is damaged, or no tar archive"):
                 info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
@@ -11523,9 +11514,8 @@ def import_vms(cloud: Cloud, path: str, group: str | None) -> list[VM]:
         if name != MANIFEST or size > MIB or not source:
             raise Error(f"{path}: it doesn't begin with {MANIFEST}", "nocloud export --to nocloud writes what does")
         theirs, asked = parse_manifest(source.read(size), path)
-        for request, _ in asked:
-            if request.settings.get("vmMachine"):  # another host's qemu may have had newer ones
-                request.settings["vmMachine"] = cloud.qemu().machine
+        for request in [each for each, _ in asked if each.settings.get("vmMachine")]:
+            request.settings["vmMachine"] = cloud.qemu().machine  # that host's qemu may have newer ones
         check_room(cloud.tree.base, sum(size for _, files in asked for size, _ in files.values()), hint=ROOM_HINT)
         with making(cloud, checked_group(group or theirs), [request for request, _ in asked]) as clones:
             pairs = zip(clones, asked)
