@@ -11346,7 +11346,7 @@ def bridge_faults(config: Config) -> Iterator[str]:
 # it is given.  An export is a folder that lands by rename, or a tar archive of one.
 
 # What the conf of an imported VM may say; what no export carries; and what each engine isn't given besides.
-CARRIED = ("vmMem", "vmCpu", "vmInit", "vmUser", "vmMachine", "vmFirmware", "vmArch", "vmPorts", "vmUuid", "vmMac")
+CARRIED = ("vmMem", "vmCpu", "vmInit", "vmUser", "vmMachine", "vmPorts", "vmUuid", "vmMac")
 LEFT = ("vmShares", "vmExtraOpts", "vmKernel", "vmInitrd", "vmAppend", "vmCpuCap")
 ENGINES = {"nocloud": (), "libvirt": ("vmPorts",), "incus": ("vmPorts", "vmExtraDisk"), "kubevirt": ("vmAddress",)}
 MANIFEST, ARCHIVES = "manifest.json", {"zstd": ".tar.zst", "xz": ".tar.xz"}
@@ -11368,7 +11368,7 @@ def export(cloud: Cloud, vms: Sequence[VM], place: str, asked: argparse.Namespac
         disks = [(vm, [*export_disks(cloud, vm, part, asked)]) for vm in vms]
         told = [tell(*each, number, part, asked) for number, each in enumerate(disks, 2)]
         for name, text in texts(cloud, told, vms[0].group, asked):
-            write_file(os.path.join(part, name), text, 0o755 if text.startswith("#!") else 0o644, durable=False)
+            write_file(os.path.join(part, name), text, 0o700 if text.startswith("#!") else 0o600, durable=False)
         if packer:
             names = sorted(os.listdir(part), key=MANIFEST.__ne__)
             words = ["--format=gnu", "--owner=0", "--group=0", f"--use-compress-program={need_program(packer)} -T0"]
@@ -11419,36 +11419,33 @@ def fill(text: str, words: Mapping[str, Any]) -> str:
 def tell(vm: VM, files: list[str], number: int, part: str, asked: argparse.Namespace) -> dict[str, Any]:
     """What manifests and texts say of a VM, whose disks these files are."""
     firmware, info = vm.conf.get("vmFirmware", "bios"), image_info(os.path.join(part, files[0]), "qcow2")
-    said = {key: vm.get(key) if key in CARRIED else None for key in (*CARRIED, *LEFT) if key in SETTING and vm.get(key)}
-    words = {
+    paths = {name: os.path.join(part, name) for name in files if asked.to == "nocloud"}
+    given = CARRIED if asked.with_keys else CARRIED[:-2]
+    return {
         **{key[2:].lower(): value for key, value in vm.settings().items()}, "name": vm.name, "type": vm.type,
         "host": re.sub("^(?=[0-9])", "vm-", vm.name.lower())[:56].strip("-"),  # a label as of RFC 1035
         "address": vm.get("vmAddress") or f"10.126.0.{number}", "arch": vm.conf.get("vmArch") or os.uname().machine,
         "machine": "q35" if "q35" in vm.get("vmMachine") else "pc", "gb": -(-info["virtual-size"] // GIB),
         "disk": [{"number": n, "file": name, "dev": f"vd{chr(97 + n)}"} for n, name in enumerate(files)],
         "port": [{"outer": outer, "inner": inner} for _, outer, inner in parse_ports(vm.get("vmPorts")) if outer],
-        **{kind: [{}] * (kind == firmware) for kind in ("bios", "uefi", "secure")}, "settings": said,
+        **{kind: [{}] * (kind == firmware) for kind in ("bios", "uefi", "secure")},
+        "settings": {key: vm.get(key) if key in given else None for key in (*given, *LEFT) if vm.get(key)},
+        "files": {name: [os.path.getsize(path), file_digest(path)] for name, path in paths.items()},
+        "key": read_existing(vm.host_key) if asked.with_keys else "",
     }  # fmt: skip
-    if asked.with_keys and os.path.exists(vm.host_key):
-        files.append(f"{vm.name}.key")
-        write_file(os.path.join(part, files[-1]), read_text(vm.host_key))
-    elif not asked.with_keys:
-        del said["vmUuid"], said["vmMac"]
-    paths = {name: os.path.join(part, name) for name in files if asked.to == "nocloud"}
-    return {**words, "files": {name: [os.path.getsize(path), file_digest(path)] for name, path in paths.items()}}
 
 
 def texts(cloud: Cloud, vms: list[dict[str, Any]], group: str, asked: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """(name, text) of what goes beside the disks: a manifest, or what is in etc/export, once or for each VM."""
     if asked.to == "nocloud":
         facts = {"nocloud": 1, "group": group, "description": list[str]()}
-        facts["vms"] = [{key: vm[key] for key in ("name", "type", "settings", "files")} for vm in vms]
+        facts["vms"] = [{key: vm[key] for key in ("name", "type", "settings", "files", "key")} for vm in vms]
         with contextlib.suppress(Error):  # of VMs that stand on no template
             facts["description"] = [*describe(cloud, group)]
         yield MANIFEST, json.dumps(facts, indent=1)
     keys = [{"line": " ".join(line.split()[:2])} for line in login_keys()]
     words = {
-        "group": group, "subnet": vms[0]["address"].rpartition(".")[0], "vm": vms, "key": keys,
+        "group": group, "subnet": vms[0]["address"].rpartition(".")[0], "vm": vms, "login": keys,
         "keys": _base64("".join(each["line"] + "\n" for each in keys)), "fresh": [{}] * bool(asked.file or asked.clean),
         "date": int(time.time()),
     }  # fmt: skip
@@ -11481,14 +11478,14 @@ def exported_files(path: str) -> Generator[tuple[str, int, Any], None, None]:
             stream.read(-info.size % 512)
 
 
-def parse_manifest(data: bytes, path: str) -> tuple[str, list[tuple[CloneRequest, dict[str, Any]]]]:
-    """(the group, what is asked for, and of each VM's files how many bytes they have and their SHA-256) that a manifest
+def parse_manifest(data: bytes, path: str) -> tuple[str, list[tuple[CloneRequest, dict[str, Any], str]]]:
+    """(the group, for each VM what is asked for, its files' bytes and SHA-256, and its host key or '') that a manifest
     says.  Confs are written anew from what may be in them."""
     with Parsing(Error, f"{path}: {MANIFEST} is not one that this nocloud's export wrote"):
         said, found = json.loads(data), []
-        for vm in said["vms"]:
+        for vm in {1: said["vms"]}[said["nocloud"]]:  # by the version of its form
             name, settings, files = checked_name("VM", vm["name"]), vm["settings"], vm["files"]
-            known = {key: value for key, value in settings.items() if key in CARRIED and key in SETTING and value}
+            known = {key: value for key, value in settings.items() if key in CARRIED and value}
             for key in settings:
                 check_setting(key, known.get(key, ""), name)
                 if key not in known:
@@ -11498,11 +11495,11 @@ def parse_manifest(data: bytes, path: str) -> tuple[str, list[tuple[CloneRequest
                 raise WrongState(text, "nocloud export --with-keys has it stay the one that it is")
             ports = parse_ports(known.get("vmPorts", ""))
             known["vmPorts"] = join_ports(("127.0.0.1", host, guest) for _, host, guest in ports)
-            disks = {f"{name}_{number}.qcow2" for number in range(len(files) - (f"{name}.key" in files))}
-            right = 0 < len(disks) <= MAX_DISKS and min(size for size, _ in files.values()) >= 0
-            if files.keys() - {f"{name}.key"} != disks or not right or said["nocloud"] != 1:
+            disks = {f"{name}_{number}.qcow2" for number in range(len(files))}
+            if files.keys() != disks or not 0 < len(disks) <= MAX_DISKS or min(size for size, _ in files.values()) < 0:
                 raise ValueError
-            found.append((CloneRequest("", "", 1, checked_name("type", vm["type"]), known, prefix=f"{name},"), files))
+            request = CloneRequest("", "", 1, checked_name("type", vm["type"]), known, prefix=f"{name},")
+            found.append((request, files, str(vm["key"])))
         return checked_group(said["group"]), found
 
 
@@ -11511,15 +11508,15 @@ def import_vms(cloud: Cloud, path: str, group: str | None) -> list[VM]:
     cloud.tree.prepare()
     with contextlib.closing(exported_files(path)) as come:
         name, size, source = next(come, ("", 0, None))
-        if name != MANIFEST or size > MIB or not source:
+        if name != MANIFEST or size > 16 * MIB or not source:
             raise Error(f"{path}: it doesn't begin with {MANIFEST}", "nocloud export --to nocloud writes what does")
         theirs, asked = parse_manifest(source.read(size), path)
-        for request in [each for each, _ in asked if each.settings.get("vmMachine")]:
+        for request in [each for each, _, _ in asked if each.settings.get("vmMachine")]:
             request.settings["vmMachine"] = cloud.qemu().machine  # that host's qemu may have newer ones
-        check_room(cloud.tree.base, sum(size for _, files in asked for size, _ in files.values()), hint=ROOM_HINT)
-        with making(cloud, checked_group(group or theirs), [request for request, _ in asked]) as clones:
-            pairs = zip(clones, asked)
-            places = {name: (clone.vm.file(name), *each) for clone, (_, files) in pairs for name, each in files.items()}
+        check_room(cloud.tree.base, sum(size for _, files, _ in asked for size, _ in files.values()), hint=ROOM_HINT)
+        with making(cloud, checked_group(group or theirs), [request for request, _, _ in asked]) as clones:
+            vms = [(clone.vm, files, key) for clone, (_, files, key) in zip(clones, asked)]
+            places = {name: (vm.file(name), *each) for vm, files, _ in vms for name, each in files.items()}
             for name, size, source in come:
                 target, left, digest = places.pop(name, ("", -1, ""))
                 if size != left:
@@ -11531,26 +11528,26 @@ def import_vms(cloud: Cloud, path: str, group: str | None) -> list[VM]:
                     raise Error(f"{path}: {name} in it is damaged")
             if places:
                 raise Error(f"{path}: {min(places)} is not in it")
-            raise_first(in_parallel(take_in, [clone.vm for clone in clones]))
+            for each in vms:
+                take_in(*each)
             raise_first(made := finish_clones(cloud, clones))
-    publish_keys(cloud, vms := [vm for vm in made if isinstance(vm, VM)])
-    return vms
+    publish_keys(cloud, found := [vm for vm in made if isinstance(vm, VM)])
+    return found
 
 
-def take_in(vm: VM) -> None:
-    """Check the files that have come, and have the conf of their VM name them."""
-    key, count = vm.file(f"{vm.name}.key"), sum(name.endswith(".qcow2") for name in names_in(vm.folder))
-    disks = [vm.disk_name(number, "qcow2") for number in range(count)]
+def take_in(vm: VM, files: Iterable[str], key: str) -> None:
+    """Check the disks that have come for a VM, and its host key, and have its conf name them."""
+    disks = [vm.disk_name(number, "qcow2") for number, _ in enumerate(files)]
     for disk in disks:
         if foreign_image_format(vm.file(disk), disk) != "qcow2":
             raise WrongImage(f"{disk}: refused: it is no qcow2 image")
-    if os.path.exists(key):
-        write_file(vm.host_key + ".pub", run(["ssh-keygen", "-y", "-P", "", "-f", key], merge=False).stdout)
-        os.rename(key, vm.host_key)
+    if key:
+        write_file(vm.host_key, key)
+        write_file(vm.host_key + ".pub", run(["ssh-keygen", "-y", "-P", "", "-f", vm.host_key], merge=False).stdout)
     elif is_planted(vm) or takes_seed(vm):
         make_key(vm.host_key, f"root@{vm.name}")
     system, *extra = map(vm.relative, disks)
-    vm.write_conf({"vmDisk": system, "vmExtraDisk": ",".join(extra), "vmDiskFormat": ",".join(["qcow2"] * count)})
+    vm.write_conf({"vmDisk": system, "vmExtraDisk": ",".join(extra), "vmDiskFormat": ",".join(["qcow2"] * len(disks))})
 
 
 # Command lines #######################################################################################

@@ -18,8 +18,10 @@ from xml.etree import ElementTree
 
 import pytest
 import tinyguest
-from support import DATA, READY, Cloud, add_template, eventually, nothing_made, replace_program
+from support import DATA, READY, ROOT, Cloud, add_template, eventually, nothing_made, replace_program
 from test_layers import add_stub, disk_of, second_sector, stub_image
+
+import nocloud
 
 
 @pytest.fixture
@@ -118,7 +120,13 @@ class Archive:
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", folder / "disk", "1M"], check=True)
         self.disk = (folder / "disk").read_bytes()
         files = {"web00_0.qcow2": [len(self.disk), hashlib.sha256(self.disk).hexdigest()]}
-        self.vm: dict[str, Any] = {"name": "web00", "type": "web", "settings": {"vmInit": "ssh"}, "files": files}
+        self.vm: dict[str, Any] = {
+            "name": "web00",
+            "type": "web",
+            "settings": {"vmInit": "ssh"},
+            "files": files,
+            "key": "",
+        }
         self.manifest: dict[str, Any] = {"nocloud": 1, "group": "pf", "vms": [self.vm]}
         self.more: list[tarfile.TarInfo] = []
         self.name = "web00_0.qcow2"
@@ -208,7 +216,8 @@ SPOILED: dict[str, tuple[Callable[[Archive], object], str]] = {
     "a value that is no text": (lambda it: it.vm["settings"].update(vmMem=64), "not one that"),
     "two lines": (lambda it: it.vm["settings"].update(vmUser="me\nvmKernel=/x"), "vmUser="),
     "nobody's init": (lambda it: it.vm["settings"].update(vmInit="none"), "its vmInit is none"),
-    "a manifest too long": (lambda it: it.manifest.update(x="x" * (1 << 20)), "it doesn't begin with manifest.json"),
+    "a manifest too long": (lambda it: it.manifest.update(x="x" * (1 << 24)), "it doesn't begin with manifest.json"),
+    "a key that is none": (lambda it: it.vm.update(key="-----BEGIN"), "ssh-keygen: "),
     "a raw disk": (lambda it: it.put(bytes(510) + b"\x55\xaa" + bytes(512)), "no qcow2 image"),
     "no disk": (lambda it: it.put(b"hello"), "web00_0.qcow2: neither"),
     "half a disk": (lambda it: it.put(it.disk[:70000]), "it ends before its data does"),
@@ -400,6 +409,38 @@ def test_kubevirt(described: Cloud) -> None:
     ]  # fmt: skip
     seed = next(each["cloudInitNoCloud"] for each in spec["volumes"] if "cloudInitNoCloud" in each)
     assert seed["userData"].startswith("#cloud-config\nssh_authorized_keys:\n  - ssh-ed25519 ")
+
+
+WORDS: dict[str, Any] = {
+    "name": "web00", "host": "web00", "uuid": "0d8e5a4c-9a3c-4f8e-8b57-5f3c1a2b3c4d", "mac": "00:50:56:0d:8e:5a",
+    "cpu": 2, "mem": 512, "machine": "q35", "arch": "x86_64", "group": "pf", "subnet": "10.88.0", "gb": 2, "date": 1,
+    "address": "10.88.0.2", "keys": "QQ==", "login": [{"line": "ssh-ed25519 A"}], "bios": [], "uefi": [], "secure": [],
+    "disk": [{"number": 0, "file": "web00_0.qcow2", "dev": "vda"}], "port": [{"outer": 8080, "inner": 80}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("firmware", ["bios", "uefi", "secure"])
+def test_firmwares(tmp_path: Path, firmware: str) -> None:
+    definitions = json.loads((DATA / "kubevirt.json").read_text())["definitions"]
+    for fresh in (0, 1):
+        words = {**WORDS, firmware: [{}], "fresh": [{}] * fresh}
+        for engine, name in (("kubevirt", "NAME.yaml"), ("libvirt", "NAME.xml"), ("incus", "launch.sh")):
+            text = nocloud.fill((ROOT / "etc/export" / engine / name).read_text(), {**words, "vm": [words]})
+            (tmp_path / name).write_text(text)
+            assert not re.search(r"(?m)^%|@\w+@", text)
+        vm = yaml(tmp_path / "NAME.yaml")[0]
+        conforms(vm, definitions["v1.VirtualMachine"], definitions)
+        boot = vm["spec"]["template"]["spec"]["domain"]["firmware"]["bootloader"]
+        assert boot == ({"bios": {}} if firmware == "bios" else {"efi": {"secureBoot": firmware == "secure"}})
+        domain = ElementTree.parse(tmp_path / "NAME.xml").getroot()
+        assert [each.get("firmware") for each in domain.iter("os")] == [None if firmware == "bios" else "efi"]
+        assert ("root=QQ==" in (tmp_path / "NAME.xml").read_text()) == bool(fresh)
+        if validate := shutil.which("virt-xml-validate"):
+            subprocess.run([validate, tmp_path / "NAME.xml", "domain"], check=True, capture_output=True)
+        said = re.findall(
+            r"(?m)^launch web00 web00 .* (true|false) (true|false)$", (tmp_path / "launch.sh").read_text()
+        )
+        assert said == [("true" if firmware == "bios" else "false", "true" if firmware == "secure" else "false")]
 
 
 def test_a_chain_is_shared(stub: Cloud) -> None:
