@@ -11496,7 +11496,8 @@ def parse_manifest(data: bytes, path: str) -> tuple[str, list[tuple[CloneRequest
             ports = parse_ports(known.get("vmPorts", ""))
             known["vmPorts"] = join_ports(("127.0.0.1", host, guest) for _, host, guest in ports)
             disks = {f"{name}_{number}.qcow2" for number in range(len(files))}
-            if files.keys() != disks or not 0 < len(disks) <= MAX_DISKS or min(size for size, _ in files.values()) < 0:
+            right = all(type(size) is int and size >= 0 for size, _ in files.values())
+            if not right or files.keys() != disks or not 0 < len(disks) <= MAX_DISKS:
                 raise ValueError
             request = CloneRequest("", "", 1, checked_name("type", vm["type"]), known, prefix=f"{name},")
             found.append((request, files, str(vm["key"])))

@@ -205,6 +205,7 @@ SPOILED: dict[str, tuple[Callable[[Archive], object], str]] = {
     "a file of another name": (lambda it: it.vm["files"].update({"../x": [9, "x"]}), "not one that"),
     "no files": (lambda it: it.vm["files"].clear(), "not one that"),
     "a number that is none": (lambda it: it.vm["files"].update({"web00_1.qcow2": ["9", "x"]}), "not one that"),
+    "a number with a point": (lambda it: it.vm["files"].update({"web00_0.qcow2": [9.0, "x"]}), "not one that"),
     "a name that leaves": (lambda it: it.vm.update(name="../x"), "not allowed in a VM name"),
     "a type that leaves": (lambda it: it.vm.update(type=".."), "type name can't start"),
     "the templates": (lambda it: it.manifest.update(group="templates"), "reserved"),
