@@ -12,8 +12,8 @@ FOR_BUILD := python3 python3-venv
 FOR_VMS := qemu-system-x86 qemu-utils dnsmasq-base iproute2 openssh-client util-linux passt? nftables?
 FOR_TEMPLATES := mmdebstrap e2fsprogs uidmap debian-archive-keyring?
 FOR_CHECKS := shellcheck systemd bash zsh fish mandoc
-FOR_TESTS := fdisk iptables mtools syslinux isolinux syslinux-common xorriso zip unzip rsync git openssh-sftp-server bash-completion man-db groff-base python3-yaml virtiofsd? ovmf swtpm linux-image-cloud-amd64! busybox-static! dropbear-bin! locales!
-FOR_LONG_TESTS := xfsprogs btrfs-progs qemu-system-arm qemu-efi-aarch64 qemu-user-static? arch-test chromium-headless-shell?
+FOR_TESTS := zstd xz-utils fdisk iptables mtools syslinux isolinux syslinux-common xorriso zip unzip rsync git openssh-sftp-server bash-completion man-db groff-base python3-yaml virtiofsd? ovmf swtpm linux-image-cloud-amd64! busybox-static! dropbear-bin! locales!
+FOR_LONG_TESTS := xfsprogs btrfs-progs qemu-system-arm qemu-efi-aarch64 qemu-user-static? arch-test chromium-headless-shell? libvirt-clients libvirt-daemon libvirt-daemon-driver-qemu libxml2-utils lxd! lxd-client! libdqlite0! libraft2! liblxc1! squashfs-tools! attr!
 FOR_BENCH := curl xz-utils
 SOURCES := nocloud.py build.sh pyproject.toml $(shell find etc systemd -type f)
 

@@ -37,6 +37,7 @@ Modules that only some commands need are imported at their first use: a listing 
     Supervisor                       vmrun's loop
     Inventory                        lists for people, JSON for ansible
     Doctor                           checks, and the commands that mend
+    Export and import                VMs for other engines and for another nocloud; VMs from one
     Command lines                    how commands and options are declared and parsed
     Commands                         what each command does with its words: templates, VMs
     Commands for ways in and hosts   likewise: what connects to VMs, and what looks after the host
@@ -61,7 +62,7 @@ import struct
 import sys
 import time
 from collections import ChainMap, Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
 
 TYPE_CHECKING = False  # typing costs 7 ms at start-up and nothing here needs it at run time
 if TYPE_CHECKING:
@@ -7836,13 +7837,18 @@ def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: 
         taken.addresses |= cloud.private.hosts.addresses()
         for request in requests:
             check_collision(tree, group, request.type)  # again, now that nobody else can make one
-            template = tree.need_template(request.template)
-            format = known_formats(template)[0]
+            template = tree.need_template(request.template) if request.template else tree.template("")
+            if not request.template:  # it comes from elsewhere
+                template._conf = {}
+            format = "".join(known_formats(template)[:1])
             # None of someone else's template, whose lock isn't ours to take
             layer = frozen_layer(template) if os.access(template.folder, os.W_OK) else None
             frozen = layer.name if layer else ""
             for number, name in enumerate(next_names(names, request)):
-                uuid, mac = new_identity(taken.macs)
+                uuid, mac = map(request.settings.get, ("vmUuid", "vmMac"))
+                if uuid and (uuid in taken.uuids or mac in taken.macs):
+                    raise WrongState(f"{name}: it is in this tree already", "without its keys it would be another one")
+                uuid, mac = (uuid, mac or mac_of_uuid(uuid)) if uuid else new_identity(taken.macs)
                 clone = NewClone(VM(tree, group, request.type, name or uuid), template, request, uuid, format, frozen)
                 clones.append(clone)
                 address = cloud.networks[kind].allot(taken.addresses, uuid)
@@ -7933,6 +7939,8 @@ def finish_clones(cloud: Cloud, clones: Sequence[NewClone]) -> list[VM | Error]:
 def make_clone(cloud: Cloud, clone: NewClone) -> VM:
     """Make its disks and keys."""
     vm, template, request = clone.vm, clone.template, clone.request
+    if not request.template:
+        return vm  # it comes from elsewhere, with all of that
     disk = os.path.realpath(template.disks()[0])
     system, *extra = (vm.disk_name(n, cloud.config["vmDiskExt"]) for n in range(1 + len(request.disks)))
     create_overlay(vm.file(system), disk, clone.format, request.disk)
@@ -7974,8 +7982,15 @@ def end_making(cloud: Cloud, group: str, clones: Sequence[NewClone]) -> None:
 
 def make_clones(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> list[VM | Error]:
     """Make the clones that are asked for, in parallel; what could not be made is an Error in its place."""
+    with making(cloud, group, requests) as clones:
+        return finish_clones(cloud, clones)
+
+
+@contextlib.contextmanager
+def making(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> Iterator[list[NewClone]]:
+    """The clones that are asked for, to be made; those that haven't been finished in the end are removed."""
     cloud.tree.prepare()
-    templates = [cloud.tree.need_template(name) for name in sorted({request.template for request in requests})]
+    templates = [cloud.tree.need_template(name) for name in sorted({request.template for request in requests} - {""})]
     settle_stopped(cloud, templates)
     clones: list[NewClone] = []
     with contextlib.ExitStack() as stack:
@@ -7988,10 +8003,9 @@ def make_clones(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> l
         own_key()
         stack.callback(end_making, cloud, group, clones)
         orphans = reserve(cloud, group, requests, clones)
-        made = finish_clones(cloud, clones)
+        yield clones
     if orphans:  # not under those locks: who starts a template takes the network's first
         forget_identity(cloud, orphans)
-    return made
 
 
 def publish_keys(cloud: Cloud, vms: Sequence[VM]) -> None:
@@ -11422,6 +11436,218 @@ def bridge_faults(config: Config) -> Iterator[str]:
             yield f"wrong: {finding['text']} (mended by: {finding['mend']})"
 
 
+# Export and import ###################################################################################
+#
+# VMs for other engines, whose formats are the texts of etc/export, and for another nocloud, which trusts nothing that
+# it is given.  An export is a folder that lands by rename, or a tar archive of one.
+
+# What the conf of an imported VM may say; what no export carries; and what each engine isn't given besides.
+CARRIED = ("vmMem", "vmCpu", "vmInit", "vmUser", "vmMachine", "vmPorts", "vmUuid", "vmMac")
+LEFT = ("vmShares", "vmTpm", "vmExtraOpts", "vmKernel", "vmInitrd", "vmAppend", "vmCpuCap")
+ENGINES = {"nocloud": (), "libvirt": ("vmPorts",), "incus": ("vmPorts", "vmExtraDisk"), "kubevirt": ("vmAddress",)}
+MANIFEST, ARCHIVES = "manifest.json", {"zstd": ".tar.zst", "xz": ".tar.xz"}
+
+
+def export(cloud: Cloud, vms: Sequence[VM], place: str, asked: argparse.Namespace) -> None:
+    """Write what an engine takes, a folder or an archive of it: all, or nothing.  `asked`: how, as the options say."""
+    if len({checked_group(vm.group) for vm in vms}) != 1 or len({checked_name("VM", vm.name) for vm in vms}) < len(vms):
+        raise UsageError("these are VMs of several groups, or of one name, or none", "vmrunning -a lists them")
+    packer = next(filter(find_program, ARCHIVES), "zstd") if asked.tar else ""
+    place = os.path.abspath(place) + ARCHIVES.get(packer, "")
+    part = f"{place}.{os.getpid()}.tmp"
+    if os.path.lexists(place):
+        raise WrongState(f"{place}: it is there already", "name another place")
+    need = sum(converted_size(*disk) for vm in vms for disk in zip(vm.disks(), known_formats(vm)))
+    check_room(os.path.dirname(place), need * (2 if packer else 1), what="the disks take up to {} MB")
+    try:
+        os.mkdir(part, 0o700)
+        disks = [(vm, [*export_disks(cloud, vm, part, asked)]) for vm in vms]
+        told = [tell(*each, number, part, asked) for number, each in enumerate(disks, 2)]
+        for name, text in texts(cloud, told, vms[0].group, asked):
+            write_file(os.path.join(part, name), text, 0o700 if text.startswith("#!") else 0o600, durable=False)
+        if packer:
+            names = sorted(os.listdir(part), key=MANIFEST.__ne__)
+            words = ["--format=gnu", "--owner=0", "--group=0", f"--use-compress-program={need_program(packer)} -T0"]
+            run(["tar", "-C", part, *words, "-cf", f"{part}/tar", *names], timeout=None, umask=0o077)
+        land({f"{part}/tar" if packer else part: place})
+    finally:
+        if os.path.exists(part):
+            remove_tree(part)
+    for vm in vms:
+        keys = [key for key in (*LEFT, *ENGINES[asked.to]) if vm.get(key) not in ("", SETTING[key].default)]
+        others = {"its snapshots": snapshots_of(vm), "its user-data": os.path.exists(vm.user_data_file)}
+        for left in [f"{key}, {SETTING[key].help}" for key in keys] + [name for name in others if others[name]]:
+            report.say(f"{vm.name}: not exported: {left}")
+
+
+def export_disks(cloud: Cloud, vm: VM, part: str, asked: argparse.Namespace) -> Iterator[str]:
+    """Write a VM's disks; their names."""
+    for number, ((disk, below), format) in enumerate(zip(vm.chains(), known_formats(vm))):
+        target = os.path.join(part, vm.disk_name(number, "qcow2"))
+        header = qcow2_header(disk) if asked.chain and below else None
+        if asked.clean and not number:  # as the disk of a template that is made of a VM
+            with NewTemplate(cloud, f"export-{os.urandom(4).hex()}") as new:
+                copy_disk(vm, new, layered=False)
+                new.write_conf({"vmInit": "auto", **vm.inherited()})
+                in_new_guest(cloud, new, OwnGuest.wait, "without --clean it is taken as it is")
+                convert_image(new.disk, "qcow2", target)
+        elif header:
+            base = f"base-{os.stat(below[0]).st_ino}.qcow2"
+            if not os.path.exists(os.path.join(part, base)):
+                convert_image(below[0], header.format or "qcow2", os.path.join(part, base))
+            convert_image(disk, format, target, "-B", base, "-F", "qcow2")
+        else:
+            convert_image(disk, format, target)
+        yield os.path.basename(target)
+
+
+def fill(text: str, words: Mapping[str, Any]) -> str:
+    """A text with each @word@ filled in; lines that begin with %WORD stand for each of that list, with its words."""
+
+    def each(found: re.Match[str]) -> str:
+        lines = re.sub(r"(?m)^%\w+ ?", "", found[0])
+        return "".join(fill(lines, {**words, **one}) for one in words[found[1]])
+
+    text = re.sub(r"(?m)^%(\w+)\b.*\n(?:%\1\b.*\n)*", each, text)
+    return re.sub(r"@(\w+)@", lambda found: str(words[found[1]]), text)
+
+
+def tell(vm: VM, files: list[str], number: int, part: str, asked: argparse.Namespace) -> dict[str, Any]:
+    """What manifests and texts say of a VM, whose disks these files are."""
+    firmware, info = vm.conf.get("vmFirmware", "bios"), image_info(os.path.join(part, files[0]), "qcow2")
+    paths = {name: os.path.join(part, name) for name in files if asked.to == "nocloud"}
+    given = CARRIED if asked.with_keys else CARRIED[:-2]
+    return {
+        **{key[2:].lower(): value for key, value in vm.settings().items()}, "name": vm.name, "type": vm.type,
+        "host": re.sub("^(?=[0-9])", "vm-", vm.name.lower())[:56].strip("-"),  # a label as of RFC 1035
+        "address": vm.get("vmAddress") or f"10.126.0.{number}", "arch": vm.conf.get("vmArch") or os.uname().machine,
+        "machine": "q35" if "q35" in vm.get("vmMachine") else "pc", "gb": -(-info["virtual-size"] // GIB),
+        "disk": [{"number": n, "file": name, "dev": f"vd{chr(97 + n)}"} for n, name in enumerate(files)],
+        "port": [{"outer": outer, "inner": inner} for _, outer, inner in parse_ports(vm.get("vmPorts")) if outer],
+        **{kind: [{}] * (kind == firmware) for kind in ("bios", "uefi", "secure")},
+        "settings": {key: vm.get(key) if key in given else None for key in (*given, *LEFT) if vm.get(key)},
+        "files": {name: [os.path.getsize(path), file_digest(path)] for name, path in paths.items()},
+        "key": read_existing(vm.host_key) if asked.with_keys else "",
+    }  # fmt: skip
+
+
+def texts(cloud: Cloud, vms: list[dict[str, Any]], group: str, asked: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """(name, text) of what goes beside the disks: a manifest, or what is in etc/export, once or for each VM."""
+    if asked.to == "nocloud":
+        facts = {"nocloud": 1, "group": group, "description": list[str]()}
+        facts["vms"] = [{key: vm[key] for key in ("name", "type", "settings", "files", "key")} for vm in vms]
+        with contextlib.suppress(Error):  # of VMs that stand on no template
+            facts["description"] = [*describe(cloud, group)]
+        yield MANIFEST, json.dumps(facts, indent=1)
+    keys = [{"line": " ".join(line.split()[:2])} for line in login_keys()]
+    words = {
+        "group": group, "subnet": vms[0]["address"].rpartition(".")[0], "vm": vms, "login": keys,
+        "keys": _base64("".join(each["line"] + "\n" for each in keys)), "fresh": [{}] * bool(asked.file or asked.clean),
+        "date": int(time.time()),
+    }  # fmt: skip
+    for name in packaged_files(f"export/{asked.to}"):
+        for vm in vms if "NAME" in name else [{"name": ""}]:
+            text = fill(need_packaged(f"export/{asked.to}/{name}"), {**words, **vm})
+            yield name.replace("NAME", vm["name"]), text
+
+
+def exported_files(path: str) -> Generator[tuple[str, int, Any], None, None]:
+    """(name, bytes, what to read them from) of each file of an export, as it comes out of tar.  Only plain headers are
+    taken: nothing but these 512 bytes is read before it has been looked at (tar(5))."""
+    place = os.path.realpath(path)
+    names = sorted(names_in(place), key=MANIFEST.__ne__)
+    words = ["tar", "-C", place, "--format=gnu", "-cf", "-", "-T", os.devnull, "--", *names]  # which may be none
+    if not os.path.isdir(place):
+        with open(place, "rb") as file:
+            head = file.read(8)
+        packer = next(([name, "-qqdcM512MiB"] for name in ARCHIVES if head.startswith(PACKERS[name])), ["cat"])
+        words = [*packer, place]
+    reader, writer = os.pipe()
+    with popen(words, stdout=writer), open(reader, "rb") as stream:
+        os.close(writer)
+        while (block := stream.read(512)) != bytes(512):
+            with Parsing(Error, f"{path}: it is damaged, or no tar archive"):
+                info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                raise Error(f"{path}: refused: {info.name} in it is no plain file")
+            yield info.name, info.size, stream
+            stream.read(-info.size % 512)
+
+
+def parse_manifest(data: bytes, path: str) -> tuple[str, list[tuple[CloneRequest, dict[str, Any], str]]]:
+    """(the group, for each VM what is asked for, its files' bytes and SHA-256, and its host key or '') that a manifest
+    says.  Confs are written anew from what may be in them."""
+    with Parsing(Error, f"{path}: {MANIFEST} is not one that this nocloud's export wrote"):
+        said, found = json.loads(data), []
+        for vm in {1: said["vms"]}[said["nocloud"]]:  # by the version of its form
+            name, settings, files = checked_name("VM", vm["name"]), vm["settings"], vm["files"]
+            known = {key: value for key, value in settings.items() if key in CARRIED and value}
+            for key in settings:
+                check_setting(key, known.get(key, ""), name)
+                if key not in known:
+                    report.warn(f"{name}: not taken over: {key}")
+            if known.get("vmInit") == "none" and "vmUuid" not in known:
+                text = f"{name}: its vmInit is none: nobody can make another machine of it"
+                raise WrongState(text, "nocloud export --with-keys has it stay the one that it is")
+            ports = parse_ports(known.get("vmPorts", ""))
+            known["vmPorts"] = join_ports(("127.0.0.1", host, guest) for _, host, guest in ports)
+            disks = {f"{name}_{number}.qcow2" for number in range(len(files))}
+            right = all(type(size) is int and size >= 0 for size, _ in files.values())
+            if not right or files.keys() != disks or not 0 < len(disks) <= MAX_DISKS:
+                raise ValueError
+            request = CloneRequest("", "", 1, checked_name("type", vm["type"]), known, prefix=f"{name},")
+            found.append((request, files, str(vm["key"])))
+        return checked_group(said["group"]), found
+
+
+def import_vms(cloud: Cloud, path: str, group: str | None) -> list[VM]:
+    """Make the VMs of an export, in `group` or one that is called as theirs was: all of them, or none."""
+    cloud.tree.prepare()
+    with contextlib.closing(exported_files(path)) as come:
+        name, size, source = next(come, ("", 0, None))
+        if name != MANIFEST or size > 16 * MIB or not source:
+            raise Error(f"{path}: it doesn't begin with {MANIFEST}", "nocloud export --to nocloud writes what does")
+        theirs, asked = parse_manifest(source.read(size), path)
+        for request in [each for each, _, _ in asked if each.settings.get("vmMachine")]:
+            machine = cloud.qemu(request.settings.get("vmArch") or SETTING["vmArch"].default).machine
+            request.settings["vmMachine"] = machine  # that host's qemu may have newer ones
+        check_room(cloud.tree.base, sum(size for _, files, _ in asked for size, _ in files.values()), hint=ROOM_HINT)
+        with making(cloud, checked_group(group or theirs), [request for request, _, _ in asked]) as clones:
+            vms = [(clone.vm, files, key) for clone, (_, files, key) in zip(clones, asked)]
+            places = {name: (vm.file(name), *each) for vm, files, _ in vms for name, each in files.items()}
+            for name, size, source in come:
+                target, left, digest = places.pop(name, ("", -1, ""))
+                if size != left:
+                    raise Error(f"{path}: refused: {name} in it is not what {MANIFEST} says")
+                with open(target, "xb", opener=functools.partial(os.open, mode=0o600)) as file:
+                    while left > 0 and (piece := source.read(min(left, MIB))):
+                        left -= file.write(piece)
+                if file_digest(target) != digest:
+                    raise Error(f"{path}: {name} in it is damaged")
+            if places:
+                raise Error(f"{path}: {min(places)} is not in it")
+            for each in vms:
+                take_in(*each)
+            raise_first(made := finish_clones(cloud, clones))
+    publish_keys(cloud, found := [vm for vm in made if isinstance(vm, VM)])
+    return found
+
+
+def take_in(vm: VM, files: Iterable[str], key: str) -> None:
+    """Check the disks that have come for a VM, and its host key, and have its conf name them."""
+    disks = [vm.disk_name(number, "qcow2") for number, _ in enumerate(files)]
+    for disk in disks:
+        if foreign_image_format(vm.file(disk), disk) != "qcow2":
+            raise WrongImage(f"{disk}: refused: it is no qcow2 image")
+    if key:
+        write_file(vm.host_key, key)
+        write_file(vm.host_key + ".pub", run(["ssh-keygen", "-y", "-P", "", "-f", vm.host_key], merge=False).stdout)
+    elif is_planted(vm) or takes_seed(vm):
+        make_key(vm.host_key, f"root@{vm.name}")
+    system, *extra = map(vm.relative, disks)
+    vm.write_conf({"vmDisk": system, "vmExtraDisk": ",".join(extra), "vmDiskFormat": ",".join(["qcow2"] * len(disks))})
+
+
 # Command lines #######################################################################################
 #
 # How a command is declared, once, and how the words of its call are parsed: argv[0] or the first word says which
@@ -12664,6 +12890,56 @@ def cmd_doctor(config: Config, args: argparse.Namespace, words: list[str]) -> in
     if args.json:
         report.data(json.dumps(findings, indent=2))
     return EXIT_FAILED if any(finding["state"] == WRONG for finding in findings) else EXIT_DONE
+
+
+@declare(
+    Command("export", operands="[VM…] DIR", complete=("vm+folder",)),
+    *WHICH_VMS,
+    Option("-f --file FILE", "what a description file asks for; nothing of it needs to be there but its templates"),
+    Option("--to ENGINE", f"for whom: {', '.join(ENGINES)}", one_of(*ENGINES), complete=tuple(ENGINES)),
+    Option("--tar", "one file, DIR.tar.zst, or .xz where zstd isn't there"),
+    Option("--with-keys", "to nocloud: they stay the machines that they are, with the host keys that nocloud made"),
+    Option("--clean", "take machine-id, host keys, logs out of a copy of each system disk, which is booted for that"),
+    Option("--chain", "to libvirt: disks share copies of what they stand on, instead of being one file each"),
+)
+def cmd_export(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
+    """write VMs that are stopped as another engine takes them, or another nocloud"""
+    if not words or not args.to:
+        raise UsageError("--to ENGINE is missing" if words else "DIR is missing", "-h shows how it is called")
+    for name, engine in (("with_keys", "nocloud"), ("chain", "libvirt")):
+        if exclusive(args, name, "clean") == name and args.to != engine:
+            raise UsageError(f"--{name.replace('_', '-')} goes with --to {engine}")
+    if args.file is not None:
+        group = group_of_file(args.file) if args.group is None else checked_group(args.group)
+        requests = read_description(args.file, cloud.config["vmSubGroup"], os.sep)
+        for each in requests:
+            check_disk_size(cloud.tree.need_template(each.template), each.disk)
+        with making(cloud, f"export-{os.urandom(4).hex()}", requests) as clones:  # for as long as that takes
+            for clone in clones:
+                vm = make_clone(cloud, clone)
+                names = {key: map(os.path.basename, vm.get(key).split(",")) for key in ("vmDisk", "vmExtraDisk")}
+                vm.write_conf({key: ",".join(each) for key, each in names.items()})
+                vm.group = group
+            export(cloud, [clone.vm for clone in clones], words[-1], args)
+        return
+    vms = chosen_vms(cloud, args, words[:-1])
+    with locked(vms):
+        for vm in vms:
+            need_stopped(cloud, vm)
+            ensure_identity(cloud, vm)
+        export(cloud, vms, words[-1], args)
+    if not args.clean:
+        report.say("the disks carry their guests' own keys and machine-id; --clean takes them out of copies")
+
+
+@declare(
+    Command("import", operands="DIR|FILE", complete=("file+folder",)),
+    Option("-g --group GROUP", "the group that they are to be in, if not the one that they were in", complete="group"),
+)
+def cmd_import(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
+    """make VMs of what nocloud export --to nocloud has written; nothing in it is trusted"""
+    for vm in import_vms(cloud, one_operand(words, "DIR|FILE"), args.group):
+        report.data(vm.name)
 
 
 @declare(Command("links", operands="DIR", complete=("folder",), bare=True))

@@ -46,6 +46,7 @@ SECTIONS = [
     "Supervisor",
     "Inventory",
     "Doctor",
+    "Export and import",
     "Command lines",
     "Commands",
     "Commands for ways in and hosts",

@@ -45,6 +45,9 @@ class Parsers:
     def parse_description(self, data: bytes) -> object:
         return nocloud.parse_description(text(data), "FILE", "default")
 
+    def parse_manifest(self, data: bytes) -> object:
+        return nocloud.parse_manifest(data, "PATH")
+
     def read_checksums(self, data: bytes) -> object:
         pages = SimpleNamespace(text=lambda url: data.decode("utf-8", "replace"))
         return nocloud.read_checksums(pages, "URL", SHA, "x*.img")  # type: ignore[arg-type]
@@ -111,6 +114,7 @@ WORDS = [
     b"10.0.0.2", b"x1.img", b"vmMem", b"vmUser", b"name", b"user-data", b"debian:1:web:", b"[x]\n", b"image", b"uuid",
     b"http://[::1", b"https://x/", b"include ", b"allow", b"-monitor\0", b"-mon\0", b"-chardev\0", b"unix:",
     b"telnet:", b"ID=", b"mac=", b"-1", b"1e9",
+    b'{"nocloud": 1, "group": "g", "vms": [{"name": "a", "settings": {', b'"vmMem": "1"}, "files": {"a_0.qcow2": [1, ',
     b"/a:/b:rw", b"P6\n", b"1 1\n255\n",
     b'{"mapping":', b'"features":[', b'"targets":[', b'"architecture":"x86_64"', b'"machines":["*"]', b"}", b"]",
 ]  # fmt: skip
@@ -172,6 +176,7 @@ def guarded() -> Iterator[str]:
 ELSEWHERE = {
     "parse_checksums": "read_checksums",
     "open": "test_a_server_that_sends_us_nowhere",
+    "exported_files": "test_what_is_no_archive",
     "check_frozen": "test_a_manifest_that_is_garbage",
     "read_manifest": "test_a_manifest_that_is_garbage",
     "describe_machine": "test_one_that_does_not_start_leaves_nothing",

@@ -22,7 +22,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 SECTOR = 512
 FAT_START = 2048  # in sectors; 1 MiB, as every partitioning tool aligns
@@ -363,7 +363,11 @@ def _run(*argv: str | pathlib.Path, cwd: pathlib.Path | None = None) -> str:
     return done.stdout
 
 
-def _packages(arch: str, options: list[str]) -> list[str]:
+# The sandbox user _apt may not write into our 0700 folder; apt would only warn.
+ROOT_APT = ("-o", "APT::Sandbox::User=root")
+
+
+def _packages(arch: str, options: Sequence[str]) -> list[str]:
     """busybox, the kernel that the metapackage points to, and dropbear with everything it depends on."""
     kernel = [
         line.split()[-1]
@@ -388,11 +392,9 @@ def _foreign(work: pathlib.Path) -> list[str]:
     return options
 
 
-def _unpack(work: pathlib.Path, arch: str) -> pathlib.Path:
-    """Download the packages and lay them out under one folder."""
-    # The sandbox user _apt may not write into our 0700 folder; apt would only warn.
-    options = _foreign(work) if arch == "arm64" else ["-o", "APT::Sandbox::User=root"]
-    _run("apt-get", *options, "download", "-q", *_packages(arch, options), cwd=work)
+def unpack(work: pathlib.Path, packages: list[str], options: Sequence[str] = ROOT_APT) -> pathlib.Path:
+    """Download packages and lay them out under one folder."""
+    _run("apt-get", *options, "download", "-q", *packages, cwd=work)
     tree = work / "tree"
     for deb in sorted(work.glob("*.deb")):
         _run("dpkg-deb", "-x", deb, tree)
@@ -495,8 +497,9 @@ def _parts(cache: pathlib.Path, arch: str = "amd64") -> pathlib.Path:
         with tempfile.TemporaryDirectory(prefix="tinyguest-", dir=cache) as folder:
             work = pathlib.Path(folder)
             (work / "own").mkdir()
-            tree, made = _unpack(work, arch), work / "made"
-            own = tree if arch == "amd64" else _unpack(work / "own", "amd64")
+            options = _foreign(work) if arch == "arm64" else ROOT_APT
+            tree, made = unpack(work, _packages(arch, options), options), work / "made"
+            own = tree if arch == "amd64" else unpack(work / "own", _packages("amd64", ROOT_APT))
             made.mkdir()
             (made / "initrd").write_bytes(_initrd(tree, own))
             shutil.copyfile(_one(tree, "vmlinuz-*"), made / "vmlinuz")
