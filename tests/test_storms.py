@@ -169,7 +169,7 @@ def apart(tmp_path: Path, vms: None) -> Iterator[Apart]:
 FILLED = (
     "vminstantiate -n blank -g pf -t web -C 2 -o name=web",
     MORE,
-    "vmtemplate more --from pf/web/web00",
+    "vmtemplate more --from pf/web/web00 --no-clean",
     "vmrun -f pf --background",
 )
 
