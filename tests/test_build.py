@@ -5,6 +5,7 @@ Where mmdebstrap is replaced, its stand-in makes a tar of just what the steps af
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -245,6 +246,21 @@ def test_the_same_is_built_once(builder: Builder) -> None:
     assert builder.runs == 2 and len(builder.kept) == 1
     names = {path.name for path in (builder.cloud.base / "templates/four").iterdir()}
     assert names == {"four.conf", "four_0.img"}
+
+
+def test_each_firmware_finds_its_boot_loader(builder: Builder) -> None:
+    """The root comes last, where it can grow, and is the first partition nevertheless."""
+    builder.build("one")
+    raw = builder.cloud.home / "raw"
+    subprocess.run(["qemu-img", "convert", "-O", "raw", builder.disk("one"), raw], check=True)
+    told = json.loads(subprocess.check_output([nocloud.find_program("sfdisk"), "--json", raw]))["partitiontable"]
+    root, uefi = told["partitions"]
+    assert (root["type"], root["bootable"], root["start"] + root["size"]) == ("83", True, 2 << 20)
+    assert (uefi["type"], uefi["start"], uefi["start"] + uefi["size"]) == ("ef", 2048, root["start"])
+    with open(raw, "rb") as file:
+        assert file.read(516)[512:] == b"core"
+        file.seek(1 << 20)
+        assert file.read(3) == b"FAT"
 
 
 def test_what_differs_is_built_again(builder: Builder) -> None:
