@@ -7939,14 +7939,13 @@ def finish_clones(cloud: Cloud, clones: Sequence[NewClone]) -> list[VM | Error]:
 def make_clone(cloud: Cloud, clone: NewClone) -> VM:
     """Make its disks and keys."""
     vm, template, request = clone.vm, clone.template, clone.request
-    if not request.template:
-        return vm  # it comes from elsewhere, with all of that
-    disk = os.path.realpath(template.disks()[0])
+    disk = os.path.realpath(template.disks()[0]) if request.template else ""  # what has come from elsewhere has them
     system, *extra = (vm.disk_name(n, cloud.config["vmDiskExt"]) for n in range(1 + len(request.disks)))
-    create_overlay(vm.file(system), disk, clone.format, request.disk)
-    for name, size in zip(extra, request.disks):
-        create_disk(vm.file(name), size)
-    if is_planted(vm) or takes_seed(vm):  # with `auto` there may be no cloud-init to take it
+    if disk:
+        create_overlay(vm.file(system), disk, clone.format, request.disk)
+        for name, size in zip(extra, request.disks):
+            create_disk(vm.file(name), size)
+    if (is_planted(vm) or takes_seed(vm)) and not os.path.exists(vm.host_key):  # with `auto` nothing may take it
         make_key(vm.host_key, f"root@{vm.name}")
     if request.user_data:
         write_file(vm.user_data_file, request.user_data, durable=False)
@@ -7962,7 +7961,7 @@ def make_clone(cloud: Cloud, clone: NewClone) -> VM:
             write_file(vm.frozen_file, clone.frozen, durable=False)
             disks["vmBalloon"] = "no"
     vm.write_conf(disks)
-    if not os.path.exists(disk):  # someone else's template may go though it is cloned
+    if disk and not os.path.exists(disk):  # someone else's template may go though it is cloned
         raise Error(f"its disk has just gone: {disk}", "ask the template's owner for it", vm=template)
     return vm
 
@@ -11592,10 +11591,11 @@ def parse_manifest(data: bytes, path: str) -> tuple[str, list[tuple[CloneRequest
             ports = parse_ports(known.get("vmPorts", ""))
             known["vmPorts"] = join_ports(("127.0.0.1", host, guest) for _, host, guest in ports)
             disks = {f"{name}_{number}.qcow2" for number in range(len(files))}
-            right = all(type(size) is int and size >= 0 for size, _ in files.values())
+            right = all(isinstance(size, int) and size >= 0 for size, _ in files.values())
             if not right or files.keys() != disks or not 0 < len(disks) <= MAX_DISKS:
                 raise ValueError
-            request = CloneRequest("", "", 1, checked_name("type", vm["type"]), known, prefix=f"{name},")
+            type = checked_name("type", vm["type"])
+            request = CloneRequest("", "", 1, type, known, 0, [0] * (len(disks) - 1), b"", f"{name},")
             found.append((request, files, str(vm["key"])))
         return checked_group(said["group"]), found
 
@@ -11613,39 +11613,30 @@ def import_vms(cloud: Cloud, path: str, group: str | None) -> list[VM]:
             request.settings["vmMachine"] = machine  # that host's qemu may have newer ones
         check_room(cloud.tree.base, sum(size for _, files, _ in asked for size, _ in files.values()), hint=ROOM_HINT)
         with making(cloud, checked_group(group or theirs), [request for request, _, _ in asked]) as clones:
-            vms = [(clone.vm, files, key) for clone, (_, files, key) in zip(clones, asked)]
-            places = {name: (vm.file(name), *each) for vm, files, _ in vms for name, each in files.items()}
+            places = {}
+            for clone, (_, files, key) in zip(clones, asked):
+                places.update({name: (clone.vm, *each) for name, each in files.items()})
+                if key:
+                    write_file(clone.vm.host_key, key)
+                    public = run(["ssh-keygen", "-y", "-P", "", "-f", clone.vm.host_key], merge=False).stdout
+                    write_file(clone.vm.host_key + ".pub", public)
             for name, size, source in come:
-                target, left, digest = places.pop(name, ("", -1, ""))
-                if size != left:
+                vm, left, digest = places.pop(name, (None, -1, ""))
+                if not vm or size != left:
                     raise Error(f"{path}: refused: {name} in it is not what {MANIFEST} says")
+                target = vm.file(name.removesuffix("qcow2") + cloud.config["vmDiskExt"])
                 with open(target, "xb", opener=functools.partial(os.open, mode=0o600)) as file:
                     while left > 0 and (piece := source.read(min(left, MIB))):
                         left -= file.write(piece)
                 if file_digest(target) != digest:
                     raise Error(f"{path}: {name} in it is damaged")
+                if foreign_image_format(target, name) != "qcow2":
+                    raise WrongImage(f"{name}: refused: it is no qcow2 image")
             if places:
                 raise Error(f"{path}: {min(places)} is not in it")
-            for each in vms:
-                take_in(*each)
             raise_first(made := finish_clones(cloud, clones))
-    publish_keys(cloud, found := [vm for vm in made if isinstance(vm, VM)])
-    return found
-
-
-def take_in(vm: VM, files: Iterable[str], key: str) -> None:
-    """Check the disks that have come for a VM, and its host key, and have its conf name them."""
-    disks = [vm.disk_name(number, "qcow2") for number, _ in enumerate(files)]
-    for disk in disks:
-        if foreign_image_format(vm.file(disk), disk) != "qcow2":
-            raise WrongImage(f"{disk}: refused: it is no qcow2 image")
-    if key:
-        write_file(vm.host_key, key)
-        write_file(vm.host_key + ".pub", run(["ssh-keygen", "-y", "-P", "", "-f", vm.host_key], merge=False).stdout)
-    elif is_planted(vm) or takes_seed(vm):
-        make_key(vm.host_key, f"root@{vm.name}")
-    system, *extra = map(vm.relative, disks)
-    vm.write_conf({"vmDisk": system, "vmExtraDisk": ",".join(extra), "vmDiskFormat": ",".join(["qcow2"] * len(disks))})
+    publish_keys(cloud, vms := [vm for vm in made if isinstance(vm, VM)])
+    return vms
 
 
 # Command lines #######################################################################################

@@ -76,7 +76,7 @@ def test_a_group_for_a_colleague(stub: Cloud, other: Cloud, tar: bool) -> None:
     for key in ("vmMem", "vmCpu", "vmInit", "vmUuid", "vmMac", "vmMachine", "vmUser"):
         assert old[key] == new[key], key
     assert new["vmPorts"] == "127.0.0.1:8081:80" and not new["vmTemplate"]
-    assert new["vmDisk"] == "pf/web/web01/web01_0.qcow2" and new["vmDiskFormat"] == "qcow2,qcow2,qcow2"
+    assert new["vmDisk"] == "pf/web/web01/web01_0.img" and new["vmDiskFormat"] == "qcow2,qcow2,qcow2"
     made = other.base / new["vmDisk"]
     assert "backing-filename" not in image(made) and second_sector(made) == b"Z" * 512
     assert [image(other.base / disk)["virtual-size"] >> 30 for disk in new["vmExtraDisk"].split(",")] == [1, 2]
@@ -177,7 +177,7 @@ def test_an_import_takes_what_it_may_and_names_the_rest(cloud: Cloud, archive: A
     conf = cloud.conf("pf/web/web00")
     assert {key: conf[key] for key in ("vmMem", "vmPorts", "vmUser", "vmInit", "vmDisk")} == {
         "vmMem": "256", "vmPorts": "127.0.0.1:8080:80", "vmUser": "me", "vmInit": "ssh",
-        "vmDisk": "pf/web/web00/web00_0.qcow2",
+        "vmDisk": "pf/web/web00/web00_0.img",
     }  # fmt: skip
     assert not {"vmShares", "vmExtraOpts", "vmKernel", "vmQemu", "other"} & set(conf)
     assert conf["vmUuid"] and conf["vmMac"] and conf["vmAddress"]
