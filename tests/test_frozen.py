@@ -143,7 +143,8 @@ def test_memory_and_processors_are_the_templates_from_then_on(frozen: Cloud) -> 
 def test_cold(frozen: Cloud) -> None:
     """The memory goes at once, the layer when no clone stands on it; clones run on."""
     clone(frozen)
-    assert "blank: 3 MB are given back" in frozen.run("vmtemplate", "blank", "--cold").ok().stderr
+    said = frozen.run("vmtemplate", "blank", "--cold").ok().stderr
+    assert re.match(r"blank: [3-6] MB are given back", said)  # as far as its BIOS had got
     assert template_files(frozen) == COLD | {"blank.l1.img"}
     assert "1 clone " in frozen.run("vmtemplate", "-L").ok().stdout
     assert "web00 pf/default running" in frozen.run("vmrunning", "-a").ok().stdout
