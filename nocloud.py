@@ -11441,7 +11441,9 @@ def bridge_faults(config: Config) -> Iterator[str]:
 # it is given.  An export is a folder that lands by rename, or a tar archive of one.
 
 # What the conf of an imported VM may say; what no export carries; and what each engine isn't given besides.
-CARRIED = ("vmMem", "vmCpu", "vmInit", "vmUser", "vmMachine", "vmPorts", "vmUuid", "vmMac")
+CARRIED = (
+    "vmMem", "vmCpu", "vmInit", "vmUser", "vmMachine", "vmFirmware", "vmArch", "vmPorts", "vmUuid", "vmMac",
+)  # fmt: skip
 LEFT = ("vmShares", "vmTpm", "vmExtraOpts", "vmKernel", "vmInitrd", "vmAppend", "vmCpuCap")
 ENGINES = {"nocloud": (), "libvirt": ("vmPorts",), "incus": ("vmPorts", "vmExtraDisk"), "kubevirt": ("vmAddress",)}
 MANIFEST, ARCHIVES = "manifest.json", {"zstd": ".tar.zst", "xz": ".tar.xz"}
