@@ -144,12 +144,9 @@ TEXT = "utf-8-sig"  # files that people write: without the byte order mark that 
 if not TYPE_CHECKING:
 
     def record(cls: Any) -> Any:
-        """A class of plain values, whose fields are declared once: `__init__` and `__slots__` from its annotations.
-
-        To a type checker it is dataclasses.dataclass, whose import takes 27 ms, so calls are checked as those of one;
-        `__post_init__` serves as there.  Two are equal only where they are one, a record is no one's base, and a
-        default is shared by all: it must be a value that can't be changed.
-        """
+        """A class of plain values, whose fields are declared once: `__init__` and `__slots__` from its annotations.  A
+        type checker takes it for dataclasses.dataclass, whose import takes 27 ms; `__post_init__` serves as there.  Two
+        are equal only where they are one, a record is no one's base, and a default is one that can't be changed."""
         fields = tuple(cls.__annotations__)
         body = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
         defaults = {name: body.pop(name) for name in fields if name in body}
@@ -170,8 +167,7 @@ if not TYPE_CHECKING:
 
 
 class Error(Exception):
-    """Something that could not be done, told in one line, after the name of the `vm` that it is about; `hint` is the
-    one line that says what to do."""
+    """What could not be done, in one line, after the name of the `vm` that it is about; `hint` says what to do."""
 
     status = EXIT_FAILED
 
@@ -388,9 +384,8 @@ def read_tail(path: str) -> str:
 
 
 def write_file(path: str, content: str | bytes, mode: int = 0o600, durable: bool = True) -> None:
-    """Write `path` so that a reader, or a power cut, sees the old file or the new one, never half of it.  The new one
-    is on the disk when this returns, but where `durable` is off: for what is written anew when it is needed, or lies
-    in a folder that lands later."""
+    """Write `path` so that a reader, or a power cut, sees the old file or the new one, never half of it; it is on the
+    disk then, unless `durable` is off: for what is written anew at need, or in a folder that lands later."""
     data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     temporary = f"{path}.{os.getpid()}.{os.urandom(3).hex()}.tmp"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
@@ -496,10 +491,8 @@ def file_digest(path: str, algorithm: str = "sha256") -> str:
 
 
 def untrusted(path: str, info: os.stat_result | None = None) -> str:
-    """Why a configuration file must not be used, or '': it has to be the caller's or root's, and only theirs to write.
-
-    A group that may write is accepted where it is the caller's own (user-private groups, Debian's default) or root's.
-    """
+    """Why a configuration file must not be used, or '': it has to be the caller's or root's, and only theirs to write,
+    or their own group's (user-private groups are Debian's default)."""
     info = info or os.stat(path)
     if info.st_uid not in (os.geteuid(), 0):
         return "it belongs to another user"
@@ -525,13 +518,10 @@ def process_file(pid: int, name: str) -> str:
 
 
 class FolderLock:
-    """A `flock` on a folder, kept until `release` or the end of the `with`.
-
-    Who can open a file can lock it, for ever.  So where others may look into the folder, the lock is on a file in it
-    that only its owner can open, and that is gone when none has it; a sticky folder is shared by its users, lock and
-    all.  Who waits longer than a second says so.  What is locked may be removed or replaced by whoever holds the lock
-    before us, so it is compared with what the path names now.
-    """
+    """A `flock` on a folder, kept until `release` or the end of the `with`; who waits longer than a second says so.
+    Who can open a file can lock it, for ever: where others may look into the folder, the lock is on a file in it that
+    only its owner can open, gone when none has it; a sticky folder's users share it, lock and all.  What is locked may
+    be removed or replaced meanwhile, so it is compared with what the path names now."""
 
     def __init__(self, path: str, shared: bool = False, wait: float = 600.0, make: bool = False) -> None:
         """`make`: the folder is made where it isn't there, as often as someone else removes it meanwhile."""
@@ -602,12 +592,9 @@ def is_locked(path: str) -> bool:
 
 
 def lock_holder(path: str) -> tuple[str, int]:
-    """Who holds the write lock on a pidfile: ("running", pid), ("stopped", 0) or ("unknown", 0).
-
-    qemu locks the file named by `-pidfile` for as long as it lives (util/oslib-posix.c), so the lock, and
-    not the number in the file, says whether it runs: a stale file or a reused pid can't deceive.
-    Unknown: the file may not be read, the holder is in another pid namespace (pid 0), or there is no lock service.
-    """
+    """Who holds the write lock on a pidfile: ("running", pid), ("stopped", 0), or ("unknown", 0) where the file can't
+    be read, the holder is in another pid namespace (pid 0), or there is no lock service. qemu locks its `-pidfile` for
+    as long as it lives (util/oslib-posix.c): a stale file or a reused pid can't deceive."""
     layout = "hhqqi4x"  # struct flock of Linux on 64-bit machines: l_type, l_whence, l_start, l_len, l_pid
     try:
         with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
@@ -708,13 +695,10 @@ def error_from_os(error: OSError) -> Error:
 
 @record
 class Setting:
-    """A key: what its values must be, what it is without a file, and who reads it.
-
-    `check` raises ValueError, saying what was expected.  `where` is `config` (configuration files and the
-    environment), `vm` (a VM's own conf), `both`, or `unused` (read without a warning, for old files' sake).
-    `inherited`: a clone's conf gets it from its template's, where that has it.  `harmless`: it can't have anything run
-    or opened, so that it counts in a ./.nocloud.conf as well, which may have come with somebody's repository.
-    """
+    """A key: what its values must be, what it is without a file, and who reads it.  `check` raises ValueError, saying
+    what was expected.  `where` is `config` (configuration files, the environment), `vm` (a VM's own conf), `both`, or
+    `unused` (read without a warning, for old files' sake).  `inherited`: a clone's conf gets it from its template's.
+    `harmless`: it can't have anything run or opened, so it counts in a ./.nocloud.conf, which may be somebody's."""
 
     key: str
     check: Callable[[str], object]
@@ -896,9 +880,7 @@ def split_lines(text: str) -> list[str]:
 
 def parse_assignments(text: str, name: str, known: MutableMapping[str, str]) -> list[Assignment]:
     """The assignments of a file in the sh subset that the contract allows; `known` are the variables it may use.
-
-    Raises UsageError naming FILE:LINE for anything else: a command, a substitution, an open quote.
-    """
+    Raises UsageError naming FILE:LINE for anything else: a command, a substitution, an open quote."""
     variables = ChainMap[str, str]({}, known)
     found: list[Assignment] = []
     match = re.compile(_PLAIN, re.ASCII).match
@@ -1021,8 +1003,7 @@ class Config:
             self._values[same] = value
 
     def read(self, path: str, warn: Callable[[str], None] = report.warn) -> None:
-        """Take the settings of a file; one that others could have written is skipped.  `warn` is told of that, and of
-        unknown keys."""
+        """Take the settings of a file, if others can't write to it; `warn` is told of that, and of unknown keys."""
         text, reason = read_trusted(path)
         if reason:
             warn(f"{path} is skipped: {reason}")
@@ -1281,9 +1262,7 @@ def run(
     **how: Any,
 ) -> subprocess.CompletedProcess[str]:
     """Run a program to its end, `how` as for popen(); its stdout as text, its stderr mixed in unless `merge` is off.
-
-    Raises MissingProgram, CommandFailed (unless `check` is off) and TimedOut after `timeout` seconds.
-    """
+    Raises MissingProgram, CommandFailed (unless `check` is off) and TimedOut after `timeout` seconds."""
     stdin = subprocess.DEVNULL if input is None else subprocess.PIPE
     stderr = subprocess.STDOUT if merge else subprocess.PIPE
     with popen(argv, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, **how) as child:
@@ -1310,8 +1289,7 @@ def flush(path: str) -> None:
 
 
 def land(moves: Mapping[str, str]) -> None:
-    """Rename files or folders of one file system into place: what they hold is on the disk before they get their new
-    names, and these are when this returns."""
+    """Rename files or folders of one file system into place: their content is on the disk before, their names after."""
     for part, path in moves.items():
         flush(part)
         os.rename(part, path)
@@ -1334,12 +1312,9 @@ def run_watched(
     host: Process | None = None,
     **how: Any,
 ) -> tuple[int, str]:
-    """Run a long program, or one that a guest has write what it likes, giving each line to `on_line`, `how` as for
-    popen(); (its exit status, the last GUEST_OUTPUT bytes of what it wrote).
-
-    It has a session of its own, all of which ends when we are interrupted, with TimedOut after `timeout` seconds
-    (0: never), and as soon as `host` has ended, the qemu that it talks to.
-    """
+    """Run a long program, or one that a guest has write what it likes, `how` as for popen(), each line going to
+    `on_line`; (exit status, the last GUEST_OUTPUT bytes of what it wrote).  Its session ends when we are interrupted,
+    with TimedOut after `timeout` seconds (0: never), and as soon as `host` has ended, the qemu that it talks to."""
     child = popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **how)
     assert child.stdout
     cancellation.children.add(child)
@@ -1443,11 +1418,9 @@ def fork_session() -> int:
 
 
 def fork_child(work: Callable[[], None], keep: Sequence[int]) -> int:
-    """Do `work` in a child, a session of its own, that keeps nothing of ours but the descriptors `keep`; its pid.
-
-    A child that doesn't exec closes nothing by itself: our locks, and the pipe of a caller's `$(...)`, would live as
-    long as it does.  What `work` imports must have been imported before: another thread may hold the import lock.
-    """
+    """Do `work` in a child, a session of its own, that keeps nothing of ours but the descriptors `keep`; its pid.  It
+    closes nothing by itself: our locks, and the pipe of a caller's `$(...)`, would live as long as it does.  What
+    `work` imports must have been imported before: another thread may hold the import lock."""
     import ctypes  # noqa: F401
     import subprocess  # noqa: F401
 
@@ -1555,11 +1528,8 @@ class WrongImage(Error):
 
 
 def image_info(path: str, format: str) -> dict[str, Any]:
-    """`qemu-img info` of an image of this format; raises WrongImage where it can't be read.
-
-    -U: a running VM holds the image's lock, and looking does no harm.  Absolute, here and below: a relative name with
-    a colon would be taken for a protocol (nbd:HOST:PORT, json:{…}).
-    """
+    """`qemu-img info` of an image of this format; raises WrongImage where it can't be read.  -U: a running VM locks it.
+    Absolute, here and below: a relative name with a colon would be a protocol (nbd:HOST:PORT, json:{…})."""
     try:
         answer = run(["qemu-img", "info", "-U", "--output=json", "-f", format, os.path.abspath(path)], merge=False)
     except CommandFailed as failed:
@@ -1583,11 +1553,9 @@ NO_DISKS = (
 
 
 def foreign_image_format(path: str, shown: str = "") -> str:
-    """The format of an image from outside: qcow2 or raw, whole, standing on no other file.  Else raises WrongImage.
-
-    An image may name any file of the host as its backing or data file, and a guest would read it; so qemu-img isn't
-    asked what it is.  `shown` is what messages call it, where that isn't its path.
-    """
+    """The format of an image from outside, called `shown`: qcow2 or raw, whole, on no other file; else raises
+    WrongImage. qemu-img isn't asked: an image may name any of the host's files as its backing or data, for guests to
+    read."""
     shown = shown or path
     with open(path, "rb") as file:
         head = file.read(0x8006)
@@ -1612,10 +1580,8 @@ def foreign_image_format(path: str, shown: str = "") -> str:
 
 def partitions_end(head: bytes) -> int:
     """Where the partitions of a raw disk end, in bytes; 0 where it has none: its file system may begin in sector 0.
-
     GPT: the last sector, where its copy is, at byte 32 of the header in sector 1 (UEFI 2.10, 5.3.2).  MBR: four entries
-    from byte 446 on: flag, type, first sector, number of sectors.
-    """
+    from byte 446 on: flag, type, first sector, number of sectors."""
     if head[512:520] == b"EFI PART":
         return 512 * (1 + int.from_bytes(head[544:552], "little"))
     entries = [struct.unpack_from("<B3xB3xII", head, at) for at in range(446, 510, 16)]
@@ -1643,13 +1609,10 @@ class Qcow2:
 
 
 def qcow2_header(path: str) -> Qcow2 | None:
-    """The header of a qcow2 image; None: it is none.
-
-    Big-endian magic, version, offset (in the first cluster, of 2 MB at most) and length of the backing file's name,
-    where the tables are; bit 2 of version 3's incompatible features is the data file; extensions follow, 0xE2792ACA is
-    the backing file's format (QEMU docs/interop/qcow2.txt).  qemu-img would take 15 ms a file, and open what the header
-    names; a tree may have a thousand.  A guest may have led us here: what is no regular file isn't opened.
-    """
+    """The header of a qcow2 image (QEMU docs/interop/qcow2.txt); None: it is none.  Big-endian magic, version, offset
+    (in the first cluster, of 2 MB at most) and length of the backing file's name, where the tables are; bit 2 of
+    version 3's incompatible features is the data file; extension 0xE2792ACA is the backing file's format. qemu-img
+    takes 15 ms, and opens what that names.  What is no regular file isn't opened: a guest may have led us here."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         return None
     with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
@@ -1694,12 +1657,8 @@ def backing_chain(disk: str, format: str, followed: Callable[[str], bool]) -> li
 
 
 def known_formats(vm: VM) -> list[str]:
-    """The format of each disk of a VM: what its conf says, and for disks that it doesn't tell of what they look like
-    now, which its conf says from then on.
-
-    Asked of the disk at each start, a guest with a raw one could write the header of a qcow2 image into it, and read
-    any file of the host from the next start on.
-    """
+    """The format of each disk of a VM: what its conf says, else what it looks like now, which its conf says from then
+    on: asked at each start, a guest could write a qcow2 header into its raw disk, and read any file of the host."""
     disks, known = vm.disks(), [each for each in vm.get("vmDiskFormat").split(",") if each]
     if len(known) > len(disks):
         said = f"vmDiskFormat names {plural(len(known), 'format')} for {plural(len(disks), 'disk')}"
@@ -1727,8 +1686,7 @@ def first_format(vm: VM, disk: str) -> str:
 
 
 def create_disk(disk: str, gigabytes: int = 0, *below: str) -> None:
-    """A qcow2 disk that grows as it is written to, from about 200 KB; `below`: qemu-img's words for its backing file,
-    whose size it has without one."""
+    """A qcow2 disk, of 200 KB while it is empty; `below`: words for its backing file, whose size it has without one."""
     size = [f"{gigabytes}G"] if gigabytes else []
     run(["qemu-img", "create", "-q", "-f", "qcow2", *below, os.path.abspath(disk), *size])
 
@@ -1777,8 +1735,7 @@ def convert_image(source: str, format: str, target: str, *options: str) -> None:
 
 
 def compress_image(source: str, format: str, target: str) -> None:
-    """A compressed, self-contained qcow2 of an image: a third of the size for 3 s; zlib, where qemu lacks zstd, would
-    take 20 s."""
+    """A compressed, self-contained qcow2 of an image: a third of the size for 3 s; zlib, lacking zstd, takes 20 s."""
     try:
         convert_image(source, format, target, "-c", "-W", "-m", "8", "-o", "compression_type=zstd")
     except CommandFailed:
@@ -2043,11 +2000,8 @@ def foreign_qemu(vm: VM) -> QemuProcess | None:
 
 
 class HMP(QMP):
-    """The same over qemu's monitor for humans, as the bash tools opened it, on telnet or on a plain socket.
-
-    It says its version and a prompt.  What is typed comes back with the escape sequences of a line editor
-    (util/readline.c), then the answer, then the prompt again.
-    """
+    """The same over qemu's monitor for humans, on telnet or a plain socket, as the bash tools opened it: version,
+    prompt; what is typed comes back with a line editor's escapes (util/readline.c), the answer, the prompt again."""
 
     PROMPT = b"(qemu) "
     # Telnet's negotiation (RFC 854: IAC, WILL to DONT, option) and a terminal's control sequences
@@ -2073,10 +2027,8 @@ class HMP(QMP):
 
 
 def connect_foreign(process: QemuProcess, vm: VM, seconds: float) -> HMP:
-    """A connection to a monitor that the bash tools opened: `-monitor unix:PATH,…` or `-monitor telnet:HOST:PORT,…`.
-
-    A port is only taken for qemu's where it listens on this host's loopback, in the network namespace that we are in.
-    """
+    """A connection to a monitor that the bash tools opened: `-monitor unix:PATH,…`, or `-monitor telnet:HOST:PORT,…`
+    where it listens on this host's loopback, in the network namespace that we are in: else the port isn't qemu's."""
     for options in map(suboptions, process.values("monitor")):
         way, _, place = next(iter(options)).partition(":")
         host, _, port = place.rpartition(":")
@@ -2171,10 +2123,8 @@ class VM:
         self._conf: dict[str, str] | None = None
 
     def __str__(self) -> str:
-        """How messages name it: NAME, or where others are called so GROUP/NAME, or GROUP/TYPE/NAME.
-
-        Each command finds it by that.  The tree is asked, so this is for a message, not for a list of all VMs.
-        """
+        """How messages name it, and commands find it: NAME, or where others are called so GROUP/NAME, or
+        GROUP/TYPE/NAME. The tree is asked, so this is for a message, not for a list of all VMs."""
         others = [vm for vm in self.tree.find(self.name) if vm.full_name != self.full_name]
         if any(vm.group == self.group for vm in others):
             return self.full_name
@@ -2265,11 +2215,8 @@ class VM:
         return values
 
     def get(self, key: str) -> str:
-        """A setting of this VM: what its conf says, else the configuration, else the key's default.
-
-        All code asks here.  The conf of a clone has got the inherited keys of its template when it was made; keys that
-        only confs have are not looked up in the configuration.  `auto` of one that is in both says nothing.
-        """
+        """A setting of this VM, for all code: what its conf says (a clone's got the inherited keys when it was made),
+        else the configuration, for keys that it has, else the default.  `auto` of a key in both says nothing."""
         setting, said = SETTING[key], self.conf.get(key, "")
         if setting.where == "both" and said in ("", "auto"):
             return self.tree.config[key]
@@ -2442,14 +2389,11 @@ class Tree:
         first: Callable[[VM], bool] | None = None,
         address_of: Callable[[VM], str] | None = None,
     ) -> VM:
-        """The one VM that a command's words mean.  Every command about a VM asks here, so all go by these rules.
-
-        `words` are NAME, GROUP/NAME or GROUP/TYPE/NAME, compared without case, or the address of a VM that runs, where
-        `address_of` tells that.  `group` and `type`, the options -g and -t, leave out what is elsewhere.  Where several
-        fit, only those count that `first` chooses, if there are any: running ones for what is done to running VMs,
-        templates for what is mostly done to templates.  Without `first` no guess is made: it may be destroyed.
-        Raises NotFound: where none fits with the nearest name, where several do with all their names.
-        """
+        """The one VM that a command's words mean, by the same rules for all.  `words` are NAME, GROUP/NAME or
+        GROUP/TYPE/NAME, compared without case, or the address of a running VM, where `address_of` tells that.  `group`
+        and `type`, the options -g and -t, leave out what is elsewhere.  Where several fit, those count that `first`
+        chooses, if any: running ones for what is done to those, templates for what is mostly done to templates; without
+        it no guess is made: it may be destroyed.  Raises NotFound, with the nearest name, or all names that fit."""
         if words is None:
             raise UsageError("which VM? give -n NAME", VMS_HINT)
         if address_of and re.fullmatch(r"[0-9]+(\.[0-9]+){3}", words):
@@ -2528,8 +2472,7 @@ def no_such(kind: str, name: str, names: Iterable[str], hint: str) -> NotFound:
 
 
 def left_over(tree: Tree, group: str = "") -> Iterator[str]:
-    """The folders that commands which were killed left half-made or half-removed, in a group or in all: those that are
-    locked by no maker that is alive."""
+    """The folders that killed commands left half-made or half-removed, in a group or in all: no maker locks them."""
     folders = (vm.folder for vm in tree.unfinished(group, (MAKING, REMOVING)))
     return (folder for folder in folders if not os.path.islink(folder) and not is_locked(folder))
 
@@ -2632,12 +2575,9 @@ AT_WORK = ("running", "stopped", "unknown", "prelaunch", "inmigrate", "finish-mi
 
 def guest_state(vm: VM) -> str:
     """What a VM does: `running`, `stopped`, `unknown`, or what QMP's RunState calls it (paused, guest-panicked …).
-
-    io-error is two: qemu pauses the guest where the host's disk is full, and where it fails.  SHARE_LOST is running
-    though a folder's daemon has ended: what uses that in the guest hangs.  A qemu that hangs, or is busy with another
-    client, counts as running after a second: no list waits longer.  So does one of the bash tools'.
-    WAKING is one that nobody wakes up any more: its command was killed before the guest knew which VM it is.
-    """
+    io-error is two: qemu pauses the guest where the host's disk is full, and where it fails.  SHARE_LOST: a folder's
+    daemon has ended, what uses that in the guest hangs.  WAKING: its command was killed before the guest knew which VM
+    it is.  A qemu of the bash tools', or one that doesn't answer in a second, is running: no list waits longer."""
     state, _ = vm.state()
     if state != "running" or foreign_qemu(vm):
         return state
@@ -2689,8 +2629,7 @@ def kvm_missing() -> tuple[str, str]:
 
 
 def device_denied(path: str) -> str:
-    """Why this user can't open a device for reading and writing, or ''.  It is tried: to access(2), root in a container
-    has every right."""
+    """Why this user can't open a device, or ''.  It is tried: to access(2), root in a container has every right."""
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
     except OSError as error:
@@ -2827,11 +2766,8 @@ def firmware_args(machine: Machine) -> list[str]:
 
 
 def disk_args(machine: Machine) -> list[str]:
-    """vda, vdb … in order, each with a serial: /dev/disk/by-id/virtio-NAME_1 stays what it is.
-
-    -blockdev, not -drive: the format and the backing file's are named, nothing is guessed from content.
-    virtio-blk serials hold 20 bytes (VIRTIO_BLK_ID_BYTES), so a long name keeps its end, which tells disks apart.
-    """
+    """vda, vdb … in order, each with a serial, for /dev/disk/by-id/virtio-NAME_1: 20 bytes (VIRTIO_BLK_ID_BYTES), of a
+    long name the end, which tells disks apart.  -blockdev, not -drive: nothing is guessed from content."""
     words: list[str] = []
     first = 1 if machine.iso or machine.settings["vmKernel"] else 0
     unplugged = len(machine.disks) - int(machine.settings["vmPlugged"])
@@ -2866,11 +2802,8 @@ def iso_args(machine: Machine) -> list[str]:
 
 def seed_args(machine: Machine) -> list[str]:
     """cloud-init's NoCloud volume, after all disks: read only, and there at each boot, since cloud-init looks at it.
-
-    On virtio-blk, for the kernels of Debian's cloud images have no driver of IDE and SATA drives; without a bootindex,
-    so it is never booted from.  The serial of SMBIOS type 1 says that there is a seed before any disk has been looked
-    at (cloud-init's ds-identify), so that one that shows up late is waited for.
-    """
+    On virtio-blk: Debian's cloud kernels have no IDE and SATA drivers; without a bootindex: never booted.  SMBIOS type
+    1's serial tells of a seed before disks are looked at (ds-identify): one that shows up late is waited for."""
     if not machine.seed:
         return []
     if os.path.basename(machine.seed) == SEED_ISO:
@@ -2886,11 +2819,8 @@ def seed_args(machine: Machine) -> list[str]:
 
 @functools.cache
 def choose_seed(qemu: Qemu) -> str:
-    """How a seed is attached: `vvfat`, or `iso` where the binary lacks that (RHEL's does).
-
-    `-drive format=help` says it truly: it heeds the binary's list of drivers that may be used, unlike the QMP schema.
-    Raises MissingProgram where no ISO image can be written either.
-    """
+    """How a seed is attached: `vvfat`, or `iso` where the binary lacks that (RHEL's), as `-drive format=help` says; the
+    QMP schema doesn't heed which drivers may be used.  Raises MissingProgram where no ISO can be written either."""
     if "vvfat" in run([qemu.path, "-drive", "format=help"], check=False, merge=False).stdout.split():
         return "vvfat"
     if find_iso_writer():
@@ -2933,13 +2863,9 @@ def layout_args(machine: Machine) -> list[str]:
 
 
 def memory_args(machine: Machine) -> list[str]:
-    """Memory in a file, for the one who freezes to write; or privately, what a clone changes being its own
-    (QEMU docs/system/vm-templating.rst).
-
-    A balloon would cut what it gives back out of the file, which is everybody's: such machines have none.  The memory
-    is called as it would be without a file, so that it can be taken up again by a qemu that has none (qemu(1),
-    memory-backend).
-    """
+    """Memory in a file, for the one who freezes to write; or privately, what a clone changes being its own (QEMU
+    docs/system/vm-templating.rst).  A balloon would cut what it gives back out of everybody's file: they have none.  It
+    is called as it would be without a file: a qemu that has none can take it up again (qemu(1), memory-backend)."""
     if not machine.memory:
         return []
     share = "off" if machine.wakes else "on"
@@ -2985,11 +2911,8 @@ def screen_args(machine: Machine) -> list[str]:
 
 
 def choose_screen(qemu: Qemu) -> str:
-    """What the binary can show a screen with: `spice`, `vnc` or ''.
-
-    `-spice help` says it truly: where SPICE is a module in a package of its own (Debian), the QMP schema names it
-    though the module isn't installed, and query-command-line-options leaves it out though it is.
-    """
+    """What the binary can show a screen with: `spice`, `vnc` or ''.  `-spice help` knows: of a SPICE module of its own
+    (Debian) the QMP schema names what isn't installed, query-command-line-options leaves out what is."""
     if "disable-ticketing" in run([qemu.path, "-spice", "help"], check=False).stdout:
         return "spice"
     return "vnc" if "vnc" in qemu.options else ""
@@ -3144,10 +3067,8 @@ def first_free(networks: Iterable[str], taken: Iterable[ipaddress.IPv4Network]) 
 
 
 def daemon_pid(pid_file: str) -> int:
-    """The pid of the daemon that wrote the file, or 0.  It names the file on its command line: a reused pid doesn't.
-
-    Raises OSError where that can't be found out, for want of descriptors say: it isn't started a second time then.
-    """
+    """The pid of the daemon that wrote the file, or 0; it names the file on its command line, and a reused pid doesn't.
+    Raises OSError where that can't be found out, for want of descriptors say: it isn't started a second time then."""
     try:
         pid = int(read_text(pid_file))
         words = read_text(f"/proc/{pid}/cmdline").split("\0")
@@ -3285,12 +3206,9 @@ class HostFiles:
 
 
 class Inbox:
-    """What users say of their VMs on a network that they share: a file each, named by the VM's UUID.
-
-    `ADDRESS MAC NAME.GROUP`; for a VM that is being made ADDRESS alone, which is held for it.  Each user can add files
-    here and remove only his own; what is in others' is input.  A comment says of which tree the VM is: not by its path,
-    which tells others too much.
-    """
+    """What users say of their VMs on a network that they share: a file each, named by the VM's UUID, `ADDRESS MAC
+    NAME.GROUP`, or ADDRESS alone, held for a VM in the making.  Each user can add files and remove only his own; what
+    is in others' is input.  A comment says of which tree the VM is, not by its path, which tells others too much."""
 
     FORM = re.compile(
         r"([0-9.]{7,15})(?: ((?:[0-9a-f]{2}:){5}[0-9a-f]{2}) ([A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9._-]{1,63})?))?\n"
@@ -3320,12 +3238,9 @@ class Inbox:
         self._write(vm.get("vmUuid"), f"{vm.get('vmAddress')} {vm.get('vmMac').lower()} {name}")
 
     def reserve(self, uuid: str, address: str) -> bool:
-        """Hold an address for a VM that is being made, unless another one has it.
-
-        Not under a lock, which whoever may take it could keep: who finds another's file that isn't younger than his own
-        gives way, and so does who finds one with a MAC, for publishing makes it young again.  Of two at once both may,
-        and neither has it with the other.
-        """
+        """Hold an address for a VM that is being made, unless another one has it.  Not under a lock, which whoever may
+        take it could keep: who finds another's file that isn't younger than his own, or one with a MAC, which
+        publishing makes young again, gives way.  Of two at once both may, and neither has it with the other."""
         self._write(uuid, address)
         others = [each for each in self.entries() if each[2][0] == address]
         ages = {other: 0 if words[1] else info.st_ctime_ns for other, info, words in others}
@@ -3414,12 +3329,9 @@ def ask_child(work: Callable[[], None], keep: Sequence[int] = ()) -> tuple[int, 
 
 
 def new_namespaces(subnet: str, rules: bytes = b"") -> Namespaces:
-    """Namespaces of our own that have the private network's bridge, and these rules for nft(8), and that forward.
-
-    A child makes them, which is needed no longer once they are open here.  We are root in both: what `unshare -Urn`
-    does, but the errno of a refusal stays known.  A bridge without a MAC of its own takes its lowest port's: guests
-    would lose the gateway.
-    """
+    """Namespaces of our own that have the private network's bridge, and these rules for nft(8), and that forward.  A
+    child makes them, as `unshare -Urn` does, but the errno of a refusal stays known.  A bridge without a MAC of its own
+    takes its lowest port's: guests would lose the gateway."""
     uid, gid = os.geteuid(), os.getegid()
     batch = (
         f"link set lo up\nlink add {BRIDGE} address {BRIDGE_MAC} type bridge forward_delay 0 no_linklocal_learn 1\n"
@@ -3537,11 +3449,9 @@ def host_state() -> str:
 
 
 class PrivateNetwork(Network):
-    """A bridge, dnsmasq and pasta in a user and a network namespace of our own; one for each VM tree.
-
-    Its state is in `.net/`.  The holder, which keeps the namespaces, is proved by the lock on its pidfile.  Changes are
-    made under the folder's lock, exclusive; who needs the network to stay holds it shared.
-    """
+    """A bridge, dnsmasq and pasta in a user and a network namespace of our own; one for each VM tree, its state in
+    `.net/`.  The holder, which keeps the namespaces, is proved by the lock on its pidfile.  Changes are made under the
+    folder's lock, exclusive; who needs the network to stay holds it shared."""
 
     kind = "private"
 
@@ -3580,11 +3490,8 @@ class PrivateNetwork(Network):
         raise Error(f"no address is free in {subnet}.0/24", "destroy VMs that are not needed, or use another vmBaseDir")
 
     def withdraw(self, uuids: Sequence[str]) -> None:
-        """Remove their files.
-
-        dnsmasq forgets a DHCP host only on SIGHUP, and even then not the address that it had given to it; on SIGHUP
-        version 2.90 also crashes if hosts have tags.  So it is started anew, which takes 40 ms.
-        """
+        """Remove their files. dnsmasq forgets a DHCP host only on SIGHUP, and not the address that it had given to it;
+        on SIGHUP version 2.90 also crashes if hosts have tags.  So it is started anew, which takes 40 ms."""
         if self.hosts.withdraw(uuids) and self.holder():
             # where the last VM is gone another command, the group's vmrun say, may have ended the network
             with contextlib.suppress(FileNotFoundError), FolderLock(self.folder):
@@ -3682,11 +3589,8 @@ class PrivateNetwork(Network):
         write_file(self.file("host"), state, durable=False)
 
     def _start_holder(self) -> None:
-        """A child that keeps the namespaces open, new ones or a survivor's, and follows the host from outside.
-
-        It locks its pidfile, which says as what it has them open, before that gets its name: there means whole,
-        whoever is killed in between.
-        """
+        """A child that keeps the namespaces open, new ones or a survivor's, and follows the host from outside.  It
+        locks its pidfile, which says as what it has them open, before that gets its name: there means whole."""
         # of the VMs that run on though the last holder was killed
         survivor = next((vm.state()[1] for vm in self._users() if vm.is_readable() and vm.state()[1]), 0)
         spaces = Namespaces(survivor) if survivor else new_namespaces(self.subnet())
@@ -3738,12 +3642,9 @@ class PrivateNetwork(Network):
         )  # fmt: skip
 
     def _start_pasta(self, words: Sequence[str]) -> None:
-        """The way out, pasta(1), which leaves the foreground when its interface is there.
-
-        By default it opens on the host's 0.0.0.0 what listens inside, and gives the gateway's address to the host's
-        loopback: all of that is turned off.  As root it would become nobody, who may not enter.  It gets in by a
-        process inside: dnsmasq.
-        """
+        """The way out, pasta(1), which leaves the foreground when its interface is there.  By default it opens on the
+        host's 0.0.0.0 what listens inside, and gives the gateway's address to the host's loopback: all of that is off.
+        As root it would become nobody, who may not enter.  It gets in by a process inside: dnsmasq."""
         pid_file = self.file("pasta.pid")
         remove_file(pid_file)
         argv = [
@@ -3773,8 +3674,7 @@ class PrivateNetwork(Network):
         return done.returncode
 
     def down(self) -> None:
-        """End it: dnsmasq, pasta, the holder, and with them everything inside; the subnet and the names stay for VMs
-        that the tree has.  Call it under the lock."""
+        """End it and all inside; subnet and names stay for VMs that the tree has.  Call it under the lock."""
         for name in ("dnsmasq.pid", "pasta.pid"):
             stop_daemon(self.file(name))
         end_process(self.holder)
@@ -3917,11 +3817,8 @@ class PrivateNetwork(Network):
         return f"{way} %h %p"
 
     def connect(self, address: str, port: int, hand_over: bool = False) -> None:
-        """Join stdin and stdout to a port inside.  Raises Error where nothing answers there.
-
-        `hand_over`: give the connection itself to ssh, over the socket that is our stdout (ssh_config(5),
-        ProxyUseFdpass), and be done: no process stays for a session.
-        """
+        """Join stdin and stdout to a port inside.  Raises Error where nothing answers there.  `hand_over`: give the
+        connection itself to ssh, over the socket that is our stdout (ssh_config(5), ProxyUseFdpass), and be done."""
         if is_ipv4(address):
             self.namespaces().enter()
         else:
@@ -4070,11 +3967,8 @@ def choose_bridge_subnet(config: Config) -> tuple[str, str]:
 
 
 def free_bridge_subnet(config: Config, path: str) -> str:
-    """Make the settings file `path` name a subnet that nothing on this host overlaps; what was chosen, for the user.
-
-    The one that is configured stays where it is free.  Only the line bridgeSubnet is written.  Raises Error where the
-    file's other lines don't follow it.
-    """
+    """Make the settings file `path` name a subnet that nothing on this host overlaps, where the one configured isn't;
+    what was chosen, in words.  Only bridgeSubnet's line is written.  Raises Error where others don't follow it."""
     net = BridgeSettings(config).net
     subnet, clash = choose_bridge_subnet(config)
     if not clash:
@@ -4222,12 +4116,9 @@ def forwards(interface: str) -> bool:
 
 
 class BridgeSetup:
-    """What root does to the host for the bridge, and its dnsmasq: units of systemd where these are installed.
-
-    `down` takes away exactly what `up` did, half done or not.  It goes in order of what is there, not by a
-    record: the bridge is known by its MAC, rules by their comments.  Only which interfaces were made to forward is
-    written down, before it is done.
-    """
+    """What root does to the host for the bridge, and its dnsmasq: units of systemd where these are installed.  `down`
+    takes away exactly what `up` did, half done or not, by what is there: the bridge is known by its MAC, rules by their
+    comments.  Only which interfaces were made to forward is written down, before it is done."""
 
     def __init__(self, config: Config) -> None:
         self.settings = BridgeSettings(config)
@@ -4315,11 +4206,9 @@ class BridgeSetup:
         run(["ip", "link", "set", name, "up"])
 
     def _forward(self) -> list[str]:
-        """Let the kernel forward for the guests; the interfaces that forward only since we made them.
-
-        Whether a packet is forwarded is asked of the interface that it came in by: the bridge, and for the answers the
-        interfaces of the default routes.  net.ipv4.ip_forward, which Docker and libvirt set, would open all of them.
-        """
+        """Let the kernel forward for the guests; the interfaces that forward only since we made them.  Whether a packet
+        is forwarded is asked of the interface that it came in by: the bridge, and for the answers those of the default
+        routes. net.ipv4.ip_forward, which Docker and libvirt set, would open all of them."""
         write_proc(sysctl_file(self.interface, "forwarding"), "1")
         if read_text("/proc/sys/net/ipv4/ip_forward").strip() == "1":
             return []
@@ -4489,10 +4378,8 @@ def resolved_runs() -> bool:
 
 
 def bound_sockets(kind: str, port: int) -> list[tuple[str, int]]:
-    """(address, pid) of the sockets of `udp` or `tcp` that wait at a port (ss(8)); another user's pid is 0.
-
-    What is bound to no address has 0.0.0.0; a socket of IPv6 that takes IPv4's too, which ss shows as *, as well.
-    """
+    """(address, pid) of the sockets of `udp` or `tcp` that wait at a port (ss(8)); another user's pid is 0.  What is
+    bound to no address has 0.0.0.0; so has a socket of IPv6 that takes IPv4's too, which ss shows as *."""
     words, found = ["ss", "--no-header", "--listening", "--numeric", "--processes", f"--{kind}", f"sport = {port}"], []
     for line in run(words, merge=False).stdout.splitlines():
         address, pid = re.split("[%:]", line.split()[3])[0], re.search(r"pid=(\d+)", line)
@@ -4517,11 +4404,8 @@ FOREIGN = re.compile(rf"\.(..|com|edu|gov|int|mil|net|org|arpa)$|\..*\.(?!{DOMAI
 
 
 def prepare_state_folder() -> None:
-    """The folder that members of kvm publish their VMs in, each removing only their own, those that are served, for
-    root alone to write to, and dnsmasq's lease file.
-
-    `changed` is a file that the same people write to: systemd has the folder looked at when that changes.
-    """
+    """What members of kvm publish their VMs in, each removing only their own; what is served, for root to write to; the
+    lease file; `changed`, which they write to, for systemd to have the folder looked at."""
     group = account(("kvm",), group=True)[1]
     served = HostFiles(STATE_FOLDER)
     for path, mode in ((INBOX, 0o3770), (served.folder_of("dhcp"), 0o2750), (served.folder_of("hosts"), 0o2750)):
@@ -4569,11 +4453,8 @@ def active_groups() -> list[str]:
 
 
 class HostBridge(Network):
-    """The host's bridge: a tap from qemu-bridge-helper.
-
-    Where nocloud made the bridge and the user may write to its folders, addresses are allotted and names published as
-    in a private network.  Elsewhere the DHCP server decides, and its lease file tells.
-    """
+    """The host's bridge: a tap from qemu-bridge-helper.  Where nocloud made it, and the user may write to its folders,
+    addresses and names are as in a private network; elsewhere the DHCP server decides, and its lease file tells."""
 
     kind = "bridge"
 
@@ -4689,10 +4570,8 @@ class HostBridge(Network):
             yield f"you may not run {place}", group_command(info.st_gid)
 
     def list_faults(self) -> Iterator[tuple[bool, str, str]]:
-        """(whether it keeps VMs off the bridge, what, what mends it) of the helper's list.
-
-        The helper reads it as the user that calls it.  What isn't named is denied, and a line that denies wins.
-        """
+        """(whether it keeps VMs off the bridge, what, what mends it) of the helper's list, which the helper reads as
+        the user that calls it.  What isn't named is denied, and a line that denies wins."""
         name, path = self.interface, helper_list()
         allow = f"sudo mkdir -p {os.path.dirname(path)} && echo 'allow {name}' | sudo tee -a {path}"
         try:
@@ -4796,11 +4675,8 @@ def helper_list() -> str:
 
 
 def helper_rules(path: str, depth: int = 8) -> dict[tuple[str, str], str]:
-    """(verb, name) → file of each line of such a list and of those that it includes: allow or deny.
-
-    Included ones that can't be read don't count, as for the helper itself (qemu-bridge-helper.c), so that a user can
-    have one of his own.  Raises OSError where the list itself can't.
-    """
+    """(verb, name) → file of each line, allow or deny, of such a list and what it includes, where that can be read, as
+    for the helper (qemu-bridge-helper.c): a user can have his own.  Raises OSError where the list itself can't."""
     found = {}
     for line in read_text(path).splitlines():
         verb, name = [*line.split(None, 1), "", ""][:2]
@@ -4851,8 +4727,7 @@ def numbered_ports(text: str, number: int) -> str:
 
 
 def free_ports(tree: Tree, ports: Sequence[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
-    """`ports` with a number for each HOST 0, to be kept: no VM's, and below those of outgoing connections (32768).
-    Call it under the tree's lock."""
+    """`ports` with a number for each HOST 0: no VM's, below outgoing ones' (32768).  Call it under the tree's lock."""
     taken = {host for vm in tree.vms() for _, host, _ in ports_of(vm)}
     taken |= set(map(int, re.findall(r":([0-9]+) ", run(["ss", "-Hltn"]).stdout)))
     free = (number for number in range(20000, 32768) if number not in taken)
@@ -5232,15 +5107,11 @@ LOGIN_LINE = f"AuthorizedKeysFile {LOGIN_KEYS} .ssh/authorized_keys .ssh/authori
 
 
 def credentials(vm: VM, keys: Sequence[str]) -> bytes:
-    """The SMBIOS type 11 string with what systemd in the guest sets up before sshd, and cloud-init, start.
-
-    See systemd.system-credentials(7).
-
-    tmpfiles.extra (systemd 252 and later, tmpfiles.d(5)) carries files: the host key and the login keys, and what else
-    is cloud-init's where there is one.  `ssh.authorized_keys.root` would only write where no file is.  The first boot's
-    hostname comes by DHCP, or from system.hostname (systemd 254), since PID 1 has set it by the time that /etc/hostname
-    is written.  /etc/hosts, for `hostname -f`, only where there is none, as in templates of ours.
-    """
+    """The SMBIOS type 11 string with what systemd in the guest sets up before sshd, and cloud-init, start
+    (systemd.system-credentials(7)).  tmpfiles.extra (systemd 252, tmpfiles.d(5)) carries files: host key, login keys,
+    and what is cloud-init's where there is one; `ssh.authorized_keys.root` would only write where no file is.  The
+    first boot's hostname comes by DHCP, or from system.hostname (systemd 254): PID 1 has set it by the time that
+    /etc/hostname is written.  /etc/hosts, for `hostname -f`, only where there is none, as in templates of ours."""
     lines = []
     for kind, path, mode, owner, content in identity_files(vm, keys):
         if vm.get("vmInit") == "systemd" and path.endswith("/.ssh/authorized_keys"):
@@ -5286,8 +5157,7 @@ def _base64(text: str) -> str:
 
 
 def takes_seed(vm: VM) -> bool:
-    """Whether a cloud-init seed is attached.  Not to VMs whose conf doesn't say so, as those of the bash tools: to a
-    cloud-init in them it would be a new machine."""
+    """Whether a cloud-init seed is attached: not to VMs of the bash tools, whose cloud-init would see a new machine."""
     return vm.get("vmInit") in ("cloud-init", "auto")
 
 
@@ -6024,12 +5894,9 @@ def parse_checksums(text: str, algorithm: str) -> list[tuple[str, str]]:
 
 
 def choose_listed(listed: Sequence[tuple[str, str]], wanted: str) -> tuple[str, str]:
-    """The (name, digest) that a checksum file gives for the file `wanted`, whose name may hold `*`.
-
-    A file published for one image alone may name nothing, or the image's dated name; one for many may give the
-    same digest for `latest` and for a dated name, and then the dated one is taken: it doesn't move.
-    Raises ValueError where it gives none, or two.
-    """
+    """The (name, digest) that a checksum file gives for the file `wanted`, whose name may hold `*`.  A file published
+    for one image alone may name nothing, or the image's dated name; one for many may give the same digest for `latest`
+    and for a dated name, which is taken then: it doesn't move.  Raises ValueError where it gives none, or two."""
     extension = os.path.splitext(wanted)[1]
     fitting = [each for each in listed if fnmatch.fnmatchcase(each[0], wanted)]
     if not fitting and len(listed) == 1 and listed[0][0].endswith(("", extension)[bool(listed[0][0])]):
@@ -6106,9 +5973,8 @@ def check_reserve(folder: str) -> None:
 
 
 class CachedImage:
-    """The place of an image in the user's cache; `with` holds it, so that two commands that want the same image
-    download or build it once.  An interrupted download stays there and is gone on with; so do images, for some time
-    after their last use."""
+    """An image's place in the user's cache; `with` holds it: two commands that want the same image download or build it
+    once.  An interrupted download stays and is gone on with; so do images, for some time after their last use."""
 
     KEPT = 30 * 86400.0
 
@@ -6159,8 +6025,7 @@ class CachedImage:
         return True
 
     def keep(self, disk: str) -> None:
-        """Take a copy of a disk in place of all that have the same name but for its last part.  Without it the next
-        build takes longer, and no more than that."""
+        """Take a copy of a disk in place of all whose name differs in its last part; without it builds take longer."""
         self.clear()
         try:
             shutil.copyfile(disk, self.image)
@@ -6187,8 +6052,7 @@ class CachedImage:
 
 
 class Source:
-    """An image that a server has, and what it must hash to; '' where nobody knows.  `urls` are tried in turn; the first
-    of them is where it came from in the end."""
+    """An image on a server, and what it must hash to ('': nobody knows); of `urls` the first left is its origin."""
 
     pieces = 1
 
@@ -6410,8 +6274,7 @@ def template_from_image(cloud: Cloud, name: str, path: str, settings: Mapping[st
 def template_from_source(
     cloud: Cloud, name: str, source: Source, settings: Mapping[str, str], first_start: Callable[..., None] | None = None
 ) -> None:
-    """Download, verify, make the template.  `first_start`, given the NewTemplate: what is to be done in its guest
-    before it is a template."""
+    """Download, verify, make the template; `first_start`, given the NewTemplate, does what its guest needs before."""
     cloud.tree.prepare()
     with CachedImage(f"{source.algorithm}-{source.digest or name}", source.algorithm, source.digest) as cached:
         if cached.is_there():
@@ -6480,12 +6343,9 @@ def check_no_clones(cloud: Cloud, template: VM) -> None:
 
 
 class Layer:
-    """A new top for a template's disk, while a guest writes to it; `record`: qemu's account of how that ended.
-
-    The record counts once it is armed, by a greeting in it: not while nocloud itself is at work in the guest.
-    A frozen one never becomes the template's disk: its `manifest` says what its guest was when it stopped, whose
-    `memory` and `state`, of the devices, are beside it.
-    """
+    """A new top for a template's disk, while a guest writes to it; `record`: qemu's account of how that ended, which
+    counts once a greeting in it arms it: not while nocloud is at work in the guest.  A frozen one never becomes its
+    disk: its `manifest` says what its guest was, whose `memory` and `state`, of the devices, are beside it."""
 
     def __init__(self, template: VM, name: str) -> None:
         self.template, self.name = template, name
@@ -6499,9 +6359,8 @@ class Layer:
         QMP(self.template.folder, name=RECORD_SOCKET).close()
 
     def ended_well(self) -> bool:
-        """Whether the guest shut down, by itself or by the power button, and the image is whole.  `reason` tells that
-        from a qemu that was told to quit, or got a signal (QEMU qapi/run-state.json, ShutdownCause); one that was
-        killed or crashed leaves no such event."""
+        """Whether the guest shut down, by itself or by the power button, and the image is whole.  `reason` tells of a
+        qemu told to quit or signalled (QEMU qapi/run-state.json, ShutdownCause); a killed one leaves no event."""
         armed, cause = False, ""
         with open(self.record, encoding="utf-8", errors="replace") as file:
             for line in file:
@@ -6563,8 +6422,7 @@ def layer_number(template: VM, name: str) -> int:
 
 
 def own_disks(template: VM) -> list[str]:
-    """The names of the system disks in the template's folder: its layers, and where its conf names one of those, the
-    disk that they began with."""
+    """The names of a template's own system disks: its layers, and where its conf names one, the one below them."""
     names = names_in(template.folder)
     found = [name for name in names if layer_number(template, name)]
     if any(layer_number(template, os.path.basename(disk)) for disk in template.disks()[:1]):
@@ -6624,9 +6482,8 @@ def settle(cloud: Cloud, template: VM, warn: bool = True) -> None:
 
 
 def flatten(cloud: Cloud, template: VM) -> None:
-    """Give a template that nobody stands on a disk that stands on nothing itself, where there is room for one.  Call it
-    under its lock, when it has been settled.  The new disk is complete before the conf names it; one that isn't is
-    unused, and removed."""
+    """Give a template that nobody stands on a disk that stands on nothing, where there is room; under its lock, when it
+    has been settled.  It is complete before the conf names it; one that isn't is unused, and removed."""
     template.reread()
     disk = template.disks()[0]
     if not template.below() or cloud.tree.clones(template):
@@ -7233,12 +7090,9 @@ def build_recipe(build: Build) -> str:
 
 
 def archive_state(build: Build, web: Web) -> str:
-    """A short name for what the archives hold just now: which versions, by the checksums of their indices.
-
-    The archives are asked, since what the host's apt knows may be old.  Where one can't be asked, because it is no
-    web server, wants a login or doesn't answer, or where mmdebstrap chooses them, it is the date.  Raises NotFound
-    where there is no such suite.
-    """
+    """A short name for what the archives hold just now: which versions, by the checksums of their indices.  They are
+    asked, since what the host's apt knows may be old; where one can't be, being no web server, wanting a login or not
+    answering, or where mmdebstrap chooses them, it is the date.  Raises NotFound where there is no such suite."""
     if not build.sources:
         return time.strftime("%Y%m%d")
     seen: list[str] = []
