@@ -80,7 +80,6 @@ if TYPE_CHECKING:
     import http.client
     import ipaddress
     import json
-    import lzma
     import pwd
     import resource
     import select
@@ -115,9 +114,8 @@ else:
 
     _LATER = (
         "argparse", "asyncio", "base64", "binascii", "codecs", "ctypes", "difflib", "fnmatch", "glob",
-        "grp", "gzip", "hashlib", "ipaddress", "json", "lzma", "pwd", "resource", "select", "selectors", "shlex",
-        "shutil", "socket", "ssl", "subprocess", "tarfile", "termios", "textwrap", "threading", "tty", "zipfile",
-        "zlib",
+        "grp", "gzip", "hashlib", "ipaddress", "json", "pwd", "resource", "select", "selectors", "shlex", "shutil",
+        "socket", "ssl", "subprocess", "tarfile", "termios", "textwrap", "threading", "tty", "zipfile", "zlib",
     )  # fmt: skip
     globals().update({name: Module(name) for name in _LATER})
 
@@ -1075,6 +1073,11 @@ def guest_script(name: str, root: bool = False, **given: object) -> str:
     return f's=; [ "$(id -u)" = 0 ] || s="sudo -n"; exec $s sh -c {shlex.quote(script)}' if root else script
 
 
+def filled(text: str, words: Mapping[str, str]) -> str:
+    """A packaged text, its words between two @ filled in."""
+    return re.sub("@([A-Z]+)@", lambda found: words[found[1]], text)
+
+
 def packaged_list(name: str) -> list[str]:
     """The lines of a packaged file but for comments and empty ones."""
     return [line for line in packaged(name).splitlines() if line and not line.startswith("#")]
@@ -1181,10 +1184,9 @@ def base_folder(config: Config) -> str:
 # The package manager, how it installs, its column of etc/packages, counted after the program's, and the distributions
 # that have it, as os-release names them.
 _INSTALLERS = (
-    ("apt-get", "apt install", 0, ("debian", "ubuntu")),
-    ("dnf", "dnf install", 1, ("fedora", "rhel")),
+    ("apt-get", "apt install", 0, ("debian", "ubuntu")), ("dnf", "dnf install", 1, ("fedora", "rhel")),
     ("pacman", "pacman -S", 2, ("arch",)),
-)
+)  # fmt: skip
 GUEST_OUTPUT = 64 << 10  # how much of what a guest says is kept: the last bytes
 
 
@@ -1281,6 +1283,18 @@ def run(
     if check and child.returncode:
         raise CommandFailed(argv, child.returncode, output + errors)
     return subprocess.CompletedProcess(argv, child.returncode, output, errors)
+
+
+def piped(source: Sequence[str], argv: Sequence[str]) -> Iterator[bytes]:
+    """What a program makes of what another one writes, in pieces of 1 MB.  Raises CommandFailed where it fails."""
+    pipe = subprocess.PIPE
+    with popen(source, stdout=pipe) as first, popen(argv, stdin=first.stdout, stdout=pipe, stderr=pipe) as child:
+        assert first.stdout and child.stdout and child.stderr
+        first.stdout.close()  # ours
+        yield from iter(functools.partial(child.stdout.read, MIB), b"")
+        said = child.stderr.read().decode("utf-8", "replace")
+    if child.returncode:
+        raise CommandFailed(argv, child.returncode, said)
 
 
 def flush(path: str) -> None:
@@ -4016,25 +4030,16 @@ def iptables_rules(program: str) -> list[list[str]]:
 
 
 def missing_rules(program: str, interface: str) -> list[list[str]]:
-    """The rules that are needed, where they aren't just those that are there: the words of `iptables -S` after -A.
-
-    DHCP and DNS for the guests, and what is forwarded for them, in chains that don't just accept: a rule in one that
-    does would leave an empty chain behind.  Docker jumps to DOCKER-USER first, and leaves it to the host's owner.
-    """
+    """The rules of etc/iptables, where they aren't just those that are there, in chains that don't just accept: in one
+    that does they would leave an empty chain behind.  Docker jumps to DOCKER-USER first, and leaves it to the owner."""
     rules = iptables_rules(program)
     there = [rule[1:] for rule in rules if MADE_BY_US in rule]
     others = [rule for rule in rules if MADE_BY_US not in rule]
-    forward = "DOCKER-USER" if ["-N", "DOCKER-USER"] in rules else "FORWARD"
     busy = {"DOCKER-USER", *(chain for action, chain, *rule in others if action == "-A" or rule == ["DROP"])}
-    needed = (
-        f"INPUT -i {interface} -p udp -m udp --dport 67",
-        f"INPUT -i {interface} -p udp -m udp --dport 53",
-        f"INPUT -i {interface} -p tcp -m tcp --dport 53",
-        f"{forward} -i {interface}",
-        f"{forward} -o {interface} -m conntrack --ctstate RELATED,ESTABLISHED",
-    )
+    words = {"GUESTS": interface, "FORWARD": "DOCKER-USER" if ["-N", "DOCKER-USER"] in rules else "FORWARD"}
+    needed = [filled(line, words).split() for line in packaged_list("iptables")]
     end = ["-m", "comment", "--comment", MADE_BY_US, "-j", "ACCEPT"]
-    wanted = [[*words, *end] for words in map(str.split, needed) if words[0] in busy]
+    wanted = [[*rule, *end] for rule in needed if rule[0] in busy]
     return wanted if sorted(wanted) != sorted(there) else []
 
 
@@ -5233,61 +5238,23 @@ def seed_files(vm: VM, keys: Sequence[str], added: bytes = b"") -> dict[str, byt
 
 
 def user_data(vm: VM, keys: Sequence[str], added: bytes) -> bytes:
-    """A MIME message of our boothook, our cloud-config and the user's additions; cloud-init merges its parts in order.
-
-    A key of a later part takes the place of an earlier one's.  So the user's part comes after our defaults, and wins;
-    what vmssh stands on, login and host key, comes after the user's; and the last part's list of login keys is put at
-    the end of the user's (Merge-Type).  Were ours vendor-data, a list of keys in the user's would take its place.  The
-    boothook is run even where no part after it can be read.
-    """
-    (defaults, binding, last), kind = cloud_config(vm, keys), b"Content-Type: text/cloud-config\n"
+    """etc/guest/user-data, a MIME message whose parts cloud-init merges in order: of a key the last one counts.  So the
+    user's wins over our defaults; login and host key, which vmssh stands on, over the user's; our login keys go to the
+    end of his (Merge-Type), not in their place.  The boothook runs even where no later part can be read."""
     if added and not is_mime(added):
         head = b'Content-Type: text/plain\nContent-Disposition: attachment; filename="user-data"\n'
         added = head + b"Content-Transfer-Encoding: base64\n\n" + base64.encodebytes(added)
-    merge = b"Merge-Type: list(append)+dict(no_replace,recurse_list)+str()\n"
-    hook = guest_script("login.sh", KEYS="\n".join(map(printable_ascii, keys)), FILE=LOGIN_KEYS, LINE=LOGIN_LINE)
-    parts = [
-        b"Content-Type: text/cloud-boothook\n\n#!/bin/sh\n" + hook.encode(),
-        kind + b"\n#cloud-config\n" + _json(defaults),
-        *([added.lstrip()] if added else []),
-        kind + b"\n#cloud-config\n" + _json(binding),
-        kind + merge + b"\n#cloud-config\n" + _json(last),
-    ]
-    boundary = f"nocloud-{vm.get('vmUuid')}"
-    head = f'MIME-Version: 1.0\nContent-Type: multipart/mixed; boundary="{boundary}"\n'.encode()
-    line = f"\n--{boundary}".encode()
-    return head + b"".join(line + b"\n" + part for part in parts) + line + b"--\n"
-
-
-def cloud_config(vm: VM, keys: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """What cloud-init does in the guest: our defaults; what the user's own can't replace; the login keys.
-
-    `user` renames the distribution's default user, who may use sudo, and the keys are that user's; root gets them too,
-    in force where disable_root is off.  prefer_fqdn_over_hostname: Fedora would take the whole name for the hostname.
-    manage_etc_hosts: one line of /etc/hosts has the whole name, for `hostname -f`; the rest is left alone.
-    The host key is the one made on the host: those of the image go, and no others are made.
-    """
-    user = vm.get("vmUser")
-    defaults = {
-        "hostname": vm.name,
-        "fqdn": f"{vm.name}.{vm.group}.{DOMAIN}",
-        "preserve_hostname": False,
-        "prefer_fqdn_over_hostname": False,
-        "manage_etc_hosts": "localhost",
-        "growpart": {"mode": "auto", "devices": ["/"]},
-        "resize_rootfs": True,
-        "package_update": False,
-        "package_upgrade": False,
-    }
-    binding = {
-        **({"disable_root": False} if user == "root" else {"user": {"name": user}}),
-        "ssh_deletekeys": True,
-        "ssh_keys": {
-            "ed25519_private": read_text(vm.host_key),
-            "ed25519_public": printable_ascii(read_text(vm.host_key + ".pub").strip()),
-        },
-    }
-    return defaults, binding, {"ssh_authorized_keys": [printable_ascii(key) for key in keys]}
+    user, boundary, lines = vm.get("vmUser"), f"nocloud-{vm.get('vmUuid')}", list(map(printable_ascii, keys))
+    login = {"disable_root": False} if user == "root" else {"user": {"name": user}}
+    words = {
+        "BOUNDARY": boundary, "NAME": json.dumps(vm.name), "FQDN": json.dumps(f"{vm.name}.{vm.group}.{DOMAIN}"),
+        "HOOK": guest_script("login.sh", KEYS="\n".join(lines), FILE=LOGIN_KEYS, LINE=LOGIN_LINE),
+        "ADDED": f"--{boundary}\n{added.lstrip().decode('utf-8', 'surrogateescape')}" if added else "",
+        "LOGIN": json.dumps(login)[1:-1], "KEYS": json.dumps({"ssh_authorized_keys": lines}, indent=1),
+        "PRIVATE": json.dumps(read_text(vm.host_key)),
+        "PUBLIC": json.dumps(printable_ascii(read_text(vm.host_key + ".pub").strip())),
+    }  # fmt: skip
+    return filled(need_packaged("guest/user-data"), words).encode("utf-8", "surrogateescape")
 
 
 def printable_ascii(text: str) -> str:
@@ -5917,41 +5884,8 @@ def choose_listed(listed: Sequence[tuple[str, str]], wanted: str) -> tuple[str, 
 # -- the classic kind: a compressed image in pieces
 
 
-UNPACK_MEMORY = 128 * MIB  # xz -9 takes 65: a stream can ask for 4 GB
-
-
-def unpacked(kind: str, pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """What comes out of a stream, xz or gzip, in pieces and in bounded memory.  Raises Altered where it isn't whole."""
-    machine: Any = None  # of the stream that is being read; none between two
-    try:
-        for piece in pieces:
-            left = piece
-            while machine or left.strip(b"\0"):
-                if not machine:
-                    left = left.lstrip(b"\0")  # streams may be padded
-                    xz = kind == "xz"
-                    machine = lzma.LZMADecompressor(memlimit=UNPACK_MEMORY) if xz else zlib.decompressobj(wbits=31)
-                out = machine.decompress(left, MIB)
-                if out:
-                    yield out
-                if machine.eof:
-                    left, machine = machine.unused_data, None
-                    continue
-                left = getattr(machine, "unconsumed_tail", b"")  # lzma's keeps it itself
-                if not left and len(out) < MIB:
-                    break
-    except (lzma.LZMAError, zlib.error) as error:
-        raise Altered(f"the compressed image is damaged: {error}") from None
-    if machine:
-        raise Altered("the compressed image ends in the middle")
-
-
-def file_pieces(paths: Iterable[str]) -> Iterator[bytes]:
-    """What is in these files, one after the other."""
-    for path in paths:
-        with open(path, "rb") as file:
-            while piece := file.read(PIECE):
-                yield piece
+# By what a server says of its images.  xz -9 takes 65 MB of memory: a stream can ask for 4 GB.
+UNPACKERS = {"xz": ["xz", "-dc", "--memlimit-decompress=128MiB"], "gzip": ["gzip", "-dc"], "": ["cat"]}
 
 
 # -- images that came
@@ -6090,14 +6024,15 @@ class ClassicSource(Source):
             kind = self.web.text(f"{self.base}/compression").strip()
         except Absent:
             kind = ""
-        extension, folder = {"xz": ".xz", "gzip": ".gz"}.get(kind, ""), os.path.dirname(part)
+        kind, folder = kind if kind in UNPACKERS else "", os.path.dirname(part)
+        extension = {"xz": ".xz", "gzip": ".gz"}.get(kind, "")
         names = [f"{self.name}.img.{number:03d}{extension}" for number in range(self.pieces)]
         paths = [os.path.join(folder, name) for name in names]
         for name, path in zip(names, paths):
             Transfer(self.web, [self.urls[0] + name], path, len, progress, False).run()  # nobody looks into them yet
         try:
             with open(part, "wb") as image:
-                for piece in unpacked(kind, file_pieces(paths)) if extension else file_pieces(paths):
+                for piece in piped(["cat", *paths], UNPACKERS[kind]):
                     sink(piece)
                     check_reserve(folder)
                     if piece.count(0) == len(piece):
@@ -6105,8 +6040,10 @@ class ClassicSource(Source):
                     else:
                         image.write(piece)
                 image.truncate()
-        except BaseException:
+        except BaseException as error:
             remove_file(part)  # the compressed pieces stay, and are less
+            if isinstance(error, CommandFailed):
+                raise Altered(f"the compressed image is damaged, or ends in the middle: {error}") from None
             raise
         for path in paths:
             os.unlink(path)
@@ -6705,21 +6642,12 @@ KERNEL_OPTIONS = "rootfstype=ext4 rootflags=noatime console=tty0 console=ttyS0,1
 
 
 class BuildProgress:
-    """Turns what mmdebstrap and apt say into a progress line; keeps what a failure needs."""
-
-    STAGES = {
-        "I: extracting": "unpacking the base",
-        "Get:": "downloading packages",
-        "Unpacking ": "unpacking packages",
-        "Setting up ": "setting up packages",
-        "update-initramfs: Generating": "making the initramfs",
-        "I: creating tarball": "collecting",
-    }
+    """Turns what mmdebstrap and apt say into a progress line, by etc/build/stages; keeps what a failure needs."""
 
     def __init__(self, suite: str) -> None:
-        self.suite, self.total, self.size = suite, 0, ""
+        self.suite, self.total, self.size, self.cause = suite, 0, "", ""
         self.counts: Counter[str] = Counter()
-        self.cause = ""
+        self.stages = [line.split("|") for line in packaged_list("build/stages")]
         self.started = time.monotonic()
 
     def __call__(self, line: str) -> None:
@@ -6727,13 +6655,11 @@ class BuildProgress:
             report.say(line)
         if line.startswith("E: "):
             self.cause = self.cause or line[3:].strip()  # the rest follows from what was said first
-        found = re.search(r"(\d+) newly installed", line)
-        if found:  # a new run of apt begins
+        if found := re.search(r"(\d+) newly installed", line):  # a new run of apt begins
             self.total, self.counts = int(found.group(1)), Counter()
-        found = re.match(r"Need to get (\S+ .?B)", line)
-        if found:
+        if found := re.match(r"Need to get (\S+ .?B)", line):
             self.size = f", {found.group(1)}"
-        for start, stage in self.STAGES.items():
+        for start, stage in self.stages:
             if line.startswith(start) and (self.total or not stage.endswith(" packages")):
                 self.counts[stage] += 1
                 of = f"{min(self.counts[stage], self.total)}/{self.total}" if stage.endswith(" packages") else ""
@@ -6975,7 +6901,7 @@ def configure_system(tree: str, disk_uuid: str, build: Build) -> None:
     words = {"DISTRIBUTION": build.distribution.name, "OPTIONS": KERNEL_OPTIONS}
     words.update({"UUID": disk_uuid, "KERNEL": kernel, "INITRD": initrd})
     for name in packaged_files("build/tree"):
-        text = re.sub("@([A-Z]+)@", lambda found: words[found.group(1)], packaged(f"build/tree/{name}"))
+        text = filled(packaged(f"build/tree/{name}"), words)
         if name != "etc/hosts" or build.init != "systemd":  # else each clone's own names it, see credentials()
             put_file(tree, name, text)
         wanted = re.search(r"^WantedBy=(.+)$", text, re.M)
