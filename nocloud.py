@@ -94,7 +94,6 @@ if TYPE_CHECKING:
     import textwrap
     import threading
     import tty
-    import urllib.request
     import zipfile
     import zlib
     from dataclasses import dataclass as record
@@ -151,12 +150,10 @@ if not TYPE_CHECKING:
         finish = body.get("__post_init__")
 
         def init(self: Any, *values: Any, **named: Any) -> None:
-            if named or len(values) != len(fields):  # all of them in their order are the common case, and the fast one
-                given = {**defaults, **dict(zip(fields, values)), **named}
-                if len(values) > len(fields) or given.keys() != set(fields):
-                    raise TypeError(f"{cls.__name__} takes {', '.join(fields)}")
-                values = tuple(given[name] for name in fields)
-            for name, value in zip(fields, values):
+            given = {**defaults, **dict(zip(fields, values)), **named}
+            if len(values) > len(fields) or given.keys() != set(fields):
+                raise TypeError(f"{cls.__name__} takes {', '.join(fields)}")
+            for name, value in given.items():
                 setattr(self, name, value)
             if finish:
                 finish(self)
@@ -365,20 +362,17 @@ def read_text(path: str) -> str:
 
 def read_existing(path: str) -> str:
     """The text of a small file; '' where there is none."""
-    try:
+    with contextlib.suppress(FileNotFoundError):
         return read_text(path)
-    except FileNotFoundError:
-        return ""
+    return ""
 
 
 def read_tail(path: str) -> str:
     """The last 4096 bytes of a log, as text; '' where there is none."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.path.getsize(file.fileno()) - 4096))
-            return file.read().decode("utf-8", "replace")
-    except OSError:
-        return ""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(file.fileno()) - 4096))
+        return file.read().decode("utf-8", "replace")
+    return ""
 
 
 def write_file(path: str, content: str | bytes, mode: int = 0o600, durable: bool = True) -> None:
@@ -462,11 +456,9 @@ def existing_parent(folder: str) -> str:
 
 def names_in(path: str, wanted: Callable[[os.DirEntry[str]], bool] = lambda entry: True) -> list[str]:
     """The names of what is in a folder, sorted; none where there is no such folder, or we may not look."""
-    try:
-        with os.scandir(path) as entries:
-            return sorted(entry.name for entry in entries if wanted(entry))
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError), os.scandir(path) as entries:
+        return sorted(entry.name for entry in entries if wanted(entry))
+    return []
 
 
 def folders_in(path: str) -> list[str]:
@@ -747,17 +739,13 @@ def is_ipv4(text: str) -> bool:
 # It ends up in ssh's arguments and in the guest's files.
 LOGIN_NAME = matching("[a-z_][a-z0-9_-]{0,31}", "a login name (lower case letters, digits, '_' and '-')")
 MAC_ADDRESS = matching("[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}", "six pairs of hexadecimal digits, as 00:50:56:12:34:56")
-INTERFACE_NAME = matching(
-    "[A-Za-z0-9][A-Za-z0-9._-]{0,14}", "a network interface's name: at most 15 letters, digits, '.', '_' and '-'"
-)
+INTERFACE_NAME = matching("[A-Za-z0-9][A-Za-z0-9._-]{0,14}", "a name of at most 15 letters, digits, '.', '_' and '-'")
 HOST_NAME = matching("[A-Za-z0-9][A-Za-z0-9._-]{0,252}", "an address or a name")
 UUID = matching("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", "a UUID")
 _BYTE = "(?:[1-9]?[0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])"
 _IPV4 = rf"{_BYTE}(?:\.{_BYTE}){{3}}"  # no shorter form, as 127.1 or 0, which would be 0.0.0.0, and none in octal
 IPV4_ADDRESS = matching(f"({_IPV4})?", "an IPv4 address")
-IPV4_PREFIX = matching(
-    f"{_IPV4}/([89]|[12][0-9]|30)", "an IPv4 address and the length of its network's prefix, as 192.168.1.1/24"
-)
+IPV4_PREFIX = matching(f"{_IPV4}/([89]|[12][0-9]|30)", "an IPv4 address and the length of a prefix, as 192.168.1.1/24")
 _PORT = "(?:[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
 _PUBLISHED = rf"(?:(?!22[4-9]|2[3-5][0-9]){_IPV4}:)?{_PORT}:(?!0+\b){_PORT}"
 PORTS = matching(rf"({_PUBLISHED}(,{_PUBLISHED})*)?", "[IP:]HOST:GUEST, ports of TCP (no others), comma-separated")
@@ -891,21 +879,20 @@ def parse_assignments(text: str, name: str, known: MutableMapping[str, str]) -> 
             if plain:
                 key, value = plain.groups()
             else:
-                start = re.compile(_START, re.ASCII).match(line)
-                if not start:
+                if not (start := re.compile(_START, re.ASCII).match(line)):
                     raise ValueError(f"not a KEY=value line: {line[:60]!r}")
                 key, value = start.group(1), _read_value(line[start.end() :], variables, used)
         except ValueError as error:
-            raise UsageError(
-                f"{name}:{number}: {error}", "only KEY=value lines with quotes, $VAR and comments are read, never run"
-            ) from None
+            hint = "only KEY=value lines with quotes, $VAR and comments are read, never run"
+            raise UsageError(f"{name}:{number}: {error}", hint) from None
         variables[key] = value
         found.append(Assignment(number, key, value, used))
     return found
 
 
 def _read_value(text: str, variables: Mapping[str, str], used: set[str]) -> str:
-    """A value, perhaps a comment: bare words, '…' and "…" side by side, as sh joins them; `used` gets its variables."""
+    """A value, perhaps a comment: bare words, '…' and "…" side by side, as sh joins them; `used` gets its variables.
+    Raises ValueError where what no piece of a value begins with is neither a comment nor nothing."""
     patterns = [re.compile(each, re.ASCII) for each in _PIECES]
     home = re.match(r"~(?=[/\s]|$)", text)
     parts = [os.path.expanduser("~")] if home else []
@@ -919,25 +906,19 @@ def _read_value(text: str, variables: Mapping[str, str], used: set[str]) -> str:
             parts.append(variables.get(piece["name"]) or piece["word"] or "")
         else:
             parts.append(piece[piece.lastgroup or 0])
-    _check_end(text[position:], quoted)
-    return "".join(parts)
-
-
-def _check_end(rest: str, quoted: bool) -> None:
-    """Raise ValueError where what no piece of a value begins with is neither a comment nor nothing."""
-    char, comment = rest[:1], rest.lstrip(" \t")
-    if char == "$":
-        raise ValueError("a '$' that is neither $NAME, ${NAME} nor ${NAME:-word}: commands are not run here")
-    if quoted:
+    char, comment = text[position : position + 1], text[position:].lstrip(" \t")
+    said = {
+        "$": "a '$' that is neither $NAME, ${NAME} nor ${NAME:-word}: commands are not run here",
+        "'": "a ' that is not closed",
+        "\\": "a \\ at the end of the line: a value is one line",
+    }
+    if quoted and char != "$":
         raise ValueError(f"{char!r} in quotes: commands are not run here" if char else 'a " that is not closed')
-    if char == "'":
-        raise ValueError("a ' that is not closed")
-    if char == "\\":
-        raise ValueError("a \\ at the end of the line: a value is one line")
     if char not in ("", " ", "\t"):
-        raise ValueError(f"{char!r} outside quotes: commands are not run here")
+        raise ValueError(said.get(char, f"{char!r} outside quotes: commands are not run here"))
     if comment and comment[0] != "#":
         raise ValueError(f"more than one word after '=': {comment[:40]!r} (quote the value)")
+    return "".join(parts)
 
 
 def quote_value(value: str) -> str:
@@ -1050,19 +1031,16 @@ def packaged(name: str, place: str = "etc") -> str:
     """The text of a file of `etc/` (or `systemd/`) as it came with the program: beside it, in the zipapp inside it; ''
     where there is none: nocloud.py copied alone does what needs none of them."""
     path = os.path.join(os.path.dirname(os.path.realpath(__file__)), place, name)
-    try:
+    with contextlib.suppress(OSError):
         return bytes.decode(globals()["__loader__"].get_data(path))
-    except OSError:
-        return ""
+    return ""
 
 
 def need_packaged(name: str, place: str = "etc") -> str:
     """packaged() of a file that the work can't be done without.  Raises Error where it isn't there."""
-    text = packaged(name, place)
-    if not text:
-        said = f"{place}/{name} is missing: {program_path()} was copied without it"
-        raise Error(said, "nocloud.pyz is all in one file")
-    return text
+    if text := packaged(name, place):
+        return text
+    raise Error(f"{place}/{name} is missing: {program_path()} was copied without it", "nocloud.pyz is all in one file")
 
 
 def guest_script(name: str, root: bool = False, **given: object) -> str:
@@ -1343,8 +1321,7 @@ def run_watched(
                     end_session(child, 5)
                     break
                 if readable(output, 0.25):
-                    piece = os.read(output.fileno(), 65536)
-                    if not piece:
+                    if not (piece := os.read(output.fileno(), 65536)):
                         break
                     said = (said + piece)[-GUEST_OUTPUT:]
                     *lines, rest = (rest + piece).split(b"\n")
@@ -1455,7 +1432,7 @@ def fork_child(work: Callable[[], None], keep: Sequence[int]) -> int:
         os._exit(EXIT_FAILED)
 
 
-class Process:
+class Process(contextlib.AbstractContextManager["Process"]):
     """A process that we may signal, held by a pidfd: its number can't become another's meanwhile."""
 
     def __init__(self, pid: int) -> None:
@@ -1489,9 +1466,6 @@ class Process:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def __enter__(self) -> Process:
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
@@ -1716,24 +1690,10 @@ def resize_disk(disk: str, format: str, gigabytes: int) -> None:
     run(["qemu-img", "resize", "-q", "-f", format, disk, f"{gigabytes}G"])
 
 
-def is_written(disk: str, format: str) -> bool:
-    """Whether a qemu may be writing to the disk, of this format: its lock on the image keeps other readers out."""
-    return run(["qemu-img", "info", "-f", format, os.path.abspath(disk)], check=False).returncode != 0
-
-
 def is_sound(disk: str) -> bool:
     """Whether a qcow2 image's own tables are consistent; clusters that are only lost (status 3) do no harm."""
     words = ["qemu-img", "check", "-q", "-f", "qcow2", os.path.abspath(disk)]
     return run(words, check=False, timeout=600).returncode in (0, 3)
-
-
-def checked_iso(path: str) -> str:
-    """`path` if it is an ISO 9660 image, all that a BIOS boots from a CD (ECMA-119, 8.4: CD001 in sector 16)."""
-    with open(path, "rb") as file:
-        file.seek(16 * 2048 + 1)
-        if file.read(5) != b"CD001":
-            raise Error(f"{path}: not an ISO image", "vmtemplate NAME --image FILE takes disk images")
-    return os.path.abspath(path)
 
 
 def find_iso_writer() -> list[str]:
@@ -1777,7 +1737,7 @@ def converted_size(source: str, format: str) -> int:
 # that come before a reply are kept.
 
 
-class QMP:
+class QMP(contextlib.AbstractContextManager["QMP"]):
     """A connection to a VM's qmp.sock, or the QMP socket of that name in a folder, or to `connection`; with a deadline.
     Raises QMPClosed where qemu ended, TimedOut at the deadline, QMPError for what the server refuses."""
 
@@ -1858,9 +1818,6 @@ class QMP:
 
     def close(self) -> None:
         self._socket.close()
-
-    def __enter__(self) -> QMP:
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
@@ -1996,11 +1953,9 @@ def qemus() -> list[QemuProcess]:
 def unlocked_qemu(vm: VM) -> QemuProcess | None:
     """The qemu that runs a VM without a locked pidfile: the bash tools started it, or someone removed the file."""
     for process in qemus():
-        try:  # root may own a conf as well
+        with contextlib.suppress(Error):  # its conf can't be read; root may own one as well
             if process.uid in (os.geteuid(), 0) and process.runs(vm) and process.is_alive():
                 return process
-        except Error:
-            continue  # its conf can't be read
     return None
 
 
@@ -2193,10 +2148,9 @@ class VM:
 
     def is_readable(self) -> bool:
         """Whether its conf can be used."""
-        try:
+        with contextlib.suppress(Error):
             return bool(self.conf)
-        except Error:
-            return False
+        return False
 
     def state(self) -> tuple[str, int]:
         """("running", pid of qemu), ("stopped", 0) or ("unknown", 0)."""
@@ -2427,8 +2381,7 @@ class Tree:
         place = f" in {'/'.join(filter(None, (group, type)))}" if group else f" of type {type}" if type else ""
         if found:
             raise NotFound(f"{words}: no such VM{place}", f"did you mean {found[0].full_name}?")
-        kind = "group" if words in self.groups() else "type" if words in self.all_types() else ""
-        if kind:
+        if kind := "group" if words in self.groups() else "type" if words in self.all_types() else "":
             text = f"{words}: no such VM{place}, but a {kind}"
             raise NotFound(text, f"vmrunning -a -{kind[0]} {words} lists its VMs")
         raise no_such(f"VM{place}", words, [vm.name for vm in self.vms(group or "", type or "")], VMS_HINT)
@@ -2458,14 +2411,12 @@ class Tree:
         found = []
         # In this order: one may be finished between the looks
         for vm in [*self.unfinished(), *self.vms(), *self.strays()]:
-            try:
+            with contextlib.suppress(Error, OSError):  # a conf that can't be read names no template
                 if vm.folder != template.folder and (
                     vm.get("vmTemplate") == template.name
                     or any(path in mine or os.path.dirname(path) == folder for path in vm.below(followed))
                 ):
                     found.append(vm)
-            except (Error, OSError):
-                continue  # a conf that can't be read names no template
         return found
 
 
@@ -2570,11 +2521,9 @@ def connect_qemu(vm: VM, seconds: float = 5.0) -> QMP:
 
 def ask_qemu(vm: VM, command: str, seconds: float = 5.0) -> Any:
     """What a command returns; None where the qemu is ending, refuses, or doesn't answer in time."""
-    try:
-        with connect_qemu(vm, seconds) as qemu:
-            return qemu.execute(command)
-    except (QMPError, TimedOut, OSError):
-        return None
+    with contextlib.suppress(QMPError, TimedOut, OSError), connect_qemu(vm, seconds) as qemu:
+        return qemu.execute(command)
+    return None
 
 
 # -- what a guest does
@@ -2674,15 +2623,9 @@ def device_command(path: str, group: str) -> str:
 # 0x00 and 0x1f are the chipset's; 0x01 is free with q35, but pc has its ISA bridge and IDE there.  So a device for both
 # takes its slot from the disks, from their end, where MAX_DISKS ends too; a device for q35 alone may take 0x01.
 PCI_SLOTS = {
-    "share": 0x01,
-    "vga": 0x02,
-    "nic": 0x03,
-    **{f"disk{number}": 0x04 + number for number in range(23)},
-    "seed": 0x1B,
-    "usb": 0x1C,
-    "rng": 0x1D,
-    "balloon": 0x1E,
-}
+    "share": 0x01, "vga": 0x02, "nic": 0x03, **{f"disk{number}": 0x04 + number for number in range(23)},
+    "seed": 0x1B, "usb": 0x1C, "rng": 0x1D, "balloon": 0x1E,
+}  # fmt: skip
 LAYOUT = "2"  # of new VMs, see layout_args()
 HOTPLUG_SLOT, HOTPLUG_PORTS = PCI_SLOTS["disk22"], 4  # of layout 2, which has a disk less
 MAX_DISKS = sum(name.startswith("disk") for name in PCI_SLOTS) - 1
@@ -3027,10 +2970,9 @@ class Network:
 
 def vhost_net() -> int:
     """/dev/vhost-net, which moves packets without leaving the kernel, or -1 where it can't be had."""
-    try:
+    with contextlib.suppress(OSError):
         return os.open("/dev/vhost-net", os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return -1
+    return -1
 
 
 def nft_rules(name: str, **defines: str) -> bytes:
@@ -3139,11 +3081,9 @@ def small_files(folder: str) -> list[tuple[str, os.stat_result, str]]:
     """The name too, of each that isn't hidden, the oldest first: by its last change, a time that nobody can set."""
     found = []
     for name in names_in(folder):
-        try:
+        with contextlib.suppress(OSError):  # gone meanwhile, or none of ours
             if name[0] != ".":
                 found.append((name, *small_file(os.path.join(folder, name))))
-        except OSError:
-            continue  # gone meanwhile, or none of ours
     return sorted(found, key=lambda each: (each[1].st_ctime_ns, each[0]))
 
 
@@ -3543,13 +3483,9 @@ class PrivateNetwork(Network):
         return stack
 
     def is_complete(self) -> bool:
-        return bool(
-            self.holder()
-            and daemon_pid(self.file("dnsmasq.pid"))
-            # without a pidfile it didn't start, with the host as it is: that isn't tried again by each command
-            and (daemon_pid(self.file("pasta.pid")) or not os.path.exists(self.file("pasta.pid")))
-            and self.is_current()
-        )
+        # Without a pidfile pasta didn't start, with the host as it is: that isn't tried again by each command.
+        pasta = daemon_pid(self.file("pasta.pid")) or not os.path.exists(self.file("pasta.pid"))
+        return bool(self.holder() and daemon_pid(self.file("dnsmasq.pid")) and pasta and self.is_current())
 
     def is_current(self) -> bool:
         """Whether what was copied from the host is what the host has now."""
@@ -3587,7 +3523,14 @@ class PrivateNetwork(Network):
         write_file(self.file("upstream.conf"), upstream, durable=False)
         if not daemon_pid(self.file("dnsmasq.pid")):
             self.hosts.prepare()
-            self._run_inside(self._dnsmasq_argv())
+            # User and group empty: it can't change to others in a namespace of one id.  No lease file: every address is
+            # fixed, and a lease of a VM that is gone would keep its address from the next one.
+            self._run_inside(dnsmasq_argv(
+                BRIDGE, self.hosts, "--user=", "--group=",
+                f"--pid-file={self.file('dnsmasq.pid')}", f"--log-facility={self.file('dnsmasq.log')}",
+                f"--resolv-file={self.file('upstream.conf')}", "--strict-order", "--leasefile-ro",
+                f"--dhcp-range={self.subnet()}.0,static,255.255.255.0,infinite", "--dhcp-ignore-names",
+            ))  # fmt: skip
         try:
             if find_program("nft"):
                 self._filter()
@@ -3644,16 +3587,6 @@ class PrivateNetwork(Network):
                     if not self.is_current():
                         with FolderLock(self.folder, shared=True):
                             self._serve()
-
-    def _dnsmasq_argv(self) -> list[str]:
-        """User and group empty: it can't change to others in a namespace of one id.  No lease file: every address is
-        fixed, and a lease of a VM that is gone would keep its address from the next one."""
-        return dnsmasq_argv(
-            BRIDGE, self.hosts, "--user=", "--group=",
-            f"--pid-file={self.file('dnsmasq.pid')}", f"--log-facility={self.file('dnsmasq.log')}",
-            f"--resolv-file={self.file('upstream.conf')}", "--strict-order",
-            f"--dhcp-range={self.subnet()}.0,static,255.255.255.0,infinite", "--leasefile-ro", "--dhcp-ignore-names",
-        )  # fmt: skip
 
     def _start_pasta(self, words: Sequence[str]) -> None:
         """The way out, pasta(1), which leaves the foreground when its interface is there.  By default it opens on the
@@ -3744,8 +3677,7 @@ class PrivateNetwork(Network):
         if self._spaces is None:
             if not self.holder():
                 self.tend()  # it was killed, perhaps, and VMs run on
-            pid = self.holder()
-            if not pid:
+            if not (pid := self.holder()):
                 raise WrongState("the private network is not up", "nocloud net --private up")
             spaces = Namespaces(pid, *read_text(self.file("holder.pid")).split())
             if self.holder() != pid:
@@ -3896,17 +3828,15 @@ def free_subnet(taken: Sequence[ipaddress.IPv4Network]) -> str:
 
 # -- joining a connection to stdin and stdout
 
-RELAY_BYTES = 256 * 1024
-
 
 def relay(connection: socket.socket) -> None:
     """Join stdin and stdout to the connection; each end of file is passed on, and both ends end it."""
     for fd in (0, 1):
         os.set_blocking(fd, True)  # a terminal that another program shares may not be
-    send = (lambda: os.read(0, RELAY_BYTES), connection.sendall, lambda: connection.shutdown(socket.SHUT_WR))
+    send = (lambda: os.read(0, MIB), connection.sendall, lambda: connection.shutdown(socket.SHUT_WR))
     sender = threading.Thread(target=pump, args=send, daemon=True)
     sender.start()
-    pump(lambda: connection.recv(RELAY_BYTES), lambda data: write_all(1, data), lambda: os.close(1))
+    pump(lambda: connection.recv(MIB), lambda data: write_all(1, data), lambda: os.close(1))
     sender.join()
 
 
@@ -3971,8 +3901,7 @@ def overlapping(settings: BridgeSettings) -> str:
 def choose_bridge_subnet(config: Config) -> tuple[str, str]:
     """(a subnet that nothing on this host overlaps, why it isn't the configured one or '')."""
     settings = BridgeSettings(config)
-    clash = overlapping(settings)
-    if not clash:
+    if not (clash := overlapping(settings)):
         return config["bridgeSubnet"], ""
     subnets = (f"192.168.{number}.0/24" for number in (*range(200, 255), *range(2, 200)))  # homes have the low ones
     if free := first_free(subnets, (network for _, network in networks_in_use(settings.interface))):
@@ -4064,8 +3993,7 @@ def firewalld_zone(interface: str) -> str | None:
 def open_firewalls(interface: str) -> None:
     """Have each firewall that runs here accept the guests' DHCP, DNS and what is forwarded for them."""
     for program in iptables_programs():
-        wanted = missing_rules(program, interface)
-        if wanted:
+        if wanted := missing_rules(program, interface):
             close_iptables(program)
         for chain, *rule in wanted:
             run([program, "-w", "10", "-I", chain, *rule])
@@ -4096,14 +4024,9 @@ def dropping_chains(interface: str) -> list[str]:
     but their owner.  Those of iptables, ufw and firewalld are told in their own way."""
     status, said = try_run(["nft", "-j", "list", "chains"], 30)
     chains = [each["chain"] for each in json.loads(said)["nftables"] if "chain" in each] if status == 0 else []
-    found = [
-        f"{each['family']} {each['table']} {each['name']}"
-        for each in chains
-        if each.get("hook") in ("forward", "input")
-        and each.get("policy") == "drop"
-        and each["family"] in ("ip", "inet")
-        and each["table"] not in ("filter", "firewalld")
-    ]
+    drops = [each for each in chains if each.get("policy") == "drop" and each.get("hook") in ("forward", "input")]
+    drops = [each for each in drops if each["table"] not in ("filter", "firewalld")]
+    found = [f"{each['family']} {each['table']} {each['name']}" for each in drops if each["family"] in ("ip", "inet")]
     accepts = f'iifname "{interface}" accept'
     return [chain for chain in found if accepts not in try_run(["nft", "list", "chain", *chain.split()], 5)[1]]
 
@@ -4255,8 +4178,7 @@ class BridgeSetup:
         remove_empty(RUN_FOLDER)
 
     def check_unused(self) -> None:
-        ports = names_in(f"/sys/class/net/{self.interface}/brif") if bridge_is_ours(self.interface) else []
-        if ports:
+        if ports := names_in(f"/sys/class/net/{self.interface}/brif") if bridge_is_ours(self.interface) else []:
             said = f"the bridge {self.interface} is in use: {plural(len(ports), 'VM')} on it ({', '.join(ports[:5])})"
             raise WrongState(said, "vmrunning lists a user's VMs; vmstop -g GROUP stops a group")
 
@@ -4395,10 +4317,8 @@ def bound_sockets(kind: str, port: int) -> list[tuple[str, int]]:
 def account(names: Sequence[str], group: bool = False) -> tuple[str, int]:
     """(name, id) of the first user, or group, of these that there is; root where there is none."""
     for name in names:
-        try:
+        with contextlib.suppress(KeyError):
             return name, grp.getgrnam(name).gr_gid if group else pwd.getpwnam(name).pw_uid
-        except KeyError:
-            continue
     return "root", 0
 
 
@@ -4686,10 +4606,8 @@ def helper_rules(path: str, depth: int = 8) -> dict[tuple[str, str], str]:
     for line in read_text(path).splitlines():
         verb, name = [*line.split(None, 1), "", ""][:2]
         if verb == "include":
-            try:
+            with contextlib.suppress(OSError, ValueError):  # the latter for a NUL in its name
                 found.update(helper_rules(name.strip(), depth - 1) if depth else {})
-            except (OSError, ValueError):  # the latter for a NUL in its name
-                continue
         elif verb and not verb.startswith("#"):
             found[verb, name.strip()] = path
     return found
@@ -5189,18 +5107,14 @@ def read_user_data(path: str) -> bytes:
     if re.match(rb"\s*#cloud-config\s", data, re.I) and not is_mime(data):
         check_yaml(path, data)
     if not is_mime(data) and not data.lstrip().lower().startswith(tuple(start.encode() for start in USER_DATA_STARTS)):
-        raise UsageError(
-            f"{path}: cloud-init would not know what to do with it",
-            f"it begins with one of {', '.join(USER_DATA_STARTS)}, or is a MIME message",
-        )
+        hint = f"it begins with one of {', '.join(USER_DATA_STARTS)}, or is a MIME message"
+        raise UsageError(f"{path}: cloud-init would not know what to do with it", hint)
     return data
 
 
 def check_yaml(path: str, data: bytes) -> None:
     """Raise where a #cloud-config is no YAML.  Where the host has no reader of that, the guest's cloud-init tells."""
-    code = (
-        "import sys, yaml\ntry: yaml.safe_load(sys.stdin.buffer.read())\nexcept yaml.YAMLError as e: sys.exit(str(e))"
-    )
+    code = "import sys, yaml\ntry: yaml.safe_load(sys.stdin.buffer)\nexcept yaml.YAMLError as e: sys.exit(str(e))"
     python = "/usr/bin/python3"  # the one that distributions' python3-yaml is for
     done = run([python, "-I", "-c", code], input=data, check=False) if os.access(python, os.X_OK) else None
     if done and done.returncode and "Traceback" not in done.stdout:
@@ -5217,8 +5131,7 @@ def default_user_data() -> bytes:
     path = os.path.join(config_home(), "user-data")
     if not os.path.exists(path):
         return b""
-    reason = untrusted(path)
-    if reason:
+    if reason := untrusted(path):
         raise UsageError(f"{path} is not used: {reason}", f"chown it to you, and chmod go-w {path}")
     return read_user_data(path)
 
@@ -5430,9 +5343,7 @@ def is_renamed(vm: VM) -> bool:
 # What can be had by name, and how an image comes: one connection at a time, and nothing that a server says is believed.
 
 
-# -- the catalogue
-#
-# What can be downloaded by name: data, in files that users extend.  A line of a later file wins over an earlier one.
+# -- the catalogue: data, in files that users extend; a line of a later file wins over an earlier one
 
 CATALOGUE = "nocloud_templates.conf"
 MIRRORS = "mirrors"  # the section that is no entry
@@ -5573,9 +5484,7 @@ def catalogue_help() -> str:
     return f"NAME alone downloads it. The catalogue has:\n{indented}"
 
 
-# -- download
-#
-# Lengths are counted, waits are bounded, and only what hashes to the published checksum is used.
+# -- download: lengths are counted, waits are bounded, and only what hashes to the published checksum is used
 
 PIECE = 256 * 1024
 TRIES = 4  # in a row without getting on
@@ -5604,23 +5513,6 @@ class Altered(WebError):
     """What has arrived is not what was published."""
 
 
-def web_opener() -> urllib.request.OpenerDirector:
-    """urllib's, which goes by the proxies of the environment, and sends nobody on to where we wouldn't ask."""
-    import urllib.request
-
-    class Redirects(urllib.request.HTTPRedirectHandler):
-        http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # Python 3.9 and 3.10 don't know it
-
-        def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-            # From https to anything less, or to something that is no web server.
-            if not newurl.startswith(("https://", "http://") if req.full_url.startswith("http://") else "https://"):
-                refused = f"{req.full_url}: refused: the server sends us on to {newurl[:200]}, which isn't https"
-                raise WebError(refused)
-            return super().redirect_request(req, fp, 302 if code == 308 else code, msg, headers, newurl)
-
-    return urllib.request.build_opener(Redirects)
-
-
 def status_error(url: str, code: int, reason: str) -> WebError:
     """An HTTP status that is no success, as one line; TryAgain where another try makes sense."""
     if code in (404, 410):
@@ -5644,16 +5536,27 @@ def web_error(url: str, error: Exception) -> WebError:
         return WebError(refused, "this machine's clock may be wrong, or a proxy stand in between")
     if isinstance(reason, socket.gaierror):
         return WebError(f"{url}: {reason.strerror}", "is this machine online? A proxy goes into https_proxy")
-    if isinstance(reason, (TimeoutError, socket.timeout)):
-        return TryAgain(f"{url}: too slow: {reason}")
-    return TryAgain(f"{url}: {reason}")
+    return TryAgain(f"{url}: {'too slow: ' if isinstance(reason, (TimeoutError, socket.timeout)) else ''}{reason}")
 
 
 class Web:
-    """Asks web servers; raises Error and nothing else when they don't answer well."""
+    """Asks web servers, by the proxies of the environment, and goes nowhere else that we wouldn't ask; raises Error and
+    nothing else when they don't answer well."""
 
     def __init__(self, seconds: float) -> None:
-        self.seconds, self._opener = seconds, web_opener()
+        import urllib.request
+
+        class Redirects(urllib.request.HTTPRedirectHandler):
+            http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # Python 3.9 and 3.10 don't know it
+
+            def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+                # From https to anything less, or to something that is no web server.
+                if not newurl.startswith(("https://", "http://") if req.full_url.startswith("http://") else "https://"):
+                    refused = f"{req.full_url}: refused: the server sends us on to {newurl[:200]}, which isn't https"
+                    raise WebError(refused)
+                return super().redirect_request(req, fp, 302 if code == 308 else code, msg, headers, newurl)
+
+        self.seconds, self._opener = seconds, urllib.request.build_opener(Redirects)
 
     def open(self, url: str, start: int = 0, method: str = "GET") -> http.client.HTTPResponse:
         """The answer to a request for the file, from byte `start` on if the server can (206), else whole (200)."""
@@ -5756,22 +5659,15 @@ class Progress:
     def advance(self, count: int) -> None:
         self.done += count
         now, terminal = time.monotonic(), sys.stderr.isatty()
-        if now - self._shown >= (self.BAR_EVERY if terminal else self.LINE_EVERY):
-            self._shown = now
-            bar = self.bar() + " " if terminal else ""
-            report.progress(f"{self.name}: {bar}{self.numbers(now)}")
-
-    def bar(self) -> str:
-        if not self.total:
-            return "downloading"
-        filled = min(self.WIDTH, self.WIDTH * self.done // self.total)
-        return f"[{'#' * filled}{'.' * (self.WIDTH - filled)}] {min(100, 100 * self.done // self.total)}%"
-
-    def numbers(self, now: float) -> str:
-        rate = (self.done - self.kept) / max(now - self.started, 0.001)
+        if now - self._shown < (self.BAR_EVERY if terminal else self.LINE_EVERY):
+            return
+        self._shown, rate = now, (self.done - self.kept) / max(now - self.started, 0.001)
+        part = min(1.0, self.done / self.total) if self.total else 0.0
+        bar = f"[{'#' * int(self.WIDTH * part):.<{self.WIDTH}}] {int(100 * part)}% " if self.total else "downloading "
         text = f"{self.done // MIB}{f' of {self.total // MIB}' if self.total else ''} MB, {rate / MIB:.1f} MB/s"
         left = (self.total - self.done) / rate if rate and self.total > self.done else 0
-        return text + (f", {left // 60:.0f}:{left % 60:02.0f} left" if left else "")
+        text += f", {left // 60:.0f}:{left % 60:02.0f} left" if left else ""
+        report.progress(f"{self.name}: {bar if terminal else ''}{text}")
 
     def finish(self) -> None:
         seconds = time.monotonic() - self.started
@@ -5937,12 +5833,10 @@ class CachedImage:
         """Remove those others that are useless, and that no command is at work on."""
         images = os.path.dirname(self.folder)
         for folder in [os.path.join(images, name) for name in folders_in(images)]:
-            try:
+            with contextlib.suppress(WrongState, FileNotFoundError):  # someone uses it, or has just removed it
                 if folder != self.folder and useless(folder):
                     with FolderLock(folder, wait=0):
                         remove_tree(folder)
-            except (WrongState, FileNotFoundError):
-                pass  # someone uses it, or has just removed it
 
     def is_there(self) -> bool:
         """Whether the image is there, whole: it is read again each time, so that nothing in the cache needs a flush."""
@@ -5999,10 +5893,8 @@ class Source:
         self.receive(part, digest.update, progress)
         found = digest.hexdigest()
         if self.digest not in ("", found):
-            raise Altered(
-                f"{self.urls[0]}: refused: its {self.algorithm} checksum is not the published one",
-                "it was cut short, altered, or replaced just now; try again later",
-            )
+            refused = f"{self.urls[0]}: refused: its {self.algorithm} checksum is not the published one"
+            raise Altered(refused, "it was cut short, altered, or replaced just now; try again later")
         self.digest = found
         os.rename(part, os.path.join(folder, "image"))
         progress.finish()
@@ -6262,16 +6154,14 @@ def entry_settings(cloud: Cloud, entry: Entry, asked: Mapping[str, str], source:
 
 # -- layers
 #
-# The disk of a template that has clones is never written.  A change goes to a layer, a new overlay in the template's
-# folder.  The conf names the old disk until the change ended well; until then, and if it never does, the template is
-# what it was.  Nothing is stored of that: qemu's own record says how the guest ended, the disks' headers say what
-# stands on what.
+# The disk of a template that has clones is never written.  A change goes to a layer, a new overlay in its folder, which
+# the conf names once that ended well; until then, and if it never does, the template is what it was.  Nothing is stored
+# of that: qemu's own record says how the guest ended, the disks' headers say what stands on what.
 
 
 def check_no_clones(cloud: Cloud, template: VM) -> None:
     """Raise, naming them, where clones depend on the template's disk."""
-    clones = cloud.tree.clones(template)
-    if clones:
+    if clones := cloud.tree.clones(template):
         places = [os.path.relpath(vm.folder, vm.base).replace(MAKING, "") for vm in clones[:20]]
         names = ", ".join(places) + (" …" if len(clones) > 20 else "")
         ways = {True: "vmtemplate --delete deletes templates", False: "vmstop -d destroys clones"}
@@ -6438,8 +6328,7 @@ def flatten(cloud: Cloud, template: VM) -> None:
 
 def remove_unused(tree: Tree, template: VM) -> None:
     """Remove the template's own disks that neither it nor any other VM or template stands on."""
-    unused = unused_by_itself(template)
-    if not unused:
+    if not (unused := unused_by_itself(template)):
         return
     used: list[str] = []
     followed = tree.followable()
@@ -6463,12 +6352,11 @@ def remove_unused(tree: Tree, template: VM) -> None:
 def settle_stopped(cloud: Cloud, templates: Iterable[VM], wait: float = 600.0) -> None:
     """Settle those templates that have something to settle, and say what is lost; `wait`: for the lock of each."""
     for template in templates:
-        try:
+        # It may be at work elsewhere, someone else's, or just gone: whoever changes it settles it.
+        with contextlib.suppress(Error, OSError):
             if unused_by_itself(template) and template.state()[0] == "stopped":
                 with FolderLock(template.folder, wait=wait):
                     settle(cloud, template)
-        except (Error, OSError):
-            continue  # at work elsewhere, someone else's, or just gone: whoever changes it settles it
 
 
 def need_stopped(cloud: Cloud, vm: VM) -> None:
@@ -6486,11 +6374,11 @@ def need_stopped(cloud: Cloud, vm: VM) -> None:
 
 def runs_on_layer(template: VM) -> bool:
     """Whether a template that runs leaves its own disk alone, so that it can be cloned meanwhile."""
-    try:
-        has_layer = any(os.path.exists(Layer(template, name).record) for name in unused_by_itself(template))
-    except OSError:
-        return False  # a disk is gone
-    return has_layer and not is_written(template.disks()[0], known_formats(template)[0])
+    with contextlib.suppress(OSError):  # a disk is gone
+        if any(os.path.exists(Layer(template, name).record) for name in unused_by_itself(template)):
+            words = ["qemu-img", "info", "-f", known_formats(template)[0], os.path.abspath(template.disks()[0])]
+            return not run(words, check=False).returncode  # a qemu that writes to it would keep this one out
+    return False
 
 
 def dependents(vms: Sequence[VM]) -> str:
@@ -6504,8 +6392,7 @@ def make_cold(cloud: Cloud, name: str) -> int:
     """Remove a template's frozen memory, so many bytes; clones that woke up on it run on."""
     template = cloud.tree.need_template(name)
     with FolderLock(template.folder):
-        layer = frozen_layer(template)
-        if not layer:
+        if not (layer := frozen_layer(template)):
             raise WrongState("it isn't frozen", f"vmtemplate {name} --warm freezes it", vm=template)
         size = layer.frozen_size()
         layer.forget()
@@ -6530,14 +6417,19 @@ def delete_template(cloud: Cloud, name: str) -> None:
 
 
 def find_iso(config: Config, name: str) -> str:
-    """The absolute path of an ISO image: `name` is a path, or a name in isoDir, `.iso` understood."""
+    """The absolute path of an ISO 9660 image, all that a BIOS boots from a CD (ECMA-119, 8.4: CD001 in sector 16):
+    `name` is a path, or a name in isoDir, `.iso` understood."""
     folder = os.path.expanduser(config["isoDir"])
     places = [name] if "/" in name else [name, os.path.join(folder, name), os.path.join(folder, name + ".iso")]
-    found = next((place for place in places if os.path.isfile(place)), "")
-    if found:
-        return checked_iso(found)
-    others = [] if "/" in name else names_in(folder)
-    raise no_such("ISO image", name, others, f"-i takes a path, or a name in isoDir, {folder}")
+    path = next(filter(os.path.isfile, places), "")
+    if not path:
+        others = [] if "/" in name else names_in(folder)
+        raise no_such("ISO image", name, others, f"-i takes a path, or a name in isoDir, {folder}")
+    with open(path, "rb") as file:
+        file.seek(16 * 2048 + 1)
+        if file.read(5) != b"CD001":
+            raise Error(f"{path}: not an ISO image", "vmtemplate NAME --image FILE takes disk images")
+    return os.path.abspath(path)
 
 
 # -- what there is
@@ -6733,10 +6625,8 @@ def package_sources(
     another distribution: mmdebstrap knows the public ones.  `host`: what os-release says of it.  Raises Error where the
     keys that all this is verified with aren't there."""
     if not os.path.isfile(distribution.keys):
-        raise Error(
-            f"{suite}: {distribution.keys} is missing: no package of {distribution.name} can be verified without it",
-            f"sudo apt install {distribution.keyring}",
-        )
+        said = f"{suite}: {distribution.keys} is missing: no package of {distribution.name} can be verified without it"
+        raise Error(said, f"sudo apt install {distribution.keyring}")
     codename = host.get("VERSION_CODENAME", "") if host.get("ID") == distribution.id else ""
     # Debian's unstable has no updates of its own.
     pockets = ("",) if suite in ("sid", "unstable", "experimental") else ("", "-updates", "-security")
@@ -6788,9 +6678,8 @@ def check_builder() -> None:
             taken = re.findall(r":(\d+):(\d+)$", "\n".join(ranges.values()), re.M)
             free = max([100000, *(int(first) + int(count) for first, count in taken)])  # as useradd(8) begins
             hint = " ".join(f"--add-{kind}s {free}-{free + 65535}" for kind in ("subuid", "subgid"))
-            raise Error(
-                f"{user} has no range in {name}, and without it only root can build", f"sudo usermod {hint} {user}"
-            )
+            said = f"{user} has no range in {name}, and without it only root can build"
+            raise Error(said, f"sudo usermod {hint} {user}")
 
 
 def build_tmpdir() -> str:
