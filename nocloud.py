@@ -81,7 +81,6 @@ if TYPE_CHECKING:
     import http.client
     import ipaddress
     import json
-    import lzma
     import pwd
     import resource
     import select
@@ -96,7 +95,6 @@ if TYPE_CHECKING:
     import textwrap
     import threading
     import tty
-    import urllib.request
     import zipfile
     import zlib
     from dataclasses import dataclass as record
@@ -116,9 +114,8 @@ else:
 
     _LATER = (
         "argparse", "asyncio", "base64", "binascii", "codecs", "ctypes", "difflib", "fnmatch", "glob",
-        "grp", "gzip", "hashlib", "ipaddress", "json", "lzma", "pwd", "resource", "select", "selectors", "shlex",
-        "shutil", "socket", "ssl", "subprocess", "tarfile", "termios", "textwrap", "threading", "tty", "zipfile",
-        "zlib",
+        "grp", "gzip", "hashlib", "ipaddress", "json", "pwd", "resource", "select", "selectors", "shlex", "shutil",
+        "socket", "ssl", "subprocess", "tarfile", "termios", "textwrap", "threading", "tty", "zipfile", "zlib",
     )  # fmt: skip
     globals().update({name: Module(name) for name in _LATER})
 
@@ -145,24 +142,19 @@ TEXT = "utf-8-sig"  # files that people write: without the byte order mark that 
 if not TYPE_CHECKING:
 
     def record(cls: Any) -> Any:
-        """A class of plain values, whose fields are declared once: `__init__` and `__slots__` from its annotations.
-
-        To a type checker it is dataclasses.dataclass, whose import takes 27 ms, so calls are checked as those of one;
-        `__post_init__` serves as there.  Two are equal only where they are one, a record is no one's base, and a
-        default is shared by all: it must be a value that can't be changed.
-        """
+        """A class of plain values, whose fields are declared once: `__init__` and `__slots__` from its annotations.  A
+        type checker takes it for dataclasses.dataclass, whose import takes 27 ms; `__post_init__` serves as there.  Two
+        are equal only where they are one, a record is no one's base, and a default is one that can't be changed."""
         fields = tuple(cls.__annotations__)
         body = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
         defaults = {name: body.pop(name) for name in fields if name in body}
         finish = body.get("__post_init__")
 
         def init(self: Any, *values: Any, **named: Any) -> None:
-            if named or len(values) != len(fields):  # all of them in their order are the common case, and the fast one
-                given = {**defaults, **dict(zip(fields, values)), **named}
-                if len(values) > len(fields) or given.keys() != set(fields):
-                    raise TypeError(f"{cls.__name__} takes {', '.join(fields)}")
-                values = tuple(given[name] for name in fields)
-            for name, value in zip(fields, values):
+            given = {**defaults, **dict(zip(fields, values)), **named}
+            if len(values) > len(fields) or given.keys() != set(fields):
+                raise TypeError(f"{cls.__name__} takes {', '.join(fields)}")
+            for name, value in given.items():
                 setattr(self, name, value)
             if finish:
                 finish(self)
@@ -171,8 +163,7 @@ if not TYPE_CHECKING:
 
 
 class Error(Exception):
-    """Something that could not be done, told in one line, after the name of the `vm` that it is about; `hint` is the
-    one line that says what to do."""
+    """What could not be done, in one line, after the name of the `vm` that it is about; `hint` says what to do."""
 
     status = EXIT_FAILED
 
@@ -372,26 +363,22 @@ def read_text(path: str) -> str:
 
 def read_existing(path: str) -> str:
     """The text of a small file; '' where there is none."""
-    try:
+    with contextlib.suppress(FileNotFoundError):
         return read_text(path)
-    except FileNotFoundError:
-        return ""
+    return ""
 
 
 def read_tail(path: str) -> str:
     """The last 4096 bytes of a log, as text; '' where there is none."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.path.getsize(file.fileno()) - 4096))
-            return file.read().decode("utf-8", "replace")
-    except OSError:
-        return ""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(file.fileno()) - 4096))
+        return file.read().decode("utf-8", "replace")
+    return ""
 
 
 def write_file(path: str, content: str | bytes, mode: int = 0o600, durable: bool = True) -> None:
-    """Write `path` so that a reader, or a power cut, sees the old file or the new one, never half of it.  The new one
-    is on the disk when this returns, but where `durable` is off: for what is written anew when it is needed, or lies
-    in a folder that lands later."""
+    """Write `path` so that a reader, or a power cut, sees the old file or the new one, never half of it; it is on the
+    disk then, unless `durable` is off: for what is written anew at need, or in a folder that lands later."""
     data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     temporary = f"{path}.{os.getpid()}.{os.urandom(3).hex()}.tmp"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
@@ -470,11 +457,9 @@ def existing_parent(folder: str) -> str:
 
 def names_in(path: str, wanted: Callable[[os.DirEntry[str]], bool] = lambda entry: True) -> list[str]:
     """The names of what is in a folder, sorted; none where there is no such folder, or we may not look."""
-    try:
-        with os.scandir(path) as entries:
-            return sorted(entry.name for entry in entries if wanted(entry))
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError), os.scandir(path) as entries:
+        return sorted(entry.name for entry in entries if wanted(entry))
+    return []
 
 
 def folders_in(path: str) -> list[str]:
@@ -497,10 +482,8 @@ def file_digest(path: str, algorithm: str = "sha256") -> str:
 
 
 def untrusted(path: str, info: os.stat_result | None = None) -> str:
-    """Why a configuration file must not be used, or '': it has to be the caller's or root's, and only theirs to write.
-
-    A group that may write is accepted where it is the caller's own (user-private groups, Debian's default) or root's.
-    """
+    """Why a configuration file must not be used, or '': it has to be the caller's or root's, and only theirs to write,
+    or their own group's (user-private groups are Debian's default)."""
     info = info or os.stat(path)
     if info.st_uid not in (os.geteuid(), 0):
         return "it belongs to another user"
@@ -526,13 +509,10 @@ def process_file(pid: int, name: str) -> str:
 
 
 class FolderLock:
-    """A `flock` on a folder, kept until `release` or the end of the `with`.
-
-    Who can open a file can lock it, for ever.  So where others may look into the folder, the lock is on a file in it
-    that only its owner can open, and that is gone when none has it; a sticky folder is shared by its users, lock and
-    all.  Who waits longer than a second says so.  What is locked may be removed or replaced by whoever holds the lock
-    before us, so it is compared with what the path names now.
-    """
+    """A `flock` on a folder, kept until `release` or the end of the `with`; who waits longer than a second says so.
+    Who can open a file can lock it, for ever: where others may look into the folder, the lock is on a file in it that
+    only its owner can open, gone when none has it; a sticky folder's users share it, lock and all.  What is locked may
+    be removed or replaced meanwhile, so it is compared with what the path names now."""
 
     def __init__(self, path: str, shared: bool = False, wait: float = 600.0, make: bool = False) -> None:
         """`make`: the folder is made where it isn't there, as often as someone else removes it meanwhile."""
@@ -603,12 +583,9 @@ def is_locked(path: str) -> bool:
 
 
 def lock_holder(path: str) -> tuple[str, int]:
-    """Who holds the write lock on a pidfile: ("running", pid), ("stopped", 0) or ("unknown", 0).
-
-    qemu locks the file named by `-pidfile` for as long as it lives (util/oslib-posix.c), so the lock, and
-    not the number in the file, says whether it runs: a stale file or a reused pid can't deceive.
-    Unknown: the file may not be read, the holder is in another pid namespace (pid 0), or there is no lock service.
-    """
+    """Who holds the write lock on a pidfile: ("running", pid), ("stopped", 0), or ("unknown", 0) where the file can't
+    be read, the holder is in another pid namespace (pid 0), or there is no lock service. qemu locks its `-pidfile` for
+    as long as it lives (util/oslib-posix.c): a stale file or a reused pid can't deceive."""
     layout = "hhqqi4x"  # struct flock of Linux on 64-bit machines: l_type, l_whence, l_start, l_len, l_pid
     try:
         with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
@@ -709,13 +686,10 @@ def error_from_os(error: OSError) -> Error:
 
 @record
 class Setting:
-    """A key: what its values must be, what it is without a file, and who reads it.
-
-    `check` raises ValueError, saying what was expected.  `where` is `config` (configuration files and the
-    environment), `vm` (a VM's own conf), `both`, or `unused` (read without a warning, for old files' sake).
-    `inherited`: a clone's conf gets it from its template's, where that has it.  `harmless`: it can't have anything run
-    or opened, so that it counts in a ./.nocloud.conf as well, which may have come with somebody's repository.
-    """
+    """A key: what its values must be, what it is without a file, and who reads it.  `check` raises ValueError, saying
+    what was expected.  `where` is `config` (configuration files, the environment), `vm` (a VM's own conf), `both`, or
+    `unused` (read without a warning, for old files' sake).  `inherited`: a clone's conf gets it from its template's.
+    `harmless`: it can't have anything run or opened, so it counts in a ./.nocloud.conf, which may be somebody's."""
 
     key: str
     check: Callable[[str], object]
@@ -766,17 +740,13 @@ def is_ipv4(text: str) -> bool:
 # It ends up in ssh's arguments and in the guest's files.
 LOGIN_NAME = matching("[a-z_][a-z0-9_-]{0,31}", "a login name (lower case letters, digits, '_' and '-')")
 MAC_ADDRESS = matching("[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}", "six pairs of hexadecimal digits, as 00:50:56:12:34:56")
-INTERFACE_NAME = matching(
-    "[A-Za-z0-9][A-Za-z0-9._-]{0,14}", "a network interface's name: at most 15 letters, digits, '.', '_' and '-'"
-)
+INTERFACE_NAME = matching("[A-Za-z0-9][A-Za-z0-9._-]{0,14}", "a name of at most 15 letters, digits, '.', '_' and '-'")
 HOST_NAME = matching("[A-Za-z0-9][A-Za-z0-9._-]{0,252}", "an address or a name")
 UUID = matching("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", "a UUID")
 _BYTE = "(?:[1-9]?[0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])"
 _IPV4 = rf"{_BYTE}(?:\.{_BYTE}){{3}}"  # no shorter form, as 127.1 or 0, which would be 0.0.0.0, and none in octal
 IPV4_ADDRESS = matching(f"({_IPV4})?", "an IPv4 address")
-IPV4_PREFIX = matching(
-    f"{_IPV4}/([89]|[12][0-9]|30)", "an IPv4 address and the length of its network's prefix, as 192.168.1.1/24"
-)
+IPV4_PREFIX = matching(f"{_IPV4}/([89]|[12][0-9]|30)", "an IPv4 address and the length of a prefix, as 192.168.1.1/24")
 _PORT = "(?:[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
 _PUBLISHED = rf"(?:(?!22[4-9]|2[3-5][0-9]){_IPV4}:)?{_PORT}:(?!0+\b){_PORT}"
 PORTS = matching(rf"({_PUBLISHED}(,{_PUBLISHED})*)?", "[IP:]HOST:GUEST, ports of TCP (no others), comma-separated")
@@ -905,9 +875,7 @@ def split_lines(text: str) -> list[str]:
 
 def parse_assignments(text: str, name: str, known: MutableMapping[str, str]) -> list[Assignment]:
     """The assignments of a file in the sh subset that the contract allows; `known` are the variables it may use.
-
-    Raises UsageError naming FILE:LINE for anything else: a command, a substitution, an open quote.
-    """
+    Raises UsageError naming FILE:LINE for anything else: a command, a substitution, an open quote."""
     variables = ChainMap[str, str]({}, known)
     found: list[Assignment] = []
     match = re.compile(_PLAIN, re.ASCII).match
@@ -920,21 +888,20 @@ def parse_assignments(text: str, name: str, known: MutableMapping[str, str]) -> 
             if plain:
                 key, value = plain.groups()
             else:
-                start = re.compile(_START, re.ASCII).match(line)
-                if not start:
+                if not (start := re.compile(_START, re.ASCII).match(line)):
                     raise ValueError(f"not a KEY=value line: {line[:60]!r}")
                 key, value = start.group(1), _read_value(line[start.end() :], variables, used)
         except ValueError as error:
-            raise UsageError(
-                f"{name}:{number}: {error}", "only KEY=value lines with quotes, $VAR and comments are read, never run"
-            ) from None
+            hint = "only KEY=value lines with quotes, $VAR and comments are read, never run"
+            raise UsageError(f"{name}:{number}: {error}", hint) from None
         variables[key] = value
         found.append(Assignment(number, key, value, used))
     return found
 
 
 def _read_value(text: str, variables: Mapping[str, str], used: set[str]) -> str:
-    """A value, perhaps a comment: bare words, '…' and "…" side by side, as sh joins them; `used` gets its variables."""
+    """A value, perhaps a comment: bare words, '…' and "…" side by side, as sh joins them; `used` gets its variables.
+    Raises ValueError where what no piece of a value begins with is neither a comment nor nothing."""
     patterns = [re.compile(each, re.ASCII) for each in _PIECES]
     home = re.match(r"~(?=[/\s]|$)", text)
     parts = [os.path.expanduser("~")] if home else []
@@ -948,25 +915,19 @@ def _read_value(text: str, variables: Mapping[str, str], used: set[str]) -> str:
             parts.append(variables.get(piece["name"]) or piece["word"] or "")
         else:
             parts.append(piece[piece.lastgroup or 0])
-    _check_end(text[position:], quoted)
-    return "".join(parts)
-
-
-def _check_end(rest: str, quoted: bool) -> None:
-    """Raise ValueError where what no piece of a value begins with is neither a comment nor nothing."""
-    char, comment = rest[:1], rest.lstrip(" \t")
-    if char == "$":
-        raise ValueError("a '$' that is neither $NAME, ${NAME} nor ${NAME:-word}: commands are not run here")
-    if quoted:
+    char, comment = text[position : position + 1], text[position:].lstrip(" \t")
+    said = {
+        "$": "a '$' that is neither $NAME, ${NAME} nor ${NAME:-word}: commands are not run here",
+        "'": "a ' that is not closed",
+        "\\": "a \\ at the end of the line: a value is one line",
+    }
+    if quoted and char != "$":
         raise ValueError(f"{char!r} in quotes: commands are not run here" if char else 'a " that is not closed')
-    if char == "'":
-        raise ValueError("a ' that is not closed")
-    if char == "\\":
-        raise ValueError("a \\ at the end of the line: a value is one line")
     if char not in ("", " ", "\t"):
-        raise ValueError(f"{char!r} outside quotes: commands are not run here")
+        raise ValueError(said.get(char, f"{char!r} outside quotes: commands are not run here"))
     if comment and comment[0] != "#":
         raise ValueError(f"more than one word after '=': {comment[:40]!r} (quote the value)")
+    return "".join(parts)
 
 
 def quote_value(value: str) -> str:
@@ -1030,8 +991,7 @@ class Config:
             self._values[same] = value
 
     def read(self, path: str, warn: Callable[[str], None] = report.warn) -> None:
-        """Take the settings of a file; one that others could have written is skipped.  `warn` is told of that, and of
-        unknown keys."""
+        """Take the settings of a file, if others can't write to it; `warn` is told of that, and of unknown keys."""
         text, reason = read_trusted(path)
         if reason:
             warn(f"{path} is skipped: {reason}")
@@ -1080,19 +1040,16 @@ def packaged(name: str, place: str = "etc") -> str:
     """The text of a file of `etc/` (or `systemd/`) as it came with the program: beside it, in the zipapp inside it; ''
     where there is none: nocloud.py copied alone does what needs none of them."""
     path = os.path.join(os.path.dirname(os.path.realpath(__file__)), place, name)
-    try:
+    with contextlib.suppress(OSError):
         return bytes.decode(globals()["__loader__"].get_data(path))
-    except OSError:
-        return ""
+    return ""
 
 
 def need_packaged(name: str, place: str = "etc") -> str:
     """packaged() of a file that the work can't be done without.  Raises Error where it isn't there."""
-    text = packaged(name, place)
-    if not text:
-        said = f"{place}/{name} is missing: {program_path()} was copied without it"
-        raise Error(said, "nocloud.pyz is all in one file")
-    return text
+    if text := packaged(name, place):
+        return text
+    raise Error(f"{place}/{name} is missing: {program_path()} was copied without it", "nocloud.pyz is all in one file")
 
 
 def guest_script(name: str, root: bool = False, **given: object) -> str:
@@ -1101,6 +1058,11 @@ def guest_script(name: str, root: bool = False, **given: object) -> str:
     values = "".join(f"{key}={shlex.quote(str(value))}\n" for key, value in given.items())
     script = values + need_packaged(f"guest/{name}")
     return f's=; [ "$(id -u)" = 0 ] || s="sudo -n"; exec $s sh -c {shlex.quote(script)}' if root else script
+
+
+def filled(text: str, words: Mapping[str, str]) -> str:
+    """A packaged text, its words between two @ filled in."""
+    return re.sub("@([A-Z]+)@", lambda found: words[found[1]], text)
 
 
 def packaged_list(name: str) -> list[str]:
@@ -1209,10 +1171,9 @@ def base_folder(config: Config) -> str:
 # The package manager, how it installs, its column of etc/packages, counted after the program's, and the distributions
 # that have it, as os-release names them.
 _INSTALLERS = (
-    ("apt-get", "apt install", 0, ("debian", "ubuntu")),
-    ("dnf", "dnf install", 1, ("fedora", "rhel")),
+    ("apt-get", "apt install", 0, ("debian", "ubuntu")), ("dnf", "dnf install", 1, ("fedora", "rhel")),
     ("pacman", "pacman -S", 2, ("arch",)),
-)
+)  # fmt: skip
 GUEST_OUTPUT = 64 << 10  # how much of what a guest says is kept: the last bytes
 
 
@@ -1290,9 +1251,7 @@ def run(
     **how: Any,
 ) -> subprocess.CompletedProcess[str]:
     """Run a program to its end, `how` as for popen(); its stdout as text, its stderr mixed in unless `merge` is off.
-
-    Raises MissingProgram, CommandFailed (unless `check` is off) and TimedOut after `timeout` seconds.
-    """
+    Raises MissingProgram, CommandFailed (unless `check` is off) and TimedOut after `timeout` seconds."""
     stdin = subprocess.DEVNULL if input is None else subprocess.PIPE
     stderr = subprocess.STDOUT if merge else subprocess.PIPE
     with popen(argv, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, **how) as child:
@@ -1313,14 +1272,25 @@ def run(
     return subprocess.CompletedProcess(argv, child.returncode, output, errors)
 
 
+def piped(source: Sequence[str], argv: Sequence[str]) -> Iterator[bytes]:
+    """What a program makes of what another one writes, in pieces of 1 MB.  Raises CommandFailed where it fails."""
+    pipe = subprocess.PIPE
+    with popen(source, stdout=pipe) as first, popen(argv, stdin=first.stdout, stdout=pipe, stderr=pipe) as child:
+        assert first.stdout and child.stdout and child.stderr
+        first.stdout.close()  # ours
+        yield from iter(functools.partial(child.stdout.read, MIB), b"")
+        said = child.stderr.read().decode("utf-8", "replace")
+    if child.returncode:
+        raise CommandFailed(argv, child.returncode, said)
+
+
 def flush(path: str) -> None:
     """Have all that was written to a file system on its disk: one flush for many files (syncfs(2), by coreutils)."""
     run(["sync", "-f", path], timeout=None)
 
 
 def land(moves: Mapping[str, str]) -> None:
-    """Rename files or folders of one file system into place: what they hold is on the disk before they get their new
-    names, and these are when this returns."""
+    """Rename files or folders of one file system into place: their content is on the disk before, their names after."""
     for part, path in moves.items():
         flush(part)
         os.rename(part, path)
@@ -1343,12 +1313,9 @@ def run_watched(
     host: Process | None = None,
     **how: Any,
 ) -> tuple[int, str]:
-    """Run a long program, or one that a guest has write what it likes, giving each line to `on_line`, `how` as for
-    popen(); (its exit status, the last GUEST_OUTPUT bytes of what it wrote).
-
-    It has a session of its own, all of which ends when we are interrupted, with TimedOut after `timeout` seconds
-    (0: never), and as soon as `host` has ended, the qemu that it talks to.
-    """
+    """Run a long program, or one that a guest has write what it likes, `how` as for popen(), each line going to
+    `on_line`; (exit status, the last GUEST_OUTPUT bytes of what it wrote).  Its session ends when we are interrupted,
+    with TimedOut after `timeout` seconds (0: never), and as soon as `host` has ended, the qemu that it talks to."""
     child = popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **how)
     assert child.stdout
     cancellation.children.add(child)
@@ -1363,8 +1330,7 @@ def run_watched(
                     end_session(child, 5)
                     break
                 if readable(output, 0.25):
-                    piece = os.read(output.fileno(), 65536)
-                    if not piece:
+                    if not (piece := os.read(output.fileno(), 65536)):
                         break
                     said = (said + piece)[-GUEST_OUTPUT:]
                     *lines, rest = (rest + piece).split(b"\n")
@@ -1452,11 +1418,9 @@ def fork_session() -> int:
 
 
 def fork_child(work: Callable[[], None], keep: Sequence[int]) -> int:
-    """Do `work` in a child, a session of its own, that keeps nothing of ours but the descriptors `keep`; its pid.
-
-    A child that doesn't exec closes nothing by itself: our locks, and the pipe of a caller's `$(...)`, would live as
-    long as it does.  What `work` imports must have been imported before: another thread may hold the import lock.
-    """
+    """Do `work` in a child, a session of its own, that keeps nothing of ours but the descriptors `keep`; its pid.  It
+    closes nothing by itself: our locks, and the pipe of a caller's `$(...)`, would live as long as it does.  What
+    `work` imports must have been imported before: another thread may hold the import lock."""
     import ctypes  # noqa: F401
     import subprocess  # noqa: F401
 
@@ -1477,7 +1441,7 @@ def fork_child(work: Callable[[], None], keep: Sequence[int]) -> int:
         os._exit(EXIT_FAILED)
 
 
-class Process:
+class Process(contextlib.AbstractContextManager["Process"]):
     """A process that we may signal, held by a pidfd: its number can't become another's meanwhile."""
 
     def __init__(self, pid: int) -> None:
@@ -1511,9 +1475,6 @@ class Process:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def __enter__(self) -> Process:
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
@@ -1564,11 +1525,8 @@ class WrongImage(Error):
 
 
 def image_info(path: str, format: str) -> dict[str, Any]:
-    """`qemu-img info` of an image of this format; raises WrongImage where it can't be read.
-
-    -U: a running VM holds the image's lock, and looking does no harm.  Absolute, here and below: a relative name with
-    a colon would be taken for a protocol (nbd:HOST:PORT, json:{…}).
-    """
+    """`qemu-img info` of an image of this format; raises WrongImage where it can't be read.  -U: a running VM locks it.
+    Absolute, here and below: a relative name with a colon would be a protocol (nbd:HOST:PORT, json:{…})."""
     try:
         answer = run(["qemu-img", "info", "-U", "--output=json", "-f", format, os.path.abspath(path)], merge=False)
     except CommandFailed as failed:
@@ -1592,11 +1550,9 @@ NO_DISKS = (
 
 
 def foreign_image_format(path: str, shown: str = "") -> str:
-    """The format of an image from outside: qcow2 or raw, whole, standing on no other file.  Else raises WrongImage.
-
-    An image may name any file of the host as its backing or data file, and a guest would read it; so qemu-img isn't
-    asked what it is.  `shown` is what messages call it, where that isn't its path.
-    """
+    """The format of an image from outside, called `shown`: qcow2 or raw, whole, on no other file; else raises
+    WrongImage. qemu-img isn't asked: an image may name any of the host's files as its backing or data, for guests to
+    read."""
     shown = shown or path
     with open(path, "rb") as file:
         head = file.read(0x8006)
@@ -1621,10 +1577,8 @@ def foreign_image_format(path: str, shown: str = "") -> str:
 
 def partitions_end(head: bytes) -> int:
     """Where the partitions of a raw disk end, in bytes; 0 where it has none: its file system may begin in sector 0.
-
     GPT: the last sector, where its copy is, at byte 32 of the header in sector 1 (UEFI 2.10, 5.3.2).  MBR: four entries
-    from byte 446 on: flag, type, first sector, number of sectors.
-    """
+    from byte 446 on: flag, type, first sector, number of sectors."""
     if head[512:520] == b"EFI PART":
         return 512 * (1 + int.from_bytes(head[544:552], "little"))
     entries = [struct.unpack_from("<B3xB3xII", head, at) for at in range(446, 510, 16)]
@@ -1652,13 +1606,10 @@ class Qcow2:
 
 
 def qcow2_header(path: str) -> Qcow2 | None:
-    """The header of a qcow2 image; None: it is none.
-
-    Big-endian magic, version, offset (in the first cluster, of 2 MB at most) and length of the backing file's name,
-    where the tables are; bit 2 of version 3's incompatible features is the data file; extensions follow, 0xE2792ACA is
-    the backing file's format (QEMU docs/interop/qcow2.txt).  qemu-img would take 15 ms a file, and open what the header
-    names; a tree may have a thousand.  A guest may have led us here: what is no regular file isn't opened.
-    """
+    """The header of a qcow2 image (QEMU docs/interop/qcow2.txt); None: it is none.  Big-endian magic, version, offset
+    (in the first cluster, of 2 MB at most) and length of the backing file's name, where the tables are; bit 2 of
+    version 3's incompatible features is the data file; extension 0xE2792ACA is the backing file's format. qemu-img
+    takes 15 ms, and opens what that names.  What is no regular file isn't opened: a guest may have led us here."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         return None
     with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
@@ -1709,12 +1660,8 @@ def backing_chain(disk: str, format: str, followed: Callable[[str], bool]) -> li
 
 
 def known_formats(vm: VM) -> list[str]:
-    """The format of each disk of a VM: what its conf says, and for disks that it doesn't tell of what they look like
-    now, which its conf says from then on.
-
-    Asked of the disk at each start, a guest with a raw one could write the header of a qcow2 image into it, and read
-    any file of the host from the next start on.
-    """
+    """The format of each disk of a VM: what its conf says, else what it looks like now, which its conf says from then
+    on: asked at each start, a guest could write a qcow2 header into its raw disk, and read any file of the host."""
     disks, known = vm.disks(), [each for each in vm.get("vmDiskFormat").split(",") if each]
     if len(known) > len(disks):
         said = f"vmDiskFormat names {plural(len(known), 'format')} for {plural(len(disks), 'disk')}"
@@ -1742,8 +1689,7 @@ def first_format(vm: VM, disk: str) -> str:
 
 
 def create_disk(disk: str, gigabytes: int = 0, *below: str) -> None:
-    """A qcow2 disk that grows as it is written to, from about 200 KB; `below`: qemu-img's words for its backing file,
-    whose size it has without one."""
+    """A qcow2 disk, of 200 KB while it is empty; `below`: words for its backing file, whose size it has without one."""
     size = [f"{gigabytes}G"] if gigabytes else []
     run(["qemu-img", "create", "-q", "-f", "qcow2", *below, os.path.abspath(disk), *size])
 
@@ -1759,24 +1705,10 @@ def resize_disk(disk: str, format: str, gigabytes: int) -> None:
     run(["qemu-img", "resize", "-q", "-f", format, disk, f"{gigabytes}G"])
 
 
-def is_written(disk: str, format: str) -> bool:
-    """Whether a qemu may be writing to the disk, of this format: its lock on the image keeps other readers out."""
-    return run(["qemu-img", "info", "-f", format, os.path.abspath(disk)], check=False).returncode != 0
-
-
 def is_sound(disk: str) -> bool:
     """Whether a qcow2 image's own tables are consistent; clusters that are only lost (status 3) do no harm."""
     words = ["qemu-img", "check", "-q", "-f", "qcow2", os.path.abspath(disk)]
     return run(words, check=False, timeout=600).returncode in (0, 3)
-
-
-def checked_iso(path: str) -> str:
-    """`path` if it is an ISO 9660 image, all that a BIOS boots from a CD (ECMA-119, 8.4: CD001 in sector 16)."""
-    with open(path, "rb") as file:
-        file.seek(16 * 2048 + 1)
-        if file.read(5) != b"CD001":
-            raise Error(f"{path}: not an ISO image", "vmtemplate NAME --image FILE takes disk images")
-    return os.path.abspath(path)
 
 
 def find_iso_writer() -> list[str]:
@@ -1792,8 +1724,7 @@ def convert_image(source: str, format: str, target: str, *options: str) -> None:
 
 
 def compress_image(source: str, format: str, target: str) -> None:
-    """A compressed, self-contained qcow2 of an image: a third of the size for 3 s; zlib, where qemu lacks zstd, would
-    take 20 s."""
+    """A compressed, self-contained qcow2 of an image: a third of the size for 3 s; zlib, lacking zstd, takes 20 s."""
     try:
         convert_image(source, format, target, "-c", "-W", "-m", "8", "-o", "compression_type=zstd")
     except CommandFailed:
@@ -1829,7 +1760,7 @@ def converted_size(source: str, format: str) -> int:
 # that come before a reply are kept.
 
 
-class QMP:
+class QMP(contextlib.AbstractContextManager["QMP"]):
     """A connection to a VM's qmp.sock, or the QMP socket of that name in a folder, or to `connection`; with a deadline.
     Raises QMPClosed where qemu ended, TimedOut at the deadline, QMPError for what the server refuses."""
 
@@ -1910,9 +1841,6 @@ class QMP:
 
     def close(self) -> None:
         self._socket.close()
-
-    def __enter__(self) -> QMP:
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
@@ -2048,11 +1976,9 @@ def qemus() -> list[QemuProcess]:
 def unlocked_qemu(vm: VM) -> QemuProcess | None:
     """The qemu that runs a VM without a locked pidfile: the bash tools started it, or someone removed the file."""
     for process in qemus():
-        try:  # root may own a conf as well
+        with contextlib.suppress(Error):  # its conf can't be read; root may own one as well
             if process.uid in (os.geteuid(), 0) and process.runs(vm) and process.is_alive():
                 return process
-        except Error:
-            continue  # its conf can't be read
     return None
 
 
@@ -2066,11 +1992,8 @@ def foreign_qemu(vm: VM) -> QemuProcess | None:
 
 
 class HMP(QMP):
-    """The same over qemu's monitor for humans, as the bash tools opened it, on telnet or on a plain socket.
-
-    It says its version and a prompt.  What is typed comes back with the escape sequences of a line editor
-    (util/readline.c), then the answer, then the prompt again.
-    """
+    """The same over qemu's monitor for humans, on telnet or a plain socket, as the bash tools opened it: version,
+    prompt; what is typed comes back with a line editor's escapes (util/readline.c), the answer, the prompt again."""
 
     PROMPT = b"(qemu) "
     # Telnet's negotiation (RFC 854: IAC, WILL to DONT, option) and a terminal's control sequences
@@ -2096,10 +2019,8 @@ class HMP(QMP):
 
 
 def connect_foreign(process: QemuProcess, vm: VM, seconds: float) -> HMP:
-    """A connection to a monitor that the bash tools opened: `-monitor unix:PATH,…` or `-monitor telnet:HOST:PORT,…`.
-
-    A port is only taken for qemu's where it listens on this host's loopback, in the network namespace that we are in.
-    """
+    """A connection to a monitor that the bash tools opened: `-monitor unix:PATH,…`, or `-monitor telnet:HOST:PORT,…`
+    where it listens on this host's loopback, in the network namespace that we are in: else the port isn't qemu's."""
     for options in map(suboptions, process.values("monitor")):
         way, _, place = next(iter(options)).partition(":")
         host, _, port = place.rpartition(":")
@@ -2196,10 +2117,8 @@ class VM:
         self._conf: dict[str, str] | None = None
 
     def __str__(self) -> str:
-        """How messages name it: NAME, or where others are called so GROUP/NAME, or GROUP/TYPE/NAME.
-
-        Each command finds it by that.  The tree is asked, so this is for a message, not for a list of all VMs.
-        """
+        """How messages name it, and commands find it: NAME, or where others are called so GROUP/NAME, or
+        GROUP/TYPE/NAME. The tree is asked, so this is for a message, not for a list of all VMs."""
         others = [vm for vm in self.tree.find(self.name) if vm.full_name != self.full_name]
         if any(vm.group == self.group for vm in others):
             return self.full_name
@@ -2259,10 +2178,9 @@ class VM:
 
     def is_readable(self) -> bool:
         """Whether its conf can be used."""
-        try:
+        with contextlib.suppress(Error):
             return bool(self.conf)
-        except Error:
-            return False
+        return False
 
     def state(self) -> tuple[str, int]:
         """("running", pid of qemu), ("stopped", 0) or ("unknown", 0)."""
@@ -2295,11 +2213,8 @@ class VM:
         return values
 
     def get(self, key: str) -> str:
-        """A setting of this VM: what its conf says, else the configuration, else the key's default.
-
-        All code asks here.  The conf of a clone has got the inherited keys of its template when it was made; keys that
-        only confs have are not looked up in the configuration.  `auto` of one that is in both says nothing.
-        """
+        """A setting of this VM, for all code: what its conf says (a clone's got the inherited keys when it was made),
+        else the configuration, for keys that it has, else the default.  `auto` of a key in both says nothing."""
         setting, said = SETTING[key], self.conf.get(key, "")
         if setting.where == "both" and said in ("", "auto"):
             return self.tree.config[key]
@@ -2472,14 +2387,11 @@ class Tree:
         first: Callable[[VM], bool] | None = None,
         address_of: Callable[[VM], str] | None = None,
     ) -> VM:
-        """The one VM that a command's words mean.  Every command about a VM asks here, so all go by these rules.
-
-        `words` are NAME, GROUP/NAME or GROUP/TYPE/NAME, compared without case, or the address of a VM that runs, where
-        `address_of` tells that.  `group` and `type`, the options -g and -t, leave out what is elsewhere.  Where several
-        fit, only those count that `first` chooses, if there are any: running ones for what is done to running VMs,
-        templates for what is mostly done to templates.  Without `first` no guess is made: it may be destroyed.
-        Raises NotFound: where none fits with the nearest name, where several do with all their names.
-        """
+        """The one VM that a command's words mean, by the same rules for all.  `words` are NAME, GROUP/NAME or
+        GROUP/TYPE/NAME, compared without case, or the address of a running VM, where `address_of` tells that.  `group`
+        and `type`, the options -g and -t, leave out what is elsewhere.  Where several fit, those count that `first`
+        chooses, if any: running ones for what is done to those, templates for what is mostly done to templates; without
+        it no guess is made: it may be destroyed.  Raises NotFound, with the nearest name, or all names that fit."""
         if words is None:
             raise UsageError("which VM? give -n NAME", VMS_HINT)
         if address_of and re.fullmatch(r"[0-9]+(\.[0-9]+){3}", words):
@@ -2499,8 +2411,7 @@ class Tree:
         place = f" in {'/'.join(filter(None, (group, type)))}" if group else f" of type {type}" if type else ""
         if found:
             raise NotFound(f"{words}: no such VM{place}", f"did you mean {found[0].full_name}?")
-        kind = "group" if words in self.groups() else "type" if words in self.all_types() else ""
-        if kind:
+        if kind := "group" if words in self.groups() else "type" if words in self.all_types() else "":
             text = f"{words}: no such VM{place}, but a {kind}"
             raise NotFound(text, f"vmrunning -a -{kind[0]} {words} lists its VMs")
         raise no_such(f"VM{place}", words, [vm.name for vm in self.vms(group or "", type or "")], VMS_HINT)
@@ -2530,14 +2441,12 @@ class Tree:
         found = []
         # In this order: one may be finished between the looks
         for vm in [*self.unfinished(), *self.vms(), *self.strays()]:
-            try:
+            with contextlib.suppress(Error, OSError):  # a conf that can't be read names no template
                 if vm.folder != template.folder and (
                     vm.get("vmTemplate") == template.name
                     or any(path in mine or os.path.dirname(path) == folder for path in vm.below(followed))
                 ):
                     found.append(vm)
-            except (Error, OSError):
-                continue  # a conf that can't be read names no template
         return found
 
 
@@ -2558,8 +2467,7 @@ def no_such(kind: str, name: str, names: Iterable[str], hint: str) -> NotFound:
 
 
 def left_over(tree: Tree, group: str = "") -> Iterator[str]:
-    """The folders that commands which were killed left half-made or half-removed, in a group or in all: those that are
-    locked by no maker that is alive."""
+    """The folders that killed commands left half-made or half-removed, in a group or in all: no maker locks them."""
     folders = (vm.folder for vm in tree.unfinished(group, (MAKING, REMOVING)))
     return (folder for folder in folders if not os.path.islink(folder) and not is_locked(folder))
 
@@ -2647,11 +2555,9 @@ def connect_qemu(vm: VM, seconds: float = 5.0) -> QMP:
 
 def ask_qemu(vm: VM, command: str, seconds: float = 5.0) -> Any:
     """What a command returns; None where the qemu is ending, refuses, or doesn't answer in time."""
-    try:
-        with connect_qemu(vm, seconds) as qemu:
-            return qemu.execute(command)
-    except (QMPError, TimedOut, OSError):
-        return None
+    with contextlib.suppress(QMPError, TimedOut, OSError), connect_qemu(vm, seconds) as qemu:
+        return qemu.execute(command)
+    return None
 
 
 # -- what a guest does
@@ -2666,12 +2572,9 @@ AT_WORK = ("running", "stopped", "unknown", "prelaunch", "inmigrate", "finish-mi
 
 def guest_state(vm: VM) -> str:
     """What a VM does: `running`, `stopped`, `unknown`, or what QMP's RunState calls it (paused, guest-panicked …).
-
-    io-error is two: qemu pauses the guest where the host's disk is full, and where it fails.  SHARE_LOST is running
-    though a folder's daemon has ended: what uses that in the guest hangs.  A qemu that hangs, or is busy with another
-    client, counts as running after a second: no list waits longer.  So does one of the bash tools'.
-    WAKING is one that nobody wakes up any more: its command was killed before the guest knew which VM it is.
-    """
+    io-error is two: qemu pauses the guest where the host's disk is full, and where it fails.  SHARE_LOST: a folder's
+    daemon has ended, what uses that in the guest hangs.  WAKING: its command was killed before the guest knew which VM
+    it is.  A qemu of the bash tools', or one that doesn't answer in a second, is running: no list waits longer."""
     state, _ = vm.state()
     if state != "running" or foreign_qemu(vm):
         return state
@@ -2762,8 +2665,7 @@ def try_kvm(qemu: Qemu) -> str:
 
 
 def device_denied(path: str) -> str:
-    """Why this user can't open a device for reading and writing, or ''.  It is tried: to access(2), root in a container
-    has every right."""
+    """Why this user can't open a device, or ''.  It is tried: to access(2), root in a container has every right."""
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
     except OSError as error:
@@ -2848,15 +2750,9 @@ def firmware_of(vm: VM, arch: str) -> Firmware | None:
 # 0x00 and 0x1f are the chipset's; 0x01 is free with q35, but pc has its ISA bridge and IDE there.  So a device for both
 # takes its slot from the disks, from their end, where MAX_DISKS ends too; a device for q35 alone may take 0x01.
 PCI_SLOTS = {
-    "share": 0x01,
-    "vga": 0x02,
-    "nic": 0x03,
-    **{f"disk{number}": 0x04 + number for number in range(23)},
-    "seed": 0x1B,
-    "usb": 0x1C,
-    "rng": 0x1D,
-    "balloon": 0x1E,
-}
+    "share": 0x01, "vga": 0x02, "nic": 0x03, **{f"disk{number}": 0x04 + number for number in range(23)},
+    "seed": 0x1B, "usb": 0x1C, "rng": 0x1D, "balloon": 0x1E,
+}  # fmt: skip
 LAYOUT = "2"  # of new VMs, see layout_args()
 HOTPLUG_SLOT, HOTPLUG_PORTS = PCI_SLOTS["disk22"], 4  # of layout 2, which has a disk less
 MAX_DISKS = sum(name.startswith("disk") for name in PCI_SLOTS) - 1
@@ -2971,11 +2867,8 @@ def firmware_args(machine: Machine) -> list[str]:
 
 
 def disk_args(machine: Machine) -> list[str]:
-    """vda, vdb … in order, each with a serial: /dev/disk/by-id/virtio-NAME_1 stays what it is.
-
-    -blockdev, not -drive: the format and the backing file's are named, nothing is guessed from content.
-    virtio-blk serials hold 20 bytes (VIRTIO_BLK_ID_BYTES), so a long name keeps its end, which tells disks apart.
-    """
+    """vda, vdb … in order, each with a serial, for /dev/disk/by-id/virtio-NAME_1: 20 bytes (VIRTIO_BLK_ID_BYTES), of a
+    long name the end, which tells disks apart.  -blockdev, not -drive: nothing is guessed from content."""
     words: list[str] = []
     first = 1 if machine.iso or machine.settings["vmKernel"] else 0
     unplugged = len(machine.disks) - int(machine.settings["vmPlugged"])
@@ -3012,11 +2905,8 @@ def iso_args(machine: Machine) -> list[str]:
 
 def seed_args(machine: Machine) -> list[str]:
     """cloud-init's NoCloud volume, after all disks: read only, and there at each boot, since cloud-init looks at it.
-
-    On virtio-blk, for the kernels of Debian's cloud images have no driver of IDE and SATA drives; without a bootindex,
-    so it is never booted from.  The serial of SMBIOS type 1 says that there is a seed before any disk has been looked
-    at (cloud-init's ds-identify), so that one that shows up late is waited for.
-    """
+    On virtio-blk: Debian's cloud kernels have no IDE and SATA drivers; without a bootindex: never booted.  SMBIOS type
+    1's serial tells of a seed before disks are looked at (ds-identify): one that shows up late is waited for."""
     if not machine.seed:
         return []
     if os.path.basename(machine.seed) == SEED_ISO:
@@ -3032,11 +2922,8 @@ def seed_args(machine: Machine) -> list[str]:
 
 @functools.cache
 def choose_seed(qemu: Qemu) -> str:
-    """How a seed is attached: `vvfat`, or `iso` where the binary lacks that (RHEL's does).
-
-    `-drive format=help` says it truly: it heeds the binary's list of drivers that may be used, unlike the QMP schema.
-    Raises MissingProgram where no ISO image can be written either.
-    """
+    """How a seed is attached: `vvfat`, or `iso` where the binary lacks that (RHEL's), as `-drive format=help` says; the
+    QMP schema doesn't heed which drivers may be used.  Raises MissingProgram where no ISO can be written either."""
     if "vvfat" in run([qemu.path, "-drive", "format=help"], check=False, merge=False).stdout.split():
         return "vvfat"
     if find_iso_writer():
@@ -3079,13 +2966,9 @@ def layout_args(machine: Machine) -> list[str]:
 
 
 def memory_args(machine: Machine) -> list[str]:
-    """Memory in a file, for the one who freezes to write; or privately, what a clone changes being its own
-    (QEMU docs/system/vm-templating.rst).
-
-    A balloon would cut what it gives back out of the file, which is everybody's: such machines have none.  The memory
-    is called as it would be without a file, so that it can be taken up again by a qemu that has none (qemu(1),
-    memory-backend).
-    """
+    """Memory in a file, for the one who freezes to write; or privately, what a clone changes being its own (QEMU
+    docs/system/vm-templating.rst).  A balloon would cut what it gives back out of everybody's file: they have none.  It
+    is called as it would be without a file: a qemu that has none can take it up again (qemu(1), memory-backend)."""
     if not machine.memory:
         return []
     share = "off" if machine.wakes else "on"
@@ -3132,11 +3015,8 @@ def screen_args(machine: Machine) -> list[str]:
 
 
 def choose_screen(qemu: Qemu) -> str:
-    """What the binary can show a screen with: `spice`, `vnc` or ''.
-
-    `-spice help` says it truly: where SPICE is a module in a package of its own (Debian), the QMP schema names it
-    though the module isn't installed, and query-command-line-options leaves it out though it is.
-    """
+    """What the binary can show a screen with: `spice`, `vnc` or ''.  `-spice help` knows: of a SPICE module of its own
+    (Debian) the QMP schema names what isn't installed, query-command-line-options leaves out what is."""
     if "disable-ticketing" in run([qemu.path, "-spice", "help"], check=False).stdout:
         return "spice"
     return "vnc" if "vnc" in qemu.options else ""
@@ -3237,10 +3117,9 @@ class Network:
 
 def vhost_net() -> int:
     """/dev/vhost-net, which moves packets without leaving the kernel, or -1 where it can't be had."""
-    try:
+    with contextlib.suppress(OSError):
         return os.open("/dev/vhost-net", os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return -1
+    return -1
 
 
 def nft_rules(name: str, **defines: str) -> bytes:
@@ -3291,10 +3170,8 @@ def first_free(networks: Iterable[str], taken: Iterable[ipaddress.IPv4Network]) 
 
 
 def daemon_pid(pid_file: str) -> int:
-    """The pid of the daemon that wrote the file, or 0.  It names the file on its command line: a reused pid doesn't.
-
-    Raises OSError where that can't be found out, for want of descriptors say: it isn't started a second time then.
-    """
+    """The pid of the daemon that wrote the file, or 0; it names the file on its command line, and a reused pid doesn't.
+    Raises OSError where that can't be found out, for want of descriptors say: it isn't started a second time then."""
     try:
         pid = int(read_text(pid_file))
         words = read_text(f"/proc/{pid}/cmdline").split("\0")
@@ -3351,11 +3228,9 @@ def small_files(folder: str) -> list[tuple[str, os.stat_result, str]]:
     """The name too, of each that isn't hidden, the oldest first: by its last change, a time that nobody can set."""
     found = []
     for name in names_in(folder):
-        try:
+        with contextlib.suppress(OSError):  # gone meanwhile, or none of ours
             if name[0] != ".":
                 found.append((name, *small_file(os.path.join(folder, name))))
-        except OSError:
-            continue  # gone meanwhile, or none of ours
     return sorted(found, key=lambda each: (each[1].st_ctime_ns, each[0]))
 
 
@@ -3432,12 +3307,9 @@ class HostFiles:
 
 
 class Inbox:
-    """What users say of their VMs on a network that they share: a file each, named by the VM's UUID.
-
-    `ADDRESS MAC NAME.GROUP`; for a VM that is being made ADDRESS alone, which is held for it.  Each user can add files
-    here and remove only his own; what is in others' is input.  A comment says of which tree the VM is: not by its path,
-    which tells others too much.
-    """
+    """What users say of their VMs on a network that they share: a file each, named by the VM's UUID, `ADDRESS MAC
+    NAME.GROUP`, or ADDRESS alone, held for a VM in the making.  Each user can add files and remove only his own; what
+    is in others' is input.  A comment says of which tree the VM is, not by its path, which tells others too much."""
 
     FORM = re.compile(
         r"([0-9.]{7,15})(?: ((?:[0-9a-f]{2}:){5}[0-9a-f]{2}) ([A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9._-]{1,63})?))?\n"
@@ -3467,12 +3339,9 @@ class Inbox:
         self._write(vm.get("vmUuid"), f"{vm.get('vmAddress')} {vm.get('vmMac').lower()} {name}")
 
     def reserve(self, uuid: str, address: str) -> bool:
-        """Hold an address for a VM that is being made, unless another one has it.
-
-        Not under a lock, which whoever may take it could keep: who finds another's file that isn't younger than his own
-        gives way, and so does who finds one with a MAC, for publishing makes it young again.  Of two at once both may,
-        and neither has it with the other.
-        """
+        """Hold an address for a VM that is being made, unless another one has it.  Not under a lock, which whoever may
+        take it could keep: who finds another's file that isn't younger than his own, or one with a MAC, which
+        publishing makes young again, gives way.  Of two at once both may, and neither has it with the other."""
         self._write(uuid, address)
         others = [each for each in self.entries() if each[2][0] == address]
         ages = {other: 0 if words[1] else info.st_ctime_ns for other, info, words in others}
@@ -3561,12 +3430,9 @@ def ask_child(work: Callable[[], None], keep: Sequence[int] = ()) -> tuple[int, 
 
 
 def new_namespaces(subnet: str, rules: bytes = b"") -> Namespaces:
-    """Namespaces of our own that have the private network's bridge, and these rules for nft(8), and that forward.
-
-    A child makes them, which is needed no longer once they are open here.  We are root in both: what `unshare -Urn`
-    does, but the errno of a refusal stays known.  A bridge without a MAC of its own takes its lowest port's: guests
-    would lose the gateway.
-    """
+    """Namespaces of our own that have the private network's bridge, and these rules for nft(8), and that forward.  A
+    child makes them, as `unshare -Urn` does, but the errno of a refusal stays known.  A bridge without a MAC of its own
+    takes its lowest port's: guests would lose the gateway."""
     uid, gid = os.geteuid(), os.getegid()
     batch = (
         f"link set lo up\nlink add {BRIDGE} address {BRIDGE_MAC} type bridge forward_delay 0 no_linklocal_learn 1\n"
@@ -3684,11 +3550,9 @@ def host_state() -> str:
 
 
 class PrivateNetwork(Network):
-    """A bridge, dnsmasq and pasta in a user and a network namespace of our own; one for each VM tree.
-
-    Its state is in `.net/`.  The holder, which keeps the namespaces, is proved by the lock on its pidfile.  Changes are
-    made under the folder's lock, exclusive; who needs the network to stay holds it shared.
-    """
+    """A bridge, dnsmasq and pasta in a user and a network namespace of our own; one for each VM tree, its state in
+    `.net/`.  The holder, which keeps the namespaces, is proved by the lock on its pidfile.  Changes are made under the
+    folder's lock, exclusive; who needs the network to stay holds it shared."""
 
     kind = "private"
 
@@ -3727,11 +3591,8 @@ class PrivateNetwork(Network):
         raise Error(f"no address is free in {subnet}.0/24", "destroy VMs that are not needed, or use another vmBaseDir")
 
     def withdraw(self, uuids: Sequence[str]) -> None:
-        """Remove their files.
-
-        dnsmasq forgets a DHCP host only on SIGHUP, and even then not the address that it had given to it; on SIGHUP
-        version 2.90 also crashes if hosts have tags.  So it is started anew, which takes 40 ms.
-        """
+        """Remove their files. dnsmasq forgets a DHCP host only on SIGHUP, and not the address that it had given to it;
+        on SIGHUP version 2.90 also crashes if hosts have tags.  So it is started anew, which takes 40 ms."""
         if self.hosts.withdraw(uuids) and self.holder():
             # where the last VM is gone another command, the group's vmrun say, may have ended the network
             with contextlib.suppress(FileNotFoundError), FolderLock(self.folder):
@@ -3769,13 +3630,9 @@ class PrivateNetwork(Network):
         return stack
 
     def is_complete(self) -> bool:
-        return bool(
-            self.holder()
-            and daemon_pid(self.file("dnsmasq.pid"))
-            # without a pidfile it didn't start, with the host as it is: that isn't tried again by each command
-            and (daemon_pid(self.file("pasta.pid")) or not os.path.exists(self.file("pasta.pid")))
-            and self.is_current()
-        )
+        # Without a pidfile pasta didn't start, with the host as it is: that isn't tried again by each command.
+        pasta = daemon_pid(self.file("pasta.pid")) or not os.path.exists(self.file("pasta.pid"))
+        return bool(self.holder() and daemon_pid(self.file("dnsmasq.pid")) and pasta and self.is_current())
 
     def is_current(self) -> bool:
         """Whether what was copied from the host is what the host has now."""
@@ -3813,7 +3670,14 @@ class PrivateNetwork(Network):
         write_file(self.file("upstream.conf"), upstream, durable=False)
         if not daemon_pid(self.file("dnsmasq.pid")):
             self.hosts.prepare()
-            self._run_inside(self._dnsmasq_argv())
+            # User and group empty: it can't change to others in a namespace of one id.  No lease file: every address is
+            # fixed, and a lease of a VM that is gone would keep its address from the next one.
+            self._run_inside(dnsmasq_argv(
+                BRIDGE, self.hosts, "--user=", "--group=",
+                f"--pid-file={self.file('dnsmasq.pid')}", f"--log-facility={self.file('dnsmasq.log')}",
+                f"--resolv-file={self.file('upstream.conf')}", "--strict-order", "--leasefile-ro",
+                f"--dhcp-range={self.subnet()}.0,static,255.255.255.0,infinite", "--dhcp-ignore-names",
+            ))  # fmt: skip
         try:
             if find_program("nft"):
                 self._filter()
@@ -3829,11 +3693,8 @@ class PrivateNetwork(Network):
         write_file(self.file("host"), state, durable=False)
 
     def _start_holder(self) -> None:
-        """A child that keeps the namespaces open, new ones or a survivor's, and follows the host from outside.
-
-        It locks its pidfile, which says as what it has them open, before that gets its name: there means whole,
-        whoever is killed in between.
-        """
+        """A child that keeps the namespaces open, new ones or a survivor's, and follows the host from outside.  It
+        locks its pidfile, which says as what it has them open, before that gets its name: there means whole."""
         # of the VMs that run on though the last holder was killed
         survivor = next((vm.state()[1] for vm in self._users() if vm.is_readable() and vm.state()[1]), 0)
         spaces = Namespaces(survivor) if survivor else new_namespaces(self.subnet())
@@ -3874,23 +3735,10 @@ class PrivateNetwork(Network):
                         with FolderLock(self.folder, shared=True):
                             self._serve()
 
-    def _dnsmasq_argv(self) -> list[str]:
-        """User and group empty: it can't change to others in a namespace of one id.  No lease file: every address is
-        fixed, and a lease of a VM that is gone would keep its address from the next one."""
-        return dnsmasq_argv(
-            BRIDGE, self.hosts, "--user=", "--group=",
-            f"--pid-file={self.file('dnsmasq.pid')}", f"--log-facility={self.file('dnsmasq.log')}",
-            f"--resolv-file={self.file('upstream.conf')}", "--strict-order",
-            f"--dhcp-range={self.subnet()}.0,static,255.255.255.0,infinite", "--leasefile-ro", "--dhcp-ignore-names",
-        )  # fmt: skip
-
     def _start_pasta(self, words: Sequence[str]) -> None:
-        """The way out, pasta(1), which leaves the foreground when its interface is there.
-
-        By default it opens on the host's 0.0.0.0 what listens inside, and gives the gateway's address to the host's
-        loopback: all of that is turned off.  As root it would become nobody, who may not enter.  It gets in by a
-        process inside: dnsmasq.
-        """
+        """The way out, pasta(1), which leaves the foreground when its interface is there.  By default it opens on the
+        host's 0.0.0.0 what listens inside, and gives the gateway's address to the host's loopback: all of that is off.
+        As root it would become nobody, who may not enter.  It gets in by a process inside: dnsmasq."""
         pid_file = self.file("pasta.pid")
         remove_file(pid_file)
         argv = [
@@ -3920,8 +3768,7 @@ class PrivateNetwork(Network):
         return done.returncode
 
     def down(self) -> None:
-        """End it: dnsmasq, pasta, the holder, and with them everything inside; the subnet and the names stay for VMs
-        that the tree has.  Call it under the lock."""
+        """End it and all inside; subnet and names stay for VMs that the tree has.  Call it under the lock."""
         for name in ("dnsmasq.pid", "pasta.pid"):
             stop_daemon(self.file(name))
         end_process(self.holder)
@@ -3977,8 +3824,7 @@ class PrivateNetwork(Network):
         if self._spaces is None:
             if not self.holder():
                 self.tend()  # it was killed, perhaps, and VMs run on
-            pid = self.holder()
-            if not pid:
+            if not (pid := self.holder()):
                 raise WrongState("the private network is not up", "nocloud net --private up")
             spaces = Namespaces(pid, *read_text(self.file("holder.pid")).split())
             if self.holder() != pid:
@@ -4064,11 +3910,8 @@ class PrivateNetwork(Network):
         return f"{way} %h %p"
 
     def connect(self, address: str, port: int, hand_over: bool = False) -> None:
-        """Join stdin and stdout to a port inside.  Raises Error where nothing answers there.
-
-        `hand_over`: give the connection itself to ssh, over the socket that is our stdout (ssh_config(5),
-        ProxyUseFdpass), and be done: no process stays for a session.
-        """
+        """Join stdin and stdout to a port inside.  Raises Error where nothing answers there.  `hand_over`: give the
+        connection itself to ssh, over the socket that is our stdout (ssh_config(5), ProxyUseFdpass), and be done."""
         if is_ipv4(address):
             self.namespaces().enter()
         else:
@@ -4132,17 +3975,15 @@ def free_subnet(taken: Sequence[ipaddress.IPv4Network]) -> str:
 
 # -- joining a connection to stdin and stdout
 
-RELAY_BYTES = 256 * 1024
-
 
 def relay(connection: socket.socket) -> None:
     """Join stdin and stdout to the connection; each end of file is passed on, and both ends end it."""
     for fd in (0, 1):
         os.set_blocking(fd, True)  # a terminal that another program shares may not be
-    send = (lambda: os.read(0, RELAY_BYTES), connection.sendall, lambda: connection.shutdown(socket.SHUT_WR))
+    send = (lambda: os.read(0, MIB), connection.sendall, lambda: connection.shutdown(socket.SHUT_WR))
     sender = threading.Thread(target=pump, args=send, daemon=True)
     sender.start()
-    pump(lambda: connection.recv(RELAY_BYTES), lambda data: write_all(1, data), lambda: os.close(1))
+    pump(lambda: connection.recv(MIB), lambda data: write_all(1, data), lambda: os.close(1))
     sender.join()
 
 
@@ -4207,8 +4048,7 @@ def overlapping(settings: BridgeSettings) -> str:
 def choose_bridge_subnet(config: Config) -> tuple[str, str]:
     """(a subnet that nothing on this host overlaps, why it isn't the configured one or '')."""
     settings = BridgeSettings(config)
-    clash = overlapping(settings)
-    if not clash:
+    if not (clash := overlapping(settings)):
         return config["bridgeSubnet"], ""
     subnets = (f"192.168.{number}.0/24" for number in (*range(200, 255), *range(2, 200)))  # homes have the low ones
     if free := first_free(subnets, (network for _, network in networks_in_use(settings.interface))):
@@ -4217,11 +4057,8 @@ def choose_bridge_subnet(config: Config) -> tuple[str, str]:
 
 
 def free_bridge_subnet(config: Config, path: str) -> str:
-    """Make the settings file `path` name a subnet that nothing on this host overlaps; what was chosen, for the user.
-
-    The one that is configured stays where it is free.  Only the line bridgeSubnet is written.  Raises Error where the
-    file's other lines don't follow it.
-    """
+    """Make the settings file `path` name a subnet that nothing on this host overlaps, where the one configured isn't;
+    what was chosen, in words.  Only bridgeSubnet's line is written.  Raises Error where others don't follow it."""
     net = BridgeSettings(config).net
     subnet, clash = choose_bridge_subnet(config)
     if not clash:
@@ -4269,25 +4106,16 @@ def iptables_rules(program: str) -> list[list[str]]:
 
 
 def missing_rules(program: str, interface: str) -> list[list[str]]:
-    """The rules that are needed, where they aren't just those that are there: the words of `iptables -S` after -A.
-
-    DHCP and DNS for the guests, and what is forwarded for them, in chains that don't just accept: a rule in one that
-    does would leave an empty chain behind.  Docker jumps to DOCKER-USER first, and leaves it to the host's owner.
-    """
+    """The rules of etc/iptables, where they aren't just those that are there, in chains that don't just accept: in one
+    that does they would leave an empty chain behind.  Docker jumps to DOCKER-USER first, and leaves it to the owner."""
     rules = iptables_rules(program)
     there = [rule[1:] for rule in rules if MADE_BY_US in rule]
     others = [rule for rule in rules if MADE_BY_US not in rule]
-    forward = "DOCKER-USER" if ["-N", "DOCKER-USER"] in rules else "FORWARD"
     busy = {"DOCKER-USER", *(chain for action, chain, *rule in others if action == "-A" or rule == ["DROP"])}
-    needed = (
-        f"INPUT -i {interface} -p udp -m udp --dport 67",
-        f"INPUT -i {interface} -p udp -m udp --dport 53",
-        f"INPUT -i {interface} -p tcp -m tcp --dport 53",
-        f"{forward} -i {interface}",
-        f"{forward} -o {interface} -m conntrack --ctstate RELATED,ESTABLISHED",
-    )
+    words = {"GUESTS": interface, "FORWARD": "DOCKER-USER" if ["-N", "DOCKER-USER"] in rules else "FORWARD"}
+    needed = [filled(line, words).split() for line in packaged_list("iptables")]
     end = ["-m", "comment", "--comment", MADE_BY_US, "-j", "ACCEPT"]
-    wanted = [[*words, *end] for words in map(str.split, needed) if words[0] in busy]
+    wanted = [[*rule, *end] for rule in needed if rule[0] in busy]
     return wanted if sorted(wanted) != sorted(there) else []
 
 
@@ -4312,8 +4140,7 @@ def firewalld_zone(interface: str) -> str | None:
 def open_firewalls(interface: str) -> None:
     """Have each firewall that runs here accept the guests' DHCP, DNS and what is forwarded for them."""
     for program in iptables_programs():
-        wanted = missing_rules(program, interface)
-        if wanted:
+        if wanted := missing_rules(program, interface):
             close_iptables(program)
         for chain, *rule in wanted:
             run([program, "-w", "10", "-I", chain, *rule])
@@ -4344,14 +4171,9 @@ def dropping_chains(interface: str) -> list[str]:
     but their owner.  Those of iptables, ufw and firewalld are told in their own way."""
     status, said = try_run(["nft", "-j", "list", "chains"], 30)
     chains = [each["chain"] for each in json.loads(said)["nftables"] if "chain" in each] if status == 0 else []
-    found = [
-        f"{each['family']} {each['table']} {each['name']}"
-        for each in chains
-        if each.get("hook") in ("forward", "input")
-        and each.get("policy") == "drop"
-        and each["family"] in ("ip", "inet")
-        and each["table"] not in ("filter", "firewalld")
-    ]
+    drops = [each for each in chains if each.get("policy") == "drop" and each.get("hook") in ("forward", "input")]
+    drops = [each for each in drops if each["table"] not in ("filter", "firewalld")]
+    found = [f"{each['family']} {each['table']} {each['name']}" for each in drops if each["family"] in ("ip", "inet")]
     accepts = f'iifname "{interface}" accept'
     return [chain for chain in found if accepts not in try_run(["nft", "list", "chain", *chain.split()], 5)[1]]
 
@@ -4369,12 +4191,9 @@ def forwards(interface: str) -> bool:
 
 
 class BridgeSetup:
-    """What root does to the host for the bridge, and its dnsmasq: units of systemd where these are installed.
-
-    `down` takes away exactly what `up` did, half done or not.  It goes in order of what is there, not by a
-    record: the bridge is known by its MAC, rules by their comments.  Only which interfaces were made to forward is
-    written down, before it is done.
-    """
+    """What root does to the host for the bridge, and its dnsmasq: units of systemd where these are installed.  `down`
+    takes away exactly what `up` did, half done or not, by what is there: the bridge is known by its MAC, rules by their
+    comments.  Only which interfaces were made to forward is written down, before it is done."""
 
     def __init__(self, config: Config) -> None:
         self.settings = BridgeSettings(config)
@@ -4462,11 +4281,9 @@ class BridgeSetup:
         run(["ip", "link", "set", name, "up"])
 
     def _forward(self) -> list[str]:
-        """Let the kernel forward for the guests; the interfaces that forward only since we made them.
-
-        Whether a packet is forwarded is asked of the interface that it came in by: the bridge, and for the answers the
-        interfaces of the default routes.  net.ipv4.ip_forward, which Docker and libvirt set, would open all of them.
-        """
+        """Let the kernel forward for the guests; the interfaces that forward only since we made them.  Whether a packet
+        is forwarded is asked of the interface that it came in by: the bridge, and for the answers those of the default
+        routes. net.ipv4.ip_forward, which Docker and libvirt set, would open all of them."""
         write_proc(sysctl_file(self.interface, "forwarding"), "1")
         if read_text("/proc/sys/net/ipv4/ip_forward").strip() == "1":
             return []
@@ -4508,8 +4325,7 @@ class BridgeSetup:
         remove_empty(RUN_FOLDER)
 
     def check_unused(self) -> None:
-        ports = names_in(f"/sys/class/net/{self.interface}/brif") if bridge_is_ours(self.interface) else []
-        if ports:
+        if ports := names_in(f"/sys/class/net/{self.interface}/brif") if bridge_is_ours(self.interface) else []:
             said = f"the bridge {self.interface} is in use: {plural(len(ports), 'VM')} on it ({', '.join(ports[:5])})"
             raise WrongState(said, "vmrunning lists a user's VMs; vmstop -g GROUP stops a group")
 
@@ -4636,10 +4452,8 @@ def resolved_runs() -> bool:
 
 
 def bound_sockets(kind: str, port: int) -> list[tuple[str, int]]:
-    """(address, pid) of the sockets of `udp` or `tcp` that wait at a port (ss(8)); another user's pid is 0.
-
-    What is bound to no address has 0.0.0.0; a socket of IPv6 that takes IPv4's too, which ss shows as *, as well.
-    """
+    """(address, pid) of the sockets of `udp` or `tcp` that wait at a port (ss(8)); another user's pid is 0.  What is
+    bound to no address has 0.0.0.0; so has a socket of IPv6 that takes IPv4's too, which ss shows as *."""
     words, found = ["ss", "--no-header", "--listening", "--numeric", "--processes", f"--{kind}", f"sport = {port}"], []
     for line in run(words, merge=False).stdout.splitlines():
         address, pid = re.split("[%:]", line.split()[3])[0], re.search(r"pid=(\d+)", line)
@@ -4650,10 +4464,8 @@ def bound_sockets(kind: str, port: int) -> list[tuple[str, int]]:
 def account(names: Sequence[str], group: bool = False) -> tuple[str, int]:
     """(name, id) of the first user, or group, of these that there is; root where there is none."""
     for name in names:
-        try:
+        with contextlib.suppress(KeyError):
             return name, grp.getgrnam(name).gr_gid if group else pwd.getpwnam(name).pw_uid
-        except KeyError:
-            continue
     return "root", 0
 
 
@@ -4664,11 +4476,8 @@ FOREIGN = re.compile(rf"\.(..|com|edu|gov|int|mil|net|org|arpa)$|\..*\.(?!{DOMAI
 
 
 def prepare_state_folder() -> None:
-    """The folder that members of kvm publish their VMs in, each removing only their own, those that are served, for
-    root alone to write to, and dnsmasq's lease file.
-
-    `changed` is a file that the same people write to: systemd has the folder looked at when that changes.
-    """
+    """What members of kvm publish their VMs in, each removing only their own; what is served, for root to write to; the
+    lease file; `changed`, which they write to, for systemd to have the folder looked at."""
     group = account(("kvm",), group=True)[1]
     served = HostFiles(STATE_FOLDER)
     for path, mode in ((INBOX, 0o3770), (served.folder_of("dhcp"), 0o2750), (served.folder_of("hosts"), 0o2750)):
@@ -4716,11 +4525,8 @@ def active_groups() -> list[str]:
 
 
 class HostBridge(Network):
-    """The host's bridge: a tap from qemu-bridge-helper.
-
-    Where nocloud made the bridge and the user may write to its folders, addresses are allotted and names published as
-    in a private network.  Elsewhere the DHCP server decides, and its lease file tells.
-    """
+    """The host's bridge: a tap from qemu-bridge-helper.  Where nocloud made it, and the user may write to its folders,
+    addresses and names are as in a private network; elsewhere the DHCP server decides, and its lease file tells."""
 
     kind = "bridge"
 
@@ -4836,10 +4642,8 @@ class HostBridge(Network):
             yield f"you may not run {place}", group_command(info.st_gid)
 
     def list_faults(self) -> Iterator[tuple[bool, str, str]]:
-        """(whether it keeps VMs off the bridge, what, what mends it) of the helper's list.
-
-        The helper reads it as the user that calls it.  What isn't named is denied, and a line that denies wins.
-        """
+        """(whether it keeps VMs off the bridge, what, what mends it) of the helper's list, which the helper reads as
+        the user that calls it.  What isn't named is denied, and a line that denies wins."""
         name, path = self.interface, helper_list()
         allow = f"sudo mkdir -p {os.path.dirname(path)} && echo 'allow {name}' | sudo tee -a {path}"
         try:
@@ -4943,19 +4747,14 @@ def helper_list() -> str:
 
 
 def helper_rules(path: str, depth: int = 8) -> dict[tuple[str, str], str]:
-    """(verb, name) → file of each line of such a list and of those that it includes: allow or deny.
-
-    Included ones that can't be read don't count, as for the helper itself (qemu-bridge-helper.c), so that a user can
-    have one of his own.  Raises OSError where the list itself can't.
-    """
+    """(verb, name) → file of each line, allow or deny, of such a list and what it includes, where that can be read, as
+    for the helper (qemu-bridge-helper.c): a user can have his own.  Raises OSError where the list itself can't."""
     found = {}
     for line in read_text(path).splitlines():
         verb, name = [*line.split(None, 1), "", ""][:2]
         if verb == "include":
-            try:
+            with contextlib.suppress(OSError, ValueError):  # the latter for a NUL in its name
                 found.update(helper_rules(name.strip(), depth - 1) if depth else {})
-            except (OSError, ValueError):  # the latter for a NUL in its name
-                continue
         elif verb and not verb.startswith("#"):
             found[verb, name.strip()] = path
     return found
@@ -4998,8 +4797,7 @@ def numbered_ports(text: str, number: int) -> str:
 
 
 def free_ports(tree: Tree, ports: Sequence[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
-    """`ports` with a number for each HOST 0, to be kept: no VM's, and below those of outgoing connections (32768).
-    Call it under the tree's lock."""
+    """`ports` with a number for each HOST 0: no VM's, below outgoing ones' (32768).  Call it under the tree's lock."""
     taken = {host for vm in tree.vms() for _, host, _ in ports_of(vm)}
     taken |= set(map(int, re.findall(r":([0-9]+) ", run(["ss", "-Hltn"]).stdout)))
     free = (number for number in range(20000, 32768) if number not in taken)
@@ -5379,15 +5177,11 @@ LOGIN_LINE = f"AuthorizedKeysFile {LOGIN_KEYS} .ssh/authorized_keys .ssh/authori
 
 
 def credentials(vm: VM, keys: Sequence[str]) -> bytes:
-    """The SMBIOS type 11 string with what systemd in the guest sets up before sshd, and cloud-init, start.
-
-    See systemd.system-credentials(7).
-
-    tmpfiles.extra (systemd 252 and later, tmpfiles.d(5)) carries files: the host key and the login keys, and what else
-    is cloud-init's where there is one.  `ssh.authorized_keys.root` would only write where no file is.  The first boot's
-    hostname comes by DHCP, or from system.hostname (systemd 254), since PID 1 has set it by the time that /etc/hostname
-    is written.  /etc/hosts, for `hostname -f`, only where there is none, as in templates of ours.
-    """
+    """The SMBIOS type 11 string with what systemd in the guest sets up before sshd, and cloud-init, start
+    (systemd.system-credentials(7)).  tmpfiles.extra (systemd 252, tmpfiles.d(5)) carries files: host key, login keys,
+    and what is cloud-init's where there is one; `ssh.authorized_keys.root` would only write where no file is.  The
+    first boot's hostname comes by DHCP, or from system.hostname (systemd 254): PID 1 has set it by the time that
+    /etc/hostname is written.  /etc/hosts, for `hostname -f`, only where there is none, as in templates of ours."""
     lines = []
     for kind, path, mode, owner, content in identity_files(vm, keys):
         if vm.get("vmInit") == "systemd" and path.endswith("/.ssh/authorized_keys"):
@@ -5433,8 +5227,7 @@ def _base64(text: str) -> str:
 
 
 def takes_seed(vm: VM) -> bool:
-    """Whether a cloud-init seed is attached.  Not to VMs whose conf doesn't say so, as those of the bash tools: to a
-    cloud-init in them it would be a new machine."""
+    """Whether a cloud-init seed is attached: not to VMs of the bash tools, whose cloud-init would see a new machine."""
     return vm.get("vmInit") in ("cloud-init", "auto")
 
 
@@ -5461,18 +5254,14 @@ def read_user_data(path: str) -> bytes:
     if re.match(rb"\s*#cloud-config\s", data, re.I) and not is_mime(data):
         check_yaml(path, data)
     if not is_mime(data) and not data.lstrip().lower().startswith(tuple(start.encode() for start in USER_DATA_STARTS)):
-        raise UsageError(
-            f"{path}: cloud-init would not know what to do with it",
-            f"it begins with one of {', '.join(USER_DATA_STARTS)}, or is a MIME message",
-        )
+        hint = f"it begins with one of {', '.join(USER_DATA_STARTS)}, or is a MIME message"
+        raise UsageError(f"{path}: cloud-init would not know what to do with it", hint)
     return data
 
 
 def check_yaml(path: str, data: bytes) -> None:
     """Raise where a #cloud-config is no YAML.  Where the host has no reader of that, the guest's cloud-init tells."""
-    code = (
-        "import sys, yaml\ntry: yaml.safe_load(sys.stdin.buffer.read())\nexcept yaml.YAMLError as e: sys.exit(str(e))"
-    )
+    code = "import sys, yaml\ntry: yaml.safe_load(sys.stdin.buffer)\nexcept yaml.YAMLError as e: sys.exit(str(e))"
     python = "/usr/bin/python3"  # the one that distributions' python3-yaml is for
     done = run([python, "-I", "-c", code], input=data, check=False) if os.access(python, os.X_OK) else None
     if done and done.returncode and "Traceback" not in done.stdout:
@@ -5489,8 +5278,7 @@ def default_user_data() -> bytes:
     path = os.path.join(config_home(), "user-data")
     if not os.path.exists(path):
         return b""
-    reason = untrusted(path)
-    if reason:
+    if reason := untrusted(path):
         raise UsageError(f"{path} is not used: {reason}", f"chown it to you, and chmod go-w {path}")
     return read_user_data(path)
 
@@ -5510,61 +5298,23 @@ def seed_files(vm: VM, keys: Sequence[str], added: bytes = b"") -> dict[str, byt
 
 
 def user_data(vm: VM, keys: Sequence[str], added: bytes) -> bytes:
-    """A MIME message of our boothook, our cloud-config and the user's additions; cloud-init merges its parts in order.
-
-    A key of a later part takes the place of an earlier one's.  So the user's part comes after our defaults, and wins;
-    what vmssh stands on, login and host key, comes after the user's; and the last part's list of login keys is put at
-    the end of the user's (Merge-Type).  Were ours vendor-data, a list of keys in the user's would take its place.  The
-    boothook is run even where no part after it can be read.
-    """
-    (defaults, binding, last), kind = cloud_config(vm, keys), b"Content-Type: text/cloud-config\n"
+    """etc/guest/user-data, a MIME message whose parts cloud-init merges in order: of a key the last one counts.  So the
+    user's wins over our defaults; login and host key, which vmssh stands on, over the user's; our login keys go to the
+    end of his (Merge-Type), not in their place.  The boothook runs even where no later part can be read."""
     if added and not is_mime(added):
         head = b'Content-Type: text/plain\nContent-Disposition: attachment; filename="user-data"\n'
         added = head + b"Content-Transfer-Encoding: base64\n\n" + base64.encodebytes(added)
-    merge = b"Merge-Type: list(append)+dict(no_replace,recurse_list)+str()\n"
-    hook = guest_script("login.sh", KEYS="\n".join(map(printable_ascii, keys)), FILE=LOGIN_KEYS, LINE=LOGIN_LINE)
-    parts = [
-        b"Content-Type: text/cloud-boothook\n\n#!/bin/sh\n" + hook.encode(),
-        kind + b"\n#cloud-config\n" + _json(defaults),
-        *([added.lstrip()] if added else []),
-        kind + b"\n#cloud-config\n" + _json(binding),
-        kind + merge + b"\n#cloud-config\n" + _json(last),
-    ]
-    boundary = f"nocloud-{vm.get('vmUuid')}"
-    head = f'MIME-Version: 1.0\nContent-Type: multipart/mixed; boundary="{boundary}"\n'.encode()
-    line = f"\n--{boundary}".encode()
-    return head + b"".join(line + b"\n" + part for part in parts) + line + b"--\n"
-
-
-def cloud_config(vm: VM, keys: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """What cloud-init does in the guest: our defaults; what the user's own can't replace; the login keys.
-
-    `user` renames the distribution's default user, who may use sudo, and the keys are that user's; root gets them too,
-    in force where disable_root is off.  prefer_fqdn_over_hostname: Fedora would take the whole name for the hostname.
-    manage_etc_hosts: one line of /etc/hosts has the whole name, for `hostname -f`; the rest is left alone.
-    The host key is the one made on the host: those of the image go, and no others are made.
-    """
-    user = vm.get("vmUser")
-    defaults = {
-        "hostname": vm.name,
-        "fqdn": f"{vm.name}.{vm.group}.{DOMAIN}",
-        "preserve_hostname": False,
-        "prefer_fqdn_over_hostname": False,
-        "manage_etc_hosts": "localhost",
-        "growpart": {"mode": "auto", "devices": ["/"]},
-        "resize_rootfs": True,
-        "package_update": False,
-        "package_upgrade": False,
-    }
-    binding = {
-        **({"disable_root": False} if user == "root" else {"user": {"name": user}}),
-        "ssh_deletekeys": True,
-        "ssh_keys": {
-            "ed25519_private": read_text(vm.host_key),
-            "ed25519_public": printable_ascii(read_text(vm.host_key + ".pub").strip()),
-        },
-    }
-    return defaults, binding, {"ssh_authorized_keys": [printable_ascii(key) for key in keys]}
+    user, boundary, lines = vm.get("vmUser"), f"nocloud-{vm.get('vmUuid')}", list(map(printable_ascii, keys))
+    login = {"disable_root": False} if user == "root" else {"user": {"name": user}}
+    words = {
+        "BOUNDARY": boundary, "NAME": json.dumps(vm.name), "FQDN": json.dumps(f"{vm.name}.{vm.group}.{DOMAIN}"),
+        "HOOK": guest_script("login.sh", KEYS="\n".join(lines), FILE=LOGIN_KEYS, LINE=LOGIN_LINE),
+        "ADDED": f"--{boundary}\n{added.lstrip().decode('utf-8', 'surrogateescape')}" if added else "",
+        "LOGIN": json.dumps(login)[1:-1], "KEYS": json.dumps({"ssh_authorized_keys": lines}, indent=1),
+        "PRIVATE": json.dumps(read_text(vm.host_key)),
+        "PUBLIC": json.dumps(printable_ascii(read_text(vm.host_key + ".pub").strip())),
+    }  # fmt: skip
+    return filled(need_packaged("guest/user-data"), words).encode("utf-8", "surrogateescape")
 
 
 def printable_ascii(text: str) -> str:
@@ -5740,9 +5490,7 @@ def is_renamed(vm: VM) -> bool:
 # What can be had by name, and how an image comes: one connection at a time, and nothing that a server says is believed.
 
 
-# -- the catalogue
-#
-# What can be downloaded by name: data, in files that users extend.  A line of a later file wins over an earlier one.
+# -- the catalogue: data, in files that users extend; a line of a later file wins over an earlier one
 
 CATALOGUE = "nocloud_templates.conf"
 MIRRORS = "mirrors"  # the section that is no entry
@@ -5887,9 +5635,7 @@ def catalogue_help() -> str:
     return f"NAME alone downloads it. The catalogue has:\n{indented}"
 
 
-# -- download
-#
-# Lengths are counted, waits are bounded, and only what hashes to the published checksum is used.
+# -- download: lengths are counted, waits are bounded, and only what hashes to the published checksum is used
 
 PIECE = 256 * 1024
 TRIES = 4  # in a row without getting on
@@ -5918,23 +5664,6 @@ class Altered(WebError):
     """What has arrived is not what was published."""
 
 
-def web_opener() -> urllib.request.OpenerDirector:
-    """urllib's, which goes by the proxies of the environment, and sends nobody on to where we wouldn't ask."""
-    import urllib.request
-
-    class Redirects(urllib.request.HTTPRedirectHandler):
-        http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # Python 3.9 and 3.10 don't know it
-
-        def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-            # From https to anything less, or to something that is no web server.
-            if not newurl.startswith(("https://", "http://") if req.full_url.startswith("http://") else "https://"):
-                refused = f"{req.full_url}: refused: the server sends us on to {newurl[:200]}, which isn't https"
-                raise WebError(refused)
-            return super().redirect_request(req, fp, 302 if code == 308 else code, msg, headers, newurl)
-
-    return urllib.request.build_opener(Redirects)
-
-
 def status_error(url: str, code: int, reason: str) -> WebError:
     """An HTTP status that is no success, as one line; TryAgain where another try makes sense."""
     if code in (404, 410):
@@ -5958,16 +5687,27 @@ def web_error(url: str, error: Exception) -> WebError:
         return WebError(refused, "this machine's clock may be wrong, or a proxy stand in between")
     if isinstance(reason, socket.gaierror):
         return WebError(f"{url}: {reason.strerror}", "is this machine online? A proxy goes into https_proxy")
-    if isinstance(reason, (TimeoutError, socket.timeout)):
-        return TryAgain(f"{url}: too slow: {reason}")
-    return TryAgain(f"{url}: {reason}")
+    return TryAgain(f"{url}: {'too slow: ' if isinstance(reason, (TimeoutError, socket.timeout)) else ''}{reason}")
 
 
 class Web:
-    """Asks web servers; raises Error and nothing else when they don't answer well."""
+    """Asks web servers, by the proxies of the environment, and goes nowhere else that we wouldn't ask; raises Error and
+    nothing else when they don't answer well."""
 
     def __init__(self, seconds: float) -> None:
-        self.seconds, self._opener = seconds, web_opener()
+        import urllib.request
+
+        class Redirects(urllib.request.HTTPRedirectHandler):
+            http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # Python 3.9 and 3.10 don't know it
+
+            def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+                # From https to anything less, or to something that is no web server.
+                if not newurl.startswith(("https://", "http://") if req.full_url.startswith("http://") else "https://"):
+                    refused = f"{req.full_url}: refused: the server sends us on to {newurl[:200]}, which isn't https"
+                    raise WebError(refused)
+                return super().redirect_request(req, fp, 302 if code == 308 else code, msg, headers, newurl)
+
+        self.seconds, self._opener = seconds, urllib.request.build_opener(Redirects)
 
     def open(self, url: str, start: int = 0, method: str = "GET") -> http.client.HTTPResponse:
         """The answer to a request for the file, from byte `start` on if the server can (206), else whole (200)."""
@@ -6070,22 +5810,15 @@ class Progress:
     def advance(self, count: int) -> None:
         self.done += count
         now, terminal = time.monotonic(), sys.stderr.isatty()
-        if now - self._shown >= (self.BAR_EVERY if terminal else self.LINE_EVERY):
-            self._shown = now
-            bar = self.bar() + " " if terminal else ""
-            report.progress(f"{self.name}: {bar}{self.numbers(now)}")
-
-    def bar(self) -> str:
-        if not self.total:
-            return "downloading"
-        filled = min(self.WIDTH, self.WIDTH * self.done // self.total)
-        return f"[{'#' * filled}{'.' * (self.WIDTH - filled)}] {min(100, 100 * self.done // self.total)}%"
-
-    def numbers(self, now: float) -> str:
-        rate = (self.done - self.kept) / max(now - self.started, 0.001)
+        if now - self._shown < (self.BAR_EVERY if terminal else self.LINE_EVERY):
+            return
+        self._shown, rate = now, (self.done - self.kept) / max(now - self.started, 0.001)
+        part = min(1.0, self.done / self.total) if self.total else 0.0
+        bar = f"[{'#' * int(self.WIDTH * part):.<{self.WIDTH}}] {int(100 * part)}% " if self.total else "downloading "
         text = f"{self.done // MIB}{f' of {self.total // MIB}' if self.total else ''} MB, {rate / MIB:.1f} MB/s"
         left = (self.total - self.done) / rate if rate and self.total > self.done else 0
-        return text + (f", {left // 60:.0f}:{left % 60:02.0f} left" if left else "")
+        text += f", {left // 60:.0f}:{left % 60:02.0f} left" if left else ""
+        report.progress(f"{self.name}: {bar if terminal else ''}{text}")
 
     def finish(self) -> None:
         seconds = time.monotonic() - self.started
@@ -6175,12 +5908,9 @@ def parse_checksums(text: str, algorithm: str) -> list[tuple[str, str]]:
 
 
 def choose_listed(listed: Sequence[tuple[str, str]], wanted: str) -> tuple[str, str]:
-    """The (name, digest) that a checksum file gives for the file `wanted`, whose name may hold `*`.
-
-    A file published for one image alone may name nothing, or the image's dated name; one for many may give the
-    same digest for `latest` and for a dated name, and then the dated one is taken: it doesn't move.
-    Raises ValueError where it gives none, or two.
-    """
+    """The (name, digest) that a checksum file gives for the file `wanted`, whose name may hold `*`.  A file published
+    for one image alone may name nothing, or the image's dated name; one for many may give the same digest for `latest`
+    and for a dated name, which is taken then: it doesn't move.  Raises ValueError where it gives none, or two."""
     extension = os.path.splitext(wanted)[1]
     fitting = [each for each in listed if fnmatch.fnmatchcase(each[0], wanted)]
     if not fitting and len(listed) == 1 and listed[0][0].endswith(("", extension)[bool(listed[0][0])]):
@@ -6201,41 +5931,8 @@ def choose_listed(listed: Sequence[tuple[str, str]], wanted: str) -> tuple[str, 
 # -- the classic kind: a compressed image in pieces
 
 
-UNPACK_MEMORY = 128 * MIB  # xz -9 takes 65: a stream can ask for 4 GB
-
-
-def unpacked(kind: str, pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """What comes out of a stream, xz or gzip, in pieces and in bounded memory.  Raises Altered where it isn't whole."""
-    machine: Any = None  # of the stream that is being read; none between two
-    try:
-        for piece in pieces:
-            left = piece
-            while machine or left.strip(b"\0"):
-                if not machine:
-                    left = left.lstrip(b"\0")  # streams may be padded
-                    xz = kind == "xz"
-                    machine = lzma.LZMADecompressor(memlimit=UNPACK_MEMORY) if xz else zlib.decompressobj(wbits=31)
-                out = machine.decompress(left, MIB)
-                if out:
-                    yield out
-                if machine.eof:
-                    left, machine = machine.unused_data, None
-                    continue
-                left = getattr(machine, "unconsumed_tail", b"")  # lzma's keeps it itself
-                if not left and len(out) < MIB:
-                    break
-    except (lzma.LZMAError, zlib.error) as error:
-        raise Altered(f"the compressed image is damaged: {error}") from None
-    if machine:
-        raise Altered("the compressed image ends in the middle")
-
-
-def file_pieces(paths: Iterable[str]) -> Iterator[bytes]:
-    """What is in these files, one after the other."""
-    for path in paths:
-        with open(path, "rb") as file:
-            while piece := file.read(PIECE):
-                yield piece
+# By what a server says of its images.  xz -9 takes 65 MB of memory: a stream can ask for 4 GB.
+UNPACKERS = {"xz": ["xz", "-dc", "--memlimit-decompress=128MiB"], "gzip": ["gzip", "-dc"], "": ["cat"]}
 
 
 # -- images that came
@@ -6257,9 +5954,8 @@ def check_reserve(folder: str) -> None:
 
 
 class CachedImage:
-    """The place of an image in the user's cache; `with` holds it, so that two commands that want the same image
-    download or build it once.  An interrupted download stays there and is gone on with; so do images, for some time
-    after their last use."""
+    """An image's place in the user's cache; `with` holds it: two commands that want the same image download or build it
+    once.  An interrupted download stays and is gone on with; so do images, for some time after their last use."""
 
     KEPT = 30 * 86400.0
 
@@ -6288,12 +5984,10 @@ class CachedImage:
         """Remove those others that are useless, and that no command is at work on."""
         images = os.path.dirname(self.folder)
         for folder in [os.path.join(images, name) for name in folders_in(images)]:
-            try:
+            with contextlib.suppress(WrongState, FileNotFoundError):  # someone uses it, or has just removed it
                 if folder != self.folder and useless(folder):
                     with FolderLock(folder, wait=0):
                         remove_tree(folder)
-            except (WrongState, FileNotFoundError):
-                pass  # someone uses it, or has just removed it
 
     def is_there(self) -> bool:
         """Whether the image is there, whole: it is read again each time, so that nothing in the cache needs a flush."""
@@ -6310,8 +6004,7 @@ class CachedImage:
         return True
 
     def keep(self, disk: str) -> None:
-        """Take a copy of a disk in place of all that have the same name but for its last part.  Without it the next
-        build takes longer, and no more than that."""
+        """Take a copy of a disk in place of all whose name differs in its last part; without it builds take longer."""
         self.clear()
         try:
             shutil.copyfile(disk, self.image)
@@ -6338,8 +6031,7 @@ class CachedImage:
 
 
 class Source:
-    """An image that a server has, and what it must hash to; '' where nobody knows.  `urls` are tried in turn; the first
-    of them is where it came from in the end."""
+    """An image on a server, and what it must hash to ('': nobody knows); of `urls` the first left is its origin."""
 
     pieces = 1
 
@@ -6352,10 +6044,8 @@ class Source:
         self.receive(part, digest.update, progress)
         found = digest.hexdigest()
         if self.digest not in ("", found):
-            raise Altered(
-                f"{self.urls[0]}: refused: its {self.algorithm} checksum is not the published one",
-                "it was cut short, altered, or replaced just now; try again later",
-            )
+            refused = f"{self.urls[0]}: refused: its {self.algorithm} checksum is not the published one"
+            raise Altered(refused, "it was cut short, altered, or replaced just now; try again later")
         self.digest = found
         os.rename(part, os.path.join(folder, "image"))
         progress.finish()
@@ -6377,14 +6067,15 @@ class ClassicSource(Source):
             kind = self.web.text(f"{self.base}/compression").strip()
         except Absent:
             kind = ""
-        extension, folder = {"xz": ".xz", "gzip": ".gz"}.get(kind, ""), os.path.dirname(part)
+        kind, folder = kind if kind in UNPACKERS else "", os.path.dirname(part)
+        extension = {"xz": ".xz", "gzip": ".gz"}.get(kind, "")
         names = [f"{self.name}.img.{number:03d}{extension}" for number in range(self.pieces)]
         paths = [os.path.join(folder, name) for name in names]
         for name, path in zip(names, paths):
             Transfer(self.web, [self.urls[0] + name], path, len, progress, False).run()  # nobody looks into them yet
         try:
             with open(part, "wb") as image:
-                for piece in unpacked(kind, file_pieces(paths)) if extension else file_pieces(paths):
+                for piece in piped(["cat", *paths], UNPACKERS[kind]):
                     sink(piece)
                     check_reserve(folder)
                     if piece.count(0) == len(piece):
@@ -6392,8 +6083,10 @@ class ClassicSource(Source):
                     else:
                         image.write(piece)
                 image.truncate()
-        except BaseException:
+        except BaseException as error:
             remove_file(part)  # the compressed pieces stay, and are less
+            if isinstance(error, CommandFailed):
+                raise Altered(f"the compressed image is damaged, or ends in the middle: {error}") from None
             raise
         for path in paths:
             os.unlink(path)
@@ -6569,8 +6262,7 @@ def template_from_image(cloud: Cloud, name: str, path: str, settings: Mapping[st
 def template_from_source(
     cloud: Cloud, name: str, source: Source, settings: Mapping[str, str], first_start: Callable[..., None] | None = None
 ) -> None:
-    """Download, verify, make the template.  `first_start`, given the NewTemplate: what is to be done in its guest
-    before it is a template."""
+    """Download, verify, make the template; `first_start`, given the NewTemplate, does what its guest needs before."""
     cloud.tree.prepare()
     with CachedImage(f"{source.algorithm}-{source.digest or name}", source.algorithm, source.digest) as cached:
         if cached.is_there():
@@ -6621,16 +6313,14 @@ def entry_settings(cloud: Cloud, entry: Entry, asked: Mapping[str, str], source:
 
 # -- layers
 #
-# The disk of a template that has clones is never written.  A change goes to a layer, a new overlay in the template's
-# folder.  The conf names the old disk until the change ended well; until then, and if it never does, the template is
-# what it was.  Nothing is stored of that: qemu's own record says how the guest ended, the disks' headers say what
-# stands on what.
+# The disk of a template that has clones is never written.  A change goes to a layer, a new overlay in its folder, which
+# the conf names once that ended well; until then, and if it never does, the template is what it was.  Nothing is stored
+# of that: qemu's own record says how the guest ended, the disks' headers say what stands on what.
 
 
 def check_no_clones(cloud: Cloud, template: VM) -> None:
     """Raise, naming them, where clones depend on the template's disk."""
-    clones = cloud.tree.clones(template)
-    if clones:
+    if clones := cloud.tree.clones(template):
         places = [os.path.relpath(vm.folder, vm.base).replace(MAKING, "") for vm in clones[:20]]
         names = ", ".join(places) + (" …" if len(clones) > 20 else "")
         ways = {True: "vmtemplate --delete deletes templates", False: "vmstop -d destroys clones"}
@@ -6639,12 +6329,9 @@ def check_no_clones(cloud: Cloud, template: VM) -> None:
 
 
 class Layer:
-    """A new top for a template's disk, while a guest writes to it; `record`: qemu's account of how that ended.
-
-    The record counts once it is armed, by a greeting in it: not while nocloud itself is at work in the guest.
-    A frozen one never becomes the template's disk: its `manifest` says what its guest was when it stopped, whose
-    `memory` and `state`, of the devices, are beside it.
-    """
+    """A new top for a template's disk, while a guest writes to it; `record`: qemu's account of how that ended, which
+    counts once a greeting in it arms it: not while nocloud is at work in the guest.  A frozen one never becomes its
+    disk: its `manifest` says what its guest was, whose `memory` and `state`, of the devices, are beside it."""
 
     def __init__(self, template: VM, name: str) -> None:
         self.template, self.name = template, name
@@ -6658,9 +6345,8 @@ class Layer:
         QMP(self.template.folder, name=RECORD_SOCKET).close()
 
     def ended_well(self) -> bool:
-        """Whether the guest shut down, by itself or by the power button, and the image is whole.  `reason` tells that
-        from a qemu that was told to quit, or got a signal (QEMU qapi/run-state.json, ShutdownCause); one that was
-        killed or crashed leaves no such event."""
+        """Whether the guest shut down, by itself or by the power button, and the image is whole.  `reason` tells of a
+        qemu told to quit or signalled (QEMU qapi/run-state.json, ShutdownCause); a killed one leaves no event."""
         armed, cause = False, ""
         with open(self.record, encoding="utf-8", errors="replace") as file:
             for line in file:
@@ -6722,8 +6408,7 @@ def layer_number(template: VM, name: str) -> int:
 
 
 def own_disks(template: VM) -> list[str]:
-    """The names of the system disks in the template's folder: its layers, and where its conf names one of those, the
-    disk that they began with."""
+    """The names of a template's own system disks: its layers, and where its conf names one, the one below them."""
     names = names_in(template.folder)
     found = [name for name in names if layer_number(template, name)]
     if any(layer_number(template, os.path.basename(disk)) for disk in template.disks()[:1]):
@@ -6783,9 +6468,8 @@ def settle(cloud: Cloud, template: VM, warn: bool = True) -> None:
 
 
 def flatten(cloud: Cloud, template: VM) -> None:
-    """Give a template that nobody stands on a disk that stands on nothing itself, where there is room for one.  Call it
-    under its lock, when it has been settled.  The new disk is complete before the conf names it; one that isn't is
-    unused, and removed."""
+    """Give a template that nobody stands on a disk that stands on nothing, where there is room; under its lock, when it
+    has been settled.  It is complete before the conf names it; one that isn't is unused, and removed."""
     template.reread()
     disk = template.disks()[0]
     if not template.below() or cloud.tree.clones(template):
@@ -6803,8 +6487,7 @@ def flatten(cloud: Cloud, template: VM) -> None:
 
 def remove_unused(tree: Tree, template: VM) -> None:
     """Remove the template's own disks that neither it nor any other VM or template stands on."""
-    unused = unused_by_itself(template)
-    if not unused:
+    if not (unused := unused_by_itself(template)):
         return
     used: list[str] = []
     followed = tree.followable()
@@ -6828,12 +6511,11 @@ def remove_unused(tree: Tree, template: VM) -> None:
 def settle_stopped(cloud: Cloud, templates: Iterable[VM], wait: float = 600.0) -> None:
     """Settle those templates that have something to settle, and say what is lost; `wait`: for the lock of each."""
     for template in templates:
-        try:
+        # It may be at work elsewhere, someone else's, or just gone: whoever changes it settles it.
+        with contextlib.suppress(Error, OSError):
             if unused_by_itself(template) and template.state()[0] == "stopped":
                 with FolderLock(template.folder, wait=wait):
                     settle(cloud, template)
-        except (Error, OSError):
-            continue  # at work elsewhere, someone else's, or just gone: whoever changes it settles it
 
 
 def need_stopped(cloud: Cloud, vm: VM) -> None:
@@ -6851,11 +6533,11 @@ def need_stopped(cloud: Cloud, vm: VM) -> None:
 
 def runs_on_layer(template: VM) -> bool:
     """Whether a template that runs leaves its own disk alone, so that it can be cloned meanwhile."""
-    try:
-        has_layer = any(os.path.exists(Layer(template, name).record) for name in unused_by_itself(template))
-    except OSError:
-        return False  # a disk is gone
-    return has_layer and not is_written(template.disks()[0], known_formats(template)[0])
+    with contextlib.suppress(OSError):  # a disk is gone
+        if any(os.path.exists(Layer(template, name).record) for name in unused_by_itself(template)):
+            words = ["qemu-img", "info", "-f", known_formats(template)[0], os.path.abspath(template.disks()[0])]
+            return not run(words, check=False).returncode  # a qemu that writes to it would keep this one out
+    return False
 
 
 def dependents(vms: Sequence[VM]) -> str:
@@ -6869,8 +6551,7 @@ def make_cold(cloud: Cloud, name: str) -> int:
     """Remove a template's frozen memory, so many bytes; clones that woke up on it run on."""
     template = cloud.tree.need_template(name)
     with FolderLock(template.folder):
-        layer = frozen_layer(template)
-        if not layer:
+        if not (layer := frozen_layer(template)):
             raise WrongState("it isn't frozen", f"vmtemplate {name} --warm freezes it", vm=template)
         size = layer.frozen_size()
         layer.forget()
@@ -6895,14 +6576,19 @@ def delete_template(cloud: Cloud, name: str) -> None:
 
 
 def find_iso(config: Config, name: str) -> str:
-    """The absolute path of an ISO image: `name` is a path, or a name in isoDir, `.iso` understood."""
+    """The absolute path of an ISO 9660 image, all that a BIOS boots from a CD (ECMA-119, 8.4: CD001 in sector 16):
+    `name` is a path, or a name in isoDir, `.iso` understood."""
     folder = os.path.expanduser(config["isoDir"])
     places = [name] if "/" in name else [name, os.path.join(folder, name), os.path.join(folder, name + ".iso")]
-    found = next((place for place in places if os.path.isfile(place)), "")
-    if found:
-        return checked_iso(found)
-    others = [] if "/" in name else names_in(folder)
-    raise no_such("ISO image", name, others, f"-i takes a path, or a name in isoDir, {folder}")
+    path = next(filter(os.path.isfile, places), "")
+    if not path:
+        others = [] if "/" in name else names_in(folder)
+        raise no_such("ISO image", name, others, f"-i takes a path, or a name in isoDir, {folder}")
+    with open(path, "rb") as file:
+        file.seek(16 * 2048 + 1)
+        if file.read(5) != b"CD001":
+            raise Error(f"{path}: not an ISO image", "vmtemplate NAME --image FILE takes disk images")
+    return os.path.abspath(path)
 
 
 # -- what there is
@@ -7007,21 +6693,12 @@ KERNEL_OPTIONS = "rootfstype=ext4 rootflags=noatime console=tty0 console=ttyS0,1
 
 
 class BuildProgress:
-    """Turns what mmdebstrap and apt say into a progress line; keeps what a failure needs."""
-
-    STAGES = {
-        "I: extracting": "unpacking the base",
-        "Get:": "downloading packages",
-        "Unpacking ": "unpacking packages",
-        "Setting up ": "setting up packages",
-        "update-initramfs: Generating": "making the initramfs",
-        "I: creating tarball": "collecting",
-    }
+    """Turns what mmdebstrap and apt say into a progress line, by etc/build/stages; keeps what a failure needs."""
 
     def __init__(self, suite: str) -> None:
-        self.suite, self.total, self.size = suite, 0, ""
+        self.suite, self.total, self.size, self.cause = suite, 0, "", ""
         self.counts: Counter[str] = Counter()
-        self.cause = ""
+        self.stages = [line.split("|") for line in packaged_list("build/stages")]
         self.started = time.monotonic()
 
     def __call__(self, line: str) -> None:
@@ -7029,13 +6706,11 @@ class BuildProgress:
             report.say(line)
         if line.startswith("E: "):
             self.cause = self.cause or line[3:].strip()  # the rest follows from what was said first
-        found = re.search(r"(\d+) newly installed", line)
-        if found:  # a new run of apt begins
+        if found := re.search(r"(\d+) newly installed", line):  # a new run of apt begins
             self.total, self.counts = int(found.group(1)), Counter()
-        found = re.match(r"Need to get (\S+ .?B)", line)
-        if found:
+        if found := re.match(r"Need to get (\S+ .?B)", line):
             self.size = f", {found.group(1)}"
-        for start, stage in self.STAGES.items():
+        for start, stage in self.stages:
             if line.startswith(start) and (self.total or not stage.endswith(" packages")):
                 self.counts[stage] += 1
                 of = f"{min(self.counts[stage], self.total)}/{self.total}" if stage.endswith(" packages") else ""
@@ -7113,10 +6788,8 @@ def package_sources(
     another distribution: mmdebstrap knows the public ones.  `host`: what os-release says of it.  Raises Error where the
     keys that all this is verified with aren't there."""
     if not os.path.isfile(distribution.keys):
-        raise Error(
-            f"{suite}: {distribution.keys} is missing: no package of {distribution.name} can be verified without it",
-            f"sudo apt install {distribution.keyring}",
-        )
+        said = f"{suite}: {distribution.keys} is missing: no package of {distribution.name} can be verified without it"
+        raise Error(said, f"sudo apt install {distribution.keyring}")
     codename = host.get("VERSION_CODENAME", "") if host.get("ID") == distribution.id else ""
     # Debian's unstable has no updates of its own.
     pockets = ("",) if suite in ("sid", "unstable", "experimental") else ("", "-updates", "-security")
@@ -7170,9 +6843,8 @@ def check_builder() -> None:
             taken = re.findall(r":(\d+):(\d+)$", "\n".join(ranges.values()), re.M)
             free = max([100000, *(int(first) + int(count) for first, count in taken)])  # as useradd(8) begins
             hint = " ".join(f"--add-{kind}s {free}-{free + 65535}" for kind in ("subuid", "subgid"))
-            raise Error(
-                f"{user} has no range in {name}, and without it only root can build", f"sudo usermod {hint} {user}"
-            )
+            said = f"{user} has no range in {name}, and without it only root can build"
+            raise Error(said, f"sudo usermod {hint} {user}")
 
 
 def build_tmpdir() -> str:
@@ -7287,7 +6959,7 @@ def configure_system(tree: str, disk_uuid: str, build: Build) -> None:
     words = {"DISTRIBUTION": build.distribution.name, "OPTIONS": options}
     words.update({"UUID": disk_uuid, "KERNEL": kernel, "INITRD": initrd})
     for name in packaged_files("build/tree"):
-        text = re.sub("@([A-Z]+)@", lambda found: words[found.group(1)], packaged(f"build/tree/{name}"))
+        text = filled(packaged(f"build/tree/{name}"), words)
         if name != "etc/hosts" or build.init != "systemd":  # else each clone's own names it, see credentials()
             put_file(tree, name, text)
         wanted = re.search(r"^WantedBy=(.+)$", text, re.M)
@@ -7409,12 +7081,9 @@ def build_recipe(build: Build) -> str:
 
 
 def archive_state(build: Build, web: Web) -> str:
-    """A short name for what the archives hold just now: which versions, by the checksums of their indices.
-
-    The archives are asked, since what the host's apt knows may be old.  Where one can't be asked, because it is no
-    web server, wants a login or doesn't answer, or where mmdebstrap chooses them, it is the date.  Raises NotFound
-    where there is no such suite.
-    """
+    """A short name for what the archives hold just now: which versions, by the checksums of their indices.  They are
+    asked, since what the host's apt knows may be old; where one can't be, being no web server, wanting a login or not
+    answering, or where mmdebstrap chooses them, it is the date.  Raises NotFound where there is no such suite."""
     if not build.sources:
         return time.strftime("%Y%m%d")
     seen: list[str] = []
