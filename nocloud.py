@@ -11184,18 +11184,19 @@ def fill(text: str, words: Mapping[str, Any]) -> str:
 
 def tell(vm: VM, files: list[str], number: int, part: str, asked: argparse.Namespace) -> dict[str, Any]:
     """What manifests and texts say of a VM, whose disks these files are."""
-    firmware, info = vm.conf.get("vmFirmware", "bios"), image_info(os.path.join(part, files[0]), "qcow2")
+    firmware, info = vm.get("vmFirmware"), image_info(os.path.join(part, files[0]), "qcow2")
     paths = {name: os.path.join(part, name) for name in files if asked.to == "nocloud"}
-    given = CARRIED if asked.with_keys else CARRIED[:-2]
+    given = [key for key in (CARRIED if asked.with_keys else CARRIED[:-2]) if vm.get(key)]
+    left = [key for key in LEFT if vm.get(key) != SETTING[key].default]
     return {
         **{key[2:].lower(): value for key, value in vm.settings().items()}, "name": vm.name, "type": vm.type,
         "host": re.sub("^(?=[0-9])", "vm-", vm.name.lower())[:56].strip("-"),  # a label as of RFC 1035
-        "address": vm.get("vmAddress") or f"10.126.0.{number}", "arch": vm.conf.get("vmArch") or os.uname().machine,
+        "address": vm.get("vmAddress") or f"10.126.0.{number}", "arch": vm.get("vmArch"),
         "machine": "q35" if "q35" in vm.get("vmMachine") else "pc", "gb": -(-info["virtual-size"] // GIB),
         "disk": [{"number": n, "file": name, "dev": f"vd{chr(97 + n)}"} for n, name in enumerate(files)],
         "port": [{"outer": outer, "inner": inner} for _, outer, inner in parse_ports(vm.get("vmPorts")) if outer],
         **{kind: [{}] * (kind == firmware) for kind in ("bios", "uefi", "secure")},
-        "settings": {key: vm.get(key) if key in given else None for key in (*given, *LEFT) if vm.get(key)},
+        "settings": {**{key: vm.get(key) for key in given}, **dict.fromkeys(left)},
         "files": {name: [os.path.getsize(path), file_digest(path)] for name, path in paths.items()},
         "key": read_existing(vm.host_key) if asked.with_keys else "",
     }  # fmt: skip
