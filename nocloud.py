@@ -3046,6 +3046,25 @@ def kernel_args(machine: Machine) -> list[str]:
     return [word for option, key in words if machine.settings[key] for word in (option, machine.settings[key])]
 
 
+# -- what a start leaves in a VM's folder
+
+# And the pidfile.  The credentials stay, for whoever starts it by hand.
+RUNTIME_FILES = ("qmp.sock", "serial.sock", "monitor.sock", "spice.sock", "vnc.sock", AGENT_SOCKET, RECORD_SOCKET)
+
+
+def cgroup_name(vm: VM) -> str:
+    """What the cgroup that limits a VM is called: by its folder, which is there whatever its conf says."""
+    info = os.stat(vm.folder)
+    return f"nocloud-{info.st_dev}-{info.st_ino}"
+
+
+def remove_runtime_files(vm: VM) -> None:
+    for folder, _, _ in CPU_LIMITS.values():
+        remove_empty(f"{CGROUPS}/{folder}{cgroup_name(vm)}")
+    for path in (*map(vm.file, RUNTIME_FILES), vm.ready_file, vm.still_file, vm.pid_file):
+        remove_file(path)
+
+
 # Networks ############################################################################################
 #
 # What both networks have: a VM gets a tap as an open descriptor, the commands a way to its ports, and dnsmasq a file
@@ -7695,22 +7714,6 @@ def forget_identity(cloud: Cloud, uuids: Sequence[str]) -> None:
 # Stopping and destroying #############################################################################
 #
 # The power button, the plug, and what goes with a VM.  A template is stopped with care: see the work in its guest.
-
-# And the pidfile.  The credentials stay, for whoever starts it by hand.
-RUNTIME_FILES = ("qmp.sock", "serial.sock", "monitor.sock", "spice.sock", "vnc.sock", AGENT_SOCKET, RECORD_SOCKET)
-
-
-def cgroup_name(vm: VM) -> str:
-    """What the cgroup that limits a VM is called: by its folder, which is there whatever its conf says."""
-    info = os.stat(vm.folder)
-    return f"nocloud-{info.st_dev}-{info.st_ino}"
-
-
-def remove_runtime_files(vm: VM) -> None:
-    for folder, _, _ in CPU_LIMITS.values():
-        remove_empty(f"{CGROUPS}/{folder}{cgroup_name(vm)}")
-    for path in (*map(vm.file, RUNTIME_FILES), vm.ready_file, vm.still_file, vm.pid_file):
-        remove_file(path)
 
 
 def stop_locked(vm: VM, seconds: float) -> bool:
