@@ -6466,6 +6466,7 @@ def settle(cloud: Cloud, template: VM, warn: bool = True) -> None:
     template.reread()
     if template.state()[0] != "stopped" or not template.disks():
         return
+    remove_runtime_files(template)  # of a command that was killed, and its guest with it
     lost = False
     for layer in [Layer(template, name) for name in unused_by_itself(template)]:
         if os.path.exists(layer.record):
@@ -6532,7 +6533,8 @@ def settle_stopped(cloud: Cloud, templates: Iterable[VM], wait: float = 600.0) -
     for template in templates:
         # It may be at work elsewhere, someone else's, or just gone: whoever changes it settles it.
         with contextlib.suppress(Error, OSError):
-            if unused_by_itself(template) and template.state()[0] == "stopped":
+            left = unused_by_itself(template) or os.path.exists(template.file(RUNTIME_FILES[0]))
+            if left and template.state()[0] == "stopped":
                 with FolderLock(template.folder, wait=wait):
                     settle(cloud, template)
 
