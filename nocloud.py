@@ -2694,6 +2694,7 @@ def device_command(path: str, group: str) -> str:
 
 # The last one with a file of that name counts.  $XDG_CONFIG_HOME/qemu/firmware has the user's own.
 FIRMWARE_FOLDERS = ("/usr/share/qemu/firmware", "/etc/qemu/firmware", "qemu/firmware")
+MACHINE_ALIASES = {"": "pc-i440fx-", "pc": "pc-i440fx-", "q35": "pc-q35-", "virt": "virt-"}  # of whatever version
 
 
 @record
@@ -2725,7 +2726,8 @@ def read_firmware(path: str, kind: str, arch: str, machine: str) -> Firmware | N
         told = json.loads(read_text(path).strip() or "{}")
         flash, features = told.get("mapping", {}), frozenset(told.get("features", ()))
         targets = [(each["architecture"], glob) for each in told.get("targets", ()) for glob in each["machines"]]
-        fits = any(of == arch and fnmatch.fnmatchcase(machine, glob) for of, glob in targets)
+        name = MACHINE_ALIASES.get(machine, machine)
+        fits = any(of == arch and fnmatch.fnmatchcase(name, glob) for of, glob in targets)
         fits = fits and (flash["device"], flash.get("mode", "split")) == ("flash", "split")
         if not fits or "uefi" not in told["interface-types"] or ("enrolled-keys" in features) != (kind == "secure"):
             return None

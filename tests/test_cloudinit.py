@@ -573,6 +573,7 @@ def test_the_key_is_nowhere_but_in_the_seed(seeded: Cloud) -> None:
     assert "dir=seed," in texts["s00.command"]
 
 
+@pytest.mark.long
 def test_started_again_it_is_the_same(seeded: Cloud) -> None:
     """The same instance: cloud-init does nothing a second time, here after a start by hand."""
     look = "cat /etc/ssh/ssh_host_ed25519_key; wc -l < /root/.ssh/authorized_keys; cat /root/file"

@@ -265,7 +265,14 @@ def test_both_ways_of_calling_parse_the_same(name: str) -> None:
             assert own[1] == ["word"]
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIONS if name.startswith("vm")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("vm", "vmcreate", "vmrun") else pytest.mark.long)
+        for name in OPTIONS
+        if name.startswith("vm")
+    ],
+)
 def test_by_name_and_as_a_subcommand_it_is_the_same(cloud: Cloud, links: Path, name: str) -> None:
     own = by_name(cloud, links, name, "-h").ok()
     sub = cloud.run(name, "-h").ok()

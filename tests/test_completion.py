@@ -276,7 +276,8 @@ def typed_names(command: nocloud.Command) -> list[str]:
     return [f"nocloud {command.name}", *([command.alias, f"nocloud {command.alias}"] if command.alias else [])]
 
 
-@pytest.mark.parametrize("shell", ["bash", pytest.param("fish", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("shell", ["bash", "fish"])
 def test_every_option_of_every_command_is_offered(installed: Cloud, shell: str) -> None:
     lines, expected = [], []
     for command in nocloud.COMMANDS.values():

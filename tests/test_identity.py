@@ -208,6 +208,7 @@ def test_a_guest_that_takes_nothing_is_configured_over_ssh(keyed: Cloud) -> None
     keyed.run("vmstop", "-d", "-g", "b").quiet()
 
 
+@pytest.mark.long
 def test_init_none_touches_nothing(keyed: Cloud) -> None:
     keyed.run("vminstantiate", "-n", "plain", "-g", "c", "-o", "name=bare", "-w", READY).ok()
     assert not (keyed.folder("c/default/bare00") / "configured").exists()
@@ -216,6 +217,7 @@ def test_init_none_touches_nothing(keyed: Cloud) -> None:
     keyed.run("vmstop", "-d", "-g", "c").quiet()
 
 
+@pytest.mark.long
 def test_a_guest_that_lets_nobody_in_is_told_at_once(keyed: Cloud) -> None:
     """Without the user's key nothing can be set: said, not waited for until the time is over."""
     hidden = keyed.home / ".ssh/id_ed25519"

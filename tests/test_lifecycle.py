@@ -209,6 +209,7 @@ def test_stopped_and_started_it_is_the_same_vm(pair: Cloud) -> None:
     assert before["vmMac"] in pair.ssh("web01", "ip link").ok().stdout
 
 
+@pytest.mark.long
 def test_killed_qemu_is_listed_no_more_and_starts_again(pair: Cloud) -> None:
     pid = pair.qemu("pf/web/web01")
     assert len(taps(pair)) == 2
@@ -221,6 +222,7 @@ def test_killed_qemu_is_listed_no_more_and_starts_again(pair: Cloud) -> None:
     assert len(taps(pair)) == 2
 
 
+@pytest.mark.long
 def test_command_file_starts_the_same_vm_by_hand(pair: Cloud) -> None:
     """web01.command, run as a user would: the VM is seen, reached and stopped like any other."""
     pair.run("vmstop", "-n", "web01").quiet()
@@ -1044,13 +1046,16 @@ INHERITED = {
     "vmCpu": "2",
     "vmUser": "ann",
     "vmInit": "none",
-    "vmMachine": "pc",
+    "vmMachine": "q35",
     "vmAccel": "tcg",
     "vmExtraOpts": "-no-user-config",
     "vmCpuCap": "70",
     "vmKernel": "HOME/vmlinuz",
     "vmInitrd": "HOME/initrd",
     "vmAppend": "quiet",
+    "vmFirmware": "uefi",
+    "vmTpm": "yes",
+    "vmArch": "x86_64",
 }
 # A qemu that leaves out the kernel, which is none.
 WITHOUT_KERNEL = """#!/bin/sh
