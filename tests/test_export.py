@@ -109,6 +109,27 @@ def test_with_keys_it_is_the_same_machine_and_without_another_one(tiny: Cloud, o
     assert uuids["same"] == tiny.conf("pf/default/web00")["vmUuid"] and len(set(uuids.values())) == 3
 
 
+@pytest.mark.long
+def test_a_colleague_gets_into_debian(debian: Cloud, other: Cloud) -> None:
+    """Whose nocloud has another key: that is planted, while the machine is the same; cleaned it is another one."""
+    debian.run("vminstantiate", "-n", "deb", "-g", "pf", "-o", "name=web", "-w", 300, timeout=320).ok()
+    look = "cat /etc/machine-id; hostname; cut -d' ' -f2 /etc/ssh/ssh_host_ed25519_key.pub; cat /root/file"
+    old = debian.ssh("web00", f"echo kept >/root/file; {look}").ok().lines
+    debian.run("vmstop", "-g", "pf", "--timeout", 90, timeout=120).ok()
+    debian.run("export", "web00", "--to", "nocloud", "same", "--with-keys", "--tar", timeout=300).ok()
+    debian.run("export", "web00", "--to", "nocloud", "clean", "--clean", "--tar", timeout=600).ok()
+    debian.run("vmstop", "-d", "-g", "pf").ok()
+    found = []
+    for group in ("same", "clean"):
+        other.run("import", debian.home / f"{group}.tar.zst", "-g", group).ok()
+        (debian.home / f"{group}.tar.zst").unlink()
+        other.run("vmstart", "-g", group, "-w", 300, timeout=320).ok()
+        found.append(other.ssh(f"{group}/web00", look).ok().lines)
+        other.run("vmstop", "-d", "-g", group).ok()
+    assert found[0] == old and found[1][1::2] == ["web00", "kept"]
+    assert found[1][0] != old[0] and found[1][2] != old[2]
+
+
 # What nobody trusts ###################################################################################
 
 
