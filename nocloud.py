@@ -7352,11 +7352,12 @@ def parse_description(text: str, name: str, default_type: str) -> list[CloneRequ
 def read_description(path: str, default_type: str, allow_share: str | None = None) -> list[CloneRequest]:
     """What a description file, of at most 1 MB, asks for; `-` is stdin.  A stranger's must not open one's home, so the
     folders that it shares are in its own one, or in `allow_share`."""
+    name = "stdin" if path == "-" else path
     try:
         with open(0 if path == "-" else path, encoding=TEXT, closefd=path != "-") as file:
-            requests = parse_description(file.read(MIB), "stdin" if path == "-" else path, default_type)
+            requests = parse_description(file.read(MIB), name, default_type)
     except UnicodeDecodeError:
-        raise UsageError(f"{path}: not a text file in UTF-8") from None
+        raise UsageError(f"{name}: not a text file in UTF-8") from None
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}", "-f takes a description file") from None
     places = [*([] if path == "-" else [os.path.dirname(path) or "."]), *([allow_share] if allow_share else [])]
