@@ -7167,8 +7167,7 @@ class Cloud:
     @functools.cache
     def accel(self, wanted: str, arch: str) -> str:
         """kvm or tcg, for a vmAccel; said once where it is tcg though nobody asked for it."""
-        accel = choose_accel(wanted, self.qemu(arch))
-        if accel != wanted and accel == "tcg":
+        if (accel := choose_accel(wanted, self.qemu(arch))) != wanted and accel == "tcg":
             why = "nocloud doctor acceleration says why" if arch == os.uname().machine else f"they are for {arch}"
             report.warn(f"no hardware acceleration, guests will be slow ({why})")
         return accel
@@ -7181,8 +7180,7 @@ class Cloud:
     @functools.cache
     def screen(self, arch: str) -> str:
         """What shows the screens, one of SCREENS; '', and said once, where the qemu binary has neither."""
-        screen = choose_screen(self.qemu(arch))
-        if not screen:
+        if not (screen := choose_screen(self.qemu(arch))):
             report.warn(f"{self.qemu(arch).path} has neither SPICE nor VNC: VMs have no screen")
         return screen
 
@@ -7204,9 +7202,7 @@ class Cloud:
 
     def chosen_network(self, wanted: str) -> str:
         """bridge or private, for a vmNetwork: `auto` is what this host has now."""
-        if wanted != "auto":
-            return wanted
-        return "private" if self.bridge.why_not() else "bridge"
+        return wanted if wanted != "auto" else "private" if self.bridge.why_not() else "bridge"
 
     def close(self) -> None:
         """Close what this process holds of the networks."""
@@ -7302,14 +7298,12 @@ class CloneRequest:
         """CLONE_OPTIONS, in any order, separated by `;`.  Files are looked for in the folder.  Raises UsageError."""
         for word in text.split(";"):
             name, separator, value = map(str.strip, word.partition("="))
-            option = CLONE_OPTION.get(name)
-            if option:
+            if option := CLONE_OPTION.get(name):
                 self._set_option(option, value if separator else None, folder)
             elif name:
                 hint = f"options are {' '.join(each.text for each in CLONE_OPTIONS)}, separated by ';'"
                 raise UsageError(f"unknown option {name!r}{did_you_mean(name, CLONE_OPTION, before=', ')}", hint)
-        names = full_names(self.prefix)
-        if names and len({name.lower() for name in names}) != self.count:
+        if (names := full_names(self.prefix)) and len({name.lower() for name in names}) != self.count:
             raise UsageError(f"name={self.prefix}: {plural(len(names), 'name')} for a COUNT of {self.count}")
 
     def _set_option(self, option: CloneOption, given: str | None, folder: str) -> None:
@@ -7338,12 +7332,20 @@ def parse_description(text: str, name: str, default_type: str) -> list[CloneRequ
     """The lines of a description file, TEMPLATE:COUNT[:TYPE[:OPTIONS]].  Raises UsageError naming FILE:LINE."""
     requests = []
     for number, raw in enumerate(split_lines(text), 1):
-        origin = f"{name}:{number}"
-        if line := raw.split("#", 1)[0].strip():
-            try:
-                requests.append(_parse_request(line, origin, default_type, os.path.dirname(name)))
-            except UsageError as error:
-                raise UsageError(f"{origin}: {error}", error.hint) from None
+        origin, line = f"{name}:{number}", raw.split("#", 1)[0].strip()
+        if not line:
+            continue
+        try:
+            template, *fields = (field.strip() for field in line.split(":", 3))
+            if not fields or "\0" in line:
+                raise UsageError(f"{line[:60]!r}: expected TEMPLATE:COUNT[:TYPE[:OPTIONS]], and no NUL in it")
+            count, type, options = [*fields, "", ""][:3]
+            checked_name("template", template)
+            type = checked_name("type", type or default_type)
+            requests.append(CloneRequest(origin, template, checked(CLONE_COUNT, count, f"COUNT {count!r}"), type, {}))
+            requests[-1].set_options(options, os.path.dirname(name))
+        except UsageError as error:
+            raise UsageError(f"{origin}: {error}", error.hint) from None
     if not requests:
         raise UsageError(f"{name}: no VM is described in it", "a line is TEMPLATE:COUNT[:TYPE[:OPTIONS]]")
     return requests
@@ -7374,18 +7376,6 @@ def group_of_file(path: str) -> str:
     if path == "-":
         raise UsageError("which group? a description from stdin has no name", "give --group GROUP too")
     return checked_group(os.path.splitext(os.path.basename(path))[0])
-
-
-def _parse_request(line: str, origin: str, default_type: str, folder: str) -> CloneRequest:
-    template, *fields = (field.strip() for field in line.split(":", 3))
-    if not fields or "\0" in line:
-        raise UsageError(f"{line[:60]!r}: expected TEMPLATE:COUNT[:TYPE[:OPTIONS]], and no NUL in it")
-    count, type, options = [*fields, "", ""][:3]
-    checked_name("template", template)
-    checked_name("type", type or default_type)
-    request = CloneRequest(origin, template, checked(CLONE_COUNT, count, f"COUNT {count!r}"), type or default_type, {})
-    request.set_options(options, folder)
-    return request
 
 
 @record
@@ -7448,8 +7438,7 @@ def check_clonable(template: VM) -> None:
         raise WrongState("the template is running and can't be cloned", f"vmstop -n {template}", vm=template)
     if state == "unknown":
         raise WrongState(f"can't tell whether the template is running ({template.pid_file})", vm=template)
-    disks = template.disks()
-    if not disks:
+    if not (disks := template.disks()):
         raise Error("the template's conf names no disk", f"see vmDisk in {template.conf_file}", vm=template)
     known = template.get("vmDiskFormat").partition(",")[0]
     try:
@@ -7466,8 +7455,7 @@ def check_ports(tree: Tree, request: CloneRequest, asked: list[tuple[str, int, s
     """Raise where a port is another VM's of the same description (`asked`: by whom), or isn't to be had now."""
     for number in range(request.count):
         for ip, host, _ in parse_ports(numbered_ports(request.settings.get("vmPorts", ""), number)):
-            others = [who for at, its, who in asked if host and host == its and clash(ip, at)]
-            if others:
+            if others := [who for at, its, who in asked if host and host == its and clash(ip, at)]:
                 raise UsageError(f"port={host}: {others[0]} asks for port {host} of {ip} too")
             asked.append((ip, host, request.origin or "another of the VMs"))
             if host not in freed:
@@ -7506,8 +7494,7 @@ def memory_mb(kind: str) -> int:
 
 def warn_of_memory(asked: int) -> None:
     """Say so where it is more than what is available now."""
-    available = memory_mb("MemAvailable")
-    if available and asked > available:
+    if (available := memory_mb("MemAvailable")) and asked > available:
         report.warn(f"{asked} MB of memory are asked for, {available} MB are available now")
 
 
@@ -7740,8 +7727,7 @@ def stop_locked(vm: VM, seconds: float) -> bool:
 def press_power_button(vm: VM, process: Process, seconds: float) -> bool:
     """Whether the guest shut down in time.  The button is pressed every 3 s: a guest that is booting misses it.
     Raises WrongState where a full disk has paused it: the plug would cost it what it couldn't write."""
-    state = wake(vm, resume=True)
-    if state in (DISK_FULL, DISK_ERROR):
+    if (state := wake(vm, resume=True)) in (DISK_FULL, DISK_ERROR):
         raise WrongState(f"it is {state}", f"{remedy(vm, state)}; --kill switches it off as it is", vm=vm)
     if state in DEAD or os.path.exists(vm.frozen_file):  # whose lock is ours
         return False
@@ -7824,8 +7810,7 @@ def go_on_after_kill(vm: VM, qemu: QMP) -> None:
 
 def need_awake(vm: VM) -> None:
     """wake(), raising WrongState for a guest that does nothing, and won't by itself."""
-    state = wake(vm)
-    if state not in (*AT_WORK, SHARE_LOST):
+    if (state := wake(vm)) not in (*AT_WORK, SHARE_LOST):
         raise WrongState(f"it is {state}", remedy(vm, state), vm=vm)
 
 
@@ -7983,13 +7968,11 @@ def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False, lay
     ]
     with Parsing(UsageError, f"vmExtraOpts: a quotation mark or a backslash without its end: {vm.get('vmExtraOpts')}"):
         extra = shlex.split(vm.get("vmExtraOpts"))
-    planted = is_planted(vm) and os.path.exists(vm.host_key)
-    if planted:
+    if planted := is_planted(vm) and os.path.exists(vm.host_key):
         write_file(vm.credentials_file, credentials(vm, login_keys()), durable=False)
     has_screen = gui or yes_no(vm.get("vmGui")) == "yes"
     qemu = cloud.qemu(vm.get("vmArch"))
-    firmware = firmware_of(vm, qemu.arch)
-    if firmware and not os.path.exists(vm.variables_file):
+    if (firmware := firmware_of(vm, qemu.arch)) and not os.path.exists(vm.variables_file):
         copy_variables(*firmware.variables, vm.variables_file)
     return Machine(
         qemu=qemu, accel=cloud.accel(vm.get("vmAccel"), qemu.arch), name=vm.name, settings=vm.settings(), disks=disks,
@@ -8073,11 +8056,9 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, sha
 
 def answers(vm: VM, pid: int) -> bool:
     """Whether the qemu that we started holds its pidfile and answers over QMP.  Raises QMPError where it refuses."""
-    try:
-        with QMP(vm.folder) as qemu:
-            return vm.state() == ("running", pid) and bool(qemu.execute("query-status"))
-    except (QMPClosed, TimedOut, OSError):
-        return False
+    with contextlib.suppress(QMPClosed, TimedOut, OSError), QMP(vm.folder) as qemu:
+        return vm.state() == ("running", pid) and bool(qemu.execute("query-status"))
+    return False
 
 
 # -- memory on disk
@@ -8103,8 +8084,7 @@ def migrate(qemu: QMP, fd: int, shared: bool) -> None:
     prepare_migration(qemu, fd, shared)
     qemu.execute("migrate", uri="fd:state")
     wait_for(lambda: qemu.execute("query-migrate")["status"] in ("completed", "failed"), 3600, 0.05)
-    answer = qemu.execute("query-migrate")
-    if answer["status"] != "completed":
+    if (answer := qemu.execute("query-migrate"))["status"] != "completed":
         raise Error(f"qemu could not write the guest's state: {answer.get('error-desc', 'it takes too long')}")
 
 
@@ -8209,8 +8189,7 @@ def thaw(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> bool:
     """Have a clone go on where its template's guest was frozen, as itself; False where it has to boot, having said why.
     For who holds its lock.  Until the guest has said that it is this VM, the frozen file stays: who finds that begins
     anew, on a new disk."""
-    name = read_existing(vm.frozen_file)
-    if not name:
+    if not (name := read_existing(vm.frozen_file)):
         return False
     template, began = cloud.tree.template(vm.get("vmTemplate")), time.monotonic()
     layer = Layer(template, name)
@@ -8230,8 +8209,7 @@ def thaw(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> bool:
                 plug_disk(qemu, number + 1, number, *disk)
         if others:
             vm.write_conf({"vmPlugged": str(len(others))})
-        told = talk(vm, waking_words(vm, login_keys(), token), WAKE_SECONDS)
-        if told != "done":
+        if (told := talk(vm, waking_words(vm, login_keys(), token), WAKE_SECONDS)) != "done":
             raise Error(f"the agent in it said: {printable(told) or 'nothing'}", vm=vm)
         write_file(vm.configured_file, "", durable=False)
         with QMP(vm.folder) as qemu:
@@ -8289,8 +8267,7 @@ def read_manifest(layer: Layer, deep: bool = False) -> tuple[dict[str, Any], str
     its checksum too with `deep`: that reads all of it."""
     with Parsing(Error, f"{layer.manifest} can't be read"):
         manifest = json.loads(read_text(layer.manifest))
-        was = {key: manifest["machine"][key] for key in ("words", "qemu", "kernel")}
-        noted = was, str(manifest["token"])
+        noted = {key: manifest["machine"][key] for key in ("words", "qemu", "kernel")}, str(manifest["token"])
         same = memory_facts(layer) == manifest["memory"]
         same = same and not (deep and file_digest(layer.memory) != manifest["sha256"])
     if not same:
@@ -8435,8 +8412,7 @@ class WaitProgress:
 def wait_ssh(wait: Wait) -> None:
     """Return when the guest's ssh server says its banner (RFC 4253, 4.2)."""
     for _ in wait.tries():
-        address = wait.network.address(wait.vm)
-        if address:
+        if address := wait.network.address(wait.vm):
             wait.stage = stage_of_port(wait.network, address)
             if wait.stage == "configured":
                 return
@@ -8459,8 +8435,7 @@ def wait_ready(wait: Wait) -> None:
     """Return when the VM is ready: ssh answers, and the guest is configured as its vmInit says."""
     wait_ssh(wait)
     find_init_kind(wait)
-    kind = wait.vm.get("vmInit")
-    if kind != "none":
+    if (kind := wait.vm.get("vmInit")) != "none":
         configure(wait, kind == "cloud-init")
     mount_shares(wait)
     set_clock(wait)
@@ -8598,8 +8573,7 @@ def check_login(wait: Wait, status: int, output: str) -> None:
 def pin_host_key(wait: Wait) -> None:
     """Where no host key was planted, the one seen at the first contact is the VM's from now on."""
     cloud, vm = wait.cloud, wait.vm
-    uuid = vm.get("vmUuid")
-    if cloud.known_hosts.knows(uuid):
+    if cloud.known_hosts.knows(uuid := vm.get("vmUuid")):
         return
     place = vm.file(f"known_hosts.{os.urandom(3).hex()}")
     try:
@@ -8714,8 +8688,7 @@ def configure_later(cloud: Cloud, vms: Sequence[VM]) -> None:
     """Start a process for the VMs that must be configured over ssh.  What it can't finish, the next vmssh does."""
     vms = [vm for vm in vms if vm.is_readable() and vm.get("vmInit") != "none"]
     late = [vm for vm in vms if vm.get("vmShares") or is_late(vm) or is_renamed(vm)]
-    names = [vm.full_name for vm in vms if vm.get("vmInit") in ("auto", "ssh") or vm in late]
-    if names:
+    if names := [vm.full_name for vm in vms if vm.get("vmInit") in ("auto", "ssh") or vm in late]:
         spawn(self_argv("configure", *names), log=os.devnull, cwd="/", env={"NOCLOUD_vmBaseDir": cloud.tree.base})
 
 
@@ -8757,8 +8730,7 @@ def snapshots_of(vm: VM) -> list[Snapshot]:
 def need_snapshots(vms: Iterable[VM], name: str) -> list[Snapshot]:
     """The snapshots of this name that these VMs have.  Raises NotFound where none has one."""
     every = [each for vm in vms for each in snapshots_of(vm)]
-    found = [each for each in every if each.name == name]
-    if not found:
+    if not (found := [each for each in every if each.name == name]):
         raise no_such("snapshot", name, sorted({each.name for each in every}), "vmsnapshot -L lists them")
     return found
 
@@ -8901,8 +8873,7 @@ def check_snapshots(vms: Sequence[VM], name: str, ram: bool) -> None:
             raise WrongState(f"it has a snapshot {name}", f"vmsnapshot --delete {name} -n {vm}", vm=vm)
         if os.path.exists(vm.saved_file) and not vm.is_running():
             raise WrongState("its memory is saved", f"start it: vm -n {vm}", vm=vm)
-        depth = len(own_chain(vm, vm.disks()[0]))
-        if depth > MAX_SNAPSHOTS:
+        if (depth := len(own_chain(vm, vm.disks()[0]))) > MAX_SNAPSHOTS:
             hint = f"vmsnapshot --delete NAME -n {vm}, of one of {', '.join(each.name for each in snapshots_of(vm))}"
             raise WrongState(f"its disk stands on {depth - 1} snapshots, {MAX_SNAPSHOTS} is the most", hint, vm=vm)
         if depth > MAX_SNAPSHOTS - 4:
@@ -9031,8 +9002,7 @@ def merge(vm: VM, lower: str, upper: str, qemu: QMP | None) -> None:
     else:
         format = ["-F", under.format] if under and under.format else []
         run(["qemu-img", "rebase", "-q", "-f", "qcow2", *format, "-b", relative, upper], timeout=None)
-    now = qcow2_header(upper)
-    if not now or now.backing != relative:
+    if not (now := qcow2_header(upper)) or now.backing != relative:
         raise Error(f"{lower} could not be merged into {upper}", f"see {vm.log_file}", vm=vm)
     sync(upper)
     remove_file(lower)
@@ -9111,15 +9081,11 @@ def look(vm: VM) -> Present:
     ]
     # Not one that bash made, which writes neither.
     halted = state == "stopped" and not os.path.exists(vm.command_file) and bool(vm.get("vmUuid"))
-    unnamed, running = vm.name == vm.get("vmUuid"), state == "running"
-    return Present(vm.name, vm.type, template_of(vm), settings, sizes, unnamed, running, halted, vm)
-
-
-def template_of(vm: VM) -> str:
-    """The template that it was cloned from; of the bash tools' by what its disk stands on; '' for none."""
+    # The template of one that bash made is told by what its disk stands on.
     below = {os.path.dirname(path) for path in ([] if vm.get("vmTemplate") else vm.below())}
     found = (each.name for each in vm.tree.templates() if os.path.realpath(each.folder) in below)
-    return vm.get("vmTemplate") or next(found, "")
+    template, unnamed = vm.get("vmTemplate") or next(found, ""), vm.name == vm.get("vmUuid")
+    return Present(vm.name, vm.type, template, settings, sizes, unnamed, state == "running", halted, vm)
 
 
 # -- plans
@@ -9156,8 +9122,7 @@ def match(
     unnamed: list[CloneRequest] = []
     for request in requests:
         there = [name for type, name in left if type == request.type and name not in given]
-        names = full_names(request.prefix) or numbered_names(request, there, taken)
-        for number, name in enumerate(names):
+        for number, name in enumerate(full_names(request.prefix) or numbered_names(request, there, taken)):
             settings = dict(request.settings)
             if "vmPorts" in settings:
                 settings["vmPorts"] = numbered_ports(settings["vmPorts"], number)
@@ -9520,7 +9485,7 @@ def give_identity(cloud: Cloud, vm: VM) -> None:
     publish_keys(cloud, [vm])
 
 
-class OwnGuest:
+class OwnGuest(contextlib.AbstractContextManager["OwnGuest"]):
     """A guest that runs for nocloud's own work in it, on a layer or its VM's disk; `with` leaves it switched off."""
 
     def __init__(self, cloud: Cloud, vm: VM, layer: Layer | None = None, memory: str = "", **settings: str) -> None:
@@ -9567,9 +9532,6 @@ class OwnGuest:
         seconds = max(SHUTDOWN_SECONDS, self.cloud.config.number("vmStopTimeout"))
         if not press_power_button(self.vm, self._process, seconds):
             raise Error(f"its guest did not shut down within {seconds} s", f"see {self.vm.console_log}", vm=self.vm)
-
-    def __enter__(self) -> OwnGuest:
-        return self
 
     def __exit__(self, *exc: object) -> None:
         with self._process as process:
@@ -9901,8 +9863,7 @@ def open_screen(vm: VM) -> None:
     if len(os.fsencode(path)) > 107 or not re.fullmatch(r"[A-Za-z0-9/._-]+", path):
         path = f"/proc/self/fd/{place}/{screen}.sock"
     try:
-        viewers = [(program, before + path) for program, before in VIEWERS[screen] if find_program(program)]
-        if not viewers:
+        if not (viewers := [(program, before + path) for program, before in VIEWERS[screen] if find_program(program)]):
             names = [program for program, _ in VIEWERS[screen]]
             raise MissingProgram(f"no viewer for its screen: {' or '.join(names)} is needed", install_command(names[0]))
         remove_file(log)
@@ -9924,8 +9885,7 @@ def has_viewer(vm: VM) -> bool:
 
 def open_screens(vms: Sequence[VM]) -> None:
     """Open the screens of those that have one; without a display that is said, and they go on without a window."""
-    shown = [vm for vm in vms if screen_of(vm)]
-    if shown and not has_display():
+    if (shown := [vm for vm in vms if screen_of(vm)]) and not has_display():
         names = ", ".join(vm.name for vm in shown[:10]) + (" …" if len(shown) > 10 else "")
         way = f"vmconsole -s -n {shown[0]} is its serial console"
         report.say(f"{report.program}: no display here, no window for {names}: {way}")
@@ -10151,8 +10111,7 @@ def go_to_background() -> tuple[int | None, int]:
     """Go on in a child, a session of its own, whose caller returns once all VMs are ready.  In the child (None, where
     let_caller_go() tells that); in the caller (exit status, -1), when the child has told it or ended."""
     hear, talk = os.pipe()
-    pid = fork_session()
-    if not pid:
+    if not (pid := fork_session()):
         os.close(hear)
         return None, talk
     os.close(talk)
@@ -10255,17 +10214,13 @@ class Supervisor:
         numbers = self._bell.recv(4096)
         for _ in range(len(self._posts)):
             self._posts.popleft()()
-        goals = {signal.SIGUSR1: KEEP, signal.SIGHUP: LEAVE}
-        for number in filter(None, numbers):
-            self._ask(goals.get(signal.Signals(number), self._end_goal))
-
-    def _ask(self, goal: str) -> None:
-        """A signal.  Who has asked to keep the VMs may still have them destroyed, but not the other way round."""
-        if self.goal in (DESTROY, goal) or (self.goal != RUN and goal != DESTROY):
-            return
+        goals: dict[int, str] = {signal.SIGUSR1: KEEP, signal.SIGHUP: LEAVE}
         words = {DESTROY: "destroying all VMs of", KEEP: "shutting down and keeping the VMs of"}
-        report.log(f"{words.get(goal, 'leaving; these go on running: the VMs of')} {self.group} group")
-        self.goal, self._progress = goal, WaitProgress()  # nothing is waited for any more
+        for goal in [goals.get(number, self._end_goal) for number in filter(None, numbers)]:
+            # Who has asked to keep the VMs may still have them destroyed, but not the other way round
+            if self.goal not in (DESTROY, goal) and (self.goal == RUN or goal == DESTROY):
+                report.log(f"{words.get(goal, 'leaving; these go on running: the VMs of')} {self.group} group")
+                self.goal, self._progress = goal, WaitProgress()  # nothing is waited for any more
 
     def _adopt(self, vm: VM, how: str) -> None:
         """Watch a VM that runs, whoever started it, and wait until it is ready."""
@@ -10282,8 +10237,7 @@ class Supervisor:
             report.log(f"{vm.name} has port {ip}:{host} for its port {guest}")
         if self.goal == RUN:
             self._progress.stages[vm] = "address"
-            result = result_of(lambda vm: self.cloud.network_of(vm).open(), vm)
-            if isinstance(result, Error):
+            if isinstance(result := result_of(lambda vm: self.cloud.network_of(vm).open(), vm), Error):
                 self._waited(member, result)
             else:
                 self._job(lambda: self._wait(vm), lambda result: self._waited(member, result))
@@ -10382,8 +10336,12 @@ class Supervisor:
         if self._jobs:
             if self._ending != self.goal and (self.goal == DESTROY or not self._starting):
                 cancellation.request()
-        elif self.goal == RUN:
-            self._rest()
+        elif self.goal == RUN:  # all is quiet: nothing is held open that only waits need
+            self.cloud.close()
+            if self._on_ready:
+                late = not all(member.ready for member in self._members.values())
+                self._on_ready(self.status or (EXIT_TIMEOUT if late else EXIT_DONE))
+                self._on_ready = None
         else:
             cancellation.requested = False
             if self._ending == self.goal:
@@ -10398,23 +10356,13 @@ class Supervisor:
         busy = is_locked(apply_lock(self.cloud.tree, self.group))
         return busy or any(vm.is_running() or is_locked(vm.folder) for vm in vms)
 
-    def _rest(self) -> None:
-        """All is quiet: hold nothing open that only waits need."""
-        self.cloud.close()
-        if self._on_ready:
-            late = not all(member.ready for member in self._members.values())
-            self._on_ready(self.status or (EXIT_TIMEOUT if late else EXIT_DONE))
-            self._on_ready = None
-
     def _end(self) -> list[Error]:
         """What the goal asks for."""
         if self._ending == LEAVE:
             configure_later(self.cloud, [member.vm for member in self._members.values() if not member.ready])
             return []
         vms = list(self.cloud.tree.vms(self.group))
-        if self._ending == DESTROY:
-            return destroy_all(self.cloud, vms)
-        return stop_all(self.cloud, vms)
+        return destroy_all(self.cloud, vms) if self._ending == DESTROY else stop_all(self.cloud, vms)
 
 
 def check_new_group(vms: Sequence[VM], group: str) -> None:
@@ -10468,8 +10416,7 @@ def stop_managed(cloud: Cloud, group: str) -> None:
         if manager_of(cloud.tree, group) == (state, pid):
             process.signal(signal.SIGUSR1)
         process.ended(float("inf"))
-    left = [vm.name for vm in cloud.tree.running(group)]
-    if left:
+    if left := [vm.name for vm in cloud.tree.running(group)]:
         raise Error(f"{group}: these VMs still run: {', '.join(left)}", f"vmstop -g {group} stops them")
 
 
@@ -10504,8 +10451,7 @@ def vm_rows(cloud: Cloud, group: str = "", type: str = "", *, every: bool = Fals
 def process_usage(pid: int) -> tuple[float, float, int] | None:
     """(seconds since its start, seconds of processors that it has used, bytes that it has in memory) of a process."""
     # proc(5), from the third field on: before that stands its name, in brackets, in which anything may be.
-    fields = process_file(pid, "stat").rpartition(")")[2].split()
-    if not fields:
+    if not (fields := process_file(pid, "stat").rpartition(")")[2].split()):
         return None  # it has ended
     ticks = os.sysconf("SC_CLK_TCK")
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / ticks
@@ -10630,7 +10576,19 @@ class Patient:
         self.deep = deep
         self.told: list[tuple[str, str, str]] = []
         self.config = Config()
-        self._read_config()
+        for path in config_files():
+            said: list[str] = []
+            try:
+                self.config.read(path, said.append)
+            except (UsageError, OSError) as error:
+                text = f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error)
+                self.tell(WRONG, text, settings_command(path, text))
+            for text in said:
+                self.tell(WARNING, text, settings_command(path, text))
+        try:
+            self.config.read_environment()
+        except UsageError as error:
+            self.tell(WRONG, str(error), f"unset {str(error).partition(':')[0]}")
         try:
             self.cloud = Cloud(self.config)
         except Error as error:
@@ -10650,21 +10608,6 @@ class Patient:
     def tell(self, state: str, text: str, mend: str) -> None:
         self.told.append((state, text, mend))
 
-    def _read_config(self) -> None:
-        for path in config_files():
-            said: list[str] = []
-            try:
-                self.config.read(path, said.append)
-            except (UsageError, OSError) as error:
-                text = f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error)
-                self.tell(WRONG, text, settings_command(path, text))
-            for text in said:
-                self.tell(WARNING, text, settings_command(path, text))
-        try:
-            self.config.read_environment()
-        except UsageError as error:
-            self.tell(WRONG, str(error), f"unset {str(error).partition(':')[0]}")
-
 
 # -- commands that mend
 
@@ -10678,8 +10621,7 @@ def self_command(words: str) -> str:
 
 def by_owner(path: str, command: str) -> str:
     """`command`, with sudo where what it changes is another user's."""
-    is_own = os.path.exists(path) and os.stat(path).st_uid == os.geteuid()
-    return command if is_own else f"sudo {command}"
+    return command if os.path.exists(path) and os.stat(path).st_uid == os.geteuid() else f"sudo {command}"
 
 
 def trust_command(path: str) -> str:
@@ -10693,8 +10635,7 @@ def settings_command(path: str, text: str) -> str:
     """What has a file be read: a comment of the line that is wrong, which a message names FILE:LINE; or rights."""
     if ALLOW in text:
         return ALLOW
-    found = re.match(rf"{re.escape(path)}:(\d+):", text)
-    if found:
+    if found := re.match(rf"{re.escape(path)}:(\d+):", text):
         return by_owner(path, f"sed -i '{found.group(1)}s/^/# /' {quoted(path)}")
     return trust_command(path) if os.access(path, os.R_OK) else by_owner(path, f"chmod a+r {quoted(path)}")
 
@@ -10739,8 +10680,7 @@ def examine_space(patient: Patient) -> str:
 def examine_vms(patient: Patient) -> str:
     """What killed commands and vanished files left in the tree, and guests that don't run though their qemu does."""
     tree = patient.tree
-    folders = list(left_over(tree))
-    if folders:
+    if folders := list(left_over(tree)):
         text = f"{plural(len(folders), 'folder')} of commands that were killed"
         patient.tell(WARNING, text, f"rm -rf {quoted(*folders)}")
     for text, mend in tree.told_strays():
@@ -10785,8 +10725,7 @@ def examine_frozen(patient: Patient) -> str:
     """What clones of frozen templates wake up on."""
     layers = [layer for each in patient.tree.templates() if each.is_readable() and (layer := frozen_layer(each))]
     for layer in layers:
-        found = result_of(lambda layer: read_manifest(layer, patient.deep), layer)
-        if isinstance(found, Error):
+        if isinstance(found := result_of(lambda layer: read_manifest(layer, patient.deep), layer), Error):
             patient.tell(WARNING, found.text, f"vmtemplate {quoted(layer.template.name)} --warm")
     return f"{plural(len(layers), 'template')} frozen" + (", all memory read" if patient.deep else "")
 
@@ -10881,16 +10820,14 @@ def examine_tun(patient: Patient) -> str:
 
 
 def examine_private_network(patient: Patient) -> str:
-    missing = [name for name in ("ip", "dnsmasq", "nsenter") if not find_program(name)]
-    if missing:
+    if missing := [name for name in ("ip", "dnsmasq", "nsenter") if not find_program(name)]:
         text = f"not found, and the private network needs it: {', '.join(missing)}"
         patient.tell(WRONG, text, install_command(*missing))
     return "ip, dnsmasq and nsenter"
 
 
 def examine_way_out(patient: Patient) -> str:
-    missing = [name for name in ("pasta", "nft") if not find_program(name)]
-    if missing:
+    if missing := [name for name in ("pasta", "nft") if not find_program(name)]:
         text = f"VMs on the private network don't reach the Internet: {' and '.join(missing)} not found"
         patient.tell(WARNING, text, install_command(*missing))
     network = patient.cloud.private
@@ -10907,8 +10844,7 @@ def examine_private_subnet(patient: Patient) -> str:
         return "a free one is chosen with the first VM"
     subnet = network.subnet()
     own = ipaddress.IPv4Network(f"{subnet}.0/24")
-    clash = [network for _, network in networks_in_use() if network.prefixlen > 8 and network.overlaps(own)]
-    if clash:
+    if clash := [network for _, network in networks_in_use() if network.prefixlen > 8 and network.overlaps(own)]:
         text = f"this host has {clash[0]} too: VMs don't reach that, on {own}"
         mend = f"nocloud net --private down && rm -f {quoted(network.file('subnet'))}"
         if any(True for _ in patient.tree.vms()):
@@ -11226,8 +11162,7 @@ def texts(cloud: Cloud, vms: list[dict[str, Any]], group: str, asked: argparse.N
     }  # fmt: skip
     for name in packaged_files(f"export/{asked.to}"):
         for vm in vms if "NAME" in name else [{"name": ""}]:
-            text = fill(need_packaged(f"export/{asked.to}/{name}"), {**words, **vm})
-            yield name.replace("NAME", vm["name"]), text
+            yield name.replace("NAME", vm["name"]), fill(need_packaged(f"export/{asked.to}/{name}"), {**words, **vm})
 
 
 def exported_files(path: str) -> Generator[tuple[str, int, Any], None, None]:
@@ -11431,8 +11366,7 @@ def find_command(argv: Sequence[str]) -> tuple[Command | None, str, list[str]]:
     if not words or words[0].startswith("-"):
         return None, "nocloud", words
     word = words[0]
-    found = COMMANDS.get(word) or ALIASES.get(word)
-    if not found:
+    if not (found := COMMANDS.get(word) or ALIASES.get(word)):
         rows = (line.split(": ") for line in packaged_list("elsewhere"))
         ours = next((f"here it is {each}" for each, theirs in rows if word in theirs.split()), "")
         hint = ours or did_you_mean(word, [each.name for each in visible_commands()], "nocloud -h lists them")
@@ -11509,16 +11443,14 @@ def build_parser(command: Command, program: str, config: Config) -> argparse.Arg
 
 def terminal_width() -> int:
     """Columns for the help.  argparse's own way imports shutil, and with it bz2 and lzma, for each option declared."""
-    try:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         return int(os.environ.get("COLUMNS") or os.get_terminal_size(1).columns or 80) - 2  # some serial lines say 0
-    except (OSError, ValueError, AttributeError):
-        return 78
+    return 78
 
 
 def exclusive(args: argparse.Namespace, *names: str) -> str:
     """The one of these options that is given, or ''."""
-    given = [name for name in names if getattr(args, name) not in (None, False)]
-    if len(given) > 1:
+    if len(given := [name for name in names if getattr(args, name) not in (None, False)]) > 1:
         raise UsageError(f"--{given[0]} and --{given[1]} exclude each other")
     return given[0] if given else ""
 
@@ -11630,17 +11562,13 @@ def cmd_template(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> No
 
 
 def show_templates(cloud: Cloud, args: argparse.Namespace) -> None:
-    """--available, --list, --tree and --prune."""
+    """--available, --list and --tree; --prune: remove what nothing needs, but for what a command is at work on."""
     if args.available or args.list:
         report_table(catalogue_rows(cloud.tree) if args.available else template_rows(cloud))
-    elif args.tree:
+        return
+    if args.tree:
         report_table([[row] for row in disk_rows(cloud.tree)])
-    else:
-        prune(cloud, args)
-
-
-def prune(cloud: Cloud, args: argparse.Namespace) -> None:
-    """Remove what nothing needs, but for what a command is at work on."""
+        return
     settle_stopped(cloud, cloud.tree.templates())
     images = os.path.join(cache_home(), "images")
     found = {os.path.join(images, name): "made, or downloaded, anew when it is wanted" for name in folders_in(images)}
@@ -11698,38 +11626,30 @@ def cmd_create(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None
     iso = find_iso(cloud.config, args.iso) if args.iso else ""
     asked = {**asked_settings(vars(args)), **({"vmCpuCap": str(args.cpu_cap)} if args.cpu_cap is not None else {})}
     if args.adjust:
-        vm = adjust_as_asked(cloud, args, asked, iso)
+        if not asked and not args.disk and not iso:
+            raise UsageError("nothing to adjust: give -m, -c, -C or -d", "-h shows how it is called")
+        vm = cloud.tree.need(args.name, first=lambda vm: vm.is_template)
+        if iso and vm.is_template:
+            check_no_clones(cloud, vm)  # what boots from the ISO may write to the disk
+        with FolderLock(vm.folder):
+            need_stopped(cloud, vm)
+            if args.disk:
+                grow_disk(cloud, vm, args.disk)
+            if asked:
+                vm.write_conf(asked)
     else:
         settings = template_settings(cloud, asked)
         warn_of_memory(int(settings["vmMem"]))
-        gigabytes = args.disk or cloud.config.number("vmCreateDiskSize")
         with NewTemplate(cloud, args.name, read_only=False) as new:
-            create_disk(new.disk, gigabytes)
+            create_disk(new.disk, args.disk or cloud.config.number("vmCreateDiskSize"))
             vm = new.finish(settings)
     if iso:
-        error = start_all(cloud, [vm], iso=iso, gui=True)[0]
-        if error:
+        if error := start_all(cloud, [vm], iso=iso, gui=True)[0]:
             if not args.adjust:
                 delete_template(cloud, vm.name)
             raise error
         report.say(f"{report.program}: {vm} boots {iso}; when it is done: vmstop -n {vm}")
         open_screens([vm])
-
-
-def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, changes: Mapping[str, str], iso: str) -> VM:
-    """What vmcreate -a does."""
-    if not changes and not args.disk and not iso:
-        raise UsageError("nothing to adjust: give -m, -c, -C or -d", "-h shows how it is called")
-    vm = cloud.tree.need(args.name, first=lambda vm: vm.is_template)
-    if iso and vm.is_template:
-        check_no_clones(cloud, vm)  # what boots from the ISO may write to the disk
-    with FolderLock(vm.folder):
-        need_stopped(cloud, vm)
-        if args.disk:
-            grow_disk(cloud, vm, args.disk)
-        if changes:
-            vm.write_conf(changes)
-    return vm
 
 
 @declare(
@@ -11942,8 +11862,7 @@ def apply(cloud: Cloud, group: str, requests: Sequence[CloneRequest], args: argp
             report.data("nothing to do")
         if args.dry_run:
             return EXIT_DIFFERS if todo else EXIT_DONE
-        lost = [step.line for step in steps if step.loses and (args.restart or not step.restart)]
-        if lost:
+        if lost := [step.line for step in steps if step.loses and (args.restart or not step.restart)]:
             confirm(args, f"{'; '.join(lost)}: what is on these disks will be gone.", needed=True)
         return report_errors(carry_out(cloud, group, todo, args.restart, functools.partial(end_start, cloud, args)))
 
@@ -12025,8 +11944,7 @@ def cmd_stop(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     if args.destroy:
         if args.group == TEMPLATES or any(vm.is_template for vm in vms):
             raise UsageError("templates are not destroyed with vmstop", "vmtemplate --delete NAME")
-        kept = sum(len(snapshots_of(vm)) for vm in vms)
-        if kept:
+        if kept := sum(len(snapshots_of(vm)) for vm in vms):
             confirm(args, f"{plural(len(vms), 'VM')} with {plural(kept, 'snapshot')} will be gone.")
         errors = destroy_all(cloud, vms, args.group or "")
     elif way == "save":
@@ -12171,8 +12089,7 @@ def cmd_rollback(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> in
         for each in found:
             for disk in roll_back(each):
                 report.say(f"{each.vm}: it has got a disk since, which is kept: {disk}")
-        later = [vm.name for vm in vms if vm not in [each.vm for each in found]]
-        if later:
+        if later := [vm.name for vm in vms if vm not in [each.vm for each in found]]:
             report.say(f"not in {name}, and left as they are: {', '.join(later)}")
         errors = [error for error in start_all(cloud, again, held=True) if error]
     configure_later(cloud, [vm for vm in again if vm.is_running()])
@@ -12265,8 +12182,7 @@ def cmd_cp(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     if len(words) < 2:
         raise UsageError("SRC and DST are needed", "vmcp FILE VM:PATH, or vmcp VM:PATH FILE")
     found = [find_places(cloud, word) for word in words]
-    inside = [vm for places in found for vm, _ in places if vm]
-    if not inside:
+    if not (inside := [vm for places in found for vm, _ in places if vm]):
         raise UsageError("none of them is in a VM", "VM:PATH is, and ./a:b is a file of this host")
     if any(len(places) > 1 for places in found[:-1]):
         raise UsageError("several VMs to copy from", "only DST may be a pattern that several fit")
@@ -12336,8 +12252,7 @@ def cmd_vm(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     if args.group:
         cloud.tree.need_group(args.group)
     vm = cloud.tree.need(args.name, args.group or None, args.type or None, first=lambda vm: vm.is_template)
-    fresh = not vm.is_running()
-    if fresh:
+    if fresh := not vm.is_running():
         for error in start_stopped(cloud, [vm], iso, args.gui):
             raise error
     elif iso:
@@ -12822,8 +12737,7 @@ def completion(shell: str) -> str:
 @declare(Command("completion", operands="bash | zsh | fish", complete=(tuple(SHELLS),), bare=True))
 def cmd_completion(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """print a shell's completion of all commands, as in: source <(nocloud completion bash)"""
-    shell = one_operand(words, "the shell")
-    if shell not in SHELLS:
+    if (shell := one_operand(words, "the shell")) not in SHELLS:
         raise UsageError(f"{shell}: no completion for that shell", f"one of {', '.join(SHELLS)}")
     report.data(completion(shell).rstrip("\n"))
 
@@ -12960,8 +12874,7 @@ class Installation:
 
     def is_changed(self, each: InstalledFile) -> bool:
         """Whether the user's own configuration is there, which is kept."""
-        known = ("", each.fingerprint(), *self.files.get(each.path, ()))
-        return each.conf and self.fingerprint(each.path) not in known
+        return each.conf and self.fingerprint(each.path) not in ("", each.fingerprint(), *self.files.get(each.path, ()))
 
     def put(self, files: Sequence[InstalledFile]) -> list[str]:
         """Put the files there, keeping the configuration that the user changed; what there is to say of that."""
@@ -12978,7 +12891,19 @@ class Installation:
         stale = [path for path in self.files if not {path, path.removesuffix(".new")} & planned]
         for each in (*files, *writes):
             self.files[each.path] = list(dict.fromkeys([*self.files.get(each.path, ()), each.fingerprint()]))
-        self._make_folders([each.path for each in (*files, *writes)])
+        missing: list[str] = []
+        for path in (f"{self.prefix}/{INSTALL_RECORD}", *(each.path for each in (*files, *writes))):
+            folder = os.path.dirname(path)
+            while not os.path.isdir(self.real(folder)) and folder not in missing:
+                missing.append(folder)
+                folder = os.path.dirname(folder)
+        missing.sort(key=len)
+        self.folders = list(dict.fromkeys([*self.folders, *missing]))
+        os.makedirs(os.path.dirname(self.record), exist_ok=True)
+        self.save()  # first: it names the folders
+        for folder in missing:
+            os.makedirs(self.real(folder), exist_ok=True)
+            os.chmod(self.real(folder), 0o755)  # whatever the umask says
         self._sweep()
         for each in writes:
             if each.link:
@@ -12990,22 +12915,6 @@ class Installation:
             self._remove(path)
         self.save()
         return said
-
-    def _make_folders(self, paths: Sequence[str]) -> None:
-        """The folders of these files; the record, which names them, is written first."""
-        missing: list[str] = []
-        for path in (f"{self.prefix}/{INSTALL_RECORD}", *paths):
-            folder = os.path.dirname(path)
-            while not os.path.isdir(self.real(folder)) and folder not in missing:
-                missing.append(folder)
-                folder = os.path.dirname(folder)
-        missing.sort(key=len)
-        self.folders = list(dict.fromkeys([*self.folders, *missing]))
-        os.makedirs(os.path.dirname(self.record), exist_ok=True)
-        self.save()
-        for folder in missing:
-            os.makedirs(self.real(folder), exist_ok=True)
-            os.chmod(self.real(folder), 0o755)  # whatever the umask says
 
     def _remove(self, path: str) -> None:
         if self.fingerprint(path) != "folder":
@@ -13070,13 +12979,6 @@ class HostSetup:
         elif groups:
             run(["groupadd", "--system", KVM_GROUP])
 
-    def remove_accounts(self) -> None:
-        for program, names in (("userdel", "users"), ("groupdel", "groups")):
-            for name in self.before.get(names, ()):
-                status, said = try_run([program, name], 30)
-                if status and "does not exist" not in said:
-                    report.warn(f"{program} {name}: {last_line(said)}")
-
     def allow_helper(self) -> str:
         """Let members of kvm use it, where it is nobody's yet; what was done."""
         path = os.path.realpath(HostBridge(self.config).helper())
@@ -13097,15 +12999,6 @@ class HostSetup:
         os.chmod(path, 0o4750)
         return f"{path}: members of {KVM_GROUP} may use it (root:{KVM_GROUP} 4750)"
 
-    def take_back_helper(self) -> None:
-        before = self.before.get("helper", {"path": "", "override": False})
-        path = before["path"]
-        if before["override"]:
-            try_run(["dpkg-statoverride", "--remove", path], 30)
-        if os.path.exists(path) and stat.S_IMODE(os.stat(path).st_mode) == 0o4750:
-            os.chown(path, 0, before["group"])
-            os.chmod(path, before["mode"])
-
     def allow_bridge(self) -> str:
         """Have the helper put VMs on our bridge, and say what others' lines do; what was done."""
         folder, said = os.path.dirname(self.acl), ""
@@ -13121,7 +13014,8 @@ class HostSetup:
             report.warn(f"{fault}; remove it")
         return said
 
-    def forbid_bridge(self) -> None:
+    def undo(self) -> None:
+        """Bring back how it was: the helper's list, the helper, the accounts."""
         ours = [["allow", interface] for interface in self.before.get("allowed", ())]
         lines = read_existing(self.acl).splitlines(True)
         kept = [line for line in lines if line.split() not in ours]
@@ -13131,12 +13025,18 @@ class HostSetup:
             rewrite(self.acl, "".join(kept))
         if os.path.dirname(self.acl) in self.before.get("made", ()):
             remove_empty(os.path.dirname(self.acl))
-
-    def load_modules(self, modules: Sequence[str]) -> str:
-        status, said = try_run(["modprobe", "-a", *modules], 60) if modules else (-1, "")
-        if said:
-            report.warn(f"kernel modules: {last_line(said)}")
-        return "" if status else f"kernel modules, now and at each boot: {', '.join(modules)}"
+        helper = self.before.get("helper", {"path": "", "override": False})
+        path = helper["path"]
+        if helper["override"]:
+            try_run(["dpkg-statoverride", "--remove", path], 30)
+        if os.path.exists(path) and stat.S_IMODE(os.stat(path).st_mode) == 0o4750:
+            os.chown(path, 0, helper["group"])
+            os.chmod(path, helper["mode"])
+        for program, names in (("userdel", "users"), ("groupdel", "groups")):
+            for name in self.before.get(names, ()):
+                status, said = try_run([program, name], 30)
+                if status and "does not exist" not in said:
+                    report.warn(f"{program} {name}: {last_line(said)}")
 
     def start_units(self) -> str:
         if not systemd_runs():
@@ -13214,7 +13114,12 @@ def install(installation: Installation, only_look: bool) -> None:
     if on_host:
         setup = HostSetup(installation, installed_config(installation))
         setup.make_accounts()
-        said += [setup.allow_helper(), setup.allow_bridge(), setup.load_modules(modules), subnet, setup.start_units()]
+        said += [setup.allow_helper(), setup.allow_bridge()]
+        status, told = try_run(["modprobe", "-a", *modules], 60) if modules else (-1, "")
+        if told:
+            report.warn(f"kernel modules: {last_line(told)}")
+        said += [] if status else [f"kernel modules, now and at each boot: {', '.join(modules)}"]
+        said += [subnet, setup.start_units()]
         said += ["nocloud doctor, called by who is to run VMs, looks whether all is well"]
     for line in (f"nocloud {__version__} is in {installation.real(installation.prefix)}", *filter(None, said)):
         report.say(line)
@@ -13239,11 +13144,9 @@ def undo_installation(installation: Installation) -> None:
             try_run(["systemctl", "disable", *SYSTEMD_UNITS, *sorted(groups)], 60)
         if bridge_is_ours(setup.interface):
             BridgeSetup(setup.config).down()
-        setup.forbid_bridge()
-        setup.take_back_helper()
+        setup.undo()
         for folder in (STATE_FOLDER, RUN_FOLDER):  # leases, published names, and what `up` keeps while it is up
             remove_tree(folder)
-        setup.remove_accounts()
     kept = installation.take_away()
     if not installation.root and systemd_runs():
         try_run(["systemctl", "daemon-reload"], 60)
@@ -13305,8 +13208,8 @@ def at_boot(config: Config, args: argparse.Namespace, words: Sequence[str], want
         if not re.fullmatch(rf"[\w/.+@:-]+ {' '.join(PYTHON_OPTIONS)} [\w/.+@:-]+", program):
             raise Error(f"{program}: such a path can't stand in a unit", "move the program to a simpler one")
         os.makedirs(folder, exist_ok=True)
-        unit = need_packaged(GROUP_UNIT, "systemd").replace("@BINDIR@/nocloud", program)
-        write_file(path, OUR_UNIT + unit, 0o644)
+        unit = OUR_UNIT + need_packaged(GROUP_UNIT, "systemd")
+        write_file(path, unit.replace("@BINDIR@/nocloud", program), 0o644)
         call("daemon-reload")
     is_managed = manager_of(tree, group)[0] != "stopped"
     call("enable", *([] if is_managed else ["--now"]), f"nocloud@{group}")
