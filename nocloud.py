@@ -7498,9 +7498,6 @@ def warn_of_memory(asked: int) -> None:
         report.warn(f"{asked} MB of memory are asked for, {available} MB are available now")
 
 
-# -- making clones
-
-
 def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: list[NewClone]) -> list[str]:
     """Allot names, UUIDs, MACs and addresses under the tree's lock, so that two commands never get the same; hold each
     with a conf in a locked folder of its own (.new-NAME), and add it to `clones` as soon as there is something to clean
@@ -7535,7 +7532,15 @@ def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: 
                 ports = numbered_ports(request.settings.get("vmPorts", ""), number)
                 own = {"vmUuid": uuid, "vmNetwork": kind, "vmMac": mac, "vmAddress": address}
                 own["vmLayout"] = LAYOUT if template.get("vmArch") == "x86_64" else "1"
-                _reserve_one(clone, {**own, **({"vmPorts": ports} if ports else {})})
+                own.update({"vmPorts": ports} if ports else {})
+                vm = clone.vm
+                os.makedirs(os.path.dirname(vm.folder), exist_ok=True)
+                vm.folder = os.path.join(os.path.dirname(vm.folder), MAKING + vm.name)
+                os.mkdir(vm.folder, 0o700)
+                clone.lock = FolderLock(vm.folder, wait=0).__enter__()
+                fixed = {key: template.get(key) for key in ("vmMem", "vmCpu", "vmUser")}  # whatever is configured later
+                settings = {"vmName": vm.name, "vmInit": "auto", **fixed, **template.inherited(), **request.settings}
+                vm.write_conf({**settings, "vmDisk": "", "vmExtraDisk": "", **own, "vmTemplate": template.name})
     return orphans
 
 
@@ -7588,18 +7593,6 @@ def number_of(prefix: str, name: str) -> int:
     return int(found[1]) if found else -1
 
 
-def _reserve_one(clone: NewClone, identity: Mapping[str, str]) -> None:
-    """Write the clone's conf in a folder that shows it is being made."""
-    vm, template = clone.vm, clone.template
-    os.makedirs(os.path.dirname(vm.folder), exist_ok=True)
-    vm.folder = os.path.join(os.path.dirname(vm.folder), MAKING + vm.name)
-    os.mkdir(vm.folder, 0o700)
-    clone.lock = FolderLock(vm.folder, wait=0).__enter__()
-    fixed = {key: template.get(key) for key in ("vmMem", "vmCpu", "vmUser")}  # whatever is configured later
-    settings = {"vmName": vm.name, "vmInit": "auto", **fixed, **template.inherited(), **clone.request.settings}
-    vm.write_conf({**settings, "vmDisk": "", "vmExtraDisk": "", **identity, "vmTemplate": template.name})
-
-
 def finish_clones(cloud: Cloud, clones: Sequence[NewClone]) -> list[VM | Error]:
     """Make them, then put them in their places: from then on they are VMs; or Errors, where they couldn't be made."""
     of = {clone.vm: clone for clone in clones}
@@ -7646,19 +7639,6 @@ def make_clone(cloud: Cloud, clone: NewClone) -> VM:
     return vm
 
 
-def end_making(cloud: Cloud, group: str, clones: Sequence[NewClone]) -> None:
-    """Remove what has not become a VM, and give up the locks."""
-    failed = [clone for clone in clones if not clone.lock or os.path.isdir(clone.vm.folder)]
-    for clone in clones:
-        if clone.lock:  # before it is taken, vm.folder may still be the final one
-            if clone in failed:
-                remove_tree(clone.vm.folder)
-            clone.lock.release()
-    cloud.bridge.withdraw([clone.uuid for clone in failed])  # an address was held for each
-    with cloud.tree.lock():
-        remove_if_empty(cloud.tree, group)
-
-
 def make_clones(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> list[VM | Error]:
     """Make the clones that are asked for, in parallel; what could not be made is an Error in its place."""
     with making(cloud, group, requests) as clones:
@@ -7680,9 +7660,19 @@ def making(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> Iterat
             check_clonable(template)
             set_writable(template.disks()[0], False)
         own_key()
-        stack.callback(end_making, cloud, group, clones)
-        orphans = reserve(cloud, group, requests, clones)
-        yield clones
+        try:
+            orphans = reserve(cloud, group, requests, clones)
+            yield clones
+        finally:
+            failed = [clone for clone in clones if not clone.lock or os.path.isdir(clone.vm.folder)]
+            for clone in clones:
+                if clone.lock:  # before it is taken, vm.folder may still be the final one
+                    if clone in failed:
+                        remove_tree(clone.vm.folder)
+                    clone.lock.release()
+            cloud.bridge.withdraw([clone.uuid for clone in failed])  # an address was held for each
+            with cloud.tree.lock():
+                remove_if_empty(cloud.tree, group)
     if orphans:  # not under those locks: who starts a template takes the network's first
         forget_identity(cloud, orphans)
 
@@ -7779,8 +7769,7 @@ def release_still(vm: VM) -> None:
 
 def end_half_start(vm: VM) -> bool:
     """End a qemu that was to load saved memory when its command was killed; whether there was one.  Under the lock."""
-    half = guest_state(vm) == "inmigrate"
-    if half:
+    if half := guest_state(vm) == "inmigrate":
         stop_locked(vm, 0)
     adopt_memory(vm)
     return half
@@ -7919,8 +7908,7 @@ def start_locked(cloud: Cloud, vm: VM, machine: Machine, tied: bool = False) -> 
 
 
 def serve_tpm(vm: VM, stack: Any) -> int:
-    """Start the TPM of a VM that is to start, swtpm(8), which keeps its state in the VM's folder; qemu's connection to
-    it, which the ExitStack closes; -1: it has none.  It ends with its connection."""
+    """Start a VM's swtpm(8), which ends with its connection; qemu's end, which the ExitStack closes; -1: no TPM."""
     if yes_no(vm.get("vmTpm")) == "no":
         return -1
     make_private_folder(vm.tpm_folder)
@@ -7954,18 +7942,15 @@ def ensure_identity(cloud: Cloud, vm: VM) -> None:
 
 
 def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False, layer: Layer | None = None) -> Machine:
-    """A VM, on a layer or its own system disk, as what qemu's command line is built from; writes what it hands over,
-    and what identity it lacks."""
+    """What qemu's command line is built from, on a layer or its own disk; writes what it hands over, or lacked."""
     ensure_identity(cloud, vm)
     paths = [layer.path, *vm.disks()[1:]] if layer else vm.disks()
     for path in paths:
         if not os.path.exists(path):
             raise Error(f"its disk is gone: {path}", f"see vmDisk and vmExtraDisk in {vm.conf_file}", vm=vm)
     formats = ["qcow2", *known_formats(vm)[1:]] if layer else known_formats(vm)
-    disks = [
-        (os.path.relpath(path, vm.folder), format, f"{vm.name}_{number}")
-        for number, (path, format) in enumerate(zip(paths, formats))
-    ]
+    named = enumerate(zip(paths, formats))
+    disks = [(os.path.relpath(path, vm.folder), format, f"{vm.name}_{n}") for n, (path, format) in named]
     with Parsing(UsageError, f"vmExtraOpts: a quotation mark or a backslash without its end: {vm.get('vmExtraOpts')}"):
         extra = shlex.split(vm.get("vmExtraOpts"))
     if planted := is_planted(vm) and os.path.exists(vm.host_key):
@@ -7985,8 +7970,7 @@ def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False, lay
 
 
 def write_seed(cloud: Cloud, vm: VM, wanted: bool) -> str:
-    """The seed's folder, or the image of it, relative to the VM's own, written anew for this start; '' for none.  The
-    folder is there if, and only if, the VM was started with a seed."""
+    """Write the seed anew for this start; its folder or image, relative to the VM's; '' where there is none to be."""
     remove_tree(vm.seed_folder)
     if not wanted or not os.path.exists(vm.host_key):
         return ""
@@ -8180,15 +8164,12 @@ def go_on(cloud: Cloud, vm: VM, iso: str, gui: bool) -> bool:
     return True
 
 
-# -- waking up
-
 WAKE_SECONDS = 60  # emulated guests that wake up together take their time
 
 
 def thaw(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> bool:
-    """Have a clone go on where its template's guest was frozen, as itself; False where it has to boot, having said why.
-    For who holds its lock.  Until the guest has said that it is this VM, the frozen file stays: who finds that begins
-    anew, on a new disk."""
+    """Have a clone go on where its template was frozen, by who holds its lock; False where it has to boot, having said
+    why.  Until its guest says that it is this VM the frozen file stays: who finds that begins anew, on a new disk."""
     if not (name := read_existing(vm.frozen_file)):
         return False
     template, began = cloud.tree.template(vm.get("vmTemplate")), time.monotonic()
@@ -8263,8 +8244,7 @@ def check_frozen(layer: Layer, machine: Machine) -> str:
 
 
 def read_manifest(layer: Layer, deep: bool = False) -> tuple[dict[str, Any], str]:
-    """What a freeze noted: frozen_facts(), and the agent's token.  Raises Error where memory isn't as it was left, by
-    its checksum too with `deep`: that reads all of it."""
+    """What a freeze noted: frozen_facts(), the agent's token.  Error where memory (`deep`: all of it) has changed."""
     with Parsing(Error, f"{layer.manifest} can't be read"):
         manifest = json.loads(read_text(layer.manifest))
         noted = {key: manifest["machine"][key] for key in ("words", "qemu", "kernel")}, str(manifest["token"])
@@ -8312,8 +8292,7 @@ def talk(vm: VM, words: bytes, seconds: float) -> str:
 
 
 def command_script(vm: VM, argv: Sequence[str], network: Network) -> str:
-    """A shell script that starts the same VM by hand: qemu's very words, in the VM's folder and network; but it shares
-    no folders and has no TPM, which takes their daemons."""
+    """A shell script that starts the VM by hand: qemu's very words, in its folder and network; no shares, no TPM."""
     # an option a line: its value begins with no dash
     words = "".join((" \\\n  " if word[:1] == "-" else " ") + shlex.quote(word) for word in argv)
     tap = self_argv("net", f"--tap={vm.full_name}", f"--{network.kind}", "exec")  # as descriptor 3
@@ -8543,8 +8522,7 @@ def set_clock(wait: Wait) -> None:
 
 
 def run_in_guest(wait: Wait, script: str) -> None:
-    """Run a script in the guest as soon as that lets us in: sshd answers before that (pam_nologin).  Raises as
-    `check_login` does."""
+    """Run a script in the guest once that lets us in, after sshd answers (pam_nologin).  Raises as check_login()."""
     for seconds in wait.tries():
         status, output = ssh_batch(wait.cloud, wait.vm, script, seconds)
         if not status:
@@ -8798,8 +8776,7 @@ class Sealing:
         pairs = [{"node": node, "overlay": overlay} for node, overlay in self.overlays.items()]
         if self.qemu:
             self.sealed = True  # for all that is known until qemu has answered
-            actions = [{"type": "blockdev-snapshot", "data": pair} for pair in pairs]
-            self.qemu.execute("transaction", actions=actions)
+            self.qemu.execute("transaction", actions=[{"type": "blockdev-snapshot", "data": pair} for pair in pairs])
 
     def undo(self) -> None:
         """Go on as it was; overlays that are written to already stay, and are merged."""
@@ -9088,9 +9065,6 @@ def look(vm: VM) -> Present:
     return Present(vm.name, vm.type, template, settings, sizes, unnamed, state == "running", halted, vm)
 
 
-# -- plans
-
-
 def plan(requests: Sequence[CloneRequest], present: Sequence[Present], templates: Mapping[str, Present]) -> list[Step]:
     """What makes of a group's VMs those that are described.  Raises UsageError, with FILE:LINE, for what can't be."""
     pairs = match(requests, present, templates)
@@ -9365,20 +9339,16 @@ def check_removal(cloud: Cloud, vm: VM, number: int) -> None:
 def remove_disk(cloud: Cloud, vm: VM, number: int) -> None:
     """Take a disk away from a VM that is switched off, with what is on it."""
     check_removal(cloud, vm, number)
-    disks, formats = vm.disks(), known_formats(vm)
-    names = vm.get("vmExtraDisk").split(",")
-    vm.write_conf({
-        "vmExtraDisk": ",".join(names[: number - 1] + names[number:]),
-        "vmDiskFormat": ",".join(formats[:number] + formats[number + 1 :]),
-    })  # fmt: skip
-    for path in own_chain(vm, disks[number]):
+    disk, names, formats = vm.disks()[number], vm.get("vmExtraDisk").split(","), [*known_formats(vm)]
+    del names[number - 1], formats[number]
+    vm.write_conf({"vmExtraDisk": ",".join(names), "vmDiskFormat": ",".join(formats)})
+    for path in own_chain(vm, disk):
         remove_file(path)
 
 
 def move_vm(cloud: Cloud, vm: VM, group: str, type: str, name: str) -> VM:
-    """Give a VM that is switched off another group, type or name; it, there.  Disks, keys, address and UUID stay.  Up
-    to the rename it is what it was: a conf under the new name, whose disks are found in either place, is there
-    before."""
+    """Give a VM that is off another group, type or name; it, there.  Disks, keys, address and UUID stay.  Up to the
+    rename it is what it was: a conf under the new name, whose disks are found in either place, is there before."""
     tree, new = cloud.tree, VM(cloud.tree, checked_group(group), checked_name("type", type), checked_name("VM", name))
     with FolderLock(vm.folder):
         need_stopped(cloud, vm)
@@ -9413,9 +9383,6 @@ def move_vm(cloud: Cloud, vm: VM, group: str, type: str, name: str) -> VM:
         cloud.network_of(new).publish(new)
     SshConfig(cloud).refresh()
     return new
-
-
-# -- a group
 
 
 def apply_lock(tree: Tree, group: str) -> str:
@@ -9542,8 +9509,7 @@ class OwnGuest(contextlib.AbstractContextManager["OwnGuest"]):
 
 @contextlib.contextmanager
 def guest_on_layer(cloud: Cloud, template: VM, ram: bool = False, **asked: str) -> Iterator[tuple[OwnGuest, Layer]]:
-    """The guest of a template that is stopped, on a new layer; what has become of that is settled in the end.  `ram`:
-    with its memory in the layer's file."""
+    """A stopped template's guest on a new layer, settled in the end.  `ram`: its memory in the layer's file."""
     with FolderLock(template.folder):
         need_stopped(cloud, template)
         layer = new_layer(template)
@@ -9584,9 +9550,7 @@ def clean_at_shutdown(cloud: Cloud, template: VM) -> None:
 
 
 def clean_running(cloud: Cloud, template: VM) -> None:
-    """Clean a template that is about to be shut down, where its guest lets us in."""
-    if not template.is_running():
-        return
+    """Clean a template that runs and is about to be shut down, where its guest lets us in."""
     network = cloud.network_of(template)
     address = network.address(template)
     try:
@@ -9604,7 +9568,7 @@ def stop(cloud: Cloud, vm: VM, seconds: float) -> bool:
     """Shut a VM down: the power button, and after `seconds` the plug (0: at once).  False where it had to be pulled.
     Raises WrongState where it can't be told whether it runs."""
     with FolderLock(vm.folder):
-        if vm.is_template and seconds > 0:
+        if vm.is_template and seconds > 0 and vm.is_running():
             clean_running(cloud, vm)
         proper = stop_locked(vm, seconds)
         if vm.is_template:
@@ -9631,8 +9595,6 @@ def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float | None = None) -> l
             report.warn(f"no shutdown within {grace:.0f} s, switched off: {', '.join(pulled)}")
     return [result for result in results if isinstance(result, Error)]
 
-
-# -- upgrades
 
 # The scripts of etc/guest/upgrade; a system's is that of the ID, or else an ID_LIKE, of its os-release(5).
 UPGRADES = ("debian", "arch", "fedora", "suse", "alpine")
@@ -9747,8 +9709,7 @@ def template_from_vm(cloud: Cloud, name: str, words: str, asked: Mapping[str, st
 
 
 def template_as_is(cloud: Cloud, words: str) -> str:
-    """A new template of a VM as it is now, running or not, for clones of that; its name.  It stays as long as they do:
-    their disks stand on its."""
+    """A new template of a VM as it is now, running or not, for clones, as long as they stand on it; its name."""
     vm, moment = cloud.tree.need(words), f"clone-{os.urandom(3).hex()}"
     stem, taken = vm.full_name.replace("/", "."), names_in(os.path.join(cloud.tree.base, TEMPLATES))
     name = next(each for each in (stem, *(f"{stem}.{number}" for number in range(2, 1000))) if each not in taken)
@@ -9943,9 +9904,8 @@ def connect_line(vm: VM, name: str, what: str) -> socket.socket:
 
 
 def join_line(vm: VM, connection: socket.socket, greeting: str, leave: bytes, drop: bytes = CTRL_C) -> None:
-    """Join a line to stdin and stdout; a terminal is in raw mode meanwhile.  `drop`: what Ctrl-C stands for.
-    A signal's SystemExit passes through here, so its modes come back.  TCSANOW: the other ways wait until the terminal
-    has shown everything, which a stopped one never has."""
+    """Join a line to stdin and stdout; a terminal is raw meanwhile, also when a SystemExit passes.  `drop`: what Ctrl-C
+    stands for.  TCSANOW: the other ways wait until the terminal has shown everything, which a stopped one never has."""
     with connection:
         if not os.isatty(0):
             ended = relay_line(connection, leave, drop)
@@ -9991,9 +9951,6 @@ def relay_line(connection: socket.socket, leave: bytes, drop: bytes) -> bool:
             before, *rest = re.split(leave, data, maxsplit=1)
             typed, more = before.replace(CTRL_C, drop), bool(data) and not rest
     return False
-
-
-# -- logs
 
 
 def log_pieces(process: Process | None, path: str, old: str = "") -> Iterator[bytes]:
@@ -10081,9 +10038,8 @@ def monitor_session(vm: VM) -> int:
 
 @contextlib.contextmanager
 def managed(tree: Tree, group: str) -> Iterator[None]:
-    """The claim of a vmrun on a group: a pidfile in the group's folder, locked as long as we live, as qemu's own are.
-    It is taken, given back and, after a SIGKILL, swept away under the tree's lock.  Raises WrongState where another
-    vmrun has the group."""
+    """A vmrun's claim on a group: a pidfile in its folder, locked as long as we live; taken, given back and, after a
+    SIGKILL, swept away under the tree's lock.  Raises WrongState where another vmrun has the group."""
     folder = os.path.join(tree.base, group)
     tree.prepare()
     with tree.lock():
@@ -10375,9 +10331,8 @@ def check_new_group(vms: Sequence[VM], group: str) -> None:
 def supervise(
     cloud: Cloud, group: str, requests: Sequence[CloneRequest], new: bool, gui: bool, talk: int, end: str
 ) -> int:
-    """Run a group: the VMs that it has and those that are asked for, until it ends; the exit status.
-    `new`: it must have none yet; `gui`: those that it has get a screen, this time; `talk`: who waits in
-    let_caller_go(); `end`: what ^C does."""
+    """Run a group's VMs and those asked for, to its end; the exit status.  `new`: it must have none yet; `gui`: its own
+    get a screen, this time; `talk`: who waits in let_caller_go(); `end`: what ^C does."""
     log_file = os.path.join(cloud.tree.base, group, MANAGER_LOG)
     supervisor = Supervisor(cloud, group, end, lambda status: let_caller_go(talk, status, log_file))
     with managed(cloud.tree, group):
@@ -10600,10 +10555,9 @@ class Patient:
         self.bridge = self.cloud.bridge
         self.has_bridge = os.path.exists(f"/sys/class/net/{self.bridge.interface}")
         self.foreign = self.has_bridge and not bridge_is_ours(self.bridge.interface)
-        try:
+        self.network = "private"
+        with contextlib.suppress(Error, OSError):
             self.network = self.cloud.chosen_network(self.config["vmNetwork"])
-        except (Error, OSError):
-            self.network = "private"
 
     def tell(self, state: str, text: str, mend: str) -> None:
         self.told.append((state, text, mend))
@@ -10766,8 +10720,7 @@ def examine_ssh(patient: Patient) -> str:
 
 
 def examine_keys(patient: Patient) -> str:
-    """nocloud's own key, which is made at first need, and the user's: without any of his he has nocloud's to log in
-    with.  One that is there must be whole, and the user's alone."""
+    """nocloud's key, made at first need, and the user's, whole and his alone; without any he logs in with nocloud's."""
     own = os.path.join(config_home(), "id_ed25519")
     folder, is_there = existing_parent(os.path.dirname(own)), os.path.exists(own)
     for path in ([own] if is_there else []) + user_keys():
@@ -11009,10 +10962,8 @@ NEEDED_ON = {  # what is wrong there is a warning where VMs are on another netwo
 def examine(names: Sequence[str], deep: bool = False) -> Iterator[dict[str, str]]:
     """All findings, or those of the checks that are named, as they are found: each the `name` of its check, its
     `state`, `text`, and the command to `mend` it, '' where it is well.  `deep`: big files are read whole."""
-    for name in names:
-        if name not in ALL_CHECKS:
-            hint = did_you_mean(name, ALL_CHECKS, f"one of {', '.join(ALL_CHECKS)}")
-            raise UsageError(f"{name}: no such check", hint)
+    for name in [each for each in names if each not in ALL_CHECKS]:
+        raise UsageError(f"{name}: no such check", did_you_mean(name, ALL_CHECKS, f"one of {', '.join(ALL_CHECKS)}"))
     patient = Patient(deep)
     bridged = patient.has_bridge or patient.config["vmNetwork"] == "bridge"
     for name in ALL_CHECKS if bridged or names else CHECKS:
@@ -11085,8 +11036,7 @@ def export(cloud: Cloud, vms: Sequence[VM], place: str, asked: argparse.Namespac
             run(["tar", "-C", part, *words, "-cf", f"{part}/tar", *names], timeout=None, umask=0o077)
         land({f"{part}/tar" if packer else part: place})
     finally:
-        if os.path.exists(part):
-            remove_tree(part)
+        remove_tree(part)
     for vm in vms:
         keys = [key for key in (*LEFT, *ENGINES[asked.to]) if vm.get(key) not in ("", SETTING[key].default)]
         others = {"its snapshots": snapshots_of(vm), "its user-data": os.path.exists(vm.user_data_file)}
@@ -11301,10 +11251,9 @@ class Option:
 
 @record
 class Command:
-    """A command: how it is called, its options, and what it does.  declare() gives it the last three.  `complete`: what
-    a shell offers for each operand, as of an Option.  `more` makes the end of its help.  `passes`: the letters of
-    another program's options, with the first of which its operands begin.  `bare`: it gets no Cloud, but the
-    configuration; `unconfigured`: and of that the defaults."""
+    """A command: how it is called, its options, what it does (declare() gives those).  `complete`: what a shell offers
+    for each operand, as of an Option.  `more`: its help's end.  `passes`: letters of another program's options, which
+    its operands begin with.  `bare`: it gets no Cloud, but the configuration; `unconfigured`: of that the defaults."""
 
     name: str
     alias: str = ""
@@ -11980,8 +11929,7 @@ def split_name(args: argparse.Namespace, words: list[str]) -> tuple[str | None, 
 
 
 def confirm(args: argparse.Namespace, question: str, needed: bool = False) -> None:
-    """On a terminal, without -y: go on only where the answer is yes.  Elsewhere it is said, and done, but where -y is
-    `needed`."""
+    """On a terminal, without -y: go on after a yes.  Elsewhere it is said, and done; Error where -y is `needed`."""
     asks = sys.stdin.isatty() and sys.stderr.isatty()
     if not args.yes and not asks and needed:
         raise Error(f"{question} Nothing has been done", "-y says that it is meant")
@@ -12585,10 +12533,9 @@ SHELL_KINDS = ("file", "folder")  # which the shells complete by themselves
 
 
 class Typed:
-    """A command line that is being typed, as its words up to the cursor.  The last one, to be completed, is `prefix`,
-    an option to which its value is joined, and `value`.  `words`: what there is to offer for the value, each with its
-    help; `files`: the one of SHELL_KINDS that it can be besides, or ''.  `given`: the options before it, with their
-    values."""
+    """A command line that is being typed, up to the cursor.  The last word, to be completed, is `prefix`, an option
+    that its value is joined to, and `value`.  `words`: what to offer, each with its help; `files`: the one of
+    SHELL_KINDS that it can be besides, or ''.  `given`: the options before it, with their values."""
 
     def __init__(self, config: Config, words: Sequence[str]) -> None:
         self.config, self.tree = config, Tree(config)
@@ -12598,14 +12545,20 @@ class Typed:
         self.words: dict[str, str] = {}
         self.command, _, rest = find_command(before)
         if self.command:
-            self._offer(self._wanted(self.command, rest))
+            wanted = self._wanted(self.command, rest)
+            if isinstance(wanted, str):
+                kinds = wanted.split("+")
+                self.files = next((kind for kind in kinds if kind in SHELL_KINDS), "")
+                found = (word for kind in kinds if kind in WORD_KINDS for word in WORD_KINDS[kind](self))
+                wanted = tuple(word for word in found if word.isprintable())
+            self.words = wanted if isinstance(wanted, dict) else dict.fromkeys(wanted, "")
         elif not rest and self.value.startswith("-"):
             self.words = option_names(GENERAL_OPTIONS)
         elif not rest:
             self.words = {each.name: each.help for each in visible_commands()}
 
     def _wanted(self, command: Command, words: Sequence[str]) -> str | tuple[str, ...] | dict[str, str]:
-        """What the value can be, by what the parser makes of a word in that place."""
+        """What the value can be: an Option's `complete`, or words with their help; by what the parser makes of it."""
         probe = "-" + PROBE if self.value.startswith("-") else PROBE
         options, operands = split_operands(command, [*words, probe])
         last = "" if operands[-1:] == [probe] else options.pop()
@@ -12625,15 +12578,6 @@ class Typed:
             return option.complete
         known = (*command.options, *GENERAL_OPTIONS)
         return option_names(each for each in known if not self.given.keys() & set(each.names))
-
-    def _offer(self, wanted: str | tuple[str, ...] | dict[str, str]) -> None:
-        """`wanted`: as an Option's `complete`, or words with their help."""
-        if isinstance(wanted, str):
-            kinds = wanted.split("+")
-            self.files = next((kind for kind in kinds if kind in SHELL_KINDS), "")
-            found = (word for kind in kinds if kind in WORD_KINDS for word in WORD_KINDS[kind](self))
-            wanted = tuple(word for word in found if word.isprintable())
-        self.words = wanted if isinstance(wanted, dict) else dict.fromkeys(wanted, "")
 
     def vms(self, wanted: Callable[[VM], bool] = VM.exists) -> list[str]:
         """What the wanted VMs, in the group and of the type that are named, can be called: NAME where that is enough.
@@ -12691,8 +12635,7 @@ def read_bash(line: str) -> tuple[list[str], str, str]:
 
 
 def answer_bash(config: Config, line: str = "", replaced: str = "") -> list[str]:
-    """For COMP_LINE up to the cursor, and the word that readline replaces: that is what follows the last one of
-    COMP_WORDBREAKS, without the quote that is open."""
+    """For COMP_LINE up to the cursor, and what readline replaces: what follows the last COMP_WORDBREAKS, unquoted."""
     words, raw, _ = read_bash(line)
     typed = Typed(config, words)
     kept, _, quote = read_bash(raw[: len(raw) - len(replaced)] if raw.endswith(replaced) else "")
@@ -12772,8 +12715,7 @@ SYSUSERS = "nocloud-sysusers.conf"
 
 @record
 class InstalledFile:
-    """A file of an installation: where it goes, and its content, or where the link points.  `conf`: users change it,
-    and what they changed is kept."""
+    """A file: where it goes, its content, or where the link points.  `conf`: what users changed in it is kept."""
 
     path: str
     content: bytes = b""
@@ -13069,9 +13011,8 @@ def installed_config(installation: Installation) -> Config:
 
 
 def plan_subnet(installation: Installation, files: Sequence[InstalledFile]) -> str:
-    """Have the settings that are going to be installed name a subnet that is free on this host; what was chosen.  It
-    stays what it is while the bridge is up, and where the user has changed the file.  Raises WrongState where that
-    can't be, or where a bridge of that name is somebody else's."""
+    """Have the settings that are to be installed name a free subnet; what was chosen.  It stays while the bridge is up,
+    and where the user changed the file.  Raises WrongState where it can't be, or such a bridge is somebody else's."""
     settings = next(each for each in files if os.path.basename(each.path) == INSTALLED_CONFS[0])
     config = installed_config(installation)
     is_up = bridge_is_ours(config["bridgeInterface"])
@@ -13087,21 +13028,16 @@ def plan_subnet(installation: Installation, files: Sequence[InstalledFile]) -> s
     return f"the bridge's network is {subnet}.0/24{since}"
 
 
-def kernel_modules() -> list[str]:
-    """What VMs want of this kernel, and it has: a missing one would fail the boot's unit."""
-    if not find_program("modprobe"):  # a container
-        return []
-    words = read_text("/proc/cpuinfo").split()
-    wanted = [*(module for flag, module in KVM_MODULES.items() if flag in words), "vhost_net", "tun"]
-    return [module for module in wanted if try_run(["modprobe", "--dry-run", "--quiet", module], 30)[0] == 0]
-
-
 def install(installation: Installation, only_look: bool) -> None:
     """Put it there, set the host up for it, and say what was done; all that can be in the way is looked at before."""
     files, modules, subnet, on_host = [*planned_files(installation.prefix)], [], "", not installation.root
     if on_host:
         check_programs(installed_config(installation))
-        modules = kernel_modules()
+        words = read_text("/proc/cpuinfo").split()
+        wanted = [*(module for flag, module in KVM_MODULES.items() if flag in words), "vhost_net", "tun"]
+        # A missing one would fail the boot's unit; in a container there is no modprobe
+        probe = ["modprobe", "--dry-run", "--quiet"]
+        modules = [each for each in wanted if find_program(probe[0]) and not try_run([*probe, each], 30)[0]]
         text = "".join(f"{line}\n" for line in ("# of nocloud: what its VMs want", *modules))
         place = f"{systemd_folder(installation.prefix, 'modules-load.d')}/nocloud.conf"
         files += [InstalledFile(place, text.encode())] if modules else []
