@@ -7220,9 +7220,6 @@ class Cloud:
         self.close()
 
 
-# -- what is asked for
-
-
 @record
 class CloneOption:
     """An option of a set of clones, in a description file or after -o."""
@@ -7499,9 +7496,8 @@ def warn_of_memory(asked: int) -> None:
 
 
 def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: list[NewClone]) -> list[str]:
-    """Allot names, UUIDs, MACs and addresses under the tree's lock, so that two commands never get the same; hold each
-    with a conf in a locked folder of its own (.new-NAME), and add it to `clones` as soon as there is something to clean
-    up.  What killed commands left is swept.  Returns the UUIDs of VMs that are gone, though names and keys are kept."""
+    """Allot names, UUIDs, MACs and addresses under the tree's lock, each held by a conf in a locked folder, .new-NAME;
+    `clones` has it as soon as there is something to clean up.  Returns the UUIDs of VMs that are gone, yet known."""
     tree = cloud.tree
     with tree.lock():
         for each in {group, *tree.groups()}:
@@ -8045,9 +8041,6 @@ def answers(vm: VM, pid: int) -> bool:
     return False
 
 
-# -- memory on disk
-
-
 def write_memory(qemu: QMP, path: str) -> None:
     """Write the memory and the devices of a guest that stands still to a new file, which is there only when whole."""
     part = path + ".part"
@@ -8422,9 +8415,8 @@ def wait_ready(wait: Wait) -> None:
 
 
 def find_init_kind(wait: Wait) -> None:
-    """Where vmInit is `auto`, find out at the first contact whether the guest took its seed, and put that in its conf.
-    One that shows the host key from the seed, which nobody else has, has a cloud-init (that ends with host keys before
-    sshd is started); one that shows another is configured over ssh.  No other key is accepted from then on."""
+    """Where vmInit is `auto`, find out at the first contact, and keep, whether the guest took its seed: who shows the
+    host key from that has a cloud-init, which is done with it before sshd starts.  No other key is accepted then."""
     vm, known = wait.vm, wait.cloud.known_hosts
     if vm.get("vmInit") != "auto" or not os.path.isdir(vm.seed_folder):
         return
@@ -8598,9 +8590,6 @@ def split_ssh_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(words[:count]), list(words[count:])
 
 
-# -- many VMs at once
-
-
 def start_all(
     cloud: Cloud, vms: Sequence[VM], started: Callable[[VM], None] = lambda vm: None, held: bool = False, **how: Any
 ) -> list[Error | None]:
@@ -8634,8 +8623,7 @@ def instantiate(
     same = [Error(problem.text, problem.hint, problem.status, vm) for vm in vms] if problem else []
     results = same or start_all(cloud, vms, started)
     errors += filter(None, results)
-    failed = [vm for vm, error in zip(vms, results) if error and not vm.is_running()]  # by another command, perhaps
-    if failed:
+    if failed := [vm for vm, error in zip(vms, results) if error and not vm.is_running()]:  # by another command
         errors += destroy_all(cloud, failed)
     return [vm for vm in vms if vm not in failed], errors
 
@@ -8869,8 +8857,7 @@ def own_chain(vm: VM, disk: str) -> list[str]:
 
 
 def roll_back(snapshot: Snapshot) -> list[str]:
-    """Have a VM that is switched off be what it was, by who holds its lock; where memory was kept, it goes on there.
-    Returns the disks that it has got since, which stay in its folder."""
+    """Have a VM that is off be what it was, by who holds its lock, memory included; disks it got since, which stay."""
     vm, old, followed = snapshot.vm, snapshot.source(), snapshot.vm.tree.followable()
     files = {disk: {os.path.realpath(disk), *backing_chain(disk, "", followed)} for disk in vm.disks() + old.disks()}
     was, aside = set().union(*map(files.__getitem__, old.disks())), []
@@ -8906,9 +8893,8 @@ def delete_snapshot(snapshot: Snapshot) -> None:
 
 
 def clear_up(vm: VM, qemu: QMP | None, unwritten: bool = False) -> None:
-    """Remove what commands that failed or were killed have left, and merge what nothing needs; by who holds the lock.
-    A conf that names overlays which nobody has written to names again what it did: of a VM that runs qemu tells that,
-    of another one `unwritten`."""
+    """Remove what failed or killed commands left, and merge what nothing needs; by who holds the lock.  A conf names
+    again what it did before overlays that nobody wrote to: qemu tells that, of a VM that is off `unwritten`."""
     if qemu:
         go_on_after_kill(vm, qemu)
         for job in qemu.execute("query-block-jobs"):
@@ -9142,7 +9128,10 @@ def compare(request: CloneRequest, vm: Present, templates: Mapping[str, Present]
         yield step("replace", f"template {vm.template or 'none'} → {request.template}", loses=True)
         return
     wanted = {**templates[vm.template].settings, **request.settings}
-    wanted["vmPorts"] = chosen_ports(wanted["vmPorts"], vm.settings["vmPorts"])
+    has = parse_ports(vm.settings["vmPorts"])
+    chosen = {(ip, guest): host for ip, host, guest in has}  # for a HOST 0
+    ports = [(ip, host or chosen.get((ip, guest), 0), guest) for ip, host, guest in parse_ports(wanted["vmPorts"])]
+    wanted["vmPorts"] = vm.settings["vmPorts"] if sorted(ports) == sorted(has) else join_ports(ports)
     for live in (True, False):
         changes = {key: wanted[key] for key in DESCRIBED if wanted[key] != vm.settings[key] and (key in LIVE) == live}
         words = [f"{DESCRIBED[key].name} {vm.settings[key] or 'none'} → {changes[key] or 'none'}" for key in changes]
@@ -9150,27 +9139,19 @@ def compare(request: CloneRequest, vm: Present, templates: Mapping[str, Present]
             yield step("change", ", ".join(words), functools.partial(change_settings, changes=changes), not live)
     sizes = [request.disk, *request.disks]
     for number in range(max(len(sizes), len(vm.sizes))):
-        size, has = (each[number] if number < len(each) else 0 for each in (sizes, vm.sizes))
-        has = -(-has // GIB) * GIB if number else has  # those that nocloud makes have whole GB
+        size, there = (each[number] if number < len(each) else 0 for each in (sizes, vm.sizes))
+        there = -(-there // GIB) * GIB if number else there  # those that nocloud makes have whole GB
         name = f"vd{chr(ord('a') + number)}" if number else "disk"
         if number and not size:  # as all after it
             do = functools.partial(remove_disk, number=len(sizes))
-            yield step("remove", f"{name} of {has / GIB:g} GB", do, restart=True, loses=True)
-        elif number and not has:
+            yield step("remove", f"{name} of {there / GIB:g} GB", do, restart=True, loses=True)
+        elif number and not there:
             yield step("add", f"disk of {size} GB", functools.partial(add_disk, gigabytes=size))
-        elif size and size * GIB != has:
+        elif size and size * GIB != there:
             do = functools.partial(grow_disk, gigabytes=size, number=number)
-            yield step("grow" if size * GIB > has else "shrink", f"{name} {has / GIB:g} → {size} GB", do)
+            yield step("grow" if size * GIB > there else "shrink", f"{name} {there / GIB:g} → {size} GB", do)
     if vm.halted:
         yield step("start", "")
-
-
-def chosen_ports(wanted: str, has: str) -> str:
-    """vmPorts as they are wanted, with what has been chosen for a HOST 0; as a VM has them where these are the same."""
-    old = parse_ports(has)
-    chosen = {(ip, guest): host for ip, host, guest in old}
-    new = [(ip, host or chosen.get((ip, guest), 0), guest) for ip, host, guest in parse_ports(wanted)]
-    return has if sorted(new) == sorted(old) else join_ports(new)
 
 
 def plan_group(cloud: Cloud, group: str, requests: Sequence[CloneRequest], replace: bool, force: bool) -> list[Step]:
@@ -9761,8 +9742,7 @@ def in_new_guest(cloud: Cloud, new: NewTemplate, work: Callable[[OwnGuest], obje
         forget_identity(cloud, [vm.get("vmUuid")])
         remove_tree(vm.tpm_folder)
         for name in names_in(vm.folder):
-            path = vm.file(name)
-            if os.path.isdir(path) and path != vm.firmware_folder:
+            if os.path.isdir(path := vm.file(name)) and path != vm.firmware_folder:
                 remove_tree(path)
             elif path not in (new.disk, vm.conf_file, vm.firmware_folder):
                 remove_file(path)
@@ -10116,8 +10096,7 @@ class Supervisor:
     """The loop of one vmrun.  `on_ready` is called when all VMs are ready, or are known not to get ready."""
 
     def __init__(self, cloud: Cloud, group: str, end: str, on_ready: Callable[[int], None]) -> None:
-        """Takes the signals over, for good: to the end of the process none of them interrupts it any more.  `end`: the
-        goal that SIGINT and SIGTERM set."""
+        """Takes the signals over for good: none interrupts it again.  `end`: the goal that SIGINT and SIGTERM set."""
         self.cloud, self.group, self._end_goal = cloud, group, end
         self.goal = RUN
         self.status = EXIT_DONE
@@ -10965,8 +10944,7 @@ def examine(names: Sequence[str], deep: bool = False) -> Iterator[dict[str, str]
     for name in [each for each in names if each not in ALL_CHECKS]:
         raise UsageError(f"{name}: no such check", did_you_mean(name, ALL_CHECKS, f"one of {', '.join(ALL_CHECKS)}"))
     patient = Patient(deep)
-    bridged = patient.has_bridge or patient.config["vmNetwork"] == "bridge"
-    for name in ALL_CHECKS if bridged or names else CHECKS:
+    for name in ALL_CHECKS if names or patient.has_bridge or patient.config["vmNetwork"] == "bridge" else CHECKS:
         if not names or name in names:
             yield from examine_one(name, patient)
 
@@ -10983,9 +10961,8 @@ def examine_one(name: str, patient: Patient) -> Iterator[dict[str, str]]:
         if report.debug:
             raise
         patient.tell(WARNING, f"it can't be looked at: {type(error).__name__}: {error}", "nocloud doctor --debug")
-    spared = NEEDED_ON.get(name, patient.network) != patient.network
     for state, text, mend in patient.told or [(OK, well, "")]:
-        badness = WARNING if state == WRONG and spared else state
+        badness = WARNING if state == WRONG and NEEDED_ON.get(name, patient.network) != patient.network else state
         command = mend if os.geteuid() else re.sub(r"\bsudo ", "", mend)
         yield {"name": name, "state": badness, "text": printable(text), "mend": command}
 
@@ -11839,8 +11816,7 @@ def cmd_port(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
         has, ports = parse_ports(vm.get("vmPorts")), parse_ports(asked)
         if args.delete and (stray := [each for each in ports if each not in has]):
             raise NotFound(f"{join_ports(stray)} is not published", "vmport -L lists what is", vm=vm)
-        kept = [each for each in has if each not in ports] if args.delete else [*has, *ports]
-        new = set_ports(cloud, vm, kept)
+        new = set_ports(cloud, vm, [each for each in has if each not in ports] if args.delete else [*has, *ports])
     for ip, host, guest in new:
         report.data(f"{vm.name} {vm.place} {ip}:{host} {guest}")
 
@@ -12489,8 +12465,9 @@ def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> Non
         elif os.path.realpath(path) == program:
             continue
         elif os.path.lexists(path):
-            hint = "move it away, or choose another folder"
-            raise WrongState(f"{path}: is there and is no symlink; it is kept", hint)
+            raise WrongState(
+                f"{path}: is there and is no symlink; it is kept", "move it away, or choose another folder"
+            )
         os.symlink(program, path)
 
 
@@ -12797,9 +12774,7 @@ class Installation:
         path = self.real(path)
         if os.path.islink(path):
             return f"link {os.readlink(path)}"
-        if os.path.isdir(path):
-            return "folder"
-        return f"sha256 {file_digest(path)}" if os.path.exists(path) else ""
+        return "folder" if os.path.isdir(path) else f"sha256 {file_digest(path)}" if os.path.exists(path) else ""
 
     def check(self, files: Sequence[InstalledFile]) -> None:
         """Raise where something is in the way that neither an installation nor `nocloud links` put there."""
@@ -12891,16 +12866,6 @@ KVM_GROUP = "kvm"  # whose members run VMs on the host's bridge, with hardware a
 NEEDED_PROGRAMS = ("qemu-img", "ip", "dnsmasq", "nft", "ssh", "ssh-keygen", "nsenter")
 
 
-def check_programs(config: Config) -> None:
-    """Raises MissingProgram, naming each, and one command that installs their packages."""
-    qemu = f"qemu-system-{os.uname().machine}"
-    missing = [] if find_program(qemu) or find_program("/usr/libexec/qemu-kvm") else [qemu]
-    missing += [name for name in NEEDED_PROGRAMS if not find_program(name)]
-    missing += [] if HostBridge(config).helper() else ["qemu-bridge-helper"]
-    if missing:
-        raise MissingProgram(f"not here yet: {', '.join(missing)}; nothing was changed", install_command(*missing))
-
-
 class HostSetup:
     """What an installation changes on this host beside its own files; each part is harmless the second time.  How it
     was before is remembered in the installation's record, so that `undo` brings that back and no more."""
@@ -12924,8 +12889,7 @@ class HostSetup:
     def allow_helper(self) -> str:
         """Let members of kvm use it, where it is nobody's yet; what was done."""
         path = os.path.realpath(HostBridge(self.config).helper())
-        info = os.stat(path)
-        if info.st_mode & stat.S_ISUID:
+        if (info := os.stat(path)).st_mode & stat.S_ISUID:
             return ""
         override = find_program("dpkg-statoverride")
         known = try_run([override, "--list", path], 30)[1].split()[:3] if override else []
@@ -13029,10 +12993,16 @@ def plan_subnet(installation: Installation, files: Sequence[InstalledFile]) -> s
 
 
 def install(installation: Installation, only_look: bool) -> None:
-    """Put it there, set the host up for it, and say what was done; all that can be in the way is looked at before."""
+    """Put it there, set the host up for it, and say what was done; all that can be in the way is looked at before.
+    Raises MissingProgram naming each, and one command that installs their packages."""
     files, modules, subnet, on_host = [*planned_files(installation.prefix)], [], "", not installation.root
     if on_host:
-        check_programs(installed_config(installation))
+        qemu = f"qemu-system-{os.uname().machine}"
+        missing = [] if find_program(qemu) or find_program("/usr/libexec/qemu-kvm") else [qemu]
+        missing += [name for name in NEEDED_PROGRAMS if not find_program(name)]
+        missing += [] if HostBridge(installed_config(installation)).helper() else ["qemu-bridge-helper"]
+        if missing:
+            raise MissingProgram(f"not here yet: {', '.join(missing)}; nothing was changed", install_command(*missing))
         words = read_text("/proc/cpuinfo").split()
         wanted = [*(module for flag, module in KVM_MODULES.items() if flag in words), "vhost_net", "tun"]
         # A missing one would fail the boot's unit; in a container there is no modprobe
@@ -13203,8 +13173,7 @@ def run_command(argv: Sequence[str]) -> int:
             report.data("\n\n".join(part.rstrip("\n") for part in (parser.format_help(), command.more()) if part))
             return EXIT_DONE
     for option in command.options if args else ():
-        key = option.names[-1][2:]
-        if option.value == "GROUP" and getattr(args, key):
+        if option.value == "GROUP" and getattr(args, key := option.names[-1][2:]):
             setattr(args, key, Tree(config).group_called(getattr(args, key)))
     if not command.operands:
         free = {each.names[0] for each in command.options if getattr(args, each.names[-1][2:], None) is None}
