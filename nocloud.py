@@ -7167,8 +7167,7 @@ class Cloud:
     @functools.cache
     def accel(self, wanted: str, arch: str) -> str:
         """kvm or tcg, for a vmAccel; said once where it is tcg though nobody asked for it."""
-        accel = choose_accel(wanted, self.qemu(arch))
-        if accel != wanted and accel == "tcg":
+        if (accel := choose_accel(wanted, self.qemu(arch))) != wanted and accel == "tcg":
             why = "nocloud doctor acceleration says why" if arch == os.uname().machine else f"they are for {arch}"
             report.warn(f"no hardware acceleration, guests will be slow ({why})")
         return accel
@@ -7181,8 +7180,7 @@ class Cloud:
     @functools.cache
     def screen(self, arch: str) -> str:
         """What shows the screens, one of SCREENS; '', and said once, where the qemu binary has neither."""
-        screen = choose_screen(self.qemu(arch))
-        if not screen:
+        if not (screen := choose_screen(self.qemu(arch))):
             report.warn(f"{self.qemu(arch).path} has neither SPICE nor VNC: VMs have no screen")
         return screen
 
@@ -7204,9 +7202,7 @@ class Cloud:
 
     def chosen_network(self, wanted: str) -> str:
         """bridge or private, for a vmNetwork: `auto` is what this host has now."""
-        if wanted != "auto":
-            return wanted
-        return "private" if self.bridge.why_not() else "bridge"
+        return wanted if wanted != "auto" else "private" if self.bridge.why_not() else "bridge"
 
     def close(self) -> None:
         """Close what this process holds of the networks."""
@@ -7222,9 +7218,6 @@ class Cloud:
         if self.private.used:
             self.private.tend()
         self.close()
-
-
-# -- what is asked for
 
 
 @record
@@ -7302,14 +7295,12 @@ class CloneRequest:
         """CLONE_OPTIONS, in any order, separated by `;`.  Files are looked for in the folder.  Raises UsageError."""
         for word in text.split(";"):
             name, separator, value = map(str.strip, word.partition("="))
-            option = CLONE_OPTION.get(name)
-            if option:
+            if option := CLONE_OPTION.get(name):
                 self._set_option(option, value if separator else None, folder)
             elif name:
                 hint = f"options are {' '.join(each.text for each in CLONE_OPTIONS)}, separated by ';'"
                 raise UsageError(f"unknown option {name!r}{did_you_mean(name, CLONE_OPTION, before=', ')}", hint)
-        names = full_names(self.prefix)
-        if names and len({name.lower() for name in names}) != self.count:
+        if (names := full_names(self.prefix)) and len({name.lower() for name in names}) != self.count:
             raise UsageError(f"name={self.prefix}: {plural(len(names), 'name')} for a COUNT of {self.count}")
 
     def _set_option(self, option: CloneOption, given: str | None, folder: str) -> None:
@@ -7338,12 +7329,20 @@ def parse_description(text: str, name: str, default_type: str) -> list[CloneRequ
     """The lines of a description file, TEMPLATE:COUNT[:TYPE[:OPTIONS]].  Raises UsageError naming FILE:LINE."""
     requests = []
     for number, raw in enumerate(split_lines(text), 1):
-        origin = f"{name}:{number}"
-        if line := raw.split("#", 1)[0].strip():
-            try:
-                requests.append(_parse_request(line, origin, default_type, os.path.dirname(name)))
-            except UsageError as error:
-                raise UsageError(f"{origin}: {error}", error.hint) from None
+        origin, line = f"{name}:{number}", raw.split("#", 1)[0].strip()
+        if not line:
+            continue
+        try:
+            template, *fields = (field.strip() for field in line.split(":", 3))
+            if not fields or "\0" in line:
+                raise UsageError(f"{line[:60]!r}: expected TEMPLATE:COUNT[:TYPE[:OPTIONS]], and no NUL in it")
+            count, type, options = [*fields, "", ""][:3]
+            checked_name("template", template)
+            type = checked_name("type", type or default_type)
+            requests.append(CloneRequest(origin, template, checked(CLONE_COUNT, count, f"COUNT {count!r}"), type, {}))
+            requests[-1].set_options(options, os.path.dirname(name))
+        except UsageError as error:
+            raise UsageError(f"{origin}: {error}", error.hint) from None
     if not requests:
         raise UsageError(f"{name}: no VM is described in it", "a line is TEMPLATE:COUNT[:TYPE[:OPTIONS]]")
     return requests
@@ -7374,18 +7373,6 @@ def group_of_file(path: str) -> str:
     if path == "-":
         raise UsageError("which group? a description from stdin has no name", "give --group GROUP too")
     return checked_group(os.path.splitext(os.path.basename(path))[0])
-
-
-def _parse_request(line: str, origin: str, default_type: str, folder: str) -> CloneRequest:
-    template, *fields = (field.strip() for field in line.split(":", 3))
-    if not fields or "\0" in line:
-        raise UsageError(f"{line[:60]!r}: expected TEMPLATE:COUNT[:TYPE[:OPTIONS]], and no NUL in it")
-    count, type, options = [*fields, "", ""][:3]
-    checked_name("template", template)
-    checked_name("type", type or default_type)
-    request = CloneRequest(origin, template, checked(CLONE_COUNT, count, f"COUNT {count!r}"), type or default_type, {})
-    request.set_options(options, folder)
-    return request
 
 
 @record
@@ -7448,8 +7435,7 @@ def check_clonable(template: VM) -> None:
         raise WrongState("the template is running and can't be cloned", f"vmstop -n {template}", vm=template)
     if state == "unknown":
         raise WrongState(f"can't tell whether the template is running ({template.pid_file})", vm=template)
-    disks = template.disks()
-    if not disks:
+    if not (disks := template.disks()):
         raise Error("the template's conf names no disk", f"see vmDisk in {template.conf_file}", vm=template)
     known = template.get("vmDiskFormat").partition(",")[0]
     try:
@@ -7466,8 +7452,7 @@ def check_ports(tree: Tree, request: CloneRequest, asked: list[tuple[str, int, s
     """Raise where a port is another VM's of the same description (`asked`: by whom), or isn't to be had now."""
     for number in range(request.count):
         for ip, host, _ in parse_ports(numbered_ports(request.settings.get("vmPorts", ""), number)):
-            others = [who for at, its, who in asked if host and host == its and clash(ip, at)]
-            if others:
+            if others := [who for at, its, who in asked if host and host == its and clash(ip, at)]:
                 raise UsageError(f"port={host}: {others[0]} asks for port {host} of {ip} too")
             asked.append((ip, host, request.origin or "another of the VMs"))
             if host not in freed:
@@ -7506,18 +7491,13 @@ def memory_mb(kind: str) -> int:
 
 def warn_of_memory(asked: int) -> None:
     """Say so where it is more than what is available now."""
-    available = memory_mb("MemAvailable")
-    if available and asked > available:
+    if (available := memory_mb("MemAvailable")) and asked > available:
         report.warn(f"{asked} MB of memory are asked for, {available} MB are available now")
 
 
-# -- making clones
-
-
 def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: list[NewClone]) -> list[str]:
-    """Allot names, UUIDs, MACs and addresses under the tree's lock, so that two commands never get the same; hold each
-    with a conf in a locked folder of its own (.new-NAME), and add it to `clones` as soon as there is something to clean
-    up.  What killed commands left is swept.  Returns the UUIDs of VMs that are gone, though names and keys are kept."""
+    """Allot names, UUIDs, MACs and addresses under the tree's lock, each held by a conf in a locked folder, .new-NAME;
+    `clones` has it as soon as there is something to clean up.  Returns the UUIDs of VMs that are gone, yet known."""
     tree = cloud.tree
     with tree.lock():
         for each in {group, *tree.groups()}:
@@ -7548,7 +7528,15 @@ def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: 
                 ports = numbered_ports(request.settings.get("vmPorts", ""), number)
                 own = {"vmUuid": uuid, "vmNetwork": kind, "vmMac": mac, "vmAddress": address}
                 own["vmLayout"] = LAYOUT if template.get("vmArch") == "x86_64" else "1"
-                _reserve_one(clone, {**own, **({"vmPorts": ports} if ports else {})})
+                own.update({"vmPorts": ports} if ports else {})
+                vm = clone.vm
+                os.makedirs(os.path.dirname(vm.folder), exist_ok=True)
+                vm.folder = os.path.join(os.path.dirname(vm.folder), MAKING + vm.name)
+                os.mkdir(vm.folder, 0o700)
+                clone.lock = FolderLock(vm.folder, wait=0).__enter__()
+                fixed = {key: template.get(key) for key in ("vmMem", "vmCpu", "vmUser")}  # whatever is configured later
+                settings = {"vmName": vm.name, "vmInit": "auto", **fixed, **template.inherited(), **request.settings}
+                vm.write_conf({**settings, "vmDisk": "", "vmExtraDisk": "", **own, "vmTemplate": template.name})
     return orphans
 
 
@@ -7601,18 +7589,6 @@ def number_of(prefix: str, name: str) -> int:
     return int(found[1]) if found else -1
 
 
-def _reserve_one(clone: NewClone, identity: Mapping[str, str]) -> None:
-    """Write the clone's conf in a folder that shows it is being made."""
-    vm, template = clone.vm, clone.template
-    os.makedirs(os.path.dirname(vm.folder), exist_ok=True)
-    vm.folder = os.path.join(os.path.dirname(vm.folder), MAKING + vm.name)
-    os.mkdir(vm.folder, 0o700)
-    clone.lock = FolderLock(vm.folder, wait=0).__enter__()
-    fixed = {key: template.get(key) for key in ("vmMem", "vmCpu", "vmUser")}  # whatever is configured later
-    settings = {"vmName": vm.name, "vmInit": "auto", **fixed, **template.inherited(), **clone.request.settings}
-    vm.write_conf({**settings, "vmDisk": "", "vmExtraDisk": "", **identity, "vmTemplate": template.name})
-
-
 def finish_clones(cloud: Cloud, clones: Sequence[NewClone]) -> list[VM | Error]:
     """Make them, then put them in their places: from then on they are VMs; or Errors, where they couldn't be made."""
     of = {clone.vm: clone for clone in clones}
@@ -7659,19 +7635,6 @@ def make_clone(cloud: Cloud, clone: NewClone) -> VM:
     return vm
 
 
-def end_making(cloud: Cloud, group: str, clones: Sequence[NewClone]) -> None:
-    """Remove what has not become a VM, and give up the locks."""
-    failed = [clone for clone in clones if not clone.lock or os.path.isdir(clone.vm.folder)]
-    for clone in clones:
-        if clone.lock:  # before it is taken, vm.folder may still be the final one
-            if clone in failed:
-                remove_tree(clone.vm.folder)
-            clone.lock.release()
-    cloud.bridge.withdraw([clone.uuid for clone in failed])  # an address was held for each
-    with cloud.tree.lock():
-        remove_if_empty(cloud.tree, group)
-
-
 def make_clones(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> list[VM | Error]:
     """Make the clones that are asked for, in parallel; what could not be made is an Error in its place."""
     with making(cloud, group, requests) as clones:
@@ -7693,9 +7656,19 @@ def making(cloud: Cloud, group: str, requests: Sequence[CloneRequest]) -> Iterat
             check_clonable(template)
             set_writable(template.disks()[0], False)
         own_key()
-        stack.callback(end_making, cloud, group, clones)
-        orphans = reserve(cloud, group, requests, clones)
-        yield clones
+        try:
+            orphans = reserve(cloud, group, requests, clones)
+            yield clones
+        finally:
+            failed = [clone for clone in clones if not clone.lock or os.path.isdir(clone.vm.folder)]
+            for clone in clones:
+                if clone.lock:  # before it is taken, vm.folder may still be the final one
+                    if clone in failed:
+                        remove_tree(clone.vm.folder)
+                    clone.lock.release()
+            cloud.bridge.withdraw([clone.uuid for clone in failed])  # an address was held for each
+            with cloud.tree.lock():
+                remove_if_empty(cloud.tree, group)
     if orphans:  # not under those locks: who starts a template takes the network's first
         forget_identity(cloud, orphans)
 
@@ -7740,8 +7713,7 @@ def stop_locked(vm: VM, seconds: float) -> bool:
 def press_power_button(vm: VM, process: Process, seconds: float) -> bool:
     """Whether the guest shut down in time.  The button is pressed every 3 s: a guest that is booting misses it.
     Raises WrongState where a full disk has paused it: the plug would cost it what it couldn't write."""
-    state = wake(vm, resume=True)
-    if state in (DISK_FULL, DISK_ERROR):
+    if (state := wake(vm, resume=True)) in (DISK_FULL, DISK_ERROR):
         raise WrongState(f"it is {state}", f"{remedy(vm, state)}; --kill switches it off as it is", vm=vm)
     if state in DEAD or os.path.exists(vm.frozen_file):  # whose lock is ours
         return False
@@ -7793,8 +7765,7 @@ def release_still(vm: VM) -> None:
 
 def end_half_start(vm: VM) -> bool:
     """End a qemu that was to load saved memory when its command was killed; whether there was one.  Under the lock."""
-    half = guest_state(vm) == "inmigrate"
-    if half:
+    if half := guest_state(vm) == "inmigrate":
         stop_locked(vm, 0)
     adopt_memory(vm)
     return half
@@ -7824,8 +7795,7 @@ def go_on_after_kill(vm: VM, qemu: QMP) -> None:
 
 def need_awake(vm: VM) -> None:
     """wake(), raising WrongState for a guest that does nothing, and won't by itself."""
-    state = wake(vm)
-    if state not in (*AT_WORK, SHARE_LOST):
+    if (state := wake(vm)) not in (*AT_WORK, SHARE_LOST):
         raise WrongState(f"it is {state}", remedy(vm, state), vm=vm)
 
 
@@ -7934,8 +7904,7 @@ def start_locked(cloud: Cloud, vm: VM, machine: Machine, tied: bool = False) -> 
 
 
 def serve_tpm(vm: VM, stack: Any) -> int:
-    """Start the TPM of a VM that is to start, swtpm(8), which keeps its state in the VM's folder; qemu's connection to
-    it, which the ExitStack closes; -1: it has none.  It ends with its connection."""
+    """Start a VM's swtpm(8), which ends with its connection; qemu's end, which the ExitStack closes; -1: no TPM."""
     if yes_no(vm.get("vmTpm")) == "no":
         return -1
     make_private_folder(vm.tpm_folder)
@@ -7969,27 +7938,22 @@ def ensure_identity(cloud: Cloud, vm: VM) -> None:
 
 
 def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False, layer: Layer | None = None) -> Machine:
-    """A VM, on a layer or its own system disk, as what qemu's command line is built from; writes what it hands over,
-    and what identity it lacks."""
+    """What qemu's command line is built from, on a layer or its own disk; writes what it hands over, or lacked."""
     ensure_identity(cloud, vm)
     paths = [layer.path, *vm.disks()[1:]] if layer else vm.disks()
     for path in paths:
         if not os.path.exists(path):
             raise Error(f"its disk is gone: {path}", f"see vmDisk and vmExtraDisk in {vm.conf_file}", vm=vm)
     formats = ["qcow2", *known_formats(vm)[1:]] if layer else known_formats(vm)
-    disks = [
-        (os.path.relpath(path, vm.folder), format, f"{vm.name}_{number}")
-        for number, (path, format) in enumerate(zip(paths, formats))
-    ]
+    named = enumerate(zip(paths, formats))
+    disks = [(os.path.relpath(path, vm.folder), format, f"{vm.name}_{n}") for n, (path, format) in named]
     with Parsing(UsageError, f"vmExtraOpts: a quotation mark or a backslash without its end: {vm.get('vmExtraOpts')}"):
         extra = shlex.split(vm.get("vmExtraOpts"))
-    planted = is_planted(vm) and os.path.exists(vm.host_key)
-    if planted:
+    if planted := is_planted(vm) and os.path.exists(vm.host_key):
         write_file(vm.credentials_file, credentials(vm, login_keys()), durable=False)
     has_screen = gui or yes_no(vm.get("vmGui")) == "yes"
     qemu = cloud.qemu(vm.get("vmArch"))
-    firmware = firmware_of(vm, qemu.arch)
-    if firmware and not os.path.exists(vm.variables_file):
+    if (firmware := firmware_of(vm, qemu.arch)) and not os.path.exists(vm.variables_file):
         copy_variables(*firmware.variables, vm.variables_file)
     return Machine(
         qemu=qemu, accel=cloud.accel(vm.get("vmAccel"), qemu.arch), name=vm.name, settings=vm.settings(), disks=disks,
@@ -8002,8 +7966,7 @@ def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False, lay
 
 
 def write_seed(cloud: Cloud, vm: VM, wanted: bool) -> str:
-    """The seed's folder, or the image of it, relative to the VM's own, written anew for this start; '' for none.  The
-    folder is there if, and only if, the VM was started with a seed."""
+    """Write the seed anew for this start; its folder or image, relative to the VM's; '' where there is none to be."""
     remove_tree(vm.seed_folder)
     if not wanted or not os.path.exists(vm.host_key):
         return ""
@@ -8073,14 +8036,9 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, sha
 
 def answers(vm: VM, pid: int) -> bool:
     """Whether the qemu that we started holds its pidfile and answers over QMP.  Raises QMPError where it refuses."""
-    try:
-        with QMP(vm.folder) as qemu:
-            return vm.state() == ("running", pid) and bool(qemu.execute("query-status"))
-    except (QMPClosed, TimedOut, OSError):
-        return False
-
-
-# -- memory on disk
+    with contextlib.suppress(QMPClosed, TimedOut, OSError), QMP(vm.folder) as qemu:
+        return vm.state() == ("running", pid) and bool(qemu.execute("query-status"))
+    return False
 
 
 def write_memory(qemu: QMP, path: str) -> None:
@@ -8103,8 +8061,7 @@ def migrate(qemu: QMP, fd: int, shared: bool) -> None:
     prepare_migration(qemu, fd, shared)
     qemu.execute("migrate", uri="fd:state")
     wait_for(lambda: qemu.execute("query-migrate")["status"] in ("completed", "failed"), 3600, 0.05)
-    answer = qemu.execute("query-migrate")
-    if answer["status"] != "completed":
+    if (answer := qemu.execute("query-migrate"))["status"] != "completed":
         raise Error(f"qemu could not write the guest's state: {answer.get('error-desc', 'it takes too long')}")
 
 
@@ -8200,17 +8157,13 @@ def go_on(cloud: Cloud, vm: VM, iso: str, gui: bool) -> bool:
     return True
 
 
-# -- waking up
-
 WAKE_SECONDS = 60  # emulated guests that wake up together take their time
 
 
 def thaw(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> bool:
-    """Have a clone go on where its template's guest was frozen, as itself; False where it has to boot, having said why.
-    For who holds its lock.  Until the guest has said that it is this VM, the frozen file stays: who finds that begins
-    anew, on a new disk."""
-    name = read_existing(vm.frozen_file)
-    if not name:
+    """Have a clone go on where its template was frozen, by who holds its lock; False where it has to boot, having said
+    why.  Until its guest says that it is this VM the frozen file stays: who finds that begins anew, on a new disk."""
+    if not (name := read_existing(vm.frozen_file)):
         return False
     template, began = cloud.tree.template(vm.get("vmTemplate")), time.monotonic()
     layer = Layer(template, name)
@@ -8230,8 +8183,7 @@ def thaw(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> bool:
                 plug_disk(qemu, number + 1, number, *disk)
         if others:
             vm.write_conf({"vmPlugged": str(len(others))})
-        told = talk(vm, waking_words(vm, login_keys(), token), WAKE_SECONDS)
-        if told != "done":
+        if (told := talk(vm, waking_words(vm, login_keys(), token), WAKE_SECONDS)) != "done":
             raise Error(f"the agent in it said: {printable(told) or 'nothing'}", vm=vm)
         write_file(vm.configured_file, "", durable=False)
         with QMP(vm.folder) as qemu:
@@ -8285,12 +8237,10 @@ def check_frozen(layer: Layer, machine: Machine) -> str:
 
 
 def read_manifest(layer: Layer, deep: bool = False) -> tuple[dict[str, Any], str]:
-    """What a freeze noted: frozen_facts(), and the agent's token.  Raises Error where memory isn't as it was left, by
-    its checksum too with `deep`: that reads all of it."""
+    """What a freeze noted: frozen_facts(), the agent's token.  Error where memory (`deep`: all of it) has changed."""
     with Parsing(Error, f"{layer.manifest} can't be read"):
         manifest = json.loads(read_text(layer.manifest))
-        was = {key: manifest["machine"][key] for key in ("words", "qemu", "kernel")}
-        noted = was, str(manifest["token"])
+        noted = {key: manifest["machine"][key] for key in ("words", "qemu", "kernel")}, str(manifest["token"])
         same = memory_facts(layer) == manifest["memory"]
         same = same and not (deep and file_digest(layer.memory) != manifest["sha256"])
     if not same:
@@ -8335,8 +8285,7 @@ def talk(vm: VM, words: bytes, seconds: float) -> str:
 
 
 def command_script(vm: VM, argv: Sequence[str], network: Network) -> str:
-    """A shell script that starts the same VM by hand: qemu's very words, in the VM's folder and network; but it shares
-    no folders and has no TPM, which takes their daemons."""
+    """A shell script that starts the VM by hand: qemu's very words, in its folder and network; no shares, no TPM."""
     # an option a line: its value begins with no dash
     words = "".join((" \\\n  " if word[:1] == "-" else " ") + shlex.quote(word) for word in argv)
     tap = self_argv("net", f"--tap={vm.full_name}", f"--{network.kind}", "exec")  # as descriptor 3
@@ -8435,8 +8384,7 @@ class WaitProgress:
 def wait_ssh(wait: Wait) -> None:
     """Return when the guest's ssh server says its banner (RFC 4253, 4.2)."""
     for _ in wait.tries():
-        address = wait.network.address(wait.vm)
-        if address:
+        if address := wait.network.address(wait.vm):
             wait.stage = stage_of_port(wait.network, address)
             if wait.stage == "configured":
                 return
@@ -8459,8 +8407,7 @@ def wait_ready(wait: Wait) -> None:
     """Return when the VM is ready: ssh answers, and the guest is configured as its vmInit says."""
     wait_ssh(wait)
     find_init_kind(wait)
-    kind = wait.vm.get("vmInit")
-    if kind != "none":
+    if (kind := wait.vm.get("vmInit")) != "none":
         configure(wait, kind == "cloud-init")
     mount_shares(wait)
     set_clock(wait)
@@ -8468,9 +8415,8 @@ def wait_ready(wait: Wait) -> None:
 
 
 def find_init_kind(wait: Wait) -> None:
-    """Where vmInit is `auto`, find out at the first contact whether the guest took its seed, and put that in its conf.
-    One that shows the host key from the seed, which nobody else has, has a cloud-init (that ends with host keys before
-    sshd is started); one that shows another is configured over ssh.  No other key is accepted from then on."""
+    """Where vmInit is `auto`, find out at the first contact, and keep, whether the guest took its seed: who shows the
+    host key from that has a cloud-init, which is done with it before sshd starts.  No other key is accepted then."""
     vm, known = wait.vm, wait.cloud.known_hosts
     if vm.get("vmInit") != "auto" or not os.path.isdir(vm.seed_folder):
         return
@@ -8568,8 +8514,7 @@ def set_clock(wait: Wait) -> None:
 
 
 def run_in_guest(wait: Wait, script: str) -> None:
-    """Run a script in the guest as soon as that lets us in: sshd answers before that (pam_nologin).  Raises as
-    `check_login` does."""
+    """Run a script in the guest once that lets us in, after sshd answers (pam_nologin).  Raises as check_login()."""
     for seconds in wait.tries():
         status, output = ssh_batch(wait.cloud, wait.vm, script, seconds)
         if not status:
@@ -8598,8 +8543,7 @@ def check_login(wait: Wait, status: int, output: str) -> None:
 def pin_host_key(wait: Wait) -> None:
     """Where no host key was planted, the one seen at the first contact is the VM's from now on."""
     cloud, vm = wait.cloud, wait.vm
-    uuid = vm.get("vmUuid")
-    if cloud.known_hosts.knows(uuid):
+    if cloud.known_hosts.knows(uuid := vm.get("vmUuid")):
         return
     place = vm.file(f"known_hosts.{os.urandom(3).hex()}")
     try:
@@ -8646,9 +8590,6 @@ def split_ssh_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(words[:count]), list(words[count:])
 
 
-# -- many VMs at once
-
-
 def start_all(
     cloud: Cloud, vms: Sequence[VM], started: Callable[[VM], None] = lambda vm: None, held: bool = False, **how: Any
 ) -> list[Error | None]:
@@ -8682,8 +8623,7 @@ def instantiate(
     same = [Error(problem.text, problem.hint, problem.status, vm) for vm in vms] if problem else []
     results = same or start_all(cloud, vms, started)
     errors += filter(None, results)
-    failed = [vm for vm, error in zip(vms, results) if error and not vm.is_running()]  # by another command, perhaps
-    if failed:
+    if failed := [vm for vm, error in zip(vms, results) if error and not vm.is_running()]:  # by another command
         errors += destroy_all(cloud, failed)
     return [vm for vm in vms if vm not in failed], errors
 
@@ -8714,8 +8654,7 @@ def configure_later(cloud: Cloud, vms: Sequence[VM]) -> None:
     """Start a process for the VMs that must be configured over ssh.  What it can't finish, the next vmssh does."""
     vms = [vm for vm in vms if vm.is_readable() and vm.get("vmInit") != "none"]
     late = [vm for vm in vms if vm.get("vmShares") or is_late(vm) or is_renamed(vm)]
-    names = [vm.full_name for vm in vms if vm.get("vmInit") in ("auto", "ssh") or vm in late]
-    if names:
+    if names := [vm.full_name for vm in vms if vm.get("vmInit") in ("auto", "ssh") or vm in late]:
         spawn(self_argv("configure", *names), log=os.devnull, cwd="/", env={"NOCLOUD_vmBaseDir": cloud.tree.base})
 
 
@@ -8757,8 +8696,7 @@ def snapshots_of(vm: VM) -> list[Snapshot]:
 def need_snapshots(vms: Iterable[VM], name: str) -> list[Snapshot]:
     """The snapshots of this name that these VMs have.  Raises NotFound where none has one."""
     every = [each for vm in vms for each in snapshots_of(vm)]
-    found = [each for each in every if each.name == name]
-    if not found:
+    if not (found := [each for each in every if each.name == name]):
         raise no_such("snapshot", name, sorted({each.name for each in every}), "vmsnapshot -L lists them")
     return found
 
@@ -8826,8 +8764,7 @@ class Sealing:
         pairs = [{"node": node, "overlay": overlay} for node, overlay in self.overlays.items()]
         if self.qemu:
             self.sealed = True  # for all that is known until qemu has answered
-            actions = [{"type": "blockdev-snapshot", "data": pair} for pair in pairs]
-            self.qemu.execute("transaction", actions=actions)
+            self.qemu.execute("transaction", actions=[{"type": "blockdev-snapshot", "data": pair} for pair in pairs])
 
     def undo(self) -> None:
         """Go on as it was; overlays that are written to already stay, and are merged."""
@@ -8901,8 +8838,7 @@ def check_snapshots(vms: Sequence[VM], name: str, ram: bool) -> None:
             raise WrongState(f"it has a snapshot {name}", f"vmsnapshot --delete {name} -n {vm}", vm=vm)
         if os.path.exists(vm.saved_file) and not vm.is_running():
             raise WrongState("its memory is saved", f"start it: vm -n {vm}", vm=vm)
-        depth = len(own_chain(vm, vm.disks()[0]))
-        if depth > MAX_SNAPSHOTS:
+        if (depth := len(own_chain(vm, vm.disks()[0]))) > MAX_SNAPSHOTS:
             hint = f"vmsnapshot --delete NAME -n {vm}, of one of {', '.join(each.name for each in snapshots_of(vm))}"
             raise WrongState(f"its disk stands on {depth - 1} snapshots, {MAX_SNAPSHOTS} is the most", hint, vm=vm)
         if depth > MAX_SNAPSHOTS - 4:
@@ -8921,8 +8857,7 @@ def own_chain(vm: VM, disk: str) -> list[str]:
 
 
 def roll_back(snapshot: Snapshot) -> list[str]:
-    """Have a VM that is switched off be what it was, by who holds its lock; where memory was kept, it goes on there.
-    Returns the disks that it has got since, which stay in its folder."""
+    """Have a VM that is off be what it was, by who holds its lock, memory included; disks it got since, which stay."""
     vm, old, followed = snapshot.vm, snapshot.source(), snapshot.vm.tree.followable()
     files = {disk: {os.path.realpath(disk), *backing_chain(disk, "", followed)} for disk in vm.disks() + old.disks()}
     was, aside = set().union(*map(files.__getitem__, old.disks())), []
@@ -8958,9 +8893,8 @@ def delete_snapshot(snapshot: Snapshot) -> None:
 
 
 def clear_up(vm: VM, qemu: QMP | None, unwritten: bool = False) -> None:
-    """Remove what commands that failed or were killed have left, and merge what nothing needs; by who holds the lock.
-    A conf that names overlays which nobody has written to names again what it did: of a VM that runs qemu tells that,
-    of another one `unwritten`."""
+    """Remove what failed or killed commands left, and merge what nothing needs; by who holds the lock.  A conf names
+    again what it did before overlays that nobody wrote to: qemu tells that, of a VM that is off `unwritten`."""
     if qemu:
         go_on_after_kill(vm, qemu)
         for job in qemu.execute("query-block-jobs"):
@@ -9031,8 +8965,7 @@ def merge(vm: VM, lower: str, upper: str, qemu: QMP | None) -> None:
     else:
         format = ["-F", under.format] if under and under.format else []
         run(["qemu-img", "rebase", "-q", "-f", "qcow2", *format, "-b", relative, upper], timeout=None)
-    now = qcow2_header(upper)
-    if not now or now.backing != relative:
+    if not (now := qcow2_header(upper)) or now.backing != relative:
         raise Error(f"{lower} could not be merged into {upper}", f"see {vm.log_file}", vm=vm)
     sync(upper)
     remove_file(lower)
@@ -9111,18 +9044,11 @@ def look(vm: VM) -> Present:
     ]
     # Not one that bash made, which writes neither.
     halted = state == "stopped" and not os.path.exists(vm.command_file) and bool(vm.get("vmUuid"))
-    unnamed, running = vm.name == vm.get("vmUuid"), state == "running"
-    return Present(vm.name, vm.type, template_of(vm), settings, sizes, unnamed, running, halted, vm)
-
-
-def template_of(vm: VM) -> str:
-    """The template that it was cloned from; of the bash tools' by what its disk stands on; '' for none."""
+    # The template of one that bash made is told by what its disk stands on.
     below = {os.path.dirname(path) for path in ([] if vm.get("vmTemplate") else vm.below())}
     found = (each.name for each in vm.tree.templates() if os.path.realpath(each.folder) in below)
-    return vm.get("vmTemplate") or next(found, "")
-
-
-# -- plans
+    template, unnamed = vm.get("vmTemplate") or next(found, ""), vm.name == vm.get("vmUuid")
+    return Present(vm.name, vm.type, template, settings, sizes, unnamed, state == "running", halted, vm)
 
 
 def plan(requests: Sequence[CloneRequest], present: Sequence[Present], templates: Mapping[str, Present]) -> list[Step]:
@@ -9156,8 +9082,7 @@ def match(
     unnamed: list[CloneRequest] = []
     for request in requests:
         there = [name for type, name in left if type == request.type and name not in given]
-        names = full_names(request.prefix) or numbered_names(request, there, taken)
-        for number, name in enumerate(names):
+        for number, name in enumerate(full_names(request.prefix) or numbered_names(request, there, taken)):
             settings = dict(request.settings)
             if "vmPorts" in settings:
                 settings["vmPorts"] = numbered_ports(settings["vmPorts"], number)
@@ -9203,7 +9128,10 @@ def compare(request: CloneRequest, vm: Present, templates: Mapping[str, Present]
         yield step("replace", f"template {vm.template or 'none'} → {request.template}", loses=True)
         return
     wanted = {**templates[vm.template].settings, **request.settings}
-    wanted["vmPorts"] = chosen_ports(wanted["vmPorts"], vm.settings["vmPorts"])
+    has = parse_ports(vm.settings["vmPorts"])
+    chosen = {(ip, guest): host for ip, host, guest in has}  # for a HOST 0
+    ports = [(ip, host or chosen.get((ip, guest), 0), guest) for ip, host, guest in parse_ports(wanted["vmPorts"])]
+    wanted["vmPorts"] = vm.settings["vmPorts"] if sorted(ports) == sorted(has) else join_ports(ports)
     for live in (True, False):
         changes = {key: wanted[key] for key in DESCRIBED if wanted[key] != vm.settings[key] and (key in LIVE) == live}
         words = [f"{DESCRIBED[key].name} {vm.settings[key] or 'none'} → {changes[key] or 'none'}" for key in changes]
@@ -9211,27 +9139,19 @@ def compare(request: CloneRequest, vm: Present, templates: Mapping[str, Present]
             yield step("change", ", ".join(words), functools.partial(change_settings, changes=changes), not live)
     sizes = [request.disk, *request.disks]
     for number in range(max(len(sizes), len(vm.sizes))):
-        size, has = (each[number] if number < len(each) else 0 for each in (sizes, vm.sizes))
-        has = -(-has // GIB) * GIB if number else has  # those that nocloud makes have whole GB
+        size, there = (each[number] if number < len(each) else 0 for each in (sizes, vm.sizes))
+        there = -(-there // GIB) * GIB if number else there  # those that nocloud makes have whole GB
         name = f"vd{chr(ord('a') + number)}" if number else "disk"
         if number and not size:  # as all after it
             do = functools.partial(remove_disk, number=len(sizes))
-            yield step("remove", f"{name} of {has / GIB:g} GB", do, restart=True, loses=True)
-        elif number and not has:
+            yield step("remove", f"{name} of {there / GIB:g} GB", do, restart=True, loses=True)
+        elif number and not there:
             yield step("add", f"disk of {size} GB", functools.partial(add_disk, gigabytes=size))
-        elif size and size * GIB != has:
+        elif size and size * GIB != there:
             do = functools.partial(grow_disk, gigabytes=size, number=number)
-            yield step("grow" if size * GIB > has else "shrink", f"{name} {has / GIB:g} → {size} GB", do)
+            yield step("grow" if size * GIB > there else "shrink", f"{name} {there / GIB:g} → {size} GB", do)
     if vm.halted:
         yield step("start", "")
-
-
-def chosen_ports(wanted: str, has: str) -> str:
-    """vmPorts as they are wanted, with what has been chosen for a HOST 0; as a VM has them where these are the same."""
-    old = parse_ports(has)
-    chosen = {(ip, guest): host for ip, host, guest in old}
-    new = [(ip, host or chosen.get((ip, guest), 0), guest) for ip, host, guest in parse_ports(wanted)]
-    return has if sorted(new) == sorted(old) else join_ports(new)
 
 
 def plan_group(cloud: Cloud, group: str, requests: Sequence[CloneRequest], replace: bool, force: bool) -> list[Step]:
@@ -9400,20 +9320,16 @@ def check_removal(cloud: Cloud, vm: VM, number: int) -> None:
 def remove_disk(cloud: Cloud, vm: VM, number: int) -> None:
     """Take a disk away from a VM that is switched off, with what is on it."""
     check_removal(cloud, vm, number)
-    disks, formats = vm.disks(), known_formats(vm)
-    names = vm.get("vmExtraDisk").split(",")
-    vm.write_conf({
-        "vmExtraDisk": ",".join(names[: number - 1] + names[number:]),
-        "vmDiskFormat": ",".join(formats[:number] + formats[number + 1 :]),
-    })  # fmt: skip
-    for path in own_chain(vm, disks[number]):
+    disk, names, formats = vm.disks()[number], vm.get("vmExtraDisk").split(","), [*known_formats(vm)]
+    del names[number - 1], formats[number]
+    vm.write_conf({"vmExtraDisk": ",".join(names), "vmDiskFormat": ",".join(formats)})
+    for path in own_chain(vm, disk):
         remove_file(path)
 
 
 def move_vm(cloud: Cloud, vm: VM, group: str, type: str, name: str) -> VM:
-    """Give a VM that is switched off another group, type or name; it, there.  Disks, keys, address and UUID stay.  Up
-    to the rename it is what it was: a conf under the new name, whose disks are found in either place, is there
-    before."""
+    """Give a VM that is off another group, type or name; it, there.  Disks, keys, address and UUID stay.  Up to the
+    rename it is what it was: a conf under the new name, whose disks are found in either place, is there before."""
     tree, new = cloud.tree, VM(cloud.tree, checked_group(group), checked_name("type", type), checked_name("VM", name))
     with FolderLock(vm.folder):
         need_stopped(cloud, vm)
@@ -9448,9 +9364,6 @@ def move_vm(cloud: Cloud, vm: VM, group: str, type: str, name: str) -> VM:
         cloud.network_of(new).publish(new)
     SshConfig(cloud).refresh()
     return new
-
-
-# -- a group
 
 
 def apply_lock(tree: Tree, group: str) -> str:
@@ -9520,7 +9433,7 @@ def give_identity(cloud: Cloud, vm: VM) -> None:
     publish_keys(cloud, [vm])
 
 
-class OwnGuest:
+class OwnGuest(contextlib.AbstractContextManager["OwnGuest"]):
     """A guest that runs for nocloud's own work in it, on a layer or its VM's disk; `with` leaves it switched off."""
 
     def __init__(self, cloud: Cloud, vm: VM, layer: Layer | None = None, memory: str = "", **settings: str) -> None:
@@ -9568,9 +9481,6 @@ class OwnGuest:
         if not press_power_button(self.vm, self._process, seconds):
             raise Error(f"its guest did not shut down within {seconds} s", f"see {self.vm.console_log}", vm=self.vm)
 
-    def __enter__(self) -> OwnGuest:
-        return self
-
     def __exit__(self, *exc: object) -> None:
         with self._process as process:
             if not process.ended():
@@ -9580,8 +9490,7 @@ class OwnGuest:
 
 @contextlib.contextmanager
 def guest_on_layer(cloud: Cloud, template: VM, ram: bool = False, **asked: str) -> Iterator[tuple[OwnGuest, Layer]]:
-    """The guest of a template that is stopped, on a new layer; what has become of that is settled in the end.  `ram`:
-    with its memory in the layer's file."""
+    """A stopped template's guest on a new layer, settled in the end.  `ram`: its memory in the layer's file."""
     with FolderLock(template.folder):
         need_stopped(cloud, template)
         layer = new_layer(template)
@@ -9622,9 +9531,7 @@ def clean_at_shutdown(cloud: Cloud, template: VM) -> None:
 
 
 def clean_running(cloud: Cloud, template: VM) -> None:
-    """Clean a template that is about to be shut down, where its guest lets us in."""
-    if not template.is_running():
-        return
+    """Clean a template that runs and is about to be shut down, where its guest lets us in."""
     network = cloud.network_of(template)
     address = network.address(template)
     try:
@@ -9642,7 +9549,7 @@ def stop(cloud: Cloud, vm: VM, seconds: float) -> bool:
     """Shut a VM down: the power button, and after `seconds` the plug (0: at once).  False where it had to be pulled.
     Raises WrongState where it can't be told whether it runs."""
     with FolderLock(vm.folder):
-        if vm.is_template and seconds > 0:
+        if vm.is_template and seconds > 0 and vm.is_running():
             clean_running(cloud, vm)
         proper = stop_locked(vm, seconds)
         if vm.is_template:
@@ -9669,8 +9576,6 @@ def stop_all(cloud: Cloud, vms: Sequence[VM], seconds: float | None = None) -> l
             report.warn(f"no shutdown within {grace:.0f} s, switched off: {', '.join(pulled)}")
     return [result for result in results if isinstance(result, Error)]
 
-
-# -- upgrades
 
 # The scripts of etc/guest/upgrade; a system's is that of the ID, or else an ID_LIKE, of its os-release(5).
 UPGRADES = ("debian", "arch", "fedora", "suse", "alpine")
@@ -9785,8 +9690,7 @@ def template_from_vm(cloud: Cloud, name: str, words: str, asked: Mapping[str, st
 
 
 def template_as_is(cloud: Cloud, words: str) -> str:
-    """A new template of a VM as it is now, running or not, for clones of that; its name.  It stays as long as they do:
-    their disks stand on its."""
+    """A new template of a VM as it is now, running or not, for clones, as long as they stand on it; its name."""
     vm, moment = cloud.tree.need(words), f"clone-{os.urandom(3).hex()}"
     stem, taken = vm.full_name.replace("/", "."), names_in(os.path.join(cloud.tree.base, TEMPLATES))
     name = next(each for each in (stem, *(f"{stem}.{number}" for number in range(2, 1000))) if each not in taken)
@@ -9838,8 +9742,7 @@ def in_new_guest(cloud: Cloud, new: NewTemplate, work: Callable[[OwnGuest], obje
         forget_identity(cloud, [vm.get("vmUuid")])
         remove_tree(vm.tpm_folder)
         for name in names_in(vm.folder):
-            path = vm.file(name)
-            if os.path.isdir(path) and path != vm.firmware_folder:
+            if os.path.isdir(path := vm.file(name)) and path != vm.firmware_folder:
                 remove_tree(path)
             elif path not in (new.disk, vm.conf_file, vm.firmware_folder):
                 remove_file(path)
@@ -9901,8 +9804,7 @@ def open_screen(vm: VM) -> None:
     if len(os.fsencode(path)) > 107 or not re.fullmatch(r"[A-Za-z0-9/._-]+", path):
         path = f"/proc/self/fd/{place}/{screen}.sock"
     try:
-        viewers = [(program, before + path) for program, before in VIEWERS[screen] if find_program(program)]
-        if not viewers:
+        if not (viewers := [(program, before + path) for program, before in VIEWERS[screen] if find_program(program)]):
             names = [program for program, _ in VIEWERS[screen]]
             raise MissingProgram(f"no viewer for its screen: {' or '.join(names)} is needed", install_command(names[0]))
         remove_file(log)
@@ -9924,8 +9826,7 @@ def has_viewer(vm: VM) -> bool:
 
 def open_screens(vms: Sequence[VM]) -> None:
     """Open the screens of those that have one; without a display that is said, and they go on without a window."""
-    shown = [vm for vm in vms if screen_of(vm)]
-    if shown and not has_display():
+    if (shown := [vm for vm in vms if screen_of(vm)]) and not has_display():
         names = ", ".join(vm.name for vm in shown[:10]) + (" …" if len(shown) > 10 else "")
         way = f"vmconsole -s -n {shown[0]} is its serial console"
         report.say(f"{report.program}: no display here, no window for {names}: {way}")
@@ -9983,9 +9884,8 @@ def connect_line(vm: VM, name: str, what: str) -> socket.socket:
 
 
 def join_line(vm: VM, connection: socket.socket, greeting: str, leave: bytes, drop: bytes = CTRL_C) -> None:
-    """Join a line to stdin and stdout; a terminal is in raw mode meanwhile.  `drop`: what Ctrl-C stands for.
-    A signal's SystemExit passes through here, so its modes come back.  TCSANOW: the other ways wait until the terminal
-    has shown everything, which a stopped one never has."""
+    """Join a line to stdin and stdout; a terminal is raw meanwhile, also when a SystemExit passes.  `drop`: what Ctrl-C
+    stands for.  TCSANOW: the other ways wait until the terminal has shown everything, which a stopped one never has."""
     with connection:
         if not os.isatty(0):
             ended = relay_line(connection, leave, drop)
@@ -10031,9 +9931,6 @@ def relay_line(connection: socket.socket, leave: bytes, drop: bytes) -> bool:
             before, *rest = re.split(leave, data, maxsplit=1)
             typed, more = before.replace(CTRL_C, drop), bool(data) and not rest
     return False
-
-
-# -- logs
 
 
 def log_pieces(process: Process | None, path: str, old: str = "") -> Iterator[bytes]:
@@ -10121,9 +10018,8 @@ def monitor_session(vm: VM) -> int:
 
 @contextlib.contextmanager
 def managed(tree: Tree, group: str) -> Iterator[None]:
-    """The claim of a vmrun on a group: a pidfile in the group's folder, locked as long as we live, as qemu's own are.
-    It is taken, given back and, after a SIGKILL, swept away under the tree's lock.  Raises WrongState where another
-    vmrun has the group."""
+    """A vmrun's claim on a group: a pidfile in its folder, locked as long as we live; taken, given back and, after a
+    SIGKILL, swept away under the tree's lock.  Raises WrongState where another vmrun has the group."""
     folder = os.path.join(tree.base, group)
     tree.prepare()
     with tree.lock():
@@ -10151,8 +10047,7 @@ def go_to_background() -> tuple[int | None, int]:
     """Go on in a child, a session of its own, whose caller returns once all VMs are ready.  In the child (None, where
     let_caller_go() tells that); in the caller (exit status, -1), when the child has told it or ended."""
     hear, talk = os.pipe()
-    pid = fork_session()
-    if not pid:
+    if not (pid := fork_session()):
         os.close(hear)
         return None, talk
     os.close(talk)
@@ -10201,8 +10096,7 @@ class Supervisor:
     """The loop of one vmrun.  `on_ready` is called when all VMs are ready, or are known not to get ready."""
 
     def __init__(self, cloud: Cloud, group: str, end: str, on_ready: Callable[[int], None]) -> None:
-        """Takes the signals over, for good: to the end of the process none of them interrupts it any more.  `end`: the
-        goal that SIGINT and SIGTERM set."""
+        """Takes the signals over for good: none interrupts it again.  `end`: the goal that SIGINT and SIGTERM set."""
         self.cloud, self.group, self._end_goal = cloud, group, end
         self.goal = RUN
         self.status = EXIT_DONE
@@ -10255,17 +10149,13 @@ class Supervisor:
         numbers = self._bell.recv(4096)
         for _ in range(len(self._posts)):
             self._posts.popleft()()
-        goals = {signal.SIGUSR1: KEEP, signal.SIGHUP: LEAVE}
-        for number in filter(None, numbers):
-            self._ask(goals.get(signal.Signals(number), self._end_goal))
-
-    def _ask(self, goal: str) -> None:
-        """A signal.  Who has asked to keep the VMs may still have them destroyed, but not the other way round."""
-        if self.goal in (DESTROY, goal) or (self.goal != RUN and goal != DESTROY):
-            return
+        goals: dict[int, str] = {signal.SIGUSR1: KEEP, signal.SIGHUP: LEAVE}
         words = {DESTROY: "destroying all VMs of", KEEP: "shutting down and keeping the VMs of"}
-        report.log(f"{words.get(goal, 'leaving; these go on running: the VMs of')} {self.group} group")
-        self.goal, self._progress = goal, WaitProgress()  # nothing is waited for any more
+        for goal in [goals.get(number, self._end_goal) for number in filter(None, numbers)]:
+            # Who has asked to keep the VMs may still have them destroyed, but not the other way round
+            if self.goal not in (DESTROY, goal) and (self.goal == RUN or goal == DESTROY):
+                report.log(f"{words.get(goal, 'leaving; these go on running: the VMs of')} {self.group} group")
+                self.goal, self._progress = goal, WaitProgress()  # nothing is waited for any more
 
     def _adopt(self, vm: VM, how: str) -> None:
         """Watch a VM that runs, whoever started it, and wait until it is ready."""
@@ -10282,8 +10172,7 @@ class Supervisor:
             report.log(f"{vm.name} has port {ip}:{host} for its port {guest}")
         if self.goal == RUN:
             self._progress.stages[vm] = "address"
-            result = result_of(lambda vm: self.cloud.network_of(vm).open(), vm)
-            if isinstance(result, Error):
+            if isinstance(result := result_of(lambda vm: self.cloud.network_of(vm).open(), vm), Error):
                 self._waited(member, result)
             else:
                 self._job(lambda: self._wait(vm), lambda result: self._waited(member, result))
@@ -10382,8 +10271,12 @@ class Supervisor:
         if self._jobs:
             if self._ending != self.goal and (self.goal == DESTROY or not self._starting):
                 cancellation.request()
-        elif self.goal == RUN:
-            self._rest()
+        elif self.goal == RUN:  # all is quiet: nothing is held open that only waits need
+            self.cloud.close()
+            if self._on_ready:
+                late = not all(member.ready for member in self._members.values())
+                self._on_ready(self.status or (EXIT_TIMEOUT if late else EXIT_DONE))
+                self._on_ready = None
         else:
             cancellation.requested = False
             if self._ending == self.goal:
@@ -10398,23 +10291,13 @@ class Supervisor:
         busy = is_locked(apply_lock(self.cloud.tree, self.group))
         return busy or any(vm.is_running() or is_locked(vm.folder) for vm in vms)
 
-    def _rest(self) -> None:
-        """All is quiet: hold nothing open that only waits need."""
-        self.cloud.close()
-        if self._on_ready:
-            late = not all(member.ready for member in self._members.values())
-            self._on_ready(self.status or (EXIT_TIMEOUT if late else EXIT_DONE))
-            self._on_ready = None
-
     def _end(self) -> list[Error]:
         """What the goal asks for."""
         if self._ending == LEAVE:
             configure_later(self.cloud, [member.vm for member in self._members.values() if not member.ready])
             return []
         vms = list(self.cloud.tree.vms(self.group))
-        if self._ending == DESTROY:
-            return destroy_all(self.cloud, vms)
-        return stop_all(self.cloud, vms)
+        return destroy_all(self.cloud, vms) if self._ending == DESTROY else stop_all(self.cloud, vms)
 
 
 def check_new_group(vms: Sequence[VM], group: str) -> None:
@@ -10427,9 +10310,8 @@ def check_new_group(vms: Sequence[VM], group: str) -> None:
 def supervise(
     cloud: Cloud, group: str, requests: Sequence[CloneRequest], new: bool, gui: bool, talk: int, end: str
 ) -> int:
-    """Run a group: the VMs that it has and those that are asked for, until it ends; the exit status.
-    `new`: it must have none yet; `gui`: those that it has get a screen, this time; `talk`: who waits in
-    let_caller_go(); `end`: what ^C does."""
+    """Run a group's VMs and those asked for, to its end; the exit status.  `new`: it must have none yet; `gui`: its own
+    get a screen, this time; `talk`: who waits in let_caller_go(); `end`: what ^C does."""
     log_file = os.path.join(cloud.tree.base, group, MANAGER_LOG)
     supervisor = Supervisor(cloud, group, end, lambda status: let_caller_go(talk, status, log_file))
     with managed(cloud.tree, group):
@@ -10468,8 +10350,7 @@ def stop_managed(cloud: Cloud, group: str) -> None:
         if manager_of(cloud.tree, group) == (state, pid):
             process.signal(signal.SIGUSR1)
         process.ended(float("inf"))
-    left = [vm.name for vm in cloud.tree.running(group)]
-    if left:
+    if left := [vm.name for vm in cloud.tree.running(group)]:
         raise Error(f"{group}: these VMs still run: {', '.join(left)}", f"vmstop -g {group} stops them")
 
 
@@ -10504,8 +10385,7 @@ def vm_rows(cloud: Cloud, group: str = "", type: str = "", *, every: bool = Fals
 def process_usage(pid: int) -> tuple[float, float, int] | None:
     """(seconds since its start, seconds of processors that it has used, bytes that it has in memory) of a process."""
     # proc(5), from the third field on: before that stands its name, in brackets, in which anything may be.
-    fields = process_file(pid, "stat").rpartition(")")[2].split()
-    if not fields:
+    if not (fields := process_file(pid, "stat").rpartition(")")[2].split()):
         return None  # it has ended
     ticks = os.sysconf("SC_CLK_TCK")
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / ticks
@@ -10630,27 +10510,6 @@ class Patient:
         self.deep = deep
         self.told: list[tuple[str, str, str]] = []
         self.config = Config()
-        self._read_config()
-        try:
-            self.cloud = Cloud(self.config)
-        except Error as error:
-            self.tell(WRONG, str(error), f"export NOCLOUD_vmBaseDir={home_folder()}/vms")
-            self.config.set("vmBaseDir", os.path.join(home_folder(), "vms"), "")
-            self.cloud = Cloud(self.config)
-        self.told_of_config = self.told
-        self.tree = self.cloud.tree
-        self.bridge = self.cloud.bridge
-        self.has_bridge = os.path.exists(f"/sys/class/net/{self.bridge.interface}")
-        self.foreign = self.has_bridge and not bridge_is_ours(self.bridge.interface)
-        try:
-            self.network = self.cloud.chosen_network(self.config["vmNetwork"])
-        except (Error, OSError):
-            self.network = "private"
-
-    def tell(self, state: str, text: str, mend: str) -> None:
-        self.told.append((state, text, mend))
-
-    def _read_config(self) -> None:
         for path in config_files():
             said: list[str] = []
             try:
@@ -10664,6 +10523,23 @@ class Patient:
             self.config.read_environment()
         except UsageError as error:
             self.tell(WRONG, str(error), f"unset {str(error).partition(':')[0]}")
+        try:
+            self.cloud = Cloud(self.config)
+        except Error as error:
+            self.tell(WRONG, str(error), f"export NOCLOUD_vmBaseDir={home_folder()}/vms")
+            self.config.set("vmBaseDir", os.path.join(home_folder(), "vms"), "")
+            self.cloud = Cloud(self.config)
+        self.told_of_config = self.told
+        self.tree = self.cloud.tree
+        self.bridge = self.cloud.bridge
+        self.has_bridge = os.path.exists(f"/sys/class/net/{self.bridge.interface}")
+        self.foreign = self.has_bridge and not bridge_is_ours(self.bridge.interface)
+        self.network = "private"
+        with contextlib.suppress(Error, OSError):
+            self.network = self.cloud.chosen_network(self.config["vmNetwork"])
+
+    def tell(self, state: str, text: str, mend: str) -> None:
+        self.told.append((state, text, mend))
 
 
 # -- commands that mend
@@ -10678,8 +10554,7 @@ def self_command(words: str) -> str:
 
 def by_owner(path: str, command: str) -> str:
     """`command`, with sudo where what it changes is another user's."""
-    is_own = os.path.exists(path) and os.stat(path).st_uid == os.geteuid()
-    return command if is_own else f"sudo {command}"
+    return command if os.path.exists(path) and os.stat(path).st_uid == os.geteuid() else f"sudo {command}"
 
 
 def trust_command(path: str) -> str:
@@ -10693,8 +10568,7 @@ def settings_command(path: str, text: str) -> str:
     """What has a file be read: a comment of the line that is wrong, which a message names FILE:LINE; or rights."""
     if ALLOW in text:
         return ALLOW
-    found = re.match(rf"{re.escape(path)}:(\d+):", text)
-    if found:
+    if found := re.match(rf"{re.escape(path)}:(\d+):", text):
         return by_owner(path, f"sed -i '{found.group(1)}s/^/# /' {quoted(path)}")
     return trust_command(path) if os.access(path, os.R_OK) else by_owner(path, f"chmod a+r {quoted(path)}")
 
@@ -10739,8 +10613,7 @@ def examine_space(patient: Patient) -> str:
 def examine_vms(patient: Patient) -> str:
     """What killed commands and vanished files left in the tree, and guests that don't run though their qemu does."""
     tree = patient.tree
-    folders = list(left_over(tree))
-    if folders:
+    if folders := list(left_over(tree)):
         text = f"{plural(len(folders), 'folder')} of commands that were killed"
         patient.tell(WARNING, text, f"rm -rf {quoted(*folders)}")
     for text, mend in tree.told_strays():
@@ -10785,8 +10658,7 @@ def examine_frozen(patient: Patient) -> str:
     """What clones of frozen templates wake up on."""
     layers = [layer for each in patient.tree.templates() if each.is_readable() and (layer := frozen_layer(each))]
     for layer in layers:
-        found = result_of(lambda layer: read_manifest(layer, patient.deep), layer)
-        if isinstance(found, Error):
+        if isinstance(found := result_of(lambda layer: read_manifest(layer, patient.deep), layer), Error):
             patient.tell(WARNING, found.text, f"vmtemplate {quoted(layer.template.name)} --warm")
     return f"{plural(len(layers), 'template')} frozen" + (", all memory read" if patient.deep else "")
 
@@ -10827,8 +10699,7 @@ def examine_ssh(patient: Patient) -> str:
 
 
 def examine_keys(patient: Patient) -> str:
-    """nocloud's own key, which is made at first need, and the user's: without any of his he has nocloud's to log in
-    with.  One that is there must be whole, and the user's alone."""
+    """nocloud's key, made at first need, and the user's, whole and his alone; without any he logs in with nocloud's."""
     own = os.path.join(config_home(), "id_ed25519")
     folder, is_there = existing_parent(os.path.dirname(own)), os.path.exists(own)
     for path in ([own] if is_there else []) + user_keys():
@@ -10881,16 +10752,14 @@ def examine_tun(patient: Patient) -> str:
 
 
 def examine_private_network(patient: Patient) -> str:
-    missing = [name for name in ("ip", "dnsmasq", "nsenter") if not find_program(name)]
-    if missing:
+    if missing := [name for name in ("ip", "dnsmasq", "nsenter") if not find_program(name)]:
         text = f"not found, and the private network needs it: {', '.join(missing)}"
         patient.tell(WRONG, text, install_command(*missing))
     return "ip, dnsmasq and nsenter"
 
 
 def examine_way_out(patient: Patient) -> str:
-    missing = [name for name in ("pasta", "nft") if not find_program(name)]
-    if missing:
+    if missing := [name for name in ("pasta", "nft") if not find_program(name)]:
         text = f"VMs on the private network don't reach the Internet: {' and '.join(missing)} not found"
         patient.tell(WARNING, text, install_command(*missing))
     network = patient.cloud.private
@@ -10907,8 +10776,7 @@ def examine_private_subnet(patient: Patient) -> str:
         return "a free one is chosen with the first VM"
     subnet = network.subnet()
     own = ipaddress.IPv4Network(f"{subnet}.0/24")
-    clash = [network for _, network in networks_in_use() if network.prefixlen > 8 and network.overlaps(own)]
-    if clash:
+    if clash := [network for _, network in networks_in_use() if network.prefixlen > 8 and network.overlaps(own)]:
         text = f"this host has {clash[0]} too: VMs don't reach that, on {own}"
         mend = f"nocloud net --private down && rm -f {quoted(network.file('subnet'))}"
         if any(True for _ in patient.tree.vms()):
@@ -11073,13 +10941,10 @@ NEEDED_ON = {  # what is wrong there is a warning where VMs are on another netwo
 def examine(names: Sequence[str], deep: bool = False) -> Iterator[dict[str, str]]:
     """All findings, or those of the checks that are named, as they are found: each the `name` of its check, its
     `state`, `text`, and the command to `mend` it, '' where it is well.  `deep`: big files are read whole."""
-    for name in names:
-        if name not in ALL_CHECKS:
-            hint = did_you_mean(name, ALL_CHECKS, f"one of {', '.join(ALL_CHECKS)}")
-            raise UsageError(f"{name}: no such check", hint)
+    for name in [each for each in names if each not in ALL_CHECKS]:
+        raise UsageError(f"{name}: no such check", did_you_mean(name, ALL_CHECKS, f"one of {', '.join(ALL_CHECKS)}"))
     patient = Patient(deep)
-    bridged = patient.has_bridge or patient.config["vmNetwork"] == "bridge"
-    for name in ALL_CHECKS if bridged or names else CHECKS:
+    for name in ALL_CHECKS if names or patient.has_bridge or patient.config["vmNetwork"] == "bridge" else CHECKS:
         if not names or name in names:
             yield from examine_one(name, patient)
 
@@ -11096,9 +10961,8 @@ def examine_one(name: str, patient: Patient) -> Iterator[dict[str, str]]:
         if report.debug:
             raise
         patient.tell(WARNING, f"it can't be looked at: {type(error).__name__}: {error}", "nocloud doctor --debug")
-    spared = NEEDED_ON.get(name, patient.network) != patient.network
     for state, text, mend in patient.told or [(OK, well, "")]:
-        badness = WARNING if state == WRONG and spared else state
+        badness = WARNING if state == WRONG and NEEDED_ON.get(name, patient.network) != patient.network else state
         command = mend if os.geteuid() else re.sub(r"\bsudo ", "", mend)
         yield {"name": name, "state": badness, "text": printable(text), "mend": command}
 
@@ -11149,8 +11013,7 @@ def export(cloud: Cloud, vms: Sequence[VM], place: str, asked: argparse.Namespac
             run(["tar", "-C", part, *words, "-cf", f"{part}/tar", *names], timeout=None, umask=0o077)
         land({f"{part}/tar" if packer else part: place})
     finally:
-        if os.path.exists(part):
-            remove_tree(part)
+        remove_tree(part)
     for vm in vms:
         keys = [key for key in (*LEFT, *ENGINES[asked.to]) if vm.get(key) not in ("", SETTING[key].default)]
         others = {"its snapshots": snapshots_of(vm), "its user-data": os.path.exists(vm.user_data_file)}
@@ -11226,8 +11089,7 @@ def texts(cloud: Cloud, vms: list[dict[str, Any]], group: str, asked: argparse.N
     }  # fmt: skip
     for name in packaged_files(f"export/{asked.to}"):
         for vm in vms if "NAME" in name else [{"name": ""}]:
-            text = fill(need_packaged(f"export/{asked.to}/{name}"), {**words, **vm})
-            yield name.replace("NAME", vm["name"]), text
+            yield name.replace("NAME", vm["name"]), fill(need_packaged(f"export/{asked.to}/{name}"), {**words, **vm})
 
 
 def exported_files(path: str) -> Generator[tuple[str, int, Any], None, None]:
@@ -11366,10 +11228,9 @@ class Option:
 
 @record
 class Command:
-    """A command: how it is called, its options, and what it does.  declare() gives it the last three.  `complete`: what
-    a shell offers for each operand, as of an Option.  `more` makes the end of its help.  `passes`: the letters of
-    another program's options, with the first of which its operands begin.  `bare`: it gets no Cloud, but the
-    configuration; `unconfigured`: and of that the defaults."""
+    """A command: how it is called, its options, what it does (declare() gives those).  `complete`: what a shell offers
+    for each operand, as of an Option.  `more`: its help's end.  `passes`: letters of another program's options, which
+    its operands begin with.  `bare`: it gets no Cloud, but the configuration; `unconfigured`: of that the defaults."""
 
     name: str
     alias: str = ""
@@ -11431,8 +11292,7 @@ def find_command(argv: Sequence[str]) -> tuple[Command | None, str, list[str]]:
     if not words or words[0].startswith("-"):
         return None, "nocloud", words
     word = words[0]
-    found = COMMANDS.get(word) or ALIASES.get(word)
-    if not found:
+    if not (found := COMMANDS.get(word) or ALIASES.get(word)):
         rows = (line.split(": ") for line in packaged_list("elsewhere"))
         ours = next((f"here it is {each}" for each, theirs in rows if word in theirs.split()), "")
         hint = ours or did_you_mean(word, [each.name for each in visible_commands()], "nocloud -h lists them")
@@ -11509,16 +11369,14 @@ def build_parser(command: Command, program: str, config: Config) -> argparse.Arg
 
 def terminal_width() -> int:
     """Columns for the help.  argparse's own way imports shutil, and with it bz2 and lzma, for each option declared."""
-    try:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         return int(os.environ.get("COLUMNS") or os.get_terminal_size(1).columns or 80) - 2  # some serial lines say 0
-    except (OSError, ValueError, AttributeError):
-        return 78
+    return 78
 
 
 def exclusive(args: argparse.Namespace, *names: str) -> str:
     """The one of these options that is given, or ''."""
-    given = [name for name in names if getattr(args, name) not in (None, False)]
-    if len(given) > 1:
+    if len(given := [name for name in names if getattr(args, name) not in (None, False)]) > 1:
         raise UsageError(f"--{given[0]} and --{given[1]} exclude each other")
     return given[0] if given else ""
 
@@ -11630,17 +11488,13 @@ def cmd_template(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> No
 
 
 def show_templates(cloud: Cloud, args: argparse.Namespace) -> None:
-    """--available, --list, --tree and --prune."""
+    """--available, --list and --tree; --prune: remove what nothing needs, but for what a command is at work on."""
     if args.available or args.list:
         report_table(catalogue_rows(cloud.tree) if args.available else template_rows(cloud))
-    elif args.tree:
+        return
+    if args.tree:
         report_table([[row] for row in disk_rows(cloud.tree)])
-    else:
-        prune(cloud, args)
-
-
-def prune(cloud: Cloud, args: argparse.Namespace) -> None:
-    """Remove what nothing needs, but for what a command is at work on."""
+        return
     settle_stopped(cloud, cloud.tree.templates())
     images = os.path.join(cache_home(), "images")
     found = {os.path.join(images, name): "made, or downloaded, anew when it is wanted" for name in folders_in(images)}
@@ -11698,38 +11552,30 @@ def cmd_create(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None
     iso = find_iso(cloud.config, args.iso) if args.iso else ""
     asked = {**asked_settings(vars(args)), **({"vmCpuCap": str(args.cpu_cap)} if args.cpu_cap is not None else {})}
     if args.adjust:
-        vm = adjust_as_asked(cloud, args, asked, iso)
+        if not asked and not args.disk and not iso:
+            raise UsageError("nothing to adjust: give -m, -c, -C or -d", "-h shows how it is called")
+        vm = cloud.tree.need(args.name, first=lambda vm: vm.is_template)
+        if iso and vm.is_template:
+            check_no_clones(cloud, vm)  # what boots from the ISO may write to the disk
+        with FolderLock(vm.folder):
+            need_stopped(cloud, vm)
+            if args.disk:
+                grow_disk(cloud, vm, args.disk)
+            if asked:
+                vm.write_conf(asked)
     else:
         settings = template_settings(cloud, asked)
         warn_of_memory(int(settings["vmMem"]))
-        gigabytes = args.disk or cloud.config.number("vmCreateDiskSize")
         with NewTemplate(cloud, args.name, read_only=False) as new:
-            create_disk(new.disk, gigabytes)
+            create_disk(new.disk, args.disk or cloud.config.number("vmCreateDiskSize"))
             vm = new.finish(settings)
     if iso:
-        error = start_all(cloud, [vm], iso=iso, gui=True)[0]
-        if error:
+        if error := start_all(cloud, [vm], iso=iso, gui=True)[0]:
             if not args.adjust:
                 delete_template(cloud, vm.name)
             raise error
         report.say(f"{report.program}: {vm} boots {iso}; when it is done: vmstop -n {vm}")
         open_screens([vm])
-
-
-def adjust_as_asked(cloud: Cloud, args: argparse.Namespace, changes: Mapping[str, str], iso: str) -> VM:
-    """What vmcreate -a does."""
-    if not changes and not args.disk and not iso:
-        raise UsageError("nothing to adjust: give -m, -c, -C or -d", "-h shows how it is called")
-    vm = cloud.tree.need(args.name, first=lambda vm: vm.is_template)
-    if iso and vm.is_template:
-        check_no_clones(cloud, vm)  # what boots from the ISO may write to the disk
-    with FolderLock(vm.folder):
-        need_stopped(cloud, vm)
-        if args.disk:
-            grow_disk(cloud, vm, args.disk)
-        if changes:
-            vm.write_conf(changes)
-    return vm
 
 
 @declare(
@@ -11942,8 +11788,7 @@ def apply(cloud: Cloud, group: str, requests: Sequence[CloneRequest], args: argp
             report.data("nothing to do")
         if args.dry_run:
             return EXIT_DIFFERS if todo else EXIT_DONE
-        lost = [step.line for step in steps if step.loses and (args.restart or not step.restart)]
-        if lost:
+        if lost := [step.line for step in steps if step.loses and (args.restart or not step.restart)]:
             confirm(args, f"{'; '.join(lost)}: what is on these disks will be gone.", needed=True)
         return report_errors(carry_out(cloud, group, todo, args.restart, functools.partial(end_start, cloud, args)))
 
@@ -11971,8 +11816,7 @@ def cmd_port(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
         has, ports = parse_ports(vm.get("vmPorts")), parse_ports(asked)
         if args.delete and (stray := [each for each in ports if each not in has]):
             raise NotFound(f"{join_ports(stray)} is not published", "vmport -L lists what is", vm=vm)
-        kept = [each for each in has if each not in ports] if args.delete else [*has, *ports]
-        new = set_ports(cloud, vm, kept)
+        new = set_ports(cloud, vm, [each for each in has if each not in ports] if args.delete else [*has, *ports])
     for ip, host, guest in new:
         report.data(f"{vm.name} {vm.place} {ip}:{host} {guest}")
 
@@ -12025,8 +11869,7 @@ def cmd_stop(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     if args.destroy:
         if args.group == TEMPLATES or any(vm.is_template for vm in vms):
             raise UsageError("templates are not destroyed with vmstop", "vmtemplate --delete NAME")
-        kept = sum(len(snapshots_of(vm)) for vm in vms)
-        if kept:
+        if kept := sum(len(snapshots_of(vm)) for vm in vms):
             confirm(args, f"{plural(len(vms), 'VM')} with {plural(kept, 'snapshot')} will be gone.")
         errors = destroy_all(cloud, vms, args.group or "")
     elif way == "save":
@@ -12062,8 +11905,7 @@ def split_name(args: argparse.Namespace, words: list[str]) -> tuple[str | None, 
 
 
 def confirm(args: argparse.Namespace, question: str, needed: bool = False) -> None:
-    """On a terminal, without -y: go on only where the answer is yes.  Elsewhere it is said, and done, but where -y is
-    `needed`."""
+    """On a terminal, without -y: go on after a yes.  Elsewhere it is said, and done; Error where -y is `needed`."""
     asks = sys.stdin.isatty() and sys.stderr.isatty()
     if not args.yes and not asks and needed:
         raise Error(f"{question} Nothing has been done", "-y says that it is meant")
@@ -12171,8 +12013,7 @@ def cmd_rollback(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> in
         for each in found:
             for disk in roll_back(each):
                 report.say(f"{each.vm}: it has got a disk since, which is kept: {disk}")
-        later = [vm.name for vm in vms if vm not in [each.vm for each in found]]
-        if later:
+        if later := [vm.name for vm in vms if vm not in [each.vm for each in found]]:
             report.say(f"not in {name}, and left as they are: {', '.join(later)}")
         errors = [error for error in start_all(cloud, again, held=True) if error]
     configure_later(cloud, [vm for vm in again if vm.is_running()])
@@ -12265,8 +12106,7 @@ def cmd_cp(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     if len(words) < 2:
         raise UsageError("SRC and DST are needed", "vmcp FILE VM:PATH, or vmcp VM:PATH FILE")
     found = [find_places(cloud, word) for word in words]
-    inside = [vm for places in found for vm, _ in places if vm]
-    if not inside:
+    if not (inside := [vm for places in found for vm, _ in places if vm]):
         raise UsageError("none of them is in a VM", "VM:PATH is, and ./a:b is a file of this host")
     if any(len(places) > 1 for places in found[:-1]):
         raise UsageError("several VMs to copy from", "only DST may be a pattern that several fit")
@@ -12336,8 +12176,7 @@ def cmd_vm(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     if args.group:
         cloud.tree.need_group(args.group)
     vm = cloud.tree.need(args.name, args.group or None, args.type or None, first=lambda vm: vm.is_template)
-    fresh = not vm.is_running()
-    if fresh:
+    if fresh := not vm.is_running():
         for error in start_stopped(cloud, [vm], iso, args.gui):
             raise error
     elif iso:
@@ -12626,8 +12465,9 @@ def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> Non
         elif os.path.realpath(path) == program:
             continue
         elif os.path.lexists(path):
-            hint = "move it away, or choose another folder"
-            raise WrongState(f"{path}: is there and is no symlink; it is kept", hint)
+            raise WrongState(
+                f"{path}: is there and is no symlink; it is kept", "move it away, or choose another folder"
+            )
         os.symlink(program, path)
 
 
@@ -12670,10 +12510,9 @@ SHELL_KINDS = ("file", "folder")  # which the shells complete by themselves
 
 
 class Typed:
-    """A command line that is being typed, as its words up to the cursor.  The last one, to be completed, is `prefix`,
-    an option to which its value is joined, and `value`.  `words`: what there is to offer for the value, each with its
-    help; `files`: the one of SHELL_KINDS that it can be besides, or ''.  `given`: the options before it, with their
-    values."""
+    """A command line that is being typed, up to the cursor.  The last word, to be completed, is `prefix`, an option
+    that its value is joined to, and `value`.  `words`: what to offer, each with its help; `files`: the one of
+    SHELL_KINDS that it can be besides, or ''.  `given`: the options before it, with their values."""
 
     def __init__(self, config: Config, words: Sequence[str]) -> None:
         self.config, self.tree = config, Tree(config)
@@ -12683,14 +12522,20 @@ class Typed:
         self.words: dict[str, str] = {}
         self.command, _, rest = find_command(before)
         if self.command:
-            self._offer(self._wanted(self.command, rest))
+            wanted = self._wanted(self.command, rest)
+            if isinstance(wanted, str):
+                kinds = wanted.split("+")
+                self.files = next((kind for kind in kinds if kind in SHELL_KINDS), "")
+                found = (word for kind in kinds if kind in WORD_KINDS for word in WORD_KINDS[kind](self))
+                wanted = tuple(word for word in found if word.isprintable())
+            self.words = wanted if isinstance(wanted, dict) else dict.fromkeys(wanted, "")
         elif not rest and self.value.startswith("-"):
             self.words = option_names(GENERAL_OPTIONS)
         elif not rest:
             self.words = {each.name: each.help for each in visible_commands()}
 
     def _wanted(self, command: Command, words: Sequence[str]) -> str | tuple[str, ...] | dict[str, str]:
-        """What the value can be, by what the parser makes of a word in that place."""
+        """What the value can be: an Option's `complete`, or words with their help; by what the parser makes of it."""
         probe = "-" + PROBE if self.value.startswith("-") else PROBE
         options, operands = split_operands(command, [*words, probe])
         last = "" if operands[-1:] == [probe] else options.pop()
@@ -12710,15 +12555,6 @@ class Typed:
             return option.complete
         known = (*command.options, *GENERAL_OPTIONS)
         return option_names(each for each in known if not self.given.keys() & set(each.names))
-
-    def _offer(self, wanted: str | tuple[str, ...] | dict[str, str]) -> None:
-        """`wanted`: as an Option's `complete`, or words with their help."""
-        if isinstance(wanted, str):
-            kinds = wanted.split("+")
-            self.files = next((kind for kind in kinds if kind in SHELL_KINDS), "")
-            found = (word for kind in kinds if kind in WORD_KINDS for word in WORD_KINDS[kind](self))
-            wanted = tuple(word for word in found if word.isprintable())
-        self.words = wanted if isinstance(wanted, dict) else dict.fromkeys(wanted, "")
 
     def vms(self, wanted: Callable[[VM], bool] = VM.exists) -> list[str]:
         """What the wanted VMs, in the group and of the type that are named, can be called: NAME where that is enough.
@@ -12776,8 +12612,7 @@ def read_bash(line: str) -> tuple[list[str], str, str]:
 
 
 def answer_bash(config: Config, line: str = "", replaced: str = "") -> list[str]:
-    """For COMP_LINE up to the cursor, and the word that readline replaces: that is what follows the last one of
-    COMP_WORDBREAKS, without the quote that is open."""
+    """For COMP_LINE up to the cursor, and what readline replaces: what follows the last COMP_WORDBREAKS, unquoted."""
     words, raw, _ = read_bash(line)
     typed = Typed(config, words)
     kept, _, quote = read_bash(raw[: len(raw) - len(replaced)] if raw.endswith(replaced) else "")
@@ -12822,8 +12657,7 @@ def completion(shell: str) -> str:
 @declare(Command("completion", operands="bash | zsh | fish", complete=(tuple(SHELLS),), bare=True))
 def cmd_completion(config: Config, args: argparse.Namespace, words: list[str]) -> None:
     """print a shell's completion of all commands, as in: source <(nocloud completion bash)"""
-    shell = one_operand(words, "the shell")
-    if shell not in SHELLS:
+    if (shell := one_operand(words, "the shell")) not in SHELLS:
         raise UsageError(f"{shell}: no completion for that shell", f"one of {', '.join(SHELLS)}")
     report.data(completion(shell).rstrip("\n"))
 
@@ -12858,8 +12692,7 @@ SYSUSERS = "nocloud-sysusers.conf"
 
 @record
 class InstalledFile:
-    """A file of an installation: where it goes, and its content, or where the link points.  `conf`: users change it,
-    and what they changed is kept."""
+    """A file: where it goes, its content, or where the link points.  `conf`: what users changed in it is kept."""
 
     path: str
     content: bytes = b""
@@ -12941,9 +12774,7 @@ class Installation:
         path = self.real(path)
         if os.path.islink(path):
             return f"link {os.readlink(path)}"
-        if os.path.isdir(path):
-            return "folder"
-        return f"sha256 {file_digest(path)}" if os.path.exists(path) else ""
+        return "folder" if os.path.isdir(path) else f"sha256 {file_digest(path)}" if os.path.exists(path) else ""
 
     def check(self, files: Sequence[InstalledFile]) -> None:
         """Raise where something is in the way that neither an installation nor `nocloud links` put there."""
@@ -12960,8 +12791,7 @@ class Installation:
 
     def is_changed(self, each: InstalledFile) -> bool:
         """Whether the user's own configuration is there, which is kept."""
-        known = ("", each.fingerprint(), *self.files.get(each.path, ()))
-        return each.conf and self.fingerprint(each.path) not in known
+        return each.conf and self.fingerprint(each.path) not in ("", each.fingerprint(), *self.files.get(each.path, ()))
 
     def put(self, files: Sequence[InstalledFile]) -> list[str]:
         """Put the files there, keeping the configuration that the user changed; what there is to say of that."""
@@ -12978,7 +12808,19 @@ class Installation:
         stale = [path for path in self.files if not {path, path.removesuffix(".new")} & planned]
         for each in (*files, *writes):
             self.files[each.path] = list(dict.fromkeys([*self.files.get(each.path, ()), each.fingerprint()]))
-        self._make_folders([each.path for each in (*files, *writes)])
+        missing: list[str] = []
+        for path in (f"{self.prefix}/{INSTALL_RECORD}", *(each.path for each in (*files, *writes))):
+            folder = os.path.dirname(path)
+            while not os.path.isdir(self.real(folder)) and folder not in missing:
+                missing.append(folder)
+                folder = os.path.dirname(folder)
+        missing.sort(key=len)
+        self.folders = list(dict.fromkeys([*self.folders, *missing]))
+        os.makedirs(os.path.dirname(self.record), exist_ok=True)
+        self.save()  # first: it names the folders
+        for folder in missing:
+            os.makedirs(self.real(folder), exist_ok=True)
+            os.chmod(self.real(folder), 0o755)  # whatever the umask says
         self._sweep()
         for each in writes:
             if each.link:
@@ -12990,22 +12832,6 @@ class Installation:
             self._remove(path)
         self.save()
         return said
-
-    def _make_folders(self, paths: Sequence[str]) -> None:
-        """The folders of these files; the record, which names them, is written first."""
-        missing: list[str] = []
-        for path in (f"{self.prefix}/{INSTALL_RECORD}", *paths):
-            folder = os.path.dirname(path)
-            while not os.path.isdir(self.real(folder)) and folder not in missing:
-                missing.append(folder)
-                folder = os.path.dirname(folder)
-        missing.sort(key=len)
-        self.folders = list(dict.fromkeys([*self.folders, *missing]))
-        os.makedirs(os.path.dirname(self.record), exist_ok=True)
-        self.save()
-        for folder in missing:
-            os.makedirs(self.real(folder), exist_ok=True)
-            os.chmod(self.real(folder), 0o755)  # whatever the umask says
 
     def _remove(self, path: str) -> None:
         if self.fingerprint(path) != "folder":
@@ -13040,16 +12866,6 @@ KVM_GROUP = "kvm"  # whose members run VMs on the host's bridge, with hardware a
 NEEDED_PROGRAMS = ("qemu-img", "ip", "dnsmasq", "nft", "ssh", "ssh-keygen", "nsenter")
 
 
-def check_programs(config: Config) -> None:
-    """Raises MissingProgram, naming each, and one command that installs their packages."""
-    qemu = f"qemu-system-{os.uname().machine}"
-    missing = [] if find_program(qemu) or find_program("/usr/libexec/qemu-kvm") else [qemu]
-    missing += [name for name in NEEDED_PROGRAMS if not find_program(name)]
-    missing += [] if HostBridge(config).helper() else ["qemu-bridge-helper"]
-    if missing:
-        raise MissingProgram(f"not here yet: {', '.join(missing)}; nothing was changed", install_command(*missing))
-
-
 class HostSetup:
     """What an installation changes on this host beside its own files; each part is harmless the second time.  How it
     was before is remembered in the installation's record, so that `undo` brings that back and no more."""
@@ -13070,18 +12886,10 @@ class HostSetup:
         elif groups:
             run(["groupadd", "--system", KVM_GROUP])
 
-    def remove_accounts(self) -> None:
-        for program, names in (("userdel", "users"), ("groupdel", "groups")):
-            for name in self.before.get(names, ()):
-                status, said = try_run([program, name], 30)
-                if status and "does not exist" not in said:
-                    report.warn(f"{program} {name}: {last_line(said)}")
-
     def allow_helper(self) -> str:
         """Let members of kvm use it, where it is nobody's yet; what was done."""
         path = os.path.realpath(HostBridge(self.config).helper())
-        info = os.stat(path)
-        if info.st_mode & stat.S_ISUID:
+        if (info := os.stat(path)).st_mode & stat.S_ISUID:
             return ""
         override = find_program("dpkg-statoverride")
         known = try_run([override, "--list", path], 30)[1].split()[:3] if override else []
@@ -13096,15 +12904,6 @@ class HostSetup:
         os.chown(path, 0, account((KVM_GROUP,), group=True)[1])
         os.chmod(path, 0o4750)
         return f"{path}: members of {KVM_GROUP} may use it (root:{KVM_GROUP} 4750)"
-
-    def take_back_helper(self) -> None:
-        before = self.before.get("helper", {"path": "", "override": False})
-        path = before["path"]
-        if before["override"]:
-            try_run(["dpkg-statoverride", "--remove", path], 30)
-        if os.path.exists(path) and stat.S_IMODE(os.stat(path).st_mode) == 0o4750:
-            os.chown(path, 0, before["group"])
-            os.chmod(path, before["mode"])
 
     def allow_bridge(self) -> str:
         """Have the helper put VMs on our bridge, and say what others' lines do; what was done."""
@@ -13121,7 +12920,8 @@ class HostSetup:
             report.warn(f"{fault}; remove it")
         return said
 
-    def forbid_bridge(self) -> None:
+    def undo(self) -> None:
+        """Bring back how it was: the helper's list, the helper, the accounts."""
         ours = [["allow", interface] for interface in self.before.get("allowed", ())]
         lines = read_existing(self.acl).splitlines(True)
         kept = [line for line in lines if line.split() not in ours]
@@ -13131,12 +12931,18 @@ class HostSetup:
             rewrite(self.acl, "".join(kept))
         if os.path.dirname(self.acl) in self.before.get("made", ()):
             remove_empty(os.path.dirname(self.acl))
-
-    def load_modules(self, modules: Sequence[str]) -> str:
-        status, said = try_run(["modprobe", "-a", *modules], 60) if modules else (-1, "")
-        if said:
-            report.warn(f"kernel modules: {last_line(said)}")
-        return "" if status else f"kernel modules, now and at each boot: {', '.join(modules)}"
+        helper = self.before.get("helper", {"path": "", "override": False})
+        path = helper["path"]
+        if helper["override"]:
+            try_run(["dpkg-statoverride", "--remove", path], 30)
+        if os.path.exists(path) and stat.S_IMODE(os.stat(path).st_mode) == 0o4750:
+            os.chown(path, 0, helper["group"])
+            os.chmod(path, helper["mode"])
+        for program, names in (("userdel", "users"), ("groupdel", "groups")):
+            for name in self.before.get(names, ()):
+                status, said = try_run([program, name], 30)
+                if status and "does not exist" not in said:
+                    report.warn(f"{program} {name}: {last_line(said)}")
 
     def start_units(self) -> str:
         if not systemd_runs():
@@ -13169,9 +12975,8 @@ def installed_config(installation: Installation) -> Config:
 
 
 def plan_subnet(installation: Installation, files: Sequence[InstalledFile]) -> str:
-    """Have the settings that are going to be installed name a subnet that is free on this host; what was chosen.  It
-    stays what it is while the bridge is up, and where the user has changed the file.  Raises WrongState where that
-    can't be, or where a bridge of that name is somebody else's."""
+    """Have the settings that are to be installed name a free subnet; what was chosen.  It stays while the bridge is up,
+    and where the user changed the file.  Raises WrongState where it can't be, or such a bridge is somebody else's."""
     settings = next(each for each in files if os.path.basename(each.path) == INSTALLED_CONFS[0])
     config = installed_config(installation)
     is_up = bridge_is_ours(config["bridgeInterface"])
@@ -13187,21 +12992,22 @@ def plan_subnet(installation: Installation, files: Sequence[InstalledFile]) -> s
     return f"the bridge's network is {subnet}.0/24{since}"
 
 
-def kernel_modules() -> list[str]:
-    """What VMs want of this kernel, and it has: a missing one would fail the boot's unit."""
-    if not find_program("modprobe"):  # a container
-        return []
-    words = read_text("/proc/cpuinfo").split()
-    wanted = [*(module for flag, module in KVM_MODULES.items() if flag in words), "vhost_net", "tun"]
-    return [module for module in wanted if try_run(["modprobe", "--dry-run", "--quiet", module], 30)[0] == 0]
-
-
 def install(installation: Installation, only_look: bool) -> None:
-    """Put it there, set the host up for it, and say what was done; all that can be in the way is looked at before."""
+    """Put it there, set the host up for it, and say what was done; all that can be in the way is looked at before.
+    Raises MissingProgram naming each, and one command that installs their packages."""
     files, modules, subnet, on_host = [*planned_files(installation.prefix)], [], "", not installation.root
     if on_host:
-        check_programs(installed_config(installation))
-        modules = kernel_modules()
+        qemu = f"qemu-system-{os.uname().machine}"
+        missing = [] if find_program(qemu) or find_program("/usr/libexec/qemu-kvm") else [qemu]
+        missing += [name for name in NEEDED_PROGRAMS if not find_program(name)]
+        missing += [] if HostBridge(installed_config(installation)).helper() else ["qemu-bridge-helper"]
+        if missing:
+            raise MissingProgram(f"not here yet: {', '.join(missing)}; nothing was changed", install_command(*missing))
+        words = read_text("/proc/cpuinfo").split()
+        wanted = [*(module for flag, module in KVM_MODULES.items() if flag in words), "vhost_net", "tun"]
+        # A missing one would fail the boot's unit; in a container there is no modprobe
+        probe = ["modprobe", "--dry-run", "--quiet"]
+        modules = [each for each in wanted if find_program(probe[0]) and not try_run([*probe, each], 30)[0]]
         text = "".join(f"{line}\n" for line in ("# of nocloud: what its VMs want", *modules))
         place = f"{systemd_folder(installation.prefix, 'modules-load.d')}/nocloud.conf"
         files += [InstalledFile(place, text.encode())] if modules else []
@@ -13214,7 +13020,12 @@ def install(installation: Installation, only_look: bool) -> None:
     if on_host:
         setup = HostSetup(installation, installed_config(installation))
         setup.make_accounts()
-        said += [setup.allow_helper(), setup.allow_bridge(), setup.load_modules(modules), subnet, setup.start_units()]
+        said += [setup.allow_helper(), setup.allow_bridge()]
+        status, told = try_run(["modprobe", "-a", *modules], 60) if modules else (-1, "")
+        if told:
+            report.warn(f"kernel modules: {last_line(told)}")
+        said += [] if status else [f"kernel modules, now and at each boot: {', '.join(modules)}"]
+        said += [subnet, setup.start_units()]
         said += ["nocloud doctor, called by who is to run VMs, looks whether all is well"]
     for line in (f"nocloud {__version__} is in {installation.real(installation.prefix)}", *filter(None, said)):
         report.say(line)
@@ -13239,11 +13050,9 @@ def undo_installation(installation: Installation) -> None:
             try_run(["systemctl", "disable", *SYSTEMD_UNITS, *sorted(groups)], 60)
         if bridge_is_ours(setup.interface):
             BridgeSetup(setup.config).down()
-        setup.forbid_bridge()
-        setup.take_back_helper()
+        setup.undo()
         for folder in (STATE_FOLDER, RUN_FOLDER):  # leases, published names, and what `up` keeps while it is up
             remove_tree(folder)
-        setup.remove_accounts()
     kept = installation.take_away()
     if not installation.root and systemd_runs():
         try_run(["systemctl", "daemon-reload"], 60)
@@ -13305,8 +13114,8 @@ def at_boot(config: Config, args: argparse.Namespace, words: Sequence[str], want
         if not re.fullmatch(rf"[\w/.+@:-]+ {' '.join(PYTHON_OPTIONS)} [\w/.+@:-]+", program):
             raise Error(f"{program}: such a path can't stand in a unit", "move the program to a simpler one")
         os.makedirs(folder, exist_ok=True)
-        unit = need_packaged(GROUP_UNIT, "systemd").replace("@BINDIR@/nocloud", program)
-        write_file(path, OUR_UNIT + unit, 0o644)
+        unit = OUR_UNIT + need_packaged(GROUP_UNIT, "systemd")
+        write_file(path, unit.replace("@BINDIR@/nocloud", program), 0o644)
         call("daemon-reload")
     is_managed = manager_of(tree, group)[0] != "stopped"
     call("enable", *([] if is_managed else ["--now"]), f"nocloud@{group}")
@@ -13364,8 +13173,7 @@ def run_command(argv: Sequence[str]) -> int:
             report.data("\n\n".join(part.rstrip("\n") for part in (parser.format_help(), command.more()) if part))
             return EXIT_DONE
     for option in command.options if args else ():
-        key = option.names[-1][2:]
-        if option.value == "GROUP" and getattr(args, key):
+        if option.value == "GROUP" and getattr(args, key := option.names[-1][2:]):
             setattr(args, key, Tree(config).group_called(getattr(args, key)))
     if not command.operands:
         free = {each.names[0] for each in command.options if getattr(args, each.names[-1][2:], None) is None}
