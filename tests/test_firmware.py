@@ -277,7 +277,7 @@ def test_one_template_boots_both_ways(cloud: Cloud, vms: None) -> None:
     for number, (settings, expected) in enumerate(
         (
             ({}, ["EFI variables are not supported on this system"]),
-            ({"vmFirmware": "uefi"}, ["/sys/firmware/efi", "SecureBoot disabled"]),
+            ({"vmFirmware": "uefi"}, ["/sys/firmware/efi", "SecureBoot disabled", "Platform is in Setup Mode"]),
             ({"vmFirmware": "secure", "vmTpm": "yes"}, ["/dev/tpm0", "/sys/firmware/efi", "SecureBoot enabled"]),
         )
     ):
