@@ -12465,9 +12465,8 @@ def cmd_links(config: Config, args: argparse.Namespace, words: list[str]) -> Non
         elif os.path.realpath(path) == program:
             continue
         elif os.path.lexists(path):
-            raise WrongState(
-                f"{path}: is there and is no symlink; it is kept", "move it away, or choose another folder"
-            )
+            hint = "move it away, or choose another folder"
+            raise WrongState(f"{path}: is there and is no symlink; it is kept", hint)
         os.symlink(program, path)
 
 
