@@ -739,7 +739,8 @@ def is_ipv4(text: str) -> bool:
 
 # It ends up in ssh's arguments and in the guest's files.
 LOGIN_NAME = matching("[a-z_][a-z0-9_-]{0,31}", "a login name (lower case letters, digits, '_' and '-')")
-MAC_ADDRESS = matching("[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}", "six pairs of hexadecimal digits, as 00:50:56:12:34:56")
+# A card's: a group's first byte is odd
+MAC_ADDRESS = matching("(?!00(:00){5})[0-9a-fA-F][02468aceACE](:[0-9a-fA-F]{2}){5}", "a MAC, as 00:50:56:12:34:56")
 INTERFACE_NAME = matching("[A-Za-z0-9][A-Za-z0-9._-]{0,14}", "a name of at most 15 letters, digits, '.', '_' and '-'")
 HOST_NAME = matching("[A-Za-z0-9][A-Za-z0-9._-]{0,252}", "an address or a name")
 UUID = matching("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", "a UUID")
@@ -2216,9 +2217,7 @@ class VM:
         """A setting of this VM, for all code: what its conf says (a clone's got the inherited keys when it was made),
         else the configuration, for keys that it has, else the default.  `auto` of a key in both says nothing."""
         setting, said = SETTING[key], self.conf.get(key, "")
-        if setting.where == "both" and said in ("", "auto"):
-            return self.tree.config[key]
-        return said or setting.default
+        return self.tree.config[key] if setting.where == "both" and said in ("", "auto") else said or setting.default
 
     def number(self, key: str) -> int:
         return int(self.get(key))
@@ -3211,6 +3210,13 @@ def end_process(find: Callable[[], int]) -> None:
                     process.ended(3.0)
 
 
+def end_strays(program: str, pid_file: str) -> None:
+    """End the daemons that would be named in the file, had who started them not been killed at once."""
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        if process_file(pid, "comm") == f"{program}\n" and f"{pid_file}\0" in process_file(pid, "cmdline"):
+            end_process(functools.partial(int, pid))
+
+
 def stop_daemon(pid_file: str) -> None:
     end_process(lambda: daemon_pid(pid_file))
     remove_file(pid_file)
@@ -3690,6 +3696,7 @@ class PrivateNetwork(Network):
         upstream = "".join(f"nameserver {each}\n" for each in reached)
         write_file(self.file("upstream.conf"), upstream, durable=False)
         if not daemon_pid(self.file("dnsmasq.pid")):
+            end_strays("dnsmasq", self.file("dnsmasq.pid"))
             self.hosts.prepare()
             # User and group empty: it can't change to others in a namespace of one id.  No lease file: every address is
             # fixed, and a lease of a VM that is gone would keep its address from the next one.
@@ -4781,13 +4788,10 @@ def helper_rules(path: str, depth: int = 8) -> dict[tuple[str, str], str]:
     return found
 
 
-def group_command(gid: int, user: str = "") -> str:
-    """What makes a user, by default this one, a member of a group."""
-    try:
-        group = grp.getgrgid(gid).gr_name
-    except KeyError:
-        group = str(gid)
-    return f"sudo usermod -aG {group} {user or user_name()}  # and log in again"
+def group_command(gid: int) -> str:
+    """What makes this user a member of a group."""
+    group = {each.gr_gid: each.gr_name for each in grp.getgrall()}.get(gid, gid)
+    return f"sudo usermod -aG {group} {user_name()}  # and log in again"
 
 
 # Ports ###############################################################################################
@@ -7518,10 +7522,11 @@ def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: 
             layer = frozen_layer(template) if os.access(template.folder, os.W_OK) else None
             frozen = layer.name if layer else ""
             for number, name in enumerate(next_names(names, request)):
-                uuid, mac = map(request.settings.get, ("vmUuid", "vmMac"))
+                uuid, mac = (request.settings.get(key, "") for key in ("vmUuid", "vmMac"))
                 if uuid and (uuid in taken.uuids or mac in taken.macs):
                     raise WrongState(f"{name}: it is in this tree already", "without its keys it would be another one")
-                uuid, mac = (uuid, mac or mac_of_uuid(uuid)) if uuid else new_identity(taken.macs)
+                uuid, mac = (uuid, mac) if uuid else new_identity(taken.macs)
+                taken.uuids, taken.macs = taken.uuids | {uuid}, taken.macs | {mac}
                 clone = NewClone(VM(tree, group, request.type, name or uuid), template, request, uuid, format, frozen)
                 clones.append(clone)
                 address = cloud.networks[kind].allot(taken.addresses, uuid)
@@ -7551,8 +7556,8 @@ class Taken:
         self.complete = True  # False: a VM whose conf can't be used has a name and an address, too
         for vm in self.vms:
             try:
-                self.uuids.add(vm.get("vmUuid"))
-                self.macs.add(vm.get("vmMac") or mac_of_uuid(vm.get("vmUuid")))
+                self.uuids |= {vm.get("vmUuid"), vm.get("vmUuid").lower()}
+                self.macs.add((vm.get("vmMac") or mac_of_uuid(vm.get("vmUuid"))).lower())
                 self.addresses.add(vm.get("vmAddress"))
             except NotFound:
                 continue  # it has just been finished, or destroyed
@@ -9685,7 +9690,8 @@ def template_from_vm(cloud: Cloud, name: str, words: str, asked: Mapping[str, st
             left = ", ".join(map(os.path.basename, source.disks()[1:]))
             report.warn(f"{name}: a template has a system disk only, these are left out: {left}")
         if clean:
-            in_new_guest(cloud, new, OwnGuest.wait, "--no-clean takes it as it is")
+            hint = f"vmtemplate {name} --from {source.full_name} --no-clean takes it as it is"
+            in_new_guest(cloud, new, OwnGuest.wait, hint)
         return new.finish({**settings, "vmSource": source.full_name + (kept and f"@{kept}")})
 
 
@@ -11098,7 +11104,9 @@ def exported_files(path: str) -> Generator[tuple[str, int, Any], None, None]:
     place = os.path.realpath(path)
     names = sorted(names_in(place), key=MANIFEST.__ne__)
     words = ["tar", "-C", place, "--format=gnu", "-cf", "-", "-T", os.devnull, "--", *names]  # which may be none
-    if not os.path.isdir(place):
+    if not os.path.isdir(path):
+        if not os.path.isfile(path):  # a pipe may have no writer
+            raise NotFound(f"{path!r}: no such folder or file", "nocloud export --to nocloud writes one")
         with open(place, "rb") as file:
             head = file.read(8)
         packer = next(([name, "-qqdcM512MiB"] for name in ARCHIVES if head.startswith(PACKERS[name])), ["cat"])
@@ -11109,7 +11117,7 @@ def exported_files(path: str) -> Generator[tuple[str, int, Any], None, None]:
         while (block := stream.read(512)) != bytes(512):
             with Parsing(Error, f"{path}: it is damaged, or no tar archive"):
                 info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-            if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+            if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or info.size < 0:
                 raise Error(f"{path}: refused: {info.name} in it is no plain file")
             yield info.name, info.size, stream
             stream.read(-info.size % 512)
@@ -11130,6 +11138,8 @@ def parse_manifest(data: bytes, path: str) -> tuple[str, list[tuple[CloneRequest
             if known.get("vmInit") == "none" and "vmUuid" not in known:
                 text = f"{name}: its vmInit is none: nobody can make another machine of it"
                 raise WrongState(text, "nocloud export --with-keys has it stay the one that it is")
+            uuid = known.get("vmUuid", "").lower()
+            known.update({"vmUuid": uuid, "vmMac": known.get("vmMac", mac_of_uuid(uuid)).lower()} if uuid else {})
             ports = parse_ports(known.get("vmPorts", ""))
             known["vmPorts"] = join_ports(("127.0.0.1", host, guest) for _, host, guest in ports)
             disks = {f"{name}_{number}.qcow2" for number in range(len(files))}
@@ -11138,7 +11148,7 @@ def parse_manifest(data: bytes, path: str) -> tuple[str, list[tuple[CloneRequest
                 raise ValueError
             type = checked_name("type", vm["type"])
             request = CloneRequest("", "", 1, type, known, 0, [0] * (len(disks) - 1), b"", f"{name},")
-            found.append((request, files, str(vm["key"])))
+            found.append((request, files, vm["key"].encode("ascii").decode()))
         return checked_group(said["group"]), found
 
 

@@ -207,6 +207,16 @@ def test_an_import_takes_what_it_may_and_names_the_rest(cloud: Cloud, archive: A
     assert len(uuids) == 2
 
 
+UUID = "f1f3c3e9-1111-4111-8111-111111111111"
+
+
+def twins(archive: Archive, vmUuid: str, other: str) -> None:
+    """A second VM whose UUID, or the MAC that is made of it, is the first one's."""
+    archive.vm["settings"].update(vmUuid=vmUuid)
+    settings = {**archive.vm["settings"], "vmUuid": other}
+    archive.manifest["vms"].append({**archive.vm, "name": "b", "settings": settings, "files": {"b_0.qcow2": [1, "x"]}})
+
+
 SPOILED: dict[str, tuple[Callable[[Archive], object], str]] = {
     "a path that leaves": (lambda it: setattr(it, "name", "../web00_0.qcow2"), "refused: ../web00_0.qcow2"),
     "an absolute path": (lambda it: it.add("/etc/cron.d/x"), "refused: /etc/cron.d/x"),
@@ -239,6 +249,10 @@ SPOILED: dict[str, tuple[Callable[[Archive], object], str]] = {
     "two lines": (lambda it: it.vm["settings"].update(vmUser="me\nvmKernel=/x"), "vmUser="),
     "nobody's init": (lambda it: it.vm["settings"].update(vmInit="none"), "its vmInit is none"),
     "a manifest too long": (lambda it: it.manifest.update(x="x" * (1 << 24)), "it doesn't begin with manifest.json"),
+    "half a character": (lambda it: it.vm.update(key="\ud800"), "not one that"),
+    "two of a UUID": (lambda it: twins(it, vmUuid=UUID, other=UUID.upper()), "it is in this tree already"),
+    "two of a MAC": (lambda it: twins(it, vmUuid=UUID, other=UUID.replace("-1", "-4")), "it is in this tree already"),
+    "a group's MAC": (lambda it: it.vm["settings"].update(vmUuid=UUID, vmMac="01:00:5e:00:00:01"), "vmMac="),
     "a key that is none": (lambda it: it.vm.update(key="-----BEGIN"), "ssh-keygen: "),
     "a raw disk": (lambda it: it.put(bytes(510) + b"\x55\xaa" + bytes(512)), "no qcow2 image"),
     "no disk": (lambda it: it.put(b"hello"), "web00_0.qcow2: neither"),
@@ -266,6 +280,12 @@ def test_an_archive_that_is_spoiled_leaves_nothing(cloud: Cloud, archive: Archiv
         done.fails(done.status, said)
 
 
+def endless(tar: bytes) -> bytes:
+    """The first file has less than no bytes, which is all that come to who reads them (tar(5): size, checksum)."""
+    head = tar[:124] + b"\xff" * 12 + tar[136:148] + b" " * 8 + tar[156:512]
+    return head[:148] + f"{sum(head):06o}\0 ".encode() + head[156:] + tar[512:]
+
+
 def test_what_is_no_archive(cloud: Cloud, archive: Archive, tmp_path: Path) -> None:
     whole = archive.write().read_bytes()
     cloud.base.mkdir()
@@ -275,11 +295,14 @@ def test_what_is_no_archive(cloud: Cloud, archive: Archive, tmp_path: Path) -> N
         (b"", "damaged, or no tar"),
         (bytes(1024), "doesn't begin with"),
         (b"\x28\xb5\x2f\xfd" + whole, "damaged, or no tar"),
+        (endless(whole), "manifest.json in it is no plain file"),
     ):
         (tmp_path / "y.tar").write_bytes(data)
         with nothing_made(cloud):
             cloud.run("import", tmp_path / "y.tar").fails(1, said)
-    cloud.run("import", tmp_path / "nothing").fails(1, "nothing")
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("nothing", "pipe"):
+        cloud.run("import", tmp_path / path).fails(1, f"{path}': no such folder or file")
     folder = tmp_path / "folder"
     folder.mkdir()
     cloud.run("import", folder).fails(1, "doesn't begin with")

@@ -369,6 +369,15 @@ def test_a_killed_dnsmasq_is_restarted_by_the_next_command(two: Cloud) -> None:
     assert resolve(two, "web00.two") == two.conf("two/default/web00")["vmAddress"]
 
 
+def test_a_dnsmasq_without_its_pidfile_makes_way(cloud: Cloud, vms: None) -> None:
+    """Who started it was killed before that was written."""
+    cloud.run("net", "--private", "up").ok()
+    (cloud.base / ".net/dnsmasq.pid").unlink()
+    cloud.run("net", "--private", "up").quiet()
+    assert sum(words.split()[0].endswith("/dnsmasq") for words in cloud.processes().values()) == 1
+    cloud.run("net", "--private", "down").quiet()
+
+
 def test_a_killed_pasta_is_restarted_by_the_next_start(two: Cloud) -> None:
     if "pasta" not in daemons(two):
         pytest.skip("pasta isn't installed")

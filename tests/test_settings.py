@@ -221,7 +221,11 @@ CHECKS: list[tuple[str, list[str], list[str]]] = [
     ("vmArch", ["x86_64", "aarch64"], ["", "arm64", "amd64"]),
     ("vmInit", ["auto", "systemd", "cloud-init", "ssh", "none"], ["x"]),
     ("vmUser", ["root", "_a-b1"], ["", "-oProxyCommand=x", "a b", "Root", "a" * 33, "a,b"]),
-    ("vmMac", ["", "00:50:56:ab:cd:ef"], ["00:50:56", "00:50:56:ab:cd:eg", "00:50:56:ab:cd:ef,id=x"]),
+    (
+        "vmMac",
+        ["", "00:50:56:ab:cd:ef"],
+        ["00:50:56", "00:50:56:ab:cd:eg", "00:50:56:ab:cd:ef,id=x", "01:00:5e:00:00:01", "00:00:00:00:00:00"],
+    ),
     ("vmAddress", ["", "10.88.0.2"], ["10.88.0", "10.88.0.02", "256.1.1.1", "::1", "x"]),
     ("vmUuid", ["", "6ba7b810-9dad-41d1-80b4-00c04fd430c8"], ["6ba7b810", "x"]),
     ("vmStopTimeout", ["0", "30"], ["-1", "1.5", "never"]),
