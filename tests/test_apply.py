@@ -456,6 +456,7 @@ def test_a_group_as_a_file(group: Cloud) -> None:
 # One VM ##############################################################################################
 
 
+@pytest.mark.long
 def test_change_one(group: Cloud) -> None:
     group.run("vminstantiate", "-n", "blank", "-g", "pf", "-o", "name=web").ok()
     conf = group.conf("pf/default/web00")

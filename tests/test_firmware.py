@@ -252,7 +252,8 @@ APPEND = tinyguest.SYSLINUX_CFG.partition("APPEND ")[2].strip()
 LOOK = "cat /sys/class/tpm/tpm0/tpm_version_major; ls /sys/firmware/efi; dmesg | grep secureboot"
 
 
-@pytest.mark.parametrize("kind", ["uefi", pytest.param("secure", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["uefi", "secure"])
 def test_a_guest_finds_both(tiny: Cloud, guest_cache: Path, kind: str) -> None:
     """Firmware hands a kernel over that its own loader has read; with secure boot only since it is signed."""
     parts, initrd = tinyguest._parts(guest_cache), tiny.home / "initrd"
