@@ -1061,9 +1061,9 @@ def guest_script(name: str, root: bool = False, **given: object) -> str:
     return f's=; [ "$(id -u)" = 0 ] || s="sudo -n"; exec $s sh -c {shlex.quote(script)}' if root else script
 
 
-def filled(text: str, words: Mapping[str, str]) -> str:
+def filled(text: str, words: Mapping[str, Any]) -> str:
     """A packaged text, its words between two @ filled in."""
-    return re.sub("@([A-Z]+)@", lambda found: words[found[1]], text)
+    return re.sub(r"@(\w+)@", lambda found: str(words[found[1]]), text)
 
 
 def packaged_list(name: str) -> list[str]:
@@ -4790,7 +4790,9 @@ def helper_rules(path: str, depth: int = 8) -> dict[tuple[str, str], str]:
 
 def group_command(gid: int) -> str:
     """What makes this user a member of a group."""
-    group = {each.gr_gid: each.gr_name for each in grp.getgrall()}.get(gid, gid)
+    group = str(gid)
+    with contextlib.suppress(KeyError):
+        group = grp.getgrgid(gid).gr_name
     return f"sudo usermod -aG {group} {user_name()}  # and log in again"
 
 
@@ -5716,8 +5718,7 @@ def web_error(url: str, error: Exception) -> WebError:
 
 
 class Web:
-    """Asks web servers, by the proxies of the environment, and goes nowhere else that we wouldn't ask; raises Error and
-    nothing else when they don't answer well."""
+    """Asks web servers, by the proxies of the environment; raises Error, and nothing else, where they don't answer."""
 
     def __init__(self, seconds: float) -> None:
         import urllib.request
@@ -11007,8 +11008,8 @@ def export(cloud: Cloud, vms: Sequence[VM], place: str, asked: argparse.Namespac
         raise WrongState(f"{place}: it is there already", "name another place")
     need = sum(converted_size(*disk) for vm in vms for disk in zip(vm.disks(), known_formats(vm)))
     check_room(os.path.dirname(place), need * (2 if packer else 1), what="the disks take up to {} MB")
+    os.mkdir(part, 0o700)
     try:
-        os.mkdir(part, 0o700)
         disks = [(vm, [*export_disks(cloud, vm, part, asked)]) for vm in vms]
         told = [tell(*each, number, part, asked) for number, each in enumerate(disks, 2)]
         for name, text in texts(cloud, told, vms[0].group, asked):
@@ -11055,8 +11056,7 @@ def fill(text: str, words: Mapping[str, Any]) -> str:
         lines = re.sub(r"(?m)^%\w+ ?", "", found[0])
         return "".join(fill(lines, {**words, **one}) for one in words[found[1]])
 
-    text = re.sub(r"(?m)^%(\w+)\b.*\n(?:%\1\b.*\n)*", each, text)
-    return re.sub(r"@(\w+)@", lambda found: str(words[found[1]]), text)
+    return filled(re.sub(r"(?m)^%(\w+)\b.*\n(?:%\1\b.*\n)*", each, text), words)
 
 
 def tell(vm: VM, files: list[str], number: int, part: str, asked: argparse.Namespace) -> dict[str, Any]:

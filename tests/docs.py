@@ -51,15 +51,15 @@ def tables() -> dict[str, str]:
     }
 
 
+def put_in(text: str, places: str, known: dict[str, str]) -> str:
+    """`text` with each part as it is known, by its name, in its place.  Raises KeyError for one that there isn't."""
+    return re.sub(places, lambda match: f"{match[1]}{known[match[2]]}\n", text, flags=re.S | re.M)
+
+
 def written(text: str) -> str:
-    """The README with its tables as they should be.  Raises KeyError for one that there isn't."""
-    known = tables()
-    return re.sub(
-        r"(<!-- (?!end )(.+?) -->\n).*?(?=<!-- end -->)",
-        lambda match: f"{match[1]}\n{known[match[2]]}\n\n",
-        text,
-        flags=re.S,
-    )
+    """The README with its tables as they should be."""
+    known = {name: f"\n{each}\n" for name, each in tables().items()}
+    return put_in(text, r"(<!-- (?!end )(.+?) -->\n).*?(?=<!-- end -->)", known)
 
 
 # -- the manual page, in the man(7) macros of roff
@@ -127,14 +127,8 @@ def lists() -> dict[str, str]:
 
 
 def written_page(text: str) -> str:
-    """The manual page with its lists as they should be.  Raises KeyError for one that there isn't."""
-    known = lists()
-    return re.sub(
-        r'^(\.\\" (?!end$)([A-Z ]+)\n).*?(?=^\.\\" end$)',
-        lambda match: f"{match[1]}{known[match[2]]}\n",
-        text,
-        flags=re.S | re.M,
-    )
+    """The manual page with its lists as they should be."""
+    return put_in(text, r'^(\.\\" (?!end$)([A-Z ]+)\n).*?(?=^\.\\" end$)', lists())
 
 
 if __name__ == "__main__":
