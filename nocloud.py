@@ -1701,11 +1701,6 @@ def create_overlay(disk: str, backing: str, format: str, gigabytes: int = 0) -> 
     create_disk(disk, gigabytes, "-F", format, "-b", path)
 
 
-def resize_disk(disk: str, format: str, gigabytes: int) -> None:
-    """Make a disk larger; qemu-img refuses to make it smaller."""
-    run(["qemu-img", "resize", "-q", "-f", format, disk, f"{gigabytes}G"])
-
-
 def is_sound(disk: str) -> bool:
     """Whether a qcow2 image's own tables are consistent; clusters that are only lost (status 3) do no harm."""
     words = ["qemu-img", "check", "-q", "-f", "qcow2", os.path.abspath(disk)]
@@ -6999,8 +6994,7 @@ def configure_system(tree: str, disk_uuid: str, build: Build) -> None:
 
 
 def boot_links(tree: str) -> tuple[str, str]:
-    """The links that the kernel's packages keep pointing to the newest kernel and initramfs: in / (Debian), or in /boot
-    (Ubuntu's linux-base)."""
+    """The links that kernel packages keep pointing to the newest kernel and initramfs: in /, Ubuntu's in /boot."""
     for kernel in ("vmlinuz", "boot/vmlinuz"):
         if os.path.islink(os.path.join(tree, kernel)):
             initrd = kernel.replace("vmlinuz", "initrd.img")
@@ -8677,7 +8671,8 @@ class Snapshot:
 
     def __init__(self, vm: VM, name: str) -> None:
         self.vm, self.name, self.folder = vm, name, os.path.join(vm.snapshots_folder, name)
-        self.conf, self.memory, self.firmware = (os.path.join(self.folder, n) for n in ("conf", "memory", "firmware"))
+        files = ("conf", "memory", "firmware", "members")  # the full names of all VMs that it was taken of
+        self.conf, self.memory, self.firmware, self.members = (os.path.join(self.folder, each) for each in files)
 
     def source(self) -> VM:
         """The VM with the conf that it had."""
@@ -8804,6 +8799,7 @@ def take_snapshot(cloud: Cloud, vms: Sequence[VM], name: str, ram: bool, flush_g
             for vm in vms:
                 sealings.append(Sealing(vm, name))
                 sealings[-1].prepare()
+                write_file(sealings[-1].new.members, "\n".join(each.full_name for each in vms))
             running = {each.vm: (each.qemu, each.new.memory) for each in sealings if each.qemu}
             with stand_still((vm, qemu) for vm, (qemu, _) in running.items()):
                 for each in sealings:
@@ -9288,7 +9284,7 @@ def grow_disk(cloud: Cloud, vm: VM, gigabytes: int, number: int = 0) -> None:
             if qemu and node:
                 qemu.execute("block_resize", node_name=node, size=gigabytes * GIB)
             else:
-                resize_disk(disk, format, gigabytes)
+                run(["qemu-img", "resize", "-q", "-f", format, disk, f"{gigabytes}G"])
 
 
 def add_disk(cloud: Cloud, vm: VM, gigabytes: int) -> None:
@@ -12025,6 +12021,10 @@ def cmd_rollback(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> in
                 report.say(f"{each.vm}: it has got a disk since, which is kept: {disk}")
         if later := [vm.name for vm in vms if vm not in [each.vm for each in found]]:
             report.say(f"not in {name}, and left as they are: {', '.join(later)}")
+        known = {vm.full_name for vm in cloud.tree.vms()}
+        gone = sorted({vm for each in found for vm in read_existing(each.members).splitlines()} - known)
+        if gone and args.name is None:
+            report.say(f"in {name}, but destroyed since, with what it was then: {', '.join(gone)}")
         errors = [error for error in start_all(cloud, again, held=True) if error]
     configure_later(cloud, [vm for vm in again if vm.is_running()])
     return report_errors(errors)

@@ -81,15 +81,17 @@ def test_disk_and_conf_come_back(blank: Cloud) -> None:
         conf.write("vmExtraDisk=pf/web/web00/web00_1.img\nvmDiskFormat=qcow2,qcow2\n")
     blank.run("vmsnapshot", "two", "-n", "web00").quiet()
     clones(blank)  # another one, made since
+    blank.run("vmstop", "-d", "-y", "-n", "web01").ok()
     done = blank.run("vmrollback", "one", "-g", "pf").ok()
     assert "not in one, and left as they are: web02" in done.stderr
+    assert "in one, but destroyed since, with what it was then: pf/web/web01" in done.stderr
     found = re.search(r"web00: it has got a disk since, which is kept: (\S+)", done.stderr)
     assert found and Path(found[1]).exists() and Path(found[1]).stat().st_nlink == 1
     assert holds(blank, 1)
     after = blank.conf(VM)
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     assert changed == {"vmDisk"}
-    blank.run("vmrollback", "two", "-n", "web00").ok()
+    assert "destroyed" not in blank.run("vmrollback", "two", "-n", "web00").ok().stderr
     assert holds(blank, 2)
     assert (blank.conf(VM)["vmMem"], blank.conf(VM)["vmExtraDisk"].count("web00_1.")) == ("48", 1)
     sound(blank)
