@@ -1386,6 +1386,15 @@ def become(argv: Sequence[str]) -> None:
     os.execv(words[0], words)
 
 
+# prctl(2), PR_SET_PDEATHSIG: set where nothing but an exec follows, for entering a namespace would clear it.
+TIE = ("setpriv", "--pdeathsig", "KILL", "--")
+
+
+def tie(words: Sequence[str]) -> list[str]:
+    """Words that run others so that they end when this process does, also where it was killed before they knew."""
+    return [*TIE, "sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"', str(os.getpid()), *words]
+
+
 def user_name(uid: int | None = None) -> str:
     """The login of a user, by default of whoever calls this; his number where he has none, as in some containers."""
     uid = os.geteuid() if uid is None else uid
@@ -3455,7 +3464,7 @@ def new_namespaces(subnet: str, rules: bytes = b"") -> Namespaces:
     """Namespaces of our own that have the private network's bridge, and these rules for nft(8), and that forward.  A
     child makes them, as `unshare -Urn` does, but the errno of a refusal stays known.  A bridge without a MAC of its own
     takes its lowest port's: guests would lose the gateway."""
-    uid, gid = os.geteuid(), os.getegid()
+    uid, gid, sleep = os.geteuid(), os.getegid(), tie(["sleep", "10"])
     batch = (
         f"link set lo up\nlink add {BRIDGE} address {BRIDGE_MAC} type bridge forward_delay 0 no_linklocal_learn 1\n"
         f"addr add {subnet}.1/24 dev {BRIDGE}\nlink set {BRIDGE} up\n"
@@ -3470,7 +3479,7 @@ def new_namespaces(subnet: str, rules: bytes = b"") -> Namespaces:
         write_proc("/proc/sys/net/ipv4/ip_forward", "1")
         if rules:
             run(["nft", "-f", "-"], input=rules)
-        become(["sleep", "10"])
+        become(sleep)
 
     pid, reason = ask_child(make_and_wait)
     try:
@@ -7986,15 +7995,6 @@ def write_seed(cloud: Cloud, vm: VM, wanted: bool) -> str:
     run([*find_iso_writer(), "-quiet", "-output", image, "-volid", "cidata", "-joliet", "-rock", *files])
     os.chmod(image, 0o600)
     return os.path.join(folder, SEED_ISO)
-
-
-# prctl(2), PR_SET_PDEATHSIG: set where nothing but the exec of qemu follows, for entering a namespace would clear it.
-TIE = ("setpriv", "--pdeathsig", "KILL", "--")
-
-
-def tie(words: Sequence[str]) -> list[str]:
-    """Words that run others so that they end when this process does, also where it was killed before they knew."""
-    return [*TIE, "sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"', str(os.getpid()), *words]
 
 
 NO_LIMIT = "systemd gives it no scope with a CPU quota here, and you may make no cgroup that limits processor time"
