@@ -7085,8 +7085,7 @@ def build_disk(build: Build, new: NewTemplate) -> None:
     progress.tell("fetching the list of packages")
     install_packages(build, archive, progress)
     progress.tell("configuring the system")
-    owners = unpack_system(archive, tree)
-    esp = os.path.join(work, "esp")
+    owners, esp = unpack_system(archive, tree), os.path.join(work, "esp")
     os.rename(os.path.join(tree, "boot/esp"), esp)
     configure_system(tree, disk_uuid, build)
     progress.tell("making the file system")
@@ -10424,8 +10423,7 @@ def usage_rows(cloud: Cloud, group: str = "", type: str = "", every: bool = Fals
     for (vm, state, pid), then in zip(vms, before):
         now, cells = process_usage(pid), ["-", "-", "-"]
         if then and now:
-            age = int(now[0])
-            load = 100 * (now[1] - then[1]) / (now[0] - then[0])
+            age, load = int(now[0]), 100 * (now[1] - then[1]) / (now[0] - then[0])
             cells = [f"{age // 3600}:{age // 60 % 60:02}:{age % 60:02}", f"{load:.0f}%", f"{now[2] // MIB} MB"]
         yield (vm.name, vm.place, state, address_of(cloud, vm) or "-", *cells, join_ports(ports_of(vm)) or "-")
 
@@ -12005,13 +12003,14 @@ def cmd_snapshot(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> No
         take_snapshot(cloud, chosen_vms(cloud, args), name, bool(args.ram), bool(args.sync))
 
 
-@declare(Command("rollback", "vmrollback", "NAME"), *WHICH_VMS, YES)
+@declare(Command("rollback", "vmrollback", "NAME"), *WHICH_VMS, YES, Option("--exact", "destroy the VMs made since"))
 def cmd_rollback(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     """go back to a snapshot; what has changed since is lost"""
-    name = one_operand(words, "NAME")
-    vms = chosen_vms(cloud, args)
+    name, vms = one_operand(words, "NAME"), chosen_vms(cloud, args)
     found = need_snapshots(vms, name)
-    confirm(args, f"{plural(len(found), 'VM')} will be as in {name}; what has changed since is lost.")
+    others = [vm for vm in vms if vm not in [each.vm for each in found]]
+    gone = f" Destroyed will be {', '.join(vm.name for vm in others)}." if others and args.exact else ""
+    confirm(args, f"{plural(len(found), 'VM')} will be as in {name}; what has changed since is lost.{gone}")
     with locked(vms):
         found = need_snapshots(vms, name)
         again = [each.vm for each in found if each.vm.is_running() or os.path.exists(each.memory)]
@@ -12019,15 +12018,15 @@ def cmd_rollback(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> in
         for each in found:
             for disk in roll_back(each):
                 report.say(f"{each.vm}: it has got a disk since, which is kept: {disk}")
-        if later := [vm.name for vm in vms if vm not in [each.vm for each in found]]:
-            report.say(f"not in {name}, and left as they are: {', '.join(later)}")
+        if others and not args.exact:
+            report.say(f"not in {name}, and left as they are: {', '.join(vm.name for vm in others)}")
         known = {vm.full_name for vm in cloud.tree.vms()}
-        gone = sorted({vm for each in found for vm in read_existing(each.members).splitlines()} - known)
-        if gone and args.name is None:
-            report.say(f"in {name}, but destroyed since, with what it was then: {', '.join(gone)}")
+        missing = sorted({vm for each in found for vm in read_existing(each.members).splitlines()} - known)
+        if missing and args.name is None:
+            report.say(f"in {name}, but destroyed since, with what it was then: {', '.join(missing)}")
         errors = [error for error in start_all(cloud, again, held=True) if error]
     configure_later(cloud, [vm for vm in again if vm.is_running()])
-    return report_errors(errors)
+    return report_errors(errors + (destroy_all(cloud, others) if args.exact else []))
 
 
 def running_vm(cloud: Cloud, words: str | None, group: str | None = None, type: str | None = None) -> VM:

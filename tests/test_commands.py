@@ -148,7 +148,7 @@ OPTIONS: dict[str, Options] = {
         "--sync": False,
         "--delete": False,
     },
-    "vmrollback": {"-g": True, "-t": True, "-n": True, "-y": False, "--yes": False},
+    "vmrollback": {"-g": True, "-t": True, "-n": True, "-y": False, "--yes": False, "--exact": False},
     "vmssh": {},
     "vmcp": {
         "-r": False,

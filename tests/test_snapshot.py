@@ -95,6 +95,13 @@ def test_disk_and_conf_come_back(blank: Cloud) -> None:
     assert holds(blank, 2)
     assert (blank.conf(VM)["vmMem"], blank.conf(VM)["vmExtraDisk"].count("web00_1.")) == ("48", 1)
     sound(blank)
+    with Terminal(blank, "vmrollback", "one", "-g", "pf", "--exact") as terminal:
+        terminal.see("what has changed since is lost. Destroyed will be web02. Go on? [y/N]")
+        terminal.type("n\n")
+        terminal.ends(1)
+    assert holds(blank, 2)
+    assert "left as they are" not in blank.run("vmrollback", "one", "-g", "pf", "--exact", "-y").ok().stderr
+    assert holds(blank, 1) and [row.split()[0] for row in blank.run("vmrunning", "-a", "-g", "pf").lines] == ["web00"]
 
 
 def test_what_a_list_shows(blank: Cloud) -> None:
