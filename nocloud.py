@@ -2802,25 +2802,12 @@ def qemu_argv(machine: Machine, tap: int, vhost: int = -1, shares: Sequence[int]
     """The whole command line, given the descriptors of its tap, of vhost-net (-1: none) and of its folders' daemons; in
     it paths are relative to the VM's folder, qemu's working directory."""
     return [
-        machine.qemu.path,
-        *machine_args(machine),
-        *cpu_args(machine),
-        *firmware_args(machine),
-        *layout_args(machine),
-        *disk_args(machine),
-        *iso_args(machine),
-        *seed_args(machine),
-        *net_args(machine, tap, vhost),
-        *console_args(machine),
-        *exchange_args(machine),
-        *memory_args(machine),
-        *(["-incoming", "defer"] if machine.wakes else []),
-        *share_args(machine, shares),
-        *screen_args(machine),
-        *monitor_args(machine),
-        *kernel_args(machine),
-        *machine.extra,
-    ]
+        machine.qemu.path, *machine_args(machine), *cpu_args(machine), *firmware_args(machine), *layout_args(machine),
+        *disk_args(machine), *iso_args(machine), *seed_args(machine), *net_args(machine, tap, vhost),
+        *console_args(machine), *exchange_args(machine), *memory_args(machine),
+        *(["-incoming", "defer"] if machine.wakes else []), *share_args(machine, shares), *screen_args(machine),
+        *monitor_args(machine), *kernel_args(machine), *machine.extra,
+    ]  # fmt: skip
 
 
 def machine_args(machine: Machine) -> list[str]:
@@ -5544,22 +5531,12 @@ def checksum_text(text: str) -> str:
 
 
 ENTRY_KEYS: dict[str, Callable[[str], object]] = {
-    "title": str,
-    "kind": one_of("cloud", "classic"),
-    "arch": ARCH,
+    "title": str, "kind": one_of("cloud", "classic"), "arch": ARCH,
     "image": lambda text: [web_address(word) for word in text.split() or [text]],
-    "checksums": str,
-    "algorithm": one_of("sha512", "sha256", "md5"),
-    "checksum": checksum_text,
-    "base": web_address,
-    "last": whole_number(0, 999),
-    "key": str,
-    "user": LOGIN_NAME,
-    "init": INIT_KIND,
-    "boot": FIRMWARE_KIND,
-    "mem": MEMORY_MB,
-    "cpu": CPU_COUNT,
-}
+    "checksums": str, "algorithm": one_of("sha512", "sha256", "md5"), "checksum": checksum_text, "base": web_address,
+    "last": whole_number(0, 999), "key": str, "user": LOGIN_NAME, "init": INIT_KIND, "boot": FIRMWARE_KIND,
+    "mem": MEMORY_MB, "cpu": CPU_COUNT,
+}  # fmt: skip
 
 
 @record
@@ -6399,6 +6376,9 @@ class Layer:
         else:
             name = self.template.relative(self.name)
         formats = ["qcow2", *known_formats(self.template)[1:]]
+        if frozen_layer(self.template):
+            hint = f"vmtemplate {self.template.name} --warm freezes it anew"
+            report.say(f"{report.program}: {self.template} has changed: new clones boot, they don't wake up; {hint}")
         self.template.write_conf({"vmDisk": name, "vmDiskFormat": ",".join(formats)})
         remove_file(self.record)
 
@@ -7775,22 +7755,23 @@ def end_half_start(vm: VM) -> bool:
     """End a qemu that was to load saved memory when its command was killed; whether there was one.  Under the lock."""
     if half := guest_state(vm) == "inmigrate":
         stop_locked(vm, 0)
-    adopt_memory(vm)
+    adopt_kept(vm)
     return half
 
 
-def memory_for(vm: VM, disk: str) -> str:
-    """The memory that a VM is to go on with once its conf names a disk."""
-    return vm.file(f"{MAKING}saved-{os.path.basename(disk)}-")
+def kept_for(vm: VM, disk: str) -> str:
+    """The folder of what a VM is to go on with once its conf names a disk: memory, and what its firmware keeps."""
+    return vm.file(f"{MAKING}kept-{os.path.basename(disk)}-")
 
 
-def adopt_memory(vm: VM) -> None:
-    """Have a VM that was rolled back go on with the memory that goes with its disk, and with no other."""
-    for name in names_in(vm.folder, lambda entry: entry.name.startswith(f"{MAKING}saved-")):
-        if vm.file(name) == memory_for(vm, vm.disks()[0]):
-            os.replace(vm.file(name), vm.saved_file)
-        else:
-            remove_file(vm.file(name))  # who made it was killed before the conf was written
+def adopt_kept(vm: VM) -> None:
+    """Have a VM that was rolled back go on with what goes with its disk, and with nothing else."""
+    for folder in [vm.file(name) for name in names_in(vm.folder) if name.startswith(f"{MAKING}kept-")]:
+        for name in names_in(folder) if folder == kept_for(vm, vm.disks()[0]) else ():
+            if os.path.isdir(vm.file(name)):
+                remove_tree(vm.file(name))
+            os.replace(os.path.join(folder, name), vm.file(name))
+        remove_tree(folder)  # where it isn't empty, who made it was killed before the conf was written
 
 
 def go_on_after_kill(vm: VM, qemu: QMP) -> None:
@@ -8097,6 +8078,8 @@ def save(vm: VM) -> None:
             write_memory(qemu, vm.saved_file)
             qemu.close()  # it serves one client at a time
             pull_the_plug(vm, process)
+        for path in (*vm.disks(), vm.saved_file):
+            os.utime(path)  # the clock may have gone back since a disk was written to
         remove_runtime_files(vm)
 
 
@@ -8866,17 +8849,17 @@ def roll_back(snapshot: Snapshot) -> list[str]:
         aside.append(re.sub(r"(\.s\d+)?(\.[^./]*)?$", rf".{os.urandom(3).hex()}\2", disk, count=1))
         os.link(disk, aside[-1])  # merge_unused() takes its old name away
     changes = new_overlays(vm, old.disks(), old.get("vmDiskFormat").split(","))
+    os.mkdir(kept := kept_for(vm, changes["vmDisk"]), 0o700)
     if os.path.exists(snapshot.memory):
-        memory = memory_for(vm, changes["vmDisk"])
-        os.link(snapshot.memory, memory)
+        os.link(snapshot.memory, memory := os.path.join(kept, os.path.basename(vm.saved_file)))
         os.utime(memory)
     if os.path.exists(snapshot.firmware):
-        remove_tree(vm.firmware_folder)
-        shutil.copytree(snapshot.firmware, vm.firmware_folder)
+        shutil.copytree(snapshot.firmware, os.path.join(kept, os.path.basename(vm.firmware_folder)))
+    flush(kept)
     write_file(vm.conf_file, update_assignments(read_text(snapshot.conf), changes), 0o644)
     vm.reread()
     remove_file(vm.saved_file)
-    adopt_memory(vm)
+    adopt_kept(vm)
     clear_up(vm, None)
     return aside
 
@@ -9009,6 +8992,7 @@ class Present:
     running: bool = False
     halted: bool = False  # whoever made it or stopped it to change it was killed before it started
     vm: Any = None
+    user_data: bytes = b""
 
 
 @record
@@ -9049,7 +9033,10 @@ def look(vm: VM) -> Present:
     below = {os.path.dirname(path) for path in ([] if vm.get("vmTemplate") else vm.below())}
     found = (each.name for each in vm.tree.templates() if os.path.realpath(each.folder) in below)
     template, unnamed = vm.get("vmTemplate") or next(found, ""), vm.name == vm.get("vmUuid")
-    return Present(vm.name, vm.type, template, settings, sizes, unnamed, state == "running", halted, vm)
+    given = b""
+    with contextlib.suppress(FileNotFoundError), open(vm.user_data_file, "rb") as file:
+        given = file.read()
+    return Present(vm.name, vm.type, template, settings, sizes, unnamed, state == "running", halted, vm, given)
 
 
 def plan(requests: Sequence[CloneRequest], present: Sequence[Present], templates: Mapping[str, Present]) -> list[Step]:
@@ -9128,6 +9115,8 @@ def compare(request: CloneRequest, vm: Present, templates: Mapping[str, Present]
     if request.template != vm.template:
         yield step("replace", f"template {vm.template or 'none'} → {request.template}", loses=True)
         return
+    if vm.user_data != (request.user_data or (vm.user_data and default_user_data())):
+        yield step("replace", "another user-data", loses=True)
     wanted = {**templates[vm.template].settings, **request.settings}
     has = parse_ports(vm.settings["vmPorts"])
     chosen = {(ip, guest): host for ip, host, guest in has}  # for a HOST 0
@@ -9166,6 +9155,8 @@ def plan_group(cloud: Cloud, group: str, requests: Sequence[CloneRequest], repla
             error.text = f"{request.origin}: {error.text}"
             raise
     steps = plan(requests, [look(vm) for vm in cloud.tree.vms(group)], templates)
+    anew = [step.vm for step in steps if step.verb == "replace" and replace]
+    steps = [step for step in steps if step.verb == "replace" or step.vm not in anew]
     for number, step in enumerate(steps):
         if step.verb == "replace" and not replace:
             steps[number] = Step("keep", step.name, f"{step.text} (--replace)")
@@ -9230,8 +9221,7 @@ def options_of(vm: Present, template: Present) -> str:
         words.append(f"disk={vm.sizes[0] // GIB}")
     if vm.sizes[1:]:
         words.append("dsk=" + ",".join(str(-(-size // GIB)) for size in vm.sizes[1:]))
-    given = read_existing(vm.vm.user_data_file)
-    if given and given.encode("utf-8", "surrogateescape") != default_user_data():
+    if vm.user_data and vm.user_data != default_user_data():
         words.append(f"user-data={vm.vm.user_data_file}")
     return ";".join(words)
 
@@ -9638,6 +9628,7 @@ def freeze(cloud: Cloud, name: str, asked: Mapping[str, str]) -> Layer:
     check_room(template.folder, (size + 256) * MIB, cloud.tree.base, what, ROOM_HINT)
     with guest_on_layer(cloud, template, True, **asked, vmLayout=LAYOUT, vmBalloon="no") as (guest, layer):
         guest.wait()
+        report.say(f"{report.program}: {template} is ready; it comes to rest, and its memory is kept")
         token = os.urandom(16).hex()
         words = {"AGENT": need_packaged("guest/agent.py"), "MAC": template.get("vmMac"), "TOKEN": token}
         guest.output(guest_script("freeze.sh", True, **words, PATIENCE=REST_SECONDS))
@@ -10186,7 +10177,8 @@ class Supervisor:
         del self._members[member.vm.folder]
         self._progress.stages.pop(member.vm, None)
         words = {DESTROY: "has been switched off", KEEP: "has been stopped"}
-        report.log(f"{member.vm.name} {words.get(self._ending, 'has vanished')}")
+        end = "has been saved" if os.path.exists(member.vm.saved_file) else "has vanished"
+        report.log(f"{member.vm.name} {words.get(self._ending, end)}")
 
     def _look(self) -> None:
         """Now and then: take over what others have started.  A VM that is watched is not looked at."""

@@ -33,12 +33,13 @@ def there(
     run: bool = True,
     template: str = "deb",
     disks: tuple[float, ...] = (10,),
+    user_data: bytes = b"",
     **own: str,
 ) -> nocloud.Present:
     """A VM; `own`: its settings by the names that a description has for them."""
     settings = {**PLAIN, **{nocloud.CLONE_OPTION[key].sets: value for key, value in own.items()}}
     sizes = [int(each * GIB) for each in disks]
-    return nocloud.Present(name, type, template, settings, sizes, name.count("-") == 4, run)
+    return nocloud.Present(name, type, template, settings, sizes, name.count("-") == 4, run, user_data=user_data)
 
 
 TEMPLATES = {name: there(name, "", template="") for name in ("deb", "new")}
@@ -128,6 +129,21 @@ TABLE: Mapping[str, tuple[str, list[nocloud.Present], list[str]]] = {
         [there("web00")],
         ["replace web00: template deb → new"],
     ),
+    "another user-data": (
+        "deb:1:web:name=web;user-data=FILE;mem=1024",
+        [there("web00", user_data=b"#cloud-config")],
+        ["replace web00: another user-data", "change web00: mem 512 → 1024 (restart)"],
+    ),
+    "user-data no more": (
+        "deb:1:web:name=web",
+        [there("web00", user_data=b"#cloud-config")],
+        ["replace web00: another user-data"],
+    ),
+    "the same user-data": (
+        "deb:2:web:name=web;user-data=FILE",
+        [there("web00", user_data=b"#cloud-config\npackages: [git]\n")],
+        ["keep web00", "create web01"],
+    ),
     "nothing is left": (
         "deb:1:web:name=web",
         [there("x", "a"), there("y", "b")],
@@ -137,7 +153,10 @@ TABLE: Mapping[str, tuple[str, list[nocloud.Present], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_plans(name: str) -> None:
+def test_plans(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Path("FILE").write_text("#cloud-config\npackages: [git]\n")
     text, vms, expected = TABLE[name]
     assert lines(text, *vms) == expected
 

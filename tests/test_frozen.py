@@ -178,7 +178,7 @@ def test_a_tree_that_was_moved(frozen: Cloud) -> None:
 
 
 def test_a_change_makes_what_is_frozen_stale(cloud: Cloud, vms: None) -> None:
-    """It is of another disk then: clones boot, and say nothing; it goes when nobody stands on it."""
+    """It is of another disk then, which is said once: clones boot; it goes when nobody stands on it."""
     add_stub(cloud)
     conf = cloud.folder("templates/stub") / "stub.conf"
     conf.write_text(conf.read_text().replace("vmInit=none", "vmInit=systemd"))
@@ -188,6 +188,8 @@ def test_a_change_makes_what_is_frozen_stale(cloud: Cloud, vms: None) -> None:
     assert present_chain(cloud) == ["web00_0.img", "stub.l1.img", "stub_0.img"]
     start_stub(cloud)
     press_key(cloud)
+    said = "stub has changed: new clones boot, they don't wake up; vmtemplate stub --warm freezes it anew"
+    assert said in cloud.run("vmtemplate", "--prune").ok().stderr
     assert cloud.run(make[0], *make[1:]).ok().stderr == ""
     assert present_chain(cloud, "pf/default/web01") == ["web01_0.img", "stub.l2.img", "stub_0.img"]
     assert "warm" not in cloud.run("vmtemplate", "-L").ok().stdout

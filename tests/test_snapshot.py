@@ -322,6 +322,11 @@ def test_nobody_goes_on_where_he_cannot(blank: Cloud) -> None:
     conf.write_text(text)
     blank.start(VM).ok()
     assert not saved.exists() and state(blank) == "running"
+    for disk in blank.folder(VM).glob("*.img"):
+        os.utime(disk, (time.time() + 86400,) * 2)  # the clock has gone back
+    blank.run("vmstop", "--save", "-n", "web00").quiet()
+    blank.start(VM).ok()
+    assert not saved.exists() and state(blank) == "running"
     blank.run("vmstop", "--save", "-n", "web00").quiet()
     put(blank, 7)
     blank.start(VM).says(1, "web00: its disks have changed since its memory was saved", hint)
@@ -335,10 +340,14 @@ def test_nobody_goes_on_where_he_cannot(blank: Cloud) -> None:
 def test_a_rollback_that_is_killed_beside_its_conf(
     blank: Cloud, monkeypatch: pytest.MonkeyPatch, written: bool
 ) -> None:
-    """The memory of the snapshot goes with its disks: a VM goes on with both, or with neither."""
+    """The snapshot's memory, and what its firmware kept, go with its disks: a VM has all of them, or none."""
     clones(blank, running=True)
+    variables = blank.folder(VM) / "firmware/uefi"
+    variables.parent.mkdir()
+    variables.write_text("then")
     blank.run("vmsnapshot", "one", "-n", "web00", "--ram").quiet()
     blank.run("vmstop", "-g", "pf", "--kill").ok()
+    variables.write_text("now")
     vm = nocloud.VM(nocloud.Tree(nocloud.Config({"vmBaseDir": str(blank.base)})), "pf", "web", "web00")
 
     def die(*words: object) -> None:
@@ -351,6 +360,7 @@ def test_a_rollback_that_is_killed_beside_its_conf(
     blank.run("vmsnapshot", "two", "-n", "web00").fails(1, "its memory is saved") if written else None
     blank.start(VM).ok()
     assert (blank.folder(VM) / "late").exists() == written, "it went on, or booted"
+    assert variables.read_text() == ("then" if written else "now")
     assert not [path.name for path in blank.folder(VM).iterdir() if path.name.startswith((".new-", "saved"))]
 
 
@@ -481,6 +491,10 @@ def test_under_vmrun(blank: Cloud) -> None:
         blank.run("vmrollback", "one", "-g", "pf").ok()
         hear("has joined", 2 * number)
     hear("has vanished", 4)
+    blank.run("vmstop", "--save", "-n", "web00").quiet()
+    hear("web00 has been saved", 1)
+    blank.start(VM).ok()
+    hear("web00 has joined", 3)
     blank.run("vmstop", "-g", "pf", "--kill").ok()
     assert vmrun.wait(30) == 0
 
