@@ -666,6 +666,13 @@ def result_of(work: Callable[[Any], Any], item: Any) -> Any:
         return error
 
 
+def raise_first(results: Iterable[Any]) -> None:
+    """Raise the first Error that workers have come back with."""
+    for result in results:
+        if isinstance(result, Error):
+            raise result
+
+
 def error_from_os(error: OSError) -> Error:
     """An OSError as the one line that a user can act on."""
     hints = {
@@ -771,30 +778,24 @@ NETWORK_KIND = one_of("auto", "bridge", "private")
 
 SETTINGS = (
     Setting("vmBaseDir", str, "", "config", "the VM tree"),
-    Setting("vmMem", MEMORY_MB, "512", "both", "memory in MB of new templates; a clone inherits its template's",
-            inherited=True, harmless=True),
+    Setting("vmMem", MEMORY_MB, "512", "both", "memory in MB of new templates", inherited=True, harmless=True),
     Setting("vmCpu", CPU_COUNT, "2", "both", "processors, likewise", inherited=True, harmless=True),
-    Setting("vmCpuCap", CPU_CAP, "", "both", "a limit of CPU time, in per cent of one processor; 0: none",
-            inherited=True, harmless=True),
+    Setting("vmCpuCap", CPU_CAP, "", "both", "per cent of a processor; 0: no limit", inherited=True, harmless=True),
     Setting("vmCreateDiskSize", DISK_GB, "10", "config", "disk size in GB of new templates", harmless=True),
     Setting("vmCount", CLONE_COUNT, "1", "config", "how many clones vminstantiate makes", harmless=True),
     Setting("vmGroup", str, "group", "config", "the group of new clones", harmless=True),
     Setting("vmSubGroup", str, "default", "config", "the type of new clones", harmless=True),
     Setting("vmDefaultGroup", str, "", "config", "the same as vmGroup", harmless=True),
     Setting("vmDefaultSubGroup", str, "", "config", "the same as vmSubGroup", harmless=True),
-    Setting("vmCreateGroup", str, "templates", "config", "the group that vmcreate makes VMs in; no other yet",
-            harmless=True),
+    Setting("vmCreateGroup", str, "templates", "config", "the group of vmcreate's VMs; no other yet", harmless=True),
     Setting("isoDir", str, "~/Documents/distribs/linux", "config", "where ISO images are looked up by name"),
     Setting("vmDiskExt", one_of("img", "qcow2"), "img", "config", "the extension of disk images"),
     Setting("vmUser", LOGIN_NAME, "root", "both", "who vmssh and ansible log in as", inherited=True),
-    Setting("vmAccel", one_of("auto", "kvm", "tcg"), "auto", "both", "hardware (kvm) or software (tcg) emulation",
-            inherited=True),
+    Setting("vmAccel", one_of("auto", "kvm", "tcg"), "auto", "both", "kvm (hardware), tcg (software)", inherited=True),
     Setting("vmNetwork", NETWORK_KIND, "auto", "both", "bridge (the host's), private (no root), auto"),
     Setting("vmHostAccess", yes_no, "no", "config", "yes: VMs may open connections to the host itself"),
-    Setting("vmStopTimeout", SECONDS, "30", "config", "seconds a guest has to shut down before it is switched off",
-            harmless=True),
-    Setting("vmWaitTimeout", SECONDS, "300", "config", "the longest wait, in seconds, for a VM to be ready",
-            harmless=True),
+    Setting("vmStopTimeout", SECONDS, "30", "config", "seconds that a guest has to shut down", harmless=True),
+    Setting("vmWaitTimeout", SECONDS, "300", "config", "seconds to wait for a VM to be ready", harmless=True),
     Setting("vmDownloadTimeout", whole_number(1, 3600, "seconds"), "30", "config", "seconds that a download may stall",
             harmless=True),
     Setting("vmExtraOpts", str, "", "both", "more words for qemu's command line", inherited=True),
@@ -820,11 +821,9 @@ SETTINGS = (
     Setting("vmAddress", IPV4_ADDRESS, "", "vm", "its IPv4 address"),
     Setting("vmTemplate", str, "", "vm", "the template that it was cloned from"),
     Setting("vmInit", INIT_KIND, "ssh", "vm", "how hostname and keys get into it", inherited=True),
-    Setting("vmMachine", MACHINE_TYPE, "", "vm", "qemu's machine type; none: pc, as the bash tools ran it",
-            inherited=True),
+    Setting("vmMachine", MACHINE_TYPE, "", "vm", "qemu's machine type; none: pc, as bash ran it", inherited=True),
     Setting("vmArch", ARCH, "x86_64", "vm", "its processor's architecture: x86_64 or aarch64", inherited=True),
-    Setting("vmFirmware", FIRMWARE_KIND, "bios", "vm", "bios, uefi, or secure: UEFI that boots signed systems only",
-            inherited=True),
+    Setting("vmFirmware", FIRMWARE_KIND, "bios", "vm", "bios, uefi, or secure (signed systems)", inherited=True),
     Setting("vmTpm", yes_no, "no", "vm", "yes: it has a TPM 2.0 (swtpm)", inherited=True),
     Setting("vmLayout", one_of("1", "2"), "1", "vm", "which devices it has besides; those that had fewer keep theirs"),
     Setting("vmBalloon", yes_no, "yes", "vm", "yes: memory that it has no use for goes back to the host"),
@@ -1550,7 +1549,7 @@ PACKERS = {"gzip": b"\x1f\x8b", "xz": b"\xfd7zXZ\0", "bzip2": b"BZh", "zstd": b"
 FORMATS = {"vmdk": b"KDMV", "vhdx": b"vhdxfile", "vpc": b"conectix", "vdi": b"<<< "}
 NO_DISKS = (
     (0x8001, b"CD001", "an ISO image", "vmcreate -n NAME -i {}"),
-    (0, b"LUKS\xba\xbe", "an encrypted disk (LUKS)", "cryptsetup open {} NAME makes what is in it /dev/mapper/NAME"),
+    (0, b"LUKS\xba\xbe", "an encrypted disk (LUKS)", "cryptsetup open {} X; dd if=/dev/mapper/X of=X.img"),
     (257, b"ustar", "a tar archive, as OVA files are", "tar -xf {}"),
     (0, b"PK\3\4", "a zip archive", "unzip {}"),
     (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z x {}"),
@@ -2650,10 +2649,8 @@ def kvm_failure(qemu: Qemu, anew: bool = False) -> tuple[str, str]:
 KVM_TRIES = {
     "x86_64": ["-boot", "reboot-timeout=0"],
     "aarch64": [
-        "-machine", "gic-version=max",
-        "-device", "loader,addr=0x40200000,data=0x72b0800052800100,data-len=8",
-        "-device", "loader,addr=0x40200008,data=0xd4000002,data-len=4",
-        "-device", "loader,addr=0x40200000,cpu-num=0",
+        "-machine", "gic-version=max", "-device", "loader,addr=0x40200000,data=0x72b0800052800100,data-len=8",
+        "-device", "loader,addr=0x40200008,data=0xd4000002,data-len=4", "-device", "loader,addr=0x40200000,cpu-num=0",
     ],
 }  # fmt: skip
 
@@ -2816,15 +2813,11 @@ def machine_args(machine: Machine) -> list[str]:
     arm = machine.qemu.arch == "aarch64"
     sandbox = ["-sandbox", SANDBOX] if "sandbox" in machine.qemu.options else []
     return [
-        "-name", f"guest={comma(machine.name)}",
-        "-nodefaults", "-no-user-config",
+        "-name", f"guest={comma(machine.name)}", "-nodefaults", "-no-user-config",
         "-machine", (machine.settings["vmMachine"] or LEGACY_MACHINE) + (",gic-version=max" if arm else ""),
-        "-m", f"{machine.settings['vmMem']}M",
-        "-uuid", machine.settings["vmUuid"],
+        "-m", f"{machine.settings['vmMem']}M", "-uuid", machine.settings["vmUuid"],
         "-vga", "none", "-device", f"{'virtio-gpu-pci' if arm else 'VGA'},addr={PCI_SLOTS['vga']:#x}",
-        "-display", "none",
-        "-rtc", "base=utc",
-        *sandbox,
+        "-display", "none", "-rtc", "base=utc", *sandbox,
     ]  # fmt: skip
 
 
@@ -3018,11 +3011,9 @@ def monitor_args(machine: Machine) -> list[str]:
     """QMP for the commands, and the monitor for humans, which vmmanage joins to a terminal.  A second QMP's log is the
     record: qemu writes its events there whether or not a client is connected."""
     words = [
-        "-chardev", "socket,id=qmp0,path=qmp.sock,server=on,wait=off",
-        "-mon", "chardev=qmp0,mode=control",
+        "-chardev", "socket,id=qmp0,path=qmp.sock,server=on,wait=off", "-mon", "chardev=qmp0,mode=control",
         "-chardev", "socket,id=monitor0,path=monitor.sock,server=on,wait=off",
-        "-mon", "chardev=monitor0,mode=readline",
-        "-pidfile", machine.pid_file,
+        "-mon", "chardev=monitor0,mode=readline", "-pidfile", machine.pid_file,
     ]  # fmt: skip
     if machine.record:
         place = f"path={RECORD_SOCKET},server=on,wait=off,logfile={comma(machine.record)},logappend=off"
@@ -3042,6 +3033,11 @@ def kernel_args(machine: Machine) -> list[str]:
 
 # And the pidfile.  The credentials stay, for whoever starts it by hand.
 RUNTIME_FILES = ("qmp.sock", "serial.sock", "monitor.sock", "spice.sock", "vnc.sock", AGENT_SOCKET, RECORD_SOCKET)
+
+
+def screen_of(vm: VM) -> str:
+    """What a running VM's screen speaks, or '' where it has none."""
+    return next((screen for screen in SCREENS if os.path.exists(vm.file(f"{screen}.sock"))), "")
 
 
 def cgroup_name(vm: VM) -> str:
@@ -4979,6 +4975,9 @@ class Forwarding:
                 link.cancel()
 
         self._drop(place)
+        if process.fileno() < 0:  # it has ended by now
+            listener.close()
+            return
         self.close[place] = close
         listener.setblocking(False)
         self.loop.add_reader(listener, accept)
@@ -7489,6 +7488,7 @@ def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: 
     with tree.lock():
         for each in {group, *tree.groups()}:
             sweep(tree, each)
+            remove_if_empty(tree, each)  # an export's, killed
         kind = group_network(cloud, group)
         taken = Taken(tree)
         names = {vm.name.lower() for vm in taken.vms if vm.group == group}
@@ -7502,7 +7502,7 @@ def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: 
                 template._conf = {}
             format = "".join(known_formats(template)[:1])
             # None of someone else's template, whose lock isn't ours to take
-            layer = frozen_layer(template) if os.access(template.folder, os.W_OK) else None
+            layer = frozen_layer(template) if request.template and os.access(template.folder, os.W_OK) else None
             frozen = layer.name if layer else ""
             for number, name in enumerate(next_names(names, request)):
                 uuid, mac = (request.settings.get(key, "") for key in ("vmUuid", "vmMac"))
@@ -7515,7 +7515,7 @@ def reserve(cloud: Cloud, group: str, requests: Sequence[CloneRequest], clones: 
                 address = cloud.networks[kind].allot(taken.addresses, uuid)
                 ports = numbered_ports(request.settings.get("vmPorts", ""), number)
                 own = {"vmUuid": uuid, "vmNetwork": kind, "vmMac": mac, "vmAddress": address}
-                own["vmLayout"] = LAYOUT if template.get("vmArch") == "x86_64" else "1"
+                own["vmLayout"] = LAYOUT if request.settings.get("vmArch", template.get("vmArch")) == "x86_64" else "1"
                 own.update({"vmPorts": ports} if ports else {})
                 vm = clone.vm
                 os.makedirs(os.path.dirname(vm.folder), exist_ok=True)
@@ -7577,8 +7577,9 @@ def number_of(prefix: str, name: str) -> int:
     return int(found[1]) if found else -1
 
 
-def finish_clones(cloud: Cloud, clones: Sequence[NewClone]) -> list[VM | Error]:
-    """Make them, then put them in their places: from then on they are VMs; or Errors, where they couldn't be made."""
+def finish_clones(cloud: Cloud, clones: Sequence[NewClone], whole: bool = False) -> list[VM | Error]:
+    """Make them, then put them in their places: from then on they are VMs; or Errors, where they couldn't be made.
+    `whole`: that is raised, before any is in its place."""
     of = {clone.vm: clone for clone in clones}
 
     def place(vm: VM) -> VM:
@@ -7588,6 +7589,7 @@ def finish_clones(cloud: Cloud, clones: Sequence[NewClone]) -> list[VM | Error]:
 
     made = in_parallel(lambda vm: make_clone(cloud, of[vm]), list(of), workers=2 * (os.cpu_count() or 1))
     flush(cloud.tree.base)  # once for all of them
+    raise_first(made if whole else ())
     made = [each if isinstance(each, Error) else result_of(place, each) for each in made]
     flush(cloud.tree.base)
     return made
@@ -7854,7 +7856,7 @@ def start(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> None:
     layer = None
     if vm.is_template:
         settle(cloud, vm)
-        if cloud.tree.clones(vm):
+        if stands := "has clones" if cloud.tree.clones(vm) else "is frozen" if frozen_layer(vm) else "":
             layer = new_layer(vm)
         else:
             for disk in vm.disks():
@@ -7866,7 +7868,7 @@ def start(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> None:
             start_locked(cloud, vm, describe_machine(cloud, vm, iso, gui, layer))
         if layer:
             layer.arm()
-            report.say(f"{report.program}: {vm} has clones: what changes becomes a new layer when it shuts down")
+            report.say(f"{report.program}: {vm} {stands}: what changes becomes a new layer when it shuts down")
     except BaseException:
         if layer:
             stop_locked(vm, 0)
@@ -7924,6 +7926,14 @@ def ensure_identity(cloud: Cloud, vm: VM) -> None:
         vm.write_conf({key: value for key, value in changes.items() if value != vm.conf.get(key)})
     if not fits and os.path.exists(vm.host_key + ".pub"):  # planted, and the address was another one
         publish_keys(cloud, [vm])
+
+
+def give_identity(cloud: Cloud, vm: VM) -> None:
+    """What a VM needs before its first start, for who holds its lock."""
+    ensure_identity(cloud, vm)
+    if (is_planted(vm) or takes_seed(vm)) and not os.path.exists(vm.host_key):
+        make_key(vm.host_key, f"root@{vm.name}")
+    publish_keys(cloud, [vm])
 
 
 def describe_machine(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False, layer: Layer | None = None) -> Machine:
@@ -8074,6 +8084,8 @@ def save(vm: VM) -> None:
             why = "a template, with shared folders, not quite awake, or started by the bash tools"
             raise WrongState(f"it can't be saved: {why}", f"vmstop -n {vm} shuts it down", vm=vm)
         check_room(vm.folder, (vm.number("vmMem") + 64) * MIB, vm.base, "its memory takes up to {} MB", ROOM_HINT)
+        if screen_of(vm):  # which it may have had for this time only
+            vm.write_conf({"vmGui": "yes"})
         with Process(pid) as process, QMP(vm.folder) as qemu, stand_still([(vm, qemu)]):
             write_memory(qemu, vm.saved_file)
             qemu.close()  # it serves one client at a time
@@ -8592,6 +8604,15 @@ def start_all(
         return in_parallel(start_one, vms)
 
 
+def start_stopped(cloud: Cloud, vms: Sequence[VM], iso: str = "", gui: bool = False) -> list[Error]:
+    """Start VMs, or templates; the errors."""
+    cloud.prepare(vms)
+    for vm in vms:
+        with FolderLock(vm.folder):
+            give_identity(cloud, vm)
+    return [error for error in start_all(cloud, vms, iso=iso, gui=gui) if error]
+
+
 def instantiate(
     cloud: Cloud, group: str, requests: Sequence[CloneRequest], started: Callable[[VM], None] = lambda vm: None
 ) -> tuple[list[VM], list[Error]]:
@@ -8733,7 +8754,8 @@ class Sealing:
             raise WrongState("its qemu writes to other disks than its conf names", f"vmstop -n {vm}", vm=vm)
         os.makedirs(self.new.folder, 0o700)
         changes = new_overlays(vm, disks, known_formats(vm))
-        write_file(self.new.conf, read_text(vm.conf_file))
+        screen = {"vmGui": "yes"} if self.qemu and screen_of(vm) else {}  # it may have it for this time only
+        write_file(self.new.conf, update_assignments(read_text(vm.conf_file), screen))
         vm.write_conf(changes)
         for disk, overlay in zip(disks, vm.disks()):
             if self.qemu:
@@ -8806,13 +8828,6 @@ def flush_guest(cloud: Cloud, vm: VM) -> None:
         raise Error(f"its guest has not written out what it holds: {last_line(said)}", "leave out --sync", vm=vm)
 
 
-def raise_first(results: Iterable[Any]) -> None:
-    """Raise the first Error that workers have come back with."""
-    for result in results:
-        if isinstance(result, Error):
-            raise result
-
-
 def check_snapshots(vms: Sequence[VM], name: str, ram: bool) -> None:
     """Raise where a snapshot of one of them can't be taken."""
     for vm in vms:
@@ -8870,10 +8885,12 @@ def delete_snapshot(snapshot: Snapshot) -> None:
     remove_tree(doomed := os.path.join(vm.snapshots_folder, REMOVING + snapshot.name))
     os.rename(snapshot.folder, doomed)
     sync(vm.snapshots_folder)
-    with QMP(vm.folder, 3600) if vm.is_running() else contextlib.nullcontext() as qemu:
-        clear_up(vm, qemu)
-    if saved:
-        os.utime(vm.saved_file)
+    try:
+        with QMP(vm.folder, 3600) if vm.is_running() else contextlib.nullcontext() as qemu:
+            clear_up(vm, qemu)
+    finally:
+        if saved:
+            os.utime(vm.saved_file)
 
 
 def clear_up(vm: VM, qemu: QMP | None, unwritten: bool = False) -> None:
@@ -8910,8 +8927,10 @@ def merge_unused(vm: VM, qemu: QMP | None = None) -> None:
     named = {os.path.realpath(disk) for source in sources for disk in source.disks()}
     images = {os.path.realpath(vm.file(name)) for name in names_in(vm.folder) if name.endswith((".img", ".qcow2"))}
     ours = {path for path in images if re.search(r"\.s\d+\.", os.path.basename(path))}
-    for path in sorted(images - named, key=lambda path: path not in ours):
-        if os.stat(path).st_nlink > 1:  # roll_back() gave it another name
+    aside = {path for path in images if re.search(r"\.[0-9a-f]{6}\.\w+$", path)}
+    twice = {os.stat(path).st_ino for path in aside}
+    for path in images - named - aside:
+        if os.stat(path).st_ino in twice:  # roll_back() gave it another name
             remove_file(path)
             images.discard(path)
     chains = {path: own_chain(vm, path) for path in named | images if os.path.exists(path)}
@@ -9245,7 +9264,7 @@ def set_ports(cloud: Cloud, vm: VM, wanted: Sequence[tuple[str, int, int]]) -> S
             stack.callback(forwarder.mend, vm)  # where it fails since another has a port, these are what they were
         stack.enter_context(cloud.tree.lock())
         kept, new = [each for each in has if each in wanted], [each for each in wanted if each not in has]
-        for ip, host, _ in [each for each in has if each not in wanted]:
+        for ip, host, _ in [each for each in has if each not in wanted and vm.is_running()]:  # else another may have it
             forwarder.ask(f"drop {ip}:{host}")
         new = free_ports(cloud.tree, new)
         listeners = forwarder.open(stack, new)
@@ -9377,7 +9396,7 @@ def carry_out(
         if step.do and not step.restart:
             errors += filter(None, [result_of(functools.partial(change, cloud, steps=[step]), step.vm)])
     halted = [step.vm for step in steps if step.verb == "start"]
-    errors += filter(None, start_all(cloud, halted))
+    errors += start_stopped(cloud, halted) if halted else []
     errors += wait([vm for vm in halted if vm.is_running()]) + make(requests_for("create", steps))
     for step in steps:
         if step.verb == "replace" and not errors:
@@ -9414,14 +9433,6 @@ def change(cloud: Cloud, vm: VM, steps: Sequence[Step], restart: bool = False) -
 #
 # A template, or one that is being made, is booted for a while and shut down properly.  Its qemu ends with this command,
 # however that ends; a layer counts only once the work is done.
-
-
-def give_identity(cloud: Cloud, vm: VM) -> None:
-    """What a VM needs before its first start, for who holds its lock."""
-    ensure_identity(cloud, vm)
-    if (is_planted(vm) or takes_seed(vm)) and not os.path.exists(vm.host_key):
-        make_key(vm.host_key, f"root@{vm.name}")
-    publish_keys(cloud, [vm])
 
 
 class OwnGuest(contextlib.AbstractContextManager["OwnGuest"]):
@@ -9775,11 +9786,6 @@ VIEWER_SECONDS = 5.0  # a viewer that runs for so long without a word is up, whe
 def has_display() -> bool:
     """Whether a window can be opened here."""
     return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
-
-
-def screen_of(vm: VM) -> str:
-    """What a running VM's screen speaks, or '' where it has none."""
-    return next((screen for screen in SCREENS if os.path.exists(vm.file(f"{screen}.sock"))), "")
 
 
 def need_ours(vm: VM, what: str) -> None:
@@ -10324,6 +10330,9 @@ def supervise(
             for vm in old:
                 if vm not in stopped:
                     spawned(vm)  # it is taken over as it is
+            for vm in stopped:
+                with FolderLock(vm.folder):
+                    give_identity(cloud, vm)
             results = start_all(cloud, stopped, spawned, gui=gui)
             errors = [error for vm, error in zip(stopped, results) if error and not vm.is_running()]
             return errors + (instantiate(cloud, group, requests, spawned)[1] if requests else [])
@@ -10978,7 +10987,7 @@ def bridge_faults(config: Config) -> Iterator[str]:
 CARRIED = (
     "vmMem", "vmCpu", "vmInit", "vmUser", "vmMachine", "vmFirmware", "vmArch", "vmPorts", "vmUuid", "vmMac",
 )  # fmt: skip
-LEFT = ("vmShares", "vmTpm", "vmExtraOpts", "vmKernel", "vmInitrd", "vmAppend", "vmCpuCap")
+LEFT = ("vmShares", "vmTpm", "vmExtraOpts", "vmKernel", "vmInitrd", "vmAppend", "vmCpuCap", "vmGui")
 ENGINES = {"nocloud": (), "libvirt": ("vmPorts",), "incus": ("vmPorts", "vmExtraDisk"), "kubevirt": ("vmAddress",)}
 MANIFEST, ARCHIVES = "manifest.json", {"zstd": ".tar.zst", "xz": ".tar.xz"}
 
@@ -11009,7 +11018,8 @@ def export(cloud: Cloud, vms: Sequence[VM], place: str, asked: argparse.Namespac
         remove_tree(part)
     for vm in vms:
         keys = [key for key in (*LEFT, *ENGINES[asked.to]) if vm.get(key) not in ("", SETTING[key].default)]
-        others = {"its snapshots": snapshots_of(vm), "its user-data": os.path.exists(vm.user_data_file)}
+        files = {"its user-data": vm.user_data_file, "its firmware's variables": vm.variables_file}
+        others = {"its snapshots": snapshots_of(vm), **{what: os.path.exists(path) for what, path in files.items()}}
         for left in [f"{key}, {SETTING[key].help}" for key in keys] + [name for name in others if others[name]]:
             report.say(f"{vm.name}: not exported: {left}")
 
@@ -11023,6 +11033,8 @@ def export_disks(cloud: Cloud, vm: VM, part: str, asked: argparse.Namespace) -> 
             with NewTemplate(cloud, f"export-{os.urandom(4).hex()}") as new:
                 copy_disk(vm, new, layered=False)
                 new.write_conf({"vmInit": "auto", **vm.inherited()})
+                if os.path.exists(vm.variables_file):
+                    copy_variables(vm.variables_file, "qcow2", new.vm.variables_file)
                 in_new_guest(cloud, new, OwnGuest.wait, "without --clean it is taken as it is")
                 convert_image(new.disk, "qcow2", target)
         elif header:
@@ -11150,7 +11162,8 @@ def import_vms(cloud: Cloud, path: str, group: str | None) -> list[VM]:
             machine = cloud.qemu(request.settings.get("vmArch") or SETTING["vmArch"].default).machine
             request.settings["vmMachine"] = machine  # that host's qemu may have newer ones
         check_room(cloud.tree.base, sum(size for _, files, _ in asked for size, _ in files.values()), hint=ROOM_HINT)
-        with making(cloud, checked_group(group or theirs), [request for request, _, _ in asked]) as clones:
+        place = checked_group(group or cloud.tree.group_called(theirs))
+        with making(cloud, place, [request for request, _, _ in asked]) as clones:
             places = {}
             for clone, (_, files, key) in zip(clones, asked):
                 places.update({name: (clone.vm, *each) for name, each in files.items()})
@@ -11172,7 +11185,7 @@ def import_vms(cloud: Cloud, path: str, group: str | None) -> list[VM]:
                     raise WrongImage(f"{name}: refused: it is no qcow2 image")
             if places:
                 raise Error(f"{path}: {min(places)} is not in it")
-            raise_first(made := finish_clones(cloud, clones))
+            raise_first(made := finish_clones(cloud, clones, whole=True))
     publish_keys(cloud, vms := [vm for vm in made if isinstance(vm, VM)])
     return vms
 
@@ -11633,11 +11646,14 @@ ALLOW_SHARE = Option("--allow-share DIR", "with -f: share= may name folders belo
 def cmd_instantiate(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     """make clones of a template and start them"""
     group, requests = requests_of(cloud, args)
-    if "/" in requests[0].template and cloud.tree.find(requests[0].template) and not args.dry_run:
-        requests[0].template = template_as_is(cloud, requests[0].template)
     for request in requests if args.cold else ():
         request.settings["vmCold"] = "yes"
-    check_requests(cloud, group, requests, args.force)
+    with contextlib.ExitStack() as undo:
+        if "/" in requests[0].template and cloud.tree.find(requests[0].template) and not args.dry_run:
+            requests[0].template = template_as_is(cloud, requests[0].template)
+            undo.callback(delete_template, cloud, requests[0].template)
+        check_requests(cloud, group, requests, args.force)
+        undo.pop_all()
     if args.dry_run:
         for request in requests:
             report.data(f"{request.template}: {plural(request.count, 'clone')} in {group}/{request.type}")
@@ -11923,15 +11939,6 @@ def cmd_start(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     return report_errors([*errors, *end_start(cloud, args, [vm for vm in vms if vm.is_running()])])
 
 
-def start_stopped(cloud: Cloud, vms: Sequence[VM], iso: str = "", gui: bool = False) -> list[Error]:
-    """Start VMs, or templates; the errors."""
-    cloud.prepare(vms)
-    for vm in vms:
-        with FolderLock(vm.folder):
-            give_identity(cloud, vm)
-    return [error for error in start_all(cloud, vms, iso=iso, gui=gui) if error]
-
-
 def end_start(cloud: Cloud, args: argparse.Namespace, vms: Sequence[VM]) -> list[Error]:
     """What is left to do for VMs that have just been started: with -w until they are ready; the errors."""
     if args.wait is None:
@@ -12005,6 +12012,7 @@ def cmd_rollback(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> in
     confirm(args, f"{plural(len(found), 'VM')} will be as in {name}; what has changed since is lost.{gone}")
     with locked(vms):
         found = need_snapshots(vms, name)
+        check_room(vms[0].folder, len(found) * MIB, vms[0].base, "going back takes up to {} MB", ROOM_HINT)
         again = [each.vm for each in found if each.vm.is_running() or os.path.exists(each.memory)]
         raise_first(in_parallel(lambda vm: stop_locked(vm, 0), [each.vm for each in found]))
         for each in found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -295,6 +296,29 @@ def test_what_is_off_stays_off(group: Cloud) -> None:
     assert group.run("vmapply", "-f", file).ok().lines == ["change web00: mem 32 → 48", "add web00: disk of 2 GB"]
     assert states(group) == {"web00": "stopped"}
     nothing_to_do(group, file)
+
+
+def test_what_a_killed_command_made_is_known(cloud: Cloud, vms: None) -> None:
+    """It was killed before the host keys that it planted were published: who starts those VMs does that."""
+    add_blank(cloud, "blank")
+    conf = cloud.folder("templates/blank") / "blank.conf"
+    conf.write_text(conf.read_text().replace("vmInit=none", "vmInit=systemd"))
+    file = described(cloud, "blank:1:web:name=web\n")
+    die = "import os\nnocloud.publish_keys = lambda *words: os._exit(137)\n"
+    main = "sys.exit(nocloud.main(sys.argv[1:]))"
+
+    def is_known(uuid: str) -> bool:
+        return uuid in nocloud.read_existing(str(cloud.base / ".known_hosts"))
+
+    for words in (("vmapply", "-f", file), ("vmrun", "-r", "pf")):
+        assert cloud.script(die + main, "vminstantiate", "-f", file).status == 137
+        uuid = cloud.conf("pf/web/web00")["vmUuid"]
+        assert not is_known(uuid)
+        child = cloud.spawn(*words)
+        eventually(functools.partial(is_known, uuid), "its key is known")
+        eventually(lambda: states(cloud) == {"web00": "running"}, "it runs")
+        cloud.run("vmstop", "-d", "-g", "pf").ok()
+        child.communicate(timeout=30)
 
 
 @pytest.mark.long

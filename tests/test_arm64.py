@@ -68,6 +68,16 @@ def test_what_it_has_not(arm: Cloud, tmp_path: Path) -> None:
     arm.run("vminstantiate", *words).fails(1, "only machines of type q35 share folders")
 
 
+def test_it_leaves_and_comes_back(arm: Cloud) -> None:
+    """With the devices that there are for arm64."""
+    arm.run("vmstop", "-g", "pf", "--kill").ok()
+    arm.run("export", "arm00", "--to", "nocloud", "out").ok()
+    arm.run("import", "out", "-g", "x").ok()
+    assert (arm.conf("x/web/arm00")["vmArch"], arm.conf("x/web/arm00")["vmLayout"]) == ("aarch64", "1")
+    arm.run("vmstart", "-g", "x").ok()
+    arm.run("vmstop", "-d", "-g", "x").ok()
+
+
 # Built from packages #################################################################################
 
 # How the kernel knows a program for arm64: by its ELF header. O, C, F: binfmt_misc of the kernel's documentation.

@@ -174,6 +174,19 @@ def test_a_template_of_a_vm_is_cleaned(tiny: Cloud) -> None:
     assert len(keys) == 2
 
 
+def test_no_template_is_left_of_a_vm_whose_clones_cannot_be(blank: Cloud) -> None:
+    blank.run("vminstantiate", "-n", "blank", "-g", "pf", "-t", "web", "-o", "name=web").ok()
+    blank.run("vmstop", "-g", "pf", "--kill").ok()
+    code = """
+make = nocloud.template_from_vm
+nocloud.template_from_vm = lambda *words: make(*words[:-1], False)  # it isn't booted
+sys.exit(nocloud.main(["vminstantiate", "-n", "pf/web/web00", "-o", "mem=16000000", *sys.argv[1:]]))"""
+    done = blank.script(code)
+    assert done.status == 1 and "16000000 MB of memory are asked for" in done.stderr
+    assert [line.split()[0] for line in blank.run("vmtemplate", "-L").ok().lines] == ["blank"]
+    blank.script(code, "--force", "--dry-run").fails(2)
+
+
 @pytest.mark.long
 def test_clones_of_a_vm(tiny: Cloud) -> None:
     """As it is, while it runs and when it is stopped; with identities of their own, and it stays what it was."""

@@ -315,6 +315,27 @@ def test_what_is_no_archive(cloud: Cloud, archive: Archive, tmp_path: Path) -> N
     cloud.run("import", folder).ok()
 
 
+def test_an_import_is_whole(stub: Cloud, other: Cloud) -> None:
+    """One VM that can't be made, and none is; a group's name in another case is that group's."""
+    stub.run("vminstantiate", "-n", "stub", "-C", 2, "-g", "pf", "-t", "web", "-o", "name=web").ok()
+    stub.run("vmstop", "-g", "pf", "--kill").ok()
+    stub.run("export", "-g", "pf", "--to", "nocloud", "--with-keys", "out").ok()
+    code = """
+make = nocloud.make_clone
+def fail(cloud, clone):
+    if clone.vm.name == "web01":
+        raise nocloud.Error("no room")
+    return make(cloud, clone)
+nocloud.make_clone = fail
+sys.exit(nocloud.main(["nocloud", "import", *sys.argv[1:]]))"""
+    with nothing_made(other):
+        other.script(code, stub.home / "out").fails(1, "no room")
+    add_template(other, stub_image(other), "x.frozen", "--mem", 32, "--cpu", 1, "--init", "none")
+    other.run("vminstantiate", "-n", "x.frozen", "-g", "PF", "-o", "name=mine").ok()
+    other.run("import", stub.home / "out").ok()
+    assert other.groups() == ["PF"]
+
+
 def test_what_is_interrupted_or_has_no_room_leaves_nothing(stub: Cloud, archive: Archive, tmp_path: Path) -> None:
     path = archive.write()
     stall = 'case $1 in convert | check) touch "$HOME/busy"; exec sleep 60;; esac; exec $REAL "$@"'
@@ -502,6 +523,15 @@ def test_a_chain_is_shared(stub: Cloud) -> None:
     for name in ("web00", "web01"):
         words = ["qemu-img", "compare", "-q", str(out / f"{name}_0.qcow2"), str(disk_of(stub, f"pf/default/{name}"))]
         subprocess.run(words, check=True)
+
+
+def test_what_is_left_out_is_told(stub: Cloud) -> None:
+    conf = stub.folder("kept/x/old00") / "old00.conf"
+    conf.write_text(conf.read_text() + "vmFirmware=uefi\nvmGui=yes\n")
+    (conf.parent / "firmware").mkdir()
+    (conf.parent / "firmware/uefi").touch()
+    said = stub.run("export", "old00", "--to", "nocloud", "out").ok().stderr
+    assert "old00: not exported: its firmware's variables" in said and "old00: not exported: vmGui, " in said
 
 
 def test_what_cannot_be_exported(stub: Cloud) -> None:

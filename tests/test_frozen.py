@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 from support import ROOT, Cloud, Result, add_template, eventually
-from test_layers import add_stub, chain, press_key, start_stub
+from test_layers import add_stub, chain, digest, press_key, start_stub
 from test_qemu_argv import machine, qemu
 
 import nocloud
@@ -196,6 +196,22 @@ def test_a_change_makes_what_is_frozen_stale(cloud: Cloud, vms: None) -> None:
     assert template_files(cloud, "stub") == {"stub_0.img", "stub.l1.img", "stub.l2.img"}
     cloud.run("vmstop", "-d", "-n", "web00").quiet()
     assert template_files(cloud, "stub") == {"stub_0.img", "stub.l2.img"}
+
+
+def test_what_is_frozen_is_written_to_by_nobody(cloud: Cloud, vms: None) -> None:
+    """Nor when no clone stands on the template yet: what it was frozen on is what its clones would wake up on."""
+    add_stub(cloud)
+    conf = cloud.folder("templates/stub") / "stub.conf"
+    conf.write_text(conf.read_text().replace("vmInit=none", "vmInit=systemd"))
+    freeze(cloud, name="stub")
+    cloud.run("vmstop", "-d", "-g", "kept").quiet()
+    before = digest(conf.parent / "stub_0.img")
+    assert "stub is frozen: what changes becomes a new layer" in cloud.run("vm", "-n", "stub", "-G").ok().stderr
+    press_key(cloud)
+    assert "stub has changed: new clones boot" in cloud.run("vmtemplate", "--prune").ok().stderr
+    assert digest(conf.parent / "stub_0.img") == before and "warm" not in cloud.run("vmtemplate", "-L").ok().stdout
+    cloud.run("vminstantiate", "-n", "stub", "-g", "pf", "-o", "name=web").ok()
+    assert present_chain(cloud) == ["web00_0.img", "stub.l2.img", "stub_0.img"]
 
 
 def test_only_what_can_be_told_who_it_is(blank: Cloud) -> None:

@@ -207,6 +207,9 @@ def test_it_ends_with_the_process_that_it_is_for(inside: tuple[Cloud, int, subpr
         with pytest.raises(ConnectionResetError):
             held.recv(1)
     eventually(lambda: refuses(other), "its listener is closed")
+    with pytest.raises(AssertionError):
+        serve(cloud, other, 80, stand_in.pid)
+    assert refuses(other), "who has ended by now isn't served"
     assert ask(port, b"echo\nhello") == b"hello 5"
 
 
@@ -298,6 +301,19 @@ def test_a_ports_life(blank: Cloud) -> None:
     blank.run("vmstop", "-d", "-g", "pf").quiet()
     eventually(lambda: not is_alive(pid), "the forwarder ends with the last VM")
     assert listening(blank) == set() and not list((blank.base / ".net").glob("ports*"))
+
+
+def test_who_is_off_closes_no_port_of_others(blank: Cloud) -> None:
+    port = free()
+    for group in ("a", "b"):
+        blank.run("vminstantiate", "-n", "blank", "-g", group, "-o", f"name={group};port={port}:80").ok()
+        if group == "a":
+            blank.run("vmstop", "-g", group, "--kill").ok()
+    assert listening(blank) == {f"127.0.0.1:{port}"}
+    blank.run("vmport", "-n", "a00", f"{port}:80", "--delete").quiet()
+    assert not blank.conf("a/default/a00")["vmPorts"] and listening(blank) == {f"127.0.0.1:{port}"}
+    blank.run("vmport", "-n", "b00", f"{port}:80", "--delete").quiet()
+    assert listening(blank) == set()
 
 
 def test_a_supervisor_tells_its_ports_and_mends_them(blank: Cloud) -> None:

@@ -118,6 +118,29 @@ def test_what_a_list_shows(blank: Cloud) -> None:
     assert [each[0] for each in snapshots(blank)] == ["two"]
 
 
+def test_a_disk_that_came_since_is_kept_under_the_name_that_is_told(blank: Cloud) -> None:
+    clones(blank)
+    blank.run("vmsnapshot", "one", "-n", "web00").quiet()
+    for number in range(1, 5):
+        blank.run("vmchange", "web00", "--add-disk", 1).ok()
+        said = blank.run("vmrollback", "one", "-n", "web00", "-y").ok().stderr
+        (name,) = re.findall(r"a disk since, which is kept: (\S+)", said)
+        found = [path for path in blank.folder(VM).glob("web00_1.*.img") if path.stat().st_nlink == 1]
+        assert len(found) == number and Path(name) in found, (name, found)
+
+
+def test_a_second_name_of_a_disk_is_nothing_to_us(blank: Cloud) -> None:
+    """A copy of the tree by links, say: what a disk stands on isn't removed for that."""
+    clones(blank)
+    for number, name in enumerate(("one", "two")):
+        put(blank, 1 + number, f"{number}M")
+        blank.run("vmsnapshot", name, "-n", "web00").quiet()
+    subprocess.run(["cp", "-al", blank.folder(VM), blank.home / "copy"], check=True)
+    blank.run("vmsnapshot", "--delete", "two").quiet()
+    assert holds(blank, 1) and holds(blank, 2, "1M")
+    sound(blank)
+
+
 @pytest.mark.parametrize("newest_first", [False, True])
 def test_what_is_deleted_is_merged(blank: Cloud, newest_first: bool) -> None:
     clones(blank)
@@ -364,6 +387,37 @@ def test_a_rollback_that_is_killed_beside_its_conf(
     assert not [path.name for path in blank.folder(VM).iterdir() if path.name.startswith((".new-", "saved"))]
 
 
+def test_a_delete_that_is_interrupted_leaves_saved_memory(blank: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is merged into its disk by then is no change of it."""
+    clones(blank, running=True)
+    blank.run("vmsnapshot", "one", "-n", "web00").quiet()
+    blank.run("vmstop", "--save", "-n", "web00").quiet()
+    vm = nocloud.VM(nocloud.Tree(nocloud.Config({"vmBaseDir": str(blank.base)})), "pf", "web", "web00")
+
+    def merge(vm: nocloud.VM, qemu: object) -> None:
+        os.utime(vm.disks()[0])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(nocloud, "clear_up", merge)
+        nocloud.delete_snapshot(nocloud.need_snapshots([vm], "one")[0])
+    blank.start(VM).ok()
+    assert (blank.folder(VM) / "late").exists(), "it has gone on"
+
+
+def test_a_screen_for_this_time_is_one_of_saved_memory(blank: Cloud) -> None:
+    clones(blank)
+    blank.run("vm", "-n", "web00", "-g", "pf", "-G").ok()
+    blank.run("vmsnapshot", "one", "-n", "web00", "--ram").quiet()
+    assert "vmGui" not in blank.conf(VM)
+    blank.run("vmstop", "--save", "-n", "web00").quiet()
+    blank.start(VM).ok()
+    assert state(blank) == "running" and (blank.folder(VM) / "late").exists()
+    blank.run("vmstop", "-n", "web00", "--kill").ok()
+    blank.run("vmrollback", "one", "-n", "web00", "-y").ok()
+    assert state(blank) == "running"
+
+
 def test_paused_and_gone_on(blank: Cloud) -> None:
     clones(blank, 2, running=True)
     blank.run("vmpause", "-g", "pf").quiet()
@@ -465,6 +519,13 @@ def test_a_disk_that_is_full(cloud: Cloud, vms: None) -> None:
             assert [cloud.conf(f"pf/web/web0{number}") for number in range(2)] == confs
             assert (state(cloud), state(cloud, "web01")) == ("running", "running")
         cloud.run("vmsnapshot", "one", "-g", "pf", "--ram").quiet()
+        info = os.statvfs(cloud.base)
+        with (cloud.home / "vms/ballast").open("wb") as ballast:
+            os.posix_fallocate(ballast.fileno(), 0, info.f_bavail * info.f_frsize - (100 << 10))
+        done = cloud.run("vmrollback", "one", "-g", "pf", "-y")
+        assert done.status == 1 and "going back takes up to 2 MB, 0 MB are free" in done.stderr
+        assert (state(cloud), state(cloud, "web01")) == ("running", "running")
+        (cloud.base / "ballast").unlink()
         cloud.run("vmstop", "-d", "-g", "pf").ok()
         cloud.run("net", "--private", "down")
     finally:
