@@ -89,10 +89,10 @@ def files(cloud: Cloud, name: str = "stub") -> set[str]:
     return {path.name for path in cloud.folder(f"templates/{name}").iterdir() if ".img" in path.name}
 
 
-def start_stub(cloud: Cloud) -> None:
-    """The template runs, and its guest has written."""
+def start_stub(cloud: Cloud, why: str = "has clones") -> None:
+    """The template runs, on a layer, and its guest has written."""
     done = cloud.run("vm", "-n", "stub", "-G").ok()
-    assert "stub has clones" in done.stderr
+    assert f"stub {why}: what changes becomes a new layer" in done.stderr
     shown = ("vmmanage", "-n", "templates/stub", "info blockstats")
     eventually(lambda: "wr_operations=1" in cloud.run(*shown).ok().stdout, "the guest has written")
 
