@@ -536,7 +536,9 @@ def test_a_disk_that_is_full(cloud: Cloud, vms: None) -> None:
 
 
 def test_under_vmrun(blank: Cloud) -> None:
-    clones(blank, 2)
+    """It has them go on where they were saved; what others do to them it logs."""
+    clones(blank, 2, running=True)
+    blank.run("vmstop", "--save", "-g", "pf").quiet()
     vmrun = blank.spawn("vmrun", "-r", "pf")
     assert vmrun.stdout
     said: list[str] = []
@@ -547,6 +549,7 @@ def test_under_vmrun(blank: Cloud) -> None:
             assert said[-1], said
 
     hear("has been spawned", 2)
+    assert all((blank.folder(f"pf/web/web0{number}") / "late").exists() for number in range(2))
     blank.run("vmsnapshot", "one", "-g", "pf", "--ram").quiet()
     for number in (1, 2):
         blank.run("vmrollback", "one", "-g", "pf").ok()
