@@ -2787,6 +2787,7 @@ class Machine:
     record: str = ""  # where qemu's events are written to
     memory: str = ""  # the file that its memory is in
     wakes: bool = False  # what it did is loaded; it changes its own copy of that file only
+    below: Sequence[tuple[str, str]] = ()  # (path, format) of what its first disk stands on, the nearest first
     firmware: Firmware | None = None  # None: BIOS
     variables: str = ""  # the file of that firmware's
     tpm: int = -1  # a connection to its TPM
@@ -2857,12 +2858,16 @@ def disk_args(machine: Machine) -> list[str]:
     words: list[str] = []
     first = 1 if machine.iso or machine.settings["vmKernel"] else 0
     unplugged = len(machine.disks) - int(machine.settings["vmPlugged"])
+    below = ""  # else it leaves the host's page cache as a clone wakes (file-posix.c, raw_co_invalidate_cache)
+    for depth, (path, format) in enumerate(machine.below, 1):
+        at = "backing." * depth
+        below += f",{at}driver={format},{at}file.driver=file,{at}file.filename={comma(path)},{at}file.drop-cache=off"
     for number, (path, format, serial) in enumerate(machine.disks):
         node = f"disk{number}"
         words += [
             "-blockdev",
             f"driver={format},node-name={node},discard=unmap,detect-zeroes=unmap"
-            f",file.driver=file,file.filename={comma(path)},file.discard=unmap",
+            f",file.driver=file,file.filename={comma(path)},file.discard=unmap{'' if number else below}",
             "-device",
             f"virtio-blk-pci,drive={node},"
             + (f"addr={PCI_SLOTS[node]:#x}" if number < unplugged else f"bus=port{number - unplugged}")
@@ -7251,8 +7256,7 @@ CLONE_OPTIONS = (
     CloneOption("cpu", "N", "vmCpu", "processors"),
     CloneOption("disk", "GB", "disk", "size of the system disk in GB", DISK_GB),
     CloneOption("dsk", "GB,GB", "disks", "extra disks, in GB (vdb, vdc, …)", disk_sizes),
-    CloneOption("name", "PREFIX", "prefix",
-                "what the names begin with, or all names: web00,front; without it a name is a UUID", name_prefix),
+    CloneOption("name", "PREFIX", "prefix", "how names begin, or all names: web00,front; else UUIDs", name_prefix),
     CloneOption("user-data", "FILE", "user_data", "a file for cloud-init", read_user_data),
     CloneOption("port", "[IP:]HOST:GUEST", "vmPorts", "ports of this host that lead to it; HOST counts up per VM"),
     CloneOption("share", "HOSTDIR:GUESTDIR[:rw]", "vmShares", "folders of this host; read-only without :rw"),
@@ -7997,7 +8001,7 @@ def launch(vm: VM, machine: Machine, network: Network, tap: int, vhost: int, sha
         need_program(TIE[0])
     words, cap = qemu_argv(machine, tap, vhost, shares), int(vm.get("vmCpuCap") or 0)
     words, fds = network.enter(tie(words) if tied else words)
-    script = command_script(vm, qemu_argv(machine.but(memory="", wakes=False, tpm=-1), 3), network)
+    script = command_script(vm, qemu_argv(machine.but(memory="", wakes=False, below=(), tpm=-1), 3), network)
     write_file(vm.command_file, script, 0o700, durable=False)
     for path in (vm.console_log, vm.old_console_log):
         remove_file(path)
@@ -8165,7 +8169,10 @@ def thaw(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> bool:
     try:
         renew_disk(vm, layer.path, "qcow2")
         whole = describe_machine(cloud, vm, iso, gui)
-        machine, others = whole.but(disks=whole.disks[:1], memory=memory, wakes=True), whole.disks[1:]
+        chain = [vm.disks()[0], *backing_chain(vm.disks()[0], "qcow2", lambda path: True)]
+        below = [(path, header.format) for above, path in zip(chain, chain[1:]) if (header := qcow2_header(above))]
+        machine = whole.but(disks=whole.disks[:1], memory=memory, wakes=True, below=below)
+        others = whole.disks[1:]
         token = check_frozen(layer, machine)
         if len(others) > HOTPLUG_PORTS:
             raise Error(f"{len(others)} disks besides, and not at most {HOTPLUG_PORTS}, can be plugged in")
@@ -8207,7 +8214,7 @@ def frozen_facts(machine: Machine) -> dict[str, Any]:
     nobody = machine.but(
         name="", settings={**machine.settings, "vmUuid": "", "vmMac": ""},
         disks=[("", format, "") for _, format, _ in machine.disks], pid_file="", credentials="",
-        seed=machine.seed and "seed", memory="", record="", wakes=False,
+        seed=machine.seed and "seed", memory="", record="", wakes=False, below=(),
     )  # fmt: skip
     binary = os.stat(machine.qemu.path)
     return {
@@ -8786,8 +8793,10 @@ def nodes_of(qemu: QMP, vm: VM, devices: bool = False) -> dict[str, str]:
         found = [each["inserted"] for each in qemu.execute("query-block") if "inserted" in each]
     else:
         found = qemu.execute("query-named-block-nodes", flat=True)
-    images = [each for each in found if each["drv"] in ("qcow2", "raw")]
-    return {os.path.realpath(os.path.join(vm.folder, each["file"])): each["node-name"] for each in images}
+    names = {each["node-name"]: each["file"] for each in found if each["drv"] in ("qcow2", "raw")}
+    for node, name in names.items():  # of one whose backing file was given, too (QEMU docs/system/images.rst, json:)
+        names[node] = json.loads(name[5:])["file"]["filename"] if name.startswith("json:") else name
+    return {os.path.realpath(os.path.join(vm.folder, name)): node for node, name in names.items()}
 
 
 def take_snapshot(cloud: Cloud, vms: Sequence[VM], name: str, ram: bool, flush_guests: bool) -> None:
@@ -11637,12 +11646,9 @@ ALLOW_SHARE = Option("--allow-share DIR", "with -f: share= may name folders belo
     Option("-t --type TYPE", "their type", default="vmSubGroup"),
     Option("-f --file FILE", "make what a description file lists; the file's name is the group's"),
     Option("-o --options OPTIONS", "; ".join(each.text for each in CLONE_OPTIONS)),
-    ALLOW_SHARE,
-    COLD,
-    WAIT,
-    Option("--dry-run", "check everything, say what would be made, make nothing"),
-    FORCE,
-)
+    ALLOW_SHARE, COLD, WAIT,
+    Option("--dry-run", "check everything, say what would be made, make nothing"), FORCE,
+)  # fmt: skip
 def cmd_instantiate(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     """make clones of a template and start them"""
     group, requests = requests_of(cloud, args)
@@ -11703,15 +11709,12 @@ def report_errors(errors: Sequence[Error]) -> int:
     Option("-s --stop GROUP", "have the vmrun that manages GROUP stop and keep its VMs", complete="managed-group"),
     Option("-g --gui", "each VM has a screen"),
     Option("--group GROUP", "with -f: the group's name, instead of the file's", complete="group"),
-    ALLOW_SHARE,
-    COLD,
+    ALLOW_SHARE, COLD,
     Option("--add", "with -f: though the group has VMs already; they are run too"),
     Option("--apply", "with -f: first have the group be what FILE says, as vmapply does; ^C keeps its VMs"),
     Option("--background", "return when all VMs are ready"),
-    Option("--destroy", "with -r or --apply: ^C destroys them"),
-    YES,
-    FORCE,
-)
+    Option("--destroy", "with -r or --apply: ^C destroys them"), YES, FORCE,
+)  # fmt: skip
 def cmd_run(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     """run a group in the foreground"""
     if sum(each is not None for each in (args.file, args.resume, args.stop)) != 1:
@@ -11764,11 +11767,8 @@ def run_group(cloud: Cloud, args: argparse.Namespace, talk: int) -> int:
     Option("--dry-run", f"only show the plan; exit status {EXIT_DIFFERS}: there is something to do"),
     Option("--restart", "restart VMs, one at a time, where that is needed"),
     Option("--replace", "make VMs anew, one at a time, that have another template; what is on their disks is lost"),
-    WAIT,
-    ALLOW_SHARE,
-    YES,
-    FORCE,
-)
+    WAIT, ALLOW_SHARE, YES, FORCE,
+)  # fmt: skip
 def cmd_apply(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     """make a group what a description file says: make, change and destroy VMs"""
     if args.describe:

@@ -198,6 +198,28 @@ def test_a_change_makes_what_is_frozen_stale(cloud: Cloud, vms: None) -> None:
     assert template_files(cloud, "stub") == {"stub_0.img", "stub.l2.img"}
 
 
+def test_what_clones_stand_on_stays_in_the_hosts_memory(cloud: Cloud, vms: None) -> None:
+    """By default a qemu that loads a state drops the files under its disk from there, for all; and none needs it."""
+    raw, image = cloud.home / "blank.raw", cloud.home / "blank.qcow2"
+    raw.write_bytes(os.urandom(32 << 20))
+    cloud.execute(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, image]).ok()
+    add_template(cloud, image, "blank", "--mem", 32, "--cpu", 1, "--init", "systemd")
+    freeze(cloud)
+    base = cloud.folder("templates/blank") / "blank_0.img"
+    base.read_bytes()
+    subprocess.run(["sync", "-f", base], check=True)
+    clone(cloud)
+    shown = subprocess.run(
+        ["fincore", "--bytes", "--noheadings", "--output=RES", base], capture_output=True, check=True
+    )
+    assert int(shown.stdout) > 24 << 20
+    kept = present_chain(cloud)
+    cloud.run("vmsnapshot", "one", "-n", "web00").quiet()
+    assert present_chain(cloud) == ["web00_0.s1.img", *kept]
+    cloud.run("vmsnapshot", "--delete", "one").quiet()
+    assert present_chain(cloud) == ["web00_0.s1.img", *kept[1:]]
+
+
 def test_what_is_frozen_is_written_to_by_nobody(cloud: Cloud, vms: None) -> None:
     """Nor when no clone stands on the template yet: what it was frozen on is what its clones would wake up on."""
     add_stub(cloud)
