@@ -1793,7 +1793,8 @@ class QMP(contextlib.AbstractContextManager["QMP"]):
         self._send(json.dumps(request).encode() + b"\n")
         while True:
             message = self._next()
-            if message.get("id") == self._serial:
+            asked = message.get("id", self._serial if "error" in message else 0)  # none, of what qemu can't read
+            if asked == self._serial:
                 if "error" in message:
                     raise QMPError(f"qemu: {command}: {message['error'].get('desc', 'refused')}")
                 return message.get("return")
@@ -2675,13 +2676,12 @@ def device_denied(path: str) -> str:
 
 def device_command(path: str, group: str) -> str:
     """The command that lets this user open a device: through the group that it belongs to, or that it ought to."""
-    info, user, mend = os.stat(path), user_name(), ""
+    info, user, mend = os.stat(path), user_name(), f"sudo chgrp {group} {path} && sudo chmod 660 {path} && "
     if os.geteuid() == 0:
         return f"in a container: give it the device {path}"
     if info.st_gid and info.st_mode & 0o060 == 0o060:
-        group = grp.getgrgid(info.st_gid).gr_name
-    else:
-        mend = f"sudo chgrp {group} {path} && sudo chmod 660 {path} && "
+        with contextlib.suppress(KeyError):  # in a container it may have no name
+            group, mend = grp.getgrgid(info.st_gid).gr_name, ""
     try:
         if user in grp.getgrnam(group).gr_mem and not mend:
             return f"newgrp {group}  # or log in again: {user} was made a member of it since"
@@ -3206,7 +3206,8 @@ def end_strays(program: str, pid_file: str) -> None:
     """End the daemons that would be named in the file, had who started them not been killed at once."""
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         if process_file(pid, "comm") == f"{program}\n" and f"{pid_file}\0" in process_file(pid, "cmdline"):
-            end_process(functools.partial(int, pid))
+            with contextlib.suppress(Error):  # another user's
+                end_process(functools.partial(int, pid))
 
 
 def stop_daemon(pid_file: str) -> None:
@@ -3827,7 +3828,7 @@ class PrivateNetwork(Network):
                     self._complete()
         except (WrongState, FileNotFoundError):
             pass
-        except Error as error:
+        except (Error, OSError) as error:
             report.warn(f"the private network is not whole: {error}")
 
     def _users(self) -> Iterator[VM]:
@@ -8681,7 +8682,8 @@ class Snapshot:
 
     def __init__(self, vm: VM, name: str) -> None:
         self.vm, self.name, self.folder = vm, name, os.path.join(vm.snapshots_folder, name)
-        files = ("conf", "memory", "firmware", "members")  # the full names of all VMs that it was taken of
+        # The last: names of all VMs that it was taken of, and, after a space, of those beside them in their groups.
+        files = ("conf", "memory", "firmware", "members")
         self.conf, self.memory, self.firmware, self.members = (os.path.join(self.folder, each) for each in files)
 
     def source(self) -> VM:
@@ -8812,7 +8814,9 @@ def take_snapshot(cloud: Cloud, vms: Sequence[VM], name: str, ram: bool, flush_g
             for vm in vms:
                 sealings.append(Sealing(vm, name))
                 sealings[-1].prepare()
-                write_file(sealings[-1].new.members, "\n".join(each.full_name for each in vms))
+                names = {each.full_name for group in {vm.group for vm in vms} for each in vm.tree.vms(group)}
+                taken = {each.full_name for each in vms}
+                write_file(sealings[-1].new.members, "\n".join([*taken, *(f" {name}" for name in names - taken)]))
             running = {each.vm: (each.qemu, each.new.memory) for each in sealings if each.qemu}
             with stand_still((vm, qemu) for vm, (qemu, _) in running.items()):
                 for each in sealings:
@@ -11599,8 +11603,7 @@ def cmd_create(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None
 @declare(
     Command("change", "vmchange", "[VM]", ("vm",)),
     Option("-n --vm VM", WHICH_VM),
-    Option("-m --mem MB", "memory", MEMORY_MB),
-    Option("-c --cpu CPUS", "processors", CPU_COUNT),
+    Option("-m --mem MB", "memory", MEMORY_MB), Option("-c --cpu CPUS", "processors", CPU_COUNT),
     Option("-C --cap PERCENT", "a limit of CPU time, in per cent of a processor", CPU_CAP),
     Option("-d --disk GB", "grow its system disk to this size, while it runs too", DISK_GB),
     Option("--add-disk GB", "another disk, while it runs too", DISK_GB),
@@ -11608,9 +11611,8 @@ def cmd_create(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None
     Option("--ports PORTS", "the ports that it has from now on: [IP:]HOST:GUEST,…; '' for none", PORTS),
     Option("--name NEW", "call it so from now on"),
     Option("--group GROUP", "move it to this group", complete="group"),
-    Option("--type TYPE", "move it to this type"),
-    YES,
-)
+    Option("--type TYPE", "move it to this type"), YES,
+)  # fmt: skip
 def cmd_change(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """change a VM that is switched off; its ports and disks while it runs, too"""
     vm = cloud.tree.need(one_operand(words, "VM") if args.vm is None else args.vm)
@@ -11657,14 +11659,15 @@ def cmd_instantiate(cloud: Cloud, args: argparse.Namespace, words: list[str]) ->
     with contextlib.ExitStack() as undo:
         if "/" in requests[0].template and cloud.tree.find(requests[0].template) and not args.dry_run:
             requests[0].template = template_as_is(cloud, requests[0].template)
-            undo.callback(delete_template, cloud, requests[0].template)
+            undo.callback(result_of, functools.partial(delete_template, cloud), requests[0].template)
         check_requests(cloud, group, requests, args.force)
-        undo.pop_all()
-    if args.dry_run:
-        for request in requests:
-            report.data(f"{request.template}: {plural(request.count, 'clone')} in {group}/{request.type}")
-        return EXIT_DONE
-    vms, errors = instantiate(cloud, group, requests)
+        if args.dry_run:
+            for request in requests:
+                report.data(f"{request.template}: {plural(request.count, 'clone')} in {group}/{request.type}")
+            return EXIT_DONE
+        vms, errors = instantiate(cloud, group, requests)
+        if vms:
+            undo.pop_all()
     errors += end_start(cloud, args, vms)
     for vm in vms:
         report.data(vm.name)
@@ -11766,7 +11769,7 @@ def run_group(cloud: Cloud, args: argparse.Namespace, talk: int) -> int:
     Option("--describe", "write the description that GROUP is"),
     Option("--dry-run", f"only show the plan; exit status {EXIT_DIFFERS}: there is something to do"),
     Option("--restart", "restart VMs, one at a time, where that is needed"),
-    Option("--replace", "make VMs anew, one at a time, that have another template; what is on their disks is lost"),
+    Option("--replace", "make VMs anew, one at a time, of another template or user-data; their disks are lost"),
     WAIT, ALLOW_SHARE, YES, FORCE,
 )  # fmt: skip
 def cmd_apply(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
@@ -11834,13 +11837,11 @@ def cmd_port(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
 
 
 @declare(
-    Command("running", "vmrunning", more=lambda: packaged("help/vmrunning")),
-    GROUP,
-    TYPE,
+    Command("running", "vmrunning", more=lambda: packaged("help/vmrunning")), GROUP, TYPE,
     Option("-a --all", "the stopped ones too, with their state"),
     Option("-l --long", "a table: NAME GROUP/TYPE STATE IP UPTIME CPU MEMORY PORTS; what its qemu uses now"),
     Option("--json", "a JSON list of objects with all that is known; null is what isn't, or what it hasn't"),
-)
+)  # fmt: skip
 def cmd_running(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """list running VMs: NAME GROUP/TYPE IP"""
     form = exclusive(args, "long", "json")
@@ -11858,15 +11859,13 @@ def cmd_running(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> Non
 
 
 @declare(
-    Command("stop", "vmstop", "[VM…]", ("vm",)),
-    *WHICH_VMS,
+    Command("stop", "vmstop", "[VM…]", ("vm",)), *WHICH_VMS,
     Option("-d --destroy", "destroy them too: disks, settings, everything"),
     Option("--kill", "switch off at once instead of shutting down"),
     Option("--timeout S", "seconds before switching off", default="vmStopTimeout"),
     Option("--save", "keep their memory on disk: they go on there at their next start"),
-    Option("--discard", "forget memory that was saved: they boot at their next start"),
-    YES,
-)
+    Option("--discard", "forget memory that was saved: they boot at their next start"), YES,
+)  # fmt: skip
 def cmd_stop(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> int:
     """stop a group, a type of it or single VMs"""
     way = exclusive(args, "destroy" if args.destroy else "kill", "save", "discard")  # to destroy is to switch off
@@ -11977,13 +11976,12 @@ def tell_running(cloud: Cloud, args: argparse.Namespace, words: Sequence[str], c
 
 
 @declare(
-    Command("snapshot", "vmsnapshot", "[NAME]"),
-    *WHICH_VMS,
+    Command("snapshot", "vmsnapshot", "[NAME]"), *WHICH_VMS,
     Option("-L --list", "list the snapshots: name, group, when, size on disk, memory, VMs"),
     Option("--ram", "keep what is in the memory of those that run, too"),
     Option("--sync", "have the guests write out first what they hold"),
     Option("--delete", "delete the snapshot NAME"),
-)
+)  # fmt: skip
 def cmd_snapshot(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> None:
     """keep what VMs are at this moment"""
     if args.list:
@@ -11994,7 +11992,8 @@ def cmd_snapshot(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> No
         return
     name = one_operand(words, "NAME")
     if args.delete:
-        chosen = chosen_vms(cloud, args) if args.group or args.name is not None else list(cloud.tree.vms())
+        everywhere = args.group is args.type is args.name is None
+        chosen = list(cloud.tree.vms()) if everywhere else chosen_vms(cloud, args)
         with locked(each.vm for each in need_snapshots(chosen, name)):
             for each in need_snapshots(chosen, name):
                 delete_snapshot(each)
@@ -12008,8 +12007,11 @@ def cmd_rollback(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> in
     name, vms = one_operand(words, "NAME"), chosen_vms(cloud, args)
     found = need_snapshots(vms, name)
     others = [vm for vm in vms if vm not in [each.vm for each in found]]
-    gone = f" Destroyed will be {', '.join(vm.name for vm in others)}." if others and args.exact else ""
-    confirm(args, f"{plural(len(found), 'VM')} will be as in {name}; what has changed since is lost.{gone}")
+    then = {vm for each in found for vm in read_existing(each.members).splitlines()}
+    made = [vm for vm in others if then and not {vm.full_name, f" {vm.full_name}"} & then] if args.exact else []
+    gone = f" Destroyed will be {', '.join(vm.name for vm in made)}." if made else ""
+    lost = f"{plural(len(found), 'VM')} will be as in {name}; what has changed since is lost.{gone}"
+    confirm(args, lost, needed=bool(made))
     with locked(vms):
         found = need_snapshots(vms, name)
         check_room(vms[0].folder, len(found) * MIB, vms[0].base, "going back takes up to {} MB", ROOM_HINT)
@@ -12018,15 +12020,14 @@ def cmd_rollback(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> in
         for each in found:
             for disk in roll_back(each):
                 report.say(f"{each.vm}: it has got a disk since, which is kept: {disk}")
-        if others and not args.exact:
-            report.say(f"not in {name}, and left as they are: {', '.join(vm.name for vm in others)}")
-        known = {vm.full_name for vm in cloud.tree.vms()}
-        missing = sorted({vm for each in found for vm in read_existing(each.members).splitlines()} - known)
+        if left := [vm.name for vm in others if vm not in made]:
+            report.say(f"not in {name}, and left as they are: {', '.join(left)}")
+        missing = sorted(name for name in then - {vm.full_name for vm in cloud.tree.vms()} if name[:1] != " ")
         if missing and args.name is None:
             report.say(f"in {name}, but destroyed since, with what it was then: {', '.join(missing)}")
         errors = [error for error in start_all(cloud, again, held=True) if error]
     configure_later(cloud, [vm for vm in again if vm.is_running()])
-    return report_errors(errors + (destroy_all(cloud, others) if args.exact else []))
+    return report_errors(errors + (destroy_all(cloud, made) if made else []))
 
 
 def running_vm(cloud: Cloud, words: str | None, group: str | None = None, type: str | None = None) -> VM:
@@ -13197,9 +13198,9 @@ def open_standard_streams() -> None:
     while fd < 3:
         fd = os.dup(fd)
     os.close(fd)
-    for name in ("stdout", "stderr"):
+    for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")

@@ -291,6 +291,7 @@ def test_a_screen_changes_nothing_else(blank: Cloud) -> None:
 def test_monitor_words(web: Cloud) -> None:
     assert "web00_0.img" in web.run("vmmanage", "-n", "web00", "info", "block").ok().stdout
     assert web.run("vmmanage", "-n", "web00", "info status").ok().stdout == "VM status: running\n"
+    web.run("vmmanage", "-n", "web00", b"info \xe9".decode(errors="surrogateescape")).fails(1, "JSON")
     web.run("vmmanage", "-n", "web00", "--", "cont").quiet()
     for words in (["frobnicate"], ["info", "nonsense"], ["device_del", "nothing"], ["screendump"]):
         web.run("vmmanage", "-n", "web00", *words).fails(1, "web00: ")

@@ -183,6 +183,9 @@ nocloud.template_from_vm = lambda *words: make(*words[:-1], False)  # it isn't b
 sys.exit(nocloud.main(["vminstantiate", "-n", "pf/web/web00", "-o", "mem=16000000", *sys.argv[1:]]))"""
     done = blank.script(code)
     assert done.status == 1 and "16000000 MB of memory are asked for" in done.stderr
+    failed = "nocloud.instantiate = lambda *words: ([], [nocloud.Error('none could be made')])\n"
+    done = blank.script(failed + code, "--force")
+    assert done.status == 1 and "none could be made" in done.stderr
     assert [line.split()[0] for line in blank.run("vmtemplate", "-L").ok().lines] == ["blank"]
     blank.script(code, "--force", "--dry-run").fails(2)
 

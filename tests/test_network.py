@@ -11,11 +11,22 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import PROGRAM, READY, Cloud, interfaces, is_alive, kill_hard, nothing_made, open_ports, replace_program
+from support import (
+    PROGRAM,
+    READY,
+    Cloud,
+    eventually,
+    interfaces,
+    is_alive,
+    kill_hard,
+    nothing_made,
+    open_ports,
+    replace_program,
+)
 
 import nocloud
 
@@ -376,6 +387,39 @@ def test_a_dnsmasq_without_its_pidfile_makes_way(cloud: Cloud, vms: None) -> Non
     cloud.run("net", "--private", "up").quiet()
     assert sum(words.split()[0].endswith("/dnsmasq") for words in cloud.processes().values()) == 1
     cloud.run("net", "--private", "down").quiet()
+
+
+def test_another_users_stray_is_none_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose process is called like ours, with our file among its words, holds up nobody's network."""
+    stray = tmp_path / "dnsmasq"
+    shutil.copy(shutil.which("sleep") or "", stray)
+    child = subprocess.Popen([stray, "60", "0"])
+    asked = []
+
+    def refuse(find: Callable[[], int]) -> None:
+        asked.append(find())
+        raise nocloud.Error("it belongs to another user")
+
+    try:
+        eventually(lambda: Path(f"/proc/{child.pid}/comm").read_text() == "dnsmasq\n", "it runs")
+        monkeypatch.setattr(nocloud, "end_process", refuse)
+        nocloud.end_strays("dnsmasq", "60")
+        assert child.pid in asked
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_a_full_disk_keeps_nobody_from_making_room(two: Cloud) -> None:
+    """What the network would have written has time; what mends it hasn't."""
+    code = """
+def full(network):
+    raise OSError(28, "No space left on device")
+nocloud.PrivateNetwork.is_complete = lambda network: False
+nocloud.PrivateNetwork._complete = full
+sys.exit(nocloud.main(["vmrunning"]))"""
+    done = two.script(code).ok()
+    assert len(done.lines) == 2 and "the private network is not whole: " in done.stderr
 
 
 def test_a_killed_pasta_is_restarted_by_the_next_start(two: Cloud) -> None:

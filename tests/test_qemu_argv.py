@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -283,6 +284,13 @@ def trier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> noclo
 
 def tries(tmp_path: Path) -> int:
     return (tmp_path / "tries").read_text().count("-accel kvm -cpu host")
+
+
+def test_a_device_of_a_group_without_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container, which has the host's device and other groups."""
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(os, "stat", lambda path: SimpleNamespace(st_gid=54321, st_mode=0o20660))
+    assert "sudo chgrp kvm /dev/kvm && " in nocloud.device_command("/dev/kvm", "kvm")
 
 
 def test_tcg_is_said_only_where_it_was_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,10 +191,26 @@ def test_at_most_so_deep(blank: Cloud) -> None:
     blank.run("vmsnapshot", "more", "-n", "web00").ok()
 
 
+def test_what_was_there_then_is_not_made_since(blank: Cloud) -> None:
+    """--exact destroys what was made since, not what wasn't asked for then, nor who has lost his snapshot."""
+    clones(blank, 2)
+    blank.run("vminstantiate", "-n", "blank", "-g", "pf", "-t", "sql", "-o", "name=db").ok()
+    blank.run("vmsnapshot", "one", "-g", "pf", "-t", "web").quiet()
+    blank.run("vmsnapshot", "--delete", "one", "-n", "web01").quiet()
+    clones(blank)
+    refused = blank.run("vmrollback", "one", "-g", "pf", "--exact")
+    refused.fails(1, "Destroyed will be web02. Nothing has been done", "-y says that it is meant")
+    said = blank.run("vmrollback", "one", "-g", "pf", "--exact", "-y").ok().stderr
+    assert "not in one, and left as they are: db00, web01" in said
+    assert len(blank.run("vmrunning", "-a", "-g", "pf").ok().lines) == 3
+
+
 def test_what_is_refused(blank: Cloud) -> None:
     clones(blank)
     blank.run("vmsnapshot", "monday", "-n", "web00").quiet()
     files = blank.files()
+    for which, said in ((("-g", ""), "group"), (("-t", "web"), "which group?")):  # not those of all groups
+        blank.run("vmsnapshot", "--delete", "monday", *which).fails(2, said)
     again = blank.run("vmsnapshot", "Monday", "-n", "web00")
     again.says(1, "web00: it has a snapshot Monday", "vmsnapshot --delete Monday -n web00")
     for name in ("", "a/b", "../x", ".x", "a b", "x" * 64):
@@ -238,7 +254,8 @@ def test_a_group_with_snapshots_is_destroyed(blank: Cloud) -> None:
         assert blank.folder(VM).exists() == bool(status)
     clones(blank)
     blank.run("vmsnapshot", "one", "-g", "pf").quiet()
-    assert "1 VM with 1 snapshot will be gone." in blank.run("vmstop", "-d", "-g", "pf", "-y").ok().stderr
+    closed = ["sh", "-c", 'exec "$@" <&-', "sh", *blank.argv("vmstop", "-d", "-g", "pf", "-y")]
+    assert "1 VM with 1 snapshot will be gone." in blank.execute(closed).ok().stderr
 
 
 # Running #############################################################################################
