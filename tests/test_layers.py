@@ -439,10 +439,12 @@ def identity(disk: Path) -> dict[str, str]:
     subprocess.run(["qemu-img", "convert", "-O", "raw", disk, raw], check=True)
     names = ["/etc/debian_version", "/etc/machine-id", "/etc/hostname"]
     names += ["/etc/ssh/ssh_host_ed25519_key", "/root/.ssh/authorized_keys", "/etc/ssh/nocloud_keys"]
-    debugfs = shutil.which("debugfs", path="/usr/sbin:/sbin") or "debugfs"
+    debugfs, sfdisk = (shutil.which(name, path="/usr/sbin:/sbin") or name for name in ("debugfs", "sfdisk"))
+    shown = subprocess.run([sfdisk, "--json", raw], check=True, capture_output=True).stdout
+    root = max(json.loads(shown)["partitiontable"]["partitions"], key=lambda each: int(each["size"]))
     found = {}
     for name in names:
-        words = [debugfs, "-R", f"cat {name}", f"{raw}?offset=1048576"]
+        words = [debugfs, "-R", f"cat {name}", f"{raw}?offset={root['start'] * 512}"]
         found[name] = subprocess.run(words, check=True, capture_output=True, text=True).stdout
     raw.unlink()
     assert found.pop("/etc/debian_version")  # it can be read
