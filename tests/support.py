@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import pty
 import re
@@ -381,6 +382,14 @@ def ancestors() -> set[int]:
         pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
         found.add(pid)
     return found
+
+
+def root_offset(raw: Path) -> int:
+    """Where the largest partition of a raw disk begins, in bytes."""
+    sfdisk = shutil.which("sfdisk", path="/usr/sbin:/sbin") or "sfdisk"
+    shown = subprocess.run([sfdisk, "--json", raw], check=True, capture_output=True).stdout
+    root = max(json.loads(shown)["partitiontable"]["partitions"], key=lambda each: int(each["size"]))
+    return int(root["start"]) * 512
 
 
 def kill_all(doomed: Iterable[int]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import Cloud, without_waits
+from support import Cloud, root_offset, without_waits
 from test_inventory import ansible
 from webserver import Site
 
@@ -78,7 +78,7 @@ def image(tmp_path_factory: pytest.TempPathFactory, vms: None) -> Path:
         subprocess.run(["qemu-img", "convert", "-O", "raw", disk, raw], check=True)
     script = folder / "script"
     script.write_text("".join(f"rm /etc/{name}\n" for name in OWN))
-    debugfs = ["debugfs", "-w", "-f", str(script), f"{raw}?offset={1 << 20}"]
+    debugfs = ["debugfs", "-w", "-f", str(script), f"{raw}?offset={root_offset(raw)}"]
     env = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
     done = subprocess.run(debugfs, env=env, check=True, capture_output=True, text=True)
     assert not [line for line in done.stderr.splitlines() if not line.startswith("debugfs ")], done.stderr

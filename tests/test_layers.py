@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import READY, Cloud, add_template, eventually, kill_hard, nothing_made
+from support import READY, Cloud, add_template, eventually, kill_hard, nothing_made, root_offset
 
 import nocloud
 
@@ -439,12 +439,10 @@ def identity(disk: Path) -> dict[str, str]:
     subprocess.run(["qemu-img", "convert", "-O", "raw", disk, raw], check=True)
     names = ["/etc/debian_version", "/etc/machine-id", "/etc/hostname"]
     names += ["/etc/ssh/ssh_host_ed25519_key", "/root/.ssh/authorized_keys", "/etc/ssh/nocloud_keys"]
-    debugfs, sfdisk = (shutil.which(name, path="/usr/sbin:/sbin") or name for name in ("debugfs", "sfdisk"))
-    shown = subprocess.run([sfdisk, "--json", raw], check=True, capture_output=True).stdout
-    root = max(json.loads(shown)["partitiontable"]["partitions"], key=lambda each: int(each["size"]))
+    debugfs = shutil.which("debugfs", path="/usr/sbin:/sbin") or "debugfs"
     found = {}
     for name in names:
-        words = [debugfs, "-R", f"cat {name}", f"{raw}?offset={root['start'] * 512}"]
+        words = [debugfs, "-R", f"cat {name}", f"{raw}?offset={root_offset(raw)}"]
         found[name] = subprocess.run(words, check=True, capture_output=True, text=True).stdout
     raw.unlink()
     assert found.pop("/etc/debian_version")  # it can be read
