@@ -188,6 +188,7 @@ def test_what_a_guest_mounts(guest: Callable[..., subprocess.Popen[bytes]], tmp_
     assert fstab.stat().st_mode & 0o777 == 0o640 and os.listdir(tmp_path / "etc") == ["fstab"]
 
 
+@pytest.mark.long
 def test_guests_that_mount_twice_at_once(guest: Callable[..., subprocess.Popen[bytes]], tmp_path: Path) -> None:
     shares, fstab = f"share0 {tmp_path}/mnt/a ro", tmp_path / "etc/fstab"
     for number in range(50):

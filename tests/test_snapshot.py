@@ -141,7 +141,7 @@ def test_a_second_name_of_a_disk_is_nothing_to_us(blank: Cloud) -> None:
     sound(blank)
 
 
-@pytest.mark.parametrize("newest_first", [False, True])
+@pytest.mark.parametrize("newest_first", [pytest.param(False, marks=pytest.mark.long), True])
 def test_what_is_deleted_is_merged(blank: Cloud, newest_first: bool) -> None:
     clones(blank)
     begun = blank.files()
@@ -180,6 +180,7 @@ def test_branches(blank: Cloud) -> None:
     assert holds(blank, 2) and len(images(blank)) == 1
 
 
+@pytest.mark.long
 def test_at_most_so_deep(blank: Cloud) -> None:
     clones(blank)
     for number in range(1, 17):
@@ -422,6 +423,7 @@ def test_a_delete_that_is_interrupted_leaves_saved_memory(blank: Cloud, monkeypa
     assert (blank.folder(VM) / "late").exists(), "it has gone on"
 
 
+@pytest.mark.long
 def test_a_screen_for_this_time_is_one_of_saved_memory(blank: Cloud) -> None:
     clones(blank)
     blank.run("vm", "-n", "web00", "-g", "pf", "-G").ok()
