@@ -8172,8 +8172,7 @@ def thaw(cloud: Cloud, vm: VM, iso: str = "", gui: bool = False) -> bool:
         whole = describe_machine(cloud, vm, iso, gui)
         chain = [vm.disks()[0], *backing_chain(vm.disks()[0], "qcow2", lambda path: True)]
         below = [(path, header.format) for above, path in zip(chain, chain[1:]) if (header := qcow2_header(above))]
-        machine = whole.but(disks=whole.disks[:1], memory=memory, wakes=True, below=below)
-        others = whole.disks[1:]
+        machine, others = whole.but(disks=whole.disks[:1], memory=memory, wakes=True, below=below), whole.disks[1:]
         token = check_frozen(layer, machine)
         if len(others) > HOTPLUG_PORTS:
             raise Error(f"{len(others)} disks besides, and not at most {HOTPLUG_PORTS}, can be plugged in")
@@ -8809,14 +8808,15 @@ def take_snapshot(cloud: Cloud, vms: Sequence[VM], name: str, ram: bool, flush_g
         check_snapshots(vms, name, ram)
         if flush_guests:
             raise_first(in_parallel(lambda vm: flush_guest(cloud, vm), [vm for vm in vms if vm.is_running()]))
+        taken, groups = {vm.full_name for vm in vms}, {vm.group for vm in vms}
+        there = [each.full_name for each in cloud.tree.vms() if each.group in groups]
+        members = "\n".join(each if each in taken else f" {each}" for each in there)
         sealings: list[Sealing] = []
         try:
             for vm in vms:
                 sealings.append(Sealing(vm, name))
                 sealings[-1].prepare()
-                names = {each.full_name for group in {vm.group for vm in vms} for each in vm.tree.vms(group)}
-                taken = {each.full_name for each in vms}
-                write_file(sealings[-1].new.members, "\n".join([*taken, *(f" {name}" for name in names - taken)]))
+                write_file(sealings[-1].new.members, members)
             running = {each.vm: (each.qemu, each.new.memory) for each in sealings if each.qemu}
             with stand_still((vm, qemu) for vm, (qemu, _) in running.items()):
                 for each in sealings:
@@ -12022,7 +12022,7 @@ def cmd_rollback(cloud: Cloud, args: argparse.Namespace, words: list[str]) -> in
                 report.say(f"{each.vm}: it has got a disk since, which is kept: {disk}")
         if left := [vm.name for vm in others if vm not in made]:
             report.say(f"not in {name}, and left as they are: {', '.join(left)}")
-        missing = sorted(name for name in then - {vm.full_name for vm in cloud.tree.vms()} if name[:1] != " ")
+        missing = sorted(each for each in then - {vm.full_name for vm in cloud.tree.vms()} if each[:1] != " ")
         if missing and args.name is None:
             report.say(f"in {name}, but destroyed since, with what it was then: {', '.join(missing)}")
         errors = [error for error in start_all(cloud, again, held=True) if error]
