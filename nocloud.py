@@ -8384,17 +8384,17 @@ class WaitProgress:
 
 def wait_ssh(wait: Wait) -> None:
     """Return when the guest's ssh server says its banner (RFC 4253, 4.2)."""
-    for _ in wait.tries():
+    for number, _ in enumerate(wait.tries()):
         if address := wait.network.address(wait.vm):
-            wait.stage = stage_of_port(wait.network, address)
+            wait.stage = stage_of_port(wait.network, address, min(1.0, 0.1 + 0.2 * number))
             if wait.stage == "configured":
                 return
 
 
-def stage_of_port(network: Network, address: str) -> str:
+def stage_of_port(network: Network, address: str, seconds: float = 1.0) -> str:
     """The stage that a try to connect shows: silence (`address`), an answer (`ssh`), an SSH banner (`configured`)."""
     with network.socket() as connection:
-        connection.settimeout(1.0)
+        connection.settimeout(seconds)  # a SYN that is lost is sent again only after a second (RFC 6298)
         if connection.connect_ex((address, 22)) not in (0, errno.ECONNREFUSED, errno.ECONNRESET):
             return "address"
         # An emulated guest takes its time, and each try that is given up costs it more.

@@ -32,7 +32,9 @@ print("ready", flush=True)
 for address in map(str.strip, sys.stdin):
     while True:
         try:
-            with socket.create_connection((address, 22), 2) as connection:
+            # What is sent before it has its address is lost, and would be sent again only after a second.
+            with socket.create_connection((address, 22), 0.2) as connection:
+                connection.settimeout(60)
                 if connection.recv(4) == b"SSH-":
                     break
         except OSError:

@@ -104,6 +104,10 @@ def test_nothing_in_it_has_failed(warm: Cloud) -> None:
         " logger -t waking it goes on; sleep 1; journalctl -q -o cat -t waking; journalctl -q -o cat -b | wc -l",
     ).ok()
     assert said.lines[:3] == ["tried", "1", "it goes on"] and int(said.lines[3]) > 50
+    agent = "systemctl is-active nocloud-agent"
+    eventually(lambda: warm.ssh("web00", agent).stdout == "inactive\n", "it has told the others", 60)
+    named = warm.ssh("web00", "udevadm settle; ls /dev/disk/by-id").ok().lines
+    assert {"virtio-web00_0", "virtio-web00_0-part1"} <= set(named) and not [name for name in named if "deb" in name]
 
 
 def test_one_that_boots_beside_them(warm: Cloud) -> None:

@@ -22,6 +22,8 @@ import tty
 RNDRESEEDCRNG = 0x5207  # linux/random.h: cloud kernels have no driver for vmgenid, which would have done it
 SIOCGIFADDR, SIOCSIFHWADDR = 0x8915, 0x8924  # netdevice(7)
 CARD, TOKEN, SECONDS = sys.argv[1], sys.argv[2], int(sys.argv[3])
+# The template's own: its host keys and leases.
+PATTERNS = "/etc/ssh/ssh_host_*", "/var/lib/dhcp/*.lease*", "/var/lib/NetworkManager/*.lease"
 CHANNEL = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 
 
@@ -60,12 +62,28 @@ def come_to_rest():
     deadline = time.monotonic() + SECONDS
     while (has_address() or has_sessions()) and time.monotonic() < deadline:
         time.sleep(0.1)
+    for pattern in PATTERNS:
+        glob.glob(pattern)  # compiles them
     os.sync()
     with open("/proc/sys/vm/drop_caches", "w") as file:
         file.write("3")
 
 
-def become(message):
+def processes():
+    """Those that keep what a clone has of its own, each with the signal that has it look again: sshds, which keep host
+    keys only from OpenSSH 9.8 on (before, each connection's own process reads them), and the journal's."""
+    servers, journals = [], []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        place = "/proc/" + pid
+        name = read(place + "/comm").strip()
+        if name == "systemd-journal":
+            journals.append(int(pid))
+        elif name == "sshd" and read(place + "/stat").split(") ")[1].split()[1] == "1":
+            servers += [int(pid)] if "sshd-session" in read(place + "/exe") else []
+    return servers, journals
+
+
+def become(message, servers):
     time.clock_settime(time.CLOCK_REALTIME, message["time"])
     with open("/dev/urandom", "wb", buffering=0) as pool:
         pool.write(base64.b64decode(message["random"]))
@@ -74,30 +92,32 @@ def become(message):
         except OSError:
             pass  # before Linux 4.14; what was written counts all the same
     old = {"name": socket.gethostname(), "id": read("/etc/machine-id").strip()}
-    socket.sethostname(message["name"])
     write("/etc/machine-id", message["id"] + "\n", 0o444, "root")
-    for path in glob.glob("/etc/ssh/ssh_host_*"):
-        os.unlink(path)
-    for path in glob.glob("/var/lib/dhcp/*.lease*") + glob.glob("/var/lib/NetworkManager/*.lease"):
-        os.unlink(path)
+    for pattern in PATTERNS:
+        for path in glob.glob(pattern):
+            os.unlink(path)
     for kind, path, mode, owner, content in message["files"]:
         if kind != "f~" or old["name"] in read(path):  # that is written only where there is none, or ours
             write(path, content, int(mode, 8), owner)
+    for pid in servers:
+        os.kill(pid, signal.SIGHUP)
     if os.path.exists("/var/lib/systemd/random-seed"):
         write("/var/lib/systemd/random-seed", base64.b64encode(os.urandom(512)).decode(), 0o600, "root")
     for place in ("/run/log/journal/", "/var/log/journal/"):
         if os.path.isdir(place + old["id"]):
             os.rename(place + old["id"], place + message["id"])
-    for path in glob.glob("/sys/block/vd*/uevent") + glob.glob("/sys/block/vd*/vd*/uevent"):
-        write(path, "change", 0o200, "root")  # its serial is another: udev looks again
     address = bytes.fromhex(message["mac"].replace(":", ""))
     fcntl.ioctl(CHANNEL, SIOCSIFHWADDR, struct.pack("16sH6s8x", CARD.encode(), 1, address))
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        name = read("/proc/" + pid + "/comm").strip()
-        if name == "systemd-journal":  # it has the old machine-id; systemd starts it anew
-            os.kill(int(pid), signal.SIGTERM)
-        elif name == "sshd" and read("/proc/" + pid + "/stat").split(") ")[1].split()[1] == "1":
-            os.kill(int(pid), signal.SIGHUP)  # it reads its host keys again
+    socket.sethostname(message["name"])
+
+
+def tell_others(journals):
+    """What can wait until the network is up and somebody has logged in: all that starts processes."""
+    for path in glob.glob("/sys/block/vd*/uevent") + glob.glob("/sys/block/vd*/vd*/uevent"):
+        with open(path, "w") as file:
+            file.write("change")  # its serial is another: udev looks again
+    for pid in journals:
+        os.kill(pid, signal.SIGTERM)  # it has the old machine-id; systemd starts it anew
 
 
 def read(path):
@@ -127,14 +147,18 @@ def main():
     pwd.getpwnam("root")  # loads what answers that
     os.unlink(__file__)  # that is waited for
     hear(line)
+    servers, journals = processes()
     come_to_rest()
     os.write(line, b"at rest\n")
     message = hear(line)
     try:
-        become(message)
+        become(message, servers)
         os.write(line, b"done\n")
     except Exception as error:
         os.write(line, repr(error).encode()[:500] + b"\n")
+    os.close(line)
+    time.sleep(5)
+    tell_others(journals)
     os.sync()
 
 
