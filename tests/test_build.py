@@ -390,7 +390,7 @@ def test_interrupted_builds(builder: Builder, number: signal.Signals) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("suite", ["trixie", "noble", "jammy"])
 def test_a_suite_for_real(cloud: Cloud, vms: None, suite: str) -> None:
-    """Built, cloned, asked for its name; shut down properly, and started again."""
+    """Built, cloned, asked for its name; shut down properly, and started again; frozen, with its own host key."""
     distribution = nocloud.Build(suite, [], 1).distribution
     if not os.path.exists(distribution.keys):
         pytest.skip(f"{distribution.keys} isn't there ({distribution.keyring})")
@@ -409,3 +409,6 @@ def test_a_suite_for_real(cloud: Cloud, vms: None, suite: str) -> None:
     cloud.start("pf/default/web00").ok()
     cloud.env["NOCLOUD_vmWaitTimeout"] = "600"
     assert cloud.ssh("web00", "hostname", timeout=620).ok().stdout == "web00\n"
+    cloud.run("vmtemplate", "again", "--warm", timeout=600).ok()
+    done = cloud.run("vminstantiate", "-n", "again", "-g", "pf", "-o", "name=warm", "-w", "300", timeout=500).ok()
+    assert " boots: " not in done.stderr and cloud.ssh("warm00", "hostname").ok().stdout == "warm00\n"

@@ -6,6 +6,7 @@ is imported once it waits: in a clone that has just woken up everything takes it
 """
 
 import base64
+import contextlib
 import fcntl
 import glob
 import json
@@ -24,6 +25,7 @@ SIOCGIFADDR, SIOCSIFHWADDR = 0x8915, 0x8924  # netdevice(7)
 CARD, TOKEN, SECONDS = sys.argv[1], sys.argv[2], int(sys.argv[3])
 # The template's own: its host keys and leases.
 PATTERNS = "/etc/ssh/ssh_host_*", "/var/lib/dhcp/*.lease*", "/var/lib/NetworkManager/*.lease"
+JOURNALS = "/run/log/journal/", "/var/log/journal/"
 CHANNEL = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 
 
@@ -59,27 +61,30 @@ def has_sessions():
 
 
 def come_to_rest():
+    """Return what processes() does."""
     deadline = time.monotonic() + SECONDS
     while (has_address() or has_sessions()) and time.monotonic() < deadline:
         time.sleep(0.1)
+    found = processes()
     for pattern in PATTERNS:
         glob.glob(pattern)  # compiles them
     os.sync()
     with open("/proc/sys/vm/drop_caches", "w") as file:
         file.write("3")
+    return found
 
 
 def processes():
-    """Those that keep what a clone has of its own, each with the signal that has it look again: sshds, which keep host
-    keys only from OpenSSH 9.8 on (before, each connection's own process reads them), and the journal's."""
+    """Those that keep what a clone has of its own: sshds that keep their host keys, and the journal's. Up to OpenSSH
+    9.7 each connection's process is another sshd (sshd.c, "rexec"), which reads the keys itself."""
     servers, journals = [], []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         place = "/proc/" + pid
         name = read(place + "/comm").strip()
         if name == "systemd-journal":
             journals.append(int(pid))
-        elif name == "sshd" and read(place + "/stat").split(") ")[1].split()[1] == "1":
-            servers += [int(pid)] if "sshd-session" in read(place + "/exe") else []
+        elif name == "sshd" and "\nPPid:\t1\n" in read(place + "/status"):
+            servers += [] if "rexec cleanup in" in read(place + "/exe") else [int(pid)]
     return servers, journals
 
 
@@ -103,9 +108,10 @@ def become(message, servers):
         os.kill(pid, signal.SIGHUP)
     if os.path.exists("/var/lib/systemd/random-seed"):
         write("/var/lib/systemd/random-seed", base64.b64encode(os.urandom(512)).decode(), 0o600, "root")
-    for place in ("/run/log/journal/", "/var/log/journal/"):
+    for place in JOURNALS:
         if os.path.isdir(place + old["id"]):
             os.rename(place + old["id"], place + message["id"])
+            os.symlink(message["id"], place + old["id"])  # for the process that goes on with the old name
     address = bytes.fromhex(message["mac"].replace(":", ""))
     fcntl.ioctl(CHANNEL, SIOCSIFHWADDR, struct.pack("16sH6s8x", CARD.encode(), 1, address))
     socket.sethostname(message["name"])
@@ -113,11 +119,14 @@ def become(message, servers):
 
 def tell_others(journals):
     """What can wait until the network is up and somebody has logged in: all that starts processes."""
-    for path in glob.glob("/sys/block/vd*/uevent") + glob.glob("/sys/block/vd*/vd*/uevent"):
-        with open(path, "w") as file:
+    for path in glob.glob("/sys/block/vda/uevent") + glob.glob("/sys/block/vda/vda*/uevent"):
+        with contextlib.suppress(OSError), open(path, "w") as file:
             file.write("change")  # its serial is another: udev looks again
     for pid in journals:
-        os.kill(pid, signal.SIGTERM)  # it has the old machine-id; systemd starts it anew
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGTERM)  # it has the old machine-id; systemd starts it anew
+    for path in filter(os.path.islink, glob.glob(JOURNALS[0] + "*") + glob.glob(JOURNALS[1] + "*")):
+        os.unlink(path)
 
 
 def read(path):
@@ -147,8 +156,7 @@ def main():
     pwd.getpwnam("root")  # loads what answers that
     os.unlink(__file__)  # that is waited for
     hear(line)
-    servers, journals = processes()
-    come_to_rest()
+    servers, journals = come_to_rest()
     os.write(line, b"at rest\n")
     message = hear(line)
     try:
@@ -157,9 +165,9 @@ def main():
     except Exception as error:
         os.write(line, repr(error).encode()[:500] + b"\n")
     os.close(line)
+    os.sync()
     time.sleep(5)
     tell_others(journals)
-    os.sync()
 
 
 main()
