@@ -88,13 +88,17 @@ def test_they_reach_each_other(warm: Cloud) -> None:
 
 
 def test_a_playbook(warm: Cloud) -> None:
+    """On five."""
+    assert clones(warm, "pf", "-C", 3, options="name=more") == []
     book = warm.home / "book.yml"
     book.write_text(
         "- hosts: pf\n  gather_facts: false\n  tasks:\n    - copy: {content: here, dest: /root/played}\n"
-        "    - command: grep web0 /etc/hostname\n"
+        "    - command: grep '[be]0' /etc/hostname\n"
     )
-    told = ansible(warm, "ansible-playbook", book, timeout=600).ok().stdout
-    assert told.count("failed=0") == 2 and told.count("changed=2") == 2
+    told = ansible(warm, "ansible-playbook", book, timeout=900).ok().stdout
+    assert told.count("failed=0") == 5 and told.count("changed=2") == 5
+    for number in range(3):
+        warm.run("vmstop", "-d", "-n", f"more0{number}").ok()
 
 
 def test_nothing_in_it_has_failed(warm: Cloud) -> None:
