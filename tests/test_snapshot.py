@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,7 +16,8 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from support import READY, Cloud, Terminal, add_blank, eventually, kill_hard, replace_program
+from support import READY, ROOT, Cloud, Terminal, add_blank, eventually, kill_hard, replace_program
+from test_storms import Apart
 
 import nocloud
 
@@ -660,3 +662,57 @@ def test_snapshots_killed_at_any_instant(blank: Cloud, vms: None, survived: Call
             assert len(images(blank, vm)) == 1, f"{told}: {images(blank, vm)}"
             sound(blank, vm)
     survived("SIGKILL of snapshots, rollbacks and saves", 100)
+
+
+# What a disk fills up under; the VMs have a snapshot `one` where it says so, and run but for a rollback's end.
+FILLED = ("snapshot one", "snapshot one --ram", "rollback one -y", "snapshot --delete one", "stop --save")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("line", FILLED)
+def test_a_disk_that_fills_up_meanwhile(
+    tmp_path: Path, vms: None, survived: Callable[[str, int], None], line: str
+) -> None:
+    """From no room on, a little more each time, never asked for before: done, or undone with a word. VMs run on."""
+    if os.geteuid() != 0:
+        pytest.skip("only root mounts a disk of its own that its namespaces of users can use")
+    unasked = "nocloud.check_room = lambda *rest, **named: None\nsys.exit(nocloud.main(['nocloud', *sys.argv[1:]]))"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import nocloud\n{unasked}"
+    tried = done = 0
+    with Apart(tmp_path / "home") as cloud:
+        add_blank(cloud)
+        command = [*cloud.enter, sys.executable, "-IS", "-c", code, *line.split(), "-g", "pf"]
+        while done < 2:  # twice: it fits
+            clones(cloud, 2)
+            for vm in (VM, "pf/web/web01"):
+                put(cloud, 7, "1M", vm)
+            before = images(cloud)
+            if line in ("rollback one -y", "snapshot --delete one"):
+                cloud.run("vmsnapshot", "one", "-g", "pf").ok()
+                put(cloud, 7, "2M")
+            cloud.run("vmstart", "-g", "pf").ok()
+            files = cloud.files()
+            cloud.resize(max(cloud.used() + (tried << 15), 4096))
+            ended = cloud.execute(command)
+            cloud.resize(64 << 20)
+            told = f"{tried}: {ended!r}"
+            assert "Traceback" not in ended.stderr and (ended.status == 0 or ended.stderr), told
+            states = {state(cloud), state(cloud, "web01")}
+            if ended.status and "rollback" not in line:
+                assert states <= {"running", "saved" if "save" in line else ""}, told
+            if ended.status and "snapshot one" in line:  # merging what was written to meanwhile takes room
+                left = {name for name in cloud.files() - files if "--ram" not in line or ".s1.img" not in name}
+                assert not left and states == {"running"}, told
+            cloud.run("vmstop", "-g", "pf", "--kill").ok()
+            cloud.run("vmstop", "-g", "pf", "--discard").ok()
+            cloud.run("vmsnapshot", "next", "-g", "pf").ok()
+            for name in {row[0] for row in snapshots(cloud)}:
+                cloud.run("vmsnapshot", "--delete", name, "-g", "pf").ok()
+            for vm in (VM, "pf/web/web01"):
+                assert len(images(cloud, vm)) == len(before) and holds(cloud, 7, "1M", vm), told
+                sound(cloud, vm)
+            assert not [*cloud.base.rglob(".new-*"), *cloud.base.rglob(".del-*"), *cloud.base.rglob("*.part")], told
+            cloud.run("vmstop", "-d", "-g", "pf").ok()
+            tried, done = tried + 1, done + (ended.status == 0)
+        cloud.run("net", "--private", "down").ok()
+    survived(f"a disk that fills up under {line}", tried)
