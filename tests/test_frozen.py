@@ -26,6 +26,7 @@ import pytest
 from support import ROOT, Cloud, Result, add_template, eventually
 from test_layers import add_stub, chain, digest, press_key, start_stub
 from test_qemu_argv import machine, qemu
+from test_storms import Apart
 
 import nocloud
 
@@ -575,6 +576,31 @@ def test_a_manifest_that_is_garbage(tmp_path: Path, layer: nocloud.Layer, text: 
     Path(layer.manifest).write_bytes(text)
     with pytest.raises(nocloud.Error, match=r"t\.l1\.img\.(frozen can't be read|memory isn't as)"):
         nocloud.check_frozen(layer, this(tmp_path))
+
+
+@pytest.mark.long
+def test_a_disk_that_fills_up_while_it_freezes(tmp_path: Path, vms: None, survived: Callable[[str, int], None]) -> None:
+    """From no room on, a little more each time, never asked for before: frozen, or what it was, and a word."""
+    if os.geteuid() != 0:
+        pytest.skip("only root mounts a disk of its own that its namespaces of users can use")
+    before = f"{READY}{WELL}\nnocloud.check_room = lambda *rest, **named: None"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import nocloud\n{script(before)}"
+    tried, done = 0, False
+    with Apart(tmp_path / "home") as cloud:
+        image = cloud.home / "blank.qcow2"
+        cloud.execute(["qemu-img", "create", "-q", "-f", "qcow2", image, "8M"]).ok()
+        add_template(cloud, image, "blank", "--mem", 32, "--cpu", 1, "--init", "systemd")
+        while not done:
+            cloud.resize(max(cloud.used() + (tried << 16), 4096))
+            ended = cloud.execute([*cloud.enter, sys.executable, "-IS", "-c", code, "template", "blank", "--warm"])
+            cloud.resize(64 << 20)
+            tried, done = tried + 1, ended.status == 0
+            told = f"{tried}: {ended!r}"
+            assert "Traceback" not in ended.stderr and (done or ended.stderr), told
+            assert template_files(cloud) == COLD | (layer_files(1) if done else set()) and not cloud.processes(), told
+            cloud.run("vmtemplate", "-L").ok()
+        cloud.run("net", "--private", "down").ok()
+    survived("a disk that fills up while a template is frozen", tried)
 
 
 # The agent ###########################################################################################
