@@ -115,6 +115,7 @@ def become(message, servers):
     address = bytes.fromhex(message["mac"].replace(":", ""))
     fcntl.ioctl(CHANNEL, SIOCSIFHWADDR, struct.pack("16sH6s8x", CARD.encode(), 1, address))
     socket.sethostname(message["name"])
+    os.sync()  # before it counts
 
 
 def tell_others(journals):
@@ -165,7 +166,6 @@ def main():
     except Exception as error:
         os.write(line, repr(error).encode()[:500] + b"\n")
     os.close(line)
-    os.sync()
     time.sleep(5)
     tell_others(journals)
 
