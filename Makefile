@@ -48,14 +48,14 @@ demo: install-for-vms install-for-templates nocloud.pyz ## a template, three VMs
 	@./nocloud.pyz links $(BIN)
 	@$(PYTHON) tests/demo.py $(BIN)
 
-# On two processors: some guests boot while others shut down. PYTEST=-n0 is one process, as pytest is without options.
+# On two processors: some guests boot while others shut down; long tests have more guests. PYTEST=-n0 is one process.
 PROCESSES := 3
 
 test: $(VENV)/done install-for-vms install-for-templates install-for-checks install-for-tests nocloud.pyz ## the tests, linters among them
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m pytest --numprocesses=$(PROCESSES) --dist=loadfile --no-loadscope-reorder $(PYTEST)
 
 test-all: PYTEST += --long
-test-all: PROCESSES := 2 # long tests have more guests
+test-all: PROCESSES := 2
 test-all: install-for-long-tests test ## the long tests too
 
 check: $(VENV)/done install-for-checks ## the linters only, each language's own

@@ -8386,7 +8386,7 @@ def wait_ssh(wait: Wait) -> None:
     """Return when the guest's ssh server says its banner (RFC 4253, 4.2)."""
     for number, _ in enumerate(wait.tries()):
         if address := wait.network.address(wait.vm):
-            wait.stage = stage_of_port(wait.network, address, min(1.0, 0.1 * 2 ** min(number, 9)))
+            wait.stage = stage_of_port(wait.network, address, min(1.0, 0.1 + 0.1 * number))
             if wait.stage == "configured":
                 return
 

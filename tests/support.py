@@ -173,8 +173,11 @@ class Cloud:
 
     def script(self, code: str, *words: object) -> Result:
         """Python code that has the module as `nocloud`: for what no command of today does."""
+        return self.execute(self.script_argv(code, *words))
+
+    def script_argv(self, code: str, *words: object) -> list[str]:
         before = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import nocloud\n"
-        return self.execute([sys.executable, "-IS", "-c", before + code, *words])
+        return [sys.executable, "-IS", "-c", before + code, *map(str, words)]
 
     def start(self, *names: str) -> Result:
         """Start stopped VMs again and do no more, which vmstart does."""

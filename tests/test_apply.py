@@ -251,14 +251,14 @@ def test_up_and_down(group: Cloud) -> None:
 
 
 def test_memory_and_disks_and_ports(group: Cloud) -> None:
-    file = described(group, "blank:1:web:name=web\n")
+    file = described(group, "blank:2:web:name=web\n")
     group.run("vmapply", "-f", file).ok()
-    pids = {name: group.qemu(f"pf/web/{name}") for name in ("web00",)}
-    described(group, "blank:1:web:name=web;mem=48;disk=1;dsk=1;port=0:80\n")
+    pids = {name: group.qemu(f"pf/web/{name}") for name in ("web00", "web01")}
+    described(group, "blank:2:web:name=web;mem=48;disk=1;dsk=1;port=0:80\n")
     done = group.run("vmapply", "-f", file).ok()
-    assert "web00 needs a restart for that: --restart" in done.stderr
+    assert "web01 needs a restart for that: --restart" in done.stderr
     now = {name: group.conf(f"pf/web/{name}") for name in pids}
-    assert [each["vmMem"] for each in now.values()] == ["32"]
+    assert [each["vmMem"] for each in now.values()] == ["32", "32"]
     assert all(each["vmPorts"] and each["vmPlugged"] == "1" for each in now.values())
     for name, pid in pids.items():
         assert group.qemu(f"pf/web/{name}") == pid
@@ -270,12 +270,15 @@ def test_memory_and_disks_and_ports(group: Cloud) -> None:
             ).ok().stdout
         )  # fmt: skip
         assert size["virtual-size"] == nocloud.GIB
-    assert group.run("vmapply", "-f", file).ok().lines == ["change web00: mem 32 → 48 (restart)"]
+    assert group.run("vmapply", "-f", file).ok().lines == [
+        "change web00: mem 32 → 48 (restart)",
+        "change web01: mem 32 → 48 (restart)",
+    ]
     group.run("vmapply", "-f", file, "--restart").ok()
     assert all(group.qemu(f"pf/web/{name}") != pid for name, pid in pids.items())
-    assert [group.conf(f"pf/web/{name}")["vmMem"] for name in pids] == ["48"]
+    assert [group.conf(f"pf/web/{name}")["vmMem"] for name in pids] == ["48", "48"]
     nothing_to_do(group, file)
-    described(group, "blank:1:web:name=web;mem=48\n")
+    described(group, "blank:2:web:name=web;mem=48\n")
     refused = group.run("vmapply", "-f", file, "--restart")
     assert "remove web00: vdb of 1 GB (restart)" in refused.lines and refused.status == 1
     group.run("vmapply", "-f", file, "--restart", "-y").ok()

@@ -483,7 +483,7 @@ class PrivateGuest:
         return self.host.run("net", "exec", "sh", "-c", script, "sh", *argv)
 
     def reaches(self, address: str, port: int = PORT) -> bool:
-        code = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 1)"
+        code = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 2)"
         return self.run(sys.executable, "-c", code, address, port).status == 0
 
     def resolve(self, name: str = "www.example.org") -> str:
@@ -574,7 +574,7 @@ def test_guests_on_the_bridge_begin_nothing_on_the_host(host: Host, access: str)
     host.run("net", "up").ok()
     guest, told = host.guest("00:50:56:00:00:01", "stand-in")
     host.shell("ip addr add 203.0.113.77/24 dev eth0").ok()
-    code = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 1)"
+    code = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 2)"
 
     def reaches(address: str, port: int = PORT) -> bool:
         return host.at(guest, sys.executable, "-c", code, address, port).status == 0

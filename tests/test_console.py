@@ -129,9 +129,9 @@ def test_which_vm(web: Cloud, name: str) -> None:
     web.run(name, "-n", "web01").fails(1, "web01", "no such VM", "web00")
     web.run(name, "-n", "web00", "-g", "other").fails(1, "web00", "no such VM")
     web.run(name, "-n", "tiny").fails(1, "tiny", "not running")
-    ways = ["web00"], ["pf/web00"], ["pf/web/web00"], ["web00", "-g", "pf"], ["web00", "-g", "pf", "-t", "web"]
-    for way in ways if name == "vmmanage" else ways[-1:]:
-        web.run(name, "-n", *way, *(["info", "status"] if name == "vmmanage" else ["-s"])).ok()
+    words = ["info", "status"] if name == "vmmanage" else ["-s"]
+    for way in (["web00"], ["pf/web00"], ["pf/web/web00"], ["web00", "-g", "pf"], ["web00", "-g", "pf", "-t", "web"]):
+        web.run(name, "-n", *way, *words).ok()
 
 
 # Screens #############################################################################################

@@ -139,6 +139,9 @@ class Apart(Cloud):
     def argv(self, name: str, *words: object) -> list[str]:
         return [*self.enter, *super().argv(name, *words)]
 
+    def script_argv(self, code: str, *words: object) -> list[str]:
+        return [*self.enter, *super().script_argv(code, *words)]
+
     def resize(self, size: int) -> None:
         """Give the disk room for `size` bytes in all."""
         tree = self.env["NOCLOUD_vmBaseDir"]
